@@ -1,0 +1,192 @@
+"""Diagnostics: what every stage says to a user, with the place and what to do.
+
+Stage: none (everything imports it). Gives `Source`, `Span`, `Diagnostic`, the one error class `SurgeryError`, and a
+`Collector` so that all the errors of a run are shown at once. Promises: a closed set of codes (`CODES`), no colour here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+CODES: dict[str, str] = {
+    "syntax": "the text is not a spec: the parser met something that cannot stand there",
+    "unknown-name": "an expression uses a name that is not a parameter, a dimension, a `param`, a `let` or a primitive",
+    "unknown-argument": "a call passes an argument that the definition does not take",
+    "unknown-definition": "a step names a transform or an update that is not defined",
+    "unknown-selector": "a target names a selector that no `select` defines",
+    "unknown-parameter": "`--set` or a Python keyword names a parameter that the spec does not have",
+    "unknown-primitive": "an expression calls a function that is not a primitive",
+    "unknown-distribution": "a `param ... ~ dist()` names a distribution that does not exist",
+    "unknown-spec": "the name is neither a file nor a spec that ships",
+    "missing-argument": "a call leaves out an argument that has no default",
+    "wrong-type": "a value has another type than its parameter or operator asks for",
+    "wrong-kind": "a transform stands where an update must, or an update where a transform must",
+    "shape-mismatch": "two shapes that must agree do not",
+    "not-divisible": "a dimension is divided by something that does not divide it",
+    "check-failed": "a `check` of the spec or of a definition is not met by the values given",
+    "duplicate-name": "a name is defined twice",
+    "import-cycle": "files `use` each other in a circle",
+    "missing-file": "a file that is named does not exist or cannot be read",
+    "no-match": "a pattern matches no module of the model",
+    "dead-name": "one alternative of a pattern, an `except` or a `train` matches nothing",
+    "bad-pattern": "a pattern is not well formed",
+    "overlap": "two targets take the same module",
+    "not-narrower": "an `override target` does not match a strict subset of the target that it overrides",
+    "tied-weight": "a targeted weight shares its storage with another parameter",
+    "unsupported-module": "a matched module cannot be operated on",
+    "not-identity": "the operated model is not the base model at initialisation",
+    "false-claim": "a definition claims a property that random parameters refute",
+    "unknown-claim": "a claim after `:` is not one that can be tested",
+    "unused": "a parameter, `let` or definition parameter is never used",
+    "reserved-name": "a name is reserved by the language or by torch.nn.Module",
+    "bad-set": "a `--set` is not of the form name=value",
+    "unknown-model": "the model is neither a folder, a hub id that can be loaded, nor a demo",
+    "bad-adapter": "a saved adapter is incomplete or does not fit the model",
+    "already-operated": "the model carries a surgery already",
+    "bad-output": "the output folder cannot be written or exists already",
+    "bad-value": "a value given from outside is not usable",
+    "fallback": "a formula has no cheap program and runs dense",
+    "merge-error": "a merged weight is further from the formula than its dtype allows",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text and the name that diagnostics show for it (a path, or `<--set>`)."""
+
+    name: str
+    text: str = field(repr=False)
+
+    @cached_property
+    def line_starts(self) -> list[int]:
+        return [0] + [i + 1 for i, c in enumerate(self.text) if c == "\n"]
+
+    def position(self, offset: int) -> tuple[int, int]:
+        """(line, column) of an offset, both from 1."""
+        line = bisect_right(self.line_starts, offset)
+        return line, offset - self.line_starts[line - 1] + 1
+
+    def line(self, number: int) -> str:
+        return self.text.split("\n")[number - 1].rstrip("\r")
+
+
+@dataclass(frozen=True)
+class Span:
+    """The half-open range of offsets [start, end) of a source."""
+
+    source: Source
+    start: int
+    end: int
+
+    @property
+    def line(self) -> int:
+        return self.source.position(self.start)[0]
+
+    @property
+    def column(self) -> int:
+        return self.source.position(self.start)[1]
+
+    def __str__(self) -> str:
+        return f"{self.source.name}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One finding. `label` stands beside the carets, `notes` and `helps` below the source; `related` are further places."""
+
+    code: str
+    message: str
+    span: Span | None = None
+    label: str = ""
+    notes: tuple[str, ...] = ()
+    helps: tuple[str, ...] = ()
+    related: tuple[tuple[Span, str], ...] = ()
+    severity: str = "error"
+
+    def __post_init__(self) -> None:
+        assert self.code in CODES, f"undeclared diagnostic code {self.code!r}"
+
+    def render(self) -> str:
+        """The diagnostic as plain text, in the form of a compiler's."""
+        parts = [f"{self.severity}[{self.code}]: {self.message}"]
+        places = ([(self.span, self.label)] if self.span else []) + list(self.related)
+        parts += [line for span, label in places for line in _excerpt(span, label)]
+        parts += [f"   = {line}" for line in [f"note: {n}" for n in self.notes] + [f"help: {h}" for h in self.helps]]
+        return "\n".join(parts)
+
+    def to_json(self) -> dict:
+        place = {}
+        if self.span:
+            place = {"file": self.span.source.name, "line": self.span.line, "column": self.span.column}
+        return {"severity": self.severity, "code": self.code, "message": self.message, **place,
+                "label": self.label, "notes": list(self.notes), "helps": list(self.helps)}
+
+
+def _excerpt(span: Span, label: str) -> list[str]:
+    line, column = span.source.position(span.start)
+    text = span.source.line(line)
+    width = max(1, min(span.end, span.start + len(text) - column + 1) - span.start)
+    gutter = " " * len(str(line))
+    pad = "".join("\t" if c == "\t" else " " for c in text[: column - 1])
+    return [f"{gutter} --> {span}", f"{gutter}  |", f"{line}  | {text}",
+            f"{gutter}  | {pad}{'^' * width}{' ' + label if label else ''}"]
+
+
+class SurgeryError(Exception):
+    """The one error for a user's mistake: carries every diagnostic of the run in `.diagnostics`."""
+
+    def __init__(self, diagnostics: Iterable[Diagnostic]):
+        self.diagnostics = tuple(diagnostics)
+        super().__init__("\n\n".join(d.render() for d in self.diagnostics))
+
+    def __reduce__(self):
+        return SurgeryError, (self.diagnostics,)
+
+
+def fail(code: str, message: str, span: Span | None = None, **more) -> SurgeryError:
+    """The error of a single diagnostic, to be raised."""
+    return SurgeryError([Diagnostic(code, message, span, **more)])
+
+
+class Collector:
+    """Gathers diagnostics so that one run shows them all."""
+
+    def __init__(self) -> None:
+        self.found: list[Diagnostic] = []
+
+    def error(self, code: str, message: str, span: Span | None = None, **more) -> None:
+        self.add(Diagnostic(code, message, span, **more))
+
+    def warn(self, code: str, message: str, span: Span | None = None, **more) -> None:
+        self.add(Diagnostic(code, message, span, severity="warning", **more))
+
+    def add(self, *diagnostics: Diagnostic) -> None:
+        self.found += [d for d in diagnostics if d not in self.found]
+
+    @property
+    def errors(self) -> list[Diagnostic]:
+        return [d for d in self.found if d.severity == "error"]
+
+    @property
+    def warnings(self) -> list[Diagnostic]:
+        return [d for d in self.found if d.severity == "warning"]
+
+    def raise_errors(self, strict: bool = False) -> None:
+        """Raise everything found if there is an error (under `strict`, a warning is one)."""
+        if self.errors or (strict and self.found):
+            raise SurgeryError(self.found)
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
+    """The choices that a misspelt word most likely meant, best first (empty if none is near)."""
+    return difflib.get_close_matches(word, list(dict.fromkeys(choices)), n=count, cutoff=0.6)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`did you mean `x`?` or an empty string."""
+    found = nearest(word, choices)
+    return f"did you mean `{found[0]}`?" if found else ""

@@ -1,0 +1,363 @@
+"""The tree of a `.surg` file: the one data model behind text, Python and JSON.
+
+Expressions are small frozen dataclasses, which pydantic models hold as their source text in JSON. Statements are strict
+frozen pydantic models. Spans, parentheses and comments (`Trivia`) never count in `==` and never reach JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+from surgery.diagnostics import Span
+
+# ---------------------------------------------------------------------------------------------- expressions
+
+
+@dataclass(frozen=True)
+class Expression:
+    """Base of the expression nodes; `parens` is how many pairs the writer put around it (kept by the formatter)."""
+
+    span: Span | None = field(default=None, compare=False, repr=False, kw_only=True)
+    parens: int = field(default=0, compare=False, repr=False, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Number(Expression):
+    """`8`, `1_024`, `0.05`, `1e-4`, `5%` (0.05). `text` is how it was written."""
+
+    value: int | float
+    text: str = field(default="", compare=False, repr=False)
+
+    def __eq__(self, other: object) -> bool:  # 1 and 1.0 are different literals
+        return type(other) is Number and type(self.value) is type(other.value) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash((type(self.value), self.value))
+
+
+@dataclass(frozen=True)
+class String(Expression):
+    value: str
+
+
+@dataclass(frozen=True)
+class Boolean(Expression):
+    value: bool
+
+
+@dataclass(frozen=True)
+class Name(Expression):
+    id: str
+
+
+@dataclass(frozen=True)
+class Unary(Expression):
+    """`-x`, `not x`."""
+
+    op: str
+    operand: Expression
+
+
+@dataclass(frozen=True)
+class Binary(Expression):
+    """`+ - * / @`, comparisons `< <= > >= == !=`, `and`, `or`."""
+
+    op: str
+    left: Expression
+    right: Expression
+
+
+@dataclass(frozen=True)
+class Transpose(Expression):
+    """`x.T`."""
+
+    operand: Expression
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a call; `name` is None for a positional one. `name_span` is where the name stands."""
+
+    name: str | None
+    value: Expression
+    name_span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Call(Expression):
+    """`f(x, k = y)`; `name_span` is where `f` stands."""
+
+    function: str
+    arguments: tuple[Argument, ...] = ()
+    name_span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class If(Expression):
+    """`if condition then a else b`."""
+
+    condition: Expression
+    then: Expression
+    otherwise: Expression
+
+
+def _as_expression(value: Any) -> Any:
+    """Python and JSON give numbers, booleans, or source text."""
+    if isinstance(value, bool):
+        return Boolean(value)
+    if isinstance(value, (int, float)):
+        return _signed(value)
+    if isinstance(value, str):
+        from surgery.syntax.parser import parse_expression
+
+        return parse_expression(value)
+    return value
+
+
+def _signed(value: int | float) -> Expression:
+    return Unary("-", Number(-value)) if value < 0 else Number(value)
+
+
+def _as_text(value: Expression) -> str:
+    from surgery.syntax.printer import expression_text
+
+    return expression_text(value)
+
+
+def _model_type(python: type, before: Callable, after: Callable) -> Any:
+    return Annotated[python, BeforeValidator(before), PlainSerializer(after), WithJsonSchema({"type": "string"})]
+
+
+Expr = _model_type(Expression, _as_expression, _as_text)
+
+
+def _as_call(value: Any) -> Any:
+    return _as_expression(value) if isinstance(value, str) else value
+
+
+CallExpr = _model_type(Call, _as_call, _as_text)
+
+# ----------------------------------------------------------------------------------------------- statements
+
+
+@dataclass(frozen=True)
+class Trivia:
+    """What the formatter must keep: whole-line comments above, one at the end of the line, those at the end of a block,
+    and whether a blank line stood before."""
+
+    above: tuple[str, ...] = ()
+    beside: str = ""
+    inside: tuple[str, ...] = ()
+    blank: bool = False
+
+
+class Node(BaseModel):
+    """A statement: strict, frozen, compared without its place and comments."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+    span: Span | None = Field(default=None, exclude=True, repr=False)
+    name_span: Span | None = Field(default=None, exclude=True, repr=False)
+    trivia: Trivia = Field(default=Trivia(), exclude=True, repr=False)
+
+    def _meaning(self) -> tuple:
+        return tuple(getattr(self, f) for f, info in type(self).model_fields.items() if not info.exclude)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._meaning() == other._meaning()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._meaning()))
+
+    @property
+    def doc(self) -> str:
+        """The comment block directly above the declaration, without its `#`s."""
+        return "\n".join(line.lstrip("#").strip() for line in self.trivia.above)
+
+
+class Parameter(Node):
+    """A formal parameter: `rank: int = 8`."""
+
+    name: str
+    type: Literal["int", "float", "bool", "str"]
+    default: Expr | None = None
+
+
+class Check(Node):
+    """`check rank >= 1`."""
+
+    condition: Expr
+
+
+class Use(Node):
+    """`use "file.surg"`."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A glob as written in a spec."""
+
+    text: str
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The name of a `select`, used in place of a pattern."""
+
+    name: str
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+def _as_selector(value: Any) -> Any:
+    if isinstance(value, str):
+        return Pattern(value)
+    if isinstance(value, dict) and set(value) == {"select"}:
+        return Reference(value["select"])
+    return value
+
+
+def _selector_json(value: Pattern | Reference) -> Any:
+    return value.text if isinstance(value, Pattern) else {"select": value.name}
+
+
+Selector = Annotated[Union[Pattern, Reference], BeforeValidator(_as_selector), PlainSerializer(_selector_json),
+                     WithJsonSchema({"anyOf": [{"type": "string"},
+                                               {"type": "object", "properties": {"select": {"type": "string"}}}]})]
+Selectors = Annotated[tuple[Selector, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+def many(kind: Any) -> Any:
+    """A tuple field that takes a list too (JSON and Python users write lists)."""
+    return Annotated[tuple[kind, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+class Select(Node):
+    """`select attention = "...", "..."`."""
+
+    name: str
+    patterns: Selectors
+
+
+class Param(Node):
+    """`[frozen] [shared] param NAME[dims] = init` or `~ draw`."""
+
+    what: Literal["param"] = "param"
+    name: str
+    dims: many(Expr) = ()
+    init: Expr | None = None
+    draw: CallExpr | None = None
+    frozen: bool = False
+    shared: bool = False
+
+
+class Let(Node):
+    """`let NAME = value`."""
+
+    what: Literal["let"] = "let"
+    name: str
+    value: Expr
+
+
+class Definition(Node):
+    """A transform (`on` its dimension's name) or an update, with its body and the expression that it returns.
+
+    `claims_spans` are the places of the claims, in order.
+    """
+
+    kind: Literal["transform", "update"]
+    name: str
+    params: many(Parameter) = ()
+    dim: str | None = None
+    claims: many(str) = ()
+    checks: many(Check) = ()
+    body: many(Annotated[Union[Param, Let], Field(discriminator="what")]) = ()
+    result: Expr
+    result_trivia: Trivia = Field(default=Trivia(), exclude=True, repr=False)
+    claims_spans: tuple[Span, ...] = Field(default=(), exclude=True, repr=False)
+
+
+class Step(Node):
+    """One line of a target: `pre diagonal() on out with bias`, `add low_rank(rank) dropout(p)`, `post orthogonal()`."""
+
+    placement: Literal["pre", "add", "post"]
+    call: CallExpr
+    side: Literal["out", "in"] = "out"
+    bias: bool = False
+    dropout: Expr | None = None
+
+
+def _step(placement: str, definition: str, on: str, with_bias: bool, dropout: Any, arguments: dict) -> Step:
+    call = Call(definition, tuple(Argument(k, _as_expression(v)) for k, v in arguments.items()))
+    return Step(placement=placement, call=call, side=on, bias=with_bias, dropout=dropout)
+
+
+def pre(definition: str, /, *, on: str = "out", with_bias: bool = False, **arguments: Any) -> Step:
+    """`pre definition(arguments) on SIDE [with bias]`. A string argument is an expression: `rank="2 * rank"`."""
+    return _step("pre", definition, on, with_bias, None, arguments)
+
+
+def post(definition: str, /, *, on: str = "out", with_bias: bool = False, **arguments: Any) -> Step:
+    """`post definition(arguments) on SIDE [with bias]`."""
+    return _step("post", definition, on, with_bias, None, arguments)
+
+
+def add(definition: str, /, *, dropout: Any = None, **arguments: Any) -> Step:
+    """`add definition(arguments) [dropout(p)]`."""
+    return _step("add", definition, "out", False, dropout, arguments)
+
+
+class Target(Node):
+    """`[override] target [KIND [in CLASS]] selectors [except selectors] [shifted] [untie] { steps }`.
+
+    In Python: `Target("**.q_proj", pre("diagonal"), add("low_rank", rank=8), kind="linear")`.
+    No selector at all means every module of the kind (the output head left out).
+    """
+
+    kind: Literal["linear", "conv", "embedding", "any"] = "any"
+    ancestor: str | None = None
+    selectors: Selectors = ()
+    exclude: Selectors = ()
+    override: bool = False
+    shifted: bool = False
+    untie: bool = False
+    steps: many(Step) = ()
+
+    def __init__(self, *parts: str | Pattern | Reference | Step, **fields: Any):
+        steps = tuple(p for p in parts if isinstance(p, Step))
+        selectors = tuple(p for p in parts if not isinstance(p, Step))
+        super().__init__(**({"selectors": selectors} if selectors else {}), **({"steps": steps} if steps else {}), **fields)
+
+
+class Train(Node):
+    """`train "**.norm.weight"`: parameters to unfreeze, by name."""
+
+    patterns: Selectors
+
+
+class Spec(Node):
+    """A whole file: its signature, its definitions and what it does to a model. `name` is None for a library file."""
+
+    name: str | None = None
+    params: many(Parameter) = ()
+    uses: many(Use) = ()
+    checks: many(Check) = ()
+    selects: many(Select) = ()
+    definitions: many(Definition) = ()
+    targets: many(Target) = ()
+    train: many(Train) = ()
+
+    def __init__(self, name: str | None = None, **fields: Any):
+        super().__init__(name=name, **fields)
+
+    def to_surg(self) -> str:
+        """The spec as formatted `.surg` text; `parse` of it gives an equal spec."""
+        from surgery.syntax.printer import spec_text
+
+        return spec_text(self)
