@@ -1,0 +1,185 @@
+"""Sites: the places of a model that a spec can take, and those that it cannot with the reason.
+
+Takes a model (on any device, meta too), gives a `Survey`. A site is one weight: the `weight` of a layer, or one fused
+parameter of a stack of experts, then named after the parameter. Promises: module order, and one site for a module object
+that stands at several names. Nothing is changed or copied.
+
+The head is the output embedding (`get_output_embeddings()`), whatever stands beside the base model of a task model
+(`classifier`, `score`, `qa_outputs`, with their inner layers), and, in a `...For...` model without a base model of its
+own, the linear layers directly below its root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
+
+from torch import nn
+
+from surgery.layout import Layout, refusal, weights
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One weight that a spec can condition. `out`, `in_`: its shape as a matrix; `stack`: how many such matrices, or None.
+
+    `layer` is the index in the model's list of layers (its outermost list), `depth` is that from 0 to 1; None without one.
+    `ancestors` are the class names above it (their base classes too), `aliases` its further names.
+    """
+
+    name: str
+    module: nn.Module = field(repr=False)
+    layout: Layout = field(repr=False)
+    parameter: str
+    out: int
+    in_: int
+    stack: int | None
+    kind: str
+    layer: int | None
+    depth: float | None
+    ancestors: tuple[str, ...] = field(repr=False)
+    is_head: bool
+    aliases: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, as the module stores it."""
+        return getattr(self.module, self.parameter)
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the parameter in the model."""
+        return self.name if self.stack is not None else f"{self.name}.{self.parameter}".lstrip(".")
+
+
+@dataclass(frozen=True, eq=False)
+class Refused:
+    """A module with parameters that no spec can take. `kind` is empty for a class without a layout; `matrix` says whether
+    it holds a weight of two or more dimensions (a norm does not)."""
+
+    name: str
+    module: nn.Module = field(repr=False)
+    kind: str
+    reason: str
+    matrix: bool
+    ancestors: tuple[str, ...] = field(repr=False)
+
+
+class Survey:
+    """What a model holds: `modules` by every name, the `sites`, the `refused`, and how many children each module has."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.counts: Mapping[str, int] = {name: len(m._modules) for name, m in self.modules.items() if m._modules}
+
+    @cached_property
+    def names(self) -> dict[int, list[str]]:
+        """All the names of each module object, by its id, in module order."""
+        found: dict[int, list[str]] = {}
+        for name, module in self.modules.items():
+            found.setdefault(id(module), []).append(name)
+        return found
+
+    @cached_property
+    def heads(self) -> frozenset[int]:
+        """The ids of the modules of the output head."""
+        return frozenset(id(inner) for head in _heads(self.model) for inner in head.modules())
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(s for found in self._entries for s in found if isinstance(s, Site))
+
+    @cached_property
+    def refused(self) -> tuple[Refused, ...]:
+        return tuple(r for found in self._entries for r in found if isinstance(r, Refused))
+
+    @cached_property
+    def _entries(self) -> list[list[Site | Refused]]:
+        return [list(self._entry(names)) for names in self.names.values()]
+
+    def _entry(self, names: list[str]) -> Iterator[Site | Refused]:
+        module = self.modules[names[0]]
+        reason = refusal(module, self._parent(names[0]))
+        if weights(module) and not reason:
+            yield from self._sites(module, names)
+        elif reason or any(p is not None for p in module._parameters.values()):
+            yield self._refused(module, names[0], reason)
+
+    def _sites(self, module: nn.Module, names: list[str]) -> Iterator[Site]:
+        for layout, parameter, stack in weights(module):
+            spelt = names if stack is None else [f"{name}.{parameter}".lstrip(".") for name in names]
+            layer, count = self._layer(spelt[0])
+            yield Site(
+                spelt[0], module, layout, parameter, *layout.shape(module, parameter), stack, layout.kind,
+                layer, layer / max(count - 1, 1) if layer is not None else None,
+                self._ancestors(spelt[0]), id(module) in self.heads, tuple(spelt[1:]))
+
+    def _refused(self, module: nn.Module, name: str, reason: str) -> Refused:
+        found = weights(module)
+        matrix = bool(found) or any(p.ndim > 1 for p in module.parameters(recurse=False))
+        return Refused(name, module, found[0].layout.kind if found else "", reason or _foreign(module, matrix), matrix,
+                       self._ancestors(name))
+
+    def _above(self, name: str) -> list[str]:
+        """The names of the modules that hold this one, outermost first."""
+        parts = name.split(".") if name else []
+        return [".".join(parts[:i]) for i in range(len(parts))]
+
+    def _parent(self, name: str) -> nn.Module | None:
+        above = self._above(name)
+        return self.modules[above[-1]] if above else None
+
+    def _ancestors(self, name: str) -> tuple[str, ...]:
+        found = [_class_names(self.modules[above]) for above in self._above(name)]
+        return tuple(dict.fromkeys(c for names in found for c in names))
+
+    def _layer(self, name: str) -> tuple[int | None, int]:
+        """The index in the outermost ModuleList (or else the outermost Sequential) and how long that list is."""
+        steps = [(self.modules[above], name[len(above):].lstrip(".").split(".")[0]) for above in self._above(name)]
+        for kind in (nn.ModuleList, nn.Sequential):
+            for module, step in steps:
+                if isinstance(module, kind) and step.isdecimal():
+                    return int(step), len(module)
+        return None, 0
+
+
+def sites(model: nn.Module) -> tuple[Site, ...]:
+    """The sites of a model in module order."""
+    return Survey(model).sites
+
+
+def unsupported(model: nn.Module) -> dict[str, str]:
+    """The modules with parameters that no spec can take, and why."""
+    return {r.name: r.reason for r in Survey(model).refused}
+
+
+def _class_names(module: nn.Module) -> list[str]:
+    return [c.__name__ for c in takewhile(lambda c: c is not nn.Module, type(module).__mro__)]
+
+
+def _foreign(module: nn.Module, matrix: bool) -> str:
+    held = ", ".join(name for name, _ in module.named_parameters(recurse=False))
+    what = "is not a linear layer, a convolution or an embedding" if matrix else "has no weight matrix"
+    return f"{type(module).__name__} {what} (it holds {held})"
+
+
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    output = _output_embedding(model)
+    if output is not None:
+        yield output
+    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if isinstance(base, nn.Module) and base is not model:
+        yield from (child for child in model.children() if child is not base)
+    elif "For" in type(model).__name__:
+        yield from (child for child in model.children() if isinstance(child, nn.Linear))
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    ask = getattr(model, "get_output_embeddings", None)
+    try:
+        return ask() if ask else None
+    except (NotImplementedError, AttributeError):
+        return None
