@@ -1,0 +1,109 @@
+"""The compiler, front to back: a spec and a model in, the formula of each operated module out.
+
+    text -> spec -> library -> values -> selection -> formulas
+
+Takes a model (on any device, meta included) and a spec; gives a `Plan`. Promises: the model is only read; every mistake of
+the spec against this model is reported in one error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch.nn as nn
+
+from surgery.diagnostics import Collector, Diagnostic
+from surgery.expr.elaborate import Context, elaborate
+from surgery.expr.ir import Formula, Leaf
+from surgery.expr.lint import lint, names_in, spec_values
+from surgery.select import Selection, select
+from surgery.sites import Site
+from surgery.spec import library
+from surgery.syntax.tree import Spec, Target
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One operated weight: where it is, which target took it, and what W' is."""
+
+    site: Site
+    target: Target
+    formula: Formula
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers this module's adapter trains (a shared tensor counted in each)."""
+        return sum(self.count(leaf) for leaf in self.formula.leaves if not leaf.frozen)
+
+    def count(self, leaf: Leaf) -> int:
+        return prod(leaf.shape) * (self.site.stack if self.site.stack and leaf.group is None else 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a spec does to a model: the operated weights in module order, what is unfrozen, what was left out."""
+
+    spec: Spec
+    placed: tuple[Placed, ...]
+    selection: Selection
+    warnings: tuple[Diagnostic, ...]
+
+    @property
+    def train(self) -> tuple[str, ...]:
+        return self.selection.train
+
+    @cached_property
+    def trainable(self) -> int:
+        """The number of adapter parameters that are trained, shared tensors counted once."""
+        own = sum(p.count(leaf) for p in self.placed for leaf in p.formula.leaves if not leaf.frozen and leaf.group is None)
+        return own + sum(prod(shape) for _, shape in {(leaf.group, leaf.shape) for p in self.placed
+                                                      for leaf in p.formula.leaves if leaf.group and not leaf.frozen})
+
+
+def compile(model: nn.Module, spec: Spec, strict: bool = False) -> Plan:
+    """The plan of `spec` on `model`. Raises: SurgeryError with all that is wrong; under `strict`, warnings too."""
+    scope = library(spec)
+    report = Collector()
+    values = spec_values(spec, report)
+    report.add(*lint(spec, scope))
+    report.raise_errors()
+    selection = select(model, spec, scope.selects)
+    report.add(*selection.warnings)
+    formulas = _Formulas(spec, scope, values, report)
+    placed = [(site, target, formulas.of(site, index, target)) for site, index, target in selection.targets.values()]
+    report.raise_errors(strict)
+    return Plan(spec, tuple(Placed(*row) for row in placed), selection, tuple(report.warnings))
+
+
+class _Formulas:
+    """Elaborates each target once per distinct shape (and position, where the target asks for it)."""
+
+    def __init__(self, spec: Spec, scope: Any, values: Mapping[str, Any], report: Collector):
+        self.scope, self.values, self.report = scope, values, report
+        self.known: dict[tuple, Formula | None] = {}
+
+    def of(self, site: Site, index: int, target: Target) -> Formula | None:
+        place = {"layer": site.layer, "depth": site.depth} if names_in(target) & {"layer", "depth"} else {}
+        key = (index, site.out, site.in_, *place.values())
+        if key not in self.known:
+            self.known[key] = self._elaborate(site, index, target, place)
+        return self.known[key]
+
+    def _elaborate(self, site: Site, index: int, target: Target, place: dict[str, Any]) -> Formula | None:
+        local = Collector()
+        known = {name: value for name, value in place.items() if value is not None}
+        context = Context(self.scope, {**self.values, **known}, str(index))
+        formula = elaborate(target, context, site.out, site.in_, local)
+        where = f"for {site.name} [{site.out}, {site.in_}]"
+        self.report.add(*(_noted(d, where) for d in local.found))
+        return formula
+
+
+def _noted(diagnostic: Diagnostic, note: str) -> Diagnostic:
+    from dataclasses import replace
+
+    return replace(diagnostic, notes=(*diagnostic.notes, note))

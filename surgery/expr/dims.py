@@ -1,0 +1,115 @@
+"""Symbolic sizes: polynomials with exact rational coefficients over named dimensions, in one canonical form.
+
+Gives `Dim`, closed under `+ - * /`, so that `n / block * block` is `n` before any model is known. A constant result is a
+plain `int` or `Fraction`. What a polynomial cannot express (`min(out, in)`, an undecided `if`) becomes an opaque symbol
+named by its text, equal to itself alone.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Union
+
+Number = Union[int, Fraction, float]
+Monomial = tuple[tuple[str, int], ...]
+
+
+class Dim:
+    """A sum of monomials; build with `symbol`, combine with operators."""
+
+    __slots__ = ("terms",)
+
+    def __init__(self, terms: dict[Monomial, Fraction]):
+        self.terms = tuple(sorted((m, c) for m, c in terms.items() if c))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dim) and self.terms == other.terms
+
+    def __hash__(self) -> int:
+        return hash(self.terms)
+
+    def __add__(self, other: Size) -> Size:
+        return _collect([*_terms(self), *_terms(other)])
+
+    def __mul__(self, other: Size) -> Size:
+        return _collect([(_times(m, k), a * b) for m, a in _terms(self) for k, b in _terms(other)])
+
+    def __neg__(self) -> Size:
+        return self * -1
+
+    def __sub__(self, other: Size) -> Size:
+        return self + (-1 * other)
+
+    def __rsub__(self, other: Size) -> Size:
+        return -self + other
+
+    def __truediv__(self, other: Size) -> Size:
+        return self * _reciprocal(other)
+
+    def __rtruediv__(self, other: Size) -> Size:
+        return _reciprocal(self) * other
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def symbols(self) -> set[str]:
+        return {name for monomial, _ in self.terms for name, _ in monomial}
+
+    def __str__(self) -> str:
+        return " + ".join(_monomial_text(m, c) for m, c in reversed(self.terms)).replace("+ -", "- ")
+
+    __repr__ = __str__
+
+
+Size = Union[int, Fraction, Dim]
+
+
+def symbol(name: str) -> Dim:
+    """The unknown called `name`."""
+    return Dim({((name, 1),): Fraction(1)})
+
+
+def divide(a: Number | Dim, b: Number | Dim) -> Number | Dim:
+    """a / b, exact unless a float takes part. Raises: ZeroDivisionError."""
+    exact = isinstance(a, (int, Fraction)) and isinstance(b, (int, Fraction))
+    return tidy(Fraction(a) / Fraction(b)) if exact else a / b
+
+
+def tidy(value: Number | Dim) -> Number | Dim:
+    """A whole Fraction as an int, anything else as it is."""
+    return int(value) if isinstance(value, Fraction) and value.denominator == 1 else value
+
+
+def _terms(value: Size | float) -> tuple:
+    return value.terms if isinstance(value, Dim) else (((), Fraction(value)),)
+
+
+def _collect(terms: list[tuple[Monomial, Fraction]]) -> Size:
+    total: dict[Monomial, Fraction] = {}
+    for monomial, coefficient in terms:
+        total[monomial] = total.get(monomial, Fraction(0)) + coefficient
+    total = {m: c for m, c in total.items() if c}
+    return tidy(total.get((), Fraction(0))) if set(total) <= {()} else Dim(total)
+
+
+def _times(a: Monomial, b: Monomial) -> Monomial:
+    powers = dict(a)
+    for name, power in b:
+        powers[name] = powers.get(name, 0) + power
+    return tuple(sorted((n, p) for n, p in powers.items() if p))
+
+
+def _reciprocal(value: Size | float) -> Size:
+    if not isinstance(value, Dim):
+        return 1 / Fraction(value)
+    if len(value.terms) > 1:  # 1 / (a + b) is opaque
+        return Dim({((f"({value})", -1),): Fraction(1)})
+    ((monomial, coefficient),) = value.terms
+    return Dim({tuple((n, -p) for n, p in monomial): 1 / coefficient})
+
+
+def _monomial_text(monomial: Monomial, coefficient: Fraction) -> str:
+    over = [n if p == 1 else f"{n}^{p}" for n, p in monomial if p > 0]
+    under = [n if p == -1 else f"{n}^{-p}" for n, p in monomial if p < 0]
+    number = "" if abs(coefficient) == 1 and over else str(abs(coefficient))
+    text = " ".join(([number] if number else []) + over)
+    return ("-" if coefficient < 0 else "") + text + "".join(f" / {n}" for n in under)

@@ -1,0 +1,45 @@
+"""The dense meaning of an expression: the oracle that every fast path is compared with.
+
+Takes an expression and the tensors of its leaves (`weight`, `bias`, `param`); gives its value as a tensor with a gradient.
+Promises: nothing is approximated, each distinct node is computed once, any device, any float dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from surgery.expr.ir import Expr, walk
+from surgery.expr.primitives import PRIMITIVES
+
+Leaves = Mapping[str, torch.Tensor]
+
+
+def dense(expr: Expr, leaves: Leaves) -> torch.Tensor:
+    """The value of `expr`. `leaves` maps "weight", "bias" and each parameter's key to its tensor.
+
+    The weight's dtype and device decide those of constants and identities.
+    """
+    like = leaves["weight"]
+    values: dict[int, torch.Tensor | float] = {}
+    for node in walk(expr):
+        values[id(node)] = _value(node, [values[id(a)] for a in node.args], leaves, like)
+    result = values[id(expr)]
+    return result if isinstance(result, torch.Tensor) else like.new_tensor(result)
+
+
+def _value(node: Expr, args: list, leaves: Leaves, like: torch.Tensor) -> torch.Tensor | float:
+    if node.op == "param":
+        return leaves[node.data]
+    if node.op in ("weight", "bias"):
+        return leaves[node.op]
+    if node.op == "const":
+        return float(node.data)
+    if node.op == "eye":
+        return torch.eye(node.shape[0], dtype=like.dtype, device=like.device)
+    if node.op == "drop":  # in the weight there is nothing to drop: it acts on an update's input
+        return args[0]
+    if all(isinstance(a, float) for a in args):
+        args = [like.new_tensor(a) for a in args]
+    return PRIMITIVES[node.op].dense(*args)

@@ -1,0 +1,115 @@
+"""The one expression node that every later stage works on.
+
+An `Expr` is an operation of the primitive table on other expressions, with its shape. Equal expressions are the same
+object, so that a shared part is computed once and `is` compares formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+from surgery.diagnostics import Span
+from surgery.expr.dims import Size
+
+Shape = tuple[Size, ...]
+_interned: WeakValueDictionary[tuple, Expr] = WeakValueDictionary()
+
+
+class Expr:
+    """`op` of the primitive table, its `args`, what else identifies it (`data`: a name, a number), its `shape`."""
+
+    __slots__ = ("op", "args", "data", "shape", "__weakref__")
+    op: str
+    args: tuple[Expr, ...]
+    data: Any
+    shape: Shape
+
+    def __new__(cls, op: str, args: tuple[Expr, ...] = (), data: Any = None, shape: Shape = ()) -> Expr:
+        key = (op, tuple(map(id, args)), type(data), data, shape)
+        found = _interned.get(key)
+        if found is None:
+            found = object.__new__(cls)
+            found.op, found.args, found.data, found.shape = op, args, data, shape
+            _interned[key] = found
+        return found
+
+    def __reduce__(self) -> tuple:
+        return Expr, (self.op, self.args, self.data, self.shape)
+
+    def __deepcopy__(self, memo: dict) -> Expr:
+        return self
+
+    def __repr__(self) -> str:
+        inside = ", ".join([*map(repr, self.args), *([] if self.data is None else [repr(self.data)])])
+        return f"{self.op}({inside})"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A distribution and its arguments, e.g. `kaiming_uniform(a = 2.2)`."""
+
+    distribution: str
+    arguments: tuple[tuple[str, float | str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter of an adapter: its key (`post_magnitude.m`), shape and start.
+
+    `init` is an expression over the weight and earlier leaves; otherwise `draw` says how it is drawn. `group` is the same
+    for every module of a target that shares the tensor (with equal shapes), and None when it is the module's own.
+    """
+
+    key: str
+    shape: Shape
+    init: Expr | None
+    draw: Draw | None
+    frozen: bool = False
+    group: str | None = None
+    span: Span | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`expr` is said to have the property `name`, at `span` in the definition `owner`."""
+
+    name: str
+    expr: Expr
+    owner: str
+    span: Span | None = None
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What a target makes of one module: W' and b' over the leaves, which are in order of evaluation."""
+
+    weight: Expr
+    bias: Expr
+    leaves: tuple[Leaf, ...]
+    claims: tuple[Claim, ...] = ()
+
+
+def walk(expr: Expr) -> Iterator[Expr]:
+    """Every distinct node below and including `expr`, arguments first."""
+    seen: set[int] = set()
+    stack = [(expr, False)]
+    while stack:
+        node, ready = stack.pop()
+        if id(node) in seen:
+            continue
+        if ready:
+            seen.add(id(node))
+            yield node
+        else:
+            stack += [(node, True), *((a, False) for a in reversed(node.args))]
+
+
+def rebuild(expr: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr]) -> Expr:
+    """The expression with `change(node, new arguments)` in place of each node, arguments first."""
+    done: dict[int, Expr] = {}
+    for node in walk(expr):
+        done[id(node)] = change(node, tuple(done[id(a)] for a in node.args))
+    return done[id(expr)]

@@ -1,0 +1,198 @@
+"""The table of primitives: for each its arity, shape rule and dense meaning, in one row.
+
+Shape rules work on symbolic sizes and raise `ShapeError`; dense meanings take and give torch tensors (torch is imported
+when one runs, so that checking a text needs none). Elementwise rows broadcast scalars alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.expr.ir import Expr, Shape
+
+
+class ShapeError(Exception):
+    """Shapes that a primitive cannot take; the message says why."""
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """`shape(*shapes)` gives the result's shape; `dense(*tensors)` its value; `doc` is its one line of maths."""
+
+    name: str
+    arity: int
+    shape: Callable[..., Shape]
+    dense: Callable[..., Any]
+    doc: str
+
+
+def shape_text(shape: Shape) -> str:
+    return f"[{', '.join(map(str, shape))}]" if shape else "a scalar"
+
+
+# ---------------------------------------------------------------------------------------------- shape rules
+
+
+def _same(a: Shape) -> Shape:
+    return a
+
+
+def _elementwise(a: Shape, b: Shape) -> Shape:
+    if a != b and a and b:
+        raise ShapeError(f"{shape_text(a)} and {shape_text(b)} do not agree (only scalars broadcast)")
+    return a or b
+
+
+def _product(a: Shape, b: Shape) -> Shape:
+    if not a or not b:
+        raise ShapeError(f"`@` needs matrices, not {shape_text(a)} and {shape_text(b)}; use `*` to scale")
+    inner_a, inner_b = a[-1], b[-2] if len(b) > 1 else b[0]
+    if inner_a != inner_b:
+        raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the inner dimensions {inner_a} and {inner_b} differ")
+    stack_a, stack_b = a[:-2], b[:-2]
+    if stack_a and stack_b and stack_a != stack_b:
+        raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the stacks {shape_text(stack_a)} and {shape_text(stack_b)} differ")
+    return (stack_a or stack_b) + a[-2:-1] * (len(a) > 1) + b[-1:] * (len(b) > 1)
+
+
+def _ranked(least: int, what: str) -> Callable[[Shape], Shape]:
+    def rule(a: Shape) -> Shape:
+        if len(a) < least:
+            raise ShapeError(f"needs {what}, not {shape_text(a)}")
+        return a
+
+    return rule
+
+
+_matrix, _vector = _ranked(2, "a matrix or a stack of them"), _ranked(1, "a vector or a stack of them")
+
+
+def _square(a: Shape) -> Shape:
+    if _matrix(a)[-1] != a[-2]:
+        raise ShapeError(f"needs square matrices, not {shape_text(a)}")
+    return a
+
+
+def _exactly(rank: int, what: str, a: Shape) -> Shape:
+    if len(a) != rank:
+        raise ShapeError(f"needs {what}, not {shape_text(a)}")
+    return a
+
+
+def _block_diag_shape(a: Shape) -> Shape:
+    blocks, rows, columns = _exactly(3, "a stack of blocks [b, k, k]", a)
+    return (blocks * rows, blocks * columns)
+
+
+def _kron_shape(a: Shape, b: Shape) -> Shape:
+    (m, n), (p, q) = _exactly(2, "two matrices", a), _exactly(2, "two matrices", b)
+    return (m * p, n * q)
+
+
+def _reflect_shape(a: Shape) -> Shape:
+    rows = _exactly(2, "a matrix whose columns are the mirrors", a)[0]
+    return (rows, rows)
+
+
+# ------------------------------------------------------------------------------------------- dense meanings
+
+
+def _eye_like(matrix: Any) -> Any:
+    import torch
+
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+def _cayley(k: Any) -> Any:
+    import torch
+
+    one = _eye_like(k)
+    return torch.linalg.solve(one - k / 2, one + k / 2)
+
+
+def _expm(k: Any) -> Any:
+    import torch
+
+    return torch.linalg.matrix_exp(k)
+
+
+def _reflect(u: Any) -> Any:
+    product = u.new_ones(u.shape[0]).diag_embed()
+    for column in u.unbind(dim=1):
+        product = product - (product @ column[:, None]) * (2 * column / (column @ column))
+    return product
+
+
+def _block_diag(blocks: Any) -> Any:
+    import torch
+
+    return torch.block_diag(*blocks.unbind(0))
+
+
+def _kron(a: Any, b: Any) -> Any:
+    import torch
+
+    return torch.kron(a, b)
+
+
+def _extreme(name: str) -> Callable[[Any, Any], Any]:
+    def choose(a: Any, b: Any) -> Any:
+        import torch
+
+        like = a if isinstance(a, torch.Tensor) else b
+        both = (x if isinstance(x, torch.Tensor) else torch.full_like(like, x) for x in (a, b))
+        return getattr(torch, name)(*both)
+
+    return choose
+
+
+_ROWS = [
+    Primitive("neg", 1, _same, lambda a: -a, "-a"),
+    Primitive("add", 2, _elementwise, lambda a, b: a + b, "a + b"),
+    Primitive("sub", 2, _elementwise, lambda a, b: a - b, "a - b"),
+    Primitive("mul", 2, _elementwise, lambda a, b: a * b, "a * b, entry by entry"),
+    Primitive("div", 2, _elementwise, lambda a, b: a / b, "a / b, entry by entry"),
+    Primitive("min", 2, _elementwise, _extreme("minimum"), "the smaller of each pair of entries"),
+    Primitive("max", 2, _elementwise, _extreme("maximum"), "the larger of each pair of entries"),
+    Primitive("exp", 1, _same, lambda a: a.exp(), "e^a, entry by entry"),
+    Primitive("sqrt", 1, _same, lambda a: a.sqrt(), "√a, entry by entry"),
+    Primitive("abs", 1, _same, lambda a: a.abs(), "|a|, entry by entry"),
+    Primitive("sigmoid", 1, _same, lambda a: a.sigmoid(), "1 / (1 + e^-a), entry by entry"),
+    Primitive("tanh", 1, _same, lambda a: a.tanh(), "tanh a, entry by entry"),
+    Primitive("detach", 1, _same, lambda a: a.detach(), "a, through which no gradient flows"),
+    Primitive("norm", 1, lambda a: (), lambda a: a.norm(), "√Σ a², the Frobenius norm"),
+    Primitive("row_norm", 1, lambda a: _matrix(a)[:-1], lambda a: a.norm(dim=-1), "the norm of each row: [m, n] -> [m]"),
+    Primitive("col_norm", 1, lambda a: _matrix(a)[:-2] + a[-1:], lambda a: a.norm(dim=-2),
+              "the norm of each column: [m, n] -> [n]"),
+    Primitive("matmul", 2, _product, lambda a, b: a @ b, "a @ b, the matrix product"),
+    Primitive("T", 1, lambda a: _matrix(a)[:-2] + (a[-1], a[-2]), lambda a: a.mT, "aᵀ, of the last two axes"),
+    Primitive("diag", 1, lambda a: _vector(a) + a[-1:], lambda a: a.diag_embed(), "the diagonal matrix of a vector"),
+    Primitive("block_diag", 1, _block_diag_shape, _block_diag, "a stack [b, k, k] along the diagonal of [b k, b k]"),
+    Primitive("kron", 2, _kron_shape, _kron, "a ⊗ b, the Kronecker product"),
+    Primitive("skew", 1, _square, lambda a: a - a.mT, "a - aᵀ"),
+    Primitive("cayley", 1, _square, _cayley, "(I - a/2)⁻¹ (I + a/2), orthogonal when a is skew"),
+    Primitive("expm", 1, _square, _expm, "e^a of a matrix, orthogonal when a is skew"),
+    Primitive("reflect", 1, _reflect_shape, _reflect, "Π (I - 2 u uᵀ / uᵀu) over the columns u, first column leftmost"),
+]
+PRIMITIVES: dict[str, Primitive] = {row.name: row for row in _ROWS}
+
+# What a spec may call; the rest are operators.
+OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "@": "matmul"}
+FUNCTIONS = frozenset(PRIMITIVES) - set(OPERATORS.values()) - {"neg", "T"} | {"I"}
+
+
+def make(op: str, *args: Expr) -> Expr:
+    """The node of a primitive on its arguments. Raises: ShapeError."""
+    return Expr(op, args, None, PRIMITIVES[op].shape(*(a.shape for a in args)))
+
+
+def constant(value: Any) -> Expr:
+    """A scalar known at compile time."""
+    return Expr("const", (), value, ())
+
+
+def eye(n: Any) -> Expr:
+    """The identity matrix [n, n]."""
+    return Expr("eye", (), None, (n, n))

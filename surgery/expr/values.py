@@ -1,0 +1,201 @@
+"""From an expression's text to its value: a compile-time value or an `Expr` with a shape.
+
+Takes the tree of an expression and a scope of names; gives a number, text, truth value, symbolic size or tensor expression.
+Promises: a mistake is a diagnostic at its place; an undecided condition (a size not known yet) is never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from surgery.diagnostics import Span, SurgeryError, did_you_mean, fail
+from surgery.expr import dims
+from surgery.expr.dims import Dim
+from surgery.expr.ir import Expr
+from surgery.expr.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, shape_text
+from surgery.syntax import tree
+from surgery.syntax.printer import expression_text
+
+UNDECIDED = object()  # a truth value that depends on a size not known yet
+POISON = object()  # the value of a name whose own statement failed and was reported
+NUMBERS = (int, Fraction, float, Dim)
+
+
+class Poisoned(Exception):
+    """A value rests on a name that was already reported; nothing more to say."""
+
+
+_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": dims.divide}
+_ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_SCALAR = {"sqrt": math.sqrt, "exp": math.exp, "abs": abs, "tanh": math.tanh, "min": min, "max": max,
+           "sigmoid": lambda x: 1 / (1 + math.exp(-x))}
+
+
+def describe(value: Any) -> str:
+    """What a value is, in words for a message."""
+    if isinstance(value, Expr):
+        return f"a tensor {shape_text(value.shape)}" if value.shape else "a scalar tensor"
+    names = {bool: "bool", int: "int", Fraction: "float", float: "float", str: "str", Dim: "size"}
+    return f"{names.get(type(value), 'undecided')} `{_text(value)}`" if value is not UNDECIDED else "undecided"
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
+    """The value of `node` where `names` are in scope. Raises: SurgeryError, Poisoned."""
+    try:
+        return _RULES[type(node)](node, names)
+    except ShapeError as error:
+        raise fail("shape-mismatch", str(error), node.span, notes=_where(node)) from None
+    except ZeroDivisionError:
+        raise fail("bad-value", f"`{expression_text(node)}` divides by zero", node.span) from None
+    except (OverflowError, ValueError) as error:
+        raise fail("bad-value", f"`{expression_text(node)}` has no value: {error}", node.span) from None
+
+
+def _where(node: tree.Expression) -> tuple[str, ...]:
+    return () if node.span else (f"in `{expression_text(node)}`",)
+
+
+def _name(node: tree.Name, names: Mapping[str, Any]) -> Any:
+    if node.id not in names:
+        raise unknown("unknown-name", "name", node.id, names, node.span)
+    if names[node.id] is POISON:
+        raise Poisoned
+    return names[node.id]
+
+
+def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | None) -> SurgeryError:
+    """The error for a name that is not among the known ones."""
+    known = sorted(known)
+    return fail(code, f"unknown {what} `{name}`", span, label=did_you_mean(name, known),
+                notes=(f"known here: {', '.join(known)}",) if known else ())
+
+
+def _unary(node: tree.Unary, names: Mapping[str, Any]) -> Any:
+    value = evaluate(node.operand, names)
+    if node.op == "not":
+        return value if value is UNDECIDED else not _truth(value, node.operand)
+    _numeric(value, node.operand)
+    return make("neg", value) if isinstance(value, Expr) else -value
+
+
+def _binary(node: tree.Binary, names: Mapping[str, Any]) -> Any:
+    left, right = evaluate(node.left, names), evaluate(node.right, names)
+    if node.op in ("and", "or"):
+        return _logic(node, left, right)
+    if node.op in _ORDER or node.op in ("==", "!="):
+        return _compare(node, left, right)
+    _numeric(left, node.left), _numeric(right, node.right)
+    if isinstance(left, Expr) or isinstance(right, Expr):
+        return make(OPERATORS[node.op], _tensor(left), _tensor(right))
+    if node.op == "@":
+        raise ShapeError("`@` needs matrices, not two numbers; use `*`")
+    return dims.tidy(_ARITHMETIC[node.op](left, right))
+
+
+def _logic(node: tree.Binary, left: Any, right: Any) -> Any:
+    sides = [v if v is UNDECIDED else _truth(v, n) for v, n in ((left, node.left), (right, node.right))]
+    decisive = node.op == "or"  # one true decides `or`, one false decides `and`
+    if decisive in [v for v in sides if v is not UNDECIDED]:
+        return decisive
+    return UNDECIDED if UNDECIDED in sides else not decisive
+
+
+def _compare(node: tree.Binary, left: Any, right: Any) -> Any:
+    for value, side in ((left, node.left), (right, node.right)):
+        if isinstance(value, Expr):
+            raise fail("wrong-type", f"a comparison needs compile-time values, not {describe(value)}", side.span)
+    if UNDECIDED in (left, right):
+        return UNDECIDED
+    if node.op in ("==", "!="):
+        return (left == right) == (node.op == "==") if not _open(left, right) or left == right else UNDECIDED
+    _numeric(left, node.left), _numeric(right, node.right)
+    return UNDECIDED if _open(left, right) else _ORDER[node.op](left, right)
+
+
+def _open(*values: Any) -> bool:
+    return any(isinstance(v, Dim) for v in values)
+
+
+def _numeric(value: Any, node: tree.Expression) -> None:
+    if isinstance(value, bool) or not isinstance(value, (*NUMBERS, Expr)):
+        raise fail("wrong-type", f"a number or a tensor is needed here, not {describe(value)}", node.span)
+
+
+def _truth(value: Any, node: tree.Expression) -> bool:
+    if not isinstance(value, bool):
+        raise fail("wrong-type", f"a condition is needed here, not {describe(value)}", node.span)
+    return value
+
+
+def _tensor(value: Any) -> Expr:
+    return value if isinstance(value, Expr) else constant(value)
+
+
+def _transpose(node: tree.Transpose, names: Mapping[str, Any]) -> Expr:
+    value = evaluate(node.operand, names)
+    if not isinstance(value, Expr):
+        raise fail("wrong-type", f"`.T` needs a matrix, not {describe(value)}", node.span)
+    return make("T", value)
+
+
+def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
+    condition = evaluate(node.condition, names)
+    if condition is not UNDECIDED:
+        return evaluate(node.then if _truth(condition, node.condition) else node.otherwise, names)
+    both = evaluate(node.then, names), evaluate(node.otherwise, names)
+    if all(isinstance(v, Expr) for v in both) and both[0].shape == both[1].shape:
+        return both[0]
+    return both[0] if both[0] == both[1] else dims.symbol(f"({expression_text(node)})")
+
+
+def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
+    if node.function not in FUNCTIONS:
+        raise unknown("unknown-primitive", "primitive", node.function, FUNCTIONS, node.name_span or node.span)
+    arity = 1 if node.function == "I" else PRIMITIVES[node.function].arity
+    if len(node.arguments) != arity or any(a.name for a in node.arguments):
+        raise fail("missing-argument" if len(node.arguments) < arity else "unknown-argument",
+                   f"`{node.function}` takes {arity} argument{'s' * (arity > 1)} by position", node.span)
+    values = [evaluate(a.value, names) for a in node.arguments]
+    for value, argument in zip(values, node.arguments):
+        _numeric(value, argument.value)
+    return _apply(node, values)
+
+
+def _apply(node: tree.Call, values: list) -> Any:
+    if node.function == "I":
+        return eye(size(values[0], node.arguments[0].value))
+    if any(isinstance(v, Expr) for v in values):
+        return make(node.function, *map(_tensor, values))
+    if node.function not in _SCALAR:
+        raise fail("wrong-type", f"`{node.function}` needs a tensor, not {describe(values[0])}", node.span)
+    if _open(*values):
+        return dims.symbol(f"{node.function}({', '.join(map(str, values))})")
+    return _SCALAR[node.function](*values)
+
+
+def size(value: Any, node: tree.Expression) -> Any:
+    """A value as a dimension. Raises: SurgeryError (wrong-type, not-divisible, bad-value)."""
+    if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)):
+        raise fail("wrong-type", f"a dimension must be a whole number, not {describe(value)}", node.span)
+    if isinstance(value, Fraction):
+        raise fail("not-divisible", f"the dimension `{expression_text(node)}` is {value}, which is not whole", node.span,
+                   label=f"is {value}", helps=("choose a size that divides it",))
+    if isinstance(value, int) and value < 1:
+        raise fail("bad-value", f"the dimension `{expression_text(node)}` is {value}; it must be at least 1", node.span)
+    return value
+
+
+_RULES = {
+    tree.Number: lambda node, names: node.value,
+    tree.String: lambda node, names: node.value,
+    tree.Boolean: lambda node, names: node.value,
+    tree.Name: _name, tree.Unary: _unary, tree.Binary: _binary, tree.Transpose: _transpose, tree.If: _if, tree.Call: _call,
+}

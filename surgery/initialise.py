@@ -1,0 +1,86 @@
+"""The starting tensors of an adapter, and the check that the operated weight starts as the frozen one.
+
+Takes a placed formula; gives its tensors by key. Promises: a draw depends on the seed, the module's name and the
+parameter's name alone; nothing of the model is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+
+from surgery.compile import Placed
+from surgery.diagnostics import Diagnostic, fail
+from surgery.expr.draws import draw
+from surgery.expr.evaluate import dense
+from surgery.expr.ir import Leaf
+
+Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]
+IDENTITY_TOLERANCE = 1e-5
+
+
+def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> dict[str, nn.Parameter]:
+    """The starting tensors of one module. `shared` holds the tensors that modules of a target have in common, and grows."""
+    values = frozen_leaves(placed)
+    made: dict[str, nn.Parameter] = {}
+    for leaf in placed.formula.leaves:
+        key = (leaf.group, leaf.shape)
+        if leaf.group and key in shared:
+            made[leaf.key] = shared[key]
+        else:
+            made[leaf.key] = _parameter(_start(placed, leaf, values, seed), leaf, dtype)
+        if leaf.group:
+            shared[key] = made[leaf.key]
+        values[leaf.key] = made[leaf.key].detach().to(values["weight"].dtype)
+    return made
+
+
+def frozen_leaves(placed: Placed) -> dict[str, torch.Tensor]:
+    """The frozen weight (as a matrix or a stack) and bias of a site, in float32 or wider."""
+    weight = placed.site.layout.matrix(placed.site.weight.detach())
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    bias = getattr(placed.site.module, "bias", None) if placed.site.stack is None else None
+    return {"weight": weight.to(dtype), **({"bias": bias.detach().to(dtype)} if bias is not None else {})}
+
+
+def _parameter(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(value.to(dtype).contiguous().clone(), requires_grad=not leaf.frozen)
+
+
+def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+    weight, stack, name = values["weight"], placed.site.stack, placed.site.name
+    if weight.is_meta:
+        return torch.empty(leaf.shape if leaf.group or not stack else (stack, *leaf.shape), device="meta")
+    if leaf.draw is None:
+        return _over_stack(placed, values, leaf, lambda v: dense(leaf.init, v).expand(leaf.shape))
+    if leaf.group:
+        return draw(leaf.draw, leaf.shape, seed, leaf.group, leaf.shape).to(weight.device)
+    if stack is None:
+        return draw(leaf.draw, leaf.shape, seed, name, leaf.key).to(weight.device)
+    return torch.stack([draw(leaf.draw, leaf.shape, seed, f"{name}.{i}", leaf.key) for i in range(stack)]).to(weight.device)
+
+
+def _over_stack(placed: Placed, values: dict[str, torch.Tensor], leaf: Leaf, one: Callable) -> torch.Tensor:
+    if placed.site.stack is None or leaf.group:
+        return one(values)
+    groups = {other.key for other in placed.formula.leaves if other.group}
+    axes = {key: None if key in groups else 0 for key in values}
+    return torch.vmap(one, in_dims=(axes,))(values)
+
+
+def departure(before: torch.Tensor, after: torch.Tensor) -> float:
+    """‖after - before‖ / ‖before‖ (the norm of `after` where `before` is zero; infinite for a NaN)."""
+    change, size = (after.double() - before.double()).norm(), before.double().norm()
+    relative = float(change / size) if size > 0 else float(change)
+    return relative if relative == relative else float("inf")
+
+
+def not_identity(placed: Placed, relative: float) -> Diagnostic:
+    """The diagnostic for a module whose weight starts elsewhere."""
+    how = "it is not a number: a row or a norm of the weight is zero" if relative == float("inf") else f"by {relative:.1e}"
+    return fail("not-identity", f"{placed.site.name} does not start as the base weight: W' differs from W {how}",
+                placed.target.span, notes=(f"allowed is {IDENTITY_TOLERANCE:.0e}, relative, in float32",),
+                helps=("start the parameters so that the transform is I and the update is 0",
+                       "or say `shifted` after the target's patterns")).diagnostics[0]

@@ -1,0 +1,50 @@
+"""The one merge: W' in the place of W, for any formula.
+
+Takes an operated weight; gives the tensors that replace the frozen ones. Promises: computed in float32 or wider and
+rounded once; a result that its dtype cannot hold is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from surgery.compile import Placed
+from surgery.diagnostics import fail
+from surgery.layer import Adapter
+
+# A value rounded to nearest is off by at most half a unit in the last place, eps / 2 of itself.
+ROUNDINGS = 1.0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The stored tensors of one merged module by parameter name, and the relative error of rounding them."""
+
+    tensors: dict[str, torch.Tensor]
+    error: float
+
+
+@torch.no_grad()
+def merged(placed: Placed, adapter: Adapter) -> Merged:
+    """W' and b' of one operated module, in the dtype and layout that it stores. Raises: SurgeryError (merge-error)."""
+    site, module = placed.site, placed.site.module
+    exact = {site.parameter: site.layout.unmatrix(adapter.matrix(site.layout, module), site.weight.shape)}
+    bias = adapter.bias(site.layout, module)
+    if bias is not None and placed.formula.bias.op != "bias":
+        exact["bias"] = bias
+    stored = {name: value.to(module._parameters[name].dtype).contiguous() for name, value in exact.items()}
+    error = max(_rounding_error(stored[name], exact[name]) for name in exact)
+    bound = ROUNDINGS * torch.finfo(site.weight.dtype).eps
+    if not error <= bound:
+        raise fail("merge-error", f"{site.name} does not fit {str(site.weight.dtype).removeprefix('torch.')} after merging: "
+                   f"the relative error is {error:.1e}, and rounding allows {bound:.1e}", placed.target.span,
+                   helps=("load the model in a wider dtype, then merge",))
+    return Merged(stored, error)
+
+
+def _rounding_error(rounded: torch.Tensor, exact: torch.Tensor) -> float:
+    size = exact.double().norm()
+    change = float((rounded.double() - exact.double()).norm())
+    return change / float(size) if size > 0 else change

@@ -1,0 +1,169 @@
+"""Specs as a whole: where they come from, what is in scope in them, and how they are changed.
+
+Takes text, files and shipped names; gives a `Spec` and its `Library` of definitions and selectors (the prelude `std.surg`,
+the files that it `use`s, its own). Promises: a name defined twice, an import cycle and a missing file are diagnostics with
+their places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from surgery import resources
+from surgery.diagnostics import Collector, Span, did_you_mean, fail
+from surgery.syntax.parser import parse_expression, parse_text
+from surgery.syntax.tree import Definition, Expression, Pattern, Reference, Select, Spec, Use, as_expression
+
+PRELUDE = "std"
+
+
+@dataclass(frozen=True)
+class Library:
+    """What a spec can name: transforms and updates, and selectors."""
+
+    definitions: Mapping[str, Definition]
+    selects: Mapping[str, Select]
+
+
+def parse(text: str, name: str = "<text>") -> Spec:
+    """The spec that a text says; `name` stands for it in diagnostics. Raises: SurgeryError."""
+    return parse_text(text, name)
+
+
+def shipped() -> dict[str, Path]:
+    """The specs that come with the package, by name."""
+    return {p.stem: p for p in sorted(resources.folder("specs").glob("*.surg")) if p.stem != PRELUDE}
+
+
+def load(spec: str | Path, /, **parameters: Any) -> Spec:
+    """The spec of a path or of a shipped name, its parameters set: `load("sora", rank=8)`. Raises: SurgeryError."""
+    return bind(read(locate(spec)), {name: as_expression(value) for name, value in parameters.items()})
+
+
+def locate(spec: str | Path) -> Path:
+    """The file that a path or a shipped name means. Raises: SurgeryError (unknown-spec)."""
+    path, ours = Path(spec), shipped()
+    if path.suffix == ".surg" or path.is_file():
+        return path
+    if str(spec) in ours:
+        return ours[str(spec)]
+    hint = did_you_mean(str(spec), ours)
+    raise fail("unknown-spec", f"`{spec}` is neither a .surg file nor a shipped spec",
+               helps=(*filter(None, [hint]), f"shipped: {', '.join(ours)}"))
+
+
+def read(path: Path, asked: Span | None = None) -> Spec:
+    """The spec in a file; `asked` is the place that named it. Raises: SurgeryError (missing-file, syntax)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.surg")))
+        raise fail("missing-file", f"cannot read {path}: {error.strerror or error}", asked,
+                   helps=tuple(filter(None, [near]))) from None
+    except UnicodeDecodeError as error:
+        raise fail("missing-file", f"cannot read {path}: byte {error.start} is not UTF-8", asked) from None
+    return parse_text(text, str(path))
+
+
+# ---------------------------------------------------------------------------------------------------- scope
+
+
+@lru_cache(maxsize=1)
+def _prelude() -> Spec:
+    return read(resources.folder("specs") / f"{PRELUDE}.surg")
+
+
+def library(spec: Spec) -> Library:
+    """All that is in scope in a spec. Raises: SurgeryError (missing-file, import-cycle, duplicate-name)."""
+    report = Collector()
+    files = [_prelude(), *used(spec), spec]
+    scope = Library(_by_name((d for f in files for d in f.definitions), report),
+                    _by_name((s for f in files for s in f.selects), report))
+    report.raise_errors()
+    return scope
+
+
+def _by_name(declared: Iterable, report: Collector) -> dict:
+    found: dict = {}
+    for item in declared:
+        first = found.setdefault(item.name, item)
+        if first is not item:
+            related = ((first.name_span, "first defined here"),) if first.name_span else ()
+            report.error("duplicate-name", f"`{item.name}` is defined twice", item.name_span, label="second definition",
+                         related=related, helps=("give one of them another name",))
+    return found
+
+
+def used(spec: Spec) -> list[Spec]:
+    """The files that a spec brings in with `use`, each once, those that they use themselves first."""
+    found: dict[Path, Spec] = {}
+    _follow(spec, found, ())
+    return list(found.values())
+
+
+def _follow(spec: Spec, found: dict[Path, Spec], trail: tuple[tuple[Path, Span | None], ...]) -> None:
+    here = Path(spec.span.source.name).resolve() if spec.span else Path("spec").resolve()
+    for use in spec.uses:
+        path = here.parent / use.path
+        place = path.resolve()
+        passed = (*trail, (here, use.span))
+        if place in [p for p, _ in passed]:
+            raise _cycle(use, passed)
+        if place not in found:
+            file = read(_as_written(path), use.span)
+            _follow(file, found, passed)
+            found[place] = file
+
+
+def _as_written(path: Path) -> Path:
+    """A path below the working directory is shown relative to it, as the user wrote the first one."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _cycle(use: Use, passed: tuple[tuple[Path, Span | None], ...]) -> Exception:
+    earlier = tuple((span, "which is used from here") for _, span in passed[:-1] if span)
+    return fail("import-cycle", f"`{use.path}` comes to use itself", use.span, related=earlier,
+                helps=("move what both need into a third file",))
+
+
+# --------------------------------------------------------------------------------------------------- change
+
+
+def bind(spec: Spec, values: Mapping[str, Expression]) -> Spec:
+    """The spec with parameters set: each value becomes the parameter's default. Raises: SurgeryError (unknown-parameter)."""
+    report, known = Collector(), [p.name for p in spec.params]
+    for name, value in values.items():
+        if name not in known:
+            has = f"`{spec.name}` takes {', '.join(known)}" if known else f"`{spec.name}` takes no parameters"
+            report.error("unknown-parameter", f"`{spec.name}` has no parameter `{name}`", value.span,
+                         helps=tuple(filter(None, [did_you_mean(name, known), has])))
+    report.raise_errors()
+    params = tuple(p.model_copy(update={"default": values[p.name]}) if p.name in values else p for p in spec.params)
+    return spec.model_copy(update={"params": params})
+
+
+def assignment(text: str, source: str = "<--set>") -> tuple[str, Expression]:
+    """The name and value of a `--set name=value`. Raises: SurgeryError (bad-set, syntax), spanned as `<--set>`."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip().isidentifier() or not value.strip():
+        raise fail("bad-set", f"`{text}` is not of the form name=value", helps=("for example --set rank=8",))
+    return name.strip(), parse_expression(value.strip(), source)
+
+
+def retarget(spec: Spec, *patterns: str) -> Spec:
+    """The spec with its targets' patterns replaced, which is what `--target` does. A bare name is a selector."""
+    chosen = tuple(Reference(p) if p.isidentifier() and p in library(spec).selects else Pattern(p) for p in patterns)
+    targets = tuple(t.model_copy(update={"selectors": chosen}) for t in spec.targets)
+    return spec.model_copy(update={"targets": targets})
+
+
+def inlined(spec: Spec) -> Spec:
+    """The spec on its own: the definitions and selectors of the files that it uses stand in it."""
+    files = used(spec)
+    return spec.model_copy(update={
+        "uses": (), "definitions": tuple(d for f in (*files, spec) for d in f.definitions),
+        "selects": tuple(s for f in (*files, spec) for s in f.selects)})
