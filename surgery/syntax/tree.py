@@ -1,153 +1,32 @@
 """The tree of a `.surg` file: the one data model behind text, Python and JSON.
 
-Expressions are small frozen dataclasses, which pydantic models hold as their source text in JSON. Statements are strict
-frozen pydantic models. Spans, parentheses and comments (`Trivia`) never count in `==` and never reach JSON.
+Statements are strict frozen pydantic models; the expressions in them (from `expression`) are their source text in JSON.
+Spans, parentheses and comments (`Trivia`) never count in `==` and never reach JSON.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError,
+                      WithJsonSchema, model_validator)
+from pydantic.json_schema import SkipJsonSchema
 
 from surgery.diagnostics import Span
+from surgery.syntax.expression import (Argument, Binary, Boolean, Call, CallExpr, Expr, Expression, If, Name, Number,
+                                       String, Transpose, Unary, as_expression)
+from surgery.syntax.misfits import misfits
 
-# ---------------------------------------------------------------------------------------------- expressions
-
-
-@dataclass(frozen=True)
-class Expression:
-    """Base of the expression nodes; `parens` is how many pairs the writer put around it (kept by the formatter)."""
-
-    span: Span | None = field(default=None, compare=False, repr=False, kw_only=True)
-    parens: int = field(default=0, compare=False, repr=False, kw_only=True)
-
-
-@dataclass(frozen=True)
-class Number(Expression):
-    """`8`, `1_024`, `0.05`, `1e-4`, `5%` (0.05). `text` is how it was written."""
-
-    value: int | float
-    text: str = field(default="", compare=False, repr=False)
-
-    def __eq__(self, other: object) -> bool:  # 1 and 1.0 are different literals
-        return type(other) is Number and type(self.value) is type(other.value) and self.value == other.value
-
-    def __hash__(self) -> int:
-        return hash((type(self.value), self.value))
-
-
-@dataclass(frozen=True)
-class String(Expression):
-    value: str
-
-
-@dataclass(frozen=True)
-class Boolean(Expression):
-    value: bool
-
-
-@dataclass(frozen=True)
-class Name(Expression):
-    id: str
-
-
-@dataclass(frozen=True)
-class Unary(Expression):
-    """`-x`, `not x`."""
-
-    op: str
-    operand: Expression
-
-
-@dataclass(frozen=True)
-class Binary(Expression):
-    """`+ - * / @`, comparisons `< <= > >= == !=`, `and`, `or`."""
-
-    op: str
-    left: Expression
-    right: Expression
-
-
-@dataclass(frozen=True)
-class Transpose(Expression):
-    """`x.T`."""
-
-    operand: Expression
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One argument of a call; `name` is None for a positional one. `name_span` is where the name stands."""
-
-    name: str | None
-    value: Expression
-    name_span: Span | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class Call(Expression):
-    """`f(x, k = y)`; `name_span` is where `f` stands."""
-
-    function: str
-    arguments: tuple[Argument, ...] = ()
-    name_span: Span | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class If(Expression):
-    """`if condition then a else b`."""
-
-    condition: Expression
-    then: Expression
-    otherwise: Expression
-
-
-def _as_expression(value: Any) -> Any:
-    """Python and JSON give numbers, booleans, or source text."""
-    if isinstance(value, bool):
-        return Boolean(value)
-    if isinstance(value, (int, float)):
-        return _signed(value)
-    if isinstance(value, str):
-        from surgery.syntax.parser import parse_expression
-
-        return parse_expression(value)
-    return value
-
-
-def _signed(value: int | float) -> Expression:
-    return Unary("-", Number(-value)) if value < 0 else Number(value)
-
-
-def _as_text(value: Expression) -> str:
-    from surgery.syntax.printer import expression_text
-
-    return expression_text(value)
-
-
-def _model_type(python: type, before: Callable, after: Callable) -> Any:
-    return Annotated[python, BeforeValidator(before), PlainSerializer(after), WithJsonSchema({"type": "string"})]
-
-
-Expr = _model_type(Expression, _as_expression, _as_text)
-
-
-def _as_call(value: Any) -> Any:
-    return _as_expression(value) if isinstance(value, str) else value
-
-
-CallExpr = _model_type(Call, _as_call, _as_text)
-
-# ----------------------------------------------------------------------------------------------- statements
+__all__ = ["Argument", "Binary", "Boolean", "Call", "Expression", "If", "Name", "Number", "String", "Transpose", "Unary",
+           "as_expression", "Trivia", "Node", "Parameter", "Check", "Use", "Pattern", "Reference", "Select", "Param", "Let",
+           "Definition", "Step", "Target", "Train", "Spec", "pre", "add", "post", "many"]
 
 
 @dataclass(frozen=True)
 class Trivia:
-    """What the formatter must keep: whole-line comments above, one at the end of the line, those at the end of a block,
-    and whether a blank line stood before."""
+    """What the formatter must keep: whole-line comments above, one at the end of the line, those at the end of a block
+    ("" is a blank line among them), and whether a blank line stood before all of it."""
 
     above: tuple[str, ...] = ()
     beside: str = ""
@@ -155,14 +34,26 @@ class Trivia:
     blank: bool = False
 
 
+Place = SkipJsonSchema[InstanceOf[Span]]
+Comments = SkipJsonSchema[InstanceOf[Trivia]]
+
+
 class Node(BaseModel):
     """A statement: strict, frozen, compared without its place and comments."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
 
-    span: Span | None = Field(default=None, exclude=True, repr=False)
-    name_span: Span | None = Field(default=None, exclude=True, repr=False)
-    trivia: Trivia = Field(default=Trivia(), exclude=True, repr=False)
+    span: Place | None = Field(default=None, exclude=True, repr=False)
+    name_span: Place | None = Field(default=None, exclude=True, repr=False)
+    trivia: Comments = Field(default=Trivia(), exclude=True, repr=False)
+
+    def __init__(self, **fields: Any):
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise misfits(error, type(self).__name__) from None
+
+    __init__.__pydantic_base_init__ = True  # so that pydantic reads a nested node by its fields, not through __init__
 
     def _meaning(self) -> tuple:
         return tuple(getattr(self, f) for f, info in type(self).model_fields.items() if not info.exclude)
@@ -176,7 +67,9 @@ class Node(BaseModel):
     @property
     def doc(self) -> str:
         """The comment block directly above the declaration, without its `#`s."""
-        return "\n".join(line.lstrip("#").strip() for line in self.trivia.above)
+        lines = self.trivia.above
+        block = lines[max((i + 1 for i, line in enumerate(lines) if not line), default=0) :]
+        return "\n".join(line.lstrip("#").strip() for line in block)
 
 
 class Parameter(Node):
@@ -227,7 +120,7 @@ def _selector_json(value: Pattern | Reference) -> Any:
     return value.text if isinstance(value, Pattern) else {"select": value.name}
 
 
-Selector = Annotated[Union[Pattern, Reference], BeforeValidator(_as_selector), PlainSerializer(_selector_json),
+Selector = Annotated[InstanceOf[Pattern] | InstanceOf[Reference], BeforeValidator(_as_selector), PlainSerializer(_selector_json),
                      WithJsonSchema({"anyOf": [{"type": "string"},
                                                {"type": "object", "properties": {"select": {"type": "string"}}}]})]
 Selectors = Annotated[tuple[Selector, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -279,8 +172,8 @@ class Definition(Node):
     checks: many(Check) = ()
     body: many(Annotated[Union[Param, Let], Field(discriminator="what")]) = ()
     result: Expr
-    result_trivia: Trivia = Field(default=Trivia(), exclude=True, repr=False)
-    claims_spans: tuple[Span, ...] = Field(default=(), exclude=True, repr=False)
+    result_trivia: Comments = Field(default=Trivia(), exclude=True, repr=False)
+    claims_spans: tuple[Place, ...] = Field(default=(), exclude=True, repr=False)
 
 
 class Step(Node):
@@ -294,7 +187,7 @@ class Step(Node):
 
 
 def _step(placement: str, definition: str, on: str, with_bias: bool, dropout: Any, arguments: dict) -> Step:
-    call = Call(definition, tuple(Argument(k, _as_expression(v)) for k, v in arguments.items()))
+    call = Call(definition, tuple(Argument(k, as_expression(v)) for k, v in arguments.items()))
     return Step(placement=placement, call=call, side=on, bias=with_bias, dropout=dropout)
 
 
@@ -334,6 +227,8 @@ class Target(Node):
         selectors = tuple(p for p in parts if not isinstance(p, Step))
         super().__init__(**({"selectors": selectors} if selectors else {}), **({"steps": steps} if steps else {}), **fields)
 
+    __init__.__pydantic_base_init__ = True
+
 
 class Train(Node):
     """`train "**.norm.weight"`: parameters to unfreeze, by name."""
@@ -355,6 +250,15 @@ class Spec(Node):
 
     def __init__(self, name: str | None = None, **fields: Any):
         super().__init__(name=name, **fields)
+
+    __init__.__pydantic_base_init__ = True
+
+    @model_validator(mode="after")
+    def _well_formed(self) -> Spec:
+        from surgery.syntax.wellformed import check_spec
+
+        check_spec(self).raise_errors()
+        return self
 
     def to_surg(self) -> str:
         """The spec as formatted `.surg` text; `parse` of it gives an equal spec."""

@@ -1,0 +1,54 @@
+"""The grammar file, loaded: the parser's tables and the language's words.
+
+Takes `grammar/surg.lark`. Gives the LALR machine, the reserved and the soft words, and the patterns of comments and
+strings. Promises that each word and pattern is written down in the grammar file only.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from lark import Lark
+from lark.parsers.lalr_interactive_parser import InteractiveParser
+
+from surgery.resources import folder
+
+GRAMMAR = (folder("grammar") / "surg.lark").read_text(encoding="utf-8")
+
+#: The words of each terminal that is made of words: `{"PLACEMENT": ("pre", "add", "post"), ...}`.
+WORDS: dict[str, tuple[str, ...]] = {
+    name: tuple(words.split("|")) for name, words in re.findall(r"^(\w+)(?:\.\d+)?: /\(?([a-z|]+)\)?\\b/$", GRAMMAR, re.M)
+}
+
+
+def pattern_of(terminal: str) -> str:
+    """The regular expression of a terminal."""
+    return re.search(rf"^{terminal}(?:\.\d+)?: /(.*)/$", GRAMMAR, re.M)[1].replace(r"\/", "/")
+
+
+#: Reserved: never a name.
+KEYWORDS = frozenset(re.match(r"\(\?!\(([a-z|]+)\)", pattern_of("NAME"))[1].split("|"))
+#: Special in their place only: a parameter may be called `dropout`.
+SOFT_WORDS = frozenset(word for words in WORDS.values() for word in words) - KEYWORDS
+
+
+def is_name(text: str) -> bool:
+    """Whether the text can stand as a name in a spec."""
+    return re.fullmatch(pattern_of("NAME"), text) is not None
+
+
+@cache
+def _lark() -> Lark:
+    return Lark(GRAMMAR, parser="lalr", start=["file", "expression"], propagate_positions=True, maybe_placeholders=True)
+
+
+def machine(text: str, start: str) -> InteractiveParser:
+    """A parser at the beginning of the text; `start` is `file` or `expression`."""
+    return _lark().parse_interactive(text, start=start)
+
+
+@cache
+def item_words() -> tuple[str, ...]:
+    """The words that begin a statement at the top of a file."""
+    return tuple(word for terminal in machine("", "file").accepts() for word in WORDS.get(terminal, ()))

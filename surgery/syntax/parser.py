@@ -1,0 +1,91 @@
+"""Text (or JSON) to the tree of a spec.
+
+Takes the text of a file or of an expression. Gives `tree.Spec` or `tree.Expression` with spans and comments. Promises:
+whatever the text, the only error is `SurgeryError`; after a syntax error it goes on at the next statement of the file.
+"""
+
+from __future__ import annotations
+
+import re
+
+from lark import Token, Tree
+from lark.exceptions import UnexpectedCharacters, UnexpectedInput
+from pydantic import ValidationError
+
+from surgery.diagnostics import Collector, Diagnostic, Source, SurgeryError
+from surgery.syntax.build import Builder
+from surgery.syntax.grammar import item_words, machine
+from surgery.syntax.messages import explain
+from surgery.syntax.misfits import misfits
+from surgery.syntax.tree import Expression, Spec
+from surgery.syntax.trivia import trivia_of
+from surgery.syntax.wellformed import check_expression
+
+MAX_ERRORS = 20
+
+
+def parse_text(text: str, name: str = "<text>") -> Spec:
+    """The spec that a whole file says. Raises: SurgeryError with as many syntax errors as can be told apart."""
+    source = Source(name, text.removeprefix("\ufeff"))
+    found = Collector()
+    root, tokens = _parse(source, "file", found)
+    try:
+        spec = Builder(source, trivia_of(source.text, root, tokens), found).build(root)
+    except SurgeryError as error:
+        raise SurgeryError((*found.found, *error.diagnostics)) from None
+    found.raise_errors()
+    return spec
+
+
+def parse_expression(text: str, name: str = "<expression>") -> Expression:
+    """The expression that a text says. Raises: SurgeryError."""
+    source = Source(name, text)
+    found = Collector()
+    root, _ = _parse(source, "expression", found)
+    expression = Builder(source, {}, found).build(root)
+    check_expression(found, expression)
+    found.raise_errors()
+    return expression
+
+
+def _parse(source: Source, start: str, found: Collector) -> tuple[Tree, list[Token]]:
+    """The parse tree; on errors, reads on after each and raises them all."""
+    text, resume = source.text, 0
+    while resume is not None and len(found.found) < MAX_ERRORS:
+        result = _run(source, text, start)
+        if not isinstance(result[0], Diagnostic):
+            break
+        found.add(result[0])
+        resume = _next_item(text, resume, result[1]) if start == "file" else None
+        text = re.sub(r"[^\n]", " ", text[:resume]) + text[resume:] if resume else text
+    found.raise_errors()
+    return result
+
+
+def _run(source: Source, text: str, start: str) -> tuple[Tree, list[Token]] | tuple[Diagnostic, int]:
+    """The parse tree and its tokens, or what is wrong and where."""
+    parser, tokens = machine(text, start), []
+    try:
+        for token in parser.lexer_thread.lex(parser.parser_state):
+            parser.feed_token(token)
+            tokens.append(token)
+        return parser.feed_eof(tokens[-1] if tokens else None), tokens
+    except UnexpectedInput as error:
+        bad = error if isinstance(error, UnexpectedCharacters) else error.token
+        offset = bad.pos_in_stream if isinstance(bad, UnexpectedCharacters) else bad.start_pos
+        return explain(source, parser, tokens, bad), len(text) if getattr(bad, "type", "") == "$END" else offset
+
+
+def _next_item(text: str, start: int, error: int) -> int | None:
+    """Where the first statement of the file at or after an error begins (`check` may also stand in a body)."""
+    words = "|".join(word for word in item_words() if word != "check")
+    later = re.compile(rf"^[ \t]*(?=({words})\b)", re.M).finditer(text, error - 1 if error else 0)
+    return next((m.end() for m in later if m.end() >= max(error, start + 1)), None)
+
+
+def from_json(text: str, name: str = "<json>") -> Spec:
+    """The spec that `Spec.model_dump_json` wrote. Raises: SurgeryError for whatever does not fit."""
+    try:
+        return Spec.model_validate_json(text)
+    except ValidationError as error:
+        raise misfits(error, name) from None

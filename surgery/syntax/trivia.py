@@ -1,0 +1,120 @@
+"""Which statement each comment belongs to.
+
+Takes the text, its comments and the places of its statements. Gives the `Trivia` of each statement by the offset where
+it starts (that of the file at `FILE`). Promises: every comment lands in exactly one place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lark import Token, Tree
+
+from surgery.syntax.grammar import pattern_of
+from surgery.syntax.tree import Trivia
+
+FILE = -1
+STATEMENTS = {"use", "header", "check", "select", "train", "parameter", "transform", "update", "param", "let", "result",
+              "target", "step"}
+_STRING_OR_COMMENT = re.compile(f"{pattern_of('STRING')}|({pattern_of('COMMENT')})")
+
+
+@dataclass
+class Place:
+    """A statement's range, where its `{` stands, the statements in it, and the comments that it got (as ranges)."""
+
+    start: int
+    end: int
+    brace: int | None
+    parts: list[Place] = field(default_factory=list)
+    above: list[tuple[int, int]] = field(default_factory=list)
+    beside: list[tuple[int, int]] = field(default_factory=list)
+    inside: list[tuple[int, int]] = field(default_factory=list)
+
+    def in_block(self, offset: int) -> bool:
+        return self.brace is not None and self.brace < offset
+
+    def siblings(self, offset: int) -> list[Place]:
+        """The parts on the same side of the brace as an offset."""
+        return [part for part in self.parts if self.in_block(part.start) == self.in_block(offset)]
+
+    def everything(self) -> Iterator[Place]:
+        yield self
+        for part in self.parts:
+            yield from part.everything()
+
+
+def trivia_of(text: str, root: Tree, tokens: list[Token]) -> dict[int, Trivia]:
+    """The trivia of every statement that has any, by the offset of its start."""
+    whole = _places(root, [t.start_pos for t in tokens if t.type == "LBRACE"])
+    for match in _STRING_OR_COMMENT.finditer(text):
+        if match[1]:
+            _give(text, whole, match.span())
+    return {place.start: trivia for parent in whole.everything() for place, trivia in _finished(text, parent)} | {
+        FILE: Trivia(inside=_lines(text, whole.inside, _last_end(whole), None))}
+
+
+def _places(root: Tree, braces: list[int]) -> Place:
+    """The statements as a tree of places under the whole file."""
+    whole = Place(FILE, 1 << 62, FILE)
+    path = [whole]
+    statements = [part.meta for part in root.iter_subtrees() if part.data in STATEMENTS]
+    for meta in sorted(statements, key=lambda m: m.start_pos):
+        while path[-1].end <= meta.start_pos:
+            path.pop()
+        brace = next((b for b in braces if meta.start_pos < b < meta.end_pos), None)
+        path[-1].parts.append(Place(meta.start_pos, meta.end_pos, brace))
+        path.append(path[-1].parts[-1])
+    return whole
+
+
+def _give(text: str, whole: Place, comment: tuple[int, int]) -> None:
+    """Put a comment beside what ends on its line, else above what follows, else at the end of the block around it."""
+    start, _ = comment
+    parent = whole
+    while inner := next((part for part in parent.parts if part.start < start < part.end), None):
+        parent = inner
+    siblings = parent.siblings(start)
+    before = next((p for p in reversed(siblings) if p.end <= start), None)
+    after = next((p for p in siblings if p.start > start), None)
+    opens_line = parent is not whole and parent.in_block(start) and "\n" not in text[parent.brace : start]
+    if before and "\n" not in text[before.end : start]:
+        (before.inside if before.beside else before.beside).append(comment)
+    elif not before and opens_line:
+        parent.beside.append(comment)
+    elif after:
+        after.above.append(comment)
+    elif parent.in_block(start):
+        parent.inside.append(comment)
+    else:
+        parent.above.append(comment)
+
+
+def _finished(text: str, parent: Place) -> Iterator[tuple[Place, Trivia]]:
+    for part in parent.parts:
+        before = [p.end for p in parent.siblings(part.start) if p.end <= part.start]
+        lines = _lines(text, part.above, before[-1] if before else None, part.start)
+        beside = "".join(text[a:b].rstrip() for a, b in part.beside)
+        trivia = Trivia(lines[lines[:1] == ("",) :], beside, _lines(text, part.inside, _last_end(part), None),
+                        lines[:1] == ("",))
+        yield part, trivia
+
+
+def _last_end(place: Place) -> int | None:
+    ends = [part.end for part in place.parts if place.in_block(part.start)]
+    return ends[-1] if ends else None
+
+
+def _lines(text: str, comments: list[tuple[int, int]], start: int | None, end: int | None) -> tuple[str, ...]:
+    """The comments as lines, with "" where a blank line stands between two of them, before or after."""
+    found: list[str] = []
+    for a, b in comments:
+        found += [""] * _blank(text, start, a) + [text[a:b].rstrip()]
+        start = b
+    return (*found, *[""] * _blank(text, start, end))
+
+
+def _blank(text: str, start: int | None, end: int | None) -> bool:
+    return start is not None and end is not None and text[start:end].count("\n") > 1

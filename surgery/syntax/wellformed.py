@@ -1,0 +1,215 @@
+"""What no spec may hold, whether it came from text, Python or JSON.
+
+Takes a tree. Gives diagnostics. Promises: a spec that passes can be printed, and its text parses to an equal spec.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from surgery.diagnostics import Collector, Span, nearest
+from surgery.syntax import tree
+from surgery.syntax.grammar import KEYWORDS, is_name
+
+MAX_DEPTH = 100
+MAX_INT = 2**63 - 1
+
+#: What may follow the call of a step.
+CLAUSES = {"pre": ("on", "with bias"), "add": ("dropout",), "post": ("on", "with bias")}
+CLAUSE_TEXTS = {"on": "`on out` or `on in`", "with bias": "`with bias`", "dropout": "`dropout(rate)`"}
+
+
+def check_spec(spec: tree.Spec) -> Collector:
+    """Everything that is wrong with the form of a spec."""
+    found = Collector()
+    for node in nodes_of(spec):
+        for rule in RULES.get(type(node), ()):
+            rule(found, node)
+        for expression in expressions_of(node):
+            check_expression(found, expression)
+    return found
+
+
+def check_expression(found: Collector, expression: tree.Expression) -> None:
+    """Depth, numbers, names, and what each call says twice."""
+    stack = [(expression, 0)]
+    while stack:
+        node, depth = stack.pop()
+        depth += 1 + node.parens
+        if depth > MAX_DEPTH:
+            found.error("syntax", f"this expression is nested more than {MAX_DEPTH} deep", node.span,
+                        helps=("name its parts with `let`",))
+            continue
+        for rule in RULES.get(type(node), ()):
+            rule(found, node)
+        stack += [(child, depth) for child in children_of(node)]
+
+
+def nodes_of(value: Any) -> Iterator[tree.Node]:
+    """A node and all the nodes in it."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from nodes_of(item)
+    elif isinstance(value, tree.Node):
+        yield value
+        for field in type(value).model_fields:
+            yield from nodes_of(getattr(value, field))
+
+
+def expressions_of(node: tree.Node) -> list[tree.Expression]:
+    """The expressions that stand directly in a statement."""
+    values = [getattr(node, field) for field in type(node).model_fields]
+    flat = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in flat if isinstance(value, tree.Expression)]
+
+
+def children_of(expression: tree.Expression) -> list[tree.Expression]:
+    """The operands of an expression, in order."""
+    if isinstance(expression, tree.Call):
+        return [argument.value for argument in expression.arguments]
+    values = [getattr(expression, field.name) for field in fields(expression)]
+    return [value for value in values if isinstance(value, tree.Expression)]
+
+
+# ------------------------------------------------------------------------------------------------------- rules
+
+
+def check_clause(found: Collector, placement: str, clause: str, span: Span | None, again: bool = False) -> bool:
+    """Whether a step of this placement may say this clause (once)."""
+    allowed = CLAUSES[placement]
+    if again:
+        found.error("syntax", f"`{clause}` stands twice", span)
+    elif clause not in allowed:
+        found.error("syntax", f"`{clause}` cannot follow `{placement}`", span,
+                    helps=(f"`{placement}` takes {' and '.join(CLAUSE_TEXTS[c] for c in allowed)}",))
+    return not again and clause in allowed
+
+
+def _step(found: Collector, step: tree.Step) -> None:
+    said = {"on": step.side != "out", "with bias": step.bias, "dropout": step.dropout is not None}
+    for clause in (c for c, stands in said.items() if stands):
+        check_clause(found, step.placement, clause, step.span)
+
+
+def _target(found: Collector, target: tree.Target) -> None:
+    if not target.steps:
+        found.error("syntax", "a target needs at least one step", target.span,
+                    helps=("write `pre`, `add` or `post` between the braces",))
+    _name(found, target.ancestor, target.span)
+    _selectors(found, target.selectors + target.exclude)
+
+
+def _spec(found: Collector, spec: tree.Spec) -> None:
+    _name(found, spec.name, spec.name_span)
+    _once(found, "parameter", [(p.name, p.name_span) for p in spec.params])
+    if spec.name is None and spec.params:
+        found.error("syntax", "a spec with parameters needs a name")
+
+
+def _definition(found: Collector, definition: tree.Definition) -> None:
+    for name in (definition.name, definition.dim, *definition.claims):
+        _name(found, name, definition.name_span)
+    _once(found, "claim", zip(definition.claims, definition.claims_spans or [None] * len(definition.claims)))
+    dim = [(definition.dim, definition.name_span)] if definition.dim else []
+    _once(found, "name", dim + [(n.name, n.name_span) for n in (*definition.params, *definition.body)])
+    if (definition.kind == "transform") is (definition.dim is None):
+        found.error("syntax", f"{definition.kind} `{definition.name}`: a transform names its dimension with `on`, "
+                              "an update does not", definition.name_span)
+
+
+def _param(found: Collector, param: tree.Param) -> None:
+    _name(found, param.name, param.name_span)
+    if (param.init is None) is (param.draw is None):
+        found.error("syntax", f"param `{param.name}` starts at a value (`=`) or at a draw (`~`), one of the two", param.span)
+
+
+def _named(found: Collector, node: Any) -> None:
+    _name(found, node.name, node.name_span)
+
+
+def _select(found: Collector, select: tree.Select) -> None:
+    _named(found, select)
+    _selectors(found, select.patterns)
+
+
+def _train(found: Collector, train: tree.Train) -> None:
+    _selectors(found, train.patterns)
+
+
+def _use(found: Collector, use: tree.Use) -> None:
+    _text(found, use.path, use.span)
+
+
+def _selectors(found: Collector, selectors: tuple) -> None:
+    for selector in selectors:
+        if isinstance(selector, tree.Pattern):
+            _text(found, selector.text, selector.span)
+        else:
+            _name(found, selector.name, selector.span)
+
+
+def _string(found: Collector, string: tree.String) -> None:
+    _text(found, string.value, string.span)
+
+
+def _id(found: Collector, name: tree.Name) -> None:
+    _name(found, name.id, name.span)
+
+
+def _number(found: Collector, number: tree.Number) -> None:
+    limit = MAX_INT if isinstance(number.value, int) else math.inf
+    if not math.isfinite(number.value) or number.value > limit:
+        found.error("syntax", "this number is too large", number.span,
+                    notes=(f"integers go up to {MAX_INT}, other numbers up to 1.8e308",))
+    elif math.copysign(1, number.value) < 0:
+        found.error("syntax", f"`Number({number.value})`: a negative number is `Unary(\"-\", Number({-number.value}))`")
+
+
+def _call(found: Collector, call: tree.Call) -> None:
+    _name(found, call.function, call.name_span)
+    keywords = [(a.name, a.name_span) for a in call.arguments if a.name is not None]
+    for name, span in keywords:
+        _name(found, name, span)
+    _once(found, "argument", keywords)
+    names = [a.name for a in call.arguments]
+    for before, argument in zip(names, call.arguments[1:]):
+        if before is not None and argument.name is None:
+            found.error("syntax", f"a positional argument of `{call.function}` follows the named argument `{before}`",
+                        argument.value.span, helps=("put the positional arguments first, or name this one too",))
+
+
+RULES: dict[type, tuple] = {
+    tree.Spec: (_spec,), tree.Parameter: (_named,), tree.Use: (_use,), tree.Select: (_select,), tree.Train: (_train,),
+    tree.Definition: (_definition,), tree.Param: (_param,), tree.Let: (_named,), tree.Target: (_target,),
+    tree.Step: (_step,), tree.Call: (_call,), tree.Name: (_id,), tree.Number: (_number,), tree.String: (_string,),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- parts
+
+
+def _once(found: Collector, what: str, names: Iterable[tuple[str, Span | None]]) -> None:
+    first: dict[str, Span | None] = {}
+    for name, span in names:
+        if name in first:
+            related = ((first[name], "the first is here"),) if first[name] else ()
+            found.error("duplicate-name", f"{what} `{name}` stands twice", span, related=related)
+        first.setdefault(name, span)
+
+
+def _name(found: Collector, name: str | None, span: Span | None) -> None:
+    if name is None or is_name(name):
+        return
+    if name in KEYWORDS:
+        found.error("reserved-name", f"`{name}` is a word of the language and cannot be a name", span)
+    else:
+        found.error("syntax", f"{name!r} is not a name", span, helps=("a name is made of letters, digits and `_`",))
+
+
+def _text(found: Collector, text: str, span: Span | None) -> None:
+    if any(c in text for c in '"\r\n'):
+        found.error("syntax", f"the string {text!r} cannot be written in a spec", span,
+                    notes=("a string is one line without double quotes",))
