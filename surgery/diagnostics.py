@@ -183,7 +183,9 @@ class Collector:
 
 def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
     """The choices that a misspelt word most likely meant, best first (empty if none is near)."""
-    return difflib.get_close_matches(word, list(dict.fromkeys(choices)), n=count, cutoff=0.6)
+    choices = list(dict.fromkeys(choices))
+    same = [c for c in choices if c.lower() == word.lower()]
+    return list(dict.fromkeys(same + difflib.get_close_matches(word, choices, n=count, cutoff=0.6)))[:count]
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

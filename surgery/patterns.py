@@ -119,6 +119,10 @@ class Glob:
         unused = dict.fromkeys(c for a in self.expansion for c in a.choices if c not in used)
         return tuple(c for c in unused if not any(other.holds(c) for other in unused))
 
+    def making(self, choice: Choice) -> Glob:
+        """The part of it that makes a choice."""
+        return Glob(self.pattern, tuple(a for a in self.expansion if choice in a.choices))
+
     def place(self, choice: Choice) -> Span | None:
         return inside(self.pattern, choice.start, choice.end)
 

@@ -1,0 +1,183 @@
+"""Dead names: what a spec names and the model does not have.
+
+Takes a target's `Reach`, reports: a target that takes nothing (`no-match`), a selector or one alternative of it that does
+(`dead-name`, a warning), and one that names what cannot be operated on (`unsupported-module`). Promises: every report says
+what is near, or what the name does stand for, or what there is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean
+from surgery.near import Population
+from surgery.patterns import Alternative, Glob
+from surgery.reach import Catalogue, Matcher, Reach, fits
+from surgery.sites import Refused
+from surgery.syntax.tree import Target
+
+MOST_NAMES = 12
+KINDS = {"linear": "linear layer", "conv": "convolution", "embedding": "embedding", "any": "layer"}
+
+
+def report_dead(found: Reach, catalogue: Catalogue, report: Collector) -> None:
+    """What is dead in a target. A pattern that could not be read is not looked at again."""
+    if any(not m.globs for m in (*found.takes, *found.drops)):
+        return
+    if not catalogue.candidates(found.target):
+        report.add(_nothing_there(found.target, catalogue))
+        return
+    _report_selectors(found, catalogue, report)
+    _report_except(found, catalogue, report)
+
+
+def wanted(target: Target) -> str:
+    """What the target asks for, in words."""
+    return KINDS[target.kind] + (f" in a {target.ancestor}" if target.ancestor else "")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number != 1 else ''}"
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    shown = ", ".join(f"`{n}`" for n in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def suggestion(population: Population, glob: Glob, noun: str) -> tuple[str, ...]:
+    """The help that offers the nearest pattern, if there is one."""
+    found = population.suggest(glob)
+    return (f'did you mean "{found[0]}" ({counted(found[1], noun)})?',) if found else ()
+
+
+# --------------------------------------------------------------------------------------------- a target as a whole
+
+
+def _nothing_there(target: Target, catalogue: Catalogue) -> Diagnostic:
+    """No site has the kind, or none the ancestor."""
+    near = did_you_mean(target.ancestor, catalogue.classes) if target.ancestor not in (None, *catalogue.classes) else ""
+    return Diagnostic("no-match", f"{catalogue.title} has no {wanted(target)}", _ancestor_span(target),
+                      helps=(near,) if near else ())
+
+
+def _ancestor_span(target: Target) -> Span | None:
+    """Where the target names its ancestor, or the target."""
+    where = target.span
+    if where is None or target.ancestor is None:
+        return where
+    word = re.search(rf"\bin\s+({re.escape(target.ancestor)})\b", where.source.text[where.start:where.end])
+    return Span(where.source, where.start + word.start(1), where.start + word.end(1)) if word else where
+
+
+def _report_selectors(found: Reach, catalogue: Catalogue, report: Collector) -> None:
+    named = [_report_unsupported(m, hits, found.target, catalogue, report) for m, hits in found.takes.items()]
+    none = found.takes and not any(found.takes.values())
+    for (matcher, hits), unsupported in zip(found.takes.items(), named):
+        if not hits and not unsupported:
+            _report_matcher(matcher, found.target, catalogue, report, "no-match" if none else "dead-name")
+        if hits and not matcher.portable:
+            _report_choices(matcher, hits, found.target, catalogue, report)
+    if not found.sites and not none:
+        why = "`except` leaves all of them out" if any(found.drops.values()) else "it leaves the output head out"
+        report.error("no-match", f"{found} takes no {wanted(found.target)} of {catalogue.title}: {why}", found.target.span)
+
+
+def _report_except(found: Reach, catalogue: Catalogue, report: Collector) -> None:
+    for matcher, hits in found.drops.items():
+        if not hits:
+            _report_matcher(matcher, found.target, catalogue, report, "dead-name", "leaves out no")
+        elif not matcher.portable:
+            _report_choices(matcher, hits, found.target, catalogue, report)
+
+
+# ------------------------------------------------------------------------------------------ a selector, or a part of one
+
+
+def _report_matcher(matcher: Matcher, target: Target, catalogue: Catalogue, report: Collector, code: str,
+                    verb: str = "matches no") -> None:
+    add = report.error if code == "no-match" else report.warn
+    notes, helps = _advice(matcher.globs, target, catalogue, matcher)
+    add(code, f"{matcher} {verb} {wanted(target)} of {catalogue.title}", matcher.selector.span, notes=notes, helps=helps)
+
+
+def _report_choices(matcher: Matcher, hits: Mapping, target: Target, catalogue: Catalogue, report: Collector) -> None:
+    live = {a for found in hits.values() for a in found}
+    for glob in matcher.globs:
+        for choice in glob.dead(live):
+            notes, helps = _advice([glob.making(choice)], target, catalogue)
+            report.warn("dead-name", f'`{choice.text}` in pattern "{glob.text}" matches no {wanted(target)} of '
+                        f"{catalogue.title}", glob.place(choice), notes=notes, helps=helps)
+
+
+def _advice(globs: Iterable[Glob], target: Target, catalogue: Catalogue,
+            matcher: Matcher | None = None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(notes, helps) for globs that take nothing: what they stand for, what is near, or what there is."""
+    if matcher and matcher.defined:
+        texts = f"defined at {matcher.defined.span}" if matcher.defined.span else ", ".join(g.text for g in matcher.globs)
+        return (f"`{matcher.defined.name}` is {texts}", _named(target, catalogue)), ()
+    stands = tuple(text for g in globs for text in _stands_for(g, target, catalogue) or _lists(g, catalogue))
+    population = catalogue.population(catalogue.candidates(target))
+    helps = tuple(h for g in globs for h in suggestion(population, g, KINDS[target.kind].split()[-1]))
+    return (stands if stands or helps else (_named(target, catalogue),)), helps
+
+
+def _stands_for(glob: Glob, target: Target, catalogue: Catalogue) -> tuple[str, ...]:
+    """What the glob does match: layers of another kind, norms, containers."""
+    every = catalogue.survey.modules
+    names = [n for n in every if n and any(glob.live(m) for m in catalogue.marked[n])]
+    if not names:
+        return ()
+    other = next((s.kind for s in catalogue.survey.sites if s.name in names and s.kind != target.kind), "")
+    kind = f": `target {other}` takes it" if other and target.kind != "any" else ""
+    return (f"it matches {listed(names, 1)}, of class {type(every[names[0]]).__name__}{kind}",)
+
+
+def _lists(glob: Glob, catalogue: Catalogue) -> tuple[str, ...]:
+    """How long the model's lists of layers are, for a glob that counts layers."""
+    lists = [(n, m) for n, m in catalogue.survey.modules.items() if isinstance(m, nn.ModuleList)]
+    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
+    counts = any(t.kind == "range" or t.text.isdecimal() for a in glob.alternatives() for s in a.segments for t in s)
+    return tuple(f"`{n}` has {counted(len(m), 'layer')}" for n, m in outer[:3]) if counts else ()
+
+
+def _named(target: Target, catalogue: Catalogue) -> str:
+    """The names that the layers of the kind do have."""
+    last = dict.fromkeys(re.search(r"([^.]*[^.\d][^.]*(?:\.\d+)*)?$", s.name)[0] for s in catalogue.candidates(target))
+    names = [n for n in last if n]
+    shown = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    return f"{catalogue.title} has {wanted(target)}s named {shown}".replace("layer in a", "layers in a")
+
+
+# --------------------------------------------------------------------------------------- what cannot be operated on
+
+
+def _report_unsupported(matcher: Matcher, hits: Mapping, target: Target, catalogue: Catalogue, report: Collector) -> bool:
+    """Reports what a pattern names (its last segment spelt out) and no spec can take; whether there is any."""
+    if matcher.portable:
+        return False
+    live = {a for found in hits.values() for a in found}
+    named = [(a, r) for a in (a for g in matcher.globs for a in g.alternatives()) if a.literal_end
+             for r in catalogue.survey.refused if _means(a, r, a in live, target, catalogue)]
+    for reason in dict.fromkeys(r.reason for _, r in named):
+        names = [r.name for _, r in named if r.reason == reason]
+        report.error("unsupported-module", f"{matcher} names {listed(names)}, which cannot be operated on: {reason}",
+                     matcher.selector.span, helps=_instead([r for _, r in named if r.reason == reason]))
+    return bool(named)
+
+
+def _means(alternative: Alternative, refused: Refused, live: bool, target: Target, catalogue: Catalogue) -> bool:
+    """A refused layer of the kind is always meant; a foreign module only by a name that takes nothing else."""
+    if not any(alternative.matches(name) for name in catalogue.marked[refused]):
+        return False
+    holds_sites = any(s.name.startswith(f"{refused.name}.") for s in catalogue.survey.sites)
+    return fits(refused, target) or (refused.kind == "" and not live and not holds_sites)
+
+
+def _instead(refused: list[Refused]) -> tuple[str, ...]:
+    return () if any(r.matrix for r in refused) else (f'`train "{refused[0].name}.*"` unfreezes its parameters',)

@@ -1,0 +1,164 @@
+"""Reach: which sites each target's selectors take, and which of its patterns and alternatives do.
+
+Takes a model's survey and a target, gives a `Reach`. Promises: nothing is decided here between targets; a selector that
+is not defined and a pattern that is not well formed are reported, not raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import nn
+
+from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean
+from surgery.near import Population
+from surgery.patterns import Alternative, Glob, compile_pattern, marked
+from surgery.sites import Refused, Site, Survey
+from surgery.syntax.tree import Pattern, Reference, Select, Target
+
+Hits = Mapping[object, tuple[Alternative, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Matcher:
+    """A selector of a spec with its globs: one for a pattern, those of the `select` for a reference."""
+
+    selector: Pattern | Reference
+    globs: tuple[Glob, ...]
+    defined: Select | None = None
+
+    def __str__(self) -> str:
+        return f'pattern "{self.selector.text}"' if not self.portable else f"selector `{self.selector.name}`"
+
+    @property
+    def portable(self) -> bool:
+        """Whether its alternatives may be dead: those of a `select` are."""
+        return isinstance(self.selector, Reference)
+
+    def hits(self, marked_names: Mapping[object, tuple[str, ...]], items: Iterable[object]) -> Hits:
+        """The items that it takes, each with the alternatives that do."""
+        found = {i: tuple(a for g in self.globs for n in marked_names[i] for a in g.live(n)) for i in items}
+        return {i: live for i, live in found.items() if live}
+
+
+def matchers(selectors: Iterable[Pattern | Reference], selects: Mapping[str, Select], report: Collector) -> list[Matcher]:
+    """The selectors compiled; what is wrong with one is reported."""
+    return [Matcher(s, tuple(_globs(s, selects, report)), _definition(s, selects)) for s in selectors]
+
+
+def _definition(selector: Pattern | Reference, selects: Mapping[str, Select]) -> Select | None:
+    return selects.get(selector.name) if isinstance(selector, Reference) else None
+
+
+def _globs(selector: Pattern | Reference, selects: Mapping[str, Select], report: Collector,
+           within: tuple[str, ...] = ()) -> list[Glob]:
+    if isinstance(selector, Pattern):
+        return _compiled(selector, report)
+    found = selects.get(selector.name)
+    if found is None or selector.name in within:
+        report.add(*_unknown(selector, selects, within).diagnostics)
+        return []
+    return [g for inner in found.patterns for g in _globs(inner, selects, report, (*within, selector.name))]
+
+
+def _compiled(pattern: Pattern, report: Collector) -> list[Glob]:
+    try:
+        return [compile_pattern(pattern)]
+    except SurgeryError as error:
+        report.add(*error.diagnostics)
+        return []
+
+
+def _unknown(selector: Reference, selects: Mapping[str, Select], within: tuple[str, ...]) -> SurgeryError:
+    report = Collector()
+    if selector.name in within:
+        report.error("unknown-selector", f"the selector `{selector.name}` is made of itself", selector.span)
+    else:
+        report.error("unknown-selector", f"no selector is called `{selector.name}`", selector.span,
+                     notes=(f"known selectors: {', '.join(selects) or 'none'}",),
+                     helps=(did_you_mean(selector.name, selects) or f'a pattern stands in quotes: "**.{selector.name}"',))
+    return SurgeryError(report.found)
+
+
+class Catalogue:
+    """A model's survey with every name ready to be matched."""
+
+    def __init__(self, model: nn.Module):
+        self.survey = Survey(model)
+        self.title = type(model).__name__
+
+    @cached_property
+    def marked(self) -> dict[object, tuple[str, ...]]:
+        """The marked names of sites, refused modules, and (by name) of every module."""
+        counts = self.survey.counts
+        found: dict[object, tuple[str, ...]] = {name: (marked(name, counts),) for name in self.survey.modules}
+        found |= {s: tuple(marked(n, counts) for n in (s.name, *s.aliases)) for s in self.survey.sites}
+        return found | {r: found[r.name] for r in self.survey.refused}
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The class names of the modules."""
+        return tuple(dict.fromkeys(type(m).__name__ for m in self.survey.modules.values()))
+
+    def candidates(self, target: Target) -> list[Site]:
+        """The sites that the target's kind and ancestor allow."""
+        return [s for s in self.survey.sites if fits(s, target)]
+
+    def population(self, sites: Iterable[Site]) -> Population:
+        return Population(self.marked[s] for s in sites)
+
+
+def fits(item: Site | Refused, target: Target) -> bool:
+    """Whether the kind and the ancestor that the target asks for are the item's."""
+    of_kind = item.kind == target.kind or (target.kind == "any" and item.kind != "")
+    return of_kind and (target.ancestor is None or target.ancestor in item.ancestors)
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """What one target takes: the `sites` with the matcher of each (None without selectors). `takes` and `drops` are the
+    hits of its selectors and of its `except`, before one is taken from the other."""
+
+    index: int
+    target: Target
+    takes: Mapping[Matcher, Hits]
+    drops: Mapping[Matcher, Hits]
+    sites: Mapping[Site, Matcher | None] = field(repr=False)
+
+    def __str__(self) -> str:
+        where = self.target.span
+        return f"the target at {where.source.name}:{where.line}" if where else f"target {self.index + 1}"
+
+    def place(self, site: Site) -> Span | None:
+        """Where the spec takes the site: its selector, or the target."""
+        matcher = self.sites.get(site)
+        return (matcher.selector.span if matcher else None) or self.target.span
+
+    def leaves_out(self, site: Site) -> str:
+        """Why it leaves out a site that it would take otherwise; empty if that is not so."""
+        dropped = next((m for m, hits in self.drops.items() if site in hits), None)
+        if dropped:
+            return f"the `except` of {self} leaves it out: {dropped}"
+        if site.is_head and not self.target.selectors and fits(site, self.target):
+            return f"it is the output head, which {self} leaves out since it has no pattern"
+        return ""
+
+    def why_not(self, site: Site) -> str:
+        """Why it does not take a site."""
+        if not fits(site, self.target):
+            inside = f" in {self.target.ancestor}" if self.target.ancestor else ""
+            return f"{self} is for `{self.target.kind}{inside}`, and this is `{site.kind}`"
+        return self.leaves_out(site) or f"no pattern of {self} matches it: {', '.join(map(str, self.takes))}"
+
+
+def reach(index: int, target: Target, catalogue: Catalogue, selects: Mapping[str, Select], report: Collector) -> Reach:
+    """What a target takes, from its kind, its selectors and its `except`."""
+    candidates = catalogue.candidates(target)
+    takes = {m: m.hits(catalogue.marked, candidates) for m in matchers(target.selectors, selects, report)}
+    first = {s: next((m for m, hits in takes.items() if s in hits), None) for s in candidates}
+    taken = [s for s in candidates if first[s] or not target.selectors]
+    drops = {m: m.hits(catalogue.marked, taken) for m in matchers(target.exclude, selects, report)}
+    kept = [s for s in taken if not any(s in hits for hits in drops.values()) and (target.selectors or not s.is_head)]
+    return Reach(index, target, takes, drops, {s: first[s] for s in kept})
