@@ -16,7 +16,6 @@ from pydantic import BeforeValidator, InstanceOf, PlainSerializer, WithJsonSchem
 from surgery.diagnostics import Span
 
 
-
 @dataclass(frozen=True)
 class Expression:
     """Base of the expression nodes; `parens` is how many pairs the writer put around it (kept by the formatter)."""
@@ -118,7 +117,7 @@ def as_expression(value: Any) -> Any:
     return value
 
 
-def _signed(value: int | float) -> Expression:
+def _signed(value: float) -> Expression:
     return Unary("-", Number(-value)) if math.copysign(1, value) < 0 else Number(value)
 
 

@@ -18,13 +18,13 @@ GRAMMAR = (folder("grammar") / "surg.lark").read_text(encoding="utf-8")
 
 #: The words of each terminal that is made of words: `{"PLACEMENT": ("pre", "add", "post"), ...}`.
 WORDS: dict[str, tuple[str, ...]] = {
-    name: tuple(words.split("|")) for name, words in re.findall(r"^(\w+)(?:\.\d+)?: /\(?([a-z|]+)\)?\\b/$", GRAMMAR, re.M)
+    name: tuple(words.split("|")) for name, words in re.findall(r"^(\w+)(?:\.\d+)?: /\(?([a-z|]+)\)?\\b/$", GRAMMAR, re.MULTILINE)
 }
 
 
 def pattern_of(terminal: str) -> str:
     """The regular expression of a terminal."""
-    return re.search(rf"^{terminal}(?:\.\d+)?: /(.*)/$", GRAMMAR, re.M)[1].replace(r"\/", "/")
+    return re.search(rf"^{terminal}(?:\.\d+)?: /(.*)/$", GRAMMAR, re.MULTILINE)[1].replace(r"\/", "/")
 
 
 #: Reserved: never a name.

@@ -13,18 +13,19 @@ from surgery.diagnostics import Diagnostic, Source, Span, did_you_mean
 from surgery.syntax.grammar import KEYWORDS, WORDS, item_words
 
 #: Sets of terminals that read as one thing; the first that the grammar allows in full replaces its members.
+OPERAND = {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "MINUS"}
 GROUPS = (
-    ("an expression", {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "MINUS", "_IF", "NOT"}),
-    ("an expression", {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "MINUS", "NOT"}),
-    ("an expression", {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "MINUS"}),
+    ("a statement", {"_USE", "_SPEC", "_CHECK", "_SELECT", "_TRAIN", "_TRANSFORM", "_UPDATE", "OVERRIDE", "_TARGET", "$END"}),
+    ("an expression", OPERAND | {"NOT", "_IF"}),
+    ("an expression", OPERAND | {"NOT"}),
+    ("an expression", OPERAND),
     ("`param`, `let`, `check` or `return`", {"FROZEN", "SHARED", "_PARAM", "_LET", "_CHECK", "_RETURN"}),
     ("a pattern or the name of a `select`", {"STRING", "NAME"}),
-    ("an operator", {"PLUS", "MINUS", "TIMES"}),
 )
 OPERATORS = {"PLUS", "MINUS", "TIMES", "COMPARE", "AND", "OR", "_TRANSPOSE"}
 PLAIN = {"NAME": "a name", "STRING": "a \"string\"", "NUMBER": "a number", "TYPE": "a type (`int`, `float`, `bool` or `str`)",
          "LBRACE": "`{`", "RBRACE": "`}`", "LPAR": "`(`", "RPAR": "`)`", "LSQB": "`[`", "RSQB": "`]`", "COMMA": "`,`",
-         "COLON": "`:`", "EQUAL": "`=`", "__ANON_0": "`~`", "TILDE": "`~`", "$END": "the end of the file"}
+         "COLON": "`:`", "EQUAL": "`=`", "TILDE": "`~`", "OPERATOR": "an operator", "$END": "the end of the file"}
 BRACKETS = {"LBRACE": "RBRACE", "LPAR": "RPAR", "LSQB": "RSQB"}
 
 #: What people write who know another language.
@@ -43,14 +44,17 @@ def explain(source: Source, stopped: InteractiveParser, tokens: list[Token], bad
     if isinstance(bad, UnexpectedCharacters):
         return _no_token(source, bad.pos_in_stream)
     accepted = stopped.accepts()
-    expected = _expected(accepted)
-    last = tokens[-1] if tokens else None
-    place = _place(source, last, bad, expected)
-    after = f" after `{last}`" if last else ""
+    bracket = _unclosed(tokens, bad)
+    closes = bracket is not None and BRACKETS[bracket.type] in accepted
+    expected = _expected({BRACKETS[bracket.type]} if closes else accepted)
+    after = f" after `{_short(tokens[-1])}`" if tokens else ""
     found = "the end of the file" if bad.type == "$END" else f"`{_short(bad)}`"
-    return Diagnostic("syntax", f"expected {_choice(expected)}{after}, found {found}", place,
-                      label=did_you_mean(str(bad), _words(accepted)), helps=_helps(bad, accepted),
-                      related=_unclosed(source, tokens) if bad.type == "$END" or bad in item_words() else ())
+    meant = did_you_mean(str(bad), _words(accepted)) if bad.type == "NAME" else ""
+    missing = not meant and (bad.type == "$END" or "an expression" in expected or _on_another_line(source, tokens, bad))
+    return Diagnostic("syntax", f"expected {_choice(expected)}{after}, found {found}",
+                      _after(source, tokens) if missing else _span(source, bad), label=meant,
+                      helps=_helps(bad, accepted, missing and _on_another_line(source, tokens, bad)),
+                      related=((_span(source, bracket), f"this `{bracket}` is not closed"),) if bracket else ())
 
 
 def _no_token(source: Source, offset: int) -> Diagnostic:
@@ -64,26 +68,29 @@ def _no_token(source: Source, offset: int) -> Diagnostic:
                       helps=(hint,) if hint else ())
 
 
-def _place(source: Source, last: Token | None, bad: Token, expected: list[str]) -> Span:
-    """At what was found; or where something is missing: after the last token, if the next one is elsewhere."""
-    if last is None:
-        return Span(source, bad.start_pos or 0, (bad.start_pos or 0) + max(1, len(bad)))
-    missing = bad.type == "$END" or "an expression" in expected or "\n" in source.text[last.end_pos : bad.start_pos]
-    return Span(source, last.end_pos, last.end_pos) if missing else Span(source, bad.start_pos, bad.end_pos)
+def _span(source: Source, token: Token) -> Span:
+    return Span(source, token.start_pos, token.end_pos)
+
+
+def _after(source: Source, tokens: list[Token]) -> Span:
+    """Where something is missing: at the end of the last token."""
+    end = tokens[-1].end_pos if tokens else 0
+    return Span(source, end, end)
+
+
+def _on_another_line(source: Source, tokens: list[Token], bad: Token) -> bool:
+    return bool(tokens) and bad.type != "$END" and "\n" in source.text[tokens[-1].end_pos : bad.start_pos]
 
 
 def _expected(accepted: set[str]) -> list[str]:
-    """What may stand there, in words: few of them."""
+    """What may stand there, in few words."""
+    if "TIMES" in accepted:  # a complete expression ends here: what may follow it matters, not how it may go on
+        accepted = accepted - OPERATORS - {"LPAR"} or {"OPERATOR"}
     left, named = set(accepted), []
-    items = {t for t in left if set(WORDS.get(t, ())) & set(item_words())}
-    if len(items) > 2:
-        left, named = left - items - {"$END"}, ["a statement"]
     for words, group in GROUPS:
         if group <= left:
-            left, named = left - group, [words, *named]
-    if named != ["an operator"] or left - OPERATORS:
-        left, named = left - OPERATORS, [n for n in named if n != "an operator"]
-    return list(dict.fromkeys(named + [words for t in sorted(left) for words in _spelt(t)]))
+            left, named = left - group, [*named, words]
+    return named + [words for terminal in sorted(left) for words in _spelt(terminal)]
 
 
 def _spelt(terminal: str) -> list[str]:
@@ -98,22 +105,24 @@ def _words(accepted: set[str]) -> list[str]:
     return [word for terminal in sorted(accepted) for word in WORDS.get(terminal, ())]
 
 
-def _helps(bad: Token, accepted: set[str]) -> tuple[str, ...]:
+def _helps(bad: Token, accepted: set[str], elsewhere: bool) -> tuple[str, ...]:
     hint = HINTS.get(bad.type)
-    reserved = str(bad) in KEYWORDS and "NAME" in accepted
-    return ((hint,) if hint else ()) + ((f"`{bad}` is a word of the language and cannot be a name",) if reserved else ())
+    if not hint and str(bad) in KEYWORDS and "NAME" in accepted and not elsewhere:
+        hint = f"`{bad}` is a word of the language and cannot be a name"
+    return (hint,) if hint else ()
 
 
 def _short(token: Token) -> str:
     return str(token) if len(token) <= 40 else f"{token[:37]}..."
 
 
-def _unclosed(source: Source, tokens: list[Token]) -> tuple[tuple[Span, str], ...]:
-    """The innermost bracket that is open at the end of the tokens."""
-    open_ones: list[Token] = []
+def _unclosed(tokens: list[Token], bad: Token) -> Token | None:
+    """The innermost open bracket, if `bad` shows that its end was forgotten."""
+    opened: list[Token] = []
     for token in tokens:
         if token.type in BRACKETS:
-            open_ones.append(token)
-        elif token.type in BRACKETS.values() and open_ones:
-            open_ones.pop()
-    return tuple((Span(source, t.start_pos, t.end_pos), f"this `{t}` is not closed") for t in open_ones[-1:])
+            opened.append(token)
+        elif token.type in BRACKETS.values():
+            opened.pop()
+    ends = bad.type == "$END" or bad.type in BRACKETS.values() or bad in item_words()
+    return opened[-1] if opened and ends and BRACKETS[opened[-1].type] != bad.type else None

@@ -23,7 +23,7 @@ def _message(root: str, error: dict) -> str:
         return f"{_path(root, owner)} has no field `{last}`"
     if error["type"] == "missing":
         return f"{_path(root, owner)} needs a field `{last}`"
-    what = error["msg"].replace("Input should be", "must be")
+    what = error["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     return f"{_path(root, [*owner, last])} {what}, not {str(error['input'])[:60]!r}"
 
 

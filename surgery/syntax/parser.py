@@ -79,7 +79,7 @@ def _run(source: Source, text: str, start: str) -> tuple[Tree, list[Token]] | tu
 def _next_item(text: str, start: int, error: int) -> int | None:
     """Where the first statement of the file at or after an error begins (`check` may also stand in a body)."""
     words = "|".join(word for word in item_words() if word != "check")
-    later = re.compile(rf"^[ \t]*(?=({words})\b)", re.M).finditer(text, error - 1 if error else 0)
+    later = re.compile(rf"^[ \t]*(?=({words})\b)", re.MULTILINE).finditer(text, error - 1 if error else 0)
     return next((m.end() for m in later if m.end() >= max(error, start + 1)), None)
 
 

@@ -7,26 +7,79 @@ Spans, parentheses and comments (`Trivia`) never count in `==` and never reach J
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
-from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer, ValidationError,
-                      WithJsonSchema, model_validator)
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 
 from surgery.diagnostics import Span
-from surgery.syntax.expression import (Argument, Binary, Boolean, Call, CallExpr, Expr, Expression, If, Name, Number,
-                                       String, Transpose, Unary, as_expression)
+from surgery.syntax.expression import (
+    Argument,
+    Binary,
+    Boolean,
+    Call,
+    CallExpr,
+    Expr,
+    Expression,
+    If,
+    Name,
+    Number,
+    String,
+    Transpose,
+    Unary,
+    as_expression,
+)
 from surgery.syntax.misfits import misfits
 
-__all__ = ["Argument", "Binary", "Boolean", "Call", "Expression", "If", "Name", "Number", "String", "Transpose", "Unary",
-           "as_expression", "Trivia", "Node", "Parameter", "Check", "Use", "Pattern", "Reference", "Select", "Param", "Let",
-           "Definition", "Step", "Target", "Train", "Spec", "pre", "add", "post", "many"]
+__all__ = [
+    "Argument",
+    "Binary",
+    "Boolean",
+    "Call",
+    "Check",
+    "Definition",
+    "Expression",
+    "If",
+    "Let",
+    "Name",
+    "Node",
+    "Number",
+    "Param",
+    "Parameter",
+    "Pattern",
+    "Reference",
+    "Select",
+    "Spec",
+    "Step",
+    "String",
+    "Target",
+    "Train",
+    "Transpose",
+    "Trivia",
+    "Unary",
+    "Use",
+    "add",
+    "as_expression",
+    "many",
+    "post",
+    "pre",
+]
 
 
 @dataclass(frozen=True)
 class Trivia:
-    """What the formatter must keep: whole-line comments above, one at the end of the line, those at the end of a block
-    ("" is a blank line among them), and whether a blank line stood before all of it."""
+    """What the formatter must keep: whole-line comments above, one at the end of the line, those at the end of a block (or
+    of the list that a parameter ends), with "" for a blank line among them; and whether a blank line stood before it all."""
 
     above: tuple[str, ...] = ()
     beside: str = ""
@@ -108,27 +161,31 @@ class Reference:
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
-def _as_selector(value: Any) -> Any:
+def _as_selector(value: Any) -> Pattern | Reference:
     if isinstance(value, str):
         return Pattern(value)
-    if isinstance(value, dict) and set(value) == {"select"}:
+    if isinstance(value, dict) and set(value) == {"select"} and isinstance(value["select"], str):
         return Reference(value["select"])
-    return value
+    if isinstance(value, (Pattern, Reference)):
+        return value
+    raise ValueError('must be a pattern or {"select": name}')
 
 
 def _selector_json(value: Pattern | Reference) -> Any:
     return value.text if isinstance(value, Pattern) else {"select": value.name}
 
 
-Selector = Annotated[InstanceOf[Pattern] | InstanceOf[Reference], BeforeValidator(_as_selector), PlainSerializer(_selector_json),
-                     WithJsonSchema({"anyOf": [{"type": "string"},
-                                               {"type": "object", "properties": {"select": {"type": "string"}}}]})]
-Selectors = Annotated[tuple[Selector, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+_SELECTOR_SCHEMA = {"anyOf": [{"type": "string"},
+                              {"type": "object", "properties": {"select": {"type": "string"}}, "required": ["select"]}]}
+Selector = Annotated[Any, BeforeValidator(_as_selector), PlainSerializer(_selector_json), WithJsonSchema(_SELECTOR_SCHEMA)]
 
 
 def many(kind: Any) -> Any:
     """A tuple field that takes a list too (JSON and Python users write lists)."""
     return Annotated[tuple[kind, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+Selectors = many(Selector)
 
 
 class Select(Node):
@@ -170,7 +227,7 @@ class Definition(Node):
     dim: str | None = None
     claims: many(str) = ()
     checks: many(Check) = ()
-    body: many(Annotated[Union[Param, Let], Field(discriminator="what")]) = ()
+    body: many(Annotated[Param | Let, Field(discriminator="what")]) = ()
     result: Expr
     result_trivia: Comments = Field(default=Trivia(), exclude=True, repr=False)
     claims_spans: tuple[Place, ...] = Field(default=(), exclude=True, repr=False)

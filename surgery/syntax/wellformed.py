@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from typing import Any
 
-from surgery.diagnostics import Collector, Span, nearest
+from surgery.diagnostics import Collector, Span
 from surgery.syntax import tree
 from surgery.syntax.grammar import KEYWORDS, is_name
 

@@ -1,0 +1,248 @@
+"""The tree of a spec as canonical text: the formatter.
+
+Takes a `tree.Spec` or an expression. Gives text: two spaces, one statement a line, verbs and comments aligned, comments
+and single blank lines kept. Promises: the text parses to an equal spec, and formatting it again changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import groupby
+
+from surgery.syntax import tree
+from surgery.syntax.build import read_number
+from surgery.syntax.parser import parse_text
+from surgery.syntax.tree import Trivia
+
+WIDTH = 120
+INDENT = "  "
+#: A line and the comment beside it.
+Line = tuple[str, str]
+
+# ------------------------------------------------------------------------------------------------- expressions
+
+#: How tightly each operator binds; an operand that binds less needs parentheses.
+BINDING = {"or": 1, "and": 2, "not": 3, "<": 4, "<=": 4, ">": 4, ">=": 4, "==": 4, "!=": 4, "+": 5, "-": 5, "*": 6, "/": 6,
+           "@": 6}
+IF, COMPARE, NEGATE, POSTFIX, ATOM = 0, 4, 7, 8, 9
+
+
+def expression_text(expression: tree.Expression) -> str:
+    """The expression in the language, with the parentheses that it needs and those that its writer put."""
+    return _operand(expression, IF)
+
+
+def _operand(expression: tree.Expression, least: int) -> str:
+    """The text where something must stand that binds at least as tightly as `least`."""
+    needed = 1 if _binding(expression) < least else 0
+    pairs = max(expression.parens, needed)
+    return "(" * pairs + _bare(expression) + ")" * pairs
+
+
+def _binding(expression: tree.Expression) -> int:
+    match expression:
+        case tree.If():
+            return IF
+        case tree.Binary():
+            return BINDING[expression.op]
+        case tree.Unary():
+            return NEGATE if expression.op == "-" else BINDING["not"]
+        case tree.Transpose():
+            return POSTFIX
+    return ATOM
+
+
+def _bare(expression: tree.Expression) -> str:
+    match expression:
+        case tree.Number():
+            return _number(expression)
+        case tree.String():
+            return f'"{expression.value}"'
+        case tree.Boolean():
+            return "true" if expression.value else "false"
+        case tree.Name():
+            return expression.id
+        case tree.Call():
+            return f"{expression.function}({', '.join(map(_argument, expression.arguments))})"
+        case tree.Transpose():
+            return f"{_operand(expression.operand, POSTFIX)}.T"
+        case tree.Unary():
+            space = " " if expression.op == "not" else ""
+            return f"{expression.op}{space}{_operand(expression.operand, _binding(expression))}"
+        case tree.Binary():
+            return _binary(expression)
+        case tree.If():
+            condition, then, otherwise = map(expression_text, (expression.condition, expression.then, expression.otherwise))
+            return f"if {condition} then {then} else {otherwise}"
+    raise AssertionError(f"no text for {type(expression).__name__}")
+
+
+def _binary(expression: tree.Binary) -> str:
+    binding = _binding(expression)
+    left = _operand(expression.left, binding + (binding == COMPARE))  # comparisons do not chain
+    return f"{left} {expression.op} {_operand(expression.right, binding + 1)}"
+
+
+def _number(number: tree.Number) -> str:
+    kept = number.text and tree.Number(read_number(number.text)) == number
+    return number.text if kept else repr(number.value)
+
+
+def _argument(argument: tree.Argument) -> str:
+    return (f"{argument.name} = " if argument.name else "") + expression_text(argument.value)
+
+
+# -------------------------------------------------------------------------------------------------- statements
+
+
+def format_text(text: str, name: str = "<text>") -> str:
+    """The text in canonical layout. Raises: SurgeryError if it is not a spec."""
+    return spec_text(parse_text(text, name))
+
+
+def spec_text(spec: tree.Spec) -> str:
+    """The spec as canonical text: in the order of its source, or by kind of statement if it was built."""
+    items = [*spec.uses, *([spec] if spec.name else []), *spec.checks, *spec.selects, *spec.definitions, *spec.targets,
+             *spec.train]
+    placed = _in_order(items)
+    blocks = [_item(item) for item in placed or items]
+    if placed is None:
+        blocks = [[("", ""), *block] if block[0] != ("", "") else block for block in blocks]
+    lines = [line for block in blocks for line in block] + _comments(spec.trivia.inside, 0)
+    return _joined(lines[1:] if lines[:1] == [("", "")] else lines)
+
+
+def _in_order(nodes: list) -> list | None:
+    """The nodes as one source has them, or None if they do not all come from one."""
+    sources = {id(node.span.source) if node.span else None for node in nodes}
+    return sorted(nodes, key=lambda node: node.span.start) if len(sources) == 1 and None not in sources else None
+
+
+def _item(node: tree.Node) -> list[Line]:
+    match node:
+        case tree.Spec():
+            return _statement(replace(node.trivia, inside=()), _signed(f"spec {node.name}", node.params, ""))
+        case tree.Select():
+            return _plain(node.trivia, [f"select {node.name} =", *_listed(node.patterns)], 0)
+        case tree.Train():
+            return _plain(node.trivia, ["train", *_listed(node.patterns)], 0)
+        case tree.Definition():
+            return _definition(node)
+        case tree.Target():
+            return _target(node)
+    return _plain(node.trivia, [_simple(node)], 0)
+
+
+def _definition(node: tree.Definition) -> list[Line]:
+    dim = f" on {node.dim}" if node.dim else ""
+    claims = f" : {', '.join(node.claims)}" if node.claims else ""
+    head = _signed(f"{node.kind} {node.name}", node.params, f"{dim}{claims} {{")
+    statements = [*node.checks, *node.body]
+    body = [line for s in _in_order(statements) or statements for line in _plain(s.trivia, [_simple(s)], 1)]
+    result = _plain(node.result_trivia, [f"return {expression_text(node.result)}"], 1)
+    return _statement(node.trivia, head, body + result)
+
+
+def _target(node: tree.Target) -> list[Line]:
+    flags = ["shifted"] * node.shifted + ["untie"] * node.untie
+    excluded = ["except", *_listed(node.exclude)] if node.exclude else []
+    head = _wrapped(["override target" if node.override else "target", *_kind(node), *_listed(node.selectors), *excluded,
+                     *flags, "{"])
+    width = max(len(step.placement) for step in node.steps)
+    steps = [line for step in node.steps for line in _plain(step.trivia, [_step(step, width)], 1)]
+    return _statement(node.trivia, head, steps)
+
+
+def _kind(node: tree.Target) -> list[str]:
+    """Every kind is what no kind means, unless nothing else narrows the target."""
+    if node.ancestor:
+        return [f"{node.kind} in {node.ancestor}"]
+    return [node.kind] if node.kind != "any" or not node.selectors else []
+
+
+def _step(step: tree.Step, width: int) -> str:
+    side = " on in" if step.side == "in" else ""
+    bias = " with bias" if step.bias else ""
+    dropout = f" dropout({expression_text(step.dropout)})" if step.dropout is not None else ""
+    return f"{step.placement:{width}} {expression_text(step.call)}{side}{bias}{dropout}"
+
+
+def _simple(node: tree.Node) -> str:
+    match node:
+        case tree.Use():
+            return f'use "{node.path}"'
+        case tree.Check():
+            return f"check {expression_text(node.condition)}"
+        case tree.Let():
+            return f"let {node.name} = {expression_text(node.value)}"
+        case tree.Param():
+            return _param(node)
+        case tree.Parameter():
+            default = f" = {expression_text(node.default)}" if node.default is not None else ""
+            return f"{node.name}: {node.type}{default}"
+    raise AssertionError(f"no text for {type(node).__name__}")
+
+
+def _param(node: tree.Param) -> str:
+    flags = "frozen " * node.frozen + "shared " * node.shared
+    dims = f"[{', '.join(map(expression_text, node.dims))}]" if node.dims else ""
+    start = f"~ {expression_text(node.draw)}" if node.draw is not None else f"= {expression_text(node.init)}"
+    return f"{flags}param {node.name}{dims} {start}"
+
+
+def _listed(selectors: tuple) -> list[str]:
+    """The selectors of a list, each with the comma after it."""
+    texts = [f'"{s.text}"' if isinstance(s, tree.Pattern) else s.name for s in selectors]
+    return [f"{text}," for text in texts[:-1]] + texts[-1:]
+
+
+# ------------------------------------------------------------------------------------------------------ layout
+
+
+def _signed(name: str, params: tuple[tree.Parameter, ...], tail: str) -> list[Line]:
+    """`name(params)tail` on one line, or one parameter a line where that is too long or has comments."""
+    line = f"{name}({', '.join(map(_simple, params))}){tail}"
+    if len(line) <= WIDTH and not any(p.trivia.above or p.trivia.beside or p.trivia.inside for p in params):
+        return [(line, "")]
+    return [(f"{name}(", ""), *[line for p in params for line in _plain(p.trivia, [f"{_simple(p)},"], 1)], (f"){tail}", "")]
+
+
+def _plain(trivia: Trivia, chunks: list[str], level: int) -> list[Line]:
+    """A statement without a block."""
+    return _statement(trivia, _wrapped(chunks), level=level)
+
+
+def _statement(trivia: Trivia, head: list[Line], body: Iterable[Line] | None = None, level: int = 0) -> list[Line]:
+    """The comments above, the head with its comment, and the block if there is one."""
+    indented = [(INDENT * level + text, comment) for text, comment in head]
+    lines = [("", "")] * trivia.blank + _comments(trivia.above, level)
+    lines += [*indented[:-1], (indented[-1][0], trivia.beside)]
+    if body is None:
+        return lines + _comments(trivia.inside, level)
+    return [*lines, *body, *_comments(trivia.inside, level + 1), (INDENT * level + "}", "")]
+
+
+def _comments(comments: tuple[str, ...], level: int) -> list[Line]:
+    return [(INDENT * level + comment if comment else "", "") for comment in comments]
+
+
+def _wrapped(chunks: list[str]) -> list[Line]:
+    """The chunks with spaces between, in lines that are no longer than `WIDTH` where a break can help."""
+    lines = [chunks[0]]
+    for chunk in chunks[1:]:
+        if len(lines[-1]) + 1 + len(chunk) <= WIDTH:
+            lines[-1] += f" {chunk}"
+        else:
+            lines.append(f"{INDENT * 2}{chunk}")
+    return [(line, "") for line in lines]
+
+
+def _joined(lines: list[Line]) -> str:
+    """The text; comments beside consecutive lines of one depth start in one column."""
+    text = ""
+    for (beside, _), run in groupby(lines, key=lambda line: (bool(line[1]), len(line[0]) - len(line[0].lstrip()))):
+        rows = list(run)
+        width = max(len(left) for left, _ in rows)
+        text += "".join(f"{left:{width}}  {comment}\n" if beside else f"{left}\n" for left, comment in rows)
+    return text
