@@ -7,13 +7,12 @@ count in `==`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, InstanceOf, PlainSerializer, WithJsonSchema
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
-from surgery.diagnostics import Span
+from surgery.diagnostics import Span, SurgeryError, fail
 
 
 @dataclass(frozen=True)
@@ -104,21 +103,20 @@ class If(Expression):
     otherwise: Expression
 
 
-def as_expression(value: Any) -> Any:
-    """Python and JSON give numbers, booleans, or source text."""
+def as_expression(value: Any) -> Expression:
+    """The expression that Python and JSON mean by a number, a boolean or source text. Raises: SurgeryError."""
+    if isinstance(value, Expression):
+        return value
     if isinstance(value, bool):
         return Boolean(value)
     if isinstance(value, (int, float)):
-        return _signed(value)
+        return Unary("-", Number(-value)) if math.copysign(1, value) < 0 else Number(value)
     if isinstance(value, str):
         from surgery.syntax.parser import parse_expression
 
         return parse_expression(value)
-    return value
-
-
-def _signed(value: float) -> Expression:
-    return Unary("-", Number(-value)) if math.copysign(1, value) < 0 else Number(value)
+    raise fail("bad-value", f"{str(value)[:60]!r} is not an expression",
+               notes=("give a number, a boolean, or the text of an expression",))
 
 
 def _as_text(value: Expression) -> str:
@@ -127,15 +125,20 @@ def _as_text(value: Expression) -> str:
     return expression_text(value)
 
 
-def _model_type(python: type, before: Callable, after: Callable) -> Any:
-    return Annotated[InstanceOf[python], BeforeValidator(before), PlainSerializer(after), WithJsonSchema({"type": "string"})]
+def _field(kind: type[Expression]) -> Any:
+    """A field that holds an expression of a kind, and is its text in JSON."""
+
+    def read(value: Any) -> Expression:
+        try:
+            expression = as_expression(value)
+        except SurgeryError as error:
+            raise ValueError("is not an expression") from error  # so that pydantic goes on with the other fields
+        if isinstance(expression, kind):
+            return expression
+        raise ValueError(f"must be a {kind.__name__.lower()}")
+
+    return Annotated[kind, PlainValidator(read), PlainSerializer(_as_text), WithJsonSchema({"type": "string"})]
 
 
-Expr = _model_type(Expression, as_expression, _as_text)
-
-
-def _as_call(value: Any) -> Any:
-    return as_expression(value) if isinstance(value, str) else value
-
-
-CallExpr = _model_type(Call, _as_call, _as_text)
+Expr = _field(Expression)
+CallExpr = _field(Call)

@@ -5,6 +5,9 @@ Takes a `ValidationError`. Gives the `SurgeryError` with one diagnostic for each
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from pydantic import ValidationError
 
 from surgery.diagnostics import Diagnostic, SurgeryError
@@ -12,12 +15,21 @@ from surgery.diagnostics import Diagnostic, SurgeryError
 
 def misfits(error: ValidationError, root: str) -> SurgeryError:
     """`Spec.targets[0].kind must be 'linear', 'conv', 'embedding' or 'any', not 'lin'`."""
-    return SurgeryError([Diagnostic("bad-value", _message(root, e)) for e in error.errors()])
+    return SurgeryError([diagnostic for e in error.errors() for diagnostic in _diagnostics(root, e)])
+
+
+def _diagnostics(root: str, error: dict) -> list[Diagnostic]:
+    cause = getattr(error.get("ctx", {}).get("error"), "__cause__", None)
+    if isinstance(cause, SurgeryError):
+        return [replace(d, notes=(*d.notes, f"in {_path(root, error['loc'])}")) for d in cause.diagnostics]
+    return [Diagnostic("bad-value", _message(root, error))]
 
 
 def _message(root: str, error: dict) -> str:
     if error["type"] == "json_invalid":
         return f"this is not JSON: {error['ctx']['error']}"
+    if error["type"].startswith("union_tag"):
+        return f"{_path(root, error['loc'])}.what must be 'param' or 'let'"
     *owner, last = error["loc"] or ("",)
     if error["type"] == "extra_forbidden":
         return f"{_path(root, owner)} has no field `{last}`"
@@ -27,5 +39,5 @@ def _message(root: str, error: dict) -> str:
     return f"{_path(root, [*owner, last])} {what}, not {str(error['input'])[:60]!r}"
 
 
-def _path(root: str, steps: list[str | int]) -> str:
-    return root + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps if step)
+def _path(root: str, steps: Iterable[str | int]) -> str:
+    return root + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps if step != "")

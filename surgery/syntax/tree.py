@@ -6,23 +6,16 @@ Spans, parentheses and comments (`Trivia`) never count in `==` and never reach J
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    InstanceOf,
-    PlainSerializer,
     ValidationError,
-    WithJsonSchema,
     model_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
 
-from surgery.diagnostics import Span
 from surgery.syntax.expression import (
     Argument,
     Binary,
@@ -39,6 +32,7 @@ from surgery.syntax.expression import (
     Unary,
     as_expression,
 )
+from surgery.syntax.fields import Comments, Pattern, Place, Reference, Selectors, Trivia, many
 from surgery.syntax.misfits import misfits
 
 __all__ = [
@@ -74,21 +68,6 @@ __all__ = [
     "post",
     "pre",
 ]
-
-
-@dataclass(frozen=True)
-class Trivia:
-    """What the formatter must keep: whole-line comments above, one at the end of the line, those at the end of a block (or
-    of the list that a parameter ends), with "" for a blank line among them; and whether a blank line stood before it all."""
-
-    above: tuple[str, ...] = ()
-    beside: str = ""
-    inside: tuple[str, ...] = ()
-    blank: bool = False
-
-
-Place = SkipJsonSchema[InstanceOf[Span]]
-Comments = SkipJsonSchema[InstanceOf[Trivia]]
 
 
 class Node(BaseModel):
@@ -143,49 +122,6 @@ class Use(Node):
     """`use "file.surg"`."""
 
     path: str
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A glob as written in a spec."""
-
-    text: str
-    span: Span | None = field(default=None, compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The name of a `select`, used in place of a pattern."""
-
-    name: str
-    span: Span | None = field(default=None, compare=False, repr=False)
-
-
-def _as_selector(value: Any) -> Pattern | Reference:
-    if isinstance(value, str):
-        return Pattern(value)
-    if isinstance(value, dict) and set(value) == {"select"} and isinstance(value["select"], str):
-        return Reference(value["select"])
-    if isinstance(value, (Pattern, Reference)):
-        return value
-    raise ValueError('must be a pattern or {"select": name}')
-
-
-def _selector_json(value: Pattern | Reference) -> Any:
-    return value.text if isinstance(value, Pattern) else {"select": value.name}
-
-
-_SELECTOR_SCHEMA = {"anyOf": [{"type": "string"},
-                              {"type": "object", "properties": {"select": {"type": "string"}}, "required": ["select"]}]}
-Selector = Annotated[Any, BeforeValidator(_as_selector), PlainSerializer(_selector_json), WithJsonSchema(_SELECTOR_SCHEMA)]
-
-
-def many(kind: Any) -> Any:
-    """A tuple field that takes a list too (JSON and Python users write lists)."""
-    return Annotated[tuple[kind, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
-
-
-Selectors = many(Selector)
 
 
 class Select(Node):

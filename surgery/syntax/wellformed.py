@@ -162,7 +162,7 @@ def _id(found: Collector, name: tree.Name) -> None:
 def _number(found: Collector, number: tree.Number) -> None:
     limit = MAX_INT if isinstance(number.value, int) else math.inf
     if not math.isfinite(number.value) or number.value > limit:
-        found.error("syntax", "this number is too large", number.span,
+        found.error("syntax", "this number is out of range", number.span,
                     notes=(f"integers go up to {MAX_INT}, other numbers up to 1.8e308",))
     elif math.copysign(1, number.value) < 0:
         found.error("syntax", f"`Number({number.value})`: a negative number is `Unary(\"-\", Number({-number.value}))`")

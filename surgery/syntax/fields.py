@@ -1,0 +1,83 @@
+"""What the fields of a statement hold besides expressions: comments, places, patterns, lists.
+
+Gives the types that `tree` builds its models from. Promises: JSON can neither give a place nor a comment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
+
+from surgery.diagnostics import Span
+
+
+@dataclass(frozen=True)
+class Trivia:
+    """What the formatter must keep: whole-line comments above, one at the end of the line, those at the end of a block (or
+    of the list that a parameter ends), with "" for a blank line among them; and whether a blank line stood before it all."""
+
+    above: tuple[str, ...] = ()
+    beside: str = ""
+    inside: tuple[str, ...] = ()
+    blank: bool = False
+
+
+def instance_of(kind: type) -> Any:
+    """Checks that a field holds such an object, which JSON cannot give."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, kind):
+            return value
+        raise ValueError(f"must be a {kind.__name__.lower()}")
+
+    return PlainValidator(check)
+
+
+Place = SkipJsonSchema[Annotated[Span, instance_of(Span)]]
+Comments = SkipJsonSchema[Annotated[Trivia, instance_of(Trivia)]]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A glob as written in a spec."""
+
+    text: str
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The name of a `select`, used in place of a pattern."""
+
+    name: str
+    span: Span | None = field(default=None, compare=False, repr=False)
+
+
+def _as_selector(value: Any) -> Pattern | Reference:
+    if isinstance(value, str):
+        return Pattern(value)
+    if isinstance(value, dict) and set(value) == {"select"} and isinstance(value["select"], str):
+        return Reference(value["select"])
+    if isinstance(value, (Pattern, Reference)):
+        return value
+    raise ValueError('must be a pattern or {"select": name}')
+
+
+def _selector_json(value: Pattern | Reference) -> Any:
+    return value.text if isinstance(value, Pattern) else {"select": value.name}
+
+
+_SELECTOR_SCHEMA = {"anyOf": [{"type": "string"},
+                              {"type": "object", "properties": {"select": {"type": "string"}}, "required": ["select"]}]}
+Selector = Annotated[Any, PlainValidator(_as_selector), PlainSerializer(_selector_json), WithJsonSchema(_SELECTOR_SCHEMA)]
+
+
+def many(kind: Any) -> Any:
+    """A tuple field that takes a list too (JSON and Python users write lists)."""
+    return Annotated[tuple[kind, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
+
+Selectors = many(Selector)
