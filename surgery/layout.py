@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Shape = tuple[int, ...]
 

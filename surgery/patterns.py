@@ -39,6 +39,10 @@ class Token:
     high: int = 0
 
     @property
+    def end(self) -> int:
+        return self.at + len(self.text.strip("{}"))
+
+    @property
     def from_end(self) -> bool:
         return self.high < 0
 
@@ -260,7 +264,7 @@ def _segments(pattern: Pattern, tokens: tuple[Token, ...]) -> tuple[tuple[Token,
 def _alone(pattern: Pattern, segment: tuple[Token, ...]) -> tuple[Token, ...]:
     for token in segment:
         if len(segment) > 1 and (token.kind == "**" or token.from_end):
-            raise _bad(pattern, token.at, token.at + len(token.text), f"`{token.text}` must be a segment of its own",
+            raise _bad(pattern, token.at, token.end, f"`{token.text}` must be a segment of its own",
                        "`*` is any text within a segment" if token.kind == "**" else "an index from the end has no prefix")
     return segment
 
