@@ -8,71 +8,103 @@ checkpoint of the base model still loads; `deepcopy`, pickle and `torch.compile`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from copy import copy
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from surgery.expr.evaluate import dense
 from surgery.expr.ir import Formula
-from surgery.layout import Layout, weights
-from surgery.lower import lower
+from surgery.layout import Layout
+from surgery.lower.frozen import KINDS, Frozen
+from surgery.lower.program import Program, activations, weights
 
 SUFFIX = "_surgery"
 
 
 class Adapter(nn.Module):
-    """The tensors and the formula of one operated weight. `active` is False while disabled or merged."""
+    """The tensors and the programs of one operated weight. `active` is False while disabled or merged."""
 
-    def __init__(self, formula: Formula, parameter: str, stack: int | None, tensors: Mapping[str, nn.Parameter]):
+    def __init__(self, formula: Formula, layout: Layout, parameter: str, stack: int | None, tensors: Mapping[str, nn.Parameter]):
         super().__init__()
-        self.formula, self.parameter, self.stack, self.active = formula, parameter, stack, True
+        self.formula, self.layout, self.parameter, self.stack, self.active = formula, layout, parameter, stack, True
+        self.shared = frozenset(leaf.key for leaf in formula.leaves if leaf.group)
+        self._known: dict[Program, tuple] = {}
         for key, tensor in tensors.items():
             step, name = key.split(".")
             if step not in self._modules:
                 self.add_module(step, nn.Module())
             self._modules[step].register_parameter(name, tensor)
 
+    def frozen(self, module: nn.Module) -> Frozen:
+        """The module's frozen map, as programs call it."""
+        return KINDS[self.layout.kind](module, self.layout, self.parameter)
+
     def tensors(self) -> dict[str, nn.Parameter]:
         """The adapter's tensors by key (`post_magnitude.m`)."""
-        return {leaf.key: self.get_parameter(leaf.key) for leaf in self.formula.leaves}
+        return {leaf.key: self._modules[step]._parameters[name]
+                for leaf in self.formula.leaves for step, name in [leaf.key.split(".")]}
 
-    def leaves(self, layout: Layout, module: nn.Module) -> dict[str, torch.Tensor]:
-        """All that the formula reads, in one dtype: float32, or what is wider among the weight and the parameters."""
-        weight = layout.matrix(module._parameters[self.parameter])
-        bias = getattr(module, "bias", None) if self.stack is None else None
-        found = {"weight": weight, **({"bias": bias} if bias is not None else {}), **self.tensors()}
-        dtype = torch.float32
-        for tensor in found.values():
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        return {key: tensor.to(dtype) for key, tensor in found.items()}
+    def output(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What the operated layer gives for its input."""
+        layer = self.frozen(module)
+        program = activations(self.formula, self.layout.kind, module.training, layer.bias is not None)
+        dtype = _activation_dtype(layer.weight)
+        values = self._values(program, layer, self.tensors(), dtype)
+        return layer.leave(program.body(layer, layer.enter(x, dtype), *values))
 
-    def matrix(self, layout: Layout, module: nn.Module) -> torch.Tensor:
-        """W' as [out, in] (or a stack [E, out, in]) in the dtype of `leaves`."""
-        with torch.autocast(self._device(module), enabled=False):
-            leaves = self.leaves(layout, module)
-            if self.stack is None:
-                return dense(self.formula.weight, leaves)
-            shared = {leaf.key for leaf in self.formula.leaves if leaf.group}
-            axes = {key: None if key in shared else 0 for key in leaves}
-            return torch.vmap(lambda each: dense(self.formula.weight, each), in_dims=(axes,))(leaves)
+    def _values(self, program: Program, layer: Frozen, leaves: dict[str, torch.Tensor], cast: torch.dtype | None) -> tuple:
+        """The set-up of a program: all that does not depend on the input. Small solves stay in float32 under autocast."""
+        dtype = reduce(torch.promote_types, (t.dtype for t in (layer.weight, *leaves.values())), torch.float32)
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            known = self._once(program, layer, dtype)
+            return program.setup(layer, {k: t.to(dtype) for k, t in leaves.items()}, known, dtype, cast or dtype)
 
-    def bias(self, layout: Layout, module: nn.Module) -> torch.Tensor | None:
-        """b' (None where the module has no bias)."""
-        leaves = self.leaves(layout, module)
-        return dense(self.formula.bias, leaves) if "bias" in leaves else None
+    def _once(self, program: Program, layer: Frozen, dtype: torch.dtype) -> tuple:
+        """What depends on the frozen weight alone, kept until the weight is another."""
+        if not program.fixed or self.stack is not None or torch.compiler.is_compiling():
+            return program.once(layer, dtype)
+        stamp = (layer.stored.data_ptr(), layer.stored._version, layer.stored.device, dtype)
+        if self._known.get(program, (None,))[0] != stamp:
+            with torch.no_grad():
+                self._known[program] = (stamp, program.once(layer, dtype))
+        return self._known[program][1]
 
-    def _device(self, module: nn.Module) -> str:
-        return module._parameters[self.parameter].device.type
+    def weights(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
+        """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider."""
+        layer = self.frozen(module)
+        program = weights(self.formula, layer.bias is not None)
+        if self.stack is None:
+            return self._values(program, layer, self.tensors(), None)
+        return self._stacked(program, layer)
+
+    def _stacked(self, program: Program, layer: Frozen) -> tuple[torch.Tensor, ...]:
+        leaves = self.tensors()
+        axes = {key: None if key in self.shared else 0 for key in leaves}
+
+        def one(weight: torch.Tensor, each: dict[str, torch.Tensor]) -> tuple:
+            single = copy(layer)
+            single.weight = weight
+            return self._values(program, single, each, None)
+
+        return torch.vmap(one, in_dims=(0, axes))(layer.weight, leaves)
 
     def extra_repr(self) -> str:
-        return f"{self.parameter}{' inactive' if not self.active else ''}"
+        return f"{self.parameter}{'' if self.active else ', inactive'}"
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_known": {}}
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
         """A checkpoint of the base model has nothing for us: not an error, the adapter stays as it is."""
         if any(key.startswith(prefix) for key in state):
             super()._load_from_state_dict(state, prefix, *rest)
+
+
+def _activation_dtype(weight: torch.Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class Operated:
@@ -93,12 +125,7 @@ class Direct(Operated):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         adapter = self.weight_surgery
-        if not adapter.active:
-            return super().forward(x)
-        layout = weights(self)[0].layout
-        with torch.autocast(x.device.type, enabled=False):
-            leaves = adapter.leaves(layout, self)
-        return lower(adapter.formula).run(layout, self, x, leaves)
+        return adapter.output(self, x) if adapter.active else super().forward(x)
 
 
 class Substituted(Operated):
@@ -106,19 +133,19 @@ class Substituted(Operated):
     and stands in the weight's place while that forward runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        rows = {w.parameter: w.layout for w in weights(self)}
-        chosen = {name: getattr(self, name + SUFFIX) for name in type(self).names}
-        self.__dict__["_substitutes"] = {name: _stored(adapter, rows[name], self)
-                                         for name, adapter in chosen.items() if adapter.active}
+        chosen = [getattr(self, name + SUFFIX) for name in type(self).names]
+        self.__dict__["_substitutes"] = {name: value for a in chosen if a.active for name, value in _stored(a, self).items()}
         try:
             return super().forward(*args, **kwargs)
         finally:
             del self.__dict__["_substitutes"]
 
 
-def _stored(adapter: Adapter, layout: Layout, module: nn.Module) -> torch.Tensor:
-    weight = module._parameters[adapter.parameter]
-    return layout.unmatrix(adapter.matrix(layout, module), weight.shape).to(weight.dtype)
+def _stored(adapter: Adapter, module: nn.Module) -> dict[str, torch.Tensor]:
+    """W' (and b') as the module stores them, by parameter name."""
+    values = dict(zip((adapter.parameter, "bias"), adapter.weights(module)))
+    values[adapter.parameter] = adapter.layout.unmatrix(values[adapter.parameter], module._parameters[adapter.parameter].shape)
+    return {name: value.to(module._parameters[name].dtype) for name, value in values.items()}
 
 
 def _substitute(name: str) -> property:
@@ -131,7 +158,7 @@ def operated_class(base: type, names: tuple[str, ...]) -> type:
     known = {"base": base, "names": names, "__module__": base.__module__, "__qualname__": base.__qualname__}
     if is_direct(base):
         return type(base.__name__, (Direct, base), known)
-    return type(base.__name__, (Substituted, base), {**known, **{name: _substitute(name) for name in names}})
+    return type(base.__name__, (Substituted, base), {**known, **{name: _substitute(name) for name in (*names, "bias")}})
 
 
 def is_direct(base: type) -> bool:

@@ -13,22 +13,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One family of modules: its kind, the view of a weight as [out, in] (or as a stack [E, out, in]), and its map run
-    with any matrix [m, in] in the weight's place (None where only the module's own forward knows it)."""
+    """One family of modules: its kind and the view of a weight as [out, in] (or as a stack [E, out, in])."""
 
     name: str
     kind: str
     view: Callable[[Tensor], Tensor]
     back: Callable[[Tensor, Shape], Tensor]
-    run: Callable[[nn.Module, Tensor, Tensor, Tensor | None], Tensor] | None = None
-    run_dropped: Callable[[nn.Module, Tensor, Tensor, float], Tensor] | None = None
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as [..., out, in]: a view wherever its strides allow one."""
@@ -56,32 +52,10 @@ def _kernels(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-def _linear(module: nn.Module, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, matrix, bias)
-
-
-def _conv(module: nn.Module, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    return module._conv_forward(x, matrix.reshape(-1, *module.weight.shape[1:]), bias)
-
-
-def _lookup(module: nn.Module, ids: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-    return F.embedding(ids, matrix, module.padding_idx)
-
-
-def _on_dropped_input(run: Callable) -> Callable:
-    return lambda module, x, matrix, p: run(module, F.dropout(x, p), matrix, None)
-
-
-def _lookup_dropped(module: nn.Module, ids: Tensor, matrix: Tensor, p: float) -> Tensor:
-    """The input is a one-hot row: dropping its one entry drops the token's update."""
-    kept = F.dropout(torch.ones(ids.shape, dtype=matrix.dtype, device=ids.device), p)
-    return kept[..., None] * _lookup(module, ids, matrix, None)
-
-
-LINEAR = Layout("linear", "linear", _as_stored, _as_stored, _linear, _on_dropped_input(_linear))
-CONV1D = Layout("transposed linear", "linear", _transposed, _transposed, _linear, _on_dropped_input(_linear))
-CONV = Layout("convolution", "conv", _kernels, Tensor.reshape, _conv, _on_dropped_input(_conv))
-EMBEDDING = Layout("embedding", "embedding", _as_stored, _as_stored, _lookup, _lookup_dropped)
+LINEAR = Layout("linear", "linear", _as_stored, _as_stored)
+CONV1D = Layout("transposed linear", "linear", _transposed, _transposed)
+CONV = Layout("convolution", "conv", _kernels, Tensor.reshape)
+EMBEDDING = Layout("embedding", "embedding", _as_stored, _as_stored)
 EXPERTS = Layout("experts", "linear", _as_stored, _as_stored)
 TRANSPOSED_EXPERTS = Layout("transposed experts", "linear", _transposed, _transposed)
 

@@ -30,10 +30,8 @@ class Merged:
 def merged(placed: Placed, adapter: Adapter) -> Merged:
     """W' and b' of one operated module, in the dtype and layout that it stores. Raises: SurgeryError (merge-error)."""
     site, module = placed.site, placed.site.module
-    exact = {site.parameter: site.layout.unmatrix(adapter.matrix(site.layout, module), site.weight.shape)}
-    bias = adapter.bias(site.layout, module)
-    if bias is not None and placed.formula.bias.op != "bias":
-        exact["bias"] = bias
+    exact = dict(zip((site.parameter, "bias"), adapter.weights(module)))
+    exact[site.parameter] = site.layout.unmatrix(exact[site.parameter], site.weight.shape)
     stored = {name: value.to(module._parameters[name].dtype).contiguous() for name, value in exact.items()}
     error = max(_rounding_error(stored[name], exact[name]) for name in exact)
     bound = ROUNDINGS * torch.finfo(site.weight.dtype).eps

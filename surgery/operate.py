@@ -41,7 +41,7 @@ def prepare(model: nn.Module, spec: Spec, *, seed: int = 0, dtype: torch.dtype =
 
 
 def _adapter(placed: Placed, values: dict[str, nn.Parameter]) -> Adapter:
-    return Adapter(placed.formula, placed.site.parameter, placed.site.stack, values).train(placed.site.module.training)
+    return Adapter(placed.formula, placed.site.layout, placed.site.parameter, placed.site.stack, values).train(placed.site.module.training)
 
 
 class Surgeon:
@@ -176,8 +176,5 @@ class Surgeon:
 @torch.no_grad()
 def _start_error(placed: Placed, adapter: Adapter) -> float:
     before = frozen_leaves(placed)
-    layout, module = placed.site.layout, placed.site.module
-    errors = [departure(before["weight"], adapter.matrix(layout, module))]
-    if "bias" in before:
-        errors.append(departure(before["bias"], adapter.bias(layout, module)))
-    return max(errors)
+    after = adapter.weights(placed.site.module)
+    return max(departure(old, new) for old, new in zip(before.values(), after))

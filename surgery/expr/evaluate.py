@@ -36,8 +36,10 @@ def _value(node: Expr, args: list, leaves: Leaves, like: torch.Tensor) -> torch.
         return leaves[node.op]
     if node.op == "const":
         return float(node.data)
+    if node.op == "fill":
+        return like.new_full(node.shape, node.data)
     if node.op == "eye":
-        return torch.eye(node.shape[0], dtype=like.dtype, device=like.device)
+        return torch.eye(node.shape[-1], dtype=like.dtype, device=like.device).expand(node.shape)
     if node.op == "drop":  # in the weight there is nothing to drop: it acts on an update's input
         return args[0]
     if all(isinstance(a, float) for a in args):

@@ -19,13 +19,17 @@ class ShapeError(Exception):
 
 @dataclass(frozen=True)
 class Primitive:
-    """`shape(*shapes)` gives the result's shape; `dense(*tensors)` its value; `doc` is its one line of maths."""
+    """`shape(*shapes)` gives the result's shape; `dense(*tensors)` its value; `doc` is its one line of maths.
+
+    A row that is not `public` is for the compiler: a spec cannot call it.
+    """
 
     name: str
     arity: int
     shape: Callable[..., Shape]
     dense: Callable[..., Any]
     doc: str
+    public: bool = True
 
 
 def shape_text(shape: Shape) -> str:
@@ -87,13 +91,26 @@ def _block_diag_shape(a: Shape) -> Shape:
 
 
 def _kron_shape(a: Shape, b: Shape) -> Shape:
-    (m, n), (p, q) = _exactly(2, "two matrices", a), _exactly(2, "two matrices", b)
-    return (m * p, n * q)
+    if len(a) != len(b) or len(a) not in (1, 2):
+        raise ShapeError(f"needs two matrices or two vectors, not {shape_text(a)} and {shape_text(b)}")
+    return tuple(x * y for x, y in zip(a, b))
 
 
 def _reflect_shape(a: Shape) -> Shape:
     rows = _exactly(2, "a matrix whose columns are the mirrors", a)[0]
     return (rows, rows)
+
+
+def _side_by_side_shape(a: Shape, b: Shape) -> Shape:
+    return a[:-1] + (a[-1] + b[-1],)
+
+
+def _face_shape(a: Shape, b: Shape) -> Shape:
+    return a[:-1] + (a[-1] * b[-1],)
+
+
+def _blocks_shape(a: Shape, s: Shape) -> Shape:
+    return a[:-1] + (s[0] * s[2],)
 
 
 # ------------------------------------------------------------------------------------------- dense meanings
@@ -137,6 +154,52 @@ def _kron(a: Any, b: Any) -> Any:
     return torch.kron(a, b)
 
 
+def _resolvent(m: Any) -> Any:
+    import torch
+
+    return torch.linalg.inv(_eye_like(m) - m / 2)
+
+
+def _phi(m: Any) -> Any:
+    """(e^m - I) m⁻¹ without the inverse: the corner of the exponential of [[m, I], [0, 0]]."""
+    import torch
+
+    size = m.shape[-1]
+    top = torch.cat([m, _eye_like(m).expand_as(m)], dim=-1)
+    return torch.linalg.matrix_exp(torch.cat([top, torch.zeros_like(top)], dim=-2))[..., :size, size:]
+
+
+def _mirrors(gram: Any) -> Any:
+    """T of Π (I - 2 u uᵀ / uᵀu) = I - U T Uᵀ, from UᵀU: T⁻¹ is its upper triangle with the diagonal halved."""
+    import torch
+
+    inverse = gram.triu(1) + gram.diagonal(dim1=-2, dim2=-1).diag_embed() / 2
+    return torch.linalg.solve_triangular(inverse, _eye_like(gram), upper=True)
+
+
+def _side_by_side(a: Any, b: Any) -> Any:
+    import torch
+
+    return torch.cat([a, b], dim=-1)
+
+
+def _face(a: Any, b: Any) -> Any:
+    return (a[..., :, None] * b[..., None, :]).flatten(-2)
+
+
+def _root(a: Any) -> Any:
+    positive = a > 0
+    return a.where(positive, a.new_ones(())).sqrt() * positive
+
+
+def _blocks(a: Any, s: Any) -> Any:
+    """Each slice of the last axis times its own block."""
+    import torch
+
+    parts = a.unflatten(-1, s.shape[:2])
+    return torch.einsum("...bk,bkl->...bl", parts, s).flatten(-2)
+
+
 def _extreme(name: str) -> Callable[[Any, Any], Any]:
     def choose(a: Any, b: Any) -> Any:
         import torch
@@ -170,17 +233,29 @@ _ROWS = [
     Primitive("T", 1, lambda a: _matrix(a)[:-2] + (a[-1], a[-2]), lambda a: a.mT, "aᵀ, of the last two axes"),
     Primitive("diag", 1, lambda a: _vector(a) + a[-1:], lambda a: a.diag_embed(), "the diagonal matrix of a vector"),
     Primitive("block_diag", 1, _block_diag_shape, _block_diag, "a stack [b, k, k] along the diagonal of [b k, b k]"),
-    Primitive("kron", 2, _kron_shape, _kron, "a ⊗ b, the Kronecker product"),
+    Primitive("kron", 2, _kron_shape, _kron, "a ⊗ b, the Kronecker product of two matrices or two vectors"),
     Primitive("skew", 1, _square, lambda a: a - a.mT, "a - aᵀ"),
     Primitive("cayley", 1, _square, _cayley, "(I - a/2)⁻¹ (I + a/2), orthogonal when a is skew"),
     Primitive("expm", 1, _square, _expm, "e^a of a matrix, orthogonal when a is skew"),
     Primitive("reflect", 1, _reflect_shape, _reflect, "Π (I - 2 u uᵀ / uᵀu) over the columns u, first column leftmost"),
+    # For the compiler alone: the small cores of structured maps, and maps on the last axis of activations.
+    Primitive("resolvent", 1, _square, _resolvent, "(I - a/2)⁻¹", public=False),
+    Primitive("phi", 1, _square, _phi, "(e^a - I) a⁻¹", public=False),
+    Primitive("mirrors", 1, _square, _mirrors, "T with reflect(U) = I - U T Uᵀ, from a = UᵀU", public=False),
+    Primitive("side_by_side", 2, _side_by_side_shape, _side_by_side, "[a, b], the columns of both", public=False),
+    Primitive("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]", public=False),
+    Primitive("row_dot", 2, lambda a, b: _elementwise(a, b)[:-1], lambda a, b: (a * b).sum(-1), "Σ a b over each row",
+              public=False),
+    Primitive("root", 1, _same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0", public=False),
+    Primitive("total", 1, lambda a: (), lambda a: a.sum(), "Σ a over all entries", public=False),
+    Primitive("scale", 2, lambda a, d: a, lambda a, d: a * d, "a diag(d): each column of a times its d", public=False),
+    Primitive("blocks", 2, _blocks_shape, _blocks, "a block_diag(s)", public=False),
 ]
 PRIMITIVES: dict[str, Primitive] = {row.name: row for row in _ROWS}
 
 # What a spec may call; the rest are operators.
 OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "@": "matmul"}
-FUNCTIONS = frozenset(PRIMITIVES) - set(OPERATORS.values()) - {"neg", "T"} | {"I"}
+FUNCTIONS = {name for name, row in PRIMITIVES.items() if row.public} - set(OPERATORS.values()) - {"neg", "T"} | {"I"}
 
 
 def make(op: str, *args: Expr) -> Expr:

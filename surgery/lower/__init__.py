@@ -1,0 +1,1 @@
+"""From a formula to straight-line programs over activations."""

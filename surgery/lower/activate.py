@@ -1,0 +1,167 @@
+"""How a weight expression acts on activations: x Eᵀ without building E.
+
+Takes an expression in the lowering's normal form and an activation (an `Expr` whose last axis is the operand's); gives the
+activation expression. Each row of the table is one identity. Where an expression has no structure it is built in the
+set-up and multiplied: the dense fallback.
+
+Activations are expressions over the leaf `x`; `frozen(a)` is the frozen layer's map of `a`, which is called and not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from surgery.expr.dims import symbol
+from surgery.expr.ir import Expr, Shape
+from surgery.expr.primitives import make
+from surgery.rewrite.algebra import simplify
+from surgery.rewrite.structure import factors
+from surgery.rewrite.terms import scaled, summands, times
+
+TOKENS = symbol("tokens")
+
+
+def turned(expr: Expr) -> Expr:
+    """Eᵀ in normal form."""
+    return simplify(make("T", expr))
+
+
+def apply(expr: Expr, a: Expr) -> Expr:
+    """a Eᵀ: [..., n] to [..., m] for E [m, n]."""
+    return _APPLY.get(expr.op, _dense)(expr, a)
+
+
+def _reshaped(op: str, a: Expr, data: tuple, shape: Shape) -> Expr:
+    return Expr(op, (a,), data, shape)
+
+
+def _dense(expr: Expr, a: Expr) -> Expr:
+    return make("matmul", a, matrix(turned(expr)))
+
+
+def _frozen(expr: Expr, a: Expr) -> Expr:
+    return Expr("frozen", (a,), None, a.shape[:-1] + expr.shape[:1])
+
+
+def _sum(expr: Expr, a: Expr) -> Expr:
+    return make("add", *(apply(term, a) for term in expr.args))
+
+
+def _product(expr: Expr, a: Expr) -> Expr:
+    left, right = expr.args
+    return apply(left, apply(right, a))
+
+
+def _scaled(expr: Expr, a: Expr) -> Expr:
+    scalar, rest = scaled(expr)
+    return _dense(expr, a) if scalar is None else times(scalar, apply(rest, a))
+
+
+def _turned(expr: Expr, a: Expr) -> Expr:
+    inner = expr.args[0]
+    if inner.op == "weight":
+        return Expr("frozen_back", (a,), None, a.shape[:-1] + expr.shape[:1])
+    return make("matmul", a, matrix(inner))
+
+
+def _drop(expr: Expr, a: Expr) -> Expr:
+    return apply(expr.args[0], Expr("dropout", (a,), expr.data, a.shape))
+
+
+def _kron(expr: Expr, a: Expr) -> Expr:
+    """x (A ⊗ B)ᵀ: the last axis as a matrix [n, q], B on its rows and A on its columns."""
+    left, right = expr.args
+    (m, n), (p, q) = left.shape, right.shape
+    h = apply(right, _reshaped("split", a, (n, q), a.shape[:-1] + (n, q)))
+    if left.op != "eye":
+        h = make("T", apply(left, make("T", h)))
+    return _reshaped("join", h, (), a.shape[:-1] + (m * p,))
+
+
+_APPLY: dict[str, Callable[[Expr, Expr], Expr]] = {
+    "weight": _frozen,
+    "eye": lambda expr, a: a,
+    "add": _sum,
+    "matmul": _product,
+    "mul": _scaled,
+    "T": _turned,
+    "drop": _drop,
+    "kron": _kron,
+    "diag": lambda expr, a: make("scale", a, expr.args[0]),
+    "block_diag": lambda expr, a: make("blocks", a, simplify(make("T", expr.args[0]))),
+}
+
+
+# --------------------------------------------------------------------------------------------------- matrices
+
+
+def is_structured(expr: Expr) -> bool:
+    """Whether acting with it is cheaper than building it."""
+    if expr.op == "mul":
+        return scaled(expr)[0] is not None and is_structured(scaled(expr)[1])
+    if expr.op == "matmul":
+        return factors(expr) is not None or all(map(is_structured, expr.args))
+    return expr.op in ("diag", "block_diag", "kron", "eye") or expr.op == "add" and all(map(is_structured, summands(expr)))
+
+
+def matrix(expr: Expr) -> Expr:
+    """E itself, built the cheapest way: a structured factor acts on the rows or columns of the other."""
+    if expr.op == "matmul" and len(expr.args[0].shape) == len(expr.args[1].shape) == 2:
+        left, right = expr.args
+        if is_structured(left) and factors(expr) is None:
+            return make("T", apply(left, make("T", matrix(right))))
+        if is_structured(right) and factors(expr) is None:
+            return apply(turned(right), matrix(left))
+    if expr.op == "drop":
+        return matrix(expr.args[0])
+    if expr.op in ("add", "mul", "matmul", "T"):
+        return Expr(expr.op, tuple(matrix(a) if len(a.shape) == 2 else a for a in expr.args), expr.data, expr.shape)
+    return expr
+
+
+# ------------------------------------------------------------------------------- inputs that are not vectors
+
+
+def enter(expr: Expr, x: Expr) -> Expr:
+    """x Eᵀ where x is a layer's own kind of input (an image, token ids): the layer's map runs with the first factor in
+    its weight's place, and the rest acts on what comes out."""
+    if is_weight(expr):
+        return Expr("frozen", (x,), None, x.shape[:-1] + expr.shape[:1])
+    if expr.op == "add":
+        return make("add", *(enter(term, x) for term in expr.args))
+    if expr.op == "mul" and scaled(expr)[0] is not None:
+        return times(scaled(expr)[0], enter(scaled(expr)[1], x))
+    if expr.op == "drop":
+        return enter(expr.args[0], Expr("dropout", (x,), expr.data, x.shape))
+    if expr.op == "matmul":
+        return _enter_product(expr, x)
+    return _run(expr, x)
+
+
+def is_weight(expr: Expr) -> bool:
+    """W, or Wᵀ for a layer that looks rows up."""
+    return expr.op == "weight" or expr.op == "T" and expr.args[0].op == "weight"
+
+
+def _run(expr: Expr, x: Expr) -> Expr:
+    return Expr("run", (x, matrix(expr)), None, x.shape[:-1] + expr.shape[:1])
+
+
+def _enters(expr: Expr) -> bool:
+    """Whether the layer can run it as it is: the weight, a thin matrix, sums of those, or a product that ends in one."""
+    if expr.op in ("add", "drop"):
+        return all(map(_enters, expr.args))
+    if expr.op == "mul" and scaled(expr)[0] is not None:
+        return _enters(scaled(expr)[1])
+    if expr.op == "matmul":
+        return _enters(expr.args[1])
+    return is_weight(expr) or expr.shape[0] < expr.shape[1]
+
+
+def _enter_product(expr: Expr, x: Expr) -> Expr:
+    left, right = expr.args
+    if right.op == "add" and not _enters(right):  # x (L (p + q))ᵀ = x (L p)ᵀ + x (L q)ᵀ
+        return make("add", *(enter(simplify(make("matmul", left, term)), x) for term in right.args))
+    if (found := factors(right)) is not None and right.shape[0] > left.shape[0]:
+        return make("matmul", enter(found[1], x), matrix(turned(make("matmul", left, found[0]))))
+    return apply(left, enter(right, x)) if _enters(right) else _run(expr, x)

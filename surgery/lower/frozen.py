@@ -1,0 +1,119 @@
+"""The frozen layer as a program sees it: a linear map that is called, whatever the module's kind.
+
+One class per kind of layer. Activations inside a program are matrices [tokens, features]; `enter` and `leave` convert a
+layer's own input and output. Nothing here changes the module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from surgery.layout import Layout
+
+
+class Frozen:
+    """What programs ask of every kind; `module` is the operated one, `parameter` its weight's name."""
+
+    def __init__(self, module: nn.Module, layout: Layout, parameter: str):
+        self.layout, self.module = layout, module
+        self.stored = module._parameters[parameter]
+        self.weight = layout.matrix(self.stored)
+        self.bias = module._parameters.get("bias") if parameter == "weight" else None
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        """W as [out, in]."""
+        return self.weight.to(dtype)
+
+    def offset(self, dtype: torch.dtype) -> torch.Tensor:
+        """b as [out]."""
+        return self.bias.to(dtype)
+
+    def fill(self, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.new_full(shape, value, dtype=dtype)
+
+    def eye(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.eye(shape[-1], dtype=dtype, device=self.weight.device).expand(shape)
+
+    def frozen_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [r, in] through the map: [r, out]."""
+        return F.linear(rows.to(self.weight.dtype), self.weight).to(rows.dtype)
+
+    def frozen_back(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows [r, out] through the transposed map: [r, in]."""
+        return (rows.to(self.weight.dtype) @ self.weight).to(rows.dtype)
+
+    def dropout(self, x: Any, p: float) -> Any:
+        return F.dropout(x, p)
+
+
+class FrozenLinear(Frozen):
+    """nn.Linear, transformers' Conv1D: x [..., in]."""
+
+    def enter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        self.shape = x.shape[:-1]
+        return x.reshape(-1, x.shape[-1]).to(dtype)
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        return y.view(*self.shape, y.shape[-1])
+
+    def frozen(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+    def frozen_biased(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class FrozenConv(Frozen):
+    """nn.Conv1d, 2d, 3d: x [batch, channels, ...]; a matrix [m, in · kernel] is m kernels."""
+
+    def enter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x.to(dtype)
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        return y.view(*self.shape, y.shape[-1]).movedim(-1, self.channels)
+
+    def run(self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.module._conv_forward(x, matrix.reshape(-1, *self.stored.shape[1:]), bias)
+        self.channels = y.ndim - self.stored.ndim + 1  # an input without a batch axis is one image
+        y = y.movedim(self.channels, -1)
+        self.shape = y.shape[:-1]
+        return y.reshape(-1, y.shape[-1])
+
+    def frozen(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x, self.stored)
+
+    def frozen_biased(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x, self.stored, self.bias)
+
+
+class FrozenEmbedding(Frozen):
+    """nn.Embedding: token ids of any shape are one-hot rows [tokens, vocabulary]; its map is Wᵀ."""
+
+    def enter(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, None]:
+        self.shape = x.shape
+        return x.reshape(-1), None
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        return y.view(*self.shape, y.shape[-1])
+
+    def dropout(self, x: tuple, p: float) -> tuple:
+        """A one-hot row has one entry to drop: the token's whole update."""
+        ids, kept = x
+        mask = F.dropout(self.weight.new_ones(ids.shape), p)
+        return ids, mask if kept is None else mask * kept
+
+    def run(self, x: tuple, matrix: torch.Tensor) -> torch.Tensor:
+        """The rows of a matrix [m, vocabulary]ᵀ that the ids name."""
+        ids, kept = x
+        rows = F.embedding(ids, matrix.mT, self.module.padding_idx)
+        return rows if kept is None else rows * kept[:, None].to(rows.dtype)
+
+    def frozen(self, x: tuple) -> torch.Tensor:
+        return self.run(x, self.weight.mT)
+
+
+KINDS: dict[str, type[Frozen]] = {"linear": FrozenLinear, "conv": FrozenConv, "embedding": FrozenEmbedding}

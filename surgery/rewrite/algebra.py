@@ -1,0 +1,219 @@
+"""The algebra of matrices as rules: constants, identities, transposes, products and sums in one normal form.
+
+The normal form has no `neg` and `sub` (they are scaled sums), transposes only at what cannot be taken apart, scalars in
+front of products, and structured products joined (diag · diag, block_diag · block_diag).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from surgery.expr.ir import Expr
+from surgery.expr.primitives import make
+from surgery.rewrite.engine import Rule, rewrite, table
+from surgery.rewrite.structure import is_orthogonal, is_skew
+from surgery.rewrite.terms import constant, eye, fill, is_zero, scaled, summands, times, total, value_of
+
+_NUMBER: dict[str, Callable[..., float]] = {
+    "add": lambda a, b: a + b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "min": min, "max": max, "exp": math.exp,
+    "sqrt": math.sqrt, "abs": abs, "tanh": math.tanh, "sigmoid": lambda a: 1 / (1 + math.exp(-a)), "detach": lambda a: a,
+}
+
+
+def _fold(node: Expr) -> Expr | None:
+    values = [value_of(a) for a in node.args]
+    try:
+        return None if None in values else fill(_NUMBER[node.op](*values), node.shape)
+    except (ArithmeticError, ValueError):
+        return None
+
+
+def _div_by_number(node: Expr) -> Expr | None:
+    divisor = value_of(node.args[1])
+    return times(1 / divisor, node.args[0]) if divisor and node.args[0].shape == node.shape else None
+
+
+def _add_zero(node: Expr) -> Expr | None:
+    a, b = node.args
+    kept = [x for x, other in ((a, b), (b, a)) if is_zero(other) and x.shape == node.shape]
+    return kept[0] if kept else None
+
+
+def _collect(node: Expr) -> Expr | None:
+    """Like terms of a sum: c x + k x = (c + k) x."""
+    terms = list(summands(node))
+    if any(t.shape != node.shape for t in terms):
+        return None
+    weights: dict[Expr, float] = {}
+    for term in terms:
+        scalar, rest = scaled(term)
+        factor = 1.0 if scalar is None else value_of(scalar)
+        rest, factor = (term, 1.0) if factor is None else (rest, factor)
+        weights[rest] = weights.get(rest, 0.0) + factor
+    if len(weights) == len(terms):
+        return None
+    return total([times(w, x) for x, w in weights.items() if w], node.shape)
+
+
+def _mul_number(node: Expr) -> Expr | None:
+    a, b = node.args
+    if not b.shape and a.shape or (value_of(b) is not None and value_of(a) is None):
+        a, b = b, a
+    if is_zero(a) or is_zero(b):
+        return fill(0, node.shape)
+    if a.op == "fill" and a.shape == b.shape:
+        return times(a.data, b)
+    if value_of(a) is None or b.shape != node.shape:
+        return make("mul", a, b) if (a, b) != node.args else None
+    better = times(value_of(a), b)
+    return None if better is node else better
+
+
+def _product_of_identity(node: Expr) -> Expr | None:
+    a, b = node.args
+    if a.op == "eye" and b.shape[-2:] == node.shape[-2:] or (a.op == "eye" and len(b.shape) == 1):
+        return b if b.shape == node.shape else None
+    return a if b.op == "eye" and a.shape == node.shape else None
+
+
+def _product_of_zero(node: Expr) -> Expr | None:
+    return fill(0, node.shape) if any(map(is_zero, node.args)) else None
+
+
+def _scalar_out_of_product(node: Expr) -> Expr | None:
+    (p, a), (q, b) = map(scaled, node.args)
+    if p is None and q is None:
+        return None
+    product = make("matmul", a, b)
+    for scalar in (q, p):
+        product = product if scalar is None else times(scalar, product)
+    return product
+
+
+def _orthogonal_pair(node: Expr) -> Expr | None:
+    a, b = node.args
+    mirrored = a.op == "T" and a.args[0] is b or b.op == "T" and b.args[0] is a
+    return eye(node.shape) if mirrored and is_orthogonal(a) and is_orthogonal(b) else None
+
+
+def _joined(inner: str, op: str) -> Callable[[Expr], Expr | None]:
+    """f(a) f(b) = f(a op b) for a structured f."""
+    def join(node: Expr) -> Expr | None:
+        a, b = node.args
+        fits = a.op == b.op == inner and a.args[0].shape == b.args[0].shape
+        return make(inner, make(op, a.args[0], b.args[0])) if fits else None
+
+    return join
+
+
+def _kron_pair(node: Expr) -> Expr | None:
+    a, b = node.args
+    if not a.op == b.op == "kron" or any(x.shape[1] != y.shape[0] for x, y in zip(a.args, b.args)):
+        return None
+    return make("kron", make("matmul", a.args[0], b.args[0]), make("matmul", a.args[1], b.args[1]))
+
+
+def _turn(node: Expr) -> Expr | None:
+    """(f(x, y))ᵀ for the f that a transpose passes through."""
+    inner = node.args[0]
+    if inner.op in ("diag", "eye"):
+        return inner
+    if inner.op == "T":
+        return inner.args[0]
+    if inner.op == "fill":
+        return fill(inner.data, node.shape)
+    if inner.op == "matmul":
+        return _turned_product(inner)
+    if inner.op in ("add", "mul", "div", "min", "max", "kron", "block_diag", "cayley", "expm", "exp", "abs", "tanh", "sigmoid",
+                    "sqrt", "detach"):
+        return make(inner.op, *(make("T", a) if a.shape else a for a in inner.args))
+    return Expr("drop", (make("T", inner.args[0]),), inner.data, node.shape) if inner.op == "drop" else None
+
+
+def _turned_product(inner: Expr) -> Expr | None:
+    a, b = inner.args
+    return make("matmul", make("T", b), make("T", a)) if len(a.shape) > 1 and len(b.shape) > 1 else None
+
+
+def _of_value(wanted: float, result: Callable[[Expr], Expr]) -> Callable[[Expr], Expr | None]:
+    return lambda node: result(node) if value_of(node.args[0]) == wanted else None
+
+
+def _diag_of_fill(node: Expr) -> Expr | None:
+    value = value_of(node.args[0])
+    return None if value is None else fill(0, node.shape) if value == 0 else times(value, eye(node.shape))
+
+
+def _kron_of_identities(node: Expr) -> Expr | None:
+    return eye(node.shape) if all(a.op == "eye" for a in node.args) else None
+
+
+def _as_diag(node: Expr) -> Expr | None:
+    """The vector of a diagonal matrix."""
+    if node.op == "eye" and len(node.shape) == 2:
+        return fill(1, node.shape[:1])
+    return node.args[0] if node.op == "diag" else None
+
+
+def _kron_of_diagonals(node: Expr) -> Expr | None:
+    parts = [_as_diag(a) for a in node.args]
+    return None if None in parts else make("diag", make("kron", *parts))
+
+
+def _blocks_of(inner: str) -> Callable[[Expr], Expr | None]:
+    return lambda node: eye(node.shape) if node.args[0].op == inner else None
+
+
+def _through_blocks(node: Expr) -> Expr | None:
+    inner = node.args[0]
+    return make("block_diag", make(node.op, inner.args[0])) if inner.op == "block_diag" else None
+
+
+def _skew_of_zero(node: Expr) -> Expr | None:
+    return fill(0, node.shape) if node.args[0].op in ("fill", "eye", "diag") else None
+
+
+def _turned_skew(node: Expr) -> Expr | None:
+    return times(-1, node.args[0]) if is_skew(node.args[0]) else None
+
+
+RULES = (
+    Rule("-x = -1 x", "neg", lambda n: times(-1, n.args[0]), "-A"),
+    Rule("x - y = x + -1 y", "sub", lambda n: make("add", n.args[0], times(-1, n.args[1])), "A - B"),
+    *(Rule("numbers are computed", op, _fold, example) for op, example in {
+        "add": "2 + norm(A) * 0", "mul": "2 * (norm(A) * 0)", "div": "(norm(A) * 0) / 3", "min": "min(2, norm(A) * 0)",
+        "max": "max(2, norm(A) * 0)", "exp": "exp(norm(A) * 0)", "sqrt": "sqrt(norm(A) * 0)", "abs": "abs(norm(A) * 0)",
+        "tanh": "tanh(norm(A) * 0)", "sigmoid": "sigmoid(norm(A) * 0)", "detach": "detach(norm(A) * 0)"}.items()),
+    Rule("x / c = 1/c x", "div", _div_by_number, "A / 3"),
+    Rule("x + 0 = x", "add", _add_zero, "A + 0 * B"),
+    Rule("c x + k x = (c + k) x", "add", _collect, "2 * A + B - A"),
+    Rule("0 x = 0, c (k x) = (c k) x, x c = c x", "mul", _mul_number, "2 * (3 * A)"),
+    Rule("I x = x = x I", "matmul", _product_of_identity, "I(n) @ A"),
+    Rule("0 x = 0", "matmul", _product_of_zero, "(0 * A) @ B"),
+    Rule("(c x) y = c (x y)", "matmul", _scalar_out_of_product, "(2 * A) @ B"),
+    Rule("R Rᵀ = I for an orthogonal R", "matmul", _orthogonal_pair, "expm(skew(A)).T @ expm(skew(A))"),
+    Rule("diag(d) diag(e) = diag(d e)", "matmul", _joined("diag", "mul"), "diag(d) @ diag(e)"),
+    Rule("block_diag(s) block_diag(t) = block_diag(s t)", "matmul", _joined("block_diag", "matmul"),
+         "block_diag(S) @ block_diag(Z)"),
+    Rule("(a ⊗ b) (c ⊗ d) = a c ⊗ b d", "matmul", _kron_pair, "kron(K, L) @ kron(K, L)"),
+    Rule("kᵀ = -k for a skew k", "T", _turned_skew, "skew(A).T"),
+    Rule("(x y)ᵀ = yᵀ xᵀ, f(x)ᵀ = f(xᵀ)", "T", _turn, "(A @ B).T"),
+    Rule("diag(c, c, ...) = c I", "diag", _diag_of_fill, "diag(0 * d + 2)"),
+    Rule("I ⊗ I = I", "kron", _kron_of_identities, "kron(I(2), I(3))"),
+    Rule("diag(d) ⊗ diag(e) = diag(d ⊗ e)", "kron", _kron_of_diagonals, "kron(diag(d), I(3))"),
+    Rule("block_diag(I, I, ...) = I", "block_diag", _blocks_of("eye"), "block_diag(cayley(0 * S))"),
+    Rule("f(block_diag(s)) = block_diag(f(s))", "cayley", _through_blocks, "cayley(block_diag(S))"),
+    Rule("f(block_diag(s)) = block_diag(f(s))", "expm", _through_blocks, "expm(block_diag(S))"),
+    Rule("f(block_diag(s)) = block_diag(f(s))", "skew", _through_blocks, "skew(block_diag(S))"),
+    Rule("skew(x) = 0 for a symmetric constant", "skew", _skew_of_zero, "skew(0 * A)"),
+    Rule("cayley(0) = I", "cayley", _of_value(0, lambda n: eye(n.shape)), "cayley(0 * A)"),
+    Rule("nothing dropped of 0", "drop", _of_value(0, lambda n: n.args[0]), ""),
+    Rule("e^0 = I", "expm", _of_value(0, lambda n: eye(n.shape)), "expm(0 * A)"),
+)
+ALGEBRA = table(*RULES)
+
+
+def simplify(expr: Expr) -> Expr:
+    """The normal form of an expression."""
+    return rewrite(expr, ALGEBRA)

@@ -1,0 +1,150 @@
+"""Rules that put a cheap form in the place of a costly one: what makes a structured program possible.
+
+Small cores replace large solves (Cayley, the exponential, reflections), low-rank factors replace Hadamard products, and
+norms of W + U V are taken from ‖w‖², ⟨w, U V⟩ and ‖U V‖². A rule fires only where the sizes make it cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from surgery.expr.ir import Expr
+from surgery.expr.primitives import make
+from surgery.rewrite.algebra import RULES, simplify
+from surgery.rewrite.engine import Rule, rewrite, table
+from surgery.rewrite.structure import Factors, factors, is_orthogonal, is_thin, opposed
+from surgery.rewrite.terms import eye, scaled, summands, times, total, value_of
+
+
+def _by_core(core: str) -> Callable[[Expr], Expr | None]:
+    """f(U V) = I + U core(V U) V."""
+    def change(node: Expr) -> Expr | None:
+        if (found := _centred(node.args[0]) or factors(node.args[0])) is None:
+            return None
+        u, v = found
+        small = make(core, make("matmul", v, u))
+        return make("add", eye(node.shape), make("matmul", u, make("matmul", small, v)))
+
+    return change
+
+
+def _centred(node: Expr) -> Factors | None:
+    """x yᵀ - y xᵀ = ((x - y) (x + y)ᵀ - (x + y) (x - y)ᵀ) / 2, which is exact where x = y and cancels less near it."""
+    terms = list(summands(node))
+    if len(terms) != 2 or factors(node) is None or not opposed(*terms):
+        return None
+    scalar, product = scaled(terms[0])
+    if (pair := factors(product)) is None:
+        return None
+    x, y = pair[0], simplify(make("T", pair[1]))
+    less, more = simplify(make("sub", x, y)), simplify(make("add", x, y))
+    half = 0.5 if scalar is None else 0.5 * value_of(scalar)
+    columns = make("side_by_side", less, times(-1, more))
+    return times(half, columns), make("T", make("side_by_side", more, less))
+
+
+def _reflect(node: Expr) -> Expr | None:
+    mirrors = node.args[0]
+    if not is_thin(mirrors.shape[1], mirrors.shape[0]):
+        return None
+    turned = make("T", mirrors)
+    small = make("mirrors", make("matmul", turned, mirrors))
+    return make("add", eye(node.shape), times(-1, make("matmul", mirrors, make("matmul", small, turned))))
+
+
+def _hadamard(node: Expr) -> Expr | None:
+    found = factors(node) if len(node.shape) == 2 and all(len(a.shape) == 2 for a in node.args) else None
+    return found and make("matmul", *found)
+
+
+# ---------------------------------------------------------------------------------------------------- norms
+
+
+def _row_norm(node: Expr) -> Expr | None:
+    inner = node.args[0]
+    if len(inner.shape) != 2 or not _pays(inner):
+        return None
+    return make("root", row_dot(inner, inner))
+
+
+def _col_norm(node: Expr) -> Expr | None:
+    return make("row_norm", make("T", node.args[0])) if len(node.shape) == 1 and _pays(node.args[0]) else None
+
+
+def _norm(node: Expr) -> Expr | None:
+    inner = node.args[0]
+    return make("root", make("total", row_dot(inner, inner))) if len(inner.shape) == 2 and _pays(inner) else None
+
+
+def _pays(node: Expr) -> bool:
+    """Whether a norm is cheaper in parts: something in it is low-rank or turned, and it is not a leaf already."""
+    return any(factors(t) is not None or t.op == "matmul" for t in summands(node)) or (
+        node.op == "mul" and scaled(node)[0] is not None and _pays(scaled(node)[1]))
+
+
+def row_dot(a: Expr, b: Expr) -> Expr:
+    """Σ a b over each row of two matrices, in parts: bilinear over sums, scalings, diagonals and low-rank factors."""
+    for x, y in ((a, b), (b, a)):
+        if (part := _row_dot_part(x, y)) is not None:
+            return part
+    return make("row_dot", a, b)
+
+
+def _row_dot_part(a: Expr, b: Expr) -> Expr | None:
+    scalar, rest = scaled(a)
+    if scalar is not None:
+        return make("mul", scalar, row_dot(rest, b))
+    if a.op == "add":
+        return _row_dot_sum(a, b)
+    if a.op == "matmul" and a.args[0].op == "diag":
+        return make("mul", a.args[0].args[0], row_dot(a.args[1], b))
+    if a.op == b.op == "matmul" and a.args[1] is b.args[1] and is_orthogonal(a.args[1]):
+        return row_dot(a.args[0], b.args[0])
+    if (spread := _spread(a)) is not None:
+        return row_dot(spread, b)
+    if (found := factors(a)) is not None:
+        u, v = found
+        return make("row_dot", u, simplify(make("matmul", b, make("T", v))))
+    return None
+
+
+def _row_dot_sum(a: Expr, b: Expr) -> Expr:
+    """‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², and ⟨x + y, b⟩ = ⟨x, b⟩ + ⟨y, b⟩."""
+    terms = list(summands(a))
+    if a is not b:
+        return total([row_dot(t, b) for t in terms], a.shape[:1])
+    squares = [row_dot(t, t) for t in terms]
+    crossed = [times(2, row_dot(s, t)) for i, s in enumerate(terms) for t in terms[i + 1:]]
+    return total(squares + crossed, a.shape[:1])
+
+
+def _spread(a: Expr) -> Expr | None:
+    """(I + L) x = x + L x, and x (I + L) = x + x L, for the identity plus a low-rank L."""
+    if a.op != "matmul":
+        return None
+    for side, other in ((0, 1), (1, 0)):
+        terms = list(summands(a.args[side]))
+        if len(terms) > 1 and terms[0].op == "eye":
+            x = a.args[other]
+            pair = [make("matmul", t, x) if side == 0 else make("matmul", x, t) for t in terms[1:]]
+            return total([x, *pair], a.shape)
+    return None
+
+
+CHEAP = (
+    Rule("cayley(U V) = I + U (I - V U / 2)⁻¹ V", "cayley", _by_core("resolvent"), "cayley(P @ Q.T - Q @ P.T)"),
+    Rule("e^(U V) = I + U φ(V U) V, φ(x) = (e^x - I) x⁻¹", "expm", _by_core("phi"), "expm(P @ Q.T - Q @ P.T)"),
+    Rule("reflect(U) = I - U T Uᵀ", "reflect", _reflect, "reflect(P)"),
+    Rule("(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ", "mul", _hadamard, "(p @ q.T) * (q @ p.T)"),
+    Rule("‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², by rows", "row_norm", _row_norm, "row_norm(A + P @ Q.T)"),
+    Rule("the columns of x are the rows of xᵀ", "col_norm", _col_norm, "col_norm(A + P @ Q.T)"),
+    Rule("‖x‖² = Σ of its rows' squares", "norm", _norm, "norm(P @ Q.T)"),
+)
+LOWERING = table(*RULES, *CHEAP)
+
+
+def cheapest(expr: Expr) -> Expr:
+    """The expression in the form that the lowering works on."""
+    return rewrite(expr, LOWERING)
+
+

@@ -1,0 +1,64 @@
+"""Applies a table of rules to an expression until none fits.
+
+A rule sees a node whose arguments are rewritten already and gives an equal node, or None. Promises: each distinct node is
+visited once; the result has the shape of the expression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from surgery.expr.ir import Expr
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One identity: what it `states`, the operation at its left side's root, and the `change` that applies it.
+
+    `example` is an expression of the language that it must fire on (A, B, ... matrices; d, e vectors; see the tests).
+    """
+
+    states: str
+    op: str
+    change: Callable[[Expr], Expr | None]
+    example: str
+
+
+Table = dict[str, tuple[Rule, ...]]
+
+
+def table(*rules: Rule) -> Table:
+    """The rules by the operation that they look for, in order."""
+    by_op: dict[str, list[Rule]] = {}
+    for rule in rules:
+        by_op.setdefault(rule.op, []).append(rule)
+    return {op: tuple(rows) for op, rows in by_op.items()}
+
+
+def with_args(node: Expr, args: tuple[Expr, ...]) -> Expr:
+    """The same operation on other arguments of the same shapes."""
+    return node if args == node.args else Expr(node.op, args, node.data, node.shape)
+
+
+def rewrite(expr: Expr, rules: Table) -> Expr:
+    """The normal form of `expr` under the rules."""
+    done: dict[Expr, Expr] = {}
+
+    def normal(node: Expr) -> Expr:
+        if node not in done:
+            plain = with_args(node, tuple(map(normal, node.args)))
+            better = first(rules.get(plain.op, ()), plain)
+            done[node] = plain if better is None else normal(better)
+        return done[node]
+
+    return normal(expr)
+
+
+def first(rules: Iterable[Rule], node: Expr) -> Expr | None:
+    """What the first rule that fits makes of a node."""
+    for rule in rules:
+        better = rule.change(node)
+        if better is not None and better is not node:
+            return better
+    return None

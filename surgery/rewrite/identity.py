@@ -1,0 +1,36 @@
+"""A proof, by algebra alone, that a formula starts as the frozen weight: every start is put in and W' comes out as W."""
+
+from __future__ import annotations
+
+from surgery.expr.ir import Expr, Formula, rebuild
+from surgery.rewrite.algebra import RULES
+from surgery.rewrite.engine import Rule, rewrite, table
+from surgery.rewrite.terms import fill, value_of
+
+_SAME = Rule("x / x = 1 where x is not 0", "div", lambda n: fill(1, n.shape) if n.args[0] is n.args[1] else None, "")
+_DETACH = Rule("detach(x) = x, in value", "detach", lambda n: n.args[0], "")
+_STRICT, _GENERIC = table(*RULES, _DETACH), table(*RULES, _DETACH, _SAME)
+
+
+def starts_as_weight(formula: Formula, generic: bool = True) -> bool:
+    """Whether W' = W and b' = b follow from the leaves' starts. `generic` supposes that no norm of the weight is zero.
+
+    False means not proven, which is not a proof of the contrary.
+    """
+    rules = _GENERIC if generic else _STRICT
+    starts: dict[str, Expr] = {}
+    for leaf in formula.leaves:
+        if leaf.init is not None:
+            value = value_of(leaf.init)
+            starts[leaf.key] = fill(value, leaf.shape) if value is not None else _put(leaf.init, starts)
+    weight, bias = (rewrite(_put(e, starts), rules) for e in (formula.weight, formula.bias))
+    return weight.op == "weight" and bias.op == "bias"
+
+
+def _put(expr: Expr, starts: dict[str, Expr]) -> Expr:
+    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        if node.op == "param" and node.data in starts:
+            return starts[node.data]
+        return Expr(node.op, args, node.data, node.shape)
+
+    return rebuild(expr, change)

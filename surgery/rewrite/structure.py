@@ -1,0 +1,112 @@
+"""What an expression is: orthogonal, skew, symmetric, low-rank with its factors. Derived by rules from the expression.
+
+Takes an expression in the normal form of `algebra`. Promises: what is said holds for all values of the leaves.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from surgery.expr.dims import Dim
+from surgery.expr.ir import Expr
+from surgery.expr.primitives import make
+from surgery.rewrite.terms import scaled, summands, times, value_of
+
+Factors = tuple[Expr, Expr]
+
+
+def is_skew(node: Expr) -> bool:
+    """xᵀ = -x, for a matrix or each of a stack."""
+    if node.op == "skew":
+        return True
+    scalar, rest = scaled(node)
+    if scalar is not None:
+        return is_skew(rest)
+    if node.op == "block_diag":
+        return is_skew(node.args[0])
+    terms = list(summands(node))
+    return len(node.shape) > 1 and len(terms) == 2 and opposed(*terms)
+
+
+def opposed(a: Expr, b: Expr) -> bool:
+    """a = -bᵀ."""
+    (p, left), (q, right) = scaled(a), scaled(b)
+    values = [1.0 if s is None else value_of(s) for s in (p, q)]
+    return None not in values and values[0] == -values[1] and transposed(left) is right
+
+
+def transposed(node: Expr) -> Expr:
+    """xᵀ in normal form."""
+    from surgery.rewrite.algebra import simplify
+
+    return simplify(make("T", node))
+
+
+def is_orthogonal(node: Expr) -> bool:
+    """x xᵀ = I, for a matrix or each of a stack."""
+    if node.op in ("eye", "reflect"):
+        return True
+    if node.op in ("cayley", "expm"):
+        return is_skew(node.args[0])
+    if node.op in ("T", "block_diag", "kron", "matmul"):
+        return all(map(is_orthogonal, node.args))
+    return False
+
+
+def is_thin(inner: object, *outer: object) -> bool:
+    """Whether a product over `inner` is cheaper than the matrix it makes (unknown sizes count as large)."""
+    known = [o for o in outer if not isinstance(o, Dim)]
+    return not isinstance(inner, Dim) and all(2 * inner <= o for o in known)
+
+
+@lru_cache(maxsize=4096)
+def factors(node: Expr) -> Factors | None:
+    """(U, V) with node = U V and fewer columns in U than half of either side; None for what is not low-rank."""
+    found = _factors(node)
+    if found is None or not is_thin(found[0].shape[-1], *node.shape):
+        return None
+    return found
+
+
+def _factors(node: Expr) -> Factors | None:
+    scalar, rest = scaled(node)
+    if scalar is not None:
+        inner = factors(rest)
+        return inner and (times(scalar, inner[0]), inner[1])
+    rule = {"matmul": _of_product, "add": _of_sum, "mul": _of_hadamard, "T": _of_transpose}.get(node.op)
+    return rule(node) if rule and len(node.shape) == 2 else None
+
+
+def _of_product(node: Expr) -> Factors | None:
+    left, right = node.args
+    if len(left.shape) != 2 or len(right.shape) != 2:
+        return None
+    if is_thin(left.shape[1], *node.shape):
+        return left, right
+    if (inner := factors(left)) is not None:
+        return inner[0], make("matmul", inner[1], right)
+    if (inner := factors(right)) is not None:
+        return make("matmul", left, inner[0]), inner[1]
+    return None
+
+
+def _of_sum(node: Expr) -> Factors | None:
+    parts = [factors(term) for term in node.args]
+    if None in parts:
+        return None
+    (u, v), (p, q) = parts
+    return make("side_by_side", u, p), make("T", make("side_by_side", make("T", v), make("T", q)))
+
+
+def _of_hadamard(node: Expr) -> Factors | None:
+    """(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ."""
+    parts = [factors(a) for a in node.args] if node.args[0].shape else [None]
+    if None in parts:
+        return None
+    (u, v), (p, q) = parts
+    return make("face", u, p), make("T", make("face", make("T", v), make("T", q)))
+
+
+def _of_transpose(node: Expr) -> Factors | None:
+    inner = factors(node.args[0])
+    return inner and (make("T", inner[1]), make("T", inner[0]))

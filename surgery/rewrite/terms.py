@@ -1,0 +1,73 @@
+"""Building blocks of rules: constants, tensors of one value, scalings and sums, in their one normal form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from surgery.expr.ir import Expr, Shape
+from surgery.expr.primitives import PRIMITIVES, constant, make
+
+
+def fill(value: float, shape: Shape) -> Expr:
+    """A tensor whose entries are all `value` (a constant for a scalar)."""
+    return Expr("fill", (), float(value), shape) if shape else constant(float(value))
+
+
+def eye(shape: Shape) -> Expr:
+    """The identity matrix, or a stack of them: shape [..., n, n]."""
+    return Expr("eye", (), None, shape)
+
+
+def value_of(node: Expr) -> float | None:
+    """The one number that a node consists of, if it is known."""
+    return float(node.data) if node.op in ("const", "fill") and isinstance(node.data, (int, float)) else None
+
+
+def is_zero(node: Expr) -> bool:
+    return value_of(node) == 0.0
+
+
+def times(scalar: Any, node: Expr) -> Expr:
+    """scalar * node, the scalar (a number or a scalar expression) in front; numbers are multiplied out."""
+    factor = scalar if isinstance(scalar, Expr) else constant(float(scalar))
+    if value_of(factor) == 1.0:
+        return node
+    if node.op == "mul" and value_of(factor) is not None and node.args[0].op == "const":
+        return times(float(factor.data) * float(node.args[0].data), node.args[1])
+    return make("mul", factor, node)
+
+
+def scaled(node: Expr) -> tuple[Expr | None, Expr]:
+    """(scalar, rest) of `scalar * rest`; (None, node) when there is no scalar in front."""
+    if node.op == "mul" and not node.args[0].shape and node.args[1].shape:
+        return node.args[0], node.args[1]
+    return None, node
+
+
+def summands(node: Expr) -> Iterator[Expr]:
+    """The terms of a sum, left to right."""
+    if node.op == "add":
+        yield from summands(node.args[0])
+        yield from summands(node.args[1])
+    else:
+        yield node
+
+
+def total(terms: list[Expr], shape: Shape) -> Expr:
+    """The sum of terms (zero for none)."""
+    result = terms[0] if terms else fill(0, shape)
+    for term in terms[1:]:
+        result = make("add", result, term)
+    return result
+
+
+def depends_on(node: Expr, op: str, known: dict[Expr, bool]) -> bool:
+    """Whether a leaf of kind `op` stands in the expression; `known` remembers."""
+    if node not in known:
+        known[node] = node.op == op or any(depends_on(a, op, known) for a in node.args)
+    return known[node]
+
+
+__all__ = ["PRIMITIVES", "constant", "depends_on", "eye", "fill", "is_zero", "make", "scaled", "summands", "times", "total",
+           "value_of"]
