@@ -27,11 +27,12 @@ def report_dead(found: Reach, catalogue: Catalogue, report: Collector) -> None:
     """What is dead in a target. A pattern that could not be read is not looked at again."""
     if any(not m.globs for m in (*found.takes, *found.drops)):
         return
-    if not catalogue.candidates(found.target):
+    named = [_report_unsupported(m, hits, found.target, catalogue, report) for m, hits in found.takes.items()]
+    if catalogue.candidates(found.target):
+        _report_selectors(found, named, catalogue, report)
+        _report_except(found, catalogue, report)
+    elif not any(named):
         report.add(_nothing_there(found.target, catalogue))
-        return
-    _report_selectors(found, catalogue, report)
-    _report_except(found, catalogue, report)
 
 
 def wanted(target: Target) -> str:
@@ -61,9 +62,10 @@ def suggestion(population: Population, glob: Glob, noun: str) -> tuple[str, ...]
 
 def _nothing_there(target: Target, catalogue: Catalogue) -> Diagnostic:
     """No site has the kind, or none the ancestor."""
+    refused = [f"`{r.name}` cannot be taken: {r.reason}" for r in catalogue.survey.refused if fits(r, target)]
     near = did_you_mean(target.ancestor, catalogue.classes) if target.ancestor not in (None, *catalogue.classes) else ""
-    return Diagnostic("no-match", f"{catalogue.title} has no {wanted(target)}", _ancestor_span(target),
-                      helps=(near,) if near else ())
+    message = f"{catalogue.title} has no {wanted(target)}" + (" that can be taken" if refused else "")
+    return Diagnostic("no-match", message, _ancestor_span(target), notes=tuple(refused[:3]), helps=(near,) if near else ())
 
 
 def _ancestor_span(target: Target) -> Span | None:
@@ -75,8 +77,7 @@ def _ancestor_span(target: Target) -> Span | None:
     return Span(where.source, where.start + word.start(1), where.start + word.end(1)) if word else where
 
 
-def _report_selectors(found: Reach, catalogue: Catalogue, report: Collector) -> None:
-    named = [_report_unsupported(m, hits, found.target, catalogue, report) for m, hits in found.takes.items()]
+def _report_selectors(found: Reach, named: list[bool], catalogue: Catalogue, report: Collector) -> None:
     none = found.takes and not any(found.takes.values())
     for (matcher, hits), unsupported in zip(found.takes.items(), named):
         if not hits and not unsupported:
