@@ -4,11 +4,12 @@ from hypothesis import strategies as st
 
 from surgery.syntax import tree
 from surgery.syntax.grammar import KEYWORDS, SOFT_WORDS
-from surgery.syntax.wellformed import MAX_INT
+from surgery.syntax.wellformed import HEAD_WORDS, MAX_INT
 
 names = st.one_of(
     st.sampled_from(["rank", "alpha", "d", "W", "T", "e5", "letter", "iffy", "spec_", "_", *sorted(SOFT_WORDS)]),
     st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,5}", fullmatch=True).filter(lambda name: name not in KEYWORDS))
+selector_names = names.filter(lambda name: name not in HEAD_WORDS)
 texts = st.text(st.characters(blacklist_characters='"\r\n', blacklist_categories=["Cs"]), max_size=6)
 patterns = st.one_of(st.sampled_from(["**.q_proj", "**.{q,k}_proj", "**.layers.{-4..-1}.#", "*"]), texts)
 parens = st.integers(0, 2)
@@ -52,7 +53,7 @@ leaf_trivia = st.builds(tree.Trivia, above=comment_lines, beside=st.one_of(st.ju
 parameters = st.builds(tree.Parameter, name=names, type=st.sampled_from(["int", "float", "bool", "str"]),
                        default=st.none() | expressions, trivia=leaf_trivia)
 checks = st.builds(tree.Check, condition=expressions, trivia=leaf_trivia)
-selectors = tuples(st.one_of(patterns.map(tree.Pattern), names.map(tree.Reference)), min_size=1, max_size=3)
+selectors = tuples(st.one_of(patterns.map(tree.Pattern), selector_names.map(tree.Reference)), min_size=1, max_size=3)
 values = st.fixed_dictionaries({"init": expressions}) | st.fixed_dictionaries({"draw": step_calls})
 params = st.builds(lambda value, **more: tree.Param(**value, **more), values, name=names,
                    dims=tuples(expressions, max_size=2), frozen=st.booleans(), shared=st.booleans(), trivia=leaf_trivia)
@@ -88,6 +89,6 @@ def specs(draw):
     return tree.Spec(
         name, params=signature, uses=draw(tuples(st.builds(tree.Use, path=texts, trivia=leaf_trivia), max_size=1)),
         checks=draw(tuples(checks, max_size=1)), definitions=draw(tuples(definitions(), max_size=2)),
-        selects=draw(tuples(st.builds(tree.Select, name=names, patterns=selectors, trivia=leaf_trivia), max_size=1)),
+        selects=draw(tuples(st.builds(tree.Select, name=selector_names, patterns=selectors, trivia=leaf_trivia), max_size=1)),
         targets=draw(tuples(targets, max_size=2)), trivia=draw(trivia) if name else tree.Trivia(),
         train=draw(tuples(st.builds(tree.Train, patterns=selectors, trivia=leaf_trivia), max_size=1)))

@@ -14,7 +14,7 @@ from surgery.syntax.printer import expression_text, format_text, spec_text
 from surgery.syntax.tree import Binary, Name, Number, Parameter, Spec, Target, Unary, add, post, pre
 
 SHIPPED = sorted(folder("specs").glob("*.surg"))
-random_specs = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+random_specs = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def comments_of(text: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from surgery.diagnostics import Collector, Span
 from surgery.syntax import tree
-from surgery.syntax.grammar import KEYWORDS, is_name
+from surgery.syntax.grammar import KEYWORDS, WORDS, is_name
 
 MAX_DEPTH = 100
 MAX_INT = 2**63 - 1
@@ -20,6 +20,8 @@ MAX_INT = 2**63 - 1
 #: What may follow the call of a step.
 CLAUSES = {"pre": ("on", "with bias"), "add": ("dropout",), "post": ("on", "with bias")}
 CLAUSE_TEXTS = {"on": "`on out` or `on in`", "with bias": "`with bias`", "dropout": "`dropout(rate)`"}
+#: What the head of a target says besides selectors.
+HEAD_WORDS = {word for terminal in ("KIND", "_IN", "SHIFTED", "UNTIE") for word in WORDS[terminal]}
 
 
 def check_spec(spec: tree.Spec) -> Collector:
@@ -42,10 +44,10 @@ def check_expression(found: Collector, expression: tree.Expression) -> None:
         if depth > MAX_DEPTH:
             found.error("syntax", f"this expression is nested more than {MAX_DEPTH} deep", node.span,
                         helps=("name its parts with `let`",))
-            continue
+            return
         for rule in RULES.get(type(node), ()):
             rule(found, node)
-        stack += [(child, depth) for child in children_of(node)]
+        stack += [(child, depth) for child in reversed(children_of(node))]
 
 
 def nodes_of(value: Any) -> Iterator[tree.Node]:
@@ -131,7 +133,7 @@ def _named(found: Collector, node: Any) -> None:
 
 
 def _select(found: Collector, select: tree.Select) -> None:
-    _named(found, select)
+    _selector_name(found, select.name, select.name_span)
     _selectors(found, select.patterns)
 
 
@@ -148,7 +150,13 @@ def _selectors(found: Collector, selectors: tuple) -> None:
         if isinstance(selector, tree.Pattern):
             _text(found, selector.text, selector.span)
         else:
-            _name(found, selector.name, selector.span)
+            _selector_name(found, selector.name, selector.span)
+
+
+def _selector_name(found: Collector, name: str, span: Span | None) -> None:
+    _name(found, name, span)
+    if name in HEAD_WORDS:
+        found.error("reserved-name", f"`{name}` has a meaning of its own in a target and cannot name a selector", span)
 
 
 def _string(found: Collector, string: tree.String) -> None:
