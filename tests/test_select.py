@@ -243,6 +243,12 @@ def test_a_module_that_cannot_be_operated_on_and_is_named_is_an_error(header, wo
     assert found.code == "unsupported-module" and words in found.message
 
 
+def test_a_name_that_a_layer_and_a_foreign_module_share_takes_the_layer():
+    model = nn.ModuleDict({"a": nn.ModuleDict({"gate": nn.Linear(2, 2)}), "b": nn.ModuleDict({"gate": nn.LSTM(2, 2)})})
+    chosen = run(model, 'target linear "*.gate" {}')
+    assert list(chosen.targets) == ["a.gate"] and "b.gate" in {name for name, _, site in chosen.left_out if site is None}
+
+
 def test_a_kind_of_which_all_are_refused_says_so():
     (found,) = failure(torch_encoder(), "target conv {}").diagnostics
     assert found.code == "no-match" and "that can be taken" in found.message and "groups" in found.notes[0]
