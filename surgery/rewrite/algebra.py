@@ -40,6 +40,12 @@ def _add_zero(node: Expr) -> Expr | None:
     return kept[0] if kept else None
 
 
+def _spread_scalar(node: Expr) -> Expr | None:
+    if len(node.shape) != 2 or node.args[0].shape == node.args[1].shape:
+        return None
+    return make("add", *(a if a.shape else times(a, fill(1, node.shape)) for a in node.args))
+
+
 def _collect(node: Expr) -> Expr | None:
     """Like terms of a sum: c x + k x = (c + k) x."""
     terms = list(summands(node))
@@ -187,6 +193,7 @@ RULES = (
         "tanh": "tanh(norm(A) * 0)", "sigmoid": "sigmoid(norm(A) * 0)", "detach": "detach(norm(A) * 0)"}.items()),
     Rule("x / c = 1/c x", "div", _div_by_number, "A / 3"),
     Rule("x + 0 = x", "add", _add_zero, "A + 0 * B"),
+    Rule("x + c = x + c 1", "add", _spread_scalar, "A + norm(B)"),
     Rule("c x + k x = (c + k) x", "add", _collect, "2 * A + B - A"),
     Rule("0 x = 0, c (k x) = (c k) x, x c = c x", "mul", _mul_number, "2 * (3 * A)"),
     Rule("I x = x = x I", "matmul", _product_of_identity, "I(n) @ A"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 from surgery.expr.ir import Expr, Shape
@@ -21,7 +22,7 @@ def eye(shape: Shape) -> Expr:
 
 def value_of(node: Expr) -> float | None:
     """The one number that a node consists of, if it is known."""
-    return float(node.data) if node.op in ("const", "fill") and isinstance(node.data, (int, float)) else None
+    return float(node.data) if node.op in ("const", "fill") and isinstance(node.data, Real) else None
 
 
 def is_zero(node: Expr) -> bool:
