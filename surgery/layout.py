@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
