@@ -1,0 +1,31 @@
+"""Surgery: weight conditioning for fine-tuning, written as short `.surg` specs.
+
+The public names, each imported when it is first asked for, so that `import surgery` stays free of torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Diagnostic": "diagnostics", "SurgeryError": "diagnostics",
+    "Spec": "syntax.tree", "Target": "syntax.tree", "pre": "syntax.tree", "add": "syntax.tree", "post": "syntax.tree",
+    "parse": "spec", "load": "spec", "shipped": "spec",
+    "Plan": "compile", "plan": "compile", "Report": "report",
+    "Surgeon": "operate", "apply": "operate", "attach": "store",
+}
+_SPELT = {"plan": "compile"}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"surgery.{_HOMES[name]}"), _SPELT.get(name, name))
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
@@ -22,7 +23,7 @@ from surgery.expr.ir import Formula, Leaf
 from surgery.expr.lint import lint, names_in, spec_values
 from surgery.select import Selection, select
 from surgery.sites import Site
-from surgery.spec import library
+from surgery.spec import library, load
 from surgery.syntax.tree import Spec, Target
 
 
@@ -64,8 +65,12 @@ class Plan:
                                                       for leaf in p.formula.leaves if leaf.group and not leaf.frozen})
 
 
-def compile(model: nn.Module, spec: Spec, strict: bool = False) -> Plan:
-    """The plan of `spec` on `model`. Raises: SurgeryError with all that is wrong; under `strict`, warnings too."""
+def compile(model: nn.Module, spec: Spec | str | Path, strict: bool = False) -> Plan:
+    """The plan of `spec` (a spec, a file's path or a shipped name) on `model`.
+
+    Raises: SurgeryError with all that is wrong; under `strict`, warnings too.
+    """
+    spec = spec if isinstance(spec, Spec) else load(spec)
     scope = library(spec)
     report = Collector()
     values = spec_values(spec, report)

@@ -6,9 +6,10 @@ fails leaves the model exactly as it was; `unmerge`, `disabled` and `remove` giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -16,21 +17,29 @@ import torch.nn as nn
 from surgery.compile import Placed, Plan, compile
 from surgery.diagnostics import Collector, fail
 from surgery.initialise import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
-from surgery.layer import Adapter, install, uninstall
+from surgery.layer import SUFFIX, Adapter, install, uninstall
 from surgery.merge import merged
 from surgery.report import Report
 from surgery.syntax.tree import Spec
 
 
-def apply(model: nn.Module, spec: Spec, *, seed: int = 0, dtype: torch.dtype = torch.float32, strict: bool = False) -> Surgeon:
-    """Operate on `model` in place as `spec` says; `dtype` is the adapter parameters'. Raises: SurgeryError, and then the
-    model is as it was (a W' that does not start as W is such an error, unless the target says `shifted`)."""
+_SAID = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
+
+
+def apply(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
+          strict: bool = False) -> Surgeon:
+    """Operate on `model` in place as `spec` (a spec, a file's path or a shipped name) says; `dtype` is the adapter parameters'.
+
+    Raises: SurgeryError, and then the model is as it was. A W' that does not start as W is such an error, unless the target
+    says `shifted`.
+    """
     surgeon = prepare(model, spec, seed=seed, dtype=dtype, strict=strict)
     surgeon.check_identity()
     return surgeon.operate()
 
 
-def prepare(model: nn.Module, spec: Spec, *, seed: int = 0, dtype: torch.dtype = torch.float32, strict: bool = False) -> Surgeon:
+def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
+            strict: bool = False) -> Surgeon:
     """A surgeon with everything at hand and the model not yet touched. Raises: SurgeryError."""
     if any(isinstance(m, Adapter) for m in model.modules()):
         raise fail("already-operated", f"this {type(model).__name__} carries a surgery already",
@@ -41,27 +50,39 @@ def prepare(model: nn.Module, spec: Spec, *, seed: int = 0, dtype: torch.dtype =
 
 
 def _adapter(placed: Placed, values: dict[str, nn.Parameter]) -> Adapter:
-    return Adapter(placed.formula, placed.site.layout, placed.site.parameter, placed.site.stack, values).train(placed.site.module.training)
+    site = placed.site
+    return Adapter(placed.formula, site.layout, site.parameter, site.stack, values).train(site.module.training)
 
 
 class Surgeon:
     """The hand on an operated model: report, switch, merge, save, remove. Made by `apply` and `attach`.
 
-    The model is in one of three modes: `operated` (adapters run), `merged` (W' stands in W's place), `base` (as it was).
+    The model is in one of these modes: `operated` (adapters run), `merged` (W' stands in W's place), `base` (as it was),
+    `removed` (no more ours).
     """
 
     def __init__(self, model: nn.Module, plan: Plan, adapters: dict[str, Adapter], seed: int):
         self.model, self.plan, self.adapters, self.seed = model, plan, adapters, seed
         self._mode = "base"
         self._required = {name: p.requires_grad for name, p in model.named_parameters()}
-        self._weights: dict[str, dict[str, torch.Tensor]] = {}  # by parameter name: its tensor in the modes base and merged
-        self._trained = {n: {"base": model.get_parameter(n).detach().clone()} for n in plan.train}
+        # What stands in a parameter's place, by mode; one that has nothing for `merged` is then as when `operated`.
+        self._kept = {n: {"base": model.get_parameter(n).detach().clone()} for n in plan.train}
         self._tied: dict[str, nn.Parameter] = {}
 
     @property
     def spec(self) -> Spec:
         """The spec that was applied."""
         return self.plan.spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the adapter's parameters (float32 where there is none)."""
+        return next((p.dtype for a in self.adapters.values() for p in a.parameters()), torch.float32)
+
+    @property
+    def untied(self) -> tuple[str, ...]:
+        """The names of the weights that `untie` gave a tensor of their own."""
+        return tuple(self._tied)
 
     @property
     def merged(self) -> bool:
@@ -101,9 +122,23 @@ class Surgeon:
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """Every adapter tensor and every `train` tensor by its name in the model, shared ones once."""
-        own = {id(p) for a in self.adapters.values() for p in a.parameters()}
-        own |= {id(self.model.get_parameter(name)) for name in self.plan.train}
-        return {name: p for name, p in self.model.named_parameters() if id(p) in own}
+        found = {f"{p.site.weight_name}{SUFFIX}.{key}": tensor for p in self.plan.placed
+                 for key, tensor in self.adapters[p.site.name].tensors().items()}
+        found |= {name: self.model.get_parameter(name) for name in self.plan.train}
+        first = {id(tensor): name for name, tensor in reversed(found.items())}
+        return {name: tensor for name, tensor in found.items() if first[id(tensor)] == name}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The values of `named_tensors` as trained, in every mode."""
+        tuned = {name: kept["operated"] for name, kept in self._kept.items() if self._mode != "operated"}
+        return {name: tuned.get(name, tensor.detach()) for name, tensor in self.named_tensors().items()}
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Give the tensors of an operated model other values, of the same shapes: an adapter's keep the dtype that they come
+        in, those of `train` the model's."""
+        for name, tensor in self.named_tensors().items():
+            dtype = tensor.dtype if name in self.plan.train else state[name].dtype
+            tensor.data = state[name].to(tensor.device, dtype)
 
     def report(self) -> Report:
         """What was operated on; prints as a table."""
@@ -111,9 +146,9 @@ class Surgeon:
 
     def save(self, folder: str | PathLike, **about: str | None) -> None:
         """Write the adapter: its tensors, its spec, and `about` (base_model, revision). Atomic. Raises: SurgeryError."""
-        from surgery.store import save
+        from surgery import store
 
-        save(self, folder, **about)
+        store.save(self, folder, **about)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -123,32 +158,34 @@ class Surgeon:
         try:
             yield
         finally:
-            self._enter(before)
+            if self._mode != "removed":
+                self._enter(before)
 
     def merge(self) -> dict[str, float]:
         """Put each W' in the place of W, which is kept; gives the relative rounding error of each module.
 
         Memory: a second copy of the operated weights. Raises: SurgeryError (merge-error); then nothing is merged.
         """
-        if self.merged:
-            raise fail("already-operated", "this model is merged already", helps=("unmerge() first",))
+        self._must_be("operated", "merge")
         made = {p.site.name: merged(p, self.adapters[p.site.name]) for p in self.plan.placed}
         for placed in self.plan.placed:
             for name, tensor in made[placed.site.name].tensors.items():
                 full = placed.site.weight_name.removesuffix(placed.site.parameter) + name
-                self._weights[full] = {"base": self.model.get_parameter(full).data, "merged": tensor}
+                now = self.model.get_parameter(full).data
+                self._kept[full] = {"base": now, **self._kept.get(full, {}), "operated": now, "merged": tensor}
         self._enter("merged")
         return {name: each.error for name, each in made.items()}
 
     def unmerge(self) -> None:
         """Put the kept weights back, bit for bit."""
-        if not self.merged:
-            raise fail("already-operated", "this model is not merged", helps=("merge() comes first",))
+        self._must_be("merged", "unmerge")
         self._enter("operated")
-        self._weights.clear()
+        self._kept = {name: {"base": self._kept[name]["base"]} for name in self.plan.train}
 
     def remove(self) -> nn.Module:
         """Take everything out: the model is as before `apply`, bit for bit."""
+        if self._mode == "removed":
+            return self.model
         self._enter("base")
         for module in {id(p.site.module): p.site.module for p in self.plan.placed}.values():
             uninstall(module)
@@ -157,20 +194,26 @@ class Surgeon:
             self.model.get_submodule(owner)._parameters[parameter] = tied
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required[name])
+        self._mode = "removed"
         return self.model
+
+    def _must_be(self, mode: str, what: str) -> None:
+        if self._mode != mode:
+            raise fail("wrong-mode", f"this model is {_SAID[self._mode]}, and {what}() is for one that is {_SAID[mode]}")
 
     def _enter(self, mode: str) -> None:
         """Switch the model to a mode: which tensors stand in place, and whether the adapters run."""
-        for name, kept in self._trained.items():
+        for name, kept in self._kept.items():
             parameter = self.model.get_parameter(name)
-            kept["base" if self._mode == "base" else "tuned"] = parameter.data
-            parameter.data = kept["base" if mode == "base" else "tuned"].to(parameter.device)
-        for name, kept in self._weights.items():
-            parameter = self.model.get_parameter(name)
-            parameter.data = kept["merged" if mode == "merged" else "base"].to(parameter.device)
+            kept[_form(kept, self._mode)] = parameter.data
+            parameter.data = kept[_form(kept, mode)].to(parameter.device)
         for adapter in self.adapters.values():
             adapter.active = mode == "operated"
         self._mode = mode
+
+
+def _form(kept: Mapping[str, torch.Tensor], mode: str) -> str:
+    return "operated" if mode == "merged" and mode not in kept else mode
 
 
 @torch.no_grad()

@@ -1,0 +1,81 @@
+"""Folders that appear whole: what a command writes takes its place in one step, or not at all.
+
+Takes a path; gives a folder beside it to write into. Promises: whatever interrupts the writing, the path holds what it
+held before or all that is new; only a folder that we may have written ourselves is ever replaced.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgery.diagnostics import fail
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def replacing(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` when the block ends well. `ours` says of an entry's name whether we
+    write such. Raises: SurgeryError (bad-output)."""
+    target = folder.absolute()
+    _check(folder, target, ours)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as beside:
+            new = Path(beside) / "new"
+            new.mkdir()
+            yield new
+            for path in new.rglob("*"):
+                _flush(path)
+            _put(new, target)
+            _flush(target.parent)
+    except OSError as error:
+        raise fail("bad-output", f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def _check(folder: Path, target: Path, ours: Callable[[str], bool]) -> None:
+    if target.is_dir():
+        foreign = sorted(p.name for p in target.iterdir() if not ours(p.name))
+        if foreign:
+            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+            raise fail("bad-output", f"{folder} holds what is not ours to replace: {', '.join(foreign[:3])}{more}",
+                       helps=("name a new folder",))
+    elif target.exists():
+        raise fail("bad-output", f"{folder} is a file", helps=("name a folder",))
+
+
+def _put(new: Path, target: Path) -> None:
+    """Move the new folder to its place; an old one comes to stand where the new one stood."""
+    if not target.exists():
+        new.rename(target)
+    elif not _exchange(new, target):
+        aside = new.with_name("old")
+        target.rename(aside)
+        try:
+            new.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step; False where the system has no such call."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,148 @@
+"""A saved adapter as it lies on the disk: what its folder holds, and everything that is wrong with it.
+
+Takes a folder; gives its spec, tensors and `meta.json`. Promises: nothing is believed before it is checked, all the faults
+come in one error, nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from surgery import __version__
+from surgery.diagnostics import Collector, SurgeryError, fail
+from surgery.spec import parse
+from surgery.syntax.tree import Spec
+
+FORMAT = "1.0"
+TENSORS, SPEC, META = FILES = ("adapter.safetensors", "adapter.surg", "meta.json")
+_SHOWN = 8
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Saved:
+    """A saved adapter: its `spec`, `tensors` and `meta`, read and checked. Raises: SurgeryError (bad-adapter, syntax)."""
+
+    spec: Spec
+
+    def __init__(self, folder: Path):
+        self.folder, self.report = folder, Collector()
+        if not folder.is_dir():
+            raise fail("bad-adapter", f"{folder} is not a folder", helps=("a saved adapter is what `save` wrote",))
+        self.tensors, self.meta, self.spec = self._tensors(), self._meta(), self._spec()
+        if self.meta is not None and self.tensors is not None:
+            self._agree()
+        self.report.raise_errors()
+
+    def _fault(self, message: str, *helps: str) -> None:
+        self.report.error("bad-adapter", f"{self.folder}: {message}", helps=helps)
+
+    def _bytes(self, name: str) -> bytes | None:
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError as error:
+            return self._fault(f"cannot read {name}: {error.strerror or error}")
+
+    def _agree(self) -> None:
+        """The tensors must be the ones that the file beside them lists."""
+        listed = {name: form["shape"] for name, form in self.meta["tensors"].items()}
+        compare(shapes(self.tensors), listed, META, self.report)
+        wrong = [n for n in listed if n in self.tensors and name_of(self.tensors[n].dtype) != self.meta["tensors"][n]["dtype"]]
+        if wrong:
+            self._fault(f"{META} gives another dtype than {TENSORS} for {_listed(wrong)}")
+
+    def _meta(self) -> dict | None:
+        text = self._bytes(META)
+        if text is None:
+            return None
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            return self._fault(f"{META} is not JSON: {error}")
+        return found if self._known(found) else None
+
+    def _known(self, meta: Any) -> bool:
+        version = meta.get("format_version") if isinstance(meta, dict) else None
+        if not isinstance(version, str) or version.split(".")[0] != FORMAT.split(".")[0]:
+            self._fault(f"{META} has the format version {version!r}, and this surgery {__version__} reads {FORMAT}")
+            return False
+        wrong = [key for key, fits in _FIELDS.items() if not fits(meta.get(key))]
+        if wrong:
+            self._fault(f"{META} lacks, or has wrongly: {', '.join(wrong)}")
+        return not wrong
+
+    def _spec(self) -> Spec | None:
+        text = self._bytes(SPEC)
+        try:
+            return parse(text.decode("utf-8"), str(self.folder / SPEC)) if text is not None else None
+        except UnicodeDecodeError as error:
+            self._fault(f"{SPEC} is not UTF-8 at byte {error.start}")
+        except SurgeryError as error:
+            self.report.add(*error.diagnostics)
+
+    def _tensors(self) -> dict[str, torch.Tensor] | None:
+        try:
+            found = load_file(self.folder / TENSORS)
+        except (OSError, SafetensorError) as error:
+            return self._fault(f"cannot read {TENSORS}: {error}")
+        broken = [name for name, tensor in found.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
+        if broken:
+            self._fault(f"{TENSORS} holds what is not finite: {_listed(broken)}", "the training that made it diverged")
+        return found
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
+
+
+def _is_form(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("shape"), list) and _is_dtype(value.get("dtype"))
+
+
+_FIELDS = {
+    "seed": lambda v: isinstance(v, int),
+    "dtype": lambda v: _is_dtype(v) and getattr(torch, v).is_floating_point,
+    "tensors": lambda v: isinstance(v, dict) and all(map(_is_form, v.values())),
+}
+
+
+def compare(saved: Shapes, wanted: Shapes, where: str, report: Collector) -> None:
+    """Report what differs between the saved tensors and the shapes that `where` asks for."""
+    missing = [name for name in wanted if name not in saved]
+    unknown = [name for name in saved if name not in wanted]
+    wrong = [f"{n} is {saved[n]}, and {where} asks for {wanted[n]}" for n in wanted
+             if n in saved and saved[n] != wanted[n]]
+    if missing:
+        report.error("bad-adapter", f"{TENSORS} lacks {_count(missing)} that {where} asks for", notes=_lines(missing))
+    if unknown:
+        report.error("bad-adapter", f"{TENSORS} holds {_count(unknown)} that {where} has no place for", notes=_lines(unknown))
+    if wrong:
+        report.error("bad-adapter", f"{TENSORS} holds {_count(wrong)} of another shape", notes=_lines(wrong))
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _lines(lines: Sequence[str]) -> tuple[str, ...]:
+    return (*lines[:_SHOWN], *([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(_lines(names))

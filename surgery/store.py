@@ -1,0 +1,124 @@
+"""Saving an adapter, putting it on a model again, and saving a merged model.
+
+A saved adapter is a folder of three files: `adapter.safetensors` (the adapter's tensors and those of `train`),
+`adapter.surg` (the spec on its own, parameters as they were set), `meta.json`. Promises: a folder appears whole or not at
+all; `attach` says everything that does not fit and then leaves the model as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from surgery import __version__
+from surgery.diagnostics import Collector, SurgeryError, fail
+from surgery.folders import replacing
+from surgery.layer import Adapter
+from surgery.operate import Surgeon, prepare
+from surgery.saved import FILES, FORMAT, META, SPEC, TENSORS, Saved, compare, name_of, shapes
+from surgery.spec import inlined
+
+
+def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None) -> None:
+    """Write the adapter into `folder`, in the place of an older one. The model may be merged or disabled.
+
+    Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
+    """
+    tensors = {name: _whole(name, tensor) for name, tensor in surgeon.state().items()}
+    about = {"format_version": FORMAT, "surgery_version": __version__, "base_model": base_model, "revision": revision,
+             "seed": surgeon.seed, "dtype": name_of(surgeon.dtype),
+             "tensors": {n: {"shape": list(t.shape), "dtype": name_of(t.dtype)} for n, t in tensors.items()}}
+    with replacing(Path(folder), FILES.__contains__) as new:
+        (new / TENSORS).write_bytes(to_bytes(tensors))
+        (new / SPEC).write_text(inlined(surgeon.spec).to_surg(), encoding="utf-8")
+        (new / META).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU. A shard, or a tensor without data, would be saved as a part that looks like a whole."""
+    if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():
+        raise fail("bad-output", f"{name} is not here as a whole (it is sharded or on the meta device)",
+                   helps=("gather the model's parameters before saving",))
+    return tensor.cpu().contiguous()
+
+
+def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
+    """Put a saved adapter on a model, in place. Raises: SurgeryError with all that does not fit; the model is then as it was.
+
+    The adapter's tensors keep the dtype that they were saved in; a `train` tensor takes that of the model's.
+    """
+    saved, report = Saved(Path(folder)), Collector()
+    try:
+        surgeon = prepare(model, saved.spec, seed=saved.meta["seed"], dtype=getattr(torch, saved.meta["dtype"]))
+    except SurgeryError as error:
+        raise _does_not_fit(model, folder, error) from None
+    compare(shapes(saved.tensors), shapes(surgeon.named_tensors()), f"this {type(model).__name__}", report)
+    report.raise_errors()
+    surgeon.operate()
+    surgeon.load(saved.tensors)
+    return surgeon
+
+
+def _does_not_fit(model: nn.Module, folder: str | PathLike, error: SurgeryError) -> SurgeryError:
+    first = fail("bad-adapter", f"the spec in {folder} does not fit this {type(model).__name__}")
+    return SurgeryError((*first.diagnostics, *error.diagnostics))
+
+
+# ---------------------------------------------------------------------------------------------------------- merged
+
+
+def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] = ()) -> None:
+    """Save the merged model as a plain one, which transformers loads without us; `extras` (a tokenizer) are saved beside it.
+
+    The model is afterwards as it was before. Raises: SurgeryError (bad-output, merge-error).
+    """
+    model = surgeon.model
+    if not hasattr(model, "save_pretrained"):
+        raise fail("bad-output", f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
+                   helps=("merge() and save its state_dict() yourself",))
+    with replacing(Path(folder), _of_a_model) as new, _merged(surgeon), _untied(surgeon):
+        model.save_pretrained(new, state_dict=_plain(model))
+        for extra in extras:
+            extra.save_pretrained(new)
+
+
+def _of_a_model(name: str) -> bool:
+    return Path(name).suffix in (".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".md")
+
+
+def _plain(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors without those of adapters."""
+    ours = tuple(f"{name}." for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapter))
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ours)}
+
+
+@contextmanager
+def _merged(surgeon: Surgeon) -> Iterator[None]:
+    if surgeon.merged:
+        yield
+    else:
+        surgeon.merge()
+        try:
+            yield
+        finally:
+            surgeon.unmerge()
+
+
+@contextmanager
+def _untied(surgeon: Surgeon) -> Iterator[None]:
+    """Inside, the configuration says that what `untie` parted is not tied, so that a reload keeps both weights."""
+    config = surgeon.model.config
+    before = getattr(config, "tie_word_embeddings", False)
+    config.tie_word_embeddings = before and not surgeon.untied
+    try:
+        yield
+    finally:
+        config.tie_word_embeddings = before
