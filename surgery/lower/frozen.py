@@ -58,7 +58,7 @@ class FrozenLinear(Frozen):
         return x.reshape(-1, x.shape[-1]).to(dtype)
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
-        return y.view(*self.shape, y.shape[-1])
+        return y.reshape(*self.shape, y.shape[-1])
 
     def frozen(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)
@@ -74,7 +74,7 @@ class FrozenConv(Frozen):
         return x.to(dtype)
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
-        return y.view(*self.shape, y.shape[-1]).movedim(-1, self.channels)
+        return y.reshape(*self.shape, y.shape[-1]).movedim(-1, self.channels)
 
     def run(self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y = self.module._conv_forward(x, matrix.reshape(-1, *self.stored.shape[1:]), bias)
@@ -98,7 +98,7 @@ class FrozenEmbedding(Frozen):
         return x.reshape(-1), None
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
-        return y.view(*self.shape, y.shape[-1])
+        return y.reshape(*self.shape, y.shape[-1])
 
     def dropout(self, x: tuple, p: float) -> tuple:
         """A one-hot row has one entry to drop: the token's whole update."""
