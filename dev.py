@@ -1,0 +1,63 @@
+"""From a bare clone, with nothing but Python 3.11: `python3 dev.py demo` or `python3 dev.py test [pytest's arguments]`.
+
+Makes `.venv` and installs the project into it (only when pyproject.toml has changed since), then runs the demo or the tests.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / "python"
+TORCH = "torch==2.13.0"  # the version that the project is tested with
+WORKERS = 2
+COMMANDS = {
+    "demo": ["surgery", "apply", "specs/sora.surg", "demo:llama", "-o", "out/sora-llama", "--force"],
+    "test": ["python", "-m", "pytest", "-n", str(WORKERS)],
+}
+
+
+def set_up() -> None:
+    """Make the environment, unless it was made for this very pyproject.toml."""
+    stamp = VENV / "surgery-stamp"
+    wanted = hashlib.sha256((TORCH + (ROOT / "pyproject.toml").read_text()).encode()).hexdigest()
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    if not BIN.exists():
+        venv.create(VENV, with_pip=True)
+    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for what in ([TORCH], ["-e", ".[test]"]):
+        print(f"installing {what[-1]} into {VENV.name} ...", file=sys.stderr, flush=True)
+        subprocess.run([*pip, *what], cwd=ROOT, check=True)
+    stamp.write_text(wanted)
+
+
+def environment() -> dict[str, str]:
+    """Each worker of the tests gets its share of the cores, and nothing is looked up on the network."""
+    share = str(max(1, (os.cpu_count() or 1) // WORKERS))
+    return {"OMP_NUM_THREADS": share, "HF_HUB_OFFLINE": "1", **os.environ}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in COMMANDS:
+        print(f"{__doc__}\nsay one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    if sys.version_info < (3, 11):
+        print(f"Surgery needs Python 3.11 or newer, and this is {sys.version.split()[0]}", file=sys.stderr)
+        return 2
+    try:
+        set_up()
+    except subprocess.CalledProcessError as error:
+        print(f"the installation failed: {' '.join(map(str, error.cmd))}", file=sys.stderr)
+        return 2
+    program, *fixed = COMMANDS[arguments[0]]
+    return subprocess.run([BIN / program, *fixed, *arguments[1:]], cwd=ROOT, env=environment()).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
