@@ -151,7 +151,7 @@ def _block_diag(blocks: Any) -> Any:
 def _kron(a: Any, b: Any) -> Any:
     import torch
 
-    return torch.kron(a, b)
+    return torch.kron(a.contiguous(), b.contiguous())  # torch's own needs it, or fails in a view
 
 
 def _resolvent(m: Any) -> Any:

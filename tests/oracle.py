@@ -1,0 +1,185 @@
+"""The oracle: W' from the papers' formulas, built naively, entry by entry or row by row, in float64.
+
+Imports nothing of the package's and uses none of torch's matrix functions, so that a mistake is not shared. Everything is
+made of differentiable steps: its gradients are the oracle's too. Slow on purpose; for matrices of a few dozen rows.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import factorial
+
+import torch
+from torch import Tensor
+
+# ------------------------------------------------------------------------------------------ small linear algebra
+
+
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    """a b, the sum over k of column k of a times row k of b; for matrices, vectors and stacks."""
+    if a.ndim == 1:
+        return mul(a[None], b)[0]
+    if b.ndim == 1:
+        return mul(a, b[:, None])[..., 0]
+    return sum(a[..., :, k, None] * b[..., None, k, :] for k in range(b.shape[-2]))
+
+
+def chain(*factors: Tensor) -> Tensor:
+    """The product of several matrices, left to right."""
+    result = factors[0]
+    for factor in factors[1:]:
+        result = mul(result, factor)
+    return result
+
+
+def t(a: Tensor) -> Tensor:
+    return torch.stack([torch.stack([row[..., j] for row in a.unbind(-2)], -1) for j in range(a.shape[-1])], -2)
+
+
+def eye(n: int) -> Tensor:
+    return torch.tensor([[float(i == j) for j in range(n)] for i in range(n)], dtype=torch.float64)
+
+
+def _each(one, stack: Tensor) -> Tensor:
+    """`one` on every matrix of a stack."""
+    return torch.stack([_each(one, a) for a in stack]) if stack.ndim > 2 else one(stack)
+
+
+def diag(d: Tensor) -> Tensor:
+    if d.ndim > 1:
+        return torch.stack([diag(each) for each in d])
+    zero = d.new_zeros(())
+    return torch.stack([torch.stack([d[i] if i == j else zero for j in range(len(d))]) for i in range(len(d))])
+
+
+def block_diag(blocks: Tensor) -> Tensor:
+    count, rows, columns = blocks.shape
+    whole = blocks.new_zeros(count * rows, count * columns)
+    for b, i, j in product(range(count), range(rows), range(columns)):
+        whole[b * rows + i, b * columns + j] = blocks[b, i, j]
+    return whole
+
+
+def kron(a: Tensor, b: Tensor) -> Tensor:
+    if a.ndim == 1:
+        return torch.cat([x * b for x in a])
+    return torch.cat([torch.cat([x * b for x in row], 1) for row in a], 0)
+
+
+def skew(a: Tensor) -> Tensor:
+    return a - t(a)
+
+
+def solve(a: Tensor, b: Tensor) -> Tensor:
+    """x with a x = b, by Gauss-Jordan elimination with pivots."""
+    rows = [torch.cat([x, y]) for x, y in zip(a, b)]
+    for k in range(len(rows)):
+        best = max(range(k, len(rows)), key=lambda i: rows[i][k].abs().item())
+        rows[k], rows[best] = rows[best], rows[k]
+        rows[k] = rows[k] / rows[k][k]
+        rows = [row if i == k else row - row[k] * rows[k] for i, row in enumerate(rows)]
+    return torch.stack([row[len(rows):] for row in rows])
+
+
+def cayley(k: Tensor) -> Tensor:
+    """(I - k/2)⁻¹ (I + k/2)."""
+    return _each(lambda m: solve(eye(len(m)) - m / 2, eye(len(m)) + m / 2), k)
+
+
+def expm(k: Tensor, halvings: int = 6, terms: int = 14) -> Tensor:
+    """The power series of e^(k / 2^halvings), then squared as often."""
+    power, result = None, 0
+    for term in range(terms):
+        power = _each(lambda m: eye(len(m)), k) if power is None else mul(power, k / 2**halvings)
+        result = result + power / factorial(term)
+    for _ in range(halvings):
+        result = mul(result, result)
+    return result
+
+
+def reflect(u: Tensor) -> Tensor:
+    """Π (I - 2 u uᵀ / uᵀu), the first column's mirror leftmost."""
+    result = eye(u.shape[0])
+    for k in range(u.shape[1]):
+        column = u[:, k]
+        mirror = eye(len(column)) - 2 * column[:, None] * column[None, :] / (column * column).sum()
+        result = mul(result, mirror)
+    return result
+
+
+def norm(a: Tensor) -> Tensor:
+    return (a * a).sum().sqrt()
+
+
+def row_norm(a: Tensor) -> Tensor:
+    return torch.stack([row_norm(m) for m in a]) if a.ndim > 2 else torch.stack([norm(row) for row in a])
+
+
+def col_norm(a: Tensor) -> Tensor:
+    return torch.stack([col_norm(m) for m in a]) if a.ndim > 2 else torch.stack([norm(row) for row in a.unbind(1)])
+
+
+def detach(a: Tensor) -> Tensor:
+    return a.detach()
+
+
+# ------------------------------------------------------------------------------------- the layer's map, run with W'
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y_o = Σ_i W'[o, i] x_i + b'_o."""
+    y = torch.stack([(x * row).sum(-1) for row in weight], -1)
+    return y if bias is None else y + bias
+
+
+def embedding(ids: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = torch.stack([weight[int(i)] for i in ids.flatten()])
+    return rows.reshape(*ids.shape, -1)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: int = 3) -> Tensor:
+    """Every patch of the input [b, c, *space] as one row; stride 1, no padding; one or two axes of space."""
+    places = list(product(*(range(n - kernel + 1) for n in x.shape[2:])))
+    windows = [(..., *(slice(p, p + kernel) for p in place)) for place in places]
+    columns = torch.stack([linear(x[window].flatten(1), weight, bias) for window in windows], -1)
+    return columns.reshape(*columns.shape[:2], *(n - kernel + 1 for n in x.shape[2:]))
+
+
+# ----------------------------------------------------------------------------------- W' of the methods, by their papers
+
+
+def low_rank(p, rank: int, alpha: float, step: str = "add_low_rank") -> Tensor:
+    """(α / r) B A (arXiv 2106.09685, section 4.1)."""
+    return (alpha / rank) * mul(p[step, "B"], p[step, "A"])
+
+
+def gains(p, step: str) -> Tensor:
+    return diag(p[step, "d"])
+
+
+def magnitude(w: Tensor, p, step: str = "post_magnitude") -> Tensor:
+    """diag(m / ‖W‖_row), the norm a constant to the gradient (arXiv 2402.09353, equation 5 and section 4.3)."""
+    return diag(p[step, "m"] / row_norm(w).detach())
+
+
+def rotation(p, step: str) -> Tensor:
+    """The Cayley map of C Dᵀ - D Cᵀ (arXiv 2511.00051)."""
+    c, d = p[step, "C"], p[step, "D"]
+    return cayley(mul(c, t(d)) - mul(d, t(c)))
+
+
+def first_order_rotation(p, scale: float, step: str = "post_skew_rotation") -> Tensor:
+    """I + s (D Cᵀ - C Dᵀ), s = min(1, scale / (‖C‖ + ‖D‖ + 1e-6)): SORA's reference code."""
+    c, d = p[step, "C"], p[step, "D"]
+    s = scale / (norm(c) + norm(d) + 1e-6)
+    return eye(c.shape[0]) + (s if s.item() < 1 else 1.0) * (mul(d, t(c)) - mul(c, t(d)))
+
+
+def block_rotation(p, step: str) -> Tensor:
+    """A Cayley rotation for each block (arXiv 2306.07280)."""
+    return block_diag(cayley(skew(p[step, "Q"])))
+
+
+def reflections(p, step: str) -> Tensor:
+    """H(u_1) ... H(u_k) H(v_k) ... H(v_1)."""
+    return mul(reflect(p[step, "U"]), t(reflect(p[step, "V"])))

@@ -1,0 +1,105 @@
+"""The zoo times the invariants of meaning: an operated layer gives x W'ᵀ + b' for the oracle's W', values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import oracle as o
+from layers import LAYOUTS, LINEARS, Operated, assert_close, gradients, operated
+from surgery.expr.evaluate import dense
+from zoo import CASES
+
+EXACT = 1e-10
+on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
+on_every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=str)
+on_linears = pytest.mark.parametrize("layout", LINEARS, ids=str)
+
+
+def compare(o: Operated, expected: Tensor, x: dict[str, Tensor], leaves: dict[str, Tensor], tolerance: float = EXACT) -> None:
+    """The layer's output and gradients against those of another program over `leaves` and the input `x`."""
+    mine = o.input()
+    y = o.model(mine["x"])
+    assert_close(y, expected, tolerance, "the output")
+    direction = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5))
+    actual = gradients(y, direction, {**mine, **o.parameters})
+    wanted = gradients(expected, direction.double(), {**x, **leaves})
+    assert actual.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        assert_close(actual[key], gradient, tolerance, f"the gradient of {key}")
+
+
+@on_every_case
+@on_every_layout
+def test_the_layer_is_the_oracles_map(case, layout):
+    op = operated(case, layout)
+    x, leaves = op.input(), op.leaves()
+    compare(op, op.oracle(x["x"], leaves), x, leaves)
+
+
+@on_every_case
+@on_linears
+def test_the_layer_is_the_dense_formula(case, layout):
+    op = operated(case, layout)
+    x, leaves = op.input(), op.leaves()
+    formula = op.adapter.formula
+    frozen = {"weight": op.weight, **({"bias": op.bias} if op.bias is not None else {})}
+    bias = dense(formula.bias, {**frozen, **leaves}) if op.bias is not None else None
+    compare(op, torch.nn.functional.linear(x["x"], dense(formula.weight, {**frozen, **leaves}), bias), x, leaves)
+
+
+@on_every_case
+@on_every_layout
+def test_it_starts_as_the_base_layer(case, layout):
+    op = operated(case, layout, torch.float32, noise=0.0)
+    change = (op.model(op.x) - op.base(op.x)).norm() / op.base(op.x).norm()
+    assert (change > 1e-3) if case.shifted else (change < 1e-5)
+
+
+@on_every_case
+@on_linears
+def test_the_number_of_parameters(case, layout):
+    op = operated(case, layout)
+    trained = sum(p.numel() for p in op.surgeon.parameters())
+    assert trained == case.count(*op.weight.shape) == op.surgeon.plan.trainable
+
+
+@on_every_case
+@on_linears
+def test_claims_hold_after_training(case, layout):
+    op = operated(case, layout)
+    leaves = {"weight": op.weight, **op.leaves()}
+    assert len(op.adapter.formula.claims) == case.claims
+    for claim in op.adapter.formula.claims:
+        assert_close(*PROPERTY[claim.name](dense(claim.expr, leaves)), EXACT, claim.name)
+
+
+PROPERTY = {
+    "orthogonal": lambda t: (o.mul(t, o.t(t)), o.eye(len(t))),
+    "diagonal": lambda t: (t, o.diag(t.diagonal())),
+    "symmetric": lambda t: (t, o.t(t)),
+}
+
+
+@on_every_case
+def test_only_declared_parameters_train_and_all_of_them_do(case):
+    op = operated(case, LAYOUTS["linear 12x18"])
+    y = op.model(op.x)
+    (y * torch.randn_like(y)).sum().backward()  # not ‖y‖², which a rotation leaves alone
+    frozen = {leaf.key for leaf in op.adapter.formula.leaves if leaf.frozen}
+    for name, parameter in op.model.named_parameters():
+        key = name.removeprefix("layers.0.weight_surgery.")
+        if key == name or key in frozen:
+            assert not parameter.requires_grad and parameter.grad is None, name
+        else:
+            assert parameter.grad.isfinite().all() and parameter.grad.norm() > 1e-6, name
+
+
+@on_every_case
+def test_all_of_the_input_is_seen(case):
+    """Inputs of one axis and of several; an empty batch."""
+    op = operated(case, LAYOUTS["linear 12x18"])
+    batch = torch.randn(2, 1, 3, 18, dtype=torch.float64)
+    assert_close(op.model(batch)[1, 0, 2], op.model(batch[1, 0, 2]), EXACT)
+    assert op.model(batch[:0]).shape == (0, 1, 3, 12)
