@@ -113,6 +113,11 @@ class Operated:
         """The adapter's own tensors, by key."""
         return self.adapter.tensors()
 
+    @property
+    def p(self) -> Parameters:
+        """The adapter's tensors as they are, in float64, for the oracle."""
+        return Parameters.of({key: value.detach().double() for key, value in self.parameters.items()})
+
     def leaves(self) -> dict[str, Tensor]:
         """The adapter's tensors in float64, as fresh leaves of autograd where they are trained."""
         return {key: value.detach().double().requires_grad_(value.requires_grad) for key, value in self.parameters.items()}
