@@ -194,10 +194,8 @@ def _root(a: Any) -> Any:
 
 def _blocks(a: Any, s: Any) -> Any:
     """Each slice of the last axis times its own block."""
-    import torch
-
-    parts = a.unflatten(-1, s.shape[:2])
-    return torch.einsum("...bk,bkl->...bl", parts, s).flatten(-2)
+    slices = a.reshape(-1, *s.shape[:2]).transpose(0, 1)
+    return (slices @ s).transpose(0, 1).reshape(*a.shape[:-1], s.shape[0] * s.shape[2])
 
 
 def _extreme(name: str) -> Callable[[Any, Any], Any]:

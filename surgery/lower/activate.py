@@ -10,13 +10,14 @@ Activations are expressions over the leaf `x`; `frozen(a)` is the frozen layer's
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 from surgery.expr.dims import symbol
-from surgery.expr.ir import Expr, Shape
+from surgery.expr.ir import Expr, Shape, walk
 from surgery.expr.primitives import make
 from surgery.rewrite.algebra import simplify
-from surgery.rewrite.structure import factors
-from surgery.rewrite.terms import scaled, summands, times
+from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn
+from surgery.rewrite.terms import scaled, summands, times, total
 
 TOKENS = symbol("tokens")
 
@@ -49,7 +50,36 @@ def _sum(expr: Expr, a: Expr) -> Expr:
 
 def _product(expr: Expr, a: Expr) -> Expr:
     left, right = expr.args
+    if _is_small(expr):
+        return _dense(expr, a)
+    if right.op == "add" and (turn := low_rank_turn(left)) is not None:
+        return _turned_sum(turn, right, a)
     return apply(left, apply(right, a))
+
+
+def _is_small(expr: Expr) -> bool:
+    """Whether a product of parameters is a thin matrix, no larger than a factor: then it is made once, not for every token."""
+    thin = is_thin(min(expr.shape), max(expr.shape)) and prod(expr.shape) <= max(prod(a.shape) for a in expr.args)
+    return thin and not any(node.op in ("weight", "drop") for node in walk(expr))
+
+
+def _turned_sum(turn: Factors, right: Expr, a: Expr) -> Expr:
+    """(I + U V) (p + q) = p + q + U (V p + V q): V meets each term where it is thin, and the sum is not kept for it."""
+    u, v = turn
+    inner = [_led_by(v, term, a) for term in summands(right)]
+    return make("add", apply(right, a), apply(u, total(inner, inner[0].shape)))
+
+
+def _led_by(v: Expr, term: Expr, a: Expr) -> Expr:
+    """a (V x)ᵀ, V multiplied into the first factor of x; what the other factors give is shared with a xᵀ."""
+    scalar, rest = scaled(term)
+    if scalar is not None:
+        return times(scalar, _led_by(v, rest, a))
+    if term.op == "drop":
+        return _led_by(v, term.args[0], _dropped(term, a))
+    if term.op == "matmul":
+        return _led_by(v, term.args[0], apply(term.args[1], a))
+    return apply(v, apply(term, a)) if term.op == "weight" else _dense(simplify(make("matmul", v, term)), a)
 
 
 def _scaled(expr: Expr, a: Expr) -> Expr:
@@ -65,7 +95,11 @@ def _turned(expr: Expr, a: Expr) -> Expr:
 
 
 def _drop(expr: Expr, a: Expr) -> Expr:
-    return apply(expr.args[0], Expr("dropout", (a,), expr.data, a.shape))
+    return apply(expr.args[0], _dropped(expr, a))
+
+
+def _dropped(expr: Expr, a: Expr) -> Expr:
+    return Expr("dropout", (a,), expr.data, a.shape)
 
 
 def _kron(expr: Expr, a: Expr) -> Expr:
@@ -132,7 +166,7 @@ def enter(expr: Expr, x: Expr) -> Expr:
     if expr.op == "mul" and scaled(expr)[0] is not None:
         return times(scaled(expr)[0], enter(scaled(expr)[1], x))
     if expr.op == "drop":
-        return enter(expr.args[0], Expr("dropout", (x,), expr.data, x.shape))
+        return enter(expr.args[0], _dropped(expr, x))
     if expr.op == "matmul":
         return _enter_product(expr, x)
     return _run(expr, x)

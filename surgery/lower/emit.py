@@ -21,7 +21,7 @@ TEMPLATES = {
     "bias": "layer.offset(dtype)", "fill": "layer.fill({shape}, {data!r}, dtype)", "eye": "layer.eye({shape}, dtype)",
     "dropout": "layer.dropout({}, {data!r})", "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})",
 }
-FRESH = {"frozen", "matmul", "add", "run", "frozen_back"}  # values that nothing else holds and no backward pass reads
+FRESH = {"frozen", "matmul", "add", "scale", "run", "frozen_back"}  # values that nothing else holds and no backward pass reads
 
 
 @dataclass

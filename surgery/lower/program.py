@@ -53,7 +53,7 @@ def activations(formula: Formula, kind: str, training: bool, has_bias: bool) -> 
     operand = turned(weight) if kind == "embedding" else weight
     x = Expr("x", (), None, (TOKENS, operand.shape[1]))
     y = (apply if kind == "linear" else enter)(operand, x)
-    return _compile((_with_bias(y, cheapest(formula.bias)) if has_bias else y,), _unread)
+    return _compile((_with_bias(y, cheapest(formula.bias), kind) if has_bias else y,), _unread)
 
 
 @lru_cache(maxsize=None)
@@ -73,12 +73,12 @@ def _offset(bias: Expr) -> Expr:
     return apply(bias.args[0], _offset(bias.args[1])) if bias.op == "matmul" else bias
 
 
-def _with_bias(y: Expr, bias: Expr) -> Expr:
+def _with_bias(y: Expr, bias: Expr, kind: str) -> Expr:
     """y + b'; the frozen layer adds its own bias where its output is a term of y."""
     if bias.op != "bias":
         return Expr("add_bias", (y, _offset(bias)), None, y.shape)
     terms = list(summands(y))
-    plain = [t for t in terms if t.op == "frozen" and t.args[0].op == "x"]
+    plain = [t for t in terms if t.op == "frozen" and (kind == "linear" or t.args[0].op == "x")]
     if not plain:
         return Expr("add_bias", (y, bias), None, y.shape)
     full = Expr("frozen", plain[0].args, "biased", y.shape)

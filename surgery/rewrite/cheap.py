@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr
 from surgery.expr.primitives import make
 from surgery.rewrite.algebra import RULES, simplify
 from surgery.rewrite.engine import Rule, rewrite, table
-from surgery.rewrite.structure import Factors, factors, is_orthogonal, is_thin, opposed
+from surgery.rewrite.structure import Factors, factors, is_orthogonal, is_thin, low_rank_turn, opposed
 from surgery.rewrite.terms import eye, scaled, summands, times, total, value_of
 
 
@@ -50,6 +51,41 @@ def _reflect(node: Expr) -> Expr | None:
     turned = make("T", mirrors)
     small = make("mirrors", make("matmul", turned, mirrors))
     return make("add", eye(node.shape), times(-1, make("matmul", mirrors, make("matmul", small, turned))))
+
+
+def _associate(node: Expr) -> Expr | None:
+    """The cheaper of (x y) z and x (y z)."""
+    a, b = node.args
+    if any(len(m.shape) != 2 for m in (a, b, *a.args, *b.args)):
+        return None
+    better = None
+    if a.op == "matmul":
+        better = make("matmul", a.args[0], make("matmul", a.args[1], b))
+    elif b.op == "matmul":
+        better = make("matmul", make("matmul", a, b.args[0]), b.args[1])
+    return better if better is not None and _work(better) < _work(node) else None
+
+
+def _work(node: Expr) -> float:
+    """Multiplications of a product whose factors may be products (unknown sizes are left alone; a diagonal is cheap)."""
+    if node.op != "matmul" or any(isinstance(size, Dim) for a in node.args for size in a.shape):
+        return 0
+    left, right = node.args
+    inner = 1 if "diag" in (left.op, right.op) else left.shape[1]
+    return _work(left) + _work(right) + left.shape[0] * inner * right.shape[1]
+
+
+def _turn_pair(node: Expr) -> Expr | None:
+    """One low-rank update in the place of two: fewer passes over the activations."""
+    turns = [low_rank_turn(a) if len(a.shape) == 2 else None for a in node.args]
+    if None in turns:
+        return None
+    (u, v), (p, q) = turns
+    if not is_thin(u.shape[1] + p.shape[1], node.shape[0]):
+        return None
+    upper = make("add", v, make("matmul", make("matmul", v, p), q))
+    rows = make("T", make("side_by_side", make("T", upper), make("T", q)))
+    return make("add", eye(node.shape), make("matmul", make("side_by_side", u, p), rows))
 
 
 def _hadamard(node: Expr) -> Expr | None:
@@ -135,6 +171,8 @@ CHEAP = (
     Rule("cayley(U V) = I + U (I - V U / 2)⁻¹ V", "cayley", _by_core("resolvent"), "cayley(P @ Q.T - Q @ P.T)"),
     Rule("e^(U V) = I + U φ(V U) V, φ(x) = (e^x - I) x⁻¹", "expm", _by_core("phi"), "expm(P @ Q.T - Q @ P.T)"),
     Rule("reflect(U) = I - U T Uᵀ", "reflect", _reflect, "reflect(P)"),
+    Rule("(x y) z = x (y z), whichever is cheaper", "matmul", _associate, "(P @ Q.T) @ P"),
+    Rule("(I + U V) (I + P Q) = I + [U, P] [V + (V P) Q; Q]", "matmul", _turn_pair, "reflect(P) @ reflect(Q)"),
     Rule("(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ", "mul", _hadamard, "(p @ q.T) * (q @ p.T)"),
     Rule("‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², by rows", "row_norm", _row_norm, "row_norm(A + P @ Q.T)"),
     Rule("the columns of x are the rows of xᵀ", "col_norm", _col_norm, "col_norm(A + P @ Q.T)"),

@@ -10,7 +10,7 @@ from functools import lru_cache
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr
 from surgery.expr.primitives import make
-from surgery.rewrite.terms import scaled, summands, times, value_of
+from surgery.rewrite.terms import scaled, summands, times, total, value_of
 
 Factors = tuple[Expr, Expr]
 
@@ -110,3 +110,11 @@ def _of_hadamard(node: Expr) -> Factors | None:
 def _of_transpose(node: Expr) -> Factors | None:
     inner = factors(node.args[0])
     return inner and (make("T", inner[1]), make("T", inner[0]))
+
+
+def low_rank_turn(node: Expr) -> Factors | None:
+    """(U, V) with node = I + U V, U V low-rank."""
+    terms = list(summands(node))
+    if len(terms) < 2 or terms[0].op != "eye":
+        return None
+    return factors(total(terms[1:], node.shape))
