@@ -218,7 +218,7 @@ def test_line_ends_tabs_and_a_byte_order_mark_mean_nothing():
 
 
 @pytest.mark.parametrize(("text", "message", "place"), [
-    ("spec", "expected a name after `spec`, found the end of the file", "1:5"),
+    ("spec", "expected a name after `spec`, found the end of the text", "1:5"),
     ("spec 5", "expected a name after `spec`, found `5`", "1:6"),
     ("let a = 1", "expected a statement, found `let`", "1:1"),
     ("spec a(rank: integer)", "expected a type (`int`, `float`, `bool` or `str`) after `:`, found `integer`", "1:14"),
@@ -228,14 +228,14 @@ def test_line_ends_tabs_and_a_byte_order_mark_mean_nothing():
     ("update u { return 1 let a = 2 }", "expected `}` after `1`, found `let`", "1:21"),
     ("update u { return (1\n}", "expected `)` after `1`, found `}`", "1:21"),
     ("transform t { return 1 }", "expected `(` or `on` after `t`, found `{`", "1:13"),
-    ("check a +", "expected an expression after `+`, found the end of the file", "1:10"),
-    ("check (a", "expected `)` after `a`, found the end of the file", "1:9"),
+    ("check a +", "expected an expression after `+`, found the end of the text", "1:10"),
+    ("check (a", "expected `)` after `a`, found the end of the text", "1:9"),
     ("check a b", "expected a statement after `a`, found `b`", "1:9"),
-    ("train", "expected a pattern or the name of a `select` after `train`, found the end of the file", "1:6"),
+    ("train", "expected a pattern or the name of a `select` after `train`, found the end of the text", "1:6"),
     ('target linear "a" "b" { add x() }',
      "expected `,`, `{`, `shifted`, `untie` or `except` after `\"a\"`, found `\"b\"`", "1:19"),
     ("target linear { add x }", "expected `(` after `x`, found `}`", "1:23"),
-    ("target linear {", "expected `}` after `{`, found the end of the file", "1:16"),
+    ("target linear {", "expected `}` after `{`, found the end of the text", "1:16"),
     ('check "a\n', "this string is not closed", "1:7"),
     ("check f(1 2)", "expected `,` or `)` after `1`, found `2`", "1:11"),
     ("check a = b", "expected a statement after `a`, found `=`", "1:9"),
@@ -312,7 +312,7 @@ def test_the_first_of_two_is_shown():
 
 
 def test_expressions_have_errors_too():
-    assert errors_of("", parse_expression)[0].message == "expected an expression, found the end of the file"
+    assert errors_of("", parse_expression)[0].message == "expected an expression, found the end of the text"
     assert errors_of("1 +", parse_expression)[0].span.source.name == "<expression>"
     assert errors_of("f(k = 1, k = 2)", parse_expression)[0].code == "duplicate-name"
 
@@ -333,7 +333,7 @@ def test_python_values_are_expressions():
     (lambda: Parameter(name="a"), "Parameter needs a field `type`"),
     (lambda: pre("d", on="up"), "Step.side must be 'out' or 'in', not 'up'"),
     (lambda: pre("d", rank=None), "'None' is not an expression"),
-    (lambda: add("d", rank="1 +"), "expected an expression after `+`, found the end of the file"),
+    (lambda: add("d", rank="1 +"), "expected an expression after `+`, found the end of the text"),
     (lambda: Spec("my spec"), "'my spec' is not a name"),
     (lambda: Spec("target"), "`target` is a word of the language and cannot be a name"),
     (lambda: Spec("a", targets=[Target("x")]), "a target needs at least one step"),
@@ -356,7 +356,7 @@ def test_a_mistake_in_python_is_a_diagnostic(build, message):
         "s.params[0].name must be a valid string, not '1'", "s.params[0].type must be 'int', 'float', 'bool' or 'str', not 'it'",
         "s.params[1] needs a field `name`", "s.params[1] needs a field `type`"]),
     ('{"checks": [{"condition": "1 +"}, {"condition": {}}]}', [
-        "expected an expression after `+`, found the end of the file", "'{}' is not an expression"]),
+        "expected an expression after `+`, found the end of the text", "'{}' is not an expression"]),
     ('{"targets": [{"steps": [{"placement": "post", "call": "1"}]}]}', ["s.targets[0].steps[0].call must be a call, not '1'"]),
     ('{"targets": [{"steps": [{"placement": "post", "call": "f()", "dropout": 1}]}]}', ["`dropout` cannot follow `post`"]),
     ('{"targets": [{"steps": [], "span": {"start": 1}}]}', ["s.targets[0].span must be a span, not \"{'start': 1}\""]),

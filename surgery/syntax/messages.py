@@ -25,7 +25,7 @@ GROUPS = (
 OPERATORS = {"PLUS", "MINUS", "TIMES", "COMPARE", "AND", "OR", "_TRANSPOSE"}
 PLAIN = {"NAME": "a name", "STRING": "a \"string\"", "NUMBER": "a number", "TYPE": "a type (`int`, `float`, `bool` or `str`)",
          "LBRACE": "`{`", "RBRACE": "`}`", "LPAR": "`(`", "RPAR": "`)`", "LSQB": "`[`", "RSQB": "`]`", "COMMA": "`,`",
-         "COLON": "`:`", "EQUAL": "`=`", "TILDE": "`~`", "OPERATOR": "an operator", "$END": "the end of the file"}
+         "COLON": "`:`", "EQUAL": "`=`", "TILDE": "`~`", "OPERATOR": "an operator", "$END": "the end of the text"}
 BRACKETS = {"LBRACE": "RBRACE", "LPAR": "RPAR", "LSQB": "RSQB"}
 
 #: What people write who know another language.
@@ -43,12 +43,12 @@ def explain(source: Source, stopped: InteractiveParser, tokens: list[Token], bad
     """Why the machine stopped at `bad`: a token that cannot stand there, or characters that make no token."""
     if isinstance(bad, UnexpectedCharacters):
         return _no_token(source, bad.pos_in_stream)
-    accepted = stopped.accepts()
+    accepted = stopped.accepts() or {"$END"}
     bracket = _unclosed(tokens, bad)
     closes = bracket is not None and BRACKETS[bracket.type] in accepted
     expected = _expected({BRACKETS[bracket.type]} if closes else accepted)
     after = f" after `{_short(tokens[-1])}`" if tokens else ""
-    found = "the end of the file" if bad.type == "$END" else f"`{_short(bad)}`"
+    found = "the end of the text" if bad.type == "$END" else f"`{_short(bad)}`"
     meant = did_you_mean(str(bad), _words(accepted)) if bad.type == "NAME" else ""
     missing = not meant and (bad.type == "$END" or "an expression" in expected or _on_another_line(source, tokens, bad))
     return Diagnostic("syntax", f"expected {_choice(expected)}{after}, found {found}",
