@@ -60,7 +60,7 @@ def activations(formula: Formula, kind: str, training: bool, has_bias: bool) -> 
 def weights(formula: Formula, has_bias: bool) -> Program:
     """The program of W' (and b') themselves: for merging, and for layers that only their own forward knows."""
     outputs = (matrix(cheapest(without_dropout(formula.weight))),)
-    return _compile(outputs + ((_offset(cheapest(formula.bias)),) if has_bias else ()), lambda expr: expr)
+    return _compile(outputs + ((_offset(cheapest(formula.bias)),) if has_bias else ()), _read)
 
 
 def without_dropout(expr: Expr) -> Expr:
@@ -100,6 +100,18 @@ def _unread(expr: Expr) -> Expr:
         if right.op == "weight" and is_thin(left.shape[0], *right.shape):
             return Expr("frozen_back", (left,), None, (left.shape[0], right.shape[1]))
         return new
+
+    return rebuild(expr, change)
+
+
+def _read(expr: Expr) -> Expr:
+    """The frozen layer's calls as products with its weight, in the dtype of the set-up: a merge rounds once."""
+    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        if node.op == "frozen":
+            return make("matmul", args[0], make("T", Expr("weight", (), None, (node.shape[-1], args[0].shape[-1]))))
+        if node.op == "frozen_back":
+            return make("matmul", args[0], Expr("weight", (), None, (args[0].shape[-1], node.shape[-1])))
+        return Expr(node.op, args, node.data, node.shape)
 
     return rebuild(expr, change)
 
