@@ -7,7 +7,7 @@ checkpoint of the base model still loads; `deepcopy`, pickle and `torch.compile`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from functools import lru_cache, reduce
 from typing import Any
@@ -21,6 +21,7 @@ from surgery.lower.frozen import KINDS, Frozen
 from surgery.lower.program import Program, activations, weights
 
 SUFFIX = "_surgery"
+Tensors = dict[str, torch.Tensor]
 
 
 class Adapter(nn.Module):
@@ -30,7 +31,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.formula, self.layout, self.parameter, self.stack, self.active = formula, layout, parameter, stack, True
         self.shared = frozenset(leaf.key for leaf in formula.leaves if leaf.group)
-        self._known: dict[Program, tuple] = {}
+        self._paths = tuple((leaf.key, *leaf.key.split(".")) for leaf in formula.leaves)
+        self._programs: dict[tuple[bool, bool], Program] = {}
+        self._kept: dict[tuple, tuple[tuple, tuple]] = {}
         for key, tensor in tensors.items():
             step, name = key.split(".")
             if step not in self._modules:
@@ -43,33 +46,48 @@ class Adapter(nn.Module):
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The adapter's tensors by key (`post_magnitude.m`)."""
-        return {leaf.key: self._modules[step]._parameters[name]
-                for leaf in self.formula.leaves for step, name in [leaf.key.split(".")]}
+        return {key: self._modules[step]._parameters[name] for key, step, name in self._paths}
+
+    def program(self, training: bool, has_bias: bool) -> Program:
+        """The program of the layer's output."""
+        key = (training, has_bias)
+        if key not in self._programs:
+            self._programs[key] = activations(self.formula, self.layout.kind, training, has_bias)
+        return self._programs[key]
 
     def output(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input."""
         layer = self.frozen(module)
-        program = activations(self.formula, self.layout.kind, module.training, layer.bias is not None)
+        program = self.program(module.training, layer.bias is not None)
         dtype = _activation_dtype(layer.weight)
         values = self._values(program, layer, self.tensors(), dtype)
         return layer.leave(program.body(layer, layer.enter(x, dtype), *values))
 
-    def _values(self, program: Program, layer: Frozen, leaves: dict[str, torch.Tensor], cast: torch.dtype | None) -> tuple:
+    def _values(self, program: Program, layer: Frozen, leaves: Tensors, cast: torch.dtype | None) -> tuple:
         """The set-up of a program: all that does not depend on the input. Small solves stay in float32 under autocast."""
-        dtype = reduce(torch.promote_types, (t.dtype for t in (layer.weight, *leaves.values())), torch.float32)
-        with torch.autocast(layer.weight.device.type, enabled=False):
-            known = self._once(program, layer, dtype)
+        dtype = reduce(torch.promote_types, [t.dtype for t in (layer.weight, *leaves.values())], torch.float32)
+
+        def once() -> tuple:
+            return program.once(layer, dtype)
+
+        def setup() -> tuple:
+            known = self._keep((program, "once"), (layer.stored,), (dtype,), once) if program.fixed else ()
             return program.setup(layer, {k: t.to(dtype) for k, t in leaves.items()}, known, dtype, cast or dtype)
 
-    def _once(self, program: Program, layer: Frozen, dtype: torch.dtype) -> tuple:
-        """What depends on the frozen weight alone, kept until the weight is another."""
-        if not program.fixed or self.stack is not None or torch.compiler.is_compiling():
-            return program.once(layer, dtype)
-        stamp = (layer.stored.data_ptr(), layer.stored._version, layer.stored.device, dtype)
-        if self._known.get(program, (None,))[0] != stamp:
+        with torch.autocast(layer.weight.device.type, enabled=False):
+            if torch.is_grad_enabled() or cast is None:
+                return setup()
+            return self._keep((program, "setup"), (layer.stored, *leaves.values()), (dtype, cast), setup)
+
+    def _keep(self, key: tuple, on: Iterable[torch.Tensor], more: tuple, compute: Callable[[], tuple]) -> tuple:
+        """`compute()`, done again only when a tensor that it rests `on` has changed."""
+        if self.stack is not None or torch.compiler.is_compiling():
+            return compute()
+        stamp = (*more, *((t.data_ptr(), t._version, t.device) for t in on))
+        if key not in self._kept or self._kept[key][0] != stamp:
             with torch.no_grad():
-                self._known[program] = (stamp, program.once(layer, dtype))
-        return self._known[program][1]
+                self._kept[key] = (stamp, compute())
+        return self._kept[key][1]
 
     def weights(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
         """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider."""
@@ -90,11 +108,16 @@ class Adapter(nn.Module):
 
         return torch.vmap(one, in_dims=(0, axes))(layer.weight, leaves)
 
+    def train(self, mode: bool = True) -> Adapter:
+        """Sets the mode, and forgets what was kept: a write through `.data` leaves no trace that `_keep` could see."""
+        self._kept.clear()
+        return super().train(mode)
+
     def extra_repr(self) -> str:
         return f"{self.parameter}{'' if self.active else ', inactive'}"
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_known": {}}
+        return {**self.__dict__, "_programs": {}, "_kept": {}}
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
         """A checkpoint of the base model has nothing for us: not an error, the adapter stays as it is."""
