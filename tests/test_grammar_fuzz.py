@@ -13,6 +13,8 @@ from surgery.diagnostics import SurgeryError
 from surgery.syntax.grammar import GRAMMAR, WORDS
 from surgery.syntax.parser import from_json, parse_expression, parse_text
 
+GRAMMAR_AS_DATA = Lark(GRAMMAR, parser="lalr", start="file")
+PARSER_WORDS = {terminal.name for terminal in GRAMMAR_AS_DATA.terminals}
 fuzz = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 SPACES = st.sampled_from([" ", "\n", "  # c\n", "\n\n"])
 #: Each terminal with a space after it, so that words do not run together.
@@ -33,12 +35,14 @@ def accepted(parse, text: str) -> bool:
     except SurgeryError as error:
         assert error.diagnostics
         assert all(str(d.span) in d.render() for d in error.diagnostics if d.span)
+        shown = {d.message.partition(", found ")[0].partition(" after ")[0] for d in error.diagnostics}
+        assert not any(f"`{terminal}`" in words for words in shown for terminal in PARSER_WORDS)
         return False
     return True
 
 
 @fuzz
-@given(from_lark(Lark(GRAMMAR, parser="lalr", start="file"), explicit=TERMINALS))
+@given(from_lark(GRAMMAR_AS_DATA, explicit=TERMINALS))
 def test_what_the_grammar_makes_parses_or_is_diagnosed(text):
     if accepted(parse_text, text):
         assert_same_after_formatting(text)

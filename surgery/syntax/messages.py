@@ -5,6 +5,8 @@ Takes the stopped machine and the tokens so far. Gives one `Diagnostic`. Promise
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lark import Token
 from lark.exceptions import UnexpectedCharacters
 from lark.parsers.lalr_interactive_parser import InteractiveParser
@@ -43,18 +45,69 @@ def explain(source: Source, stopped: InteractiveParser, tokens: list[Token], bad
     """Why the machine stopped at `bad`: a token that cannot stand there, or characters that make no token."""
     if isinstance(bad, UnexpectedCharacters):
         return _no_token(source, bad.pos_in_stream)
-    accepted = stopped.accepts() or {"$END"}
-    bracket = _unclosed(tokens, bad)
-    closes = bracket is not None and BRACKETS[bracket.type] in accepted
-    expected = _expected({BRACKETS[bracket.type]} if closes else accepted)
-    after = f" after `{_short(tokens[-1])}`" if tokens else ""
-    found = "the end of the text" if bad.type == "$END" else f"`{_short(bad)}`"
-    meant = did_you_mean(str(bad), _words(accepted)) if bad.type == "NAME" else ""
-    missing = not meant and (bad.type == "$END" or "an expression" in expected or _on_another_line(source, tokens, bad))
+    stop = Stop(source, tokens, bad, stopped.accepts() or {"$END"})
+    return _reserved(stop) if stop.is_reserved_name else _unexpected(stop)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A token that cannot stand where it does, what stood before it, and which terminals could have stood there."""
+
+    source: Source
+    tokens: list[Token]
+    bad: Token
+    accepted: set[str]
+
+    @property
+    def at_end(self) -> bool:
+        return self.bad.type == "$END"
+
+    @property
+    def after(self) -> Span:
+        """Where something is missing: at the end of the last token."""
+        end = self.tokens[-1].end_pos if self.tokens else 0
+        return Span(self.source, end, end)
+
+    @property
+    def on_another_line(self) -> bool:
+        return bool(self.tokens) and not self.at_end and "\n" in self.source.text[self.after.end : self.bad.start_pos]
+
+    @property
+    def is_reserved_name(self) -> bool:
+        """Whether a name was due, and no expression, and this is a name but for the language."""
+        name_due = "NAME" in self.accepted and "NUMBER" not in self.accepted
+        return name_due and self.bad in KEYWORDS and not self.on_another_line
+
+    @property
+    def unclosed(self) -> Token | None:
+        """The innermost open bracket, if `bad` shows that its end was forgotten."""
+        opened: list[Token] = []
+        for token in self.tokens:
+            if token.type in BRACKETS:
+                opened.append(token)
+            elif token.type in BRACKETS.values():
+                opened.pop()
+        ends = self.at_end or self.bad.type in BRACKETS.values() or self.bad in item_words()
+        return opened[-1] if opened and ends and BRACKETS[opened[-1].type] != self.bad.type else None
+
+
+def _reserved(stop: Stop) -> Diagnostic:
+    return Diagnostic("reserved-name", f"`{stop.bad}` is a word of the language and cannot be a name",
+                      _span(stop.source, stop.bad))
+
+
+def _unexpected(stop: Stop) -> Diagnostic:
+    bracket = stop.unclosed
+    closer = {BRACKETS[bracket.type]} if bracket else set()
+    expected = _expected(closer & stop.accepted or stop.accepted)
+    after = f" after `{_short(stop.tokens[-1])}`" if stop.tokens else ""
+    found = "the end of the text" if stop.at_end else f"`{_short(stop.bad)}`"
+    meant = did_you_mean(str(stop.bad), _words(stop.accepted)) if stop.bad.type == "NAME" else ""
+    missing = not meant and (stop.at_end or "an expression" in expected or stop.on_another_line)
+    hint = HINTS.get(stop.bad.type)
     return Diagnostic("syntax", f"expected {_choice(expected)}{after}, found {found}",
-                      _after(source, tokens) if missing else _span(source, bad), label=meant,
-                      helps=_helps(bad, accepted, missing and _on_another_line(source, tokens, bad)),
-                      related=((_span(source, bracket), f"this `{bracket}` is not closed"),) if bracket else ())
+                      stop.after if missing else _span(stop.source, stop.bad), label=meant, helps=(hint,) if hint else (),
+                      related=((_span(stop.source, bracket), f"this `{bracket}` is not closed"),) if bracket else ())
 
 
 def _no_token(source: Source, offset: int) -> Diagnostic:
@@ -72,19 +125,9 @@ def _span(source: Source, token: Token) -> Span:
     return Span(source, token.start_pos, token.end_pos)
 
 
-def _after(source: Source, tokens: list[Token]) -> Span:
-    """Where something is missing: at the end of the last token."""
-    end = tokens[-1].end_pos if tokens else 0
-    return Span(source, end, end)
-
-
-def _on_another_line(source: Source, tokens: list[Token], bad: Token) -> bool:
-    return bool(tokens) and bad.type != "$END" and "\n" in source.text[tokens[-1].end_pos : bad.start_pos]
-
-
 def _expected(accepted: set[str]) -> list[str]:
     """What may stand there, in few words."""
-    if "TIMES" in accepted:  # a complete expression ends here: what may follow it matters, not how it may go on
+    if accepted & OPERATORS and "NUMBER" not in accepted:  # a complete expression ends here: what may follow it matters, not how it may go on
         accepted = accepted - OPERATORS - {"LPAR"} or {"OPERATOR"}
     left, named = set(accepted), []
     for words, group in GROUPS:
@@ -105,24 +148,5 @@ def _words(accepted: set[str]) -> list[str]:
     return [word for terminal in sorted(accepted) for word in WORDS.get(terminal, ())]
 
 
-def _helps(bad: Token, accepted: set[str], elsewhere: bool) -> tuple[str, ...]:
-    hint = HINTS.get(bad.type)
-    if not hint and str(bad) in KEYWORDS and "NAME" in accepted and not elsewhere:
-        hint = f"`{bad}` is a word of the language and cannot be a name"
-    return (hint,) if hint else ()
-
-
 def _short(token: Token) -> str:
     return str(token) if len(token) <= 40 else f"{token[:37]}..."
-
-
-def _unclosed(tokens: list[Token], bad: Token) -> Token | None:
-    """The innermost open bracket, if `bad` shows that its end was forgotten."""
-    opened: list[Token] = []
-    for token in tokens:
-        if token.type in BRACKETS:
-            opened.append(token)
-        elif token.type in BRACKETS.values():
-            opened.pop()
-    ends = bad.type == "$END" or bad.type in BRACKETS.values() or bad in item_words()
-    return opened[-1] if opened and ends and BRACKETS[opened[-1].type] != bad.type else None
