@@ -62,7 +62,7 @@ def demo_config(name: str) -> PreTrainedConfig:
     import transformers
 
     demo = _demo(name)
-    return getattr(transformers, demo.config)(**demo.sizes, name_or_path=f"demo:{name}")
+    return getattr(transformers, demo.config)(**demo.sizes, architectures=[demo.model], name_or_path=f"demo:{name}")
 
 
 def load_demo(name: str, seed: int = 0) -> PreTrainedModel:

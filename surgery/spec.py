@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery import resources
-from surgery.diagnostics import Collector, Span, did_you_mean, fail
+from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail
 from surgery.syntax.parser import parse_expression, parse_text
 from surgery.syntax.tree import Definition, Expression, Pattern, Reference, Select, Spec, Use, as_expression
 
@@ -50,7 +50,7 @@ def locate(spec: str | Path) -> Path:
     if path.suffix == ".surg" or path.is_file():
         return path
     if str(spec) in ours:
-        return ours[str(spec)]
+        return _as_written(ours[str(spec)])
     hint = did_you_mean(str(spec), ours)
     raise fail("unknown-spec", f"`{spec}` is neither a .surg file nor a shipped spec",
                helps=(*filter(None, [hint]), f"shipped: {', '.join(ours)}"))
@@ -74,13 +74,14 @@ def read(path: Path, asked: Span | None = None) -> Spec:
 
 @lru_cache(maxsize=1)
 def _prelude() -> Spec:
-    return read(resources.folder("specs") / f"{PRELUDE}.surg")
+    path = resources.folder("specs") / f"{PRELUDE}.surg"
+    return parse_text(path.read_text(encoding="utf-8"), path.name)  # named alike on every machine
 
 
 def library(spec: Spec) -> Library:
     """All that is in scope in a spec. Raises: SurgeryError (missing-file, import-cycle, duplicate-name)."""
     report = Collector()
-    files = [_prelude(), *used(spec), spec]
+    files = [*([_prelude()] if spec != _prelude() else []), *used(spec), spec]
     scope = Library(_by_name((d for f in files for d in f.definitions), report),
                     _by_name((s for f in files for s in f.selects), report))
     report.raise_errors()
@@ -150,7 +151,8 @@ def assignment(text: str, source: str = "<--set>") -> tuple[str, Expression]:
     """The name and value of a `--set name=value`. Raises: SurgeryError (bad-set, syntax), spanned as `<--set>`."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip().isidentifier() or not value.strip():
-        raise fail("bad-set", f"`{text}` is not of the form name=value", helps=("for example --set rank=8",))
+        raise fail("bad-set", f"`{text}` is not of the form name=value", Span(Source(source, text), 0, len(text)),
+                   helps=("for example --set rank=8",))
     return name.strip(), parse_expression(value.strip(), source)
 
 

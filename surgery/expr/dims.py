@@ -110,6 +110,6 @@ def _reciprocal(value: Size | float) -> Size:
 def _monomial_text(monomial: Monomial, coefficient: Fraction) -> str:
     over = [n if p == 1 else f"{n}^{p}" for n, p in monomial if p > 0]
     under = [n if p == -1 else f"{n}^{-p}" for n, p in monomial if p < 0]
-    number = "" if abs(coefficient) == 1 and over else str(abs(coefficient))
-    text = " ".join(([number] if number else []) + over)
-    return ("-" if coefficient < 0 else "") + text + "".join(f" / {n}" for n in under)
+    top, bottom = abs(coefficient.numerator), coefficient.denominator
+    text = " ".join(([str(top)] if top != 1 or not over else []) + over)
+    return ("-" if coefficient < 0 else "") + text + "".join(f" / {n}" for n in ([bottom] if bottom != 1 else []) + under)

@@ -17,6 +17,7 @@ from surgery.spec import Library
 from surgery.syntax.tree import Argument, Call, Definition, Expression, Name, Node, Param, Parameter, Spec, Target
 
 OUT, IN = dims.symbol("out"), dims.symbol("in")
+PLACES = {"layer": dims.symbol("layer"), "depth": dims.symbol("depth")}
 
 
 def names_in(node: Any) -> set[str]:
@@ -55,9 +56,8 @@ def lint(spec: Spec, scope: Library) -> list[Diagnostic]:
     for definition in spec.definitions:
         report.add(*_definition(definition))
     values = spec_values(spec, Collector())
-    places = {"layer": dims.symbol("layer"), "depth": dims.symbol("depth")}
     for target in spec.targets:
-        elaborate(target, Context(scope, {**values, **places}), OUT, IN, report)
+        elaborate(target, Context(scope, {**values, **PLACES}), OUT, IN, report)
     report.add(*_unused(spec))
     return report.found
 

@@ -1,0 +1,83 @@
+"""A spec as the Python that builds it.
+
+Takes a tree; gives source text. Promises: running it leaves an equal spec in `spec`; comments and places are not kept.
+"""
+
+from __future__ import annotations
+
+from keyword import iskeyword
+from typing import Any
+
+from surgery.syntax.fields import Pattern, Reference
+from surgery.syntax.printer import expression_text
+from surgery.syntax.tree import Argument, Expression, Node, Spec, Step, Target
+
+WIDTH = 100
+_CLAUSES = ("on", "with_bias", "dropout")
+_PUBLIC = ("Spec", "Target", "add", "post", "pre")
+
+
+def python_text(spec: Spec) -> str:
+    """Statements that import what they need and assign `spec`."""
+    used: set[str] = set()
+    body = f"spec = {_code(spec, 0, used)}\n"
+    public, inner = sorted(used & set(_PUBLIC)), sorted(used - set(_PUBLIC))
+    imports = [f"from surgery import {', '.join(public)}"]
+    imports += [f"from surgery.syntax.tree import {', '.join(inner)}"] if inner else []
+    return "\n".join([*imports, "", body])
+
+
+def _code(value: Any, depth: int, used: set[str]) -> str:
+    """An expression of Python for a node, an expression of the language, a selector, a tuple or a plain value."""
+    if isinstance(value, Expression):
+        return repr(expression_text(value))
+    if isinstance(value, Pattern):
+        return repr(value.text)
+    if isinstance(value, Reference):
+        used.add("Reference")
+        return f"Reference({value.name!r})"
+    if isinstance(value, tuple):
+        return _laid_out("[", [_code(v, depth + 1, used) for v in value], "]", depth)
+    return _node(value, depth, used) if isinstance(value, Node) else repr(value)
+
+
+def _node(node: Node, depth: int, used: set[str]) -> str:
+    if isinstance(node, Step) and all(map(_is_keyword, node.call.arguments)):
+        return _short_step(node, used)
+    used.add(type(node).__name__)
+    parts = [f"{name}={_code(value, depth + 1, used)}" for name, value in _fields(node).items()]
+    if isinstance(node, Target):
+        places = [*node.selectors, *node.steps]
+        kept = {n: v for n, v in _fields(node).items() if n not in ("selectors", "steps")}
+        parts = [*(_code(p, depth + 1, used) for p in places), *(f"{n}={_code(v, depth + 1, used)}" for n, v in kept.items())]
+    return _laid_out(f"{type(node).__name__}(", parts, ")", depth)
+
+
+def _is_keyword(argument: Argument) -> bool:
+    """Whether `pre`, `add` and `post` can take the argument by its name."""
+    return argument.name is not None and not iskeyword(argument.name) and argument.name not in _CLAUSES
+
+
+def _fields(node: Node) -> dict[str, Any]:
+    """The fields that say something: neither places and comments nor defaults."""
+    infos = type(node).model_fields.items()
+    return {name: getattr(node, name) for name, info in infos if not info.exclude and getattr(node, name) != info.default}
+
+
+def _short_step(step: Step, used: set[str]) -> str:
+    """`pre("diagonal", on="in")`."""
+    used.add(step.placement)
+    clauses = {"on": "'in'" if step.side == "in" else None, "with_bias": "True" if step.bias else None,
+               "dropout": repr(expression_text(step.dropout)) if step.dropout is not None else None}
+    said = [f"{name}={text}" for name, text in clauses.items() if text]
+    arguments = [f"{a.name}={expression_text(a.value)!r}" for a in step.call.arguments]
+    return f"{step.placement}({', '.join([repr(step.call.function), *said, *arguments])})"
+
+
+def _laid_out(before: str, parts: list[str], after: str, depth: int) -> str:
+    """On one line if that is short enough, else one part a line."""
+    line = before + ", ".join(parts) + after
+    if len(line) + 4 * depth <= WIDTH and "\n" not in line:
+        return line
+    pad = "    " * (depth + 1)
+    return f"{before}\n" + "".join(f"{pad}{part},\n" for part in parts) + "    " * depth + after

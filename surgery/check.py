@@ -1,0 +1,128 @@
+"""Checking a spec without a model: names, types and shapes from its text, its start, and its claims.
+
+Takes a spec; gives diagnostics. Promises: no torch while the text suffices; where it does not (a claim, a start that
+algebra cannot prove), `trial` tries it in numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import lcm
+from typing import Any
+
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError
+from surgery.expr.elaborate import Context, elaborate
+from surgery.expr.ir import Formula
+from surgery.expr.lint import lint, names_in, nodes, spec_values
+from surgery.rewrite.identity import starts_as_weight
+from surgery.spec import Library, library
+from surgery.syntax.expression import Argument, Call, Number, as_expression
+from surgery.syntax.tree import Definition, Parameter, Spec, Step, Target
+
+# Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
+_SIDES = ((96, 64), (192, 128), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))
+_LONGEST = 4096
+# Where a module can stand: the first layer and the last one.
+_PLACES = ({"layer": 0, "depth": 0.0}, {"layer": 11, "depth": 1.0})
+_EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A target at concrete sizes."""
+
+    target: Target
+    out: int
+    in_: int
+    formula: Formula
+
+
+def check(spec: Spec) -> list[Diagnostic]:
+    """All that is wrong with a spec whatever the model, warnings too."""
+    try:
+        scope = library(spec)
+    except SurgeryError as error:
+        return list(error.diagnostics)
+    report = Collector()
+    values = spec_values(spec, report)
+    report.add(*lint(spec, scope))
+    if not report.errors:
+        report.add(*_tried(spec, scope, values))
+    return report.found
+
+
+def _tried(spec: Spec, scope: Library, values: Mapping[str, Any]) -> list[Diagnostic]:
+    report = Collector()
+    targets = {t: list(_trials(t, scope, values, report)) for t in spec.targets}
+    unproven = [t for trials in targets.values() for t in trials
+                if not t.target.shifted and not starts_as_weight(t.formula)]
+    unused = [t for target in _unplaced(spec) for t in _trials(target, scope, values, report)]
+    claiming = [t for t in (*sum(targets.values(), []), *unused) if t.formula.claims]
+    if unproven or claiming:
+        from surgery.trial import try_claims, try_starts
+
+        report.add(*try_starts(unproven), *try_claims(claiming))
+    return report.found
+
+
+def _unplaced(spec: Spec) -> Iterator[Target]:
+    """A target for each definition with a claim that no target of the spec uses."""
+    placed = {step.call.function for target in spec.targets for step in target.steps}
+    for definition in spec.definitions:
+        if definition.claims and definition.name not in placed:
+            yield Target(steps=(_example(definition),), span=definition.name_span)
+
+
+def _example(definition: Definition) -> Step:
+    call = Call(definition.name, tuple(_argument(p) for p in definition.params if p.default is None))
+    return Step(placement="pre" if definition.kind == "transform" else "add", call=call)
+
+
+def _argument(parameter: Parameter) -> Argument:
+    return Argument(parameter.name, as_expression(_EXAMPLES[parameter.type]))
+
+
+# -------------------------------------------------------------------------------------------------------- sizes
+
+
+def _trials(target: Target, scope: Library, values: Mapping[str, Any], report: Collector) -> Iterator[Trial]:
+    """The target at the first wide, tall and square sizes that fit, at each end of the model if it asks where it stands."""
+    sizes = _sizes(_numbers(target, scope, values))
+    for place in _PLACES if names_in(target) & {"layer", "depth"} else ({},):
+        context, faults = Context(scope, {**values, **place}), Collector()
+        found = [_first(target, context, sides, faults) for sides in sizes]
+        yield from filter(None, found)
+        if not any(found):
+            report.add(_untested(target, faults))
+
+
+def _first(target: Target, context: Context, sides: Iterable[tuple[int, int]], faults: Collector) -> Trial | None:
+    for out, in_ in sides:
+        local = Collector()
+        formula = elaborate(target, context, out, in_, local)
+        if formula is not None:
+            return Trial(target, out, in_, formula)
+        faults.add(*local.found)
+    return None
+
+
+def _sizes(numbers: set[int]) -> list[list[tuple[int, int]]]:
+    """Wide, tall and square sizes. Multiples of the spec's own numbers come after the usual ones."""
+    units = sorted({*numbers, lcm(*numbers)})
+    sides = [*_SIDES, *((3 * n, 2 * n) for n in units if 3 * n <= _LONGEST)]
+    squares = [*(long for long, _ in sides), *(n for n in units if n <= _LONGEST)]
+    return [[(short, long) for long, short in sides], sides, [(n, n) for n in squares]]
+
+
+def _numbers(target: Target, scope: Library, values: Mapping[str, Any]) -> set[int]:
+    """The whole numbers that can be a block's size: those of the spec's parameters, the target and its definitions."""
+    named = [scope.definitions[step.call.function] for step in target.steps]
+    literals = [n.value for part in (target, *named) for n in nodes(part) if isinstance(n, Number)]
+    return {n for n in (*values.values(), *literals) if type(n) is int and n > 1}
+
+
+def _untested(target: Target, faults: Collector) -> Diagnostic:
+    return Diagnostic("untested", "no size of weight that `check` tries fits this target, so its start and its claims are "
+                      "not tested", target.span, severity="warning", notes=tuple(f.message for f in faults.found[:1]),
+                      helps=("`--model` checks it against a model",))

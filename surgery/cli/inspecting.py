@@ -1,0 +1,94 @@
+"""Commands that look at a model without its weights: modules, explain, plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from surgery.cli.options import command, model_argument, opened, sets, spec_argument, targets
+from surgery.cli.render import Output
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgery.compile import Plan
+    from surgery.report import Report
+    from surgery.syntax.tree import Spec
+
+
+def _skeleton(output: Output, model: str) -> nn.Module:
+    from surgery.cli.models import quiet_libraries, skeleton
+
+    with output.busy(f"reading the configuration of {model}"):
+        quiet_libraries(output.animated)
+        return skeleton(model)
+
+
+def _plan(output: Output, spec: Spec, model: str, strict: bool = False) -> Plan:
+    from surgery.compile import compile
+
+    skeleton = _skeleton(output, model)
+    with output.busy("planning"):
+        plan = compile(skeleton, spec, strict)
+    output.diagnostics(plan.warnings)
+    return plan
+
+
+# --------------------------------------------------------------------------------------------------------- plan
+
+
+@command(spec_argument, model_argument, sets, targets, click.option("--strict", is_flag=True, help="A warning is an error."),
+         example="surgery plan sora demo:llama --set rank=8 --target '**.q_proj'")
+def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: tuple[str, ...], strict: bool) -> None:
+    """Show what a spec would do to a model: modules, parameters, memory. No weight is read."""
+    from surgery.report import Report, size_text
+
+    found = _plan(output, opened(spec, sets, targets), model, strict)
+    report = Report(found)
+    output.say(f"{spec} on {model}: {len(found.placed)} modules\n")
+    output.say(str(report))
+    memory = _memory(report)
+    output.say("memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in memory.items()))
+    output.data(source=spec, model=model, memory_bytes=memory, changes=len(found.placed), **report.to_json())
+
+
+def _memory(report: Report) -> dict[str, int]:
+    """Bytes of the base model, the adapter, and what AdamW adds (a gradient and two moments of each trained number)."""
+    base = {id(p): p for p in report.plan.selection.survey.model.parameters()}.values()
+    return {"base": sum(p.numel() * p.element_size() for p in base), "adapter": report.bytes,
+            "gradients and AdamW": 3 * report.trainable * report.dtype.itemsize}
+
+
+
+@command(spec_argument, model_argument, click.argument("name"), sets, targets,
+         example="surgery explain sora demo:llama model.layers.0.self_attn.q_proj")
+def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
+    """Say which line of a spec takes the module NAME of a model, or why none does."""
+    from surgery.select import select
+    from surgery.spec import library
+
+    asked = opened(spec, sets, targets)
+    selection = select(_skeleton(output, model), asked, library(asked).selects)
+    text = selection.explain(name)
+    output.say(text)
+    output.data(spec=spec, model=model, name=name, taken=name in selection.targets, text=text)
+
+
+# ------------------------------------------------------------------------------------------------------ modules
+
+
+@command(model_argument, click.argument("pattern", required=False),
+         click.option("--all", "every", is_flag=True, help="Write every layer of a list out, also where they are alike."),
+         example="surgery modules demo:llama '**.mlp.*'")
+def modules(output: Output, model: str, pattern: str | None, every: bool) -> None:
+    """Show the modules of a model as a tree, with kinds and shapes, or those that PATTERN matches."""
+    from surgery.cli.modules import chosen, entries, tree
+
+    skeleton = _skeleton(output, model)
+    names = chosen(skeleton, pattern)
+    output.say(tree(skeleton, names, every))
+    output.data(model=model, modules=entries(skeleton, names))
+
+
+COMMANDS = (plan, explain, modules)

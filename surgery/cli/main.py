@@ -1,0 +1,80 @@
+"""The command line: `surgery COMMAND`.
+
+Takes arguments; gives an exit status: 0 done, 1 the spec or the model is at fault, 2 wrong use, input or output, or our
+own mistake, 130 interrupted. Promises: no traceback without `--debug`; a command's own imports happen when it runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from typing import Any
+
+import click
+
+from surgery.cli import inspecting, operating, writing
+from surgery.cli.options import HELP, common
+from surgery.cli.render import Output
+from surgery.diagnostics import Diagnostic, SurgeryError
+
+# Codes of what is wrong with the way the program is used or with the world around it, rather than with a spec or a model.
+_OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set"}
+
+
+class Surgery(click.Group):
+    """The group of commands; turns every error into words and a status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        output = ctx.ensure_object(Output)
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            output.diagnostics(error.diagnostics)
+            output.data()
+            status = 2 if all(map(_is_outside, _errors(error))) else 1
+        except KeyboardInterrupt:
+            output.note("interrupted")
+            status = 130
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            status = _failed(output, f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            status = _failed(output, f"error: this is a bug in surgery: {type(error).__name__}: {error}\n"
+                             "Please report it with the output of the same command and --debug.")
+        ctx.exit(status)
+
+
+def _errors(error: SurgeryError) -> list[Diagnostic]:
+    return [d for d in error.diagnostics if d.severity == "error"]
+
+
+def _is_outside(diagnostic: Diagnostic) -> bool:
+    """A file that a spec fails to `use` is the spec's fault."""
+    named_in_spec = diagnostic.code == "missing-file" and diagnostic.span is not None
+    return diagnostic.code in _OUTSIDE and not named_in_spec
+
+
+def _failed(output: Output, message: str) -> int:
+    """Say what went wrong outside of any diagnostic."""
+    if output.debug:
+        traceback.print_exc()
+    click.echo(message, err=True)
+    return 2
+
+
+@click.group(cls=Surgery, context_settings=HELP, epilog="Example:  surgery plan sora demo:llama --set rank=8")
+@click.version_option(package_name="surgery")
+@common
+def main() -> None:
+    """Weight conditioning for fine-tuning, from short .surg specs.
+
+    SPEC is a .surg file or the name of a spec that ships (`surgery specs`). MODEL is a model id of the hub, a local folder,
+    or demo:NAME, a small random model built on the spot.
+    """
+
+
+for each in (*writing.COMMANDS, *inspecting.COMMANDS, *operating.COMMANDS):
+    main.add_command(each)

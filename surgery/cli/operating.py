@@ -1,0 +1,135 @@
+"""Commands that load weights: apply, merge."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.options import command, model_argument, opened, sets, spec_argument, targets
+from surgery.cli.render import Output
+from surgery.diagnostics import fail
+
+if TYPE_CHECKING:
+    from surgery.operate import Surgeon
+
+_DTYPES = click.Choice(["float32", "bfloat16", "float16"])
+_dtype = click.option("--dtype", type=_DTYPES, help="Load the model in this dtype. Default: the one it was saved in.")
+_force = click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
+
+
+def _free(out: str, force: bool) -> None:
+    """Refuse an output folder that is not ours to take, before any work. Raises: SurgeryError (bad-output)."""
+    folder = Path(out)
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() and not force:
+        raise fail("bad-output", f"{out} exists already", helps=("--force replaces it",))
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir():
+        raise fail("bad-output", f"cannot write {out}: {above} is a file")
+
+
+def _load(output: Output, model: str, dtype: str | None) -> Any:
+    from surgery.cli.models import load, quiet_libraries
+
+    with output.busy(f"loading {model}"):
+        quiet_libraries(output.animated)
+        return load(model, dtype)
+
+
+# -------------------------------------------------------------------------------------------------------- apply
+
+
+@command(spec_argument, model_argument, click.option("-o", "--out", metavar="DIR", help="Save the adapter here."), sets, targets,
+         click.option("--merge", is_flag=True, help="Save the merged model instead of the adapter."),
+         click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the drawn parameters."),
+         _dtype, _force, click.option("--strict", is_flag=True, help="A warning is an error."),
+         example="surgery apply sora demo:llama -o out --set rank=8")
+def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[str, ...], targets: tuple[str, ...],
+          merge: bool, seed: int, dtype: str | None, force: bool, strict: bool) -> None:
+    """Operate on a model as a spec says, check that it starts unchanged, and save the fresh adapter."""
+    from surgery.cli.trial_run import Compared
+
+    if merge and not out:
+        raise click.UsageError("--merge needs -o DIR.")
+    if out:
+        _free(out, force)
+    asked = opened(spec, sets, targets)
+    loaded = _load(output, model, dtype)
+    with Compared(output, loaded, asked) as compared:
+        surgeon = _operate(output, loaded, asked, seed, strict)
+    output.say(f"{spec} on {model}: {len(surgeon.plan.placed)} modules\n\n{surgeon.report()}")
+    output.say(f"start     {compared.verdict}")
+    if out:
+        _save(output, surgeon, model, out, merge)
+    output.data(source=spec, model=model, out=out, merged=merge, seed=seed, logits_change=compared.change,
+                **surgeon.report().to_json())
+
+
+def _operate(output: Output, model: Any, spec: Any, seed: int, strict: bool) -> Surgeon:
+    from surgery.operate import apply
+
+    with output.busy("operating"):
+        surgeon = apply(model, spec, seed=seed, strict=strict)
+    output.diagnostics(surgeon.plan.warnings)
+    return surgeon
+
+
+def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool) -> None:
+    from surgery.cli.models import preprocessors
+    from surgery.store import save_merged
+
+    with output.busy(f"saving {out}"):
+        if merged:
+            save_merged(surgeon, out, preprocessors(model))
+        else:
+            surgeon.save(out, base_model=model)
+    following = f"surgery modules {shlex.quote(out)}" if merged else f"surgery merge {shlex.quote(out)} -o {shlex.quote(out)}-merged"
+    output.say(f"saved     {out}\nnext      {following}")
+
+
+# -------------------------------------------------------------------------------------------------------- merge
+
+
+@command(click.argument("folder", metavar="DIR"), click.argument("model", required=False),
+         click.option("-o", "--out", metavar="OUT", required=True, help="Save the merged model here."), _dtype, _force,
+         example="surgery merge out -o out-merged")
+def merge(output: Output, folder: str, model: str | None, out: str, dtype: str | None, force: bool) -> None:
+    """Put the adapter saved in DIR into its model (or MODEL), and save that as a plain model."""
+    from surgery.cli.models import preprocessors
+    from surgery.saved import Saved
+    from surgery.store import attach, save_merged
+
+    _free(out, force)
+    base = model or Saved(Path(folder)).meta.get("base_model")
+    if not base:
+        raise fail("unknown-model", f"{folder} does not say which model it is for", helps=("name the model after the folder",))
+    loaded = _load(output, base, dtype)
+    with output.busy("merging"):
+        surgeon = attach(loaded, folder)
+        errors = surgeon.merge()
+    with output.busy(f"saving {out}"):
+        save_merged(surgeon, out, preprocessors(base))
+    _say_errors(output, errors)
+    output.say(f"saved     {out}\nnext      surgery modules {shlex.quote(out)}")
+    output.data(adapter=folder, model=base, out=out, relative_errors=errors)
+
+
+def _say_errors(output: Output, errors: dict[str, float]) -> None:
+    """The relative error of rounding for each module; modules that differ in their index alone are one line, with the largest."""
+    from surgery.report import pattern
+
+    alike: dict[str, list[str]] = {}
+    for name in errors:
+        alike.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
+    rows = {pattern(names): max(errors[n] for n in names) for names in alike.values()}
+    width = max(map(len, ["module", *rows]))
+    for modules, error in {"module": "largest relative error", **{m: f"{e:.1e}" for m, e in rows.items()}}.items():
+        output.say(f"{modules:{width}}  {error}")
+
+
+COMMANDS = (apply, merge)

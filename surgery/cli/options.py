@@ -1,0 +1,83 @@
+"""The options that commands share, and the spec that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.render import Output
+
+if TYPE_CHECKING:
+    from surgery.syntax.tree import Spec
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+def _keep(field: str, change: Callable[[Any, Any], Any]) -> Callable[[click.Context, click.Parameter, Any], None]:
+    """Puts an option's value into the run's `Output`, wherever on the line the option stands."""
+
+    def callback(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        output = context.ensure_object(Output)
+        if value not in (None, False, 0):
+            setattr(output, field, change(getattr(output, field), value))
+
+    return callback
+
+
+_COMMON = (
+    click.option("--json", is_flag=True, expose_value=False, callback=_keep("as_json", lambda old, new: True),
+                 help="Print one JSON object."),
+    click.option("-q", "--quiet", count=True, expose_value=False, callback=_keep("verbosity", lambda old, n: old - n),
+                 help="No warnings, notes or progress."),
+    click.option("-v", "--verbose", count=True, expose_value=False, callback=_keep("verbosity", lambda old, n: old + n),
+                 help="Say more."),
+    click.option("--color", type=click.Choice(["auto", "always", "never"]), expose_value=False,
+                 callback=_keep("color", lambda old, new: new), help="When to use colour."),
+    click.option("--debug", is_flag=True, expose_value=False, callback=_keep("debug", lambda old, new: True),
+                 help="Show the traceback of an internal error."),
+)
+
+
+def common(function: Callable) -> Callable:
+    """Adds `--json -q -v --color --debug`."""
+    for option in reversed(_COMMON):
+        function = option(function)
+    return function
+
+
+def command(*options: Callable, example: str) -> Callable[[Callable], click.Command]:
+    """A command with the shared options; its help ends with an example."""
+
+    def make(function: Callable) -> click.Command:
+        for option in reversed(options):
+            function = option(function)
+        name = function.__name__.rstrip("_")
+        wrapped = click.pass_obj(common(function))
+        wrapped.__doc__ = function.__doc__
+        return click.command(name, context_settings=HELP, epilog=f"Example:  {example}")(wrapped)
+
+    return make
+
+
+sets = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the spec.")
+targets = click.option("--target", "targets", multiple=True, metavar="PATTERN",
+                       help="Operate on these modules instead of those that the spec names.")
+spec_argument = click.argument("spec")
+model_argument = click.argument("model")
+
+
+def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> Spec:
+    """The spec of a path or shipped name, changed by `--set` and `--target`. Raises: SurgeryError."""
+    from surgery.diagnostics import Collector
+    from surgery.expr.elaborate import guard
+    from surgery.spec import assignment, bind, locate, read, retarget
+
+    report, values = Collector(), {}
+    for text in sets:
+        with guard(report):
+            values.update([assignment(text)])
+    report.raise_errors()
+    bound = bind(read(locate(spec)), values)
+    return retarget(bound, *targets) if targets else bound

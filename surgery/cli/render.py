@@ -1,0 +1,143 @@
+"""What a command shows: results on stdout, diagnostics and progress on stderr, or one JSON object on stdout.
+
+Takes texts, rich renderables and data; gives bytes on the two streams. Promises: no colour where none is wanted
+(`NO_COLOR`, `--color never`, a file), no bar but on a terminal and after half a second, nothing but JSON under `--json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from surgery.diagnostics import Diagnostic
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.text import Text
+
+FORMAT = "1.0"
+_PATIENCE = 0.5  # seconds before a bar shows
+_WIDE = 200  # columns where there is no terminal to fit
+
+_STYLES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^error\[[\w-]+\]"), "bold red"), (re.compile(r"^warning\[[\w-]+\]"), "bold yellow"),
+    (re.compile(r"^ +--> .*"), "blue"), (re.compile(r"^ *\d* +\|(?= |$)"), "blue"),
+    (re.compile(r"(?<=\|) +\^+.*"), "red"), (re.compile(r"^ +(= (note|help):)"), "cyan"),
+)
+
+
+@dataclass
+class Output:
+    """The two streams of one run, and how to write on them. Nothing is shown twice."""
+
+    as_json: bool = False
+    verbosity: int = 0
+    color: str = "auto"
+    debug: bool = False
+    shown: list[Diagnostic] = field(default_factory=list)
+
+    # ------------------------------------------------------------------------------------------------ streams
+
+    def _console(self, stderr: bool) -> Console:
+        from rich.console import Console
+
+        stream = sys.stderr if stderr else sys.stdout
+        plain = self.color == "never" or (self.color == "auto" and "NO_COLOR" in os.environ)
+        width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
+        return Console(file=stream, width=width, highlight=False, markup=False, emoji=False,
+                       color_system=None if plain else "auto", force_terminal=self.color == "always" or None)
+
+    @cached_property
+    def stdout(self) -> Console:
+        return self._console(stderr=False)
+
+    @cached_property
+    def stderr(self) -> Console:
+        return self._console(stderr=True)
+
+    # ---------------------------------------------------------------------------------------------------- words
+
+    def say(self, what: str | RenderableType = "") -> None:
+        """A part of the result, for people."""
+        if not self.as_json:
+            self.stdout.print(what, soft_wrap=isinstance(what, str))
+
+    def raw(self, text: str) -> None:
+        """A part of the result that is a file's text: byte for byte."""
+        if not self.as_json:
+            sys.stdout.write(text)
+
+    def note(self, text: str) -> None:
+        """What is good to know and no result."""
+        if not self.as_json and self.verbosity >= 0:
+            self.stderr.print(text, soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """What only `-v` asks for."""
+        if self.verbosity > 0:
+            self.note(text)
+
+    def diagnostics(self, found: Iterable[Diagnostic]) -> None:
+        """Diagnostics not yet shown; under `--json` they wait for `data`. `-q` leaves warnings out."""
+        for diagnostic in (d for d in found if d not in self.shown):
+            if not self.as_json and (self.verbosity >= 0 or diagnostic.severity == "error"):
+                if self.shown:
+                    self.stderr.print()
+                self.stderr.print(coloured(diagnostic.render()), soft_wrap=True)
+            self.shown.append(diagnostic)
+
+    def data(self, **fields: Any) -> None:
+        """The result for programs: the one JSON object of the run."""
+        if self.as_json:
+            found = [d.to_json() for d in self.shown]
+            print(json.dumps({"format_version": FORMAT, **fields, "diagnostics": found}, indent=2, ensure_ascii=False))
+
+    # ------------------------------------------------------------------------------------------------- progress
+
+    @property
+    def animated(self) -> bool:
+        return sys.stderr.isatty() and self.verbosity >= 0 and not self.as_json
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """A bar while the block runs."""
+        if not self.animated:
+            self.detail(what)
+            yield
+            return
+        status = self.stderr.status(what)
+        timer = threading.Timer(_PATIENCE, status.start)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+            status.stop()
+
+
+def coloured(text: str) -> Text:
+    """A rendered diagnostic with its parts in colour."""
+    from rich.text import Text
+
+    lines = []
+    for line in text.split("\n"):
+        styled = Text(line)
+        for pattern, style in _STYLES:
+            for match in pattern.finditer(line):
+                styled.stylize(style, *match.span())
+        lines.append(styled)
+    return Text("\n").join(lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 module`, `3 modules`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

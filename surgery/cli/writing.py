@@ -1,0 +1,227 @@
+"""Commands that need a spec and no model: check, fmt, specs, show."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.options import command, opened, sets, spec_argument
+from surgery.cli.render import Output, counted
+from surgery.diagnostics import CODES, Collector, Diagnostic, SurgeryError, did_you_mean, fail
+
+if TYPE_CHECKING:
+    from surgery.syntax.tree import Spec
+
+# -------------------------------------------------------------------------------------------------------- check
+
+
+@command(click.argument("specs", nargs=-1, metavar="SPEC..."),
+         click.option("--model", help="Check against this model too (its configuration is enough)."), sets,
+         click.option("--strict", is_flag=True, help="A warning is an error."),
+         click.option("--explain", metavar="CODE", help="Say what a diagnostic's code means."),
+         example="surgery check specs/sora.surg --model demo:llama --set rank=8")
+def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple[str, ...], strict: bool,
+          explain: str | None) -> None:
+    """Check specs: syntax, names, types, shapes, claims, and that the model starts unchanged."""
+    if explain:
+        return _explain_code(output, explain)
+    if not specs:
+        raise click.UsageError("Missing argument 'SPEC...'.")
+    skeleton = _skeleton(output, model) if model else None
+    results = {spec: _checked(output, spec, sets, strict, skeleton) for spec in specs}
+    output.data(specs=[{"spec": spec, "ok": ok} for spec, ok in results.items()])
+    if not all(results.values()):
+        raise click.exceptions.Exit(1)
+
+
+def _skeleton(output: Output, model: str) -> Any:
+    from surgery.cli.models import skeleton
+
+    with output.busy(f"reading the configuration of {model}"):
+        return skeleton(model)
+
+
+def _checked(output: Output, name: str, sets: tuple[str, ...], strict: bool, skeleton: Any) -> bool:
+    """Whether a spec passes; what is found is shown."""
+    spec = opened(name, sets)
+    found = Collector()
+    found.add(*_findings(output, spec))
+    if skeleton is not None and not found.errors:
+        found.add(*_misfits(spec, skeleton))
+    output.diagnostics(found.found)
+    ok = not found.errors and not (strict and found.found)
+    counts = [counted(len(part), noun) for part, noun in ((found.errors, "error"), (found.warnings, "warning")) if part]
+    output.say(f"{name}: {', '.join([*(['ok'] if ok else []), *counts])}")
+    return ok
+
+
+def _findings(output: Output, spec: Spec) -> list[Diagnostic]:
+    from surgery.check import check as checked
+
+    with output.busy("checking"):
+        return checked(spec)
+
+
+def _misfits(spec: Spec, skeleton: Any) -> tuple[Diagnostic, ...]:
+    from surgery.compile import compile
+
+    try:
+        return compile(skeleton, spec).warnings
+    except SurgeryError as error:
+        return error.diagnostics
+
+
+def _explain_code(output: Output, code: str) -> None:
+    if code not in CODES:
+        raise click.UsageError(f"No diagnostic has the code '{code}'. {did_you_mean(code, CODES).capitalize()}".rstrip())
+    output.say(f"{code}: {CODES[code]}")
+    output.data(code=code, meaning=CODES[code])
+
+
+# ---------------------------------------------------------------------------------------------------------- fmt
+
+
+@command(click.argument("files", nargs=-1, required=True, metavar="FILE..."),
+         click.option("--check", "only_check", is_flag=True, help="Change nothing; exit with 1 if something would change."),
+         click.option("--diff", is_flag=True, help="Change nothing; show what would change."),
+         example="surgery fmt specs/*.surg --check")
+def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) -> None:
+    """Format specs in place (`-`: from stdin to stdout). A file with a syntax error is left alone."""
+    report, changed = Collector(), []
+    for name in files:
+        try:
+            changed += [name] if _formatted(output, name, only_check or diff, diff) else []
+        except SurgeryError as error:
+            report.add(*error.diagnostics)
+    if not report.errors:
+        output.note(_summary(files, changed, only_check or diff))
+        output.data(changed=changed, unchanged=[f for f in files if f not in changed])
+    report.raise_errors()
+    if only_check and changed:
+        raise click.exceptions.Exit(1)
+
+
+def _summary(files: tuple[str, ...], changed: list[str], dry: bool) -> str:
+    would = "would be changed" if dry else "changed"
+    return f"{counted(len(changed), 'file')} {would}, {counted(len(files) - len(changed), 'file')} left unchanged"
+
+
+def _formatted(output: Output, name: str, dry: bool, diff: bool) -> bool:
+    """Format one file; whether its text changed."""
+    from surgery.syntax.printer import format_text
+
+    before = _text(name)
+    after = format_text(before, "<stdin>" if name == "-" else name)
+    if diff:
+        output.raw("".join(_difference(name, before, after)))
+    elif name == "-" and not dry:
+        output.raw(after)
+    elif dry and after != before:
+        output.say(f"{name} would be changed")
+    elif after != before:
+        _write(Path(name), after)
+    return after != before
+
+
+def _difference(name: str, before: str, after: str) -> Iterator[str]:
+    lines = (text.splitlines(keepends=True) for text in (before, after))
+    for line in difflib.unified_diff(*lines, fromfile=name, tofile=f"{name} (formatted)"):
+        yield line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
+
+
+def _text(name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise fail("missing-file", f"cannot read {name}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise fail("missing-file", f"cannot read {name}: byte {error.start} is not UTF-8") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Put the text in the file's place in one step, with the file's permissions; a link stays a link."""
+    path = path.resolve()
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        new.write_bytes(text.encode("utf-8"))
+        new.chmod(path.stat().st_mode)
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise fail("bad-output", f"cannot write {path}: {error.strerror or error}") from None
+
+
+# -------------------------------------------------------------------------------------------------------- specs
+
+
+@command(example="surgery specs")
+def specs(output: Output) -> None:
+    """List the specs that ship, one a line."""
+    from surgery.spec import read, shipped
+
+    found = {name: read(path).doc.partition("\n")[0] for name, path in shipped().items()}
+    width = max(map(len, found))
+    for name, doc in found.items():
+        output.say(f"{name:{width}}  {doc}")
+    output.data(specs=[{"name": name, "description": doc} for name, doc in found.items()])
+
+
+# --------------------------------------------------------------------------------------------------------- show
+
+
+@command(spec_argument, sets,
+         click.option("--emit", type=click.Choice(["formula", "spec", "json", "python", "ir"]), default="formula",
+                      show_default=True, help="What to show: the formula with parameter shapes, the spec as text, as JSON or "
+                      "as Python, or the compiler's expressions."),
+         example="surgery show sora --set rank=8")
+def show(output: Output, spec: str, sets: tuple[str, ...], emit: str) -> None:
+    """Show what a spec says: its formula, or the spec itself in another form."""
+    from surgery.spec import inlined
+
+    resolved = inlined(opened(spec, sets))
+    text = _EMITTED[emit](resolved)
+    output.raw(text if text.endswith("\n") else f"{text}\n")
+    output.data(spec=resolved.model_dump(mode="json"), emit=emit, text=text)
+
+
+def _pages(spec: Spec) -> str:
+    """The signature, then each target as text and as equations (of a library: what it defines)."""
+    from surgery.expr.elaborate import signature
+    from surgery.show import formula_lines, formulas
+
+    heads = [signature(each) for each in ((spec,) if spec.name else spec.definitions)]
+    pages = ["\n".join([_block(target), *(f"  {line}" for line in formula_lines(target, formula))])
+             for target, formula in formulas(spec)]
+    return "\n\n".join(["\n".join(heads), *pages])
+
+
+def _programs(spec: Spec) -> str:
+    from surgery.show import formulas, program_lines
+
+    return "\n\n".join("\n".join([_block(target), *(f"  {line}" for line in program_lines(formula.weight))])
+                       for target, formula in formulas(spec))
+
+
+def _block(target: Any) -> str:
+    from surgery.syntax.tree import Spec
+
+    return Spec(targets=(target,)).to_surg().strip()
+
+
+def _python(spec: Spec) -> str:
+    from surgery.as_python import python_text
+
+    return python_text(spec)
+
+
+_EMITTED = {"formula": _pages, "ir": _programs, "spec": lambda spec: spec.to_surg(),
+            "json": lambda spec: spec.model_dump_json(indent=2), "python": _python}
+
+COMMANDS = (check, fmt, specs, show)

@@ -1,0 +1,201 @@
+"""Formulas as a page of a paper: what a target makes of a weight.
+
+Takes a target and its formula (with symbolic sizes); gives lines of text. Promises: each symbol means one thing; what is
+not written out in the first line stands below it, every parameter with its shape and its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from surgery.diagnostics import Collector
+from surgery.expr.elaborate import Context, elaborate
+from surgery.expr.ir import Draw, Expr, Formula, Leaf, walk
+from surgery.expr.lint import IN, OUT, PLACES, spec_values
+from surgery.expr.primitives import make, shape_text
+from surgery.maths import Maths, number_text
+from surgery.spec import library
+from surgery.syntax.printer import expression_text
+from surgery.syntax.tree import Spec, Step, Target
+
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+_RESERVED = ("W", "I", "X")
+_SHORT = 24  # an update whose text is no longer stands in the first line
+Row = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step with the expression that its definition returned, and the operand that it calls `W`."""
+
+    step: Step
+    expr: Expr
+    operand: Expr
+
+    @property
+    def dropout(self) -> float:
+        return self.expr.data if self.expr.op == "drop" else 0.0
+
+    @property
+    def plain(self) -> Expr:
+        """The expression without dropout."""
+        return self.expr.args[0] if self.expr.op == "drop" else self.expr
+
+
+def made_steps(target: Target, formula: Formula) -> list[Made]:
+    """The steps in the order in which they act: taken off W' from the outside in, then put on again."""
+    order = [s for placement in ("pre", "add", "post") for s in target.steps if s.placement == placement]
+    taken, rest = [], formula.weight
+    for step in reversed(order):
+        on_left = step.placement != "add" and step.side == "out"
+        part, rest = rest.args if on_left else reversed(rest.args)
+        taken.append(part)
+    return list(_with_operands(zip(order, reversed(taken)), rest))
+
+
+def _with_operands(steps: Iterator[tuple[Step, Expr]], weight: Expr) -> Iterator[Made]:
+    x = weight
+    for step, expr in steps:
+        made = Made(step, expr, weight if step.placement == "add" else x)
+        yield made
+        if step.placement == "add":
+            x = make("add", x, made.plain)
+        else:
+            x = make("matmul", *((expr, x) if step.side == "out" else (x, expr)))
+
+
+# ------------------------------------------------------------------------------------------------------ symbols
+
+
+class Page:
+    """The symbols of a formula and its lines: updates' parameters are named first, then transforms, then the rest."""
+
+    def __init__(self, target: Target, formula: Formula):
+        self.formula, self.steps = formula, made_steps(target, formula)
+        self.symbols: dict[Expr, str] = {}
+        self.nodes = {n.data: n for made in self.steps for n in walk(made.expr) if n.op == "param"}
+        self.written_out = [made for made in self.steps if _is_written_out(made)]
+        self._name_all()
+
+    def _name_all(self) -> None:
+        for made in self.written_out:
+            self._name_leaves(made.plain)
+        for made in self.steps:
+            if made not in self.written_out:
+                self.symbols.setdefault(made.plain, self._free(*self._wishes(made)))
+        for made in self.steps:
+            self._name_leaves(made.plain)
+        self.operands = list(dict.fromkeys(m.operand for m in self.steps if self._reads(m)))
+        self.operand_symbols = {o: _numbered("X", i) for i, o in enumerate(self.operands)}
+
+    def _name_leaves(self, expr: Expr) -> None:
+        for node in walk(expr):
+            if node.op == "param" and node not in self.symbols:
+                self.symbols[node] = self._free(node.data.rpartition(".")[2])
+
+    def _wishes(self, made: Made) -> list[str]:
+        """An orthogonal matrix is P, Q or R; anything else goes by its definition's initials, or is T or U."""
+        words = [w[0].upper() for w in made.step.call.function.split("_") if w[:1].isalpha()]
+        return [*("PQR" if "orthogonal" in self._claims(made) else ""), *words, "U" if made.step.placement == "add" else "T"]
+
+    def _claims(self, made: Made) -> list[str]:
+        return list(dict.fromkeys(c.name for c in self.formula.claims if c.expr is made.plain))
+
+    def _free(self, *wishes: str) -> str:
+        """The first wish that is not taken, else the first one numbered."""
+        taken = {*_RESERVED, *self.symbols.values(), *(["b"] if self.formula.bias.op != "bias" else [])}
+        numbered = (_numbered(wishes[0], i) for i in range(1, len(taken) + 2))
+        return next(s for s in (*wishes, *numbered) if s not in taken)
+
+    def _reads(self, made: Made) -> bool:
+        """Whether a step names an operand that is not the frozen weight."""
+        return made.operand.op != "weight" and any(n is made.operand for n in walk(made.expr))
+
+    # ---------------------------------------------------------------------------------------------------- lines
+
+    def lines(self) -> list[str]:
+        """The equations, then `where` with what each symbol stands for."""
+        first = Maths(self.symbols)
+        equations = [f"W' = {first.text(self.formula.weight)}"]
+        if self.formula.bias.op != "bias":
+            equations.append(f"b' = {first.text(self.formula.bias)}")
+        rows = [*self._operand_rows(), *self._step_rows(), *map(self._leaf_row, self.formula.leaves)]
+        return [*equations, *(f"  {line}" for line in _aligned(rows)), *self._dropout_lines()]
+
+    def _operand_rows(self) -> list[Row]:
+        maths = Maths(self.symbols)
+        readers = {m.operand: f"the W of {_step_text(m.step)}" for m in reversed(self.steps) if self._reads(m)}
+        return [(f"{self.operand_symbols[o]} = {maths.text(o)}", readers[o]) for o in self.operands]
+
+    def _step_rows(self) -> list[Row]:
+        maths = Maths({**self.symbols, **self.operand_symbols})
+        return [(f"{self.symbols[m.plain]} = {maths.text(m.plain)}", self._step_note(m))
+                for m in self.steps if m not in self.written_out]
+
+    def _step_note(self, made: Made) -> str:
+        return ", ".join([_step_text(made.step), *self._claims(made)])
+
+    def _leaf_row(self, leaf: Leaf) -> Row:
+        maths = Maths({**self.symbols, **self.operand_symbols})
+        shape = f" {shape_text(leaf.shape)}" if leaf.shape else ""
+        start = f"= {maths.short(leaf.init)}" if leaf.init is not None else f"~ {_draw_text(leaf.draw)}"
+        notes = ["frozen"] * leaf.frozen + ["shared by the modules of the target"] * bool(leaf.group)
+        return f"{self._symbol(leaf)}{shape} {start}", ", ".join(notes)
+
+    def _symbol(self, leaf: Leaf) -> str:
+        return self.symbols[Expr("param", (), leaf.key, leaf.shape)]
+
+    def _dropout_lines(self) -> list[str]:
+        maths = Maths(self.symbols)
+        return [f"  {maths.short(m.plain)} reads its input with dropout {number_text(100 * m.dropout)}%"
+                for m in self.steps if m.dropout]
+
+
+def formulas(spec: Spec) -> list[tuple[Target, Formula]]:
+    """Each target with its formula for a weight of any size. Raises: SurgeryError with all that is wrong."""
+    scope, report = library(spec), Collector()
+    values = spec_values(spec, report)
+    found = [(t, elaborate(t, Context(scope, {**values, **PLACES}), OUT, IN, report)) for t in spec.targets]
+    report.raise_errors()
+    return found
+
+
+def formula_lines(target: Target, formula: Formula) -> list[str]:
+    """The page of one target."""
+    return Page(target, formula).lines()
+
+
+def _is_written_out(made: Made) -> bool:
+    return made.plain.op == "param" or made.step.placement == "add" and len(Maths({}).text(made.plain)) <= _SHORT
+
+
+def _step_text(step: Step) -> str:
+    return f"{step.placement} {expression_text(step.call)}"
+
+
+def _numbered(symbol: str, index: int) -> str:
+    return symbol if not index else symbol + str(index + 1).translate(_SUBSCRIPTS)
+
+
+def _draw_text(law: Draw) -> str:
+    return f"{law.distribution}({', '.join(f'{name} = {number_text(value)}' for name, value in law.arguments)})"
+
+
+def _aligned(rows: list[Row]) -> list[str]:
+    width = min(max((len(left) for left, _ in rows), default=0), 64)
+    return [f"{left:{width}}   {right}".rstrip() for left, right in rows]
+
+
+# ------------------------------------------------------------------------------------------------------ program
+
+
+def program_lines(expr: Expr) -> list[str]:
+    """The expression, one distinct node a line: `%3 = matmul %1 %2 : [out, in]`."""
+    names = {node: f"%{i}" for i, node in enumerate(walk(expr))}
+    return [f"{name} = {' '.join([node.op, *_data(node), *(names[a] for a in node.args)])} : {shape_text(node.shape)}"
+            for node, name in names.items()]
+
+
+def _data(node: Expr) -> list[str]:
+    return [] if node.data is None else [number_text(node.data)]

@@ -1,0 +1,139 @@
+"""What `check` tries in numbers: that a target starts as the frozen weight, and that claims hold.
+
+Takes targets at concrete sizes; gives diagnostics. Promises: the start is computed as it is for a model, on a random
+weight; a claim is tried with parameters away from their start, so that a trivial one proves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from surgery.check import Trial
+from surgery.compile import Placed
+from surgery.diagnostics import Diagnostic
+from surgery.expr.evaluate import dense
+from surgery.expr.ir import Claim
+from surgery.initialise import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
+from surgery.sites import sites
+
+CLAIM_TOLERANCE = 1e-8
+_DISTANCES = (0.1, 1.0)
+
+
+def _placed(trial: Trial) -> Placed:
+    """The target on a random linear layer of its sizes."""
+    layer = nn.Linear(trial.in_, trial.out, device="meta").to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    site = replace(sites(layer)[0], name=f"a random weight [{trial.out}, {trial.in_}]")
+    return Placed(site, trial.target, trial.formula)
+
+
+@torch.no_grad()
+def _start(placed: Placed) -> dict[str, Tensor]:
+    return {**frozen_leaves(placed), **tensors(placed, 0, torch.float32, {})}
+
+
+# -------------------------------------------------------------------------------------------------------- start
+
+
+def try_starts(trials: Iterable[Trial]) -> list[Diagnostic]:
+    """One diagnostic for each target whose W' or b' does not start as W or b, with the largest departure."""
+    worst: dict[int, tuple[float, Diagnostic]] = {}
+    for trial in trials:
+        placed, key = _placed(trial), id(trial.target)
+        relative = _departure(placed)
+        if not relative <= max(IDENTITY_TOLERANCE, worst.get(key, (0.0,))[0]):
+            worst[key] = relative, not_identity(placed, relative)
+    return [diagnostic for _, diagnostic in worst.values()]
+
+
+@torch.no_grad()
+def _departure(placed: Placed) -> float:
+    values, formula = _start(placed), placed.formula
+    return max(departure(values["weight"], dense(formula.weight, values)),
+               departure(values["bias"], dense(formula.bias, values)))
+
+
+# ------------------------------------------------------------------------------------------------------- claims
+
+
+@dataclass(frozen=True)
+class Property:
+    """What a claim says in maths, and how far a matrix is from it."""
+
+    maths: str
+    defect: Callable[[Tensor], Tensor]
+
+
+def _unorthogonal(r: Tensor) -> Tensor:
+    return (r @ r.mT - torch.eye(r.shape[-2], dtype=r.dtype)).abs().max()
+
+
+def _undiagonal(r: Tensor) -> Tensor:
+    return _relative(r - r.diagonal().diag_embed(), r)
+
+
+def _asymmetric(r: Tensor) -> Tensor:
+    return _relative(r - r.mT, r)
+
+
+def _relative(part: Tensor, whole: Tensor) -> Tensor:
+    return part.abs().max() / whole.abs().max().clamp_min(torch.finfo(whole.dtype).tiny)
+
+
+PROPERTIES = {
+    "orthogonal": Property("max |R Rᵀ - I|", _unorthogonal),
+    "diagonal": Property("max |R off the diagonal| / max |R|", _undiagonal),
+    "symmetric": Property("max |R - Rᵀ| / max |R|", _asymmetric),
+}
+
+
+def try_claims(trials: Iterable[Trial]) -> list[Diagnostic]:
+    """One diagnostic for each claim of a definition that random parameters refute, with the largest defect."""
+    worst: dict[tuple, tuple[float, Diagnostic]] = {}
+    for trial in trials:
+        for claim, defect in _defects(trial):
+            key = claim.owner, claim.name, claim.span
+            if not defect <= max(CLAIM_TOLERANCE, worst.get(key, (0.0,))[0]):
+                worst[key] = defect, _false_claim(claim, defect)
+    return [diagnostic for _, diagnostic in worst.values()]
+
+
+@torch.no_grad()
+def _defects(trial: Trial) -> Iterator[tuple[Claim, float]]:
+    """Each claim with its largest defect (infinite if it never has one). Where a matrix is not finite, it says nothing."""
+    start = {name: value.detach().double() for name, value in _start(_placed(trial)).items()}
+    points = [_moved(trial, start, distance) for distance in _DISTANCES]
+    for claim in dict.fromkeys(trial.formula.claims):
+        found = [_defect(claim, values) for values in points]
+        yield claim, max((d for d in found if d is not None), default=float("inf"))
+
+
+def _moved(trial: Trial, start: dict[str, Tensor], distance: float) -> dict[str, Tensor]:
+    """The parameters that train, moved from their start at random."""
+    generator = torch.Generator().manual_seed(1)
+    moved = {leaf.key: start[leaf.key] + distance * torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+             for leaf in trial.formula.leaves if not leaf.frozen}
+    return {**start, **moved}
+
+
+def _defect(claim: Claim, values: dict[str, Tensor]) -> float | None:
+    matrix = dense(claim.expr, values)
+    if not matrix.isfinite().all() or matrix.shape[-1] != matrix.shape[-2]:
+        return None
+    return float(PROPERTIES[claim.name].defect(matrix))
+
+
+def _false_claim(claim: Claim, defect: float) -> Diagnostic:
+    rows, columns = claim.expr.shape
+    finite = f"{PROPERTIES[claim.name].maths} is {defect:.1e}"
+    measured = finite if defect < float("inf") else "the matrix is never square and finite"
+    return Diagnostic("false-claim", f"`{claim.owner}` is not {claim.name}", claim.span, label="random parameters refute this",
+                      notes=(f"{measured} at [{rows}, {columns}]; allowed is {CLAIM_TOLERANCE:.0e}",),
+                      helps=("leave the claim out, or mend the definition",))
