@@ -46,12 +46,16 @@ class Placed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a spec does to a model: the operated weights in module order, what is unfrozen, what was left out."""
+    """What a spec does to a model: the operated weights in module order, what is unfrozen, what was left out.
+
+    `total` is the number of the model's own parameters, tied ones counted once.
+    """
 
     spec: Spec
     placed: tuple[Placed, ...]
     selection: Selection
     warnings: tuple[Diagnostic, ...]
+    total: int
 
     @property
     def train(self) -> tuple[str, ...]:
@@ -60,9 +64,17 @@ class Plan:
     @cached_property
     def trainable(self) -> int:
         """The number of adapter parameters that are trained, shared tensors counted once."""
-        own = sum(p.count(leaf) for p in self.placed for leaf in p.formula.leaves if not leaf.frozen and leaf.group is None)
-        return own + sum(prod(shape) for _, shape in {(leaf.group, leaf.shape) for p in self.placed
-                                                      for leaf in p.formula.leaves if leaf.group and not leaf.frozen})
+        return self._count(frozen=False)
+
+    @cached_property
+    def frozen(self) -> int:
+        """The number of adapter parameters that are not trained (`frozen param`), shared tensors counted once."""
+        return self._count(frozen=True)
+
+    def _count(self, frozen: bool) -> int:
+        found = [(p, leaf) for p in self.placed for leaf in p.formula.leaves if leaf.frozen == frozen]
+        shared = {(leaf.group, leaf.shape) for _, leaf in found if leaf.group}
+        return sum(p.count(leaf) for p, leaf in found if not leaf.group) + sum(prod(shape) for _, shape in shared)
 
 
 def compile(model: nn.Module, spec: Spec | str | Path, strict: bool = False) -> Plan:
@@ -81,7 +93,8 @@ def compile(model: nn.Module, spec: Spec | str | Path, strict: bool = False) -> 
     formulas = _Formulas(spec, scope, values, report)
     placed = [(site, target, formulas.of(site, index, target)) for site, index, target in selection.targets.values()]
     report.raise_errors(strict)
-    return Plan(spec, tuple(Placed(*row) for row in placed), selection, tuple(report.warnings))
+    total = sum(p.numel() for p in model.parameters())
+    return Plan(spec, tuple(Placed(*row) for row in placed), selection, tuple(report.warnings), total)
 
 
 class _Formulas:

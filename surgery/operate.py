@@ -142,7 +142,7 @@ class Surgeon:
 
     def report(self) -> Report:
         """What was operated on; prints as a table."""
-        return Report(self.plan)
+        return Report(self.plan, self.dtype)
 
     def save(self, folder: str | PathLike, **about: str | None) -> None:
         """Write the adapter: its tensors, its spec, and `about` (base_model, revision). Atomic. Raises: SurgeryError."""

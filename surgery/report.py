@@ -1,23 +1,179 @@
 """What a plan does to a model, in figures: the same for `plan`, `apply` and `Surgeon.report()`.
 
-Takes a `Plan`; gives rows and totals, as text, as JSON. Promises: no weight is read, so it works on the meta device.
+Takes a `Plan` and the dtype of the adapter's parameters; gives rows and totals, as text and as JSON. Promises: no weight is
+read, so it works on the meta device; every figure has its unit; a tensor that modules share counts once in a total.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
 
 from surgery.compile import Placed, Plan
+from surgery.show import formula_lines
+from surgery.syntax.tree import Target
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+
+
+class Row(NamedTuple):
+    """One operated weight: `shape` is [out, in] (one matrix of a stack), `parameters` what its adapter trains."""
+
+    name: str
+    target: int
+    kind: str
+    shape: tuple[int, int]
+    stack: int | None
+    formula: str
+    parameters: int
+
+    @property
+    def shape_text(self) -> str:
+        return f"{f'{self.stack} of ' if self.stack else ''}{self.shape[0]} x {self.shape[1]}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of a plan; `str()` is a table."""
+    """The figures of a plan; `str()` is a table of plain text. `dtype` is that of the adapter's parameters."""
 
     plan: Plan
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The operated weights in module order."""
+        targets = {id(target): i for i, target in enumerate(self.plan.spec.targets)}
+        first = {id(p.formula): p for p in self.plan.placed}
+        formulas = {key: formula_lines(p.target, p.formula)[0] for key, p in first.items()}
+        return tuple(_row(p, targets[id(p.target)], formulas[id(p.formula)]) for p in self.plan.placed)
 
     @property
     def total(self) -> int:
-        """Parameters of the base model."""
-        return sum(p.numel() for name, p in self.plan.selection.model.named_parameters() if "_surgery." not in name)
+        """Parameters of the model itself."""
+        return self.plan.total
+
+    @cached_property
+    def unfrozen(self) -> dict[str, int]:
+        """The parameters that `train` unfreezes, with how many numbers each holds."""
+        return {name: self.plan.selection.survey.model.get_parameter(name).numel() for name in self.plan.train}
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train: the adapter's and those of `train`."""
+        return self.plan.trainable + sum(self.unfrozen.values())
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / max(self.total, 1)
+
+    @property
+    def bytes(self) -> int:
+        """What the adapter's tensors take, those that are not trained too."""
+        return (self.plan.trainable + self.plan.frozen) * self.dtype.itemsize
+
+    @cached_property
+    def left_out(self) -> dict[str, list[str]]:
+        """The modules with a weight that no target takes, by reason."""
+        found: dict[str, list[str]] = {}
+        for name, reason, _ in self.plan.selection.left_out:
+            found.setdefault(reason, []).append(name)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All the figures, for `--json`."""
+        return {"spec": self.plan.spec.name, "modules": [r._asdict() for r in self.rows], "unfrozen": self.unfrozen,
+                "left_out": self.left_out, "trainable": self.trainable, "frozen": self.plan.frozen, "base": self.total,
+                "percent": self.percent, "dtype": _name(self.dtype), "bytes": self.bytes}
+
+    def __str__(self) -> str:
+        parts = [line for index, rows in groupby(sorted(self.rows, key=lambda r: r.target), lambda r: r.target)
+                 for line in _block(self.plan.spec.targets[index], list(rows))]
+        if self.unfrozen:
+            parts += ["train", *_table((f"  {name}", _counted(n, "parameter")) for name, n in _compressed(self.unfrozen))]
+        if self.left_out:
+            parts += ["left out", *_table((f"  {_some(names)}", _counted(len(names), "module"), reason)
+                                          for reason, names in self.left_out.items())]
+        return "\n".join([*parts, self.summary])
+
+    @property
+    def summary(self) -> str:
+        """The totals in one line."""
+        extra = f", {_counted(self.plan.frozen, 'frozen parameter')} of its own" if self.plan.frozen else ""
+        return (f"{_counted(len(self.rows), 'weight')} operated on: {_counted(self.trainable, 'parameter')} train, "
+                f"{self.percent:.3g} % of {self.total:,}{extra}; the adapter takes {size_text(self.bytes)} in {_name(self.dtype)}")
+
+
+def _row(placed: Placed, target: int, formula: str) -> Row:
+    site = placed.site
+    return Row(site.name, target, site.kind, (site.out, site.in_), site.stack, formula, placed.parameters)
+
+
+def size_text(count: int) -> str:
+    """A size in bytes with its unit: `361 KiB`."""
+    size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.4g} {units[0]}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+# ----------------------------------------------------------------------------------------------------------- text
+
+
+def _block(target: Target, rows: Sequence[Row]) -> Iterable[str]:
+    """The lines of one target: modules that differ only in their index, and in nothing shown, are one line."""
+    place = f" at {target.span.source.name}:{target.span.line}" if target.span else ""
+    yield f"target {target.kind}{place}"
+    alike: dict[tuple, list[Row]] = {}
+    for row in rows:
+        alike.setdefault((_NUMBER.sub("*", row.name), row.shape_text, row.formula, row.parameters), []).append(row)
+    yield from _table((f"  {pattern([r.name for r in same])}", f"{len(same)} x", same[0].shape_text, same[0].formula,
+                       _counted(sum(r.parameters for r in same), "parameter")) for same in alike.values())
+
+
+def pattern(names: Sequence[str]) -> str:
+    """Names that differ only in their numbers as one: `layers.{0..3}.q_proj`."""
+    columns = zip(*(map(int, _NUMBER.findall(name)) for name in names))
+    texts = iter([_range(sorted(set(column))) for column in columns])
+    return _NUMBER.sub(lambda _: next(texts), names[0])
+
+
+def _range(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return str(numbers[0])
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return f"{{{','.join(f'{r[0]}..{r[-1]}' if len(r) > 1 else str(r[0]) for r in runs)}}}"
+
+
+def _compressed(sizes: dict[str, int]) -> Iterable[tuple[str, int]]:
+    alike: dict[str, list[str]] = {}
+    for name in sizes:
+        alike.setdefault(_NUMBER.sub("*", name), []).append(name)
+    return ((pattern(names), sum(sizes[n] for n in names)) for names in alike.values())
+
+
+def _some(names: Sequence[str]) -> str:
+    kinds = list(Counter(_NUMBER.sub("*", name) for name in names))
+    return ", ".join(kinds[:3]) + (", ..." if len(kinds) > 3 else "")
+
+
+def _table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines with their columns aligned; a column of figures to the right."""
+    rows = [list(row) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    right = [all(row[i][:1].isdigit() for row in rows) for i in range(len(widths))]
+    return ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)).rstrip() for row in rows]

@@ -169,7 +169,7 @@ def enter(expr: Expr, x: Expr) -> Expr:
         return enter(expr.args[0], _dropped(expr, x))
     if expr.op == "matmul":
         return _enter_product(expr, x)
-    return _run(expr, x)
+    return run(expr, x)
 
 
 def is_weight(expr: Expr) -> bool:
@@ -177,7 +177,8 @@ def is_weight(expr: Expr) -> bool:
     return expr.op == "weight" or expr.op == "T" and expr.args[0].op == "weight"
 
 
-def _run(expr: Expr, x: Expr) -> Expr:
+def run(expr: Expr, x: Expr) -> Expr:
+    """The layer's map with E, built, in its weight's place."""
     return Expr("run", (x, matrix(expr)), None, x.shape[:-1] + expr.shape[:1])
 
 
@@ -198,4 +199,26 @@ def _enter_product(expr: Expr, x: Expr) -> Expr:
         return make("add", *(enter(simplify(make("matmul", left, term)), x) for term in right.args))
     if (found := factors(right)) is not None and right.shape[0] > left.shape[0]:
         return make("matmul", enter(found[1], x), matrix(turned(make("matmul", left, found[0]))))
-    return apply(left, enter(right, x)) if _enters(right) else _run(expr, x)
+    return apply(left, enter(right, x)) if _enters(right) else run(expr, x)
+
+
+def split_dropout(expr: Expr) -> tuple[Expr | None, list[Expr]]:
+    """What sees the whole input (None for nothing), and each part that sees it through dropout: E is linear in them."""
+    if expr.op == "drop":
+        return None, [expr]
+    if expr.op == "mul" and scaled(expr)[0] is not None:
+        return _each(scaled(expr)[1], lambda part: times(scaled(expr)[0], part))
+    if expr.op == "add":
+        (left, first), (right, second) = map(split_dropout, expr.args)
+        return make("add", left, right) if left and right else left or right, first + second
+    if expr.op == "matmul":
+        left, right = expr.args
+        if any(node.op == "drop" for node in walk(right)):
+            return _each(right, lambda part: make("matmul", left, part))
+        return _each(left, lambda part: make("matmul", part, right))
+    return expr, []
+
+
+def _each(expr: Expr, wrap: Callable[[Expr], Expr]) -> tuple[Expr | None, list[Expr]]:
+    kept, dropped = split_dropout(expr)
+    return kept and wrap(kept), [wrap(part) for part in dropped]

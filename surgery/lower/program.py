@@ -11,7 +11,7 @@ dtype tolerance; the frozen layer is called and not read unless `reads_weight` s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,11 +19,13 @@ import torch
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk
 from surgery.expr.primitives import PRIMITIVES, make
-from surgery.lower.activate import TOKENS, apply, enter, matrix, turned
+from surgery.lower.activate import TOKENS, apply, enter, matrix, run, split_dropout, turned
+from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
+from surgery.lower.cost import Cost, step_cost
 from surgery.lower.emit import TEMPLATES, Emitter, count_uses, without_gradient
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.structure import is_thin
-from surgery.rewrite.terms import depends_on, summands
+from surgery.rewrite.terms import depends_on, summands, total
 
 _SCOPE = {"torch": torch, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}}
 
@@ -39,6 +41,12 @@ class Program:
     body: Callable[..., torch.Tensor] | None
     outputs: tuple[Expr, ...]
     fixed: tuple[Expr, ...]
+    strategy: str = "weights"
+    over: tuple[Program, ...] = ()
+
+    def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
+        """What a training step costs."""
+        return step_cost(self.outputs, self.fixed, tokens)
 
     @property
     def reads_weight(self) -> bool:
@@ -47,13 +55,34 @@ class Program:
 
 
 @lru_cache(maxsize=None)
-def activations(formula: Formula, kind: str, training: bool, has_bias: bool) -> Program:
-    """The program of a layer's output. `kind`: linear, conv or embedding."""
+def activations(formula: Formula, kind: str, training: bool, has_bias: bool, tokens: int = TOKENS_SUPPOSED) -> Program:
+    """The program of a layer's output, the cheapest of those known for so many tokens. `kind`: linear, conv, embedding."""
     weight = cheapest(formula.weight if training else without_dropout(formula.weight))
     operand = turned(weight) if kind == "embedding" else weight
     x = Expr("x", (), None, (TOKENS, operand.shape[1]))
-    y = (apply if kind == "linear" else enter)(operand, x)
-    return _compile((_with_bias(y, cheapest(formula.bias), kind) if has_bias else y,), _unread)
+    bias = cheapest(formula.bias) if has_bias else None
+    programs = [_compile((_with_bias(make_output(operand, x, kind), bias, kind),), _unread, name)
+                for name, make_output in STRATEGIES.items()]
+    best, *rest = sorted(programs, key=lambda program: program.cost(tokens).seconds)
+    return replace(best, over=tuple(rest))
+
+
+def _spread(operand: Expr, x: Expr, kind: str) -> Expr:
+    """W' acts on the activations factor by factor."""
+    return (apply if kind == "linear" else enter)(operand, x)
+
+
+def _built(operand: Expr, x: Expr, kind: str) -> Expr:
+    """W' is built, and acts as one matrix; what sees the input through dropout acts by itself."""
+    kept, dropped = split_dropout(operand)
+    parts = [_spread(part, x, kind) for part in dropped]
+    if kept is not None:
+        whole = matrix(kept)
+        parts.insert(0, make("matmul", x, turned(whole)) if kind == "linear" else run(kept, x))
+    return total(parts, (TOKENS, operand.shape[0]))
+
+
+STRATEGIES = {"activations": _spread, "built weight": _built}
 
 
 @lru_cache(maxsize=None)
@@ -73,8 +102,10 @@ def _offset(bias: Expr) -> Expr:
     return apply(bias.args[0], _offset(bias.args[1])) if bias.op == "matmul" else bias
 
 
-def _with_bias(y: Expr, bias: Expr, kind: str) -> Expr:
+def _with_bias(y: Expr, bias: Expr | None, kind: str) -> Expr:
     """y + b'; the frozen layer adds its own bias where its output is a term of y."""
+    if bias is None:
+        return y
     if bias.op != "bias":
         return Expr("add_bias", (y, _offset(bias)), None, y.shape)
     terms = list(summands(y))
@@ -119,7 +150,7 @@ def _read(expr: Expr) -> Expr:
 # ------------------------------------------------------------------------------------------------- regions
 
 
-def _compile(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr]) -> Program:
+def _compile(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights") -> Program:
     outputs = tuple(map(prepare, outputs))
     on_input: dict[Expr, bool] = {}
     is_body = depends_on(outputs[0], "x", on_input)
@@ -129,7 +160,7 @@ def _compile(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr]) -> Prog
                         _setup(values, fixed), *([_body(outputs[0], values)] if is_body else [])])
     scope: dict[str, Any] = dict(_SCOPE)
     exec(compile(text, "<surgery program>", "exec"), scope)
-    return Program(text, scope["once"], scope["setup"], scope.get("body"), outputs, fixed)
+    return Program(text, scope["once"], scope["setup"], scope.get("body"), outputs, fixed, strategy)
 
 
 def _frontier(outputs: Sequence[Expr], on_input: dict[Expr, bool]) -> tuple[Expr, ...]:

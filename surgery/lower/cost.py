@@ -1,0 +1,106 @@
+"""What a program costs: multiplications and memory traffic from shapes and the number of tokens, to choose by.
+
+Takes the expressions of a program; gives a `Cost` of one training step. Promises: counted and not measured; `seconds` is
+only meant for comparing programs of the same formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+
+from surgery.expr.dims import Dim
+from surgery.expr.ir import Expr, walk
+from surgery.rewrite.terms import depends_on
+
+TOKENS = 1024  # the number that a choice supposes where nothing is said
+INTENSITY = 16.0  # multiplications and additions in the time of moving one number: CPUs have 10 to 40, GPUs more
+_VIEWS = {"T", "split", "join", "detach", "param", "weight", "bias", "x", "const", "eye", "drop"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one step, forward and backward: `flops` that grow with the tokens and those of the set-up, numbers `moved`."""
+
+    body_flops: float = 0.0
+    setup_flops: float = 0.0
+    moved: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.body_flops + other.body_flops, self.setup_flops + other.setup_flops, self.moved + other.moved)
+
+    @property
+    def flops(self) -> float:
+        return self.body_flops + self.setup_flops
+
+    @property
+    def seconds(self) -> float:
+        """A time in arbitrary units."""
+        return self.flops + INTENSITY * self.moved
+
+
+def step_cost(outputs: Iterable[Expr], fixed: Iterable[Expr], tokens: int = TOKENS) -> Cost:
+    """The cost of a training step of a program that gives `outputs`; what is `fixed` is computed once and costs nothing."""
+    on_input: dict[Expr, bool] = {}
+    on_leaf: dict[Expr, bool] = {}
+    seen = {node for root in fixed for node in walk(root)} - {node for root in fixed for node in root.args}
+    total = Cost()
+    for output in outputs:
+        for node in walk(output):
+            if node not in seen:
+                seen.add(node)
+                total += _node_cost(node, tokens, depends_on(node, "x", on_input), on_leaf)
+    return total
+
+
+def _node_cost(node: Expr, tokens: int, in_body: bool, on_leaf: dict[Expr, bool]) -> Cost:
+    """Forward once; backward once for each argument that takes a gradient (the input always does)."""
+    takes = [a for a in node.args if depends_on(a, "param", on_leaf) or depends_on(a, "x", {})]
+    times = 1 + len(takes)
+    flops = times * _flops(node, tokens)
+    moved = 0.0 if node.op in _VIEWS else times * (size(node, tokens) + sum(size(a, tokens) for a in node.args))
+    return Cost(flops if in_body else 0.0, 0.0 if in_body else flops, moved)
+
+
+def size(node: Expr, tokens: int) -> float:
+    """How many numbers a node's value has."""
+    return float(prod(_known(s, tokens) for s in node.shape))
+
+
+def _known(value: object, tokens: int) -> float:
+    """A dimension with the number of tokens put in."""
+    if not isinstance(value, Dim):
+        return float(value)
+    return float(sum((c * tokens ** sum(power for _, power in monomial) for monomial, c in value.terms), Fraction(0)))
+
+
+def _flops(node: Expr, tokens: int) -> float:
+    if node.op in _VIEWS:
+        return 0.0
+    rule = _RULES.get(node.op)
+    return rule(node, lambda each: size(each, tokens)) if rule else size(node, tokens)
+
+
+def _product(node: Expr, count: Callable[[Expr], float]) -> float:
+    return 2 * count(node) * float(node.args[0].shape[-1])
+
+
+def _frozen(node: Expr, count: Callable[[Expr], float]) -> float:
+    return 2 * count(node) * float(node.args[0].shape[-1])
+
+
+def _cubic(factor: float) -> Callable[[Expr, Callable[[Expr], float]], float]:
+    return lambda node, count: factor * count(node) * float(node.shape[-1])
+
+
+_RULES: dict[str, Callable[[Expr, Callable[[Expr], float]], float]] = {
+    "matmul": _product,
+    "frozen": _frozen,
+    "frozen_back": _frozen,
+    "run": lambda node, count: 2 * count(node) * float(node.args[1].shape[-1]),
+    "blocks": lambda node, count: 2 * count(node) * float(node.args[1].shape[1]),
+    "cayley": _cubic(3), "resolvent": _cubic(2), "mirrors": _cubic(1), "expm": _cubic(20), "phi": _cubic(160),
+    "reflect": lambda node, count: 4 * count(node) * float(node.args[0].shape[1]),
+}

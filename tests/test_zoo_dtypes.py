@@ -1,0 +1,100 @@
+"""The zoo in the dtypes that people train in: the frozen weight narrow, the adapter in float32, autocast, torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from layers import LAYOUTS, Operated, assert_close, gradients, operated
+from zoo import CASES
+
+on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
+on_some_layouts = pytest.mark.parametrize("layout", [LAYOUTS[n] for n in ("linear 12x18", "Conv2d 12x18", "Embedding 18x12")],
+                                          ids=str)
+
+# Relative errors of outputs and of gradients, a few roundings of each dtype.
+TOLERANCES = {torch.float32: (5e-6, 1e-4), torch.bfloat16: (2e-2, 6e-2), torch.float16: (3e-3, 1e-2)}
+
+
+def compare(op: Operated, y: torch.Tensor, mine: dict[str, torch.Tensor], tolerances: tuple[float, float]) -> None:
+    """An output and its gradients against the oracle's, in float64 from the same rounded weight, input and parameters."""
+    x, leaves = op.input(), op.leaves()
+    x = {"x": x["x"].detach().double().requires_grad_()} if op.x.is_floating_point() else x
+    expected = op.oracle(x["x"], leaves)
+    assert_close(y, expected, tolerances[0], "the output")
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
+    actual = gradients(y, direction, {**mine, **op.parameters})
+    for key, gradient in gradients(expected, direction.double(), {**x, **leaves}).items():
+        assert_close(actual[key], gradient, tolerances[1], f"the gradient of {key}")
+
+
+@on_every_case
+@on_some_layouts
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda d: str(d).removeprefix("torch."))
+def test_a_narrow_weight_with_a_float32_adapter(case, layout, dtype):
+    op = operated(case, layout, dtype, adapter=torch.float32)
+    mine = op.input()
+    y = op.model(mine["x"])
+    assert y.dtype == dtype and {p.dtype for p in op.surgeon.parameters()} == {torch.float32}
+    compare(op, y, mine, TOLERANCES[dtype])
+
+
+@on_every_case
+def test_a_merge_rounds_once(case):
+    """W' in bfloat16 is the exact W' rounded to nearest: no further than half a unit in the last place."""
+    op = operated(case, LAYOUTS["linear 12x18"], torch.bfloat16, adapter=torch.float32)
+    op.surgeon.merge()
+    exact = case.formula(op.weight, op.p)
+    half = torch.finfo(torch.bfloat16).eps / 2
+    assert ((op.layer.weight.double() - exact).abs() <= half * exact.abs() * 1.01 + 1e-6).all()
+
+
+@on_every_case
+def test_under_autocast_only_products_with_activations_are_narrow(case):
+    op = operated(case, LAYOUTS["linear 12x18"], torch.float32)
+    mine = op.input()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = op.model(mine["x"])
+        op.surgeon.merge()
+    assert y.dtype == torch.bfloat16
+    assert_close(op.layer.weight, case.formula(op.weight, op.p), 2e-6, "the merged weight")
+    op.surgeon.unmerge()
+    compare(op, y, mine, TOLERANCES[torch.bfloat16])
+
+
+@on_every_case
+def test_a_wide_weight_makes_the_adapter_wide(case):
+    op = operated(case, LAYOUTS["linear 12x18"], torch.float64, adapter=torch.float32)
+    y = op.model(op.x)
+    assert y.dtype == torch.float64
+    assert_close(y, op.oracle(op.x, op.leaves()), 1e-10)
+
+
+ROTATIONS = [case for case in CASES if case.name in ("rotation on in", "oft", "mirrors on in", "expm on in")]
+
+
+@pytest.mark.parametrize("case", ROTATIONS, ids=str)
+@pytest.mark.parametrize("noise", [0.3, 3.0])
+def test_a_rotation_under_autocast_stays_one(case, noise):
+    """x T Wᵀ has the norm of x T for an orthogonal W, up to a rounding of the activations."""
+    op = operated(case, LAYOUTS["linear 12x12"], torch.float32, noise)
+    with torch.no_grad():
+        op.layer.weight.copy_(torch.linalg.qr(torch.randn(12, 12)).Q)
+        op.layer.bias.zero_()
+        op.parameters.get("add_low_rank.B", torch.zeros(1)).zero_()
+    x = torch.randn(50, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = op.model(x)
+    assert (y.float().norm(dim=1) / x.norm(dim=1) - 1).abs().max() < 1.5e-2
+
+
+COMPILED = [case for case in CASES if case.name in ("dora", "sora", "oft", "everything", "loha")]
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_it_compiles_as_one_graph(case):
+    torch.compiler.reset()
+    op = operated(case, LAYOUTS["linear 12x18"])
+    mine = op.input()
+    y = torch.compile(op.model, fullgraph=True, backend="aot_eager")(mine["x"])
+    compare(op, y, mine, (1e-10, 1e-10))
