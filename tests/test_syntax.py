@@ -239,6 +239,7 @@ def test_line_ends_tabs_and_a_byte_order_mark_mean_nothing():
     ('check "a\n', "this string is not closed", "1:7"),
     ("check f(1 2)", "expected `,` or `)` after `1`, found `2`", "1:11"),
     ("check a = b", "expected a statement after `a`, found `=`", "1:9"),
+    ("check 1 <= a < 2", "expected a statement after `a`, found `<`", "1:14"),
 ])
 def test_syntax_errors(text, message, place):
     first = errors_of(text)[0]
