@@ -30,9 +30,10 @@ class Adapter(nn.Module):
     def __init__(self, formula: Formula, layout: Layout, parameter: str, stack: int | None, tensors: Mapping[str, nn.Parameter]):
         super().__init__()
         self.formula, self.layout, self.parameter, self.stack, self.active = formula, layout, parameter, stack, True
+        self.has_bias: bool | None = None
         self.shared = frozenset(leaf.key for leaf in formula.leaves if leaf.group)
         self._paths = tuple((leaf.key, *leaf.key.split(".")) for leaf in formula.leaves)
-        self._programs: dict[tuple[bool, bool], Program] = {}
+        self._programs: dict[bool, Program] = {}
         self._kept: dict[tuple, tuple[tuple, tuple]] = {}
         for key, tensor in tensors.items():
             step, name = key.split(".")
@@ -48,17 +49,16 @@ class Adapter(nn.Module):
         """The adapter's tensors by key (`post_magnitude.m`)."""
         return {key: self._modules[step]._parameters[name] for key, step, name in self._paths}
 
-    def program(self, training: bool, has_bias: bool) -> Program:
-        """The program of the layer's output."""
-        key = (training, has_bias)
-        if key not in self._programs:
-            self._programs[key] = activations(self.formula, self.layout.kind, training, has_bias)
-        return self._programs[key]
+    def prepare(self, has_bias: bool) -> None:
+        """Compile the programs of the layer's output, in training and in evaluation, before any forward pass."""
+        self.has_bias = has_bias
+        self._programs = {training: activations(self.formula, self.layout.kind, training, has_bias)
+                          for training in (True, False)}
 
     def output(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input."""
         layer = self.frozen(module)
-        program = self.program(module.training, layer.bias is not None)
+        program = self._programs[module.training]
         dtype = _activation_dtype(layer.weight)
         values = self._values(program, layer, self.tensors(), dtype)
         return layer.leave(program.body(layer, layer.enter(x, dtype), *values))
@@ -117,7 +117,13 @@ class Adapter(nn.Module):
         return f"{self.parameter}{'' if self.active else ', inactive'}"
 
     def __getstate__(self) -> dict:
+        """Programs are code: they are compiled again where the adapter comes to."""
         return {**self.__dict__, "_programs": {}, "_kept": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.has_bias is not None:
+            self.prepare(self.has_bias)
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
         """A checkpoint of the base model has nothing for us: not an error, the adapter stays as it is."""
@@ -192,7 +198,9 @@ def is_direct(base: type) -> bool:
 
 
 def install(module: nn.Module, adapter: Adapter) -> None:
-    """Make `module` an operated one: O(1), nothing is copied."""
+    """Make `module` an operated one: nothing is copied. The programs are found here, as torch.compile cannot trace that."""
+    if is_direct(getattr(type(module), "base", type(module))):
+        adapter.prepare(adapter.frozen(module).bias is not None)
     names = (*getattr(type(module), "names", ()), adapter.parameter)
     base = getattr(type(module), "base", type(module))
     module.add_module(adapter.parameter + SUFFIX, adapter)

@@ -94,7 +94,7 @@ class Surgeon:
         for placed in self.plan.placed:
             if not placed.target.shifted and not placed.site.weight.is_meta:
                 relative = _start_error(placed, self.adapters[placed.site.name])
-                if not relative <= IDENTITY_TOLERANCE:
+                if not relative <= _tolerance(self.adapters[placed.site.name]):
                     report.add(not_identity(placed, relative))
         report.raise_errors()
 
@@ -214,6 +214,11 @@ class Surgeon:
 
 def _form(kept: Mapping[str, torch.Tensor], mode: str) -> str:
     return "operated" if mode == "merged" and mode not in kept else mode
+
+
+def _tolerance(adapter: Adapter) -> float:
+    """1e-5, or the rounding of the adapter's own dtype where that is coarser."""
+    return max([IDENTITY_TOLERANCE, *(torch.finfo(p.dtype).eps for p in adapter.parameters())])
 
 
 @torch.no_grad()

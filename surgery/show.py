@@ -35,7 +35,7 @@ class Made:
 
     @property
     def dropout(self) -> float:
-        return self.expr.data if self.expr.op == "drop" else 0.0
+        return self.expr.data[0] if self.expr.op == "drop" else 0.0
 
     @property
     def plain(self) -> Expr:

@@ -87,7 +87,7 @@ def test_frozen_shared_and_trained_tensors_are_saved_once(tmp_path: Path) -> Non
     assert (meta["seed"], meta["base_model"], meta["revision"], meta["format_version"]) == (7, "demo:llama", "main", "1.0")
     other = load_demo("llama")
     again = surgery.attach(other, tmp_path / "a")
-    assert torch.equal(logits(model), logits(other)) and again.seed == 7 and again.spec == surgeon.spec
+    assert torch.allclose(logits(model), logits(other), atol=1e-6) and again.seed == 7 and again.spec == surgeon.spec
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in other.parameters()]
     again.save(tmp_path / "b")
     for name in (TENSORS, SPEC):

@@ -277,7 +277,7 @@ class _Builder:
         with guard(self.report):
             made = self._instance(step, name)
             if made is not None:
-                self._add(step, made) if step.placement == "add" else self._transform(step, made)
+                self._add(step, name, made) if step.placement == "add" else self._transform(step, made)
 
     def _instance(self, step: Step, name: str) -> Expr | None:
         definition = self._definition(step)
@@ -307,10 +307,10 @@ class _Builder:
                        f"{_a(known[call.function].kind)}", place, helps=(f"place it with `{other}`",))
         return known[call.function]
 
-    def _add(self, step: Step, update: Expr) -> None:
+    def _add(self, step: Step, name: str, update: Expr) -> None:
         self.plain = make("add", self.plain, update)
         p = self._dropout(step)
-        self.x = make("add", self.x, Expr("drop", (update,), p, update.shape) if p else update)
+        self.x = make("add", self.x, Expr("drop", (update,), (p, name), update.shape) if p else update)
 
     def _dropout(self, step: Step) -> float:
         if step.dropout is None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from math import prod
 
 from surgery.expr.dims import symbol
-from surgery.expr.ir import Expr, Shape, walk
+from surgery.expr.ir import Expr, Shape, rebuild, walk
 from surgery.expr.primitives import make
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn
@@ -156,6 +156,23 @@ def matrix(expr: Expr) -> Expr:
 # ------------------------------------------------------------------------------- inputs that are not vectors
 
 
+def enter_in_parts(expr: Expr, x: Expr) -> Expr:
+    """`enter`, each update with dropout on its own: the entries of the layer's input are what it drops."""
+    kept, dropped = split_dropout(expr)
+    if not dropped:
+        return enter(expr, x)
+    parts = [enter(kept, x)] if kept is not None else []
+    for part in dropped:
+        drop = next(node for node in walk(part) if node.op == "drop")
+        parts.append(enter(without_dropout(part), _dropped(drop, x)))
+    return total(parts, parts[0].shape)
+
+
+def without_dropout(expr: Expr) -> Expr:
+    """The expression in evaluation mode."""
+    return rebuild(expr, lambda node, args: args[0] if node.op == "drop" else Expr(node.op, args, node.data, node.shape))
+
+
 def enter(expr: Expr, x: Expr) -> Expr:
     """x Eᵀ where x is a layer's own kind of input (an image, token ids): the layer's map runs with the first factor in
     its weight's place, and the rest acts on what comes out."""
@@ -165,8 +182,6 @@ def enter(expr: Expr, x: Expr) -> Expr:
         return make("add", *(enter(term, x) for term in expr.args))
     if expr.op == "mul" and scaled(expr)[0] is not None:
         return times(scaled(expr)[0], enter(scaled(expr)[1], x))
-    if expr.op == "drop":
-        return enter(expr.args[0], _dropped(expr, x))
     if expr.op == "matmul":
         return _enter_product(expr, x)
     return run(expr, x)
@@ -184,7 +199,7 @@ def run(expr: Expr, x: Expr) -> Expr:
 
 def _enters(expr: Expr) -> bool:
     """Whether the layer can run it as it is: the weight, a thin matrix, sums of those, or a product that ends in one."""
-    if expr.op in ("add", "drop"):
+    if expr.op == "add":
         return all(map(_enters, expr.args))
     if expr.op == "mul" and scaled(expr)[0] is not None:
         return _enters(scaled(expr)[1])

@@ -19,7 +19,7 @@ TEMPLATES = {
     "sqrt": "{}.sqrt()", "abs": "{}.abs()", "tanh": "{}.tanh()", "sigmoid": "{}.sigmoid()", "diag": "{}.diag_embed()",
     "total": "{}.sum()", "add_bias": "{} + {}", "param": "leaves[{data!r}]", "weight": "layer.matrix(dtype)",
     "bias": "layer.offset(dtype)", "fill": "layer.fill({shape}, {data!r}, dtype)", "eye": "layer.eye({shape}, dtype)",
-    "dropout": "layer.dropout({}, {data!r})", "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})",
+    "dropout": "layer.dropout({}, {data[0]!r})", "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})",
 }
 FRESH = {"frozen", "matmul", "add", "scale", "run", "frozen_back"}  # values that nothing else holds and no backward pass reads
 

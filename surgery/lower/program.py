@@ -19,7 +19,7 @@ import torch
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk
 from surgery.expr.primitives import PRIMITIVES, make
-from surgery.lower.activate import TOKENS, apply, enter, matrix, run, split_dropout, turned
+from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, split_dropout, turned, without_dropout
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost, step_cost
 from surgery.lower.emit import TEMPLATES, Emitter, count_uses, without_gradient
@@ -48,6 +48,9 @@ class Program:
         """What a training step costs."""
         return step_cost(self.outputs, self.fixed, tokens)
 
+    def __reduce__(self) -> tuple:
+        return _loaded, (self.source, self.outputs, self.fixed)
+
     @property
     def reads_weight(self) -> bool:
         """Whether the code reads the frozen weight itself at every step."""
@@ -69,7 +72,7 @@ def activations(formula: Formula, kind: str, training: bool, has_bias: bool, tok
 
 def _spread(operand: Expr, x: Expr, kind: str) -> Expr:
     """W' acts on the activations factor by factor."""
-    return (apply if kind == "linear" else enter)(operand, x)
+    return (apply if kind == "linear" else enter_in_parts)(operand, x)
 
 
 def _built(operand: Expr, x: Expr, kind: str) -> Expr:
@@ -90,11 +93,6 @@ def weights(formula: Formula, has_bias: bool) -> Program:
     """The program of W' (and b') themselves: for merging, and for layers that only their own forward knows."""
     outputs = (matrix(cheapest(without_dropout(formula.weight))),)
     return _compile(outputs + ((_offset(cheapest(formula.bias)),) if has_bias else ()), _read)
-
-
-def without_dropout(expr: Expr) -> Expr:
-    """The expression in evaluation mode."""
-    return rebuild(expr, lambda node, args: args[0] if node.op == "drop" else Expr(node.op, args, node.data, node.shape))
 
 
 def _offset(bias: Expr) -> Expr:
