@@ -25,7 +25,7 @@ def replacing(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
     """A new folder that takes the place of `folder` when the block ends well. `ours` says of an entry's name whether we
     write such. Raises: SurgeryError (bad-output)."""
     target = folder.absolute()
-    _check(folder, target, ours)
+    refuse_foreign(folder, ours)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as beside:
@@ -40,14 +40,15 @@ def replacing(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
         raise fail("bad-output", f"cannot write {folder}: {error.strerror or error}") from error
 
 
-def _check(folder: Path, target: Path, ours: Callable[[str], bool]) -> None:
-    if target.is_dir():
-        foreign = sorted(p.name for p in target.iterdir() if not ours(p.name))
+def refuse_foreign(folder: Path, ours: Callable[[str], bool]) -> None:
+    """Raises: SurgeryError (bad-output) if a folder holds what is not ours to replace, or a file stands in its place."""
+    if folder.is_dir():
+        foreign = sorted(p.name for p in folder.iterdir() if not ours(p.name))
         if foreign:
             more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
             raise fail("bad-output", f"{folder} holds what is not ours to replace: {', '.join(foreign[:3])}{more}",
                        helps=("name a new folder",))
-    elif target.exists():
+    elif folder.exists():
         raise fail("bad-output", f"{folder} is a file", helps=("name a folder",))
 
 

@@ -61,7 +61,7 @@ def read(path: Path, asked: Span | None = None) -> Spec:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.surg")))
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.surg") if not path.exists()))
         raise fail("missing-file", f"cannot read {path}: {error.strerror or error}", asked,
                    helps=tuple(filter(None, [near]))) from None
     except UnicodeDecodeError as error:

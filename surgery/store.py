@@ -84,13 +84,14 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
     if not hasattr(model, "save_pretrained"):
         raise fail("bad-output", f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
                    helps=("merge() and save its state_dict() yourself",))
-    with replacing(Path(folder), _of_a_model) as new, _merged(surgeon), _untied(surgeon):
+    with replacing(Path(folder), of_a_model) as new, _merged(surgeon), _untied(surgeon):
         model.save_pretrained(new, state_dict=_plain(model))
         for extra in extras:
             extra.save_pretrained(new)
 
 
-def _of_a_model(name: str) -> bool:
+def of_a_model(name: str) -> bool:
+    """Whether an entry of that name is one that a saved model may have."""
     return Path(name).suffix in (".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".md")
 
 

@@ -41,7 +41,10 @@ def _plan(output: Output, spec: Spec, model: str, strict: bool = False) -> Plan:
 @command(spec_argument, model_argument, sets, targets, click.option("--strict", is_flag=True, help="A warning is an error."),
          example="surgery plan sora demo:llama --set rank=8 --target '**.q_proj'")
 def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: tuple[str, ...], strict: bool) -> None:
-    """Show what a spec would do to a model: modules, parameters, memory. No weight is read."""
+    """Show what a spec would do to a model.
+
+    Modules, parameters and memory, from the model's configuration alone: no weight is read.
+    """
     from surgery.report import Report, size_text
 
     found = _plan(output, opened(spec, sets, targets), model, strict)
@@ -64,7 +67,10 @@ def _memory(report: Report) -> dict[str, int]:
 @command(spec_argument, model_argument, click.argument("name"), sets, targets,
          example="surgery explain sora demo:llama model.layers.0.self_attn.q_proj")
 def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
-    """Say which line of a spec takes the module NAME of a model, or why none does."""
+    """Say why a module is taken, or is not.
+
+    Gives the line of SPEC that takes the module NAME of MODEL, or the reason why none does.
+    """
     from surgery.select import select
     from surgery.spec import library
 
@@ -82,7 +88,10 @@ def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, .
          click.option("--all", "every", is_flag=True, help="Write every layer of a list out, also where they are alike."),
          example="surgery modules demo:llama '**.mlp.*'")
 def modules(output: Output, model: str, pattern: str | None, every: bool) -> None:
-    """Show the modules of a model as a tree, with kinds and shapes, or those that PATTERN matches."""
+    """Show a model as a tree of modules.
+
+    With the kind and shape of every weight that a spec can take; PATTERN narrows it.
+    """
     from surgery.cli.modules import chosen, entries, tree
 
     skeleton = _skeleton(output, model)

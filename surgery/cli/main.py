@@ -31,7 +31,7 @@ class Surgery(click.Group):
         except SurgeryError as error:
             output.diagnostics(error.diagnostics)
             output.data()
-            status = 2 if all(map(_is_outside, _errors(error))) else 1
+            status = 2 if _errors(error) and all(map(_is_outside, _errors(error))) else 1
         except KeyboardInterrupt:
             output.note("interrupted")
             status = 130
@@ -62,6 +62,7 @@ def _failed(output: Output, message: str) -> int:
     if output.debug:
         traceback.print_exc()
     click.echo(message, err=True)
+    output.data(error=message)
     return 2
 
 

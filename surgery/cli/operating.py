@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -21,16 +22,20 @@ _dtype = click.option("--dtype", type=_DTYPES, help="Load the model in this dtyp
 _force = click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
 
 
-def _free(out: str, force: bool) -> None:
+def _free(out: str, force: bool, merged: bool) -> None:
     """Refuse an output folder that is not ours to take, before any work. Raises: SurgeryError (bad-output)."""
+    from surgery.folders import refuse_foreign
+    from surgery.saved import FILES
+    from surgery.store import of_a_model
+
     folder = Path(out)
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() and not force:
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_empty and not force:
         raise fail("bad-output", f"{out} exists already", helps=("--force replaces it",))
+    refuse_foreign(folder, of_a_model if merged else FILES.__contains__)
     above = next(p for p in folder.absolute().parents if p.exists())
-    if not above.is_dir():
-        raise fail("bad-output", f"cannot write {out}: {above} is a file")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise fail("bad-output", f"cannot write {out}: {above} is {'not writable' if above.is_dir() else 'a file'}")
 
 
 def _load(output: Output, model: str, dtype: str | None) -> Any:
@@ -51,13 +56,16 @@ def _load(output: Output, model: str, dtype: str | None) -> Any:
          example="surgery apply sora demo:llama -o out --set rank=8")
 def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[str, ...], targets: tuple[str, ...],
           merge: bool, seed: int, dtype: str | None, force: bool, strict: bool) -> None:
-    """Operate on a model as a spec says, check that it starts unchanged, and save the fresh adapter."""
+    """Operate on a model and save the adapter.
+
+    The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged.
+    """
     from surgery.cli.trial_run import Compared
 
     if merge and not out:
         raise click.UsageError("--merge needs -o DIR.")
     if out:
-        _free(out, force)
+        _free(out, force, merge)
     asked = opened(spec, sets, targets)
     loaded = _load(output, model, dtype)
     with Compared(output, loaded, asked) as compared:
@@ -88,7 +96,8 @@ def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool) 
             save_merged(surgeon, out, preprocessors(model))
         else:
             surgeon.save(out, base_model=model)
-    following = f"surgery modules {shlex.quote(out)}" if merged else f"surgery merge {shlex.quote(out)} -o {shlex.quote(out)}-merged"
+    saved, beside = shlex.quote(out), shlex.quote(f"{Path(out)}-merged")
+    following = f"surgery modules {saved}" if merged else f"surgery merge {saved} -o {beside}"
     output.say(f"saved     {out}\nnext      {following}")
 
 
@@ -99,12 +108,15 @@ def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool) 
          click.option("-o", "--out", metavar="OUT", required=True, help="Save the merged model here."), _dtype, _force,
          example="surgery merge out -o out-merged")
 def merge(output: Output, folder: str, model: str | None, out: str, dtype: str | None, force: bool) -> None:
-    """Put the adapter saved in DIR into its model (or MODEL), and save that as a plain model."""
+    """Save a model with an adapter merged in.
+
+    DIR holds the saved adapter; MODEL is its base model unless you name another.
+    """
     from surgery.cli.models import preprocessors
     from surgery.saved import Saved
     from surgery.store import attach, save_merged
 
-    _free(out, force)
+    _free(out, force, merged=True)
     base = model or Saved(Path(folder)).meta.get("base_model")
     if not base:
         raise fail("unknown-model", f"{folder} does not say which model it is for", helps=("name the model after the folder",))

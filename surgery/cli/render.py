@@ -43,6 +43,7 @@ class Output:
     color: str = "auto"
     debug: bool = False
     shown: list[Diagnostic] = field(default_factory=list)
+    answered: bool = False
 
     # ------------------------------------------------------------------------------------------------ streams
 
@@ -95,8 +96,9 @@ class Output:
             self.shown.append(diagnostic)
 
     def data(self, **fields: Any) -> None:
-        """The result for programs: the one JSON object of the run."""
-        if self.as_json:
+        """The result for programs: the one JSON object of the run, the first that is given."""
+        if self.as_json and not self.answered:
+            self.answered = True
             found = [d.to_json() for d in self.shown]
             print(json.dumps({"format_version": FORMAT, **fields, "diagnostics": found}, indent=2, ensure_ascii=False))
 

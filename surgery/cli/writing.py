@@ -28,16 +28,22 @@ if TYPE_CHECKING:
          example="surgery check specs/sora.surg --model demo:llama --set rank=8")
 def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple[str, ...], strict: bool,
           explain: str | None) -> None:
-    """Check specs: syntax, names, types, shapes, claims, and that the model starts unchanged."""
+    """Check specs, without a model or with one.
+
+    Syntax, names, types, shapes, claims, and that the operated model starts as the base model.
+    """
     if explain:
         return _explain_code(output, explain)
     if not specs:
         raise click.UsageError("Missing argument 'SPEC...'.")
     skeleton = _skeleton(output, model) if model else None
-    results = {spec: _checked(output, spec, sets, strict, skeleton) for spec in specs}
-    output.data(specs=[{"spec": spec, "ok": ok} for spec, ok in results.items()])
-    if not all(results.values()):
-        raise click.exceptions.Exit(1)
+    results = {spec: _checked(output, spec, sets, skeleton) for spec in specs}
+    failed = [spec for spec, found in results.items() if found.errors or (strict and found.found)]
+    for spec, found in results.items():
+        output.say(f"{spec}: {_verdict(found, spec not in failed)}")
+    output.data(specs=[{"spec": spec, "ok": spec not in failed} for spec in results])
+    if failed:
+        raise SurgeryError(d for found in results.values() for d in found.found)
 
 
 def _skeleton(output: Output, model: str) -> Any:
@@ -47,18 +53,23 @@ def _skeleton(output: Output, model: str) -> Any:
         return skeleton(model)
 
 
-def _checked(output: Output, name: str, sets: tuple[str, ...], strict: bool, skeleton: Any) -> bool:
-    """Whether a spec passes; what is found is shown."""
-    spec = opened(name, sets)
+def _checked(output: Output, name: str, sets: tuple[str, ...], skeleton: Any) -> Collector:
+    """What is wrong with a spec; it is shown."""
+    from surgery.expr.elaborate import guard
+
     found = Collector()
-    found.add(*_findings(output, spec))
-    if skeleton is not None and not found.errors:
-        found.add(*_misfits(spec, skeleton))
+    with guard(found):
+        spec = opened(name, sets)
+        found.add(*_findings(output, spec))
+        if skeleton is not None and not found.errors:
+            found.add(*_misfits(spec, skeleton))
     output.diagnostics(found.found)
-    ok = not found.errors and not (strict and found.found)
+    return found
+
+
+def _verdict(found: Collector, ok: bool) -> str:
     counts = [counted(len(part), noun) for part, noun in ((found.errors, "error"), (found.warnings, "warning")) if part]
-    output.say(f"{name}: {', '.join([*(['ok'] if ok else []), *counts])}")
-    return ok
+    return ", ".join([*(["ok"] if ok else []), *counts])
 
 
 def _findings(output: Output, spec: Spec) -> list[Diagnostic]:
@@ -92,7 +103,10 @@ def _explain_code(output: Output, code: str) -> None:
          click.option("--diff", is_flag=True, help="Change nothing; show what would change."),
          example="surgery fmt specs/*.surg --check")
 def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) -> None:
-    """Format specs in place (`-`: from stdin to stdout). A file with a syntax error is left alone."""
+    """Format specs in place.
+
+    A FILE `-` is read from stdin and written to stdout. A file with a syntax error is left alone.
+    """
     report, changed = Collector(), []
     for name in files:
         try:
@@ -182,7 +196,7 @@ def specs(output: Output) -> None:
                       "as Python, or the compiler's expressions."),
          example="surgery show sora --set rank=8")
 def show(output: Output, spec: str, sets: tuple[str, ...], emit: str) -> None:
-    """Show what a spec says: its formula, or the spec itself in another form."""
+    """Show the formula of a spec, or another form."""
     from surgery.spec import inlined
 
     resolved = inlined(opened(spec, sets))

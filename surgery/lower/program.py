@@ -48,9 +48,6 @@ class Program:
         """What a training step costs."""
         return step_cost(self.outputs, self.fixed, tokens)
 
-    def __reduce__(self) -> tuple:
-        return _loaded, (self.source, self.outputs, self.fixed)
-
     @property
     def reads_weight(self) -> bool:
         """Whether the code reads the frozen weight itself at every step."""
