@@ -43,8 +43,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, Fraction, Dim)) and not isinstance(value, bool)
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, float) and 0 < value < 1
+def _is_mask(value: object) -> bool:
+    """The share that is dropped, and the step whose mask it is."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], float) and 0 < value[0] < 1 and isinstance(
+        value[1], str)
 
 
 def _leaf(says: str, holds: Callable[[Expr], bool]) -> tuple[Law, ...]:
@@ -72,20 +74,20 @@ LEAVES: Laws = {
     "const": _leaf("one number", lambda n: not n.shape and _is_number(n.data)),
     "eye": _leaf("square, and no data", lambda n: len(n.shape) >= 2 and n.shape[-1] == n.shape[-2] and n.data is None),
 }
-DROP: Laws = {"drop": _on(1, "a share between 0 and 1, and its argument's shape, a matrix's",
-                          lambda n: _is_share(n.data) and n.shape == n.args[0].shape and len(n.shape) == 2)}
+DROP: Laws = {"drop": _on(1, "a share between 0 and 1 with its step, and its argument's shape, a matrix's",
+                          lambda n: _is_mask(n.data) and n.shape == n.args[0].shape and len(n.shape) == 2)}
 FILL: Laws = {"fill": _leaf("a float in a shape", lambda n: isinstance(n.data, float) and bool(n.shape))}
 PUBLIC: Laws = {name: _primitive(name) for name, row in PRIMITIVES.items() if row.public}
 CORES: Laws = {name: _primitive(name) for name, row in PRIMITIVES.items() if not row.public}
 ACTIVATIONS: Laws = {
     "x": _leaf("[tokens, features]", lambda n: len(n.shape) == 2 and n.data is None),
     "frozen": _on(1, "rows through the layer, biased or not",
-                  lambda n: n.shape[:-1] == _rows(n) and len(n.shape) == 2 and n.data in (None, "biased")),
+                  lambda n: n.shape[:-1] == _rows(n) and n.data in (None, "biased")),
     "frozen_back": _on(1, "rows back through the layer", lambda n: n.shape[:-1] == _rows(n) and n.data is None),
     "run": _on(2, "an input through the layer with a matrix in the weight's place",
                lambda n: n.shape == _rows(n) + n.args[1].shape[:1] and n.args[0].shape[-1] == n.args[1].shape[-1]),
-    "dropout": _on(1, "a share between 0 and 1, and its argument's shape",
-                   lambda n: _is_share(n.data) and n.shape == n.args[0].shape),
+    "dropout": _on(1, "a share between 0 and 1 with its step, and its argument's shape",
+                   lambda n: _is_mask(n.data) and n.shape == n.args[0].shape),
     "split": _on(1, "the last axis as two", lambda n: n.shape == _rows(n) + n.data
                  and n.args[0].shape[-1] == n.data[0] * n.data[1]),
     "join": _on(1, "the last two axes as one", lambda n: n.shape[:-1] == _rows(n)[:-1]

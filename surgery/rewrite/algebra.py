@@ -12,7 +12,7 @@ from collections.abc import Callable
 from surgery.expr.ir import Expr
 from surgery.expr.primitives import make
 from surgery.rewrite.engine import Rule, rewrite, table
-from surgery.rewrite.structure import is_orthogonal, is_skew
+from surgery.rewrite.structure import is_orthogonal, is_skew, transposed
 from surgery.rewrite.terms import constant, eye, fill, is_zero, scaled, summands, times, total, value_of
 
 _NUMBER: dict[str, Callable[..., float]] = {
@@ -62,18 +62,13 @@ def _collect(node: Expr) -> Expr | None:
     return total([times(w, x) for x, w in weights.items() if w], node.shape)
 
 
-def _mul_number(node: Expr) -> Expr | None:
+def _mul_number(node: Expr) -> Expr:
     a, b = node.args
-    if not b.shape and a.shape or (value_of(b) is not None and value_of(a) is None):
-        a, b = b, a
     if is_zero(a) or is_zero(b):
         return fill(0, node.shape)
-    if a.op == "fill" and a.shape == b.shape:
-        return times(a.data, b)
-    if value_of(a) is None or b.shape != node.shape:
-        return make("mul", a, b) if (a, b) != node.args else None
-    better = times(value_of(a), b)
-    return None if better is node else better
+    if (a.shape and not b.shape) or (a.shape == b.shape and value_of(a) is None and value_of(b) is not None):
+        a, b = b, a
+    return make("mul", a, b) if value_of(a) is None else times(value_of(a), b)
 
 
 def _product_of_identity(node: Expr) -> Expr | None:
@@ -99,8 +94,7 @@ def _scalar_out_of_product(node: Expr) -> Expr | None:
 
 def _orthogonal_pair(node: Expr) -> Expr | None:
     a, b = node.args
-    mirrored = a.op == "T" and a.args[0] is b or b.op == "T" and b.args[0] is a
-    return eye(node.shape) if mirrored and is_orthogonal(a) and is_orthogonal(b) else None
+    return eye(node.shape) if is_orthogonal(a) and transposed(a) is b else None
 
 
 def _joined(inner: str, op: str) -> Callable[[Expr], Expr | None]:
@@ -188,9 +182,9 @@ RULES = (
     Rule("-x = -1 x", "neg", lambda n: times(-1, n.args[0]), "-A"),
     Rule("x - y = x + -1 y", "sub", lambda n: make("add", n.args[0], times(-1, n.args[1])), "A - B"),
     *(Rule("numbers are computed", op, _fold, example) for op, example in {
-        "add": "2 + norm(A) * 0", "mul": "2 * (norm(A) * 0)", "div": "(norm(A) * 0) / 3", "min": "min(2, norm(A) * 0)",
-        "max": "max(2, norm(A) * 0)", "exp": "exp(norm(A) * 0)", "sqrt": "sqrt(norm(A) * 0)", "abs": "abs(norm(A) * 0)",
-        "tanh": "tanh(norm(A) * 0)", "sigmoid": "sigmoid(norm(A) * 0)", "detach": "detach(norm(A) * 0)"}.items()),
+        "add": "2 + 0 * g", "mul": "2 * (3 + 0 * g)", "div": "(3 + 0 * g) / 4", "min": "min(2, 3 + 0 * g)",
+        "max": "max(2, 3 + 0 * g)", "exp": "exp(3 + 0 * g)", "sqrt": "sqrt(3 + 0 * g)", "abs": "abs(-3 + 0 * g)",
+        "tanh": "tanh(3 + 0 * g)", "sigmoid": "sigmoid(3 + 0 * g)", "detach": "detach(3 + 0 * g)"}.items()),
     Rule("x / c = 1/c x", "div", _div_by_number, "A / 3"),
     Rule("x + 0 = x", "add", _add_zero, "A + 0 * B"),
     Rule("x + c = x + c 1", "add", _spread_scalar, "A + norm(B)"),
@@ -215,7 +209,7 @@ RULES = (
     Rule("f(block_diag(s)) = block_diag(f(s))", "skew", _through_blocks, "skew(block_diag(S))"),
     Rule("skew(x) = 0 for a symmetric constant", "skew", _skew_of_zero, "skew(0 * A)"),
     Rule("cayley(0) = I", "cayley", _of_value(0, lambda n: eye(n.shape)), "cayley(0 * A)"),
-    Rule("nothing dropped of 0", "drop", _of_value(0, lambda n: n.args[0]), ""),
+    Rule("nothing dropped of 0", "drop", _of_value(0, lambda n: n.args[0]), "N"),
     Rule("e^0 = I", "expm", _of_value(0, lambda n: eye(n.shape)), "expm(0 * A)"),
 )
 ALGEBRA = table(*RULES)

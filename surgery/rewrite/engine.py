@@ -16,7 +16,7 @@ from surgery.expr.ir import Expr
 class Rule:
     """One identity: what it `states`, the operation at its left side's root, and the `change` that applies it.
 
-    `example` is an expression of the language that it must fire on (A, B, ... matrices; d, e vectors; see the tests).
+    `example` is an expression of the language that it must fire on, over the operands of tests/operands.py.
     """
 
     states: str

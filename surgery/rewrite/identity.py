@@ -7,9 +7,12 @@ from surgery.rewrite.algebra import RULES
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.terms import fill, value_of
 
-_SAME = Rule("x / x = 1 where x is not 0", "div", lambda n: fill(1, n.shape) if n.args[0] is n.args[1] else None, "")
-_DETACH = Rule("detach(x) = x, in value", "detach", lambda n: n.args[0], "")
-_STRICT, _GENERIC = table(*RULES, _DETACH), table(*RULES, _DETACH, _SAME)
+_DETACH = Rule("detach(x) = x, in value", "detach", lambda n: n.args[0], "detach(A)")
+_SAME = Rule("x / x = 1 where x is not 0", "div", lambda n: fill(1, n.shape) if n.args[0] is n.args[1] else None,
+             "row_norm(A) / row_norm(A)")
+# Rows that say nothing of gradients, which a start does not need.
+IN_VALUE = (_DETACH, _SAME)
+_STRICT, _GENERIC = table(*RULES, _DETACH), table(*RULES, *IN_VALUE)
 
 
 def starts_as_weight(formula: Formula, generic: bool = True) -> bool:

@@ -1,0 +1,76 @@
+"""Operands with sizes, for stating an identity in the language: `skew(A).T`, `P @ Q.T`.
+
+A, B are square, F is wide and G tall; P, Q, p, q are thin; d, e vectors; S, Z stacks of square blocks, H one of oblong
+blocks; K, L, M small matrices; g, h scalars; W is the frozen weight (square here), V one that is not; N is nothing, seen through
+dropout. `expression` reads a text over them; `every_call` calls each primitive on all that its shape rule takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from surgery.expr.evaluate import dense
+from surgery.expr.ir import Expr
+from surgery.expr.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, eye, make
+from surgery.expr.values import evaluate
+from surgery.rewrite.terms import fill
+from surgery.syntax.parser import parse_expression
+
+n = 12
+SHAPES = {
+    "A": (n, n), "B": (n, n), "F": (n, 8), "G": (8, n), "P": (n, 2), "Q": (n, 2), "p": (n, 1), "q": (n, 1), "d": (n,), "e": (n,),
+    "S": (4, 3, 3), "Z": (4, 3, 3), "H": (4, 3, 2), "K": (3, 3), "L": (4, 4), "M": (3, 2), "g": (), "h": (),
+}
+OPERANDS = {name: Expr("param", (), f"own.{name}", shape) for name, shape in SHAPES.items()}
+NAMES = {**OPERANDS, "n": n, "W": Expr("weight", (), None, (n, n)),
+         "N": Expr("drop", (fill(0, (n, n)),), (0.5, "add_own"), (n, n))}
+
+
+def expression(text: str) -> Expr:
+    """What a text says of the operands."""
+    return evaluate(parse_expression(text), NAMES)
+
+
+@lru_cache
+def every_call() -> tuple[Expr, ...]:
+    """Each primitive that a spec can use, on every choice of shapes that it takes."""
+    spec_can = {name for name, row in PRIMITIVES.items() if row.public}
+    assert spec_can == FUNCTIONS - {"I"} | set(OPERATORS.values()) | {"neg", "T"}
+    return tuple(call for name in sorted(spec_can) for call in _calls(name))
+
+
+def _calls(name: str) -> Iterator[Expr]:
+    """One of each shape in the first place, and another in the next ones."""
+    first, other = ([NAMES[each] for each in names] + [eye(n)] for names in ("AFGPdSHKLMg", "BFGQeZHKLMhW"))
+    for chosen in product(*[first, other, other][:PRIMITIVES[name].arity]):
+        try:
+            yield make(name, *chosen)
+        except ShapeError:
+            continue
+
+
+def tensors(seed: int, alike: bool = False) -> dict[str, Tensor]:
+    """Random values for all operands, positive ones for an odd seed; if `alike`, Q is P (and so on), and some are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"weight": (n, n), **{leaf.data: leaf.shape for leaf in OPERANDS.values()}}
+    values = {key: torch.randn(shape, generator=generator, dtype=torch.float64) for key, shape in shapes.items()}
+    values = {key: value.abs() if seed % 2 else value for key, value in values.items()}
+    if alike:
+        values |= {f"own.{b}": values[f"own.{a}"].clone() for a, b in ("AB", "PQ", "pq", "de", "SZ", "gh")}
+        values["own.p"][:3], values["own.d"][:3], values["own.A"][0] = 0, 0, 0
+    return {key: value.requires_grad_() for key, value in values.items()}
+
+
+def value_and_gradients(expr: Expr, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The dense value of an expression, and its gradients (in a fixed random direction) in all the leaves."""
+    value = dense(expr, leaves)
+    direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    scalar = (value * direction).sum()
+    found = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True) if scalar.requires_grad else [None] * len(leaves)
+    gradients = {key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(leaves.items(), found)}
+    return {"the value": value.detach(), **{f"the gradient of {key}": g for key, g in gradients.items()}}

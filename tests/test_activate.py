@@ -1,0 +1,156 @@
+"""How a weight acts on activations: apply(E, x) is x Eᵀ and matrix(E) is E, for every kind of E that the tables know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from operands import NAMES, every_call, expression, n, tensors
+from surgery.expr.evaluate import dense
+from surgery.expr.ir import Expr, walk
+from surgery.expr.primitives import PRIMITIVES, make
+from surgery.expr.verify import CHEAPEST, LOWERED, MATERIALISED, verify
+from surgery.lower import activate
+from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, split_dropout, turned, without_dropout
+from surgery.rewrite.algebra import RULES
+from surgery.rewrite.cheap import CHEAP, cheapest
+from surgery.rewrite.structure import factors, is_orthogonal, is_skew, low_rank_turn
+from surgery.rewrite.terms import total
+
+EXACT = 1e-10
+
+# What the operations of activations mean for a linear layer in evaluation, naively.
+MEANING = {
+    "x": lambda node, leaves: leaves["x"],
+    "param": lambda node, leaves: leaves[node.data],
+    "weight": lambda node, leaves: leaves["weight"],
+    "const": lambda node, leaves: torch.tensor(float(node.data), dtype=torch.float64),
+    "fill": lambda node, leaves: torch.full(node.shape, node.data, dtype=torch.float64),
+    "eye": lambda node, leaves: torch.eye(node.shape[-1], dtype=torch.float64).expand(node.shape),
+    "frozen": lambda node, leaves, a: a @ leaves["weight"].mT,
+    "frozen_back": lambda node, leaves, a: a @ leaves["weight"],
+    "run": lambda node, leaves, a, m: a @ m.mT,
+    "dropout": lambda node, leaves, a: a,
+    "drop": lambda node, leaves, a: a,
+    "split": lambda node, leaves, a: a.unflatten(-1, node.data),
+    "join": lambda node, leaves, a: a.flatten(-2),
+}
+
+
+def value(expr: Expr, leaves: dict[str, Tensor]) -> Tensor:
+    """The value of a lowered expression."""
+    values: dict[Expr, Tensor] = {}
+    for node in walk(expr):
+        args = [values[a] for a in node.args]
+        values[node] = MEANING[node.op](node, leaves, *args) if node.op in MEANING else PRIMITIVES[node.op].dense(*args)
+    return values[expr]
+
+
+# ---------------------------------------------------------------------------------------------------- matrices
+
+MIXED = (
+    "cayley(P @ Q.T - Q @ P.T) @ (diag(d) @ W + p @ q.T)", "reflect(P) @ reflect(Q).T @ (W + P @ Q.T) @ diag(d)",
+    "W @ block_diag(cayley(skew(S)))", "kron(K, L) @ W @ kron(L, K)", "kron(K @ K, I(4)) + kron(I(4), M @ M.T)",
+    "P @ Q.T @ P @ Q.T", "P @ (Q.T @ W)", "(W @ P) @ Q.T", "(g * W).T @ (h * diag(d))", "W * (P @ Q.T)",
+    "(P @ Q.T) * (p @ q.T) + W", "W - P @ (P.T @ W)", "block_diag(S) @ block_diag(Z) @ W", "A @ W + W @ B", "W @ A @ P @ Q.T",
+    "diag(d / row_norm(W + P @ Q.T)) @ (W + P @ Q.T)", "block_diag(H) @ F.T", "kron(M, L) @ F.T", "(g / h) * I(n) @ W + 0.5",
+    "F @ G + W", "tanh(P @ Q.T) + F @ G", "diag(A @ d) @ W", "(W + g * N) @ A", "A @ (N + g * N + W)", "W - N", "cayley(W - W.T)",
+)
+
+
+@lru_cache
+def matrices() -> tuple[Expr, ...]:
+    """Every matrix that one primitive makes, alone and beside the frozen weight; the rules' examples; mixed ones."""
+    texts = (*MIXED, *(rule.example for rule in (*RULES, *CHEAP)))
+    found = dict.fromkeys(each for e in (*map(expression, texts), *every_call()) for each in _with_weight(e))
+    return tuple(dict.fromkeys(map(cheapest, found)))
+
+
+def _with_weight(e: Expr) -> Iterator[Expr]:
+    yield from (e, _dropped(e)) if len(e.shape) == 2 else ()
+    if e.shape == (n, n):
+        weight = NAMES["W"]
+        yield from (make("matmul", e, weight), make("matmul", weight, e), make("add", weight, _dropped(e)),
+                    make("matmul", make("add", e, weight), _dropped(e)))
+
+
+def _dropped(e: Expr) -> Expr:
+    return Expr("drop", (e,), (0.5, "add_own"), e.shape)
+
+
+def compare(result: Expr, e: Expr, a: Tensor, wanted: Tensor) -> None:
+    """A lowered expression against its dense value, where that is finite."""
+    found = value(result, {**LEAVES, "x": a})
+    assert found.shape == wanted.shape, f"{result} for {e}"
+    if wanted.isfinite().all():
+        error = (found - wanted).norm() / (1 + wanted.norm())
+        assert error <= EXACT, f"{result} for {e} is off by {error:.1e}"
+
+
+LEAVES = tensors(1)  # positive ones, so that a square root is finite
+
+
+def activations(e: Expr) -> tuple[Expr, Tensor]:
+    """The input leaf of a matrix, and rows for it."""
+    return Expr("x", (), None, (TOKENS, e.shape[1])), torch.randn(5, e.shape[1], dtype=torch.float64)
+
+
+@torch.no_grad()
+def test_a_matrix_acts_on_activations():
+    for e in matrices():
+        x, a = activations(e)
+        y = apply(e, x)
+        compare(verify(y, LOWERED), e, a, a @ dense(e, LEAVES).mT)
+
+
+@torch.no_grad()
+def test_a_matrix_acts_on_inputs_of_every_kind():
+    """Where the layer alone knows how to read its input; each part that is seen through dropout by itself."""
+    for e in matrices():
+        x, a = activations(e)
+        y = enter_in_parts(e, x)
+        compare(verify(y, LOWERED), e, a, a @ dense(e, LEAVES).mT)
+
+
+@torch.no_grad()
+def test_a_matrix_is_built():
+    for e in matrices():
+        compare(verify(matrix(e), MATERIALISED), e, torch.empty(0), dense(e, LEAVES))
+        compare(verify(turned(e), CHEAPEST), e, torch.empty(0), dense(e, LEAVES).mT)
+
+
+@torch.no_grad()
+def test_dropout_parts_add_up():
+    for e in matrices():
+        kept, dropped = split_dropout(e)
+        parts = [*([] if kept is None else [kept]), *dropped]
+        compare(total(parts, e.shape), e, torch.empty(0), dense(e, LEAVES))
+        assert kept is None or not any(node.op == "drop" for node in walk(kept))
+
+
+def test_every_row_was_tried():
+    assert set(activate._APPLY) <= {e.op for e in matrices()}
+
+
+# --------------------------------------------------------------------------------------------------- structure
+
+
+@torch.no_grad()
+def test_what_is_said_of_a_matrix_is_so():
+    """Skew, orthogonal, low-rank, the identity plus low-rank: of any that the tables say it of."""
+    said = dict.fromkeys(("skew", "orthogonal", "low-rank", "turn"), 0)
+    one = torch.eye(n, dtype=torch.float64)
+    for e in (e for e in matrices() if e.shape == (n, n)):
+        whole, (u, v) = dense(without_dropout(e), LEAVES), factors(e) or low_rank_turn(e) or (None, None)
+        for word, holds, off in (
+            ("skew", is_skew(e), lambda: whole + whole.mT), ("orthogonal", is_orthogonal(e), lambda: whole @ whole.mT - one),
+            ("low-rank", factors(e) is not None, lambda: dense(make("matmul", u, v), LEAVES) - whole),
+            ("turn", low_rank_turn(e) is not None, lambda: one + dense(make("matmul", u, v), LEAVES) - whole)):
+            if holds and whole.isfinite().all():
+                said[word] += 1
+                assert off().norm() <= EXACT * (1 + whole.norm()), f"{e} is not {word}"
+    assert min(said.values()) > 2, said

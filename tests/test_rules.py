@@ -1,0 +1,73 @@
+"""Every row of the rewriting tables against the dense meaning: it fires on its example, and what it gives is equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+from operands import every_call, expression, tensors, value_and_gradients
+from surgery.expr.ir import Expr
+from surgery.rewrite.algebra import RULES, simplify
+from surgery.rewrite.cheap import CHEAP, cheapest
+from surgery.rewrite.engine import Rule, rewrite, table
+from surgery.rewrite.identity import IN_VALUE
+
+EXACT = 1e-10
+NAMED = {"the normal form": RULES, "cheap forms": CHEAP, "in value": IN_VALUE}
+ROWS = [pytest.param(rule, id=f"{name}: {rule.op}: {rule.states}") for name, rows in NAMED.items() for rule in rows]
+Firing = tuple[Rule, Expr, Expr]
+
+
+def firings(expr: Expr, rules: Iterable[Rule]) -> list[Firing]:
+    """Each change that a rule makes while an expression is rewritten: the rule, the node before and after."""
+    seen: list[Firing] = []
+
+    def watched(rule: Rule) -> Rule:
+        def change(node: Expr) -> Expr | None:
+            better = rule.change(node)
+            if better is not None and better is not node:
+                seen.append((rule, node, better))
+            return better
+
+        return replace(rule, change=change)
+
+    rewrite(expr, table(*map(watched, rules)))
+    return seen
+
+
+def agree(before: Expr, after: Expr, only_in_value: bool = False) -> bool:
+    """Equal shapes, values and gradients on random operands and on special ones, wherever they are finite (whether they
+    are somewhere)."""
+    assert after.shape == before.shape
+    points = [(leaves, value_and_gradients(before, leaves)) for leaves in (tensors(0), tensors(1), tensors(2, alike=True))]
+    finite = [(leaves, wanted) for leaves, wanted in points if all(value.isfinite().all() for value in wanted.values())]
+    for leaves, wanted in finite:
+        found = value_and_gradients(after, leaves)
+        for what in ["the value"] if only_in_value else wanted:
+            error = (found[what] - wanted[what]).norm() / (1 + wanted[what].norm())
+            assert error <= EXACT, f"{what} of {after} for {before} is off by {error:.1e}"
+    return bool(finite)
+
+
+@pytest.mark.parametrize("rule", ROWS)
+def test_a_rule_holds_on_its_example(rule):
+    in_value = rule in IN_VALUE
+    rows = (*RULES, *IN_VALUE) if in_value else (*RULES, *CHEAP) if rule in CHEAP else RULES
+    fired = [(before, after) for r, before, after in firings(expression(rule.example), rows) if (r.op, r.states) == (rule.op, rule.states)]
+    assert fired, f"`{rule.example}` is no example of {rule.states}"
+    for before, after in fired:
+        assert before.op == rule.op
+        assert agree(before, after, in_value)
+
+
+@pytest.mark.parametrize("form", [simplify, cheapest])
+def test_examples_keep_their_meaning_as_a_whole(form):
+    for rule in (*RULES, *CHEAP):
+        assert agree(expression(rule.example), form(expression(rule.example)))
+
+
+@pytest.mark.parametrize("form", [simplify, cheapest])
+def test_every_primitive_keeps_its_meaning_on_all_that_it_takes(form):
+    compared = {call.op for call in every_call() if agree(call, form(call))}
+    assert compared == {call.op for call in every_call()}
