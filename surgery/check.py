@@ -1,4 +1,4 @@
-"""Checking a spec without a model: names, types and shapes from its text, its start, and its claims.
+"""Checking a spec without a model: names, types, shapes and patterns from its text, its start, and its claims.
 
 Takes a spec; gives diagnostics. Promises: no torch while the text suffices; where it does not (a claim, a start that
 algebra cannot prove), `trial` tries it in numbers.
@@ -14,8 +14,10 @@ from typing import Any
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
-from surgery.expr.lint import lint, names_in, nodes, spec_values
+from surgery.expr.lint import lint, spec_values
+from surgery.expr.values import names_in, nodes
 from surgery.rewrite.identity import starts_as_weight
+from surgery.selectors import selector_faults
 from surgery.spec import Library, library
 from surgery.syntax.expression import Argument, Call, Number, as_expression
 from surgery.syntax.tree import Definition, Parameter, Spec, Step, Target
@@ -46,7 +48,7 @@ def check(spec: Spec) -> list[Diagnostic]:
         return list(error.diagnostics)
     report = Collector()
     values = spec_values(spec, report)
-    report.add(*lint(spec, scope))
+    report.add(*lint(spec, scope), *selector_faults(spec, scope.selects))
     if not report.errors:
         report.add(*_tried(spec, scope, values))
     return report.found
@@ -89,7 +91,7 @@ def _argument(parameter: Parameter) -> Argument:
 def _trials(target: Target, scope: Library, values: Mapping[str, Any], report: Collector) -> Iterator[Trial]:
     """The target at the first wide, tall and square sizes that fit, at each end of the model if it asks where it stands."""
     sizes = _sizes(_numbers(target, scope, values))
-    for place in _PLACES if names_in(target) & {"layer", "depth"} else ({},):
+    for place in _PLACES if names_in(target).keys() & {"layer", "depth"} else ({},):
         context, faults = Context(scope, {**values, **place}), Collector()
         found = [_first(target, context, sides, faults) for sides in sizes]
         yield from filter(None, found)

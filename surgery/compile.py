@@ -8,8 +8,8 @@ the spec against this model is reported in one error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -17,13 +17,15 @@ from typing import Any
 
 import torch.nn as nn
 
+from surgery.dead import listed
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula, Leaf
-from surgery.expr.lint import lint, names_in, spec_values
+from surgery.expr.lint import lint, spec_values
+from surgery.expr.values import names_in
 from surgery.select import Selection, select
 from surgery.sites import Site
-from surgery.spec import library, load
+from surgery.spec import Library, library, load
 from surgery.syntax.tree import Spec, Target
 
 
@@ -90,8 +92,9 @@ def compile(model: nn.Module, spec: Spec | str | Path, strict: bool = False) -> 
     report.raise_errors()
     selection = select(model, spec, scope.selects)
     report.add(*selection.warnings)
-    formulas = _Formulas(spec, scope, values, report)
+    formulas = _Formulas(scope, values)
     placed = [(site, target, formulas.of(site, index, target)) for site, index, target in selection.targets.values()]
+    report.add(*formulas.faults())
     report.raise_errors(strict)
     total = sum(p.numel() for p in model.parameters())
     return Plan(spec, tuple(Placed(*row) for row in placed), selection, tuple(report.warnings), total)
@@ -100,28 +103,29 @@ def compile(model: nn.Module, spec: Spec | str | Path, strict: bool = False) -> 
 class _Formulas:
     """Elaborates each target once per distinct shape (and position, where the target asks for it)."""
 
-    def __init__(self, spec: Spec, scope: Any, values: Mapping[str, Any], report: Collector):
-        self.scope, self.values, self.report = scope, values, report
-        self.known: dict[tuple, Formula | None] = {}
+    def __init__(self, scope: Library, values: Mapping[str, Any]):
+        self.scope, self.values = scope, values
+        self.known: dict[tuple, tuple[Formula | None, list[Diagnostic]]] = {}
+        self.faulty: dict[Diagnostic, list[Site]] = {}
 
     def of(self, site: Site, index: int, target: Target) -> Formula | None:
-        place = {"layer": site.layer, "depth": site.depth} if names_in(target) & {"layer", "depth"} else {}
+        place = {"layer": site.layer, "depth": site.depth} if names_in(target).keys() & {"layer", "depth"} else {}
         key = (index, site.out, site.in_, *place.values())
         if key not in self.known:
             self.known[key] = self._elaborate(site, index, target, place)
-        return self.known[key]
-
-    def _elaborate(self, site: Site, index: int, target: Target, place: dict[str, Any]) -> Formula | None:
-        local = Collector()
-        known = {name: value for name, value in place.items() if value is not None}
-        context = Context(self.scope, {**self.values, **known}, str(index))
-        formula = elaborate(target, context, site.out, site.in_, local)
-        where = f"for {site.name} [{site.out}, {site.in_}]"
-        self.report.add(*(_noted(d, where) for d in local.found))
+        formula, faults = self.known[key]
+        for fault in faults:
+            self.faulty.setdefault(fault, []).append(site)
         return formula
 
+    def _elaborate(self, site: Site, index: int, target: Target,
+                   place: dict[str, Any]) -> tuple[Formula | None, list[Diagnostic]]:
+        report = Collector()
+        known = {name: value for name, value in place.items() if value is not None}
+        context = Context(self.scope, {**self.values, **known}, str(index))
+        return elaborate(target, context, site.out, site.in_, report), report.found
 
-def _noted(diagnostic: Diagnostic, note: str) -> Diagnostic:
-    from dataclasses import replace
-
-    return replace(diagnostic, notes=(*diagnostic.notes, note))
+    def faults(self) -> Iterator[Diagnostic]:
+        """What is wrong, each with the modules that it is wrong for."""
+        for fault, sites in self.faulty.items():
+            yield replace(fault, notes=(*fault.notes, f"for {listed(f'{s.name} [{s.out}, {s.in_}]' for s in sites)}"))

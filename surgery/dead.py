@@ -15,7 +15,8 @@ from torch import nn
 from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean
 from surgery.near import Population
 from surgery.patterns import Alternative, Glob
-from surgery.reach import Catalogue, Matcher, Reach, fits
+from surgery.reach import Catalogue, Reach, fits
+from surgery.selectors import Matcher
 from surgery.sites import Refused
 from surgery.syntax.tree import Target
 

@@ -92,7 +92,7 @@ def demo_inputs(model: PreTrainedModel | str, seed: int = 0) -> dict[str, Tensor
 def _demo(name: str) -> Demo:
     if name in DEMOS:
         return DEMOS[name]
-    near = did_you_mean(name, DEMOS)
+    near = did_you_mean(f"demo:{name}", [f"demo:{known}" for known in DEMOS])
     raise fail("unknown-model", f"no demo is called `{name}`", notes=(f"the demos are {', '.join(DEMOS)}",),
                helps=(near,) if near else ())
 

@@ -24,7 +24,7 @@ CODES: dict[str, str] = {
     "unknown-spec": "the name is neither a file nor a spec that ships",
     "missing-argument": "a call leaves out an argument that has no default",
     "wrong-type": "a value has another type than its parameter or operator asks for",
-    "wrong-kind": "a transform stands where an update must, or an update where a transform must",
+    "wrong-kind": "a transform stands where an update must, or the other way round, or takes the bias on the input side",
     "shape-mismatch": "two shapes that must agree do not",
     "not-divisible": "a dimension is divided by something that does not divide it",
     "check-failed": "a `check` of the spec or of a definition is not met by the values given",
@@ -43,7 +43,7 @@ CODES: dict[str, str] = {
     "untested": "a target fits none of the sizes that `check` tries, so its start and its claims were not tested",
     "unknown-claim": "a claim after `:` is not one that can be tested",
     "unused": "a parameter, `let` or definition parameter is never used",
-    "reserved-name": "a name is reserved by the language or by torch.nn.Module",
+    "reserved-name": "a word of the language stands where a name must",
     "bad-set": "a `--set` is not of the form name=value",
     "unknown-model": "the model is neither a folder, a hub id that can be loaded, nor a demo",
     "bad-adapter": "a saved adapter is incomplete or does not fit the model",
@@ -95,6 +95,9 @@ class Span:
     def __str__(self) -> str:
         return f"{self.source.name}:{self.line}:{self.column}"
 
+    def to_json(self) -> dict[str, str | int]:
+        return {"file": self.source.name, "line": self.line, "column": self.column}
+
 
 @dataclass(frozen=True)
 class Diagnostic:
@@ -121,11 +124,9 @@ class Diagnostic:
         return "\n".join(parts)
 
     def to_json(self) -> dict:
-        place = {}
-        if self.span:
-            place = {"file": self.span.source.name, "line": self.span.line, "column": self.span.column}
-        return {"severity": self.severity, "code": self.code, "message": self.message, **place,
-                "label": self.label, "notes": list(self.notes), "helps": list(self.helps)}
+        return {"severity": self.severity, "code": self.code, "message": self.message,
+                **(self.span.to_json() if self.span else {}), "label": self.label, "notes": list(self.notes),
+                "helps": list(self.helps), "related": [{**span.to_json(), "label": label} for span, label in self.related]}
 
 
 def _excerpt(span: Span, label: str) -> list[str]:

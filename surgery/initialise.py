@@ -6,16 +6,18 @@ parameter's name alone; nothing of the model is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn as nn
 
 from surgery.compile import Placed
-from surgery.diagnostics import Diagnostic, fail
+from surgery.dead import counted
+from surgery.diagnostics import Diagnostic
 from surgery.expr.draws import draw
 from surgery.expr.evaluate import dense
 from surgery.expr.ir import Leaf
+from surgery.syntax.tree import Target
 
 Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]
 IDENTITY_TOLERANCE = 1e-5
@@ -77,10 +79,14 @@ def departure(before: torch.Tensor, after: torch.Tensor) -> float:
     return relative if relative == relative else float("inf")
 
 
-def not_identity(placed: Placed, relative: float) -> Diagnostic:
-    """The diagnostic for a module whose weight starts elsewhere."""
-    how = "it is not a number: a row or a norm of the weight is zero" if relative == float("inf") else f"by {relative:.1e}"
-    return fail("not-identity", f"{placed.site.name} does not start as the base weight: W' differs from W {how}",
-                placed.target.span, notes=(f"allowed is {IDENTITY_TOLERANCE:.0e}, relative, in float32",),
-                helps=("start the parameters so that the transform is I and the update is 0",
-                       "or say `shifted` after the target's patterns")).diagnostics[0]
+def not_identity(target: Target, changes: Mapping[str, float]) -> list[Diagnostic]:
+    """The diagnostic for a target of which modules start elsewhere, by their names with the relative change of each."""
+    if not changes:
+        return []
+    worst = max(changes, key=changes.__getitem__)
+    how = f"by {changes[worst]:.1e}" if changes[worst] < float("inf") else "beyond all numbers: a row or a norm of W is zero"
+    more = f" (and of {counted(len(changes) - 1, 'other module')}, by less)" if len(changes) > 1 else ""
+    return [Diagnostic("not-identity", f"W' of {worst}{more} does not start as W: they differ {how}", target.span,
+                       notes=(f"allowed is {IDENTITY_TOLERANCE:.0e}, relative, in float32",),
+                       helps=("start the parameters so that the transform is I and the update is 0",
+                              "or say `shifted` after the target's patterns"))]

@@ -20,10 +20,12 @@ from surgery.initialise import IDENTITY_TOLERANCE, Shared, departure, frozen_lea
 from surgery.layer import SUFFIX, Adapter, install, uninstall
 from surgery.merge import merged
 from surgery.report import Report
-from surgery.syntax.tree import Spec
+from surgery.syntax.tree import Spec, Target
 
 
 _SAID = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
+_WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first", "base": "leave the block of disabled() first",
+             "removed": "apply the spec again, or attach what was saved"}
 
 
 def apply(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
@@ -89,14 +91,17 @@ class Surgeon:
         return self._mode == "merged"
 
     def check_identity(self) -> None:
-        """Raises: SurgeryError (not-identity) naming each module whose weight starts elsewhere, and by how much."""
+        """Raises: SurgeryError (not-identity) naming, for each target, modules whose weights start elsewhere, and by how much."""
         report = Collector()
-        for placed in self.plan.placed:
-            if not placed.target.shifted and not placed.site.weight.is_meta:
-                relative = _start_error(placed, self.adapters[placed.site.name])
-                if not relative <= _tolerance(self.adapters[placed.site.name]):
-                    report.add(not_identity(placed, relative))
+        for target in self.spec.targets:
+            report.add(*not_identity(target, self._departures(target)))
         report.raise_errors()
+
+    def _departures(self, target: Target) -> dict[str, float]:
+        """The modules of a target whose weight does not start as it was, each with the relative change."""
+        mine = [p for p in self.plan.placed if p.target is target and not target.shifted and not p.site.weight.is_meta]
+        found = {p.site.name: _start_error(p, self.adapters[p.site.name]) for p in mine}
+        return {name: change for name, change in found.items() if not change <= _tolerance(self.adapters[name])}
 
     def operate(self) -> Surgeon:
         """Put the adapters in; everything but them and what `train` names is frozen."""
@@ -199,7 +204,8 @@ class Surgeon:
 
     def _must_be(self, mode: str, what: str) -> None:
         if self._mode != mode:
-            raise fail("wrong-mode", f"this model is {_SAID[self._mode]}, and {what}() is for one that is {_SAID[mode]}")
+            raise fail("wrong-mode", f"this model is {_SAID[self._mode]}, and {what}() is for one that is {_SAID[mode]}",
+                       helps=(_WAY_BACK[self._mode],))
 
     def _enter(self, mode: str) -> None:
         """Switch the model to a mode: which tensors stand in place, and whether the adapters run."""

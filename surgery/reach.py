@@ -1,7 +1,7 @@
 """Reach: which sites each target's selectors take, and which of its patterns and alternatives do.
 
-Takes a model's survey and a target, gives a `Reach`. Promises: nothing is decided here between targets; a selector that
-is not defined and a pattern that is not well formed are reported, not raised.
+Takes a model's survey and a target, gives a `Reach`. Promises: nothing is decided here between targets; what is wrong with
+a selector is reported, not raised.
 """
 
 from __future__ import annotations
@@ -12,74 +12,12 @@ from functools import cached_property
 
 from torch import nn
 
-from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean
+from surgery.diagnostics import Collector, Span
 from surgery.near import Population
-from surgery.patterns import Alternative, Glob, compile_pattern, marked
+from surgery.patterns import marked
+from surgery.selectors import Hits, Matcher, matchers
 from surgery.sites import Refused, Site, Survey
-from surgery.syntax.tree import Pattern, Reference, Select, Target
-
-Hits = Mapping[object, tuple[Alternative, ...]]
-
-
-@dataclass(frozen=True, eq=False)
-class Matcher:
-    """A selector of a spec with its globs: one for a pattern, those of the `select` for a reference."""
-
-    selector: Pattern | Reference
-    globs: tuple[Glob, ...]
-    defined: Select | None = None
-
-    def __str__(self) -> str:
-        return f'pattern "{self.selector.text}"' if not self.portable else f"selector `{self.selector.name}`"
-
-    @property
-    def portable(self) -> bool:
-        """Whether its alternatives may be dead: those of a `select` are."""
-        return isinstance(self.selector, Reference)
-
-    def hits(self, marked_names: Mapping[object, tuple[str, ...]], items: Iterable[object]) -> Hits:
-        """The items that it takes, each with the alternatives that do."""
-        found = {i: tuple(a for g in self.globs for n in marked_names[i] for a in g.live(n)) for i in items}
-        return {i: live for i, live in found.items() if live}
-
-
-def matchers(selectors: Iterable[Pattern | Reference], selects: Mapping[str, Select], report: Collector) -> list[Matcher]:
-    """The selectors compiled; what is wrong with one is reported."""
-    return [Matcher(s, tuple(_globs(s, selects, report)), _definition(s, selects)) for s in selectors]
-
-
-def _definition(selector: Pattern | Reference, selects: Mapping[str, Select]) -> Select | None:
-    return selects.get(selector.name) if isinstance(selector, Reference) else None
-
-
-def _globs(selector: Pattern | Reference, selects: Mapping[str, Select], report: Collector,
-           within: tuple[str, ...] = ()) -> list[Glob]:
-    if isinstance(selector, Pattern):
-        return _compiled(selector, report)
-    found = selects.get(selector.name)
-    if found is None or selector.name in within:
-        report.add(*_unknown(selector, selects, within).diagnostics)
-        return []
-    return [g for inner in found.patterns for g in _globs(inner, selects, report, (*within, selector.name))]
-
-
-def _compiled(pattern: Pattern, report: Collector) -> list[Glob]:
-    try:
-        return [compile_pattern(pattern)]
-    except SurgeryError as error:
-        report.add(*error.diagnostics)
-        return []
-
-
-def _unknown(selector: Reference, selects: Mapping[str, Select], within: tuple[str, ...]) -> SurgeryError:
-    report = Collector()
-    if selector.name in within:
-        report.error("unknown-selector", f"the selector `{selector.name}` is made of itself", selector.span)
-    else:
-        report.error("unknown-selector", f"no selector is called `{selector.name}`", selector.span,
-                     notes=(f"known selectors: {', '.join(selects) or 'none'}",),
-                     helps=(did_you_mean(selector.name, selects) or f'a pattern stands in quotes: "**.{selector.name}"',))
-    return SurgeryError(report.found)
+from surgery.syntax.tree import Select, Target
 
 
 class Catalogue:

@@ -44,7 +44,7 @@ class Saved:
     def __init__(self, folder: Path):
         self.folder, self.report = folder, Collector()
         if not folder.is_dir():
-            raise fail("bad-adapter", f"{folder} is not a folder", helps=("a saved adapter is what `save` wrote",))
+            raise fail("bad-adapter", f"{folder} is not a folder", helps=("name what `surgery apply -o` or `save()` wrote",))
         self.tensors, self.meta, self.spec = self._tensors(), self._meta(), self._spec()
         if self.meta is not None and self.tensors is not None:
             self._agree()
@@ -98,9 +98,10 @@ class Saved:
 
     def _tensors(self) -> dict[str, torch.Tensor] | None:
         try:
+            (self.folder / TENSORS).open("rb").close()  # safetensors' own error for a file that is not there is a long one
             found = load_file(self.folder / TENSORS)
         except (OSError, SafetensorError) as error:
-            return self._fault(f"cannot read {TENSORS}: {error}")
+            return self._fault(f"cannot read {TENSORS}: {getattr(error, 'strerror', None) or error}")
         broken = [name for name, tensor in found.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
         if broken:
             self._fault(f"{TENSORS} holds what is not finite: {_listed(broken)}", "the training that made it diverged")

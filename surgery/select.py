@@ -17,7 +17,8 @@ from surgery.dead import listed, report_dead, suggestion
 from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean, fail
 from surgery.near import Population
 from surgery.patterns import Glob, marked
-from surgery.reach import Catalogue, Matcher, Reach, matchers, reach
+from surgery.reach import Catalogue, Reach, reach
+from surgery.selectors import Matcher, matchers
 from surgery.sites import Site, Survey
 from surgery.syntax.tree import Select, Spec, Target
 

@@ -8,7 +8,7 @@ their places.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from surgery import resources
 from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail
 from surgery.syntax.parser import parse_expression, parse_text
-from surgery.syntax.tree import Definition, Expression, Pattern, Reference, Select, Spec, Use, as_expression
+from surgery.syntax.tree import Argument, Definition, Pattern, Reference, Select, Spec, Use, as_expression
 
 PRELUDE = "std"
 
@@ -41,7 +41,7 @@ def shipped() -> dict[str, Path]:
 
 def load(spec: str | Path, /, **parameters: Any) -> Spec:
     """The spec of a path or of a shipped name, its parameters set: `load("sora", rank=8)`. Raises: SurgeryError."""
-    return bind(read(locate(spec)), {name: as_expression(value) for name, value in parameters.items()})
+    return bind(read(locate(spec)), [Argument(name, as_expression(value)) for name, value in parameters.items()])
 
 
 def locate(spec: str | Path) -> Path:
@@ -51,6 +51,8 @@ def locate(spec: str | Path) -> Path:
         return path
     if str(spec) in ours:
         return _as_written(ours[str(spec)])
+    if path.is_dir():
+        raise fail("unknown-spec", f"{spec} is a folder", helps=(f"name its files: {path / '*.surg'}",))
     hint = did_you_mean(str(spec), ours)
     raise fail("unknown-spec", f"`{spec}` is neither a .surg file nor a shipped spec",
                helps=(*filter(None, [hint]), f"shipped: {', '.join(ours)}"))
@@ -61,12 +63,18 @@ def read(path: Path, asked: Span | None = None) -> Spec:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.surg") if not path.exists()))
         raise fail("missing-file", f"cannot read {path}: {error.strerror or error}", asked,
-                   helps=tuple(filter(None, [near]))) from None
+                   helps=() if path.exists() else _instead_of(path)) from None
     except UnicodeDecodeError as error:
         raise fail("missing-file", f"cannot read {path}: byte {error.start} is not UTF-8", asked) from None
     return parse_text(text, str(path))
+
+
+def _instead_of(path: Path) -> tuple[str, ...]:
+    """What may have been meant by a file that does not exist."""
+    near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.surg")))
+    ships = f"`{path.stem}` is the name of a spec that ships" if path.stem in shipped() else ""
+    return tuple(filter(None, [near, ships]))
 
 
 # ---------------------------------------------------------------------------------------------------- scope
@@ -134,26 +142,28 @@ def _cycle(use: Use, passed: tuple[tuple[Path, Span | None], ...]) -> Exception:
 # --------------------------------------------------------------------------------------------------- change
 
 
-def bind(spec: Spec, values: Mapping[str, Expression]) -> Spec:
+def bind(spec: Spec, arguments: Iterable[Argument]) -> Spec:
     """The spec with parameters set: each value becomes the parameter's default. Raises: SurgeryError (unknown-parameter)."""
-    report, known = Collector(), [p.name for p in spec.params]
-    for name, value in values.items():
-        if name not in known:
-            has = f"`{spec.name}` takes {', '.join(known)}" if known else f"`{spec.name}` takes no parameters"
-            report.error("unknown-parameter", f"`{spec.name}` has no parameter `{name}`", value.span,
-                         helps=tuple(filter(None, [did_you_mean(name, known), has])))
+    report, known, values = Collector(), [p.name for p in spec.params], {}
+    who = f"`{spec.name}`" if spec.name else "a spec without a name"
+    for argument in arguments:
+        values[argument.name] = argument.value
+        if argument.name not in known:
+            report.error("unknown-parameter", f"{who} has no parameter `{argument.name}`", argument.name_span,
+                         label=did_you_mean(argument.name, known), notes=(f"{who} takes {', '.join(known) or 'none'}",))
     report.raise_errors()
     params = tuple(p.model_copy(update={"default": values[p.name]}) if p.name in values else p for p in spec.params)
     return spec.model_copy(update={"params": params})
 
 
-def assignment(text: str, source: str = "<--set>") -> tuple[str, Expression]:
-    """The name and value of a `--set name=value`. Raises: SurgeryError (bad-set, syntax), spanned as `<--set>`."""
+def assignment(text: str, source: str = "<--set>") -> Argument:
+    """What a `--set name=value` says. Raises: SurgeryError (bad-set, syntax), spanned as `<--set>`."""
     name, equals, value = text.partition("=")
+    whole = Span(Source(source, text), 0, len(text))
     if not equals or not name.strip().isidentifier() or not value.strip():
-        raise fail("bad-set", f"`{text}` is not of the form name=value", Span(Source(source, text), 0, len(text)),
-                   helps=("for example --set rank=8",))
-    return name.strip(), parse_expression(value.strip(), source)
+        raise fail("bad-set", f"`{text}` is not of the form name=value", whole, helps=("for example --set rank=8",))
+    value = parse_expression(text, source, len(name) + 1)
+    return Argument(name.strip(), value, replace(whole, end=len(name.rstrip())))
 
 
 def retarget(spec: Spec, *patterns: str) -> Spec:

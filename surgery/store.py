@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from surgery import __version__
-from surgery.diagnostics import Collector, SurgeryError, fail
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError, fail
 from surgery.folders import replacing
 from surgery.layer import Adapter
 from surgery.operate import Surgeon, prepare
@@ -59,17 +59,20 @@ def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
     try:
         surgeon = prepare(model, saved.spec, seed=saved.meta["seed"], dtype=getattr(torch, saved.meta["dtype"]))
     except SurgeryError as error:
-        raise _does_not_fit(model, folder, error) from None
+        raise _does_not_fit(model, saved, error.diagnostics) from None
     compare(shapes(saved.tensors), shapes(surgeon.named_tensors()), f"this {type(model).__name__}", report)
-    report.raise_errors()
+    if report.errors:
+        raise _does_not_fit(model, saved, report.found)
     surgeon.operate()
     surgeon.load(saved.tensors)
     return surgeon
 
 
-def _does_not_fit(model: nn.Module, folder: str | PathLike, error: SurgeryError) -> SurgeryError:
-    first = fail("bad-adapter", f"the spec in {folder} does not fit this {type(model).__name__}")
-    return SurgeryError((*first.diagnostics, *error.diagnostics))
+def _does_not_fit(model: nn.Module, saved: Saved, why: Iterable[Diagnostic]) -> SurgeryError:
+    base = saved.meta.get("base_model")
+    first = Diagnostic("bad-adapter", f"the adapter in {saved.folder} does not fit this {type(model).__name__}",
+                       notes=(f"it was saved for {base}",) if base else ())
+    return SurgeryError((first, *why))
 
 
 # ---------------------------------------------------------------------------------------------------------- merged

@@ -30,7 +30,7 @@ def _placed(trial: Trial) -> Placed:
     generator = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, generator=generator)
-    site = replace(sites(layer)[0], name=f"a random weight [{trial.out}, {trial.in_}]")
+    site = replace(sites(layer)[0], name=_title(trial))
     return Placed(site, trial.target, trial.formula)
 
 
@@ -44,13 +44,17 @@ def _start(placed: Placed) -> dict[str, Tensor]:
 
 def try_starts(trials: Iterable[Trial]) -> list[Diagnostic]:
     """One diagnostic for each target whose W' or b' does not start as W or b, with the largest departure."""
-    worst: dict[int, tuple[float, Diagnostic]] = {}
+    worst: dict[int, tuple[float, Trial]] = {}
     for trial in trials:
-        placed, key = _placed(trial), id(trial.target)
-        relative = _departure(placed)
+        relative, key = _departure(_placed(trial)), id(trial.target)
         if not relative <= max(IDENTITY_TOLERANCE, worst.get(key, (0.0,))[0]):
-            worst[key] = relative, not_identity(placed, relative)
-    return [diagnostic for _, diagnostic in worst.values()]
+            worst[key] = relative, trial
+    return [found for relative, trial in worst.values()
+            for found in not_identity(trial.target, {_title(trial): relative})]
+
+
+def _title(trial: Trial) -> str:
+    return f"a random weight [{trial.out}, {trial.in_}]"
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The pages of tests/diagnostics: each holds files, commands and what they say, and is a test of it.
 
-A page is Markdown. A line `file: NAME` names the ```surg block after it; a ```console block holds commands (`$ surgery ...`),
-each followed by what it writes to stderr. `python tests/test_diagnostics_docs.py` writes those outputs anew, to be read
-before they are committed.
+A page is Markdown. A line `file: NAME` names the block after it; a ```console block holds commands, each followed by what it
+writes to stderr: `$ surgery ...`, or `$ python FILE`, of whose traceback the last part is shown. `python
+tests/test_diagnostics_docs.py` writes those outputs anew, to be read before they are committed.
 """
 
 import os
@@ -16,12 +16,13 @@ import pytest
 from click.testing import CliRunner
 
 from surgery.cli.main import main
-from surgery.diagnostics import CODES
+from surgery.diagnostics import CODES, SurgeryError
 
 PAGES = sorted(Path(__file__).with_name("diagnostics").glob("*.md"))
-FILE = re.compile(r"^file: (\S+)\n+```surg\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^file: (\S+)\n+```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CONSOLE = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"^\$ surgery (.*)$", re.MULTILINE)
+COMMAND = re.compile(r"^\$ ((?:surgery|python) .*)$", re.MULTILINE)
+SHOWN = re.compile(r"(?:^|SurgeryError: )(?:error|warning)\[([\w-]+)\]", re.MULTILINE)
 
 
 def transcript(page: str) -> str:
@@ -30,14 +31,27 @@ def transcript(page: str) -> str:
         for name, text in FILE.findall(page):
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).write_text(text, encoding="utf-8")
-        return "".join(f"$ surgery {command}\n{run(command)}" for command in COMMAND.findall(page))
+        return "".join(f"$ {command}\n{run(*shlex.split(command))}" for command in COMMAND.findall(page))
 
 
-def run(command: str) -> str:
-    """What a command writes to stderr; its status must tell whether that holds an error."""
-    result = CliRunner(env={**os.environ, "NO_COLOR": "1"}).invoke(main, shlex.split(command))
+def run(program: str, *arguments: str) -> str:
+    """What a command writes to stderr."""
+    text = told_by_surgery(arguments) if program == "surgery" else told_by_python(*arguments)
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+def told_by_surgery(arguments: tuple[str, ...]) -> str:
+    """The status must tell whether there is an error."""
+    result = CliRunner(env={**os.environ, "NO_COLOR": "1"}).invoke(main, arguments)
     assert bool(result.exit_code) is ("error[" in result.stderr), result.output
-    return "".join(f"{line.rstrip()}\n" for line in result.stderr.splitlines())
+    return result.stderr
+
+
+def told_by_python(file: str) -> str:
+    """The error that ends the program."""
+    with pytest.raises(SurgeryError) as caught:
+        exec(compile(Path(file).read_text(encoding="utf-8"), file, "exec"), {})
+    return f"surgery.diagnostics.SurgeryError: {caught.value}"
 
 
 def rewritten(page: str) -> str:
@@ -54,10 +68,23 @@ def test_page(path):
     assert CONSOLE.search(page)[0] == transcript(page)
 
 
+def codes_on_pages() -> set[str]:
+    return {code for path in PAGES for code in SHOWN.findall(path.read_text("utf-8"))}
+
+
 def test_pages_show_only_codes_that_exist():
-    shown = {code for path in PAGES for code in re.findall(r"^(?:error|warning)\[([\w-]+)\]", path.read_text("utf-8"), re.MULTILINE)}
-    assert shown
-    assert shown <= set(CODES)
+    assert codes_on_pages() <= set(CODES)
+
+
+def test_every_code_has_a_page():
+    assert codes_on_pages() | {"fallback"} == set(CODES)  # nothing says `fallback` so far
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_code_is_explained(code):
+    result = CliRunner().invoke(main, ["check", "--explain", code])
+    assert result.exit_code == 0
+    assert result.stdout == f"{code}: {CODES[code]}\n"
 
 
 if __name__ == "__main__":

@@ -74,8 +74,9 @@ def _config(name: str) -> PreTrainedConfig:
         return demo_config(name.removeprefix(DEMO))
     from transformers import AutoConfig
 
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise fail("unknown-model", f"{name} has no config.json, so it is not a model's folder", helps=_near(name))
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        what = "has no config.json" if Path(name).is_dir() else "is a file"
+        raise fail("unknown-model", f"{name} {what}, so it is not a model's folder", helps=_near(name))
     return _asked(name, lambda: AutoConfig.from_pretrained(name))
 
 

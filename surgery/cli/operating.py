@@ -29,11 +29,10 @@ def _free(out: str, force: bool, merged: bool) -> None:
     from surgery.store import of_a_model
 
     folder = Path(out)
-    is_empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not is_empty and not force:
-        raise fail("bad-output", f"{out} exists already", helps=("--force replaces it",))
     refuse_foreign(folder, of_a_model if merged else FILES.__contains__)
-    above = next(p for p in folder.absolute().parents if p.exists())
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise fail("bad-output", f"{out} exists already", helps=("--force replaces it",))
+    above = next(p for p in folder.parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise fail("bad-output", f"cannot write {out}: {above} is {'not writable' if above.is_dir() else 'a file'}")
 

@@ -74,10 +74,10 @@ def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> 
     from surgery.expr.elaborate import guard
     from surgery.spec import assignment, bind, locate, read, retarget
 
-    report, values = Collector(), {}
+    report, arguments = Collector(), []
     for text in sets:
         with guard(report):
-            values.update([assignment(text)])
+            arguments.append(assignment(text))
     report.raise_errors()
-    bound = bind(read(locate(spec)), values)
+    bound = bind(read(locate(spec)), arguments)
     return retarget(bound, *targets) if targets else bound

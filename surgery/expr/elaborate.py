@@ -7,20 +7,20 @@ Promises: shapes are checked here and nowhere later; all the mistakes of the ste
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
+from surgery.diagnostics import Collector, Diagnostic, Span, SurgeryError, did_you_mean, fail
 from surgery.expr import dims
 from surgery.expr.dims import Dim, Size
 from surgery.expr.draws import DISTRIBUTIONS, choices
 from surgery.expr.ir import Claim, Draw, Expr, Formula, Leaf
 from surgery.expr.primitives import constant, make, shape_text
-from surgery.expr.values import (NUMBERS, POISON, Poisoned, describe, evaluate, size, unknown, UNDECIDED)
+from surgery.expr.values import NUMBERS, POISON, UNDECIDED, Poisoned, describe, evaluate, here, size, unknown
 from surgery.spec import Library
 from surgery.syntax.printer import expression_text
-from surgery.syntax.tree import Argument, Call, Check, Definition, Expression, Let, Name, Param, Parameter, Step, Target
+from surgery.syntax.tree import Argument, Call, Check, Definition, Let, Param, Parameter, Step, Target
 
 CLAIMS = ("orthogonal", "diagonal", "symmetric")
 _TYPES = {"int": (int, Dim), "float": NUMBERS, "bool": (bool,), "str": (str,)}
@@ -89,7 +89,8 @@ def _formal(argument: Argument, position: int, definition: Definition, call: Cal
         return definition.params[names.index(argument.name)]
     if argument.name is None and position < len(names):
         return definition.params[position]
-    what = f"has no argument `{argument.name}`" if argument.name else f"takes at most {len(names)} arguments"
+    most = f"takes at most {len(names)} argument{'s' * (len(names) > 1)}" if names else "takes no arguments"
+    what = f"has no argument `{argument.name}`" if argument.name else most
     raise fail("unknown-argument", f"{definition.name} {what}", argument.name_span or argument.value.span,
                label=did_you_mean(argument.name or "", names), notes=_defined(definition))
 
@@ -110,24 +111,16 @@ def _missing(parameter: Parameter, call: Call, definition: Definition) -> Any:
                notes=_defined(definition))
 
 
-def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Collector, used_at: Span | None = None) -> None:
-    """Report each `check` that the values do not meet (one that rests on an unknown size is left for later)."""
+def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Collector) -> bool:
+    """Whether the values meet every `check`; one that they do not is reported (one that rests on an unknown size is left
+    for later)."""
+    before = len(report.errors)
     for check in checks:
         with guard(report):
             if evaluate(check.condition, values) is False:
-                names = [n for n in values if n in _names(check.condition)]
-                given = ", ".join(f"{n} = {values[n]}" for n in names)
-                related = ((used_at, "with these arguments"),) if used_at else ()
-                raise fail("check-failed", f"`check {expression_text(check.condition)}` is not met: {given}",
-                           check.span, related=related)
-
-
-def _names(node: Any) -> set[str]:
-    if isinstance(node, Name):
-        return {node.id}
-    children = [getattr(node, f) for f in node.__dataclass_fields__] if hasattr(node, "__dataclass_fields__") else []
-    flat = [c for child in children for c in (child if isinstance(child, tuple) else (child,))]
-    return {n for c in flat if isinstance(c, (Expression, Argument)) for n in _names(c)}
+                raise fail("check-failed", f"`check {expression_text(check.condition)}` is not met", check.span,
+                           notes=here(check.condition, values))
+    return len(report.errors) == before
 
 
 # ------------------------------------------------------------------------------------------------ definitions
@@ -146,7 +139,8 @@ class Instance:
 
     def run(self) -> Expr | None:
         """The expression that the definition returns (None when a mistake was reported)."""
-        assert_checks(self.definition.checks, self.values, self.report)
+        if not assert_checks(self.definition.checks, self.values, self.report):
+            return None
         for statement in self.definition.body:
             with guard(self.report, self.values, statement.name):
                 is_let = isinstance(statement, Let)
@@ -176,7 +170,7 @@ class Instance:
         return (f"here {', '.join(known)}",) if known else ()
 
     def _param(self, param: Param) -> Expr:
-        shape = tuple(size(evaluate(d, self.values), d) for d in param.dims)
+        shape = tuple(size(evaluate(d, self.values), d, self.values) for d in param.dims)
         init = self._init(param, shape) if param.init is not None else None
         law = self._draw(param, shape) if param.draw is not None else None
         key = f"{self.prefix}.{param.name}"
@@ -274,10 +268,13 @@ class _Builder:
         return Formula(self.x, self.bias, tuple(self.leaves), tuple(self.claims))
 
     def place(self, step: Step, name: str) -> None:
+        dropout = 0.0
+        with guard(self.report):
+            dropout = self._dropout(step)
         with guard(self.report):
             made = self._instance(step, name)
             if made is not None:
-                self._add(step, name, made) if step.placement == "add" else self._transform(step, made)
+                self._add(made, dropout, name) if step.placement == "add" else self._transform(step, made)
 
     def _instance(self, step: Step, name: str) -> Expr | None:
         definition = self._definition(step)
@@ -287,8 +284,10 @@ class _Builder:
             return None
         operand = self.weight if step.placement == "add" else self.plain
         side = {definition.dim: self.sizes[step.side]} if definition.dim else {}
-        instance = Instance(definition, name, {**values, **self.sizes, **side, "W": operand}, self.report, self.context.group)
+        within = Collector()
+        instance = Instance(definition, name, {**values, **self.sizes, **side, "W": operand}, within, self.context.group)
         result = instance.run()
+        self.report.add(*(_placed(d, step) for d in within.found))
         self.leaves += instance.leaves
         if result is not None:
             places = definition.claims_spans or (definition.name_span,) * len(definition.claims)
@@ -307,10 +306,9 @@ class _Builder:
                        f"{_a(known[call.function].kind)}", place, helps=(f"place it with `{other}`",))
         return known[call.function]
 
-    def _add(self, step: Step, name: str, update: Expr) -> None:
+    def _add(self, update: Expr, dropout: float, name: str) -> None:
         self.plain = make("add", self.plain, update)
-        p = self._dropout(step)
-        self.x = make("add", self.x, Expr("drop", (update,), (p, name), update.shape) if p else update)
+        self.x = make("add", self.x, Expr("drop", (update,), (dropout, name), update.shape) if dropout else update)
 
     def _dropout(self, step: Step) -> float:
         if step.dropout is None:
@@ -331,6 +329,12 @@ class _Builder:
             self.bias = make("matmul", transform, self.bias)
         elif step.bias:
             raise fail("wrong-kind", "`with bias` needs a transform `on out`: the bias is a column of the output", step.span)
+
+
+def _placed(diagnostic: Diagnostic, step: Step) -> Diagnostic:
+    """A mistake in a definition, with the step that places it."""
+    where = step.call.span
+    return replace(diagnostic, related=(*diagnostic.related, (where, "placed here"))) if where else diagnostic
 
 
 def leaf_values(symbolic: Iterable[Parameter]) -> dict[str, Any]:

@@ -12,30 +12,12 @@ from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.expr import dims
 from surgery.expr.elaborate import CLAIMS, Context, Instance, assert_checks, defaults, elaborate, leaf_values
 from surgery.expr.ir import Expr
-from surgery.expr.values import unknown
+from surgery.expr.values import names_in, unknown
 from surgery.spec import Library
-from surgery.syntax.tree import Argument, Call, Definition, Expression, Name, Node, Param, Parameter, Spec, Target
+from surgery.syntax.tree import Definition, Param, Parameter, Spec
 
 OUT, IN = dims.symbol("out"), dims.symbol("in")
 PLACES = {"layer": dims.symbol("layer"), "depth": dims.symbol("depth")}
-
-
-def names_in(node: Any) -> set[str]:
-    """Every name that the expressions of a node read."""
-    return {n.id for n in nodes(node) if isinstance(n, Name)}
-
-
-def nodes(node: Any) -> Iterator[Any]:
-    """A tree node and everything below it."""
-    yield node
-    if isinstance(node, Node):
-        children = [getattr(node, f) for f, info in type(node).model_fields.items() if not info.exclude]
-    else:
-        children = [getattr(node, f) for f, info in getattr(node, "__dataclass_fields__", {}).items() if info.compare]
-    for child in children:
-        for c in child if isinstance(child, tuple) else (child,):
-            if isinstance(c, (Node, Expression, Argument)):
-                yield from nodes(c)
 
 
 def spec_values(spec: Spec, report: Collector) -> dict[str, Any]:
@@ -56,10 +38,17 @@ def lint(spec: Spec, scope: Library) -> list[Diagnostic]:
     for definition in spec.definitions:
         report.add(*_definition(definition))
     values = spec_values(spec, Collector())
-    for target in spec.targets:
-        elaborate(target, Context(scope, {**values, **PLACES}), OUT, IN, report)
-    report.add(*_unused(spec))
+    report.add(*_of_targets(spec, Context(scope, {**values, **PLACES}), {(d.code, d.span) for d in report.found}))
+    report.add(*([] if report.errors else _unused(spec)))  # a misspelt name would make the one that was meant unused
     return report.found
+
+
+def _of_targets(spec: Spec, context: Context, told: set) -> list[Diagnostic]:
+    """Mistakes of the steps, less those of definitions at places already told."""
+    report = Collector()
+    for target in spec.targets:
+        elaborate(target, context, OUT, IN, report)
+    return [d for d in report.found if d.span is None or (d.code, d.span) not in told]
 
 
 def _definition(definition: Definition) -> list[Diagnostic]:
@@ -85,8 +74,8 @@ def _abstract(definition: Definition, n: Any) -> list[Diagnostic]:
 
 
 def _unused(spec: Spec) -> Iterator[Diagnostic]:
-    steps = set().union(*(names_in(n) for n in (*spec.targets, *spec.checks, *spec.params)), set())
-    yield from (_never("parameter", p) for p in spec.params if p.name not in steps)
+    read = {name for part in (*spec.targets, *spec.checks, *spec.params) for name in names_in(part)}
+    yield from (_never("parameter", p) for p in spec.params if p.name not in read)
     for definition in spec.definitions:
         read = names_in(definition)
         yield from (_never("parameter", p) for p in definition.params if p.name not in read)

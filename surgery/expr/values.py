@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -40,7 +40,7 @@ def describe(value: Any) -> str:
     if isinstance(value, Expr):
         return f"a tensor {shape_text(value.shape)}" if value.shape else "a scalar tensor"
     names = {bool: "bool", int: "int", Fraction: "float", float: "float", str: "str", Dim: "size"}
-    return f"{names.get(type(value), 'undecided')} `{_text(value)}`" if value is not UNDECIDED else "undecided"
+    return f"{names[type(value)]} `{_text(value)}`" if value is not UNDECIDED else "a truth value"
 
 
 def _text(value: Any) -> str:
@@ -52,15 +52,45 @@ def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
     try:
         return _RULES[type(node)](node, names)
     except ShapeError as error:
-        raise fail("shape-mismatch", str(error), node.span, notes=_where(node)) from None
+        raise fail("shape-mismatch", f"{_callee(node)}{error}", node.span, notes=_where(node)) from None
     except ZeroDivisionError:
-        raise fail("bad-value", f"`{expression_text(node)}` divides by zero", node.span) from None
-    except (OverflowError, ValueError) as error:
-        raise fail("bad-value", f"`{expression_text(node)}` has no value: {error}", node.span) from None
+        raise fail("bad-value", f"`{expression_text(node)}` divides by zero", node.span, notes=here(node, names)) from None
+    except (OverflowError, ValueError):
+        raise fail("bad-value", f"`{expression_text(node)}` is no real number, or too large a one", node.span,
+                   notes=here(node, names)) from None
+
+
+def _callee(node: tree.Expression) -> str:
+    """Who says that shapes do not fit; of an operator the place says it."""
+    return f"`{node.function}` " if isinstance(node, tree.Call) else "`.T` " if isinstance(node, tree.Transpose) else ""
 
 
 def _where(node: tree.Expression) -> tuple[str, ...]:
     return () if node.span else (f"in `{expression_text(node)}`",)
+
+
+def here(node: tree.Expression, names: Mapping[str, Any]) -> tuple[str, ...]:
+    """The note that says what the names of an expression stand for, where they stand for numbers."""
+    known = [f"{n} = {_text(names[n])}" for n in names_in(node) if isinstance(names.get(n), (bool, int, float, Fraction))]
+    return (f"here {', '.join(known)}",) if known else ()
+
+
+def names_in(node: Any) -> dict[str, None]:
+    """Every name that the expressions of a node read, in order."""
+    return dict.fromkeys(n.id for n in nodes(node) if isinstance(n, tree.Name))
+
+
+def nodes(node: Any) -> Iterator[Any]:
+    """A tree node and everything below it."""
+    yield node
+    if isinstance(node, tree.Node):
+        children = [getattr(node, f) for f, info in type(node).model_fields.items() if not info.exclude]
+    else:
+        children = [getattr(node, f) for f, info in getattr(node, "__dataclass_fields__", {}).items() if info.compare]
+    for child in children:
+        for c in child if isinstance(child, tuple) else (child,):
+            if isinstance(c, (tree.Node, tree.Expression, tree.Argument)):
+                yield from nodes(c)
 
 
 def _name(node: tree.Name, names: Mapping[str, Any]) -> Any:
@@ -162,16 +192,17 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
     arity = 1 if node.function == "I" else PRIMITIVES[node.function].arity
     if len(node.arguments) != arity or any(a.name for a in node.arguments):
         raise fail("missing-argument" if len(node.arguments) < arity else "unknown-argument",
-                   f"`{node.function}` takes {arity} argument{'s' * (arity > 1)} by position", node.span)
+                   f"`{node.function}` takes {arity} argument{'s' * (arity > 1)} by position", node.span,
+                   notes=(f"{node.function} is {PRIMITIVES[node.function].doc}",) if node.function in PRIMITIVES else ())
     values = [evaluate(a.value, names) for a in node.arguments]
     for value, argument in zip(values, node.arguments):
         _numeric(value, argument.value)
-    return _apply(node, values)
+    return _apply(node, values, names)
 
 
-def _apply(node: tree.Call, values: list) -> Any:
+def _apply(node: tree.Call, values: list, names: Mapping[str, Any]) -> Any:
     if node.function == "I":
-        return eye(size(values[0], node.arguments[0].value))
+        return eye(size(values[0], node.arguments[0].value, names))
     if any(isinstance(v, Expr) for v in values):
         return make(node.function, *map(_tensor, values))
     if node.function not in _SCALAR:
@@ -181,15 +212,16 @@ def _apply(node: tree.Call, values: list) -> Any:
     return _SCALAR[node.function](*values)
 
 
-def size(value: Any, node: tree.Expression) -> Any:
-    """A value as a dimension. Raises: SurgeryError (wrong-type, not-divisible, bad-value)."""
+def size(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
+    """The value of `node` as a dimension. Raises: SurgeryError (wrong-type, not-divisible, bad-value)."""
     if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)):
         raise fail("wrong-type", f"a dimension must be a whole number, not {describe(value)}", node.span)
     if isinstance(value, Fraction):
         raise fail("not-divisible", f"the dimension `{expression_text(node)}` is {value}, which is not whole", node.span,
-                   label=f"is {value}", helps=("choose a size that divides it",))
+                   label=f"is {value}", notes=here(node, names), helps=("choose a size that divides it",))
     if isinstance(value, int) and value < 1:
-        raise fail("bad-value", f"the dimension `{expression_text(node)}` is {value}; it must be at least 1", node.span)
+        raise fail("bad-value", f"the dimension `{expression_text(node)}` is {value}; it must be at least 1", node.span,
+                   notes=here(node, names))
     return value
 
 

@@ -37,20 +37,20 @@ def parse_text(text: str, name: str = "<text>") -> Spec:
     return spec
 
 
-def parse_expression(text: str, name: str = "<expression>") -> Expression:
-    """The expression that a text says. Raises: SurgeryError."""
+def parse_expression(text: str, name: str = "<expression>", begin: int = 0) -> Expression:
+    """The expression that a text says from `begin` on. Raises: SurgeryError."""
     source = Source(name, text)
     found = Collector()
-    root, _ = _parse(source, "expression", found)
+    root, _ = _parse(source, "expression", found, begin)
     expression = Builder(source, {}, found).build(root)
     check_expression(found, expression)
     found.raise_errors()
     return expression
 
 
-def _parse(source: Source, start: str, found: Collector) -> tuple[Tree, list[Token]]:
+def _parse(source: Source, start: str, found: Collector, begin: int = 0) -> tuple[Tree, list[Token]]:
     """The parse tree; on errors, reads on after each and raises them all."""
-    text, resume = source.text, 0
+    text, resume = " " * begin + source.text[begin:], 0
     while resume is not None and len(found.found) < MAX_ERRORS:
         result = _run(source, text, start)
         if not isinstance(result[0], Diagnostic):

@@ -1,0 +1,86 @@
+"""Selectors: the patterns and names of `select`s that a spec gives, compiled.
+
+Takes selectors and the selects in scope, gives `Matcher`s. Promises: what is wrong with one (a pattern that is not well
+formed, a name that no `select` has) is reported at its place, from the text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
+from surgery.patterns import Alternative, Glob, compile_pattern
+from surgery.syntax.tree import Pattern, Reference, Select, Spec
+
+Hits = Mapping[object, tuple[Alternative, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Matcher:
+    """A selector of a spec with its globs: one for a pattern, those of the `select` for a reference."""
+
+    selector: Pattern | Reference
+    globs: tuple[Glob, ...]
+    defined: Select | None = None
+
+    def __str__(self) -> str:
+        return f'pattern "{self.selector.text}"' if not self.portable else f"selector `{self.selector.name}`"
+
+    @property
+    def portable(self) -> bool:
+        """Whether its alternatives may be dead: those of a `select` are."""
+        return isinstance(self.selector, Reference)
+
+    def hits(self, marked_names: Mapping[object, tuple[str, ...]], items: Iterable[object]) -> Hits:
+        """The items that it takes, each with the alternatives that do."""
+        found = {i: tuple(a for g in self.globs for n in marked_names[i] for a in g.live(n)) for i in items}
+        return {i: live for i, live in found.items() if live}
+
+
+def matchers(selectors: Iterable[Pattern | Reference], selects: Mapping[str, Select], report: Collector) -> list[Matcher]:
+    """The selectors compiled; what is wrong with one is reported."""
+    return [Matcher(s, tuple(_globs(s, selects, report)), _definition(s, selects)) for s in selectors]
+
+
+def _definition(selector: Pattern | Reference, selects: Mapping[str, Select]) -> Select | None:
+    return selects.get(selector.name) if isinstance(selector, Reference) else None
+
+
+def _globs(selector: Pattern | Reference, selects: Mapping[str, Select], report: Collector,
+           within: tuple[str, ...] = ()) -> list[Glob]:
+    if isinstance(selector, Pattern):
+        return _compiled(selector, report)
+    found = selects.get(selector.name)
+    if found is None or selector.name in within:
+        report.add(*_unknown(selector, selects, within).diagnostics)
+        return []
+    return [g for inner in found.patterns for g in _globs(inner, selects, report, (*within, selector.name))]
+
+
+def _compiled(pattern: Pattern, report: Collector) -> list[Glob]:
+    try:
+        return [compile_pattern(pattern)]
+    except SurgeryError as error:
+        report.add(*error.diagnostics)
+        return []
+
+
+def _unknown(selector: Reference, selects: Mapping[str, Select], within: tuple[str, ...]) -> SurgeryError:
+    report = Collector()
+    if selector.name in within:
+        report.error("unknown-selector", f"the selector `{selector.name}` is made of itself", selector.span)
+    else:
+        report.error("unknown-selector", f"no selector is called `{selector.name}`", selector.span,
+                     notes=(f"known selectors: {', '.join(selects) or 'none'}",),
+                     helps=(did_you_mean(selector.name, selects) or f'a pattern stands in quotes: "**.{selector.name}"',))
+    return SurgeryError(report.found)
+
+
+def selector_faults(spec: Spec, selects: Mapping[str, Select]) -> list[Diagnostic]:
+    """What is wrong with the selectors of a spec, whatever the model."""
+    report = Collector()
+    in_targets = [s for target in spec.targets for s in (*target.selectors, *target.exclude)]
+    listed = [s for each in (*spec.selects, *spec.train) for s in each.patterns]
+    matchers([*in_targets, *listed], selects, report)
+    return report.found
