@@ -41,7 +41,7 @@ def shipped() -> dict[str, Path]:
 
 def load(spec: str | Path, /, **parameters: Any) -> Spec:
     """The spec of a path or of a shipped name, its parameters set: `load("sora", rank=8)`. Raises: SurgeryError."""
-    return bind(read(locate(spec)), [Argument(name, as_expression(value)) for name, value in parameters.items()])
+    return bind(read(locate(spec)), keywords(parameters))
 
 
 def locate(spec: str | Path) -> Path:
@@ -154,6 +154,11 @@ def bind(spec: Spec, arguments: Iterable[Argument]) -> Spec:
     report.raise_errors()
     params = tuple(p.model_copy(update={"default": values[p.name]}) if p.name in values else p for p in spec.params)
     return spec.model_copy(update={"params": params})
+
+
+def keywords(parameters: Mapping[str, Any]) -> list[Argument]:
+    """The arguments that Python's keywords mean. Raises: SurgeryError (bad-value, syntax)."""
+    return [Argument(name, as_expression(value)) for name, value in parameters.items()]
 
 
 def assignment(text: str, source: str = "<--set>") -> Argument:

@@ -65,7 +65,7 @@ def test_inner_linear_layers_take_blocks_of_32(name):
 
 
 def test_a_name_that_is_no_demo_is_an_error():
-    with pytest.raises(SurgeryError, match="did you mean `llama`") as caught:
+    with pytest.raises(SurgeryError, match="did you mean `demo:llama`") as caught:
         demo_config("lama")
     assert caught.value.diagnostics[0].code == "unknown-model"
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from surgery.sites import Site
-from surgery.spec import bind, load, parse
-from surgery.syntax.tree import Spec, as_expression
+from surgery.spec import bind, keywords, load, parse
+from surgery.syntax.tree import Spec
 
 Config = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -178,7 +178,7 @@ class Method:
     def of(self, parameters: Mapping[str, Any]) -> Spec:
         """Our spec with its parameters set. Raises: SurgeryError."""
         read = parse(self.spec, self.name) if "\n" in self.spec else load(self.spec)
-        return bind(read, {name: as_expression(value) for name, value in parameters.items()})
+        return bind(read, keywords(parameters))
 
     def config(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """What PEFT's configuration must say, given our spec's parameters."""
