@@ -51,6 +51,8 @@ CODES: dict[str, str] = {
     "wrong-mode": "the operated model is merged, switched off or given back, and cannot do this now",
     "bad-output": "the output folder cannot be written or exists already",
     "bad-value": "a value given from outside is not usable",
+    "bad-data": "a file of labelled texts does not say what a task needs",
+    "missing-extra": "what is asked for needs a package that an extra of the installation brings",
     "fallback": "a formula has no cheap program and runs dense",
     "merge-error": "a merged weight is further from the formula than its dtype allows",
 }

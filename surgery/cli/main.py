@@ -18,7 +18,8 @@ from surgery.cli.render import Output
 from surgery.diagnostics import Diagnostic, SurgeryError
 
 # Codes of what is wrong with the way the program is used or with the world around it, rather than with a spec or a model.
-_OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set"}
+_OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set", "bad-data",
+            "missing-extra"}
 
 
 class Surgery(click.Group):
@@ -73,7 +74,7 @@ def main() -> None:
     """Weight conditioning for fine-tuning, from short .surg specs.
 
     SPEC is a .surg file or the name of a spec that ships (`surgery specs`). MODEL is a model id of the hub, a local folder,
-    or demo:NAME, a small random model built on the spot.
+    package:NAME, the model that an installed Python package carries, or demo:NAME, a small random model built on the spot.
     """
 
 

@@ -1,13 +1,15 @@
-"""MODEL on the command line: a hub id, a local folder, or `demo:NAME`.
+"""MODEL on the command line: a hub id, a local folder, `package:NAME` (what an installed Python package carries), or `demo:NAME`.
 
-Takes that text; gives a skeleton on the meta device (from the configuration alone) or the model with its weights. Promises:
-the class is the one that the model was saved as; what cannot be loaded is an `unknown-model` in words.
+Takes that text; gives a skeleton on the meta device (from the configuration alone), the model with its weights, or the
+pretrained model with a new head for a text task. Promises: the class is the one that the model was saved as, unless a head
+is asked for; what cannot be loaded is an `unknown-model` in words.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +17,9 @@ from surgery.diagnostics import SurgeryError, fail
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DEMO = "demo:"
+DEMO, PACKAGE = "demo:", "package:"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -52,7 +54,34 @@ def load(name: str, dtype: str | None = None) -> PreTrainedModel:
         model = load_demo(name.removeprefix(DEMO))
         return model.to(wanted) if wanted else model
     config = _config(name)
-    return _asked(name, lambda: _class(config).from_pretrained(name, dtype=wanted or "auto")).eval()
+    return _asked(name, lambda: _class(config).from_pretrained(place(name), dtype=wanted or "auto")).eval()
+
+
+def load_with_head(name: str, outputs: int, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """The pretrained model with a new head of `outputs` numbers per text, drawn from `seed`; `config` goes to the model's
+    configuration. A demo has random weights. Raises: SurgeryError (unknown-model)."""
+    import torch
+    from transformers import AutoModelForSequenceClassification as Headed
+
+    shape = _config(name)
+    shape.update({"num_labels": outputs, **config})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _asked(name, lambda: Headed.from_config(shape) if name.startswith(DEMO)
+                      else Headed.from_pretrained(place(name), config=shape, dtype=torch.float32)).eval()
+
+
+def tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the weights, able to pad. Raises: SurgeryError (unknown-model)."""
+    from transformers import AutoTokenizer
+
+    if name.startswith(DEMO):
+        raise fail("unknown-model", f"{name} has no tokenizer, so it cannot read text",
+                   helps=("a pretrained model can: a hub id, a local folder or package:NAME",))
+    found = _asked(name, lambda: AutoTokenizer.from_pretrained(place(name)))
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
 
 
 def preprocessors(name: str) -> list[Any]:
@@ -61,10 +90,33 @@ def preprocessors(name: str) -> list[Any]:
 
     for kind in (AutoProcessor, AutoTokenizer) if not name.startswith(DEMO) else ():
         try:
-            return [kind.from_pretrained(name)]
+            return [kind.from_pretrained(place(name))]
         except Exception:  # whatever a third party's tokenizer raises, the weights are what was asked for
             continue
     return []
+
+
+def place(name: str) -> str:
+    """What transformers knows a model by. The folder of `package:NAME` or `package:NAME/FOLDER` is found without importing
+    the package. Raises: SurgeryError (unknown-model)."""
+    if not name.startswith(PACKAGE):
+        return name
+    package, _, inside = name.removeprefix(PACKAGE).partition("/")
+    found = importlib.util.find_spec(module) if (module := package.replace("-", "_")).isidentifier() else None
+    if found is None:
+        raise fail("unknown-model", f"no installed Python package is called `{package}`", helps=(f"pip install {package}",))
+    return str(_model_folder(name, [Path(p) / inside for p in found.submodule_search_locations or ()]))
+
+
+def _model_folder(name: str, roots: Iterable[Path]) -> Path:
+    """The folder with a config.json that lies least deep."""
+    found = sorted(path.parent for root in roots for path in root.rglob("config.json"))
+    nearest = [p for p in found if len(p.parts) == min(len(p.parts) for p in found)]
+    if len(nearest) == 1:
+        return nearest[0]
+    some = f": {', '.join(p.name for p in nearest)}" if nearest else ""
+    raise fail("unknown-model", f"{name} holds {len(nearest) or 'no'} model's folder{'s' if nearest else ''}{some}",
+               helps=("name the one you mean: package:NAME/FOLDER",) if nearest else ())
 
 
 def _config(name: str) -> PreTrainedConfig:
@@ -77,7 +129,7 @@ def _config(name: str) -> PreTrainedConfig:
     if Path(name).exists() and not (Path(name) / "config.json").is_file():
         what = "has no config.json" if Path(name).is_dir() else "is a file"
         raise fail("unknown-model", f"{name} {what}, so it is not a model's folder", helps=_near(name))
-    return _asked(name, lambda: AutoConfig.from_pretrained(name))
+    return _asked(name, lambda: AutoConfig.from_pretrained(place(name)))
 
 
 def _near(name: str) -> tuple[str, ...]:
@@ -108,4 +160,4 @@ def _asked(name: str, ask: Callable[[], Any]) -> Any:
     except Exception as error:  # transformers and the hub raise whatever they like for a model that they cannot load
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise fail("unknown-model", f"cannot load `{name}`: {reason}",
-                   helps=("a model is a hub id, a local folder, or a demo such as demo:llama",)) from error
+                   helps=("a model is a hub id, a local folder, package:NAME, or a demo such as demo:llama",)) from error

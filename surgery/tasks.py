@@ -1,0 +1,185 @@
+"""Text tasks: labelled text from a TSV file, its parts, and the scores of a model's outputs on it.
+
+Takes a file with a header line, a column `text` and a column of labels; gives a `Task`. Promises: the same seed gives the
+same parts; labels that are all numbers, one of them with a fraction, are regressed on, and others are names of classes,
+unless the caller says otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from surgery.diagnostics import Collector, did_you_mean, fail
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TEXT = "text"
+Kind = Literal["classification", "regression"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Texts with their labels: numbers to regress on, or indices into `classes`."""
+
+    name: str
+    texts: tuple[str, ...]
+    labels: tuple[float, ...]
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def kind(self) -> Kind:
+        return "classification" if self.classes else "regression"
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a head gives for a text."""
+        return len(self.classes) or 1
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What a model's configuration is told of its head, besides the number of outputs."""
+        return {"problem_type": "single_label_classification" if self.classes else "regression"}
+
+    def taken(self, indices: Iterable[int]) -> Task:
+        """The texts at these places."""
+        chosen = tuple(indices)
+        return replace(self, texts=tuple(self.texts[i] for i in chosen), labels=tuple(self.labels[i] for i in chosen))
+
+    def parts(self, *shares: float, seed: int = 0) -> tuple[Task, ...]:
+        """The task shuffled and cut: a part for each share of it, and what is left as the last.
+
+        Raises: SurgeryError (bad-data) where a part is empty."""
+        order = list(range(len(self)))
+        random.Random(seed).shuffle(order)
+        cuts = [0, *(round(sum(shares[: i + 1]) * len(self)) for i in range(len(shares))), len(self)]
+        found = tuple(self.taken(order[a:b]) for a, b in zip(cuts, cuts[1:]))
+        if not all(map(len, found)):
+            raise fail("bad-data", f"{self.name} has {len(self)} texts, too few to be cut into {len(found)} parts")
+        return found
+
+    def limited(self, limit: int | None, seed: int = 0) -> Task:
+        """`limit` of the texts, drawn at random; all where there are not more."""
+        if limit is None or limit >= len(self):
+            return self
+        return self.taken(sorted(random.Random(seed).sample(range(len(self)), limit)))
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def read(path: str | PathLike, kind: Kind | None = None, threshold: float | None = None, label: str | None = None) -> Task:
+    """The task in a TSV file. `threshold` makes two classes of numbers, above it or not; `label` names the column.
+
+    Raises: SurgeryError (missing-file, bad-data) with every line that is wrong."""
+    file = Path(path)
+    (_, header), *rows = _lines(file)
+    at, text = _column(file, header, label), header.index(TEXT)
+    report = Collector()
+    for number, row in rows:
+        if len(row) != len(header):
+            report.error("bad-data", f"{file}:{number} has {len(row)} columns, and the header {len(header)}")
+    report.raise_errors()
+    return _labelled(file, [row[text] for _, row in rows], [row[at] for _, row in rows], kind, threshold)
+
+
+def _lines(file: Path) -> list[tuple[int, list[str]]]:
+    """The cells of each line that is not blank, with its number."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise fail("missing-file", f"cannot read {file}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise fail("bad-data", f"{file} is not UTF-8 at byte {error.start}") from None
+    kept = [(number, line.split("\t")) for number, line in enumerate(lines, start=1) if line.strip()]
+    if len(kept) < 2:
+        raise fail("bad-data", f"{file} holds no text under a header line")
+    return kept
+
+
+def _column(file: Path, header: Sequence[str], label: str | None) -> int:
+    """The index of the column of labels."""
+    others = [c for c in header if c != TEXT]
+    if TEXT not in header:
+        raise fail("bad-data", f"{file} has no column `{TEXT}`, only {', '.join(header)}",
+                   helps=("the first line names the columns, with tabs between them",))
+    if label is not None and label not in others:
+        raise fail("bad-data", f"{file} has no column `{label}`", helps=(did_you_mean(label, others) or _listed(others),))
+    if label is None and len(others) != 1:
+        raise fail("bad-data", f"{file} does not say which column is the label: beside `{TEXT}` {_listed(others)}",
+                   helps=("name the column",) if others else ())
+    return header.index(label or others[0])
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return f"it has {', '.join(columns) or 'none'}"
+
+
+def _labelled(file: Path, texts: Sequence[str], labels: Sequence[str], kind: Kind | None, threshold: float | None) -> Task:
+    numbers = [_number(each) for each in labels]
+    if threshold is None and kind != "regression" and (None in numbers or kind or all(n.is_integer() for n in numbers)):
+        return _classified(file, texts, labels)
+    if None in numbers:
+        raise fail("bad-data", f"{file} has labels that are no numbers, such as `{labels[numbers.index(None)]}`",
+                   helps=("such labels can only be classes",))
+    if threshold is None:
+        return Task(file.stem, tuple(texts), tuple(numbers))
+    names = {False: f"up to {threshold:g}", True: f"above {threshold:g}"}
+    return _classified(file, texts, [names[n > threshold] for n in numbers])
+
+
+def _classified(file: Path, texts: Sequence[str], labels: Sequence[str]) -> Task:
+    classes = tuple(sorted(set(labels)))
+    if len(classes) < 2:
+        raise fail("bad-data", f"every text of {file} has the label `{classes[0]}`", helps=("there is nothing to tell apart",))
+    index = {name: float(i) for i, name in enumerate(classes)}
+    return Task(file.stem, tuple(texts), tuple(index[each] for each in labels), classes)
+
+
+def _number(text: str) -> float | None:
+    try:
+        found = float(text)
+    except ValueError:
+        return None
+    return found if abs(found) < float("inf") else None
+
+
+# ---------------------------------------------------------------------------------------------------------- scores
+
+
+def scores(task: Task, outputs: np.ndarray) -> dict[str, float]:
+    """How well a model's outputs [texts, outputs] fit the labels. The first score is the one to go by; larger is better.
+
+    Accuracy for classes; Spearman's rank correlation and the mean squared error for numbers."""
+    import numpy as np
+
+    labels = np.asarray(task.labels)
+    if task.classes:
+        return {"accuracy": float((outputs.argmax(-1) == labels).mean())}
+    found = outputs[:, 0].astype(float)
+    return {"spearman": spearman(found, labels), "mse": float(((found - labels) ** 2).mean())}
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation, equal values sharing their mean rank; 0 where one side is constant."""
+    import numpy as np
+
+    x, y = (_ranks(v) - (len(v) - 1) / 2 for v in (a, b))
+    size = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / size) if size else 0.0
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value, from 0."""
+    import numpy as np
+
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[place]

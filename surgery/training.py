@@ -1,0 +1,97 @@
+"""Training a model on a text task with the HF Trainer, and what it then says.
+
+Takes a model with a head for the task, its tokenizer and a part of the task; trains the parameters that are not frozen.
+Promises: the same seed on the same machine trains the same model; nothing is written to the disk; outputs do not depend on
+the batch that a text is in but for rounding. Needs the extra `train`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from surgery.diagnostics import fail
+from surgery.syntax.fields import Pattern
+from surgery.syntax.tree import Spec, Train
+from surgery.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+EVALUATED = 64  # texts at a time where nothing is kept for a backward pass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to train: AdamW, its learning rate falling linearly to 0; batches hold texts of like length, in random order.
+    `length` is the number of tokens kept of a text."""
+
+    lr: float = 1e-3
+    epochs: float = 2
+    batch: int = 32
+    seed: int = 0
+    length: int = 128
+
+
+def need(package: str, extra: str, what: str) -> None:
+    """Raises: SurgeryError (missing-extra) unless the package is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise fail("missing-extra", f"{what} needs {package}, which is not installed", helps=(f"pip install 'surgery[{extra}]'",))
+
+
+def with_head(spec: Spec, model: PreTrainedModel) -> Spec:
+    """The spec with `train "HEAD.**"` for each module that stands beside the base model: a new head must be trained."""
+    first = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    heads = sorted(first - {model.base_model_prefix}) if model.base_model is not model else []
+    asked = tuple(Train(patterns=(Pattern(f"{name}.**"),)) for name in heads)
+    return spec.model_copy(update={"train": (*spec.train, *asked)})
+
+
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Task, setting: Setting, *, bar: bool = False,
+          callbacks: Iterable[TrainerCallback] = ()) -> None:
+    """Train what is not frozen, in place; the model ends in evaluation mode. Raises: SurgeryError (missing-extra)."""
+    need("accelerate", "train", "training")
+    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
+
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with TemporaryDirectory() as folder:  # the Trainer wants one, though it saves nothing here
+        trainer = Trainer(model, _arguments(folder, setting, bar), train_dataset=encoded(part, tokenizer, setting.length),
+                          data_collator=DataCollatorWithPadding(tokenizer), callbacks=list(callbacks))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+
+
+def _arguments(folder: str, setting: Setting, bar: bool) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        folder, learning_rate=setting.lr, num_train_epochs=setting.epochs, per_device_train_batch_size=setting.batch,
+        seed=setting.seed, train_sampling_strategy="group_by_length", save_strategy="no", report_to="none", logging_steps=50,
+        disable_tqdm=not bar, dataloader_pin_memory=torch.cuda.is_available())
+
+
+def encoded(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
+    """What a model is given for each text: its tokens, at most `length`, and its label."""
+    tokens = tokenizer(list(task.texts), truncation=True, max_length=length)
+    labels = [int(each) for each in task.labels] if task.classes else task.labels
+    return [{**{key: values[i] for key, values in tokens.items()}, "labels": label} for i, label in enumerate(labels)]
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, length: int = Setting.length) -> np.ndarray:
+    """What the model gives for each text, [texts, outputs]. The model must be in evaluation mode."""
+    items = encoded(task, tokenizer, length)
+    order = sorted(range(len(items)), key=lambda i: len(items[i]["input_ids"]))
+    found = torch.empty(len(items), task.outputs)
+    for start in range(0, len(order), EVALUATED):
+        chosen = order[start : start + EVALUATED]
+        batch = tokenizer.pad([{k: v for k, v in items[i].items() if k != "labels"} for i in chosen], return_tensors="pt")
+        found[chosen] = model(**batch.to(model.device)).logits.float().cpu()
+    return found.numpy()
