@@ -136,8 +136,8 @@ def _row_dot_part(a: Expr, b: Expr) -> Expr | None:
         return make("mul", a.args[0].args[0], row_dot(a.args[1], b))
     if a.op == b.op == "matmul" and a.args[1] is b.args[1] and is_orthogonal(a.args[1]):
         return row_dot(a.args[0], b.args[0])
-    if (spread := _spread(a)) is not None:
-        return row_dot(spread, b)
+    if (apart := spread(a)) is not None:
+        return row_dot(apart, b)
     if (found := factors(a)) is not None:
         u, v = found
         return make("row_dot", u, simplify(make("matmul", b, make("T", v))))
@@ -154,7 +154,7 @@ def _row_dot_sum(a: Expr, b: Expr) -> Expr:
     return total(squares + crossed, a.shape[:1])
 
 
-def _spread(a: Expr) -> Expr | None:
+def spread(a: Expr) -> Expr | None:
     """(I + L) x = x + L x, and x (I + L) = x + x L, for the identity plus a low-rank L."""
     if a.op != "matmul":
         return None

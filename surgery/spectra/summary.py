@@ -1,0 +1,153 @@
+"""The spectra of a model's updates: one row for each weight, and means by module type, by layer and over all.
+
+Takes updates; gives plain data. Promises: a row holds numbers and no tensor; means are over the updates that are not 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from surgery.diagnostics import fail
+from surgery.spectra.orthogonality import Defect
+from surgery.spectra.updates import Update
+from surgery.spectra.values import Directions, Spectrum, leading, of_factors, overlap
+
+TOP = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One updated weight. `relative_size`: ‖ΔW‖_F / ‖W‖_F (None where W is zero). `overlap_out`, `overlap_in`: how far
+    the strongest directions of ΔW lie among the first of W, from 0 to 1 (None where ΔW is 0); see `values.overlap`."""
+
+    name: str
+    type: str
+    layer: int | None
+    spectrum: Spectrum
+    relative_size: float | None
+    overlap_out: float | None
+    overlap_in: float | None
+    orthogonality: tuple[Defect, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.spectrum.values)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "type": self.type, "layer": self.layer, **self.spectrum.to_json(),
+                "relative_size": self.relative_size, "overlap_out": self.overlap_out, "overlap_in": self.overlap_in,
+                "orthogonality": [{"transform": d.name, "distance": d.distance} for d in self.orthogonality]}
+
+
+# The figures of a row that a mean makes sense of, by the name that JSON has for them.
+FIGURES: dict[str, Callable[[Row], float | None]] = {
+    "entropy": lambda row: row.spectrum.entropy,
+    "normalised_entropy": lambda row: row.spectrum.normalised_entropy,
+    "stable_rank": lambda row: row.spectrum.stable_rank,
+    "effective_rank": lambda row: row.spectrum.effective_rank,
+    "numerical_rank": lambda row: row.spectrum.numerical_rank,
+    "relative_size": lambda row: row.relative_size,
+    "overlap_out": lambda row: row.overlap_out,
+    "overlap_in": lambda row: row.overlap_in,
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The means of some rows: of each figure over the updates that have it. `count` is that of all the rows."""
+
+    name: str
+    count: int
+    means: Mapping[str, float | None]
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[Row]) -> Group:
+        return cls(name, len(rows), {figure: _mean(map(of, filter(_changed, rows))) for figure, of in FIGURES.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "count": self.count, **self.means}
+
+
+def _changed(row: Row) -> bool:
+    return row.changed
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return fmean(known) if known else None
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """The rows of a model in module order. `squared` says which distribution the entropies are of, `top` how many
+    directions of W the overlaps are with."""
+
+    rows: tuple[Row, ...]
+    squared: bool = False
+    top: int = TOP
+
+    @cached_property
+    def types(self) -> tuple[Group, ...]:
+        """The means by module type, in module order."""
+        return self._groups(lambda row: row.type)
+
+    @cached_property
+    def layers(self) -> tuple[Group, ...]:
+        """The means by the index of the layer; modules outside of the layers are left out."""
+        return self._groups(lambda row: row.layer)
+
+    @cached_property
+    def total(self) -> Group:
+        """The means over all rows."""
+        return Group.of("all", self.rows)
+
+    @property
+    def unchanged(self) -> tuple[str, ...]:
+        """The weights whose update is zero."""
+        return tuple(row.name for row in self.rows if not row.changed)
+
+    def _groups(self, key: Callable[[Row], Any]) -> tuple[Group, ...]:
+        found: dict[Any, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(key(row), []).append(row)
+        return tuple(Group.of(str(name), rows) for name, rows in found.items() if name is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"squared": self.squared, "top": self.top, "modules": [row.to_json() for row in self.rows],
+                "types": [g.to_json() for g in self.types], "layers": [g.to_json() for g in self.layers],
+                "all": self.total.to_json()}
+
+
+@torch.no_grad()
+def row_of(update: Update, squared: bool = False, top: int = TOP) -> Row:
+    """The figures of one update. Cost: of r x r for thin factors, an eigenvalue problem of min(out, in) otherwise.
+
+    Raises: SurgeryError (bad-value) for weights that are not finite.
+    """
+    parts = update.delta if isinstance(update.delta, tuple) else (update.delta,)
+    if not all(bool(t.isfinite().all()) for t in (update.weight, *parts)):
+        raise fail("bad-value", f"{update.name} or its update is not finite",
+                   helps=("the training that made it diverged",))
+    found, directions = _spectrum(update, squared, top)
+    shared = _overlaps(leading(update.weight, top), directions) if found.values and top else (None, None)
+    size = float(update.weight.norm())
+    relative = found.norm / size if size else None
+    return Row(update.name, update.type, update.layer, found, relative, *shared, update.defects)
+
+
+def _spectrum(update: Update, squared: bool, top: int) -> tuple[Spectrum, Directions]:
+    if isinstance(update.delta, tuple):
+        found, directions = of_factors(*update.delta, squared)
+        return found, directions.first(top)
+    found = Spectrum.of(update.delta, update.rounding, squared)
+    return found, leading(update.delta, min(top, found.numerical_rank))
+
+
+def _overlaps(of_weight: Directions, of_update: Directions) -> tuple[float, float]:
+    return overlap(of_weight.out, of_update.out), overlap(of_weight.in_, of_update.in_)

@@ -1,0 +1,172 @@
+"""Updates: every ΔW = W' - W of an operated model, or between two models, one matrix at a time.
+
+Takes a surgeon or the sites of two models, and where their tensors are read; gives `Pending` weights that load
+themselves when they are asked. Promises: one weight is held at a time; ΔW of a formula is computed in float64 from the
+formula, never as the difference of two rounded weights; where the formula makes ΔW a product of thin factors, it stays one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from surgery.compile import Placed
+from surgery.expr.evaluate import dense
+from surgery.expr.ir import Expr
+from surgery.lower.activate import without_dropout
+from surgery.lower.frozen import KINDS
+from surgery.lower.program import weights
+from surgery.operate import Surgeon
+from surgery.rewrite.algebra import simplify
+from surgery.rewrite.cheap import cheapest, spread
+from surgery.rewrite.structure import Factors, factors
+from surgery.rewrite.terms import scaled, summands, times, total
+from surgery.sites import Site
+from surgery.spectra.orthogonality import Defect, defects
+
+WIDE = torch.float64
+Read = Callable[[Site], Tensor]
+Leaves = Mapping[str, Tensor]
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One ΔW [out, in]: a matrix, or factors U [out, r] and V [r, in]. `weight` is W in float64.
+
+    `rounding` bounds the singular values that rounding alone makes: of W' as it is stored, or of float64.
+    """
+
+    name: str
+    layer: int | None
+    weight: Tensor
+    delta: Tensor | tuple[Tensor, Tensor]
+    rounding: float
+    defects: tuple[Defect, ...] = ()
+
+    @property
+    def type(self) -> str:
+        """The module's name without its layer: `self_attn.q_proj`, `mlp.experts.gate_up_proj`."""
+        return module_type(self.name)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A weight not yet read. `load()` gives its updates: one, or one for each matrix of a stack."""
+
+    name: str
+    load: Callable[[], Iterator[Update]]
+
+
+def module_type(name: str) -> str:
+    """What follows the first number in a name, further numbers out: `layer.2.attention.q` -> `attention.q`."""
+    rest = _NUMBER.split(name, maxsplit=1)[-1].strip(".")
+    return ".".join(part for part in rest.split(".") if not part.isdecimal()) or name
+
+
+def _each(site: Site, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """Stored tensors of a site as pairs of a name and matrices: those of a stack by their number."""
+    found = [site.layout.matrix(t.detach()) for t in tensors]
+    if site.stack is None:
+        yield site.name, tuple(found)
+    else:
+        yield from ((f"{site.name}.{i}", tuple(m[i] for m in found)) for i in range(site.stack))
+
+
+# ------------------------------------------------------------------------------------------------------ two models
+
+
+def of_models(pairs: Mapping[Site, tuple[Read, Read]]) -> list[Pending]:
+    """The updates between two models: for each site, how W and W' are read."""
+    return [Pending(site.name, lambda site=site, read=read: _between(site, *read)) for site, read in pairs.items()]
+
+
+def _between(site: Site, base: Read, tuned: Read) -> Iterator[Update]:
+    for name, (w, changed) in _each(site, base(site), tuned(site)):
+        wide = w.to(WIDE)
+        delta = changed.to(wide.device, WIDE) - wide
+        yield Update(name, site.layer, wide, delta, rounding(changed) if delta.any() else 0.0)
+
+
+def rounding(stored: Tensor) -> float:
+    """A bound on the singular values that rounding alone makes of a matrix [m, n] in its dtype.
+
+    An error that is even within half a unit in the last place has the variance ulp² / 12, and a random matrix with
+    independent entries of variances b² has the norm max over rows ‖b_i‖ + max over columns ‖b_j‖, to a few per cent.
+    What is stored in float32 or wider was mostly computed in that dtype too, which is one more rounding.
+    Source: Bandeira & van Handel, Annals of Probability 2016, theorem 1.1.
+    """
+    roundings = 1.1 if stored.dtype.itemsize < 4 else 2.2
+    _, exponent = torch.frexp(stored if stored.dtype == WIDE else stored.float())
+    ulp = torch.exp2((exponent - 1).to(WIDE)).mul_(torch.finfo(stored.dtype).eps)
+    return roundings / 12**0.5 * float(ulp.norm(dim=1).max() + ulp.norm(dim=0).max())
+
+
+# -------------------------------------------------------------------------------------------------- operated models
+
+
+def of_surgeon(surgeon: Surgeon, read: Read, leaves: Callable[[Placed], Leaves]) -> list[Pending]:
+    """The updates of an operated model: how each frozen weight is read, and the tensors of each adapter by key."""
+    return [Pending(p.site.name, lambda p=p: _operated(surgeon, p, read(p.site), leaves(p)))
+            for p in surgeon.plan.placed]
+
+
+def _operated(surgeon: Surgeon, placed: Placed, stored: Tensor, leaves: Leaves) -> Iterator[Update]:
+    adapter, site = surgeon.adapters[placed.site.name], placed.site
+    narrow = torch.promote_types(stored.dtype, torch.float32)
+    for i, (name, (w,)) in enumerate(_each(site, stored)):
+        own = {key: t if key in adapter.shared or site.stack is None else t[i] for key, t in leaves.items()}
+        values = {"weight": w.to(WIDE), **{key: t.detach().to(w.device, WIDE) for key, t in own.items()}}
+        delta, noise = _delta(placed, values)
+        if isinstance(delta, Tensor) and delta.norm() <= _coarsest(own) * values["weight"].norm():
+            noise = float("inf")  # no larger than the rounding of the parameters themselves
+        found = defects(placed.formula, {key: t.to(narrow) for key, t in values.items()})
+        yield Update(name, site.layer, values["weight"], delta, noise, found)
+
+
+def _coarsest(leaves: Leaves) -> float:
+    return max((torch.finfo(t.dtype).eps for t in leaves.values()), default=0.0)
+
+
+def _delta(placed: Placed, values: Leaves) -> tuple[Tensor | tuple[Tensor, Tensor], float]:
+    """ΔW and the rounding of float64 in it."""
+    expr, thin = change(placed.formula.weight)
+    if thin is not None:
+        return (dense(thin[0], values), dense(thin[1], values)), 0.0
+    delta = _built(placed, expr, values)
+    return delta, max(delta.shape) * torch.finfo(WIDE).eps * float(values["weight"].norm() + delta.norm())
+
+
+def _built(placed: Placed, expr: Expr, values: Leaves) -> Tensor:
+    """An expression of a site's weight and its adapter's tensors, by the program that merging would run."""
+    program = weights(replace(placed.formula, weight=expr), False)
+    layer = copy(KINDS[placed.site.layout.kind](placed.site.module, placed.site.layout, placed.site.parameter))
+    layer.weight = values["weight"]
+    leaves = {key: t for key, t in values.items() if key != "weight"}
+    return program.setup(layer, leaves, program.once(layer, WIDE), WIDE, WIDE)[0]
+
+
+@lru_cache(maxsize=1024)
+def change(weight: Expr) -> tuple[Expr, Factors | None]:
+    """W' - W of a formula's W' in normal form, and its thin factors where it has some."""
+    terms = list(_terms(cheapest(without_dropout(weight))))
+    frozen = Expr("weight", (), None, weight.shape)
+    delta = simplify(total([*terms, times(-1, frozen)], weight.shape))
+    return delta, factors(delta)
+
+
+def _terms(expr: Expr) -> Iterator[Expr]:
+    """The summands of an expression, those of (I + L) x = x + L x too: then W cancels, and what is left may be thin."""
+    scalar, rest = scaled(expr)
+    apart = spread(rest)
+    if rest.op == "add" or apart is not None:
+        parts = summands(rest if apart is None else apart)
+        yield from (t if scalar is None else times(scalar, t) for part in parts for t in _terms(part))
+    else:
+        yield expr
