@@ -294,3 +294,12 @@ def test_means_are_of_the_known():
     group = Group.of("g", rows)
     assert (group.count, group.means["relative_size"], group.means["overlap_in"]) == (3, 1.0, None)
     assert math.isclose(group.means["entropy"], math.log(2) / 2)
+
+
+def test_tied_weights_are_one_row_unless_one_model_parted_them():
+    base, parted = load_demo("gpt2"), load_demo("gpt2")
+    names = [row.name for row in surgery.spectrum(base, load_demo("gpt2")).rows]
+    assert "transformer.wte" in names and "lm_head" not in names
+    parted.lm_head.weight = nn.Parameter(parted.lm_head.weight.detach() + 1)
+    changed = [row.name for row in surgery.spectrum(base, parted).rows if row.changed]
+    assert changed == ["lm_head"]
