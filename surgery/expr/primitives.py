@@ -101,15 +101,28 @@ def _reflect_shape(a: Shape) -> Shape:
     return (rows, rows)
 
 
+def _fitting(fits: bool, what: str, *shapes: Shape) -> None:
+    if not fits:
+        raise ShapeError(f"needs {what}, not {' and '.join(map(shape_text, shapes))}")
+
+
 def _side_by_side_shape(a: Shape, b: Shape) -> Shape:
+    _fitting(() not in (a, b) and a[:-1] == b[:-1], "as many rows in both", a, b)
     return a[:-1] + (a[-1] + b[-1],)
 
 
 def _face_shape(a: Shape, b: Shape) -> Shape:
+    _fitting(() not in (a, b) and a[:-1] == b[:-1], "as many rows in both", a, b)
     return a[:-1] + (a[-1] * b[-1],)
 
 
+def _scale_shape(a: Shape, d: Shape) -> Shape:
+    _fitting(a != () and d == a[-1:], "a number for each column", a, d)
+    return a
+
+
 def _blocks_shape(a: Shape, s: Shape) -> Shape:
+    _fitting(a != () and len(s) == 3 and a[-1] == s[0] * s[1], "a block for each slice of the last axis", a, s)
     return a[:-1] + (s[0] * s[2],)
 
 
@@ -246,7 +259,7 @@ _ROWS = [
               public=False),
     Primitive("root", 1, _same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0", public=False),
     Primitive("total", 1, lambda a: (), lambda a: a.sum(), "Σ a over all entries", public=False),
-    Primitive("scale", 2, lambda a, d: a, lambda a, d: a * d, "a diag(d): each column of a times its d", public=False),
+    Primitive("scale", 2, _scale_shape, lambda a, d: a * d, "a diag(d): each column of a times its d", public=False),
     Primitive("blocks", 2, _blocks_shape, _blocks, "a block_diag(s)", public=False),
 ]
 PRIMITIVES: dict[str, Primitive] = {row.name: row for row in _ROWS}

@@ -1,0 +1,168 @@
+"""The verifier between the stages of the compiler, for the zoo and every shipped spec; and each of its laws can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from surgery.diagnostics import Collector
+from surgery.expr.elaborate import Context, elaborate
+from surgery.expr.ir import Draw, Expr, Formula, Leaf
+from surgery.expr.lint import IN, OUT, PLACES, spec_values
+from surgery.expr.primitives import PRIMITIVES, constant, make
+from surgery.expr.verify import CHEAPEST, ELABORATED, LOWERED, MATERIALISED, SIMPLIFIED, Laws, Malformed, verify, verify_formula
+from surgery.lower.activate import TOKENS
+from surgery.lower.program import Program, activations, weights
+from surgery.rewrite.algebra import simplify
+from surgery.rewrite.cheap import cheapest
+from surgery.rewrite.terms import fill
+from surgery.spec import library, load, shipped
+from surgery.syntax.tree import Spec
+from zoo import CASES
+
+SIZES = ((96, 192), (192, 96), (12, 18))
+PLACE = {"layer": 1, "depth": 0.5}
+SPECS = {**{f"shipped {name}": load(name) for name in shipped()}, **{case.name: case.spec() for case in CASES}}
+
+
+def formulas(spec: Spec, *sizes: tuple, place: dict = PLACE) -> Iterator[Formula]:
+    """The formula of each target at each size that fits it."""
+    scope, values = library(spec), spec_values(spec, Collector())
+    for target in spec.targets:
+        found = [elaborate(target, Context(scope, {**values, **place}), out, in_, Collector()) for out, in_ in sizes]
+        assert any(found)
+        yield from filter(None, found)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_every_stage_keeps_its_laws(spec):
+    for formula in formulas(spec, *SIZES):
+        verify_formula(formula)
+        for expr in (formula.weight, formula.bias, *(leaf.init for leaf in formula.leaves if leaf.init is not None)):
+            verify(simplify(expr), SIMPLIFIED)
+            verify(cheapest(expr), CHEAPEST)
+        for program in programs(formula):
+            for expr in program.outputs:
+                verify(expr, LOWERED if program.body else MATERIALISED)
+
+
+def programs(formula: Formula) -> Iterator[Program]:
+    for has_bias in (True, False):
+        yield weights(formula, has_bias)
+        for kind in ("linear", "conv", "embedding"):
+            for training in (True, False):
+                best = activations(formula, kind, training, has_bias and kind != "embedding")
+                yield from (best, *best.over)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_symbolic_sizes_keep_the_laws(spec):
+    for formula in formulas(spec, (OUT, IN), place=PLACES):
+        verify_formula(formula)
+        verify(simplify(formula.weight), SIMPLIFIED)
+
+
+# ------------------------------------------------------------------------------------------------- each law can fail
+
+A, D, G = (Expr("param", (), f"own.{name}", shape) for name, shape in (("A", (6, 6)), ("d", (6,)), ("g", ())))
+F = Expr("param", (), "own.F", (6, 4))
+X = Expr("x", (), None, (TOKENS, 6))
+TWO, MASK = constant(2.0), (0.5, "add_own")
+
+MALFORMED: dict[str, tuple[Expr, ...]] = {
+    "weight": (Expr("weight", (A,), None, (6, 6)), Expr("weight", (), None, (6,)), Expr("weight", (), "w", (6, 6))),
+    "bias": (Expr("bias", (A,), None, (6,)), Expr("bias", (), None, (6, 1))),
+    "param": (Expr("param", (A,), "own.A", (6, 6)), Expr("param", (), "A", (6, 6)), Expr("param", (), None, (6, 6))),
+    "const": (Expr("const", (A,), 2.0, ()), Expr("const", (), "2", ()), Expr("const", (), 2.0, (1,)), Expr("const", (), True, ())),
+    "eye": (Expr("eye", (A,), None, (6, 6)), Expr("eye", (), None, (6, 4)), Expr("eye", (), 1, (6, 6))),
+    "fill": (Expr("fill", (A,), 1.0, (6,)), Expr("fill", (), 1, (6,)), Expr("fill", (), 1.0, ())),
+    "drop": (Expr("drop", (), MASK, (6, 6)), Expr("drop", (A,), 0.5, (6, 6)), Expr("drop", (A,), (1.0, "add_own"), (6, 6)),
+             Expr("drop", (A,), MASK, (6, 4)), Expr("drop", (D,), MASK, (6,))),
+    "x": (Expr("x", (A,), None, (6, 6)), Expr("x", (), None, (6,))),
+    "frozen": (Expr("frozen", (), None, (TOKENS, 4)), Expr("frozen", (X,), None, (4,)), Expr("frozen", (X,), "bias", (TOKENS, 4))),
+    "frozen_back": (Expr("frozen_back", (X, X), None, (TOKENS, 6)), Expr("frozen_back", (X,), None, (6, 6))),
+    "run": (Expr("run", (X,), None, (TOKENS, 6)), Expr("run", (X, F), None, (TOKENS, 6)), Expr("run", (X, A), None, (TOKENS, 4))),
+    "dropout": (Expr("dropout", (), MASK, (TOKENS, 6)), Expr("dropout", (X,), 0.5, (TOKENS, 6)),
+                Expr("dropout", (X,), MASK, (TOKENS, 4))),
+    "split": (Expr("split", (), (2, 3), (TOKENS, 2, 3)), Expr("split", (X,), (2, 2), (TOKENS, 2, 2)),
+              Expr("split", (X,), (2, 3), (TOKENS, 3, 2))),
+    "join": (Expr("join", (), (), (TOKENS, 6)), Expr("join", (A,), (), (6,))),
+    "add_bias": (Expr("add_bias", (X,), None, (TOKENS, 6)), Expr("add_bias", (X, A), None, (TOKENS, 6))),
+    "mul": (make("mul", A, TWO), make("mul", TWO, make("mul", TWO, A))),
+    "T": (make("T", make("diag", D)), make("T", make("T", A))),
+    "matmul": (make("matmul", make("mul", TWO, A), A), make("matmul", Expr("eye", (), None, (6, 6)), A)),
+    "add": (make("add", A, fill(0, (6, 6))),),
+}
+FORMS: dict[str, Laws] = {"elaborated": ELABORATED, "simplified": SIMPLIFIED, "cheapest": CHEAPEST, "lowered": LOWERED,
+                          "materialised": MATERIALISED}
+
+
+def malformed(op: str) -> tuple[Expr, ...]:
+    """Nodes of the operation that no meaning fits: by its primitive's rule, and listed ones."""
+    if op not in PRIMITIVES:
+        return MALFORMED[op]
+    arity = PRIMITIVES[op].arity
+    plain = (Expr(op, (A,) * (arity + 1)), Expr(op, (A,) * arity, None, (99,)), Expr(op, (A,) * arity, 1, (6, 6)))
+    return plain + MALFORMED.get(op, ())
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_each_law_refuses_what_breaks_it(form):
+    for op, laws in form.items():
+        said = {fault(node, {**LOWERED, **form}) for node in malformed(op)}
+        for law in laws:
+            assert law.says in said, f"nothing breaks {op}: {law.says}"
+
+
+def fault(node: Expr, form: Laws) -> str:
+    """The law that a node below another breaks (empty for none)."""
+    try:
+        verify(Expr("above", (node,), None, node.shape), {**form, "above": ()})
+    except Malformed as error:
+        return str(error).partition("breaks a law: ")[2]
+    return ""
+
+
+def refuses(expr: Expr, form: Laws, what: str) -> None:
+    with pytest.raises(Malformed, match=what):
+        verify(expr, form)
+
+
+def test_an_operation_has_its_place():
+    refuses(make("neg", A), SIMPLIFIED, "`neg` has no place")
+    refuses(X, ELABORATED, "`x` has no place")
+    refuses(make("resolvent", A), SIMPLIFIED, "`resolvent` has no place")
+    refuses(Expr("frozen", (A,), None, (6, 6)), MATERIALISED, "`frozen` has no place")
+
+
+def test_sizes_are_whole_numbers():
+    refuses(Expr("param", (), "own.A", (2.0, 0)), ELABORATED, "not a whole number")
+    refuses(Expr("param", (), "own.A", (True,)), ELABORATED, "not a whole number")
+
+
+def test_equal_nodes_are_one_object():
+    twin = object.__new__(Expr)
+    twin.op, twin.args, twin.data, twin.shape = A.op, A.args, A.data, A.shape
+    refuses(make("neg", twin), ELABORATED, "another node is equal")
+
+
+def test_a_name_has_one_shape():
+    refuses(make("matmul", A, Expr("param", (), "own.A", (6, 4))), ELABORATED, r"own.A is \[6, 6\] and \[6, 4\]")
+
+
+WEIGHT, BIAS = Expr("weight", (), None, (6, 6)), Expr("bias", (), None, (6,))
+LEAF = Leaf("own.A", (6, 6), WEIGHT, None)
+FORMULA = Formula(make("matmul", A, WEIGHT), BIAS, (LEAF,))
+
+
+@pytest.mark.parametrize("formula", [
+    replace(FORMULA, leaves=()), replace(FORMULA, leaves=(LEAF, LEAF)), replace(FORMULA, leaves=(replace(LEAF, shape=(6, 4)),)),
+    replace(FORMULA, leaves=(replace(LEAF, init=None),)), replace(FORMULA, leaves=(replace(LEAF, draw=Draw("normal")),)),
+    replace(FORMULA, leaves=(replace(LEAF, init=A),)), replace(FORMULA, bias=make("matmul", A, D)),
+], ids=["a leaf is missing", "a leaf twice", "another shape", "no start", "two starts", "starts from itself", "an unknown one"])
+def test_leaves_are_known_and_start_once(formula):
+    verify_formula(FORMULA)
+    with pytest.raises(Malformed):
+        verify_formula(formula)
