@@ -25,7 +25,7 @@ def is_skew(node: Expr) -> bool:
     if node.op == "block_diag":
         return is_skew(node.args[0])
     terms = list(summands(node))
-    return len(node.shape) > 1 and len(terms) == 2 and opposed(*terms)
+    return len(node.shape) > 1 and len(terms) == 2 and all(t.shape == node.shape for t in terms) and opposed(*terms)
 
 
 def opposed(a: Expr, b: Expr) -> bool:

@@ -1,0 +1,145 @@
+"""Random specs: whatever the formula, the lowered layer is the dense one, merged and unmerged agree, the text is the spec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from layers import LAYOUTS, Tower, gradients, perturb
+from random_specs import specs
+from surgery.as_python import python_text
+from surgery.expr.evaluate import dense
+from surgery.operate import Surgeon, apply
+from surgery.spec import parse
+from surgery.syntax.parser import from_json
+from surgery.syntax.tree import Spec
+
+# More examples, and new ones, are a matter of SURGERY_EXAMPLES=5000; the suite runs the same few each time.
+EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", 0))
+
+
+def some(share: int) -> Callable:
+    return settings(max_examples=EXAMPLES or share, derandomize=not EXAMPLES, deadline=None, print_blob=True,
+                    suppress_health_check=list(HealthCheck))
+
+
+class Experts(nn.Module):
+    """A stack of linear maps, as transformers fuses experts."""
+
+    def __init__(self, out: int, in_: int, is_transposed: bool):
+        super().__init__()
+        self.num_experts, self.is_transposed, self.has_bias = 2, is_transposed, False
+        self.weight = nn.Parameter(torch.empty(2, in_, out) if is_transposed else torch.empty(2, out, in_))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight if self.is_transposed else self.weight.mT)
+
+
+LAYERS = {**{name: (layout.build, layout.inputs) for name, layout in LAYOUTS.items()},
+          "experts 12x18": (lambda: Experts(12, 18, False), lambda: torch.randn(2, 3, 18)),
+          "transposed experts 12x18": (lambda: Experts(12, 18, True), lambda: torch.randn(2, 3, 18))}
+
+
+@dataclass(frozen=True)
+class Operated:
+    """A model with one operated layer, its parameters moved, that layer as it was, and an input."""
+
+    surgeon: Surgeon
+    base: nn.Module
+    x: Tensor
+
+    def dense(self, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        """The base layer's own map with the dense W' and b'."""
+        (placed,), frozen = self.surgeon.plan.placed, dict(self.base.named_parameters())
+        leaves = {**leaves, "weight": placed.site.layout.matrix(frozen["weight"]), **{k: v for k, v in frozen.items() if k == "bias"}}
+        new = {"weight": placed.site.layout.unmatrix(_each(placed, placed.formula.weight, leaves), frozen["weight"].shape)}
+        if "bias" in frozen:
+            new["bias"] = dense(placed.formula.bias, leaves)
+        return torch.func.functional_call(self.base, new, x)
+
+
+def _each(placed, expr, leaves: dict[str, Tensor]) -> Tensor:
+    """The dense value, of each matrix of a stack."""
+    if placed.site.stack is None:
+        return dense(expr, leaves)
+    return torch.stack([dense(expr, {k: v[i] for k, v in leaves.items()}) for i in range(placed.site.stack)])
+
+
+def operated(spec: Spec, layer: str, dtype: torch.dtype, adapter: torch.dtype) -> Operated:
+    torch.manual_seed(1)
+    build, inputs = LAYERS[layer]
+    base, model = build().to(dtype), Tower(build().to(dtype))
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    model.layers[0].load_state_dict(base.state_dict())
+    surgeon = apply(model, spec, seed=3, dtype=adapter)
+    perturb(model)
+    base.requires_grad_(False)
+    x = inputs()
+    return Operated(surgeon, base, x.to(dtype) if x.is_floating_point() else x)
+
+
+def outputs(op: Operated, run: Callable, leaves: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The output of a program of the input and the adapter's tensors, and its gradients in them."""
+    x = op.x.to(dtype) if op.x.is_floating_point() else op.x
+    x = x.clone().requires_grad_(x.is_floating_point())
+    y = run(x, leaves)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
+    taking = {key: leaf for key, leaf in {"the input": x, **leaves}.items() if leaf.requires_grad}
+    found = gradients(y, direction, taking) if y.requires_grad else {key: torch.zeros_like(leaf) for key, leaf in taking.items()}
+    return {"the output": y.detach(), **{f"the gradient of {key}": g for key, g in found.items()}}
+
+
+def both(op: Operated, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the operated layer gives and what the dense formula does, in a dtype."""
+    tensors = next(iter(op.surgeon.adapters.values())).tensors()
+    leaves = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in tensors.items()}
+    mine = outputs(op, lambda x, _: op.surgeon.model(x), tensors, op.x.dtype)
+    return mine, outputs(op, op.dense, leaves, dtype)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return ((found.double() - wanted.double()).norm() / (1 + wanted.double().norm())).item()
+
+
+@some(60)
+@given(specs(), st.sampled_from(sorted(LAYERS)))
+def test_the_layer_is_the_dense_formula(text, layer):
+    spec = parse(text)
+    op = operated(spec, layer, torch.float64, torch.float64)
+    op.surgeon.model.train("dropout(10%)" not in text)
+    mine, wanted = both(op, torch.float64)
+    assume(all(value.isfinite().all() for value in wanted.values()))
+    assert mine.keys() == wanted.keys()
+    for what, value in wanted.items():
+        assert mine[what].shape == value.shape
+        assert error(mine[what], value) <= 1e-8, f"{what} is off by {error(mine[what], value):.1e}"
+
+
+@some(40)
+@given(specs(), st.sampled_from(sorted(LAYERS)))
+def test_merged_and_unmerged_agree(text, layer):
+    op = operated(parse(text), layer, torch.float64, torch.float64)
+    model = op.surgeon.model.eval()
+    bits, y = {name: value.clone() for name, value in model.state_dict().items()}, model(op.x)
+    assume(y.isfinite().all())
+    op.surgeon.merge()
+    assert error(model(op.x), y) <= 1e-8
+    op.surgeon.unmerge()
+    assert all(torch.equal(value, bits[name]) for name, value in model.state_dict().items()) and torch.equal(model(op.x), y)
+
+
+@some(40)
+@given(specs())
+def test_three_forms_are_one_spec(text):
+    spec = parse(text)
+    assert parse(spec.to_surg()) == spec == from_json(spec.model_dump_json())
+    scope: dict = {}
+    exec(python_text(spec), scope)
+    assert scope["spec"] == spec
