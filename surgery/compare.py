@@ -1,0 +1,239 @@
+"""The comparison: specs and full fine-tuning on one text task, under equal budgets.
+
+Takes specs by name, a model by its loader and tokenizer, a task; gives a `Run` for each method, learning rate and seed, and a
+`Row` for each method. Promises: every method sees the same texts in the same steps, and of one seed the same head and batches;
+the learning rate is chosen on the validation part and the score taken on the test part; each run is a small JSON file that
+appears whole, and a run that a file holds is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from surgery.compile import compile
+from surgery.diagnostics import Collector, SurgeryError, fail
+from surgery.footprint import Clock, peak_bytes
+from surgery.operate import Surgeon, apply
+from surgery.spec import inlined
+from surgery.spectra import spectrum
+from surgery.spectra.summary import Group
+from surgery.syntax.tree import Spec, Target, add
+from surgery.tasks import Task, scores
+from surgery.training import Setting, encoded, outputs, train, with_head
+
+FULL = "full"
+FIGURES = ("entropy", "normalised_entropy", "stable_rank", "effective_rank", "relative_size")
+FORMAT = "1.0"
+VALIDATION, TEST = 0.2, 0.2
+_EVERY = Spec("every", targets=(Target(add("low_rank"), kind="linear"),))
+Loader = Callable[[int], PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. `asked` is all that its outcome depends on; `update` holds the figures of ΔW, as means over the weights.
+    Where the training diverged, the scores are None and `update` is empty."""
+
+    asked: Mapping[str, Any]
+    validation: Mapping[str, float] | None
+    test: Mapping[str, float] | None
+    trained: int
+    update: Mapping[str, float | None]
+    step_seconds: float
+    peak_bytes: int
+    machine: str
+
+    @property
+    def method(self) -> str:
+        return self.asked["method"]
+
+    @property
+    def chosen_by(self) -> float:
+        """The score that learning rates are chosen by; larger is better."""
+        return float("-inf") if self.validation is None else next(iter(self.validation.values()))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to run. `specs` by the names of the methods, None for full fine-tuning; `load` gives the model with a head drawn
+    from a seed; `model` is its name, for the record."""
+
+    specs: Mapping[str, Spec | None]
+    model: str
+    load: Loader
+    words: PreTrainedTokenizerBase
+    task: Task
+    rates: Sequence[float]
+    seeds: int
+    epochs: float
+    batch: int = Setting.batch
+
+    def check(self) -> None:
+        """Raises: SurgeryError with all that is wrong with any of the specs for this model, before anything is trained."""
+        report, model = Collector(), self.load(0)
+        for spec in filter(None, self.specs.values()):
+            try:
+                compile(model, with_head(spec, model))
+            except SurgeryError as error:
+                report.add(*error.diagnostics)
+        report.raise_errors()
+
+    def asked(self) -> list[dict[str, Any]]:
+        """What identifies each run, the methods side by side so that a machine's moods fall on all of them."""
+        about = {"model": self.model, "task": self.task.name, "kind": self.task.kind, "texts": len(self.task),
+                 "digest": self._digest, "epochs": self.epochs, "batch": self.batch}
+        return [{"method": method, "spec": inlined(spec).to_surg() if spec else None, "rate": rate, "seed": seed, **about}
+                for seed in range(self.seeds) for rate in self.rates for method, spec in self.specs.items()]
+
+    @cached_property
+    def _digest(self) -> str:
+        """Stands for the texts and labels."""
+        return _digest([self.task.texts, self.task.labels, self.task.classes])
+
+    @cached_property
+    def parts(self) -> tuple[Task, Task, Task]:
+        """To learn from, to choose the learning rate on, to take the score on: the same for all seeds."""
+        return self.task.parts(1 - VALIDATION - TEST, VALIDATION)
+
+    def perform(self, asked: Mapping[str, Any]) -> Run:
+        """Train once, and measure."""
+        spec, seed, (learned, validation, test) = self.specs[asked["method"]], asked["seed"], self.parts
+        model, clock, setting = self.load(seed), Clock(), Setting(asked["rate"], self.epochs, self.batch, seed)
+        surgeon = apply(model, with_head(spec, model), seed=seed) if spec else None
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        train(model, self.words, learned, setting, callbacks=[clock])
+        found = [self._scores(model, part) for part in (validation, test)]
+        update = self._update(model, surgeon) if None not in found else {}
+        return Run(asked, *found, trained, update, clock.seconds, peak_bytes(model, self._longest(model)), machine())
+
+    def _scores(self, model: PreTrainedModel, part: Task) -> dict[str, float] | None:
+        given = outputs(model, self.words, part)
+        return scores(part, given) if np.isfinite(given).all() else None
+
+    def _update(self, model: PreTrainedModel, surgeon: Surgeon | None) -> dict[str, float | None]:
+        """Means over the weights that a spec operates on; of full fine-tuning, over those that any of the specs does."""
+        found = spectrum(surgeon, top=0) if surgeon else spectrum(self.load(0), model, top=0)
+        means = Group.of("", [row for row in found.rows if surgeon or row.name in self._operated]).means
+        return {name: means[name] for name in FIGURES}
+
+    @cached_property
+    def _operated(self) -> frozenset[str]:
+        model = self.load(0)
+        specs = [*filter(None, self.specs.values())] or [_EVERY]
+        return frozenset(p.site.name for spec in specs for p in compile(model, spec).placed)
+
+    def _longest(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The longest texts to learn from as one batch."""
+        items = sorted(encoded(self.parts[0], self.words, Setting.length), key=lambda item: -len(item["input_ids"]))
+        return {k: v.to(model.device) for k, v in self.words.pad(items[: self.batch], return_tensors="pt").items()}
+
+
+def machine() -> str:
+    """The machine in words: the processor, the threads, torch."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def _digest(what: Any) -> str:
+    return sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def place_of(folder: Path, asked: Mapping[str, Any]) -> Path:
+    """The file of a run: runs that were asked for otherwise lie side by side."""
+    return folder / f"{asked['method']}-{asked['rate']:g}-{asked['seed']}-{_digest(dict(asked))}.json"
+
+
+def finished(folder: Path, asked: Mapping[str, Any]) -> Run | None:
+    """The run, if it is in the folder."""
+    try:
+        found = json.loads(place_of(folder, asked).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise fail("bad-data", f"{place_of(folder, asked)} is not a finished run: {error}", helps=("delete it",)) from None
+    return Run(**{name: value for name, value in found.items() if name != "format_version"})
+
+
+def keep(folder: Path, run: Run) -> None:
+    """Write a run's file, whole or not at all. Raises: SurgeryError (bad-output)."""
+    target = place_of(folder, run.asked)
+    beside = target.with_suffix(f".{os.getpid()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps({"format_version": FORMAT, **asdict(run)}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(beside, target)
+    except OSError as error:
+        raise fail("bad-output", f"cannot write {target}: {error.strerror or error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds and its standard error, None for a single seed."""
+
+    value: float
+    error: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        return cls(fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at the learning rate that its validation scores are best at. `scores` are of the test part, the first the one
+    to go by, and empty where the training diverged; `entropy` is the SVD entropy of ΔW, a mean over the weights."""
+
+    method: str
+    rate: float
+    seeds: int
+    scores: Mapping[str, Mean]
+    trained: int
+    step_seconds: float
+    peak_bytes: int
+    entropy: Mean | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def rows(runs: Sequence[Run]) -> list[Row]:
+    """One row for each method, in the order of the runs."""
+    return [_row(method, [r for r in runs if r.method == method]) for method in dict.fromkeys(r.method for r in runs)]
+
+
+def _row(method: str, runs: Sequence[Run]) -> Row:
+    by_rate = {rate: [r for r in runs if r.asked["rate"] == rate] for rate in dict.fromkeys(r.asked["rate"] for r in runs)}
+    best = max(by_rate, key=lambda rate: fmean(r.chosen_by for r in by_rate[rate]))
+    chosen = by_rate[best]
+    whole = all(r.test is not None for r in chosen)
+    found = {name: Mean.of([r.test[name] for r in chosen]) for name in chosen[0].test} if whole else {}
+    entropy = Mean.of([r.update["entropy"] for r in chosen]) if whole and chosen[0].update.get("entropy") is not None else None
+    return Row(method, best, len(chosen), found, chosen[0].trained, median(r.step_seconds for r in runs),
+               max(r.peak_bytes for r in runs), entropy)

@@ -1,0 +1,78 @@
+"""What a step of training costs: its time, and the most memory that is held during it.
+
+Takes a model that is trained; gives seconds and bytes. Promises: the parameters keep their values; bytes are those of all
+tensors (weights, gradients, the optimizer's, activations), as the allocator counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
+
+WARM_UP = 2
+
+
+class Clock(TrainerCallback):
+    """Takes the time of each step of the Trainer: forward, backward and the optimizer."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, *about: Any, **more: Any) -> None:
+        self._began = perf_counter()
+
+    def on_step_end(self, *about: Any, **more: Any) -> None:
+        self._times.append(perf_counter() - self._began)
+
+    @property
+    def seconds(self) -> float:
+        """The median step, the first ones left out where there are more."""
+        return median(self._times[WARM_UP:] or self._times)
+
+
+def peak_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """The most bytes held at once in a step of AdamW on a batch that has labels. The model is then as it was."""
+    mode = model.training
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0, weight_decay=0.0)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model.train()
+    step()  # the optimizer's state comes to be in its first step
+    found = _peak_on_gpu(step) if model.device.type == "cuda" else _held(model, optimizer) + _peak_on_cpu(step)
+    model.train(mode)
+    return found
+
+
+def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers(), *states)}.values())
+
+
+def _peak_on_gpu(step: Any) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated()
+
+
+def _peak_on_cpu(step: Any) -> int:
+    """The allocations of a step, less what it frees, at their highest."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = (e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

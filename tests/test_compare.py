@@ -1,0 +1,228 @@
+"""The comparison: equal budgets, the rate chosen on one part and the score taken on another, runs kept, one command."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from small_text import save_model, texts, words
+
+import surgery
+from surgery import compare
+from surgery.cli.main import main
+from surgery.cli.models import load_with_head
+from surgery.compare import Comparison, Mean, Run, finished, keep, place_of, rows
+from surgery.footprint import Clock, peak_bytes
+from surgery.tasks import Task
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def task(count: int = 60) -> Task:
+    """Does a text hold an `a`?"""
+    found = texts(count)
+    return Task("letters", tuple(found), tuple(float("a" in text) for text in found), ("no", "yes"))
+
+
+def comparison(model: str, *names: str, **changes) -> Comparison:
+    asked = {"rates": (1e-3,), "seeds": 1, "epochs": 1, "batch": 8, "task": task(), **changes}
+    specs = {name: None if name == "full" else surgery.load(name) for name in names}
+    load = lambda seed: load_with_head(model, asked["task"].outputs, seed, **asked["task"].head)  # noqa: E731
+    return Comparison(specs, "small", load, words(), **asked)
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_runs_are_asked_for_with_all_that_they_depend_on(model: str) -> None:
+    whole = comparison(model, "full", "lora", "dora", rates=(1e-3, 1e-2), seeds=2)
+    asked = whole.asked()
+    assert len(asked) == 12 and len({place_of(Path(), each) for each in asked}) == 12
+    assert [each["method"] for each in asked[:3]] == ["full", "lora", "dora"]
+    others = [replace(whole, task=task(59)), replace(whole, epochs=2), replace(whole, batch=4), replace(whole, model="other"),
+              replace(whole, specs={**whole.specs, "lora": surgery.load("lora", rank=3)})]
+    for other in others:
+        assert place_of(Path(), other.asked()[1]) != place_of(Path(), asked[1])
+
+
+def test_a_run_trains_its_method_and_says_what_it_was(model: str) -> None:
+    whole = comparison(model, "full", "lora", "oft")
+    full, lora, oft = (whole.perform(each) for each in whole.asked())
+    # 2 layers of four [32, 32], [64, 32] and [32, 64], and the pooler [32, 32]; a head [2, 32] with its bias.
+    assert lora.trained == 8 * (9 * 64 + 4 * 96) + 66
+    assert oft.trained == 11 * 32**2 + 2 * 2 * 32**2 + 66
+    assert full.trained == sum(p.numel() for p in whole.load(0).parameters())
+    for run in (full, lora, oft):
+        assert set(run.validation) == set(run.test) == {"accuracy"} and run.machine == compare.machine()
+        assert run.step_seconds > 0 and run.peak_bytes > 4 * full.trained
+    assert full.peak_bytes > lora.peak_bytes
+    assert 0 < lora.update["entropy"] <= torch.tensor(8.0).log() < full.update["entropy"]
+
+
+def test_the_same_run_is_the_same_again(model: str) -> None:
+    whole = comparison(model, "lora", seeds=2)
+    first, second = whole.asked()
+    one, same, other = whole.perform(first), whole.perform(first), whole.perform(second)
+    assert (one.test, one.update) == (same.test, same.update) and one.update != other.update
+
+
+def test_the_parts_are_apart_and_the_same_for_all(model: str) -> None:
+    learned, validation, test = comparison(model, "full").parts
+    assert [len(learned), len(validation), len(test)] == [36, 12, 12]
+    assert sorted((*learned.texts, *validation.texts, *test.texts)) == sorted(task().texts)
+
+
+def test_a_training_that_diverges_is_told_and_never_chosen(model: str) -> None:
+    whole = comparison(model, "full", rates=(1e-3, 1e30))
+    runs = [whole.perform(each) for each in whole.asked()]
+    assert runs[1].test is runs[1].validation is None and runs[1].update == {}
+    assert rows(runs)[0].rate == 1e-3
+    row, = rows(runs[1:])
+    assert row.scores == {} and row.entropy is None
+
+
+def test_what_does_not_fit_is_said_before_any_training(model: str) -> None:
+    whole = comparison(model, "full", "oft", "lora")
+    specs = {**whole.specs, "oft": surgery.load("oft", block=5), "none": surgery.parse('spec none\ntarget linear "x" { add low_rank() }')}
+    with pytest.raises(surgery.SurgeryError) as caught:
+        replace(whole, specs=specs).check()
+    assert {d.code for d in caught.value.diagnostics} == {"not-divisible", "no-match"}
+    whole.check()
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def run(method: str = "lora", rate: float = 1e-3, seed: int = 0, validation: float | None = 0.5, test: float = 0.5, **more) -> Run:
+    known = validation is not None
+    return Run({"method": method, "rate": rate, "seed": seed}, {"accuracy": validation} if known else None,
+               {"accuracy": test} if known else None, 10, {"entropy": 1.0 + seed} if known else {}, 0.1, 100, "a machine")
+
+
+def test_a_run_is_kept_and_found_again(tmp_path: Path) -> None:
+    assert finished(tmp_path / "runs", run().asked) is None
+    keep(tmp_path / "runs", run())
+    keep(tmp_path / "runs", run(seed=1, validation=None))
+    assert finished(tmp_path / "runs", run().asked) == run()
+    assert finished(tmp_path / "runs", run(seed=1).asked) == run(seed=1, validation=None)
+    assert finished(tmp_path / "runs", run(seed=2).asked) is None
+    assert all(p.suffix == ".json" for p in (tmp_path / "runs").iterdir())
+
+
+def test_a_file_that_is_no_run_is_told(tmp_path: Path) -> None:
+    keep(tmp_path, run())
+    place_of(tmp_path, run().asked).write_text('{"half')
+    with pytest.raises(surgery.SurgeryError, match="is not a finished run"):
+        finished(tmp_path, run().asked)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(surgery.SurgeryError, match="bad-output"):
+        keep(tmp_path / "file", run())
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_the_rate_is_chosen_on_the_validation_part_and_the_score_taken_on_the_test_part() -> None:
+    runs = [run(rate=1e-3, seed=0, validation=0.6, test=0.9), run(rate=1e-3, seed=1, validation=0.6, test=0.9),
+            run(rate=1e-2, seed=0, validation=0.9, test=0.5), run(rate=1e-2, seed=1, validation=0.5, test=0.7),
+            run(rate=1e-1, seed=0, validation=None), run(rate=1e-1, seed=1, validation=1.0)]
+    row, = rows(runs)
+    assert (row.rate, row.seeds) == (1e-2, 2)
+    assert row.scores["accuracy"] == Mean(pytest.approx(0.6), pytest.approx(0.1))
+    assert row.entropy == Mean(1.5, pytest.approx(0.5))
+
+
+def test_one_seed_has_no_standard_error() -> None:
+    first, second = rows([run("lora"), run("dora")])
+    assert (first.method, second.method) == ("lora", "dora") and first.scores["accuracy"] == Mean(0.5, None)
+
+
+# -------------------------------------------------------------------------------------------------------- footprint
+
+
+def test_peak_memory_counts_weights_gradients_the_optimizer_and_activations() -> None:
+    class Line(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return type("Output", (), {"loss": self.second(self.first(x).relu()).square().mean()})
+
+    line, batch, size = Line(), {"x": torch.randn(4096, 64)}, 4 * 64 * 64
+    before = {n: p.clone() for n, p in line.named_parameters()}
+    whole = peak_bytes(line, batch)
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in line.named_parameters())
+    line.first.requires_grad_(False)
+    less = peak_bytes(line, batch)
+    # All weights and three activations (after relu, of the second layer, squared); the first layer's two moments more.
+    assert less > 4 * size + 3 * 4 * 4096 * 64 and whole - less >= 2 * size
+
+
+def test_the_clock_takes_the_median_step(monkeypatch) -> None:
+    times = iter([0, 9, 10, 18, 20, 21, 30, 33, 40, 42])
+    monkeypatch.setattr("surgery.footprint.perf_counter", lambda: next(times))
+    clock = Clock()
+    for _ in range(5):
+        clock.on_step_begin()
+        clock.on_step_end()
+    assert clock.seconds == 2  # of 1, 3 and 2: the first two are left out
+
+
+# ---------------------------------------------------------------------------------------------------------- command
+
+
+def written(folder: Path, labels: bool = True) -> str:
+    chosen = task(40)
+    lines = [f"{chosen.classes[int(label)] if labels else len(text) / 7}\t{text}" for label, text in zip(chosen.labels, chosen.texts)]
+    (folder / "letters.tsv").write_text("\n".join(["label\ttext", *lines]))
+    return str(folder / "letters.tsv")
+
+
+def told(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["compare", *map(str, words)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_trains_once_and_shows_the_same_again(model: str, tmp_path: Path, monkeypatch) -> None:
+    words = ("lora", "--model", model, "--data", written(tmp_path), "--seeds", 2, "--epochs", 1, "--lr", "1e-3,1e-2",
+             "--batch", 12, "--set", "rank=2", "-o", tmp_path / "out")
+    status, said, noted = told(*words)
+    assert status == 0 and "24 texts to learn from, 8 to choose the learning rate on, 8 to score on" in said
+    assert [line.split()[0] for line in said.splitlines() if line.startswith((" full ", " lora "))] == ["full", "lora"]
+    assert noted.count("accuracy") == 8 and len(list((tmp_path / "out/runs").iterdir())) == 8
+    assert (tmp_path / "out/comparison.svg").read_text().startswith("<?xml")
+
+    monkeypatch.setattr(Comparison, "perform", lambda *_: pytest.fail("a finished run is run again"))
+    status, again, _ = told(*words, "--json")
+    found, kept = json.loads(again), json.loads((tmp_path / "out/comparison.json").read_text())
+    assert status == 0 and found["rows"] == kept["rows"] and [row["method"] for row in kept["rows"]] == ["full", "lora"]
+    assert kept["machines"] == [compare.machine()] and kept["texts"] == [24, 8, 8]
+    assert {"rate", "scores", "trained", "step_seconds", "peak_bytes", "entropy"} <= kept["rows"][1].keys()
+
+
+def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) -> None:
+    status, said, _ = told("lora", "full", "--model", model, "--data", written(tmp_path, labels=False), "--seeds", 1, "--epochs", 1,
+                           "--lr", "1e-3", "--limit", 30, "-o", tmp_path / "out", "--target", "**.query")
+    assert status == 0 and "regression: 18 texts" in said and "spearman" in said and "mse" in said
+
+
+@pytest.mark.parametrize(("words", "status", "said"), [
+    (("lora", "--lr", "1e-3,x"), 2, "is not a list such as"),
+    (("lora", "--lr", "0"), 2, "is not a list such as"),
+    (("lora", "--set", "rnk=2"), 1, "did you mean `rank`?"),
+    (("oft", "--set", "rank"), 2, "bad-set"),
+    (("lorra",), 2, "unknown-spec"),
+    (("oft", "--set", "block=5"), 1, "not-divisible"),
+    (("lora", "--threshold", "0"), 2, "bad-data"),
+])
+def test_what_is_wrong_is_said_before_any_training(words: tuple, status: int, said: str, model: str, tmp_path: Path) -> None:
+    found = told(*words, "--model", model, "--data", written(tmp_path), "-o", tmp_path / "out")
+    assert found[0] == status and said in found[2] and not (tmp_path / "out").exists()
