@@ -1,14 +1,15 @@
 """Demo models: small random models of the common families, built on the spot, so that everything works offline.
 
 Takes a name of `DEMOS`, gives a transformers config, a model in eval mode, or a batch for it. Promises: the same seed gives
-the same weights and the same batch; the caller's random state is left as it was; at most a few megabytes; the sizes of the
-inner layers are multiples of 32. GPT-2 and T5 tie their embeddings to their heads, as they usually do.
+the same weights and the same batch; the caller's random state is left as it was; at most a few megabytes unless sizes are
+given (`llama:hidden_size=1024,num_hidden_layers=8`, any number of the family's config) or the name is one of `LARGER`; the
+sizes of the inner layers are multiples of 32. GPT-2 and T5 tie their embeddings to their heads, as they usually do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.diagnostics import did_you_mean, fail
@@ -51,6 +52,10 @@ DEMOS: dict[str, Demo] = {
         "embedding_size": 32, "hidden_sizes": [32, 64], "depths": [2, 2], "layer_type": "basic"}),
 }
 
+# Large enough for a measured time to mean something: 52 million parameters.
+LARGER = {"llama-bench": "llama:hidden_size=1024,intermediate_size=2816,num_hidden_layers=4,num_attention_heads=16,"
+                         "num_key_value_heads=16,max_position_embeddings=4096"}
+
 
 def demo_names() -> tuple[str, ...]:
     """The names of the demo models."""
@@ -75,8 +80,8 @@ def load_demo(name: str, seed: int = 0) -> PreTrainedModel:
         return _model_class(name)(config).eval()
 
 
-def demo_inputs(model: PreTrainedModel | str, seed: int = 0) -> dict[str, Tensor]:
-    """A tiny batch for a model, or for the demo of that name: the keyword arguments of its forward."""
+def demo_inputs(model: PreTrainedModel | str, seed: int = 0, batch: int = BATCH, length: int = LENGTH) -> dict[str, Tensor]:
+    """A batch for a model, or for the demo of that name: the keyword arguments of its forward (`length` tokens a row)."""
     import torch
 
     config, main = ((demo_config(model), _model_class(model).main_input_name) if isinstance(model, str)
@@ -84,17 +89,42 @@ def demo_inputs(model: PreTrainedModel | str, seed: int = 0) -> dict[str, Tensor
     draw = torch.Generator().manual_seed(seed)
     if main == "pixel_values":
         size = getattr(config, "image_size", IMAGE)
-        return {main: torch.randn(BATCH, config.num_channels, size, size, generator=draw)}
+        return {main: torch.randn(batch, config.num_channels, size, size, generator=draw)}
     names = ("input_ids", "decoder_input_ids")[: 1 + bool(config.is_encoder_decoder)]
-    return {n: torch.randint(3, config.vocab_size, (BATCH, LENGTH), generator=draw) for n in names}
+    return {n: torch.randint(3, config.vocab_size, (batch, length), generator=draw) for n in names}
 
 
 def _demo(name: str) -> Demo:
-    if name in DEMOS:
-        return DEMOS[name]
-    near = did_you_mean(f"demo:{name}", [f"demo:{known}" for known in DEMOS])
-    raise fail("unknown-model", f"no demo is called `{name}`", notes=(f"the demos are {', '.join(DEMOS)}",),
+    """The demo of a name, with the sizes that stand behind it."""
+    family, _, sizes = name.partition(":")
+    if family in LARGER:
+        return _sized(_demo(LARGER[family]), sizes)
+    if family in DEMOS:
+        return _sized(DEMOS[family], sizes)
+    near = did_you_mean(f"demo:{family}", [f"demo:{known}" for known in (*DEMOS, *LARGER)])
+    raise fail("unknown-model", f"no demo is called `{name}`", notes=(f"the demos are {', '.join((*DEMOS, *LARGER))}",),
                helps=(near,) if near else ())
+
+
+def _sized(demo: Demo, text: str) -> Demo:
+    """The demo with other sizes: `hidden_size=1024,num_hidden_layers=8`."""
+    given = dict(map(_size, text.split(","))) if text else {}
+    if given:
+        import transformers
+
+        known = getattr(transformers, demo.config)(**demo.sizes)
+        for name in given:
+            if not isinstance(getattr(known, name, None), int):
+                near = did_you_mean(name, [*demo.sizes, *(k for k, v in vars(known).items() if isinstance(v, int))])
+                raise fail("unknown-model", f"{demo.config} has no size `{name}`", helps=(near,) if near else ())
+    return replace(demo, sizes={**demo.sizes, **given})
+
+
+def _size(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    if not value.isdecimal() or int(value) < 1:
+        raise fail("unknown-model", f"`{text}` is not a size of a demo", helps=("for example demo:llama:hidden_size=1024",))
+    return name, int(value)
 
 
 def _model_class(name: str) -> type[PreTrainedModel]:

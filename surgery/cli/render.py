@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -124,6 +124,19 @@ class Output:
             timer.cancel()
             timer.join()
             status.stop()
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[str], None]]:
+        """Gives a function that says what is being done: one line, written over, with nothing that moves in between."""
+        def show(text: str) -> None:
+            sys.stderr.write(f"\r\033[2K{text}")
+            sys.stderr.flush()
+
+        try:
+            yield show if self.animated else self.detail
+        finally:
+            if self.animated:
+                show("")
 
 
 def coloured(text: str) -> Text:

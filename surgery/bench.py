@@ -1,0 +1,216 @@
+"""What specs cost, measured: the time of a step and of a forward pass, and the memory of a step, beside the frozen model's.
+
+Takes a model and specs; gives rows. A step is a forward and a backward pass in training mode from a fixed random gradient
+of the output; a forward pass is in evaluation mode without gradients. The frozen model is the same with every parameter
+frozen; in all of them a gradient flows to the output of the input embedding (or to the images), so that a backward pass
+runs through every layer. PEFT's own is measured where a row of `surgery.peft.methods` proves that it has the method.
+
+Promises: all run in one process and take turns, the order turning too, after a warm-up; they share the model's weights, and
+the model itself is left alone; a ratio is the median of the ratios of times taken in the same round; the spread is half
+the distance between the quartiles of those.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.compile import compile
+from surgery.demo import demo_inputs
+from surgery.diagnostics import fail
+from surgery.measure import peak_bytes, seconds
+from surgery.operate import prepare
+from surgery.peft.match import Match, match
+from surgery.syntax.tree import Spec
+
+PHASES = ("step", "forward")
+_WARM_UP = 2
+
+
+@dataclass
+class Subject:
+    """A model that takes its turn, its times in seconds by phase, and the peak of a step in bytes."""
+
+    model: nn.Module
+    batch: Mapping[str, Tensor]
+    direction: Tensor
+    times: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
+    peak: int | None = None
+
+    def forward(self) -> Tensor:
+        return _output(self.model, self.batch)
+
+    def step(self) -> None:
+        """Forward and backward; the gradients of the step before are dropped first."""
+        self.model.zero_grad(set_to_none=True)
+        self.forward().backward(self.direction)
+
+    @torch.no_grad()
+    def infer(self) -> None:
+        self.forward()
+
+    def call(self, phase: str) -> Callable[[], Any]:
+        return {"step": self.step, "forward": self.infer}[phase]
+
+
+@dataclass
+class Contender:
+    """A spec on the model: ours, and PEFT's own where it has the method (`why` says why not)."""
+
+    name: str
+    trained: int
+    ours: Subject
+    peft: Subject | None
+    why: str = ""
+
+
+class Bench:
+    """The frozen model and the specs' models, ready to take turns."""
+
+    def __init__(self, model: nn.Module, specs: Mapping[str, Spec], tokens: tuple[int, int], against_peft: bool = False):
+        """`model` gives up its gradients; `tokens`: batch and length. Raises: SurgeryError."""
+        self.model, self.device = model.requires_grad_(False), next(model.parameters()).device
+        self.against_peft = against_peft
+        self.batch = _batch(model, tokens)
+        self.direction = _direction(model, self.batch)
+        self.frozen = self._subject(model)
+        self.contenders = [self._contender(name, spec) for name, spec in specs.items()]
+
+    @property
+    def subjects(self) -> dict[str, Subject]:
+        """All that take turns, by what they are called while they run."""
+        found = {"the frozen model": self.frozen}
+        for each in self.contenders:
+            found |= {each.name: each.ours, **({f"PEFT's {each.name}": each.peft} if each.peft else {})}
+        return found
+
+    def _subject(self, model: nn.Module) -> Subject:
+        return Subject(model, self.batch, self.direction)
+
+    def _contender(self, name: str, spec: Spec) -> Contender:
+        plan = compile(self.model, spec)
+        copied = _sharing(self.model, plan.train)
+        surgeon = prepare(copied, spec).operate()
+        trained = sum(p.numel() for p in surgeon.parameters())
+        theirs, why = self._peft(match(plan)) if self.against_peft else (None, "")
+        return Contender(name, trained, self._subject(copied), theirs, why)
+
+    def _peft(self, found: Match | None) -> tuple[Subject | None, str]:
+        """PEFT's model, or why there is none."""
+        if found is None:
+            return None, "PEFT has no method with this formula"
+        import peft
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                config = getattr(peft, found.family.config_class)(**found.config)
+                return self._subject(peft.get_peft_model(_sharing(self.model), config)), ""
+        except (TypeError, ValueError) as error:  # how PEFT refuses a module
+            return None, f"PEFT refuses: {error}"
+
+    # --------------------------------------------------------------------------------------------------- running
+
+    def run(self, repeat: int) -> Iterator[str]:
+        """Take turns for `repeat` rounds of each phase. Says what runs next before it does; may be stopped at any time."""
+        for phase in PHASES:
+            yield from self._warm_up(phase)
+            for number in range(repeat):
+                for name, subject in _turned(list(self.subjects.items()), number):
+                    yield f"{phase}, round {number + 1} of {repeat}: {name}"
+                    subject.times[phase].append(seconds(subject.call(phase), self.device))
+
+    def _warm_up(self, phase: str) -> Iterator[str]:
+        for name, subject in self.subjects.items():
+            yield f"{phase}, warm-up: {name}"
+            subject.model.train(phase == "step")
+            for _ in range(_WARM_UP):
+                subject.call(phase)()
+            if phase == "step":
+                subject.peak = peak_bytes(subject.step, self.device)
+
+    # ------------------------------------------------------------------------------------------------------ rows
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What is known: a row for the frozen model, and one for each spec. Times are in seconds, None if not measured."""
+        return [{"name": "frozen", "trained": 0, **self._figures(self.frozen)}, *map(self._row, self.contenders)]
+
+    def _row(self, each: Contender) -> dict[str, Any]:
+        theirs = {f"peft_{key}": value for key, value in self._figures(each.peft).items()}
+        pairs = zip(each.ours.times["step"], each.peft.times["step"] if each.peft else [])
+        over = [mine / other for mine, other in pairs]
+        return {"name": each.name, "trained": each.trained, **self._figures(each.ours), **theirs,
+                "step_over_peft": median(over) if over else None, "peft_note": each.why or None}
+
+    def _figures(self, subject: Subject | None) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for phase in PHASES:
+            times = subject.times[phase] if subject else []
+            ratios = [t / base for t, base in zip(times, self.frozen.times[phase])]
+            found |= {f"{phase}_seconds": median(times) if times else None, f"{phase}_ratio": median(ratios) if ratios else None,
+                      f"{phase}_ratio_spread": spread(ratios)}
+        return {**found, "peak_bytes": subject.peak if subject else None}
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Half the distance between the quartiles."""
+    if len(values) < 2:
+        return None
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2
+
+
+def _turned(items: list, number: int) -> list:
+    """The items from another one on, so that none always follows the same."""
+    at = number % len(items)
+    return items[at:] + items[:at]
+
+
+# ----------------------------------------------------------------------------------------------- models and batches
+
+
+def _sharing(model: nn.Module, apart: Sequence[str] = ()) -> nn.Module:
+    """A copy of the model's structure with the same tensors in it; the parameters named are copied."""
+    own = {id(model.get_parameter(name)) for name in apart}
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
+    return deepcopy(model, shared)
+
+
+def _batch(model: nn.Module, tokens: tuple[int, int]) -> dict[str, Tensor]:
+    """A random batch on the model's device, such that a backward pass reaches every layer."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and tokens[1] > longest:
+        raise fail("bad-value", f"{type(model).__name__} reads at most {longest} tokens a row, not {tokens[1]}")
+    first = next(model.parameters())
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == getattr(model.config, "vocab_size", None):
+            module.register_forward_hook(lambda module, args, output: _awake(output))
+    batch = {name: value.to(first.device) for name, value in demo_inputs(model, 0, *tokens).items()}
+    return {name: _awake(v.to(first.dtype)) if v.is_floating_point() else v for name, v in batch.items()}
+
+
+def _awake(x: Tensor) -> Tensor:
+    return x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
+
+
+def _direction(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """A random gradient of the model's output. Raises: SurgeryError (unsupported-module) where none reaches the input."""
+    y = _output(model, batch)
+    if not y.requires_grad:
+        raise fail("unsupported-module", f"no gradient reaches the input of a {type(model).__name__}")
+    draw = torch.Generator().manual_seed(1)
+    return (torch.randn(y.shape, generator=draw) / y.numel()).to(y.device, y.dtype)
+
+
+def _output(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's first output with numbers in it. Nothing is kept for generation."""
+    more = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+    found = model(**batch, return_dict=True, **more)
+    return next(v for v in found.values() if isinstance(v, Tensor) and v.is_floating_point())

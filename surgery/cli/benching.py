@@ -1,0 +1,187 @@
+"""The command that measures: bench."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.models import DTYPES
+from surgery.cli.options import command, opened, sets, targets
+from surgery.cli.render import Output
+from surgery.diagnostics import did_you_mean, fail
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgery.bench import Bench
+    from surgery.syntax.tree import Spec
+
+
+class _Tokens(click.ParamType):
+    """`4,128`: a batch of 4 rows of 128 tokens."""
+
+    name = "B,T"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if len(parts) != 2 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
+            self.fail(f"'{value}' is not of the form 4,128 (rows, tokens a row)", param, context)
+        return int(parts[0]), int(parts[1])
+
+
+@command(click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),
+         click.option("--model", required=True, help="Measure on this model; demo:llama-bench is large enough for a CPU."),
+         click.option("--tokens", type=_Tokens(), default="4,128", show_default=True,
+                      help="Rows, and tokens a row (of images: how many)."),
+         click.option("--against", type=click.Choice(["peft"]), help="Measure PEFT's own too, where it has the method."),
+         click.option("--device", default="cpu", show_default=True, help="A device of torch's: cpu, cuda, cuda:1."),
+         click.option("--dtype", type=click.Choice(DTYPES), help="Load the model in this dtype. Default: the one it was saved in."),
+         click.option("--repeat", type=click.IntRange(1), default=10, show_default=True, help="Rounds of each measurement."),
+         sets, targets, example="surgery bench lora dora sora --model demo:llama-bench --against peft")
+def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int, int], against: str | None, device: str,
+          dtype: str | None, repeat: int, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
+    """Measure what specs cost.
+
+    The time of a training step and of a forward pass, and the memory of a step, beside the same model with everything
+    frozen. All take turns in one process. A parameter that --set names is set in every spec that has it. Ctrl-C shows what
+    is known by then.
+    """
+    if against and find_spec("peft") is None:
+        raise click.UsageError("--against peft needs PEFT: pip install peft")
+    named = _named(specs, sets, targets)
+    with _memory(device):
+        ready = _ready(output, model, dtype, device, named, tokens, bool(against))
+        try:
+            with output.progress() as say:
+                for what in ready.run(repeat):
+                    say(what)
+        finally:
+            _show(output, ready, model, tokens)
+
+
+@contextmanager
+def _memory(device: str) -> Iterator[None]:
+    """A device that is too small for the block is the user's to know, not our mistake."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise fail("bad-value", f"this does not fit into the memory of {device}",
+                   helps=("fewer --tokens, fewer specs at a time, or a smaller --dtype",)) from None
+
+
+def _ready(output: Output, model: str, dtype: str | None, device: str, specs: Mapping[str, Spec], tokens: tuple[int, int],
+           against: bool) -> Bench:
+    from surgery.bench import Bench
+    from surgery.cli.models import load, quiet_libraries
+
+    place = _device(device)
+    with output.busy(f"loading {model}"):
+        quiet_libraries(output.animated)
+        loaded = load(model, dtype).to(place)
+    with output.busy("operating"):
+        return Bench(loaded, specs, tokens, against)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's several ways to say that there is none
+        raise fail("bad-value", f"there is no device `{name}`: {str(error).splitlines()[0]}") from None
+
+
+def _named(specs: Iterable[str], sets: tuple[str, ...], targets: tuple[str, ...]) -> dict[str, Spec]:
+    """The specs by what they are called in the table, each with those settings that it has a parameter for."""
+    found: dict[str, Spec] = {}
+    known = {name: [p.name for p in opened(name).params] for name in specs}
+    every = [p for names in known.values() for p in names]
+    for text in sets:
+        if (name := text.partition("=")[0].strip()) not in every:
+            raise fail("unknown-parameter", f"none of these specs has a parameter `{name}`",
+                       helps=tuple(filter(None, [did_you_mean(name, every)])))
+    for name in specs:
+        mine = [text for text in sets if text.partition("=")[0].strip() in known[name]]
+        found[Path(name).stem if name.endswith(".surg") else name] = opened(name, mine, targets)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- table
+
+
+def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int]) -> None:
+    """The rows as a table, those that know nothing yet too."""
+    rows, machine = ready.rows(), _machine(ready)
+    rounds = {phase: len(times) for phase, times in ready.frozen.times.items()}
+    output.say(f"{model}, {tokens[0]} x {tokens[1]} tokens, {machine}\n\n{_table(rows, ready.against_peft)}\n\n"
+               f"forward, step: the frozen model's median time, and the median ratio to it ± half the distance between its\n"
+               f"quartiles, in {rounds['forward']} rounds of forward passes and {rounds['step']} of steps (forward and backward)\n"
+               f"peak: the most memory that a step allocates at one time; the models' weights are not in it")
+    for row in rows[1:]:
+        if row["peft_note"]:
+            output.note(f"{row['name']}: {row['peft_note']}")
+    output.data(model=model, tokens=list(tokens), machine=machine, rounds=rounds, rows=rows)
+
+
+def _machine(ready: Bench) -> str:
+    """`float32 on cpu (x86_64, 2 threads, torch 2.13.0)`."""
+    import platform
+
+    import torch
+
+    dtype = str(next(ready.model.parameters()).dtype).removeprefix("torch.")
+    what = (torch.cuda.get_device_name(ready.device) if ready.device.type == "cuda"
+            else f"{platform.machine()}, {torch.get_num_threads()} threads")
+    return f"{dtype} on {ready.device} ({what}, torch {torch.__version__})"
+
+
+_HEAD = ["", "parameters", "forward", "step", "peak"]
+_PEFT_HEAD = ["PEFT: forward", "step", "peak", "our step / PEFT's"]
+
+
+def _table(rows: list[dict[str, Any]], against_peft: bool) -> str:
+    frozen, *specs = rows
+    lines = [[*_HEAD, *_PEFT_HEAD[: 4 * against_peft]], _frozen_line(frozen),
+             *(_line(row) + (_peft_cells(row) if against_peft else []) for row in specs)]
+    widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines)
+
+
+def _frozen_line(row: dict[str, Any]) -> list[str]:
+    times = [row[f"{phase}_seconds"] for phase in ("forward", "step")]
+    return ["frozen", "0", *("-" if t is None else f"{1000 * t:.4g} ms" for t in times), _peak(row["peak_bytes"])]
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    return [row["name"], f"{row['trained']:,}", _ratio(row, "forward"), _ratio(row, "step"), _peak(row["peak_bytes"])]
+
+
+def _peft_cells(row: dict[str, Any]) -> list[str]:
+    over = row["step_over_peft"]
+    return [_ratio(row, "peft_forward"), _ratio(row, "peft_step"), _peak(row["peft_peak_bytes"]),
+            "-" if over is None else f"{over:.2f}"]
+
+
+def _ratio(row: dict[str, Any], of: str) -> str:
+    ratio, spread = row[f"{of}_ratio"], row[f"{of}_ratio_spread"]
+    return "-" if ratio is None else f"{ratio:.2f}" + ("" if spread is None else f" ±{spread:.2f}")
+
+
+def _peak(size: int | None) -> str:
+    from surgery.report import size_text
+
+    return "-" if size is None else size_text(size)
+
+
+COMMANDS = (bench,)

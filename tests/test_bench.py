@@ -1,0 +1,146 @@
+"""The bench: what takes turns is what it is said to be, and the figures are those of what ran."""
+
+import json
+import os
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from surgery.bench import Bench, spread
+from surgery.cli.main import main
+from surgery.demo import demo_config, demo_inputs, demo_names, load_demo
+from surgery.diagnostics import SurgeryError
+from surgery.spec import load, parse
+
+TOKENS = (2, 8)
+ODD = parse('spec odd()\ntarget linear "**.q_proj" {\n  post scale()\n}\ntrain "**.norm.weight"')
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    specs = {"lora": load("lora", rank=2), "dora": load("dora", rank=2, dropout=0.0), "odd": ODD}
+    made = Bench(load_demo("llama"), specs, TOKENS, against_peft=True)
+    made.said = list(made.run(3))
+    return made
+
+
+def test_there_is_a_row_for_each_spec_with_all_its_figures(bench):
+    frozen, lora, dora, odd = bench.rows()
+    assert [r["name"] for r in (frozen, lora, dora, odd)] == ["frozen", "lora", "dora", "odd"]
+    assert frozen["step_ratio"] == frozen["forward_ratio"] == 1
+    for row in (lora, dora):
+        assert all(row[f"{who}{what}"] > 0 for who in ("", "peft_") for what in (
+            "step_ratio", "step_seconds", "forward_ratio", "forward_seconds", "peak_bytes"))
+        assert row["step_over_peft"] > 0 and row["peft_note"] is None
+    assert odd["peft_step_ratio"] is None and odd["step_over_peft"] is None
+    assert odd["peft_note"] == "PEFT has no method with this formula"
+
+
+def test_a_ratio_is_of_times_of_the_same_round():
+    made = Bench(load_demo("llama"), {"lora": load("lora")}, TOKENS)
+    made.frozen.times["step"], made.contenders[0].ours.times["step"] = [1.0, 10.0, 100.0], [2.0, 30.0, 200.0]
+    assert made.rows()[1]["step_ratio"] == 2 and made.rows()[1]["step_seconds"] == 30
+
+
+def test_the_spread_is_half_the_distance_between_the_quartiles():
+    assert spread([5, 1, 2, 4, 3]) == 1
+    assert spread([7]) is None
+
+
+def test_every_round_begins_with_another(bench):
+    first = [next(s for s in bench.said if f"step, round {n}" in s).partition(": ")[2] for n in (1, 2, 3)]
+    assert first == ["the frozen model", "lora", "PEFT's lora"]
+
+
+def test_weights_are_shared_and_the_model_is_left_alone(bench):
+    weight = bench.model.model.layers[0].self_attn.q_proj.weight
+    lora, dora, odd = bench.contenders
+    inner = lora.peft.model.base_model.model.model.layers[0].self_attn.q_proj
+    assert inner.base_layer.weight is weight is lora.ours.model.model.layers[0].self_attn.q_proj.weight
+    assert not any(p.requires_grad or "_surgery" in n for n, p in bench.model.named_parameters())
+    assert odd.ours.model.model.norm.weight is not bench.model.model.norm.weight
+    assert sum(p.numel() for p in odd.ours.model.parameters() if p.requires_grad) == odd.trained == 4 + 64
+
+
+def test_a_step_is_a_step_of_training(bench):
+    for each in bench.contenders:
+        for subject in (each.ours, each.peft) if each.peft else (each.ours,):
+            subject.step()
+            assert all(p.grad is not None for p in subject.model.parameters() if p.requires_grad)
+    bench.frozen.step()
+    assert all(p.grad is None for p in bench.model.parameters())
+
+
+def test_peft_trains_as_many_parameters_of_the_same_modules(bench):
+    for each in bench.contenders[:2]:
+        assert sum(p.numel() for p in each.peft.model.parameters() if p.requires_grad) == each.trained
+
+
+@pytest.mark.parametrize("name", demo_names())
+def test_every_demo_has_a_batch_whose_backward_pass_reaches_the_input(name):
+    Bench(load_demo(name), {}, TOKENS).frozen.step()
+
+
+def test_a_row_that_is_too_long_is_refused():
+    with pytest.raises(SurgeryError, match="at most 128 tokens a row, not 129"):
+        Bench(load_demo("llama"), {}, (1, 129))
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def run(*arguments: str):
+    return CliRunner(env={**os.environ, "NO_COLOR": "1"}).invoke(main, ["bench", *arguments])
+
+
+QUICK = ("--model", "demo:llama", "--tokens", "2,8", "--repeat", "1")
+
+
+def test_the_json_has_a_list_of_rows():
+    result = run("lora", "oft", *QUICK, "--against", "peft", "--set", "rank=2", "--target", "**.q_proj", "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and [r["name"] for r in found["rows"]] == ["frozen", "lora", "oft"]
+    assert found["rounds"] == {"step": 1, "forward": 1} and found["rows"][1]["trained"] == 4 * 2 * (64 + 64)
+
+
+def test_the_table_has_a_line_for_each(tmp_path):
+    (tmp_path / "mine.surg").write_text(ODD.to_surg())
+    result = run("lora", str(tmp_path / "mine.surg"), *QUICK)
+    assert [line.split()[0] for line in result.stdout.split("\n\n")[1].splitlines()] == ["parameters", "frozen", "lora", "mine"]
+
+
+def test_an_interruption_shows_what_is_known(monkeypatch):
+    whole = Bench.run
+
+    def broken(self, repeat):
+        yield from (what for what in whole(self, repeat) if not what.startswith("forward, warm-up") or interrupt())
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bench, "run", broken)
+    result = run("lora", *QUICK)
+    assert result.exit_code == 130 and "interrupted" in result.stderr
+    cells = result.stdout.split("\n\n")[1].splitlines()[-1].split()
+    assert cells[0] == "lora" and cells[2] == "-" and float(cells[3]) > 0
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (("lora", "--model", "demo:llama", "--tokens", "8"), "not of the form"),
+    (("lora", *QUICK, "--set", "rnak=2"), "did you mean `rank`"),
+    (("lora", *QUICK, "--device", "tpu9"), "there is no device `tpu9`"),
+    (("lora", "--model", "demo:llama:hiden_size=64"), "did you mean `hidden_size`"),
+])
+def test_what_is_wrong_is_said(arguments, says):
+    result = run(*arguments)
+    assert result.exit_code and says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_demo_of_other_sizes():
+    config = load_demo("llama:hidden_size=32,num_hidden_layers=1").config
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (32, 1, 128)
+    large = demo_config("llama-bench:num_hidden_layers=8")
+    assert (large.hidden_size, large.intermediate_size, large.num_hidden_layers) == (1024, 2816, 8)
+    assert demo_inputs("bert", batch=3, length=5)["input_ids"].shape == (3, 5)
+    assert torch.equal(demo_inputs("bert")["input_ids"], demo_inputs("bert")["input_ids"])
