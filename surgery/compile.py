@@ -95,9 +95,24 @@ def compile(model: nn.Module, spec: Spec | str | Path, strict: bool = False) -> 
     formulas = _Formulas(scope, values)
     placed = [(site, target, formulas.of(site, index, target)) for site, index, target in selection.targets.values()]
     report.add(*formulas.faults())
+    report.add(*_unbiased(spec, scope, [row[:2] for row in selection.targets.values()]))
     report.raise_errors(strict)
     total = sum(p.numel() for p in model.parameters())
     return Plan(spec, tuple(Placed(*row) for row in placed), selection, tuple(report.warnings), total)
+
+
+def _unbiased(spec: Spec, scope: Library, taken: list[tuple[Site, int]]) -> Iterator[Diagnostic]:
+    """What is added to a bias where there is none: a warning, or an error where the target then does nothing at all."""
+    for index, target in enumerate(spec.targets):
+        sites = [site for site, owner in taken if owner == index]
+        without = [site for site in sites if not site.has_bias]
+        shifts = [step for step in target.steps if scope.definitions[step.call.function].bias]
+        nothing_left = len(without) == len(sites) and len(shifts) == len(target.steps)
+        for step in shifts if without else ():
+            some = f"{len(without)} of the {len(sites)} modules have none ({without[0].name}, ...)"
+            yield Diagnostic("no-bias", f"{step.call.function} is added to the bias, and {some}", step.span,
+                             severity="error" if nothing_left else "warning",
+                             helps=("name the modules that have a bias, or leave the step out",))
 
 
 class _Formulas:
@@ -110,7 +125,7 @@ class _Formulas:
 
     def of(self, site: Site, index: int, target: Target) -> Formula | None:
         place = {"layer": site.layer, "depth": site.depth} if names_in(target).keys() & {"layer", "depth"} else {}
-        key = (index, site.out, site.in_, *place.values())
+        key = (index, site.out, site.in_, site.has_bias, *place.values())
         if key not in self.known:
             self.known[key] = self._elaborate(site, index, target, place)
         formula, faults = self.known[key]
@@ -123,7 +138,7 @@ class _Formulas:
         report = Collector()
         known = {name: value for name, value in place.items() if value is not None}
         context = Context(self.scope, {**self.values, **known}, str(index))
-        return elaborate(target, context, site.out, site.in_, report), report.found
+        return elaborate(target, context, site.out, site.in_, report, site.has_bias), report.found
 
     def faults(self) -> Iterator[Diagnostic]:
         """What is wrong, each with the modules that it is wrong for."""

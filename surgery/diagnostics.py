@@ -36,6 +36,7 @@ CODES: dict[str, str] = {
     "bad-pattern": "a pattern is not well formed",
     "overlap": "two targets take the same module",
     "not-narrower": "an `override target` does not match a strict subset of the target that it overrides",
+    "no-bias": "something is added to a bias, and the module has none",
     "tied-weight": "a targeted weight shares its storage with another parameter",
     "unsupported-module": "a matched module cannot be operated on",
     "not-identity": "the operated model is not the base model at initialisation",

@@ -6,7 +6,7 @@ parameter's name alone; nothing of the model is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn as nn
@@ -26,16 +26,18 @@ IDENTITY_TOLERANCE = 1e-5
 def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> dict[str, nn.Parameter]:
     """The starting tensors of one module. `shared` holds the tensors that modules of a target have in common, and grows."""
     values = frozen_leaves(placed)
+    known: dict = {}
     made: dict[str, nn.Parameter] = {}
     for leaf in placed.formula.leaves:
         key = (leaf.group, leaf.shape)
         if leaf.group and key in shared:
             made[leaf.key] = shared[key]
         else:
-            made[leaf.key] = _parameter(_start(placed, leaf, values, seed), leaf, dtype)
+            made[leaf.key] = _parameter(_start(placed, leaf, values, seed, known), leaf, dtype)
         if leaf.group:
             shared[key] = made[leaf.key]
-        values[leaf.key] = made[leaf.key].detach().to(values["weight"].dtype)
+        value = made[leaf.key].detach()
+        values[leaf.key] = value if leaf.whole else value.to(values["weight"].dtype)
     return made
 
 
@@ -48,15 +50,17 @@ def frozen_leaves(placed: Placed) -> dict[str, torch.Tensor]:
 
 
 def _parameter(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(value.to(dtype).contiguous().clone(), requires_grad=not leaf.frozen)
+    value = value if leaf.whole else value.to(dtype)
+    return nn.Parameter(value.contiguous().clone(), requires_grad=not leaf.frozen)
 
 
-def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: int, known: dict) -> torch.Tensor:
     weight, stack, name = values["weight"], placed.site.stack, placed.site.name
     if weight.is_meta:
-        return torch.empty(leaf.shape if leaf.group or not stack else (stack, *leaf.shape), device="meta")
+        shape = leaf.shape if leaf.group or not stack else (stack, *leaf.shape)
+        return torch.empty(shape, device="meta", dtype=torch.int64 if leaf.whole else None)
     if leaf.draw is None:
-        return _over_stack(placed, values, leaf, lambda v: dense(leaf.init, v).expand(leaf.shape))
+        return _over_stack(placed, values, leaf, known)
     if leaf.group:
         return draw(leaf.draw, leaf.shape, seed, leaf.group, leaf.shape).to(weight.device)
     if stack is None:
@@ -64,12 +68,13 @@ def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: in
     return torch.stack([draw(leaf.draw, leaf.shape, seed, f"{name}.{i}", leaf.key) for i in range(stack)]).to(weight.device)
 
 
-def _over_stack(placed: Placed, values: dict[str, torch.Tensor], leaf: Leaf, one: Callable) -> torch.Tensor:
+def _over_stack(placed: Placed, values: dict[str, torch.Tensor], leaf: Leaf, known: dict) -> torch.Tensor:
+    """A leaf's start; for a stack, that of each of its matrices. What leaves have in common is computed once."""
     if placed.site.stack is None or leaf.group:
-        return one(values)
+        return dense(leaf.init, values, known).expand(leaf.shape)
     groups = {other.key for other in placed.formula.leaves if other.group}
     axes = {key: None if key in groups else 0 for key in values}
-    return torch.vmap(one, in_dims=(axes,))(values)
+    return torch.vmap(lambda each: dense(leaf.init, each).expand(leaf.shape), in_dims=(axes,))(values)
 
 
 def departure(before: torch.Tensor, after: torch.Tensor) -> float:

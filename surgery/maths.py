@@ -40,7 +40,10 @@ class Maths:
 
     def _written(self, expr: Expr) -> Text:
         rule = _RULES.get(expr.op)
-        return rule(self, expr) if rule else (f"{expr.op}({', '.join(map(self._argument, expr.args))})", ATOM)
+        return rule(self, expr) if rule else (f"{expr.op}({', '.join(self._arguments(expr))})", ATOM)
+
+    def _arguments(self, expr: Expr) -> list[str]:
+        return [*map(self._argument, expr.args), *map(number_text, expr.data or ())]
 
     def _argument(self, expr: Expr) -> str:
         return f"I[{expr.shape[-1]}]" if expr.op == "eye" else self.short(expr)
@@ -79,14 +82,26 @@ def _side_by_side(maths: Maths, a: Expr, b: Expr) -> Text:
     return f"{left} {'· ' if right[0].isdigit() else ''}{right}", PRODUCT
 
 
+def _undecided(maths: Maths, expr: Expr) -> Text:
+    """An `if` as its text, an operation on one as that operation."""
+    if isinstance(expr.data, str):
+        return f"({expr.data})", ATOM
+    op, data = expr.data
+    return maths._written(Expr(op, expr.args, data, ()))
+
+
 def _around(before: str, after: str, least: int = SUM, binding: int = ATOM) -> Callable[[Maths, Expr], Text]:
     return lambda maths, expr: (f"{before}{maths._at_least(expr.args[0], least)}{after}", binding)
 
 
 _RULES: dict[str, Callable[[Maths, Expr], Text]] = {
     "weight": lambda maths, expr: ("W", ATOM),
+    "undecided": _undecided,
     "bias": lambda maths, expr: ("b", ATOM),
     "param": lambda maths, expr: (expr.data.rpartition(".")[2], ATOM),
+    "places": lambda maths, expr: (expr.data.rpartition(".")[2], ATOM),
+    "fill": lambda maths, expr: (f"ones({', '.join(map(str, expr.shape))})", ATOM),
+    "literal": lambda maths, expr: (f"[{'; '.join(' '.join(map(number_text, row)) for row in expr.data)}]", ATOM),
     "eye": lambda maths, expr: ("I", ATOM),
     "const": _number,
     "drop": lambda maths, expr: maths._named(expr.args[0]),

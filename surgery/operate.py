@@ -79,7 +79,7 @@ class Surgeon:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the adapter's parameters (float32 where there is none)."""
-        return next((p.dtype for a in self.adapters.values() for p in a.parameters()), torch.float32)
+        return next((p.dtype for a in self.adapters.values() for p in a.parameters() if p.is_floating_point()), torch.float32)
 
     @property
     def untied(self) -> tuple[str, ...]:
@@ -224,7 +224,7 @@ def _form(kept: Mapping[str, torch.Tensor], mode: str) -> str:
 
 def _tolerance(adapter: Adapter) -> float:
     """1e-5, or the rounding of the adapter's own dtype where that is coarser."""
-    return max([IDENTITY_TOLERANCE, *(torch.finfo(p.dtype).eps for p in adapter.parameters())])
+    return max([IDENTITY_TOLERANCE, *(torch.finfo(p.dtype).eps for p in adapter.parameters() if p.is_floating_point())])
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ class Saved:
             found = load_file(self.folder / TENSORS)
         except (OSError, SafetensorError) as error:
             return self._fault(f"cannot read {TENSORS}: {getattr(error, 'strerror', None) or error}")
-        broken = [name for name, tensor in found.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]
+        broken = [name for name, tensor in found.items() if not tensor.isfinite().all()]
         if broken:
             self._fault(f"{TENSORS} holds what is not finite: {_listed(broken)}", "the training that made it diverged")
         return found

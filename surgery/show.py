@@ -6,14 +6,13 @@ not written out in the first line stands below it, every parameter with its shap
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Draw, Expr, Formula, Leaf, walk
 from surgery.expr.lint import IN, OUT, PLACES, spec_values
-from surgery.expr.primitives import make, shape_text
+from surgery.expr.primitives import shape_text
 from surgery.maths import Maths, number_text
 from surgery.spec import library
 from surgery.syntax.printer import expression_text
@@ -43,28 +42,6 @@ class Made:
         return self.expr.args[0] if self.expr.op == "drop" else self.expr
 
 
-def made_steps(target: Target, formula: Formula) -> list[Made]:
-    """The steps in the order in which they act: taken off W' from the outside in, then put on again."""
-    order = [s for placement in ("pre", "add", "post") for s in target.steps if s.placement == placement]
-    taken, rest = [], formula.weight
-    for step in reversed(order):
-        on_left = step.placement != "add" and step.side == "out"
-        part, rest = rest.args if on_left else reversed(rest.args)
-        taken.append(part)
-    return list(_with_operands(zip(order, reversed(taken)), rest))
-
-
-def _with_operands(steps: Iterator[tuple[Step, Expr]], weight: Expr) -> Iterator[Made]:
-    x = weight
-    for step, expr in steps:
-        made = Made(step, expr, weight if step.placement == "add" else x)
-        yield made
-        if step.placement == "add":
-            x = make("add", x, made.plain)
-        else:
-            x = make("matmul", *((expr, x) if step.side == "out" else (x, expr)))
-
-
 # ------------------------------------------------------------------------------------------------------ symbols
 
 
@@ -72,9 +49,9 @@ class Page:
     """The symbols of a formula and its lines: updates' parameters are named first, then transforms, then the rest."""
 
     def __init__(self, target: Target, formula: Formula):
-        self.formula, self.steps = formula, made_steps(target, formula)
+        self.formula = formula
+        self.steps = [Made(target.steps[part.index], part.expr, part.operand) for part in formula.parts]
         self.symbols: dict[Expr, str] = {}
-        self.nodes = {n.data: n for made in self.steps for n in walk(made.expr) if n.op == "param"}
         self.written_out = [made for made in self.steps if _is_written_out(made)]
         self._name_all()
 
@@ -84,14 +61,14 @@ class Page:
         for made in self.steps:
             if made not in self.written_out:
                 self.symbols.setdefault(made.plain, self._free(*self._wishes(made)))
-        for made in self.steps:
-            self._name_leaves(made.plain)
+        for expr in (*(made.plain for made in self.steps), *(leaf.expr for leaf in self.formula.leaves)):
+            self._name_leaves(expr)
         self.operands = list(dict.fromkeys(m.operand for m in self.steps if self._reads(m)))
         self.operand_symbols = {o: _numbered("X", i) for i, o in enumerate(self.operands)}
 
     def _name_leaves(self, expr: Expr) -> None:
         for node in walk(expr):
-            if node.op == "param" and node not in self.symbols:
+            if node.op in ("param", "places") and node not in self.symbols:
                 self.symbols[node] = self._free(node.data.rpartition(".")[2])
 
     def _wishes(self, made: Made) -> list[str]:
@@ -141,10 +118,7 @@ class Page:
         shape = f" {shape_text(leaf.shape)}" if leaf.shape else ""
         start = f"= {maths.short(leaf.init)}" if leaf.init is not None else f"~ {_draw_text(leaf.draw)}"
         notes = ["frozen"] * leaf.frozen + ["shared by the modules of the target"] * bool(leaf.group)
-        return f"{self._symbol(leaf)}{shape} {start}", ", ".join(notes)
-
-    def _symbol(self, leaf: Leaf) -> str:
-        return self.symbols[Expr("param", (), leaf.key, leaf.shape)]
+        return f"{self.symbols[leaf.expr]}{shape} {start}", ", ".join(notes)
 
     def _dropout_lines(self) -> list[str]:
         maths = Maths(self.symbols)

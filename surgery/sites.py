@@ -49,6 +49,11 @@ class Site:
         return getattr(self.module, self.parameter)
 
     @property
+    def has_bias(self) -> bool:
+        """Whether the layer adds a bias that a spec can condition."""
+        return self.stack is None and getattr(self.module, "bias", None) is not None
+
+    @property
     def weight_name(self) -> str:
         """The name of the parameter in the model."""
         return self.name if self.stack is not None else f"{self.name}.{self.parameter}".lstrip(".")

@@ -1,7 +1,7 @@
 """Operands with sizes, for stating an identity in the language: `skew(A).T`, `P @ Q.T`.
 
 A, B are square, F is wide and G tall; P, Q, p, q are thin; d, e vectors; S, Z stacks of square blocks, H one of oblong
-blocks; K, L, M small matrices; g, h scalars; W is the frozen weight (square here), V one that is not; N is nothing, seen through
+blocks; K, L, M small matrices; g, h scalars; `at` are places; W is the frozen weight (square here), V one that is not; N is nothing, seen through
 dropout. `expression` reads a text over them; `every_call` calls each primitive on all that its shape rule takes.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ SHAPES = {
     "S": (4, 3, 3), "Z": (4, 3, 3), "H": (4, 3, 2), "K": (3, 3), "L": (4, 4), "M": (3, 2), "g": (), "h": (),
 }
 OPERANDS = {name: Expr("param", (), f"own.{name}", shape) for name, shape in SHAPES.items()}
-NAMES = {**OPERANDS, "n": n, "W": Expr("weight", (), None, (n, n)),
+PLACES = Expr("places", (), "own.at", (n,))
+NAMES = {**OPERANDS, "n": n, "at": PLACES, "W": Expr("weight", (), None, (n, n)),
          "N": Expr("drop", (fill(0, (n, n)),), (0.5, "add_own"), (n, n))}
 
 
@@ -40,18 +42,31 @@ def expression(text: str) -> Expr:
 def every_call() -> tuple[Expr, ...]:
     """Each primitive that a spec can use, on every choice of shapes that it takes."""
     spec_can = {name for name, row in PRIMITIVES.items() if row.public}
-    assert spec_can == FUNCTIONS - {"I"} | set(OPERATORS.values()) | {"neg", "T"}
+    assert spec_can == FUNCTIONS - {"I", "ones"} | set(OPERATORS.values()) | {"neg", "T", "literal"}
     return tuple(call for name in sorted(spec_can) for call in _calls(name))
 
 
 def _calls(name: str) -> Iterator[Expr]:
-    """One of each shape in the first place, and another in the next ones."""
+    """One of each shape in the first place, and another in the next ones, with each choice of sizes."""
+    row = PRIMITIVES[name]
     first, other = ([NAMES[each] for each in names] + [eye(n)] for names in ("AFGPdSHKLMg", "BFGQeZHKLMhW"))
-    for chosen in product(*[first, other, other][:PRIMITIVES[name].arity]):
+    places = [[PLACES] if i in row.places else values for i, values in enumerate([first, other, other][:row.arity])]
+    for *chosen, sizes in product(*places, _sizes(name)):
+        if PLACES in chosen and min(prod(chosen[0].shape), prod(sizes or (n,))) < n:
+            continue  # there are not so many places
         try:
-            yield make(name, *chosen)
+            yield make(name, *chosen, data=sizes)
         except ShapeError:
             continue
+
+
+def _sizes(name: str) -> list[tuple | None]:
+    """Choices of the whole numbers that a primitive takes (the rows of a matrix of numbers)."""
+    names = PRIMITIVES[name].sizes
+    if name == "literal":
+        return [((1.0, -2.0, 0.5), (3.0, 0.0, 1.0))]
+    given = [(2,), (3,), (n, n), (2, 3), (4, 3), (n * n,), (4, 3, n), (3, 2, 2)]
+    return [sizes for sizes in given if len(sizes) == len(names) or names[0].startswith("*")] if names else [None]
 
 
 def tensors(seed: int, alike: bool = False) -> dict[str, Tensor]:
@@ -63,14 +78,16 @@ def tensors(seed: int, alike: bool = False) -> dict[str, Tensor]:
     if alike:
         values |= {f"own.{b}": values[f"own.{a}"].clone() for a, b in ("AB", "PQ", "pq", "de", "SZ", "gh")}
         values["own.p"][:3], values["own.d"][:3], values["own.A"][0] = 0, 0, 0
-    return {key: value.requires_grad_() for key, value in values.items()}
+    places = torch.randint(n, (n,), generator=generator) if alike else torch.randperm(n, generator=generator)
+    return {**{key: value.requires_grad_() for key, value in values.items()}, "own.at": places}
 
 
 def value_and_gradients(expr: Expr, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """The dense value of an expression, and its gradients (in a fixed random direction) in all the leaves."""
-    value = dense(expr, leaves)
+    value = dense(expr, leaves).double()
     direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     scalar = (value * direction).sum()
-    found = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True) if scalar.requires_grad else [None] * len(leaves)
-    gradients = {key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(leaves.items(), found)}
+    real = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(scalar, list(real.values()), allow_unused=True) if scalar.requires_grad else [None] * len(real)
+    gradients = {key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(real.items(), found)}
     return {"the value": value.detach(), **{f"the gradient of {key}": g for key, g in gradients.items()}}

@@ -27,6 +27,7 @@ EXACT = 1e-10
 MEANING = {
     "x": lambda node, leaves: leaves["x"],
     "param": lambda node, leaves: leaves[node.data],
+    "places": lambda node, leaves: leaves[node.data],
     "weight": lambda node, leaves: leaves["weight"],
     "const": lambda node, leaves: torch.tensor(float(node.data), dtype=torch.float64),
     "fill": lambda node, leaves: torch.full(node.shape, node.data, dtype=torch.float64),
@@ -38,6 +39,7 @@ MEANING = {
     "drop": lambda node, leaves, a: a,
     "split": lambda node, leaves, a: a.unflatten(-1, node.data),
     "join": lambda node, leaves, a: a.flatten(-2),
+    "swap": lambda node, leaves, a: a.reshape(-1, *node.data).permute(0, 1, 3, 2, 4).reshape(a.shape),
 }
 
 
@@ -46,7 +48,8 @@ def value(expr: Expr, leaves: dict[str, Tensor]) -> Tensor:
     values: dict[Expr, Tensor] = {}
     for node in walk(expr):
         args = [values[a] for a in node.args]
-        values[node] = MEANING[node.op](node, leaves, *args) if node.op in MEANING else PRIMITIVES[node.op].dense(*args)
+        known = node.op in MEANING
+        values[node] = MEANING[node.op](node, leaves, *args) if known else PRIMITIVES[node.op].value(node.data, args, leaves["weight"])
     return values[expr]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from surgery.expr.ir import Draw
@@ -12,11 +13,13 @@ from surgery.expr.ir import Draw
 
 @dataclass(frozen=True)
 class Distribution:
-    """Its arguments with their defaults, the least number of dimensions it needs, and torch.nn.init's function."""
+    """Its arguments with their defaults (None for one that must be given), the least number of dimensions it needs, and
+    torch.nn.init's function, or ours for `whole` numbers."""
 
-    arguments: dict[str, float | str]
+    arguments: dict[str, float | str | None]
     least_dims: int
     init: str
+    whole: bool = False
 
 
 _FANS = {"a": 0.0, "mode": "fan_in"}
@@ -27,6 +30,9 @@ DISTRIBUTIONS: dict[str, Distribution] = {
     "kaiming_normal": Distribution(_FANS, 2, "kaiming_normal_"),
     "xavier_uniform": Distribution({"gain": 1.0}, 2, "xavier_uniform_"),
     "xavier_normal": Distribution({"gain": 1.0}, 2, "xavier_normal_"),
+    "orthogonal": Distribution({"gain": 1.0}, 2, "orthogonal_"),
+    "sample": Distribution({"of": None}, 1, "sample", whole=True),
+    "integers": Distribution({"below": None}, 0, "integers", whole=True),
 }
 _TORCH_NAMES = {"low": "a", "high": "b"}
 
@@ -37,14 +43,33 @@ def choices(distribution: str, argument: str) -> tuple[str, ...]:
 
 
 def draw(law: Draw, shape: tuple[int, ...], *names: object) -> Any:
-    """A float32 tensor on the CPU drawn from `law`. `names` (seed, module, parameter) are all that the draw depends on."""
+    """A float32 tensor (int64 for whole numbers) on the CPU drawn from `law`. `names` (seed, module, parameter) are all that
+    the draw depends on."""
     import torch
 
     row = DISTRIBUTIONS[law.distribution]
-    init: Callable = getattr(torch.nn.init, row.init)
     generator = torch.Generator().manual_seed(_seed(names))
+    if row.whole:
+        return _WHOLE[row.init](int(law.arguments[0][1]), shape, generator)
+    init: Callable = getattr(torch.nn.init, row.init)
     arguments = {_TORCH_NAMES.get(k, k): v for k, v in law.arguments}
     return init(torch.empty(shape, dtype=torch.float32), generator=generator, **arguments).detach()
+
+
+def _sample(of: int, shape: tuple[int, ...], generator: Any) -> Any:
+    """Different whole numbers below `of`."""
+    import torch
+
+    return torch.randperm(of, generator=generator)[:prod(shape)].reshape(shape).clone()
+
+
+def _integers(below: int, shape: tuple[int, ...], generator: Any) -> Any:
+    import torch
+
+    return torch.randint(below, shape, generator=generator)
+
+
+_WHOLE = {"sample": _sample, "integers": _integers}
 
 
 def _seed(names: tuple[object, ...]) -> int:

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from math import prod
 from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic, Span, SurgeryError, did_you_mean, fail
 from surgery.expr import dims
 from surgery.expr.dims import Dim, Size
 from surgery.expr.draws import DISTRIBUTIONS, choices
-from surgery.expr.ir import Claim, Draw, Expr, Formula, Leaf
-from surgery.expr.primitives import constant, make, shape_text
+from surgery.expr.ir import Claim, Draw, Expr, Formula, Leaf, Part
+from surgery.expr.primitives import constant, is_whole, make, shape_text, undecided
 from surgery.expr.values import NUMBERS, POISON, UNDECIDED, Poisoned, describe, evaluate, here, size, unknown
 from surgery.spec import Library
 from surgery.syntax.printer import expression_text
@@ -155,6 +156,8 @@ class Instance:
         if not isinstance(result, Expr):
             raise fail("wrong-type", f"{self.definition.name} must return a tensor, not {describe(result)}", span)
         wanted = self._wanted()
+        if result.op == "undecided":
+            return undecided(result.args, result.data, wanted)
         if result.shape != wanted:
             raise fail("shape-mismatch", f"{self.definition.name} returns {shape_text(result.shape)}, and "
                        f"{_a(self.definition.kind)} must return {shape_text(wanted)}", span, notes=self._sizes())
@@ -162,7 +165,9 @@ class Instance:
 
     def _wanted(self) -> tuple[Size, ...]:
         n = self.values.get(self.definition.dim or "")
-        return (n, n) if self.definition.kind == "transform" else (self.values["out"], self.values["in"])
+        if self.definition.kind == "transform":
+            return (n, n)
+        return (self.values["out"],) if self.definition.bias else (self.values["out"], self.values["in"])
 
     def _sizes(self) -> tuple[str, ...]:
         names = ["out", "in", *([self.definition.dim] if self.definition.dim else [])]
@@ -175,8 +180,12 @@ class Instance:
         law = self._draw(param, shape) if param.draw is not None else None
         key = f"{self.prefix}.{param.name}"
         group = f"{self.group}.{key}" if param.shared else None
-        self.leaves.append(Leaf(key, shape, init, law, param.frozen, group, param.name_span or param.span))
-        return Expr("param", (), key, shape)
+        whole = DISTRIBUTIONS[law.distribution].whole if law else is_whole(init)
+        if whole and not param.frozen:
+            raise fail("wrong-type", f"`{param.name}` holds whole numbers, which cannot be trained",
+                       param.name_span or param.span, helps=(f"say `frozen param {param.name}`",))
+        self.leaves.append(Leaf(key, shape, init, law, param.frozen, group, param.name_span or param.span, whole))
+        return self.leaves[-1].expr
 
     def _init(self, param: Param, shape: tuple[Size, ...]) -> Expr:
         value = evaluate(param.init, self.values)
@@ -196,7 +205,12 @@ class Instance:
         if len(shape) < law.least_dims:
             raise fail("shape-mismatch", f"{call.function} needs at least {law.least_dims} dimensions; "
                        f"`{param.name}` is {shape_text(shape)}", place, helps=("use normal() or uniform()",))
-        return Draw(call.function, tuple(self._draw_argument(a, i, call) for i, a in enumerate(call.arguments)))
+        given = tuple(self._draw_argument(a, i, call) for i, a in enumerate(call.arguments))
+        lacking = [name for name, default in law.arguments.items() if default is None and name not in dict(given)]
+        if lacking:
+            raise fail("missing-argument", f"{call.function} needs an argument `{lacking[0]}`", place)
+        _assert_fits(call, shape, dict(given))
+        return Draw(call.function, given)
 
     def _draw_argument(self, argument: Argument, position: int, call: Call) -> tuple[str, Any]:
         known = DISTRIBUTIONS[call.function].arguments
@@ -210,6 +224,13 @@ class Instance:
             wanted = " or ".join(f'"{a}"' for a in allowed) or "a number"
             raise fail("wrong-type", f"`{name}` must be {wanted}, not {describe(value)}", argument.value.span)
         return name, value if allowed or isinstance(value, Dim) else float(value)
+
+
+def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) -> None:
+    """Raises: SurgeryError, if more different places are asked for than there are."""
+    of, count = given.get("of"), prod(shape)
+    if of is not None and not isinstance(of, Dim) and not isinstance(count, Dim) and count > of:
+        raise fail("bad-value", f"{count} different places are asked for, and there are {of:g}", call.span)
 
 
 def _a(kind: str) -> str:
@@ -229,15 +250,16 @@ class Context:
     group: str = "0"
 
 
-def elaborate(target: Target, context: Context, out: Size, in_: Size, report: Collector) -> Formula | None:
-    """The formula of a target for a weight [out, in]; None when a mistake was reported."""
+def elaborate(target: Target, context: Context, out: Size, in_: Size, report: Collector, has_bias: bool = True) -> Formula | None:
+    """The formula of a target for a weight [out, in]; None when a mistake was reported. Without a bias, what is added to it
+    is left out."""
     before = len(report.errors)
-    builder = _Builder(context, out, in_, report)
+    builder = _Builder(context, out, in_, report, has_bias)
     names = step_names(target.steps)
     for placement in ("pre", "add", "post"):
-        for step, name in zip(target.steps, names):
+        for index, (step, name) in enumerate(zip(target.steps, names)):
             if step.placement == placement:
-                builder.place(step, name)
+                builder.place(index, step, name)
     return builder.formula() if len(report.errors) == before else None
 
 
@@ -256,34 +278,39 @@ class _Builder:
     """Builds W' step by step. `plain` is the operand that transforms name `W`: the same sum without dropout, which acts
     on an update's input and not on the weight."""
 
-    def __init__(self, context: Context, out: Size, in_: Size, report: Collector):
-        self.context, self.report = context, report
+    def __init__(self, context: Context, out: Size, in_: Size, report: Collector, has_bias: bool):
+        self.context, self.report, self.has_bias = context, report, has_bias
         self.sizes = {"out": out, "in": in_}
         self.weight = self.x = self.plain = Expr("weight", (), None, (out, in_))
-        self.bias = Expr("bias", (), None, (out,))
+        self.bias = self.frozen_bias = Expr("bias", (), None, (out,))
         self.leaves: list[Leaf] = []
         self.claims: list[Claim] = []
+        self.parts: list[Part] = []
 
     def formula(self) -> Formula:
-        return Formula(self.x, self.bias, tuple(self.leaves), tuple(self.claims))
+        return Formula(self.x, self.bias, tuple(self.leaves), tuple(self.claims), tuple(self.parts))
 
-    def place(self, step: Step, name: str) -> None:
+    def place(self, index: int, step: Step, name: str) -> None:
         dropout = 0.0
         with guard(self.report):
             dropout = self._dropout(step)
         with guard(self.report):
-            made = self._instance(step, name)
+            definition = self._definition(step)
+            if definition.bias and not self.has_bias:
+                return
+            operand = self.weight if step.placement == "add" else self.plain
+            made = self._instance(step, name, definition, operand)
             if made is not None:
-                self._add(made, dropout, name) if step.placement == "add" else self._transform(step, made)
+                part = made if step.placement != "add" or definition.bias else self._dropped(made, dropout, name)
+                self.parts.append(Part(index, part, operand))
+                self._put(step, definition, part, made)
 
-    def _instance(self, step: Step, name: str) -> Expr | None:
-        definition = self._definition(step)
+    def _instance(self, step: Step, name: str, definition: Definition, operand: Expr) -> Expr | None:
         before = len(self.report.errors)
         values = bind_call(step.call, definition, {**self.context.values, **self.sizes}, self.report)
         if len(self.report.errors) > before:
             return None
-        operand = self.weight if step.placement == "add" else self.plain
-        side = {definition.dim: self.sizes[step.side]} if definition.dim else {}
+        side = {definition.dim: self.sizes[step.side]} if definition.dim else {"b": self.frozen_bias} if definition.bias else {}
         within = Collector()
         instance = Instance(definition, name, {**values, **self.sizes, **side, "W": operand}, within, self.context.group)
         result = instance.run()
@@ -306,9 +333,23 @@ class _Builder:
                        f"{_a(known[call.function].kind)}", place, helps=(f"place it with `{other}`",))
         return known[call.function]
 
-    def _add(self, update: Expr, dropout: float, name: str) -> None:
-        self.plain = make("add", self.plain, update)
-        self.x = make("add", self.x, Expr("drop", (update,), (dropout, name), update.shape) if dropout else update)
+    def _dropped(self, update: Expr, dropout: float, name: str) -> Expr:
+        return Expr("drop", (update,), (dropout, name), update.shape) if dropout else update
+
+    def _put(self, step: Step, definition: Definition, part: Expr, plain: Expr) -> None:
+        """What a step made, in its place."""
+        if step.placement != "add":
+            self._transform(step, part)
+        elif definition.bias:
+            self._shift(step, part)
+        else:
+            self.x, self.plain = make("add", self.x, part), make("add", self.plain, plain)
+
+    def _shift(self, step: Step, update: Expr) -> None:
+        if step.dropout is not None:
+            raise fail("wrong-kind", f"dropout acts on an update's input, and {step.call.function} is added to the bias",
+                       step.dropout.span)
+        self.bias = make("add", self.bias, update)
 
     def _dropout(self, step: Step) -> float:
         if step.dropout is None:

@@ -16,21 +16,22 @@ from surgery.expr.primitives import PRIMITIVES
 Leaves = Mapping[str, torch.Tensor]
 
 
-def dense(expr: Expr, leaves: Leaves) -> torch.Tensor:
+def dense(expr: Expr, leaves: Leaves, known: dict[Expr, torch.Tensor | float] | None = None) -> torch.Tensor:
     """The value of `expr`. `leaves` maps "weight", "bias" and each parameter's key to its tensor.
 
-    The weight's dtype and device decide those of constants and identities.
+    The weight's dtype and device decide those of constants and identities. `known` holds values of the same leaves, and grows.
     """
     like = leaves["weight"]
-    values: dict[int, torch.Tensor | float] = {}
+    values = {} if known is None else known
     for node in walk(expr):
-        values[id(node)] = _value(node, [values[id(a)] for a in node.args], leaves, like)
-    result = values[id(expr)]
+        if node not in values:
+            values[node] = _value(node, [values[a] for a in node.args], leaves, like)
+    result = values[expr]
     return result if isinstance(result, torch.Tensor) else like.new_tensor(result)
 
 
 def _value(node: Expr, args: list, leaves: Leaves, like: torch.Tensor) -> torch.Tensor | float:
-    if node.op == "param":
+    if node.op in ("param", "places"):
         return leaves[node.data]
     if node.op in ("weight", "bias"):
         return leaves[node.op]
@@ -44,4 +45,4 @@ def _value(node: Expr, args: list, leaves: Leaves, like: torch.Tensor) -> torch.
         return args[0]
     if all(isinstance(a, float) for a in args):
         args = [like.new_tensor(a) for a in args]
-    return PRIMITIVES[node.op].dense(*args)
+    return PRIMITIVES[node.op].value(node.data, args, like)

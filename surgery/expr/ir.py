@@ -60,7 +60,8 @@ class Leaf:
     """One parameter of an adapter: its key (`post_magnitude.m`), shape and start.
 
     `init` is an expression over the weight and earlier leaves; otherwise `draw` says how it is drawn. `group` is the same
-    for every module of a target that shares the tensor (with equal shapes), and None when it is the module's own.
+    for every module of a target that shares the tensor (with equal shapes), and None when it is the module's own. `whole`
+    numbers are places of entries, never trained.
     """
 
     key: str
@@ -70,6 +71,22 @@ class Leaf:
     frozen: bool = False
     group: str | None = None
     span: Span | None = None
+    whole: bool = False
+
+
+    @property
+    def expr(self) -> Expr:
+        """The leaf as formulas name it."""
+        return Expr("places" if self.whole else "param", (), self.key, self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the step number `index` of a target returned (under `drop` if it says dropout), and the operand that it calls `W`."""
+
+    index: int
+    expr: Expr
+    operand: Expr
 
 
 @dataclass(frozen=True)
@@ -84,12 +101,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Formula:
-    """What a target makes of one module: W' and b' over the leaves, which are in order of evaluation."""
+    """What a target makes of one module: W' and b' over the leaves, which are in order of evaluation; `parts` are what its
+    steps made, in the order in which they act."""
 
     weight: Expr
     bias: Expr
     leaves: tuple[Leaf, ...]
     claims: tuple[Claim, ...] = ()
+    parts: tuple[Part, ...] = ()
 
 
 def walk(expr: Expr) -> Iterator[Expr]:

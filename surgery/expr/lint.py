@@ -64,7 +64,7 @@ def _definition(definition: Definition) -> list[Diagnostic]:
 
 def _abstract(definition: Definition, n: Any) -> list[Diagnostic]:
     report = Collector()
-    side = {definition.dim: n} if definition.dim else {}
+    side = {definition.dim: n} if definition.dim else {"b": Expr("bias", (), None, (OUT,))} if definition.bias else {}
     values = {**leaf_values(definition.params), "out": OUT, "in": IN, **side, "W": Expr("weight", (), None, (OUT, IN))}
     Instance(definition, definition.name, values, report).run()
     return report.found

@@ -1,92 +1,36 @@
 """The table of primitives: for each its arity, shape rule and dense meaning, in one row.
 
-Shape rules work on symbolic sizes and raise `ShapeError`; dense meanings take and give torch tensors (torch is imported
-when one runs, so that checking a text needs none). Elementwise rows broadcast scalars alone.
+Elementwise rows broadcast scalars alone. Those that move entries or take a matrix apart are in `arrange`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+from surgery.expr.arrange import ARRANGEMENTS
 from surgery.expr.ir import Expr, Shape
+from surgery.expr.primitive import (
+    Primitive,
+    ShapeError,
+    elementwise,
+    exactly,
+    matrix,
+    product,
+    same,
+    shape_text,
+    square,
+    vector,
+)
 
-
-class ShapeError(Exception):
-    """Shapes that a primitive cannot take; the message says why."""
-
-
-@dataclass(frozen=True)
-class Primitive:
-    """`shape(*shapes)` gives the result's shape; `dense(*tensors)` its value; `doc` is its one line of maths.
-
-    A row that is not `public` is for the compiler: a spec cannot call it.
-    """
-
-    name: str
-    arity: int
-    shape: Callable[..., Shape]
-    dense: Callable[..., Any]
-    doc: str
-    public: bool = True
-
-
-def shape_text(shape: Shape) -> str:
-    return f"[{', '.join(map(str, shape))}]" if shape else "a scalar"
-
+__all__ = ["FUNCTIONS", "OPERATORS", "PRIMITIVES", "Primitive", "ShapeError", "constant", "eye", "is_whole", "make", "ones",
+           "shape_text", "undecided"]
 
 # ---------------------------------------------------------------------------------------------- shape rules
 
 
-def _same(a: Shape) -> Shape:
-    return a
-
-
-def _elementwise(a: Shape, b: Shape) -> Shape:
-    if a != b and a and b:
-        raise ShapeError(f"{shape_text(a)} and {shape_text(b)} do not agree (only scalars broadcast)")
-    return a or b
-
-
-def _product(a: Shape, b: Shape) -> Shape:
-    if not a or not b:
-        raise ShapeError(f"`@` needs matrices, not {shape_text(a)} and {shape_text(b)}; use `*` to scale")
-    inner_a, inner_b = a[-1], b[-2] if len(b) > 1 else b[0]
-    if inner_a != inner_b:
-        raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the inner dimensions {inner_a} and {inner_b} differ")
-    stack_a, stack_b = a[:-2], b[:-2]
-    if stack_a and stack_b and stack_a != stack_b:
-        raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the stacks {shape_text(stack_a)} and {shape_text(stack_b)} differ")
-    return (stack_a or stack_b) + a[-2:-1] * (len(a) > 1) + b[-1:] * (len(b) > 1)
-
-
-def _ranked(least: int, what: str) -> Callable[[Shape], Shape]:
-    def rule(a: Shape) -> Shape:
-        if len(a) < least:
-            raise ShapeError(f"needs {what}, not {shape_text(a)}")
-        return a
-
-    return rule
-
-
-_matrix, _vector = _ranked(2, "a matrix or a stack of them"), _ranked(1, "a vector or a stack of them")
-
-
-def _square(a: Shape) -> Shape:
-    if _matrix(a)[-1] != a[-2]:
-        raise ShapeError(f"needs square matrices, not {shape_text(a)}")
-    return a
-
-
-def _exactly(rank: int, what: str, a: Shape) -> Shape:
-    if len(a) != rank:
-        raise ShapeError(f"needs {what}, not {shape_text(a)}")
-    return a
-
-
 def _block_diag_shape(a: Shape) -> Shape:
-    blocks, rows, columns = _exactly(3, "a stack of blocks [b, k, k]", a)
+    blocks, rows, columns = exactly(3, "a stack of blocks [b, k, k]", a)
     return (blocks * rows, blocks * columns)
 
 
@@ -97,7 +41,7 @@ def _kron_shape(a: Shape, b: Shape) -> Shape:
 
 
 def _reflect_shape(a: Shape) -> Shape:
-    rows = _exactly(2, "a matrix whose columns are the mirrors", a)[0]
+    rows = exactly(2, "a matrix whose columns are the mirrors", a)[0]
     return (rows, rows)
 
 
@@ -223,55 +167,79 @@ def _extreme(name: str) -> Callable[[Any, Any], Any]:
 
 
 _ROWS = [
-    Primitive("neg", 1, _same, lambda a: -a, "-a"),
-    Primitive("add", 2, _elementwise, lambda a, b: a + b, "a + b"),
-    Primitive("sub", 2, _elementwise, lambda a, b: a - b, "a - b"),
-    Primitive("mul", 2, _elementwise, lambda a, b: a * b, "a * b, entry by entry"),
-    Primitive("div", 2, _elementwise, lambda a, b: a / b, "a / b, entry by entry"),
-    Primitive("min", 2, _elementwise, _extreme("minimum"), "the smaller of each pair of entries"),
-    Primitive("max", 2, _elementwise, _extreme("maximum"), "the larger of each pair of entries"),
-    Primitive("exp", 1, _same, lambda a: a.exp(), "e^a, entry by entry"),
-    Primitive("sqrt", 1, _same, lambda a: a.sqrt(), "√a, entry by entry"),
-    Primitive("abs", 1, _same, lambda a: a.abs(), "|a|, entry by entry"),
-    Primitive("sigmoid", 1, _same, lambda a: a.sigmoid(), "1 / (1 + e^-a), entry by entry"),
-    Primitive("tanh", 1, _same, lambda a: a.tanh(), "tanh a, entry by entry"),
-    Primitive("detach", 1, _same, lambda a: a.detach(), "a, through which no gradient flows"),
+    Primitive("neg", 1, same, lambda a: -a, "-a"),
+    Primitive("add", 2, elementwise, lambda a, b: a + b, "a + b"),
+    Primitive("sub", 2, elementwise, lambda a, b: a - b, "a - b"),
+    Primitive("mul", 2, elementwise, lambda a, b: a * b, "a * b, entry by entry"),
+    Primitive("div", 2, elementwise, lambda a, b: a / b, "a / b, entry by entry"),
+    Primitive("min", 2, elementwise, _extreme("minimum"), "the smaller of each pair of entries"),
+    Primitive("max", 2, elementwise, _extreme("maximum"), "the larger of each pair of entries"),
+    Primitive("exp", 1, same, lambda a: a.exp(), "e^a, entry by entry"),
+    Primitive("cos", 1, same, lambda a: a.cos(), "cos a, entry by entry"),
+    Primitive("sin", 1, same, lambda a: a.sin(), "sin a, entry by entry"),
+    Primitive("sqrt", 1, same, lambda a: a.sqrt(), "√a, entry by entry"),
+    Primitive("abs", 1, same, lambda a: a.abs(), "|a|, entry by entry"),
+    Primitive("sigmoid", 1, same, lambda a: a.sigmoid(), "1 / (1 + e^-a), entry by entry"),
+    Primitive("tanh", 1, same, lambda a: a.tanh(), "tanh a, entry by entry"),
+    Primitive("detach", 1, same, lambda a: a.detach(), "a, through which no gradient flows"),
     Primitive("norm", 1, lambda a: (), lambda a: a.norm(), "√Σ a², the Frobenius norm"),
-    Primitive("row_norm", 1, lambda a: _matrix(a)[:-1], lambda a: a.norm(dim=-1), "the norm of each row: [m, n] -> [m]"),
-    Primitive("col_norm", 1, lambda a: _matrix(a)[:-2] + a[-1:], lambda a: a.norm(dim=-2),
+    Primitive("row_norm", 1, lambda a: matrix(a)[:-1], lambda a: a.norm(dim=-1), "the norm of each row: [m, n] -> [m]"),
+    Primitive("col_norm", 1, lambda a: matrix(a)[:-2] + a[-1:], lambda a: a.norm(dim=-2),
               "the norm of each column: [m, n] -> [n]"),
-    Primitive("matmul", 2, _product, lambda a, b: a @ b, "a @ b, the matrix product"),
-    Primitive("T", 1, lambda a: _matrix(a)[:-2] + (a[-1], a[-2]), lambda a: a.mT, "aᵀ, of the last two axes"),
-    Primitive("diag", 1, lambda a: _vector(a) + a[-1:], lambda a: a.diag_embed(), "the diagonal matrix of a vector"),
+    Primitive("matmul", 2, product, lambda a, b: a @ b, "a @ b, the matrix product"),
+    Primitive("T", 1, lambda a: matrix(a)[:-2] + (a[-1], a[-2]), lambda a: a.mT, "aᵀ, of the last two axes"),
+    Primitive("diag", 1, lambda a: vector(a) + a[-1:], lambda a: a.diag_embed(), "the diagonal matrix of a vector"),
     Primitive("block_diag", 1, _block_diag_shape, _block_diag, "a stack [b, k, k] along the diagonal of [b k, b k]"),
     Primitive("kron", 2, _kron_shape, _kron, "a ⊗ b, the Kronecker product of two matrices or two vectors"),
-    Primitive("skew", 1, _square, lambda a: a - a.mT, "a - aᵀ"),
-    Primitive("cayley", 1, _square, _cayley, "(I - a/2)⁻¹ (I + a/2), orthogonal when a is skew"),
-    Primitive("expm", 1, _square, _expm, "e^a of a matrix, orthogonal when a is skew"),
+    Primitive("skew", 1, square, lambda a: a - a.mT, "a - aᵀ"),
+    Primitive("cayley", 1, square, _cayley, "(I - a/2)⁻¹ (I + a/2), orthogonal when a is skew"),
+    Primitive("expm", 1, square, _expm, "e^a of a matrix, orthogonal when a is skew"),
     Primitive("reflect", 1, _reflect_shape, _reflect, "Π (I - 2 u uᵀ / uᵀu) over the columns u, first column leftmost"),
+    Primitive("side_by_side", 2, _side_by_side_shape, _side_by_side, "[a, b], the columns of both"),
     # For the compiler alone: the small cores of structured maps, and maps on the last axis of activations.
-    Primitive("resolvent", 1, _square, _resolvent, "(I - a/2)⁻¹", public=False),
-    Primitive("phi", 1, _square, _phi, "(e^a - I) a⁻¹", public=False),
-    Primitive("mirrors", 1, _square, _mirrors, "T with reflect(U) = I - U T Uᵀ, from a = UᵀU", public=False),
-    Primitive("side_by_side", 2, _side_by_side_shape, _side_by_side, "[a, b], the columns of both", public=False),
+    Primitive("resolvent", 1, square, _resolvent, "(I - a/2)⁻¹", public=False),
+    Primitive("phi", 1, square, _phi, "(e^a - I) a⁻¹", public=False),
+    Primitive("mirrors", 1, square, _mirrors, "T with reflect(U) = I - U T Uᵀ, from a = UᵀU", public=False),
     Primitive("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]", public=False),
-    Primitive("row_dot", 2, lambda a, b: _elementwise(a, b)[:-1], lambda a, b: (a * b).sum(-1), "Σ a b over each row",
+    Primitive("row_dot", 2, lambda a, b: elementwise(a, b)[:-1], lambda a, b: (a * b).sum(-1), "Σ a b over each row",
               public=False),
-    Primitive("root", 1, _same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0", public=False),
+    Primitive("root", 1, same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0", public=False),
     Primitive("total", 1, lambda a: (), lambda a: a.sum(), "Σ a over all entries", public=False),
     Primitive("scale", 2, _scale_shape, lambda a, d: a * d, "a diag(d): each column of a times its d", public=False),
     Primitive("blocks", 2, _blocks_shape, _blocks, "a block_diag(s)", public=False),
 ]
-PRIMITIVES: dict[str, Primitive] = {row.name: row for row in _ROWS}
+PRIMITIVES: dict[str, Primitive] = {row.name: row for row in (*_ROWS, *ARRANGEMENTS)}
 
 # What a spec may call; the rest are operators.
 OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "@": "matmul"}
-FUNCTIONS = {name for name, row in PRIMITIVES.items() if row.public} - set(OPERATORS.values()) - {"neg", "T"} | {"I"}
+FUNCTIONS = {name for name, row in PRIMITIVES.items() if row.public} - set(OPERATORS.values()) - {"neg", "T", "literal"} | {"I", "ones"}
 
 
-def make(op: str, *args: Expr) -> Expr:
-    """The node of a primitive on its arguments. Raises: ShapeError."""
-    return Expr(op, args, None, PRIMITIVES[op].shape(*(a.shape for a in args)))
+def make(op: str, *args: Expr, data: Any = None) -> Expr:
+    """The node of a primitive on its arguments, `data` its sizes. Raises: ShapeError."""
+    row = PRIMITIVES[op]
+    if any(a.op == "undecided" for a in args):
+        return undecided(args, (op, data))
+    for i, argument in enumerate(args):
+        if is_whole(argument) is not (i in row.places):
+            what = "places of entries (`sample`, `integers`, `top`)" if i in row.places else "a tensor of real numbers"
+            raise ShapeError(f"argument {i + 1} of `{op}` must be {what}")
+    return Expr(op, args, data, row.shape_of(data, tuple(a.shape for a in args)))
+
+
+def is_whole(node: Expr) -> bool:
+    """Whether a node's values are whole numbers: places of entries, with which nothing is computed."""
+    return node.op == "places" or node.op in PRIMITIVES and PRIMITIVES[node.op].whole
+
+
+def undecided(args: tuple[Expr, ...], data: Any, shape: Shape = ()) -> Expr:
+    """What has no shape as long as a condition on sizes is not decided: an `if` (its text) or an operation on one."""
+    return Expr("undecided", args, data, shape)
+
+
+def ones(*shape: Any) -> Expr:
+    """A tensor of ones."""
+    return Expr("fill", (), 1.0, shape)
 
 
 def constant(value: Any) -> Expr:

@@ -16,7 +16,7 @@ from surgery.diagnostics import Span, SurgeryError, did_you_mean, fail
 from surgery.expr import dims
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr
-from surgery.expr.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, shape_text
+from surgery.expr.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, is_whole, make, ones, shape_text, undecided
 from surgery.syntax import tree
 from surgery.syntax.printer import expression_text
 
@@ -32,13 +32,14 @@ class Poisoned(Exception):
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": dims.divide}
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _SCALAR = {"sqrt": math.sqrt, "exp": math.exp, "abs": abs, "tanh": math.tanh, "min": min, "max": max,
-           "sigmoid": lambda x: 1 / (1 + math.exp(-x))}
+           "sigmoid": lambda x: 1 / (1 + math.exp(-x)), "cos": math.cos, "sin": math.sin}
 
 
 def describe(value: Any) -> str:
     """What a value is, in words for a message."""
     if isinstance(value, Expr):
-        return f"a tensor {shape_text(value.shape)}" if value.shape else "a scalar tensor"
+        what = "places" if is_whole(value) else "a tensor"
+        return f"{what} {shape_text(value.shape)}" if value.shape else "a scalar tensor"
     names = {bool: "bool", int: "int", Fraction: "float", float: "float", str: "str", Dim: "size"}
     return f"{names[type(value)]} `{_text(value)}`" if value is not UNDECIDED else "a truth value"
 
@@ -181,35 +182,85 @@ def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
     if condition is not UNDECIDED:
         return evaluate(node.then if _truth(condition, node.condition) else node.otherwise, names)
     both = evaluate(node.then, names), evaluate(node.otherwise, names)
-    if all(isinstance(v, Expr) for v in both) and both[0].shape == both[1].shape:
-        return both[0]
+    if all(isinstance(v, Expr) for v in both):
+        return both[0] if both[0].shape == both[1].shape else undecided(both, expression_text(node))
     return both[0] if both[0] == both[1] else dims.symbol(f"({expression_text(node)})")
 
 
+def _matrix(node: tree.Matrix, names: Mapping[str, Any]) -> Expr:
+    rows = tuple(tuple(_entry(e, names) for e in row) for row in node.rows)
+    return make("literal", data=rows)
+
+
+def _entry(node: tree.Expression, names: Mapping[str, Any]) -> int | float:
+    value = evaluate(node, names)
+    if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)):
+        raise fail("wrong-type", f"an entry of a matrix must be a known number, not {describe(value)}", node.span)
+    return float(value) if isinstance(value, Fraction) else value
+
+
 def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
+    if node.function in _COMPILE_TIME:
+        return _at_compile_time(node, names)
     if node.function not in FUNCTIONS:
-        raise unknown("unknown-primitive", "primitive", node.function, FUNCTIONS, node.name_span or node.span)
-    arity = 1 if node.function == "I" else PRIMITIVES[node.function].arity
-    if len(node.arguments) != arity or any(a.name for a in node.arguments):
-        raise fail("missing-argument" if len(node.arguments) < arity else "unknown-argument",
-                   f"`{node.function}` takes {arity} argument{'s' * (arity > 1)} by position", node.span,
-                   notes=(f"{node.function} is {PRIMITIVES[node.function].doc}",) if node.function in PRIMITIVES else ())
+        known = FUNCTIONS | set(_COMPILE_TIME)
+        raise unknown("unknown-primitive", "primitive", node.function, known, node.name_span or node.span)
+    arity, sizes = _CONSTANTS[node.function][:2] if node.function in _CONSTANTS else _signature(node.function)
+    _assert_count(node, arity, sizes)
     values = [evaluate(a.value, names) for a in node.arguments]
     for value, argument in zip(values, node.arguments):
         _numeric(value, argument.value)
-    return _apply(node, values, names)
+    given = tuple(size(v, a.value, names) for v, a in zip(values[arity:], node.arguments[arity:]))
+    return _CONSTANTS[node.function][2](*given) if node.function in _CONSTANTS else _apply(node, values[:arity], given)
 
 
-def _apply(node: tree.Call, values: list, names: Mapping[str, Any]) -> Any:
-    if node.function == "I":
-        return eye(size(values[0], node.arguments[0].value, names))
-    if any(isinstance(v, Expr) for v in values):
-        return make(node.function, *map(_tensor, values))
+def _signature(function: str) -> tuple[int, tuple[str, ...]]:
+    return PRIMITIVES[function].arity, PRIMITIVES[function].sizes
+
+
+def _assert_count(node: tree.Call, arity: int, sizes: tuple[str, ...]) -> None:
+    """Raises: SurgeryError, unless the call has so many tensors and sizes (any number, at least one, for a last `*size`)."""
+    least, any_number = arity + len(sizes), sizes[-1:] and sizes[-1].startswith("*")
+    count = len(node.arguments)
+    if count < least or (count > least and not any_number) or any(a.name for a in node.arguments):
+        takes = f"{'at least ' if any_number else ''}{least} argument{'s' * (least > 1)} by position"
+        names = f" ({', '.join(['tensor'] * arity + [s.lstrip('*') for s in sizes])})" if sizes else ""
+        raise fail("missing-argument" if count < least else "unknown-argument", f"`{node.function}` takes {takes}{names}",
+                   node.span, notes=(f"{node.function} is {PRIMITIVES[node.function].doc}",) if node.function in PRIMITIVES else ())
+
+
+def _apply(node: tree.Call, values: list, sizes: tuple) -> Any:
+    if sizes or any(isinstance(v, Expr) for v in values):
+        return make(node.function, *map(_tensor, values), data=sizes or None)
     if node.function not in _SCALAR:
         raise fail("wrong-type", f"`{node.function}` needs a tensor, not {describe(values[0])}", node.span)
     if _open(*values):
         return dims.symbol(f"{node.function}({', '.join(map(str, values))})")
     return _SCALAR[node.function](*values)
+
+
+_CONSTANTS = {"I": (0, ("n",), eye), "ones": (0, ("*sizes",), ones)}
+
+
+def _at_compile_time(node: tree.Call, names: Mapping[str, Any]) -> Any:
+    """A function of whole numbers alone."""
+    least, most = _COMPILE_TIME[node.function][0]
+    if not least <= len(node.arguments) <= most or any(a.name for a in node.arguments):
+        raise fail("missing-argument" if len(node.arguments) < least else "unknown-argument",
+                   f"`{node.function}` takes {least} to {most} whole numbers by position", node.span)
+    values = [size(evaluate(a.value, names), a.value, names) for a in node.arguments]
+    if _open(*values):
+        return dims.symbol(f"{node.function}({', '.join(map(str, values))})")
+    return _COMPILE_TIME[node.function][1](*values)
+
+
+def _divisor(n: int, most: int | None = None) -> int:
+    """The largest divisor of n that is at most √n, or at most `most`."""
+    limit = math.isqrt(n) if most is None else min(most, n)
+    return next(d for d in range(limit, 0, -1) if n % d == 0)
+
+
+_COMPILE_TIME = {"divisor": ((1, 2), _divisor)}
 
 
 def size(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
@@ -230,4 +281,5 @@ _RULES = {
     tree.String: lambda node, names: node.value,
     tree.Boolean: lambda node, names: node.value,
     tree.Name: _name, tree.Unary: _unary, tree.Binary: _binary, tree.Transpose: _transpose, tree.If: _if, tree.Call: _call,
+    tree.Matrix: _matrix,
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from math import prod
 
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr, Formula, walk
@@ -34,7 +35,9 @@ Laws = Mapping[str, tuple[Law, ...]]
 def _plain(node: Expr) -> bool:
     """The shape that the primitive's own rule gives."""
     try:
-        return node.data is None and node.shape == PRIMITIVES[node.op].shape(*(a.shape for a in node.args))
+        row = PRIMITIVES[node.op]
+        fits = node.shape == row.shape_of(node.data, tuple(a.shape for a in node.args))
+        return fits and (node.data is not None) == bool(row.sizes)
     except ShapeError:
         return False
 
@@ -58,7 +61,7 @@ def _on(arity: int, says: str, holds: Callable[[Expr], bool]) -> tuple[Law, ...]
 
 
 def _primitive(name: str) -> tuple[Law, ...]:
-    return _on(PRIMITIVES[name].arity, "the shape of its primitive's rule, and no data", _plain)
+    return _on(PRIMITIVES[name].arity, "the shape of its primitive's rule, and its sizes for data", _plain)
 
 
 def _rows(node: Expr) -> tuple:
@@ -71,6 +74,7 @@ LEAVES: Laws = {
     "weight": _leaf("[out, in]", lambda n: len(n.shape) == 2 and n.data is None),
     "bias": _leaf("[out]", lambda n: len(n.shape) == 1 and n.data is None),
     "param": _leaf("a key: step.name", lambda n: isinstance(n.data, str) and n.data.count(".") == 1),
+    "places": _leaf("a key: step.name", lambda n: isinstance(n.data, str) and n.data.count(".") == 1),
     "const": _leaf("one number", lambda n: not n.shape and _is_number(n.data)),
     "eye": _leaf("square, and no data", lambda n: len(n.shape) >= 2 and n.shape[-1] == n.shape[-2] and n.data is None),
 }
@@ -92,6 +96,7 @@ ACTIVATIONS: Laws = {
                  and n.args[0].shape[-1] == n.data[0] * n.data[1]),
     "join": _on(1, "the last two axes as one", lambda n: n.shape[:-1] == _rows(n)[:-1]
                 and n.shape[-1] == n.args[0].shape[-1] * n.args[0].shape[-2]),
+    "swap": _on(1, "its argument's shape, in four factors", lambda n: n.shape == n.args[0].shape and prod(n.data) == n.shape[-1]),
     "add_bias": _on(2, "a number for each feature", lambda n: n.shape == n.args[0].shape and n.args[1].shape == n.shape[-1:]),
 }
 # What the normal form of `rewrite.algebra` promises.
@@ -120,8 +125,8 @@ def _without(table: Laws, *ops: str) -> Laws:
     return {op: laws for op, laws in table.items() if op not in ops}
 
 
-ELABORATED = _both(LEAVES, PUBLIC, DROP)
-SIMPLIFIED = _both(_without(ELABORATED, "neg", "sub"), FILL, NORMAL)
+ELABORATED = _both(LEAVES, FILL, PUBLIC, DROP)
+SIMPLIFIED = _both(_without(ELABORATED, "neg", "sub"), NORMAL)
 CHEAPEST = _both(SIMPLIFIED, CORES)
 LOWERED = _both(LEAVES, FILL, _without(PUBLIC, "neg", "sub"), CORES, ACTIVATIONS)
 MATERIALISED = _without(LOWERED, "x", "dropout", "frozen", "run", "add_bias")
@@ -154,7 +159,7 @@ def _verify_leaves(expr: Expr) -> None:
     """A name has one shape, and the layer's own map has the weight's."""
     shapes: dict[str, tuple] = {}
     for node in walk(expr):
-        if node.op in ("weight", "bias", "param", "x"):
+        if node.op in ("weight", "bias", "param", "places", "x"):
             key = node.data or node.op
             if shapes.setdefault(key, node.shape) != node.shape:
                 raise Malformed(f"{key} is {list(shapes[key])} and {list(node.shape)}")
@@ -182,4 +187,4 @@ def _verify_known(expr: Expr, known: Mapping[str, tuple]) -> None:
 
 
 def _parameters(expr: Expr) -> Iterable[Expr]:
-    return (node for node in walk(expr) if node.op == "param")
+    return (node for node in walk(expr) if node.op in ("param", "places"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 from surgery.expr.dims import symbol
 from surgery.expr.ir import Expr, Shape, rebuild, walk
@@ -102,8 +103,33 @@ def _dropped(expr: Expr, a: Expr) -> Expr:
     return Expr("dropout", (a,), expr.data, a.shape)
 
 
+def _permutation(expr: Expr) -> tuple[int, int, int, int] | None:
+    """(g, p, q, r) of I[g] ⊗ shuffle(p, q) ⊗ I[r]."""
+    if expr.op == "shuffle":
+        return (1, *expr.data, 1)
+    if expr.op != "kron" or len(expr.shape) != 2:
+        return None
+    left, right = expr.args
+    if left.op == "eye" and (inner := _permutation(right)) is not None:
+        return (left.shape[0] * inner[0], *inner[1:])
+    if right.op == "eye" and (inner := _permutation(left)) is not None:
+        return (*inner[:3], inner[3] * right.shape[0])
+    return None
+
+
+def _permuted(expr: Expr, a: Expr) -> Expr:
+    return Expr("swap", (a,), _permutation(expr), a.shape)
+
+
+def swap(a: Any, sizes: tuple[int, int, int, int]) -> Any:
+    """The last axis as [g, p, q, r], p and q exchanged: one copy."""
+    return a.unflatten(-1, sizes).transpose(-3, -2).flatten(-4)
+
+
 def _kron(expr: Expr, a: Expr) -> Expr:
     """x (A ⊗ B)ᵀ: the last axis as a matrix [n, q], B on its rows and A on its columns."""
+    if _permutation(expr) is not None:
+        return _permuted(expr, a)
     left, right = expr.args
     (m, n), (p, q) = left.shape, right.shape
     h = apply(right, _reshaped("split", a, (n, q), a.shape[:-1] + (n, q)))
@@ -123,6 +149,8 @@ _APPLY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "kron": _kron,
     "diag": lambda expr, a: make("scale", a, expr.args[0]),
     "block_diag": lambda expr, a: make("blocks", a, simplify(make("T", expr.args[0]))),
+    "shuffle": _permuted,
+    "circulant": lambda expr, a: make("circulate", a, expr.args[0]),
 }
 
 
@@ -135,7 +163,7 @@ def is_structured(expr: Expr) -> bool:
         return scaled(expr)[0] is not None and is_structured(scaled(expr)[1])
     if expr.op == "matmul":
         return factors(expr) is not None or all(map(is_structured, expr.args))
-    return expr.op in ("diag", "block_diag", "kron", "eye") or expr.op == "add" and all(map(is_structured, summands(expr)))
+    return expr.op in ("diag", "block_diag", "kron", "eye", "shuffle") or expr.op == "add" and all(map(is_structured, summands(expr)))
 
 
 def matrix(expr: Expr) -> Expr:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from math import prod
+from math import log2, prod
 
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr, walk
@@ -17,7 +17,7 @@ from surgery.rewrite.terms import depends_on
 
 TOKENS = 1024  # the number that a choice supposes where nothing is said
 INTENSITY = 16.0  # multiplications and additions in the time of moving one number: CPUs have 10 to 40, GPUs more
-_VIEWS = {"T", "split", "join", "detach", "param", "weight", "bias", "x", "const", "eye", "drop"}
+_VIEWS = {"T", "split", "join", "detach", "param", "places", "weight", "bias", "x", "const", "eye", "drop", "reshape", "columns"}
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,10 @@ def _frozen(node: Expr, count: Callable[[Expr], float]) -> float:
     return 2 * count(node) * float(node.args[0].shape[-1])
 
 
+def _fourier(numbers: float) -> float:
+    return 5 * numbers * log2(max(numbers, 2))
+
+
 def _cubic(factor: float) -> Callable[[Expr, Callable[[Expr], float]], float]:
     return lambda node, count: factor * count(node) * float(node.shape[-1])
 
@@ -102,5 +106,7 @@ _RULES: dict[str, Callable[[Expr, Callable[[Expr], float]], float]] = {
     "run": lambda node, count: 2 * count(node) * float(node.args[1].shape[-1]),
     "blocks": lambda node, count: 2 * count(node) * float(node.args[1].shape[1]),
     "cayley": _cubic(3), "resolvent": _cubic(2), "mirrors": _cubic(1), "expm": _cubic(20), "phi": _cubic(160),
+    "circulate": lambda node, count: _fourier(count(node.args[0])) + _fourier(count(node)) + 4 * count(node) * node.args[1].shape[1],
+    "ifft2": lambda node, count: _fourier(count(node)),
     "reflect": lambda node, count: 4 * count(node) * float(node.args[0].shape[1]),
 }

@@ -17,8 +17,9 @@ TEMPLATES = {
     "add": "{} + {}", "mul": "{} * {}", "div": "{} / {}", "matmul": "{} @ {}", "scale": "{} * {}", "T": "{}.mT",
     "split": "{}.unflatten(-1, {data})", "join": "{}.flatten(-2)", "detach": "{}.detach()", "exp": "{}.exp()",
     "sqrt": "{}.sqrt()", "abs": "{}.abs()", "tanh": "{}.tanh()", "sigmoid": "{}.sigmoid()", "diag": "{}.diag_embed()",
-    "total": "{}.sum()", "add_bias": "{} + {}", "param": "leaves[{data!r}]", "weight": "layer.matrix(dtype)",
+    "total": "{}.sum()", "add_bias": "{} + {}", "param": "leaves[{data!r}]", "places": "leaves[{data!r}]", "weight": "layer.matrix(dtype)",
     "bias": "layer.offset(dtype)", "fill": "layer.fill({shape}, {data!r}, dtype)", "eye": "layer.eye({shape}, dtype)",
+    "swap": "swap({}, {data})", "reshape": "{}.reshape({data})", "columns": "{}[..., :{data[0]}]", "cos": "{}.cos()", "sin": "{}.sin()",
     "dropout": "layer.dropout({}, {data[0]!r})", "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})",
 }
 FRESH = {"frozen", "matmul", "add", "scale", "run", "frozen_back"}  # values that nothing else holds and no backward pass reads
@@ -55,7 +56,8 @@ class Emitter:
     def _plain(self, node: Expr) -> str:
         args = [self.value(a) for a in node.args]
         if node.op not in TEMPLATES:
-            return f"{node.op}({', '.join(args)})"
+            sizes = [] if node.data is None else [repr(node.data)]
+            return f"{node.op}({', '.join([*sizes, *(args or ['layer.like(dtype)'])])})"
         return TEMPLATES[node.op].format(*args, data=node.data, shape=tuple(node.shape))
 
     def _frozen(self, node: Expr) -> str:

@@ -38,6 +38,10 @@ class Frozen:
     def eye(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.eye(shape[-1], dtype=dtype, device=self.weight.device).expand(shape)
 
+    def like(self, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of the dtype, where the weight is."""
+        return self.weight.new_empty(0, dtype=dtype)
+
     def frozen_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [r, in] through the map: [r, out]."""
         return F.linear(rows.to(self.weight.dtype), self.weight).to(rows.dtype)

@@ -19,7 +19,7 @@ import torch
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk
 from surgery.expr.primitives import PRIMITIVES, make
-from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, split_dropout, turned, without_dropout
+from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, split_dropout, swap, turned, without_dropout
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost, step_cost
 from surgery.lower.emit import TEMPLATES, Emitter, count_uses, without_gradient
@@ -27,7 +27,7 @@ from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.structure import is_thin
 from surgery.rewrite.terms import depends_on, summands, total
 
-_SCOPE = {"torch": torch, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}}
+_SCOPE = {"torch": torch, "swap": swap, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,9 @@ def weights(formula: Formula, has_bias: bool) -> Program:
 
 
 def _offset(bias: Expr) -> Expr:
-    """b' = T b, the transforms acting on b as on a row of activations."""
+    """b' = T (b + u), the transforms acting on b as on a row of activations."""
+    if bias.op == "add":
+        return make("add", *map(_offset, bias.args))
     return apply(bias.args[0], _offset(bias.args[1])) if bias.op == "matmul" else bias
 
 

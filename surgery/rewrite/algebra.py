@@ -17,7 +17,7 @@ from surgery.rewrite.terms import constant, eye, fill, is_zero, scaled, summands
 
 _NUMBER: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "min": min, "max": max, "exp": math.exp,
-    "sqrt": math.sqrt, "abs": abs, "tanh": math.tanh, "sigmoid": lambda a: 1 / (1 + math.exp(-a)), "detach": lambda a: a,
+    "sqrt": math.sqrt, "abs": abs, "cos": math.cos, "sin": math.sin, "tanh": math.tanh, "sigmoid": lambda a: 1 / (1 + math.exp(-a)), "detach": lambda a: a,
 }
 
 
@@ -27,6 +27,10 @@ def _fold(node: Expr) -> Expr | None:
         return None if None in values else fill(_NUMBER[node.op](*values), node.shape)
     except (ArithmeticError, ValueError):
         return None
+
+
+def _moved_zero(node: Expr) -> Expr | None:
+    return fill(0, node.shape) if is_zero(node.args[0]) else None
 
 
 def _div_by_number(node: Expr) -> Expr | None:
@@ -123,10 +127,14 @@ def _turn(node: Expr) -> Expr | None:
         return inner.args[0]
     if inner.op == "fill":
         return fill(inner.data, node.shape)
+    if inner.op == "shuffle":
+        return make("shuffle", data=inner.data[::-1])
+    if inner.op == "literal":
+        return make("literal", data=tuple(zip(*inner.data)))
     if inner.op == "matmul":
         return _turned_product(inner)
     if inner.op in ("add", "mul", "div", "min", "max", "kron", "block_diag", "cayley", "expm", "exp", "abs", "tanh", "sigmoid",
-                    "sqrt", "detach"):
+                    "sqrt", "cos", "sin", "detach"):
         return make(inner.op, *(make("T", a) if a.shape else a for a in inner.args))
     return Expr("drop", (make("T", inner.args[0]),), inner.data, node.shape) if inner.op == "drop" else None
 
@@ -184,7 +192,11 @@ RULES = (
     *(Rule("numbers are computed", op, _fold, example) for op, example in {
         "add": "2 + 0 * g", "mul": "2 * (3 + 0 * g)", "div": "(3 + 0 * g) / 4", "min": "min(2, 3 + 0 * g)",
         "max": "max(2, 3 + 0 * g)", "exp": "exp(3 + 0 * g)", "sqrt": "sqrt(3 + 0 * g)", "abs": "abs(-3 + 0 * g)",
+        "cos": "cos(3 + 0 * g)", "sin": "sin(3 + 0 * g)",
         "tanh": "tanh(3 + 0 * g)", "sigmoid": "sigmoid(3 + 0 * g)", "detach": "detach(3 + 0 * g)"}.items()),
+    *(Rule("f(0, 0, ...) = 0 for what moves entries", op, _moved_zero, example) for op, example in {
+        "reshape": "reshape(0 * A, n * n)", "columns": "columns(0 * A, 2)", "scatter": "scatter(0 * d, at, n, n)",
+        "take": "take(0 * A, at)", "circulant": "circulant(0 * S)", "ifft2": "ifft2(0 * A)"}.items()),
     Rule("x / c = 1/c x", "div", _div_by_number, "A / 3"),
     Rule("x + 0 = x", "add", _add_zero, "A + 0 * B"),
     Rule("x + c = x + c 1", "add", _spread_scalar, "A + norm(B)"),

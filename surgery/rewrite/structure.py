@@ -44,7 +44,7 @@ def transposed(node: Expr) -> Expr:
 
 def is_orthogonal(node: Expr) -> bool:
     """x xᵀ = I, for a matrix or each of a stack."""
-    if node.op in ("eye", "reflect"):
+    if node.op in ("eye", "reflect", "shuffle"):
         return True
     if node.op in ("cayley", "expm"):
         return is_skew(node.args[0])

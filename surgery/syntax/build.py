@@ -90,14 +90,18 @@ class Builder:
                   *body: Any) -> tree.Definition:
         return self._definition("transform", span, name, params, claims, body, dim=str(dim))
 
-    def update(self, span: Span, name: Token, params: tuple | None, claims: tuple | None, *body: Any) -> tree.Definition:
-        return self._definition("update", span, name, params, claims, body)
+    def update(self, span: Span, name: Token, params: tuple | None, on_bias: bool | None, claims: tuple | None,
+               *body: Any) -> tree.Definition:
+        return self._definition("update", span, name, params, claims, body, bias=on_bias is not None)
+
+    def on_bias(self, span: Span) -> bool:
+        return True
 
     def _definition(self, kind: str, span: Span, name: Token, params: tuple | None, claims: tuple | None, body: tuple,
-                    **dim: str) -> tree.Definition:
+                    **place: Any) -> tree.Definition:
         *statements, (result, result_trivia) = body
         return tree.Definition(
-            kind=kind, name=str(name), params=params or (), **dim, claims=tuple(map(str, claims or ())),
+            kind=kind, name=str(name), params=params or (), **place, claims=tuple(map(str, claims or ())),
             checks=_all(statements, tree.Check), body=_all(statements, (tree.Param, tree.Let)), result=result,
             result_trivia=result_trivia, claims_spans=tuple(map(self._at, claims or ())), **self._place(span, name))
 
@@ -181,6 +185,16 @@ class Builder:
 
     def parens(self, span: Span, inner: tree.Expression) -> tree.Expression:
         return replace(inner, parens=inner.parens + 1, span=span)
+
+    def row(self, span: Span, *entries: tree.Expression) -> tuple[Span, tuple[tree.Expression, ...]]:
+        return span, entries
+
+    def matrix(self, span: Span, *rows: tuple[Span, tuple[tree.Expression, ...]]) -> tree.Matrix:
+        columns = len(rows[0][1])
+        for place, entries in rows:
+            if len(entries) != columns:
+                self.found.error("syntax", f"the rows of a matrix are equally long: {columns} and {len(entries)} entries", place)
+        return tree.Matrix(tuple(e for _, entries in rows for e in entries[:columns]), columns, span=span)
 
     def call(self, span: Span, function: Token, *arguments: tree.Argument) -> tree.Call:
         return tree.Call(str(function), arguments, self._at(function), span=span)

@@ -95,6 +95,18 @@ class Call(Expression):
 
 
 @dataclass(frozen=True)
+class Matrix(Expression):
+    """`[[0, -1], [1, 0]]`: the entries row by row, and how many stand in a row."""
+
+    entries: tuple[Expression, ...]
+    columns: int
+
+    @property
+    def rows(self) -> tuple[tuple[Expression, ...], ...]:
+        return tuple(self.entries[i:i + self.columns] for i in range(0, len(self.entries), self.columns))
+
+
+@dataclass(frozen=True)
 class If(Expression):
     """`if condition then a else b`."""
 

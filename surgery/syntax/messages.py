@@ -15,7 +15,7 @@ from surgery.diagnostics import Diagnostic, Source, Span, did_you_mean
 from surgery.syntax.grammar import KEYWORDS, WORDS, item_words
 
 #: Sets of terminals that read as one thing; the first that the grammar allows in full replaces its members.
-OPERAND = {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "MINUS"}
+OPERAND = {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "LSQB", "MINUS"}
 GROUPS = (
     ("a statement", {"_USE", "_SPEC", "_CHECK", "_SELECT", "_TRAIN", "_TRANSFORM", "_UPDATE", "OVERRIDE", "_TARGET", "$END"}),
     ("an expression", OPERAND | {"NOT", "_IF"}),

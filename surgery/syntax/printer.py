@@ -65,6 +65,8 @@ def _bare(expression: tree.Expression) -> str:
             return expression.id
         case tree.Call():
             return f"{expression.function}({', '.join(map(_argument, expression.arguments))})"
+        case tree.Matrix():
+            return f"[{', '.join(map(_row, expression.rows))}]"
         case tree.Transpose():
             return f"{_operand(expression.operand, POSTFIX)}.T"
         case tree.Unary():
@@ -82,6 +84,10 @@ def _binary(expression: tree.Binary) -> str:
     binding = _binding(expression)
     left = _operand(expression.left, binding + (binding == COMPARE))  # comparisons do not chain
     return f"{left} {expression.op} {_operand(expression.right, binding + 1)}"
+
+
+def _row(entries: tuple[tree.Expression, ...]) -> str:
+    return f"[{', '.join(map(expression_text, entries))}]"
 
 
 def _number(number: tree.Number) -> str:
@@ -135,7 +141,7 @@ def _item(node: tree.Node) -> list[Line]:
 
 
 def _definition(node: tree.Definition) -> list[Line]:
-    dim = f" on {node.dim}" if node.dim else ""
+    dim = f" on {node.dim}" if node.dim else " on bias" * node.bias
     claims = f" : {', '.join(node.claims)}" if node.claims else ""
     head = _signed(f"{node.kind} {node.name}", node.params, f"{dim}{claims} {{")
     statements = [*node.checks, *node.body]

@@ -25,6 +25,7 @@ from surgery.syntax.expression import (
     Expr,
     Expression,
     If,
+    Matrix,
     Name,
     Number,
     String,
@@ -45,6 +46,7 @@ __all__ = [
     "Expression",
     "If",
     "Let",
+    "Matrix",
     "Name",
     "Node",
     "Number",
@@ -154,13 +156,14 @@ class Let(Node):
 class Definition(Node):
     """A transform (`on` its dimension's name) or an update, with its body and the expression that it returns.
 
-    `claims_spans` are the places of the claims, in order.
+    `bias`: an update `on bias` is added to the bias. `claims_spans` are the places of the claims, in order.
     """
 
     kind: Literal["transform", "update"]
     name: str
     params: many(Parameter) = ()
     dim: str | None = None
+    bias: bool = False
     claims: many(str) = ()
     checks: many(Check) = ()
     body: many(Annotated[Param | Let, Field(discriminator="what")]) = ()

@@ -73,7 +73,8 @@ def children_of(expression: tree.Expression) -> list[tree.Expression]:
     if isinstance(expression, tree.Call):
         return [argument.value for argument in expression.arguments]
     values = [getattr(expression, field.name) for field in fields(expression)]
-    return [value for value in values if isinstance(value, tree.Expression)]
+    flat = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in flat if isinstance(value, tree.Expression)]
 
 
 # ------------------------------------------------------------------------------------------------------- rules
@@ -120,6 +121,8 @@ def _definition(found: Collector, definition: tree.Definition) -> None:
     if (definition.kind == "transform") is (definition.dim is None):
         found.error("syntax", f"{definition.kind} `{definition.name}`: a transform names its dimension with `on`, "
                               "an update does not", definition.name_span)
+    if definition.bias and definition.kind == "transform":
+        found.error("syntax", f"transform `{definition.name}`: only an update can be `on bias`", definition.name_span)
 
 
 def _param(found: Collector, param: tree.Param) -> None:
@@ -176,6 +179,11 @@ def _number(found: Collector, number: tree.Number) -> None:
         found.error("syntax", f"`Number({number.value})`: a negative number is `Unary(\"-\", Number({-number.value}))`")
 
 
+def _matrix(found: Collector, matrix: tree.Matrix) -> None:
+    if not matrix.entries or matrix.columns < 1 or len(matrix.entries) % matrix.columns:
+        found.error("syntax", "a matrix has rows of equal length, with at least one entry", matrix.span)
+
+
 def _call(found: Collector, call: tree.Call) -> None:
     _name(found, call.function, call.name_span)
     keywords = [(a.name, a.name_span) for a in call.arguments if a.name is not None]
@@ -192,7 +200,7 @@ def _call(found: Collector, call: tree.Call) -> None:
 RULES: dict[type, tuple] = {
     tree.Spec: (_spec,), tree.Parameter: (_named,), tree.Use: (_use,), tree.Select: (_select,), tree.Train: (_train,),
     tree.Definition: (_definition,), tree.Param: (_param,), tree.Let: (_named,), tree.Target: (_target,),
-    tree.Step: (_step,), tree.Call: (_call,), tree.Name: (_id,), tree.Number: (_number,), tree.String: (_string,),
+    tree.Step: (_step,), tree.Call: (_call,), tree.Name: (_id,), tree.Number: (_number,), tree.String: (_string,), tree.Matrix: (_matrix,),
 }
 
 

@@ -1,0 +1,165 @@
+"""Primitives that move entries, place them, or take a matrix apart. Most take sizes, whole numbers known at compile time."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from surgery.expr.dims import Dim
+from surgery.expr.ir import Shape
+from surgery.expr.primitive import Primitive, ShapeError, exactly, matrix, shape_text, vector
+
+Sizes = tuple[Any, ...]
+
+# ---------------------------------------------------------------------------------------------- shape rules
+
+
+def _reshape_shape(sizes: Sizes, a: Shape) -> Shape:
+    if prod(a) != prod(sizes):
+        raise ShapeError(f"{shape_text(a)} has {prod(a)} entries and {shape_text(sizes)} has {prod(sizes)}")
+    return sizes
+
+
+def _columns_shape(sizes: Sizes, a: Shape) -> Shape:
+    _at_most(sizes[0], matrix(a)[-1], "columns")
+    return a[:-1] + sizes
+
+
+def _at_most(count: Any, most: Any, what: str) -> None:
+    if not isinstance(count, Dim) and not isinstance(most, Dim) and count > most:
+        raise ShapeError(f"{count} {what} are asked for, and there are {most}")
+
+
+def _shuffle_shape(sizes: Sizes) -> Shape:
+    return (prod(sizes),) * 2
+
+
+def _literal_shape(rows: Sizes) -> Shape:
+    return (len(rows), len(rows[0]))
+
+
+def _circulant_shape(c: Shape) -> Shape:
+    p, q, b = exactly(3, "a stack of first rows [p, q, b]", c)
+    return (p * b, q * b)
+
+
+def _scatter_shape(sizes: Sizes, values: Shape, places: Shape) -> Shape:
+    if exactly(1, "a vector of values", values) != places:
+        raise ShapeError(f"{shape_text(values)} values and {shape_text(places)} places do not agree")
+    return sizes
+
+
+def _top_shape(sizes: Sizes, a: Shape) -> Shape:
+    _at_most(sizes[0], prod(a), "entries")
+    return sizes
+
+
+def _mix_shape(sizes: Sizes, a: Shape) -> Shape:
+    _at_most(sizes[0], vector(a)[-1], "entries of a row")
+    return a
+
+
+def _left_shape(sizes: Sizes, a: Shape) -> Shape:
+    rows, columns = exactly(2, "a matrix", a)
+    _at_most(sizes[0], rows, "singular vectors")
+    _at_most(sizes[0], columns, "singular vectors")
+    return (rows, sizes[0])
+
+
+def _qr_shape(a: Shape) -> Shape:
+    rows, columns = matrix(a)[-2:]
+    _at_most(columns, rows, "orthonormal columns")
+    return a
+
+
+# ------------------------------------------------------------------------------------------- dense meanings
+
+
+def _shuffle(sizes: Sizes, like: Any) -> Any:
+    import torch
+
+    size = prod(sizes)
+    order = torch.arange(size, device=like.device).reshape(sizes).T.flatten()
+    return torch.eye(size, dtype=like.dtype, device=like.device)[order]
+
+
+def _circulant(c: Any) -> Any:
+    """Row i of each block is its first row, moved to the right i times."""
+    import torch
+
+    p, q, b = c.shape
+    at = torch.arange(b, device=c.device)
+    blocks = c[:, :, (at[None, :] - at[:, None]) % b]
+    return blocks.transpose(1, 2).reshape(p * b, q * b)
+
+
+def _scatter(sizes: Sizes, values: Any, places: Any) -> Any:
+    return values.new_zeros(prod(sizes)).scatter(0, places, values).reshape(sizes)
+
+
+def _top(sizes: Sizes, a: Any) -> Any:
+    return a.flatten().topk(sizes[0]).indices.sort().values
+
+
+def _top_softmax(sizes: Sizes, a: Any) -> Any:
+    best = a.topk(sizes[0], dim=-1)
+    return a.new_zeros(a.shape).scatter(-1, best.indices, best.values.softmax(dim=-1))
+
+
+def _left_singular(sizes: Sizes, a: Any) -> Any:
+    import torch
+
+    return torch.linalg.svd(a, full_matrices=False).U[..., :sizes[0]]
+
+
+def _qr(a: Any) -> Any:
+    import torch
+
+    return torch.linalg.qr(a).Q
+
+
+def _ifft2(a: Any) -> Any:
+    import torch
+
+    return torch.fft.ifft2(a).real
+
+
+def _circulate(a: Any, c: Any) -> Any:
+    """Each slice of the last axis correlated with the rows of its blocks, by Fourier transforms."""
+    import torch
+
+    p, q, b = c.shape
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    spectrum = torch.fft.rfft(a.to(dtype).reshape(-1, q, b))
+    kernel = torch.fft.rfft(c.to(dtype)).conj()
+    mixed = (spectrum.permute(2, 0, 1) @ kernel.permute(2, 1, 0)).permute(1, 2, 0)
+    return torch.fft.irfft(mixed, n=b).reshape(*a.shape[:-1], p * b).to(a.dtype)
+
+
+def _circulate_shape(a: Shape, c: Shape) -> Shape:
+    return a[:-1] + (c[0] * c[2],)
+
+
+ARRANGEMENTS = [
+    Primitive("reshape", 1, _reshape_shape, lambda sizes, a: a.reshape(sizes), "the entries of a, row by row, in another shape",
+              sizes=("*sizes",)),
+    Primitive("columns", 1, _columns_shape, lambda sizes, a: a[..., :sizes[0]], "the first k columns: [m, n] -> [m, k]",
+              sizes=("k",)),
+    Primitive("shuffle", 0, _shuffle_shape, _shuffle, "the permutation [p q, p q] that takes a ⊗ b, a [p], b [q], to b ⊗ a",
+              sizes=("p", "q")),
+    Primitive("literal", 0, _literal_shape, lambda rows, like: like.new_tensor(rows), "a matrix of numbers", sizes=("*rows",)),
+    Primitive("circulant", 1, _circulant_shape, _circulant,
+              "circulant blocks by their first rows: [p, q, b] -> [p b, q b]"),
+    Primitive("scatter", 2, _scatter_shape, _scatter, "values at their places (row by row) in a [m, n] of zeros",
+              sizes=("m", "n"), places=(1,)),
+    Primitive("take", 2, lambda a, places: places, lambda a, places: a.flatten()[places], "the entries of a at the places",
+              places=(1,)),
+    Primitive("top", 1, _top_shape, _top, "the places of the k largest entries, row by row", sizes=("k",), whole=True),
+    Primitive("top_softmax", 1, _mix_shape, _top_softmax, "the softmax over the k largest entries of each row, 0 elsewhere",
+              sizes=("k",)),
+    Primitive("left_singular", 1, _left_shape, _left_singular, "the first k left singular vectors: [m, n] -> [m, k]",
+              sizes=("k",)),
+    Primitive("qr", 1, _qr_shape, _qr, "the orthonormal Q of a = Q R: [m, n] -> [m, n]"),
+    Primitive("ifft2", 1, lambda a: exactly(2, "a matrix", a), _ifft2, "the real part of the inverse Fourier transform"),
+    Primitive("circulate", 2, _circulate_shape, _circulate, "a circulant(c)ᵀ, by Fourier transforms", public=False),
+]
