@@ -18,7 +18,7 @@ from torch.nn import Linear
 from surgery.diagnostics import SurgeryError
 from surgery.expr import dims
 from surgery.expr.ir import Shape
-from surgery.expr.primitives import OPERATORS, PRIMITIVES, ShapeError
+from surgery.expr.primitives import OPERATORS, PRIMITIVES, Primitive, ShapeError
 from surgery.expr.values import evaluate
 from surgery.operate import apply
 from surgery.spec import library, parse
@@ -36,7 +36,10 @@ OF_UPDATE = ("", "out, in", "in, out", "out", "in", "out, 2", "2, in", "in, 2", 
 # What keeps a primitive away from its poles, whatever it is given.
 TAMED = {"div": "({0} / (2 + abs({1})))", "sqrt": "sqrt(1 + abs({0}))", "exp": "exp(tanh({0}))", "reflect": "reflect(1.5 + tanh({0}))",
          "cayley": "cayley(skew({0}))", "expm": "expm(skew({0}))"}
-ENTRYWISE = {"neg", "add", "sub", "mul", "div", "min", "max", "exp", "sqrt", "abs", "sigmoid", "tanh", "detach"}
+# With poles where singular values or entries are equal, which random formulas meet; the zoo has them.
+UNTAMED = {"left_singular", "qr", "top_softmax"}
+SIZES = ("2", "3", "2, 3", "3, 2")  # beside the shapes in scope, for primitives that take sizes
+ENTRYWISE = {"neg", "add", "sub", "mul", "div", "min", "max", "exp", "sqrt", "abs", "sigmoid", "tanh", "cos", "sin", "detach"}
 # Ways to write a tensor with numbers and conditions, over any shape.
 DRESSED = ("(2 * {0})", "({0} / 4)", "({0} - 0.5)", "(1 - {0})", "(0 * {0})", "(if r >= 2 then {0} else 3 * {0})", "({0} + {0})",
            "({0} - {0})")
@@ -53,7 +56,7 @@ class Room:
     texts: dict[Shape, str]
     operand: Shape
     result: Shape
-    calls: dict[Shape, dict[str, list[tuple[Shape, ...]]]]
+    calls: dict[Shape, dict[str, list[tuple[tuple[Shape, ...], str]]]]
 
 
 @lru_cache
@@ -63,16 +66,34 @@ def room(side: str | None) -> Room:
     names = {**sizes, "n": sizes[side]} if side else sizes
     texts: dict[Shape, str] = {}
     for text in ON_SIDE if side else OF_UPDATE:
-        texts.setdefault(tuple(evaluate(parse_expression(t), names) for t in text.split(",") if t), text)
+        texts.setdefault(sizes_of(text, names), text)
     calls: dict[Shape, dict] = {shape: {} for shape in texts}
     for name, row in PRIMITIVES.items():
-        for chosen in product(texts, repeat=row.arity) if row.public else ():
+        for *chosen, given in product(*[texts] * row.arity, given_sizes(row, texts)) if can_be_random(row) else ():
             try:
-                calls[row.shape(*chosen)].setdefault(name, []).append(chosen)
+                calls[row.shape_of(sizes_of(given, names), chosen)].setdefault(name, []).append((tuple(chosen), given))
             except (ShapeError, KeyError):
                 continue
     operand = tuple(sizes.values())
     return Room(texts, operand, (sizes[side],) * 2 if side else operand, calls)
+
+
+def sizes_of(text: str, names: dict) -> tuple:
+    """The values of a list of dimensions."""
+    return tuple(evaluate(parse_expression(t), names) for t in text.split(",") if t)
+
+
+def can_be_random(row: Primitive) -> bool:
+    return row.public and row.name not in UNTAMED | {"literal"} and not row.places and not row.whole
+
+
+def given_sizes(row: Primitive, texts: dict[Shape, str]) -> list[str]:
+    """Sizes for a primitive's call, as text; empty for one that takes none."""
+    if not row.sizes:
+        return [""]
+    if row.sizes[0].startswith("*"):
+        return [*SIZES, *filter(None, texts.values())]
+    return [t for t in SIZES if t.count(",") + 1 == len(row.sizes)]
 
 
 @dataclass
@@ -95,13 +116,15 @@ class Body:
         if self.one_of(*range(6)) == 0:
             return self.one_of(*DRESSED).format(self.expression(shape, depth - 1))
         name = self.one_of(*sorted(calls), *sorted(set(calls) - ENTRYWISE) * 2)
-        text = call(name, [self.expression(s, depth - 1) for s in self.one_of(*calls[name])])
+        shapes, sizes = self.one_of(*calls[name])
+        text = call(name, [self.expression(s, depth - 1) for s in shapes] + [sizes] * bool(sizes))
         return self.named(shape, "let", f"= {text}") if self.one_of(*range(4)) == 0 else text
 
     def leaf(self, shape: Shape) -> str:
         """A parameter (an old or a new one), the operand, the identity."""
         names = self.known.get(shape, []) + ["W"] * (shape == self.room.operand)
         names += [f"I({self.room.texts[shape].split(',')[0]})"] * (len(shape) == 2 and shape[0] == shape[1])
+        names += ["[[1, -2], [0.5, 3]]"] * (shape == (2, 2))
         return self.one_of(*names) if names and self.one_of(*range(3)) else self.parameter(shape)
 
     def parameter(self, shape: Shape) -> str:
@@ -182,7 +205,9 @@ def step(draw: Callable, shifted: bool, depth: int, definitions: list[str]) -> s
     clause = f"on {side}" + draw(st.sampled_from(["", " with bias"])) * (side == "out")
     clause = draw(st.sampled_from(["", "dropout(0)", "dropout(10%)"])) if kind == "update" else clause
     if draw(st.integers(0, 2)) == 0:
-        return f"{placement} {draw(st.sampled_from(standard(placement, side)))} {clause}"
+        call = draw(st.sampled_from(standard(placement, side)))
+        on_bias = library(Spec()).definitions[call.partition("(")[0]].bias  # there is no input to drop
+        return f"{placement} {call} {'' if on_bias else clause}"
     name = f"own_{len(definitions)}"
     body = Body(draw, room(None if kind == "update" else side))
     result = body.result(shifted, depth)

@@ -22,7 +22,7 @@ from surgery.spec import library, load, shipped
 from surgery.syntax.tree import Spec
 from zoo import CASES
 
-SIZES = ((96, 192), (192, 96), (12, 18))
+SIZES = ((96, 192), (192, 96), (64, 128), (12, 18))
 PLACE = {"layer": 1, "depth": 0.5}
 SPECS = {**{f"shipped {name}": load(name) for name in shipped()}, **{case.name: case.spec() for case in CASES}}
 
@@ -75,6 +75,9 @@ MALFORMED: dict[str, tuple[Expr, ...]] = {
     "weight": (Expr("weight", (A,), None, (6, 6)), Expr("weight", (), None, (6,)), Expr("weight", (), "w", (6, 6))),
     "bias": (Expr("bias", (A,), None, (6,)), Expr("bias", (), None, (6, 1))),
     "param": (Expr("param", (A,), "own.A", (6, 6)), Expr("param", (), "A", (6, 6)), Expr("param", (), None, (6, 6))),
+    "places": (Expr("places", (A,), "own.at", (6,)), Expr("places", (), "at", (6,))),
+    "undecided": (Expr("undecided", (), "if out < in then A else B", (6, 6)),),
+    "swap": (Expr("swap", (X, X), (1, 2, 3, 1), (TOKENS, 6)), Expr("swap", (X,), (1, 2, 2, 1), (TOKENS, 6))),
     "const": (Expr("const", (A,), 2.0, ()), Expr("const", (), "2", ()), Expr("const", (), 2.0, (1,)), Expr("const", (), True, ())),
     "eye": (Expr("eye", (A,), None, (6, 6)), Expr("eye", (), None, (6, 4)), Expr("eye", (), 1, (6, 6))),
     "fill": (Expr("fill", (A,), 1.0, (6,)), Expr("fill", (), 1, (6,)), Expr("fill", (), 1.0, ())),

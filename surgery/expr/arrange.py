@@ -137,7 +137,10 @@ def _circulate(a: Any, c: Any) -> Any:
 
 
 def _circulate_shape(a: Shape, c: Shape) -> Shape:
-    return a[:-1] + (c[0] * c[2],)
+    rows, columns = _circulant_shape(c)
+    if vector(a)[-1] != columns:
+        raise ShapeError(f"needs rows of {columns}, not {shape_text(a)}")
+    return a[:-1] + (rows,)
 
 
 ARRANGEMENTS = [

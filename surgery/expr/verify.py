@@ -38,7 +38,7 @@ def _plain(node: Expr) -> bool:
         row = PRIMITIVES[node.op]
         fits = node.shape == row.shape_of(node.data, tuple(a.shape for a in node.args))
         return fits and (node.data is not None) == bool(row.sizes)
-    except ShapeError:
+    except (ShapeError, TypeError):
         return False
 
 
@@ -80,6 +80,8 @@ LEAVES: Laws = {
 }
 DROP: Laws = {"drop": _on(1, "a share between 0 and 1 with its step, and its argument's shape, a matrix's",
                           lambda n: _is_mask(n.data) and n.shape == n.args[0].shape and len(n.shape) == 2)}
+# As long as a condition on sizes is not decided.
+UNDECIDED: Laws = {"undecided": (Law("what it can be", lambda n: bool(n.args)),)}
 FILL: Laws = {"fill": _leaf("a float in a shape", lambda n: isinstance(n.data, float) and bool(n.shape))}
 PUBLIC: Laws = {name: _primitive(name) for name, row in PRIMITIVES.items() if row.public}
 CORES: Laws = {name: _primitive(name) for name, row in PRIMITIVES.items() if not row.public}
@@ -125,9 +127,9 @@ def _without(table: Laws, *ops: str) -> Laws:
     return {op: laws for op, laws in table.items() if op not in ops}
 
 
-ELABORATED = _both(LEAVES, FILL, PUBLIC, DROP)
+ELABORATED = _both(LEAVES, FILL, PUBLIC, DROP, UNDECIDED)
 SIMPLIFIED = _both(_without(ELABORATED, "neg", "sub"), NORMAL)
-CHEAPEST = _both(SIMPLIFIED, CORES)
+CHEAPEST = _both(_without(SIMPLIFIED, "undecided"), CORES)
 LOWERED = _both(LEAVES, FILL, _without(PUBLIC, "neg", "sub"), CORES, ACTIVATIONS)
 MATERIALISED = _without(LOWERED, "x", "dropout", "frozen", "run", "add_bias")
 
