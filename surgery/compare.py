@@ -1,9 +1,9 @@
 """The comparison: specs and full fine-tuning on one text task, under equal budgets.
 
-Takes specs by name, a model by its loader and tokenizer, a task; gives a `Run` for each method, learning rate and seed, and a
-`Row` for each method. Promises: every method sees the same texts in the same steps, and of one seed the same head and batches;
-the learning rate is chosen on the validation part and the score taken on the test part; each run is a small JSON file that
-appears whole, and a run that a file holds is not run again.
+Takes specs by name, a model by its loader and tokenizer, a task; gives a `Run` for each method, learning rate and seed,
+and a `Row` for each method. Promises: every method sees the same texts in as many steps, and with one seed the same
+head and the same batches; the learning rate is chosen on the validation part and the score taken on the test part; each
+run is a small JSON file that appears whole, and a run that a file holds is not run again.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Loader = Callable[[int], PreTrainedModel]
 
 @dataclass(frozen=True)
 class Run:
-    """One training. `asked` is all that its outcome depends on; `update` holds the figures of ΔW, as means over the weights.
-    Where the training diverged, the scores are None and `update` is empty."""
+    """One training. `asked` is all that its outcome depends on; `update` holds the figures of ΔW, as means over the
+    weights. Where the training diverged, the scores are None and `update` is empty."""
 
     asked: Mapping[str, Any]
     validation: Mapping[str, float] | None
@@ -68,8 +68,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What to run. `specs` by the names of the methods, None for full fine-tuning; `load` gives the model with a head drawn
-    from a seed; `model` is its name, for the record."""
+    """What to run. `specs` by the names of the methods, None for full fine-tuning; `load` gives the model with a head
+    drawn from a seed; `model` is its name, for the record."""
 
     specs: Mapping[str, Spec | None]
     model: str
@@ -82,7 +82,7 @@ class Comparison:
     batch: int = Setting.batch
 
     def check(self) -> None:
-        """Raises: SurgeryError with all that is wrong with any of the specs for this model, before anything is trained."""
+        """Before any training. Raises: SurgeryError with all that is wrong with any of the specs for this model."""
         report, model = Collector(), self.load(0)
         for spec in filter(None, self.specs.values()):
             try:
@@ -95,8 +95,9 @@ class Comparison:
         """What identifies each run, the methods side by side so that a machine's moods fall on all of them."""
         about = {"model": self.model, "task": self.task.name, "kind": self.task.kind, "texts": len(self.task),
                  "digest": self._digest, "epochs": self.epochs, "batch": self.batch}
-        return [{"method": method, "spec": inlined(spec).to_surg() if spec else None, "rate": rate, "seed": seed, **about}
-                for seed in range(self.seeds) for rate in self.rates for method, spec in self.specs.items()]
+        texts = {method: inlined(spec).to_surg() if spec else None for method, spec in self.specs.items()}
+        return [{"method": method, "spec": text, "rate": rate, "seed": seed, **about}
+                for seed in range(self.seeds) for rate in self.rates for method, text in texts.items()]
 
     @cached_property
     def _digest(self) -> str:
@@ -124,7 +125,7 @@ class Comparison:
         return scores(part, given) if np.isfinite(given).all() else None
 
     def _update(self, model: PreTrainedModel, surgeon: Surgeon | None) -> dict[str, float | None]:
-        """Means over the weights that a spec operates on; of full fine-tuning, over those that any of the specs does."""
+        """Means over the weights that the spec operates on; for full fine-tuning, that any of the specs operates on."""
         found = spectrum(surgeon, top=0) if surgeon else spectrum(self.load(0), model, top=0)
         means = Group.of("", [row for row in found.rows if surgeon or row.name in self._operated]).means
         return {name: means[name] for name in FIGURES}
@@ -174,7 +175,8 @@ def finished(folder: Path, asked: Mapping[str, Any]) -> Run | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise fail("bad-data", f"{place_of(folder, asked)} is not a finished run: {error}", helps=("delete it",)) from None
+        raise fail("bad-data", f"{place_of(folder, asked)} is not a finished run: {error}",
+                   helps=("delete it",)) from None
     return Run(**{name: value for name, value in found.items() if name != "format_version"})
 
 
@@ -182,9 +184,10 @@ def keep(folder: Path, run: Run) -> None:
     """Write a run's file, whole or not at all. Raises: SurgeryError (bad-output)."""
     target = place_of(folder, run.asked)
     beside = target.with_suffix(f".{os.getpid()}")
+    text = json.dumps({"format_version": FORMAT, **asdict(run)}, indent=1, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps({"format_version": FORMAT, **asdict(run)}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        beside.write_text(text + "\n", encoding="utf-8")
         os.replace(beside, target)
     except OSError as error:
         raise fail("bad-output", f"cannot write {target}: {error.strerror or error}") from error
@@ -207,8 +210,9 @@ class Mean:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at the learning rate that its validation scores are best at. `scores` are of the test part, the first the one
-    to go by, and empty where the training diverged; `entropy` is the SVD entropy of ΔW, a mean over the weights."""
+    """A method at the learning rate that its validation scores are best at. `scores` are of the test part, the first
+    is the one to go by, and there are none where the training diverged; `entropy` is the SVD entropy of ΔW, a mean over
+    the weights. The time is a median over all runs of the method, the memory the most of any."""
 
     method: str
     rate: float
@@ -229,11 +233,15 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def _row(method: str, runs: Sequence[Run]) -> Row:
-    by_rate = {rate: [r for r in runs if r.asked["rate"] == rate] for rate in dict.fromkeys(r.asked["rate"] for r in runs)}
-    best = max(by_rate, key=lambda rate: fmean(r.chosen_by for r in by_rate[rate]))
-    chosen = by_rate[best]
-    whole = all(r.test is not None for r in chosen)
-    found = {name: Mean.of([r.test[name] for r in chosen]) for name in chosen[0].test} if whole else {}
-    entropy = Mean.of([r.update["entropy"] for r in chosen]) if whole and chosen[0].update.get("entropy") is not None else None
+    rates = dict.fromkeys(r.asked["rate"] for r in runs)
+    best = max(rates, key=lambda rate: fmean(r.chosen_by for r in _at(rate, runs)))
+    chosen = _at(best, runs)
+    tests = [r.test for r in chosen if r.test is not None]
+    entropies = [r.update["entropy"] for r in chosen if r.update.get("entropy") is not None]
+    found = {name: Mean.of([test[name] for test in tests]) for name in tests[0]} if len(tests) == len(chosen) else {}
     return Row(method, best, len(chosen), found, chosen[0].trained, median(r.step_seconds for r in runs),
-               max(r.peak_bytes for r in runs), entropy)
+               max(r.peak_bytes for r in runs), Mean.of(entropies) if len(entropies) == len(chosen) else None)
+
+
+def _at(rate: float, runs: Sequence[Run]) -> list[Run]:
+    return [r for r in runs if r.asked["rate"] == rate]

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,8 +15,9 @@ from matplotlib.figure import Figure
 from surgery.compare import Mean, Row
 
 _INK, _MARK = "#333333", "#2a6fbb"
-_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": _INK, "axes.labelcolor": _INK,
-          "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": "#999999", "svg.hashsalt": "surgery", "svg.fonttype": "path"}
+_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999",
+          "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+          "svg.hashsalt": "surgery", "svg.fonttype": "path"}
 
 
 def draw(rows: Sequence[Row], file: Path, title: str = "") -> None:
@@ -43,9 +42,9 @@ def _panels(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Mean | None]
 
 def _dots(axes: Axes, rows: Sequence[Row], value: Callable[[Row], Mean | None], label: str, is_log: bool) -> None:
     """One dot for each method, the first at the top; a method without the value has none."""
-    known: list[tuple[int, Any]] = [(i, found) for i, row in enumerate(rows) if (found := value(row)) is not None]
-    axes.errorbar([m.value for _, m in known], [i for i, _ in known], xerr=[m.error or 0.0 for _, m in known], fmt="o", ms=4.5,
-                  color=_MARK, elinewidth=1.2)
+    known = [(i, found) for i, row in enumerate(rows) if (found := value(row)) is not None]
+    axes.errorbar([m.value for _, m in known], [i for i, _ in known], xerr=[m.error or 0.0 for _, m in known],
+                  fmt="o", ms=4.5, color=_MARK, elinewidth=1.2)
     axes.set_yticks(range(len(rows)), [row.method for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(label)

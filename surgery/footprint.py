@@ -1,7 +1,7 @@
 """What a step of training costs: its time, and the most memory that is held during it.
 
-Takes a model that is trained; gives seconds and bytes. Promises: the parameters keep their values; bytes are those of all
-tensors (weights, gradients, the optimizer's, activations), as the allocator counts them.
+Takes a model that is trained; gives seconds and bytes. Promises: the parameters keep their values; bytes are those of
+all tensors (weights, gradients, the optimizer's, activations), as the allocator counts them.
 """
 
 from __future__ import annotations

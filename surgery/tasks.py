@@ -1,8 +1,8 @@
 """Text tasks: labelled text from a TSV file, its parts, and the scores of a model's outputs on it.
 
-Takes a file with a header line, a column `text` and a column of labels; gives a `Task`. Promises: the same seed gives the
-same parts; labels that are all numbers, one of them with a fraction, are regressed on, and others are names of classes,
-unless the caller says otherwise.
+Takes a file with a header line, a column `text` and a column of labels; gives a `Task`. Promises: the same seed gives
+the same parts; labels that are all numbers, one of them with a fraction, are regressed on, and others are names of
+classes, unless the caller says otherwise.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Task:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def read(path: str | PathLike, kind: Kind | None = None, threshold: float | None = None, label: str | None = None) -> Task:
+def read(path: str | PathLike, kind: Kind | None = None, threshold: float | None = None,
+         label: str | None = None) -> Task:
     """The task in a TSV file. `threshold` makes two classes of numbers, above it or not; `label` names the column.
 
     Raises: SurgeryError (missing-file, bad-data) with every line that is wrong."""
@@ -112,7 +113,8 @@ def _column(file: Path, header: Sequence[str], label: str | None) -> int:
         raise fail("bad-data", f"{file} has no column `{TEXT}`, only {', '.join(header)}",
                    helps=("the first line names the columns, with tabs between them",))
     if label is not None and label not in others:
-        raise fail("bad-data", f"{file} has no column `{label}`", helps=(did_you_mean(label, others) or _listed(others),))
+        raise fail("bad-data", f"{file} has no column `{label}`",
+                   helps=(did_you_mean(label, others) or _listed(others),))
     if label is None and len(others) != 1:
         raise fail("bad-data", f"{file} does not say which column is the label: beside `{TEXT}` {_listed(others)}",
                    helps=("name the column",) if others else ())
@@ -123,7 +125,8 @@ def _listed(columns: Sequence[str]) -> str:
     return f"it has {', '.join(columns) or 'none'}"
 
 
-def _labelled(file: Path, texts: Sequence[str], labels: Sequence[str], kind: Kind | None, threshold: float | None) -> Task:
+def _labelled(file: Path, texts: Sequence[str], labels: Sequence[str], kind: Kind | None,
+              threshold: float | None) -> Task:
     numbers = [_number(each) for each in labels]
     if threshold is None and kind != "regression" and (None in numbers or kind or all(n.is_integer() for n in numbers)):
         return _classified(file, texts, labels)
@@ -139,7 +142,8 @@ def _labelled(file: Path, texts: Sequence[str], labels: Sequence[str], kind: Kin
 def _classified(file: Path, texts: Sequence[str], labels: Sequence[str]) -> Task:
     classes = tuple(sorted(set(labels)))
     if len(classes) < 2:
-        raise fail("bad-data", f"every text of {file} has the label `{classes[0]}`", helps=("there is nothing to tell apart",))
+        raise fail("bad-data", f"every text of {file} has the label `{classes[0]}`",
+                   helps=("there is nothing to tell apart",))
     index = {name: float(i) for i, name in enumerate(classes)}
     return Task(file.stem, tuple(texts), tuple(index[each] for each in labels), classes)
 
@@ -156,7 +160,7 @@ def _number(text: str) -> float | None:
 
 
 def scores(task: Task, outputs: np.ndarray) -> dict[str, float]:
-    """How well a model's outputs [texts, outputs] fit the labels. The first score is the one to go by; larger is better.
+    """How well a model's outputs [texts, outputs] fit the labels. The first score is what counts; larger is better.
 
     Accuracy for classes; Spearman's rank correlation and the mean squared error for numbers."""
     import numpy as np

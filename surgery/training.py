@@ -1,7 +1,7 @@
 """Training a model on a text task with the HF Trainer, and what it then says.
 
 Takes a model with a head for the task, its tokenizer and a part of the task; trains the parameters that are not frozen.
-Promises: the same seed on the same machine trains the same model; nothing is written to the disk; outputs do not depend on
+Promises: the same seed on the same machine trains the same model; nothing is left on the disk; outputs do not depend on
 the batch that a text is in but for rounding. Needs the extra `train`.
 """
 
@@ -42,7 +42,8 @@ class Setting:
 def need(package: str, extra: str, what: str) -> None:
     """Raises: SurgeryError (missing-extra) unless the package is installed."""
     if importlib.util.find_spec(package) is None:
-        raise fail("missing-extra", f"{what} needs {package}, which is not installed", helps=(f"pip install 'surgery[{extra}]'",))
+        raise fail("missing-extra", f"{what} needs {package}, which is not installed",
+                   helps=(f"pip install 'surgery[{extra}]'",))
 
 
 def with_head(spec: Spec, model: PreTrainedModel) -> Spec:
@@ -53,15 +54,16 @@ def with_head(spec: Spec, model: PreTrainedModel) -> Spec:
     return spec.model_copy(update={"train": (*spec.train, *asked)})
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Task, setting: Setting, *, bar: bool = False,
-          callbacks: Iterable[TrainerCallback] = ()) -> None:
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Task, setting: Setting, *,
+          bar: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> None:
     """Train what is not frozen, in place; the model ends in evaluation mode. Raises: SurgeryError (missing-extra)."""
     need("accelerate", "train", "training")
     from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
 
     model.config.pad_token_id = tokenizer.pad_token_id
     with TemporaryDirectory() as folder:  # the Trainer wants one, though it saves nothing here
-        trainer = Trainer(model, _arguments(folder, setting, bar), train_dataset=encoded(part, tokenizer, setting.length),
+        texts = encoded(part, tokenizer, setting.length)
+        trainer = Trainer(model, _arguments(folder, setting, bar), train_dataset=texts,
                           data_collator=DataCollatorWithPadding(tokenizer), callbacks=list(callbacks))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -73,8 +75,8 @@ def _arguments(folder: str, setting: Setting, bar: bool) -> Any:
 
     return TrainingArguments(
         folder, learning_rate=setting.lr, num_train_epochs=setting.epochs, per_device_train_batch_size=setting.batch,
-        seed=setting.seed, train_sampling_strategy="group_by_length", save_strategy="no", report_to="none", logging_steps=50,
-        disable_tqdm=not bar, dataloader_pin_memory=torch.cuda.is_available())
+        seed=setting.seed, train_sampling_strategy="group_by_length", save_strategy="no", report_to="none",
+        logging_steps=50, disable_tqdm=not bar, dataloader_pin_memory=torch.cuda.is_available())
 
 
 def encoded(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
@@ -85,13 +87,15 @@ def encoded(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> list
 
 
 @torch.no_grad()
-def outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, length: int = Setting.length) -> np.ndarray:
+def outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task,
+            length: int = Setting.length) -> np.ndarray:
     """What the model gives for each text, [texts, outputs]. The model must be in evaluation mode."""
     items = encoded(task, tokenizer, length)
     order = sorted(range(len(items)), key=lambda i: len(items[i]["input_ids"]))
     found = torch.empty(len(items), task.outputs)
     for start in range(0, len(order), EVALUATED):
         chosen = order[start : start + EVALUATED]
-        batch = tokenizer.pad([{k: v for k, v in items[i].items() if k != "labels"} for i in chosen], return_tensors="pt")
-        found[chosen] = model(**batch.to(model.device)).logits.float().cpu()
+        tokens = [{k: v for k, v in items[i].items() if k != "labels"} for i in chosen]
+        batch = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
+        found[chosen] = model(**batch).logits.float().cpu()
     return found.numpy()

@@ -44,8 +44,9 @@ def test_runs_are_asked_for_with_all_that_they_depend_on(model: str) -> None:
     asked = whole.asked()
     assert len(asked) == 12 and len({place_of(Path(), each) for each in asked}) == 12
     assert [each["method"] for each in asked[:3]] == ["full", "lora", "dora"]
-    others = [replace(whole, task=task(59)), replace(whole, epochs=2), replace(whole, batch=4), replace(whole, model="other"),
-              replace(whole, specs={**whole.specs, "lora": surgery.load("lora", rank=3)})]
+    lora = {**whole.specs, "lora": surgery.load("lora", rank=3)}
+    others = [replace(whole, task=task(59)), replace(whole, epochs=2), replace(whole, batch=4),
+              replace(whole, model="other"), replace(whole, specs=lora)]
     for other in others:
         assert place_of(Path(), other.asked()[1]) != place_of(Path(), asked[1])
 
@@ -88,7 +89,8 @@ def test_a_training_that_diverges_is_told_and_never_chosen(model: str) -> None:
 
 def test_what_does_not_fit_is_said_before_any_training(model: str) -> None:
     whole = comparison(model, "full", "oft", "lora")
-    specs = {**whole.specs, "oft": surgery.load("oft", block=5), "none": surgery.parse('spec none\ntarget linear "x" { add low_rank() }')}
+    none = surgery.parse('spec none\ntarget linear "x" { add low_rank() }')
+    specs = {**whole.specs, "oft": surgery.load("oft", block=5), "none": none}
     with pytest.raises(surgery.SurgeryError) as caught:
         replace(whole, specs=specs).check()
     assert {d.code for d in caught.value.diagnostics} == {"not-divisible", "no-match"}
@@ -98,10 +100,12 @@ def test_what_does_not_fit_is_said_before_any_training(model: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-def run(method: str = "lora", rate: float = 1e-3, seed: int = 0, validation: float | None = 0.5, test: float = 0.5, **more) -> Run:
-    known = validation is not None
-    return Run({"method": method, "rate": rate, "seed": seed}, {"accuracy": validation} if known else None,
-               {"accuracy": test} if known else None, 10, {"entropy": 1.0 + seed} if known else {}, 0.1, 100, "a machine")
+def run(method: str = "lora", rate: float = 1e-3, seed: int = 0, validation: float | None = 0.5,
+        test: float = 0.5) -> Run:
+    asked, costs = {"method": method, "rate": rate, "seed": seed}, (0.1, 100, "a machine")
+    if validation is None:
+        return Run(asked, None, None, 10, {}, *costs)
+    return Run(asked, {"accuracy": validation}, {"accuracy": test}, 10, {"entropy": 1.0 + seed}, *costs)
 
 
 def test_a_run_is_kept_and_found_again(tmp_path: Path) -> None:
@@ -181,7 +185,8 @@ def test_the_clock_takes_the_median_step(monkeypatch) -> None:
 
 def written(folder: Path, labels: bool = True) -> str:
     chosen = task(40)
-    lines = [f"{chosen.classes[int(label)] if labels else len(text) / 7}\t{text}" for label, text in zip(chosen.labels, chosen.texts)]
+    lines = [f"{chosen.classes[int(label)] if labels else len(text) / 7}\t{text}"
+             for label, text in zip(chosen.labels, chosen.texts)]
     (folder / "letters.tsv").write_text("\n".join(["label\ttext", *lines]))
     return str(folder / "letters.tsv")
 
@@ -209,7 +214,8 @@ def test_the_command_trains_once_and_shows_the_same_again(model: str, tmp_path: 
 
 
 def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) -> None:
-    status, said, _ = told("lora", "full", "--model", model, "--data", written(tmp_path, labels=False), "--seeds", 1, "--epochs", 1,
+    data = written(tmp_path, labels=False)
+    status, said, _ = told("lora", "full", "--model", model, "--data", data, "--seeds", 1, "--epochs", 1,
                            "--lr", "1e-3", "--limit", 30, "-o", tmp_path / "out", "--target", "**.query")
     assert status == 0 and "regression: 18 texts" in said and "spearman" in said and "mse" in said
 
@@ -223,6 +229,7 @@ def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) ->
     (("oft", "--set", "block=5"), 1, "not-divisible"),
     (("lora", "--threshold", "0"), 2, "bad-data"),
 ])
-def test_what_is_wrong_is_said_before_any_training(words: tuple, status: int, said: str, model: str, tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_before_any_training(words: tuple, status: int, said: str, model: str,
+                                                   tmp_path: Path) -> None:
     found = told(*words, "--model", model, "--data", written(tmp_path), "-o", tmp_path / "out")
     assert found[0] == status and said in found[2] and not (tmp_path / "out").exists()

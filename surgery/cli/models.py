@@ -1,8 +1,8 @@
-"""MODEL on the command line: a hub id, a local folder, `package:NAME` (what an installed Python package carries), or `demo:NAME`.
+"""MODEL on the command line: a hub id, a local folder, `package:NAME`, what a Python package carries, or `demo:NAME`.
 
 Takes that text; gives a skeleton on the meta device (from the configuration alone), the model with its weights, or the
-pretrained model with a new head for a text task. Promises: the class is the one that the model was saved as, unless a head
-is asked for; what cannot be loaded is an `unknown-model` in words.
+pretrained model with a new head for a text task. Promises: the class is the one that the model was saved as, unless a
+head is asked for; what cannot be loaded is an `unknown-model` in words.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def load(name: str, dtype: str | None = None) -> PreTrainedModel:
 
 
 def load_with_head(name: str, outputs: int, seed: int = 0, **config: Any) -> PreTrainedModel:
-    """The pretrained model with a new head of `outputs` numbers per text, drawn from `seed`; `config` goes to the model's
-    configuration. A demo has random weights. Raises: SurgeryError (unknown-model)."""
+    """The pretrained model with a new head of `outputs` numbers per text, drawn from `seed`; `config` goes to the
+    model's configuration. A demo has random weights. Raises: SurgeryError (unknown-model)."""
     import torch
     from transformers import AutoModelForSequenceClassification as Headed
 
@@ -97,14 +97,15 @@ def preprocessors(name: str) -> list[Any]:
 
 
 def place(name: str) -> str:
-    """What transformers knows a model by. The folder of `package:NAME` or `package:NAME/FOLDER` is found without importing
-    the package. Raises: SurgeryError (unknown-model)."""
+    """What transformers knows a model by. The folder of `package:NAME` or `package:NAME/FOLDER` is found without
+    importing the package. Raises: SurgeryError (unknown-model)."""
     if not name.startswith(PACKAGE):
         return name
     package, _, inside = name.removeprefix(PACKAGE).partition("/")
     found = importlib.util.find_spec(module) if (module := package.replace("-", "_")).isidentifier() else None
     if found is None:
-        raise fail("unknown-model", f"no installed Python package is called `{package}`", helps=(f"pip install {package}",))
+        raise fail("unknown-model", f"no installed Python package is called `{package}`",
+                   helps=(f"pip install {package}",))
     return str(_model_folder(name, [Path(p) / inside for p in found.submodule_search_locations or ()]))
 
 
@@ -160,4 +161,4 @@ def _asked(name: str, ask: Callable[[], Any]) -> Any:
     except Exception as error:  # transformers and the hub raise whatever they like for a model that they cannot load
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise fail("unknown-model", f"cannot load `{name}`: {reason}",
-                   helps=("a model is a hub id, a local folder, package:NAME, or a demo such as demo:llama",)) from error
+                   helps=("a model is a hub id, a local folder, package:NAME, or a demo: demo:llama",)) from error
