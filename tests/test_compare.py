@@ -11,6 +11,7 @@ from small_text import save_model, texts, words
 
 import surgery
 from surgery import compare
+from surgery.cli.comparing import _methods
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head
 from surgery.compare import Comparison, Mean, Run, finished, keep, place_of, rows
@@ -183,6 +184,15 @@ def test_the_clock_takes_the_median_step(monkeypatch) -> None:
 # ---------------------------------------------------------------------------------------------------------- command
 
 
+def test_methods_have_names_of_their_own(tmp_path: Path) -> None:
+    paths = [tmp_path / "lora.surg", tmp_path / "full.surg", tmp_path / "mine.surg"]
+    for path in paths:
+        path.write_text("spec s(rank: int = 2)\ntarget linear { add low_rank(rank) }")
+    found = _methods(("full", "lora", "oft", *map(str, paths)), ["rank=3"], [])
+    assert list(found) == ["full", "lora", "oft", *(str(p).replace("/", "_") for p in paths[:2]), "mine"]
+    assert [spec.params[0].default.value for name, spec in found.items() if name not in ("full", "oft")] == [3] * 4
+
+
 def written(folder: Path, labels: bool = True) -> str:
     chosen = task(40)
     lines = [f"{chosen.classes[int(label)] if labels else len(text) / 7}\t{text}"
@@ -215,9 +225,10 @@ def test_the_command_trains_once_and_shows_the_same_again(model: str, tmp_path: 
 
 def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) -> None:
     data = written(tmp_path, labels=False)
-    status, said, _ = told("lora", "full", "--model", model, "--data", data, "--seeds", 1, "--epochs", 1,
+    status, said, _ = told("lora", "--no-full", "--model", model, "--data", data, "--seeds", 1, "--epochs", 1,
                            "--lr", "1e-3", "--limit", 30, "-o", tmp_path / "out", "--target", "**.query")
     assert status == 0 and "regression: 18 texts" in said and "spearman" in said and "mse" in said
+    assert "lora" in said and "full" not in said
 
 
 @pytest.mark.parametrize(("words", "status", "said"), [

