@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.compile import compile
 from surgery.diagnostics import Collector, SurgeryError, fail
-from surgery.footprint import Clock, peak_bytes
+from surgery.footprint import Clock, step_bytes
 from surgery.operate import Surgeon, apply
 from surgery.spec import inlined
 from surgery.spectra import spectrum
@@ -118,7 +118,7 @@ class Comparison:
         train(model, self.words, learned, setting, callbacks=[clock])
         found = [self._scores(model, part) for part in (validation, test)]
         update = self._update(model, surgeon) if None not in found else {}
-        return Run(asked, *found, trained, update, clock.seconds, peak_bytes(model, self._longest(model)), machine())
+        return Run(asked, *found, trained, update, clock.seconds, step_bytes(model, self._longest(model)), machine())
 
     def _scores(self, model: PreTrainedModel, part: Task) -> dict[str, float] | None:
         given = outputs(model, self.words, part)

@@ -1,7 +1,7 @@
 """What a step of training costs: its time, and the most memory that is held during it.
 
 Takes a model that is trained; gives seconds and bytes. Promises: the parameters keep their values; bytes are those of
-all tensors (weights, gradients, the optimizer's, activations), as the allocator counts them.
+all tensors (weights, gradients, the optimizer's, activations) at their most.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
+
+from surgery.measure import peak_bytes
 
 WARM_UP = 2
 
@@ -38,8 +39,9 @@ class Clock(TrainerCallback):
         return median(self._times[WARM_UP:] or self._times)
 
 
-def peak_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """The most bytes held at once in a step of AdamW on a batch that has labels. The model is then as it was."""
+def step_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """The most bytes held at once in a step of AdamW on a batch that has labels: weights, gradients, the optimizer's state
+    and activations. The model is then as it was."""
     mode = model.training
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0, weight_decay=0.0)
 
@@ -50,7 +52,7 @@ def peak_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 
     model.train()
     step()  # the optimizer's state comes to be in its first step
-    found = _peak_on_gpu(step) if model.device.type == "cuda" else _held(model, optimizer) + _peak_on_cpu(step)
+    found = _held(model, optimizer) + peak_bytes(step, model.device)
     model.train(mode)
     return found
 
@@ -58,21 +60,3 @@ def peak_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
 def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers(), *states)}.values())
-
-
-def _peak_on_gpu(step: Any) -> int:
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated()
-
-
-def _peak_on_cpu(step: Any) -> int:
-    """The allocations of a step, less what it frees, at their highest."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
-    events = (e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]")
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak

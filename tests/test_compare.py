@@ -15,7 +15,7 @@ from surgery.cli.comparing import _methods
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head
 from surgery.compare import Comparison, Mean, Run, finished, keep, place_of, rows
-from surgery.footprint import Clock, peak_bytes
+from surgery.footprint import Clock, step_bytes
 from surgery.tasks import Task
 
 
@@ -163,10 +163,10 @@ def test_peak_memory_counts_weights_gradients_the_optimizer_and_activations() ->
 
     line, batch, size = Line(), {"x": torch.randn(4096, 64)}, 4 * 64 * 64
     before = {n: p.clone() for n, p in line.named_parameters()}
-    whole = peak_bytes(line, batch)
+    whole = step_bytes(line, batch)
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in line.named_parameters())
     line.first.requires_grad_(False)
-    less = peak_bytes(line, batch)
+    less = step_bytes(line, batch)
     # All weights and three activations (after relu, of the second layer, squared); the first layer's two moments more.
     assert less > 4 * size + 3 * 4 * 4096 * 64 and whole - less >= 2 * size
 

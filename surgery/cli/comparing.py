@@ -69,8 +69,6 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     the texts and the score taken on another. Runs that DIR holds are not done again. --set goes to every spec that has
     such a parameter.
     """
-    # The profiler that counts memory talks on stderr unless it is told before torch is imported.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from surgery.tasks import read
     from surgery.training import need
 
