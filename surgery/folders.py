@@ -52,6 +52,34 @@ def refuse_foreign(folder: Path, ours: Callable[[str], bool]) -> None:
         raise fail("bad-output", f"{folder} is a file", helps=("name a folder",))
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raises: SurgeryError (bad-output) if no file or folder can be made at a path, in the first folder above that exists."""
+    above = next((p for p in path.parents if p.exists()), Path())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise fail("bad-output", f"cannot write {path}: {above} is {'not writable' if above.is_dir() else 'a file'}")
+
+
+def refuse_file(path: Path) -> None:
+    """Raises: SurgeryError (bad-output) unless a file can be written at a path, in a folder that is there or can be made."""
+    refuse_unwritable(path)
+    if path.is_dir():
+        raise fail("bad-output", f"{path} is a folder", helps=("name a file",))
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A new file's path, of the same ending, that takes the place of `path` when the block ends well.
+    Raises: SurgeryError (bad-output)."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as beside:
+            new = Path(beside) / path.name
+            yield new
+            new.replace(path)
+    except OSError as error:
+        raise fail("bad-output", f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _put(new: Path, target: Path) -> None:
     """Move the new folder to its place; an old one comes to stand where the new one stood."""
     if not target.exists():

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from surgery.cli import benching, comparing, inspecting, operating, writing
+from surgery.cli import benching, comparing, inspecting, microscope, operating, writing
 from surgery.cli.options import HELP, common
 from surgery.cli.render import Output
 from surgery.diagnostics import Diagnostic, SurgeryError
@@ -78,6 +78,6 @@ def main() -> None:
     """
 
 
-for group in (writing, inspecting, operating, comparing, benching):
+for group in (writing, inspecting, operating, comparing, benching, microscope):
     for each in group.COMMANDS:
         main.add_command(each)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,30 @@ def load_with_head(name: str, outputs: int, seed: int = 0, **config: Any) -> Pre
         torch.manual_seed(seed)
         return _asked(name, lambda: Headed.from_config(shape) if name.startswith(DEMO)
                       else Headed.from_pretrained(place(name), config=shape, dtype=torch.float32)).eval()
+
+
+def with_saved_head(name: str, model: PreTrainedModel, saved: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """The model, or its skeleton with a head for text tasks where tensors saved from it have one that it lacks."""
+    import torch
+    from transformers import AutoModelForSequenceClassification as Headed
+
+    modules = {tensor.partition(".")[0] for tensor in saved}
+    if model.base_model_prefix not in modules or hasattr(model, model.base_model_prefix):
+        return model
+    heads = [t for n, t in saved.items() if not n.startswith(f"{model.base_model_prefix}.") and t.ndim == 2]
+    config = _config(name)
+    config.num_labels = heads[-1].shape[0] if heads else config.num_labels
+    with torch.device("meta"):
+        return _asked(name, lambda: Headed.from_config(config)).eval()
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a model's files; a hub id's is fetched first. Raises: SurgeryError (unknown-model)."""
+    from huggingface_hub import snapshot_download
+
+    known = Path(place(name))
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    return known if known.is_dir() else Path(_asked(name, lambda: snapshot_download(name, allow_patterns=wanted)))
 
 
 def tokenizer(name: str) -> PreTrainedTokenizerBase:

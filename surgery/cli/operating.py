@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -24,7 +23,7 @@ _force = click.option("--force", is_flag=True, help="Replace what an earlier run
 
 def _free(out: str, force: bool, merged: bool) -> None:
     """Refuse an output folder that is not ours to take, before any work. Raises: SurgeryError (bad-output)."""
-    from surgery.folders import refuse_foreign
+    from surgery.folders import refuse_foreign, refuse_unwritable
     from surgery.saved import FILES
     from surgery.store import of_a_model
 
@@ -32,9 +31,7 @@ def _free(out: str, force: bool, merged: bool) -> None:
     refuse_foreign(folder, of_a_model if merged else FILES.__contains__)
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise fail("bad-output", f"{out} exists already", helps=("--force replaces it",))
-    above = next(p for p in folder.parents if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise fail("bad-output", f"cannot write {out}: {above} is {'not writable' if above.is_dir() else 'a file'}")
+    refuse_unwritable(folder)
 
 
 def _load(output: Output, model: str, dtype: str | None) -> Any:

@@ -11,19 +11,22 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgery.diagnostics import Diagnostic
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+    from rich.progress import Progress
+    from rich.status import Status
     from rich.text import Text
 
 FORMAT = "1.0"
+T = TypeVar("T")
 _PATIENCE = 0.5  # seconds before a bar shows
 _WIDE = 200  # columns where there is no terminal to fit
 
@@ -115,15 +118,24 @@ class Output:
             self.detail(what)
             yield
             return
-        status = self.stderr.status(what)
-        timer = threading.Timer(_PATIENCE, status.start)
-        timer.start()
-        try:
+        with _patiently(self.stderr.status(what)):
             yield
-        finally:
-            timer.cancel()
-            timer.join()
-            status.stop()
+
+    def track(self, items: Sequence[T], what: str) -> Iterator[T]:
+        """The items one after the other, with a bar of how many are done."""
+        if not self.animated:
+            self.detail(f"{what}: {len(items)}")
+            yield from items
+            return
+        from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        bar = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(),
+                       console=self.stderr, transient=True)
+        task = bar.add_task(what, total=len(items))
+        with _patiently(bar):
+            for item in items:
+                yield item
+                bar.advance(task)
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[str], None]]:
@@ -137,6 +149,19 @@ class Output:
         finally:
             if self.animated:
                 show("")
+
+
+@contextmanager
+def _patiently(shown: Status | Progress) -> Iterator[None]:
+    """What is to be shown while the block runs, once it has run for a while."""
+    timer = threading.Timer(_PATIENCE, shown.start)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        shown.stop()
 
 
 def coloured(text: str) -> Text:

@@ -12,13 +12,15 @@ Hu et al., arXiv 2106.09685, equation 4 (overlap of subspaces).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
 from surgery.diagnostics import fail
+from surgery.layer import Adapter
 from surgery.operate import Surgeon
-from surgery.sites import Site, Survey
+from surgery.sites import Site
+from surgery.spectra.checkpoint import Weights, pairs
 from surgery.spectra.summary import TOP, Group, Row, Spectra, row_of
 from surgery.spectra.updates import Pending, of_models, of_surgeon
 from surgery.spectra.values import Spectrum
@@ -32,15 +34,20 @@ def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | 
     of a matrix ΔW, or of the difference of two.
 
     `squared`: the entropies are of p = σ² / Σ σ². `top`: how many directions of W overlaps are with, 0 for none.
-    Raises: SurgeryError (bad-value) for models that have no weight in common.
+    Raises: SurgeryError (bad-value) for models that have no weight in common, or one that is operated on.
     """
     if isinstance(subject, Tensor):
         return Spectrum.of(subject if tuned is None else tuned - subject, squared=squared)
     if isinstance(subject, Surgeon):
         with subject.disabled():
             return gathered(pending_of(subject), squared, top)
-    return gathered(of_models({base: (_stored, lambda _, other=other: other.weight)
-                               for base, other in _pairs(subject, tuned)}), squared, top)
+    if tuned is None or any(isinstance(m, Adapter) and m.active for m in tuned.modules()):
+        raise fail("bad-value", "a model is measured against another one, with its weights changed or merged",
+                   helps=("of an operated model, give the surgeon",))
+    found = pairs(Weights(subject), Weights(tuned))
+    if not found:
+        raise fail("bad-value", f"{type(subject).__name__} and {type(tuned).__name__} have no weight in common")
+    return gathered(of_models(found), squared, top)
 
 
 def gathered(pending: Sequence[Pending], squared: bool = False, top: int = TOP, track: Track = iter) -> Spectra:
@@ -55,24 +62,6 @@ def pending_of(surgeon: Surgeon) -> list[Pending]:
 
 def _stored(site: Site) -> Tensor:
     return site.weight
-
-
-def _pairs(base: nn.Module, tuned: nn.Module) -> Iterator[tuple[Site, Site]]:
-    """The weights that stand at the same name and in the same shape in both models, tied ones once."""
-    others = {site.name: site for site in Survey(tuned).sites}
-    found = [(s, others[s.name]) for s in Survey(base).sites if s.name in others and _form(s) == _form(others[s.name])]
-    if not found:
-        raise fail("bad-value", f"{type(base).__name__} and {type(tuned).__name__} have no weight in common")
-    seen: set[tuple[int, int]] = set()
-    for pair in found:
-        key = id(pair[0].weight), id(pair[1].weight)
-        if key not in seen:
-            seen.add(key)
-            yield pair
-
-
-def _form(site: Site) -> tuple:
-    return site.out, site.in_, site.stack, site.kind
 
 
 __all__ = ["Group", "Pending", "Row", "Spectra", "Spectrum", "gathered", "pending_of", "row_of", "spectrum"]

@@ -163,9 +163,8 @@ def _krylov(a: Tensor, width: int) -> Tensor:
     basis = block
     while basis.shape[1] < min(_STEPS * width, a.shape[1] - width):
         block = a.mT @ (a @ block)
-        for _ in range(2):  # once leaves what rounding brought in
-            block = block - basis @ (basis.mT @ block)
-        block = torch.linalg.qr(block).Q
+        for _ in range(2):  # of a block that is almost in the space, once leaves little but rounding
+            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
         basis = torch.cat([basis, block], dim=1)
     return basis
 

@@ -1,0 +1,205 @@
+"""The command that looks at what an adapter, or training, did to the weights: spectrum."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from surgery.cli.options import command
+from surgery.cli.render import Output, counted
+from surgery.diagnostics import did_you_mean, fail
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from surgery.spectra import Group, Spectra
+    from surgery.spectra.updates import Pending
+
+_TITLES = {"numerical_rank": "rank", "entropy": "entropy", "normalised_entropy": "of max", "stable_rank": "stable rank",
+           "effective_rank": "eff. rank", "relative_size": "‖ΔW‖/‖W‖", "overlap_out": "overlap out", "overlap_in": "overlap in"}
+_DEFECT = "‖RRᵀ-I‖/√n"
+_SOME = 3
+
+base_option = click.option("--base", metavar="MODEL", help="The adapter's base model, if not the one that it was saved for.")
+
+
+@command(click.argument("first", metavar="DIR|BASE"), click.argument("second", metavar="[TUNED]", required=False), base_option,
+         click.option("--squared", is_flag=True, help="Entropies of σ² / Σ σ² instead of σ / Σ σ."),
+         click.option("--top", type=click.IntRange(0), default=8, show_default=True, metavar="K",
+                      help="Overlap of the K strongest directions of ΔW with those of W; 0 leaves it out."),
+         click.option("--csv", "table", metavar="FILE", help="Write the table of modules as CSV."),
+         click.option("--plot", "picture", metavar="FILE", help="Draw entropy, stable rank and singular values (png, svg, pdf)."),
+         example="surgery spectrum out --plot spectra.png")
+def spectrum(output: Output, first: str, second: str | None, base: str | None, squared: bool, top: int, table: str | None,
+             picture: str | None) -> None:
+    """Measure what an adapter, or training, did to the weights.
+
+    DIR is a saved adapter, or BASE and TUNED are two models. For each ΔW = W' - W: the entropy -Σ p log p of its singular
+    values, p = σ / Σ σ; stable rank ‖ΔW‖_F² / ‖ΔW‖₂²; effective rank, which is e to the entropy; size; and how much of its
+    strongest directions lies among the strongest of W. Singular values that rounding alone makes are not counted.
+    """
+    if second and base:
+        raise click.UsageError("--base is for a saved adapter; here BASE and TUNED are models.")
+    _ready(table, picture)
+    pending, left_out = _of_models(output, first, second) if second else (_of_adapter(output, first, base), [])
+    spectra = _measured(output, pending, squared, top)
+    _say(output, spectra, left_out)
+    _write(output, spectra, table, picture, Path(second or first).name)
+    output.data(subject=first, tuned=second, not_compared=left_out, **spectra.to_json())
+
+
+def _ready(table: str | None, picture: str | None) -> None:
+    """Refuse files that cannot be written or drawn before any work. Raises: SurgeryError (bad-output, missing-extra)."""
+    from surgery.folders import refuse_file
+
+    for file in filter(None, (table, picture)):
+        refuse_file(Path(file))
+    if picture:
+        from surgery.training import need
+
+        need("matplotlib", "plot", "a plot")
+        from surgery.spectra.plot import FORMATS
+
+        if Path(picture).suffix not in FORMATS:
+            raise fail("bad-output", f"cannot draw {picture}: its name must end in one of {', '.join(FORMATS)}",
+                       helps=tuple(filter(None, [did_you_mean(Path(picture).suffix, FORMATS)])))
+
+
+def _measured(output: Output, pending: Sequence[Pending], squared: bool, top: int) -> Spectra:
+    from surgery.spectra import gathered
+
+    return gathered(pending, squared, top, lambda weights: output.track(weights, "measuring"))
+
+
+# --------------------------------------------------------------------------------------------------------- what of
+
+
+def _of_adapter(output: Output, folder: str, base: str | None) -> list[Pending]:
+    from surgery.cli.weights import opened_adapter
+    from surgery.spectra.updates import of_surgeon
+
+    found = opened_adapter(output, folder, base)
+    return of_surgeon(found.surgeon, found.read, found.leaves)
+
+
+def _of_models(output: Output, base: str, tuned: str) -> tuple[list[Pending], list[str]]:
+    """The updates between two models, and the weights of the tuned one that the base has not in that shape."""
+    from surgery.cli.weights import opened_weights
+    from surgery.spectra.checkpoint import pairs
+    from surgery.spectra.updates import of_models
+
+    one, other = (opened_weights(output, name) for name in (base, tuned))
+    found = pairs(one, other)
+    if not found:
+        raise fail("bad-value", f"{base} and {tuned} have no weight in common")
+    taken = {id(site.weight) for site in found}
+    left_out = [s.name for s in other.survey.sites if id(s.weight) not in taken and one.of(s) is None]
+    return of_models(found), left_out
+
+
+# ------------------------------------------------------------------------------------------------------------ words
+
+
+def _say(output: Output, spectra: Spectra, left_out: Sequence[str]) -> None:
+    shown = _shown(spectra)
+    if len(spectra.unchanged) < len(spectra.rows):
+        output.say(_module_table(spectra, shown))
+        for title, groups in (("module type (mean)", spectra.types), ("layer (mean)", spectra.layers)):
+            output.say(_group_table(title, groups, shown))
+    output.say(_summary(spectra))
+    if spectra.unchanged:
+        output.note(f"unchanged: {_some(spectra.unchanged)}")
+    if left_out:
+        output.note(f"not compared, since the base has no such weight: {_some(left_out)}")
+
+
+def _shown(spectra: Spectra) -> dict[str, str]:
+    """The figures to show, with their titles."""
+    return {figure: title for figure, title in _TITLES.items() if spectra.top or "overlap" not in figure}
+
+
+def _module_table(spectra: Spectra, shown: Mapping[str, str]) -> Table:
+    from surgery.spectra.summary import FIGURES
+
+    is_turned = any(row.orthogonality for row in spectra.rows)
+    table = _table("module", ["shape", *shown.values(), *([_DEFECT] if is_turned else [])])
+    for row in spectra.rows:
+        worst = [max((d.distance for d in row.orthogonality), default=None)] if is_turned else []
+        figures = [FIGURES[figure](row) for figure in shown] if row.changed else [None] * len(shown)
+        table.add_row(row.name, " x ".join(map(str, row.spectrum.shape)), *map(_number, [*figures, *worst]))
+    return table
+
+
+def _group_table(title: str, groups: Iterable[Group], shown: Mapping[str, str]) -> Table:
+    table = _table(title, ["weights", *shown.values()])
+    for group in groups:
+        table.add_row(group.name, str(group.count), *(_number(group.means[figure]) for figure in shown))
+    return table
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title, overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}" if abs(value) >= 0.01 or not value else f"{value:.1e}"
+
+
+def _summary(spectra: Spectra) -> str:
+    changed = len(spectra.rows) - len(spectra.unchanged)
+    if not changed:
+        return f"{counted(len(spectra.rows), 'weight')}, none of them changed"
+    means = spectra.total.means
+    return (f"{counted(changed, 'changed weight')}: entropy {_number(means['entropy'])}, {means['normalised_entropy']:.0%} of the "
+            f"possible; stable rank {_number(means['stable_rank'])}; effective rank {_number(means['effective_rank'])} (means)")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
+    return f"{counted(len(names), 'weight')}: {', '.join(names[:_SOME])}{more}"
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def _write(output: Output, spectra: Spectra, table: str | None, picture: str | None, label: str) -> None:
+    from surgery.folders import replacing_file
+
+    if table:
+        with replacing_file(Path(table)) as new:
+            new.write_text(_csv(spectra), encoding="utf-8")
+    if picture:
+        from surgery.spectra.plot import draw
+
+        with output.busy(f"drawing {picture}"), replacing_file(Path(picture)) as new:
+            draw({label: spectra}, new, label)
+    for file in filter(None, (table, picture)):
+        output.say(f"saved     {file}")
+
+
+def _csv(spectra: Spectra) -> str:
+    """One line a module: its figures without the singular values."""
+    text = io.StringIO()
+    fields = ["name", "type", "layer", "out", "in", *_TITLES, "norm", "orthogonality"]
+    table = csv.DictWriter(text, fields, lineterminator="\n", extrasaction="ignore")
+    table.writeheader()
+    for row in spectra.rows:
+        out, in_ = row.spectrum.shape
+        worst = max((d.distance for d in row.orthogonality), default=None)
+        table.writerow({**row.to_json(), "out": out, "in": in_, "orthogonality": worst})
+    return text.getvalue()
+
+
+COMMANDS = (spectrum,)

@@ -1,0 +1,107 @@
+"""The tensors of a model by name, each read when it is asked for: from the safetensors files of a folder, or from a model.
+
+Takes a folder or a model; gives `Tensors`. Promises: opening reads names and shapes alone; a tensor that is read is held by
+the reader only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from surgery.claims import tied
+from surgery.diagnostics import fail
+from surgery.sites import Site, Survey
+from surgery.spectra.updates import Read
+
+_INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor where it lies: its shape, and how it is read."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+Tensors = Mapping[str, Stored]
+
+
+def of_model(model: nn.Module) -> Tensors:
+    """The parameters of a model; a tied one is the same `Stored` under each of its names."""
+    known = {id(p): Stored(tuple(p.shape), partial(getattr, p, "data")) for p in model.parameters()}
+    return {name: known[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def of_folder(folder: Path) -> Tensors:
+    """The tensors in a model's safetensors files; none where there are no such files. Raises: SurgeryError (unknown-model)."""
+    found: dict[str, Stored] = {}
+    for file in _files(folder):
+        try:
+            with safe_open(file, "pt") as opened:
+                found |= {name: Stored(tuple(opened.get_slice(name).get_shape()), partial(_read, file, name))
+                          for name in opened.keys()}
+        except (OSError, SafetensorError) as error:
+            raise fail("unknown-model", f"cannot read {file}: {error}") from None
+    return found
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    if (folder / _INDEX).is_file():
+        listed = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in dict.fromkeys(listed)]
+    return [folder / _WHOLE] if (folder / _WHOLE).is_file() else []
+
+
+def _read(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
+
+
+# --------------------------------------------------------------------------------------------- the weights of sites
+
+
+class Weights:
+    """The weights of a model by site: `model` (a skeleton will do) says which there are, `tensors` hold them."""
+
+    def __init__(self, model: nn.Module, tensors: Tensors | None = None):
+        self.survey, self.tensors = Survey(model), of_model(model) if tensors is None else tensors
+        self._prefix = getattr(model, "base_model_prefix", "")
+        self._tied = tied(self.survey)
+
+    def of(self, site: Site) -> Stored | None:
+        """The tensor of a site of this model, or of one that has its modules; None for one of another shape."""
+        found = next((self.tensors[n] for n in self._spelt(site.weight_name) if n in self.tensors), None)
+        return found if found is not None and found.shape == tuple(site.weight.shape) else None
+
+    def _spelt(self, name: str) -> Iterator[str]:
+        """A base model's own checkpoint leaves out the prefix that its tensors have in a task model; what is tied is
+        stored once."""
+        for known in (name, *self._tied.get(name, ())):
+            yield from (known, f"{self._prefix}.{known}", known.removeprefix(f"{self._prefix}."))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the tensors of all its sites are there under names known to us."""
+        return all(map(self.of, self.survey.sites))
+
+
+def pairs(base: Weights, tuned: Weights) -> dict[Site, tuple[Read, Read]]:
+    """The sites of the tuned model that both models have a tensor for, each with how the two are read; tied ones once."""
+    first: dict[tuple[int, int], tuple[Site, Stored, Stored]] = {}
+    for site in tuned.survey.sites:
+        one, other = base.of(site), tuned.of(site)
+        if one and other:
+            first.setdefault((id(one), id(other)), (site, one, other))
+    return {site: (_reader(one), _reader(other)) for site, one, other in first.values()}
+
+
+def _reader(found: Stored) -> Read:
+    return lambda site: found.read()

@@ -1,0 +1,196 @@
+"""`surgery spectrum`: of saved adapters and of pairs of models, from their files one tensor at a time; tables and plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import surgery
+from surgery.cli import weights
+from surgery.cli.main import main
+from surgery.cli.models import load_with_head
+from surgery.demo import demo_config, load_demo
+from surgery.store import save_merged
+from surgery.training import with_head
+from test_spectra import perturbed, spec_for
+
+
+def run(*words: object) -> object:
+    return CliRunner().invoke(main, ["spectrum", *map(str, words)])
+
+
+def measured(*words: object) -> dict:
+    result = run(*words, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def said(*words: object, code: int = 0) -> str:
+    result = run(*words)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def figures(found: dict) -> dict[str, list[float]]:
+    return {m["name"]: [m["entropy"], m["stable_rank"], m["effective_rank"]] for m in found["modules"]}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A moved SORA on demo:llama."""
+    perturbed(load_demo("llama"), "sora").save(tmp_path / "adapter", base_model="demo:llama")
+    return tmp_path / "adapter"
+
+
+# -------------------------------------------------------------------------------------------------------- adapters
+
+
+def test_an_adapter_is_as_python_says(adapter: Path) -> None:
+    surgeon = surgery.attach(load_demo("llama"), adapter)
+    assert measured(adapter)["modules"] == json.loads(json.dumps(surgery.spectrum(surgeon).to_json()))["modules"]
+    squared = measured(adapter, "--squared", "--top", "0")
+    assert squared["modules"] == json.loads(json.dumps(surgery.spectrum(surgeon, squared=True, top=0).to_json()))["modules"]
+    assert squared["squared"] and squared["modules"][0]["overlap_out"] is None
+
+
+def test_an_adapter_needs_only_the_weights_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base model lies in files of a tensor each, and is never loaded."""
+    load_demo("llama").save_pretrained(tmp_path / "base", max_shard_size="1KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 20
+    spec = 'spec s\ntarget linear "**.q_proj" { pre diagonal() add low_rank(3) post orthogonal(2) }'
+    surgeon = perturbed(load_demo("llama"), surgery.parse(spec))
+    surgeon.save(tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    monkeypatch.setattr(weights, "load", None)
+    assert figures(measured(tmp_path / "adapter")) == figures(surgery.spectrum(surgeon).to_json())
+
+
+def test_a_trained_head_is_no_obstacle(tmp_path: Path) -> None:
+    """An adapter of a text task was saved from the base model with a head that the base model's files know nothing of."""
+    import transformers
+
+    base = transformers.BertModel(demo_config("bert")).eval()
+    base.save_pretrained(tmp_path / "base")
+    model = load_with_head(str(tmp_path / "base"), 3)
+    surgeon = perturbed(model, with_head(surgery.load("dora"), model))
+    surgeon.save(tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    found = measured(tmp_path / "adapter")
+    assert figures(found) == figures(surgery.spectrum(surgeon).to_json())
+    assert found["modules"][0]["name"].startswith("bert.encoder.layer.0.")
+
+
+def test_shared_and_fused_tensors(tmp_path: Path) -> None:
+    spec = """spec s
+    update own() { shared param A[2, in] ~ normal() param B[out, 2] = 0 return B @ A }
+    target linear "**.q_proj", "**.experts.*" { add own() }"""
+    surgeon = perturbed(load_demo("mixtral"), surgery.parse(spec))
+    surgeon.save(tmp_path / "adapter", base_model="demo:mixtral")
+    found = measured(tmp_path / "adapter")
+    assert figures(found) == figures(surgery.spectrum(surgeon).to_json())
+    assert sum("experts" in m["name"] for m in found["modules"]) == 2 * 2 * 4
+
+
+def test_another_base(adapter: Path, tmp_path: Path) -> None:
+    model = load_demo("llama", seed=5)
+    model.save_pretrained(tmp_path / "other")
+    other = measured(adapter, "--base", tmp_path / "other")
+    assert figures(other) == figures(surgery.spectrum(surgery.attach(model, adapter)).to_json()) != figures(measured(adapter))
+
+
+def test_a_fresh_adapter_is_said_to_do_nothing(tmp_path: Path) -> None:
+    surgery.apply(load_demo("llama"), "lora").save(tmp_path / "adapter", base_model="demo:llama")
+    text = said(tmp_path / "adapter", "--csv", tmp_path / "t.csv", "--plot", tmp_path / "p.png")
+    assert "28 weights, none of them changed" in text and (tmp_path / "p.png").stat().st_size > 1000
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "resnet"])
+def test_a_merged_model_against_its_base(name: str, tmp_path: Path) -> None:
+    model = load_demo(name)
+    model.save_pretrained(tmp_path / "base")
+    surgeon = perturbed(model, spec_for(name, "lora"))
+    adapter = surgery.spectrum(surgeon)
+    save_merged(surgeon, tmp_path / "tuned")
+    found = measured(tmp_path / "base", tmp_path / "tuned")
+    assert figures(found) == figures(measured(f"demo:{name}", tmp_path / "tuned"))
+    changed = {m["name"]: m for m in found["modules"] if m["numerical_rank"]}
+    assert changed.keys() == {row.name for row in adapter.rows}
+    for row in adapter.rows:
+        assert abs(changed[row.name]["entropy"] - row.spectrum.entropy) < 1e-6
+        assert abs(changed[row.name]["stable_rank"] - row.spectrum.stable_rank) < 1e-6
+
+
+def test_two_models_are_read_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in (0, 1):
+        load_demo("llama", seed).save_pretrained(tmp_path / str(seed), max_shard_size="50KB")
+    monkeypatch.setattr(weights, "load", None)
+    found = measured(tmp_path / "0", tmp_path / "1")
+    expected = surgery.spectrum(load_demo("llama", 0), load_demo("llama", 1))
+    assert figures(found) == figures(expected.to_json()) and found["not_compared"] == []
+
+
+def test_a_base_model_against_a_task_model(tmp_path: Path) -> None:
+    """The same weights under another prefix; what the base lacks, or has in another shape, is named."""
+    import transformers
+
+    base, tuned = transformers.BertModel(demo_config("bert")), load_demo("bert")
+    with torch.no_grad():
+        tuned.bert.load_state_dict(base.state_dict())
+        tuned.bert.encoder.layer[1].output.dense.weight += 0.1 * torch.randn(64, 128)
+    tuned.resize_token_embeddings(300)
+    base.save_pretrained(tmp_path / "base"), tuned.save_pretrained(tmp_path / "tuned")
+    found = measured(tmp_path / "base", tmp_path / "tuned")
+    assert [m["name"] for m in found["modules"] if m["numerical_rank"]] == ["bert.encoder.layer.1.output.dense"]
+    assert found["not_compared"] == ["bert.embeddings.word_embeddings", "classifier"]
+    assert "not compared" in (text := said(tmp_path / "base", tmp_path / "tuned")) and "1 changed weight: entropy" in text
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def test_the_table_and_the_csv(adapter: Path, tmp_path: Path) -> None:
+    text = said(adapter, "--csv", tmp_path / "new" / "t.csv")
+    modules = measured(adapter)["modules"]
+    for words in ("self_attn.q_proj", "layer (mean)", "module type (mean)", "‖RRᵀ-I‖/√n", "28 changed weights: entropy"):
+        assert words in text
+    rows = list(csv.DictReader((tmp_path / "new" / "t.csv").read_text().splitlines()))
+    assert [(r["name"], float(r["entropy"]), int(r["out"])) for r in rows] == [
+        (m["name"], m["entropy"], m["shape"][0]) for m in modules]
+    assert all(float(r["orthogonality"]) < 1e-6 for r in rows)
+
+
+@pytest.mark.parametrize("ending, start", [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_a_plot_is_the_same_each_time(adapter: Path, tmp_path: Path, ending: str, start: bytes) -> None:
+    files = [tmp_path / f"{i}.{ending}" for i in range(2)]
+    for file in files:
+        said(adapter, "--top", "0", "--plot", file)
+    first, second = (file.read_bytes() for file in files)
+    assert first == second and first.startswith(start)
+
+
+# ----------------------------------------------------------------------------------------------------------- faults
+
+
+def test_what_cannot_be_done_is_said_before_any_work(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "opened_adapter", None)
+    assert "did you mean `.png`?" in said(adapter, "--plot", tmp_path / "p.pgn", code=2)
+    assert "is a folder" in said(adapter, "--csv", tmp_path, code=2)
+    assert "is a file" in said(adapter, "--csv", adapter / "meta.json" / "t.csv", code=2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'surgery[plot]'" in said(adapter, "--plot", tmp_path / "p.png", code=2)
+
+
+def test_wrong_use(adapter: Path, tmp_path: Path) -> None:
+    assert "--base is for a saved adapter" in said("demo:llama", "demo:llama", "--base", "demo:llama", code=2)
+    assert "error[bad-adapter]" in said(tmp_path / "nowhere", code=1)
+    assert "is a saved adapter" in said(adapter, "demo:llama", code=2)
+    assert "error[bad-adapter]" in said(adapter, "--base", "demo:gpt2", code=1)
+    assert "have no weight in common" in said("demo:resnet", "demo:llama", code=1)
+    perturbed(load_demo("llama"), "lora").save(tmp_path / "stray")
+    assert "--base names it" in said(tmp_path / "stray", code=2)
