@@ -15,13 +15,11 @@ from surgery.cli.render import Output, counted
 from surgery.diagnostics import did_you_mean, fail
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from surgery.spectra import Group, Spectra
     from surgery.spectra.updates import Pending
 
 _TITLES = {"numerical_rank": "rank", "entropy": "entropy", "normalised_entropy": "of max", "stable_rank": "stable rank",
-           "effective_rank": "eff. rank", "relative_size": "‖ΔW‖/‖W‖", "overlap_out": "overlap out", "overlap_in": "overlap in"}
+           "effective_rank": "eff. rank", "relative_size": "‖ΔW‖/‖W‖", "overlap_out": "overlap out", "overlap_in": "in"}
 _DEFECT = "‖RRᵀ-I‖/√n"
 _SOME = 3
 
@@ -108,9 +106,9 @@ def _of_models(output: Output, base: str, tuned: str) -> tuple[list[Pending], li
 def _say(output: Output, spectra: Spectra, left_out: Sequence[str]) -> None:
     shown = _shown(spectra)
     if len(spectra.unchanged) < len(spectra.rows):
-        output.say(_module_table(spectra, shown))
+        output.say(_aligned(_module_table(spectra, shown)))
         for title, groups in (("module type (mean)", spectra.types), ("layer (mean)", spectra.layers)):
-            output.say(_group_table(title, groups, shown))
+            output.say(_aligned(_group_table(title, groups, shown)))
     output.say(_summary(spectra))
     if spectra.unchanged:
         output.note(f"unchanged: {_some(spectra.unchanged)}")
@@ -123,38 +121,36 @@ def _shown(spectra: Spectra) -> dict[str, str]:
     return {figure: title for figure, title in _TITLES.items() if spectra.top or "overlap" not in figure}
 
 
-def _module_table(spectra: Spectra, shown: Mapping[str, str]) -> Table:
+def _module_table(spectra: Spectra, shown: Mapping[str, str]) -> list[list[str]]:
     from surgery.spectra.summary import FIGURES
 
     is_turned = any(row.orthogonality for row in spectra.rows)
-    table = _table("module", ["shape", *shown.values(), *([_DEFECT] if is_turned else [])])
+    table = [["module", "shape", *shown.values(), *([_DEFECT] if is_turned else [])]]
     for row in spectra.rows:
         worst = [max((d.distance for d in row.orthogonality), default=None)] if is_turned else []
-        figures = [FIGURES[figure](row) for figure in shown] if row.changed else [None] * len(shown)
-        table.add_row(row.name, " x ".join(map(str, row.spectrum.shape)), *map(_number, [*figures, *worst]))
+        figures = [FIGURES[figure](row) if row.changed else None for figure in shown]
+        table.append([row.name, " x ".join(map(str, row.spectrum.shape)), *map(_number, [*figures, *worst])])
     return table
 
 
-def _group_table(title: str, groups: Iterable[Group], shown: Mapping[str, str]) -> Table:
-    table = _table(title, ["weights", *shown.values()])
-    for group in groups:
-        table.add_row(group.name, str(group.count), *(_number(group.means[figure]) for figure in shown))
-    return table
+def _group_table(title: str, groups: Iterable[Group], shown: Mapping[str, str]) -> list[list[str]]:
+    rows = [[g.name, str(g.count), *(_number(g.means[figure]) for figure in shown)] for g in groups]
+    return [[title, "weights", *shown.values()], *rows]
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(title, overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+def _aligned(table: Sequence[Sequence[str]]) -> str:
+    """Names to the left, figures to the right. A table is not cut to a narrow terminal: a figure cut short is a lie."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table) + "\n"
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}" if abs(value) >= 0.01 or not value else f"{value:.1e}"
+    """Three figures, or a count as it is."""
+    if value is None or isinstance(value, int) or not value:
+        return "-" if value is None else str(int(value))
+    if abs(value) < 0.001:
+        return f"{value:.0e}"
+    return f"{value:.{sum(abs(value) < limit for limit in (1, 10, 100))}f}"
 
 
 def _summary(spectra: Spectra) -> str:
