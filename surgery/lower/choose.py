@@ -1,0 +1,148 @@
+"""Which program: the equal programs of a formula as expressions over activations, the cheapest first.
+
+Takes a formula and the kind of its layer; gives candidates, from which `program` makes code. Promises: no torch, so that
+`check` can ask what a spec will cost; all candidates have the values and gradients of the formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from surgery.expr.ir import Expr, Formula, rebuild, walk
+from surgery.expr.primitives import make
+from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, split_dropout, turned, without_dropout
+from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
+from surgery.lower.cost import Cost, step_cost
+from surgery.rewrite.cheap import cheapest
+from surgery.rewrite.structure import is_thin
+from surgery.rewrite.terms import depends_on, summands, total
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A program before it is code: its `outputs`; the `values` of the set-up, which the body reads or (without a body)
+    which are the outputs; and the parts of those that are `fixed` as long as the frozen weight is."""
+
+    strategy: str
+    outputs: tuple[Expr, ...]
+    values: tuple[Expr, ...]
+    fixed: tuple[Expr, ...]
+    has_body: bool
+
+    def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
+        """What a training step costs."""
+        return step_cost(self.outputs, self.fixed, tokens)
+
+
+@lru_cache(maxsize=None)
+def candidates(formula: Formula, kind: str, training: bool, has_bias: bool, tokens: int = TOKENS_SUPPOSED
+               ) -> tuple[Candidate, ...]:
+    """The programs of a layer's output, the cheapest for so many tokens first. `kind`: linear, conv, embedding."""
+    weight = cheapest(formula.weight if training else without_dropout(formula.weight))
+    operand = turned(weight) if kind == "embedding" else weight
+    x = Expr("x", (), None, (TOKENS, operand.shape[1]))
+    bias = cheapest(formula.bias) if has_bias else None
+    found = [candidate((_with_bias(make_output(operand, x, kind), bias, kind),), _unread, name)
+             for name, make_output in STRATEGIES.items()]
+    return tuple(sorted(found, key=lambda each: each.cost(tokens).seconds))
+
+
+def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights") -> Candidate:
+    """The program that gives `outputs`, after a last change to each."""
+    outputs = tuple(map(prepare, outputs))
+    on_input: dict[Expr, bool] = {}
+    has_body = depends_on(outputs[0], "x", on_input)
+    values = _frontier(outputs, on_input) if has_body else outputs
+    return Candidate(strategy, outputs, values, _fixed(values), has_body)
+
+
+# ---------------------------------------------------------------------------------------------------- strategies
+
+
+def _spread(operand: Expr, x: Expr, kind: str) -> Expr:
+    """W' acts on the activations factor by factor."""
+    return (apply if kind == "linear" else enter_in_parts)(operand, x)
+
+
+def _built(operand: Expr, x: Expr, kind: str) -> Expr:
+    """W' is built, and acts as one matrix; what sees the input through dropout acts by itself."""
+    kept, dropped = split_dropout(operand)
+    parts = [_spread(part, x, kind) for part in dropped]
+    if kept is not None:
+        whole = matrix(kept)
+        parts.insert(0, make("matmul", x, turned(whole)) if kind == "linear" else run(kept, x))
+    return total(parts, (TOKENS, operand.shape[0]))
+
+
+STRATEGIES = {"activations": _spread, "built weight": _built}
+
+
+def offset(bias: Expr) -> Expr:
+    """b' = T (b + u), the transforms acting on b as on a row of activations."""
+    if bias.op == "add":
+        return make("add", *map(offset, bias.args))
+    return apply(bias.args[0], offset(bias.args[1])) if bias.op == "matmul" else bias
+
+
+def _with_bias(y: Expr, bias: Expr | None, kind: str) -> Expr:
+    """y + b'; the frozen layer adds its own bias where its output is a term of y."""
+    if bias is None:
+        return y
+    if bias.op != "bias":
+        return Expr("add_bias", (y, offset(bias)), None, y.shape)
+    terms = list(summands(y))
+    plain = [t for t in terms if t.op == "frozen" and (kind == "linear" or t.args[0].op == "x")]
+    if not plain:
+        return Expr("add_bias", (y, bias), None, y.shape)
+    full = Expr("frozen", plain[0].args, "biased", y.shape)
+    rest = [t for t in terms if t is not plain[0]]
+    for term in rest:
+        full = make("add", full, term)
+    return full
+
+
+def _unread(expr: Expr) -> Expr:
+    """W M as the frozen layer run on the rows of Mᵀ, for a thin M, so that the weight is not read."""
+    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        new = Expr(node.op, args, node.data, node.shape)
+        if node.op != "matmul" or len(node.shape) != 2 or TOKENS in node.shape:
+            return new
+        left, right = args
+        if left.op == "weight" and is_thin(right.shape[1], *left.shape):
+            return make("T", Expr("frozen", (turned(right),), None, (right.shape[1], left.shape[0])))
+        if right.op == "weight" and is_thin(left.shape[0], *right.shape):
+            return Expr("frozen_back", (left,), None, (left.shape[0], right.shape[1]))
+        return new
+
+    return rebuild(expr, change)
+
+
+# -------------------------------------------------------------------------------------------------------- regions
+
+
+def _frontier(outputs: Sequence[Expr], on_input: dict[Expr, bool]) -> tuple[Expr, ...]:
+    """What the body reads that does not depend on the input, in order (numbers are written into it)."""
+    found: dict[Expr, None] = {}
+    for output in outputs:
+        for node in walk(output):
+            if depends_on(node, "x", on_input):
+                found.update(dict.fromkeys(a for a in node.args if not depends_on(a, "x", on_input) and a.op != "const"))
+    return tuple(found)
+
+
+def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
+    """The largest parts of the set-up that depend on the frozen weight alone and are smaller than it."""
+    on_weight: dict[Expr, bool] = {}
+    on_leaf: dict[Expr, bool] = {}
+    found: dict[Expr, None] = {}
+    stack = list(reversed(values))
+    while stack:
+        node = stack.pop()
+        is_fixed = depends_on(node, "weight", on_weight) and not depends_on(node, "param", on_leaf)
+        if is_fixed and node.op != "weight" and len(node.shape) < 2:
+            found[node] = None
+        else:
+            stack += reversed(node.args)
+    return tuple(found)
