@@ -172,7 +172,7 @@ def _foreign(module: nn.Module, matrix: bool) -> str:
 
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:
-    output = _output_embedding(model)
+    output = output_embedding(model)
     if output is not None:
         yield output
     base = getattr(model, getattr(model, "base_model_prefix", ""), None)
@@ -182,7 +182,8 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
         yield from (child for child in model.children() if isinstance(child, nn.Linear))
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The module that makes scores of a language model's last states, if it has one."""
     ask = getattr(model, "get_output_embeddings", None)
     try:
         return ask() if ask else None

@@ -1,9 +1,9 @@
 """What a row of the table of PEFT's methods is: one method of PEFT's beside the spec that says the same.
 
-Takes PEFT's configuration as plain values (`adapter_config.json`, with the patterns of rank and alpha resolved for the
-module) and tensors by the name that PEFT saves them under, below the module's own. Gives our spec's parameters and
-tensors by leaf key, and both back. Promises: PEFT itself is not imported; a configuration with a switch on that a row does
-not know fits no row; a tensor that goes to the other side and back has the same bits.
+Takes PEFT's configuration as plain values (`adapter_config.json`, as `modules.resolved` gives it for the module) and tensors
+by the name that PEFT saves them under, below the module's own. Gives our spec's parameters and tensors by leaf key, and both
+back. Promises: PEFT itself is not imported; a configuration with a switch on that a row does not know fits no row; a tensor
+that goes to the other side and back has the same bits.
 """
 
 from __future__ import annotations
@@ -142,11 +142,21 @@ def _whole(value: Any) -> Any:
 @dataclass(frozen=True)
 class Family:
     """One of PEFT's configuration classes. `plain`: the values of its switches that leave the formula as the family's
-    plainest method has it; a field that an older configuration lacks counts as None."""
+    plainest method has it; a field that an older configuration lacks counts as None.
+
+    `patterns`: by field, the field that gives other values of it to some modules, by the end of their names; `marks`: fields
+    that list some of the modules, which rows see as whether the module is one of them; `biases`: what its `bias` says where
+    the operated modules' own biases are trained too; `shared`: the tensors that PEFT keeps once for the model, which rows
+    see beside each module's own.
+    """
 
     peft_type: str
     config_class: str
     plain: Mapping[str, tuple[Any, ...]]
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    marks: tuple[str, ...] = ()
+    biases: str = ""
+    shared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _LORA = Family("LORA", "LoraConfig", {
         "velora_config", "monteclora_config", "kasa_config", "layer_replication", "target_parameters",
         "trainable_token_indices")},
     "init_lora_weights": (True, False, None, "gaussian", "eva"),  # the other starts rewrite the frozen weight
-})
+}, patterns={"r": "rank_pattern", "lora_alpha": "alpha_pattern"}, biases="lora_only")
 _LORA_NAMES = Renamed({"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"})
 _A, _B = ("lora_A.weight", "add_low_rank.A"), ("lora_B.weight", "add_low_rank.B")
 _FACTORS = ((*_A, SAME), (*_B, SAME))
@@ -62,7 +62,7 @@ def _divisor(whole: int, wanted: int) -> int:
 
 
 _Q = "pre_block_orthogonal.Q"
-_OFT = Family("OFT", "OFTConfig", {"use_cayley_neumann": OFF, "coft": OFF, "block_share": OFF})
+_OFT = Family("OFT", "OFTConfig", {"use_cayley_neumann": OFF, "coft": OFF, "block_share": OFF}, biases="oft_only")
 
 
 def _overlapping(place: Place) -> str:

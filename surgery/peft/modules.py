@@ -1,0 +1,109 @@
+"""Which modules a configuration of PEFT's names, by PEFT's own rules, and what it says for each of them.
+
+Takes the fields of `adapter_config.json` as plain values; gives module names, and the fields as they hold for one module.
+Promises: the model is only looked at; the rules are those of PEFT 0.21.2, which names a module by the end of its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from surgery.diagnostics import fail
+from surgery.layout import weights
+from surgery.peft.method import Config, Family
+from surgery.sites import output_embedding
+
+ALL_LINEAR = "all-linear"
+_CLASSIFIERS = ("score", "classifier")  # what the head of a text classifier is called
+_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+
+
+def named(config: Config, model: nn.Module) -> list[str]:
+    """The modules that `target_modules` and the fields beside it choose, in module order. Raises: SurgeryError (bad-adapter)."""
+    wanted = config.get("target_modules")
+    if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+        wanted = all_linear(model, config.get("task_type"))
+    chosen, kept_out = _chooser(wanted, config), (_chooser(config.get("exclude_modules")), _saver(config.get("modules_to_save")))
+    return [name for name, _ in model.named_modules() if name and chosen(name) and not any(out(name) for out in kept_out)]
+
+
+def all_linear(model: nn.Module, task: str | None = None) -> list[str]:
+    """What `all-linear` stands for: every linear layer but the output head, or a text classifier's."""
+    head = output_embedding(model)
+    if head is None and task == "SEQ_CLS":
+        head = next((getattr(model, name) for name in _CLASSIFIERS if hasattr(model, name)), None)
+    return [name for name, m in model.named_modules() if _is_linear(m) and m is not head]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    found = weights(module)
+    return bool(found) and found[0].stack is None and found[0].layout.kind == "linear"
+
+
+def _chooser(wanted: str | Collection[str] | None, layers: Config | None = None) -> Callable[[str], Any]:
+    """A text is a regular expression for the whole name; a list holds names, whatever their layer, and ends of names."""
+    if isinstance(wanted, str):
+        return _regular(wanted).fullmatch
+    exact, ends, in_layer = frozenset(wanted or ()), tuple(f".{each}" for each in wanted or ()), _layers(layers or {})
+    return lambda name: name in exact or (name.endswith(ends) and in_layer(name))
+
+
+def _saver(wanted: Iterable[str] | None) -> Callable[[str], Any]:
+    """What lies in a module that is saved whole cannot be a target."""
+    found = [_regular(rf"(^|.*\.){each}($|\..*)") for each in wanted or ()]
+    return lambda name: any(pattern.match(name) for pattern in found)
+
+
+def _layers(config: Config) -> Callable[[str], bool]:
+    """Whether a name lies in one of the layers that `layers_to_transform` counts. A name outside of any layer does not."""
+    wanted, lists = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    if wanted is None or wanted == []:
+        return lambda name: True
+    layers = {wanted} if isinstance(wanted, int) else set(wanted)
+    patterns = [_regular(rf"(?:^|.*?\.){each}\.(?P<index>\d+)\.") for each in ([lists] if isinstance(lists, str) else lists)]
+
+    def inside(name: str) -> bool:
+        found = next(filter(None, (p.match(name) for p in patterns or [_LAYER])), None)
+        return found is not None and int(found["index"]) in layers
+
+    return inside
+
+
+def saved_whole(wanted: Iterable[str] | None, model: nn.Module) -> list[str]:
+    """The modules that `modules_to_save` means: every one whose name ends like that, inside a word too, under all its names."""
+    ends = tuple(wanted or ())
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if name and name.endswith(ends)]
+
+
+def resolved(config: Config, family: Family, name: str) -> dict[str, Any]:
+    """The configuration as it holds for one module: a pattern's value in its field's place, and a field that lists modules
+    says whether this is one of them."""
+    found = dict(config)
+    for own, exceptions in family.patterns.items():
+        found[own] = _exception(config.get(exceptions) or {}, name, config.get(own))
+    for marks in family.marks:
+        found[marks] = _is_marked(config.get(marks), name)
+    return found
+
+
+def _exception(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """The value of the first pattern that fits the end of the name."""
+    fitting = (value for key, value in patterns.items() if _regular(rf"(.*\.)?({key})$").match(name))
+    return next(fitting, otherwise)
+
+
+def _is_marked(wanted: str | Iterable[str] | None, name: str) -> bool:
+    if isinstance(wanted, str):
+        return _regular(wanted).fullmatch(name) is not None
+    return name.endswith(tuple(wanted or ()))
+
+
+def _regular(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise fail("bad-adapter", f"`{text}` of adapter_config.json is no regular expression: {error}") from None

@@ -1,0 +1,61 @@
+"""Which modules a configuration names: by our reading of PEFT's rules, and by PEFT itself."""
+
+import warnings
+from typing import Any
+
+import peft
+import pytest
+from peft.utils.other import ModulesToSaveWrapper
+
+from surgery.demo import load_demo
+from surgery.diagnostics import SurgeryError
+from surgery.peft.method import Family
+from surgery.peft.modules import named, resolved, saved_whole
+
+CONFIGS = [
+    ("llama", {"target_modules": ["q_proj", "v_proj"]}),
+    ("llama", {"target_modules": "all-linear"}),
+    ("llama", {"target_modules": "all-linear", "exclude_modules": ["down_proj", "layers.1.self_attn.o_proj"]}),
+    ("llama", {"target_modules": r".*\.[13]\..*(up|down)_proj"}),
+    ("llama", {"target_modules": ["layers.1.self_attn.q_proj", "lm_head", "proj"]}),
+    ("llama", {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": 2}),
+    ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
+    ("llama", {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*layers\.0\..*"}),
+    ("llama", {"target_modules": "all-linear", "modules_to_save": ["mlp", "norm"]}),
+    ("bert", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    ("bert", {"target_modules": ["dense", "classifier"], "modules_to_save": ["classifier", "output.dense"]}),
+    ("gpt2", {"target_modules": "all-linear", "fan_in_fan_out": True}),
+    ("t5", {"target_modules": ["q", "wo", "shared"]}),
+    ("t5", {"target_modules": ["q", "wi", "wo"], "layers_to_transform": [1], "layers_pattern": ["layer"]}),
+]
+
+
+@pytest.mark.parametrize("demo, fields", CONFIGS, ids=str)
+def test_the_modules_are_those_that_peft_takes(demo: str, fields: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(load_demo(demo), peft.LoraConfig(r=2, **fields))
+    inner, config = theirs.get_base_model(), peft.LoraConfig(r=2, **fields).to_dict()
+    # a text classifier's head is saved whole unasked, as PEFT adds it to the configuration
+    config["modules_to_save"] = theirs.peft_config["default"].modules_to_save
+    assert named(config, load_demo(demo)) == theirs.base_model.targeted_module_names
+    saved = [n for n, m in inner.named_modules(remove_duplicate=False) if isinstance(m, ModulesToSaveWrapper)]
+    found = saved_whole(config["modules_to_save"], load_demo(demo))
+    assert set(saved) == {name for name in found if not any(name.startswith(f"{n}.") for n in saved)}
+
+
+def test_a_field_is_resolved_for_a_module() -> None:
+    family = Family("X", "X", {}, {"r": "rank_pattern", "alpha": "alpha_pattern"}, ("feedforward_modules",))
+    config = {"r": 8, "alpha": 16, "rank_pattern": {"a.q": 2, r"layers\.\d.q": 3, "q": 4}, "alpha_pattern": {},
+              "feedforward_modules": ["down"]}
+    ranks = {name: resolved(config, family, name)["r"] for name in ("x.a.q", "layers.1.q", "q", "k", "ba.q")}
+    assert ranks == {"x.a.q": 2, "layers.1.q": 3, "q": 4, "k": 8, "ba.q": 4}
+    assert resolved(config, family, "q")["alpha"] == 16
+    assert [resolved(config, family, name)["feedforward_modules"] for name in ("mlp.down", "mlp.up")] == [True, False]
+    marked = {**config, "feedforward_modules": r".*\.up"}
+    assert [resolved(marked, family, name)["feedforward_modules"] for name in ("mlp.down", "mlp.up")] == [False, True]
+
+
+def test_what_is_no_regular_expression_is_said() -> None:
+    with pytest.raises(SurgeryError, match="is no regular expression"):
+        named({"target_modules": "*q_proj"}, load_demo("llama"))
