@@ -61,7 +61,7 @@ class Adapter(nn.Module):
         program = self._programs[module.training]
         dtype = _activation_dtype(layer.weight)
         values = self._values(program, layer, self.tensors(), dtype)
-        return layer.leave(program.body(layer, layer.enter(x, dtype), *values))
+        return layer.leave(program.run(layer, layer.enter(x, dtype), values))
 
     def _values(self, program: Program, layer: Frozen, leaves: Tensors, cast: torch.dtype | None) -> tuple:
         """The set-up of a program: all that does not depend on the input. Small solves stay in float32 under autocast."""

@@ -13,14 +13,12 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from surgery.expr.dims import symbol
 from surgery.expr.ir import Expr, Shape, rebuild, walk
 from surgery.expr.primitives import make
+from surgery.lower.emit import TOKENS
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn
 from surgery.rewrite.terms import scaled, summands, times, total
-
-TOKENS = symbol("tokens")
 
 
 def turned(expr: Expr) -> Expr:

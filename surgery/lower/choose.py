@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk
 from surgery.expr.primitives import make
@@ -30,6 +30,12 @@ class Candidate:
     values: tuple[Expr, ...]
     fixed: tuple[Expr, ...]
     has_body: bool
+
+    @cached_property
+    def written(self) -> Expr:
+        """The body over leaves `value` in the place of the set-up's values."""
+        leaves = {node: Expr("value", (), i, node.shape) for i, node in enumerate(self.values)}
+        return rebuild(self.outputs[0], lambda node, args: leaves.get(node) or Expr(node.op, args, node.data, node.shape))
 
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""

@@ -1,17 +1,21 @@
 """Straight-line Python from expressions: one line a node.
 
 Takes expressions; gives the lines that compute them. Promises: no branch and no bookkeeping; a product that is added to a
-fresh value is accumulated into it; what stands only below `detach` is marked, to be computed without a gradient.
+fresh value is accumulated into it, after everything else that reads that value; what stands only below `detach` is marked,
+to be computed without a gradient.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from surgery.expr.dims import symbol
 from surgery.expr.ir import Expr, walk
 from surgery.rewrite.terms import scaled, value_of
+
+TOKENS = symbol("tokens")
 
 TEMPLATES = {
     "add": "{} + {}", "mul": "{} * {}", "div": "{} / {}", "matmul": "{} @ {}", "scale": "{} * {}", "T": "{}.mT",
@@ -21,20 +25,34 @@ TEMPLATES = {
     "bias": "layer.offset(dtype)", "fill": "layer.fill({shape}, {data!r}, dtype)", "eye": "layer.eye({shape}, dtype)",
     "swap": "swap({}, {data})", "reshape": "{}.reshape({data})", "columns": "{}[..., :{data[0]}]", "cos": "{}.cos()", "sin": "{}.sin()",
     "dropout": "layer.dropout({}, {data[0]!r})", "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})",
+    "mask": "mask({}, {data[0]!r})", "flat": "{}.flatten(0, -2)", "between": "{}[:, {data[0]}:{data[1]}]",
 }
-FRESH = {"frozen", "matmul", "add", "scale", "run", "frozen_back"}  # values that nothing else holds and no backward pass reads
+# Values that nothing else holds, and that no backward pass of autograd's reads.
+FRESH = {"frozen", "matmul", "add", "scale", "mul", "masked", "run", "frozen_back"}
+VIEWS = {"T", "split", "join", "flat", "between"}
 
 
 @dataclass
 class Emitter:
-    """Writes lines for one region. `names` are the values known so far; `gradless` the nodes that carry no gradient."""
+    """Writes lines for one region. `names` are the values known so far; `gradless` the nodes that carry no gradient.
+
+    `in_place` allows a sum to be accumulated into a term that nothing else reads; `owner` too whatever is read no more, which
+    holds only where autograd does not look on.
+    """
 
     names: dict[Expr, str]
     prefix: str
-    uses: Counter[Expr] = field(default_factory=Counter)
+    outputs: tuple[Expr, ...]
     gradless: frozenset[Expr] = frozenset()
     in_place: bool = False
+    owner: bool = False
     lines: list[tuple[bool, str]] = field(default_factory=list)
+    overwritten: set[Expr] = field(default_factory=set)
+    fused: set[Expr] = field(default_factory=set)  # computed inside of what reads them
+
+    def __post_init__(self) -> None:
+        self.readers = readers(*self.outputs)
+        self.uses = Counter({node: len(found) for node, found in self.readers.items()}) + Counter(self.outputs)
 
     def value(self, node: Expr) -> str:
         """The name of a node's value, after the lines that compute it."""
@@ -49,9 +67,10 @@ class Emitter:
         return name
 
     def _text(self, node: Expr) -> str:
-        rule: Callable[[Expr], str | None] = {"add": self._sum, "add_bias": self._bias, "frozen": self._frozen}.get(
-            node.op, lambda node: None)
-        return rule(node) or self._plain(node)
+        rules: dict[str, Callable[[Expr], str | None]] = {
+            "add": self._sum, "add_bias": self._bias, "frozen": self._frozen, "scale": self._scale, "mul": self._times,
+            "outer": self._outer}
+        return rules.get(node.op, lambda node: None)(node) or self._plain(node)
 
     def _plain(self, node: Expr) -> str:
         args = [self.value(a) for a in node.args]
@@ -61,22 +80,39 @@ class Emitter:
         return TEMPLATES[node.op].format(*args, data=node.data, shape=tuple(node.shape))
 
     def _frozen(self, node: Expr) -> str:
-        from_input = node.args[0].op in ("x", "dropout")
-        call = f"frozen_{node.data}" if node.data else "frozen" if from_input else "frozen_rows"
-        return f"layer.{call}({self.value(node.args[0])})"
+        from_input = node.args[0].op in ("x", "dropout", "masked")
+        call = node.data or ("" if from_input else "flat" if TOKENS in node.shape else "rows")
+        return f"layer.{'_'.join(filter(None, ['frozen', call]))}({self.value(node.args[0])})"
+
+    def _outer(self, node: Expr) -> str:
+        """aᵀ g, the side with few columns in front: it is read in order, and so is the other."""
+        a, g = map(self.value, node.args)
+        return f"({g}.mT @ {a}).mT" if node.shape[0] > node.shape[1] else f"{a}.mT @ {g}"
 
     def _sum(self, node: Expr) -> str | None:
         """y + c h M, accumulated into y when y is fresh."""
         for y, term in (node.args, node.args[::-1]):
             scalar, product = scaled(term)
             factor = 1.0 if scalar is None else value_of(scalar)
-            if factor is not None and self._is_product(product, node) and self.uses[term] == 1:
-                base = self.value(y)
-                h, m = map(self.value, product.args)
+            if factor is None or not self._is_product(product, node) or self.uses[term] != 1:
+                continue
+            base, h, m = map(self.value, (y, *product.args))
+            if product not in self.names:  # it may have been needed early, before something that it reads was written over
+                self.fused |= {term, product}
                 alpha = "" if factor == 1.0 else f", alpha={factor!r}"
-                fresh = self._is_fresh(y)
+                fresh = self._may_overwrite(y, node)
                 return f"{base}.addmm_({h}, {m}{alpha})" if fresh else f"torch.addmm({base}, {h}, {m}{alpha})"
-        return None
+        return next((f"{self.value(y)}.add_({self.value(z)})" for y, z in (node.args, node.args[::-1])
+                     if self.owner and y.shape == node.shape and self._may_overwrite(y, node)), None)
+
+    def _scale(self, node: Expr) -> str | None:
+        y, d = node.args
+        return f"{self.value(y)}.mul_({self.value(d)})" if self.owner and self._may_overwrite(y, node) else None
+
+    def _times(self, node: Expr) -> str | None:
+        c, y = node.args
+        fits = self.owner and y.shape == node.shape and not c.shape
+        return f"{self.value(y)}.mul_({self.value(c)})" if fits and self._may_overwrite(y, node) else None
 
     def _is_product(self, term: Expr, node: Expr) -> bool:
         flat = term.op == "matmul" and term.shape == node.shape and all(len(a.shape) == 2 for a in term.args)
@@ -87,23 +123,41 @@ class Emitter:
         y, b = node.args
         if y.op == "scale" and self.uses[y] == 1 and y not in self.names:
             z, d = map(self.value, y.args)
+            self.fused.add(y)
             return f"torch.addcmul({self.value(b)}, {z}, {d})"
-        return f"{self.value(y)}.add_({self.value(b)})" if self._is_fresh(y) else None
+        return f"{self.value(y)}.add_({self.value(b)})" if self._may_overwrite(y, node) else None
 
-    def _is_fresh(self, y: Expr) -> bool:
-        return self.in_place and y.op in FRESH and self.uses[y] == 1
+    def _may_overwrite(self, y: Expr, node: Expr) -> bool:
+        """Whether `node` may be written into y. What else reads y is then computed before."""
+        if not self.in_place or y.op not in FRESH or y in self.outputs or y in self.overwritten:
+            return False
+        if not self.owner:
+            return self.uses[y] == 1
+        others = [r for r in self._reading(y) if r is not node and r not in self.names and r not in self.fused]
+        if any(node in walk(r) or self._is_accumulated(r) for r in others):
+            return False
+        self.overwritten.add(y)
+        for other in others:
+            self.value(other)
+        return True
+
+    def _is_accumulated(self, node: Expr) -> bool:
+        """Whether it is a product that a sum may take in without its being a value of its own."""
+        return node.op == "matmul" and any(reader.op in ("add", "mul") for reader in self.readers.get(node, ()))
+
+    def _reading(self, y: Expr) -> Iterator[Expr]:
+        """What computes with the numbers of y, be it through a view."""
+        for reader in self.readers.get(y, ()):
+            yield from self._reading(reader) if reader.op in VIEWS else (reader,)
 
 
-def count_uses(*outputs: Expr) -> Counter[Expr]:
-    """How often each node's value is read, by other nodes or as an output."""
-    uses = Counter(outputs)
-    seen: set[Expr] = set()
-    for output in outputs:
-        for node in walk(output):
-            if node not in seen:
-                seen.add(node)
-                uses.update(node.args)
-    return uses
+def readers(*outputs: Expr) -> dict[Expr, list[Expr]]:
+    """The nodes that read each node's value, as often as they do."""
+    found: dict[Expr, list[Expr]] = {}
+    for node in dict.fromkeys(node for output in outputs for node in walk(output)):
+        for arg in node.args:
+            found.setdefault(arg, []).append(node)
+    return found
 
 
 def without_gradient(*outputs: Expr) -> frozenset[Expr]:

@@ -6,6 +6,7 @@ layer's own input and output. Nothing here changes the module.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,13 +17,23 @@ from surgery.layout import Layout
 
 
 class Frozen:
-    """What programs ask of every kind; `module` is the operated one, `parameter` its weight's name."""
+    """What programs ask of every kind; `module` is the operated one, `parameter` its weight's name.
+
+    `is_product` says that the map is x Wᵀ (+ b) and no more, with `weight` as W.
+    """
+
+    is_product = False
 
     def __init__(self, module: nn.Module, layout: Layout, parameter: str):
         self.layout, self.module = layout, module
         self.stored = module._parameters[parameter]
         self.weight = layout.matrix(self.stored)
         self.bias = module._parameters.get("bias") if parameter == "weight" else None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the layer's own tensors take a gradient (`train` may unfreeze them)."""
+        return self.stored.requires_grad or self.bias is not None and self.bias.requires_grad
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         """W as [out, in]."""
@@ -43,8 +54,12 @@ class Frozen:
         return self.weight.new_empty(0, dtype=dtype)
 
     def frozen_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows [r, in] through the map: [r, out]."""
-        return F.linear(rows.to(self.weight.dtype), self.weight).to(rows.dtype)
+        """A few rows [r, in] through the map: [r, out]. The weight is read in order, as the larger one."""
+        return (self.weight @ rows.to(self.weight.dtype).mT).mT.to(rows.dtype)
+
+    def frozen_flat(self, a: torch.Tensor) -> torch.Tensor:
+        """Activations [tokens, in] inside of the program through the map: [tokens, out]."""
+        return F.linear(a, self.weight)
 
     def frozen_back(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [r, out] through the transposed map: [r, in]."""
@@ -56,6 +71,16 @@ class Frozen:
 
 class FrozenLinear(Frozen):
     """nn.Linear, transformers' Conv1D: x [..., in]."""
+
+    is_product = True
+
+    def as_dtype(self, dtype: torch.dtype) -> FrozenLinear:
+        """The layer with its tensors in another dtype (itself, in its own)."""
+        if self.weight.dtype == dtype:
+            return self
+        other = copy(self)
+        other.weight, other.bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        return other
 
     def enter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         self.shape = x.shape[:-1]

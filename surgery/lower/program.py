@@ -2,7 +2,7 @@
 
     once   what depends on the frozen weight alone
     setup  what depends on the adapter's parameters, in float32 or wider, then cast to the activations' dtype
-    body   what depends on the input
+    body   what depends on the input (`step` has its gradients written out)
 
 Takes a formula and a layout's kind; gives a `Program`. Promises: the same values and gradients as the dense formula, to
 dtype tolerance; the frozen layer is called and not read unless `reads_weight` says otherwise.
@@ -19,11 +19,12 @@ import torch
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk
 from surgery.expr.primitives import PRIMITIVES, make
+from surgery.lower import step
 from surgery.lower.activate import matrix, swap, without_dropout
 from surgery.lower.choose import Candidate, candidate, candidates, offset
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost
-from surgery.lower.emit import TEMPLATES, Emitter, count_uses, without_gradient
+from surgery.lower.emit import TEMPLATES, Emitter, without_gradient
 from surgery.rewrite.cheap import cheapest
 
 _SCOPE = {"torch": torch, "swap": swap, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}}
@@ -53,6 +54,12 @@ class Program:
     def strategy(self) -> str:
         return self.plan.strategy
 
+    def run(self, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor:
+        """The body: as one node of autograd where the layer's map and its transpose are products with a weight at hand."""
+        known = layer.is_product and not (_is_traced() or layer.is_trained)
+        y = step.run(self.plan.written, layer.as_dtype(x.dtype), x, values) if known else None
+        return self.body(layer, x, *values) if y is None else y
+
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""
         return self.plan.cost(tokens)
@@ -61,6 +68,13 @@ class Program:
     def reads_weight(self) -> bool:
         """Whether the code reads the frozen weight itself at every step."""
         return "layer.matrix" in self.source.split("def setup")[1]
+
+
+def _is_traced() -> bool:
+    """Whether something looks into the program that knows autograd's own operations better than a node of ours: a compiler
+    (which plans the backward pass itself), a transform of torch.func, forward differentiation."""
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or transformed
 
 
 @lru_cache(maxsize=None)
@@ -101,7 +115,7 @@ def _compile(plan: Candidate) -> Program:
 
 
 def _region(name: str, arguments: str, results: Sequence[Expr], names: dict[Expr, str], prefix: str, cast: str = "") -> str:
-    emitter = Emitter(dict(names), prefix, count_uses(*results), without_gradient(*results))
+    emitter = Emitter(dict(names), prefix, tuple(results), without_gradient(*results))
     returned = [emitter.value(r) + (cast if r.op != "const" else "") for r in results]
     lines: list[str] = []
     for gradless, line in emitter.lines:
@@ -120,7 +134,7 @@ def _setup(values: Sequence[Expr], fixed: Sequence[Expr]) -> str:
 def _body(output: Expr, values: Sequence[Expr]) -> str:
     names = {node: f"a{i}" for i, node in enumerate(values)}
     x = next(node for node in walk(output) if node.op == "x")
-    emitter = Emitter({**names, x: "x"}, "y", count_uses(output), in_place=True)
+    emitter = Emitter({**names, x: "x"}, "y", (output,), in_place=True)
     result = emitter.value(output)
     arguments = "".join(f", a{i}" for i in range(len(values)))
     return f"def body(layer, x{arguments}):\n" + "\n".join(

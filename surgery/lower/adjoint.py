@@ -1,0 +1,169 @@
+"""The gradients of a program's body, as expressions: reverse differentiation by a table of identities.
+
+Takes y over the leaves `x` and `value`, and the leaves that take a gradient; gives one expression for each over the leaf
+`grad` (the gradient of y), the leaves, and `kept` values of the forward pass. Promises: what is kept is the least that the
+gradients need; what one elementwise pass makes of something kept is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from surgery.expr.dims import Dim
+from surgery.expr.ir import Expr, Shape, rebuild, walk
+from surgery.expr.primitives import make
+from surgery.rewrite.algebra import simplify
+from surgery.rewrite.terms import scaled, times, total
+
+LEAVES = {"x", "value", "grad", "kept"}
+AGAIN = {"scale", "masked", "split", "join", "T"}  # one pass, or none, over what they act on
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """An expression for each leaf asked for; `kept` are the forward values that the leaf `kept` of that index stands for."""
+
+    of: tuple[Expr, ...]
+    kept: tuple[Expr, ...]
+
+
+def gradients(output: Expr, leaves: Sequence[Expr]) -> Gradients | None:
+    """The gradients of <output, grad>; None where an operation has no row in the table."""
+    found = _parts(output, leaves)
+    if found is None:
+        return None
+    raw = [_sum(found.get(leaf, []), leaf.shape) for leaf in leaves]
+    return _keeping(raw)
+
+
+def _parts(output: Expr, leaves: Sequence[Expr]) -> dict[Expr, list[Expr]] | None:
+    """For each node between the output and the leaves the terms of its gradient."""
+    order, leads = list(walk(output)), set(leaves)
+    for node in order:  # arguments stand before what they are in
+        if node.op != "mask" and any(a in leads for a in node.args):
+            leads.add(node)
+    parts = {output: [Expr("grad", (), None, output.shape)]}
+    for node in reversed(order):
+        if node.args and node in leads:
+            if node.op not in RULES:
+                return None
+            terms = RULES[node.op](node, _sum(parts[node], node.shape))
+            for arg, term in zip(node.args, terms):
+                if arg in leads:
+                    parts.setdefault(arg, []).append(term)
+    return parts
+
+
+def _sum(terms: list[Expr], shape: Shape) -> Expr:
+    """The sum of the terms, products last: those are accumulated into what stands before them."""
+    return simplify(total(sorted(map(simplify, terms), key=lambda term: scaled(term)[1].op == "matmul"), shape))
+
+
+def _keeping(raw: list[Expr]) -> Gradients:
+    """The expressions with a leaf `kept` for each value of the forward pass that they are left with."""
+    wanted = {node.data for expr in raw for node in walk(expr) if node.op == "forward"}
+    kept: dict[Expr, Expr] = {}
+
+    def recall(node: Expr) -> Expr:
+        if node.op in LEAVES:
+            return node
+        if node.op in AGAIN and all(a.op in LEAVES or a in wanted for a in node.args):
+            return Expr(node.op, tuple(map(recall, node.args)), node.data, node.shape)
+        return kept.setdefault(node, Expr("kept", (), len(kept), node.shape))
+
+    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        return recall(node.data) if node.op == "forward" else Expr(node.op, args, node.data, node.shape)
+
+    return Gradients(tuple(rebuild(expr, change) for expr in raw), tuple(kept))
+
+
+def _forward(node: Expr) -> Expr:
+    """A value of the forward pass inside a gradient: opaque, so that no rule computes it in another way."""
+    return node if node.op in LEAVES else Expr("forward", (), node, node.shape)
+
+
+# ------------------------------------------------------------------------------------------------ the identities
+
+
+def _flat(a: Expr) -> Expr:
+    """Activations of any rank as a matrix."""
+    rows = a.shape[0]
+    for size in a.shape[1:-1]:
+        rows = rows * size
+    return a if len(a.shape) == 2 else Expr("flat", (a,), None, (rows, a.shape[-1]))
+
+
+def _node(op: str, shape: Shape, *args: Expr) -> Expr:
+    return Expr(op, args, None, shape)
+
+
+def _matmul(node: Expr, g: Expr) -> tuple[Expr, Expr]:
+    """y = a m:  g mᵀ  and  aᵀ g.  The other way round, y = m a is yᵀ = aᵀ mᵀ."""
+    a, m = node.args
+    if not isinstance(a.shape[0], Dim):
+        return make("T", _outer(make("T", _forward(m)), make("T", g))), make("matmul", make("T", a), g)
+    return make("matmul", g, make("T", m)), _outer(_forward(a), g)
+
+
+def _outer(a: Expr, g: Expr) -> Expr:
+    """aᵀ g, summed over all the rows that there are."""
+    scalar, rest = scaled(g)
+    a, rest = _flat(a), _flat(rest)
+    product = _node("outer", (a.shape[-1], rest.shape[-1]), a, rest)
+    return product if scalar is None else times(scalar, product)
+
+
+def _mul(node: Expr, g: Expr) -> tuple[Expr, Expr]:
+    c, a = node.args
+    dots = _node("column_dot", a.shape[-1:], _flat(g), _flat(_forward(a)))
+    return make("total", dots), make("mul", c, g)
+
+
+def _scale(node: Expr, g: Expr) -> tuple[Expr, Expr]:
+    a, d = node.args
+    return make("scale", g, d), _node("column_dot", d.shape, _flat(g), _flat(_forward(a)))
+
+
+def _blocks(node: Expr, g: Expr) -> tuple[Expr, Expr]:
+    a, s = node.args
+    return make("blocks", g, make("T", s)), _node("block_dot", s.shape, _flat(_forward(a)), _flat(g), s)
+
+
+def _frozen_back(node: Expr, g: Expr) -> tuple[Expr]:
+    return (Expr("frozen", (g,), None, node.args[0].shape),)
+
+
+def _side_by_side(node: Expr, g: Expr) -> tuple[Expr, Expr]:
+    a, b = node.args
+    cut, end = a.shape[-1], node.shape[-1]
+    return Expr("between", (g,), (0, cut), a.shape), Expr("between", (g,), (cut, end), b.shape)
+
+
+def _swap(node: Expr, g: Expr) -> tuple[Expr]:
+    outer, p, q, inner = node.data
+    return (Expr("swap", (g,), (outer, q, p, inner), node.shape),)
+
+
+def _circulate(node: Expr, g: Expr) -> tuple[Expr, Expr]:
+    a, c = node.args
+    return _node("circulate_back", a.shape, g, c), _node("circulate_dot", c.shape, _flat(_forward(a)), _flat(g), c)
+
+
+RULES: dict[str, Callable[[Expr, Expr], tuple[Expr, ...]]] = {
+    "add": lambda node, g: (g, g),
+    "add_bias": lambda node, g: (g, _node("column_sum", node.args[1].shape, g)),
+    "matmul": _matmul,
+    "mul": _mul,
+    "scale": _scale,
+    "blocks": _blocks,
+    "swap": _swap,
+    "circulate": _circulate,
+    "frozen": lambda node, g: (_node("frozen_back", node.args[0].shape, g),),
+    "frozen_back": _frozen_back,
+    "masked": lambda node, g: (_node("masked", g.shape, g, _forward(node.args[1])),),
+    "side_by_side": _side_by_side,
+    "T": lambda node, g: (make("T", g),),
+    "split": lambda node, g: (_node("join", node.args[0].shape, g),),
+    "join": lambda node, g: (Expr("split", (g,), node.args[0].shape[-2:], node.args[0].shape),),
+}

@@ -1,0 +1,77 @@
+"""What a step does in one pass over activations, and autograd in several: for code that no gradient is taken of.
+
+Each takes and gives matrices [tokens, features]; where a shape is given the doc has it. Promises: any float dtype, any
+device, no copy of an activation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CACHED = 1 << 17  # numbers of a slice that a CPU keeps close while it reads them with a stride
+
+
+def column_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a b over the rows: [t, n], [t, n] -> [n]. A layer norm with mean 0 and deviation 1 has it as its gain's gradient."""
+    zero, one = a.new_zeros(len(a), 1), a.new_ones(len(a), 1)
+    gain = a.new_ones(a.shape[-1])
+    return torch.ops.aten.native_layer_norm_backward(a, b, a.shape[-1:], zero, one, gain, gain, (False, True, False))[1]
+
+
+def column_sum(a: Tensor) -> Tensor:
+    """Σ a over the rows: [t, n] -> [n]."""
+    return a.sum(0)
+
+
+def _slices(a: Tensor, count: int) -> Tensor:
+    """[t, b k] as a stack [b, t, k]: a view."""
+    return a.unflatten(-1, (count, -1)).transpose(-3, -2)
+
+
+def blocks(a: Tensor, s: Tensor) -> Tensor:
+    """a block_diag(s): [t, b k], [b, k, m] -> [t, b m], written where it belongs."""
+    rows = a.flatten(0, -2)
+    result = a.new_empty(len(rows), s.shape[0] * s.shape[2])
+    torch.bmm(_slices(rows, len(s)), s, out=_slices(result, len(s)))
+    return result.unflatten(0, a.shape[:-1])
+
+
+def block_dot(a: Tensor, g: Tensor, s: Tensor) -> Tensor:
+    """aᵀ g on the blocks of the diagonal: [t, b k], [t, b m] -> [b, k, m], the shape of s."""
+    size = max(16, CACHED // max(a.shape[-1], g.shape[-1])) if a.device.type == "cpu" else max(len(a), 1)
+    result = torch.zeros_like(s)
+    for rows, grads in zip(a.split(size), g.split(size)):
+        result.baddbmm_(_slices(rows, len(s)).mT, _slices(grads, len(s)))
+    return result
+
+
+def circulate_back(g: Tensor, c: Tensor) -> Tensor:
+    """g circulant(c), by Fourier transforms: [t, p b], [p, q, b] -> [t, q b]."""
+    p, q, b = c.shape
+    mixed = _spectrum(g, p, b).permute(2, 0, 1) @ _spectrum(c, q, b).permute(2, 0, 1)
+    return torch.fft.irfft(mixed.permute(1, 2, 0), n=b).reshape(*g.shape[:-1], q * b).to(g.dtype)
+
+
+def circulate_dot(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
+    """The gradient of a circulant(c)ᵀ in c: [t, q b], [t, p b] -> [p, q, b]."""
+    p, q, b = c.shape
+    mixed = _spectrum(g, p, b).conj().permute(2, 1, 0) @ _spectrum(a, q, b).permute(2, 0, 1)
+    return torch.fft.irfft(mixed.permute(1, 2, 0), n=b).to(c.dtype)
+
+
+def _spectrum(a: Tensor, count: int, size: int) -> Tensor:
+    return torch.fft.rfft(a.to(torch.promote_types(a.dtype, torch.float32)).reshape(-1, count, size))
+
+
+def mask(a: Tensor, p: float) -> Tensor:
+    """Which entries of an activation dropout keeps, one byte each."""
+    return torch.empty_like(a, dtype=torch.bool).bernoulli_(1 - p)
+
+
+def masked(a: Tensor, kept: Tensor) -> Tensor:
+    """a where it is kept, and 0."""
+    return torch.where(kept, a, 0.0)
+
+
+KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, block_dot, circulate_back, circulate_dot, mask, masked)}

@@ -1,0 +1,238 @@
+"""A body with its gradients written out: the values and gradients of the plain body, and no more kept than they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, perturb
+from surgery.expr.ir import walk
+from surgery.expr.primitives import PRIMITIVES
+from surgery.lower import kernels, program
+from surgery.lower.step import step
+from surgery.operate import apply
+from surgery.spec import parse
+from zoo import CASES
+
+EXACT = 1e-10
+WIDE = LAYOUTS["linear 12x18"]
+on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, autograd sees every part of a body."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "_is_traced", lambda: True)
+        yield
+
+
+def outputs(op: Operated, leaves: dict[str, Tensor], x: Tensor, seed: int = 7) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    y = op.model(x)
+    direction = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5))
+    return {"the output": y.detach(), **(gradients(y, direction, leaves) if y.requires_grad else {})}
+
+
+def agree(op: Operated, leaves: dict[str, Tensor], x: Tensor) -> None:
+    """Each program that was found for the layer, not the chosen one alone, gives what its plain body gives."""
+    best = op.adapter._programs[True]
+    for each in (best, *best.over):
+        op.adapter._programs[True] = each
+        assert step(each.plan.written, (True,) * sum(node.op in ("x", "value") for node in walk(each.plan.written))), "it has a step"
+        found = outputs(op, leaves, x)
+        with plainly():
+            wanted = outputs(op, leaves, x)
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert_close(found[key], value, EXACT, f"{key} by {each.strategy}")
+
+
+@on_every_case
+def test_it_is_the_plain_body(case):
+    op = operated(case, WIDE)
+    agree(op, {**op.input(), **op.parameters}, op.x)
+    x = op.input()
+    agree(op, {**x, **op.parameters}, x["x"])
+
+
+@on_every_case
+def test_each_choice_of_what_takes_a_gradient(case):
+    op = operated(case, WIDE)
+    for one in op.parameters.values():
+        for key, tensor in op.parameters.items():
+            tensor.requires_grad_(tensor is one)
+        agree(op, op.parameters, op.x)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "sora"])
+def test_dropout_has_the_same_mask_in_both(name):
+    case = next(case for case in CASES if case.name == name)
+    op = operated(case, WIDE, dropout=0.4)
+    x = op.input()
+    agree(op, {**x, **op.parameters}, x["x"])
+
+
+# --------------------------------------------------------------------------------------------- what stays in memory
+
+
+def kept(run: Callable[[], Tensor], model: nn.Module) -> list[tuple]:
+    """The shapes and dtypes of what a forward pass saves, tensors that the model holds anyway left out."""
+    found: dict[int, Tensor] = {}
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in held:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        run()
+    return sorted((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in found.values() if t.numel() > 8 * 192)
+
+
+def saved(steps: str) -> list[tuple]:
+    """What a layer [256, 192] saves of 40 tokens, thin tensors left out."""
+    model = Tower(nn.Linear(192, 256))
+    apply(model, parse(f'spec s()\ntarget linear "**" {{ {steps} }}'))
+    perturb(model)
+    x = torch.randn(40, 192, requires_grad=True)
+    return kept(lambda: model(x), model)
+
+
+IN, OUT = ((40, 192), "float32"), ((40, 256), "float32")
+
+
+@pytest.mark.parametrize(("steps", "expected"), [
+    ("add low_rank(2)", [IN]),
+    ("pre diagonal()", [OUT]),
+    ("pre diagonal() on in", [IN]),
+    ("pre block_orthogonal(8) on in", [IN]),
+    ("pre householder(2) on in", [IN]),
+    ("add low_rank(2) dropout(0.5)", [((40, 192), "bool"), IN]),
+    ("add low_rank(2)  post magnitude()", [IN, OUT]),
+    ("pre diagonal() on in  add low_rank(2)  post diagonal() on in", [IN]),
+])
+def test_an_activation_is_kept_only_where_a_gradient_needs_it(steps, expected):
+    assert saved(steps) == expected
+
+
+def test_nothing_is_kept_where_nothing_trains():
+    model = Tower(nn.Linear(192, 256))
+    apply(model, parse('spec s()\ntarget linear "**" { add low_rank(2) }'))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(40, 192, requires_grad=True)
+    assert kept(lambda: model(x), model) == []
+
+
+# ------------------------------------------------------------------------------------------------ beside other code
+
+
+def test_an_output_that_is_written_over_changes_no_gradient():
+    for case in CASES[:7]:
+        op = operated(case, WIDE)
+        x, y = op.input(), op.input()
+        found = gradients(op.model(x["x"]).relu_(), torch.ones(2, 3, 12, dtype=torch.float64), {**x, **op.parameters})
+        wanted = gradients(op.model(y["x"]).relu(), torch.ones(2, 3, 12, dtype=torch.float64), {"x": y["x"], **op.parameters})
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted), case
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_an_error():
+    op = operated(CASES[0], WIDE)
+    y = op.model(op.input()["x"]).sum()
+    with torch.no_grad():
+        op.layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_a_trained_base_weight_takes_its_gradient():
+    op = operated(CASES[1], WIDE)
+    op.layer.weight.requires_grad_()
+    x = op.input()["x"]
+    (g,) = torch.autograd.grad(op.model(x).sum(), [op.layer.weight])
+    assert g.norm() > 0
+
+
+def test_second_derivatives_are_refused_and_torch_func_has_them():
+    op = operated(CASES[1], WIDE)
+    x = op.input()["x"]
+    (g,) = torch.autograd.grad(op.model(x).pow(2).sum(), [x], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+    hessian = torch.func.hessian(lambda row: op.model(row).pow(2).sum())(x[0, 0])
+    weight = torch.func.jacrev(op.model)(x[0, 0])
+    assert_close(hessian, 2 * weight.T @ weight, EXACT)
+
+
+def test_gradients_of_each_sample_by_vmap():
+    op = operated(CASES[4], WIDE)
+    rows = torch.randn(5, 18, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(op.model, parameters, row).pow(2).sum()
+
+    trained = {name: p for name, p in op.model.named_parameters() if p.requires_grad}
+    each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, rows)
+    whole = torch.autograd.grad(op.model(rows).pow(2).sum(), list(trained.values()))
+    for (name, found), wanted in zip(each.items(), whole):
+        assert_close(found.sum(0), wanted, EXACT, name)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    op = operated(CASES[4], WIDE, dropout=0.4)
+    x, direction = op.input(), torch.randn(2, 3, 12, dtype=torch.float64)
+    found = []
+    for run in (op.model, lambda x: torch.utils.checkpoint.checkpoint(op.model, x, use_reentrant=reentrant)):
+        torch.manual_seed(3)
+        (run(x["x"]) * direction).sum().backward()
+        found.append({key: leaf.grad for key, leaf in {**x, **op.parameters}.items()})
+        for leaf in (*x.values(), *op.parameters.values()):
+            leaf.grad = None
+    for key, gradient in found[0].items():
+        assert_close(found[1][key], gradient, EXACT, key)
+
+
+# ------------------------------------------------------------------------------------------------------- the kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_kernels_are_the_plain_formulas(dtype, rows):
+    tolerance = 30 * torch.finfo(dtype).eps
+    torch.manual_seed(0)
+    a, b = torch.randn(rows, 12).to(dtype), torch.randn(rows, 12).to(dtype)
+    s, t = torch.randn(4, 3, 3).to(dtype), torch.randn(4, 3, 2).to(dtype)
+    wide = torch.block_diag(*t.double())
+    assert_close(kernels.column_dot(a, b), (a.double() * b.double()).sum(0), tolerance)
+    assert_close(kernels.blocks(a, t), a.double() @ wide, tolerance)
+    assert_close(kernels.blocks(a.unflatten(0, (1, -1)), t), (a.double() @ wide)[None], tolerance)
+    product = (a.double().mT @ b.double()).unflatten(0, (4, 3)).unflatten(-1, (4, 3))
+    assert_close(kernels.block_dot(a, b, s), torch.stack([product[i, :, i] for i in range(4)]), tolerance)
+    mask = kernels.mask(a, 0.25)
+    assert mask.dtype == torch.bool and torch.equal(kernels.masked(a, mask), a * mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_circulants_by_fourier_transforms(dtype):
+    torch.manual_seed(0)
+    a, b, c = torch.randn(30, 12).to(dtype), torch.randn(30, 9).to(dtype), torch.randn(3, 4, 3).to(dtype)
+    exact, tolerance = c.double().requires_grad_(), 30 * torch.finfo(dtype).eps
+    whole = PRIMITIVES["circulant"].dense(exact)
+    assert_close(kernels.circulate_back(b, c), b.double() @ whole, tolerance)
+    (wanted,) = torch.autograd.grad((a.double() @ whole.mT * b.double()).sum(), exact)
+    assert_close(kernels.circulate_dot(a, b, c), wanted, tolerance)
+
+
+def test_a_stride_changes_nothing():
+    a, b = torch.randn(12, 300, dtype=torch.float64).mT, torch.randn(1, 12, dtype=torch.float64).expand(300, 12)
+    s = torch.randn(4, 3, 3, dtype=torch.float64)
+    assert_close(kernels.column_dot(a, b), (a * b).sum(0), EXACT)
+    assert_close(kernels.blocks(a, s), a @ torch.block_diag(*s), EXACT)
+    assert_close(kernels.block_dot(b, a, s), kernels.block_dot(b.contiguous(), a.contiguous(), s), EXACT)
