@@ -45,15 +45,15 @@ def test_the_modules_are_those_that_peft_takes(demo: str, fields: dict[str, Any]
 
 
 def test_a_field_is_resolved_for_a_module() -> None:
-    family = Family("X", "X", {}, {"r": "rank_pattern", "alpha": "alpha_pattern"}, ("feedforward_modules",))
+    family = Family("X", "X", {}, ("feedforward_modules",), {"r": "rank_pattern", "alpha": "alpha_pattern"})
     config = {"r": 8, "alpha": 16, "rank_pattern": {"a.q": 2, r"layers\.\d.q": 3, "q": 4}, "alpha_pattern": {},
               "feedforward_modules": ["down"]}
     ranks = {name: resolved(config, family, name)["r"] for name in ("x.a.q", "layers.1.q", "q", "k", "ba.q")}
     assert ranks == {"x.a.q": 2, "layers.1.q": 3, "q": 4, "k": 8, "ba.q": 4}
     assert resolved(config, family, "q")["alpha"] == 16
     assert [resolved(config, family, name)["feedforward_modules"] for name in ("mlp.down", "mlp.up")] == [True, False]
-    marked = {**config, "feedforward_modules": r".*\.up"}
-    assert [resolved(marked, family, name)["feedforward_modules"] for name in ("mlp.down", "mlp.up")] == [False, True]
+    listed = {**config, "feedforward_modules": r".*\.up"}
+    assert [resolved(listed, family, name)["feedforward_modules"] for name in ("mlp.down", "mlp.up")] == [False, True]
 
 
 def test_what_is_no_regular_expression_is_said() -> None:

@@ -144,19 +144,17 @@ class Family:
     """One of PEFT's configuration classes. `plain`: the values of its switches that leave the formula as the family's
     plainest method has it; a field that an older configuration lacks counts as None.
 
-    `patterns`: by field, the field that gives other values of it to some modules, by the end of their names; `marks`: fields
-    that list some of the modules, which rows see as whether the module is one of them; `biases`: what its `bias` says where
-    the operated modules' own biases are trained too; `shared`: the tensors that PEFT keeps once for the model, which rows
-    see beside each module's own.
+    `lists`: the fields that list modules, which the configuration of one module has as true or false; `patterns`: by field,
+    the field that gives other values of it to some modules, by the end of their names; `biases`: what its `bias` says where
+    the operated modules' own biases are trained too.
     """
 
     peft_type: str
     config_class: str
     plain: Mapping[str, tuple[Any, ...]]
+    lists: tuple[str, ...] = ()
     patterns: Mapping[str, str] = field(default_factory=dict)
-    marks: tuple[str, ...] = ()
     biases: str = ""
-    shared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

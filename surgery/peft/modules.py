@@ -85,8 +85,8 @@ def resolved(config: Config, family: Family, name: str) -> dict[str, Any]:
     found = dict(config)
     for own, exceptions in family.patterns.items():
         found[own] = _exception(config.get(exceptions) or {}, name, config.get(own))
-    for marks in family.marks:
-        found[marks] = _is_marked(config.get(marks), name)
+    for listing in family.lists:
+        found[listing] = _is_listed(config.get(listing), name)
     return found
 
 
@@ -96,7 +96,7 @@ def _exception(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     return next(fitting, otherwise)
 
 
-def _is_marked(wanted: str | Iterable[str] | None, name: str) -> bool:
+def _is_listed(wanted: str | Iterable[str] | None, name: str) -> bool:
     if isinstance(wanted, str):
         return _regular(wanted).fullmatch(name) is not None
     return name.endswith(tuple(wanted or ()))
