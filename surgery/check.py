@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import lcm
 from typing import Any
 
+from surgery.costs import Estimate, fallback, layer_kind
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
@@ -65,7 +67,16 @@ def _tried(spec: Spec, scope: Library, values: Mapping[str, Any]) -> list[Diagno
         from surgery.trial import try_claims, try_starts
 
         report.add(*try_starts(unproven), *try_claims(claiming))
+    report.add(*_dense(spec, scope, values))
     return report.found
+
+
+def _dense(spec: Spec, scope: Library, values: Mapping[str, Any]) -> Iterator[Diagnostic]:
+    """A warning for each target without a cheap program on a large weight."""
+    for target in spec.targets:
+        shapes = sorted(chain(*_sizes(_numbers(target, scope, values))), key=lambda shape: shape[0] * shape[1], reverse=True)
+        found = [_first(target, Context(scope, {**values, **place}), shapes, Collector()) for place in _places(target)]
+        yield from filter(None, [fallback(target, [Estimate(t.formula, layer_kind(target.kind)) for t in found if t])])
 
 
 def _unplaced(spec: Spec) -> Iterator[Target]:
@@ -91,12 +102,16 @@ def _argument(parameter: Parameter) -> Argument:
 def _trials(target: Target, scope: Library, values: Mapping[str, Any], report: Collector) -> Iterator[Trial]:
     """The target at the first wide, tall and square sizes that fit, at each end of the model if it asks where it stands."""
     sizes = _sizes(_numbers(target, scope, values))
-    for place in _PLACES if names_in(target).keys() & {"layer", "depth"} else ({},):
+    for place in _places(target):
         context, faults = Context(scope, {**values, **place}), Collector()
         found = [_first(target, context, sides, faults) for sides in sizes]
         yield from filter(None, found)
         if not any(found):
             report.add(_untested(target, faults))
+
+
+def _places(target: Target) -> Iterable[Mapping[str, Any]]:
+    return _PLACES if names_in(target).keys() & {"layer", "depth"} else ({},)
 
 
 def _first(target: Target, context: Context, sides: Iterable[tuple[int, int]], faults: Collector) -> Trial | None:

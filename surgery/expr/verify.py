@@ -86,7 +86,7 @@ FILL: Laws = {"fill": _leaf("a float in a shape", lambda n: isinstance(n.data, f
 PUBLIC: Laws = {name: _primitive(name) for name, row in PRIMITIVES.items() if row.public}
 CORES: Laws = {name: _primitive(name) for name, row in PRIMITIVES.items() if not row.public}
 ACTIVATIONS: Laws = {
-    "x": _leaf("[tokens, features]", lambda n: len(n.shape) == 2 and n.data is None),
+    "x": _leaf("[tokens, features], or ids of rows", lambda n: len(n.shape) == 2 and n.data in (None, "ids")),
     "frozen": _on(1, "rows through the layer, biased or not",
                   lambda n: n.shape[:-1] == _rows(n) and n.data in (None, "biased")),
     "frozen_back": _on(1, "rows back through the layer", lambda n: n.shape[:-1] == _rows(n) and n.data is None),

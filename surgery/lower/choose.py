@@ -48,11 +48,21 @@ def candidates(formula: Formula, kind: str, training: bool, has_bias: bool, toke
     """The programs of a layer's output, the cheapest for so many tokens first. `kind`: linear, conv, embedding."""
     weight = cheapest(formula.weight if training else without_dropout(formula.weight))
     operand = turned(weight) if kind == "embedding" else weight
-    x = Expr("x", (), None, (TOKENS, operand.shape[1]))
-    bias = cheapest(formula.bias) if has_bias else None
+    x, bias = _input(operand.shape[1], kind), cheapest(formula.bias) if has_bias else None
     found = [candidate((_with_bias(make_output(operand, x, kind), bias, kind),), _unread, name)
              for name, make_output in STRATEGIES.items()]
     return tuple(sorted(found, key=lambda each: each.cost(tokens).seconds))
+
+
+def _input(width: int, kind: str) -> Expr:
+    """The activations that a layer gets; an embedding's are token ids, which stand for rows with a single 1."""
+    return Expr("x", (), "ids" if kind == "embedding" else None, (TOKENS, width))
+
+
+def frozen_alone(kind: str, out: int, in_: int) -> Expr:
+    """What the frozen layer itself gives, for a weight [out, in]."""
+    width, height = (out, in_) if kind == "embedding" else (in_, out)
+    return Expr("frozen", (_input(width, kind),), None, (TOKENS, height))
 
 
 def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights") -> Candidate:

@@ -13,11 +13,13 @@ from math import log2, prod
 
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr, walk
+from surgery.lower.emit import without_gradient
 from surgery.rewrite.terms import depends_on
 
 TOKENS = 1024  # the number that a choice supposes where nothing is said
 INTENSITY = 16.0  # multiplications and additions in the time of moving one number: CPUs have 10 to 40, GPUs more
-_VIEWS = {"T", "split", "join", "detach", "param", "places", "weight", "bias", "x", "const", "eye", "drop", "reshape", "columns"}
+# What is not computed: views, and what is there already.
+MADE_ELSEWHERE = {"T", "split", "join", "detach", "param", "places", "weight", "bias", "x", "const", "eye", "drop", "reshape", "columns"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Cost:
 
 def step_cost(outputs: Iterable[Expr], fixed: Iterable[Expr], tokens: int = TOKENS) -> Cost:
     """The cost of a training step of a program that gives `outputs`; what is `fixed` is computed once and costs nothing."""
+    outputs = tuple(outputs)
+    gradless = without_gradient(*outputs)
     on_input: dict[Expr, bool] = {}
     on_leaf: dict[Expr, bool] = {}
     seen = {node for root in fixed for node in walk(root)} - {node for root in fixed for node in root.args}
@@ -51,17 +55,29 @@ def step_cost(outputs: Iterable[Expr], fixed: Iterable[Expr], tokens: int = TOKE
         for node in walk(output):
             if node not in seen:
                 seen.add(node)
-                total += _node_cost(node, tokens, depends_on(node, "x", on_input), on_leaf)
+                times = 1 if node in gradless else 1 + _gradients(node, on_input, on_leaf)
+                total += _node_cost(node, tokens, times, depends_on(node, "x", on_input))
     return total
 
 
-def _node_cost(node: Expr, tokens: int, in_body: bool, on_leaf: dict[Expr, bool]) -> Cost:
-    """Forward once; backward once for each argument that takes a gradient (the input always does)."""
-    takes = [a for a in node.args if depends_on(a, "param", on_leaf) or depends_on(a, "x", {})]
-    times = 1 + len(takes)
-    flops = times * _flops(node, tokens)
-    moved = 0.0 if node.op in _VIEWS else times * (size(node, tokens) + sum(size(a, tokens) for a in node.args))
-    return Cost(flops if in_body else 0.0, 0.0 if in_body else flops, moved)
+def _gradients(node: Expr, on_input: dict[Expr, bool], on_leaf: dict[Expr, bool]) -> int:
+    """How many arguments take a gradient in the backward pass. An input does, unless it is token ids."""
+    return sum(depends_on(a, "param", on_leaf) or depends_on(a, "x", on_input) and not _is_ids(a) for a in node.args)
+
+
+def _node_cost(node: Expr, tokens: int, times: int, in_body: bool) -> Cost:
+    """Of computing a node so many times, forward and backward."""
+    if _is_ids(node):
+        return Cost()
+    if node.args and _is_ids(node.args[0]):  # rows are looked up
+        return Cost(moved=2 * times * size(node, tokens))
+    work = times * flops(node, tokens)
+    moved = 0.0 if node.op in MADE_ELSEWHERE else times * (size(node, tokens) + sum(size(a, tokens) for a in node.args))
+    return Cost(work if in_body else 0.0, 0.0 if in_body else work, moved)
+
+
+def _is_ids(node: Expr) -> bool:
+    return node.op == "x" and node.data == "ids" or node.op == "dropout" and _is_ids(node.args[0])
 
 
 def size(node: Expr, tokens: int) -> float:
@@ -76,8 +92,9 @@ def _known(value: object, tokens: int) -> float:
     return float(sum((c * tokens ** sum(power for _, power in monomial) for monomial, c in value.terms), Fraction(0)))
 
 
-def _flops(node: Expr, tokens: int) -> float:
-    if node.op in _VIEWS:
+def flops(node: Expr, tokens: int) -> float:
+    """Multiplications and additions of computing a node once."""
+    if node.op in MADE_ELSEWHERE:
         return 0.0
     rule = _RULES.get(node.op)
     return rule(node, lambda each: size(each, tokens)) if rule else size(node, tokens)

@@ -1,0 +1,109 @@
+"""What an operated weight costs by the cost model: a step as a multiple of the frozen layer's own, and what is built for it.
+
+Takes a formula, the kind of its layer and the number of tokens; gives an `Estimate`. Promises: counted from shapes and not
+measured (`surgery bench` measures); no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from surgery.diagnostics import Diagnostic
+from surgery.expr.ir import Expr, Formula, walk
+from surgery.expr.primitives import shape_text
+from surgery.lower.activate import turned
+from surgery.lower.choose import Candidate, candidates, frozen_alone
+from surgery.lower.cost import MADE_ELSEWHERE, TOKENS, Cost, flops, step_cost
+from surgery.maths import Maths
+from surgery.syntax.tree import Target
+
+_KINDS = {"any": "linear"}
+FLOAT = 4  # bytes of a number in float32
+_LONGEST = 60  # columns of an expression in a message
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The costs of one weight's programs. `stack`: how many matrices it is (the tokens are spread over them), or None."""
+
+    formula: Formula
+    kind: str
+    tokens: int = TOKENS
+    stack: int | None = None
+    training: bool = True
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.formula.weight.shape
+
+    @cached_property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The programs, the one that runs first."""
+        has_bias = self.formula.bias.op != "bias"
+        return candidates(self.formula, self.kind, self.training, has_bias, self.tokens)
+
+    @cached_property
+    def frozen(self) -> Cost:
+        """A step of the frozen layer: forward, and backward to its input."""
+        return step_cost((frozen_alone(self.kind, *self.sides),), (), self.tokens)
+
+    def ratio(self, candidate: Candidate | None = None) -> float:
+        """A step of a program (the one that runs, if none is given) as a multiple of the frozen layer's."""
+        if self.stack is not None:  # every matrix is built, and the layer's own map runs with it
+            built = next(c for c in self.candidates if c.strategy == "built weight")
+            once = built.cost(0).seconds
+            return (built.cost(self.tokens).seconds + (self.stack - 1) * once) / self.frozen.seconds
+        return (candidate or self.candidates[0]).cost(self.tokens).seconds / self.frozen.seconds
+
+    @cached_property
+    def built(self) -> tuple[Expr, ...]:
+        """The matrices as large as a side of the weight that the most structured program makes at every step, the costliest
+        first; none if the formula has a cheap program."""
+        return min((large_matrices(c, min(self.sides)) for c in self.candidates), key=len)
+
+    @property
+    def cost_text(self) -> str:
+        """`at [1024, 4096] and 1,024 tokens a step costs 2.1 x the frozen layer's: 43 GFLOP, 210 MB moved`."""
+        cost = self.candidates[0].cost(self.tokens)
+        return (f"at {shape_text(self.sides)} and {self.tokens:,} tokens a step costs {self.ratio():.2f} x the frozen layer's: "
+                f"{amount(cost.flops, 'FLOP')}, {amount(FLOAT * cost.moved, 'B')} moved in float32")
+
+
+def layer_kind(target_kind: str) -> str:
+    """The kind of layer that a target's costs are told for: a linear one where any will do."""
+    return _KINDS.get(target_kind, target_kind)
+
+
+def large_matrices(candidate: Candidate, side: int) -> tuple[Expr, ...]:
+    """What the set-up makes anew at every step and is no thin matrix beside a weight whose shorter side is `side`."""
+    fixed = {node for root in candidate.fixed for node in walk(root)}
+    nodes = dict.fromkeys(node for value in candidate.values for node in walk(value))
+    large = [n for n in nodes if n not in fixed and n.op not in MADE_ELSEWHERE and len(n.shape) > 1
+             and 2 * min(n.shape[-2:]) > side]
+    return tuple(sorted(large, key=lambda node: -flops(node, 0)))
+
+
+def fallback(target: Target, estimates: Iterable[Estimate]) -> Diagnostic | None:
+    """The warning that a target runs dense, with the cost where that is largest; None if nothing of it does."""
+    dense = [e for e in estimates if e.built]
+    if not dense:
+        return None
+    worst = max(dense, key=Estimate.ratio)
+    return Diagnostic("fallback", "this target has no cheap program and runs dense", target.span, severity="warning",
+                      notes=(f"every step makes {_written(worst.built[0])}", worst.cost_text))
+
+
+def _written(matrix: Expr) -> str:
+    """A matrix as maths, with its shape; or its transpose where that is shorter."""
+    text, shape = min(((Maths({}).text(m), m.shape) for m in (matrix, turned(matrix))), key=lambda pair: len(pair[0]))
+    return f"{text if len(text) <= _LONGEST else f'{text[:_LONGEST - 3]}...'}, {shape_text(shape)}"
+
+
+def amount(number: float, unit: str) -> str:
+    """A number with its unit: `43.1 GFLOP`."""
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while number >= 1000 and len(prefixes) > 1:
+        number, prefixes = number / 1000, prefixes[1:]
+    return f"{number:.3g} {prefixes[0]}{unit}"
