@@ -26,7 +26,8 @@ _LONGEST = 60  # columns of an expression in a message
 
 @dataclass(frozen=True)
 class Estimate:
-    """The costs of one weight's programs. `stack`: how many matrices it is (the tokens are spread over them), or None."""
+    """The costs of one weight's programs. `stack`: how many matrices are built for a layer that only its own forward
+    knows, which then runs with them (the tokens are spread over them); None for a layer that programs stand in for."""
 
     formula: Formula
     kind: str
@@ -51,11 +52,14 @@ class Estimate:
 
     def ratio(self, candidate: Candidate | None = None) -> float:
         """A step of a program (the one that runs, if none is given) as a multiple of the frozen layer's."""
-        if self.stack is not None:  # every matrix is built, and the layer's own map runs with it
-            built = next(c for c in self.candidates if c.strategy == "built weight")
-            once = built.cost(0).seconds
-            return (built.cost(self.tokens).seconds + (self.stack - 1) * once) / self.frozen.seconds
-        return (candidate or self.candidates[0]).cost(self.tokens).seconds / self.frozen.seconds
+        return self.seconds(candidate) / self.frozen.seconds
+
+    def seconds(self, candidate: Candidate | None = None) -> float:
+        """The time of a step in the cost model's units."""
+        if self.stack is None:
+            return (candidate or self.candidates[0]).cost(self.tokens).seconds
+        built = next(c for c in self.candidates if c.strategy == "built weight")
+        return built.cost(self.tokens).seconds + (self.stack - 1) * built.cost(0).seconds
 
     @cached_property
     def built(self) -> tuple[Expr, ...]:

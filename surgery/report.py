@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import torch
 
 from surgery.compile import Placed, Plan
+from surgery.costs import Estimate, fallback
+from surgery.diagnostics import Diagnostic
+from surgery.layer import is_direct
 from surgery.show import formula_lines
 from surgery.syntax.tree import Target
 
@@ -24,7 +27,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
 class Row(NamedTuple):
-    """One operated weight: `shape` is [out, in] (one matrix of a stack), `parameters` what its adapter trains."""
+    """One operated weight: `shape` is [out, in] (one matrix of a stack), `parameters` what its adapter trains, `step_ratio`
+    an estimate of what a step costs, as a multiple of the frozen layer's."""
 
     name: str
     target: int
@@ -33,6 +37,7 @@ class Row(NamedTuple):
     stack: int | None
     formula: str
     parameters: int
+    step_ratio: float
 
     @property
     def shape_text(self) -> str:
@@ -52,7 +57,25 @@ class Report:
         targets = {id(target): i for i, target in enumerate(self.plan.spec.targets)}
         first = {id(p.formula): p for p in self.plan.placed}
         formulas = {key: formula_lines(p.target, p.formula)[0] for key, p in first.items()}
-        return tuple(_row(p, targets[id(p.target)], formulas[id(p.formula)]) for p in self.plan.placed)
+        return tuple(_row(p, targets[id(p.target)], formulas[id(p.formula)], estimate.ratio())
+                     for p, estimate in zip(self.plan.placed, self.estimates))
+
+    @cached_property
+    def estimates(self) -> tuple[Estimate, ...]:
+        """What each operated weight costs, in module order."""
+        return tuple(map(estimated, self.plan.placed))
+
+    @property
+    def fallbacks(self) -> list[Diagnostic]:
+        """A warning for each target that has no cheap program on one of its weights."""
+        pairs = list(zip(self.plan.placed, self.estimates))
+        found = (fallback(t, [e for p, e in pairs if p.target is t]) for t in self.plan.spec.targets)
+        return list(filter(None, found))
+
+    @property
+    def step_ratio(self) -> float:
+        """The estimate for all operated weights together, as a multiple of what they cost frozen (1 where there are none)."""
+        return sum(e.seconds() for e in self.estimates) / sum(e.frozen.seconds for e in self.estimates) if self.estimates else 1.0
 
     @property
     def total(self) -> int:
@@ -90,7 +113,7 @@ class Report:
         """All the figures, for `--json`."""
         return {"spec": self.plan.spec.name, "modules": [r._asdict() for r in self.rows], "unfrozen": self.unfrozen,
                 "left_out": self.left_out, "trainable": self.trainable, "frozen": self.plan.frozen, "base": self.total,
-                "percent": self.percent, "dtype": _name(self.dtype), "bytes": self.bytes}
+                "percent": self.percent, "dtype": _name(self.dtype), "bytes": self.bytes, "step_ratio": self.step_ratio}
 
     def __str__(self) -> str:
         parts = [line for index, rows in groupby(sorted(self.rows, key=lambda r: r.target), lambda r: r.target)
@@ -100,7 +123,11 @@ class Report:
         if self.left_out:
             parts += ["left out", *_table((f"  {_some(names)}", _counted(len(names), "module"), reason)
                                           for reason, names in self.left_out.items())]
-        return "\n".join([*parts, self.summary])
+        return "\n".join([*parts, self.summary, *self._cost_lines()])
+
+    def _cost_lines(self) -> list[str]:
+        tokens = f"{self.estimates[0].tokens:,}" if self.estimates else ""
+        return [f"a step of them with {tokens} tokens costs {self.step_ratio:.2f} x what it costs frozen, by estimate"] if tokens else []
 
     @property
     def summary(self) -> str:
@@ -110,9 +137,16 @@ class Report:
                 f"{self.percent:.3g} % of {self.total:,}{extra}; the adapter takes {size_text(self.bytes)} in {_name(self.dtype)}")
 
 
-def _row(placed: Placed, target: int, formula: str) -> Row:
+def _row(placed: Placed, target: int, formula: str, ratio: float) -> Row:
     site = placed.site
-    return Row(site.name, target, site.kind, (site.out, site.in_), site.stack, formula, placed.parameters)
+    return Row(site.name, target, site.kind, (site.out, site.in_), site.stack, formula, placed.parameters, ratio)
+
+
+def estimated(placed: Placed) -> Estimate:
+    """What an operated weight costs."""
+    module = type(placed.site.module)
+    runs_programs = placed.site.stack is None and is_direct(getattr(module, "base", module))
+    return Estimate(placed.formula, placed.site.kind, stack=None if runs_programs else placed.site.stack or 1)
 
 
 def size_text(count: int) -> str:
@@ -142,7 +176,8 @@ def _block(target: Target, rows: Sequence[Row]) -> Iterable[str]:
     for row in rows:
         alike.setdefault((_NUMBER.sub("*", row.name), row.shape_text, row.formula, row.parameters), []).append(row)
     yield from _table((f"  {pattern([r.name for r in same])}", f"{len(same)} x", same[0].shape_text, same[0].formula,
-                       _counted(sum(r.parameters for r in same), "parameter")) for same in alike.values())
+                       _counted(sum(r.parameters for r in same), "parameter"), f"step {same[0].step_ratio:.2f} x")
+                      for same in alike.values())
 
 
 def pattern(names: Sequence[str]) -> str:

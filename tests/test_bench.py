@@ -127,7 +127,7 @@ def test_an_interruption_shows_what_is_known(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (("lora", "--model", "demo:llama", "--tokens", "8"), "not of the form"),
+    (("lora", "--model", "demo:llama", "--tokens", "8"), "not two whole numbers"),
     (("lora", *QUICK, "--set", "rnak=2"), "did you mean `rank`"),
     (("lora", *QUICK, "--device", "tpu9"), "there is no device `tpu9`"),
     (("lora", "--model", "demo:llama:hiden_size=64"), "did you mean `hidden_size`"),

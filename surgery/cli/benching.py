@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.models import DTYPES
-from surgery.cli.options import command, opened, sets, targets
+from surgery.cli.options import PAIR, command, opened, sets, targets
 from surgery.cli.render import Output
 from surgery.diagnostics import did_you_mean, fail
 
@@ -23,23 +22,9 @@ if TYPE_CHECKING:
     from surgery.syntax.tree import Spec
 
 
-class _Tokens(click.ParamType):
-    """`4,128`: a batch of 4 rows of 128 tokens."""
-
-    name = "B,T"
-
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        parts = value.split(",")
-        if len(parts) != 2 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
-            self.fail(f"'{value}' is not of the form 4,128 (rows, tokens a row)", param, context)
-        return int(parts[0]), int(parts[1])
-
-
 @command(click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),
          click.option("--model", required=True, help="Measure on this model; demo:llama-bench is large enough for a CPU."),
-         click.option("--tokens", type=_Tokens(), default="4,128", show_default=True,
+         click.option("--tokens", type=PAIR, default="4,128", metavar="B,T", show_default=True,
                       help="Rows, and tokens a row (of images: how many)."),
          click.option("--against", type=click.Choice(["peft"]), help="Measure PEFT's own too, where it has the method."),
          click.option("--device", default="cpu", show_default=True, help="A device of torch's: cpu, cuda, cuda:1."),
@@ -54,8 +39,10 @@ def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int,
     frozen. All take turns in one process. A parameter that --set names is set in every spec that has it. Ctrl-C shows what
     is known by then.
     """
-    if against and find_spec("peft") is None:
-        raise click.UsageError("--against peft needs PEFT: pip install peft")
+    if against:
+        from surgery.training import need
+
+        need("peft", "peft", "--against peft")
     named = _named(specs, sets, targets)
     with _memory(device):
         ready = _ready(output, model, dtype, device, named, tokens, bool(against))

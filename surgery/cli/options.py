@@ -61,6 +61,21 @@ def command(*options: Callable, example: str) -> Callable[[Callable], click.Comm
     return make
 
 
+class Pair(click.ParamType):
+    """Two whole numbers: `4,128`."""
+
+    name = "N,N"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if len(parts) != 2 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
+            self.fail(f"'{value}' is not two whole numbers such as 4,128", param, context)
+        return int(parts[0]), int(parts[1])
+
+
+PAIR = Pair()
 sets = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the spec.")
 targets = click.option("--target", "targets", multiple=True, metavar="PATTERN",
                        help="Operate on these modules instead of those that the spec names.")

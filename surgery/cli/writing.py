@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import command, opened, sets, spec_argument
+from surgery.cli.options import PAIR, command, opened, sets, spec_argument
 from surgery.cli.render import Output, counted
 from surgery.diagnostics import CODES, Collector, Diagnostic, SurgeryError, did_you_mean, fail
 
@@ -60,9 +60,7 @@ def _checked(output: Output, name: str, sets: tuple[str, ...], skeleton: Any) ->
     found = Collector()
     with guard(found):
         spec = opened(name, sets)
-        found.add(*_findings(output, spec))
-        if skeleton is not None and not found.errors:
-            found.add(*_misfits(spec, skeleton))
+        found.add(*_findings(output, spec, skeleton))
     output.diagnostics(found.found)
     return found
 
@@ -72,20 +70,26 @@ def _verdict(found: Collector, ok: bool) -> str:
     return ", ".join([*(["ok"] if ok else []), *counts])
 
 
-def _findings(output: Output, spec: Spec) -> list[Diagnostic]:
+def _findings(output: Output, spec: Spec, skeleton: Any) -> list[Diagnostic]:
+    """What is wrong with a spec by itself, and on the model. What runs dense is told once: on the model's sizes."""
     from surgery.check import check as checked
 
     with output.busy("checking"):
-        return checked(spec)
+        found = checked(spec)
+        if skeleton is None or any(d.severity == "error" for d in found):
+            return found
+        return [*(d for d in found if d.code != "fallback"), *_misfits(spec, skeleton)]
 
 
 def _misfits(spec: Spec, skeleton: Any) -> tuple[Diagnostic, ...]:
     from surgery.compile import compile
+    from surgery.report import Report
 
     try:
-        return compile(skeleton, spec).warnings
+        plan = compile(skeleton, spec)
     except SurgeryError as error:
         return error.diagnostics
+    return *plan.warnings, *Report(plan).fallbacks
 
 
 def _explain_code(output: Output, code: str) -> None:
@@ -194,12 +198,22 @@ def specs(output: Output) -> None:
          click.option("--emit", type=click.Choice(["formula", "spec", "json", "python", "ir"]), default="formula",
                       show_default=True, help="What to show: the formula with parameter shapes, the spec as text, as JSON or "
                       "as Python, or the compiler's expressions."),
+         click.option("--program", is_flag=True, help="Show the program that runs, its cost, and what it was chosen over."),
+         click.option("--tokens", type=click.IntRange(1), help="How many tokens a step has, for --program. Default: 1024."),
+         click.option("--shape", type=PAIR, metavar="OUT,IN", help="The weight's shape, for --program. Default: 1024,4096."),
          example="surgery show sora --set rank=8")
-def show(output: Output, spec: str, sets: tuple[str, ...], emit: str) -> None:
+def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: bool, tokens: int | None,
+         shape: tuple[int, int] | None) -> None:
     """Show the formula of a spec, or another form."""
     from surgery.spec import inlined
 
+    if (tokens or shape) and not program:
+        raise click.UsageError("--tokens and --shape go with --program.")
     resolved = inlined(opened(spec, sets))
+    if program:
+        from surgery.cli.programs import shown
+
+        return shown(output, resolved, *(shape or (1024, 4096)), tokens or 1024)
     text = _EMITTED[emit](resolved)
     output.raw(text if text.endswith("\n") else f"{text}\n")
     output.data(spec=resolved.model_dump(mode="json"), emit=emit, text=text)

@@ -1,0 +1,106 @@
+"""What `show --program` prints: the program of each target on a weight of one shape, its cost, and what it was chosen over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from surgery.cli.render import Output
+from surgery.costs import FLOAT, Estimate, amount, layer_kind
+from surgery.diagnostics import Collector
+from surgery.expr.elaborate import Context, elaborate
+from surgery.expr.ir import Expr, Formula
+from surgery.expr.lint import spec_values
+from surgery.lower.choose import Candidate
+from surgery.lower.program import Program, activations
+from surgery.lower.step import step
+from surgery.spec import library
+from surgery.syntax.tree import Spec, Target
+
+_FIRST = {"layer": 0, "depth": 0.0}  # where a target that asks for it stands
+
+
+def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int) -> None:
+    """Print the programs of a spec. Raises: SurgeryError where the shape does not fit."""
+    found = [(target, formula, Estimate(formula, layer_kind(target.kind), tokens))
+             for target, formula in _formulas(spec, out, in_)]
+    text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(formula, estimate)])
+                       for target, formula, estimate in found)
+    output.raw(f"{text}\n")
+    output.data(spec=spec.model_dump(mode="json"), emit="program", text=text,
+                programs=[{"shape": [out, in_], "tokens": tokens, "candidates": _rows(e)} for _, _, e in found])
+
+
+def _formulas(spec: Spec, out: int, in_: int) -> list[tuple[Target, Formula]]:
+    scope, report = library(spec), Collector()
+    values = {**spec_values(spec, report), **_FIRST}
+    found = [(target, elaborate(target, Context(scope, values), out, in_, report)) for target in spec.targets]
+    report.raise_errors()
+    return found
+
+
+def _page(formula: Formula, estimate: Estimate) -> Iterator[str]:
+    """The costs, then the code in training and in evaluation."""
+    out, in_ = estimate.sides
+    yield f"  for a {estimate.kind} weight [{out}, {in_}], a step of {estimate.tokens:,} tokens, by estimate:"
+    yield from (f"    {line}" for line in _costs(estimate))
+    train, evaluate = (_functions(_program(formula, estimate, mode)) for mode in (True, False))
+    yield from ("", "  in training", *_code(train), *_gradients(formula, estimate, _program(formula, estimate, True)))
+    others = [text for text in evaluate if text not in train]
+    yield f"\n  in evaluation the set-up is kept until a tensor changes, and {'this differs' if others else 'the rest is the same'}"
+    yield from _code(others)
+
+
+def _program(formula: Formula, estimate: Estimate, training: bool) -> Program:
+    return activations(formula, estimate.kind, training, formula.bias.op != "bias", estimate.tokens)
+
+
+def _functions(program: Program) -> list[str]:
+    """The functions of a program that compute something."""
+    return [text for text in program.source.split("\n\n") if not text.endswith(":\n    return ()")]
+
+
+def _code(functions: Iterable[str]) -> Iterator[str]:
+    return (f"    {line}".rstrip() for line in "\n\n".join(functions).splitlines())
+
+
+def _gradients(formula: Formula, estimate: Estimate, program: Program) -> Iterator[str]:
+    """The body with its gradients written out, where one node of autograd runs it."""
+    frozen = {leaf.key for leaf in formula.leaves if leaf.frozen}
+    needs = (estimate.kind != "embedding", *(_trains(value, frozen) for value in program.plan.values))
+    found = step(program.plan.written, needs) if estimate.kind == "linear" else None
+    if found is not None:
+        yield "\n  and the body in training, as one node of autograd"
+        yield from _code([found.source])
+
+
+def _trains(value: Expr, frozen: set[str]) -> bool:
+    """Whether a parameter that trains is reached without passing a `detach`."""
+    if value.op == "param":
+        return value.data not in frozen
+    return value.op != "detach" and any(_trains(a, frozen) for a in value.args)
+
+
+# -------------------------------------------------------------------------------------------------------- costs
+
+
+def _rows(estimate: Estimate) -> list[dict[str, Any]]:
+    return [_row(estimate, candidate) for candidate in estimate.candidates]
+
+
+def _row(estimate: Estimate, candidate: Candidate) -> dict[str, Any]:
+    cost = candidate.cost(estimate.tokens)
+    return {"strategy": candidate.strategy, "setup_flops": cost.setup_flops, "body_flops": cost.body_flops,
+            "bytes_moved": FLOAT * cost.moved, "step_ratio": estimate.ratio(candidate)}
+
+
+def _costs(estimate: Estimate) -> list[str]:
+    """A line for each program, the one that runs first, and the frozen layer's."""
+    frozen = estimate.frozen
+    lines = [["", "set-up", "body", "moved in float32", "x frozen"],
+             *([r["strategy"], amount(r["setup_flops"], "FLOP"), amount(r["body_flops"], "FLOP"),
+                amount(r["bytes_moved"], "B"), f"{r['step_ratio']:.2f}"] for r in _rows(estimate)),
+             ["the frozen layer", "-", amount(frozen.flops, "FLOP"), amount(FLOAT * frozen.moved, "B"), "1.00"]]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+    return [rows[0].rstrip(), f"{rows[1]}  runs", *rows[2:]]

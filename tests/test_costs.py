@@ -1,0 +1,156 @@
+"""Estimates: which program is chosen, what is said to run dense, and where the figures are shown."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from surgery.cli.main import main
+from surgery.compile import compile
+from surgery.costs import Estimate
+from surgery.demo import load_demo
+from surgery.diagnostics import Collector
+from surgery.expr.elaborate import Context, elaborate
+from surgery.expr.ir import Formula
+from surgery.expr.lint import spec_values
+from surgery.lower.cost import Cost, step_cost
+from surgery.lower.choose import frozen_alone
+from surgery.report import Report
+from surgery.spec import library, load, parse, shipped
+
+OUT, IN = 512, 1024
+# What no structure of the compiler's makes cheap: an entry-by-entry product, a full solve, entries at places of the weight.
+DENSE = {
+    "an entrywise gate": "update own() {\n param G[out, in] = 0\n return W * G\n}\ntarget linear {\n add own()\n}",
+    "a full rotation": "transform own() on n {\n param X[n, n] = 0\n return cayley(skew(X))\n}\ntarget linear {\n post own()\n}",
+    "a full update": "update own() {\n param G[out, in] = 0\n return G * G\n}\ntarget linear {\n add own()\n}",
+}
+CHEAP = ("lora", "dora", "pre_diag", "post_diag", "sora", "sora_reference", "oft", "loha", "lokr", "hra", "boft", "ia3")
+OF_STD = ("householder(4)", "orthogonal(4)", "block_orthogonal(32)", "diagonal()", "magnitude()", "scale()", "skew_rotation(4)")
+
+
+def formula(spec, out: int = OUT, in_: int = IN) -> Formula:
+    """The formula of a spec's first target."""
+    report = Collector()
+    found = elaborate(spec.targets[0], Context(library(spec), spec_values(spec, report)), out, in_, report)
+    report.raise_errors()
+    return found
+
+
+def estimate(text: str, tokens: int = 1024, kind: str = "linear") -> Estimate:
+    return Estimate(formula(load(text) if text in shipped() else parse(text)), kind, tokens)
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_a_structured_spec_has_a_cheap_program(name):
+    assert not estimate(name).built and estimate(name).candidates[0].strategy == "activations"
+
+
+@pytest.mark.parametrize("side", ["out", "in"])
+@pytest.mark.parametrize("transform", OF_STD)
+def test_so_has_every_transform_of_the_library_on_either_side(transform, side):
+    spec = parse(f"target linear {{\n add low_rank(8)\n post {transform} on {side}\n}}")
+    assert not Estimate(formula(spec, IN, IN), "linear").built
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_what_has_no_structure_is_told_with_what_it_builds(name):
+    found = estimate(DENSE[name])
+    assert found.built and min(found.built[0].shape) == OUT
+    assert "x the frozen layer's" in found.cost_text
+
+
+def test_the_choice_rests_on_the_tokens():
+    wide = "target linear {\n add low_rank(256)\n}"
+    assert estimate(wide, 64).candidates[0].strategy == "activations"
+    assert estimate(wide, 100_000).candidates[0].strategy == "built weight"
+    assert not estimate(wide, 100_000).built  # by choice, not for want of a cheap program
+
+
+def test_the_frozen_layer_is_two_products():
+    cost = step_cost((frozen_alone("linear", OUT, IN),), (), 10)
+    assert cost.body_flops == cost.flops == 2 * (2 * 10 * OUT * IN)
+    assert cost.moved == 2 * (10 * OUT + 10 * IN)
+
+
+def test_an_embedding_is_looked_up_and_not_multiplied():
+    cost = step_cost((frozen_alone("embedding", OUT, IN),), (), 10)
+    assert cost == Cost(moved=2 * 10 * IN)
+    adapted = estimate("target embedding {\n add low_rank(4)\n}", 10, "embedding").candidates[0].cost(10)
+    assert adapted.flops < 10 * 10 * 4 * IN
+
+
+def test_what_carries_no_gradient_is_computed_once():
+    plain = "transform own() on n {{\n param m[n] = row_norm(W)\n return diag(m / {}row_norm(W){})\n}}\n" \
+        "target linear {{\n add low_rank(8)\n post own()\n}}"
+    detached, trained = (estimate(plain.format(*marks)).candidates[0].cost() for marks in (("detach(", ")"), ("", "")))
+    assert detached.setup_flops < trained.setup_flops
+
+
+@pytest.mark.parametrize("spec", ["lora", "dora", "sora", "oft"])
+def test_a_large_layer_costs_little_more(spec):
+    found = Estimate(formula(load(spec), 4096, 4096), "linear", 4096)
+    assert 1 < found.ratio() < 1.2
+
+
+def test_a_stack_is_built_for_every_matrix():
+    one, many = (Estimate(formula(load("lora")), "linear", 64, stack=n).ratio() for n in (1, 8))
+    assert Estimate(formula(load("lora")), "linear", 64).ratio() < one < many
+
+
+# ------------------------------------------------------------------------------------------------- where it is shown
+
+
+def run(*arguments: str):
+    return CliRunner(env={**os.environ, "NO_COLOR": "1"}).invoke(main, list(arguments))
+
+
+def test_a_plan_has_a_ratio_for_each_module():
+    found = json.loads(run("plan", "dora", "demo:mixtral", "--json").stdout)
+    assert all(module["step_ratio"] > 1 for module in found["modules"])
+    ratios = [module["step_ratio"] for module in found["modules"]]
+    assert min(ratios) < found["step_ratio"] < max(ratios)
+
+
+def test_a_report_warns_of_the_targets_that_run_dense():
+    spec = parse(DENSE["an entrywise gate"].replace("target linear {", 'target linear "**.up_proj" {')
+                 + '\ntarget linear "**.q_proj" {\n add low_rank(2)\n}')
+    (warning,) = Report(compile(load_demo("llama"), spec)).fallbacks
+    assert warning.span.line == 5 and "[128, 64]" in warning.notes[0]
+
+
+def test_check_tells_it_without_torch(tmp_path):
+    path = tmp_path / "gate.surg"
+    path.write_text(DENSE["an entrywise gate"])
+    code = ("import sys\nfrom surgery.check import check\nfrom surgery.spec import load\n"
+            f"assert [d.code for d in check(load({str(path)!r}))] == ['fallback']\nassert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run("check", str(path)).exit_code == 0
+    assert run("check", str(path), "--strict").exit_code == 1
+
+
+def test_the_program_is_shown_with_what_it_was_chosen_over():
+    result = run("show", "dora", "--program", "--tokens", "64", "--shape", "96,128")
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    assert any(line.startswith("activations") and line.endswith("runs") for line in lines)
+    assert any(line.startswith("built weight") for line in lines)
+    assert {"in training", "def once(layer, dtype):", "and the body in training, as one node of autograd"} <= set(lines)
+    assert sum(line.startswith("def body") for line in lines) == 2  # with dropout and without
+
+
+def test_the_costs_of_the_programs_are_data_too():
+    found = json.loads(run("show", "lora", "--program", "--json").stdout)
+    assert [c["strategy"] for c in found["programs"][0]["candidates"]] == ["activations", "built weight"]
+    assert found["programs"][0]["shape"] == [1024, 4096]
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_spec_has_a_program_to_show(name):
+    assert run("show", name, "--program", "--shape", "768,768").exit_code == 0
+
+
+def test_sizes_without_the_program_are_refused():
+    assert run("show", "lora", "--tokens", "3").exit_code == 2
