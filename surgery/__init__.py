@@ -13,7 +13,7 @@ _HOMES = {
     "Spec": "syntax.tree", "Target": "syntax.tree", "pre": "syntax.tree", "add": "syntax.tree", "post": "syntax.tree",
     "parse": "spec", "load": "spec", "shipped": "spec",
     "Plan": "compile", "plan": "compile", "Report": "report",
-    "Surgeon": "operate", "apply": "operate", "attach": "store",
+    "Surgeon": "operate", "apply": "operate", "attach": "store", "Surgeries": "surgeries",
     "spectrum": "spectra", "Spectra": "spectra", "Spectrum": "spectra",
 }
 _SPELT = {"plan": "compile"}

@@ -8,7 +8,7 @@ all; `attach` says everything that does not fit and then leaves the model as it 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -27,12 +27,14 @@ from surgery.saved import FILES, FORMAT, META, SPEC, TENSORS, Saved, compare, na
 from surgery.spec import inlined
 
 
-def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None) -> None:
-    """Write the adapter into `folder`, in the place of an older one. The model may be merged or disabled.
+def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
+         state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter into `folder`, in the place of an older one; `state` where its tensors' values are not the surgeon's
+    own. The model may be merged or disabled.
 
     Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
     """
-    tensors = {name: _whole(name, tensor) for name, tensor in surgeon.state().items()}
+    tensors = {name: _whole(name, tensor) for name, tensor in (state or surgeon.state()).items()}
     about = {"format_version": FORMAT, "surgery_version": __version__, "base_model": base_model, "revision": revision,
              "seed": surgeon.seed, "dtype": name_of(surgeon.dtype),
              "tensors": {n: {"shape": list(t.shape), "dtype": name_of(t.dtype)} for n, t in tensors.items()}}

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from operands import NAMES, every_call, expression, n, tensors
 from surgery.expr.evaluate import dense
-from surgery.expr.ir import Expr, walk
+from surgery.expr.ir import Expr, walk, without_dropout
 from surgery.expr.primitives import PRIMITIVES, make
 from surgery.expr.verify import CHEAPEST, LOWERED, MATERIALISED, verify
 from surgery.lower import activate
-from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, split_dropout, turned, without_dropout
+from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, split_dropout, turned
 from surgery.rewrite.algebra import RULES
 from surgery.rewrite.cheap import CHEAP, cheapest
 from surgery.rewrite.structure import factors, is_orthogonal, is_skew, low_rank_turn

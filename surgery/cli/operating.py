@@ -101,16 +101,19 @@ def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool) 
 
 
 @command(click.argument("folder", metavar="DIR"), click.argument("model", required=False),
-         click.option("-o", "--out", metavar="OUT", required=True, help="Save the merged model here."), _dtype, _force,
-         example="surgery merge out -o out-merged")
-def merge(output: Output, folder: str, model: str | None, out: str, dtype: str | None, force: bool) -> None:
+         click.option("-o", "--out", metavar="OUT", required=True, help="Save the merged model here."),
+         click.option("--then", "after", multiple=True, metavar="DIR", help="Merge this adapter too, on what those before made."),
+         _dtype, _force, example="surgery merge out -o out-merged")
+def merge(output: Output, folder: str, model: str | None, out: str, after: tuple[str, ...], dtype: str | None,
+          force: bool) -> None:
     """Save a model with an adapter merged in.
 
     DIR holds the saved adapter; MODEL is its base model unless you name another.
     """
     from surgery.cli.models import preprocessors
     from surgery.saved import Saved
-    from surgery.store import attach, save_merged
+    from surgery.store import save_merged
+    from surgery.surgeries import Surgeries
 
     _free(out, force, merged=True)
     base = model or Saved(Path(folder)).meta.get("base_model")
@@ -118,13 +121,16 @@ def merge(output: Output, folder: str, model: str | None, out: str, dtype: str |
         raise fail("unknown-model", f"{folder} does not say which model it is for", helps=("name the model after the folder",))
     loaded = _load(output, base, dtype)
     with output.busy("merging"):
-        surgeon = attach(loaded, folder)
+        surgeries = Surgeries(loaded)
+        for i, each in enumerate((folder, *after)):
+            surgeries.add(f"number_{i + 1}", Path(each))
+        surgeon = surgeries.use(*surgeries.names)
         errors = surgeon.merge()
     with output.busy(f"saving {out}"):
         save_merged(surgeon, out, preprocessors(base))
     _say_errors(output, errors)
     output.say(f"saved     {out}\nnext      surgery modules {shlex.quote(out)}")
-    output.data(adapter=folder, model=base, out=out, relative_errors=errors)
+    output.data(adapters=[folder, *after], model=base, out=out, relative_errors=errors)
 
 
 def _say_errors(output: Output, errors: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ object, so that a shared part is computed once and `is` compares formulas.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -132,3 +132,13 @@ def rebuild(expr: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr]) -> Exp
     for node in walk(expr):
         done[id(node)] = change(node, tuple(done[id(a)] for a in node.args))
     return done[id(expr)]
+
+
+def substituted(expr: Expr, table: Mapping[Expr, Expr]) -> Expr:
+    """The expression with other ones in the place of some of its leaves."""
+    return rebuild(expr, lambda node, args: table.get(node) or Expr(node.op, args, node.data, node.shape))
+
+
+def without_dropout(expr: Expr) -> Expr:
+    """The expression in evaluation mode."""
+    return rebuild(expr, lambda node, args: args[0] if node.op == "drop" else Expr(node.op, args, node.data, node.shape))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from surgery.expr.ir import Expr, Shape, rebuild, walk
+from surgery.expr.ir import Expr, Shape, walk, without_dropout
 from surgery.expr.primitives import make
 from surgery.lower.emit import TOKENS
 from surgery.rewrite.algebra import simplify
@@ -192,11 +192,6 @@ def enter_in_parts(expr: Expr, x: Expr) -> Expr:
         drop = next(node for node in walk(part) if node.op == "drop")
         parts.append(enter(without_dropout(part), _dropped(drop, x)))
     return total(parts, parts[0].shape)
-
-
-def without_dropout(expr: Expr) -> Expr:
-    """The expression in evaluation mode."""
-    return rebuild(expr, lambda node, args: args[0] if node.op == "drop" else Expr(node.op, args, node.data, node.shape))
 
 
 def enter(expr: Expr, x: Expr) -> Expr:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from surgery.expr.ir import Expr, Formula, rebuild, walk
+from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import make
-from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, split_dropout, turned, without_dropout
+from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, split_dropout, turned
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost, step_cost
 from surgery.rewrite.cheap import cheapest

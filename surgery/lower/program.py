@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from surgery.expr.ir import Expr, Formula, rebuild, walk
+from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import PRIMITIVES, make
 from surgery.lower import step
-from surgery.lower.activate import matrix, swap, without_dropout
+from surgery.lower.activate import matrix, swap
 from surgery.lower.choose import Candidate, candidate, candidates, offset
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery.expr.evaluate import dense
-from surgery.expr.ir import Expr, Formula
-from surgery.lower.activate import without_dropout
+from surgery.expr.ir import Expr, Formula, without_dropout
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.structure import low_rank_turn
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from surgery.compile import Placed
 from surgery.expr.evaluate import dense
-from surgery.expr.ir import Expr
-from surgery.lower.activate import without_dropout
+from surgery.expr.ir import Expr, without_dropout
 from surgery.lower.frozen import KINDS
 from surgery.lower.program import weights
 from surgery.operate import Surgeon

@@ -261,3 +261,9 @@ class Spec(Node):
         from surgery.syntax.printer import spec_text
 
         return spec_text(self)
+
+    def retarget(self, *patterns: str) -> Spec:
+        """The spec with its targets' patterns replaced: `--target` in Python. Raises: SurgeryError."""
+        from surgery.spec import retarget
+
+        return retarget(self, *patterns)

@@ -1,0 +1,58 @@
+"""Several surgeries of one weight as one formula: one after the other, or as a weighted sum.
+
+Takes formulas of the same weight; gives a formula. Promises: its leaves are theirs, each key led by its surgery's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from surgery.expr.ir import Expr, Formula, Part, substituted, without_dropout
+from surgery.expr.primitives import constant, make
+
+
+def _mapped(formula: Formula, table: Mapping[Expr, Expr]) -> Formula:
+    def put(expr: Expr) -> Expr:
+        return substituted(expr, table)
+
+    leaves = tuple(replace(leaf, key=getattr(table.get(leaf.expr), "data", leaf.key), init=leaf.init and put(leaf.init))
+                   for leaf in formula.leaves)
+    claims = tuple(replace(claim, expr=put(claim.expr)) for claim in formula.claims)
+    parts = tuple(Part(part.index, put(part.expr), put(part.operand)) for part in formula.parts)
+    return Formula(put(formula.weight), put(formula.bias), leaves, claims, parts)
+
+
+def named(formula: Formula, name: str) -> Formula:
+    """The formula with each leaf's key led by a name: `style:add_low_rank.A`."""
+    return _mapped(formula, {leaf.expr: Expr(leaf.expr.op, (), f"{name}:{leaf.key}", leaf.shape) for leaf in formula.leaves})
+
+
+def stacked(first: Formula, second: Formula) -> Formula:
+    """W'' = second(first(W)): what the first makes is the weight that the second acts on.
+
+    Dropout, which belongs to training one surgery, is kept in the second alone.
+    """
+    weight, bias = without_dropout(first.weight), without_dropout(first.bias)
+    over = _mapped(second, {_leaf("weight", first): weight, _leaf("bias", first): bias})
+    shifted = tuple(replace(part, index=part.index + len(first.parts)) for part in over.parts)
+    below = tuple(replace(part, index=i, expr=without_dropout(part.expr)) for i, part in enumerate(first.parts))
+    return Formula(over.weight, over.bias, first.leaves + over.leaves, first.claims + over.claims, below + shifted)
+
+
+def mixed(shares: Mapping[Formula, float]) -> Formula:
+    """W' = W + Σ share · Δ of formulas that only add to the weight and to the bias."""
+    (first, *_), parts = shares, [(share, part) for formula, share in shares.items() for part in formula.parts]
+    sums = {1: _leaf("bias", first), 2: _leaf("weight", first)}
+    made = []
+    for i, (share, part) in enumerate(parts):
+        update = part.expr if share == 1 else make("mul", constant(float(share)), part.expr)
+        sums[len(update.shape)] = make("add", sums[len(update.shape)], update)
+        made.append(Part(i, update, part.operand))
+    return Formula(sums[2], sums[1], tuple(leaf for formula in shares for leaf in formula.leaves),
+                   tuple(claim for formula in shares for claim in formula.claims), tuple(made))
+
+
+def _leaf(op: str, formula: Formula) -> Expr:
+    shape = formula.weight.shape
+    return Expr(op, (), None, shape if op == "weight" else shape[:1])

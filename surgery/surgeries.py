@@ -1,0 +1,199 @@
+"""Several named surgeries of one model: switched, one after the other, or mixed.
+
+Takes a model and, by name, specs or saved adapters; gives one operated model at a time. Promises: a surgery's tensors are the
+same objects in whatever company they run; what is stacked is merged in the order in which it runs; the model is the base
+model, bit for bit, when none is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from surgery.compile import Placed, Plan
+from surgery.diagnostics import did_you_mean, fail
+from surgery.expr.compose import mixed, named, stacked
+from surgery.expr.ir import Formula
+from surgery.layer import Adapter
+from surgery.operate import Surgeon, prepare
+from surgery.store import attach, save
+from surgery.syntax.grammar import is_name
+from surgery.syntax.tree import Spec, Target
+
+
+@dataclass
+class Known:
+    """A surgery that is at hand: its surgeon, which has left the model, and what it trained of the model's own parameters."""
+
+    surgeon: Surgeon
+    trained: dict[str, torch.Tensor]
+
+    def placed(self, site: str) -> Placed | None:
+        return next((p for p in self.surgeon.plan.placed if p.site.name == site), None)
+
+
+class Surgeries:
+    """The named surgeries of a model. `active` are the names in use, in order; `surgeon` operates them, None for the base model."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.active: tuple[str, ...] = ()
+        self.surgeon: Surgeon | None = None
+        self._known: dict[str, Known] = {}
+        self._again: Callable[[], object] = lambda: None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._known)
+
+    def add(self, name: str, what: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+        """Have a surgery at hand: of a saved adapter's folder, or a fresh one of a spec, a file's name or a shipped one.
+
+        It is not in use yet. Raises: SurgeryError, and then nothing is added.
+        """
+        if not is_name(name) or name in self._known:
+            raise fail("bad-value", f"`{name}` is taken" if name in self._known else f"`{name}` is not a name",
+                       helps=("a surgery's name is made of letters, digits and `_`, and is its own",))
+        with self._lifted():
+            is_saved = isinstance(what, PathLike) or (isinstance(what, str) and Path(what).is_dir())
+            surgeon = attach(self.model, what) if is_saved else self._fresh(what, seed, dtype)
+            self._known[name] = Known(surgeon, _trained(surgeon))
+            surgeon.remove()
+
+    def _fresh(self, what: Spec | str | PathLike, seed: int, dtype: torch.dtype) -> Surgeon:
+        surgeon = prepare(self.model, what, seed=seed, dtype=dtype)
+        surgeon.check_identity()
+        return surgeon.operate()
+
+    def use(self, *names: str) -> Surgeon | None:
+        """Operate with these: the first acts on the frozen weights, each further one on what the ones before made of them.
+
+        With no name, the model is the base model. Raises: SurgeryError (bad-value).
+        """
+        return self._operate(names, lambda formulas: reduce(stacked, formulas.values()))
+
+    def mix(self, shares: Mapping[str, float]) -> Surgeon | None:
+        """Operate with a weighted sum, W' = W + Σ share · (W'ₙ - W), of surgeries that only add.
+
+        Raises: SurgeryError (bad-value) for one that says `pre` or `post`, or trains parameters of the model.
+        """
+        for name in shares:
+            steps = [step for placed in self._of(name).surgeon.plan.placed for step in placed.target.steps]
+            if self._of(name).trained or any(step.placement != "add" for step in steps):
+                raise fail("bad-value", f"`{name}` does more than add to weights, so there is no share of it to take",
+                           helps=("use() runs surgeries of any kind one after the other",))
+        return self._operate(tuple(shares), lambda formulas: mixed({f: shares[name] for name, f in formulas.items()}))
+
+    def save(self, name: str, folder: str | PathLike, **about: str | None) -> None:
+        """Write one surgery's adapter as it is now, which `attach` puts on a model by itself. Raises: SurgeryError."""
+        known = self._of(name)
+        self._keep_trained()
+        surgeon = known.surgeon
+        save(surgeon, folder, state={**surgeon.state(), **known.trained}, **about)
+
+    def remove(self) -> nn.Module:
+        """Take everything out: the model is as before."""
+        self.use()
+        self._known.clear()
+        return self.model
+
+    # ------------------------------------------------------------------------------------------------ in and out
+
+    def _of(self, name: str) -> Known:
+        if name not in self._known:
+            near = did_you_mean(name, self._known)
+            raise fail("bad-value", f"no surgery is called `{name}`", notes=(f"there are: {', '.join(self._known) or 'none'}",),
+                       helps=(near,) if near else ())
+        return self._known[name]
+
+    def _operate(self, names: tuple[str, ...], compose: Callable[[dict[str, Formula]], Formula]) -> Surgeon | None:
+        known = {name: self._of(name) for name in names}
+        if len(known) < len(names):
+            raise fail("bad-value", "a surgery runs once, and one is named twice")
+        _assert_apart(known)
+        self._leave()
+        if known:
+            self.surgeon = _together(self.model, known, compose).operate()
+            self.surgeon.load({**self.surgeon.state(), **_all_trained(known)})
+        self.active, self._again = names, lambda: self._operate(names, compose)
+        return self.surgeon
+
+    def _leave(self) -> None:
+        """Give the base model back; what was trained is kept."""
+        if self.surgeon is not None:
+            self._keep_trained()
+            self.surgeon.remove()
+        self.surgeon, self.active = None, ()
+
+    def _keep_trained(self) -> None:
+        values = self.surgeon.state() if self.surgeon is not None else {}
+        for name in self.active:
+            trained = self._known[name].trained
+            trained.update({key: values[key].clone() for key in trained})
+
+    @contextmanager
+    def _lifted(self) -> Iterator[None]:
+        """Inside, the model carries no surgery; afterwards, what was in use is again."""
+        again = self._again
+        self._leave()
+        try:
+            yield
+        finally:
+            again()
+
+
+def _assert_apart(known: Mapping[str, Known]) -> None:
+    """Raises: SurgeryError, if two surgeries train the same parameter of the model."""
+    owner: dict[str, str] = {}
+    for name, each in known.items():
+        for parameter in each.trained:
+            if owner.setdefault(parameter, name) != name:
+                raise fail("bad-value", f"`{owner[parameter]}` and `{name}` both train {parameter}, which has one value",
+                           helps=("use one of them at a time",))
+
+
+def _all_trained(known: Mapping[str, Known]) -> dict[str, torch.Tensor]:
+    return {key: value for each in known.values() for key, value in each.trained.items()}
+
+
+def _trained(surgeon: Surgeon) -> dict[str, torch.Tensor]:
+    state = surgeon.state()
+    return {name: state[name].clone() for name in surgeon.plan.train}
+
+
+def _together(model: nn.Module, known: Mapping[str, Known], compose: Callable[[dict[str, Formula]], Formula]) -> Surgeon:
+    """The surgeon of several surgeries at once, on the tensors that each has."""
+    plans = [each.surgeon.plan for each in known.values()]
+    targets: dict[tuple[int, ...], Target] = {}
+    placed = [_placed(site, known, compose, targets) for site in dict.fromkeys(p.site.name for plan in plans for p in plan.placed)]
+    train = tuple(dict.fromkeys(name for plan in plans for name in plan.train))
+    spec = Spec("_then_".join(known), targets=tuple(targets.values()))
+    plan = Plan(spec, tuple(placed), replace(plans[0].selection, train=train), (), plans[0].total)
+    adapters = {p.site.name: _adapter(p, known) for p in placed}
+    return Surgeon(model, plan, adapters, seed=0)
+
+
+def _placed(site: str, known: Mapping[str, Known], compose: Callable[[dict[str, Formula]], Formula],
+            targets: dict[tuple[int, ...], Target]) -> Placed:
+    """What the surgeries that take a site make of it together."""
+    mine = {name: placed for name, each in known.items() if (placed := each.placed(site)) is not None}
+    key = tuple(id(p.target) for p in mine.values())
+    if key not in targets:
+        steps = tuple(p.target.steps[part.index] for p in mine.values() for part in p.formula.parts)
+        targets[key] = Target(*steps, untie=any(p.target.untie for p in mine.values()), shifted=True)
+    formula = compose({name: named(p.formula, name) for name, p in mine.items()})
+    return Placed(next(iter(mine.values())).site, targets[key], formula)
+
+
+def _adapter(placed: Placed, known: Mapping[str, Known]) -> Adapter:
+    tensors = {f"{name}:{key}": tensor for name, each in known.items() if placed.site.name in each.surgeon.adapters
+               for key, tensor in each.surgeon.adapters[placed.site.name].tensors().items()}
+    site = placed.site
+    return Adapter(placed.formula, site.layout, site.parameter, site.stack, tensors).train(site.module.training)
