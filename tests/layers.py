@@ -74,9 +74,14 @@ def perturb(module: nn.Module, size: float = 0.3, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
-            if "_surgery." in name:
+            if "_surgery." in name and parameter.is_floating_point():
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter += (size * noise).to(parameter.dtype)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    """In float64, unless it holds places."""
+    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
 
 
 @dataclass(frozen=True)
@@ -116,11 +121,11 @@ class Operated:
     @property
     def p(self) -> Parameters:
         """The adapter's tensors as they are, in float64, for the oracle."""
-        return Parameters.of({key: value.detach().double() for key, value in self.parameters.items()})
+        return Parameters.of({key: _double(value) for key, value in self.parameters.items()})
 
     def leaves(self) -> dict[str, Tensor]:
         """The adapter's tensors in float64, as fresh leaves of autograd where they are trained."""
-        return {key: value.detach().double().requires_grad_(value.requires_grad) for key, value in self.parameters.items()}
+        return {key: _double(value).requires_grad_(value.requires_grad) for key, value in self.parameters.items()}
 
     def input(self) -> dict[str, Tensor]:
         """A fresh copy of the input; a leaf of autograd unless it is token ids."""

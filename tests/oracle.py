@@ -183,3 +183,126 @@ def block_rotation(p, step: str) -> Tensor:
 def reflections(p, step: str) -> Tensor:
     """H(u_1) ... H(u_k) H(v_k) ... H(v_1)."""
     return mul(reflect(p[step, "U"]), t(reflect(p[step, "V"])))
+
+
+# ------------------------------------------------------------------------------- the published methods of specs/, entry by entry
+
+
+def near_rotation(p, eps: float, step: str = "pre_near_rotation") -> Tensor:
+    """OFT's rotation of min(1, eps / ‖Q‖) Q."""
+    q = p[step, "Q"]
+    s = eps / norm(q).clamp(min=1e-12)
+    return block_diag(cayley((s if s.item() < 1 else 1.0) * skew(q)))
+
+
+def pair_map(first: Tensor, second: Tensor, group: int) -> Tensor:
+    """y_i = first_i x_i ∓ second_i x_j, j half a group on (minus) or back (plus): RoAd (arXiv 2409.00119, equation 4)."""
+    n, half = len(first), group // 2
+    rows = []
+    for i in range(n):
+        row = [first.new_zeros(())] * n
+        row[i] = first[i]
+        is_lower = i % group < half
+        row[i + half if is_lower else i - half] = -second[i] if is_lower else second[i]
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def in_pairs(values: Tensor) -> Tensor:
+    """One number for each pair [groups, half] as one for each entry, both of a pair alike."""
+    return torch.cat([torch.cat([row, row]) for row in values])
+
+
+def shared_low_rank(p, step: str = "add_shared_low_rank") -> Tensor:
+    return chain(diag(p[step, "b"]), p[step, "B"], diag(p[step, "d"]), p[step, "A"])
+
+
+def bounded(w: Tensor, p, rank: int, step: str = "add_bounded") -> Tensor:
+    """Σ_k λ / (r ‖a_k‖ ‖b_k‖) b_k a_kᵀ, its column j times ‖w_j‖."""
+    a, b = p[step, "A"], p[step, "B"]
+    terms = [p[step, "l"] / rank / (norm(a[k]).clamp(min=1e-4) * norm(b[:, k]).clamp(min=1e-4)) * b[:, k, None] * a[k]
+             for k in range(rank)]
+    return sum(terms) * col_norm(w).detach()
+
+
+def block_grid(p, rank: int, alpha: float, grid: int, step: str = "add_block_grid") -> Tensor:
+    """Block (i, j) is B_i's slice j times A_j's slice i (arXiv 2505.20355)."""
+    a, b, k = p[step, "A"], p[step, "B"], rank // grid
+    rows = [torch.cat([mul(b[i][:, j * k:(j + 1) * k], a[j][i * k:(i + 1) * k]) for j in range(grid)], 1) for i in range(grid)]
+    return alpha / rank * torch.cat(rows, 0)
+
+
+def repeated(m: Tensor, columns: int) -> Tensor:
+    """Column j is the column j mod r of M."""
+    return torch.stack([m[:, j % m.shape[1]] for j in range(columns)], 1)
+
+
+def block_affine(w: Tensor, m: Tensor) -> Tensor:
+    """What is added to each block W_ij: W_ij M_i + M_i."""
+    r = m.shape[1]
+    rows = [torch.cat([mul(w[i * r:(i + 1) * r, j * r:(j + 1) * r], m[i]) + m[i] for j in range(w.shape[1] // r)], 1)
+            for i in range(len(m))]
+    return torch.cat(rows, 0)
+
+
+def circulants(c: Tensor) -> Tensor:
+    """Entry (i, j) of block (p, q) is c[p, q, (j - i) mod b]."""
+    blocks, across, b = c.shape
+    return torch.stack([torch.stack([c[p, q, (j - i) % b] for q in range(across) for j in range(b)])
+                        for p in range(blocks) for i in range(b)])
+
+
+def scattered(values: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:
+    entries = {int(place): value for place, value in zip(places, values)}
+    zero = values.new_zeros(())
+    return torch.stack([torch.stack([entries.get(i * columns + j, zero) for j in range(columns)]) for i in range(rows)])
+
+
+def spectrum(s: Tensor) -> Tensor:
+    """The real part of the inverse Fourier transform: Σ s_uv cos(2π (u i / m + v j / n)) / (m n)."""
+    m, n = s.shape
+    u, v = (torch.arange(k, dtype=torch.float64) for k in (m, n))
+    return torch.stack([torch.stack([(s * torch.cos(2 * torch.pi * (u[:, None] * i / m + v * j / n))).sum() / (m * n)
+                                     for j in range(n)]) for i in range(m)])
+
+
+def haar(s: Tensor) -> Tensor:
+    """One level of the inverse Haar transform: entries 2 i and 2 i + 1 are (a_i ± d_i) / √2, rows, then columns."""
+    def columns(x: Tensor) -> Tensor:
+        half = len(x) // 2
+        return torch.stack([(x[i // 2] + (1 - 2 * (i % 2)) * x[half + i // 2]) / 2**0.5 for i in range(len(x))])
+
+    return t(columns(t(columns(s))))
+
+
+def random_bases(p, rank: int, alpha: float, is_wide: bool, step: str = "add_random_bases") -> Tensor:
+    """s Σ_n B_n diag(l_n) A diag(g_n), turned for a weight that is wider than tall (arXiv 2502.00987, equation 4)."""
+    a, b, l, g = (p[step, name] for name in ("A", "B", "l", "g"))
+    parts = [chain(b[:, k * rank:(k + 1) * rank], diag(l[k]), a, diag(g[k])) for k in range(len(l))]
+    return alpha / rank * (t(sum(parts)) if is_wide else sum(parts))
+
+
+def taken(theta: Tensor, places: Tensor) -> Tensor:
+    return torch.stack([torch.stack([theta[int(place)] for place in row]) for row in places])
+
+
+def from_bank(logits: Tensor, bank: Tensor, best: int) -> Tensor:
+    """For each last row of logits, the mix of the bank's vectors by the softmax over its `best` largest."""
+    if logits.ndim > 1:
+        return torch.stack([from_bank(each, bank, best) for each in logits])
+    chosen = sorted(range(len(logits)), key=lambda i: -logits[i].item())[:best]
+    weights = torch.stack([logits[i].exp() for i in chosen])
+    return sum(w / weights.sum() * bank[i] for w, i in zip(weights, chosen))
+
+
+def qr(a: Tensor) -> Tensor:
+    """Q of a = Q R by Householder reflections, R's diagonal signed as LAPACK does."""
+    n, k = a.shape
+    q = eye(n)
+    for j in range(k):
+        x = mul(t(q), a)[:, j]
+        v = torch.stack([x.new_zeros(()) if i < j else x[i] for i in range(n)])
+        sign = 1.0 if x[j].item() >= 0 else -1.0
+        v = v + sign * norm(v) * eye(n)[j]
+        q = mul(q, eye(n) - 2 * v[:, None] * v / (v * v).sum())
+    return q[:, :k]

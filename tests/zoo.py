@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 import oracle as o
 from case import Case, transform, update
 
@@ -29,7 +31,105 @@ SHIPPED = (
          lambda m, n: 3 * (m + n) + m + 4 * m, claims=1, shipped={**_LORA, "skew_rank": 2}),
     Case("oft", "", lambda w, p: o.mul(w, o.block_rotation(p, "pre_block_orthogonal")),
          lambda m, n: 3 * n, claims=1, shipped={"block": 3}),
+    Case("rslora", "", lambda w, p: w + o.low_rank(p, 1, 5 / 3**0.5), lambda m, n: 3 * (m + n), shipped=_LORA),
+    Case("coft", "", lambda w, p: o.mul(w, o.near_rotation(p, 0.2)), lambda m, n: 3 * n, claims=1,
+         shipped={"block": 3, "eps": 0.2}),
+    Case("hra", "", lambda w, p: o.mul(w, o.reflections(p, "pre_householder")), lambda m, n: 4 * n, claims=1, shipped={"rank": 4}),
+    Case("road_1", "", lambda w, p: o.mul(_road_1(p), w), lambda m, n: m, bias=lambda b, p: o.mul(_road_1(p), b),
+         shipped={"group": 6}),
+    Case("road_2", "", lambda w, p: o.mul(_road_2(p), w), lambda m, n: 2 * m, bias=lambda b, p: o.mul(_road_2(p), b),
+         shipped={"group": 6}),
+    Case("road_4", "", lambda w, p: o.mul(_road_4(p), w), lambda m, n: 4 * m, bias=lambda b, p: o.mul(_road_4(p), b),
+         shipped={"group": 6}),
+    Case("vera", "", lambda w, p: w + o.shared_low_rank(p), lambda m, n: m + 4, shipped={"rank": 4}),
+    Case("loha", "", lambda w, p: w + 2.5 * _product(p, "add_hadamard", "B1", "A1") * _product(p, "add_hadamard", "B2", "A2"),
+         lambda m, n: 4 * (m + n), shipped={"rank": 2, "alpha": 5}),
+    Case("lokr", "", lambda w, p: w + 2.5 * o.kron(p["add_kronecker", "C"], _product(p, "add_kronecker", "B", "A")),
+         lambda m, n: 9 + 2 * (m + n) // 3, shipped={"rank": 2, "alpha": 5}),
+    Case("hira", "", lambda w, p: w * (1 + _product(p, "add_weight_times_low_rank", "B", "A")), lambda m, n: 3 * (m + n),
+         shipped={"rank": 3}),
+    Case("delora", "", lambda w, p: w + o.bounded(w, p, 3), lambda m, n: 3 * (m + n) + 1, shipped={"rank": 3}),
+    Case("gralora", "", lambda w, p: w + o.block_grid(p, 4, 6, 2), lambda m, n: 4 * (m + n),
+         shipped={"rank": 4, "alpha": 6, "grid": 2}),
+    Case("miss", "", lambda w, p: w + o.repeated(p["add_repeated", "M"], w.shape[1]), lambda m, n: 3 * m, shipped={"rank": 3}),
+    Case("miss_bat", "", lambda w, p: w + o.block_affine(w, p["add_block_affine", "M"]), lambda m, n: 3 * m, shipped={"rank": 3}),
+    Case("c3a", "", lambda w, p: w + o.circulants(p["add_convolution", "c"]) / w.shape[1], lambda m, n: m * n // 3,
+         shipped={"block": 3}),
+    Case("fourierft", "", lambda w, p: w + 9 * o.spectrum(_scattered(w, p, "add_spectrum", "c")), lambda m, n: 7,
+         shipped={"count": 7, "scale": 9}),
+    Case("waveft", "", lambda w, p: w + 3 * o.haar(_scattered(w, p, "add_wavelets", "c")), lambda m, n: 7,
+         shipped={"count": 7, "scale": 3}),
+    Case("shira", "", lambda w, p: w + _scattered(w, p, "add_sparse", "v"), lambda m, n: 2 * (m + n), shipped={"rank": 2}),
+    Case("supertuning", "", lambda w, p: w + _scattered(w, p, "add_sparse_at_top", "v"), lambda m, n: m * n // 4,
+         shipped={"share": 4}),
+    Case("randlora", "", lambda w, p: w + o.random_bases(p, 3, 6, w.shape[0] < w.shape[1]),
+         lambda m, n: min(m, n) + min(m, n)**2 // 3, shipped={"rank": 3, "alpha": 6}),
+    Case("psoft", "", lambda w, p: w + _subspace_rotation(p, "add_subspace_rotation"), lambda m, n: 9 + 6, shipped={"rank": 3}),
+    Case("tinylora", "", lambda w, p: w + _tiny(p, "add_tiny"), lambda m, n: 5, shipped={"rank": 2, "count": 5}),
+    Case("unilora", "", lambda w, p: w + 16 / (2 * sum(w.shape)) * o.mul(
+        o.taken(p["add_one_vector", "theta"], p["add_one_vector", "at_B"]),
+        o.taken(p["add_one_vector", "theta"], p["add_one_vector", "at_A"])), lambda m, n: 16, shifted=True,
+        shipped={"rank": 2, "length": 16, "bound": 0.5}),
+    Case("vblora", "", lambda w, p: w + _bank(p, "add_from_bank"), lambda m, n: 15 + 2 * 5 * (m + n) // 3, shifted=True,
+         shipped={"rank": 2, "vectors": 5, "length": 3, "best": 2, "bound": 1.0}),
+    Case("deft", "", lambda w, p: w + _deft(w, p, "add_decompose", lambda x: x, lambda x: x.clamp(min=0)),
+         lambda m, n: 3 * (m + n), shipped={"rank": 3}),
+    Case("deft_qr", "", lambda w, p: w + _deft(w, p, "add_decompose_orthogonal", o.qr, o.qr), lambda m, n: 3 * (m + n),
+         shipped={"rank": 3}),
+    Case("pissa", "", lambda w, p: w + _from_start(p, "add_principal", 2), lambda m, n: 3 * (m + n),
+         shipped={"rank": 3, "alpha": 6}),
+    Case("olora", "", lambda w, p: w + _from_start(p, "add_orthonormal", 2), lambda m, n: 3 * (m + n),
+         shipped={"rank": 3, "alpha": 6}),
 )
+
+
+def _product(p, step: str, left: str, right: str):
+    return o.mul(p[step, left], p[step, right])
+
+
+def _scattered(w, p, step: str, values: str):
+    return o.scattered(p[step, values], p[step, "at"], *w.shape)
+
+
+def _road_1(p):
+    theta, alpha = (o.in_pairs(p["post_pair_turn", name]) for name in ("theta", "alpha"))
+    return o.pair_map(alpha * theta.cos(), alpha * theta.sin(), 6)
+
+
+def _road_2(p):
+    theta, alpha = (p["post_pair_mix", name] for name in ("theta", "alpha"))
+    return o.pair_map(alpha * theta.cos(), alpha * theta.sin(), 6)
+
+
+def _road_4(p):
+    theta, alpha, off, by = (p["post_pair_map", name] for name in ("theta", "alpha", "theta_off", "alpha_off"))
+    return o.pair_map(alpha * theta.cos(), by * off.sin(), 6)
+
+
+def _subspace_rotation(p, step: str):
+    q = o.cayley(o.skew(p[step, "Q"]))
+    turned = o.chain(o.diag(p[step, "b"]), q, o.diag(p[step, "a"])) - o.eye(len(q))
+    return o.chain(p[step, "B"], turned, p[step, "A"])
+
+
+def _tiny(p, step: str):
+    mixed = sum(v * each for v, each in zip(p[step, "v"], p[step, "P"]))
+    return o.chain(p[step, "B"], mixed, p[step, "A"])
+
+
+def _bank(p, step: str):
+    a, b = (o.from_bank(p[step, name], p[step, "bank"], 2) for name in ("L_A", "L_B"))
+    rows = [[b[i, r, j] for r in range(2)] for i in range(len(b)) for j in range(3)]
+    return o.mul(torch.stack([torch.stack(row) for row in rows]), a.flatten(1))
+
+
+def _deft(w, p, step: str, left, right):
+    projected = o.mul(o.t(right(p[step, "P"])), w)
+    return o.mul(left(p[step, "P"]), p[step, "R"] - projected)
+
+
+def _from_start(p, step: str, scaling: float):
+    return scaling * (_product(p, step, "B", "A") - _product(p, step, "B0", "A0"))
 
 # ------------------------------------------------------------------------- the standard library, placed in other ways
 

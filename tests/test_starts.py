@@ -1,0 +1,96 @@
+"""Where parameters start that are made of the frozen weight or of whole numbers; updates on the bias."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import oracle as o
+import surgery
+from layers import assert_close, perturb
+from surgery.diagnostics import SurgeryError
+
+OUT, IN = 12, 18
+
+
+def leaves(name: str, out: int = OUT, in_: int = IN, **settings):
+    """The frozen weight and an adapter's tensors at their start, by their own names."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(in_, out).double())
+    surgeon = surgery.apply(layer, surgery.load(name, **settings).retarget("0"), dtype=torch.float64)
+    return layer[0].weight, {key.partition(".")[2]: t.detach() for key, t in surgeon.adapters["0"].tensors().items()}
+
+
+@pytest.mark.parametrize("name, scaling", [("pissa", 2), ("psoft", 1), ("tinylora", 1)])
+def test_the_principal_part_of_the_weight(name, scaling):
+    weight, found = leaves(name, rank=3, **({"alpha": 6} if scaling == 2 else {}))
+    u, s, v = torch.linalg.svd(weight)
+    best = u[:, :3] @ s[:3].diag() @ v[:3]
+    b, a = (found.get(f"{n}0", found[n]) for n in "BA")
+    assert_close(scaling * b @ a, best, 1e-10)
+
+
+def test_pissa_shares_the_singular_values_between_its_factors():
+    weight, found = leaves("pissa", rank=3, alpha=6)
+    assert_close(found["A"].norm(dim=1), found["B"].norm(dim=0), 1e-10)
+    assert torch.equal(found["A"], found["A0"]) and torch.equal(found["B"], found["B0"])
+
+
+def test_olora_starts_at_the_qr_factors():
+    weight, found = leaves("olora", rank=3)
+    q, r = torch.linalg.qr(weight)
+    assert_close(found["B"], q[:, :3], 1e-10)
+    assert_close(found["A"], r[:3], 1e-10)
+    assert_close(found["B"], o.qr(weight.detach()[:, :3]), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["fourierft", "waveft"])
+def test_places_are_different_ones_of_all(name):
+    _, found = leaves(name, count=OUT * IN)
+    assert torch.equal(found["at"].sort().values, torch.arange(OUT * IN))
+    with pytest.raises(SurgeryError, match="217 different places are asked for, and there are 216"):
+        leaves(name, count=OUT * IN + 1)
+
+
+def test_places_are_those_of_the_largest_entries():
+    weight, found = leaves("supertuning", share=8)
+    least = weight.abs().flatten()[found["at"]].min()
+    assert (weight.abs() >= least).sum() == len(found["at"]) == OUT * IN // 8
+
+
+def test_whole_numbers_are_drawn_below_their_bound():
+    _, found = leaves("unilora", length=5)
+    assert found["at_A"].dtype == torch.int64 and set(found["at_A"].flatten().tolist()) == set(range(5))
+
+
+# ------------------------------------------------------------------------------------------------------- on the bias
+
+
+@pytest.mark.parametrize("name", ["lora_bias", "glora", "beft"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_an_update_on_the_bias(name, has_bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, OUT, has_bias)).double()
+    weight, bias = model[0].weight.detach().clone(), model[0].bias.detach().clone() if has_bias else None
+    spec = surgery.load(name).retarget("0")
+    if not has_bias and name == "beft":
+        with pytest.raises(SurgeryError, match="1 of the 1 modules have none"):
+            surgery.apply(model, spec)
+        return
+    surgeon = surgery.apply(model, spec, dtype=torch.float64)
+    assert [d.code for d in surgeon.plan.warnings] == ([] if has_bias else ["no-bias"])
+    perturb(model)
+    p = {key.partition(".")[2]: t.detach() for key, t in surgeon.adapters["0"].tensors().items()}
+    wanted = {
+        "lora_bias": lambda: (weight + 2 * o.mul(p["B"], p["A"]), has_bias and bias + 2 * p["beta"]),
+        "glora": lambda: (weight + weight * o.mul(p["Ad"], p["Au"]) + o.mul(p["Bd"], p["Bu"]),
+                          has_bias and bias + bias * p["d"] + p["e"] + o.mul(weight, p["c"])[:, 0]),
+        "beft": lambda: (weight, bias + p["beta"]),
+    }[name]()
+    x = torch.randn(5, IN, dtype=torch.float64)
+    y = o.linear(x, wanted[0], wanted[1] if has_bias else None)
+    assert_close(model(x), y, 1e-10)
+    surgeon.merge()
+    assert_close(model(x), y, 1e-10)
+    assert has_bias or "beta" not in p and "c" not in p
