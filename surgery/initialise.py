@@ -15,7 +15,7 @@ from surgery.compile import Placed
 from surgery.dead import counted
 from surgery.diagnostics import Diagnostic
 from surgery.expr.draws import draw
-from surgery.expr.evaluate import dense
+from surgery.expr.evaluate import dense, in_dtype
 from surgery.expr.ir import Leaf
 from surgery.syntax.tree import Target
 
@@ -36,8 +36,7 @@ def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> di
             made[leaf.key] = _parameter(_start(placed, leaf, values, seed, known), leaf, dtype)
         if leaf.group:
             shared[key] = made[leaf.key]
-        value = made[leaf.key].detach()
-        values[leaf.key] = value if leaf.whole else value.to(values["weight"].dtype)
+        values[leaf.key] = in_dtype(made[leaf.key].detach(), values["weight"].dtype)
     return made
 
 
@@ -50,8 +49,7 @@ def frozen_leaves(placed: Placed) -> dict[str, torch.Tensor]:
 
 
 def _parameter(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> nn.Parameter:
-    value = value if leaf.whole else value.to(dtype)
-    return nn.Parameter(value.contiguous().clone(), requires_grad=not leaf.frozen)
+    return nn.Parameter(in_dtype(value, dtype).contiguous().clone(), requires_grad=not leaf.frozen)
 
 
 def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: int, known: dict) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from surgery.expr.evaluate import in_dtype
 from surgery.expr.ir import Formula
 from surgery.layout import Layout
 from surgery.lower.frozen import KINDS, Frozen
@@ -65,15 +66,15 @@ class Adapter(nn.Module):
 
     def _values(self, program: Program, layer: Frozen, leaves: Tensors, cast: torch.dtype | None) -> tuple:
         """The set-up of a program: all that does not depend on the input. Small solves stay in float32 under autocast."""
-        real = {key: t for key, t in leaves.items() if t.is_floating_point()}
-        dtype = reduce(torch.promote_types, [t.dtype for t in (layer.weight, *real.values())], torch.float32)
+        real = [t.dtype for t in (layer.weight, *leaves.values()) if t.is_floating_point()]
+        dtype = reduce(torch.promote_types, real, torch.float32)
 
         def once() -> tuple:
             return program.once(layer, dtype)
 
         def setup() -> tuple:
             known = self._keep((program, "once"), (layer.stored,), (dtype,), once) if program.fixed else ()
-            return program.setup(layer, {**leaves, **{k: t.to(dtype) for k, t in real.items()}}, known, dtype, cast or dtype)
+            return program.setup(layer, {k: in_dtype(t, dtype) for k, t in leaves.items()}, known, dtype, cast or dtype)
 
         with torch.autocast(layer.weight.device.type, enabled=False):
             if torch.is_grad_enabled() or cast is None:

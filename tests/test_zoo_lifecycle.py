@@ -127,7 +127,7 @@ def test_a_changed_base_weight_is_seen(case):
 # ----------------------------------------------------------------------------------------------- several modules
 
 
-VERA = next(case for case in CASES if case.name == "vera")
+VERA = next(case for case in CASES if case.name == "own vera")
 
 
 def test_a_shared_parameter_is_one_tensor_for_equal_shapes():

@@ -191,26 +191,16 @@ def two_pairs(m: int, n: int) -> int:
 
 
 UPDATES = (
-    update("loha", lambda w, A, B, A2, B2: 1.5 * o.mul(B, A) * o.mul(B2, A2), two_pairs,
-           A, B, A2, B3, "(3 / r) * (B @ A) * (B2 @ A2)"),
-    update("hira", lambda w, A, B: w * o.mul(B, A), pair, A, B, "W * (B @ A)"),
     update("glora", lambda w, A, B, A2, B2: w * o.mul(B, A) + o.mul(B2, A2), two_pairs, A, B, A2, B2,
            "W * (B @ A) + B2 @ A2"),
-    update("lokr", lambda w, S, A, B: o.kron(S, o.mul(B, A)), lambda m, n: 9 + 2 * (m + n) // 3,
-           "param S[3, 3] = 0", "param A[r, in / 3] ~ normal()", "param B[out / 3, r] ~ normal()", "kron(S, B @ A)"),
     update("lokr with full factors", lambda w, S, F: o.kron(S, F), lambda m, n: m * n // 9 + 9,
            "param S[out / 3, in / 3] = 0", "param F[3, 3] ~ normal()", "kron(S, F)"),
     update("a sum of krons of low-rank factors", lambda w, S, A, B: o.kron(o.mul(B, A), S) + 0.5 * o.kron(S, o.mul(B, A)),
            lambda m, n: 9 + 2 * (m + n) // 3, "param S[3, 3] ~ normal()", "param A[r, in / 3] ~ normal()",
            "param B[out / 3, r] = 0", "kron(B @ A, S) + 0.5 * kron(S, B @ A)"),
-    update("vera", lambda w, b, d, A, B: o.chain(o.diag(b), B, o.diag(d), A), lambda m, n: m + 2,
+    update("own vera", lambda w, b, d, A, B: o.chain(o.diag(b), B, o.diag(d), A), lambda m, n: m + 2,
            "frozen shared param A[r, in] ~ kaiming_uniform()", "frozen shared param B[out, r] ~ kaiming_uniform()",
            "param b[out] = 0", "param d[r] = 0.1", "diag(b) @ B @ diag(d) @ A"),
-    update("delora", lambda w, A, B, g: o.chain(
-        g * B, o.diag(1 / (o.col_norm(B).clamp(min=1e-4) * o.row_norm(A).clamp(min=1e-4))), A, o.diag(o.col_norm(w).detach())),
-        lambda m, n: pair(m, n) + 1, A, B, "param g = 2",
-        "let inverse = 1 / (max(col_norm(B), 1e-4) * max(row_norm(A), 1e-4))",
-        "g * B @ diag(inverse) @ A @ diag(detach(col_norm(W)))"),
     update("psoft", lambda w, A, B, Q, a, b: o.chain(
         B, o.chain(o.diag(b), o.cayley(o.skew(Q)), o.diag(a)) - o.eye(2), A), lambda m, n: 8,
         "frozen param A[r, in] ~ kaiming_uniform()", "frozen param B[out, r] ~ kaiming_uniform()", "param Q[r, r] = 0",

@@ -16,6 +16,11 @@ from surgery.expr.primitives import PRIMITIVES
 Leaves = Mapping[str, torch.Tensor]
 
 
+def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in a dtype; places stay whole numbers."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def dense(expr: Expr, leaves: Leaves, known: dict[Expr, torch.Tensor | float] | None = None) -> torch.Tensor:
     """The value of `expr`. `leaves` maps "weight", "bias" and each parameter's key to its tensor.
 

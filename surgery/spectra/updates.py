@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from surgery.compile import Placed
-from surgery.expr.evaluate import dense
+from surgery.expr.evaluate import dense, in_dtype
 from surgery.expr.ir import Expr, without_dropout
 from surgery.lower.frozen import KINDS
 from surgery.lower.program import weights
@@ -121,16 +121,16 @@ def _operated(surgeon: Surgeon, placed: Placed, stored: Tensor, leaves: Leaves) 
     narrow = torch.promote_types(stored.dtype, torch.float32)
     for i, (name, (w,)) in enumerate(_each(site, stored)):
         own = {key: t if key in adapter.shared or site.stack is None else t[i] for key, t in leaves.items()}
-        values = {"weight": w.to(WIDE), **{key: t.detach().to(w.device, WIDE) for key, t in own.items()}}
+        values = {"weight": w.to(WIDE), **{key: in_dtype(t.detach().to(w.device), WIDE) for key, t in own.items()}}
         delta, noise = _delta(placed, values)
         if isinstance(delta, Tensor) and delta.norm() <= _coarsest(own) * values["weight"].norm():
             noise = float("inf")  # no larger than the rounding of the parameters themselves
-        found = defects(placed.formula, {key: t.to(narrow) for key, t in values.items()})
+        found = defects(placed.formula, {key: in_dtype(t, narrow) for key, t in values.items()})
         yield Update(name, site.layer, values["weight"], delta, noise, found)
 
 
 def _coarsest(leaves: Leaves) -> float:
-    return max((torch.finfo(t.dtype).eps for t in leaves.values()), default=0.0)
+    return max((torch.finfo(t.dtype).eps for t in leaves.values() if t.is_floating_point()), default=0.0)
 
 
 def _delta(placed: Placed, values: Leaves) -> tuple[Tensor | tuple[Tensor, Tensor], float]:
