@@ -7,7 +7,9 @@ starts as the identity (or as no update) in one of several ways, unless its targ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -17,25 +19,31 @@ from torch.nn import Linear
 
 from surgery.diagnostics import SurgeryError
 from surgery.expr import dims
-from surgery.expr.ir import Shape
+from surgery.expr.ir import Expr, Shape
 from surgery.expr.primitives import OPERATORS, PRIMITIVES, Primitive, ShapeError
 from surgery.expr.values import evaluate
 from surgery.operate import apply
+from surgery.rewrite.algebra import RULES
+from surgery.rewrite.cheap import CHEAP
 from surgery.spec import library, parse
 from surgery.syntax.parser import parse_expression
 from surgery.syntax.tree import Definition, Spec
 
 SIGNS = {op: sign for sign, op in OPERATORS.items()}
 
-# Shapes by the texts of their dimensions; the sizes of tests are multiples of 6, so that blocks of 3 and factors fit.
+# The shapes of a definition by its place (a transform on a side, an update, an update on the bias), as the texts of their
+# dimensions; the sizes of tests are multiples of 6, so that blocks of 3 and factors fit.
 ON_SIDE = ("", "n", "n, n", "n, 2", "2, n", "n, 1", "2, 2", "2", "n / 3, 3, 3", "3, 3", "n / 3, n / 3", "3", "n / 3",
            "out, in", "in, out", "out, 2", "2, in", "in, 2", "in", "out")
 OF_UPDATE = ("", "out, in", "in, out", "out", "in", "out, 2", "2, in", "in, 2", "2, out", "out, 1", "1, in", "2, 2", "2",
-             "out / 3, in / 3", "3, 3", "out / 3, 2", "2, in / 3", "out, out", "in, in")
+             "out / 3, in / 3", "3, 3", "out / 3, 2", "2, in / 3", "out, out", "in, in", "out / 3, 3, 3", "out / 3, out / 3")
+# The operands of the rules' examples, by the texts of their shapes on a side and in an update.
+LETTERS = {"n, n": "AB", "n, 2": "PQ", "n, 1": "pq", "n": "de", "n / 3, 3, 3": "SZ", "3, 3": "K", "n / 3, n / 3": "L", "": "gh"}
 
 # What keeps a primitive away from its poles, whatever it is given.
 TAMED = {"div": "({0} / (2 + abs({1})))", "sqrt": "sqrt(1 + abs({0}))", "exp": "exp(tanh({0}))", "reflect": "reflect(1.5 + tanh({0}))",
          "cayley": "cayley(skew({0}))", "expm": "expm(skew({0}))"}
+OPERANDS_TAMED = {"reflect": "(1.5 + tanh({0}))", "cayley": "(tanh({0}) / 4)", "expm": "(tanh({0}) / 4)"}
 # With poles where singular values or entries are equal, which random formulas meet; the zoo has them.
 UNTAMED = {"left_singular", "qr", "top_softmax"}
 SIZES = ("2", "3", "2, 3", "3, 2")  # beside the shapes in scope, for primitives that take sizes
@@ -49,33 +57,50 @@ STARTS_OF_MATRICES = ("~ kaiming_uniform(a = sqrt(5))", "~ xavier_normal(0.7)")
 FROM_START = ("{Z} + gate * {E}", "{Z} + {E} - copy", "{Z} + {E} - detach({E})")
 
 
+Pattern = tuple[str, dict[str, Shape]]
+
+
 @dataclass(frozen=True)
 class Room:
-    """The shapes of a definition with their texts, that of its `W` and of its result, and the calls that give each."""
+    """The shapes of a definition with their texts, that of its `W` and of its result, and what gives each: calls of
+    primitives, and the examples of the rewriting rules with a place for each operand."""
 
     texts: dict[Shape, str]
     operand: Shape
     result: Shape
     calls: dict[Shape, dict[str, list[tuple[tuple[Shape, ...], str]]]]
+    patterns: dict[Shape, list[Pattern]]
 
 
 @lru_cache
-def room(side: str | None) -> Room:
-    """The room of a transform on a side, or of an update (None)."""
+def room(place: str) -> Room:
+    """The room of a transform on a side (`out`, `in`), of an `update` or of one on the `bias`."""
     sizes = {"out": dims.symbol("out"), "in": dims.symbol("in")}
-    names = {**sizes, "n": sizes[side]} if side else sizes
+    names = {**sizes, "n": sizes.get(place, sizes["out"])}
     texts: dict[Shape, str] = {}
-    for text in ON_SIDE if side else OF_UPDATE:
+    for text in ON_SIDE if place in sizes else OF_UPDATE:
         texts.setdefault(sizes_of(text, names), text)
     calls: dict[Shape, dict] = {shape: {} for shape in texts}
     for name, row in PRIMITIVES.items():
         for *chosen, given in product(*[texts] * row.arity, given_sizes(row, texts)) if can_be_random(row) else ():
-            try:
-                calls[row.shape_of(sizes_of(given, names), chosen)].setdefault(name, []).append((tuple(chosen), given))
-            except (ShapeError, KeyError):
-                continue
+            with suppress(ShapeError, KeyError):
+                if not row.places or () not in chosen and all(chosen[i] == (2,) for i in row.places):
+                    calls[row.shape_of(sizes_of(given, names), chosen)].setdefault(name, []).append((tuple(chosen), given))
     operand = tuple(sizes.values())
-    return Room(texts, operand, (sizes[side],) * 2 if side else operand, calls)
+    result = {"update": operand, "bias": operand[:1]}.get(place) or (sizes[place],) * 2
+    return Room(texts, operand, result, calls, _patterns(texts, names))
+
+
+def _patterns(texts: Iterable[Shape], names: dict) -> dict[Shape, list[Pattern]]:
+    """The examples of the rules that make sense here, by the shape that they have."""
+    shapes = {letter: sizes_of(text, names) for text, letters in LETTERS.items() for letter in letters}
+    operands = {letter: Expr("param", (), letter, shape) for letter, shape in shapes.items()}
+    found: dict[Shape, list[Pattern]] = {shape: [] for shape in texts}
+    for rule in (*RULES, *CHEAP):
+        with suppress(SurgeryError, KeyError):
+            shape = evaluate(parse_expression(rule.example), {**names, **operands}).shape
+            found[shape].append((re.sub(r"(?<!\.)\b([A-Za-z])\b(?!\()", r"{\1}", rule.example), shapes))
+    return found
 
 
 def sizes_of(text: str, names: dict) -> tuple:
@@ -84,7 +109,7 @@ def sizes_of(text: str, names: dict) -> tuple:
 
 
 def can_be_random(row: Primitive) -> bool:
-    return row.public and row.name not in UNTAMED | {"literal"} and not row.places and not row.whole
+    return row.public and row.name not in UNTAMED | {"literal"} and not row.whole
 
 
 def given_sizes(row: Primitive, texts: dict[Shape, str]) -> list[str]:
@@ -115,10 +140,26 @@ class Body:
             return self.leaf(shape)
         if self.one_of(*range(6)) == 0:
             return self.one_of(*DRESSED).format(self.expression(shape, depth - 1))
+        if self.room.patterns[shape] and self.one_of(*range(4)) == 0:
+            return self.pattern(*self.one_of(*self.room.patterns[shape]), depth)
         name = self.one_of(*sorted(calls), *sorted(set(calls) - ENTRYWISE) * 2)
         shapes, sizes = self.one_of(*calls[name])
-        text = call(name, [self.expression(s, depth - 1) for s in shapes] + [sizes] * bool(sizes))
+        places = PRIMITIVES[name].places
+        arguments = [self.places() if i in places else self.expression(s, depth - 1) for i, s in enumerate(shapes)]
+        text = call(name, arguments + [sizes] * bool(sizes))
         return self.named(shape, "let", f"= {text}") if self.one_of(*range(4)) == 0 else text
+
+    def pattern(self, text: str, shapes: dict[str, Shape], depth: int) -> str:
+        """A rule's example with an expression for each of its operands."""
+        used = sorted(set(re.findall(r"{(\w)}", text)) - {"n"})
+        tame = next((form for name, form in OPERANDS_TAMED.items() if f"{name}(" in text), "{0}")
+        operands = {letter: tame.format(self.expression(shapes[letter], depth - 1)) for letter in used}
+        return f"({text.format(n='n' if 'n' in self.room.texts.values() else 'out', **operands)})"
+
+    def places(self) -> str:
+        """Two places that every tensor with more than one entry has."""
+        self.lines.append(f"frozen param at{len(self.lines)}[2] ~ sample(of = 2)")
+        return self.lines[-1].split()[2].partition("[")[0]
 
     def leaf(self, shape: Shape) -> str:
         """A parameter (an old or a new one), the operand, the identity."""
@@ -168,49 +209,54 @@ def call(name: str, texts: list[str]) -> str:
 
 
 @lru_cache
-def standard(placement: str, side: str) -> tuple[str, ...]:
+def standard(place: str) -> tuple[str, ...]:
     """Calls of the standard library's definitions that fit weights of multiples of 6 there, and start as they should."""
-    kind = "update" if placement == "add" else "transform"
-    found = (_fitting(d, f"{placement} {{}}" + f" on {side}" * (kind == "transform"))
-             for d in library(Spec()).definitions.values() if d.kind == kind)
+    step = {"update": "add {}", "bias": "add {}"}.get(place, f"post {{}} on {place}")
+    found = (_fitting(d, step) for d in library(Spec()).definitions.values() if fits(d, place))
     return tuple(filter(None, found))
+
+
+def fits(definition: Definition, place: str) -> bool:
+    return {"update": definition.kind == "update" and not definition.bias, "bias": definition.bias}.get(
+        place, definition.kind == "transform")
 
 
 def _fitting(definition: Definition, step: str) -> str:
     """The definition's call with numbers that fit (empty if none do)."""
     for number in (3, 2, 1):
         call = f"{definition.name}({', '.join(f'{p.name} = {number}' for p in definition.params if p.type == 'int')})"
-        try:
+        with suppress(SurgeryError):
             apply(Linear(18, 12), parse(f'spec s()\ntarget any "**" {{ {step.format(call)} }}'))
-        except SurgeryError:
-            continue
-        return call
+            return call
     return ""
 
 
+# How the steps of a place are written, how a definition for it begins, and what it can name besides `W`.
+STEPS = {"out": ("pre {} on out", "post {} on out", "pre {} on out with bias", "post {} on out with bias"),
+         "in": ("pre {} on in", "post {} on in"), "bias": ("add {}",),
+         "update": ("add {}", "add {} dropout(0)", "add {} dropout(10%)")}
+HEADS = {"out": "transform {} on n", "in": "transform {} on n", "update": "update {}", "bias": "update {} on bias"}
+BIAS = {"bias": {(dims.symbol("out"),): ["b"]}}
+
+
 @st.composite
-def specs(draw, depth: int = 4):
-    """The text of a spec with one target on every module."""
+def specs(draw, has_bias: bool = True, depth: int = 4):
+    """The text of a spec with one target on every module, all of which have a bias or not."""
     shifted = draw(st.booleans())
     definitions: list[str] = []
-    steps = [step(draw, shifted, depth, definitions) for _ in range(draw(st.integers(1, 3)))]
+    steps = [step(draw, has_bias, shifted, depth, definitions) for _ in range(draw(st.integers(1, 3)))]
     flag = "shifted " if shifted else ""
     return "\n\n".join(["spec random()", *definitions, f'target any "**" {flag}{{\n  ' + "\n  ".join(steps) + "\n}\n"])
 
 
-def step(draw: Callable, shifted: bool, depth: int, definitions: list[str]) -> str:
+def step(draw: Callable, has_bias: bool, shifted: bool, depth: int, definitions: list[str]) -> str:
     """A step, of the standard library or of a definition that is added to `definitions`."""
-    placement, side = draw(st.sampled_from(["pre", "add", "post"])), draw(st.sampled_from(["out", "in"]))
-    kind, side = ("update", "out") if placement == "add" else ("transform", side)
-    clause = f"on {side}" + draw(st.sampled_from(["", " with bias"])) * (side == "out")
-    clause = draw(st.sampled_from(["", "dropout(0)", "dropout(10%)"])) if kind == "update" else clause
+    place = draw(st.sampled_from(["out", "in", "update", "update", "bias"][:4 + has_bias]))
+    written = draw(st.sampled_from(STEPS[place]))
     if draw(st.integers(0, 2)) == 0:
-        call = draw(st.sampled_from(standard(placement, side)))
-        on_bias = library(Spec()).definitions[call.partition("(")[0]].bias  # there is no input to drop
-        return f"{placement} {call} {'' if on_bias else clause}"
-    name = f"own_{len(definitions)}"
-    body = Body(draw, room(None if kind == "update" else side))
-    result = body.result(shifted, depth)
-    head = f"{kind} {name}(r: int = 2)" + " on n" * (kind == "transform")
-    definitions.append(f"{head} {{\n  " + "\n  ".join([*body.lines, f"return {result}"]) + "\n}")
-    return f"{placement} {name}({draw(st.sampled_from(['', '1', 'r = 3']))}) {clause}"
+        return written.format(draw(st.sampled_from(standard(place))))
+    body = Body(draw, room(place), known={shape: [*names] for shape, names in BIAS.get(place, {}).items()})
+    result, name = body.result(shifted, depth), f"own_{len(definitions)}"
+    lines = [HEADS[place].format(f"{name}(r: int = 2)") + " {", *body.lines, f"return {result}"]
+    definitions.append("\n  ".join(lines) + "\n}")
+    return written.format(f"{name}({draw(st.sampled_from(['', '1', 'r = 3']))})")

@@ -221,6 +221,8 @@ UPDATES = (
     update("W among the factors", lambda w, A, B: o.chain(B, A, o.t(w), w), pair, A, B, "B @ A @ W.T @ W / 10 * 10"),
     update("a norm of parameters", lambda w, A, B: o.mul(B, A) / (1 + o.norm(A) + 2 * o.norm(o.mul(B, A))), pair,
            A, B, "B @ A / (1 + norm(A) + 2 * norm(B @ A))"),
+    update("a norm of a number", lambda w, A, B, g: 2 * o.mul(B, A), pair, A, B, "frozen param g = 1",
+           "norm(0 * g - 2) * (B @ A)"),
     update("a full update", lambda w, F: F.abs() - F, lambda m, n: m * n, "param F[out, in] = 0", "abs(F) - F"),
     update("rows and columns", lambda w, b, c: w * o.mul(b, c), lambda m, n: m + n, "param b[out, 1] = 0",
            "param c[1, in] = 1", "W * (b @ c)"),

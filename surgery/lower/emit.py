@@ -74,6 +74,8 @@ class Emitter:
 
     def _plain(self, node: Expr) -> str:
         args = [self.value(a) for a in node.args]
+        if args and all(a.op == "const" for a in node.args):  # a number is no tensor yet
+            args = [f"layer.fill((), {number}, dtype)" for number in args]
         if node.op not in TEMPLATES:
             sizes = [] if node.data is None else [repr(node.data)]
             return f"{node.op}({', '.join([*sizes, *(args or ['layer.like(dtype)'])])})"
