@@ -79,7 +79,8 @@ class Adapter(nn.Module):
         with torch.autocast(layer.weight.device.type, enabled=False):
             if torch.is_grad_enabled() or cast is None:
                 return setup()
-            return self._keep((program, "setup"), (layer.stored, *leaves.values()), (dtype, cast), setup)
+            frozen = (layer.stored,) if layer.bias is None else (layer.stored, layer.bias)
+            return self._keep((program, "setup"), (*frozen, *leaves.values()), (dtype, cast), setup)
 
     def _keep(self, key: tuple, on: Iterable[torch.Tensor], more: tuple, compute: Callable[[], tuple]) -> tuple:
         """`compute()`, done again only when a tensor that it rests `on` has changed."""

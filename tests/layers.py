@@ -70,7 +70,7 @@ class Tower(nn.Module):
 
 
 def perturb(module: nn.Module, size: float = 0.3, seed: int = 0) -> None:
-    """Move every adapter parameter, frozen ones too, away from where it starts."""
+    """Move every adapter parameter, frozen ones too (but for places), away from where it starts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):

@@ -117,7 +117,8 @@ def lowered(op: Operated) -> Results:
 def meant(op: Operated, dtype: torch.dtype, run: torch.dtype) -> Results:
     """What the dense formula gives in a dtype, the layer run in another."""
     (adapter,) = op.surgeon.adapters.values()
-    leaves = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in adapter.tensors().items()}
+    leaves = {key: t.detach().to(dtype if t.is_floating_point() else t.dtype).requires_grad_(t.requires_grad)
+              for key, t in adapter.tensors().items()}
     return results(op, lambda x, tensors: op.dense(x, tensors, dtype, run), leaves, run)
 
 
@@ -152,6 +153,7 @@ NARROW = {torch.float32: (30.0, 2e-5), torch.bfloat16: (5.0, 6e-2)}
 @given(operations(), st.sampled_from(sorted(NARROW, key=str)))
 def test_in_narrow_dtypes_it_is_as_exact_as_the_dense_formula(operation, dtype):
     text, layer = operation
+    text = text.replace('"**" {', '"**" shifted {')  # large terms that cancel do so up to a rounding
     op = operated(parse(text), layer, dtype, torch.float32)
     op.surgeon.model.train("dropout(10%)" not in text)
     found, plain, exact = lowered(op), meant(op, torch.float32, dtype), meant(op, torch.float64, torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import product
 
 import pytest
 import torch
@@ -114,14 +115,16 @@ def test_the_model_keeps_its_class_and_names_and_a_base_checkpoint_loads(case):
 
 
 @on_every_case
-def test_a_changed_base_weight_is_seen(case):
-    """Whatever a program keeps of the frozen weight, it follows the weight."""
-    op, other = operated(case, WIDE), torch.randn(12, 18, dtype=torch.float64)
-    op.model(op.x)
-    with torch.no_grad():
-        op.layer.weight.copy_(other)
-        op.base.weight.copy_(other)
-    assert_close(op.model(op.x), op.oracle(op.x, op.leaves()), EXACT)
+def test_a_changed_base_layer_is_seen(case):
+    """Whatever is kept of the frozen weight and bias, between training steps or in evaluation, it follows them."""
+    op = operated(case, WIDE)
+    for keeping, name in product((True, False), ("weight", "bias")):
+        with torch.set_grad_enabled(not keeping):
+            op.model(op.x)
+            with torch.no_grad():
+                getattr(op.base, name).normal_()
+                getattr(op.layer, name).copy_(getattr(op.base, name))
+            assert_close(op.model(op.x), op.oracle(op.x, op.leaves()), EXACT)
 
 
 # ----------------------------------------------------------------------------------------------- several modules

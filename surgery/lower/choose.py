@@ -99,7 +99,8 @@ def offset(bias: Expr) -> Expr:
     """b' = T (b + u), the transforms acting on b as on a row of activations."""
     if bias.op == "add":
         return make("add", *map(offset, bias.args))
-    return apply(bias.args[0], offset(bias.args[1])) if bias.op == "matmul" else bias
+    is_turned = bias.op == "matmul" and len(bias.args[0].shape) == 2
+    return apply(bias.args[0], offset(bias.args[1])) if is_turned else bias
 
 
 def _with_bias(y: Expr, bias: Expr | None, kind: str) -> Expr:
@@ -151,12 +152,12 @@ def _frontier(outputs: Sequence[Expr], on_input: dict[Expr, bool]) -> tuple[Expr
 def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
     """The largest parts of the set-up that depend on the frozen weight alone and are smaller than it."""
     on_weight: dict[Expr, bool] = {}
-    on_leaf: dict[Expr, bool] = {}
+    on_others: dict[str, dict[Expr, bool]] = {"param": {}, "places": {}, "bias": {}}
     found: dict[Expr, None] = {}
     stack = list(reversed(values))
     while stack:
         node = stack.pop()
-        is_fixed = depends_on(node, "weight", on_weight) and not depends_on(node, "param", on_leaf)
+        is_fixed = depends_on(node, "weight", on_weight) and not any(depends_on(node, *other) for other in on_others.items())
         if is_fixed and node.op != "weight" and len(node.shape) < 2:
             found[node] = None
         else:
