@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from math import lcm
+from math import lcm, prod
 from typing import Any
 
 from surgery.costs import Estimate, fallback, layer_kind
@@ -27,6 +27,7 @@ from surgery.syntax.tree import Definition, Parameter, Spec, Step, Target
 # Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
 _SIDES = ((96, 64), (192, 128), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))
 _LONGEST = 4096
+_MOST_NUMBERS = 2**26
 # Where a module can stand: the first layer and the last one.
 _PLACES = ({"layer": 0, "depth": 0.0}, {"layer": 11, "depth": 1.0})
 _EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
@@ -118,8 +119,11 @@ def _first(target: Target, context: Context, sides: Iterable[tuple[int, int]], f
     for out, in_ in sides:
         local = Collector()
         formula = elaborate(target, context, out, in_, local)
-        if formula is not None:
+        numbers = sum(prod(leaf.shape) for leaf in formula.leaves) if formula is not None else 0
+        if formula is not None and numbers <= _MOST_NUMBERS:
             return Trial(target, out, in_, formula)
+        if formula is not None:
+            local.warn("untested", f"its parameters hold {numbers:,} numbers at [{out}, {in_}], which are too many to try")
         faults.add(*local.found)
     return None
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch.nn as nn
 
 from surgery.dead import listed
-from surgery.diagnostics import Collector, Diagnostic
+from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula, Leaf
 from surgery.expr.lint import lint, spec_values
@@ -90,6 +90,9 @@ def compile(model: nn.Module, spec: Spec | str | Path, strict: bool = False) -> 
     values = spec_values(spec, report)
     report.add(*lint(spec, scope))
     report.raise_errors()
+    if not (spec.targets or spec.train):
+        raise fail("no-match", f"{_title(spec)} has no target and no `train`, so there is nothing to do to a model",
+                   helps=("write `target linear { ... }`, or `use` this file in a spec that has one",))
     selection = select(model, spec, scope.selects)
     report.add(*selection.warnings)
     formulas = _Formulas(scope, values)
@@ -113,6 +116,10 @@ def _unbiased(spec: Spec, scope: Library, taken: list[tuple[Site, int]]) -> Iter
             yield Diagnostic("no-bias", f"{step.call.function} is added to the bias, and {some}", step.span,
                              severity="error" if nothing_left else "warning",
                              helps=("name the modules that have a bias, or leave the step out",))
+
+
+def _title(spec: Spec) -> str:
+    return f"`{spec.name}`" if spec.name else spec.span.source.name if spec.span else "the spec"
 
 
 class _Formulas:

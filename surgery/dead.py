@@ -21,6 +21,7 @@ from surgery.sites import Refused
 from surgery.syntax.tree import Target
 
 MOST_NAMES = 12
+_HEAD_ALONE = "it leaves the output head out, and there is no other", ('a pattern takes the head too: `"**"`',)
 KINDS = {"linear": "linear layer", "conv": "convolution", "embedding": "embedding", "any": "layer"}
 
 
@@ -86,8 +87,9 @@ def _report_selectors(found: Reach, named: list[bool], catalogue: Catalogue, rep
         if hits and not matcher.portable:
             _report_choices(matcher, hits, found.target, catalogue, report)
     if not found.sites and not none:
-        why = "`except` leaves all of them out" if any(found.drops.values()) else "it leaves the output head out"
-        report.error("no-match", f"{found} takes no {wanted(found.target)} of {catalogue.title}: {why}", found.target.span)
+        why, what = ("`except` leaves all of them out", ()) if any(found.drops.values()) else _HEAD_ALONE
+        report.error("no-match", f"{found} takes no {wanted(found.target)} of {catalogue.title}: {why}", found.target.span,
+                     helps=what)
 
 
 def _report_except(found: Reach, catalogue: Catalogue, report: Collector) -> None:
@@ -113,7 +115,7 @@ def _report_choices(matcher: Matcher, hits: Mapping, target: Target, catalogue: 
     for glob in matcher.globs:
         for choice in glob.dead(live):
             notes, helps = _advice([glob.making(choice)], target, catalogue)
-            report.warn("dead-name", f'`{choice.text}` in pattern "{glob.text}" matches no {wanted(target)} of '
+            report.warn("dead-name", f'{choice} in pattern "{glob.text}" matches no {wanted(target)} of '
                         f"{catalogue.title}", glob.place(choice), notes=notes, helps=helps)
 
 

@@ -1,7 +1,7 @@
 """Folders that appear whole: what a command writes takes its place in one step, or not at all.
 
 Takes a path; gives a folder beside it to write into. Promises: whatever interrupts the writing, the path holds what it
-held before or all that is new; only a folder that we may have written ourselves is ever replaced.
+held before or all that is new; only a folder of the kind that we write is ever replaced.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.diagnostics import fail
@@ -20,12 +21,29 @@ from surgery.diagnostics import fail
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of folder that we write: what it is called, the names that one of it always has, and whether it may have an
+    entry of a name."""
+
+    title: str
+    marks: frozenset[str]
+    may_have: Callable[[str], bool]
+
+    def foreign(self, names: Iterable[str]) -> list[str]:
+        """The names that show that a folder is not of this kind (none of an empty one)."""
+        names = sorted(names)
+        return [n for n in names if not self.may_have(n)] or (names if names and not self.marks <= set(names) else [])
+
+
 @contextmanager
-def replacing(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` when the block ends well. `ours` says of an entry's name whether we
-    write such. Raises: SurgeryError (bad-output)."""
+def replacing(folder: Path, kind: Kind) -> Iterator[Path]:
+    """A new folder that takes the place of `folder`, an older one of the kind, when the block ends well.
+
+    Raises: SurgeryError (bad-output).
+    """
     target = folder.absolute()
-    refuse_foreign(folder, ours)
+    refuse_foreign(folder, kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as beside:
@@ -40,14 +58,14 @@ def replacing(folder: Path, ours: Callable[[str], bool]) -> Iterator[Path]:
         raise fail("bad-output", f"cannot write {folder}: {error.strerror or error}") from error
 
 
-def refuse_foreign(folder: Path, ours: Callable[[str], bool]) -> None:
+def refuse_foreign(folder: Path, kind: Kind) -> None:
     """Raises: SurgeryError (bad-output) if a folder holds what is not ours to replace, or a file stands in its place."""
     if folder.is_dir():
-        foreign = sorted(p.name for p in folder.iterdir() if not ours(p.name))
+        foreign = kind.foreign(p.name for p in folder.iterdir())
         if foreign:
             more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-            raise fail("bad-output", f"{folder} holds what is not ours to replace: {', '.join(foreign[:3])}{more}",
-                       helps=("name a new folder",))
+            raise fail("bad-output", f"{folder} is not {kind.title}, so it is not replaced: it holds "
+                       f"{', '.join(foreign[:3])}{more}", helps=("name a new folder",))
     elif folder.exists():
         raise fail("bad-output", f"{folder} is a file", helps=("name a folder",))
 

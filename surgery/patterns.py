@@ -24,6 +24,7 @@ LONGEST_RANGE = 1000
 
 _PIECE = re.compile(r"\*+|[?.{},]|[^*?.{},]+")
 _RANGE = re.compile(r"(?:(-?\d{1,9})\.\.(-?\d{1,9})|(-\d{1,9}))(?=[,}])")
+_DOTS = re.compile(r"[^.,{}]*\.\.[^.,{}]*(?=[,}])")
 _FOREIGN = re.compile(r"[\\^$()|\[\]\s]+")
 _GLOB_HELP = "a pattern is a glob: `*` is any text within a segment, `**` any segments, `{a,b}` one of several"
 
@@ -54,6 +55,9 @@ class Choice:
     text: str
     start: int
     end: int
+
+    def __str__(self) -> str:
+        return f"`{self.text}`" if self.text else "the empty choice"
 
     def holds(self, other: Choice) -> bool:
         return self != other and self.start <= other.start and other.end <= self.end
@@ -209,6 +213,9 @@ class _Reader:
 
     def item(self) -> tuple[Choice, tuple[Token | _Brace, ...]]:
         start, found = self.at, _RANGE.match(self.text, self.at)
+        meant = None if found else _DOTS.match(self.text, self.at)
+        if meant:
+            raise _bad(self.pattern, *meant.span(), f"`{meant[0]}` is no range of layers", "`{0..11}` is from 0 to 11")
         parts = (self.range(found),) if found else self.sequence(nested=True)
         return Choice(self.text[start:self.at], start, self.at), parts
 

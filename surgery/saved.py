@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 
 from surgery import __version__
 from surgery.diagnostics import Collector, SurgeryError, fail
+from surgery.folders import Kind
 from surgery.spec import parse
 from surgery.syntax.tree import Spec
 
 FORMAT = "1.0"
 TENSORS, SPEC, META = FILES = ("adapter.safetensors", "adapter.surg", "meta.json")
+ADAPTER = Kind("a saved adapter", frozenset({SPEC}), FILES.__contains__)
 _SHOWN = 8
+_NAME_ONE = "name what `surgery apply -o` or `save()` wrote"
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -43,8 +46,10 @@ class Saved:
 
     def __init__(self, folder: Path):
         self.folder, self.report = folder, Collector()
-        if not folder.is_dir():
-            raise fail("bad-adapter", f"{folder} is not a folder", helps=("name what `surgery apply -o` or `save()` wrote",))
+        if not folder.exists():
+            raise fail("missing-file", f"there is no folder {folder}", helps=(_NAME_ONE,))
+        if not any((folder / name).exists() for name in FILES):
+            raise fail("bad-adapter", f"{folder} is not a saved adapter", helps=(_NAME_ONE,))
         self.tensors, self.meta, self.spec = self._tensors(), self._meta(), self._spec()
         if self.meta is not None and self.tensors is not None:
             self._agree()

@@ -137,7 +137,7 @@ def _report_dead_train(matcher: Matcher, hits: Mapping, population: Population, 
         warn(str(matcher), matcher.globs[0], matcher.selector.span)
     live = {a for found in hits.values() for a in found}
     for choice in () if matcher.portable or not hits else matcher.globs[0].dead(live):
-        warn(f"`{choice.text}` in {matcher}", matcher.globs[0].making(choice), matcher.globs[0].place(choice))
+        warn(f"{choice} in {matcher}", matcher.globs[0].making(choice), matcher.globs[0].place(choice))
 
 
 def _report_trained_twice(owned: Mapping[Site, Reach], train: Mapping[str, nn.Parameter], report: Collector) -> None:

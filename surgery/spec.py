@@ -47,7 +47,7 @@ def load(spec: str | Path, /, **parameters: Any) -> Spec:
 def locate(spec: str | Path) -> Path:
     """The file that a path or a shipped name means. Raises: SurgeryError (unknown-spec)."""
     path, ours = Path(spec), shipped()
-    if path.suffix == ".surg" or path.is_file():
+    if path.suffix == ".surg" or (path.exists() and not path.is_dir()):
         return path
     if str(spec) in ours:
         return _as_written(ours[str(spec)])

@@ -20,10 +20,10 @@ from torch import nn
 
 from surgery import __version__
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, fail
-from surgery.folders import replacing
+from surgery.folders import Kind, replacing
 from surgery.layer import Adapter
 from surgery.operate import Surgeon, prepare
-from surgery.saved import FILES, FORMAT, META, SPEC, TENSORS, Saved, compare, name_of, shapes
+from surgery.saved import ADAPTER, FILES, FORMAT, META, SPEC, TENSORS, Saved, compare, name_of, shapes
 from surgery.spec import inlined
 
 
@@ -38,7 +38,7 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
     about = {"format_version": FORMAT, "surgery_version": __version__, "base_model": base_model, "revision": revision,
              "seed": surgeon.seed, "dtype": name_of(surgeon.dtype),
              "tensors": {n: {"shape": list(t.shape), "dtype": name_of(t.dtype)} for n, t in tensors.items()}}
-    with replacing(Path(folder), FILES.__contains__) as new:
+    with replacing(Path(folder), ADAPTER) as new:
         (new / TENSORS).write_bytes(to_bytes(tensors))
         (new / SPEC).write_text(inlined(surgeon.spec).to_surg(), encoding="utf-8")
         (new / META).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -89,15 +89,17 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
     if not hasattr(model, "save_pretrained"):
         raise fail("bad-output", f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
                    helps=("merge() and save its state_dict() yourself",))
-    with replacing(Path(folder), of_a_model) as new, _merged(surgeon), _untied(surgeon):
+    with replacing(Path(folder), MODEL) as new, _merged(surgeon), _untied(surgeon):
         model.save_pretrained(new, state_dict=_plain(model))
         for extra in extras:
             extra.save_pretrained(new)
 
 
-def of_a_model(name: str) -> bool:
-    """Whether an entry of that name is one that a saved model may have."""
-    return Path(name).suffix in (".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".md")
+def _of_a_model(name: str) -> bool:
+    return name not in FILES and Path(name).suffix in (".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".md")
+
+
+MODEL = Kind("a saved model", frozenset({"config.json"}), _of_a_model)
 
 
 def _plain(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -41,8 +41,9 @@ def run(program: str, *arguments: str) -> str:
 
 
 def told_by_surgery(arguments: tuple[str, ...]) -> str:
-    """The status must tell whether there is an error."""
+    """The status must tell whether there is an error, which must be a user's."""
     result = CliRunner(env={**os.environ, "NO_COLOR": "1"}).invoke(main, arguments)
+    assert "a bug in surgery" not in result.stderr, result.stderr
     assert bool(result.exit_code) is ("error[" in result.stderr), result.output
     return result.stderr
 

@@ -141,7 +141,8 @@ def test_a_model_without_data_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    assert "error[bad-adapter]" in faults(tmp_path / "nowhere")
+    assert "error[missing-file]" in faults(tmp_path / "nowhere")
+    assert "error[bad-adapter]" in faults(tmp_path)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli.options import command, model_argument, opened, sets, spec_argument, targets
-from surgery.cli.render import Output
+from surgery.cli.render import Output, counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +49,7 @@ def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: 
 
     found = _plan(output, opened(spec, sets, targets), model, strict)
     report = Report(found)
-    output.say(f"{spec} on {model}: {len(found.placed)} modules\n")
+    output.say(f"{spec} on {model}: {counted(len(found.placed), 'weight')}\n")
     output.say(str(report))
     memory = _memory(report)
     output.say("memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in memory.items()))

@@ -7,28 +7,41 @@ own mistake, 130 interrupted. Promises: no traceback without `--debug`; a comman
 from __future__ import annotations
 
 import errno
+import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from surgery.cli import benching, comparing, inspecting, microscope, operating, writing
 from surgery.cli.options import HELP, common
-from surgery.cli.render import Output
+from surgery.cli.render import Output, settle_streams
 from surgery.diagnostics import Diagnostic, SurgeryError
 
 # Codes of what is wrong with the way the program is used or with the world around it, rather than with a spec or a model.
 _OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set", "bad-data",
             "missing-extra"}
+# What torch says, in errors of several types, when it asks for more memory than there is.
+_NO_MEMORY = re.compile(r"allocate memory|out of memory|Storage size calculation overflowed")
 
 
 class Surgery(click.Group):
     """The group of commands; turns every error into words and a status."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        settle_streams()
+        output = ctx.ensure_object(Output)
+        output.as_json = "--json" in args  # before the rest of the line, which may be wrong
+        with _wrong_use(output):
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         output = ctx.ensure_object(Output)
         try:
-            return super().invoke(ctx)
+            with _wrong_use(output):
+                return super().invoke(ctx)
         except SurgeryError as error:
             output.diagnostics(error.diagnostics)
             output.data()
@@ -43,9 +56,26 @@ class Surgery(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            status = _failed(output, f"error: this is a bug in surgery: {type(error).__name__}: {error}\n"
-                             "Please report it with the output of the same command and --debug.")
+            status = _failed(output, _no_diagnostic(error))
         ctx.exit(status)
+
+
+@contextmanager
+def _wrong_use(output: Output) -> Iterator[None]:
+    """A wrong command line is told by click, and to programs too."""
+    try:
+        yield
+    except click.ClickException as error:
+        output.data(error=error.format_message())
+        raise
+
+
+def _no_diagnostic(error: Exception) -> str:
+    """What an error that no stage has foreseen means."""
+    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+        return f"error: not enough memory: {str(error) or type(error).__name__}"
+    return (f"error: this is a bug in surgery: {type(error).__name__}: {error}\n"
+            "Please report it with the output of the same command and --debug.")
 
 
 def _errors(error: SurgeryError) -> list[Diagnostic]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO, PACKAGE = "demo:", "package:"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_MODELS = "a model is a hub id, a local folder, package:NAME, or a demo such as demo:llama"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -151,9 +154,12 @@ def _config(name: str) -> PreTrainedConfig:
         return demo_config(name.removeprefix(DEMO))
     from transformers import AutoConfig
 
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+    exists = bool(name) and Path(name).exists()
+    if exists and not (Path(name) / "config.json").is_file():
         what = "has no config.json" if Path(name).is_dir() else "is a file"
         raise fail("unknown-model", f"{name} {what}, so it is not a model's folder", helps=_near(name))
+    if not (exists or name.startswith(PACKAGE) or _HUB_ID.fullmatch(name)):
+        raise fail("unknown-model", f"there is no folder `{name}`, and it is no id of the hub (OWNER/NAME)", helps=(_MODELS,))
     return _asked(name, lambda: AutoConfig.from_pretrained(place(name)))
 
 
@@ -183,6 +189,10 @@ def _asked(name: str, ask: Callable[[], Any]) -> Any:
     except (SurgeryError, KeyboardInterrupt):
         raise
     except Exception as error:  # transformers and the hub raise whatever they like for a model that they cannot load
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise fail("unknown-model", f"cannot load `{name}`: {reason}",
-                   helps=("a model is a hub id, a local folder, package:NAME, or a demo: demo:llama",)) from error
+        raise fail("unknown-model", f"cannot load `{name}`: {_first_words(error)}", helps=(_MODELS,)) from error
+
+
+def _first_words(error: Exception) -> str:
+    """The first line of a message, and the next where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])

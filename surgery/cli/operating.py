@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import command, model_argument, opened, sets, spec_argument, targets
-from surgery.cli.render import Output
+from surgery.cli.render import Output, counted
 from surgery.diagnostics import fail
 
 if TYPE_CHECKING:
@@ -24,11 +24,13 @@ _force = click.option("--force", is_flag=True, help="Replace what an earlier run
 def _free(out: str, force: bool, merged: bool) -> None:
     """Refuse an output folder that is not ours to take, before any work. Raises: SurgeryError (bad-output)."""
     from surgery.folders import refuse_foreign, refuse_unwritable
-    from surgery.saved import FILES
-    from surgery.store import of_a_model
+    from surgery.saved import ADAPTER
+    from surgery.store import MODEL
 
+    if not out:
+        raise fail("bad-output", "-o names no folder")
     folder = Path(out)
-    refuse_foreign(folder, of_a_model if merged else FILES.__contains__)
+    refuse_foreign(folder, MODEL if merged else ADAPTER)
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise fail("bad-output", f"{out} exists already", helps=("--force replaces it",))
     refuse_unwritable(folder)
@@ -58,18 +60,20 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     """
     from surgery.cli.trial_run import Compared
 
-    if merge and not out:
+    if merge and out is None:
         raise click.UsageError("--merge needs -o DIR.")
-    if out:
+    if out is not None:
         _free(out, force, merge)
     asked = opened(spec, sets, targets)
     loaded = _load(output, model, dtype)
     with Compared(output, loaded, asked) as compared:
         surgeon = _operate(output, loaded, asked, seed, strict)
-    output.say(f"{spec} on {model}: {len(surgeon.plan.placed)} modules\n\n{surgeon.report()}")
-    output.say(f"start     {compared.verdict}")
-    if out:
+    if out is not None:
         _save(output, surgeon, model, out, merge)
+    output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{surgeon.report()}")
+    output.say(f"start     {compared.verdict}")
+    if out is not None:
+        _say_saved(output, out, merge)
     output.data(source=spec, model=model, out=out, merged=merge, seed=seed, logits_change=compared.change,
                 **surgeon.report().to_json())
 
@@ -92,6 +96,9 @@ def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool) 
             save_merged(surgeon, out, preprocessors(model))
         else:
             surgeon.save(out, base_model=model)
+
+
+def _say_saved(output: Output, out: str, merged: bool) -> None:
     saved, beside = shlex.quote(out), shlex.quote(f"{Path(out)}-merged")
     following = f"surgery modules {saved}" if merged else f"surgery merge {saved} -o {beside}"
     output.say(f"saved     {out}\nnext      {following}")

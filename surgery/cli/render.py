@@ -6,6 +6,7 @@ Takes texts, rich renderables and data; gives bytes on the two streams. Promises
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -37,6 +38,16 @@ _STYLES: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 
+def settle_streams() -> None:
+    """A stream that is closed takes all and keeps nothing; a character that a stream cannot write is escaped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 @dataclass
 class Output:
     """The two streams of one run, and how to write on them. Nothing is shown twice."""
@@ -57,7 +68,7 @@ class Output:
         plain = self.color == "never" or (self.color == "auto" and "NO_COLOR" in os.environ)
         width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
         return Console(file=stream, width=width, highlight=False, markup=False, emoji=False,
-                       color_system=None if plain else "auto", force_terminal=self.color == "always" or None)
+                       no_color=plain, color_system=None if plain else "auto", force_terminal=self.color == "always" or None)
 
     @cached_property
     def stdout(self) -> Console:

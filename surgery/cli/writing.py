@@ -111,37 +111,39 @@ def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) ->
 
     A FILE `-` is read from stdin and written to stdout. A file with a syntax error is left alone.
     """
-    report, changed = Collector(), []
+    from surgery.expr.elaborate import guard
+
+    report, found = Collector(), {}
     for name in files:
-        try:
-            changed += [name] if _formatted(output, name, only_check or diff, diff) else []
-        except SurgeryError as error:
-            report.add(*error.diagnostics)
-    if not report.errors:
-        output.note(_summary(files, changed, only_check or diff))
-        output.data(changed=changed, unchanged=[f for f in files if f not in changed])
+        with guard(report):
+            found[name] = _formatted(output, name, only_check or diff, diff)
+    changed, unchanged = ([name for name, new in found.items() if new is which] for which in (True, False))
+    output.diagnostics(report.found)
+    if found:
+        output.note(_summary(len(changed), len(unchanged), only_check or diff))
+    output.data(changed=changed, unchanged=unchanged)
     report.raise_errors()
     if only_check and changed:
         raise click.exceptions.Exit(1)
 
 
-def _summary(files: tuple[str, ...], changed: list[str], dry: bool) -> str:
-    would = "would be changed" if dry else "changed"
-    return f"{counted(len(changed), 'file')} {would}, {counted(len(files) - len(changed), 'file')} left unchanged"
+def _summary(changed: int, unchanged: int, dry: bool) -> str:
+    return f"{counted(changed, 'file')} {'would be ' if dry else ''}changed, {counted(unchanged, 'file')} left unchanged"
 
 
 def _formatted(output: Output, name: str, dry: bool, diff: bool) -> bool:
     """Format one file; whether its text changed."""
     from surgery.syntax.printer import format_text
 
-    before = _text(name)
-    after = format_text(before, "<stdin>" if name == "-" else name)
+    title = "<stdin>" if name == "-" else name
+    before = _text(name, title)
+    after = format_text(before, title)
     if diff:
-        output.raw("".join(_difference(name, before, after)))
+        output.raw("".join(_difference(title, before, after)))
     elif name == "-" and not dry:
         output.raw(after)
     elif dry and after != before:
-        output.say(f"{name} would be changed")
+        output.say(f"{title} would be changed")
     elif after != before:
         _write(Path(name), after)
     return after != before
@@ -153,14 +155,14 @@ def _difference(name: str, before: str, after: str) -> Iterator[str]:
         yield line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
 
 
-def _text(name: str) -> str:
+def _text(name: str, title: str) -> str:
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         return data.decode("utf-8")
     except OSError as error:
-        raise fail("missing-file", f"cannot read {name}: {error.strerror or error}") from None
+        raise fail("missing-file", f"cannot read {title}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise fail("missing-file", f"cannot read {name}: byte {error.start} is not UTF-8") from None
+        raise fail("missing-file", f"cannot read {title}: byte {error.start} is not UTF-8") from None
 
 
 def _write(path: Path, text: str) -> None:

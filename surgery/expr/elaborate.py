@@ -17,8 +17,8 @@ from surgery.expr import dims
 from surgery.expr.dims import Dim, Size
 from surgery.expr.draws import DISTRIBUTIONS, choices
 from surgery.expr.ir import Claim, Draw, Expr, Formula, Leaf, Part
-from surgery.expr.primitives import constant, is_whole, make, shape_text, undecided
-from surgery.expr.values import NUMBERS, POISON, UNDECIDED, Poisoned, describe, evaluate, here, size, unknown
+from surgery.expr.primitives import is_whole, make, shape_text, undecided
+from surgery.expr.values import NUMBERS, POISON, UNDECIDED, Poisoned, describe, evaluate, here, size, tensor, unknown
 from surgery.spec import Library
 from surgery.syntax.printer import expression_text
 from surgery.syntax.tree import Argument, Call, Check, Definition, Let, Param, Parameter, Step, Target
@@ -191,11 +191,18 @@ class Instance:
         value = evaluate(param.init, self.values)
         if isinstance(value, bool) or not isinstance(value, (*NUMBERS, Expr)):
             raise fail("wrong-type", f"`{param.name}` must start at a number or a tensor, not {describe(value)}", param.init.span)
-        start = value if isinstance(value, Expr) else constant(value)
+        start = self._start(value, param)
         if start.shape not in ((), shape):
             raise fail("shape-mismatch", f"`{param.name}` is {shape_text(shape)} but starts at {shape_text(start.shape)}",
                        param.init.span or param.span, notes=self._sizes())
         return start
+
+    def _start(self, value: Any, param: Param) -> Expr:
+        try:
+            return tensor(value)
+        except OverflowError:
+            raise fail("bad-value", f"`{param.name}` starts at {describe(value)}, which float32 cannot hold",
+                       param.init.span) from None
 
     def _draw(self, param: Param, shape: tuple[Size, ...]) -> Draw:
         call, place = param.draw, param.draw.name_span or param.draw.span

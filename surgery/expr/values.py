@@ -19,10 +19,12 @@ from surgery.expr.ir import Expr
 from surgery.expr.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, is_whole, make, ones, shape_text, undecided
 from surgery.syntax import tree
 from surgery.syntax.printer import expression_text
+from surgery.syntax.wellformed import MAX_INT
 
 UNDECIDED = object()  # a truth value that depends on a size not known yet
 POISON = object()  # the value of a name whose own statement failed and was reported
 NUMBERS = (int, Fraction, float, Dim)
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 class Poisoned(Exception):
@@ -51,7 +53,7 @@ def _text(value: Any) -> str:
 def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
     """The value of `node` where `names` are in scope. Raises: SurgeryError, Poisoned."""
     try:
-        return _RULES[type(node)](node, names)
+        return _within_bounds(_RULES[type(node)](node, names))
     except ShapeError as error:
         raise fail("shape-mismatch", f"{_callee(node)}{error}", node.span, notes=_where(node)) from None
     except ZeroDivisionError:
@@ -59,6 +61,13 @@ def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
     except (OverflowError, ValueError):
         raise fail("bad-value", f"`{expression_text(node)}` is no real number, or too large a one", node.span,
                    notes=here(node, names)) from None
+
+
+def _within_bounds(value: Any) -> Any:
+    """The value, if it is no number beyond those that a spec can hold. Raises: OverflowError."""
+    if isinstance(value, float) and not math.isfinite(value) or isinstance(value, (int, Fraction)) and abs(value) > MAX_INT:
+        raise OverflowError
+    return value
 
 
 def _callee(node: tree.Expression) -> str:
@@ -125,7 +134,7 @@ def _binary(node: tree.Binary, names: Mapping[str, Any]) -> Any:
         return _compare(node, left, right)
     _numeric(left, node.left), _numeric(right, node.right)
     if isinstance(left, Expr) or isinstance(right, Expr):
-        return make(OPERATORS[node.op], _tensor(left), _tensor(right))
+        return make(OPERATORS[node.op], tensor(left), tensor(right))
     if node.op == "@":
         raise ShapeError("`@` needs matrices, not two numbers; use `*`")
     return dims.tidy(_ARITHMETIC[node.op](left, right))
@@ -166,7 +175,10 @@ def _truth(value: Any, node: tree.Expression) -> bool:
     return value
 
 
-def _tensor(value: Any) -> Expr:
+def tensor(value: Any) -> Expr:
+    """The value as a tensor. Raises: OverflowError for a number that float32, in which adapters compute, cannot hold."""
+    if isinstance(value, (int, float, Fraction)) and abs(value) > MAX_FLOAT32:
+        raise OverflowError
     return value if isinstance(value, Expr) else constant(value)
 
 
@@ -231,7 +243,7 @@ def _assert_count(node: tree.Call, arity: int, sizes: tuple[str, ...]) -> None:
 
 def _apply(node: tree.Call, values: list, sizes: tuple) -> Any:
     if sizes or any(isinstance(v, Expr) for v in values):
-        return make(node.function, *map(_tensor, values), data=sizes or None)
+        return make(node.function, *map(tensor, values), data=sizes or None)
     if node.function not in _SCALAR:
         raise fail("wrong-type", f"`{node.function}` needs a tensor, not {describe(values[0])}", node.span)
     if _open(*values):

@@ -116,7 +116,7 @@ def _no_token(source: Source, offset: int) -> Diagnostic:
         end = offset + len(source.text[offset:].split("\n")[0].rstrip())
         return Diagnostic("syntax", "this string is not closed", Span(source, offset, end),
                           helps=("a string ends on its line with `\"`",))
-    hint = HINTS.get(character)
+    hint = HINTS.get(character) or ("a name is made of the letters a to z, digits and `_`" if character.isalpha() else "")
     return Diagnostic("syntax", f"{character!r} cannot stand here", Span(source, offset, offset + 1),
                       helps=(hint,) if hint else ())
 
