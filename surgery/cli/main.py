@@ -97,7 +97,7 @@ def _failed(output: Output, message: str) -> int:
     return 2
 
 
-@click.group(cls=Surgery, context_settings=HELP, epilog="Example:  surgery plan sora demo:llama --set rank=8")
+@click.group("surgery", cls=Surgery, context_settings=HELP, epilog="Example:  surgery plan sora demo:llama --set rank=8")
 @click.version_option(package_name="surgery")
 @common
 def main() -> None:

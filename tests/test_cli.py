@@ -1,0 +1,344 @@
+"""The command line: what goes to which stream, exit statuses, JSON, help, formatting, options, streams that break."""
+
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from surgery.cli import render
+from surgery.cli.main import main
+from surgery.spec import shipped
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+BROKEN = "spec lora(\n"
+UNTIDY = "spec  lora( )\n\n\ntarget linear { add low_rank( 8 ) }\n"
+TIDY = "spec lora()\n\ntarget linear {\n  add low_rank(8)\n}\n"
+
+# A run of each command that succeeds without a word on stderr.
+DONE = {
+    "check": ["check", "lora"], "specs": ["specs"], "show": ["show", "sora"],
+    "modules": ["modules", "demo:llama", "**.mlp.*"], "explain": ["explain", "sora", "demo:llama", Q_PROJ],
+    "plan": ["plan", "sora", "demo:llama"], "apply": ["apply", "lora", "demo:llama"],
+}
+# Runs that fail: the arguments, the status, the code of the diagnostic.
+FAILED = [
+    (["check", "missing.surg"], 2, "missing-file"),
+    (["check", "broken.surg"], 1, "syntax"),
+    (["check", "lora", "--set", "rank"], 2, "bad-set"),
+    (["check", "lora", "--set", "rank=true"], 1, "wrong-type"),
+    (["check", "lora", "--model", "demo:resnet"], 1, "no-match"),
+    (["fmt", "broken.surg"], 1, "syntax"),
+    (["show", "nope"], 2, "unknown-spec"),
+    (["modules", "demo:lama"], 2, "unknown-model"),
+    (["modules", "demo:llama", "nope"], 1, "no-match"),
+    (["explain", "lora", "demo:llama", "nope"], 1, "no-match"),
+    (["plan", "lora", "demo:llama", "--target", "**.q_porj"], 1, "no-match"),
+    (["apply", "lora", "demo:llama", "-o", "broken.surg"], 2, "bad-output"),
+    (["apply", "lora", "demo:llama", "-o", ""], 2, "bad-output"),
+    (["merge", "nowhere", "-o", "merged"], 2, "missing-file"),
+]
+WRONG_USE = [["apply"], ["apply", "lora"], ["nope"], ["apply", "--nope", "x"], ["check"], ["show", "lora", "--emit", "x"],
+             ["apply", "lora", "demo:llama", "--merge"], ["apply", "lora", "demo:llama", "--dtype", "int8"]]
+
+
+def run(*arguments: str, stdin: str | bytes = "", **environment: str) -> Result:
+    return CliRunner(env=environment).invoke(main, arguments, input=stdin)
+
+
+def process(*arguments: str, **how) -> subprocess.CompletedProcess:
+    """The same as a process of its own."""
+    return subprocess.run([sys.executable, "-m", "surgery", *arguments], timeout=120, **how)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    Path("broken.surg").write_text(BROKEN)
+    return tmp_path
+
+
+# ------------------------------------------------------------------------------------------------ streams and statuses
+
+
+@pytest.mark.parametrize("arguments", DONE.values(), ids=DONE)
+def test_results_are_on_stdout(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (0, "") and result.stdout.strip()
+
+
+@pytest.mark.parametrize("arguments, status, code", FAILED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_diagnostics_are_on_stderr(arguments: list[str], status: int, code: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == status
+    assert result.stderr.startswith(f"error[{code}]: ") and "error[" not in result.stdout
+
+
+@pytest.mark.parametrize("arguments", WRONG_USE, ids=" ".join)
+def test_wrong_use(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "") and result.stderr.startswith("Usage: surgery")
+
+
+def test_an_error_of_the_spec_outweighs_one_of_the_world() -> None:
+    assert run("check", "broken.surg", "missing.surg").exit_code == 1
+
+
+def test_a_file_that_a_spec_uses_is_the_spec_s_fault() -> None:
+    Path("mine.surg").write_text('use "nowhere.surg"\n')
+    assert run("check", "mine.surg").exit_code == 1
+
+
+def test_a_warning_is_no_failure_but_under_strict() -> None:
+    arguments = ["plan", "lora", "demo:llama", "--target", "**.{q,kk}_proj"]
+    result, strict = run(*arguments), run(*arguments, "--strict")
+    assert result.exit_code == 0 and result.stderr.startswith("warning[dead-name]")
+    assert strict.exit_code == 1 and strict.stdout == ""
+
+
+def test_quiet_leaves_out_all_but_results_and_errors() -> None:
+    arguments = ["plan", "lora", "demo:llama", "--target", "**.{q,kk}_proj"]
+    assert (run(*arguments, "-q").stdout, run(*arguments, "-q").stderr) == (run(*arguments).stdout, "")
+    assert run("check", "broken.surg", "-q").stderr == run("check", "broken.surg").stderr
+    assert run("fmt", "-", "-q", stdin=UNTIDY).stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------------------ JSON
+
+
+def told(result: Result) -> dict:
+    """The one object on stdout."""
+    found = json.loads(result.stdout)
+    assert found["format_version"] == "1.0"
+    return found
+
+
+@pytest.mark.parametrize("arguments", DONE.values(), ids=DONE)
+def test_json_is_one_object(arguments: list[str]) -> None:
+    after, before = run(*arguments, "--json"), run("--json", *arguments)
+    assert (after.exit_code, after.stderr) == (0, "") and after.stdout == before.stdout
+    assert told(after)["diagnostics"] == []
+
+
+@pytest.mark.parametrize("arguments, status, code", FAILED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_json_tells_a_failure(arguments: list[str], status: int, code: str) -> None:
+    result = run(*arguments, "--json")
+    assert (result.exit_code, result.stderr) == (status, "")
+    assert [d["code"] for d in told(result)["diagnostics"]] == [code]
+
+
+@pytest.mark.parametrize("arguments", WRONG_USE, ids=" ".join)
+def test_json_tells_wrong_use(arguments: list[str]) -> None:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 2 and told(result)["error"]
+
+
+def test_json_gives_the_places_of_a_diagnostic() -> None:
+    Path("mine.surg").write_text("update low_rank() {\n  return W\n}\n")
+    (found,) = told(run("check", "mine.surg", "--json"))["diagnostics"]
+    assert (found["severity"], found["file"], found["line"], found["column"]) == ("error", "mine.surg", 1, 8)
+    assert [(place["file"], place["label"]) for place in found["related"]] == [("std.surg", "first defined here")]
+
+
+def test_json_of_a_plan_counts() -> None:
+    plan = told(run("plan", "lora", "demo:llama", "--set", "rank=3", "--target", "**.q_proj", "--json"))
+    assert [m["name"] for m in plan["modules"]] == [f"model.layers.{i}.self_attn.q_proj" for i in range(4)]
+    assert plan["trainable"] == 4 * 3 * (64 + 64) and plan["changes"] == 4
+    assert plan["memory_bytes"]["adapter"] == 4 * plan["trainable"]
+
+
+def test_json_of_specs_and_show() -> None:
+    assert [s["name"] for s in told(run("specs", "--json"))["specs"]] == list(shipped())
+    assert told(run("show", "lora", "--json"))["spec"]["name"] == "lora"
+
+
+# -------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_help_has_an_example_that_can_be_typed(name: str) -> None:
+    result = run(name, "--help")
+    _, _, example = result.stdout.partition("Example:")
+    program, command, *arguments = shlex.split(example)
+    assert (result.exit_code, program, command) == (0, "surgery", name)
+    main.commands[command].make_context(command, arguments)
+
+
+def test_help_and_version() -> None:
+    assert all(name in run("--help").stdout for name in main.commands)
+    assert run("--version").stdout.startswith("surgery, version ")
+
+
+def test_set_and_target() -> None:
+    assert run("show", "lora", "--set", "rank=4", "--set", "alpha=2*4").stdout.startswith("lora(rank: int = 4, alpha: float = 2 * 4")
+    attention = told(run("plan", "lora", "demo:llama", "--target", "attention", "--json"))["modules"]
+    assert len(attention) == 16 and all(".self_attn." in m["name"] for m in attention)
+
+
+@pytest.mark.parametrize("emit", ["formula", "spec", "json", "python", "ir"])
+def test_show(emit: str) -> None:
+    result = run("show", "sora", "--emit", emit)
+    assert result.exit_code == 0 and "sora" in result.stdout or emit == "ir" and "cayley" in result.stdout
+
+
+def test_explain() -> None:
+    found = told(run("explain", "lora", "demo:llama", "lm_head", "--json"))
+    assert found["taken"] is False and "output head" in found["text"]
+    assert told(run("explain", "lora", "demo:llama", Q_PROJ, "--json"))["taken"] is True
+
+
+def test_a_spec_comes_from_a_pipe_too() -> None:
+    assert process("check", "/dev/stdin", input=TIDY, text=True, capture_output=True).stdout == "/dev/stdin: ok\n"
+
+
+# ------------------------------------------------------------------------------------------------------ formatting
+
+
+def test_fmt_in_place() -> None:
+    file = Path("untidy.surg")
+    file.write_text(UNTIDY)
+    file.chmod(0o640)
+    Path("link.surg").symlink_to(file)
+    assert run("fmt", "link.surg").stderr == "1 file changed, 0 files left unchanged\n"
+    assert (file.read_text(), file.stat().st_mode & 0o777, Path("link.surg").is_symlink()) == (TIDY, 0o640, True)
+    assert run("fmt", "untidy.surg").stderr == "0 files changed, 1 file left unchanged\n"
+
+
+@pytest.mark.parametrize("option, status", [("--check", 1), ("--diff", 0)])
+def test_fmt_that_changes_nothing(option: str, status: int) -> None:
+    Path("untidy.surg").write_text(UNTIDY)
+    result = run("fmt", "untidy.surg", option)
+    assert (result.exit_code, Path("untidy.surg").read_text()) == (status, UNTIDY)
+    assert ("+  add low_rank(8)" if option == "--diff" else "untidy.surg would be changed") in result.stdout
+
+
+def test_fmt_of_stdin() -> None:
+    assert run("fmt", "-", stdin=UNTIDY).stdout == TIDY
+    assert run("fmt", "-", stdin=b"\xff").stderr.startswith("error[missing-file]: cannot read <stdin>")
+
+
+def test_fmt_leaves_a_broken_file_alone_and_does_the_others() -> None:
+    Path("untidy.surg").write_text(UNTIDY)
+    result = run("fmt", "broken.surg", "untidy.surg", "--json")
+    assert (told(result)["changed"], told(result)["unchanged"], result.exit_code) == (["untidy.surg"], [], 1)
+    assert (Path("broken.surg").read_text(), Path("untidy.surg").read_text()) == (BROKEN, TIDY)
+    assert {p.name for p in Path().iterdir()} == {"broken.surg", "untidy.surg"}
+
+
+# ------------------------------------------------------------------------------------------------------- interruptions
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """`surgery specs` then meets an error."""
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("surgery.spec.shipped", fail)
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (KeyboardInterrupt(), 130, "interrupted"), (RuntimeError("odd"), 2, "error: this is a bug in surgery: RuntimeError: odd"),
+    (MemoryError(), 2, "error: not enough memory"), (RuntimeError("CUDA out of memory."), 2, "error: not enough memory"),
+    (PermissionError(13, "Permission denied", "x"), 2, "error: Permission denied: x"),
+])
+def test_what_no_stage_foresaw(monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, words: str) -> None:
+    failing(monkeypatch, error)
+    result = run("specs")
+    assert (result.exit_code, result.stdout) == (status, "")
+    assert result.stderr.startswith(words) and "Traceback" not in result.stderr
+    assert run("specs", "--json").exit_code == status
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, RuntimeError("odd"))
+    assert run("specs", "--debug").stderr.startswith("Traceback")
+    assert told(run("specs", "--json"))["error"].startswith("error: this is a bug")
+
+
+def test_an_interrupt_from_outside() -> None:
+    waiting = subprocess.Popen([sys.executable, "-c", "import sys; from surgery.cli.main import main; print(flush=True); main()", "fmt", "-"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    waiting.stdout.readline()
+    time.sleep(0.5)  # it has nothing to read, so it waits however long this takes
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.communicate(timeout=60)[1] == b"interrupted\n" and waiting.returncode == 130
+
+
+@pytest.mark.parametrize("arguments", [["specs"], ["specs", "--json"], ["show", "sora", "--emit", "spec"]], ids=" ".join)
+def test_a_pipe_that_nobody_reads(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = process(*arguments, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert result.stderr == b"" and result.returncode != 0
+
+
+def test_streams_that_are_closed_full_or_of_another_alphabet() -> None:
+    assert subprocess.run(f"{sys.executable} -m surgery specs >&- 2>&- <&-", shell=True).returncode == 0
+    latin = process("show", "sora", capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert latin.returncode == 0 and rb"cayley(C D\u2082\u1d40" in latin.stdout
+
+
+# ----------------------------------------------------------------------------------------------- colour and progress
+
+
+class Terminal(io.StringIO):
+    """What rich takes for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, color: str, **environment: str) -> str:
+    """What a terminal gets of an error."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TERM", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"TERM": "xterm-256color", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    output = render.Output(color=color)
+    output.stderr.print(render.coloured("error[syntax]: no"))
+    return sys.stderr.getvalue()
+
+
+def test_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\x1b[1;31m" in shown(monkeypatch, "auto")
+    assert shown(monkeypatch, "auto", NO_COLOR="1") == shown(monkeypatch, "never") == "error[syntax]: no\n"
+    assert "\x1b[1;31m" in shown(monkeypatch, "always", NO_COLOR="1")
+    assert "\x1b[" not in run("check", "broken.surg", NO_COLOR="").stderr
+    assert "\x1b[1;31m" in run("check", "broken.surg", "--color", "always").stderr
+
+
+def busy(monkeypatch: pytest.MonkeyPatch, patience: float, stream: io.StringIO, **how) -> str:
+    """What is shown of work that goes on until something is shown, or half a second."""
+    monkeypatch.setattr(render, "_PATIENCE", patience)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    with render.Output(**how).busy("planning"):
+        end = time.monotonic() + 0.5
+        while "planning" not in stream.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+    return stream.getvalue()
+
+
+def test_a_bar_only_on_a_terminal_and_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "planning" in busy(monkeypatch, 0.0, Terminal())
+    assert busy(monkeypatch, 60.0, Terminal()) == ""
+    assert busy(monkeypatch, 0.0, io.StringIO()) == ""
+    assert busy(monkeypatch, 0.0, Terminal(), verbosity=-1) == "" == busy(monkeypatch, 0.0, Terminal(), as_json=True)
+    assert busy(monkeypatch, 0.0, io.StringIO(), verbosity=1) == "planning\n"
+
+
+def test_every_command_has_the_common_options() -> None:
+    wanted = {"--json", "--quiet", "--verbose", "--color", "--debug"}
+    for command in main.commands.values():
+        assert wanted <= {name for p in command.params if isinstance(p, click.Option) for name in p.opts}

@@ -1,0 +1,163 @@
+"""`apply` and `merge`: from a spec to a merged model, and what happens to folders."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import surgery
+from surgery.cli.main import main
+from surgery.cli.models import load
+from surgery.demo import demo_inputs, load_demo
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner(env={"NO_COLOR": "1"}).invoke(main, arguments)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def apply(*more: str, out: str = "adapter") -> Result:
+    return run("apply", "lora", "demo:llama", "-o", out, *more)
+
+
+def contents(path: str = ".") -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p): p.read_bytes() for p in sorted(Path(path).rglob("*")) if p.is_file()}
+
+
+def numbers(model: torch.nn.Module) -> torch.Tensor:
+    """All the numbers that a model gives for its batch."""
+    with torch.no_grad():
+        found = model(**demo_inputs(model), return_dict=True).values()
+    return torch.cat([v.flatten() for v in found if isinstance(v, torch.Tensor)]).double()
+
+
+def trained(name: str) -> torch.Tensor:
+    """Moves the parameters of the saved adapter away from their start; what the operated model then gives."""
+    model = load_demo(name)
+    surgeon = surgery.attach(model, "adapter")
+    draw = torch.Generator().manual_seed(7)
+    surgeon.load({key: value + 0.05 * torch.randn(value.shape, generator=draw) for key, value in surgeon.state().items()})
+    surgeon.save("adapter", base_model=f"demo:{name}")
+    return numbers(model)
+
+
+# ------------------------------------------------------------------------------------------------------- end to end
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "t5", "mixtral", "vit"])
+def test_a_merged_model_is_the_operated_model(name: str) -> None:
+    assert run("apply", "sora", f"demo:{name}", "-o", "adapter").exit_code == 0
+    operated = trained(name)
+    result = run("merge", "adapter", "-o", "merged", "--json")
+    errors = json.loads(result.stdout)["relative_errors"]
+    assert result.exit_code == 0 and len(errors) == len(surgery.attach(load_demo(name), "adapter").plan.placed)
+    assert max(errors.values()) < 1e-6
+    merged, base = numbers(load("merged")), numbers(load_demo(name))
+    assert (merged - operated).norm() < 1e-5 * operated.norm() < (operated - base).norm()
+
+
+def test_apply_says_what_it_did_and_what_comes_next() -> None:
+    lines = apply().stdout.splitlines()
+    assert lines[0] == "lora on demo:llama: 28 weights"
+    assert lines[-3].startswith("start     the logits are unchanged")
+    assert lines[-2:] == ["saved     adapter", "next      surgery merge adapter -o adapter-merged"]
+    following = run(*lines[-1].split()[2:])
+    assert following.exit_code == 0 and "largest relative error" in following.stdout
+
+
+def test_apply_that_merges() -> None:
+    assert apply("--merge", out="merged").exit_code == 0
+    assert torch.equal(numbers(load("merged")), numbers(load_demo("llama")))
+
+
+def test_apply_without_a_folder_saves_nothing() -> None:
+    assert run("apply", "lora", "demo:llama").exit_code == 0 and contents() == {}
+
+
+def test_seed_and_dtype() -> None:
+    apply("--seed", "3")
+    meta = json.loads(Path("adapter/meta.json").read_text())
+    assert (meta["seed"], meta["base_model"]) == (3, "demo:llama")
+    apply("--seed", "4", out="other")
+    assert contents("adapter")["adapter/adapter.safetensors"] != contents("other")["other/adapter.safetensors"]
+    trained("llama")
+    errors = json.loads(run("merge", "adapter", "-o", "merged", "--dtype", "bfloat16", "--json").stdout)["relative_errors"]
+    assert 1e-4 < max(errors.values()) < 2**-8 and load("merged").dtype == torch.bfloat16
+
+
+def test_a_spec_that_does_not_start_as_the_base_model_is_not_saved() -> None:
+    Path("eager.surg").write_text("update eager() {\n  param A[out, in] ~ normal()\n  return A\n}\n\ntarget linear {\n  add eager()\n}\n")
+    result = run("apply", "eager.surg", "demo:llama", "-o", "adapter")
+    assert (result.exit_code, Path("adapter").exists()) == (1, False) and result.stderr.startswith("error[not-identity]")
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def test_force_replaces_an_adapter_and_nothing_else() -> None:
+    assert apply().exit_code == 0
+    before = contents()
+    refused = apply("--seed", "1")
+    assert (refused.exit_code, contents()) == (2, before) and "--force replaces it" in refused.stderr
+    assert apply("--seed", "1", "--force").exit_code == 0
+    assert contents().keys() == before.keys() and contents() != before
+
+
+@pytest.mark.parametrize("name, merged", [("notes.txt", False), ("README.md", True), ("config.json", False), ("adapter.surg", True)])
+def test_a_folder_of_another_kind_is_never_replaced(name: str, merged: bool) -> None:
+    Path("mine").mkdir()
+    Path("mine", name).write_text("{}")
+    result = apply("--force", *["--merge"] * merged, out="mine")
+    assert result.exit_code == 2 and result.stderr.startswith("error[bad-output]: mine is not a saved ")
+    assert contents() == {f"mine/{name}": b"{}"}
+
+
+def test_what_can_be_no_folder() -> None:
+    Path("file").write_text("")
+    assert "file is a file" in apply(out="file").stderr and "file is a file" in apply(out="file/adapter").stderr
+    assert contents() == {"file": b""}
+
+
+def test_a_new_folder_may_lie_deep_and_an_empty_one_is_taken() -> None:
+    Path("empty").mkdir()
+    assert apply(out="a/b/c").exit_code == apply(out="empty").exit_code == 0
+    assert contents("a/b/c").keys() == {f"a/b/c/{name}" for name in ("adapter.safetensors", "adapter.surg", "meta.json")}
+
+
+@pytest.mark.parametrize("error, status", [(OSError(errno.ENOSPC, "No space left on device"), 2), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize("merged", [False, True])
+def test_never_half_a_folder(monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, merged: bool) -> None:
+    options = ["--merge"] * merged
+    assert apply(*options).exit_code == 0
+    before = contents()
+
+    def stopped(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("surgery.folders._flush", stopped)
+    assert apply(*options, "--force").exit_code == apply(*options, out="other").exit_code == status
+    assert contents() == before and not Path("other").exists()
+
+
+def test_a_result_that_cannot_be_shown_is_saved_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(self: object, what: str = "") -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("surgery.cli.render.Output.say", closed)
+    assert apply().exit_code == 1 and Path("adapter/adapter.safetensors").exists()
+
+
+def test_merge_refuses_what_does_not_fit() -> None:
+    apply()
+    other, elsewhere = run("merge", "adapter", "demo:gpt2", "-o", "merged"), run("merge", "adapter", "-o", "adapter", "--force")
+    assert other.exit_code == 1 and "it was saved for demo:llama" in other.stderr
+    assert elsewhere.exit_code == 2 and "error[bad-output]" in elsewhere.stderr and not Path("merged").exists()

@@ -1,0 +1,137 @@
+"""The pipeline of imports: a stage knows those before it and none after it; what needs no torch imports none."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import surgery
+
+ROOT = Path(surgery.__file__).parent
+# The stages in order, each with its modules and packages; what is not listed is a study of operated models.
+PIPELINE = {
+    "package": "",  # it holds the version, and finds its public names when they are asked for
+    "diagnostics": "diagnostics resources",
+    "syntax": "syntax as_python",
+    "spec": "spec",
+    "expr": "expr maths show",
+    "rewrite": "rewrite",
+    "select": "layout sites patterns selectors near reach dead claims select",
+    "compile": "compile check initialise trial report",
+    "lower": "lower",
+    "layer": "layer",
+    "merge": "merge",
+    "operate": "operate",
+    "store": "folders saved store",
+    "study": "...",
+    "cli": "cli __main__",
+}
+RANK = {module: rank for rank, modules in enumerate(PIPELINE.values()) for module in modules.split(" ")}
+# Steps back that a function takes when it is called, each for a reason.
+LAZY = {
+    ("operate", "store"): "`surgeon.save` is where a user looks for it, and what it does is the next stage's",
+}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def part(module: str) -> str:
+    """The module or package that a module of ours belongs to."""
+    return f"{module}.".split(".")[1]
+
+
+def stage(module: str) -> int:
+    return RANK.get(part(module), RANK["..."])
+
+
+def imported(node: ast.AST) -> list[str]:
+    """The modules of the package that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names if alias.name in MODULES]
+    if not isinstance(node, ast.ImportFrom) or node.module not in MODULES:
+        return []
+    return [inner if (inner := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names]
+
+
+def imports(tree: ast.AST, at_once: bool = True) -> Iterator[tuple[str, bool]]:
+    """Each module that a tree imports, and whether that happens when the tree is imported itself."""
+    for node in ast.iter_child_nodes(tree):
+        yield from ((name, at_once) for name in imported(node))
+        later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        yield from imports(node, at_once and not later)
+
+
+GRAPH = {name: set(imports(ast.parse(path.read_text(encoding="utf-8")))) for name, path in MODULES.items()}
+
+
+def test_the_stages_name_what_exists() -> None:
+    assert set(RANK) - {"..."} <= set(map(part, MODULES))
+
+
+def test_no_import_steps_back() -> None:
+    assert [(name, other) for name, found in GRAPH.items() for other, at_once in found if at_once and stage(other) > stage(name)] == []
+
+
+def test_a_function_steps_back_only_where_it_is_argued() -> None:
+    back = {(name, other) for name, found in GRAPH.items() for other, at_once in found
+            if not at_once and stage(other) > stage(name)}
+    assert back == {(f"surgery.{name}", f"surgery.{other}") for name, other in LAZY}
+
+
+def test_imports_run_in_no_circle() -> None:
+    left = {name: {other for other, at_once in found if at_once and other != name} for name, found in GRAPH.items()}
+    while ready := {name for name, needs in left.items() if not needs & left.keys()}:
+        left = {name: needs for name, needs in left.items() if name not in ready}
+    assert left == {}
+
+
+def test_relative_imports_are_not_used() -> None:
+    trees = {name: ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name, path in MODULES.items()}
+    assert [name for name, nodes in trees.items() for n in nodes if isinstance(n, ast.ImportFrom) and n.level] == []
+
+
+# --------------------------------------------------------------------------------------------------- what needs no torch
+
+
+WITHOUT_TORCH = ["--help", "apply --help", "--version", "specs", "fmt lora.surg", "show sora", "show sora --emit python",
+                 "show sora --emit ir", "check lora", "check lora.surg --json", "check --explain overlap", "check broken.surg"]
+
+
+@pytest.mark.parametrize("command", WITHOUT_TORCH)
+def test_what_needs_no_torch_imports_none(tmp_path: Path, command: str) -> None:
+    (tmp_path / "lora.surg").write_text("target linear { add low_rank() }\n")
+    (tmp_path / "broken.surg").write_text("target linear { add low_rnk() }\n")
+    code = ("import sys\nfrom surgery.cli.main import main\n"
+            "try:\n    main()\n"
+            "finally:\n    print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules], file=sys.stderr)")
+    result = subprocess.run([sys.executable, "-c", code, *command.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1] == "[]", result.stderr
+
+
+def test_the_package_alone_imports_no_torch() -> None:
+    code = "import sys, surgery; dir(surgery); surgery.Spec, surgery.load, surgery.SurgeryError; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --------------------------------------------------------------------------------------------------------- public names
+
+
+@pytest.mark.parametrize("name", surgery.__all__)
+def test_a_public_name(name: str) -> None:
+    found = getattr(surgery, name)
+    assert found is getattr(surgery, name) and name in dir(surgery)
+    assert isinstance(found, str) or found.__doc__
+
+
+def test_a_name_that_is_not_public() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        surgery.nope
