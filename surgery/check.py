@@ -146,4 +146,4 @@ def _numbers(target: Target, scope: Library, values: Mapping[str, Any]) -> set[i
 def _untested(target: Target, faults: Collector) -> Diagnostic:
     return Diagnostic("untested", "no size of weight that `check` tries fits this target, so its start and its claims are "
                       "not tested", target.span, severity="warning", notes=tuple(f.message for f in faults.found[:1]),
-                      helps=("`--model` checks it against a model",))
+                      helps=("`surgery apply` tests the start on a model",))

@@ -46,6 +46,8 @@ def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: 
     if any(isinstance(m, Adapter) for m in model.modules()):
         raise fail("already-operated", f"this {type(model).__name__} carries a surgery already",
                    helps=("remove() the first one, or put both in one spec",))
+    if not dtype.is_floating_point:
+        raise fail("bad-value", f"an adapter's parameters cannot be {dtype}", helps=("give a floating dtype, such as torch.float32",))
     plan = compile(model, spec, strict)
     shared: Shared = {}
     return Surgeon(model, plan, {p.site.name: _adapter(p, tensors(p, seed, dtype, shared)) for p in plan.placed}, seed)

@@ -167,8 +167,8 @@ def assignment(text: str, source: str = "<--set>") -> Argument:
     whole = Span(Source(source, text), 0, len(text))
     if not equals or not name.strip().isidentifier() or not value.strip():
         raise fail("bad-set", f"`{text}` is not of the form name=value", whole, helps=("for example --set rank=8",))
-    value = parse_expression(text, source, len(name) + 1)
-    return Argument(name.strip(), value, replace(whole, end=len(name.rstrip())))
+    place = replace(whole, start=len(name) - len(name.lstrip()), end=len(name.rstrip()))
+    return Argument(name.strip(), parse_expression(text, source, len(name) + 1), place)
 
 
 def retarget(spec: Spec, *patterns: str) -> Spec:

@@ -32,6 +32,7 @@ PIPELINE = {
 RANK = {module: rank for rank, modules in enumerate(PIPELINE.values()) for module in modules.split(" ")}
 # Steps back that a function takes when it is called, each for a reason.
 LAZY = {
+    ("syntax.tree", "spec"): "`spec.retarget(...)` is a spec's own, and a bare name in it is a selector of the files it uses",
     ("operate", "store"): "`surgeon.save` is where a user looks for it, and what it does is the next stage's",
 }
 

@@ -13,26 +13,27 @@ from surgery.expr.ir import Draw
 
 @dataclass(frozen=True)
 class Distribution:
-    """Its arguments with their defaults (None for one that must be given), the least number of dimensions it needs, and
-    torch.nn.init's function, or ours for `whole` numbers."""
+    """Its arguments with their defaults (None for one that must be given), the least number of dimensions it needs,
+    torch.nn.init's function, or ours for `whole` numbers, and what must hold of the arguments, as a spec would say it."""
 
     arguments: dict[str, float | str | None]
     least_dims: int
     init: str
     whole: bool = False
+    check: str = "true"
 
 
 _FANS = {"a": 0.0, "mode": "fan_in"}
 DISTRIBUTIONS: dict[str, Distribution] = {
-    "normal": Distribution({"mean": 0.0, "std": 1.0}, 0, "normal_"),
-    "uniform": Distribution({"low": 0.0, "high": 1.0}, 0, "uniform_"),
+    "normal": Distribution({"mean": 0.0, "std": 1.0}, 0, "normal_", check="std >= 0"),
+    "uniform": Distribution({"low": 0.0, "high": 1.0}, 0, "uniform_", check="low <= high"),
     "kaiming_uniform": Distribution(_FANS, 2, "kaiming_uniform_"),
     "kaiming_normal": Distribution(_FANS, 2, "kaiming_normal_"),
-    "xavier_uniform": Distribution({"gain": 1.0}, 2, "xavier_uniform_"),
-    "xavier_normal": Distribution({"gain": 1.0}, 2, "xavier_normal_"),
+    "xavier_uniform": Distribution({"gain": 1.0}, 2, "xavier_uniform_", check="gain >= 0"),
+    "xavier_normal": Distribution({"gain": 1.0}, 2, "xavier_normal_", check="gain >= 0"),
     "orthogonal": Distribution({"gain": 1.0}, 2, "orthogonal_"),
     "sample": Distribution({"of": None}, 1, "sample", whole=True),
-    "integers": Distribution({"below": None}, 0, "integers", whole=True),
+    "integers": Distribution({"below": None}, 0, "integers", whole=True, check="below >= 1"),
 }
 _TORCH_NAMES = {"low": "a", "high": "b"}
 

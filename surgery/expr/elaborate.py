@@ -20,6 +20,7 @@ from surgery.expr.ir import Claim, Draw, Expr, Formula, Leaf, Part
 from surgery.expr.primitives import is_whole, make, shape_text, undecided
 from surgery.expr.values import NUMBERS, POISON, UNDECIDED, Poisoned, describe, evaluate, here, size, tensor, unknown
 from surgery.spec import Library
+from surgery.syntax.parser import parse_expression
 from surgery.syntax.printer import expression_text
 from surgery.syntax.tree import Argument, Call, Check, Definition, Let, Param, Parameter, Step, Target
 
@@ -227,14 +228,18 @@ class Instance:
             raise fail("unknown-argument", f"{call.function} has no {what}", argument.name_span or argument.value.span,
                        label=did_you_mean(name or "", known), notes=(f"it takes {', '.join(known)}",))
         value, allowed = evaluate(argument.value, self.values), choices(call.function, name)
-        if value not in allowed if allowed else not isinstance(value, NUMBERS):
+        if value not in (*allowed, UNDECIDED) if allowed else not isinstance(value, NUMBERS):
             wanted = " or ".join(f'"{a}"' for a in allowed) or "a number"
             raise fail("wrong-type", f"`{name}` must be {wanted}, not {describe(value)}", argument.value.span)
         return name, value if allowed or isinstance(value, Dim) else float(value)
 
 
 def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) -> None:
-    """Raises: SurgeryError, if more different places are asked for than there are."""
+    """Raises: SurgeryError, if the distribution's check is not met, or more different places are asked for than there are."""
+    law = DISTRIBUTIONS[call.function]
+    check, values = parse_expression(law.check), {**law.arguments, **given}
+    if evaluate(check, values) is False:
+        raise fail("bad-value", f"{call.function} needs {law.check}", call.span, notes=here(check, values))
     of, count = given.get("of"), prod(shape)
     if of is not None and not isinstance(of, Dim) and not isinstance(count, Dim) and count > of:
         raise fail("bad-value", f"{count} different places are asked for, and there are {of:g}", call.span)
@@ -387,4 +392,4 @@ def _placed(diagnostic: Diagnostic, step: Step) -> Diagnostic:
 
 def leaf_values(symbolic: Iterable[Parameter]) -> dict[str, Any]:
     """Each parameter as an unknown of its type, for checking a definition on its own."""
-    return {p.name: {"bool": UNDECIDED, "str": p.name}.get(p.type, dims.symbol(p.name)) for p in symbolic}
+    return {p.name: UNDECIDED if p.type in ("bool", "str") else dims.symbol(p.name) for p in symbolic}

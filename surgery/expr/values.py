@@ -21,7 +21,7 @@ from surgery.syntax import tree
 from surgery.syntax.printer import expression_text
 from surgery.syntax.wellformed import MAX_INT
 
-UNDECIDED = object()  # a truth value that depends on a size not known yet
+UNDECIDED = object()  # a truth value or a text that is not known yet
 POISON = object()  # the value of a name whose own statement failed and was reported
 NUMBERS = (int, Fraction, float, Dim)
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -43,7 +43,7 @@ def describe(value: Any) -> str:
         what = "places" if is_whole(value) else "a tensor"
         return f"{what} {shape_text(value.shape)}" if value.shape else "a scalar tensor"
     names = {bool: "bool", int: "int", Fraction: "float", float: "float", str: "str", Dim: "size"}
-    return f"{names[type(value)]} `{_text(value)}`" if value is not UNDECIDED else "a truth value"
+    return f"{names[type(value)]} `{_text(value)}`" if value is not UNDECIDED else "a truth value or a text"
 
 
 def _text(value: Any) -> str:

@@ -5,7 +5,8 @@ Takes a `ValidationError`. Gives the `SurgeryError` with one diagnostic for each
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from pydantic import ValidationError
@@ -16,6 +17,15 @@ from surgery.diagnostics import Diagnostic, SurgeryError
 def misfits(error: ValidationError, root: str) -> SurgeryError:
     """`Spec.targets[0].kind must be 'linear', 'conv', 'embedding' or 'any', not 'lin'`."""
     return SurgeryError([diagnostic for e in error.errors() for diagnostic in _diagnostics(root, e)])
+
+
+@contextmanager
+def told_of(root: str) -> Iterator[None]:
+    """Inside, a pydantic error becomes the diagnostics of `misfits`."""
+    try:
+        yield
+    except ValidationError as error:
+        raise misfits(error, root) from None
 
 
 def _diagnostics(root: str, error: dict) -> list[Diagnostic]:

@@ -10,14 +10,13 @@ import re
 
 from lark import Token, Tree
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput
-from pydantic import ValidationError
 
 from surgery.diagnostics import Collector, Diagnostic, Source, SurgeryError
 from surgery.syntax.build import Builder
 from surgery.syntax.grammar import item_words, machine
 from surgery.syntax.messages import explain
-from surgery.syntax.misfits import misfits
-from surgery.syntax.tree import Expression, Spec
+from surgery.syntax.misfits import told_of
+from surgery.syntax.tree import Expression, Node, Spec
 from surgery.syntax.trivia import trivia_of
 from surgery.syntax.wellformed import check_expression
 
@@ -85,7 +84,5 @@ def _next_item(text: str, start: int, error: int) -> int | None:
 
 def from_json(text: str, name: str = "<json>") -> Spec:
     """The spec that `Spec.model_dump_json` wrote. Raises: SurgeryError for whatever does not fit."""
-    try:
-        return Spec.model_validate_json(text)
-    except ValidationError as error:
-        raise misfits(error, name) from None
+    with told_of(name):
+        return super(Node, Spec).model_validate_json(text)

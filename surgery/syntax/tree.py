@@ -6,13 +6,12 @@ Spans, parentheses and comments (`Trivia`) never count in `==` and never reach J
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
@@ -34,7 +33,7 @@ from surgery.syntax.expression import (
     as_expression,
 )
 from surgery.syntax.fields import Comments, Pattern, Place, Reference, Selectors, Trivia, many
-from surgery.syntax.misfits import misfits
+from surgery.syntax.misfits import told_of
 
 __all__ = [
     "Argument",
@@ -82,12 +81,22 @@ class Node(BaseModel):
     trivia: Comments = Field(default=Trivia(), exclude=True, repr=False)
 
     def __init__(self, **fields: Any):
-        try:
+        with told_of(type(self).__name__):
             super().__init__(**fields)
-        except ValidationError as error:
-            raise misfits(error, type(self).__name__) from None
 
     __init__.__pydantic_base_init__ = True  # so that pydantic reads a nested node by its fields, not through __init__
+
+    @classmethod
+    def model_validate(cls, *arguments: Any, **how: Any) -> Self:
+        """As pydantic's. Raises: SurgeryError for whatever does not fit."""
+        with told_of(cls.__name__):
+            return super().model_validate(*arguments, **how)
+
+    @classmethod
+    def model_validate_json(cls, *arguments: Any, **how: Any) -> Self:
+        """As pydantic's. Raises: SurgeryError for whatever does not fit."""
+        with told_of(cls.__name__):
+            return super().model_validate_json(*arguments, **how)
 
     def _meaning(self) -> tuple:
         return tuple(getattr(self, f) for f, info in type(self).model_fields.items() if not info.exclude)
@@ -263,7 +272,7 @@ class Spec(Node):
         return spec_text(self)
 
     def retarget(self, *patterns: str) -> Spec:
-        """The spec with its targets' patterns replaced: `--target` in Python. Raises: SurgeryError."""
+        """The spec with its targets' patterns replaced, which is what `--target` does; a bare name is a selector."""
         from surgery.spec import retarget
 
         return retarget(self, *patterns)

@@ -1,0 +1,101 @@
+"""Specs as a whole: where they are found, how they are changed, and what is in scope in them."""
+
+from pathlib import Path
+
+import pytest
+
+import surgery
+from surgery import Spec, SurgeryError, Target, add
+from surgery.spec import assignment, inlined, library, locate
+
+LORA = "spec lora(rank: int = 8)\n\ntarget linear \"**.q_proj\" {\n  add low_rank(rank)\n}\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def failed(call, *arguments, **keywords) -> str:
+    with pytest.raises(SurgeryError) as caught:
+        call(*arguments, **keywords)
+    return str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------------------- where from
+
+
+def test_a_path_and_a_shipped_name() -> None:
+    Path("mine.surg").write_text(LORA)
+    assert surgery.load("mine.surg") == surgery.load(Path("mine.surg")) == surgery.parse(LORA)
+    assert surgery.load("lora").name == "lora" and locate("lora") == surgery.shipped()["lora"]
+
+
+def test_a_file_without_an_ending_outweighs_a_shipped_name() -> None:
+    Path("sora").write_text(LORA)
+    assert surgery.load("sora").name == "lora"
+
+
+@pytest.mark.parametrize("name, words", [
+    ("soar", "did you mean `sora`?"), ("mine.surg", "did you mean `mines.surg`?"), ("sora.surg", "`sora` is the name of a spec that ships"),
+    (".", "name its files: *.surg"), ("std", "shipped: "),
+])
+def test_what_is_not_there(name: str, words: str) -> None:
+    Path("mines.surg").write_text(LORA)
+    assert words in failed(surgery.load, name)
+
+
+# ----------------------------------------------------------------------------------------------------------- changed
+
+
+def test_parameters() -> None:
+    spec = surgery.load("lora", rank=4, alpha="2 * 4")
+    assert [str(p.default) for p in spec.params[:1]] == [str(surgery.load("lora", rank="4").params[0].default)]
+    assert "rank: int = 4, alpha: float = 2 * 4" in spec.to_surg()
+    assert "has no parameter `rnk`" in failed(surgery.load, "lora", rnk=4, rank=4)
+
+
+@pytest.mark.parametrize("text, place", [("rank=8 *", "<--set>:1:9"), ("rank", "<--set>:1:1"), (" rank = 2 @", "<--set>:1:12")])
+def test_an_assignment_is_shown_as_it_was_typed(text: str, place: str) -> None:
+    said = failed(assignment, text)
+    assert f"--> {place}\n" in said and f"1  | {text}\n" in said
+
+
+def test_an_assignment_s_name_has_a_place() -> None:
+    found = assignment(" rnk = 8")
+    assert (found.name, str(found.name_span), str(found.value.span)) == ("rnk", "<--set>:1:2", "<--set>:1:8")
+
+
+def test_retarget() -> None:
+    spec = surgery.load("lora").retarget("**.q_proj", "mlp")
+    assert 'target linear "**.q_proj", mlp {' in spec.to_surg()
+    assert surgery.load("lora").retarget("queries").targets[0].selectors[0].text == "queries"
+
+
+@pytest.mark.parametrize("read", [Spec.model_validate_json, lambda text: Spec.model_validate({"name": text})])
+def test_json_that_does_not_fit_is_a_diagnostic(read) -> None:
+    assert failed(read, "no json").startswith("error[")
+    assert Spec.model_validate_json(surgery.load("sora").model_dump_json()) == surgery.load("sora")
+
+
+# ----------------------------------------------------------------------------------------------------------- in scope
+
+
+def test_the_files_that_are_used() -> None:
+    Path("inner").mkdir()
+    Path("inner/roles.surg").write_text('use "more.surg"\nselect queries = "**.q_proj"\n')
+    Path("inner/more.surg").write_text("update twice() {\n  param A[out, in] = 0\n  return 2 * A\n}\n")
+    Path("mine.surg").write_text('use "inner/roles.surg"\ntarget linear queries {\n  add twice()\n}\n')
+    spec = surgery.load("mine.surg")
+    assert {"queries", "attention"} <= library(spec).selects.keys() and {"twice", "low_rank"} <= library(spec).definitions.keys()
+    alone = inlined(spec)
+    assert (alone.uses, [d.name for d in alone.definitions], [s.name for s in alone.selects]) == ((), ["twice"], ["queries"])
+    Path("inner/more.surg").unlink()
+    assert library(alone).definitions.keys() >= {"twice"} and "inner/more.surg" in failed(library, spec)
+
+
+def test_a_spec_from_python_uses_files_of_the_working_folder() -> None:
+    Path("roles.surg").write_text('select queries = "**.q_proj"\n')
+    spec = Spec("mine", uses=[{"path": "roles.surg"}], targets=[Target("**.q_proj", add("low_rank"))])
+    assert "queries" in library(spec).selects
