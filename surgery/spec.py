@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery import resources
-from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail
+from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest
 from surgery.syntax.parser import parse_expression, parse_text
 from surgery.syntax.tree import Argument, Definition, Pattern, Reference, Select, Spec, Use, as_expression
 
@@ -45,8 +45,8 @@ def load(spec: str | Path, /, **parameters: Any) -> Spec:
 
 
 def locate(spec: str | Path) -> Path:
-    """The file that a path or a shipped name means. Raises: SurgeryError (unknown-spec)."""
-    path, ours = Path(spec), shipped()
+    """The file that a path, a shipped name or that of the prelude means. Raises: SurgeryError (unknown-spec)."""
+    path, ours = Path(spec), {**shipped(), PRELUDE: resources.folder("specs") / f"{PRELUDE}.surg"}
     if path.suffix == ".surg" or (path.exists() and not path.is_dir()):
         return path
     if str(spec) in ours:
@@ -72,9 +72,9 @@ def read(path: Path, asked: Span | None = None) -> Spec:
 
 def _instead_of(path: Path) -> tuple[str, ...]:
     """What may have been meant by a file that does not exist."""
-    near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.surg")))
+    near = nearest(path.stem, (p.stem for p in path.parent.glob("*.surg")))
     ships = f"`{path.stem}` is the name of a spec that ships" if path.stem in shipped() else ""
-    return tuple(filter(None, [near, ships]))
+    return (*(f"did you mean `{stem}.surg`?" for stem in near), *filter(None, [ships]))
 
 
 # ---------------------------------------------------------------------------------------------------- scope

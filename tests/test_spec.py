@@ -30,6 +30,7 @@ def test_a_path_and_a_shipped_name() -> None:
     Path("mine.surg").write_text(LORA)
     assert surgery.load("mine.surg") == surgery.load(Path("mine.surg")) == surgery.parse(LORA)
     assert surgery.load("lora").name == "lora" and locate("lora") == surgery.shipped()["lora"]
+    assert "low_rank" in {d.name for d in surgery.load("std").definitions}
 
 
 def test_a_file_without_an_ending_outweighs_a_shipped_name() -> None:
@@ -39,7 +40,7 @@ def test_a_file_without_an_ending_outweighs_a_shipped_name() -> None:
 
 @pytest.mark.parametrize("name, words", [
     ("soar", "did you mean `sora`?"), ("mine.surg", "did you mean `mines.surg`?"), ("sora.surg", "`sora` is the name of a spec that ships"),
-    (".", "name its files: *.surg"), ("std", "shipped: "),
+    (".", "name its files: *.surg"), ("zzz", "shipped: "),
 ])
 def test_what_is_not_there(name: str, words: str) -> None:
     Path("mines.surg").write_text(LORA)
