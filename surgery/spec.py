@@ -55,7 +55,7 @@ def locate(spec: str | Path) -> Path:
         raise fail("unknown-spec", f"{spec} is a folder", helps=(f"name its files: {path / '*.surg'}",))
     hint = did_you_mean(str(spec), ours)
     raise fail("unknown-spec", f"`{spec}` is neither a .surg file nor a shipped spec",
-               helps=(*filter(None, [hint]), f"shipped: {', '.join(ours)}"))
+               helps=(*filter(None, [hint]), "`surgery specs` lists those that ship"))
 
 
 def read(path: Path, asked: Span | None = None) -> Spec:

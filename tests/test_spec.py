@@ -40,7 +40,7 @@ def test_a_file_without_an_ending_outweighs_a_shipped_name() -> None:
 
 @pytest.mark.parametrize("name, words", [
     ("soar", "did you mean `sora`?"), ("mine.surg", "did you mean `mines.surg`?"), ("sora.surg", "`sora` is the name of a spec that ships"),
-    (".", "name its files: *.surg"), ("zzz", "shipped: "),
+    (".", "name its files: *.surg"), ("zzz", "`surgery specs` lists those that ship"),
 ])
 def test_what_is_not_there(name: str, words: str) -> None:
     Path("mines.surg").write_text(LORA)

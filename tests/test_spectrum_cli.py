@@ -188,7 +188,7 @@ def test_what_cannot_be_done_is_said_before_any_work(adapter: Path, tmp_path: Pa
 
 def test_wrong_use(adapter: Path, tmp_path: Path) -> None:
     assert "--base is for a saved adapter" in said("demo:llama", "demo:llama", "--base", "demo:llama", code=2)
-    assert "error[bad-adapter]" in said(tmp_path / "nowhere", code=1)
+    assert "error[missing-file]" in said(tmp_path / "nowhere", code=2)
     assert "is a saved adapter" in said(adapter, "demo:llama", code=2)
     assert "error[bad-adapter]" in said(adapter, "--base", "demo:gpt2", code=1)
     assert "have no weight in common" in said("demo:resnet", "demo:llama", code=1)
