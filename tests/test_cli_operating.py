@@ -79,6 +79,13 @@ def test_apply_that_merges() -> None:
     assert torch.equal(numbers(load("merged")), numbers(load_demo("llama")))
 
 
+def test_a_folder_of_a_model_is_loaded_without_a_word() -> None:
+    apply("--merge", out="merged")
+    result = run("apply", "lora", "merged", "-o", "adapter")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(Path("adapter/meta.json").read_text())["base_model"] == "merged"
+
+
 def test_apply_without_a_folder_saves_nothing() -> None:
     assert run("apply", "lora", "demo:llama").exit_code == 0 and contents() == {}
 
