@@ -104,7 +104,7 @@ def _unexpected(stop: Stop) -> Diagnostic:
     found = "the end of the text" if stop.at_end else f"`{_short(stop.bad)}`"
     meant = did_you_mean(str(stop.bad), _words(stop.accepted)) if stop.bad.type == "NAME" else ""
     missing = not meant and (stop.at_end or "an expression" in expected or stop.on_another_line)
-    hint = HINTS.get(stop.bad.type)
+    hint = HINTS.get(stop.bad.type) if stop.tokens else None
     return Diagnostic("syntax", f"expected {_choice(expected)}{after}, found {found}",
                       stop.after if missing else _span(stop.source, stop.bad), label=meant, helps=(hint,) if hint else (),
                       related=((_span(stop.source, bracket), f"this `{bracket}` is not closed"),) if bracket else ())
