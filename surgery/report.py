@@ -19,7 +19,7 @@ import torch
 from surgery.compile import Placed, Plan
 from surgery.costs import Estimate, fallback
 from surgery.diagnostics import Diagnostic
-from surgery.layer import is_direct
+from surgery.layer import SUFFIX, is_direct
 from surgery.show import formula_lines
 from surgery.syntax.tree import Target
 
@@ -41,7 +41,12 @@ class Row(NamedTuple):
 
     @property
     def shape_text(self) -> str:
-        return f"{f'{self.stack} of ' if self.stack else ''}{self.shape[0]} x {self.shape[1]}"
+        return shape_text(self.stack, *self.shape)
+
+
+def shape_text(stack: int | None, out: int, in_: int) -> str:
+    """`64 x 128`, or `8 of 64 x 128` for a stack."""
+    return f"{f'{stack} of ' if stack else ''}{out} x {in_}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,14 @@ class Report:
         """What the adapter's tensors take, those that are not trained too."""
         return (self.plan.trainable + self.plan.frozen) * self.dtype.itemsize
 
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the base model, the adapter, and what AdamW adds (a gradient and two moments of each trained number)."""
+        named = self.plan.selection.survey.model.named_parameters()
+        base = [p for name, p in named if f"{SUFFIX}." not in name]
+        return {"base": sum(p.numel() * p.element_size() for p in base), "adapter": self.bytes,
+                "gradients and AdamW": 3 * self.trainable * self.dtype.itemsize}
+
     @cached_property
     def left_out(self) -> dict[str, list[str]]:
         """The modules with a weight that no target takes, by reason."""
@@ -155,6 +168,15 @@ def size_text(count: int) -> str:
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
     return f"{size:.4g} {units[0]}"
+
+
+def figure_text(value: float | None) -> str:
+    """A measured value in three figures, a count as it is: `2.71`, `0.061`, `4e-09`, `28`; `-` where there is none."""
+    if value is None or isinstance(value, int) or not value:
+        return "-" if value is None else str(int(value))
+    if abs(value) < 0.001:
+        return f"{value:.0e}"
+    return f"{value:.{sum(abs(value) < limit for limit in (1, 10, 100))}f}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from surgery.compile import Plan
-    from surgery.report import Report
     from surgery.syntax.tree import Spec
 
 
@@ -51,17 +50,8 @@ def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: 
     report = Report(found)
     output.say(f"{spec} on {model}: {counted(len(found.placed), 'weight')}\n")
     output.say(str(report))
-    memory = _memory(report)
-    output.say("memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in memory.items()))
-    output.data(source=spec, model=model, memory_bytes=memory, changes=len(found.placed), **report.to_json())
-
-
-def _memory(report: Report) -> dict[str, int]:
-    """Bytes of the base model, the adapter, and what AdamW adds (a gradient and two moments of each trained number)."""
-    base = {id(p): p for p in report.plan.selection.survey.model.parameters()}.values()
-    return {"base": sum(p.numel() * p.element_size() for p in base), "adapter": report.bytes,
-            "gradients and AdamW": 3 * report.trainable * report.dtype.itemsize}
-
+    output.say("memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in report.memory.items()))
+    output.data(source=spec, model=model, memory_bytes=report.memory, changes=len(found.placed), **report.to_json())
 
 
 @command(spec_argument, model_argument, click.argument("name"), sets, targets,
