@@ -122,6 +122,7 @@ def _shown(spectra: Spectra) -> dict[str, str]:
 
 
 def _module_table(spectra: Spectra, shown: Mapping[str, str]) -> list[list[str]]:
+    from surgery.report import figure_text
     from surgery.spectra.summary import FIGURES
 
     is_turned = any(row.orthogonality for row in spectra.rows)
@@ -129,12 +130,14 @@ def _module_table(spectra: Spectra, shown: Mapping[str, str]) -> list[list[str]]
     for row in spectra.rows:
         worst = [max((d.distance for d in row.orthogonality), default=None)] if is_turned else []
         figures = [FIGURES[figure](row) if row.changed else None for figure in shown]
-        table.append([row.name, " x ".join(map(str, row.spectrum.shape)), *map(_number, [*figures, *worst])])
+        table.append([row.name, " x ".join(map(str, row.spectrum.shape)), *map(figure_text, [*figures, *worst])])
     return table
 
 
 def _group_table(title: str, groups: Iterable[Group], shown: Mapping[str, str]) -> list[list[str]]:
-    rows = [[g.name, str(g.count), *(_number(g.means[figure]) for figure in shown)] for g in groups]
+    from surgery.report import figure_text
+
+    rows = [[g.name, str(g.count), *(figure_text(g.means[figure]) for figure in shown)] for g in groups]
     return [[title, "weights", *shown.values()], *rows]
 
 
@@ -144,22 +147,16 @@ def _aligned(table: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table) + "\n"
 
 
-def _number(value: float | None) -> str:
-    """Three figures, or a count as it is."""
-    if value is None or isinstance(value, int) or not value:
-        return "-" if value is None else str(int(value))
-    if abs(value) < 0.001:
-        return f"{value:.0e}"
-    return f"{value:.{sum(abs(value) < limit for limit in (1, 10, 100))}f}"
-
-
 def _summary(spectra: Spectra) -> str:
+    from surgery.report import figure_text
+
     changed = len(spectra.rows) - len(spectra.unchanged)
     if not changed:
         return f"{counted(len(spectra.rows), 'weight')}, none of them changed"
     means = spectra.total.means
-    return (f"{counted(changed, 'changed weight')}: entropy {_number(means['entropy'])}, {means['normalised_entropy']:.0%} of the "
-            f"possible; stable rank {_number(means['stable_rank'])}; effective rank {_number(means['effective_rank'])} (means)")
+    entropy, stable, effective = (figure_text(means[f]) for f in ("entropy", "stable_rank", "effective_rank"))
+    return (f"{counted(changed, 'changed weight')}: entropy {entropy}, {means['normalised_entropy']:.0%} of the possible; "
+            f"stable rank {stable}; effective rank {effective} (means)")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -198,4 +195,35 @@ def _csv(spectra: Spectra) -> str:
     return text.getvalue()
 
 
-COMMANDS = (spectrum,)
+# ----------------------------------------------------------------------------------------------------------- report
+
+
+@command(click.argument("folder", metavar="DIR"), base_option,
+         click.option("-o", "--out", metavar="FILE", default="report.html", show_default=True, help="Write the page here."),
+         click.option("--squared", is_flag=True, help="Entropies of σ² / Σ σ² instead of σ / Σ σ."),
+         example="surgery report out -o report.html")
+def report(output: Output, folder: str, base: str | None, out: str, squared: bool) -> None:
+    """Write a page about a saved adapter.
+
+    One HTML file that needs no network: the model and what was operated on, formulas, parameters, costs, spectra, and
+    training curves where the state of a Trainer lies in DIR or beside it.
+    """
+    from surgery.cli.weights import opened_adapter
+    from surgery.folders import refuse_file, replacing_file
+    from surgery.page import Page
+    from surgery.page.training import charts, found_state
+    from surgery.spectra.updates import of_surgeon
+
+    refuse_file(Path(out))
+    state = found_state(Path(folder))
+    training = charts(state) if state else {}
+    found = opened_adapter(output, folder, base)
+    spectra = _measured(output, of_surgeon(found.surgeon, found.read, found.leaves), squared, top=8)
+    with output.busy(f"writing {out}"), replacing_file(Path(out)) as new:
+        page = Page(Path(folder).resolve().name, found.base, found.surgeon.report(), spectra, training)
+        new.write_text(page.html(), encoding="utf-8")
+    output.say(f"{_summary(spectra)}\nsaved     {out}")
+    output.data(adapter=folder, base=found.base, out=out, training=state and str(state), **spectra.to_json())
+
+
+COMMANDS = (spectrum, report)

@@ -1,0 +1,175 @@
+"""One page that shows what an adapter is and did: the model, formulas, parameters, costs, spectra, and its training.
+
+Takes a surgeon's report, its spectra and the curves of its training; gives HTML. Promises: one file with nothing to fetch
+and nothing that runs, for wide and narrow windows, light and dark; the same adapter gives the same page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from surgery import __version__
+from surgery.lower.cost import TOKENS
+from surgery.page.charts import chart, legend
+from surgery.page.costs import step_ratio
+from surgery.page.html import Markup, folded, table, tag
+from surgery.page.tree import ModelTree
+from surgery.report import Report, figure_text, size_text
+from surgery.show import formula_lines, formulas
+from surgery.spectra import Group, Spectra
+from surgery.spectra.curves import Curve, across_layers, distributions
+from surgery.syntax.tree import Spec
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_FIGURES = {"entropy": "entropy", "normalised_entropy": "of max", "stable_rank": "stable rank",
+            "effective_rank": "effective rank", "numerical_rank": "rank", "relative_size": "‖ΔW‖ / ‖W‖",
+            "overlap_out": "overlap out", "overlap_in": "overlap in"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows: `title` names the adapter, `base` its base model, `training` has curves by the title of a chart."""
+
+    title: str
+    base: str
+    report: Report
+    spectra: Spectra
+    training: Mapping[str, Sequence[Curve]] = field(default_factory=dict)
+
+    def html(self) -> str:
+        """The whole file."""
+        style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+        head = tag("head", Markup('<meta charset="utf-8">'),
+                   Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+                   Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+                   tag("title", f"{self.title}: {self.spec.name}"), tag("style", Markup(style)))
+        return f"<!doctype html>\n{tag('html', head, tag('body', *self._sections()), lang='en')}\n"
+
+    @property
+    def spec(self) -> Spec:
+        return self.report.plan.spec
+
+    def _sections(self) -> list[Markup]:
+        return [self._top(), *section("Formulas", self._formulas()), *section("Model", [self._tree()]),
+                *section("Parameters and cost", self._costs()), *section("What it did to the weights", self._spectra()),
+                *section("Training", self._training()), tag("footer", f"Written by surgery {__version__}.")]
+
+    # --------------------------------------------------------------------------------------------------------- top
+
+    def _top(self) -> Markup:
+        spec = self.spec
+        heading = tag("h1", spec.name or self.title)
+        doc = tag("p", spec.doc.partition("\n")[0]) if spec.doc else None
+        where = tag("p", "the adapter ", tag("code", self.title), " on ", tag("code", self.base), class_="soft")
+        return tag("header", heading, doc, where, self._facts())
+
+    def _facts(self) -> Markup:
+        report, means = self.report, self.spectra.total.means
+        facts = [(f"{len(report.rows)}", "weights operated on"),
+                 (f"{report.trainable:,}", f"parameters train, {report.percent:.3g} % of {report.total:,}"),
+                 (size_text(report.bytes), "the adapter")]
+        if means["entropy"] is not None:
+            possible = f"{means['normalised_entropy']:.0%} of the possible"
+            facts += [(f"{means['entropy']:.2f}", f"entropy of ΔW, {possible} (mean)"),
+                      (f"{means['stable_rank']:.1f}", "stable rank of ΔW (mean)")]
+        return tag("ul", *(tag("li", tag("strong", big), tag("span", small)) for big, small in facts), class_="facts")
+
+    # ---------------------------------------------------------------------------------------------------- formulas
+
+    def _formulas(self) -> Iterable[Markup]:
+        for number, (target, formula) in enumerate(formulas(self.spec), start=1):
+            yield tag("h3", f"Target {number}")
+            yield tag("pre", "\n".join(formula_lines(target, formula)))
+            yield folded("as it stands in the spec", tag("pre", Spec(targets=(target,)).to_surg().strip()))
+
+    def _tree(self) -> Markup:
+        return ModelTree(self.report, self.spectra).markup()
+
+    # ------------------------------------------------------------------------------------------------------- costs
+
+    def _costs(self) -> Iterable[Markup]:
+        header = ["target", "weights", "parameters", "FLOPs of a step"]
+        yield table(header, [*self._target_rows(), *self._train_rows()])
+        yield tag("p", f"FLOPs, forward and backward, are counted for {TOKENS:,} tokens, over those of the layers frozen.",
+                  class_="soft")
+        yield table(["memory", "size"], [(name, size_text(size)) for name, size in self.report.memory.items()])
+        left_out = self.report.left_out
+        if left_out:
+            yield folded(f"{sum(map(len, left_out.values()))} modules with weights are left out",
+                         table(["reason", "modules"], [(self._told(why), len(names)) for why, names in left_out.items()]))
+
+    def _told(self, reason: str) -> str:
+        """A reason that names a place in the spec, without the folders of this machine."""
+        for file in {target.span.source.name for target in self.spec.targets if target.span}:
+            reason = reason.replace(file, Path(file).name)
+        return reason
+
+    def _target_rows(self) -> Iterable[Sequence[object]]:
+        targets = {id(target): i for i, target in enumerate(self.spec.targets)}
+        for number in sorted({row.target for row in self.report.rows}):
+            rows = [row for row in self.report.rows if row.target == number]
+            ratio = step_ratio(p for p in self.report.plan.placed if targets[id(p.target)] == number)
+            cost = f"{ratio:.3f} x frozen" if ratio else "-"
+            yield f"{number + 1}: {rows[0].formula}", len(rows), f"{sum(r.parameters for r in rows):,}", cost
+
+    def _train_rows(self) -> Iterable[Sequence[object]]:
+        unfrozen = self.report.unfrozen
+        if unfrozen:
+            yield "train", len(unfrozen), f"{sum(unfrozen.values()):,}", "-"
+
+    # ----------------------------------------------------------------------------------------------------- spectra
+
+    def _spectra(self) -> Iterable[Markup]:
+        if len(self.spectra.unchanged) == len(self.spectra.rows):
+            yield tag("p", "Nothing yet: W' = W for every weight, as at the start.")
+            return
+        yield tag("p", f"ΔW = W' - W; p = {'σ² / Σ σ²' if self.spectra.squared else 'σ / Σ σ'} over its singular values; ",
+                  "entropy -Σ p log p; stable rank ‖ΔW‖_F² / ‖ΔW‖₂²; effective rank exp(entropy); overlap of its ",
+                  f"{self.spectra.top} strongest directions with those of W.", class_="soft")
+        labels = [curve.label for curve in distributions(self._named)]
+        yield tag("div", *self._spectra_charts(labels), class_="charts")
+        yield legend(labels)
+        yield _groups("module type", self.spectra.types)
+        yield folded("by layer", _groups("layer", self.spectra.layers)) if self.spectra.layers else Markup()
+        yield folded("every weight", self._every_weight())
+
+    @cached_property
+    def _named(self) -> dict[str, Spectra]:
+        return {self.title: self.spectra}
+
+    def _spectra_charts(self, labels: Sequence[str]) -> Iterable[Markup]:
+        for figure, title in (("entropy", "entropy of ΔW (nats)"), ("stable_rank", "stable rank of ΔW")):
+            if curves := across_layers(self._named, figure):
+                yield chart(title, curves, "layer", labels=labels, whole=True)
+        yield chart("share p of the i-th singular value", distributions(self._named), "i", labels=labels, is_log=True)
+
+    def _every_weight(self) -> Markup:
+        rows = [(row.name, " x ".join(map(str, row.spectrum.shape)), *_cells(Group.of("", [row]).means),
+                 figure_text(max((d.distance for d in row.orthogonality), default=None))) for row in self.spectra.rows]
+        return table(["weight", "shape", *_FIGURES.values(), "‖RRᵀ - I‖ / √n"], rows)
+
+    # ---------------------------------------------------------------------------------------------------- training
+
+    def _training(self) -> Iterable[Markup]:
+        if self.training:
+            labels = list(dict.fromkeys(curve.label for curves in self.training.values() for curve in curves))
+            yield tag("div", *(chart(title, curves, "step", labels=labels, whole=True)
+                               for title, curves in self.training.items()), class_="charts")
+            yield legend(labels)
+
+
+def section(title: str, content: Iterable[Markup]) -> list[Markup]:
+    """A heading with its content; nothing without content."""
+    inner = list(content)
+    return [tag("section", tag("h2", title), *inner)] if inner else []
+
+
+def _groups(title: str, groups: Sequence[Group]) -> Markup:
+    return table([title, "weights", *_FIGURES.values()], [(g.name, g.count, *_cells(g.means)) for g in groups])
+
+
+def _cells(means: Mapping[str, float | None]) -> list[str]:
+    return [figure_text(means[figure]) for figure in _FIGURES]

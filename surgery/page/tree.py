@@ -1,0 +1,72 @@
+"""The model as a tree of HTML: what each module is, and what was done to it.
+
+Takes a report and the spectra; gives Markup. Promises: layers of a list to which the same was done are one branch; a branch
+is open where something below it was operated on or trained, and the tree is not huge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from surgery.layer import SUFFIX
+from surgery.outline import Node, outline
+from surgery.page.html import Markup, joined, tag
+from surgery.report import Report, Row, shape_text
+from surgery.sites import Site
+from surgery.spectra import Group, Spectra
+from surgery.spectra.summary import Row as Measured
+
+_OPEN = 150  # nodes: of a larger tree, only the first levels are open
+_LEVELS = 3
+
+
+class ModelTree:
+    """What stands beside each module of the tree."""
+
+    def __init__(self, report: Report, spectra: Spectra):
+        self.model = report.plan.selection.survey.model
+        self.operated: Mapping[str, Row] = {row.name: row for row in report.rows}
+        self.trained = [name.rpartition(".")[0] for name in report.unfrozen]
+        self.measured = {row.name: row for row in spectra.rows}
+
+    def markup(self) -> Markup:
+        names = {name.rpartition(".")[0] for name, _ in self.model.named_parameters(remove_duplicate=False)
+                 if f"{SUFFIX}." not in name}
+        root = outline(self.model, names | set(self.operated), mark=self._mark)
+        limit = _LEVELS if sum(1 for _ in root.walk()) > _OPEN else 99
+        inner = joined(self._branch(child, limit - 1) for child in root.children)
+        return tag("div", tag("b", root.cls), inner, class_="tree", tabindex="0")
+
+    def _mark(self, name: str) -> object:
+        row = self.operated.get(name)
+        return row and (row.target, row.parameters), name in self.trained
+
+    def _branch(self, node: Node, levels: int) -> Markup:
+        line = joined([tag("b", node.step), " ", tag("span", node.cls, class_="class"), *self._notes(node)])
+        if not node.children:
+            return tag("div", line, class_="leaf")
+        touched = any(self._mark(n.names[0]) != (None, False) for n in node.walk())
+        below = (self._branch(child, levels - 1) for child in node.children)
+        return tag("details", tag("summary", line), *below, open="open" if touched and levels > 0 else None)
+
+    def _notes(self, node: Node) -> list[object]:
+        row, site = self.operated.get(node.names[0]), node.site
+        notes: list[object] = [f" {shape_text(site.stack, site.out, site.in_)}"] if site else []
+        if row:
+            figures = self._figures([m for name in node.names for m in self._rows(name, site)])
+            notes += [" ", tag("span", f"target {row.target + 1}", class_="tag"),
+                      tag("span", f" {row.parameters * len(node.names):,} parameters{figures}", class_="figures")]
+        if node.names[0] in self.trained:
+            notes += [" ", tag("span", "trained", class_="tag trained")]
+        return notes
+
+    def _rows(self, name: str, site: Site | None) -> list[Measured]:
+        """The measured matrices of a module: those of a stack by their number."""
+        names = [f"{name}.{i}" for i in range(site.stack)] if site and site.stack else [name]
+        return [self.measured[n] for n in names if n in self.measured]
+
+    def _figures(self, rows: Sequence[Measured]) -> str:
+        means = Group.of("", rows).means
+        if means["entropy"] is None:
+            return ", unchanged"
+        return f", entropy {means['entropy']:.2f}, stable rank {means['stable_rank']:.1f}"
