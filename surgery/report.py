@@ -80,7 +80,11 @@ class Report:
     @property
     def step_ratio(self) -> float:
         """The estimate for all operated weights together, as a multiple of what they cost frozen (1 where there are none)."""
-        return sum(e.seconds() for e in self.estimates) / sum(e.frozen.seconds for e in self.estimates) if self.estimates else 1.0
+        return _ratio(self.estimates)
+
+    def step_ratio_of(self, target: Target) -> float:
+        """The same for the weights of one target of the plan's spec."""
+        return _ratio([e for p, e in zip(self.plan.placed, self.estimates) if p.target is target])
 
     @property
     def total(self) -> int:
@@ -160,6 +164,10 @@ def estimated(placed: Placed) -> Estimate:
     module = type(placed.site.module)
     runs_programs = placed.site.stack is None and is_direct(getattr(module, "base", module))
     return Estimate(placed.formula, placed.site.kind, stack=None if runs_programs else placed.site.stack or 1)
+
+
+def _ratio(estimates: Sequence[Estimate]) -> float:
+    return sum(e.seconds() for e in estimates) / sum(e.frozen.seconds for e in estimates) if estimates else 1.0
 
 
 def size_text(count: int) -> str:

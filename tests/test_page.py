@@ -12,17 +12,14 @@ from click.testing import CliRunner
 from torch import nn
 
 import surgery
-from layers import LAYOUTS, operated
 from surgery.cli.main import main
 from surgery.demo import load_demo
 from surgery.outline import outline
 from surgery.page import charts, training
-from surgery.page.costs import step_ratio
 from surgery.page.html import Markup, table, tag
 from surgery.sites import Survey
 from surgery.spectra.curves import Curve
 from test_spectra import perturbed
-from zoo import CASES
 
 STATE = {"global_step": 20, "log_history": [
     {"step": 10, "epoch": 1.0, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": float("nan")},
@@ -262,15 +259,13 @@ def test_layers_are_joined_where_they_and_their_marks_agree() -> None:
     assert [node.names for node in marked.children] == [("0", "1"), ("2",), ("3",), ("4",)]
 
 
-@pytest.mark.parametrize("name, least, most", [("lora", 1.0001, 2), ("sora", 1.0001, 3)])
-def test_the_cost_of_a_step_is_over_that_of_the_frozen_layer(name: str, least: float, most: float) -> None:
-    op = operated(next(case for case in CASES if case.name == name), LAYOUTS["linear 12x18"])
-    assert least <= step_ratio(op.surgeon.plan.placed) <= most
-
-
-def test_experts_have_no_program_to_count() -> None:
-    spec = surgery.parse('spec s\ntarget linear "**.experts.*" { add low_rank(2) }')
-    assert step_ratio(surgery.apply(load_demo("mixtral"), spec).plan.placed) is None
+def test_the_cost_of_a_target_is_that_of_its_weights() -> None:
+    text = 'spec s\ntarget linear "**.q_proj" { add low_rank(2) }\ntarget linear "**.k_proj" { add low_rank(8) post orthogonal(2) }'
+    found = surgery.apply(load_demo("llama"), surgery.parse(text)).report()
+    cheap, dear = map(found.step_ratio_of, found.plan.spec.targets)
+    assert 1 < cheap < found.step_ratio < dear
+    only = surgery.parse('spec s\ntarget linear "**.q_proj" { add low_rank(2) }')
+    assert surgery.apply(load_demo("llama"), only).report().step_ratio == cheap
 
 
 def test_memory_counts_the_base_model_alone() -> None:

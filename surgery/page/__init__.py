@@ -14,7 +14,6 @@ from pathlib import Path
 from surgery import __version__
 from surgery.lower.cost import TOKENS
 from surgery.page.charts import chart, legend
-from surgery.page.costs import step_ratio
 from surgery.page.html import Markup, folded, table, tag
 from surgery.page.tree import ModelTree
 from surgery.report import Report, figure_text, size_text
@@ -91,10 +90,10 @@ class Page:
     # ------------------------------------------------------------------------------------------------------- costs
 
     def _costs(self) -> Iterable[Markup]:
-        header = ["target", "weights", "parameters", "FLOPs of a step"]
+        header = ["target", "weights", "parameters", "a step (estimate)"]
         yield table(header, [*self._target_rows(), *self._train_rows()])
-        yield tag("p", f"FLOPs, forward and backward, are counted for {TOKENS:,} tokens, over those of the layers frozen.",
-                  class_="soft")
+        yield tag("p", f"A step, forward and backward, is counted for {TOKENS:,} tokens and not measured, over that of the ",
+                  "same layers frozen.", class_="soft")
         yield table(["memory", "size"], [(name, size_text(size)) for name, size in self.report.memory.items()])
         left_out = self.report.left_out
         if left_out:
@@ -108,12 +107,11 @@ class Page:
         return reason
 
     def _target_rows(self) -> Iterable[Sequence[object]]:
-        targets = {id(target): i for i, target in enumerate(self.spec.targets)}
         for number in sorted({row.target for row in self.report.rows}):
             rows = [row for row in self.report.rows if row.target == number]
-            ratio = step_ratio(p for p in self.report.plan.placed if targets[id(p.target)] == number)
-            cost = f"{ratio:.3f} x frozen" if ratio else "-"
-            yield f"{number + 1}: {rows[0].formula}", len(rows), f"{sum(r.parameters for r in rows):,}", cost
+            ratio = self.report.step_ratio_of(self.spec.targets[number])
+            yield (f"{number + 1}: {rows[0].formula}", len(rows), f"{sum(r.parameters for r in rows):,}",
+                   f"{ratio:.2f} x frozen")
 
     def _train_rows(self) -> Iterable[Sequence[object]]:
         unfrozen = self.report.unfrozen
