@@ -189,10 +189,11 @@ def reflections(p, step: str) -> Tensor:
 
 
 def near_rotation(p, eps: float, step: str = "pre_near_rotation") -> Tensor:
-    """OFT's rotation of min(1, eps / ‖Q‖) Q."""
-    q = p[step, "Q"]
-    s = eps / norm(q).clamp(min=1e-12)
-    return block_diag(cayley((s if s.item() < 1 else 1.0) * skew(q)))
+    """OFT's rotation, the half of each block's skew part brought back to a norm of at most eps / √(number of blocks)."""
+    halves = [skew(q) / 2 for q in p[step, "Q"]]
+    radius = eps / len(halves)**0.5
+    near = [half if norm(half) <= radius else radius / norm(half) * half for half in halves]
+    return block_diag(torch.stack([cayley(2 * half) for half in near]))
 
 
 def pair_map(first: Tensor, second: Tensor, group: int) -> Tensor:

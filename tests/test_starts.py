@@ -54,7 +54,7 @@ def test_places_are_different_ones_of_all(name):
 
 
 def test_places_are_those_of_the_largest_entries():
-    weight, found = leaves("supertuning", share=8)
+    weight, found = leaves("supertuning", sparsity=0.875)
     least = weight.abs().flatten()[found["at"]].min()
     assert (weight.abs() >= least).sum() == len(found["at"]) == OUT * IN // 8
 

@@ -255,15 +255,14 @@ _CONSTANTS = {"I": (0, ("n",), eye), "ones": (0, ("*sizes",), ones)}
 
 
 def _at_compile_time(node: tree.Call, names: Mapping[str, Any]) -> Any:
-    """A function of whole numbers alone."""
-    least, most = _COMPILE_TIME[node.function][0]
+    """A function of compile-time numbers alone."""
+    (least, most), read, function = _COMPILE_TIME[node.function]
     if not least <= len(node.arguments) <= most or any(a.name for a in node.arguments):
+        count = f"{least} to {most} numbers" if most > least else "one number"
         raise fail("missing-argument" if len(node.arguments) < least else "unknown-argument",
-                   f"`{node.function}` takes {least} to {most} whole numbers by position", node.span)
-    values = [size(evaluate(a.value, names), a.value, names) for a in node.arguments]
-    if _open(*values):
-        return dims.symbol(f"{node.function}({', '.join(map(str, values))})")
-    return _COMPILE_TIME[node.function][1](*values)
+                   f"`{node.function}` takes {count} by position", node.span)
+    values = [read(evaluate(a.value, names), a.value, names) for a in node.arguments]
+    return dims.symbol(f"{node.function}({', '.join(map(str, values))})") if _open(*values) else function(*values)
 
 
 def _divisor(n: int, most: int | None = None) -> int:
@@ -272,7 +271,10 @@ def _divisor(n: int, most: int | None = None) -> int:
     return next(d for d in range(limit, 0, -1) if n % d == 0)
 
 
-_COMPILE_TIME = {"divisor": ((1, 2), _divisor)}
+def _number(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
+        raise fail("wrong-type", f"a number known at compile time is needed here, not {describe(value)}", node.span)
+    return value
 
 
 def size(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
@@ -287,6 +289,8 @@ def size(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
                    notes=here(node, names))
     return value
 
+
+_COMPILE_TIME = {"divisor": ((1, 2), size, _divisor), "floor": ((1, 1), _number, math.floor)}
 
 _RULES = {
     tree.Number: lambda node, names: node.value,
