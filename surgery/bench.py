@@ -106,13 +106,15 @@ class Bench:
         """PEFT's model, or why there is none."""
         if found is None:
             return None, "PEFT has no method with this formula"
+        if self.device.type != "cuda" and any(method.needs_cuda for method in found.methods.values()):
+            return None, "PEFT runs it on CUDA alone, and another method here"
         import peft
 
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 config = getattr(peft, found.family.config_class)(**found.config)
-                return self._subject(peft.get_peft_model(_sharing(self.model), config)), ""
+                return self._subject(peft.get_peft_model(_sharing(self.model, found.rewritten), config)), ""
         except (TypeError, ValueError) as error:  # how PEFT refuses a module
             return None, f"PEFT refuses: {error}"
 

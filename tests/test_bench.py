@@ -63,6 +63,17 @@ def test_weights_are_shared_and_the_model_is_left_alone(bench):
     assert sum(p.numel() for p in odd.ours.model.parameters() if p.requires_grad) == odd.trained == 4 + 64
 
 
+def test_peft_rewrites_weights_of_its_own():
+    model = load_demo("llama")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    made = Bench(model, {"pissa": load("pissa", rank=2), "boft": load("boft", block=4)}, TOKENS, against_peft=True)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    pissa, boft = made.contenders
+    inner = pissa.peft.model.base_model.model.model.layers[0].self_attn.q_proj
+    assert not torch.equal(inner.base_layer.weight, before["model.layers.0.self_attn.q_proj.weight"])
+    assert boft.peft is None and boft.why == "PEFT runs it on CUDA alone, and another method here"
+
+
 def test_a_step_is_a_step_of_training(bench):
     for each in bench.contenders:
         for subject in (each.ours, each.peft) if each.peft else (each.ours,):

@@ -1,212 +1,166 @@
-"""PEFT's layers as a second opinion: given the same parameters, PEFT's layer and ours give the same output and gradients.
+"""PEFT's layers as a second opinion: given the same parameters, PEFT's layer and ours give the same output and
+gradients.
 
 Parametrised over the rows of `surgery.peft.methods`: a new row needs its configurations in `CONFIGS` here and no more.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
-
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
-from layers import assert_close, gradients, perturb
+from layers import assert_close
+from peft_cases import CONFIGS, EXACT, SINGLE, WRONG_IN_PEFT, cases
+from peft_differences import DIFFERENCES
+from peft_pair import LAYERS, One, adapted, compare, full, pair, perturb, place_of, resolve, run
 from surgery.compile import compile
-from surgery.operate import Surgeon, apply
+from surgery.operate import apply
 from surgery.peft.match import match
-from surgery.peft.method import Method, Place
 from surgery.peft.methods import METHODS
-from surgery.sites import sites
-from surgery.spec import parse, retarget
-from surgery.syntax.tree import Spec
+from surgery.peft.tensors import Place
+from surgery.spec import load, parse, retarget
 
-EXACT = 1e-10
-PREFIX = "base_model.model.layer."
-CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
-    "lora": ({"r": 1, "lora_alpha": 3}, {"r": 4, "lora_alpha": 4}),
-    "dora": ({"r": 1, "lora_alpha": 3}, {"r": 4, "lora_alpha": 4}),
-    "dora on embeddings": ({"r": 1, "lora_alpha": 3}, {"r": 4, "lora_alpha": 4}),
-    "oft": ({"oft_block_size": 3, "r": 0}, {"oft_block_size": 6, "r": 0}, {"oft_block_size": 0, "r": 2},
-            {"oft_block_size": 5, "r": 0}),
-}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer that PEFT may adapt, and its input."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    x: Callable[[], Tensor]
-
-    def __str__(self) -> str:
-        return self.name
-
-
-LAYERS = (
-    Layer("linear 12x18", lambda: nn.Linear(18, 12), lambda: torch.randn(2, 3, 18)),
-    Layer("linear 18x12 without bias", lambda: nn.Linear(12, 18, bias=False), lambda: torch.randn(2, 3, 12)),
-    Layer("linear 12x12", lambda: nn.Linear(12, 12), lambda: torch.randn(2, 3, 12)),
-    Layer("Conv1D 12x18", lambda: Conv1D(12, 18), lambda: torch.randn(2, 3, 18)),
-    Layer("Conv1D 12x12", lambda: Conv1D(12, 12), lambda: torch.randn(2, 3, 12)),
-    Layer("Conv2d 3x3", lambda: nn.Conv2d(2, 12, 3, stride=2, padding=1), lambda: torch.randn(2, 2, 5, 6)),
-    Layer("Conv2d 1x1 without bias", lambda: nn.Conv2d(18, 12, 1, bias=False), lambda: torch.randn(2, 18, 3, 2)),
-    Layer("Embedding 18x12", lambda: nn.Embedding(18, 12), lambda: torch.randint(18, (2, 4))),
-)
-
-
-class One(nn.Module):
-    """A model with one layer."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One layer, operated on by us and adapted by PEFT."""
-
-    method: Method
-    place: Place
-    surgeon: Surgeon
-    theirs: peft.PeftModel
-    x: Tensor
-
-    @property
-    def mine(self) -> nn.Module:
-        return self.surgeon.model
-
-    def saved(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-        """Something of each of PEFT's adapter tensors, by the name that PEFT saves it under."""
-        values = {name: of(p) for name, p in self.theirs.named_parameters() if p.requires_grad}
-        found = peft.get_peft_model_state_dict(self.theirs, values, save_embedding_layers=False)
-        return {name.removeprefix(PREFIX): value for name, value in found.items()}
-
-    def give(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors into PEFT's layer."""
-        named = {PREFIX + name: value for name, value in tensors.items()}
-        found = peft.set_peft_model_state_dict(self.theirs, named)
-        assert not found.unexpected_keys
-
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors into our layer."""
-        self.surgeon.load({f"layer.weight_surgery.{key}": value for key, value in tensors.items()})
-
-    def ours(self) -> dict[str, Tensor]:
-        return self.surgeon.adapters["layer"].tensors()
-
-
-def pair(method: Method, layer: Layer, config: Mapping[str, Any]) -> Pair:
-    torch.manual_seed(0)
-    base = One(layer.build()).double()
-    if getattr(base.layer, "bias", None) is not None:
-        nn.init.normal_(base.layer.bias)
-    full = getattr(peft, method.family.config_class)(**{**config, **method.settings, "target_modules": ["layer"]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of blocks that do not divide and of Conv1D's storage
-        theirs = peft.get_peft_model(deepcopy(base), full).double()
-    surgeon = apply(base, _spec(method, full, base.layer), dtype=torch.float64)
-    x = layer.x()
-    return Pair(method, _place(base.layer), surgeon, theirs, x.double() if x.is_floating_point() else x)
-
-
-def _place(layer: nn.Module) -> Place:
-    return Place.of(sites(One(layer))[0])
-
-
-def _spec(method: Method, full: peft.PeftConfig, layer: nn.Module) -> Spec:
-    config = full.to_dict()
-    assert [m.name for m in METHODS if m.fits(config) and m.is_on(_place(layer))] == [method.name]
-    spec = retarget(method.given(config, _place(layer)), "layer")
-    return spec.model_copy(update={"targets": tuple(t.model_copy(update={"kind": "any"}) for t in spec.targets)})
-
-
-ROWS = [pytest.param(method, layer, config, id=f"{method.name}, {layer}, {config}") for method in METHODS
-        for layer in LAYERS if method.is_on(_place(layer.build())) for config in CONFIGS[method.name]]
-on_every_row = pytest.mark.parametrize("method, layer, config", ROWS)
-
-
-def run(model: nn.Module, x: Tensor, parameters: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output, and the gradients of the parameters and the input."""
-    leaves = {**parameters, **({"x": x.clone().requires_grad_()} if x.is_floating_point() else {})}
-    y = model(leaves.get("x", x))
-    direction = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5))
-    return y, gradients(y, direction, leaves)
+BY_NAME = {m.name: m for m in METHODS}
+GLORA = BY_NAME["glora"].family
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # PEFT's SHiRA builds sparse matrices
+on_every_row = pytest.mark.parametrize("method, layer, config", [
+    pytest.param(method, layer, config, id=f"{method.name}, {layer}, {config}") for method, layer, config in cases()])
 
 
 @on_every_row
 def test_the_same_parameters_give_the_same_output_and_gradients(method, layer, config):
-    both = pair(method, layer, config)
-    _perturb(both.theirs)
-    saved = both.saved(lambda p: p.detach())
-    both.take(method.tensors[both.place.layout].to_ours(saved, both.place))
-    y, mine = run(both.mine, both.x, both.ours())
-    wanted, theirs = run(both.theirs, both.x, {n: p for n, p in both.theirs.named_parameters() if p.requires_grad})
-    assert_close(y, wanted, EXACT, "the output")
-    if "x" in theirs:
-        assert_close(mine.pop("x"), theirs.pop("x"), EXACT, "the gradient of the input")
-    for name, gradient in _pulled_back(both, saved, mine).items():
-        assert_close(gradient, both.saved(lambda p: theirs[_name_of(both, p)])[name], EXACT, f"the gradient of {name}")
-
-
-def _name_of(both: Pair, parameter: nn.Parameter) -> str:
-    return next(name for name, p in both.theirs.named_parameters() if p is parameter)
-
-
-def _pulled_back(both: Pair, saved: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our gradients as gradients of PEFT's tensors, through the map from theirs to ours."""
-    leaves = {name: value.clone().requires_grad_() for name, value in saved.items()}
-    ours = both.method.tensors[both.place.layout].to_ours(leaves, both.place)
-    total = sum((ours[key] * mine[key]).sum() for key in ours)
-    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()))))
-
-
-def _perturb(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.3 * torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
+    found = compare(pair(method, layer, config))
+    assert found.actual.keys() == found.expected.keys()
+    for name in found.actual.keys() - WRONG_IN_PEFT.get(method.name, set()):
+        assert_close(found.actual[name], found.expected[name], SINGLE.get(method.name, EXACT), name)
 
 
 @on_every_row
 def test_our_parameters_in_pefts_layer_give_the_same_output(method, layer, config):
     both = pair(method, layer, config)
-    perturb(both.mine)
-    both.give(method.tensors[both.place.layout].to_peft({k: v.detach() for k, v in both.ours().items()}, both.place))
-    assert_close(both.theirs(both.x), both.mine(both.x), EXACT)
+    both.take(both.map.to_ours({**both.again(), **both.saved()}, both.place))
+    perturb(both.mine.parameters())
+    both.give(both.map.to_peft({k: v.detach() for k, v in both.ours().items()}, both.place))
+    assert_close(both.theirs(both.x), both.mine(both.x), SINGLE.get(method.name, EXACT))
 
 
 @on_every_row
 def test_pefts_tensors_come_back_bit_for_bit(method, layer, config):
     both = pair(method, layer, config)
-    _perturb(both.theirs)
-    saved, maps = both.saved(lambda p: p.detach()), method.tensors[both.place.layout]
-    ours = maps.to_ours(saved, both.place)
-    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in both.ours().items()}
-    back = maps.to_peft(ours, both.place)
+    perturb(both.theirs.parameters())
+    saved = {**both.again(), **{name: t.detach() for name, t in both.saved().items() if name not in method.derived}}
+    ours = both.map.to_ours(saved, both.place)
+    assert all(value.shape == both.ours()[key].shape for key, value in ours.items())
+    back = both.map.to_peft(ours, both.place)
     assert back.keys() == saved.keys()
-    assert all(torch.equal(back[name], saved[name]) for name in saved)
+    assert all(back[name].dtype == saved[name].dtype and torch.equal(back[name], saved[name]) for name in saved)
 
 
 @on_every_row
 def test_a_plan_is_told_by_its_formula(method, layer, config):
     both = pair(method, layer, config)
     found = match(both.surgeon.plan)
-    assert found.methods == {"layer": method}
-    said, meant = (method.parameters.to_ours(c, both.place) for c in (found.config, both.theirs.peft_config["default"].to_dict()))
-    assert said == meant
+    # Without a bias, the two rows of GLoRA are one formula.
+    assert found.methods == {"layer": method} or not both.place.has_bias and found.family is method.family is GLORA
+    said = resolve(method, getattr(peft, method.family.config_class)(**found.config))
+    meant, told = (method.parameters.to_ours(c, both.place) for c in (both.config, said))
+    assert meant == told
+
+
+# --------------------------------------------------------------------------------------------------- several modules
+
+
+class Three(nn.Module):
+    """Layers of different sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(18, 12), nn.Linear(12, 12), nn.Linear(12, 18)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+@pytest.mark.parametrize("name", ["vera", "randlora", "tinylora", "unilora", "vblora", "fourierft", "waveft"])
+def test_what_modules_share_is_shared(name):
+    """PEFT keeps it once, as large as the largest module needs, or draws it for all modules in one go."""
+    torch.manual_seed(0)
+    method, model, x = BY_NAME[name], Three(), torch.randn(2, 3, 18)
+    config = getattr(peft, method.family.config_class)(**CONFIGS[name][0], target_modules=["a", "b", "c"])
+    theirs, plain = adapted(model, config), config.to_dict()
+    perturb(theirs.parameters())
+    surgeon = apply(model, retarget(method.given(plain, LAYERS[0].place), "a", "b", "c"))
+    places = [Place.of(placed.site, number) for number, placed in enumerate(surgeon.plan.placed)]
+    saved = peft.get_peft_model_state_dict(theirs)
+    found = {}
+    for module, place, again in zip("abc", places, method.again(plain, places)):
+        own = {key.removeprefix(f"base_model.model.{module}."): tensor for key, tensor in saved.items()}
+        ours = method.map(plain, place).to_ours({**again, **own}, place)
+        found |= {f"{module}.weight_surgery.{key}": tensor for key, tensor in ours.items()}
+    surgeon.load({**surgeon.state(), **{key: t for key, t in found.items() if key in surgeon.named_tensors()}})
+    assert_close(model(x), theirs(x), 1e-5)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.rms_norm = nn.Linear(6, 6), nn.LayerNorm(6), nn.RMSNorm(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rms_norm(self.norm(self.layer(x)))
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_trained_norms_are_pefts_copies_of_norms():
+    model, x = Normed().double(), torch.randn(2, 6, dtype=torch.float64)
+    theirs = adapted(model, peft.LNTuningConfig(target_modules=["norm", "rms_norm"]))
+    surgeon = apply(model, load("ln_tuning"))
+    perturb(theirs.parameters())
+    saved, method = peft.get_peft_model_state_dict(theirs), BY_NAME["ln_tuning"]
+    found = {}
+    for module in ("norm", "rms_norm"):
+        own = {key.removeprefix(f"base_model.model.{module}."): tensor for key, tensor in saved.items()}
+        place = Place("trained", 0, 0, ())
+        ours = method.map({}, place).to_ours(own, place)
+        back = method.map({}, place).to_peft(ours, place)
+        assert all(torch.equal(back[name], own[name]) for name in back) and len(back) == (2 if module == "norm" else 1)
+        found |= {f"{module}.{name}": tensor for name, tensor in ours.items()}
+    surgeon.load(found)
+    _same_training(model, theirs, x, {f"base_model.model.{m}.ln_tuning_layers.default.{n}": f"{m}.{n}"
+                                      for m, n in (("norm", "weight"), ("norm", "bias"), ("rms_norm", "weight"))})
+
+
+def test_bitfit_is_what_pefts_bias_all_trains_beside_a_lora():
+    """PEFT has no BitFit of its own."""
+    model, x = Normed().double(), torch.randn(2, 6, dtype=torch.float64)
+    theirs = adapted(model, peft.LoraConfig(r=1, target_modules=["layer"], bias="all"))
+    apply(model, load("bitfit"))
+    names = {"base_model.model.layer.base_layer.bias": "layer.bias", "base_model.model.norm.bias": "norm.bias"}
+    assert set(_trained(model)) == set(names.values())
+    assert {name for name in _trained(theirs) if "lora" not in name} == set(names)
+    perturb(p for name, p in theirs.named_parameters() if name in names)
+    with torch.no_grad():
+        for name, own in names.items():
+            model.get_parameter(own).copy_(theirs.get_parameter(name))
+    _same_training(model, theirs, x, names)
+
+
+def _same_training(mine: nn.Module, theirs: nn.Module, x: torch.Tensor, names: dict[str, str]) -> None:
+    """The output and the gradients are the same; `names` gives ours for each parameter of PEFT's."""
+    y, own = run(mine, x, _trained(mine))
+    wanted, given = run(theirs, x, {name: theirs.get_parameter(name) for name in names})
+    assert_close(y, wanted, EXACT)
+    assert own.keys() == {*names.values(), "x"}
+    for name, gradient in given.items():
+        assert_close(own[names.get(name, name)], gradient, EXACT, name)
+
+
+# --------------------------------------------------------------------------------------------- telling methods apart
 
 
 @pytest.mark.parametrize("steps", [
@@ -227,22 +181,65 @@ def test_the_name_of_a_spec_does_not_count():
     assert found.config == {"use_dora": True, "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["layer"]}
 
 
+@pytest.mark.parametrize("left", ["shared", "frozen"])
+def test_what_is_trained_and_what_is_shared_counts(left):
+    text = load("vera").to_surg()
+    assert match(compile(One(nn.Linear(12, 12)), parse(text))).methods == {"layer": BY_NAME["vera"]}
+    assert match(compile(One(nn.Linear(12, 12)), parse(text.replace("frozen shared param A", f"{left} param A")))) is None
+
+
+def test_modules_of_two_rows_of_one_family_are_one_configuration():
+    model = nn.ModuleDict({"k_proj": nn.Linear(12, 12), "down_proj": nn.Linear(12, 12)})
+    found = match(compile(model, load("ia3")))
+    assert {name: m.name for name, m in found.methods.items()} == {"k_proj": "ia3", "down_proj": "ia3 on inputs"}
+    assert found.config == {"feedforward_modules": ["down_proj"], "target_modules": ["k_proj", "down_proj"]}
+
+
 def test_a_configuration_with_an_unknown_switch_fits_no_row():
     plain = peft.LoraConfig(r=2).to_dict()
     assert [m.name for m in METHODS if m.fits(plain)] == ["lora"]
-    for switch in ({"use_rslora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}, {"use_qalora": True}):
+    for switch in ({"use_qalora": True}, {"init_lora_weights": "pissa_niter_4"}, {"bias": "all"},
+                   {"use_rslora": True, "lora_bias": True}):
         assert not any(m.fits({**plain, **switch}) for m in METHODS)
 
 
-@pytest.mark.parametrize("config", [{}, {"coft": True}, {"block_share": True}])
-def test_oft_fits_only_where_it_is_a_rotation(config):
-    assert not any(m.fits(peft.OFTConfig(**config).to_dict()) for m in METHODS)
+def test_a_rotation_that_is_none_has_a_row_of_its_own():
+    assert [m.name for m in METHODS if m.fits(peft.OFTConfig().to_dict())] == ["oft, Cayley-Neumann"]
+    assert not any(m.fits(peft.OFTConfig(num_cayley_neumann_terms=4).to_dict()) for m in METHODS)
 
 
-def test_pefts_oft_on_a_larger_kernel_is_not_the_base_layer_at_its_start():
-    """Why the row refuses it."""
-    torch.manual_seed(0)
-    base, x = One(nn.Conv2d(2, 12, 3)), torch.randn(2, 2, 4, 5)
-    config = peft.OFTConfig(oft_block_size=3, r=0, use_cayley_neumann=False, target_modules=["layer"])
-    change = (peft.get_peft_model(deepcopy(base), config)(x) - base(x)).norm() / base(x).norm()
-    assert change > 1
+@pytest.mark.parametrize("fields", [{"dilation": 2}, {"kernel_size": (3, 1)}, {"stride": (1, 2)}], ids=str)
+def test_what_peft_does_not_read_of_a_convolution_is_refused(fields):
+    layer = nn.Conv2d(4, 12, **{"kernel_size": 3, **fields})
+    config = resolve(BY_NAME["hra"], full(BY_NAME["hra"], {"r": 2}))
+    assert not any(m.fits(config) and m.is_on(config, place_of(layer)) for m in METHODS)
+
+
+# ---------------------------------------------------------------------------------- where PEFT is not the method's map
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES, ids=str)
+def test_pefts_layer_is_not_the_papers(difference):
+    assert difference.measure() > 1e-3
+
+
+@pytest.mark.parametrize("block", [3, 6])
+def test_our_gradient_of_c3as_input_is_that_of_pefts_map(block):
+    """Its own is not: see the differences."""
+    both = pair(BY_NAME["c3a"], LAYERS[0], {"block_size": block})
+    found = compare(both)
+    weight = both.theirs(torch.eye(18, dtype=torch.float64)) - both.theirs(torch.zeros(1, 18, dtype=torch.float64))
+    direction = torch.randn(2, 3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    assert_close(found.actual["x"], direction @ weight.T, 1e-6)
+
+
+def test_coft_projects_as_peft_does():
+    """Where the parameter is outside of the ball PEFT overwrites it; the map is the same."""
+    method, config = BY_NAME["coft"], {"oft_block_size": 6, "r": 0, "eps": 0.5}
+    both = pair(method, LAYERS[0], config)
+    perturb(both.theirs.parameters())
+    both.take(both.map.to_ours(both.saved(), both.place))
+    mine, wanted = both.mine(both.x), both.theirs(both.x)
+    assert_close(mine, wanted, 1e-6)  # PEFT's radius is in float32
+    both.take({key: t / 9 for key, t in both.ours().items()})
+    assert not torch.allclose(both.mine(both.x), mine)

@@ -7,6 +7,7 @@ proof: on every module the row's spec, given the spec's own parameters, has the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,9 @@ from surgery.diagnostics import Collector, SurgeryError
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
-from surgery.peft.method import Family, Method, Place
+from surgery.peft.method import Family, Method
 from surgery.peft.methods import METHODS
+from surgery.peft.tensors import Place
 from surgery.spec import library
 from surgery.syntax.tree import Spec
 
@@ -32,46 +34,72 @@ class Match:
     @property
     def config(self) -> dict[str, Any]:
         """The arguments of the family's configuration class."""
-        return {**self.fields, "target_modules": list(self.methods)}
+        lists = {f: [name for name, m in self.methods.items() if m.settings.get(f)] for f in self.family.lists}
+        return {**self.fields, **lists, "target_modules": list(self.methods)}
+
+    @property
+    def rewritten(self) -> list[str]:
+        """The names of the weights that PEFT does not leave as they are."""
+        return [f"{name}.weight" for name, method in self.methods.items() if method.rewrites]
 
 
 def match(plan: Plan) -> Match | None:
     """The one configuration of PEFT's that is all of the plan's targets; None where there is none."""
     if plan.train or any(p.site.stack is not None or p.target.untie for p in plan.placed):
         return None
-    found = [_of_module(plan.spec, placed) for placed in plan.placed]
-    if not found or None in found or any((m.family, c) != (found[0][0].family, found[0][1]) for m, c in found):
+    known = list(_candidates(spec_values(plan.spec, Collector())))
+    found = {p.site.name: _of_module(known, p, number) for number, p in enumerate(plan.placed)}
+    if not found or None in found.values() or any(row[1:] != next(iter(found.values()))[1:] for row in found.values()):
         return None
-    return Match(found[0][0].family, found[0][1], {p.site.name: m for p, (m, _) in zip(plan.placed, found)})
+    _, family, fields = next(iter(found.values()))
+    return Match(family, fields, {name: row[0] for name, row in found.items()})
 
 
-def _of_module(spec: Spec, placed: Placed) -> tuple[Method, dict[str, Any]] | None:
-    values = spec_values(spec, Collector())
+@dataclass(frozen=True)
+class _Candidate:
+    """A row, its spec with the parameters that the plan's spec has, and what PEFT's configuration then says."""
+
+    method: Method
+    spec: Spec
+    config: Mapping[str, Any]
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What the configurations of all modules must have in common."""
+        return {name: value for name, value in self.config.items() if name not in self.method.family.lists}
+
+
+def _candidates(values: Mapping[str, Any]) -> Iterator[_Candidate]:
+    """The rows whose spec has parameters of just these names and types."""
     for method in METHODS:
-        ours = _named_alike(method, values)
-        if method.is_on(Place.of(placed.site)) and ours is not None and _same(ours, placed):
-            return method, method.config(values)
+        with suppress(SurgeryError):
+            bound = method.of(values)
+            if {p.name for p in bound.params} == set(values):
+                yield _Candidate(method, bound, method.config(values))
+
+
+def _of_module(known: list[_Candidate], placed: Placed, number: int) -> tuple[Method, Family, dict[str, Any]] | None:
+    place = Place.of(placed.site, number)
+    for row in known:
+        said = map(_meaning, _formulas(row.spec, placed)) if row.method.is_on(row.config, place) else ()
+        if _meaning(placed.formula) in said:
+            return row.method, row.method.family, row.common
     return None
 
 
-def _named_alike(method: Method, values: Mapping[str, Any]) -> Spec | None:
-    """The row's spec with these parameters, if it has parameters of just these names and types."""
-    try:
-        bound = method.of(values)
-    except SurgeryError:
-        return None
-    return bound if {p.name for p in bound.params} == set(values) else None
+def _meaning(formula: Formula) -> tuple:
+    """W' and b', and of each leaf what else they rest on: whether it is frozen and then where it starts, whether it is
+    shared.
+    """
+    leaves = [(leaf.key, leaf.frozen, leaf.frozen and leaf.init, leaf.group is None) for leaf in formula.leaves]
+    return formula.weight, formula.bias, leaves
 
 
-def _same(spec: Spec, placed: Placed) -> bool:
-    return any(formula == (placed.formula.weight, placed.formula.bias) for formula in _formulas(spec, placed))
-
-
-def _formulas(spec: Spec, placed: Placed) -> Iterator[tuple]:
-    """W' and b' as each target of a spec has them at a module's sizes."""
+def _formulas(spec: Spec, placed: Placed) -> Iterator[Formula]:
+    """What each target of a spec makes of a module."""
     report = Collector()
     context = Context(library(spec), spec_values(spec, report))
     for target in spec.targets:
-        formula: Formula | None = elaborate(target, context, placed.site.out, placed.site.in_, report)
+        formula = elaborate(target, context, placed.site.out, placed.site.in_, report, placed.site.has_bias)
         if formula is not None:
-            yield formula.weight, formula.bias
+            yield formula
