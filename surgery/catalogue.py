@@ -1,0 +1,65 @@
+"""The specs that ship, each with its figures for one common layer.
+
+Takes nothing; gives an `Entry` for each. Promises: no torch; counted on a linear layer [1024, 4096] (out, in) with a bias, at the
+cost model's number of tokens, with the spec's own defaults.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from surgery.costs import Estimate
+from surgery.diagnostics import Collector
+from surgery.expr.elaborate import Context, elaborate
+from surgery.expr.ir import Formula
+from surgery.expr.lint import spec_values
+from surgery.spec import library, read, shipped
+from surgery.syntax.tree import Spec
+
+OUT, IN = 1024, 4096
+_PAPER = re.compile(r"arXiv \d{4}\.\d{4,5}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shipped spec: its first line, its paper's number, and of its first target: the parameters that train, how the cheapest
+    program runs, and what a step costs as a multiple of the frozen layer's (None for a spec that only unfreezes)."""
+
+    name: str
+    description: str
+    paper: str | None
+    parameters: int | None
+    program: str
+    step_ratio: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def catalogue() -> list[Entry]:
+    """The shipped specs in the order of their names."""
+    return [_entry(name, read(path)) for name, path in shipped().items()]
+
+
+def _entry(name: str, spec: Spec) -> Entry:
+    found = _PAPER.search(spec.doc)
+    known = (name, spec.doc.partition("\n")[0], found and found[0])
+    if not spec.targets:
+        return Entry(*known, None, "the model's own parameters", None)
+    formula = _formula(spec)
+    estimate = Estimate(formula, "linear")
+    program = "dense" if estimate.built else estimate.candidates[0].strategy
+    trained = sum(prod(leaf.shape) for leaf in formula.leaves if not leaf.frozen)
+    return Entry(*known, trained, program, estimate.ratio())
+
+
+def _formula(spec: Spec) -> Formula:
+    """The first target's formula. Raises: SurgeryError."""
+    report = Collector()
+    context = Context(library(spec), spec_values(spec, report))
+    formula = elaborate(spec.targets[0], context, OUT, IN, report)
+    report.raise_errors()
+    return formula
