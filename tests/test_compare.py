@@ -185,11 +185,11 @@ def test_the_clock_takes_the_median_step(monkeypatch) -> None:
 
 
 def test_methods_have_names_of_their_own(tmp_path: Path) -> None:
-    paths = [tmp_path / "lora.surg", tmp_path / "full.surg", tmp_path / "mine.surg"]
+    lora, full, mine = paths = [tmp_path / f"{name}.surg" for name in ("lora", "full", "mine")]
     for path in paths:
         path.write_text("spec s(rank: int = 2)\ntarget linear { add low_rank(rank) }")
     found = _methods(("full", "lora", "oft", *map(str, paths)), ["rank=3"], [])
-    assert list(found) == ["full", "lora", "oft", *(str(p).replace("/", "_") for p in paths[:2]), "mine"]
+    assert list(found) == ["full", "lora", "oft", str(lora).replace("/", "_"), "full.surg", "mine"]
     assert [spec.params[0].default.value for name, spec in found.items() if name not in ("full", "oft")] == [3] * 4
 
 
@@ -236,6 +236,7 @@ def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) ->
     (("lora", "--lr", "0"), 2, "is not a list such as"),
     (("lora", "--set", "rnk=2"), 1, "did you mean `rank`?"),
     (("oft", "--set", "rank"), 2, "bad-set"),
+    (("oft", "--set", "rank=2"), 1, "none of these specs has a parameter `rank`"),
     (("lorra",), 2, "unknown-spec"),
     (("oft", "--set", "block=5"), 1, "not-divisible"),
     (("lora", "--threshold", "0"), 2, "bad-data"),

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli.models import DTYPES
-from surgery.cli.options import PAIR, command, opened, sets, targets
+from surgery.cli.options import PAIR, command, opened_together, sets, targets
 from surgery.cli.render import Output
-from surgery.diagnostics import did_you_mean, fail
+from surgery.diagnostics import fail
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +42,7 @@ def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int,
         from surgery.training import need
 
         need("peft", "peft", "--against peft")
-    named = _named(specs, sets, targets)
+    named = opened_together(specs, sets, targets)
     with _memory(device):
         ready = _ready(output, model, dtype, device, named, tokens, bool(against))
         try:
@@ -87,21 +86,6 @@ def _device(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's several ways to say that there is none
         raise fail("bad-value", f"there is no device `{name}`: {str(error).splitlines()[0]}") from None
-
-
-def _named(specs: Iterable[str], sets: tuple[str, ...], targets: tuple[str, ...]) -> dict[str, Spec]:
-    """The specs by what they are called in the table, each with those settings that it has a parameter for."""
-    found: dict[str, Spec] = {}
-    known = {name: [p.name for p in opened(name).params] for name in specs}
-    every = [p for names in known.values() for p in names]
-    for text in sets:
-        if (name := text.partition("=")[0].strip()) not in every:
-            raise fail("unknown-parameter", f"none of these specs has a parameter `{name}`",
-                       helps=tuple(filter(None, [did_you_mean(name, every)])))
-    for name in specs:
-        mine = [text for text in sets if text.partition("=")[0].strip() in known[name]]
-        found[Path(name).stem if name.endswith(".surg") else name] = opened(name, mine, targets)
-    return found
 
 
 # -------------------------------------------------------------------------------------------------------- table

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import command, opened, sets, targets
+from surgery.cli.options import command, opened_together, sets, targets
 from surgery.cli.render import FORMAT, Output
 
 if TYPE_CHECKING:
@@ -86,24 +85,12 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
 
 
 def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) -> dict[str, Spec | None]:
-    """Each spec by a name of its own, with the parameters set that it has; full fine-tuning, if asked for, first."""
+    """The specs by their names; full fine-tuning, if asked for, first. Raises: SurgeryError."""
     from surgery.compare import FULL
-    from surgery.spec import locate, read
 
-    chosen = [spec for spec in dict.fromkeys(specs) if spec != FULL]
-    has = {spec: {p.name for p in read(locate(spec)).params} for spec in chosen}
-    names = {text: text.partition("=")[0].strip() for text in sets}
-    of_none = [text for text, name in names.items() if not any(name in known for known in has.values())]
-    found = {spec: [*of_none, *(text for text in sets if names[text] in has[spec])] for spec in chosen}
+    named = opened_together([spec for spec in specs if spec != FULL], sets, targets)
     full: dict[str, Spec | None] = {FULL: None} if FULL in specs else {}
-    return full | {_name(spec, (FULL, *chosen)): opened(spec, texts, targets) for spec, texts in found.items()}
-
-
-def _name(spec: str, among: Sequence[str]) -> str:
-    """The name of a spec's file, or all of its path where another has that name."""
-    stem = Path(spec).stem
-    is_alone = [Path(other).stem for other in among].count(stem) == 1
-    return stem if is_alone else spec.replace(os.sep, "_")
+    return full | {f"{FULL}.surg" if name == FULL else name: spec for name, spec in named.items()}
 
 
 def _comparison(methods: Mapping[str, Spec | None], model: str, task: Any, budget: Mapping[str, Any]) -> Comparison:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -96,3 +98,37 @@ def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> 
     report.raise_errors()
     bound = bind(read(locate(spec)), arguments)
     return retarget(bound, *targets) if targets else bound
+
+
+def opened_together(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) -> dict[str, Spec]:
+    """Several specs, each by a name of its own and with those settings that it has a parameter for.
+
+    Raises: SurgeryError, for a setting that none of them has a parameter for too."""
+    chosen = list(dict.fromkeys(specs))
+    known = {spec: [p.name for p in opened(spec).params] for spec in chosen}
+    every = [name for names in known.values() for name in names]
+    _refuse_unknown(sets, every)
+    mine = {spec: [text for text in sets if _name(text) in known[spec]] for spec in chosen}
+    return {_called(spec, chosen): opened(spec, texts, targets) for spec, texts in mine.items()}
+
+
+def _refuse_unknown(sets: Iterable[str], known: Sequence[str]) -> None:
+    """Raises: SurgeryError (unknown-parameter, bad-set) for a setting of none of the `known` parameters."""
+    from surgery.diagnostics import did_you_mean, fail
+    from surgery.spec import assignment
+
+    for text in (text for text in sets if _name(text) not in known):
+        name = assignment(text).name
+        raise fail("unknown-parameter", f"none of these specs has a parameter `{name}`",
+                   helps=tuple(filter(None, [did_you_mean(name, known)])))
+
+
+def _name(text: str) -> str:
+    return text.partition("=")[0].strip()
+
+
+def _called(spec: str, among: Iterable[str]) -> str:
+    """The name of a spec's file; where another has that name, the whole path of a file."""
+    stem = Path(spec).stem
+    is_alone = [Path(other).stem for other in among].count(stem) == 1
+    return stem if is_alone else spec.replace(os.sep, "_")

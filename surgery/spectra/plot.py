@@ -11,27 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from surgery.picture import GRID, picture
 from surgery.spectra.curves import Curve, across_layers, distributions
 from surgery.spectra.summary import Spectra
 
 FORMATS = (".png", ".svg", ".pdf")
-_INK = "#333333"
-_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": _INK, "axes.labelcolor": _INK,
-          "xtick.color": _INK, "ytick.color": _INK, "axes.edgecolor": "#999999", "legend.frameon": False,
-          "svg.hashsalt": "surgery", "svg.fonttype": "path"}
 
 
 def draw(spectra: Mapping[str, Spectra], file: Path, title: str = "") -> None:
     """Write the picture; the folder must be there. The ending of the name says the format."""
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(12, 3.8), layout="constrained")
-        FigureCanvasAgg(figure)
+    with picture(file, (12, 3.8), title) as figure:
         first, second, third = figure.subplots(1, 3)
         _lines(first, across_layers(spectra, "entropy"), "layer", "entropy of ΔW (nats)")
         _lines(second, across_layers(spectra, "stable_rank"), "layer", "stable rank of ΔW")
@@ -41,9 +33,6 @@ def draw(spectra: Mapping[str, Spectra], file: Path, title: str = "") -> None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if (labels := first.get_legend_handles_labels())[0]:
             figure.legend(*labels, loc="outside right upper")
-        figure.suptitle(title, fontsize=10)
-        # A date in the file would make it another one every day.
-        figure.savefig(file, metadata={".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(file.suffix), dpi=150)
 
 
 def _lines(axes: Axes, curves: Sequence[Curve], across: str, up: str) -> None:
@@ -51,5 +40,5 @@ def _lines(axes: Axes, curves: Sequence[Curve], across: str, up: str) -> None:
         axes.plot(curve.x, curve.y, marker=".", markersize=4, linewidth=1.2, label=curve.label)
     axes.set_xlabel(across)
     axes.set_ylabel(up)
-    axes.grid(color="#e5e5e5")
+    axes.grid(color=GRID)
     axes.set_axisbelow(True)
