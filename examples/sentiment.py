@@ -30,7 +30,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("spec", nargs="?", default="sora", help="a .surg file or the name of a spec that ships (sora)")
     parser.add_argument("--data", type=Path, default=DATA, help="a TSV file: `text`, and a rating above 0 or not")
     parser.add_argument("--epochs", type=float, default=2)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--limit", type=int, help="use so many of the texts")
     parser.add_argument("--out", type=Path, default=Path("out-sentiment"), help="save the adapter here (out-sentiment)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the spec")
