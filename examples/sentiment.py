@@ -31,6 +31,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="a TSV file: `text`, and a rating above 0 or not")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--limit", type=int, help="use so many of the texts")
     parser.add_argument("--out", type=Path, default=Path("out-sentiment"), help="save the adapter here (out-sentiment)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the spec")
@@ -52,7 +53,7 @@ def run(asked: argparse.Namespace) -> dict[str, float]:
     model = fresh()
     surgeon = surgery.apply(model, with_head(opened(asked.spec, asked.set, asked.target), model))
     print(surgeon.report(), f"\n\ntraining on {len(learned):,} texts, holding out {len(held_out):,}", flush=True)
-    train(model, words, learned, Setting(asked.lr, asked.epochs), bar=True)
+    train(model, words, learned, Setting(asked.lr, asked.epochs, asked.batch), bar=True)
     found = {"trained": accuracy(model)}
     surgeon.save(asked.out, base_model=asked.model)
 
