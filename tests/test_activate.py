@@ -17,7 +17,7 @@ from surgery.expr.verify import CHEAPEST, LOWERED, MATERIALISED, verify
 from surgery.lower import activate
 from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, split_dropout, turned
 from surgery.rewrite.algebra import RULES
-from surgery.rewrite.cheap import CHEAP, cheapest
+from surgery.rewrite.cheap import CHEAP, JOINED, cheapest
 from surgery.rewrite.structure import factors, is_orthogonal, is_skew, low_rank_turn
 from surgery.rewrite.terms import total
 
@@ -68,7 +68,7 @@ MIXED = (
 @lru_cache
 def matrices() -> tuple[Expr, ...]:
     """Every matrix that one primitive makes, alone and beside the frozen weight; the rules' examples; mixed ones."""
-    texts = (*MIXED, *(rule.example for rule in (*RULES, *CHEAP)))
+    texts = (*MIXED, *(rule.example for rule in (*RULES, *JOINED, *CHEAP)))
     found = dict.fromkeys(each for e in (*map(expression, texts), *every_call()) for each in _with_weight(e))
     return tuple(dict.fromkeys(map(cheapest, found)))
 

@@ -9,12 +9,12 @@ import pytest
 from operands import every_call, expression, tensors, value_and_gradients
 from surgery.expr.ir import Expr
 from surgery.rewrite.algebra import RULES, simplify
-from surgery.rewrite.cheap import CHEAP, cheapest
+from surgery.rewrite.cheap import CHEAP, JOINED, cheapest
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.identity import IN_VALUE
 
 EXACT = 1e-10
-NAMED = {"the normal form": RULES, "cheap forms": CHEAP, "in value": IN_VALUE}
+NAMED = {"the normal form": RULES, "joined forms": JOINED, "cheap forms": CHEAP, "in value": IN_VALUE}
 ROWS = [pytest.param(rule, id=f"{name}: {rule.op}: {rule.states}") for name, rows in NAMED.items() for rule in rows]
 Firing = tuple[Rule, Expr, Expr]
 
@@ -53,7 +53,7 @@ def agree(before: Expr, after: Expr, only_in_value: bool = False) -> bool:
 @pytest.mark.parametrize("rule", ROWS)
 def test_a_rule_holds_on_its_example(rule):
     in_value = rule in IN_VALUE
-    rows = (*RULES, *IN_VALUE) if in_value else (*RULES, *CHEAP) if rule in CHEAP else RULES
+    rows = next((*RULES, *more) for more in (IN_VALUE, JOINED, CHEAP, ()) if rule in more or not more)
     fired = [(before, after) for r, before, after in firings(expression(rule.example), rows) if (r.op, r.states) == (rule.op, rule.states)]
     assert fired, f"`{rule.example}` is no example of {rule.states}"
     for before, after in fired:
@@ -63,7 +63,7 @@ def test_a_rule_holds_on_its_example(rule):
 
 @pytest.mark.parametrize("form", [simplify, cheapest])
 def test_examples_keep_their_meaning_as_a_whole(form):
-    for rule in (*RULES, *CHEAP):
+    for rule in (*RULES, *JOINED, *CHEAP):
         assert agree(expression(rule.example), form(expression(rule.example)))
 
 

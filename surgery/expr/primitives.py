@@ -80,10 +80,7 @@ def _eye_like(matrix: Any) -> Any:
 
 
 def _cayley(k: Any) -> Any:
-    import torch
-
-    one = _eye_like(k)
-    return torch.linalg.solve(one - k / 2, one + k / 2)
+    return 2 * _resolvent(k) - _eye_like(k)  # one factorisation, and a gradient of two products
 
 
 def _expm(k: Any) -> Any:
@@ -115,7 +112,7 @@ def _kron(a: Any, b: Any) -> Any:
 def _resolvent(m: Any) -> Any:
     import torch
 
-    return torch.linalg.inv(_eye_like(m) - m / 2)
+    return torch.linalg.inv_ex(_eye_like(m) - m / 2).inverse  # which does not wait for a device to say that one exists
 
 
 def _phi(m: Any) -> Any:
@@ -127,12 +124,12 @@ def _phi(m: Any) -> Any:
     return _expm(torch.cat([top, torch.zeros_like(top)], dim=-2))[..., :size, size:]
 
 
-def _mirrors(gram: Any) -> Any:
-    """T of Π (I - 2 u uᵀ / uᵀu) = I - U T Uᵀ, from UᵀU: T⁻¹ is its upper triangle with the diagonal halved."""
+def _mirrored(u: Any) -> Any:
+    """T Uᵀ / 2 of Π (I - 2 u uᵀ / uᵀu) = I - U T Uᵀ: T⁻¹ is the upper triangle of UᵀU with the diagonal halved."""
     import torch
 
-    inverse = gram.triu(1) + gram.diagonal(dim1=-2, dim2=-1).diag_embed() / 2
-    return torch.linalg.solve_triangular(inverse, _eye_like(gram), upper=True)
+    gram = u.mT @ u
+    return torch.linalg.solve_triangular(gram.triu(1) + gram.triu(), u.mT, upper=True)
 
 
 def _side_by_side(a: Any, b: Any) -> Any:
@@ -200,7 +197,9 @@ _ROWS = [
     # For the compiler alone: the small cores of structured maps, and maps on the last axis of activations.
     Primitive("resolvent", 1, square, _resolvent, "(I - a/2)⁻¹", public=False),
     Primitive("phi", 1, square, _phi, "(e^a - I) a⁻¹", public=False),
-    Primitive("mirrors", 1, square, _mirrors, "T with reflect(U) = I - U T Uᵀ, from a = UᵀU", public=False),
+    Primitive("mirrored", 1, lambda a: exactly(2, "a matrix whose columns are the mirrors", a)[::-1], _mirrored,
+              "V with reflect(U) = I - 2 U V", public=False),
+    Primitive("reversed", 1, matrix, lambda a: a.flip(-1), "the columns in reverse order", public=False),
     Primitive("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]", public=False),
     Primitive("row_dot", 2, lambda a, b: elementwise(a, b)[:-1], lambda a, b: (a * b).sum(-1), "Σ a b over each row",
               public=False),

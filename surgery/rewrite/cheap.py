@@ -48,9 +48,19 @@ def _reflect(node: Expr) -> Expr | None:
     mirrors = node.args[0]
     if not is_thin(mirrors.shape[1], mirrors.shape[0]):
         return None
-    turned = make("T", mirrors)
-    small = make("mirrors", make("matmul", turned, mirrors))
-    return make("add", eye(node.shape), times(-1, make("matmul", mirrors, make("matmul", small, turned))))
+    return make("add", eye(node.shape), times(-2, make("matmul", mirrors, make("mirrored", mirrors))))
+
+
+def _turned_mirrors(node: Expr) -> Expr | None:
+    inner = node.args[0]
+    return make("reflect", make("reversed", inner.args[0])) if inner.op == "reflect" else None
+
+
+def _mirrors_in_a_row(node: Expr) -> Expr | None:
+    a, b = node.args
+    if not a.op == b.op == "reflect" or not is_thin(a.args[0].shape[1] + b.args[0].shape[1], a.shape[0]):
+        return None
+    return make("reflect", make("side_by_side", a.args[0], b.args[0]))
 
 
 def _associate(node: Expr) -> Expr | None:
@@ -167,22 +177,27 @@ def spread(a: Expr) -> Expr | None:
     return None
 
 
+# Before the cheap forms, which would take each factor for itself.
+JOINED = (
+    Rule("reflect(U)ᵀ = reflect(U reversed)", "T", _turned_mirrors, "reflect(P).T"),
+    Rule("reflect(U) reflect(V) = reflect([U, V])", "matmul", _mirrors_in_a_row, "reflect(P) @ reflect(Q)"),
+)
 CHEAP = (
     Rule("cayley(U V) = I + U (I - V U / 2)⁻¹ V", "cayley", _by_core("resolvent"), "cayley(P @ Q.T - Q @ P.T)"),
     Rule("e^(U V) = I + U φ(V U) V, φ(x) = (e^x - I) x⁻¹", "expm", _by_core("phi"), "expm(P @ Q.T - Q @ P.T)"),
-    Rule("reflect(U) = I - U T Uᵀ", "reflect", _reflect, "reflect(P)"),
+    Rule("reflect(U) = I - 2 U V, V the triangle of UᵀU solved for Uᵀ", "reflect", _reflect, "reflect(P)"),
     Rule("(x y) z = x (y z), whichever is cheaper", "matmul", _associate, "(P @ Q.T) @ P"),
-    Rule("(I + U V) (I + P Q) = I + [U, P] [V + (V P) Q; Q]", "matmul", _turn_pair, "reflect(P) @ reflect(Q)"),
+    Rule("(I + U V) (I + P Q) = I + [U, P] [V + (V P) Q; Q]", "matmul", _turn_pair, "reflect(P) @ cayley(P @ Q.T - Q @ P.T)"),
     Rule("(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ", "mul", _hadamard, "(p @ q.T) * (q @ p.T)"),
     Rule("‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², by rows", "row_norm", _row_norm, "row_norm(A + P @ Q.T)"),
     Rule("the columns of x are the rows of xᵀ", "col_norm", _col_norm, "col_norm(A + P @ Q.T)"),
     Rule("‖x‖² = Σ of its rows' squares", "norm", _norm, "norm(P @ Q.T)"),
 )
-LOWERING = table(*RULES, *CHEAP)
+JOINING, LOWERING = table(*RULES, *JOINED), table(*RULES, *CHEAP)
 
 
 def cheapest(expr: Expr) -> Expr:
     """The expression in the form that the lowering works on."""
-    return rewrite(expr, LOWERING)
+    return rewrite(rewrite(simplify(expr), JOINING), LOWERING)
 
 
