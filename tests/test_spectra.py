@@ -15,10 +15,10 @@ from layers import LAYOUTS, Tower, operated
 from surgery.demo import load_demo
 from surgery.expr.evaluate import dense
 from surgery.expr.ir import Expr
-from surgery.spectra import pending_of, row_of
+from surgery.spectra import pending_of, row_of, updates
 from surgery.spectra.orthogonality import distance
 from surgery.spectra.summary import Group, Row
-from surgery.spectra.updates import module_type
+from surgery.spectra.updates import module_type, rounding
 from surgery.spectra.values import Spectrum, leading, of_factors, overlap, singular_values
 from zoo import CASES
 
@@ -236,6 +236,20 @@ def test_rounding_to_a_narrow_dtype_is_not_taken_for_an_update():
     for row in adapter.rows:
         assert row.spectrum.numerical_rank == 8 >= merged[row.name].spectrum.numerical_rank
         assert abs(row.spectrum.entropy - merged[row.name].spectrum.entropy) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_bounded_and_not_by_much(dtype, monkeypatch):
+    """The largest singular value of what rounding a matrix changes, of rows and columns of very different sizes."""
+    a = torch.randn(200, 150, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a *= torch.logspace(-2, 1, 200, dtype=a.dtype)[:, None]
+    bound = rounding(a.to(dtype))
+    if dtype != torch.float64:
+        error = float(torch.linalg.matrix_norm(a.to(dtype).double() - a, 2))
+        assert error < bound < 4 * error
+    monkeypatch.setattr(updates, "_ROWS", 7)
+    zero = torch.zeros(9, 150, dtype=a.dtype)
+    assert rounding(torch.cat([a, zero]).to(dtype)) == pytest.approx(bound)
 
 
 def test_each_expert_is_a_matrix_of_its_own():

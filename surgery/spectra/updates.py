@@ -30,6 +30,7 @@ from surgery.sites import Site
 from surgery.spectra.orthogonality import Defect, defects
 
 WIDE = torch.float64
+_ROWS = 4096  # of a large matrix, so many at a time
 Read = Callable[[Site], Tensor]
 Leaves = Mapping[str, Tensor]
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
@@ -102,9 +103,14 @@ def rounding(stored: Tensor) -> float:
     Source: Bandeira & van Handel, Annals of Probability 2016, theorem 1.1.
     """
     roundings = 1.1 if stored.dtype.itemsize < 4 else 2.2
-    _, exponent = torch.frexp(stored if stored.dtype == WIDE else stored.float())
-    ulp = torch.exp2((exponent - 1).to(WIDE)).mul_(torch.finfo(stored.dtype).eps)
-    return roundings / 12**0.5 * float(ulp.norm(dim=1).max() + ulp.norm(dim=0).max())
+    rows, columns = [], torch.zeros((), dtype=WIDE, device=stored.device)
+    for part in stored.split(_ROWS):
+        _, exponent = torch.frexp(part if part.dtype == WIDE else part.float())
+        squares = torch.exp2((exponent - 1).to(WIDE)).mul_(torch.finfo(stored.dtype).eps).square_()
+        squares *= part != 0  # a zero is not rounded
+        rows.append(float(squares.sum(dim=1).max()))
+        columns = columns + squares.sum(dim=0)
+    return roundings / 12**0.5 * (max(rows) ** 0.5 + float(columns.max()) ** 0.5)
 
 
 # -------------------------------------------------------------------------------------------------- operated models
