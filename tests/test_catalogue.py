@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -32,7 +33,8 @@ def test_each_spec_has_its_figures():
 
 @pytest.mark.parametrize("name", shipped())
 def test_a_method_is_a_short_spec(name):
-    lines = [line for line in shipped()[name].read_text(encoding="utf-8").splitlines() if line.strip() and line.strip()[0] != "#"]
+    text = re.sub(r"\(\n[^)]*\)", "()", shipped()[name].read_text(encoding="utf-8"))  # a long signature counts once
+    lines = [line for line in text.splitlines() if line.strip() and line.strip()[0] != "#"]
     assert len(lines) <= LINES.get(name, USUAL_LINES)
 
 

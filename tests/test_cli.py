@@ -241,7 +241,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr("surgery.spec.shipped", fail)
+    monkeypatch.setattr("surgery.catalogue.shipped", fail)
 
 
 @pytest.mark.parametrize("error, status, words", [
