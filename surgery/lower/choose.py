@@ -111,13 +111,18 @@ def _with_bias(y: Expr, bias: Expr | None, kind: str) -> Expr:
         return Expr("add_bias", (y, offset(bias)), None, y.shape)
     terms = list(summands(y))
     plain = [t for t in terms if t.op == "frozen" and (kind == "linear" or t.args[0].op == "x")]
-    if not plain:
+    if not plain or _reads(y, plain[0]) > 1:  # what else reads it would have the layer run once more, without its bias
         return Expr("add_bias", (y, bias), None, y.shape)
     full = Expr("frozen", plain[0].args, "biased", y.shape)
     rest = [t for t in terms if t is not plain[0]]
     for term in rest:
         full = make("add", full, term)
     return full
+
+
+def _reads(expr: Expr, node: Expr) -> int:
+    """How many nodes of an expression read a node."""
+    return sum(node in each.args for each in walk(expr))
 
 
 def _unread(expr: Expr) -> Expr:
