@@ -33,7 +33,10 @@ def task(count: int = 60) -> Task:
 def comparison(model: str, *names: str, **changes) -> Comparison:
     asked = {"rates": (1e-3,), "seeds": 1, "epochs": 1, "batch": 8, "task": task(), **changes}
     specs = {name: None if name == "full" else surgery.load(name) for name in names}
-    load = lambda seed: load_with_head(model, asked["task"].outputs, seed, **asked["task"].head)  # noqa: E731
+
+    def load(seed: int):
+        return load_with_head(model, asked["task"].outputs, seed, **asked["task"].head)
+
     return Comparison(specs, "small", load, words(), **asked)
 
 
