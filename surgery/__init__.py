@@ -14,6 +14,7 @@ _HOMES = {
     "parse": "spec", "load": "spec", "shipped": "spec",
     "Plan": "compile", "plan": "compile", "Report": "report",
     "Surgeon": "operate", "apply": "operate", "attach": "store", "Surgeries": "surgeries",
+    "import_peft": "peft.importing", "export_peft": "peft.exporting", "Exported": "peft.exporting",
     "spectrum": "spectra", "Spectra": "spectra", "Spectrum": "spectra",
 }
 _SPELT = {"plan": "compile"}

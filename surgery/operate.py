@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -151,8 +152,8 @@ class Surgeon:
         """What was operated on; prints as a table."""
         return Report(self.plan, self.dtype)
 
-    def save(self, folder: str | PathLike, **about: str | None) -> None:
-        """Write the adapter: its tensors, its spec, and `about` (base_model, revision). Atomic. Raises: SurgeryError."""
+    def save(self, folder: str | PathLike, **about: Any) -> None:
+        """Write the adapter: its tensors, its spec, and `about` (base_model, revision, ...). Atomic. Raises: SurgeryError."""
         from surgery import store
 
         store.save(self, folder, **about)

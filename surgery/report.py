@@ -19,6 +19,7 @@ import torch
 from surgery.compile import Placed, Plan
 from surgery.costs import Estimate, fallback
 from surgery.diagnostics import Diagnostic
+from surgery.exact import number_range
 from surgery.layer import SUFFIX, is_direct
 from surgery.show import formula_lines
 from surgery.syntax.tree import Target
@@ -213,15 +214,8 @@ def _block(target: Target, rows: Sequence[Row]) -> Iterable[str]:
 def pattern(names: Sequence[str]) -> str:
     """Names that differ only in their numbers as one: `layers.{0..3}.q_proj`."""
     columns = zip(*(map(int, _NUMBER.findall(name)) for name in names))
-    texts = iter([_range(sorted(set(column))) for column in columns])
+    texts = iter([number_range(column) for column in columns])
     return _NUMBER.sub(lambda _: next(texts), names[0])
-
-
-def _range(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return str(numbers[0])
-    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
-    return f"{{{','.join(f'{r[0]}..{r[-1]}' if len(r) > 1 else str(r[0]) for r in runs)}}}"
 
 
 def _compressed(sizes: dict[str, int]) -> Iterable[tuple[str, int]]:

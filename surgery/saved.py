@@ -128,18 +128,18 @@ _FIELDS = {
 }
 
 
-def compare(saved: Shapes, wanted: Shapes, where: str, report: Collector) -> None:
-    """Report what differs between the saved tensors and the shapes that `where` asks for."""
+def compare(saved: Shapes, wanted: Shapes, where: str, report: Collector, file: str = TENSORS) -> None:
+    """Report what differs between the tensors saved in a file and the shapes that `where` asks for."""
     missing = [name for name in wanted if name not in saved]
     unknown = [name for name in saved if name not in wanted]
     wrong = [f"{n} is {saved[n]}, and {where} asks for {wanted[n]}" for n in wanted
              if n in saved and saved[n] != wanted[n]]
     if missing:
-        report.error("bad-adapter", f"{TENSORS} lacks {_count(missing)} that {where} asks for", notes=_lines(missing))
+        report.error("bad-adapter", f"{file} lacks {_count(missing)} that {where} asks for", notes=_lines(missing))
     if unknown:
-        report.error("bad-adapter", f"{TENSORS} holds {_count(unknown)} that {where} has no place for", notes=_lines(unknown))
+        report.error("bad-adapter", f"{file} holds {_count(unknown)} that {where} has no place for", notes=_lines(unknown))
     if wrong:
-        report.error("bad-adapter", f"{TENSORS} holds {_count(wrong)} of another shape", notes=_lines(wrong))
+        report.error("bad-adapter", f"{file} holds {_count(wrong)} of another shape", notes=_lines(wrong))
 
 
 def _count(names: Sequence[str]) -> str:

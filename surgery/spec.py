@@ -15,6 +15,7 @@ from typing import Any
 
 from surgery import resources
 from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest
+from surgery.refused import refusal
 from surgery.syntax.parser import parse_expression, parse_text
 from surgery.syntax.tree import Argument, Definition, Pattern, Reference, Select, Spec, Use, as_expression
 
@@ -45,7 +46,7 @@ def load(spec: str | Path, /, **parameters: Any) -> Spec:
 
 
 def locate(spec: str | Path) -> Path:
-    """The file that a path, a shipped name or that of the prelude means. Raises: SurgeryError (unknown-spec)."""
+    """The file that a path, a shipped name or that of the prelude means. Raises: SurgeryError (unknown-spec, no-weight)."""
     path, ours = Path(spec), {**shipped(), PRELUDE: resources.folder("specs") / f"{PRELUDE}.surg"}
     if path.suffix == ".surg" or (path.exists() and not path.is_dir()):
         return path
@@ -53,6 +54,8 @@ def locate(spec: str | Path) -> Path:
         return _as_written(ours[str(spec)])
     if path.is_dir():
         raise fail("unknown-spec", f"{spec} is a folder", helps=(f"name its files: {path / '*.surg'}",))
+    if why := refusal(str(spec)):
+        raise why
     hint = did_you_mean(str(spec), ours)
     raise fail("unknown-spec", f"`{spec}` is neither a .surg file nor a shipped spec",
                helps=(*filter(None, [hint]), "`surgery specs` lists those that ship"))

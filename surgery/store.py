@@ -28,16 +28,16 @@ from surgery.spec import inlined
 
 
 def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
-         state: Mapping[str, torch.Tensor] | None = None) -> None:
+         state: Mapping[str, torch.Tensor] | None = None, **more: Any) -> None:
     """Write the adapter into `folder`, in the place of an older one; `state` where its tensors' values are not the surgeon's
-    own. The model may be merged or disabled.
+    own; what else is said of it goes into `meta.json`. The model may be merged or disabled.
 
     Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
     """
     tensors = {name: _whole(name, tensor) for name, tensor in (state or surgeon.state()).items()}
     about = {"format_version": FORMAT, "surgery_version": __version__, "base_model": base_model, "revision": revision,
              "seed": surgeon.seed, "dtype": name_of(surgeon.dtype),
-             "tensors": {n: {"shape": list(t.shape), "dtype": name_of(t.dtype)} for n, t in tensors.items()}}
+             "tensors": {n: {"shape": list(t.shape), "dtype": name_of(t.dtype)} for n, t in tensors.items()}, **more}
     with replacing(Path(folder), ADAPTER) as new:
         (new / TENSORS).write_bytes(to_bytes(tensors))
         (new / SPEC).write_text(inlined(surgeon.spec).to_surg(), encoding="utf-8")

@@ -164,11 +164,16 @@ def _same_training(mine: nn.Module, theirs: nn.Module, x: torch.Tensor, names: d
 
 
 @pytest.mark.parametrize("steps", [
-    "add low_rank(rank, alpha) dropout(dropout)\n  post diagonal()", "add low_rank(rank, 2 * alpha) dropout(dropout)",
-    "add low_rank(rank, alpha)\n  pre diagonal() with bias"])
+    "add low_rank(rank, alpha) dropout(dropout)\n  post diagonal()", "add low_rank(rank, alpha)\n  pre diagonal() with bias"])
 def test_a_spec_that_only_bears_a_name_is_no_match(steps):
     text = f'spec lora(rank: int = 2, alpha: float = 4, dropout: float = 0.0)\ntarget linear "layer" {{\n  {steps}\n}}'
     assert match(compile(One(nn.Linear(12, 12)), parse(text))) is None
+
+
+def test_the_words_of_a_spec_do_not_count():
+    text = 'spec mine(half: float = 2)\ntarget linear "layer" {\n  add low_rank(rank = 1 + 1, 2 * half)\n}'
+    found = match(compile(One(nn.Linear(12, 12)), parse(text)))
+    assert found.config == {"r": 2, "lora_alpha": 4, "lora_dropout": 0, "target_modules": ["layer"]}
 
 
 def test_the_name_of_a_spec_does_not_count():

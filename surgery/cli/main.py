@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from surgery.cli import benching, comparing, inspecting, microscope, operating, writing
+from surgery.cli import benching, comparing, exchanging, inspecting, microscope, operating, writing
 from surgery.cli.options import HELP, common
 from surgery.cli.render import Output, settle_streams
 from surgery.diagnostics import Diagnostic, SurgeryError
@@ -108,6 +108,6 @@ def main() -> None:
     """
 
 
-for group in (writing, inspecting, operating, comparing, benching, microscope):
+for group in (writing, inspecting, operating, exchanging, comparing, benching, microscope):
     for each in group.COMMANDS:
         main.add_command(each)

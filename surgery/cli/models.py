@@ -79,14 +79,38 @@ def with_saved_head(name: str, model: PreTrainedModel, saved: Mapping[str, torch
     import torch
     from transformers import AutoModelForSequenceClassification as Headed
 
-    modules = {tensor.partition(".")[0] for tensor in saved}
-    if model.base_model_prefix not in modules or hasattr(model, model.base_model_prefix):
+    outputs = _outputs(model, saved)
+    if outputs is None:
         return model
-    heads = [t for n, t in saved.items() if not n.startswith(f"{model.base_model_prefix}.") and t.ndim == 2]
     config = _config(name)
-    config.num_labels = heads[-1].shape[0] if heads else config.num_labels
+    config.num_labels = outputs
     with torch.device("meta"):
         return _asked(name, lambda: Headed.from_config(config)).eval()
+
+
+def load_like(name: str, saved: Mapping[str, torch.Tensor], kind: str | None = None, dtype: str | None = None) -> PreTrainedModel:
+    """The model with its weights and the head that tensors `saved` from it have and it lacks: that of the class `kind` of
+    transformers, or a text classifier's. Raises: SurgeryError (unknown-model)."""
+    import torch
+    import transformers
+
+    plain = load(name, dtype)
+    outputs = _outputs(plain, saved)
+    if outputs is None or name.startswith(DEMO):
+        return plain
+    headed = getattr(transformers, kind or "", None) or transformers.AutoModelForSequenceClassification
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _asked(name, lambda: headed.from_pretrained(place(name), num_labels=outputs, dtype=plain.dtype)).eval()
+
+
+def _outputs(model: PreTrainedModel, saved: Mapping[str, torch.Tensor]) -> int | None:
+    """How many numbers the head gives that tensors saved from the model have and it lacks; None where it lacks none."""
+    modules = {tensor.partition(".")[0] for tensor in saved}
+    if model.base_model_prefix not in modules or hasattr(model, model.base_model_prefix):
+        return None
+    heads = [t.shape[0] for n, t in saved.items() if not n.startswith(f"{model.base_model_prefix}.") and t.ndim == 2]
+    return min(heads, default=model.config.num_labels)
 
 
 def folder_of(name: str) -> Path:

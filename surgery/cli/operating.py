@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,34 +15,37 @@ from surgery.cli.render import Output, counted
 from surgery.diagnostics import fail
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgery.folders import Kind
     from surgery.operate import Surgeon
 
 _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
-_dtype = click.option("--dtype", type=_DTYPES, help="Load the model in this dtype. Default: the one it was saved in.")
-_force = click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
+DTYPE = click.option("--dtype", type=_DTYPES, help="Load the model in this dtype. Default: the one it was saved in.")
+FORCE = click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
 
 
-def _free(out: str, force: bool, merged: bool) -> None:
+def free(out: str, force: bool, kind: Kind) -> None:
     """Refuse an output folder that is not ours to take, before any work. Raises: SurgeryError (bad-output)."""
     from surgery.folders import refuse_foreign, refuse_unwritable
-    from surgery.saved import ADAPTER
-    from surgery.store import MODEL
 
     if not out:
         raise fail("bad-output", "-o names no folder")
     folder = Path(out)
-    refuse_foreign(folder, MODEL if merged else ADAPTER)
+    refuse_foreign(folder, kind)
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise fail("bad-output", f"{out} exists already", helps=("--force replaces it",))
     refuse_unwritable(folder)
 
 
-def _load(output: Output, model: str, dtype: str | None) -> Any:
-    from surgery.cli.models import load, quiet_libraries
+def loaded(output: Output, model: str, dtype: str | None, saved: Mapping[str, Tensor] | None = None,
+           kind: str | None = None) -> Any:
+    """The model with its weights, and with the head that tensors `saved` beside it are for; `kind` names its class."""
+    from surgery.cli.models import load, load_like, quiet_libraries
 
     with output.busy(f"loading {model}"):
         quiet_libraries(output.animated)
-        return load(model, dtype)
+        return load(model, dtype) if saved is None else load_like(model, saved, kind, dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- apply
@@ -50,7 +54,7 @@ def _load(output: Output, model: str, dtype: str | None) -> Any:
 @command(spec_argument, model_argument, click.option("-o", "--out", metavar="DIR", help="Save the adapter here."), sets, targets,
          click.option("--merge", is_flag=True, help="Save the merged model instead of the adapter."),
          click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the drawn parameters."),
-         _dtype, _force, click.option("--strict", is_flag=True, help="A warning is an error."),
+         DTYPE, FORCE, click.option("--strict", is_flag=True, help="A warning is an error."),
          example="surgery apply sora demo:llama -o out --set rank=8")
 def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[str, ...], targets: tuple[str, ...],
           merge: bool, seed: int, dtype: str | None, force: bool, strict: bool) -> None:
@@ -59,15 +63,17 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged.
     """
     from surgery.cli.trial_run import Compared
+    from surgery.saved import ADAPTER
+    from surgery.store import MODEL
 
     if merge and out is None:
         raise click.UsageError("--merge needs -o DIR.")
     if out is not None:
-        _free(out, force, merge)
+        free(out, force, MODEL if merge else ADAPTER)
     asked = opened(spec, sets, targets)
-    loaded = _load(output, model, dtype)
-    with Compared(output, loaded, asked) as compared:
-        surgeon = _operate(output, loaded, asked, seed, strict)
+    subject = loaded(output, model, dtype)
+    with Compared(output, subject, asked) as compared:
+        surgeon = _operate(output, subject, asked, seed, strict)
     if out is not None:
         _save(output, surgeon, model, out, merge)
     output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{surgeon.report()}")
@@ -110,7 +116,7 @@ def _say_saved(output: Output, out: str, merged: bool) -> None:
 @command(click.argument("folder", metavar="DIR"), click.argument("model", required=False),
          click.option("-o", "--out", metavar="OUT", required=True, help="Save the merged model here."),
          click.option("--then", "after", multiple=True, metavar="DIR", help="Merge this adapter too, on what those before made."),
-         _dtype, _force, example="surgery merge out -o out-merged")
+         DTYPE, FORCE, example="surgery merge out -o out-merged")
 def merge(output: Output, folder: str, model: str | None, out: str, after: tuple[str, ...], dtype: str | None,
           force: bool) -> None:
     """Save a model with an adapter merged in.
@@ -118,38 +124,50 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
     DIR holds the saved adapter; MODEL is its base model unless you name another.
     """
     from surgery.cli.models import preprocessors
-    from surgery.saved import Saved
-    from surgery.store import save_merged
+    from surgery.store import MODEL, save_merged
     from surgery.surgeries import Surgeries
 
-    _free(out, force, merged=True)
-    base = model or Saved(Path(folder)).meta.get("base_model")
-    if not base:
-        raise fail("unknown-model", f"{folder} does not say which model it is for", helps=("name the model after the folder",))
-    loaded = _load(output, base, dtype)
+    free(out, force, MODEL)
+    subject, base, _ = base_of(output, folder, model, dtype)
     with output.busy("merging"):
-        surgeries = Surgeries(loaded)
+        surgeries = Surgeries(subject)
         for i, each in enumerate((folder, *after)):
             surgeries.add(f"number_{i + 1}", Path(each))
         surgeon = surgeries.use(*surgeries.names)
         errors = surgeon.merge()
     with output.busy(f"saving {out}"):
         save_merged(surgeon, out, preprocessors(base))
-    _say_errors(output, errors)
+    say_errors(output, errors)
     output.say(f"saved     {out}\nnext      surgery modules {shlex.quote(out)}")
     output.data(adapters=[folder, *after], model=base, out=out, relative_errors=errors)
 
 
-def _say_errors(output: Output, errors: dict[str, float]) -> None:
-    """The relative error of rounding for each module; modules that differ in their index alone are one line, with the largest."""
+def base_of(output: Output, folder: str, model: str | None, dtype: str | None) -> tuple[Any, str, Mapping[str, Any]]:
+    """The base model of a saved adapter, or another, with the head that the adapter has; its name; what `meta.json` says.
+
+    Raises: SurgeryError (bad-adapter, unknown-model).
+    """
+    from surgery.saved import Saved
+
+    saved = Saved(Path(folder))
+    base = model or saved.meta.get("base_model")
+    if not base:
+        raise fail("unknown-model", f"{folder} does not say which model it is for",
+                   helps=("name the model after the folder",))
+    return loaded(output, base, dtype, saved.tensors, saved.meta.get("model_class")), base, saved.meta
+
+
+def say_errors(output: Output, errors: Mapping[str, float], note: Callable[[list[str]], str] = lambda names: "") -> None:
+    """The relative error of each module; modules that differ in their index alone are one line, with the largest, and
+    what `note` says of them."""
     from surgery.report import pattern
 
     alike: dict[str, list[str]] = {}
     for name in errors:
         alike.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
-    rows = {pattern(names): max(errors[n] for n in names) for names in alike.values()}
+    rows = {pattern(names): f"{max(errors[n] for n in names):.1e}{note(names)}" for names in alike.values()}
     width = max(map(len, ["module", *rows]))
-    for modules, error in {"module": "largest relative error", **{m: f"{e:.1e}" for m, e in rows.items()}}.items():
+    for modules, error in {"module": "largest relative error", **rows}.items():
         output.say(f"{modules:{width}}  {error}")
 
 

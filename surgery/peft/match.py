@@ -1,14 +1,17 @@
 """Which method of PEFT's a spec is: told by its formula, whatever the spec is called.
 
 Takes a plan; gives the configuration with which PEFT does the same to the same modules, or None. Promises: a match is a
-proof: on every module the row's spec, given the spec's own parameters, has the very formula that the plan has.
+proof: on every module the row's spec, given its parameters, has the very formula that the plan has, and the one
+configuration says those parameters for every module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from surgery.compile import Placed, Plan
@@ -16,9 +19,12 @@ from surgery.diagnostics import Collector, SurgeryError
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
+from surgery.expr.values import nodes
 from surgery.peft.method import Family, Method
 from surgery.peft.methods import METHODS
+from surgery.peft.modules import resolved
 from surgery.peft.tensors import Place
+from surgery.peft.unify import proposals
 from surgery.spec import library
 from surgery.syntax.tree import Spec
 
@@ -34,8 +40,7 @@ class Match:
     @property
     def config(self) -> dict[str, Any]:
         """The arguments of the family's configuration class."""
-        lists = {f: [name for name, m in self.methods.items() if m.settings.get(f)] for f in self.family.lists}
-        return {**self.fields, **lists, "target_modules": list(self.methods)}
+        return {**self.fields, "target_modules": list(self.methods)}
 
     @property
     def rewritten(self) -> list[str]:
@@ -44,53 +49,85 @@ class Match:
 
 
 def match(plan: Plan) -> Match | None:
-    """The one configuration of PEFT's that is all of the plan's targets; None where there is none."""
-    if plan.train or any(p.site.stack is not None or p.target.untie for p in plan.placed):
-        return None
-    known = list(_candidates(spec_values(plan.spec, Collector())))
-    found = {p.site.name: _of_module(known, p, number) for number, p in enumerate(plan.placed)}
-    if not found or None in found.values() or any(row[1:] != next(iter(found.values()))[1:] for row in found.values()):
-        return None
-    _, family, fields = next(iter(found.values()))
-    return Match(family, fields, {name: row[0] for name, row in found.items()})
+    """The one configuration of PEFT's that is all that the plan does; None where there is none."""
+    return None if plan.train or any(p.target.untie for p in plan.placed) else match_targets(plan)
+
+
+def match_targets(plan: Plan) -> Match | None:
+    """The one configuration of PEFT's that is all of the plan's targets, whatever it trains beside them."""
+    known: dict[tuple, tuple[_Told, ...]] = {}
+    found = [_told(plan.spec, placed, number, known) for number, placed in enumerate(plan.placed)]
+    kinds = dict.fromkeys(told.kind for told in found[0]) if found else ()
+    alike = ([next((t for t in each if t.kind == kind), None) for each in found] for kind in kinds)
+    return next(filter(None, (_combined(chosen) for chosen in alike if None not in chosen)), None)
+
+
+# --------------------------------------------------------------------------------------------------- one module
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """A row, its spec with the parameters that the plan's spec has, and what PEFT's configuration then says."""
+class _Told:
+    """What one module's formula tells: a row, the values of its parameters, and PEFT's fields for them."""
 
+    name: str
+    place: Place
     method: Method
-    spec: Spec
-    config: Mapping[str, Any]
+    parameters: Mapping[str, Any]
 
     @property
-    def common(self) -> dict[str, Any]:
-        """What the configurations of all modules must have in common."""
-        return {name: value for name, value in self.config.items() if name not in self.method.family.lists}
+    def fields(self) -> dict[str, Any]:
+        return self.method.config(self.parameters)
+
+    @property
+    def kind(self) -> tuple:
+        """What all modules of one configuration have in common: its class and its switches."""
+        family = self.method.family
+        return family.peft_type, tuple(sorted((k, v) for k, v in self.method.settings.items() if k not in family.lists))
 
 
-def _candidates(values: Mapping[str, Any]) -> Iterator[_Candidate]:
-    """The rows whose spec has parameters of just these names and types."""
-    for method in METHODS:
-        with suppress(SurgeryError):
-            bound = method.of(values)
-            if {p.name for p in bound.params} == set(values):
-                yield _Candidate(method, bound, method.config(values))
-
-
-def _of_module(known: list[_Candidate], placed: Placed, number: int) -> tuple[Method, Family, dict[str, Any]] | None:
+def _told(spec: Spec, placed: Placed, number: int, known: dict[tuple, tuple[_Told, ...]]) -> tuple[_Told, ...]:
+    """All that a module can be; modules of one formula and one shape are the same."""
     place = Place.of(placed.site, number)
-    for row in known:
-        said = map(_meaning, _formulas(row.spec, placed)) if row.method.is_on(row.config, place) else ()
-        if _meaning(placed.formula) in said:
-            return row.method, row.method.family, row.common
-    return None
+    key = id(placed.formula), place.layout, place.shape
+    if key not in known:
+        known[key] = tuple(_proven(spec, placed, place)) if placed.site.stack is None else ()
+    return tuple(replace(told, name=placed.site.name, place=place) for told in known[key])
+
+
+def _proven(spec: Spec, placed: Placed, place: Place) -> Iterator[_Told]:
+    """The rows, each with a choice of its parameters, that give the module's formula."""
+    for method, row in _rows():
+        for values in proposals(row, spec, placed) if place.layout in method.tensors else ():
+            told = _Told(placed.site.name, place, method, {name: _plain(value) for name, value in values.items()})
+            if _is(told, placed):
+                yield told
+
+
+@lru_cache(maxsize=1)
+def _rows() -> list[tuple[Method, Spec]]:
+    """The rows with their specs, those whose steps say most first: what fits `alpha * sqrt(rank)` fits a bare `alpha`
+    too."""
+    rows = [(method, method.of({})) for method in METHODS]
+    return sorted(rows, key=lambda row: -sum(1 for target in row[1].targets for _ in nodes(target)))
+
+
+def _plain(value: Any) -> Any:
+    """A number as a configuration can hold it."""
+    return (int(value) if value.denominator == 1 else float(value)) if isinstance(value, Fraction) else value
+
+
+def _is(told: _Told, placed: Placed) -> bool:
+    try:
+        bound = told.method.of(told.parameters)
+        known = map(_meaning, _formulas(bound, placed))
+        return told.method.is_on(told.fields, told.place) and _meaning(placed.formula) in known
+    except SurgeryError:  # the values that were proposed are of no use
+        return False
 
 
 def _meaning(formula: Formula) -> tuple:
     """W' and b', and of each leaf what else they rest on: whether it is frozen and then where it starts, whether it is
-    shared.
-    """
+    shared."""
     leaves = [(leaf.key, leaf.frozen, leaf.frozen and leaf.init, leaf.group is None) for leaf in formula.leaves]
     return formula.weight, formula.bias, leaves
 
@@ -103,3 +140,43 @@ def _formulas(spec: Spec, placed: Placed) -> Iterator[Formula]:
         formula = elaborate(target, context, placed.site.out, placed.site.in_, report, placed.site.has_bias)
         if formula is not None:
             yield formula
+
+
+# -------------------------------------------------------------------------------------------------- all modules
+
+
+def _combined(found: Sequence[_Told]) -> Match | None:
+    """The configuration that says of every module what it is, if there is one."""
+    family = found[0].method.family
+    special = {**_patterns(family, found), **_lists(family, found)}
+    own = {*family.patterns, *family.lists}
+    for told in found:
+        fields = {name: value for name, value in told.fields.items() if name not in own} | special
+        if all(_says(fields, each) for each in found):
+            return Match(family, fields, {each.name: each.method for each in found})
+    return None
+
+
+def _patterns(family: Family, found: Sequence[_Told]) -> dict[str, Any]:
+    """The fields that may differ from module to module: the value that most have, and the others by the module's name."""
+    fields: dict[str, Any] = {}
+    for own, exceptions in family.patterns.items():
+        given = {told.name: told.fields[own] for told in found if own in told.fields}
+        if given:
+            fields[own] = Counter(given.values()).most_common(1)[0][0]
+            others = {name: value for name, value in given.items() if value != fields[own]}
+            fields |= {exceptions: dict(sorted(others.items(), key=lambda row: -len(row[0])))} if others else {}
+    return fields
+
+
+def _lists(family: Family, found: Sequence[_Told]) -> dict[str, list[str]]:
+    return {listing: [told.name for told in found if told.fields.get(listing)] for listing in family.lists}
+
+
+def _says(fields: Mapping[str, Any], told: _Told) -> bool:
+    """Whether a configuration says of a module what its formula tells."""
+    here = resolved(fields, told.method.family, told.name)
+    if any(here.get(name) != value for name, value in told.method.settings.items()):
+        return False
+    meant = told.method.parameters.to_ours(here, told.place)
+    return all(told.parameters.get(name) == value for name, value in meant.items())

@@ -1,18 +1,20 @@
 """Which modules a configuration of PEFT's names, by PEFT's own rules, and what it says for each of them.
 
-Takes the fields of `adapter_config.json` as plain values; gives module names, and the fields as they hold for one module.
-Promises: the model is only looked at; the rules are those of PEFT 0.21.2, which names a module by the end of its name.
+Takes the fields of `adapter_config.json` as plain values; gives module names, and the fields as they hold for one
+module. Promises: the model is only looked at; the rules are those of PEFT 0.21.2, which names a module by the end of
+its name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from surgery.diagnostics import fail
+from surgery.layer import Adapter
 from surgery.layout import weights
 from surgery.peft.method import Config, Family
 from surgery.sites import output_embedding
@@ -23,12 +25,20 @@ _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
 def named(config: Config, model: nn.Module) -> list[str]:
-    """The modules that `target_modules` and the fields beside it choose, in module order. Raises: SurgeryError (bad-adapter)."""
+    """The modules that `target_modules` and the fields beside it choose, in module order. Raises: SurgeryError
+    (bad-adapter)."""
     wanted = config.get("target_modules")
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         wanted = all_linear(model, config.get("task_type"))
-    chosen, kept_out = _chooser(wanted, config), (_chooser(config.get("exclude_modules")), _saver(config.get("modules_to_save")))
-    return [name for name, _ in model.named_modules() if name and chosen(name) and not any(out(name) for out in kept_out)]
+    chosen, excluded, saved = _chooser(wanted, config), _chooser(config.get("exclude_modules")), _saver(config)
+    return [name for name, _ in modules(model) if name and chosen(name) and not (excluded(name) or saved(name))]
+
+
+def modules(model: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules by name, in module order, under all their names if `aliases`; those of adapters are not
+    its own."""
+    ours = {id(inner) for m in model.modules() if isinstance(m, Adapter) for inner in m.modules()}
+    return ((name, m) for name, m in model.named_modules(remove_duplicate=not aliases) if id(m) not in ours)
 
 
 def all_linear(model: nn.Module, task: str | None = None) -> list[str]:
@@ -36,7 +46,7 @@ def all_linear(model: nn.Module, task: str | None = None) -> list[str]:
     head = output_embedding(model)
     if head is None and task == "SEQ_CLS":
         head = next((getattr(model, name) for name in _CLASSIFIERS if hasattr(model, name)), None)
-    return [name for name, m in model.named_modules() if _is_linear(m) and m is not head]
+    return [name for name, m in modules(model) if _is_linear(m) and m is not head]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -52,9 +62,9 @@ def _chooser(wanted: str | Collection[str] | None, layers: Config | None = None)
     return lambda name: name in exact or (name.endswith(ends) and in_layer(name))
 
 
-def _saver(wanted: Iterable[str] | None) -> Callable[[str], Any]:
+def _saver(config: Config) -> Callable[[str], bool]:
     """What lies in a module that is saved whole cannot be a target."""
-    found = [_regular(rf"(^|.*\.){each}($|\..*)") for each in wanted or ()]
+    found = [_regular(rf"(^|.*\.){each}($|\..*)") for each in config.get("modules_to_save") or ()]
     return lambda name: any(pattern.match(name) for pattern in found)
 
 
@@ -64,7 +74,8 @@ def _layers(config: Config) -> Callable[[str], bool]:
     if wanted is None or wanted == []:
         return lambda name: True
     layers = {wanted} if isinstance(wanted, int) else set(wanted)
-    patterns = [_regular(rf"(?:^|.*?\.){each}\.(?P<index>\d+)\.") for each in ([lists] if isinstance(lists, str) else lists)]
+    lists = [lists] if isinstance(lists, str) else lists
+    patterns = [_regular(rf"(?:^|.*?\.){each}\.(?P<index>\d+)\.") for each in lists]
 
     def inside(name: str) -> bool:
         found = next(filter(None, (p.match(name) for p in patterns or [_LAYER])), None)
@@ -74,9 +85,10 @@ def _layers(config: Config) -> Callable[[str], bool]:
 
 
 def saved_whole(wanted: Iterable[str] | None, model: nn.Module) -> list[str]:
-    """The modules that `modules_to_save` means: every one whose name ends like that, inside a word too, under all its names."""
+    """The modules that `modules_to_save` means: every one whose name ends like that, inside a word too, under all its
+    names."""
     ends = tuple(wanted or ())
-    return [name for name, _ in model.named_modules(remove_duplicate=False) if name and name.endswith(ends)]
+    return [name for name, _ in modules(model, aliases=True) if name and name.endswith(ends)]
 
 
 def resolved(config: Config, family: Family, name: str) -> dict[str, Any]:
@@ -84,16 +96,21 @@ def resolved(config: Config, family: Family, name: str) -> dict[str, Any]:
     says whether this is one of them."""
     found = dict(config)
     for own, exceptions in family.patterns.items():
-        found[own] = _exception(config.get(exceptions) or {}, name, config.get(own))
+        found |= _exception(own, config.get(exceptions) or {}, name)
     for listing in family.lists:
         found[listing] = _is_listed(config.get(listing), name)
     return found
 
 
-def _exception(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """The value of the first pattern that fits the end of the name."""
-    fitting = (value for key, value in patterns.items() if _regular(rf"(.*\.)?({key})$").match(name))
-    return next(fitting, otherwise)
+def _exception(field: str, patterns: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The field with the value of the first pattern that fits the end of the name, if one does."""
+    fitting = (value for key, value in patterns.items() if fits_end(key, name))
+    return {field: value for value in [next(fitting, None)] if value is not None}
+
+
+def fits_end(pattern: str, name: str) -> bool:
+    """Whether a regular expression fits a name, or the end of it from a dot on."""
+    return _regular(rf"(.*\.)?({pattern})$").match(name) is not None
 
 
 def _is_listed(wanted: str | Iterable[str] | None, name: str) -> bool:

@@ -1,0 +1,121 @@
+"""What a PEFT adapter holds beside the tensors of its modules: what `train` names, and biases that formulas change.
+
+Takes an operated model; gives the fields `modules_to_save` and `bias` and the values. Promises: PEFT, told so, has
+every such value in its place; what it cannot have is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.diagnostics import fail
+from surgery.expr.evaluate import dense
+from surgery.initialise import frozen_leaves
+from surgery.operate import Surgeon
+from surgery.peft.method import Config
+from surgery.peft.methods import METHODS
+from surgery.peft.modules import saved_whole
+from surgery.peft.taken import WHOLE
+from surgery.peft.tensors import Tensors
+
+# By configuration class, what its field `bias` says where the adapted modules' biases are trained; those that have one.
+_BIASES = {m.family.peft_type: m.family.biases for m in METHODS if m.family.biases}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Fields of the configuration, and tensors by the names below the model's."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, surgeon: Surgeon, adapted: Collection[str], biases: Tensors, peft_type: str, like: Config) -> Beside:
+        """`adapted`: the modules that PEFT adapts; `like`: another configuration, of which is kept what says the same.
+
+        Raises: SurgeryError (no-peft-form).
+        """
+        values = {n: t for n, t in surgeon.state().items() if n in surgeon.plan.train} | dict(biases)
+        if any(peft_type == m.family.peft_type and WHOLE in m.tensors for m in METHODS):
+            return cls({}, {})  # all that is trained is adapted there
+        names = _names(surgeon.model)
+        alone = {n for n in values if _is_bias_alone(n, values, adapted)} if peft_type in _BIASES else set()
+        owners = list(dict.fromkeys(_owner(other, adapted) for n in values if n not in alone
+                                    for other in names[id(_parameter(surgeon, n))]))
+        saved = saved_whole(owners, surgeon.model) if owners else []
+        tensors = {**_kept(surgeon, saved, values), **{_stored_as(n, adapted): values[n] for n in alone}}
+        whole = {"modules_to_save": _said_alike(owners, like, surgeon.model)} if owners else {}
+        return cls({**whole, **({"bias": _bias(alone, adapted, peft_type, like)} if alone else {})}, tensors)
+
+
+def _said_alike(owners: list[str], like: Config, model: nn.Module) -> list[str]:
+    """The names of the modules to save, as the other configuration has them where they mean the same."""
+    other = like.get("modules_to_save")
+    return other if other and set(saved_whole(other, model)) == set(saved_whole(owners, model)) else owners
+
+
+def _bias(names: Iterable[str], adapted: Collection[str], peft_type: str, like: Config) -> str:
+    """Whose biases are trained, in PEFT's words: the adapted modules' alone where that is enough, and was before."""
+    alone = all(n.rpartition(".")[0] in adapted for n in names)
+    return _BIASES[peft_type] if alone and like.get("bias") != "all" else "all"
+
+
+def changed_biases(surgeon: Surgeon) -> dict[str, Tensor]:
+    """b' of every module whose formula changes its bias, by the bias's name. Works in every mode."""
+    trained, found = surgeon.state(), {}
+    with surgeon.disabled(), torch.no_grad():
+        for placed in surgeon.plan.placed:
+            name = f"{placed.site.name}.bias"
+            if placed.formula.bias.op != "bias" and placed.site.has_bias:
+                values = {**frozen_leaves(placed), **surgeon.adapters[placed.site.name].tensors()}
+                own = {"bias": trained[name]} if name in trained else {}
+                found[name] = dense(placed.formula.bias, {**values, **own})
+    return found
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """All the names of each parameter, by its id."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return found
+
+
+def _parameter(surgeon: Surgeon, name: str) -> nn.Parameter:
+    return surgeon.model.get_parameter(name)
+
+
+def _is_bias_alone(name: str, values: Iterable[str], adapted: Collection[str]) -> bool:
+    """Whether it is the bias of an adapted module, or all that is trained of another one."""
+    owner, _, own = name.rpartition(".")
+    return own == "bias" and (owner in adapted or not any(n != name and n.rpartition(".")[0] == owner for n in values))
+
+
+def _owner(name: str, adapted: Collection[str]) -> str:
+    """The module that is to be saved whole for one of its parameters."""
+    owner = name.rpartition(".")[0]
+    if not owner or owner in adapted:
+        where = f"it belongs to `{owner}`, which is operated on" if owner else "it belongs to the model itself"
+        raise fail("no-peft-form", f"PEFT cannot save `{name}`, which is trained: {where}",
+                   helps=("leave it out of `train`, or save the merged model: surgery merge",))
+    return owner
+
+
+def _kept(surgeon: Surgeon, modules: Iterable[str], values: Tensors) -> dict[str, Tensor]:
+    """All the tensors of modules that are saved whole, as trained."""
+    trained = {id(_parameter(surgeon, n)): t for n, t in values.items()}
+    found: dict[str, Tensor] = {}
+    for name in modules:
+        state = surgeon.model.get_submodule(name).state_dict(keep_vars=True)
+        found |= {f"{name}.{key}": trained.get(id(t), t.detach()) for key, t in state.items()}
+    return found
+
+
+def _stored_as(bias: str, adapted: Collection[str]) -> str:
+    owner = bias.rpartition(".")[0]
+    return f"{owner}.base_layer.bias" if owner in adapted else bias

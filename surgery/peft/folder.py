@@ -1,0 +1,151 @@
+"""A PEFT adapter as it lies on the disk: `adapter_config.json` and `adapter_model.safetensors`.
+
+Takes a folder; gives the configuration as plain values, and the tensors: those of modules by the names that follow the
+model's, those of the whole model by their full names. Promises: nothing is believed before it is checked, all the
+faults come in one error, nothing is unpickled; a method that is no map of a weight is refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from surgery.diagnostics import Collector, fail
+from surgery.folders import Kind, replacing
+from surgery.peft.methods import METHODS
+from surgery.refused import SWITCHES, refusal
+
+CONFIG, TENSORS = FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PICKLE = "adapter_model.bin"
+MODEL, SHARED = "base_model.model.", "base_model."  # in front of what belongs to a module, and to the whole model
+
+ADAPTER = Kind("a PEFT adapter", frozenset({CONFIG}), (*FILES, "README.md").__contains__)
+TYPES = tuple(dict.fromkeys(m.family.peft_type for m in METHODS))
+
+
+class Folder:
+    """A PEFT adapter: its `config`, its `tensors` below modules and the `shared` ones of the model, read and checked.
+
+    Raises: SurgeryError (bad-adapter, no-weight, unknown-method).
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    shared: dict[str, Tensor]
+
+    def __init__(self, path: Path):
+        self.path, self.report = path, Collector()
+        if not (path / CONFIG).is_file():
+            raise fail("bad-adapter", f"{path} {_lacks_a_config(path)}", helps=_instead(path))
+        self.config = self._config()
+        self.report.raise_errors()
+        self._refuse_method()
+        self.tensors, self.shared = {}, {}
+        for name, tensor in self._tensors().items():
+            self._file(name, tensor)
+        self.report.raise_errors()
+
+    def _fault(self, message: str, *helps: str) -> None:
+        self.report.error("bad-adapter", f"{self.path}: {message}", helps=helps)
+
+    def _config(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return self._fault(f"cannot read {CONFIG}: {getattr(error, 'strerror', None) or error}") or {}
+        if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
+            return self._fault(f"{CONFIG} names no `peft_type`") or {}
+        wrong = [name for name, fits in _FIELDS.items() if not fits(found.get(name))]
+        if wrong:
+            self._fault(f"{CONFIG} has what cannot stand there as {', '.join(wrong)}")
+        return found
+
+    def _refuse_method(self) -> None:
+        kind = self.config["peft_type"]
+        switched = [method for switch, method in SWITCHES.items() if self.config.get(switch)]
+        for name in (kind, *switched):
+            if why := refusal(name):
+                raise why
+        if kind not in TYPES:
+            raise fail("unknown-method", f"{self.path}: no spec here says what PEFT's method {kind} does",
+                       notes=(f"those that can be imported: {', '.join(sorted(TYPES))}",))
+
+    def _tensors(self) -> Mapping[str, Tensor]:
+        if not (self.path / TENSORS).is_file():
+            pickled = (self.path / _PICKLE).is_file()
+            what = f", only {_PICKLE}, a pickle, which may run code when it is read" if pickled else ""
+            how = "load it with PEFT where you trust it, and save it again: save_pretrained(...) writes safetensors"
+            return self._fault(f"there is no {TENSORS}{what}", *([how] if pickled else [])) or {}
+        try:
+            return load_file(self.path / TENSORS)
+        except (OSError, SafetensorError) as error:
+            return self._fault(f"cannot read {TENSORS}: {getattr(error, 'strerror', None) or error}") or {}
+
+    def _file(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor where it belongs."""
+        if not tensor.isfinite().all():
+            self._fault(f"{name} is not finite", "the training that made it diverged")
+        elif name.startswith(MODEL):
+            self.tensors[name.removeprefix(MODEL)] = tensor
+        elif name.startswith(SHARED):
+            self.shared[name] = tensor
+        else:
+            self._fault(f"{name} does not begin with {SHARED}, as the names of PEFT's tensors do")
+
+
+def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter as PEFT does, in the place of an older one; a name without `base_model.` is one below the model's.
+
+    Raises: SurgeryError (bad-output).
+    """
+    named = {name if name.startswith(SHARED) else MODEL + name: t for name, t in tensors.items()}
+    whole = {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
+    with replacing(path, ADAPTER) as new:
+        (new / TENSORS).write_bytes(save(whole, {"format": "pt"}))
+        (new / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------- what is wrong
+
+
+def _lacks_a_config(path: Path) -> str:
+    return f"has no {CONFIG}, so it is not a PEFT adapter's folder" if path.is_dir() else "is not a folder"
+
+
+def _instead(path: Path) -> tuple[str, ...]:
+    """What may have been meant by a folder that is no adapter's."""
+    inner = sorted(str(p.parent) for p in path.glob(f"*/{CONFIG}"))
+    if inner:
+        return (f"PEFT keeps further adapters in folders of their own: {', '.join(inner[:3])}",)
+    return ("it is a saved surgery already",) if (path / "adapter.surg").is_file() else ()
+
+
+def _is_texts(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or _is_texts(value)
+
+
+def _is_layers(value: Any) -> bool:
+    many = isinstance(value, list) and all(isinstance(v, int) for v in value)
+    return value is None or isinstance(value, int) or many
+
+
+def _is_table(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "target_modules": _is_names, "exclude_modules": _is_names, "layers_pattern": _is_names, "modules_to_save": _is_texts,
+    "layers_to_transform": _is_layers, "feedforward_modules": _is_names, "task_type": _is_names,
+    "base_model_name_or_path": _is_names, "revision": _is_names,
+    **{patterns: _is_table for m in METHODS for patterns in m.family.patterns.values()},
+}

@@ -1,0 +1,221 @@
+"""From a PEFT adapter to a surgery: the modules, the spec and the tensors.
+
+Takes a model and a folder of PEFT's; gives the spec that says the same and the values of its tensors. Promises: PEFT is
+not needed; the model is only looked at until `operate`; all that is wrong is said at once; nothing that the adapter
+holds is left out in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from surgery.claims import tied
+from surgery.dead import listed
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
+from surgery.operate import Surgeon, prepare
+from surgery.peft.folder import TENSORS, Folder
+from surgery.peft.method import Config
+from surgery.peft.methods import METHODS
+from surgery.peft.modules import fits_end, named
+from surgery.peft.taken import WHOLE, Taken, drawn_again, no_row, row
+from surgery.peft.tensors import Place, Tensors
+from surgery.peft.values import values
+from surgery.peft.wording import Group, one_spec, train_spec
+from surgery.saved import compare
+from surgery.sites import Survey
+from surgery.syntax.tree import Spec
+
+
+def import_peft(model: nn.Module, folder: str | PathLike) -> Surgeon:
+    """Put a PEFT adapter on a model, in place, as a surgery: a spec of this language with the adapter's tensors.
+
+    Raises: SurgeryError with all that does not fit (bad-adapter, unknown-method, no-weight, ...); the model is then as
+    it was.
+    """
+    return read(model, Folder(Path(folder))).operate()
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An adapter ready to be put on its model; `warnings` are what is odd about it."""
+
+    surgeon: Surgeon
+    tensors: Tensors
+    warnings: tuple[Diagnostic, ...]
+
+    def operate(self) -> Surgeon:
+        """Put it on the model, in place."""
+        self.surgeon.operate()
+        self.surgeon.load({**self.surgeon.state(), **self.tensors})
+        return self.surgeon
+
+
+def read(model: nn.Module, folder: Folder) -> Imported:
+    """What a PEFT adapter is on a model; nothing is changed yet. Raises: SurgeryError."""
+    return _Reader(model, folder).imported()
+
+
+@dataclass
+class _Reader:
+    """One adapter being read for one model."""
+
+    model: nn.Module
+    folder: Folder
+    report: Collector = field(default_factory=Collector)
+    faults: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.config: Config = self.folder.config
+        self.survey = Survey(self.model)
+        self.sites = {site.name: site for site in self.survey.sites}
+        self.names = named(self.config, self.model)
+        self.tied = tied(self.survey)
+
+    def imported(self) -> Imported:
+        own, rest = _split(self.folder.tensors, self.names, self.model)
+        found = (self._taken(name, number, own.get(name, {})) for number, name in enumerate(self.names))
+        taken = self._with_drawn([t for t in found if t is not None])
+        weights, whole = [t for t in taken if t.place.layout != WHOLE], [t for t in taken if t.place.layout == WHOLE]
+        self._raise(*self._faults(), *self._dead(), *self._tied_together(weights))
+        said = values({**rest, **_of_whole(whole)}, self.config, self.survey, {t.weight_name for t in weights},
+                      tuple(f"{t.name}." for t in whole))
+        surgeon = self._prepared(self._spec(weights, said.trained))
+        self._raise(*self._misshapen(surgeon, weights), *said.faults)
+        ours = {name: tensor for t in weights for name, tensor in t.ours().items()}
+        known = surgeon.named_tensors()  # a shared tensor has the name of its first module alone
+        return Imported(surgeon, {**{n: t for n, t in ours.items() if n in known}, **said.trained},
+                        (*self.report.warnings, *surgeon.plan.warnings))
+
+    def _raise(self, *found: Diagnostic) -> None:
+        """Take down what was found, and raise it if something is wrong, after saying whose adapter it is."""
+        self.report.add(*found)
+        if self.report.errors:
+            raise SurgeryError((self._does_not_fit(), *self.report.found))
+
+    def _does_not_fit(self) -> Diagnostic:
+        base = self.config.get("base_model_name_or_path")
+        of = (self.config.get("auto_mapping") or {}).get("base_model_class")
+        notes = [f"it was made for {base}"] * bool(base) + [f"it was trained on a {of}"] * bool(of)
+        return Diagnostic("bad-adapter", f"the PEFT adapter in {self.folder.path} cannot be put on this "
+                          f"{type(self.model).__name__}", notes=tuple(notes))
+
+    # ------------------------------------------------------------------------------------------------- modules
+
+    def _taken(self, name: str, number: int, tensors: Tensors) -> Taken | None:
+        """What is done to a module; None where a fault was found."""
+        site = self.sites.get(name)
+        places = [*([Place.of(site, number)] if site else []), Place(WHOLE, 0, 0, (), number=number)]
+        try:
+            found = next(((place, *r) for place in places if (r := row(self.config, name, place))), None)
+            if found is None:
+                return self._no_row(name, places[0])
+            place, method, here = found
+            weight, known = site.weight_name if site else name, {**self.folder.shared, **tensors}
+            taken = Taken(name, weight, method, place, here, known)
+            return taken if taken.spec else None
+        except KeyError as error:
+            return self._fault(name, "bad-adapter", f"adapter_config.json does not say {error.args[0]}")
+        except SurgeryError as error:
+            return self._fault(name, "bad-adapter", f"in adapter_config.json, {error.diagnostics[0].message}")
+
+    def _with_drawn(self, taken: list[Taken]) -> list[Taken]:
+        """The modules with the tensors that PEFT draws again, unless they are given."""
+        try:
+            return [replace(t, tensors={**more, **t.tensors}) for t, more in zip(taken, drawn_again(taken))]
+        except KeyError as error:
+            self._fault(taken[0].name, "bad-adapter", f"adapter_config.json does not say {error.args[0]}")
+            return taken
+
+    def _no_row(self, name: str, place: Place) -> None:
+        if place.layout != WHOLE:
+            return self._fault(name, "unknown-method", no_row(self.config, self.sites[name], place))
+        refused = next((r.reason for r in self.survey.refused if r.name == name), "it only holds other modules")
+        self._fault(name, "unsupported-module", f"PEFT's configuration names what no spec can operate on: {refused}")
+
+    def _fault(self, name: str, code: str, message: str) -> None:
+        self.faults.setdefault((code, message), []).append(name)
+
+    def _faults(self) -> Iterator[Diagnostic]:
+        for (code, message), names in self.faults.items():
+            yield Diagnostic(code, message, notes=(f"for {listed(names)}",))
+        if not self.names:
+            yield Diagnostic("no-match", f"target_modules names no module of this {type(self.model).__name__}: "
+                             f"{self.config.get('target_modules')}", helps=self._near())
+
+    def _near(self) -> tuple[str, ...]:
+        wanted = self.config.get("target_modules")
+        ends = {name.rpartition(".")[2] for name in self.sites}
+        words = [wanted] if isinstance(wanted, str) else wanted or ()
+        return tuple(filter(None, (did_you_mean(word.rpartition(".")[2], ends) for word in words)))[:1]
+
+    def _dead(self) -> Iterator[Diagnostic]:
+        """Names of the configuration that say nothing of this model."""
+        wanted = self.config.get("target_modules")
+        names = wanted if isinstance(wanted, list) and self.names else ()
+        dead = [("target_modules", each) for each in names if not named({"target_modules": [each]}, self.model)]
+        fields = {f for m in METHODS if m.family.peft_type == self.config["peft_type"] for f in m.family.patterns.values()}
+        dead += [(f, key) for f in sorted(fields) for key in self.config.get(f) or {}
+                 if not any(fits_end(key, name) for name in self.names)]
+        for where, each in dead:
+            yield Diagnostic("dead-name", f"`{each}` of {where} matches no module", severity="warning")
+
+    def _tied_together(self, taken: Sequence[Taken]) -> Iterator[Diagnostic]:
+        both = [t.weight_name for t in taken if t.weight_name in self.tied]
+        if both and self.config.get("ensure_weight_tying"):
+            yield Diagnostic("tied-weight", f"PEFT was told to put one adapter on `{both[0]}` and on what it is tied to, "
+                             "and a target is one weight")
+
+    def _spec(self, taken: Sequence[Taken], trained: Tensors) -> Spec:
+        alike: dict[tuple, list[Taken]] = {}
+        for each in taken:
+            alike.setdefault((each.method.name, each.spec.params, each.weight_name in self.tied), []).append(each)
+        groups = [Group(same[0].spec, [t.name for t in same], frozenset(self.sites[t.name].kind for t in same), untie)
+                  for (*_, untie), same in alike.items()]
+        return one_spec(groups, trained) if groups else train_spec(self.config["peft_type"].lower(), trained)
+
+    # ------------------------------------------------------------------------------------------------- tensors
+
+    def _prepared(self, spec: Spec) -> Surgeon:
+        try:
+            return prepare(self.model, spec)
+        except SurgeryError as error:
+            raise SurgeryError((self._does_not_fit(), *error.diagnostics)) from None
+
+    def _misshapen(self, surgeon: Surgeon, taken: Sequence[Taken]) -> list[Diagnostic]:
+        """The tensors must be the ones that PEFT has for these modules, in shape too."""
+        both = [each.shapes(surgeon.adapters[each.name].tensors()) for each in taken]
+        saved, wanted = ({name: shape for pair in both for name, shape in pair[side].items()} for side in (0, 1))
+        report = Collector()
+        compare(saved, wanted, "adapter_config.json", report, TENSORS)
+        return report.found
+
+
+def _of_whole(taken: Sequence[Taken]) -> dict[str, Tensor]:
+    """The parameters of modules that are trained as a whole; what is none of theirs keeps its name, which nothing has."""
+    found: dict[str, Tensor] = {}
+    for each in taken:
+        ours = each.ours()
+        used = each.map.to_peft(each.map.to_ours(each.tensors, each.place), each.place)
+        found |= {**ours, **{f"{each.name}.{n}": t for n, t in each.tensors.items() if n not in used}}
+    return found
+
+
+def _split(tensors: Tensors, names: Sequence[str], model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], Tensors]:
+    """The adapter's tensors of each module, by the name below it, and the others by the name of the model's own parameter
+    that they are a value of."""
+    own: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    modules, parameters = set(names), {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for key, tensor in tensors.items():
+        plain, parts = key.replace(".base_layer.", "."), key.split(".")
+        owner = next((n for i in range(len(parts) - 1, 0, -1) if (n := ".".join(parts[:i])) in modules), None)
+        if owner is None or plain in parameters:
+            rest[plain] = tensor
+        else:
+            own.setdefault(owner, {})[key.removeprefix(f"{owner}.")] = tensor
+    return own, rest

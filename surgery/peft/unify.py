@@ -1,0 +1,84 @@
+"""What the parameters of a row's spec would have to be for its steps to be those of another spec.
+
+Takes the row's spec and a module as a plan has it; gives values to try. Promises: none but that they come from the
+plan: whoever tries them must prove that they are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from surgery.compile import Placed
+from surgery.diagnostics import Collector, SurgeryError
+from surgery.expr.lint import spec_values
+from surgery.expr.values import evaluate, names_in
+from surgery.spec import Library, library
+from surgery.syntax.expression import Expression, Name, Number
+from surgery.syntax.tree import Call, Spec, Step, Target
+
+Pairs = Iterator[tuple[str, Expression]]
+_NO_DROPOUT = Number(0)
+
+
+def proposals(row: Spec, spec: Spec, placed: Placed) -> Iterator[dict[str, Any]]:
+    """Values for the row's parameters: for each of its targets with the same steps, what stands in the place of each."""
+    values = spec_values(spec, Collector()) | {"layer": placed.site.layer, "depth": placed.site.depth}
+    names, start = {p.name for p in row.params}, spec_values(row, Collector())
+    mine, theirs = library(row), library(spec)
+    for target in row.targets:
+        if _named(target) == _named(placed.target):
+            pairs = _pairs(target, mine, placed.target, theirs)
+            found = {name: _value(expression, values) for name, expression in pairs if name in names}
+            if found.keys() >= names & names_in(target).keys():
+                yield start | found
+
+
+def _named(target: Target) -> list[tuple[str, str]]:
+    return [(step.placement, step.call.function) for step in _ordered(target)]
+
+
+def _ordered(target: Target) -> list[Step]:
+    """The steps in the order in which they act."""
+    return [step for placement in ("pre", "add", "post") for step in target.steps if step.placement == placement]
+
+
+def _value(expression: Expression, values: Mapping[str, Any]) -> Any:
+    try:
+        return evaluate(expression, values)
+    except SurgeryError:
+        return None
+
+
+def _pairs(row: Target, mine: Library, target: Target, theirs: Library) -> Pairs:
+    """The names of the row, each with what stands there in the target."""
+    for ours, other in zip(_ordered(row), _ordered(target)):
+        given = _arguments(other.call, theirs)
+        for formal, expression in _arguments(ours.call, mine).items():
+            if formal in given:
+                yield from _under(expression, given[formal])
+        yield from _under(ours.dropout or _NO_DROPOUT, other.dropout or _NO_DROPOUT)
+
+
+def _arguments(call: Call, scope: Library) -> dict[str, Expression]:
+    """What a call gives to each formal parameter, or what that is by default."""
+    formals = scope.definitions[call.function].params
+    given = {p.name: p.default for p in formals if p.default is not None}
+    names = [p.name for p in formals]
+    return given | {a.name or names[i]: a.value for i, a in enumerate(call.arguments)}
+
+
+def _under(pattern: Expression, given: Expression) -> Pairs:
+    """A name takes all that stands in its place; what is not built alike gives nothing."""
+    if isinstance(pattern, Name):
+        yield pattern.id, given
+    elif type(pattern) is type(given):
+        for one, other in zip(_parts(pattern), _parts(given)):
+            yield from _under(one, other)
+
+
+def _parts(node: Expression) -> list[Expression]:
+    found = [getattr(node, name) for name, f in node.__dataclass_fields__.items() if f.compare]
+    flat = [each for value in found for each in (value if isinstance(value, tuple) else (value,))]
+    return [getattr(each, "value", each) if not isinstance(each, Expression) else each for each in flat
+            if isinstance(each, Expression) or hasattr(each, "value")]

@@ -1,0 +1,86 @@
+"""The values that a PEFT adapter gives to the model's own parameters: `modules_to_save`, biases, saved embeddings.
+
+Takes the tensors that belong to no module's adapter, by the parameter's name; gives those that `train` must hold.
+Promises: a value that the model has already is left out only where the adapter did not ask to train it; one for which
+the model has no place, or that parts what the model ties, is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surgery.claims import tied
+from surgery.diagnostics import Collector, Diagnostic
+from surgery.peft.folder import TENSORS
+from surgery.peft.method import Config
+from surgery.peft.modules import saved_whole
+from surgery.saved import compare, shapes
+from surgery.sites import Survey
+
+
+@dataclass(frozen=True)
+class Values:
+    """The parameters that the adapter trains, with their values, and what is wrong with them."""
+
+    trained: Mapping[str, Tensor]
+    faults: tuple[Diagnostic, ...]
+
+
+def values(given: Mapping[str, Tensor], config: Config, survey: Survey, taken_weights: Collection[str],
+           whole: tuple[str, ...]) -> Values:
+    """What the adapter says of the model's own parameters. `taken_weights`: the names of the weights that it operates on;
+    `whole`: the beginnings of the names of what it trains as a whole."""
+    report, model = Collector(), survey.model
+    stored = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    wanted = {n: list(stored[n].shape) for n in given if n in stored}
+    compare(shapes(given), wanted, f"this {type(model).__name__}", report, TENSORS)
+    if report.errors:
+        return Values({}, tuple(report.found))
+    asked = _asked(given, config, model, whole)
+    changed = {n: t for n, t in given.items() if n in asked or not _same(t, stored[n])}
+    together = bool(config.get("ensure_weight_tying"))
+    report.add(*_of_buffers(changed, model), *_of_operated(changed, taken_weights),
+               *(() if together else _parted(changed, given, survey)))
+    first = {id(p): n for n, p in model.named_parameters()}
+    return Values({first[id(stored[n])]: t for n, t in changed.items()
+                   if id(stored[n]) in first and n not in taken_weights}, tuple(report.found))
+
+
+def _same(saved: Tensor, stored: Tensor) -> bool:
+    return torch.equal(saved.to(stored.device, stored.dtype), stored)
+
+
+def _asked(given: Iterable[str], config: Config, model: nn.Module, whole: tuple[str, ...]) -> set[str]:
+    """The parameters that the configuration says are trained."""
+    whole = (*whole, *(f"{name}." for name in saved_whole(config.get("modules_to_save"), model)))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    biases = config.get("bias") not in (None, "none")
+    asked = {n for n in given if n.startswith(whole) or (biases and n.rpartition(".")[2] == "bias")}
+    return asked - buffers.keys()
+
+
+def _of_buffers(changed: Iterable[str], model: nn.Module) -> Iterator[Diagnostic]:
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name in (n for n in changed if n in buffers):
+        yield Diagnostic("bad-adapter", f"the adapter holds another `{name}` than the model, and a surgery keeps parameters "
+                         "alone")
+
+
+def _of_operated(changed: Iterable[str], taken: Collection[str]) -> Iterator[Diagnostic]:
+    for name in (n for n in changed if n in taken):
+        yield Diagnostic("bad-adapter", f"the adapter was trained on another `{name}` than the model's",
+                         helps=("name the model that it was trained on",))
+
+
+def _parted(changed: Mapping[str, Tensor], given: Mapping[str, Tensor], survey: Survey) -> Iterator[Diagnostic]:
+    """PEFT trains a copy of a tied weight, and leaves what it is tied to; `train` trains the one that there is."""
+    shared = tied(survey) if changed else {}
+    for name in (n for n in changed if n in shared):
+        others = [o for o in shared[name] if o not in given or not torch.equal(given[o], given[name])]
+        if others:
+            yield Diagnostic("tied-weight", f"the adapter has a `{name}` of its own, and the model ties it to `{others[0]}`",
+                             helps=("save the model with untied weights, and name that one",))

@@ -1,0 +1,209 @@
+"""Importing PEFT adapters: what their configurations can say of modules, and what is said of those that do not fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+import surgery
+from peft_trips import Demo, apart, config_of, opened, tensors_of
+from surgery.cli.main import main
+from surgery.diagnostics import SurgeryError
+
+SAME = 2e-6
+
+CASES = {
+    "patterns of rank and alpha, an embedding, norms saved": ("llama", peft.LoraConfig, {
+        "r": 4, "target_modules": ["q_proj", "v_proj", "embed_tokens"], "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+        "alpha_pattern": {r"layers\.[12]\.self_attn\.v_proj": 3}, "modules_to_save": ["norm"]}),
+    "all-linear, every bias": ("bert", peft.LoraConfig, {"r": 4, "target_modules": "all-linear", "bias": "all"}),
+    "the operated modules' biases": ("bert", peft.LoraConfig, {
+        "r": 4, "target_modules": ["query"], "bias": "lora_only", "modules_to_save": ["pooler"]}),
+    "a text classifier's head": ("bert", peft.LoraConfig, {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "Conv1D and a tied embedding": ("gpt2", peft.LoraConfig, {
+        "r": 4, "target_modules": ["c_attn", "wte"], "use_dora": True, "fan_in_fan_out": True}),
+    "a regular expression": ("t5", peft.LoraConfig, {
+        "r": 4, "target_modules": r".*block\.0\..*\.(q|wo)", "use_rslora": True}),
+    "layers and exceptions": ("llama", peft.OFTConfig, {
+        "oft_block_size": 8, "r": 0, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2, 3],
+        "exclude_modules": ["layers.3.self_attn.q_proj"], "use_cayley_neumann": False}),
+    "gains on inputs and on outputs": ("t5", peft.IA3Config, {
+        "target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}),
+}
+
+
+@pytest.mark.parametrize("demo, kind, fields", CASES.values(), ids=CASES)
+def test_the_operated_model_says_what_pefts_does(demo: str, kind: type, fields: dict[str, Any], tmp_path: Path) -> None:
+    demo, there = Demo(demo), tmp_path / "there"
+    wanted = demo.from_peft(kind(**fields), there)
+    surgeon = surgery.import_peft(model := demo.model(), there)
+    assert apart(demo.says(model), wanted) <= SAME
+    assert apart(wanted, demo.says(demo.model())) > 100 * SAME
+
+    surgeon.save(tmp_path / "saved")
+    surgery.attach(again := demo.model(), tmp_path / "saved")
+    assert torch.equal(demo.says(again), demo.says(model))
+
+    surgery.export_peft(surgeon, tmp_path / "back", like=config_of(there))
+    assert torch.equal(demo.says(opened(demo.model(), tmp_path / "back")), wanted)
+    before, after = tensors_of(there), tensors_of(tmp_path / "back")
+    assert after.keys() == {key for key in before if not key.endswith("base_layer.weight")}
+    assert all(torch.equal(after[key], before[key]) for key in after)
+
+
+def test_alike_modules_share_a_target_and_layers_are_ranges(tmp_path: Path) -> None:
+    demo, kind, fields = next(iter(CASES.values()))
+    Demo(demo).from_peft(kind(**fields), tmp_path / "there")
+    text = surgery.import_peft(Demo(demo).model(), tmp_path / "there").spec.to_surg()
+    assert text.partition("\n")[2] == """spec lora(rank: int = 4, alpha: float = 8, dropout: float = 0.0)
+
+target "model.embed_tokens", "model.layers.{0,3}.self_attn.v_proj", "model.layers.{1..3}.self_attn.q_proj" {
+  add low_rank(rank, alpha) dropout(dropout)
+}
+
+target linear "model.layers.{1..2}.self_attn.v_proj" {
+  add low_rank(rank, 3) dropout(dropout)
+}
+
+target linear "model.layers.0.self_attn.q_proj" {
+  add low_rank(2, alpha) dropout(dropout)
+}
+
+train "model.layers.{0..3}.{input_layernorm,post_attention_layernorm}.weight", "model.norm.weight"
+"""
+
+
+# ----------------------------------------------------------------------------------------------------- what is wrong
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    there = tmp_path_factory.mktemp("peft") / "there"
+    Demo("llama").from_peft(peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]), there)
+    return there
+
+
+def changed(lora: Path, folder: Path, config: dict[str, Any], tensors: Callable[[dict], dict] = lambda t: t) -> Path:
+    """A copy of an adapter with other fields and tensors."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({**config_of(lora), **config}), encoding="utf-8")
+    save_file({key: t.clone() for key, t in tensors(dict(tensors_of(lora))).items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+FAULTS: list[tuple[dict[str, Any], Callable[[dict], dict], str]] = [
+    ({"peft_type": "PREFIX_TUNING"}, dict, r"\[no-weight\]: prefix_tuning has no single W'"),
+    ({"alora_invocation_tokens": [1]}, dict, r"\[no-weight\]: alora"),
+    ({"peft_type": "LORAX"}, dict, r"\[unknown-method\].* LORAX does\n.*can be imported: .*LORA, "),
+    ({"use_qalora": True}, dict, r"\[unknown-method\].* with use_qalora = True"),
+    ({"turn_around": True}, dict, r"\[unknown-method\].* with turn_around = True"),
+    ({"target_modules": ["q_porj"]}, dict, r"\[no-match\]: target_modules names no module(.|\n)*did you mean `q_proj`"),
+    ({"target_modules": "q_(proj"}, dict, r"is no regular expression"),
+    ({"target_modules": 3}, dict, r"has what cannot stand there as target_modules"),
+    ({"target_modules": ["self_attn"]}, dict, r"\[unsupported-module\]"),
+    ({"target_modules": ["k_proj"]}, dict, r"lacks 8 tensors(.|\n)*k_proj.lora_A.weight(.|\n)*holds 8 tensors"),
+    ({"r": {}}, dict, r"\[bad-adapter\]: in adapter_config.json, '{}' is not an expression"),
+    ({"r": 3}, dict, r"q_proj.lora_A.weight is \[2, 64\], and adapter_config.json asks for \[3, 64\]"),
+    ({}, lambda t: {**t, f"{Q}.lora_A.weight": torch.zeros(2, 7)}, r"\[2, 7\], and adapter_config.json asks for \[2, 64\]"),
+    ({}, lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_B.weight"}, r"lacks 1 tensor that adapter_config.json"),
+    ({}, lambda t: {**t, f"{Q}.lora_C": torch.zeros(2)}, r"holds 1 tensor that adapter_config.json has no place for"),
+    ({}, lambda t: {**t, "base_model.model.model.x": torch.zeros(2)}, r"holds 1 tensor that this LlamaForCausalLM has no"),
+    ({}, lambda t: {**t, "base_model.model.model.norm.weight": torch.zeros(2)}, r"model.norm.weight is \[2\], and this Llama"),
+    ({}, lambda t: {**t, f"{Q}.base_layer.weight": torch.zeros(64, 64)}, r"trained on another `model.layers.0.self_attn"),
+    ({}, lambda t: {**t, "x": torch.zeros(2)}, r"x does not begin with base_model"),
+    ({}, lambda t: {**t, f"{Q}.lora_A.weight": torch.full((2, 64), torch.nan)}, r"lora_A.weight is not finite"),
+]
+
+
+@pytest.mark.parametrize("config, tensors, words", FAULTS, ids=[words for *_, words in FAULTS])
+def test_an_adapter_that_does_not_fit(config: dict, tensors: Callable, words: str, lora: Path, tmp_path: Path) -> None:
+    folder, model = changed(lora, tmp_path / "changed", config, tensors), Demo("llama").model()
+    with pytest.raises(SurgeryError) as caught:
+        surgery.import_peft(model, folder)
+    assert re.search(words, str(caught.value)), caught.value
+    surgery.apply(model, "lora")  # the model is as it was
+
+
+def test_a_field_that_is_missing(lora: Path, tmp_path: Path) -> None:
+    folder = changed(lora, tmp_path / "changed", {})
+    config = {name: value for name, value in config_of(lora).items() if name != "lora_alpha"}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(SurgeryError, match="does not say lora_alpha"):
+        surgery.import_peft(Demo("llama").model(), folder)
+
+
+def test_a_pickle_is_not_read(lora: Path, tmp_path: Path) -> None:
+    folder = changed(lora, tmp_path / "changed", {})
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(SurgeryError, match="a pickle, which may run code(.|\n)*save_pretrained"):
+        surgery.import_peft(Demo("llama").model(), folder)
+
+
+def test_a_folder_that_is_none_of_pefts(lora: Path, tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match="folders of their own: .*there"):
+        surgery.import_peft(Demo("llama").model(), lora.parent)
+    with pytest.raises(SurgeryError, match="is not a folder"):
+        surgery.import_peft(Demo("llama").model(), tmp_path / "nowhere")
+
+
+def test_peft_parts_what_the_model_ties(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte"])
+    Demo("gpt2").from_peft(config, tmp_path / "there")
+    with pytest.raises(SurgeryError, match=r"tied-weight\]: the adapter has a `transformer.wte.weight` of its own"):
+        surgery.import_peft(Demo("gpt2").model(), tmp_path / "there")
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def test_the_command(lora: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run("import", lora, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "LORA for demo:llama: 4 modules" in result.output and "surgery merge" in result.output
+    surgery.attach(model := Demo("llama").model(), out)
+    wanted = Demo("llama").says(opened(Demo("llama").model(), lora))
+    assert apart(Demo("llama").says(model), wanted) <= SAME
+    assert run("import", lora, "-o", out).exit_code == 2  # it is there already
+    merged = run("merge", out, "-o", tmp_path / "merged")
+    assert merged.exit_code == 0, merged.output
+
+
+def test_the_command_as_json(lora: Path, tmp_path: Path) -> None:
+    result = run("import", lora, "demo:llama", "-o", tmp_path / "out", "--json")
+    found = json.loads(result.stdout)
+    assert (found["peft_type"], found["model"], len(found["modules"])) == ("LORA", "demo:llama", 4)
+    assert surgery.parse(found["text"]).name == "lora"
+
+
+def test_a_dead_name_is_a_warning(lora: Path, tmp_path: Path) -> None:
+    folder = changed(lora, tmp_path / "changed", {"target_modules": ["q_proj", "query"], "alpha_pattern": {"quarry": 3}})
+    result = run("import", folder, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "warning[dead-name]: `query` of target_modules matches no module" in result.stderr
+    assert "warning[dead-name]: `quarry` of alpha_pattern matches no module" in result.stderr
+
+
+def test_an_adapter_without_a_model(lora: Path, tmp_path: Path) -> None:
+    folder = changed(lora, tmp_path / "changed", {"base_model_name_or_path": None})
+    result = run("import", folder, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "does not say which model it is for" in result.stderr
+
+
+def test_peft_is_not_needed() -> None:
+    sources = [path.read_text("utf-8") for path in Path(surgery.__file__).with_name("peft").glob("*.py")]
+    assert not [line for text in sources for line in text.splitlines() if re.match(r"\s*(import|from) peft\b", line)]
