@@ -14,12 +14,12 @@ ROOT = Path(surgery.__file__).parent
 # The stages in order, each with its modules and packages; what is not listed is a study of operated models.
 PIPELINE = {
     "package": "",  # it holds the version, and finds its public names when they are asked for
-    "diagnostics": "diagnostics resources",
+    "diagnostics": "diagnostics resources refused",
     "syntax": "syntax as_python",
     "spec": "spec",
     "expr": "expr maths show",
     "rewrite": "rewrite",
-    "select": "layout sites patterns selectors near reach dead claims select",
+    "select": "layout sites patterns exact selectors near reach dead claims select",
     "compile": "compile initialise",
     "lower": "lower costs",
     "layer": "layer",
