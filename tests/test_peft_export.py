@@ -77,7 +77,7 @@ def test_the_error_of_a_truncated_lora_is_that_of_the_best_one(tmp_path: Path) -
     base, tensors = demo.model(), tensors_of(tmp_path / "out")
     for name, adapter in surgeon.adapters.items():
         module = surgeon.model.get_submodule(name)
-        delta = (adapter.weights(module)[0] - base.get_submodule(name).weight).double()
+        delta = (adapter.weights(module)[0] - base.get_submodule(name).weight).detach().double()
         b, a = (tensors[f"base_model.model.{name}.lora_{x}.weight"].double() for x in "BA")
         values = torch.linalg.svdvals(delta)
         assert float((delta - b @ a).norm() / delta.norm()) == pytest.approx(found.errors[name], rel=1e-3)

@@ -171,7 +171,7 @@ def test_a_spec_that_only_bears_a_name_is_no_match(steps):
 
 
 def test_the_words_of_a_spec_do_not_count():
-    text = 'spec mine(half: float = 2)\ntarget linear "layer" {\n  add low_rank(rank = 1 + 1, 2 * half)\n}'
+    text = 'spec mine(half: float = 2)\ntarget linear "layer" {\n  add low_rank(rank = 1 + 1, alpha = 2 * half)\n}'
     found = match(compile(One(nn.Linear(12, 12)), parse(text)))
     assert found.config == {"r": 2, "lora_alpha": 4, "lora_dropout": 0, "target_modules": ["layer"]}
 
