@@ -55,6 +55,11 @@ class Saved:
             self._agree()
         self.report.raise_errors()
 
+    @property
+    def model_class(self) -> str | None:
+        """The class of the model that it was trained on, where that is said."""
+        return self.meta.get("model_class")
+
     def _fault(self, message: str, *helps: str) -> None:
         self.report.error("bad-adapter", f"{self.folder}: {message}", helps=helps)
 
@@ -121,7 +126,13 @@ def _is_form(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("shape"), list) and _is_dtype(value.get("dtype"))
 
 
+def _is_name(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
 _FIELDS = {
+    "base_model": _is_name,
+    "model_class": _is_name,
     "seed": lambda v: isinstance(v, int),
     "dtype": lambda v: _is_dtype(v) and getattr(torch, v).is_floating_point,
     "tensors": lambda v: isinstance(v, dict) and all(map(_is_form, v.values())),

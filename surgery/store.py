@@ -36,7 +36,7 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
     """
     tensors = {name: _whole(name, tensor) for name, tensor in (state or surgeon.state()).items()}
     about = {"format_version": FORMAT, "surgery_version": __version__, "base_model": base_model, "revision": revision,
-             "seed": surgeon.seed, "dtype": name_of(surgeon.dtype),
+             "model_class": type(surgeon.model).__name__, "seed": surgeon.seed, "dtype": name_of(surgeon.dtype),
              "tensors": {n: {"shape": list(t.shape), "dtype": name_of(t.dtype)} for n, t in tensors.items()}, **more}
     with replacing(Path(folder), ADAPTER) as new:
         (new / TENSORS).write_bytes(to_bytes(tensors))

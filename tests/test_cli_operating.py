@@ -10,8 +10,9 @@ from click.testing import CliRunner, Result
 
 import surgery
 from surgery.cli.main import main
-from surgery.cli.models import load
+from surgery.cli.models import load, load_with_head
 from surgery.demo import demo_inputs, load_demo
+from surgery.training import with_head
 
 
 def run(*arguments: str) -> Result:
@@ -105,6 +106,58 @@ def test_a_spec_that_does_not_start_as_the_base_model_is_not_saved() -> None:
     Path("eager.surg").write_text("update eager() {\n  param A[out, in] ~ normal()\n  return A\n}\n\ntarget linear {\n  add eager()\n}\n")
     result = run("apply", "eager.surg", "demo:llama", "-o", "adapter")
     assert (result.exit_code, Path("adapter").exists()) == (1, False) and result.stderr.startswith("error[not-identity]")
+
+
+# --------------------------------------------------------------------------------------------------- a trained head
+
+
+def save_base(name: str) -> None:
+    """A demo's base model, or its model for language, as `base`."""
+    load_demo(name).base_model.save_pretrained("base") if name == "bert" else load_demo(name).save_pretrained("base")
+
+
+def headed(name: str, head: bool = True) -> torch.Tensor:
+    """Saves a moved adapter of the base with a head of 3 numbers; what the operated model gives."""
+    save_base(name)
+    model = load_with_head("base", 3, pad_token_id=0)
+    lora = surgery.load("lora")
+    surgeon = surgery.apply(model, with_head(lora, model) if head else lora)
+    draw = torch.Generator().manual_seed(7)
+    surgeon.load({key: value + 0.05 * torch.randn(value.shape, generator=draw) for key, value in surgeon.state().items()})
+    surgeon.save("adapter", base_model="base")
+    return said_of(model)
+
+
+def said_of(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**demo_inputs(load_demo("bert"))).logits
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_a_head_that_was_trained_is_merged_with_the_rest(name: str) -> None:
+    """Whether the base model was saved bare, or with another head."""
+    operated = headed(name)
+    result = run("merge", "adapter", "-o", "merged")
+    assert result.exit_code == 0, result.output
+    merged = load("merged")
+    assert type(merged).__name__.endswith("ForSequenceClassification") and merged.config.num_labels == 3
+    merged.config.pad_token_id = 0
+    assert (said_of(merged) - operated).norm() < 1e-5 * operated.norm()
+
+
+def test_an_adapter_that_does_not_say_its_class() -> None:
+    """Earlier versions did not write it."""
+    operated, meta = headed("bert"), Path("adapter/meta.json")
+    meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "model_class"}))
+    assert run("merge", "adapter", "-o", "merged").exit_code == 0
+    assert (said_of(load("merged")) - operated).norm() < 1e-5 * operated.norm()
+
+
+def test_a_head_that_was_not_saved_is_not_made_up() -> None:
+    headed("bert", head=False)
+    result = run("merge", "adapter", "-o", "merged")
+    assert (result.exit_code, Path("merged").exists()) == (1, False)
+    assert result.stderr.startswith("error[bad-adapter]") and "classifier.bias, classifier.weight" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------ folders

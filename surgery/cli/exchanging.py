@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,11 +15,6 @@ from surgery.diagnostics import fail
 
 if TYPE_CHECKING:
     from surgery.peft.exporting import Exported
-    from surgery.peft.folder import Folder
-
-# The class that a model is loaded as for each of PEFT's tasks.
-_TASKS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
-          "QUESTION_ANS": "AutoModelForQuestionAnswering"}
 
 
 @command(click.argument("folder", metavar="PEFT_DIR"), click.argument("model", required=False),
@@ -40,25 +35,18 @@ def import_(output: Output, folder: str, model: str | None, out: str, dtype: str
     base = model or adapter.config.get("base_model_name_or_path")
     if not base:
         raise fail("unknown-model", f"{folder} does not say which model it is for", helps=("name the model after the folder",))
-    subject = loaded(output, base, dtype, adapter.tensors, _class_of(adapter))
+    subject = loaded(output, base, dtype, adapter)
     with output.busy(f"importing {folder}"):
         found = read(subject, adapter)
         output.diagnostics(found.warnings)
         surgeon = found.operate()
     with output.busy(f"saving {out}"):
-        surgeon.save(out, base_model=base, revision=adapter.config.get("revision"), model_class=type(subject).__name__,
-                     peft=adapter.config)
+        surgeon.save(out, base_model=base, revision=adapter.config.get("revision"), peft=adapter.config)
     kind, count = adapter.config["peft_type"], counted(len(surgeon.plan.placed), "module")
     output.say(f"{kind} for {base}: {count}\n\n{surgeon.report()}")
     output.say(f"saved     {out}\nnext      surgery merge {shlex.quote(out)} -o {shlex.quote(f'{Path(out)}-merged')}")
     output.data(adapter=folder, model=base, out=out, peft_type=kind, text=surgeon.spec.to_surg(),
                 **surgeon.report().to_json())
-
-
-def _class_of(adapter: Folder) -> str | None:
-    """The class of transformers that the adapter was trained on, where it says so."""
-    known: dict[str, Any] = adapter.config.get("auto_mapping") or {}
-    return _TASKS.get(adapter.config.get("task_type") or "") or known.get("base_model_class")
 
 
 @command(click.argument("folder", metavar="DIR"), click.argument("model", required=False),

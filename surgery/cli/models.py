@@ -2,7 +2,7 @@
 
 Takes that text; gives a skeleton on the meta device (from the configuration alone), the model with its weights, or the
 pretrained model with a new head for a text task. Promises: the class is the one that the model was saved as, unless a
-head is asked for; what cannot be loaded is an `unknown-model` in words.
+head is asked for or an adapter was trained on another; what cannot be loaded is an `unknown-model` in words.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.diagnostics import SurgeryError, fail
 
@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO, PACKAGE = "demo:", "package:"
+
+
+class Trained(Protocol):
+    """An adapter: its tensors by the names of the model's parameters, and the class of the model that it was trained on."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def model_class(self) -> str | None: ...
+
+
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MODELS = "a model is a hub id, a local folder, package:NAME, or a demo such as demo:llama"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,20 +48,22 @@ def quiet_libraries(bars: bool) -> None:
 
 def skeleton(name: str) -> PreTrainedModel:
     """The model on the meta device: no weight is read or made. Raises: SurgeryError (unknown-model)."""
+    config = _config(name)
+    return _bare(name, _class(config), config)
+
+
+def _bare(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     import torch
 
-    config = _config(name)
     with torch.device("meta"):
-        model = _asked(name, lambda: _class(config)._from_config(config, dtype=_dtype(config)))
+        model = _asked(name, lambda: kind._from_config(config, dtype=_dtype(config)))
     model.tie_weights()
     return model.eval()
 
 
 def load(name: str, dtype: str | None = None) -> PreTrainedModel:
     """The model with its weights, in its own dtype or another. Raises: SurgeryError (unknown-model)."""
-    import torch
-
-    wanted = getattr(torch, dtype) if dtype else None
+    wanted = _torch_dtype(dtype)
     if name.startswith(DEMO):
         from surgery.demo import load_demo
 
@@ -74,43 +87,31 @@ def load_with_head(name: str, outputs: int, seed: int = 0, **config: Any) -> Pre
                       else Headed.from_pretrained(place(name), config=shape, dtype=torch.float32)).eval()
 
 
-def with_saved_head(name: str, model: PreTrainedModel, saved: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """The model, or its skeleton with a head for text tasks where tensors saved from it have one that it lacks."""
-    import torch
-    from transformers import AutoModelForSequenceClassification as Headed
-
-    outputs = _outputs(model, saved)
-    if outputs is None:
+def with_saved_head(name: str, model: PreTrainedModel, saved: Trained) -> PreTrainedModel:
+    """The model, or the skeleton of the class that an adapter was trained on, where that is another: one with a head."""
+    if name.startswith(DEMO):
         return model
-    config = _config(name)
-    config.num_labels = outputs
-    with torch.device("meta"):
-        return _asked(name, lambda: Headed.from_config(config)).eval()
+    kind, config = _form_of(name, saved)
+    return model if kind is type(model) and config.num_labels == model.config.num_labels else _bare(name, kind, config)
 
 
-def load_like(name: str, saved: Mapping[str, torch.Tensor], kind: str | None = None, dtype: str | None = None) -> PreTrainedModel:
-    """The model with its weights and the head that tensors `saved` from it have and it lacks: that of the class `kind` of
-    transformers, or a text classifier's. Raises: SurgeryError (unknown-model)."""
-    import torch
-    import transformers
+def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None) -> PreTrainedModel:
+    """The model with its weights, of the class that an adapter was trained on: what that has and MODEL has not, a head, is
+    for the adapter's tensors to fill.
 
-    plain = load(name, dtype)
-    outputs = _outputs(plain, saved)
-    if outputs is None or name.startswith(DEMO):
-        return plain
-    headed = getattr(transformers, kind or "", None) or transformers.AutoModelForSequenceClassification
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return _asked(name, lambda: headed.from_pretrained(place(name), num_labels=outputs, dtype=plain.dtype)).eval()
-
-
-def _outputs(model: PreTrainedModel, saved: Mapping[str, torch.Tensor]) -> int | None:
-    """How many numbers the head gives that tensors saved from the model have and it lacks; None where it lacks none."""
-    modules = {tensor.partition(".")[0] for tensor in saved}
-    if model.base_model_prefix not in modules or hasattr(model, model.base_model_prefix):
-        return None
-    heads = [t.shape[0] for n, t in saved.items() if not n.startswith(f"{model.base_model_prefix}.") and t.ndim == 2]
-    return min(heads, default=model.config.num_labels)
+    Raises: SurgeryError (unknown-model; bad-adapter where MODEL and the adapter together lack a tensor)."""
+    if name.startswith(DEMO):
+        return load(name, dtype)
+    kind, config = _form_of(name, saved)
+    model, info = _asked(name, lambda: kind.from_pretrained(
+        place(name), config=config, dtype=_torch_dtype(dtype) or "auto", ignore_mismatched_sizes=True, output_loading_info=True))
+    new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    lacking = sorted({*new} - {*saved.tensors})
+    if lacking:
+        raise fail("bad-adapter", f"the adapter was trained on a {kind.__name__}, and neither it nor {name} "
+                   f"holds {', '.join(lacking[:3])}{f' and {len(lacking) - 3} more' if len(lacking) > 3 else ''}",
+                   helps=("a new head must be trained to be saved: `train \"HEAD.**\"` in the spec",))
+    return model.eval()
 
 
 def folder_of(name: str) -> Path:
@@ -200,10 +201,49 @@ def _class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return next(filter(None, named), None) or transformers.MODEL_MAPPING[type(config)]
 
 
+def _form_of(name: str, saved: Trained) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class that an adapter was trained on, and MODEL's configuration with as many labels as the adapter's head has."""
+    config = _config(name)
+    kind = _class_of(config, saved)
+    forms = _shapes(_bare(name, kind, config))
+    for tensor, value in saved.tensors.items():
+        (rows, *rest), (wanted, *others) = forms.get(tensor) or (0,), tuple(value.shape) or (0,)
+        if rows == config.num_labels != wanted and rest == others:
+            config.num_labels = wanted
+    return kind, config
+
+
+def _class_of(config: PreTrainedConfig, saved: Trained) -> type[PreTrainedModel]:
+    """The class that an adapter says it was trained on, if it is one for this configuration. One that does not say has a head
+    for text tasks if its tensors do not fit the class that the model was saved as."""
+    import transformers
+
+    own, said = _class(config), saved.model_class
+    if said is not None:
+        named = getattr(transformers, said, None)
+        choices = getattr(named, "_model_mapping", None)  # of a class that stands for one of each family
+        found = choices.get(type(config), None) if choices else named
+        return found if isinstance(config, getattr(found, "config_class", None) or ()) else own
+    modules = {tensor.partition(".")[0] for tensor in saved.tensors}
+    is_base = own is transformers.MODEL_MAPPING.get(type(config), None)
+    headed = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    return headed if headed and is_base and own.base_model_prefix in modules else own
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+
+
 def _dtype(config: PreTrainedConfig) -> torch.dtype:
     import torch
 
     return config.dtype or torch.float32
+
+
+def _torch_dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return getattr(torch, name) if name else None
 
 
 def _asked(name: str, ask: Callable[[], Any]) -> Any:

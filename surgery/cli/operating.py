@@ -15,8 +15,7 @@ from surgery.cli.render import Output, counted
 from surgery.diagnostics import fail
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from surgery.cli.models import Trained
     from surgery.folders import Kind
     from surgery.operate import Surgeon
 
@@ -38,14 +37,13 @@ def free(out: str, force: bool, kind: Kind) -> None:
     refuse_unwritable(folder)
 
 
-def loaded(output: Output, model: str, dtype: str | None, saved: Mapping[str, Tensor] | None = None,
-           kind: str | None = None) -> Any:
-    """The model with its weights, and with the head that tensors `saved` beside it are for; `kind` names its class."""
-    from surgery.cli.models import load, load_like, quiet_libraries
+def loaded(output: Output, model: str, dtype: str | None, saved: Trained | None = None) -> Any:
+    """MODEL with its weights; with the head that an adapter was trained with."""
+    from surgery.cli.models import load, load_with_saved_head, quiet_libraries
 
     with output.busy(f"loading {model}"):
         quiet_libraries(output.animated)
-        return load(model, dtype) if saved is None else load_like(model, saved, kind, dtype)
+        return load_with_saved_head(model, saved, dtype) if saved else load(model, dtype)
 
 
 # -------------------------------------------------------------------------------------------------------- apply
@@ -154,7 +152,7 @@ def base_of(output: Output, folder: str, model: str | None, dtype: str | None) -
     if not base:
         raise fail("unknown-model", f"{folder} does not say which model it is for",
                    helps=("name the model after the folder",))
-    return loaded(output, base, dtype, saved.tensors, saved.meta.get("model_class")), base, saved.meta
+    return loaded(output, base, dtype, saved), base, saved.meta
 
 
 def say_errors(output: Output, errors: Mapping[str, float], note: Callable[[list[str]], str] = lambda names: "") -> None:

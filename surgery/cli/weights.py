@@ -37,7 +37,7 @@ def opened_weights(output: Output, name: str, saved: Saved | None = None) -> Wei
         output.note(f"{name} is loaded whole: its files do not hold every weight under the model's own names")
         with output.busy(f"loading {name}"):
             found = Weights(load(name))
-    return found if saved is None else Weights(with_saved_head(name, found.survey.model, saved.tensors), found.tensors)
+    return found if saved is None else Weights(with_saved_head(name, found.survey.model, saved), found.tensors)
 
 
 @dataclass(frozen=True)

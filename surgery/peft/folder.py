@@ -28,6 +28,10 @@ MODEL, SHARED = "base_model.model.", "base_model."  # in front of what belongs t
 ADAPTER = Kind("a PEFT adapter", frozenset({CONFIG}), (*FILES, "README.md").__contains__)
 TYPES = tuple(dict.fromkeys(m.family.peft_type for m in METHODS))
 
+# The class of transformers that a model is for each of PEFT's tasks that need a head.
+_TASKS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
+          "QUESTION_ANS": "AutoModelForQuestionAnswering"}
+
 
 class Folder:
     """A PEFT adapter: its `config`, its `tensors` below modules and the `shared` ones of the model, read and checked.
@@ -50,6 +54,12 @@ class Folder:
         for name, tensor in self._tensors().items():
             self._file(name, tensor)
         self.report.raise_errors()
+
+    @property
+    def model_class(self) -> str | None:
+        """The class of the model that it was trained on, where that is said."""
+        known = self.config.get("auto_mapping") or {}
+        return _TASKS.get(self.config.get("task_type") or "") or known.get("base_model_class")
 
     def _fault(self, message: str, *helps: str) -> None:
         self.report.error("bad-adapter", f"{self.path}: {message}", helps=helps)
