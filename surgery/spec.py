@@ -174,11 +174,31 @@ def assignment(text: str, source: str = "<--set>") -> Argument:
     return Argument(name.strip(), parse_expression(text, source, len(name) + 1), place)
 
 
-def retarget(spec: Spec, *patterns: str) -> Spec:
-    """The spec with its targets' patterns replaced, which is what `--target` does. A bare name is a selector."""
+def retarget(spec: Spec, *patterns: str, at: int | None = None) -> Spec:
+    """The spec with a target's patterns replaced, which is what `--target` does: of its only target, or of number `at`,
+    from 1. A bare name is a selector. Raises: SurgeryError (bad-value)."""
+    count = len(spec.targets)
+    if not 1 <= (1 if at is None and count == 1 else at or 0) <= count:
+        raise _no_such_target(spec, at)
     chosen = tuple(Reference(p) if p.isidentifier() and p in library(spec).selects else Pattern(p) for p in patterns)
-    targets = tuple(t.model_copy(update={"selectors": chosen}) for t in spec.targets)
-    return spec.model_copy(update={"targets": targets})
+    targets = [*spec.targets]
+    targets[(at or 1) - 1] = targets[(at or 1) - 1].model_copy(update={"selectors": chosen})
+    return spec.model_copy(update={"targets": tuple(targets)})
+
+
+def _no_such_target(spec: Spec, at: int | None) -> Exception:
+    """It is not clear which target is to take other modules: each is shown with its number."""
+    who, count = f"`{spec.name}`" if spec.name else "a spec without a name", len(spec.targets)
+    if count < 2:
+        return fail("bad-value", f"{who} has no target " + (f"{at}, only one" if count else "that could take other modules"))
+    message = f"has {count} targets: say which of them is to take other modules" if at is None else f"has no target {at}"
+    places = [(t.span, f"this is {i}") for i, t in enumerate(spec.targets, start=1) if t.span]
+    return fail("bad-value", f"{who} {message}", related=tuple((_first_line(span), label) for span, label in places),
+                helps=("--target '1=PATTERN', or retarget(PATTERN, at=1); the others keep their modules",))
+
+
+def _first_line(span: Span) -> Span:
+    return replace(span, end=span.start + len(span.source.text[span.start : span.end].split("\n")[0]))
 
 
 def inlined(spec: Spec) -> Spec:

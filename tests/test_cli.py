@@ -13,8 +13,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+import surgery
 from surgery.cli import render
 from surgery.cli.main import main
+from surgery.cli.options import opened_together
+from surgery.diagnostics import SurgeryError
 from surgery.spec import shipped
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -183,6 +186,16 @@ def test_set_and_target() -> None:
     assert len(attention) == 16 and all(".self_attn." in m["name"] for m in attention)
 
 
+def test_target_of_several_and_among_several() -> None:
+    """The other target of ia3 stays as it is; a spec that has no target is left alone among others that have."""
+    modules = told(run("plan", "ia3", "demo:llama", "--target", "1=**.q_proj", "--json"))["modules"]
+    assert {m["name"].rpartition(".")[2] for m in modules} == {"q_proj", "down_proj"}
+    opened = opened_together(["lora", "bitfit"], (), ("**.q_proj",))
+    assert opened["lora"] == surgery.load("lora").retarget("**.q_proj") and opened["bitfit"] == surgery.load("bitfit")
+    with pytest.raises(SurgeryError, match="bitfit"):
+        opened_together(["bitfit"], (), ("**.q_proj",))
+
+
 @pytest.mark.parametrize("emit", ["formula", "spec", "json", "python", "ir"])
 def test_show(emit: str) -> None:
     result = run("show", "sora", "--emit", emit)
@@ -267,6 +280,8 @@ INTERRUPTED = """
 import os, signal, sys
 from types import SimpleNamespace
 from surgery.cli.main import main
+from surgery.cli.options import opened_together
+from surgery.diagnostics import SurgeryError
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it
 sys.stdin = SimpleNamespace(buffer=SimpleNamespace(read=lambda: os.kill(os.getpid(), signal.SIGINT) or signal.pause()))

@@ -74,6 +74,14 @@ def test_retarget() -> None:
     assert surgery.load("lora").retarget("queries").targets[0].selectors[0].text == "queries"
 
 
+def test_one_of_several_targets_takes_other_modules() -> None:
+    ia3 = surgery.load("ia3")
+    (keys, other), before = ia3.retarget("**.k_proj", at=1).targets, ia3.targets
+    assert [s.text for s in keys.selectors] == ["**.k_proj"] and keys.steps == before[0].steps and other == before[1]
+    assert "2 targets" in failed(ia3.retarget, "**.k_proj") and "no target 3" in failed(ia3.retarget, "x", at=3)
+    assert "no target 0" in failed(ia3.retarget, "x", at=0)
+
+
 @pytest.mark.parametrize("read", [Spec.model_validate_json, lambda text: Spec.model_validate({"name": text})])
 def test_json_that_does_not_fit_is_a_diagnostic(read) -> None:
     assert failed(read, "no json").startswith("error[")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,10 @@ class Pair(click.ParamType):
 
 
 PAIR = Pair()
+_NUMBERED = re.compile(r"(?:(\d+)=)?(.*)", re.DOTALL)
 sets = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the spec.")
-targets = click.option("--target", "targets", multiple=True, metavar="PATTERN",
-                       help="Operate on these modules instead of those that the spec names.")
+targets = click.option("--target", "targets", multiple=True, metavar="[N=]PATTERN",
+                       help="Operate on these modules instead of those that the spec names, or that its target N names.")
 spec_argument = click.argument("spec")
 model_argument = click.argument("model")
 
@@ -89,27 +91,40 @@ def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> 
     """The spec of a path or shipped name, changed by `--set` and `--target`. Raises: SurgeryError."""
     from surgery.diagnostics import Collector
     from surgery.expr.elaborate import guard
-    from surgery.spec import assignment, bind, locate, read, retarget
+    from surgery.spec import assignment, bind, locate, read
 
     report, arguments = Collector(), []
     for text in sets:
         with guard(report):
             arguments.append(assignment(text))
     report.raise_errors()
-    bound = bind(read(locate(spec)), arguments)
-    return retarget(bound, *targets) if targets else bound
+    return _retargeted(bind(read(locate(spec)), arguments), targets)
+
+
+def _retargeted(spec: Spec, texts: Iterable[str]) -> Spec:
+    """The spec with what `--target PATTERN` and `--target N=PATTERN` say."""
+    from surgery.spec import retarget
+
+    said: dict[int | None, list[str]] = {}
+    for text in texts:
+        number, pattern = _NUMBERED.fullmatch(text).groups()
+        said.setdefault(int(number) if number else None, []).append(pattern)
+    for number, patterns in said.items():
+        spec = retarget(spec, *patterns, at=number)
+    return spec
 
 
 def opened_together(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) -> dict[str, Spec]:
-    """Several specs, each by a name of its own and with those settings that it has a parameter for.
+    """Several specs, each by a name of its own and with those settings that it has a parameter for; `targets` are for those
+    that have a target.
 
     Raises: SurgeryError, for a setting that none of them has a parameter for too."""
-    chosen = list(dict.fromkeys(specs))
-    known = {spec: [p.name for p in opened(spec).params] for spec in chosen}
-    every = [name for names in known.values() for name in names]
-    _refuse_unknown(sets, every)
-    mine = {spec: [text for text in sets if _name(text) in known[spec]] for spec in chosen}
-    return {_called(spec, chosen): opened(spec, texts, targets) for spec, texts in mine.items()}
+    plain = {spec: opened(spec) for spec in dict.fromkeys(specs)}
+    known = {spec: [p.name for p in read.params] for spec, read in plain.items()}
+    _refuse_unknown(sets, [name for names in known.values() for name in names])
+    has_target = {spec: bool(read.targets) or not any(r.targets for r in plain.values()) for spec, read in plain.items()}
+    mine = {spec: [text for text in sets if _name(text) in known[spec]] for spec in plain}
+    return {_called(spec, plain): opened(spec, texts, targets if has_target[spec] else ()) for spec, texts in mine.items()}
 
 
 def _refuse_unknown(sets: Iterable[str], known: Sequence[str]) -> None:

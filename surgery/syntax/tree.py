@@ -271,8 +271,9 @@ class Spec(Node):
 
         return spec_text(self)
 
-    def retarget(self, *patterns: str) -> Spec:
-        """The spec with its targets' patterns replaced, which is what `--target` does; a bare name is a selector."""
+    def retarget(self, *patterns: str, at: int | None = None) -> Spec:
+        """The spec with a target's patterns replaced, which is what `--target` does: of its only target, or of number `at`,
+        from 1. A bare name is a selector."""
         from surgery.spec import retarget
 
-        return retarget(self, *patterns)
+        return retarget(self, *patterns, at=at)
