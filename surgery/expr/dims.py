@@ -54,6 +54,11 @@ class Dim:
     def symbols(self) -> set[str]:
         return {name for monomial, _ in self.terms for name, _ in monomial}
 
+    @property
+    def is_real(self) -> bool:
+        """Whether it rests on what need not be whole, and so is no dimension."""
+        return any(isinstance(name, _Real) for name in self.symbols())
+
     def __str__(self) -> str:
         return " + ".join(_monomial_text(m, c) for m, c in reversed(self.terms)).replace("+ -", "- ")
 
@@ -63,9 +68,24 @@ class Dim:
 Size = Union[int, Fraction, Dim]
 
 
-def symbol(name: str) -> Dim:
+class _Real(str):
+    """The name of an unknown that need not be whole."""
+
+
+def symbol(name: str, is_real: bool = False) -> Dim:
     """The unknown called `name`."""
-    return Dim({((name, 1),): Fraction(1)})
+    return Dim({((_Real(name) if is_real else name, 1),): Fraction(1)})
+
+
+def real(value: Number | Dim) -> float | Dim:
+    """The value as one of a float parameter: it is no dimension, even if it should happen to be whole."""
+    if not isinstance(value, Dim):
+        return float(value)
+    return Dim({tuple((_Real(name), power) for name, power in monomial): c for monomial, c in value.terms})
+
+
+def is_real(value: object) -> bool:
+    return isinstance(value, float) or isinstance(value, Dim) and value.is_real
 
 
 def divide(a: Number | Dim, b: Number | Dim) -> Number | Dim:

@@ -33,10 +33,10 @@ _KINDS = {"pre": "transform", "post": "transform", "add": "update"}
 
 
 def typed(value: Any, parameter: Parameter, span: Span | None) -> Any:
-    """The value, if it is of the parameter's type. Raises: SurgeryError (wrong-type)."""
-    is_bool = isinstance(value, bool) and parameter.type != "bool"
-    if value is UNDECIDED or (isinstance(value, _TYPES[parameter.type]) and not is_bool):
-        return value
+    """The value, if it is of the parameter's type; a whole number is one of a float too. Raises: SurgeryError (wrong-type)."""
+    is_other = (isinstance(value, bool) and parameter.type != "bool") or (parameter.type == "int" and dims.is_real(value))
+    if value is UNDECIDED or (isinstance(value, _TYPES[parameter.type]) and not is_other):
+        return dims.real(value) if parameter.type == "float" and value is not UNDECIDED else value
     raise fail("wrong-type", f"`{parameter.name}` is of type {parameter.type}, not {describe(value)}", span)
 
 
@@ -370,7 +370,7 @@ class _Builder:
         if isinstance(p, bool) or not isinstance(p, (int, float, Fraction)):
             raise fail("wrong-type", f"dropout must be a number, not {describe(p)}", step.dropout.span)
         if not 0 <= p < 1:
-            raise fail("bad-value", f"dropout must be at least 0 and less than 1, not {p}", step.dropout.span,
+            raise fail("bad-value", f"dropout must be at least 0 and less than 1, not {float(p):g}", step.dropout.span,
                        helps=("write 5% or 0.05",))
         return float(p)
 
@@ -392,4 +392,5 @@ def _placed(diagnostic: Diagnostic, step: Step) -> Diagnostic:
 
 def leaf_values(symbolic: Iterable[Parameter]) -> dict[str, Any]:
     """Each parameter as an unknown of its type, for checking a definition on its own."""
-    return {p.name: UNDECIDED if p.type in ("bool", "str") else dims.symbol(p.name) for p in symbolic}
+    return {p.name: UNDECIDED if p.type in ("bool", "str") else dims.symbol(p.name, p.type == "float")
+            for p in symbolic}

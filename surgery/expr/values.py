@@ -36,14 +36,18 @@ _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.
 _SCALAR = {"sqrt": math.sqrt, "exp": math.exp, "abs": abs, "tanh": math.tanh, "min": min, "max": max,
            "sigmoid": lambda x: 1 / (1 + math.exp(-x)), "cos": math.cos, "sin": math.sin}
 
+_KEEP_WHOLE = ("abs", "min", "max")
+
 
 def describe(value: Any) -> str:
     """What a value is, in words for a message."""
     if isinstance(value, Expr):
         what = "places" if is_whole(value) else "a tensor"
         return f"{what} {shape_text(value.shape)}" if value.shape else "a scalar tensor"
-    names = {bool: "bool", int: "int", Fraction: "float", float: "float", str: "str", Dim: "size"}
-    return f"{names[type(value)]} `{_text(value)}`" if value is not UNDECIDED else "a truth value or a text"
+    if value is UNDECIDED:
+        return "a truth value or a text"
+    names = {bool: "bool", int: "int", Fraction: "float", str: "str", Dim: "size"}
+    return f"{'float' if dims.is_real(value) else names[type(value)]} `{_text(value)}`"
 
 
 def _text(value: Any) -> str:
@@ -196,7 +200,7 @@ def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
     both = evaluate(node.then, names), evaluate(node.otherwise, names)
     if all(isinstance(v, Expr) for v in both):
         return both[0] if both[0].shape == both[1].shape else undecided(both, expression_text(node))
-    return both[0] if both[0] == both[1] else dims.symbol(f"({expression_text(node)})")
+    return both[0] if both[0] == both[1] else dims.symbol(f"({expression_text(node)})", any(map(dims.is_real, both)))
 
 
 def _matrix(node: tree.Matrix, names: Mapping[str, Any]) -> Expr:
@@ -247,7 +251,8 @@ def _apply(node: tree.Call, values: list, sizes: tuple) -> Any:
     if node.function not in _SCALAR:
         raise fail("wrong-type", f"`{node.function}` needs a tensor, not {describe(values[0])}", node.span)
     if _open(*values):
-        return dims.symbol(f"{node.function}({', '.join(map(str, values))})")
+        is_real = node.function not in _KEEP_WHOLE or any(map(dims.is_real, values))
+        return dims.symbol(f"{node.function}({', '.join(map(str, values))})", is_real)
     return _SCALAR[node.function](*values)
 
 
@@ -279,7 +284,7 @@ def _number(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
 
 def size(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
     """The value of `node` as a dimension. Raises: SurgeryError (wrong-type, not-divisible, bad-value)."""
-    if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)):
+    if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)) or dims.is_real(value):
         raise fail("wrong-type", f"a dimension must be a whole number, not {describe(value)}", node.span)
     if isinstance(value, Fraction):
         raise fail("not-divisible", f"the dimension `{expression_text(node)}` is {value}, which is not whole", node.span,
