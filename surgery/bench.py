@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from surgery.compile import compile
 from surgery.demo import demo_inputs
 from surgery.diagnostics import fail
-from surgery.measure import peak_bytes, seconds
+from surgery.measure import peak_bytes, seconds, sharing, turned
 from surgery.operate import prepare
 from surgery.peft.match import Match, match
 from surgery.syntax.tree import Spec
@@ -96,7 +95,7 @@ class Bench:
 
     def _contender(self, name: str, spec: Spec) -> Contender:
         plan = compile(self.model, spec)
-        copied = _sharing(self.model, plan.train)
+        copied = sharing(self.model, plan.train)
         surgeon = prepare(copied, spec).operate()
         trained = sum(p.numel() for p in surgeon.parameters())
         theirs, why = self._peft(match(plan)) if self.against_peft else (None, "")
@@ -114,7 +113,7 @@ class Bench:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 config = getattr(peft, found.family.config_class)(**found.config)
-                return self._subject(peft.get_peft_model(_sharing(self.model, found.rewritten), config)), ""
+                return self._subject(peft.get_peft_model(sharing(self.model, found.rewritten), config)), ""
         except (TypeError, ValueError) as error:  # how PEFT refuses a module
             return None, f"PEFT refuses: {error}"
 
@@ -125,7 +124,7 @@ class Bench:
         for phase in PHASES:
             yield from self._warm_up(phase)
             for number in range(repeat):
-                for name, subject in _turned(list(self.subjects.items()), number):
+                for name, subject in turned(list(self.subjects.items()), number):
                     yield f"{phase}, round {number + 1} of {repeat}: {name}"
                     subject.times[phase].append(seconds(subject.call(phase), self.device))
 
@@ -169,20 +168,7 @@ def spread(values: Sequence[float]) -> float | None:
     return (high - low) / 2
 
 
-def _turned(items: list, number: int) -> list:
-    """The items from another one on, so that none always follows the same."""
-    at = number % len(items)
-    return items[at:] + items[:at]
-
-
 # ----------------------------------------------------------------------------------------------- models and batches
-
-
-def _sharing(model: nn.Module, apart: Sequence[str] = ()) -> nn.Module:
-    """A copy of the model's structure with the same tensors in it; the parameters named are copied."""
-    own = {id(model.get_parameter(name)) for name in apart}
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
-    return deepcopy(model, shared)
 
 
 def _batch(model: nn.Module, tokens: tuple[int, int]) -> dict[str, Tensor]:

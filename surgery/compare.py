@@ -3,7 +3,8 @@
 Takes specs by name, a model by its loader and tokenizer, a task; gives a `Run` for each method, learning rate and seed,
 and a `Row` for each method. Promises: every method sees the same texts in as many steps, and with one seed the same
 head and the same batches; the learning rate is chosen on the validation part and the score taken on the test part; each
-run is a small JSON file that appears whole, and a run that a file holds is not run again.
+run is a small JSON file that appears whole, and a run that a file holds is not run again; times that are compared were
+taken side by side.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -25,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.compile import compile
 from surgery.diagnostics import Collector, SurgeryError, fail
-from surgery.footprint import Clock, step_bytes
+from surgery.footprint import Clock, side_by_side, step_bytes
+from surgery.measure import sharing
 from surgery.operate import Surgeon, apply
 from surgery.spec import inlined
 from surgery.spectra import spectrum
@@ -67,6 +69,22 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """The seconds of steps of several methods that took turns. `asked` is all that they depend on but for the machine."""
+
+    asked: Mapping[str, Any]
+    times: Mapping[str, Sequence[float]]
+    machine: str
+
+    def seconds(self, method: str) -> float:
+        return median(self.times[method])
+
+    def ratio(self, method: str) -> float:
+        """The time over the first method's, the median of the rounds."""
+        return median(mine / first for mine, first in zip(self.times[method], next(iter(self.times.values()))))
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What to run. `specs` by the names of the methods, None for full fine-tuning; `load` gives the model with a head
     drawn from a seed; `model` is its name, for the record."""
@@ -95,9 +113,17 @@ class Comparison:
         """What identifies each run, the methods side by side so that a machine's moods fall on all of them."""
         about = {"model": self.model, "task": self.task.name, "kind": self.task.kind, "texts": len(self.task),
                  "digest": self._digest, "epochs": self.epochs, "batch": self.batch}
-        texts = {method: inlined(spec).to_surg() if spec else None for method, spec in self.specs.items()}
         return [{"method": method, "spec": text, "rate": rate, "seed": seed, **about}
-                for seed in range(self.seeds) for rate in self.rates for method, text in texts.items()]
+                for seed in range(self.seeds) for rate in self.rates for method, text in self._texts.items()]
+
+    @property
+    def steps_asked(self) -> dict[str, Any]:
+        """What the times of steps depend on, but for the machine."""
+        return {"specs": self._texts, "model": self.model, "digest": self._digest, "batch": self.batch}
+
+    @property
+    def _texts(self) -> dict[str, str | None]:
+        return {method: inlined(spec).to_surg() if spec else None for method, spec in self.specs.items()}
 
     @cached_property
     def _digest(self) -> str:
@@ -119,6 +145,21 @@ class Comparison:
         found = [self._scores(model, part) for part in (validation, test)]
         update = self._update(model, surgeon) if None not in found else {}
         return Run(asked, *found, trained, update, clock.seconds, step_bytes(model, self._longest(model)), machine())
+
+    def time(self) -> Steps:
+        """The time of a step of every method, side by side."""
+        model = self.load(0)
+        models = {method: self._beside(model, spec) for method, spec in self.specs.items()}
+        return Steps(self.steps_asked, side_by_side(models, self._longest(model)), machine())
+
+    def _beside(self, model: PreTrainedModel, spec: Spec | None) -> PreTrainedModel:
+        """A method's model, on the weights of `model` that it does not train."""
+        if spec is None:
+            return self.load(0)
+        whole = with_head(spec, model)
+        copied = sharing(model, compile(model, whole).train)
+        apply(copied, whole)
+        return copied
 
     def _scores(self, model: PreTrainedModel, part: Task) -> dict[str, float] | None:
         given = outputs(model, self.words, part)
@@ -170,23 +211,41 @@ def place_of(folder: Path, asked: Mapping[str, Any]) -> Path:
 
 def finished(folder: Path, asked: Mapping[str, Any]) -> Run | None:
     """The run, if it is in the folder."""
-    try:
-        found = json.loads(place_of(folder, asked).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise fail("bad-data", f"{place_of(folder, asked)} is not a finished run: {error}",
-                   helps=("delete it",)) from None
-    return Run(**{name: value for name, value in found.items() if name != "format_version"})
+    found = _read(place_of(folder, asked))
+    return Run(**found) if found else None
 
 
 def keep(folder: Path, run: Run) -> None:
     """Write a run's file, whole or not at all. Raises: SurgeryError (bad-output)."""
-    target = place_of(folder, run.asked)
-    beside = target.with_suffix(f".{os.getpid()}")
-    text = json.dumps({"format_version": FORMAT, **asdict(run)}, indent=1, allow_nan=False)
+    _write(place_of(folder, run.asked), run)
+
+
+def known_steps(file: Path, asked: Mapping[str, Any]) -> Steps | None:
+    """The times in a file, if they are those that are asked for, in this order too: ratios are to the first method's."""
+    found = _read(file)
+    return Steps(**found) if found and json.dumps(found["asked"]) == json.dumps(asked) else None
+
+
+def keep_steps(file: Path, steps: Steps) -> None:
+    """Write the times' file, whole or not at all. Raises: SurgeryError (bad-output)."""
+    _write(file, steps)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise fail("bad-data", f"{file} is not finished: {error}", helps=("delete it",)) from None
+    return {name: value for name, value in found.items() if name != "format_version"}
+
+
+def _write(target: Path, what: Run | Steps) -> None:
+    beside = target.with_suffix(f".{os.getpid()}")
+    text = json.dumps({"format_version": FORMAT, **asdict(what)}, indent=1, allow_nan=False)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(text + "\n", encoding="utf-8")
         os.replace(beside, target)
     except OSError as error:
@@ -210,16 +269,20 @@ class Mean:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at the learning rate that its validation scores are best at. `scores` are of the test part, the first
-    is the one to go by, and there are none where the training diverged; `entropy` is the SVD entropy of ΔW, a mean over
-    the weights. The time is a median over all runs of the method, the memory the most of any."""
+    """A method at the learning rate that its validation scores are best at. `edge` is `top` or `bottom` where that is the
+    end of several rates, so that a better one may lie beyond. `scores` are of the test part, the first is the one to go by,
+    and there are none where the training diverged; `entropy` is the SVD entropy of ΔW, a mean over the weights. The times
+    are medians of steps side by side, the ratio to the first method's, None where they were not taken; the memory is the
+    most of any run."""
 
     method: str
     rate: float
+    edge: str | None
     seeds: int
     scores: Mapping[str, Mean]
     trained: int
-    step_seconds: float
+    step_seconds: float | None
+    step_ratio: float | None
     peak_bytes: int
     entropy: Mean | None
 
@@ -227,20 +290,28 @@ class Row:
         return asdict(self)
 
 
-def rows(runs: Sequence[Run]) -> list[Row]:
+def rows(runs: Sequence[Run], steps: Steps | None = None) -> list[Row]:
     """One row for each method, in the order of the runs."""
-    return [_row(method, [r for r in runs if r.method == method]) for method in dict.fromkeys(r.method for r in runs)]
+    methods = dict.fromkeys(r.method for r in runs)
+    return [_row(method, [r for r in runs if r.method == method], steps) for method in methods]
 
 
-def _row(method: str, runs: Sequence[Run]) -> Row:
+def _row(method: str, runs: Sequence[Run], steps: Steps | None) -> Row:
     rates = dict.fromkeys(r.asked["rate"] for r in runs)
     best = max(rates, key=lambda rate: fmean(r.chosen_by for r in _at(rate, runs)))
     chosen = _at(best, runs)
     tests = [r.test for r in chosen if r.test is not None]
     entropies = [r.update["entropy"] for r in chosen if r.update.get("entropy") is not None]
     found = {name: Mean.of([test[name] for test in tests]) for name in tests[0]} if len(tests) == len(chosen) else {}
-    return Row(method, best, len(chosen), found, chosen[0].trained, median(r.step_seconds for r in runs),
-               max(r.peak_bytes for r in runs), Mean.of(entropies) if len(entropies) == len(chosen) else None)
+    return Row(method, best, _edge(best, rates) if found else None, len(chosen), found, chosen[0].trained,
+               steps and steps.seconds(method), steps and steps.ratio(method), max(r.peak_bytes for r in runs),
+               Mean.of(entropies) if len(entropies) == len(chosen) else None)
+
+
+def _edge(rate: float, rates: Iterable[float]) -> str | None:
+    """The end of several rates that one is."""
+    ends = {min(rates): "bottom", max(rates): "top"}
+    return ends.get(rate) if len(ends) > 1 else None
 
 
 def _at(rate: float, runs: Sequence[Run]) -> list[Run]:

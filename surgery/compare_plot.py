@@ -27,7 +27,7 @@ def _panels(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], Mean | None]
     return [(f"{metric} (mean, standard error)", lambda row: row.scores.get(metric), False),
             ("entropy of ΔW", lambda row: row.entropy, False),
             ("trained parameters", lambda row: Mean(row.trained, None), True),
-            ("ms a step", lambda row: Mean(1000 * row.step_seconds, None), False)]
+            ("ms a step", lambda row: Mean(1000 * row.step_seconds, None) if row.step_seconds else None, False)]
 
 
 def _dots(axes: Axes, rows: Sequence[Row], value: Callable[[Row], Mean | None], label: str, is_log: bool) -> None:

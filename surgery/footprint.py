@@ -1,12 +1,13 @@
 """What a step of training costs: its time, and the most memory that is held during it.
 
-Takes a model that is trained; gives seconds and bytes. Promises: the parameters keep their values; bytes are those of
-all tensors (weights, gradients, the optimizer's, activations) at their most.
+Takes models that are trained; gives seconds and bytes. Promises: the parameters keep their values; bytes are those of
+all tensors (weights, gradients, the optimizer's, activations) at their most; models whose times are to be compared take
+turns in one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from surgery.measure import peak_bytes
+from surgery.measure import peak_bytes, seconds, turned
 
 WARM_UP = 2
+ROUNDS = 7
 
 
 class Clock(TrainerCallback):
@@ -39,10 +41,21 @@ class Clock(TrainerCallback):
         return median(self._times[WARM_UP:] or self._times)
 
 
-def step_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """The most bytes held at once in a step of AdamW on a batch that has labels: weights, gradients, the optimizer's state
-    and activations. The model is then as it was."""
-    mode = model.training
+def side_by_side(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """The seconds of a step of AdamW on a batch that has labels, for each model in each of `ROUNDS` rounds. In a round all
+    take their turn, so that a machine's moods fall on all of them. The models are left in training mode."""
+    steps = [(name, _step(model.train(), batch)[0]) for name, model in models.items()]
+    for _, step in WARM_UP * steps:
+        step()
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(ROUNDS):
+        for name, step in turned(steps, number):
+            times[name].append(seconds(step, models[name].device))
+    return times
+
+
+def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Callable[[], None], torch.optim.Optimizer]:
+    """A step to be called, which leaves the parameters where they are, and its optimizer."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0, weight_decay=0.0)
 
     def step() -> None:
@@ -50,7 +63,14 @@ def step_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
         optimizer.step()
         optimizer.zero_grad()
 
-    model.train()
+    return step, optimizer
+
+
+def step_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """The most bytes held at once in a step of AdamW on a batch that has labels: weights, gradients, the optimizer's state
+    and activations. The model is then as it was."""
+    mode = model.training
+    step, optimizer = _step(model.train(), batch)
     step()  # the optimizer's state comes to be in its first step
     found = _held(model, optimizer) + peak_bytes(step, model.device)
     model.train(mode)

@@ -1,17 +1,19 @@
-"""What a step of a model takes: seconds, and bytes at its peak.
+"""What a step of a model takes: seconds, and bytes at its peak; and models made to run side by side.
 
 Takes something to call and a device; gives numbers. Promises: the clock stops when the device is done; bytes are those that
-the call itself allocates, over what was there before it.
+the call itself allocates, over what was there before it; models side by side share their weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from time import perf_counter
 from typing import Any
 from weakref import ref
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,3 +85,19 @@ class Allocations(TorchDispatchMode):
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+# ------------------------------------------------------------------------------------------------------ side by side
+
+
+def turned(items: list, number: int) -> list:
+    """The items from another one on in each round, so that none always follows the same."""
+    at = number % len(items)
+    return items[at:] + items[:at]
+
+
+def sharing(model: nn.Module, apart: Sequence[str] = ()) -> nn.Module:
+    """A copy of the model's structure with the same tensors in it; the parameters named are copied."""
+    own = {id(model.get_parameter(name)) for name in apart}
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
+    return deepcopy(model, shared)

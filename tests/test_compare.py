@@ -11,11 +11,11 @@ from small_text import save_model, texts, words
 
 import surgery
 from surgery import compare
-from surgery.cli.comparing import _methods
+from surgery.cli.comparing import _edges, _methods
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head
-from surgery.compare import Comparison, Mean, Run, finished, keep, place_of, rows
-from surgery.footprint import Clock, step_bytes
+from surgery.compare import Comparison, Mean, Run, Steps, finished, keep, keep_steps, known_steps, place_of, rows
+from surgery.footprint import Clock, side_by_side, step_bytes
 from surgery.tasks import Task
 
 
@@ -122,10 +122,18 @@ def test_a_run_is_kept_and_found_again(tmp_path: Path) -> None:
     assert all(p.suffix == ".json" for p in (tmp_path / "runs").iterdir())
 
 
+def test_times_are_kept_for_the_methods_in_their_order(tmp_path: Path) -> None:
+    steps = Steps({"specs": {"full": None, "lora": "text"}}, {"full": [2.0], "lora": [1.0]}, "a machine")
+    assert known_steps(tmp_path / "steps.json", steps.asked) is None
+    keep_steps(tmp_path / "steps.json", steps)
+    assert known_steps(tmp_path / "steps.json", steps.asked) == steps
+    assert known_steps(tmp_path / "steps.json", {"specs": {"lora": "text", "full": None}}) is None
+
+
 def test_a_file_that_is_no_run_is_told(tmp_path: Path) -> None:
     keep(tmp_path, run())
     place_of(tmp_path, run().asked).write_text('{"half')
-    with pytest.raises(surgery.SurgeryError, match="is not a finished run"):
+    with pytest.raises(surgery.SurgeryError, match="is not finished"):
         finished(tmp_path, run().asked)
     (tmp_path / "file").write_text("")
     with pytest.raises(surgery.SurgeryError, match="bad-output"):
@@ -150,7 +158,64 @@ def test_one_seed_has_no_standard_error() -> None:
     assert (first.method, second.method) == ("lora", "dora") and first.scores["accuracy"] == Mean(0.5, None)
 
 
+@pytest.mark.parametrize(("best", "edge"), [(1e-4, "bottom"), (1e-3, None), (1e-2, "top")])
+def test_a_rate_at_the_end_of_the_grid_is_said(best: float, edge: str | None) -> None:
+    rates = (1e-3, 1e-4, 1e-2)
+    row, = rows([run(rate=rate, validation=0.9 if rate == best else 0.5) for rate in rates])
+    assert (row.rate, row.edge) == (best, edge)
+    said = _edges([row, replace(row, method="dora")])
+    assert said == ([] if edge is None else [f"lora, dora: {best:g} is the {edge} of the grid: try "
+                                             + ("higher" if edge == "top" else "lower")])
+
+
+def test_one_rate_is_no_grid_and_none_is_chosen_among_those_that_diverge() -> None:
+    assert rows([run()])[0].edge is None
+    assert rows([run(rate=rate, validation=None) for rate in (1e-3, 1e-2)])[0].edge is None
+
+
+def test_times_are_compared_within_a_round() -> None:
+    """The second round was slow for all."""
+    steps = Steps({}, {"lora": [1.0, 10.0, 2.0], "dora": [1.5, 15.0, 3.0]}, "a machine")
+    lora, dora = rows([run("lora"), run("dora")], steps)
+    assert (lora.step_seconds, lora.step_ratio, dora.step_seconds, dora.step_ratio) == (2.0, 1.0, 3.0, 1.5)
+
+
 # -------------------------------------------------------------------------------------------------------- footprint
+
+
+def test_models_side_by_side_take_turns(monkeypatch) -> None:
+    """Each is warmed up, and in each round another begins; their values stay."""
+    order: list[str] = []
+
+    class Line(torch.nn.Linear):
+        device = torch.device("cpu")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            order.append(self.called)
+            return type("Output", (), {"loss": super().forward(x).square().mean()})
+
+    models = {name: Line(2, 2) for name in ("a", "b", "c")}
+    for name, model in models.items():
+        model.called = name
+    before = {name: model.weight.clone() for name, model in models.items()}
+    monkeypatch.setattr("surgery.footprint.ROUNDS", 4)
+    times = side_by_side(models, {"x": torch.ones(1, 2)})
+    assert "".join(order) == "abcabc" + "abcbcacababc" and [len(t) for t in times.values()] == [4, 4, 4]
+    assert all(torch.equal(model.weight, before[name]) for name, model in models.items())
+
+
+def test_methods_side_by_side_share_what_they_do_not_train(model: str, monkeypatch) -> None:
+    """And train what they train alone."""
+    whole, seen = comparison(model, "full", "lora", "dora"), {}
+    monkeypatch.setattr("surgery.compare.side_by_side", lambda models, batch: seen.update(models) or {})
+    assert whole.time().asked == whole.steps_asked
+    sizes = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in seen.items()}
+    assert sizes == {each["method"]: whole.perform(each).trained for each in whole.asked()}
+    full, lora, dora = (m.get_parameter("bert.encoder.layer.0.attention.self.query.weight") for m in seen.values())
+    assert lora is dora is not full and full.requires_grad and not lora.requires_grad
+    assert seen["lora"].get_parameter("classifier.weight") is not seen["dora"].get_parameter("classifier.weight")
+
+
 
 
 def test_peak_memory_counts_weights_gradients_the_optimizer_and_activations() -> None:
@@ -218,12 +283,14 @@ def test_the_command_trains_once_and_shows_the_same_again(model: str, tmp_path: 
     assert noted.count("accuracy") == 8 and len(list((tmp_path / "out/runs").iterdir())) == 8
     assert (tmp_path / "out/comparison.svg").read_text().startswith("<?xml")
 
-    monkeypatch.setattr(Comparison, "perform", lambda *_: pytest.fail("a finished run is run again"))
+    for name in ("perform", "time"):
+        monkeypatch.setattr(Comparison, name, lambda *_: pytest.fail("what is finished is done again"))
     status, again, _ = told(*words, "--json")
     found, kept = json.loads(again), json.loads((tmp_path / "out/comparison.json").read_text())
     assert status == 0 and found["rows"] == kept["rows"] and [row["method"] for row in kept["rows"]] == ["full", "lora"]
     assert kept["machines"] == [compare.machine()] and kept["texts"] == [24, 8, 8]
     assert {"rate", "scores", "trained", "step_seconds", "peak_bytes", "entropy"} <= kept["rows"][1].keys()
+    assert kept["rows"][0]["step_ratio"] == 1 and kept["rows"][0]["edge"] in ("top", "bottom") and "the grid: try" in said
 
 
 def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) -> None:

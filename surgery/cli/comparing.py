@@ -15,10 +15,11 @@ from surgery.cli.render import FORMAT, Output
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from surgery.compare import Comparison, Mean, Row, Run
+    from surgery.compare import Comparison, Mean, Row, Run, Steps
     from surgery.syntax.tree import Spec
 
-RUNS, TABLE, PLOT = "runs", "comparison.json", "comparison.svg"
+RUNS, STEPS, TABLE, PLOT = "runs", "steps.json", "comparison.json", "comparison.svg"
+_BEYOND = {"top": "higher", "bottom": "lower"}
 
 
 class Rates(click.ParamType):
@@ -66,7 +67,7 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
 
     Each SPEC, and `full`, trains MODEL on the same texts for as many steps; the learning rate is chosen on a fifth of
     the texts and the score taken on another. Runs that DIR holds are not done again. --set goes to every spec that has
-    such a parameter.
+    such a parameter. The time of a step is taken at the end, all methods taking turns.
     """
     from surgery.tasks import read
     from surgery.training import need
@@ -78,7 +79,8 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     with output.busy(f"loading {model}"):
         comparison = _comparison(methods, model, task, budget)
         comparison.check()
-    _report(output, comparison, _runs(output, comparison, Path(out)), Path(out))
+    runs = _runs(output, comparison, Path(out))
+    _report(output, comparison, runs, _steps(output, comparison, Path(out) / STEPS), Path(out))
 
 
 # --------------------------------------------------------------------------------------------------------- methods
@@ -129,33 +131,54 @@ def _scores(scores: Mapping[str, float] | None) -> str:
     return "diverged" if scores is None else ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
+def _steps(output: Output, comparison: Comparison, file: Path) -> Steps:
+    """The times of steps, from their file or taken."""
+    from surgery.compare import keep_steps, known_steps
+
+    known = known_steps(file, comparison.steps_asked)
+    if known is None:
+        with output.busy("timing steps side by side"):
+            known = comparison.time()
+        keep_steps(file, known)
+    return known
+
+
 # ---------------------------------------------------------------------------------------------------------- report
 
 
-def _report(output: Output, comparison: Comparison, runs: Sequence[Run], folder: Path) -> None:
+def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: Steps, folder: Path) -> None:
     """Show the table; keep it and the plot beside the runs."""
     from surgery.compare import rows
     from surgery.compare_plot import draw
 
-    found, about = rows(runs), _about(comparison, runs)
+    found, about = rows(runs, steps), _about(comparison, runs, steps)
     data = {**about, "rows": [row.to_json() for row in found]}
     title = f"{comparison.task.name}, {comparison.task.kind}"
     learned, validation, test = about["texts"]
     output.say(f"{title}: {learned} texts to learn from, {validation} to choose the learning rate on, "
                f"{test} to score on\n")
     output.say(_table(found))
+    for line in _edges(found):
+        output.say(line)
     (folder / TABLE).write_text(json.dumps({"format_version": FORMAT, **data}, indent=1) + "\n", encoding="utf-8")
     draw(found, folder / PLOT, title)
     output.say(f"saved     {folder / TABLE}, {folder / PLOT}")
     output.data(**data, out=str(folder))
 
 
-def _about(comparison: Comparison, runs: Sequence[Run]) -> dict[str, Any]:
+def _edges(rows: Sequence[Row]) -> list[str]:
+    """Where a better learning rate may lie beyond those that were tried."""
+    at = {(row.rate, row.edge): [r.method for r in rows if (r.rate, r.edge) == (row.rate, row.edge)] for row in rows if row.edge}
+    return [f"{', '.join(methods)}: {rate:g} is the {edge} of the grid: try {_BEYOND[edge]}"
+            for (rate, edge), methods in at.items()]
+
+
+def _about(comparison: Comparison, runs: Sequence[Run], steps: Steps) -> dict[str, Any]:
     """What was compared on what: all that the rows do not say themselves."""
     return {"model": comparison.model, "task": comparison.task.name, "kind": comparison.task.kind,
             "texts": [len(part) for part in comparison.parts], "epochs": comparison.epochs, "batch": comparison.batch,
             "rates": list(comparison.rates), "seeds": comparison.seeds,
-            "machines": sorted({run.machine for run in runs})}
+            "machines": sorted({run.machine for run in runs}), "steps_machine": steps.machine}
 
 
 def _table(rows: Sequence[Row]) -> Table:
@@ -170,7 +193,7 @@ def _table(rows: Sequence[Row]) -> Table:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(row.method, *(_mean(row.scores.get(m)) for m in metrics), f"{row.rate:g}", f"{row.trained:,}",
-                      f"{1000 * row.step_seconds:.0f} ms", size_text(row.peak_bytes), _mean(row.entropy))
+                      f"{1000 * row.step_seconds:.0f} ms, {row.step_ratio:.2f} x", size_text(row.peak_bytes), _mean(row.entropy))
     return table
 
 
