@@ -20,6 +20,7 @@ from torch import nn
 
 from surgery import __version__
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, fail
+from surgery.expr.places import bounds
 from surgery.folders import Kind, replacing
 from surgery.layer import Adapter
 from surgery.operate import Surgeon, prepare
@@ -63,11 +64,23 @@ def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
     except SurgeryError as error:
         raise _does_not_fit(model, saved, error.diagnostics) from None
     compare(shapes(saved.tensors), shapes(surgeon.named_tensors()), f"this {type(model).__name__}", report)
+    if not report.errors:
+        _assert_places(surgeon, saved.tensors, report)
     if report.errors:
         raise _does_not_fit(model, saved, report.found)
     surgeon.operate()
     surgeon.load(saved.tensors)
     return surgeon
+
+
+def _assert_places(surgeon: Surgeon, tensors: Mapping[str, torch.Tensor], report: Collector) -> None:
+    """Report saved places that do not exist."""
+    names = {id(tensor): name for name, tensor in surgeon.named_tensors().items()}
+    for adapter in surgeon.adapters.values():
+        for key, count in bounds(adapter.formula.leaves).items():
+            found = tensors[name := names[id(adapter.tensors()[key])]]
+            if found.is_floating_point() or not ((0 <= found) & (found < count)).all():
+                report.error("bad-adapter", f"{TENSORS}: {name} must hold whole numbers from 0 to {count - 1:g}")
 
 
 def _does_not_fit(model: nn.Module, saved: Saved, why: Iterable[Diagnostic]) -> SurgeryError:

@@ -208,6 +208,15 @@ def test_values_that_are_not_finite(saved: Path) -> None:
     assert name in faults(saved)
 
 
+@pytest.mark.parametrize("change", [lambda at: at - at.max() - 1, lambda at: at * 64 * 64, torch.Tensor.float], ids=str)
+def test_places_that_do_not_exist(tmp_path: Path, change) -> None:
+    model = load_demo("llama")
+    surgery.apply(model, surgery.load("fourierft", count=4).retarget("**.q_proj")).save(tmp_path / "a")
+    name = next(name for name in load_file(tmp_path / "a" / TENSORS) if name.endswith(".at"))
+    rewritten(tmp_path / "a", lambda tensors: tensors.update({name: change(tensors[name])}))
+    assert f"{name} must hold whole numbers from 0 to 4095" in faults(tmp_path / "a")
+
+
 def test_another_dtype_than_listed(saved: Path) -> None:
     rewritten(saved, lambda t: t.update({n: v.half() for n, v in t.items()}), meta=False)
     assert "another dtype" in faults(saved)

@@ -11,8 +11,9 @@ from torch import nn
 
 from case import Parameters
 from layers import LAYOUTS, Tower, assert_close, gradients, operated, perturb
+from surgery.expr.primitives import PRIMITIVES
 from surgery.operate import apply
-from surgery.spec import parse
+from surgery.spec import load, parse
 from zoo import CASES
 
 EXACT = 1e-10
@@ -43,6 +44,28 @@ def test_unmerging_restores_every_bit(case):
         op.surgeon.unmerge()
     assert all(torch.equal(value, before[name]) for name, value in op.model.state_dict().items())
     assert torch.equal(op.model(op.x), outputs)
+
+
+@on_every_case
+@pytest.mark.parametrize("training", [False, True])
+def test_a_batch_of_no_tokens(case, training):
+    """What a rank of a distributed run may be given: nothing comes out, and no parameter moves."""
+    op = operated(case, WIDE, torch.float32)
+    op.model.train(training)
+    y = op.model(op.x.flatten(0, -2)[:0].requires_grad_())
+    assert y.shape == (0, op.weight.shape[0])
+    y.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in op.model.parameters())
+
+
+def test_no_tokens_through_fourier_transforms():
+    """torch has no transform of nothing."""
+    model = nn.Sequential(nn.Linear(512, 512))
+    apply(model, load("c3a", block=64))
+    assert model.eval()(torch.ones(2, 0, 512)).shape == (2, 0, 512)
+    a, c = torch.ones(0, 512, requires_grad=True), torch.ones(2, 8, 64, requires_grad=True)
+    PRIMITIVES["circulate"].dense(a, c).sum().backward()
+    assert a.grad.shape == a.shape and not c.grad.any()
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:

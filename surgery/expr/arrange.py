@@ -129,6 +129,8 @@ def _circulate(a: Any, c: Any) -> Any:
     import torch
 
     p, q, b = c.shape
+    if not a.numel():  # no tokens, of which torch has no transform
+        return (a.sum(-1, keepdim=True) * c.sum()).to(a.dtype).expand(*a.shape[:-1], p * b)
     dtype = torch.promote_types(a.dtype, torch.float32)
     spectrum = torch.fft.rfft(a.to(dtype).reshape(-1, q, b))
     kernel = torch.fft.rfft(c.to(dtype)).conj()

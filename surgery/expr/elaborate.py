@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic, Span, SurgeryError, did_you_mean, fail
-from surgery.expr import dims
+from surgery.expr import dims, places
 from surgery.expr.dims import Dim, Size
 from surgery.expr.draws import DISTRIBUTIONS, choices
 from surgery.expr.ir import Claim, Draw, Expr, Formula, Leaf, Part
@@ -148,7 +148,9 @@ class Instance:
                 is_let = isinstance(statement, Let)
                 self.values[statement.name] = evaluate(statement.value, self.values) if is_let else self._param(statement)
         with guard(self.report):
-            return self._result()
+            result = self._result()
+            places.assert_exist([*(leaf.init for leaf in self.leaves if leaf.init is not None), result], self.leaves)
+            return result
         return None
 
     def _result(self) -> Expr:
@@ -329,8 +331,8 @@ class _Builder:
         self.report.add(*(_placed(d, step) for d in within.found))
         self.leaves += instance.leaves
         if result is not None:
-            places = definition.claims_spans or (definition.name_span,) * len(definition.claims)
-            self.claims += [Claim(c, result, definition.name, s) for c, s in zip(definition.claims, places)]
+            spans = definition.claims_spans or (definition.name_span,) * len(definition.claims)
+            self.claims += [Claim(c, result, definition.name, s) for c, s in zip(definition.claims, spans)]
         return result
 
     def _definition(self, step: Step) -> Definition:
