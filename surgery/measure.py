@@ -6,7 +6,7 @@ the call itself allocates, over what was there before it; models side by side sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from time import perf_counter
 from typing import Any
@@ -83,8 +83,13 @@ class Allocations(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors that have a storage; a sparse one has those of its indices and values."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.sparse_coo:
+            yield from (leaf._indices(), leaf._values())
+        elif isinstance(leaf, torch.Tensor):
+            yield leaf
 
 
 # ------------------------------------------------------------------------------------------------------ side by side

@@ -29,6 +29,14 @@ def test_views_and_tensors_from_before_do_not_count():
     assert megabytes(lambda: (x + 1).T[3:].unsqueeze(0)) == 1
 
 
+def test_a_sparse_tensor_counts_with_its_indices_and_values():
+    with Allocations() as counted:
+        values, places = torch.ones(10), torch.arange(20).reshape(2, 10)
+        found = torch.sparse_coo_tensor(places, values, (20, 20), check_invariants=True) * 2
+        assert counted.live == 2 * (10 * 4 + 20 * 8)
+    assert found._nnz() == 10
+
+
 def test_what_autograd_saves_counts_until_the_backward_pass():
     x = torch.ones(512, 512, requires_grad=True)
     saved = 2  # exp and tanh keep their results

@@ -208,7 +208,8 @@ def test_values_that_are_not_finite(saved: Path) -> None:
     assert name in faults(saved)
 
 
-@pytest.mark.parametrize("change", [lambda at: at - at.max() - 1, lambda at: at * 64 * 64, torch.Tensor.float], ids=str)
+@pytest.mark.parametrize("change", [lambda at: at - at.max() - 1, lambda at: at * 64 * 64, torch.Tensor.float],
+                         ids=["below", "beyond", "no numbers of places"])
 def test_places_that_do_not_exist(tmp_path: Path, change) -> None:
     model = load_demo("llama")
     surgery.apply(model, surgery.load("fourierft", count=4).retarget("**.q_proj")).save(tmp_path / "a")

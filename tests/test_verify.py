@@ -78,6 +78,7 @@ MALFORMED: dict[str, tuple[Expr, ...]] = {
     "places": (Expr("places", (A,), "own.at", (6,)), Expr("places", (), "at", (6,))),
     "undecided": (Expr("undecided", (), "if out < in then A else B", (6, 6)),),
     "swap": (Expr("swap", (X, X), (1, 2, 3, 1), (TOKENS, 6)), Expr("swap", (X,), (1, 2, 2, 1), (TOKENS, 6))),
+    "mix": (Expr("mix", (A, A), ((1,),), (6, 6)), Expr("mix", (A,), ((1, 2), (3, 4)), (2, 6))),
     "const": (Expr("const", (A,), 2.0, ()), Expr("const", (), "2", ()), Expr("const", (), 2.0, (1,)), Expr("const", (), True, ())),
     "eye": (Expr("eye", (A,), None, (6, 6)), Expr("eye", (), None, (6, 4)), Expr("eye", (), 1, (6, 6))),
     "fill": (Expr("fill", (A,), 1.0, (6,)), Expr("fill", (), 1, (6,)), Expr("fill", (), 1.0, ())),

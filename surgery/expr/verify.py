@@ -99,6 +99,8 @@ ACTIVATIONS: Laws = {
     "join": _on(1, "the last two axes as one", lambda n: n.shape[:-1] == _rows(n)[:-1]
                 and n.shape[-1] == n.args[0].shape[-1] * n.args[0].shape[-2]),
     "swap": _on(1, "its argument's shape, in four factors", lambda n: n.shape == n.args[0].shape and prod(n.data) == n.shape[-1]),
+    "mix": _on(1, "its argument with the rows of numbers in the place of its own", lambda n: n.args[0].shape[-2] == len(n.data[0])
+               and n.shape == (*_rows(n)[:-1], len(n.data), n.args[0].shape[-1])),
     "add_bias": _on(2, "a number for each feature", lambda n: n.shape == n.args[0].shape and n.args[1].shape == n.shape[-1:]),
 }
 # What the normal form of `rewrite.algebra` promises.

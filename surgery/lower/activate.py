@@ -57,9 +57,12 @@ def _product(expr: Expr, a: Expr) -> Expr:
 
 
 def _is_small(expr: Expr) -> bool:
-    """Whether a product of parameters is a thin matrix, no larger than a factor: then it is made once, not for every token."""
+    """Whether a product of parameters is a thin matrix, no larger than a factor, and little work: then it is made once, not for
+    every token."""
+    left, right = expr.args
     thin = is_thin(min(expr.shape), max(expr.shape)) and prod(expr.shape) <= max(prod(a.shape) for a in expr.args)
-    return thin and not any(node.op in ("weight", "drop") for node in walk(expr))
+    little = min(prod(left.shape), prod(right.shape)) <= max(expr.shape)
+    return thin and little and not any(node.op in ("weight", "drop") for node in walk(expr))
 
 
 def _turned_sum(turn: Factors, right: Expr, a: Expr) -> Expr:
@@ -119,11 +122,6 @@ def _permuted(expr: Expr, a: Expr) -> Expr:
     return Expr("swap", (a,), _permutation(expr), a.shape)
 
 
-def swap(a: Any, sizes: tuple[int, int, int, int]) -> Any:
-    """The last axis as [g, p, q, r], p and q exchanged: one copy."""
-    return a.unflatten(-1, sizes).transpose(-3, -2).flatten(-4)
-
-
 def _kron(expr: Expr, a: Expr) -> Expr:
     """x (A ⊗ B)ᵀ: the last axis as a matrix [n, q], B on its rows and A on its columns."""
     if _permutation(expr) is not None:
@@ -131,7 +129,9 @@ def _kron(expr: Expr, a: Expr) -> Expr:
     left, right = expr.args
     (m, n), (p, q) = left.shape, right.shape
     h = apply(right, _reshaped("split", a, (n, q), a.shape[:-1] + (n, q)))
-    if left.op != "eye":
+    if left.op == "literal":
+        h = Expr("mix", (h,), left.data, h.shape[:-2] + (m, h.shape[-1]))
+    elif left.op != "eye":
         h = make("T", apply(left, make("T", h)))
     return _reshaped("join", h, (), a.shape[:-1] + (m * p,))
 

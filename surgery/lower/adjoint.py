@@ -114,6 +114,15 @@ def _outer(a: Expr, g: Expr) -> Expr:
     return product if scalar is None else times(scalar, product)
 
 
+def _turned(g: Expr) -> Expr:
+    """gᵀ; (aᵀ b)ᵀ = bᵀ a."""
+    scalar, rest = scaled(g)
+    if rest.op != "outer":
+        return make("T", g)
+    product = _node("outer", rest.shape[::-1], *rest.args[::-1])
+    return product if scalar is None else times(scalar, product)
+
+
 def _mul(node: Expr, g: Expr) -> tuple[Expr, Expr]:
     c, a = node.args
     dots = _node("column_dot", a.shape[-1:], _flat(g), _flat(_forward(a)))
@@ -145,6 +154,10 @@ def _swap(node: Expr, g: Expr) -> tuple[Expr]:
     return (Expr("swap", (g,), (outer, q, p, inner), node.shape),)
 
 
+def _mix(node: Expr, g: Expr) -> tuple[Expr]:
+    return (Expr("mix", (g,), tuple(zip(*node.data)), node.args[0].shape),)
+
+
 def _circulate(node: Expr, g: Expr) -> tuple[Expr, Expr]:
     a, c = node.args
     return _node("circulate_back", a.shape, g, c), _node("circulate_dot", c.shape, _flat(_forward(a)), _flat(g), c)
@@ -158,12 +171,13 @@ RULES: dict[str, Callable[[Expr, Expr], tuple[Expr, ...]]] = {
     "scale": _scale,
     "blocks": _blocks,
     "swap": _swap,
+    "mix": _mix,
     "circulate": _circulate,
     "frozen": lambda node, g: (_node("frozen_back", node.args[0].shape, g),),
     "frozen_back": _frozen_back,
     "masked": lambda node, g: (_node("masked", g.shape, g, _forward(node.args[1])),),
     "side_by_side": _side_by_side,
-    "T": lambda node, g: (make("T", g),),
+    "T": lambda node, g: (_turned(g),),
     "split": lambda node, g: (_node("join", node.args[0].shape, g),),
     "join": lambda node, g: (Expr("split", (g,), node.args[0].shape[-2:], node.args[0].shape),),
 }

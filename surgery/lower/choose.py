@@ -88,7 +88,7 @@ def _built(operand: Expr, x: Expr, kind: str) -> Expr:
     parts = [_spread(part, x, kind) for part in dropped]
     if kept is not None:
         whole = matrix(kept)
-        parts.insert(0, make("matmul", x, turned(whole)) if kind == "linear" else run(kept, x))
+        parts.insert(0, make("matmul", x, make("T", whole)) if kind == "linear" else run(kept, x))
     return total(parts, (TOKENS, operand.shape[0]))
 
 
@@ -145,12 +145,14 @@ def _unread(expr: Expr) -> Expr:
 
 
 def _frontier(outputs: Sequence[Expr], on_input: dict[Expr, bool]) -> tuple[Expr, ...]:
-    """What the body reads that does not depend on the input, in order (numbers are written into it)."""
+    """What the body reads that does not depend on the input, in order (numbers are written into it). A matrix that it reads
+    turned is the matrix itself, so that the gradient of it lies in memory as it does."""
     found: dict[Expr, None] = {}
     for output in outputs:
         for node in walk(output):
             if depends_on(node, "x", on_input):
-                found.update(dict.fromkeys(a for a in node.args if not depends_on(a, "x", on_input) and a.op != "const"))
+                read = (a for a in node.args if not depends_on(a, "x", on_input) and a.op != "const")
+                found.update(dict.fromkeys(a.args[0] if a.op == "T" else a for a in read))
     return tuple(found)
 
 

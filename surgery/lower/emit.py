@@ -23,12 +23,15 @@ TEMPLATES = {
     "sqrt": "{}.sqrt()", "abs": "{}.abs()", "tanh": "{}.tanh()", "sigmoid": "{}.sigmoid()", "diag": "{}.diag_embed()",
     "total": "{}.sum()", "add_bias": "{} + {}", "param": "leaves[{data!r}]", "places": "leaves[{data!r}]", "weight": "layer.matrix(dtype)",
     "bias": "layer.offset(dtype)", "fill": "layer.fill({shape}, {data!r}, dtype)", "eye": "layer.eye({shape}, dtype)",
-    "swap": "swap({}, {data})", "reshape": "{}.reshape({data})", "columns": "{}[..., :{data[0]}]", "cos": "{}.cos()", "sin": "{}.sin()",
+    "swap": "swap({}, {data})", "mix": "mix({}, {data})", "reshape": "{}.reshape({data})", "columns": "{}[..., :{data[0]}]", "cos": "{}.cos()", "sin": "{}.sin()",
     "dropout": "layer.dropout({}, {data[0]!r})", "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})",
     "mask": "mask({}, {data[0]!r})", "flat": "{}.flatten(0, -2)", "between": "{}[:, {data[0]}:{data[1]}]",
 }
 # Values that nothing else holds, and that no backward pass of autograd's reads.
 FRESH = {"frozen", "matmul", "add", "scale", "mul", "masked", "run", "frozen_back"}
+# What is added to a value without being one itself, and how the factor of it is called.
+_FACTORS = {"matmul": ("addmm", "alpha"), "mul": ("addcmul", "value")}
+_NARROW = 8  # how much wider the other side is than one with few columns
 VIEWS = {"T", "split", "join", "flat", "between"}
 
 
@@ -87,25 +90,46 @@ class Emitter:
         return f"layer.{'_'.join(filter(None, ['frozen', call]))}({self.value(node.args[0])})"
 
     def _outer(self, node: Expr) -> str:
-        """aᵀ g, the side with few columns in front: it is read in order, and so is the other."""
+        """aᵀ g, a side with few columns in front: it is read in order, and so is the other."""
         a, g = map(self.value, node.args)
-        return f"({g}.mT @ {a}).mT" if node.shape[0] > node.shape[1] else f"{a}.mT @ {g}"
+        return f"({g}.mT @ {a}).mT" if node.shape[0] > _NARROW * node.shape[1] else f"{a}.mT @ {g}"
 
     def _sum(self, node: Expr) -> str | None:
-        """y + c h M, accumulated into y when y is fresh."""
-        for y, term in (node.args, node.args[::-1]):
-            scalar, product = scaled(term)
-            factor = 1.0 if scalar is None else value_of(scalar)
-            if factor is None or not self._is_product(product, node) or self.uses[term] != 1:
-                continue
-            base, h, m = map(self.value, (y, *product.args))
-            if product not in self.names:  # it may have been needed early, before something that it reads was written over
-                self.fused |= {term, product}
-                alpha = "" if factor == 1.0 else f", alpha={factor!r}"
-                fresh = self._may_overwrite(y, node)
-                return f"{base}.addmm_({h}, {m}{alpha})" if fresh else f"torch.addmm({base}, {h}, {m}{alpha})"
-        return next((f"{self.value(y)}.add_({self.value(z)})" for y, z in (node.args, node.args[::-1])
-                     if self.owner and y.shape == node.shape and self._may_overwrite(y, node)), None)
+        """y + c z in one pass, into y where that may be written over; a product z, or a sparse one, is no value of its own."""
+        ways = [(y, term) for y, term in (node.args, node.args[::-1]) if node.shape and y.shape == term.shape == node.shape]
+        return next((text for rule in (self._taken_in, self._added) for y, term in ways if (text := rule(y, term, node))), None)
+
+    def _taken_in(self, y: Expr, term: Expr, node: Expr) -> str | None:
+        factor, rest = _weighed(term)
+        if factor is None or self.uses[term] != 1 or not self._is_taken_in(rest) or factor != 1.0 and rest.op not in _FACTORS:
+            return None
+        base, *args = map(self.value, (y, *rest.args))
+        if rest in self.names:  # it was needed early, before something that it reads was written over
+            return None
+        self.fused |= {term, rest}
+        if rest.op == "scatter":
+            return f"put({base}, {', '.join(args)})"
+        name, word = _FACTORS[rest.op]
+        more = "" if factor == 1.0 else f", {word}={factor!r}"
+        call = f"{base}.{name}_(" if self._may_overwrite(y, node) else f"torch.{name}({base}, "
+        return f"{call}{', '.join(args)}{more})"
+
+    def _is_taken_in(self, rest: Expr) -> bool:
+        fits = all(a.shape == rest.shape for a in rest.args) if rest.op == "mul" else len(rest.shape) == 2
+        return rest.op in ("scatter", *_FACTORS) and fits and self.uses[rest] == 1 and rest not in self.names
+
+    def _added(self, y: Expr, term: Expr, node: Expr) -> str | None:
+        factor, rest = _weighed(term)
+        if factor is None or self.uses[term] != 1 or term in self.names:
+            factor, rest = 1.0, term
+        if not self.owner and factor == 1.0:
+            return None
+        base, z = self.value(y), self.value(rest)
+        self.fused |= {term} - {rest}
+        more = "" if factor == 1.0 else f", alpha={factor!r}"
+        if self.owner and self._may_overwrite(y, node):
+            return f"{base}.add_({z}{more})"
+        return None if factor == 1.0 else f"torch.add({base}, {z}{more})"
 
     def _scale(self, node: Expr) -> str | None:
         y, d = node.args
@@ -115,10 +139,6 @@ class Emitter:
         c, y = node.args
         fits = self.owner and y.shape == node.shape and not c.shape
         return f"{self.value(y)}.mul_({self.value(c)})" if fits and self._may_overwrite(y, node) else None
-
-    def _is_product(self, term: Expr, node: Expr) -> bool:
-        flat = term.op == "matmul" and term.shape == node.shape and all(len(a.shape) == 2 for a in term.args)
-        return flat and self.uses[term] == 1 and term not in self.names
 
     def _bias(self, node: Expr) -> str | None:
         """y + b, in one pass with a scaling of y."""
@@ -144,13 +164,19 @@ class Emitter:
         return True
 
     def _is_accumulated(self, node: Expr) -> bool:
-        """Whether it is a product that a sum may take in without its being a value of its own."""
-        return node.op == "matmul" and any(reader.op in ("add", "mul") for reader in self.readers.get(node, ()))
+        """Whether it is what a sum may take in without its being a value of its own."""
+        return node.op in _FACTORS and any(reader.op in ("add", "mul") for reader in self.readers.get(node, ()))
 
     def _reading(self, y: Expr) -> Iterator[Expr]:
         """What computes with the numbers of y, be it through a view."""
         for reader in self.readers.get(y, ()):
             yield from self._reading(reader) if reader.op in VIEWS else (reader,)
+
+
+def _weighed(term: Expr) -> tuple[float | None, Expr]:
+    """(c, z) of c z, c a known number; (None, z) where it is not known."""
+    scalar, rest = scaled(term)
+    return (1.0 if scalar is None else value_of(scalar)), rest
 
 
 def readers(*outputs: Expr) -> dict[Expr, list[Expr]]:

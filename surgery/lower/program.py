@@ -20,14 +20,15 @@ import torch
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import PRIMITIVES, make
 from surgery.lower import step
-from surgery.lower.activate import matrix, swap
+from surgery.lower.activate import matrix
 from surgery.lower.choose import Candidate, candidate, candidates, offset
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost
 from surgery.lower.emit import TEMPLATES, Emitter, without_gradient
+from surgery.lower.moves import MOVES
 from surgery.rewrite.cheap import cheapest
 
-_SCOPE = {"torch": torch, "swap": swap, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}}
+_SCOPE = {"torch": torch, **MOVES, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}}
 
 
 @dataclass(frozen=True, eq=False)

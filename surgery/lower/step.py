@@ -17,14 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from surgery.expr.ir import Expr, rebuild, walk
 from surgery.expr.primitives import PRIMITIVES, make
-from surgery.lower.activate import swap
 from surgery.lower.adjoint import LEAVES, gradients
 from surgery.lower.emit import TEMPLATES, Emitter
 from surgery.lower.kernels import KERNELS
+from surgery.lower.moves import MOVES
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.terms import times
 
-SCOPE = {"torch": torch, "swap": swap, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}, **KERNELS}
+SCOPE = {"torch": torch, **MOVES, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}, **KERNELS}
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,7 +90,7 @@ def _scalar_out_of_product(node: Expr) -> Expr | None:
     (p, a), (q, b) = map(scaled, node.args)
     if p is None and q is None:
         return None
-    product = make("matmul", a, b)
+    product = make(node.op, a, b)
     for scalar in (q, p):
         product = product if scalar is None else times(scalar, product)
     return product
@@ -210,6 +210,7 @@ RULES = (
     Rule("block_diag(s) block_diag(t) = block_diag(s t)", "matmul", _joined("block_diag", "matmul"),
          "block_diag(S) @ block_diag(Z)"),
     Rule("(a ⊗ b) (c ⊗ d) = a c ⊗ b d", "matmul", _kron_pair, "kron(K, L) @ kron(K, L)"),
+    Rule("(c x) ⊗ y = c (x ⊗ y)", "kron", _scalar_out_of_product, "kron(2 * K, L)"),
     Rule("kᵀ = -k for a skew k", "T", _turned_skew, "skew(A).T"),
     Rule("(x y)ᵀ = yᵀ xᵀ, f(x)ᵀ = f(xᵀ)", "T", _turn, "(A @ B).T"),
     Rule("diag(c, c, ...) = c I", "diag", _diag_of_fill, "diag(0 * d + 2)"),

@@ -1,0 +1,41 @@
+"""What moves and mixes the entries of activations along their last axes, with autograd looking on or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Rows = tuple[tuple[float, ...], ...]
+
+
+def swap(a: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
+    """The last axis as [g, p, q, r], p and q exchanged: one copy."""
+    return a.unflatten(-1, sizes).transpose(-3, -2).flatten(-4)
+
+
+def mix(a: Tensor, rows: Rows) -> Tensor:
+    """L a for a matrix L of known numbers: [..., n, q] -> [..., m, q]. A 0 costs nothing."""
+    parts = a.unbind(-2)
+    return torch.stack([_weighted(row, parts) for row in rows], -2)
+
+
+def _weighted(row: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
+    """Σ c x over the c that are not 0."""
+    terms = [(c, x) for c, x in zip(row, parts) if c]
+    if not terms:
+        return torch.zeros_like(parts[0])
+    (first, x), *rest = terms
+    found = x if first == 1 else x * first
+    for c, x in rest:
+        found = found.add(x, alpha=c)
+    return found
+
+
+def put(a: Tensor, values: Tensor, places: Tensor) -> Tensor:
+    """a + scatter(values, places): [m, n], [k], [k] -> [m, n], in one copy."""
+    return a.flatten().scatter_add(0, places, values).view(a.shape)
+
+
+MOVES = {f.__name__: f for f in (swap, mix, put)}
