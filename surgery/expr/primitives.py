@@ -80,7 +80,15 @@ def _eye_like(matrix: Any) -> Any:
 
 
 def _cayley(k: Any) -> Any:
-    return 2 * _resolvent(k) - _eye_like(k)  # one factorisation, and a gradient of two products
+    eye = _eye_like(k)
+    return _inverse(eye / 2, k, -0.25) - eye  # one factorisation, and a gradient of two products
+
+
+def _inverse(a: Any, b: Any, factor: float) -> Any:
+    """(a + factor b)⁻¹."""
+    import torch
+
+    return torch.linalg.inv_ex(torch.add(a, b, alpha=factor)).inverse  # does not wait for a device to say that one exists
 
 
 def _expm(k: Any) -> Any:
@@ -110,9 +118,7 @@ def _kron(a: Any, b: Any) -> Any:
 
 
 def _resolvent(m: Any) -> Any:
-    import torch
-
-    return torch.linalg.inv_ex(_eye_like(m) - m / 2).inverse  # which does not wait for a device to say that one exists
+    return _inverse(_eye_like(m), m, -0.5)
 
 
 def _phi(m: Any) -> Any:

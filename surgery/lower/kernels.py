@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CACHED = 1 << 17  # numbers of a slice that a CPU keeps close while it reads them with a stride
+ROWS = 256  # of an activation that a CPU keeps close while it reads them with a stride
 
 
 def column_dot(a: Tensor, b: Tensor) -> Tensor:
@@ -29,19 +29,24 @@ def _slices(a: Tensor, count: int) -> Tensor:
     return a.unflatten(-1, (count, -1)).transpose(-3, -2)
 
 
+def _parts(a: Tensor) -> tuple[Tensor, ...]:
+    """The rows, a cacheful at a time on a CPU."""
+    return a.split(ROWS) if a.device.type == "cpu" else (a,)
+
+
 def blocks(a: Tensor, s: Tensor) -> Tensor:
-    """a block_diag(s): [t, b k], [b, k, m] -> [t, b m], written where it belongs."""
+    """a block_diag(s): [t, b k], [b, k, m] -> [t, b m], with no second activation beside it."""
     rows = a.flatten(0, -2)
     result = a.new_empty(len(rows), s.shape[0] * s.shape[2])
-    torch.bmm(_slices(rows, len(s)), s, out=_slices(result, len(s)))
+    for part, into in zip(_parts(rows), _parts(result)):
+        _slices(into, len(s)).copy_(_slices(part, len(s)) @ s)
     return result.unflatten(0, a.shape[:-1])
 
 
 def block_dot(a: Tensor, g: Tensor, s: Tensor) -> Tensor:
     """aᵀ g on the blocks of the diagonal: [t, b k], [t, b m] -> [b, k, m], the shape of s."""
-    size = max(16, CACHED // max(a.shape[-1], g.shape[-1])) if a.device.type == "cpu" else max(len(a), 1)
-    result = torch.zeros_like(s)
-    for rows, grads in zip(a.split(size), g.split(size)):
+    result = a.new_zeros(s.shape)
+    for rows, grads in zip(_parts(a), _parts(g)):
         result.baddbmm_(_slices(rows, len(s)).mT, _slices(grads, len(s)))
     return result
 

@@ -183,7 +183,11 @@ def _skew_of_zero(node: Expr) -> Expr | None:
 
 
 def _turned_skew(node: Expr) -> Expr | None:
-    return times(-1, node.args[0]) if is_skew(node.args[0]) else None
+    """A view in the place of a pass, where there is a matrix to turn."""
+    inner = node.args[0]
+    if inner.op == "skew":
+        return make("skew", make("T", inner.args[0]))
+    return times(-1, inner) if is_skew(inner) else None
 
 
 RULES = (
@@ -211,7 +215,7 @@ RULES = (
          "block_diag(S) @ block_diag(Z)"),
     Rule("(a ⊗ b) (c ⊗ d) = a c ⊗ b d", "matmul", _kron_pair, "kron(K, L) @ kron(K, L)"),
     Rule("(c x) ⊗ y = c (x ⊗ y)", "kron", _scalar_out_of_product, "kron(2 * K, L)"),
-    Rule("kᵀ = -k for a skew k", "T", _turned_skew, "skew(A).T"),
+    Rule("skew(x)ᵀ = skew(xᵀ), and kᵀ = -k for another skew k", "T", _turned_skew, "skew(A).T"),
     Rule("(x y)ᵀ = yᵀ xᵀ, f(x)ᵀ = f(xᵀ)", "T", _turn, "(A @ B).T"),
     Rule("diag(c, c, ...) = c I", "diag", _diag_of_fill, "diag(0 * d + 2)"),
     Rule("I ⊗ I = I", "kron", _kron_of_identities, "kron(I(2), I(3))"),
