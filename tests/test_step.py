@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, perturb
 from surgery.expr.ir import walk
 from surgery.expr.primitives import PRIMITIVES
-from surgery.lower import kernels, program
+from surgery.lower import activate, kernels, program
 from surgery.lower.step import step
 from surgery.operate import apply
 from surgery.spec import parse
@@ -228,6 +228,27 @@ def test_circulants_by_fourier_transforms(dtype):
     assert_close(kernels.circulate_back(b, c), b.double() @ whole, tolerance)
     (wanted,) = torch.autograd.grad((a.double() @ whole.mT * b.double()).sum(), exact)
     assert_close(kernels.circulate_dot(a, b, c), wanted, tolerance)
+
+
+@pytest.mark.parametrize("block", [2, 6])
+@pytest.mark.parametrize(("layout", "largest"), [("linear 12x18", 128), ("linear 12x12", 0)])
+def test_circulants_by_products_and_by_fast_transforms(monkeypatch, block, layout, largest):
+    """Blocks of even size, the zoo having an odd one."""
+    monkeypatch.setattr(activate, "BY_PRODUCTS", largest)
+    op = operated(next(case for case in CASES if case.name == "c3a"), LAYOUTS[layout], block=block)
+    best, x = op.adapter._programs[True], op.input()
+    assert any("waves" in each.source for each in (best, *best.over)) is (largest > 0)
+    agree(op, {**x, **op.parameters}, x["x"])
+    for each in (best, *best.over):
+        op.adapter._programs[True] = each
+        assert_close(op.model(op.x), op.oracle(op.x, op.leaves()), EXACT)
+
+
+def test_spectra_of_stacks_are_mixed_alike():
+    x, k = torch.randn(2, 4, 5, 7, 3), torch.randn(2, 4, 3, 6)
+    wanted = PRIMITIVES["mixed"].dense(x, k)
+    assert_close(kernels.mixed(x, k), wanted, 1e-6)
+    assert_close(kernels.mixed(x.flatten(2, 3), k), wanted.flatten(2, 3), 1e-6)
 
 
 def test_a_stride_changes_nothing():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from surgery.expr.arrange import ARRANGEMENTS
+from surgery.expr.fourier import TRANSFORMS
 from surgery.expr.ir import Expr, Shape
 from surgery.expr.primitive import (
     Primitive,
@@ -214,7 +215,7 @@ _ROWS = [
     Primitive("scale", 2, _scale_shape, lambda a, d: a * d, "a diag(d): each column of a times its d", public=False),
     Primitive("blocks", 2, _blocks_shape, _blocks, "a block_diag(s)", public=False),
 ]
-PRIMITIVES: dict[str, Primitive] = {row.name: row for row in (*_ROWS, *ARRANGEMENTS)}
+PRIMITIVES: dict[str, Primitive] = {row.name: row for row in (*_ROWS, *ARRANGEMENTS, *TRANSFORMS)}
 
 # What a spec may call; the rest are operators.
 OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "@": "matmul"}

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
+from surgery.expr.fourier import BY_PRODUCTS
 from surgery.expr.ir import Expr, Shape, walk, without_dropout
 from surgery.expr.primitives import make
 from surgery.lower.emit import TOKENS
@@ -136,6 +137,15 @@ def _kron(expr: Expr, a: Expr) -> Expr:
     return _reshaped("join", h, (), a.shape[:-1] + (m * p,))
 
 
+def _circulant(expr: Expr, a: Expr) -> Expr:
+    """A diagonal matrix between two Fourier transforms: by products with their basis, or, of large blocks, by fast ones."""
+    rows = expr.args[0]
+    if rows.shape[-1] > BY_PRODUCTS:
+        return make("circulate", a, rows)
+    basis = make("fourier", data=rows.shape[-1:])
+    return make("waves", make("mixed", make("spectrum", a, basis), make("kernel", rows, basis)), basis)
+
+
 _APPLY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "weight": _frozen,
     "eye": lambda expr, a: a,
@@ -148,7 +158,7 @@ _APPLY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "diag": lambda expr, a: make("scale", a, expr.args[0]),
     "block_diag": lambda expr, a: make("blocks", a, simplify(make("T", expr.args[0]))),
     "shuffle": _permuted,
-    "circulant": lambda expr, a: make("circulate", a, expr.args[0]),
+    "circulant": _circulant,
 }
 
 

@@ -17,7 +17,7 @@ from surgery.rewrite.algebra import simplify
 from surgery.rewrite.terms import scaled, times, total
 
 LEAVES = {"x", "value", "grad", "kept"}
-AGAIN = {"scale", "masked", "split", "join", "T"}  # one pass, or none, over what they act on
+AGAIN = {"scale", "masked", "split", "join", "T", "spectrum"}  # one pass, or none, or thereabouts, over what they act on
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,20 @@ def _circulate(node: Expr, g: Expr) -> tuple[Expr, Expr]:
     return _node("circulate_back", a.shape, g, c), _node("circulate_dot", c.shape, _flat(_forward(a)), _flat(g), c)
 
 
+def _spectrum(node: Expr, g: Expr) -> tuple[Expr, ...]:
+    """For the activations alone: the basis is a constant."""
+    return (make("waves", g, node.args[1]),)
+
+
+def _waves(node: Expr, g: Expr) -> tuple[Expr, ...]:
+    return (make("spectrum", g, node.args[1]),)
+
+
+def _mixed(node: Expr, g: Expr) -> tuple[Expr, Expr]:
+    x, k = node.args
+    return _node("mixed_back", x.shape, g, k), _node("mixed_dot", k.shape, _forward(x), g)
+
+
 RULES: dict[str, Callable[[Expr, Expr], tuple[Expr, ...]]] = {
     "add": lambda node, g: (g, g),
     "add_bias": lambda node, g: (g, _node("column_sum", node.args[1].shape, g)),
@@ -173,6 +187,9 @@ RULES: dict[str, Callable[[Expr, Expr], tuple[Expr, ...]]] = {
     "swap": _swap,
     "mix": _mix,
     "circulate": _circulate,
+    "spectrum": _spectrum,
+    "waves": _waves,
+    "mixed": _mixed,
     "frozen": lambda node, g: (_node("frozen_back", node.args[0].shape, g),),
     "frozen_back": _frozen_back,
     "masked": lambda node, g: (_node("masked", g.shape, g, _forward(node.args[1])),),

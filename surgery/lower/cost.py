@@ -124,6 +124,9 @@ _RULES: dict[str, Callable[[Expr, Callable[[Expr], float]], float]] = {
     "blocks": lambda node, count: 2 * count(node) * float(node.args[1].shape[1]),
     "cayley": _cubic(3), "resolvent": _cubic(2), "mirrored": lambda node, count: 3 * count(node) * node.shape[0], "expm": _cubic(20), "phi": _cubic(160),
     "circulate": lambda node, count: _fourier(count(node.args[0])) + _fourier(count(node)) + 4 * count(node) * node.args[1].shape[1],
+    "spectrum": lambda node, count: 2 * count(node) * node.args[1].shape[1],
+    "waves": lambda node, count: 2 * count(node) * node.args[1].shape[0],
+    "mixed": lambda node, count: 4 * count(node) * node.args[1].shape[2],
     "ifft2": lambda node, count: _fourier(count(node)),
     "reflect": lambda node, count: 4 * count(node) * float(node.args[0].shape[1]),
 }

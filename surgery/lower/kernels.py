@@ -69,6 +69,25 @@ def _spectrum(a: Tensor, count: int, size: int) -> Tensor:
     return torch.fft.rfft(a.to(torch.promote_types(a.dtype, torch.float32)).reshape(-1, count, size))
 
 
+def mixed(x: Tensor, kernel: Tensor) -> Tensor:
+    """x k̄ at each frequency: [2, f, ..., q], [2, f, q, p] -> [2, f, ..., p], real and imaginary parts."""
+    (real, imaginary), (k, m) = x.flatten(2, -2), kernel
+    result = x.flatten(2, -2) @ k
+    result[0].baddbmm_(imaginary, m)
+    result[1].baddbmm_(real, m, alpha=-1)
+    return result.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def mixed_back(g: Tensor, kernel: Tensor) -> Tensor:
+    """g kᵀ at each frequency: [2, f, ..., p], [2, f, q, p] -> [2, f, ..., q]."""
+    return mixed(g, torch.stack([kernel[0].mT, -kernel[1].mT]))
+
+
+def mixed_dot(x: Tensor, g: Tensor) -> Tensor:
+    """The gradient of `mixed` in its kernel: [2, f, ..., q], [2, f, ..., p] -> [2, f, q, p]."""
+    return mixed(x.flatten(2, -2).mT, g.flatten(2, -2))
+
+
 def mask(a: Tensor, p: float) -> Tensor:
     """Which entries of an activation dropout keeps, one byte each."""
     return torch.empty_like(a, dtype=torch.bool).bernoulli_(1 - p)
@@ -79,4 +98,5 @@ def masked(a: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept, a, 0.0)
 
 
-KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, block_dot, circulate_back, circulate_dot, mask, masked)}
+KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, block_dot, circulate_back, circulate_dot, mixed, mixed_back, mixed_dot, mask,
+                                       masked)}

@@ -103,6 +103,11 @@ def _hadamard(node: Expr) -> Expr | None:
     return found and make("matmul", *found)
 
 
+def _scaled_circulant(node: Expr) -> Expr | None:
+    scalar, inner = scaled(node)
+    return make("circulant", make("mul", scalar, inner.args[0])) if scalar is not None and inner.op == "circulant" else None
+
+
 # ---------------------------------------------------------------------------------------------------- norms
 
 
@@ -189,6 +194,7 @@ CHEAP = (
     Rule("(x y) z = x (y z), whichever is cheaper", "matmul", _associate, "(P @ Q.T) @ P"),
     Rule("(I + U V) (I + P Q) = I + [U, P] [V + (V P) Q; Q]", "matmul", _turn_pair, "reflect(P) @ cayley(P @ Q.T - Q @ P.T)"),
     Rule("(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ", "mul", _hadamard, "(p @ q.T) * (q @ p.T)"),
+    Rule("c circulant(x) = circulant(c x)", "mul", _scaled_circulant, "g * circulant(S)"),
     Rule("‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², by rows", "row_norm", _row_norm, "row_norm(A + P @ Q.T)"),
     Rule("the columns of x are the rows of xᵀ", "col_norm", _col_norm, "col_norm(A + P @ Q.T)"),
     Rule("‖x‖² = Σ of its rows' squares", "norm", _norm, "norm(P @ Q.T)"),

@@ -1,0 +1,113 @@
+"""Primitives for the compiler alone: a product with circulant blocks, taken apart into products of matrices.
+
+A circulant block is diagonal in the Fourier basis. For blocks of moderate size a transform is a product with a basis
+[2 f, b] (f = b // 2 + 1 cosines, then as many sines; orthonormal up to the weights of the frequencies), which leaves each
+frequency's numbers together, as the products over the blocks want them:
+
+    a circulant(c)ᵀ = waves(mixed(spectrum(a), kernel(c)))
+
+Shapes: a [..., q b], its spectrum [2, f, ..., q] (real parts, imaginary parts), c [p, q, b], its kernel [2, f, q, p].
+"""
+
+from __future__ import annotations
+
+from math import pi
+from typing import Any
+
+from surgery.expr.ir import Shape
+from surgery.expr.primitive import Primitive, ShapeError, exactly, shape_text, vector
+
+BY_PRODUCTS = 128  # the largest block for which a transform by a product is cheaper than a fast one with its copies
+
+
+def frequencies(size: Any) -> Any:
+    """How many frequencies a real signal of a length has."""
+    return size // 2 + 1
+
+
+# ---------------------------------------------------------------------------------------------- shape rules
+
+
+def _basis_shape(sizes: tuple) -> Shape:
+    return (2 * frequencies(sizes[0]), sizes[0])
+
+
+def _fits(basis: Shape, size: Any) -> Any:
+    """The number of frequencies. Raises: ShapeError."""
+    if exactly(2, "a Fourier basis", basis)[1] != size:
+        raise ShapeError(f"needs a basis of {size}, not {shape_text(basis)}")
+    return basis[0] // 2
+
+
+def _spectrum_shape(a: Shape, basis: Shape) -> Shape:
+    size = exactly(2, "a Fourier basis", basis)[1]
+    if vector(a)[-1] % size:
+        raise ShapeError(f"needs slices of {size}, not {shape_text(a)}")
+    return (2, basis[0] // 2, *a[:-1], a[-1] // size)
+
+
+def _waves_shape(y: Shape, basis: Shape) -> Shape:
+    if len(y) < 3 or y[1] != _fits(basis, basis[-1]):
+        raise ShapeError(f"needs a spectrum, not {shape_text(y)}")
+    return (*y[2:-1], y[-1] * basis[1])
+
+
+def _kernel_shape(c: Shape, basis: Shape) -> Shape:
+    p, q, size = exactly(3, "a stack of first rows [p, q, b]", c)
+    return (2, _fits(basis, size), q, p)
+
+
+def _mixed_shape(x: Shape, kernel: Shape) -> Shape:
+    if x[:2] != kernel[:2] or x[-1] != exactly(4, "a kernel [2, f, q, p]", kernel)[2]:
+        raise ShapeError(f"{shape_text(x)} and {shape_text(kernel)} do not agree")
+    return (*x[:-1], kernel[3])
+
+
+# ------------------------------------------------------------------------------------------- dense meanings
+
+
+def _basis(sizes: tuple, like: Any) -> Any:
+    import torch
+
+    size = sizes[0]
+    steps = (torch.arange(n, dtype=torch.float64, device=like.device) for n in (frequencies(size), size))
+    angles = torch.outer(*steps) * (2 * pi / size)
+    return (torch.cat([angles.cos(), -angles.sin()]) / size ** 0.5).to(like.dtype)
+
+
+def _spectrum(a: Any, basis: Any) -> Any:
+    size = basis.shape[1]
+    found = basis @ a.reshape(-1, size).mT
+    return found.reshape(2, len(basis) // 2, *a.shape[:-1], a.shape[-1] // size)
+
+
+def _waves(y: Any, basis: Any) -> Any:
+    return (y.reshape(len(basis), -1).mT @ basis).reshape(*y.shape[2:-1], -1)
+
+
+def _kernel(c: Any, basis: Any) -> Any:
+    """Of a real signal all frequencies but the first, and the last of an even length, stand for two."""
+    size = c.shape[-1]
+    count = c.new_full((frequencies(size), 1, 1), 2 * size ** 0.5)
+    count[0] = size ** 0.5
+    if size % 2 == 0:
+        count[-1] = size ** 0.5
+    return (_spectrum(c.flatten(1), basis) * count).mT
+
+
+def _mixed(x: Any, kernel: Any) -> Any:
+    """x times the conjugate of the kernel, at each frequency."""
+    import torch
+
+    (real, imaginary), (k, m) = x.flatten(2, -2), kernel
+    parts = torch.stack([real @ k + imaginary @ m, imaginary @ k - real @ m])
+    return parts.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+TRANSFORMS = [
+    Primitive("fourier", 0, _basis_shape, _basis, "the Fourier basis of b numbers: [2 f, b]", public=False, sizes=("b",)),
+    Primitive("spectrum", 2, _spectrum_shape, _spectrum, "the Fourier transform of each slice", public=False),
+    Primitive("waves", 2, _waves_shape, _waves, "the transpose of `spectrum`", public=False),
+    Primitive("kernel", 2, _kernel_shape, _kernel, "the spectrum of the first rows of circulant blocks", public=False),
+    Primitive("mixed", 2, _mixed_shape, _mixed, "x k̄ at each frequency, summed over the blocks", public=False),
+]
