@@ -16,6 +16,7 @@ from surgery.expr.primitives import PRIMITIVES, make
 from surgery.expr.verify import CHEAPEST, LOWERED, MATERIALISED, verify
 from surgery.lower import activate
 from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, split_dropout, turned
+from surgery.lower.blockwise import blockwise
 from surgery.rewrite.algebra import RULES
 from surgery.rewrite.cheap import CHEAP, JOINED, cheapest
 from surgery.rewrite.structure import factors, is_orthogonal, is_skew, low_rank_turn
@@ -108,6 +109,21 @@ def test_a_matrix_acts_on_activations():
         x, a = activations(e)
         y = apply(e, x)
         compare(verify(y, LOWERED), e, a, a @ dense(e, LEAVES).mT)
+
+
+@torch.no_grad()
+def test_factors_that_keep_to_blocks_are_joined():
+    """Any run of them, beside anything else; what has none is left as it is."""
+    texts = ("block_diag(S) @ block_diag(Z) @ W", "W @ block_diag(S) @ kron(I(2), shuffle(2, 3)) @ block_diag(Z) @ diag(d)",
+             "(W + p @ q.T) @ kron(I(4), K @ K) @ diag(d)", "diag(d) @ block_diag(S) @ P @ Q.T @ block_diag(cayley(skew(S)))")
+    for e in (*matrices(), *(each for text in texts for each in _with_weight(cheapest(expression(text))))):
+        e = cheapest(e)
+        x, a = activations(e)
+        compare(verify(apply(blockwise(e), x), LOWERED), e, a, a @ dense(e, LEAVES).mT)
+    assert blockwise(NAMES["W"]) is NAMES["W"]
+    for text in texts[1:]:
+        e = cheapest(expression(text))
+        assert blockwise(e) is not e
 
 
 @torch.no_grad()

@@ -213,6 +213,8 @@ _ROWS = [
     Primitive("root", 1, same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0", public=False),
     Primitive("total", 1, lambda a: (), lambda a: a.sum(), "Σ a over all entries", public=False),
     Primitive("scale", 2, _scale_shape, lambda a, d: a * d, "a diag(d): each column of a times its d", public=False),
+    Primitive("stacked", 1, lambda a: (a[1] // a[0], a[0], a[0]), lambda a: a.unflatten(-1, (-1, len(a))).transpose(0, 1),
+              "k rows of b blocks as a stack: [k, b k] -> [b, k, k]", public=False),
     Primitive("blocks", 2, _blocks_shape, _blocks, "a block_diag(s)", public=False),
 ]
 PRIMITIVES: dict[str, Primitive] = {row.name: row for row in (*_ROWS, *ARRANGEMENTS, *TRANSFORMS)}

@@ -105,27 +105,27 @@ def _dropped(expr: Expr, a: Expr) -> Expr:
     return Expr("dropout", (a,), expr.data, a.shape)
 
 
-def _permutation(expr: Expr) -> tuple[int, int, int, int] | None:
+def permutation(expr: Expr) -> tuple[int, int, int, int] | None:
     """(g, p, q, r) of I[g] ⊗ shuffle(p, q) ⊗ I[r]."""
     if expr.op == "shuffle":
         return (1, *expr.data, 1)
     if expr.op != "kron" or len(expr.shape) != 2:
         return None
     left, right = expr.args
-    if left.op == "eye" and (inner := _permutation(right)) is not None:
+    if left.op == "eye" and (inner := permutation(right)) is not None:
         return (left.shape[0] * inner[0], *inner[1:])
-    if right.op == "eye" and (inner := _permutation(left)) is not None:
+    if right.op == "eye" and (inner := permutation(left)) is not None:
         return (*inner[:3], inner[3] * right.shape[0])
     return None
 
 
 def _permuted(expr: Expr, a: Expr) -> Expr:
-    return Expr("swap", (a,), _permutation(expr), a.shape)
+    return Expr("swap", (a,), permutation(expr), a.shape)
 
 
 def _kron(expr: Expr, a: Expr) -> Expr:
     """x (A ⊗ B)ᵀ: the last axis as a matrix [n, q], B on its rows and A on its columns."""
-    if _permutation(expr) is not None:
+    if permutation(expr) is not None:
         return _permuted(expr, a)
     left, right = expr.args
     (m, n), (p, q) = left.shape, right.shape

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import make
 from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, split_dropout, turned
+from surgery.lower.blockwise import blockwise
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost, step_cost
 from surgery.rewrite.cheap import cheapest
@@ -49,8 +50,9 @@ def candidates(formula: Formula, kind: str, training: bool, has_bias: bool, toke
     weight = cheapest(formula.weight if training else without_dropout(formula.weight))
     operand = turned(weight) if kind == "embedding" else weight
     x, bias = _input(operand.shape[1], kind), cheapest(formula.bias) if has_bias else None
-    found = [candidate((_with_bias(make_output(operand, x, kind), bias, kind),), _unread, name)
-             for name, make_output in STRATEGIES.items()]
+    outputs = {_with_bias(make_output(operand, x, kind), bias, kind): name
+               for name, make_output in reversed(STRATEGIES.items())}  # of two ways to one program the first has the name
+    found = [candidate((output,), _unread, name) for output, name in outputs.items()]
     return tuple(sorted(found, key=lambda each: each.cost(tokens).seconds))
 
 
@@ -92,7 +94,11 @@ def _built(operand: Expr, x: Expr, kind: str) -> Expr:
     return total(parts, (TOKENS, operand.shape[0]))
 
 
-STRATEGIES = {"activations": _spread, "built weight": _built}
+STRATEGIES = {
+    "activations": _spread,
+    "joined blocks": lambda operand, x, kind: _spread(blockwise(operand), x, kind),
+    "built weight": _built,
+}
 
 
 def offset(bias: Expr) -> Expr:

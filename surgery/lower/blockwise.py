@@ -1,0 +1,79 @@
+"""Products of block-diagonal matrices as one: rotations of neighbouring entries, and the shuffles between them, joined.
+
+Takes a weight expression in the lowering's form; gives an equal one in which every run of factors that keep to blocks of a
+common size is one `block_diag`, its small blocks made in the set-up: an activation then passes once in the place of once for
+each factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+from itertools import groupby
+from math import lcm
+
+from surgery.expr.dims import Dim
+from surgery.expr.ir import Expr
+from surgery.expr.primitives import eye, make
+from surgery.lower.activate import apply, permutation
+from surgery.rewrite.structure import is_thin
+from surgery.rewrite.terms import fill
+
+
+def blockwise(expr: Expr) -> Expr:
+    """The expression with its runs of block-diagonal factors joined (itself where there is none)."""
+    done: dict[Expr, Expr] = {}
+
+    def joined(node: Expr) -> Expr:
+        if node not in done:
+            done[node] = _joined(node) or Expr(node.op, tuple(map(joined, node.args)), node.data, node.shape)
+        return done[node]
+
+    return joined(expr)
+
+
+def _joined(node: Expr) -> Expr | None:
+    """A product of the factors that are left, if some were joined."""
+    factors = list(_factors(node))
+    runs = [list(run) for _, run in groupby(factors, key=lambda factor: _size(factor) is None)]
+    parts = [part for run in runs for part in _one(run)]
+    if len(parts) == len(factors):
+        return None
+    return reduce(_times, (blockwise(part) if part in factors else part for part in parts))
+
+
+def _times(a: Expr, b: Expr) -> Expr:
+    return make("matmul", a, b)
+
+
+def _factors(node: Expr) -> Iterator[Expr]:
+    """The factors of a product of matrices, left to right."""
+    if node.op == "matmul" and all(len(a.shape) == 2 for a in node.args):
+        for part in node.args:
+            yield from _factors(part)
+    else:
+        yield node
+
+
+def _size(factor: Expr) -> int | None:
+    """The size of the blocks that a square matrix keeps to; None for one that mixes all entries, or none."""
+    if factor.op == "block_diag" and factor.args[0].shape[1] == factor.args[0].shape[2]:
+        return factor.args[0].shape[1]
+    if factor.op == "kron" and factor.args[0].op == "eye" and permutation(factor) is None:
+        return factor.args[1].shape[0] if factor.args[1].shape[0] == factor.args[1].shape[1] else None
+    if (sizes := permutation(factor)) is not None:
+        _, p, q, inner = sizes
+        return p * q * inner
+    return 1 if factor.op == "diag" else None
+
+
+def _one(run: list[Expr]) -> list[Expr]:
+    """One matrix in the place of a run of factors, if their blocks have a common size that is small."""
+    sizes = list(map(_size, run))
+    if None in sizes or len(run) < 2 or any(isinstance(size, Dim) for size in sizes):
+        return run
+    size, width = lcm(*sizes), run[0].shape[0]
+    if size == 1 or width % size or not is_thin(size, width):
+        return run
+    rows = apply(reduce(_times, run), make("kron", fill(1, (1, width // size)), eye(size)))
+    return [make("block_diag", make("T", make("stacked", rows)))]
