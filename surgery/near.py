@@ -13,7 +13,8 @@ from functools import cached_property
 from itertools import product
 
 from surgery.diagnostics import nearest
-from surgery.patterns import Alternative, Glob, Token, compile_pattern
+from surgery.pattern_text import Token
+from surgery.patterns import Alternative, Glob, compile_pattern
 
 Names = tuple[str, ...]
 

@@ -90,7 +90,7 @@ model_argument = click.argument("model")
 def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> Spec:
     """The spec of a path or shipped name, changed by `--set` and `--target`. Raises: SurgeryError."""
     from surgery.diagnostics import Collector
-    from surgery.expr.elaborate import guard
+    from surgery.expr.arguments import guard
     from surgery.spec import assignment, bind, locate, read
 
     report, arguments = Collector(), []

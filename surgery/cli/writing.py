@@ -55,7 +55,7 @@ def _skeleton(output: Output, model: str) -> Any:
 
 def _checked(output: Output, name: str, sets: tuple[str, ...], skeleton: Any) -> Collector:
     """What is wrong with a spec; it is shown."""
-    from surgery.expr.elaborate import guard
+    from surgery.expr.arguments import guard
 
     found = Collector()
     with guard(found):
@@ -111,7 +111,7 @@ def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) ->
 
     A FILE `-` is read from stdin and written to stdout. A file with a syntax error is left alone.
     """
-    from surgery.expr.elaborate import guard
+    from surgery.expr.arguments import guard
 
     report, found = Collector(), {}
     for name in files:
@@ -234,7 +234,7 @@ def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: b
 
 def _pages(spec: Spec) -> str:
     """The signature, then each target as text and as equations (of a library: what it defines)."""
-    from surgery.expr.elaborate import signature
+    from surgery.expr.arguments import signature
     from surgery.show import formula_lines, formulas
 
     heads = [signature(each) for each in ((spec,) if spec.name else spec.definitions)]

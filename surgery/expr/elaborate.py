@@ -7,251 +7,22 @@ Promises: shapes are checked here and nowhere later; all the mistakes of the ste
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from math import prod
 from typing import Any
 
-from surgery.diagnostics import Collector, Diagnostic, Span, SurgeryError, did_you_mean, fail
-from surgery.expr import dims, places
-from surgery.expr.dims import Dim, Size
-from surgery.expr.draws import DISTRIBUTIONS, choices
-from surgery.expr.ir import Claim, Draw, Expr, Formula, Leaf, Part
-from surgery.expr.primitives import is_whole, make, shape_text, undecided
-from surgery.expr.values import NUMBERS, POISON, UNDECIDED, Poisoned, describe, evaluate, here, size, tensor, unknown
+from surgery.diagnostics import Collector, Diagnostic, fail
+from surgery.expr.arguments import bind_call, guard
+from surgery.expr.dims import Size
+from surgery.expr.instance import Instance, with_article
+from surgery.expr.ir import Claim, Expr, Formula, Leaf, Part
+from surgery.expr.primitives import make
+from surgery.expr.scope import describe, unknown
+from surgery.expr.values import evaluate
 from surgery.spec import Library
-from surgery.syntax.parser import parse_expression
-from surgery.syntax.printer import expression_text
-from surgery.syntax.tree import Argument, Call, Check, Definition, Let, Param, Parameter, Step, Target
+from surgery.syntax.tree import Definition, Step, Target
 
-CLAIMS = ("orthogonal", "diagonal", "symmetric")
-_TYPES = {"int": (int, Dim), "float": NUMBERS, "bool": (bool,), "str": (str,)}
 _KINDS = {"pre": "transform", "post": "transform", "add": "update"}
-
-
-# -------------------------------------------------------------------------------------------------- arguments
-
-
-def typed(value: Any, parameter: Parameter, span: Span | None) -> Any:
-    """The value, if it is of the parameter's type; a whole number is one of a float too. Raises: SurgeryError (wrong-type)."""
-    is_other = (isinstance(value, bool) and parameter.type != "bool") or (parameter.type == "int" and dims.is_real(value))
-    if value is UNDECIDED or (isinstance(value, _TYPES[parameter.type]) and not is_other):
-        return dims.real(value) if parameter.type == "float" and value is not UNDECIDED else value
-    raise fail("wrong-type", f"`{parameter.name}` is of type {parameter.type}, not {describe(value)}", span)
-
-
-def defaults(params: Iterable[Parameter], given: dict[str, Any], scope: Mapping[str, Any], report: Collector,
-             missing: Any) -> dict[str, Any]:
-    """The values of formal parameters: those given, else their defaults, else `missing(parameter)`."""
-    values: dict[str, Any] = {}
-    for p in params:
-        with guard(report, values, p.name):
-            if p.name in given:
-                values[p.name] = given[p.name]
-            elif p.default is not None:
-                values[p.name] = typed(evaluate(p.default, {**scope, **values}), p, p.default.span or p.span)
-            else:
-                values[p.name] = missing(p)
-    return values
-
-
-class guard:
-    """Reports the diagnostics of its block, and poisons `name` in `values` when the block failed."""
-
-    def __init__(self, report: Collector, values: dict[str, Any] | None = None, name: str = ""):
-        self.report, self.values, self.name = report, values, name
-
-    def __enter__(self) -> guard:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, SurgeryError):
-            self.report.add(*error.diagnostics)
-        if self.values is not None and error is not None:
-            self.values[self.name] = POISON
-        return isinstance(error, (SurgeryError, Poisoned))
-
-
-def bind_call(call: Call, definition: Definition, scope: Mapping[str, Any], report: Collector) -> dict[str, Any]:
-    """The values that a step's call gives to a definition's parameters."""
-    given: dict[str, Any] = {}
-    for position, argument in enumerate(call.arguments):
-        with guard(report):
-            parameter = _formal(argument, position, definition, call)
-            if parameter.name in given:
-                raise fail("unknown-argument", f"`{parameter.name}` is given twice", argument.name_span or argument.value.span)
-            with guard(report, given, parameter.name):
-                given[parameter.name] = typed(evaluate(argument.value, scope), parameter, argument.value.span)
-    return defaults(definition.params, given, {}, report, lambda p: _missing(p, call, definition))
-
-
-def _formal(argument: Argument, position: int, definition: Definition, call: Call) -> Parameter:
-    names = [p.name for p in definition.params]
-    if argument.name in names:
-        return definition.params[names.index(argument.name)]
-    if argument.name is None and position < len(names):
-        return definition.params[position]
-    most = f"takes at most {len(names)} argument{'s' * (len(names) > 1)}" if names else "takes no arguments"
-    what = f"has no argument `{argument.name}`" if argument.name else most
-    raise fail("unknown-argument", f"{definition.name} {what}", argument.name_span or argument.value.span,
-               label=did_you_mean(argument.name or "", names), notes=_defined(definition))
-
-
-def signature(definition: Definition) -> str:
-    """`low_rank(rank: int = 8, alpha: float = 16)`."""
-    parts = [f"{p.name}: {p.type}" + (f" = {expression_text(p.default)}" if p.default else "") for p in definition.params]
-    return f"{definition.name}({', '.join(parts)})"
-
-
-def _defined(definition: Definition) -> tuple[str, ...]:
-    place = f" is defined at {definition.name_span.source.name}:{definition.name_span.line}" if definition.name_span else ""
-    return (f"{signature(definition)}{place}",)
-
-
-def _missing(parameter: Parameter, call: Call, definition: Definition) -> Any:
-    raise fail("missing-argument", f"{definition.name} needs an argument `{parameter.name}: {parameter.type}`", call.span,
-               notes=_defined(definition))
-
-
-def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Collector) -> bool:
-    """Whether the values meet every `check`; one that they do not is reported (one that rests on an unknown size is left
-    for later)."""
-    before = len(report.errors)
-    for check in checks:
-        with guard(report):
-            if evaluate(check.condition, values) is False:
-                raise fail("check-failed", f"`check {expression_text(check.condition)}` is not met", check.span,
-                           notes=here(check.condition, values))
-    return len(report.errors) == before
-
-
-# ------------------------------------------------------------------------------------------------ definitions
-
-
-@dataclass
-class Instance:
-    """A definition being given its meaning: the sizes around it, its operand, and what it adds to the formula."""
-
-    definition: Definition
-    prefix: str
-    values: dict[str, Any]
-    report: Collector
-    group: str = ""
-    leaves: list[Leaf] = field(default_factory=list)
-
-    def run(self) -> Expr | None:
-        """The expression that the definition returns (None when a mistake was reported)."""
-        if not assert_checks(self.definition.checks, self.values, self.report):
-            return None
-        for statement in self.definition.body:
-            with guard(self.report, self.values, statement.name):
-                is_let = isinstance(statement, Let)
-                self.values[statement.name] = evaluate(statement.value, self.values) if is_let else self._param(statement)
-        with guard(self.report):
-            result = self._result()
-            places.assert_exist([*(leaf.init for leaf in self.leaves if leaf.init is not None), result], self.leaves)
-            return result
-        return None
-
-    def _result(self) -> Expr:
-        result = evaluate(self.definition.result, self.values)
-        span = self.definition.result.span or self.definition.span
-        if not isinstance(result, Expr):
-            raise fail("wrong-type", f"{self.definition.name} must return a tensor, not {describe(result)}", span)
-        wanted = self._wanted()
-        if result.op == "undecided":
-            return undecided(result.args, result.data, wanted)
-        if result.shape != wanted:
-            raise fail("shape-mismatch", f"{self.definition.name} returns {shape_text(result.shape)}, and "
-                       f"{_a(self.definition.kind)} must return {shape_text(wanted)}", span, notes=self._sizes())
-        return result
-
-    def _wanted(self) -> tuple[Size, ...]:
-        n = self.values.get(self.definition.dim or "")
-        if self.definition.kind == "transform":
-            return (n, n)
-        return (self.values["out"],) if self.definition.bias else (self.values["out"], self.values["in"])
-
-    def _sizes(self) -> tuple[str, ...]:
-        names = ["out", "in", *([self.definition.dim] if self.definition.dim else [])]
-        known = [f"{n} = {self.values[n]}" for n in names if str(self.values[n]) != n]
-        return (f"here {', '.join(known)}",) if known else ()
-
-    def _param(self, param: Param) -> Expr:
-        shape = tuple(size(evaluate(d, self.values), d, self.values) for d in param.dims)
-        init = self._init(param, shape) if param.init is not None else None
-        law = self._draw(param, shape) if param.draw is not None else None
-        key = f"{self.prefix}.{param.name}"
-        group = f"{self.group}.{key}" if param.shared else None
-        whole = DISTRIBUTIONS[law.distribution].whole if law else is_whole(init)
-        if whole and not param.frozen:
-            raise fail("wrong-type", f"`{param.name}` holds whole numbers, which cannot be trained",
-                       param.name_span or param.span, helps=(f"say `frozen param {param.name}`",))
-        self.leaves.append(Leaf(key, shape, init, law, param.frozen, group, param.name_span or param.span, whole))
-        return self.leaves[-1].expr
-
-    def _init(self, param: Param, shape: tuple[Size, ...]) -> Expr:
-        value = evaluate(param.init, self.values)
-        if isinstance(value, bool) or not isinstance(value, (*NUMBERS, Expr)):
-            raise fail("wrong-type", f"`{param.name}` must start at a number or a tensor, not {describe(value)}", param.init.span)
-        start = self._start(value, param)
-        if start.shape not in ((), shape):
-            raise fail("shape-mismatch", f"`{param.name}` is {shape_text(shape)} but starts at {shape_text(start.shape)}",
-                       param.init.span or param.span, notes=self._sizes())
-        return start
-
-    def _start(self, value: Any, param: Param) -> Expr:
-        try:
-            return tensor(value)
-        except OverflowError:
-            raise fail("bad-value", f"`{param.name}` starts at {describe(value)}, which float32 cannot hold",
-                       param.init.span) from None
-
-    def _draw(self, param: Param, shape: tuple[Size, ...]) -> Draw:
-        call, place = param.draw, param.draw.name_span or param.draw.span
-        if call.function not in DISTRIBUTIONS:
-            raise unknown("unknown-distribution", "distribution", call.function, DISTRIBUTIONS, place)
-        law = DISTRIBUTIONS[call.function]
-        if len(shape) < law.least_dims:
-            raise fail("shape-mismatch", f"{call.function} needs at least {law.least_dims} dimensions; "
-                       f"`{param.name}` is {shape_text(shape)}", place, helps=("use normal() or uniform()",))
-        given = tuple(self._draw_argument(a, i, call) for i, a in enumerate(call.arguments))
-        lacking = [name for name, default in law.arguments.items() if default is None and name not in dict(given)]
-        if lacking:
-            raise fail("missing-argument", f"{call.function} needs an argument `{lacking[0]}`", place)
-        _assert_fits(call, shape, dict(given))
-        return Draw(call.function, given)
-
-    def _draw_argument(self, argument: Argument, position: int, call: Call) -> tuple[str, Any]:
-        known = DISTRIBUTIONS[call.function].arguments
-        name = argument.name or (list(known) + [None] * position)[position]
-        if name not in known:
-            what = f"argument `{name}`" if name else f"argument number {position + 1}"
-            raise fail("unknown-argument", f"{call.function} has no {what}", argument.name_span or argument.value.span,
-                       label=did_you_mean(name or "", known), notes=(f"it takes {', '.join(known)}",))
-        value, allowed = evaluate(argument.value, self.values), choices(call.function, name)
-        if value not in (*allowed, UNDECIDED) if allowed else not isinstance(value, NUMBERS):
-            wanted = " or ".join(f'"{a}"' for a in allowed) or "a number"
-            raise fail("wrong-type", f"`{name}` must be {wanted}, not {describe(value)}", argument.value.span)
-        return name, value if allowed or isinstance(value, Dim) else float(value)
-
-
-def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) -> None:
-    """Raises: SurgeryError, if the distribution's check is not met, or more different places are asked for than there are."""
-    law = DISTRIBUTIONS[call.function]
-    check, values = parse_expression(law.check), {**law.arguments, **given}
-    if evaluate(check, values) is False:
-        raise fail("bad-value", f"{call.function} needs {law.check}", call.span, notes=here(check, values))
-    of, count = given.get("of"), prod(shape)
-    if of is not None and not isinstance(of, Dim) and not isinstance(count, Dim) and count > of:
-        raise fail("bad-value", f"{count} different places are asked for, and there are {of:g}", call.span)
-
-
-def _a(kind: str) -> str:
-    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
-
-
-# ---------------------------------------------------------------------------------------------------- targets
 
 
 @dataclass(frozen=True)
@@ -343,8 +114,8 @@ class _Builder:
             raise unknown("unknown-definition", kind, call.function, fitting, place)
         if known[call.function].kind != kind:
             other = "add" if kind == "transform" else "pre` or `post"
-            raise fail("wrong-kind", f"`{step.placement}` needs {_a(kind)}, and {call.function} is "
-                       f"{_a(known[call.function].kind)}", place, helps=(f"place it with `{other}`",))
+            raise fail("wrong-kind", f"`{step.placement}` needs {with_article(kind)}, and {call.function} is "
+                       f"{with_article(known[call.function].kind)}", place, helps=(f"place it with `{other}`",))
         return known[call.function]
 
     def _dropped(self, update: Expr, dropout: float, name: str) -> Expr:
@@ -390,9 +161,3 @@ def _placed(diagnostic: Diagnostic, step: Step) -> Diagnostic:
     """A mistake in a definition, with the step that places it."""
     where = step.call.span
     return replace(diagnostic, related=(*diagnostic.related, (where, "placed here"))) if where else diagnostic
-
-
-def leaf_values(symbolic: Iterable[Parameter]) -> dict[str, Any]:
-    """Each parameter as an unknown of its type, for checking a definition on its own."""
-    return {p.name: UNDECIDED if p.type in ("bool", "str") else dims.symbol(p.name, p.type == "float")
-            for p in symbolic}

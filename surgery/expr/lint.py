@@ -10,12 +10,16 @@ from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.expr import dims
-from surgery.expr.elaborate import CLAIMS, Context, Instance, assert_checks, defaults, elaborate, leaf_values
+from surgery.expr.arguments import assert_checks, defaults, unknowns
+from surgery.expr.elaborate import Context, elaborate
+from surgery.expr.instance import Instance
 from surgery.expr.ir import Expr
-from surgery.expr.values import names_in, unknown
+from surgery.expr.scope import unknown
+from surgery.expr.values import names_in
 from surgery.spec import Library
 from surgery.syntax.tree import Definition, Param, Parameter, Spec
 
+CLAIMS = ("orthogonal", "diagonal", "symmetric")
 OUT, IN = dims.symbol("out"), dims.symbol("in")
 PLACES = {"layer": dims.symbol("layer"), "depth": dims.symbol("depth")}
 
@@ -65,7 +69,7 @@ def _definition(definition: Definition) -> list[Diagnostic]:
 def _abstract(definition: Definition, n: Any) -> list[Diagnostic]:
     report = Collector()
     side = {definition.dim: n} if definition.dim else {"b": Expr("bias", (), None, (OUT,))} if definition.bias else {}
-    values = {**leaf_values(definition.params), "out": OUT, "in": IN, **side, "W": Expr("weight", (), None, (OUT, IN))}
+    values = {**unknowns(definition.params), "out": OUT, "in": IN, **side, "W": Expr("weight", (), None, (OUT, IN))}
     Instance(definition, definition.name, values, report).run()
     return report.found
 

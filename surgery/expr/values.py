@@ -8,50 +8,26 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-from surgery.diagnostics import Span, SurgeryError, did_you_mean, fail
+from surgery.diagnostics import fail
 from surgery.expr import dims
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr
-from surgery.expr.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, is_whole, make, ones, shape_text, undecided
+from surgery.expr.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, ones, undecided
+from surgery.expr.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe, text, unknown
 from surgery.syntax import tree
 from surgery.syntax.printer import expression_text
 from surgery.syntax.wellformed import MAX_INT
 
-UNDECIDED = object()  # a truth value or a text that is not known yet
-POISON = object()  # the value of a name whose own statement failed and was reported
-NUMBERS = (int, Fraction, float, Dim)
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
-
-
-class Poisoned(Exception):
-    """A value rests on a name that was already reported; nothing more to say."""
-
-
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": dims.divide}
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _SCALAR = {"sqrt": math.sqrt, "exp": math.exp, "abs": abs, "tanh": math.tanh, "min": min, "max": max,
            "sigmoid": lambda x: 1 / (1 + math.exp(-x)), "cos": math.cos, "sin": math.sin}
-
 _KEEP_WHOLE = ("abs", "min", "max")
-
-
-def describe(value: Any) -> str:
-    """What a value is, in words for a message."""
-    if isinstance(value, Expr):
-        what = "places" if is_whole(value) else "a tensor"
-        return f"{what} {shape_text(value.shape)}" if value.shape else "a scalar tensor"
-    if value is UNDECIDED:
-        return "a truth value or a text"
-    names = {bool: "bool", int: "int", Fraction: "float", str: "str", Dim: "size"}
-    return f"{'float' if dims.is_real(value) else names[type(value)]} `{_text(value)}`"
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
@@ -85,7 +61,7 @@ def _where(node: tree.Expression) -> tuple[str, ...]:
 
 def here(node: tree.Expression, names: Mapping[str, Any]) -> tuple[str, ...]:
     """The note that says what the names of an expression stand for, where they stand for numbers."""
-    known = [f"{n} = {_text(names[n])}" for n in names_in(node) if isinstance(names.get(n), (bool, int, float, Fraction))]
+    known = [f"{n} = {text(names[n])}" for n in names_in(node) if isinstance(names.get(n), (bool, int, float, Fraction))]
     return (f"here {', '.join(known)}",) if known else ()
 
 
@@ -113,13 +89,6 @@ def _name(node: tree.Name, names: Mapping[str, Any]) -> Any:
     if names[node.id] is POISON:
         raise Poisoned
     return names[node.id]
-
-
-def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | None) -> SurgeryError:
-    """The error for a name that is not among the known ones."""
-    known = sorted(known)
-    return fail(code, f"unknown {what} `{name}`", span, label=did_you_mean(name, known),
-                notes=(f"known here: {', '.join(known)}",) if known else ())
 
 
 def _unary(node: tree.Unary, names: Mapping[str, Any]) -> Any:

@@ -1,0 +1,119 @@
+"""The values that parameters have: those that a call or a user gives, or the defaults, each of its type.
+
+Takes parameters and calls with a scope of names; gives values by name. Promises: every mistake is reported at its place,
+and what rests on one is reported no second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
+from surgery.expr import dims
+from surgery.expr.dims import Dim
+from surgery.expr.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
+from surgery.expr.values import evaluate, here
+from surgery.syntax.printer import expression_text
+from surgery.syntax.tree import Argument, Call, Check, Definition, Parameter
+
+_TYPES = {"int": (int, Dim), "float": NUMBERS, "bool": (bool,), "str": (str,)}
+
+
+def typed(value: Any, parameter: Parameter, span: Span | None) -> Any:
+    """The value, if it is of the parameter's type; a whole number is one of a float too. Raises: SurgeryError (wrong-type)."""
+    is_other = (isinstance(value, bool) and parameter.type != "bool") or (parameter.type == "int" and dims.is_real(value))
+    if value is UNDECIDED or (isinstance(value, _TYPES[parameter.type]) and not is_other):
+        return dims.real(value) if parameter.type == "float" and value is not UNDECIDED else value
+    raise fail("wrong-type", f"`{parameter.name}` is of type {parameter.type}, not {describe(value)}", span)
+
+
+def defaults(params: Iterable[Parameter], given: dict[str, Any], scope: Mapping[str, Any], report: Collector,
+             missing: Any) -> dict[str, Any]:
+    """The values of formal parameters: those given, else their defaults, else `missing(parameter)`."""
+    values: dict[str, Any] = {}
+    for p in params:
+        with guard(report, values, p.name):
+            if p.name in given:
+                values[p.name] = given[p.name]
+            elif p.default is not None:
+                values[p.name] = typed(evaluate(p.default, {**scope, **values}), p, p.default.span or p.span)
+            else:
+                values[p.name] = missing(p)
+    return values
+
+
+class guard:
+    """Reports the diagnostics of its block, and poisons `name` in `values` when the block failed."""
+
+    def __init__(self, report: Collector, values: dict[str, Any] | None = None, name: str = ""):
+        self.report, self.values, self.name = report, values, name
+
+    def __enter__(self) -> guard:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, SurgeryError):
+            self.report.add(*error.diagnostics)
+        if self.values is not None and error is not None:
+            self.values[self.name] = POISON
+        return isinstance(error, (SurgeryError, Poisoned))
+
+
+def bind_call(call: Call, definition: Definition, scope: Mapping[str, Any], report: Collector) -> dict[str, Any]:
+    """The values that a step's call gives to a definition's parameters."""
+    given: dict[str, Any] = {}
+    for position, argument in enumerate(call.arguments):
+        with guard(report):
+            parameter = _formal(argument, position, definition, call)
+            if parameter.name in given:
+                raise fail("unknown-argument", f"`{parameter.name}` is given twice", argument.name_span or argument.value.span)
+            with guard(report, given, parameter.name):
+                given[parameter.name] = typed(evaluate(argument.value, scope), parameter, argument.value.span)
+    return defaults(definition.params, given, {}, report, lambda p: _missing(p, call, definition))
+
+
+def _formal(argument: Argument, position: int, definition: Definition, call: Call) -> Parameter:
+    names = [p.name for p in definition.params]
+    if argument.name in names:
+        return definition.params[names.index(argument.name)]
+    if argument.name is None and position < len(names):
+        return definition.params[position]
+    most = f"takes at most {len(names)} argument{'s' * (len(names) > 1)}" if names else "takes no arguments"
+    what = f"has no argument `{argument.name}`" if argument.name else most
+    raise fail("unknown-argument", f"{definition.name} {what}", argument.name_span or argument.value.span,
+               label=did_you_mean(argument.name or "", names), notes=_defined(definition))
+
+
+def signature(definition: Definition) -> str:
+    """`low_rank(rank: int = 8, alpha: float = 16)`."""
+    parts = [f"{p.name}: {p.type}" + (f" = {expression_text(p.default)}" if p.default else "") for p in definition.params]
+    return f"{definition.name}({', '.join(parts)})"
+
+
+def _defined(definition: Definition) -> tuple[str, ...]:
+    place = f" is defined at {definition.name_span.source.name}:{definition.name_span.line}" if definition.name_span else ""
+    return (f"{signature(definition)}{place}",)
+
+
+def _missing(parameter: Parameter, call: Call, definition: Definition) -> Any:
+    raise fail("missing-argument", f"{definition.name} needs an argument `{parameter.name}: {parameter.type}`", call.span,
+               notes=_defined(definition))
+
+
+def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Collector) -> bool:
+    """Whether the values meet every `check`; one that they do not is reported (one that rests on an unknown size is left
+    for later)."""
+    before = len(report.errors)
+    for check in checks:
+        with guard(report):
+            if evaluate(check.condition, values) is False:
+                raise fail("check-failed", f"`check {expression_text(check.condition)}` is not met", check.span,
+                           notes=here(check.condition, values))
+    return len(report.errors) == before
+
+
+def unknowns(symbolic: Iterable[Parameter]) -> dict[str, Any]:
+    """Each parameter as an unknown of its type, for checking a definition on its own."""
+    return {p.name: UNDECIDED if p.type in ("bool", "str") else dims.symbol(p.name, p.type == "float")
+            for p in symbolic}

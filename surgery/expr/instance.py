@@ -1,0 +1,148 @@
+"""A definition being given its meaning: from its body to the expression that it returns and the leaves that it needs.
+
+Takes a definition with the values of its parameters, the sizes around it and its operand; gives an `Expr`. Promises: every
+shape is checked; the mistakes of all its statements are reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from surgery.diagnostics import Collector, did_you_mean, fail
+from surgery.expr import places
+from surgery.expr.arguments import assert_checks, guard
+from surgery.expr.dims import Dim, Size
+from surgery.expr.draws import DISTRIBUTIONS, choices
+from surgery.expr.ir import Draw, Expr, Leaf
+from surgery.expr.primitives import is_whole, shape_text, undecided
+from surgery.expr.scope import NUMBERS, UNDECIDED, describe, unknown
+from surgery.expr.values import evaluate, here, size, tensor
+from surgery.syntax.parser import parse_expression
+from surgery.syntax.tree import Argument, Call, Definition, Let, Param
+
+
+@dataclass
+class Instance:
+    """A definition being given its meaning: the sizes around it, its operand, and what it adds to the formula."""
+
+    definition: Definition
+    prefix: str
+    values: dict[str, Any]
+    report: Collector
+    group: str = ""
+    leaves: list[Leaf] = field(default_factory=list)
+
+    def run(self) -> Expr | None:
+        """The expression that the definition returns (None when a mistake was reported)."""
+        if not assert_checks(self.definition.checks, self.values, self.report):
+            return None
+        for statement in self.definition.body:
+            with guard(self.report, self.values, statement.name):
+                is_let = isinstance(statement, Let)
+                self.values[statement.name] = evaluate(statement.value, self.values) if is_let else self._param(statement)
+        with guard(self.report):
+            result = self._result()
+            places.assert_exist([*(leaf.init for leaf in self.leaves if leaf.init is not None), result], self.leaves)
+            return result
+        return None
+
+    def _result(self) -> Expr:
+        result = evaluate(self.definition.result, self.values)
+        span = self.definition.result.span or self.definition.span
+        if not isinstance(result, Expr):
+            raise fail("wrong-type", f"{self.definition.name} must return a tensor, not {describe(result)}", span)
+        wanted = self._wanted()
+        if result.op == "undecided":
+            return undecided(result.args, result.data, wanted)
+        if result.shape != wanted:
+            raise fail("shape-mismatch", f"{self.definition.name} returns {shape_text(result.shape)}, and "
+                       f"{with_article(self.definition.kind)} must return {shape_text(wanted)}", span, notes=self._sizes())
+        return result
+
+    def _wanted(self) -> tuple[Size, ...]:
+        n = self.values.get(self.definition.dim or "")
+        if self.definition.kind == "transform":
+            return (n, n)
+        return (self.values["out"],) if self.definition.bias else (self.values["out"], self.values["in"])
+
+    def _sizes(self) -> tuple[str, ...]:
+        names = ["out", "in", *([self.definition.dim] if self.definition.dim else [])]
+        known = [f"{n} = {self.values[n]}" for n in names if str(self.values[n]) != n]
+        return (f"here {', '.join(known)}",) if known else ()
+
+    def _param(self, param: Param) -> Expr:
+        shape = tuple(size(evaluate(d, self.values), d, self.values) for d in param.dims)
+        init = self._init(param, shape) if param.init is not None else None
+        law = self._draw(param, shape) if param.draw is not None else None
+        key = f"{self.prefix}.{param.name}"
+        group = f"{self.group}.{key}" if param.shared else None
+        whole = DISTRIBUTIONS[law.distribution].whole if law else is_whole(init)
+        if whole and not param.frozen:
+            raise fail("wrong-type", f"`{param.name}` holds whole numbers, which cannot be trained",
+                       param.name_span or param.span, helps=(f"say `frozen param {param.name}`",))
+        self.leaves.append(Leaf(key, shape, init, law, param.frozen, group, param.name_span or param.span, whole))
+        return self.leaves[-1].expr
+
+    def _init(self, param: Param, shape: tuple[Size, ...]) -> Expr:
+        value = evaluate(param.init, self.values)
+        if isinstance(value, bool) or not isinstance(value, (*NUMBERS, Expr)):
+            raise fail("wrong-type", f"`{param.name}` must start at a number or a tensor, not {describe(value)}", param.init.span)
+        start = self._start(value, param)
+        if start.shape not in ((), shape):
+            raise fail("shape-mismatch", f"`{param.name}` is {shape_text(shape)} but starts at {shape_text(start.shape)}",
+                       param.init.span or param.span, notes=self._sizes())
+        return start
+
+    def _start(self, value: Any, param: Param) -> Expr:
+        try:
+            return tensor(value)
+        except OverflowError:
+            raise fail("bad-value", f"`{param.name}` starts at {describe(value)}, which float32 cannot hold",
+                       param.init.span) from None
+
+    def _draw(self, param: Param, shape: tuple[Size, ...]) -> Draw:
+        call, place = param.draw, param.draw.name_span or param.draw.span
+        if call.function not in DISTRIBUTIONS:
+            raise unknown("unknown-distribution", "distribution", call.function, DISTRIBUTIONS, place)
+        law = DISTRIBUTIONS[call.function]
+        if len(shape) < law.least_dims:
+            raise fail("shape-mismatch", f"{call.function} needs at least {law.least_dims} dimensions; "
+                       f"`{param.name}` is {shape_text(shape)}", place, helps=("use normal() or uniform()",))
+        given = tuple(self._draw_argument(a, i, call) for i, a in enumerate(call.arguments))
+        lacking = [name for name, default in law.arguments.items() if default is None and name not in dict(given)]
+        if lacking:
+            raise fail("missing-argument", f"{call.function} needs an argument `{lacking[0]}`", place)
+        _assert_fits(call, shape, dict(given))
+        return Draw(call.function, given)
+
+    def _draw_argument(self, argument: Argument, position: int, call: Call) -> tuple[str, Any]:
+        known = DISTRIBUTIONS[call.function].arguments
+        name = argument.name or (list(known) + [None] * position)[position]
+        if name not in known:
+            what = f"argument `{name}`" if name else f"argument number {position + 1}"
+            raise fail("unknown-argument", f"{call.function} has no {what}", argument.name_span or argument.value.span,
+                       label=did_you_mean(name or "", known), notes=(f"it takes {', '.join(known)}",))
+        value, allowed = evaluate(argument.value, self.values), choices(call.function, name)
+        if value not in (*allowed, UNDECIDED) if allowed else not isinstance(value, NUMBERS):
+            wanted = " or ".join(f'"{a}"' for a in allowed) or "a number"
+            raise fail("wrong-type", f"`{name}` must be {wanted}, not {describe(value)}", argument.value.span)
+        return name, value if allowed or isinstance(value, Dim) else float(value)
+
+
+def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) -> None:
+    """Raises: SurgeryError, if the distribution's check is not met, or more different places are asked for than there are."""
+    law = DISTRIBUTIONS[call.function]
+    check, values = parse_expression(law.check), {**law.arguments, **given}
+    if evaluate(check, values) is False:
+        raise fail("bad-value", f"{call.function} needs {law.check}", call.span, notes=here(check, values))
+    of, count = given.get("of"), prod(shape)
+    if of is not None and not isinstance(of, Dim) and not isinstance(count, Dim) and count > of:
+        raise fail("bad-value", f"{count} different places are asked for, and there are {of:g}", call.span)
+
+
+def with_article(kind: str) -> str:
+    """`an update`, `a transform`."""
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"

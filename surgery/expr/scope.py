@@ -1,0 +1,44 @@
+"""What a name in scope may stand for, and how messages speak of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import Any
+
+from surgery.diagnostics import Span, SurgeryError, did_you_mean, fail
+from surgery.expr import dims
+from surgery.expr.dims import Dim
+from surgery.expr.ir import Expr
+from surgery.expr.primitives import is_whole, shape_text
+
+UNDECIDED = object()  # a truth value or a text that is not known yet
+POISON = object()  # the value of a name whose own statement failed and was reported
+NUMBERS = (int, Fraction, float, Dim)
+
+
+class Poisoned(Exception):
+    """A value rests on a name that was already reported; nothing more to say."""
+
+
+def describe(value: Any) -> str:
+    """What a value is, in words for a message."""
+    if isinstance(value, Expr):
+        what = "places" if is_whole(value) else "a tensor"
+        return f"{what} {shape_text(value.shape)}" if value.shape else "a scalar tensor"
+    if value is UNDECIDED:
+        return "a truth value or a text"
+    names = {bool: "bool", int: "int", Fraction: "float", str: "str", Dim: "size"}
+    return f"{'float' if dims.is_real(value) else names[type(value)]} `{text(value)}`"
+
+
+def text(value: Any) -> str:
+    """A value as a spec would write it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | None) -> SurgeryError:
+    """The error for a name that is not among the known ones."""
+    known = sorted(known)
+    return fail(code, f"unknown {what} `{name}`", span, label=did_you_mean(name, known),
+                notes=(f"known here: {', '.join(known)}",) if known else ())
