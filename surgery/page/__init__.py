@@ -68,10 +68,10 @@ class Page:
     def _facts(self) -> Markup:
         report, means = self.report, self.spectra.total.means
         facts = [(f"{len(report.rows)}", "weights operated on"),
-                 (f"{report.trainable:,}", f"parameters train, {report.percent:.3g} % of {report.total:,}"),
+                 (f"{report.trainable:,}", f"parameters train, {report.percent:.3g}\N{NO-BREAK SPACE}% of {report.total:,}"),
                  (size_text(report.bytes), "the adapter")]
         if means["entropy"] is not None:
-            possible = f"{means['normalised_entropy']:.0%} of the possible"
+            possible = f"{100 * means['normalised_entropy']:.0f}\N{NO-BREAK SPACE}% of the possible"
             facts += [(f"{means['entropy']:.2f}", f"entropy of ΔW, {possible} (mean)"),
                       (f"{means['stable_rank']:.1f}", "stable rank of ΔW (mean)")]
         return tag("ul", *(tag("li", tag("strong", big), tag("span", small)) for big, small in facts), class_="facts")
@@ -125,7 +125,8 @@ class Page:
             yield tag("p", "Nothing yet: W' = W for every weight, as at the start.")
             return
         yield tag("p", f"ΔW = W' - W; p = {'σ² / Σ σ²' if self.spectra.squared else 'σ / Σ σ'} over its singular values; ",
-                  "entropy -Σ p log p; stable rank ‖ΔW‖_F² / ‖ΔW‖₂²; effective rank exp(entropy); overlap of its ",
+                  "entropy -Σ p log p; stable rank ‖ΔW‖", tag("sub", "F"), "² / ‖ΔW‖", tag("sub", "2"),
+                  "²; effective rank exp(entropy); overlap of its ",
                   f"{self.spectra.top} strongest directions with those of W.", class_="soft")
         labels = [curve.label for curve in distributions(self._named)]
         yield tag("div", *self._spectra_charts(labels), class_="charts")

@@ -79,8 +79,9 @@ def _changed(row: Row) -> bool:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean of the known values; of equal ones that value, so that ranks that are all 8 have the mean 8, a count."""
     known = [v for v in values if v is not None]
-    return fmean(known) if known else None
+    return (known[0] if len({*known}) == 1 else fmean(known)) if known else None
 
 
 @dataclass(frozen=True)
