@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli.main import main
@@ -157,7 +158,36 @@ def test_a_head_that_was_not_saved_is_not_made_up() -> None:
     headed("bert", head=False)
     result = run("merge", "adapter", "-o", "merged")
     assert (result.exit_code, Path("merged").exists()) == (1, False)
-    assert result.stderr.startswith("error[bad-adapter]") and "classifier.bias, classifier.weight" in result.stderr
+    assert result.stderr.startswith("error[bad-adapter]") and "classifier.weight [2, 64]" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------- models with faults
+
+
+def without(folder: str, change) -> None:
+    """A saved demo whose tensors were changed."""
+    load_demo("llama").save_pretrained(folder)
+    tensors = load_file(Path(folder, "model.safetensors"))
+    change(tensors)
+    save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("change", [lambda tensors, name: tensors.pop(name),
+                                    lambda tensors, name: tensors.update({name: torch.zeros(64, 32)})], ids=["lost", "other shape"])
+@pytest.mark.parametrize("command", [("apply", "lora", "base", "-o", "adapter"), ("spectrum", "base", "base")], ids=lambda c: c[0])
+def test_a_weight_that_is_not_in_the_files_is_not_made_up(change, command: tuple[str, ...]) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    without("base", lambda tensors: change(tensors, name))
+    result = run(*command)
+    assert result.exit_code == 2 and "error[unknown-model]" in result.stderr and f"{name} [64, 64]" in result.stderr
+    assert not Path("adapter").exists()
+
+
+def test_logits_that_are_not_finite_are_told_as_such() -> None:
+    without("base", lambda tensors: tensors["lm_head.weight"].fill_(float("inf")))
+    result = run("apply", "lora", "base", "-o", "adapter")
+    assert result.exit_code == 1 and "the logits of the base model are not finite" in result.stderr
+    assert not Path("adapter").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------ folders

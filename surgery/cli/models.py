@@ -70,7 +70,11 @@ def load(name: str, dtype: str | None = None) -> PreTrainedModel:
         model = load_demo(name.removeprefix(DEMO))
         return model.to(wanted) if wanted else model
     config = _config(name)
-    return _asked(name, lambda: _class(config).from_pretrained(place(name), dtype=wanted or "auto")).eval()
+    model, lacking = _pretrained(name, _class(config), config, wanted)
+    if lacking:
+        raise fail("unknown-model", f"{name} is no whole {type(model).__name__}: its files do not hold {_some(lacking)}",
+                   notes=("what is not there would be made up at random",))
+    return model
 
 
 def load_with_head(name: str, outputs: int, seed: int = 0, **config: Any) -> PreTrainedModel:
@@ -102,16 +106,27 @@ def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None) ->
     Raises: SurgeryError (unknown-model; bad-adapter where MODEL and the adapter together lack a tensor)."""
     if name.startswith(DEMO):
         return load(name, dtype)
-    kind, config = _form_of(name, saved)
-    model, info = _asked(name, lambda: kind.from_pretrained(
-        place(name), config=config, dtype=_torch_dtype(dtype) or "auto", ignore_mismatched_sizes=True, output_loading_info=True))
-    new = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    lacking = sorted({*new} - {*saved.tensors})
+    trained, config = _form_of(name, saved)
+    model, new = _pretrained(name, trained, config, _torch_dtype(dtype))
+    lacking = {tensor: shape for tensor, shape in new.items() if tensor not in saved.tensors}
     if lacking:
-        raise fail("bad-adapter", f"the adapter was trained on a {kind.__name__}, and neither it nor {name} "
-                   f"holds {', '.join(lacking[:3])}{f' and {len(lacking) - 3} more' if len(lacking) > 3 else ''}",
-                   helps=("a new head must be trained to be saved: `train \"HEAD.**\"` in the spec",))
-    return model.eval()
+        raise fail("bad-adapter", f"the adapter was trained on a {trained.__name__}, and neither it nor {name} holds "
+                   f"{_some(lacking)}", helps=("a new head must be trained to be saved: `train \"HEAD.**\"` in the spec",))
+    return model
+
+
+def _pretrained(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig,
+                dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, list[int]]]:
+    """The model with its weights as a class, and the parameters that its files do not hold in this shape."""
+    model, info = _asked(name, lambda: kind.from_pretrained(
+        place(name), config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True))
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    return model.eval(), {key: list(p.shape) for key, p in model.named_parameters() if key in new}
+
+
+def _some(tensors: Mapping[str, list[int]]) -> str:
+    shown = ", ".join(f"{tensor} {shape}" for tensor, shape in [*tensors.items()][:3])
+    return f"{shown} and {len(tensors) - 3} more" if len(tensors) > 3 else shown
 
 
 def folder_of(name: str) -> Path:

@@ -79,7 +79,7 @@ class Pair(click.ParamType):
 
 
 PAIR = Pair()
-_NUMBERED = re.compile(r"(?:(\d+)=)?(.*)", re.DOTALL)
+_NUMBERED = re.compile(r"(?:(\d{1,9})=)?(.*)", re.DOTALL)
 sets = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the spec.")
 targets = click.option("--target", "targets", multiple=True, metavar="[N=]PATTERN",
                        help="Operate on these modules instead of those that the spec names, or that its target N names.")

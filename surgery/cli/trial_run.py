@@ -59,6 +59,9 @@ class Compared:
         return first.flatten()
 
     def _judge(self, change: float) -> None:
+        if not self.before.isfinite().all():
+            raise fail("not-identity", "the logits of the base model are not finite, so there is nothing to compare with",
+                       helps=("nothing was saved",))
         self.change = change
         eps = max(torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point())
         allowed = max(IDENTITY_TOLERANCE, _ROUNDINGS * eps)
