@@ -34,6 +34,7 @@ class Estimate:
     tokens: int = TOKENS
     stack: int | None = None
     training: bool = True
+    is_called: bool = False
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -43,7 +44,7 @@ class Estimate:
     def candidates(self) -> tuple[Candidate, ...]:
         """The programs, the one that runs first."""
         has_bias = self.formula.bias.op != "bias"
-        return candidates(self.formula, self.kind, self.training, has_bias, self.tokens)
+        return candidates(self.formula, self.kind, self.training, has_bias, self.is_called, self.tokens)
 
     @cached_property
     def frozen(self) -> Cost:

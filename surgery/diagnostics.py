@@ -58,7 +58,9 @@ CODES: dict[str, str] = {
     "bad-data": "a file of labelled texts does not say what a task needs",
     "missing-extra": "what is asked for needs a package that an extra of the installation brings",
     "fallback": "a formula has no cheap program and runs dense",
-    "merge-error": "a merged weight is further from the formula than its dtype allows",
+    "dense-copy": "a formula reads every number of a weight that is not stored plainly, so that a dense copy is kept",
+    "no-gradient": "a layer that is called gives no gradient to its input, and the input needs one",
+    "merge-error": "a merged weight is further from the formula than its dtype allows, or no plain weight is there",
 }
 
 

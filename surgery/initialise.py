@@ -16,7 +16,8 @@ from surgery.dead import counted
 from surgery.diagnostics import Diagnostic
 from surgery.expr.draws import draw
 from surgery.expr.evaluate import dense, in_dtype
-from surgery.expr.ir import Leaf
+from surgery.expr.ir import Leaf, walk
+from surgery.sites import Site
 from surgery.syntax.tree import Target
 
 Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]
@@ -25,7 +26,7 @@ IDENTITY_TOLERANCE = 1e-5
 
 def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> dict[str, nn.Parameter]:
     """The starting tensors of one module. `shared` holds the tensors that modules of a target have in common, and grows."""
-    values = frozen_leaves(placed)
+    values = frozen_leaves(placed, _starts_from_weight(placed))
     known: dict = {}
     made: dict[str, nn.Parameter] = {}
     for leaf in placed.formula.leaves:
@@ -40,12 +41,23 @@ def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> di
     return made
 
 
-def frozen_leaves(placed: Placed) -> dict[str, torch.Tensor]:
-    """The frozen weight (as a matrix or a stack) and bias of a site, in float32 or wider."""
-    weight = placed.site.layout.matrix(placed.site.weight.detach())
+def frozen_leaves(placed: Placed, reads: bool = True) -> dict[str, torch.Tensor]:
+    """The frozen weight (as a matrix or a stack) and bias of a site, in float32 or wider. Where nothing `reads` it, the
+    weight of a called layer is not called for: NaNs that take no memory stand in its place."""
+    site = placed.site
+    is_known = reads and not site.is_meta or not site.layout.is_called
+    weight = site.layout.matrix(site.read()) if is_known else _unknown(site)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    bias = getattr(placed.site.module, "bias", None) if placed.site.stack is None else None
-    return {"weight": weight.to(dtype), **({"bias": bias.detach().to(dtype)} if bias is not None else {})}
+    return {"weight": weight.to(dtype), **({"bias": site.bias.detach().to(dtype)} if site.bias is not None else {})}
+
+
+def _unknown(site: Site) -> torch.Tensor:
+    return torch.full((), torch.nan, dtype=site.wide, device=site.device).expand(site.out, site.in_)
+
+
+def _starts_from_weight(placed: Placed) -> bool:
+    starts = (leaf.init for leaf in placed.formula.leaves if leaf.init is not None)
+    return any(node.op == "weight" for start in starts for node in walk(start))
 
 
 def _parameter(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> nn.Parameter:

@@ -17,8 +17,10 @@ import torch.nn as nn
 
 from surgery.expr.evaluate import in_dtype
 from surgery.expr.ir import Formula
+from surgery.called import forward_of, put_forward_aside, put_forward_back
 from surgery.layout import Layout
-from surgery.lower.frozen import KINDS, Frozen
+from surgery.lower.called import frozen
+from surgery.lower.frozen import Frozen
 from surgery.lower.program import Program, activations, weights
 
 SUFFIX = "_surgery"
@@ -28,8 +30,10 @@ Tensors = dict[str, torch.Tensor]
 class Adapter(nn.Module):
     """The tensors and the programs of one operated weight. `active` is False while disabled or merged."""
 
-    def __init__(self, formula: Formula, layout: Layout, parameter: str, stack: int | None, tensors: Mapping[str, nn.Parameter]):
+    def __init__(self, formula: Formula, layout: Layout, parameter: str, stack: int | None,
+                 tensors: Mapping[str, nn.Parameter], gives_gradient: bool = True):
         super().__init__()
+        self.gives_gradient = gives_gradient
         self.formula, self.layout, self.parameter, self.stack, self.active = formula, layout, parameter, stack, True
         self.has_bias: bool | None = None
         self.shared = frozenset(leaf.key for leaf in formula.leaves if leaf.group)
@@ -44,7 +48,7 @@ class Adapter(nn.Module):
 
     def frozen(self, module: nn.Module) -> Frozen:
         """The module's frozen map, as programs call it."""
-        return KINDS[self.layout.kind](module, self.layout, self.parameter)
+        return frozen(module, self.layout, self.parameter, self.gives_gradient)
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The adapter's tensors by key (`post_magnitude.m`)."""
@@ -53,34 +57,45 @@ class Adapter(nn.Module):
     def prepare(self, has_bias: bool) -> None:
         """Compile the programs of the layer's output, in training and in evaluation, before any forward pass."""
         self.has_bias = has_bias
-        self._programs = {training: activations(self.formula, self.layout.kind, training, has_bias)
+        layout = self.layout
+        self._programs = {training: activations(self.formula, layout.kind, training, has_bias, layout.is_called)
                           for training in (True, False)}
 
     def output(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """What the operated layer gives for its input."""
+        """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
         layer = self.frozen(module)
         program = self._programs[module.training]
-        dtype = _activation_dtype(layer.weight)
+        dtype = layer.dtype_of(x)
+        entered = layer.enter(x, dtype)
         values = self._values(program, layer, self.tensors(), dtype)
-        return layer.leave(program.run(layer, layer.enter(x, dtype), values))
+        return layer.leave(program.run(layer, entered, values))
 
     def _values(self, program: Program, layer: Frozen, leaves: Tensors, cast: torch.dtype | None) -> tuple:
         """The set-up of a program: all that does not depend on the input. Small solves stay in float32 under autocast."""
-        real = [t.dtype for t in (layer.weight, *leaves.values()) if t.is_floating_point()]
-        dtype = reduce(torch.promote_types, real, torch.float32)
+        dtype = reduce(torch.promote_types, (t.dtype for t in leaves.values() if t.is_floating_point()), layer.dtype)
+        dtype = torch.promote_types(dtype, torch.float32)
 
         def once() -> tuple:
             return program.once(layer, dtype)
 
         def setup() -> tuple:
-            known = self._keep((program, "once"), (layer.stored,), (dtype,), once) if program.fixed else ()
+            known = self._keep((program, "once"), layer.held, (dtype,), once) if program.fixed else ()
             return program.setup(layer, {k: in_dtype(t, dtype) for k, t in leaves.items()}, known, dtype, cast or dtype)
 
-        with torch.autocast(layer.weight.device.type, enabled=False):
-            if torch.is_grad_enabled() or cast is None:
+        with torch.autocast(layer.device.type, enabled=False):
+            if cast is None or torch.is_grad_enabled():
+                layer.weight = self._whole(program, layer, cast or dtype, cast is not None)
                 return setup()
-            frozen = (layer.stored,) if layer.bias is None else (layer.stored, layer.bias)
-            return self._keep((program, "setup"), (*frozen, *leaves.values()), (dtype, cast), setup)
+            held = layer.held if layer.bias is None else (*layer.held, layer.bias)
+            return self._keep((program, "setup"), (*held, *leaves.values()), (dtype, cast), setup)
+
+    def _whole(self, program: Program, layer: Frozen, dtype: torch.dtype, keeps: bool) -> torch.Tensor | None:
+        """W where it stands, or where a program reads all of it: then what calls say, made once if it is to be kept."""
+        if layer.weight is not None or not program.reads_weight:
+            return layer.weight
+        if not keeps:
+            return layer.read(dtype)
+        return self._keep(("weight",), layer.held, (dtype,), lambda: (layer.read(dtype),))[0]
 
     def _keep(self, key: tuple, on: Iterable[torch.Tensor], more: tuple, compute: Callable[[], tuple]) -> tuple:
         """`compute()`, done again only when a tensor that it rests `on` has changed."""
@@ -112,8 +127,10 @@ class Adapter(nn.Module):
         return torch.vmap(one, in_dims=(0, axes))(layer.weight, leaves)
 
     def train(self, mode: bool = True) -> Adapter:
-        """Sets the mode, and forgets what was kept: a write through `.data` leaves no trace that `_keep` could see."""
-        self._kept.clear()
+        """Sets the mode, and forgets what was kept: a write through `.data` leaves no trace that `_keep` could see. What a
+        called layer tells once outlives the `train()` that a trainer says at every step."""
+        if not (self.layout.is_called and mode == self.training):
+            self._kept.clear()
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -134,21 +151,16 @@ class Adapter(nn.Module):
             super()._load_from_state_dict(state, prefix, *rest)
 
 
-def _activation_dtype(weight: torch.Tensor) -> torch.dtype:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
 class Operated:
     """Mixed into the class of an operated module."""
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         operated = type(self)
-        return _blank, (operated.base, operated.names), self.__dict__
+        return _blank, (operated.base, operated.names, operated.is_direct), self.__dict__
 
 
-def _blank(base: type, names: tuple[str, ...]) -> nn.Module:
-    cls = operated_class(base, names)
+def _blank(base: type, names: tuple[str, ...], is_direct: bool) -> nn.Module:
+    cls = operated_class(base, names, is_direct)
     return cls.__new__(cls)
 
 
@@ -157,7 +169,7 @@ class Direct(Operated):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         adapter = self.weight_surgery
-        return adapter.output(self, x) if adapter.active else super().forward(x)
+        return adapter.output(self, x) if adapter.active else forward_of(self)(x)
 
 
 class Substituted(Operated):
@@ -168,7 +180,7 @@ class Substituted(Operated):
         chosen = [getattr(self, name + SUFFIX) for name in type(self).names]
         self.__dict__["_substitutes"] = {name: value for a in chosen if a.active for name, value in _stored(a, self).items()}
         try:
-            return super().forward(*args, **kwargs)
+            return forward_of(self)(*args, **kwargs)
         finally:
             del self.__dict__["_substitutes"]
 
@@ -185,29 +197,33 @@ def _substitute(name: str) -> property:
 
 
 @lru_cache(maxsize=None)
-def operated_class(base: type, names: tuple[str, ...]) -> type:
+def operated_class(base: type, names: tuple[str, ...], is_direct: bool) -> type:
     """The class of operated modules of the class `base`, whose parameters `names` are operated on."""
-    known = {"base": base, "names": names, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    if is_direct(base):
+    known = {"base": base, "names": names, "is_direct": is_direct,
+             "__module__": base.__module__, "__qualname__": base.__qualname__}
+    if is_direct:
         return type(base.__name__, (Direct, base), known)
     return type(base.__name__, (Substituted, base), {**known, **{name: _substitute(name) for name in (*names, "bias")}})
 
 
-def is_direct(base: type) -> bool:
-    """Whether the layout's map is all that the class's forward does."""
+def is_direct(module: nn.Module, layout: Layout) -> bool:
+    """Whether the layout's map is all that the module's forward does."""
+    base = getattr(type(module), "base", type(module))
     plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     is_conv1d = base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils"
-    return is_conv1d or any(issubclass(base, c) and base.forward is c.forward for c in plain)
+    return layout.is_called or is_conv1d or any(issubclass(base, c) and base.forward is c.forward for c in plain)
 
 
 def install(module: nn.Module, adapter: Adapter) -> None:
     """Make `module` an operated one: nothing is copied. The programs are found here, as torch.compile cannot trace that."""
-    if is_direct(getattr(type(module), "base", type(module))):
+    direct = is_direct(module, adapter.layout)
+    if direct:
         adapter.prepare(adapter.frozen(module).bias is not None)
     names = (*getattr(type(module), "names", ()), adapter.parameter)
     base = getattr(type(module), "base", type(module))
     module.add_module(adapter.parameter + SUFFIX, adapter)
-    module.__class__ = operated_class(base, names)
+    module.__class__ = operated_class(base, names, direct)
+    put_forward_aside(module)
 
 
 def uninstall(module: nn.Module) -> None:
@@ -215,3 +231,4 @@ def uninstall(module: nn.Module) -> None:
     for name in type(module).names:
         delattr(module, name + SUFFIX)
     module.__class__ = type(module).base
+    put_forward_back(module)

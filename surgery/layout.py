@@ -2,6 +2,7 @@
 
 Takes a module, gives its `Layout` (one row of a table per family of classes) or the reason why it has none that can be
 operated on. Promises: shapes and views only, so it works on the meta device; `unmatrix(matrix(w), w.shape)` is `w`.
+A layer whose weight is no plain matrix is called and not read: its sides are those that it says.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from surgery import called
+
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One family of modules: its kind and the view of a weight as [out, in] (or as a stack [E, out, in])."""
+    """One family of modules: its kind and the view of a weight as [out, in] (or as a stack [E, out, in]). `is_called`:
+    there is no weight to view, and W is what the module's calls say."""
 
     name: str
     kind: str
     view: Callable[[Tensor], Tensor]
     back: Callable[[Tensor, Shape], Tensor]
+    is_called: bool = False
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as [..., out, in]: a view wherever its strides allow one."""
@@ -34,7 +39,9 @@ class Layout:
         return self.back(matrix, weight_shape)
 
     def shape(self, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
-        """(out, in) of the module's weight, read off its shape alone."""
+        """(out, in) of the module's weight, read off its shape alone; of a called layer, the sides that it says."""
+        if self.is_called:
+            return called.sides(module)
         out, in_ = self.matrix(getattr(module, parameter).to("meta")).shape[-2:]
         return out, in_
 
@@ -52,6 +59,7 @@ def _kernels(weight: Tensor) -> Tensor:
 
 
 LINEAR = Layout("linear", "linear", _as_stored, _as_stored)
+CALLED = Layout("linear", "linear", _as_stored, _as_stored, is_called=True)
 CONV1D = Layout("transposed linear", "linear", _transposed, _transposed)
 CONV = Layout("convolution", "conv", _kernels, Tensor.reshape)
 EMBEDDING = Layout("embedding", "embedding", _as_stored, _as_stored)
@@ -81,16 +89,34 @@ def _is_named(qualified: str) -> Callable[[nn.Module], bool]:
     return lambda module: any(f"{c.__module__}.{c.__qualname__}" == qualified for c in type(module).__mro__)
 
 
+_is_linear, _is_conv1d = _is(nn.Linear), _is_named(TRANSFORMERS_CONV1D)
+_is_conv, _is_embedding = _is(nn.Conv1d, nn.Conv2d, nn.Conv3d), _is(nn.Embedding)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether it is a linear layer without a plain weight: of the classes that are known, or by what it holds."""
+    if called.sides(module) is None or _is_conv(module) or _is_embedding(module):
+        return False
+    known = _is_linear(module) or _is_conv1d(module)
+    return not (called.has_plain_weight(module) or _lazy(module)) if known else called.is_packed(module)
+
+
+def _lazy(module: nn.Module) -> bool:
+    return isinstance(module._parameters.get("weight"), nn.UninitializedParameter)
+
+
 ROWS: tuple[tuple[Callable[[nn.Module], bool], Layout], ...] = (
-    (_is(nn.Linear), LINEAR),
-    (_is_named(TRANSFORMERS_CONV1D), CONV1D),
-    (_is(nn.Conv1d, nn.Conv2d, nn.Conv3d), CONV),
-    (_is(nn.Embedding), EMBEDDING),
+    (_is_called, CALLED),
+    (_is_linear, LINEAR),
+    (_is_conv1d, CONV1D),
+    (_is_conv, CONV),
+    (_is_embedding, EMBEDDING),
 )
 
 
 def weights(module: nn.Module) -> tuple[Weight, ...]:
-    """The weights of a module that are seen as matrices: its own one, or each parameter of a stack of experts."""
+    """The weights of a module that are seen as matrices: its own one (a called layer's goes by the name of `weight` too),
+    or each parameter of a stack of experts."""
     for fits, layout in ROWS:
         if fits(module):
             return (Weight(layout, "weight"),)
@@ -118,27 +144,28 @@ def _no_parameter(module: nn.Module) -> bool:
     return "weight" not in module._parameters
 
 
-def _lazy(module: nn.Module) -> bool:
-    return isinstance(module.weight, nn.UninitializedParameter)
-
-
 def _quantised(module: nn.Module) -> bool:
-    return not module.weight.dtype.is_floating_point or module.weight.dtype.itemsize < 2
+    return not called.is_plain(module.weight)
 
 
 def _is_true(attribute: str) -> Callable[[nn.Module], bool]:
     return lambda module: bool(getattr(module, attribute))
 
 
+_UNREADABLE = (
+    (_no_parameter, "its weight is computed from other parameters (a parametrisation)"),
+    (_lazy, "its weight has no shape yet: run a forward pass first"),
+    (_quantised, "its weight is quantised, and only linear layers can be called for their map"),
+)
 _FAULTS: dict[str, tuple[tuple[Callable[[nn.Module], bool], str], ...]] = {
-    "any": (
-        (_no_parameter, "its weight is computed from other parameters (a parametrisation)"),
-        (_lazy, "its weight has no shape yet: run a forward pass first"),
-        (_quantised, "its weight is quantised"),
+    "called": (),
+    "linear": _UNREADABLE,
+    "conv": (
+        *_UNREADABLE,
+        (lambda m: m.groups != 1, "it has groups, so its weight is not one matrix"),
     ),
-    "linear": (),
-    "conv": ((lambda m: m.groups != 1, "it has groups, so its weight is not one matrix"),),
     "embedding": (
+        *_UNREADABLE,
         (lambda m: m.max_norm is not None, "max_norm rescales its weight in every forward pass"),
         (_is_true("sparse"), "it asks for sparse gradients"),
         (_is_true("scale_grad_by_freq"), "it scales its gradients by frequency"),
@@ -152,5 +179,6 @@ def refusal(module: nn.Module, parent: nn.Module | None) -> str:
     if not found or found[0].stack is not None:
         return ""
     by_parent = (why for kind, why in _READ_BY_PARENT if isinstance(parent, kind))
-    by_itself = (why for is_so, why in _FAULTS["any"] + _FAULTS[found[0].layout.kind] if is_so(module))
+    faults = _FAULTS["called" if found[0].layout.is_called else found[0].layout.kind]
+    by_itself = (why for is_so, why in faults if is_so(module))
     return next(chain(by_parent, by_itself), "")

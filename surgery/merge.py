@@ -6,11 +6,13 @@ rounded once; a result that its dtype cannot hold is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from surgery.compile import Placed
+from surgery.dead import listed
 from surgery.diagnostics import fail
 from surgery.layer import Adapter
 
@@ -24,6 +26,17 @@ class Merged:
 
     tensors: dict[str, torch.Tensor]
     error: float
+
+
+def refuse_called(placed: Sequence[Placed]) -> None:
+    """Raises: SurgeryError (merge-error), if there is a weight that nothing can be written into."""
+    found = [p for p in placed if p.site.layout.is_called]
+    if found:
+        names = listed(f"{p.site.name} ({type(p.site.module).__name__})" for p in found)
+        raise fail("merge-error", f"W' cannot be written into {names}: no plain weight stands there",
+                   found[0].target.span, helps=(
+                       "save the adapter, attach it to the model with plain weights (not quantised, no parametrisation), "
+                       "and merge that",))
 
 
 @torch.no_grad()

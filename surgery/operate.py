@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from surgery.compile import Placed, Plan, compile
 from surgery.diagnostics import Collector, fail
 from surgery.initialise import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
 from surgery.layer import SUFFIX, Adapter, install, uninstall
-from surgery.merge import merged
-from surgery.report import Report
+from surgery.merge import merged, refuse_called
+from surgery.report import Report, dense_copies, unfit
+from surgery.rewrite.identity import starts_as_weight
 from surgery.syntax.tree import Spec, Target
 
 
@@ -50,13 +52,18 @@ def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: 
     if not dtype.is_floating_point:
         raise fail("bad-value", f"an adapter's parameters cannot be {dtype}", helps=("give a floating dtype, such as torch.float32",))
     plan = compile(model, spec, strict)
+    report = Collector()
+    report.add(*plan.warnings, *unfit(plan), *dense_copies(plan))
+    report.raise_errors(strict)
+    plan = replace(plan, warnings=tuple(report.warnings))
     shared: Shared = {}
     return Surgeon(model, plan, {p.site.name: _adapter(p, tensors(p, seed, dtype, shared)) for p in plan.placed}, seed)
 
 
 def _adapter(placed: Placed, values: dict[str, nn.Parameter]) -> Adapter:
     site = placed.site
-    return Adapter(placed.formula, site.layout, site.parameter, site.stack, values).train(site.module.training)
+    adapter = Adapter(placed.formula, site.layout, site.parameter, site.stack, values, site.answer.gives_gradient)
+    return adapter.train(site.module.training)
 
 
 class Surgeon:
@@ -102,14 +109,15 @@ class Surgeon:
 
     def _departures(self, target: Target) -> dict[str, float]:
         """The modules of a target whose weight does not start as it was, each with the relative change."""
-        mine = [p for p in self.plan.placed if p.target is target and not target.shifted and not p.site.weight.is_meta]
+        mine = [p for p in self.plan.placed if p.target is target and not target.shifted and not p.site.is_meta
+                and not (p.site.layout.is_called and starts_as_weight(p.formula))]
         found = {p.site.name: _start_error(p, self.adapters[p.site.name]) for p in mine}
         return {name: change for name, change in found.items() if not change <= _tolerance(self.adapters[name])}
 
     def operate(self) -> Surgeon:
         """Put the adapters in; everything but them and what `train` names is frozen."""
         for placed in self.plan.placed:
-            if placed.target.untie:
+            if placed.target.untie and not placed.site.layout.is_called:
                 self._untie(placed)
             install(placed.site.module, self.adapters[placed.site.name])
         frozen = {id(a.get_parameter(leaf.key)) for a in self.adapters.values() for leaf in a.formula.leaves if leaf.frozen}
@@ -175,6 +183,7 @@ class Surgeon:
         Memory: a second copy of the operated weights. Raises: SurgeryError (merge-error); then nothing is merged.
         """
         self._must_be("operated", "merge")
+        refuse_called(self.plan.placed)
         made = {p.site.name: merged(p, self.adapters[p.site.name]) for p in self.plan.placed}
         for placed in self.plan.placed:
             for name, tensor in made[placed.site.name].tensors.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from surgery import called
 from surgery.compile import Placed, Plan
 from surgery.costs import Estimate, fallback
+from surgery.dead import listed
 from surgery.diagnostics import Diagnostic
 from surgery.exact import number_range
 from surgery.layer import SUFFIX, is_direct
@@ -76,7 +78,7 @@ class Report:
         """A warning for each target that has no cheap program on one of its weights."""
         pairs = list(zip(self.plan.placed, self.estimates))
         found = (fallback(t, [e for p, e in pairs if p.target is t]) for t in self.plan.spec.targets)
-        return list(filter(None, found))
+        return [*filter(None, found), *dense_copies(self.plan)]
 
     @property
     def step_ratio(self) -> float:
@@ -113,11 +115,13 @@ class Report:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of the base model, the adapter, and what AdamW adds (a gradient and two moments of each trained number)."""
+        """Bytes of the base model, of dense copies of its weights, of the adapter, and what AdamW adds (a gradient and
+        two moments of each trained number)."""
         named = self.plan.selection.survey.model.named_parameters()
         base = [p for name, p in named if f"{SUFFIX}." not in name]
-        return {"base": sum(p.numel() * p.element_size() for p in base), "adapter": self.bytes,
-                "gradients and AdamW": 3 * self.trainable * self.dtype.itemsize}
+        copies = sum(map(copy_size, self.plan.placed))
+        return {"base": sum(p.numel() * p.element_size() for p in base), **({"dense copies": copies} if copies else {}),
+                "adapter": self.bytes, "gradients and AdamW": 3 * self.trainable * self.dtype.itemsize}
 
     @cached_property
     def left_out(self) -> dict[str, list[str]]:
@@ -162,9 +166,47 @@ def _row(placed: Placed, target: int, formula: str, ratio: float) -> Row:
 
 def estimated(placed: Placed) -> Estimate:
     """What an operated weight costs."""
-    module = type(placed.site.module)
-    runs_programs = placed.site.stack is None and is_direct(getattr(module, "base", module))
-    return Estimate(placed.formula, placed.site.kind, stack=None if runs_programs else placed.site.stack or 1)
+    site = placed.site
+    runs_programs = site.stack is None and is_direct(site.module, site.layout)
+    stack = None if runs_programs else site.stack or 1
+    return Estimate(placed.formula, site.kind, stack=stack, is_called=site.layout.is_called)
+
+
+def unfit(plan: Plan) -> Iterator[Diagnostic]:
+    """The called layers that are not what they must be, those of a target with the same fault together."""
+    found: dict[tuple[int, str], list[Placed]] = {}
+    for placed in plan.placed:
+        if fault := placed.site.answer.fault or _missing_transpose(placed):
+            found.setdefault((id(placed.target), fault), []).append(placed)
+    for (_, fault), alike in found.items():
+        yield Diagnostic("unsupported-module", f"{listed(p.site.name for p in alike)} cannot be operated on: {fault}",
+                         alike[0].target.span, helps=("`except` leaves such a layer out",))
+
+
+def _missing_transpose(placed: Placed) -> str:
+    """Why a layer cannot be asked for Wᵀ M, where the formula does; empty if it can, or need not."""
+    if placed.site.answer.gives_gradient or not estimated(placed).candidates[0].calls_back:
+        return ""
+    name = type(placed.site.module).__name__
+    return f"the formula multiplies W from the left, and {name} gives no gradient to its input"
+
+
+def dense_copies(plan: Plan) -> Iterator[Diagnostic]:
+    """A warning for each target whose formula reads every number of weights that only calls tell, with what copies take."""
+    for target in plan.spec.targets:
+        sizes = {p.site.name: size for p in plan.placed if p.target is target and (size := copy_size(p))}
+        if sizes:
+            yield Diagnostic(
+                "dense-copy", f"this target reads every number of {listed(sizes)}, where no plain weight is stored: dense "
+                f"copies take {size_text(sum(sizes.values()))} in training", target.span, severity="warning",
+                helps=("a formula of products with W (low_rank, diagonal, orthogonal, magnitude) needs no copy",))
+
+
+def copy_size(placed: Placed) -> int:
+    """The bytes of the dense copy that an operated weight keeps while it trains; 0 for none."""
+    site = placed.site
+    reads = site.layout.is_called and estimated(placed).candidates[0].reads_weight
+    return site.out * site.in_ * called.dtype(site.module).itemsize if reads else 0
 
 
 def _ratio(estimates: Sequence[Estimate]) -> float:

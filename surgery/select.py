@@ -142,7 +142,7 @@ def _report_dead_train(matcher: Matcher, hits: Mapping, population: Population, 
 
 def _report_trained_twice(owned: Mapping[Site, Reach], train: Mapping[str, nn.Parameter], report: Collector) -> None:
     ids = {id(p) for p in train.values()}
-    both = [s for s in owned if id(s.weight) in ids]
+    both = [s for s in owned if not ids.isdisjoint(map(id, s.held))]
     if both:
         report.error("overlap", f"`train` and a target take the same weight: {listed(s.weight_name for s in both)}",
                      owned[both[0]].place(both[0]), helps=("a target keeps its weight frozen: leave it out of one of the two",))

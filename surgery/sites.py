@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from surgery import called, probe
 from surgery.layout import Layout, refusal, weights
 
 
@@ -45,13 +47,51 @@ class Site:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter, as the module stores it."""
+        """The parameter, as the module stores it. A called layer has none."""
         return getattr(self.module, self.parameter)
 
     @property
+    def held(self) -> tuple[Tensor, ...]:
+        """The tensors that W is made of."""
+        return called.pieces(self.module) if self.layout.is_called else (self.weight,)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter; of a called layer, (out, in)."""
+        return (self.out, self.in_) if self.layout.is_called else tuple(self.weight.shape)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether there are no numbers, as in a skeleton."""
+        return any(tensor.is_meta for tensor in self.held)
+
+    @property
+    def device(self) -> torch.device:
+        return called.device(self.module) if self.layout.is_called else self.weight.device
+
+    @property
+    def wide(self) -> torch.dtype:
+        """float32, or what is stored where that is wider."""
+        own = called.dtype(self.module) if self.layout.is_called else self.weight.dtype
+        return torch.promote_types(own, torch.float32)
+
+    def read(self) -> Tensor:
+        """W as the module stores it; of a called layer, as its calls say, [out, in], in a wide dtype."""
+        return called.matrix(self.module, self.wide) if self.layout.is_called else self.weight.detach()
+
+    @cached_property
+    def answer(self) -> probe.Answer:
+        """What a called layer answers when it is tried; a stored weight, or none at all, has no fault."""
+        return probe.ask(self.module) if self.layout.is_called and not self.is_meta else probe.Answer("", True)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What the layer adds, where a spec can condition it."""
+        return called.bias(self.module) if self.stack is None else None
+
+    @property
     def has_bias(self) -> bool:
-        """Whether the layer adds a bias that a spec can condition."""
-        return self.stack is None and getattr(self.module, "bias", None) is not None
+        return self.bias is not None
 
     @property
     def weight_name(self) -> str:
@@ -103,7 +143,13 @@ class Survey:
 
     @cached_property
     def _entries(self) -> list[list[Site | Refused]]:
-        return [list(self._entry(names)) for names in self.names.values()]
+        return [list(self._entry(names)) for key, names in self.names.items() if key not in self._parts]
+
+    @cached_property
+    def _parts(self) -> frozenset[int]:
+        """The ids of the modules that called layers are made of."""
+        layers = [m for m in self.model.modules() if any(w.layout.is_called for w in weights(m))]
+        return frozenset(id(inner) for layer in layers for inner in layer.modules() if inner is not layer)
 
     def _entry(self, names: list[str]) -> Iterator[Site | Refused]:
         module = self.modules[names[0]]

@@ -196,4 +196,5 @@ def _adapter(placed: Placed, known: Mapping[str, Known]) -> Adapter:
     tensors = {f"{name}:{key}": tensor for name, each in known.items() if placed.site.name in each.surgeon.adapters
                for key, tensor in each.surgeon.adapters[placed.site.name].tensors().items()}
     site = placed.site
-    return Adapter(placed.formula, site.layout, site.parameter, site.stack, tensors).train(site.module.training)
+    adapter = Adapter(placed.formula, site.layout, site.parameter, site.stack, tensors, site.answer.gives_gradient)
+    return adapter.train(site.module.training)

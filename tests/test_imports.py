@@ -19,7 +19,7 @@ PIPELINE = {
     "spec": "spec",
     "expr": "expr maths show",
     "rewrite": "rewrite",
-    "select": "layout sites pattern_text patterns exact selectors near reach dead claims select",
+    "select": "called probe layout sites pattern_text patterns exact selectors near reach dead claims select",
     "compile": "compile initialise",
     "lower": "lower costs",
     "layer": "layer",

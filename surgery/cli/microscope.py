@@ -95,8 +95,8 @@ def _of_models(output: Output, base: str, tuned: str) -> tuple[list[Pending], li
     found = pairs(one, other)
     if not found:
         raise fail("bad-value", f"{base} and {tuned} have no weight in common")
-    taken = {id(site.weight) for site in found}
-    left_out = [s.name for s in other.survey.sites if id(s.weight) not in taken and one.of(s) is None]
+    taken = {id(tensor) for site in found for tensor in site.held}
+    left_out = [s.name for s in other.survey.sites if taken.isdisjoint(map(id, s.held)) and one.of(s) is None]
     return of_models(found), left_out
 
 

@@ -52,7 +52,7 @@ def _page(formula: Formula, estimate: Estimate) -> Iterator[str]:
 
 
 def _program(formula: Formula, estimate: Estimate, training: bool) -> Program:
-    return activations(formula, estimate.kind, training, formula.bias.op != "bias", estimate.tokens)
+    return activations(formula, estimate.kind, training, formula.bias.op != "bias", tokens=estimate.tokens)
 
 
 def _functions(program: Program) -> list[str]:

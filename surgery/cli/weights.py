@@ -52,7 +52,8 @@ class OpenedAdapter:
     def read(self, site: Site) -> Tensor:
         found = self.weights.of(site)
         if found is None:
-            raise fail("unknown-model", f"{self.base} has no weight {site.weight_name} of the shape {list(site.weight.shape)}")
+            shape = list(site.stored_shape)
+            raise fail("unknown-model", f"{self.base} has no weight {site.weight_name} of the shape {shape}")
         return found.read()
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import make
@@ -38,22 +38,42 @@ class Candidate:
         leaves = {node: Expr("value", (), i, node.shape) for i, node in enumerate(self.values)}
         return rebuild(self.outputs[0], lambda node, args: leaves.get(node) or Expr(node.op, args, node.data, node.shape))
 
+    @cached_property
+    def calls_back(self) -> bool:
+        """Whether it runs the frozen layer's transposed map."""
+        return any(node.op == "frozen_back" for output in self.outputs for node in walk(output))
+
+    @cached_property
+    def reads_weight(self) -> bool:
+        """Whether the set-up reads the frozen weight itself at every step."""
+        fixed, stack, seen = set(self.fixed), list(self.values), set()
+        while stack:
+            node = stack.pop()
+            if node.op == "weight":
+                return True
+            if node not in fixed and node not in seen:
+                seen.add(node)
+                stack += node.args
+        return False
+
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""
         return step_cost(self.outputs, self.fixed, tokens)
 
 
 @lru_cache(maxsize=None)
-def candidates(formula: Formula, kind: str, training: bool, has_bias: bool, tokens: int = TOKENS_SUPPOSED
-               ) -> tuple[Candidate, ...]:
-    """The programs of a layer's output, the cheapest for so many tokens first. `kind`: linear, conv, embedding."""
+def candidates(formula: Formula, kind: str, training: bool, has_bias: bool, is_called: bool = False,
+               tokens: int = TOKENS_SUPPOSED) -> tuple[Candidate, ...]:
+    """The programs of a layer's output, the cheapest for so many tokens first. `kind`: linear, conv, embedding.
+    `is_called`: the layer has no weight to read, so that programs which do come last."""
     weight = cheapest(formula.weight if training else without_dropout(formula.weight))
     operand = turned(weight) if kind == "embedding" else weight
     x, bias = _input(operand.shape[1], kind), cheapest(formula.bias) if has_bias else None
+    unread = partial(_unread, always=is_called)
     outputs = {_with_bias(make_output(operand, x, kind), bias, kind): name
                for name, make_output in reversed(STRATEGIES.items())}  # of two ways to one program the first has the name
-    found = [candidate((output,), _unread, name) for output, name in outputs.items()]
-    return tuple(sorted(found, key=lambda each: each.cost(tokens).seconds))
+    found = [candidate((output,), unread, name) for output, name in outputs.items()]
+    return tuple(sorted(found, key=lambda each: (is_called and each.reads_weight, each.cost(tokens).seconds)))
 
 
 def _input(width: int, kind: str) -> Expr:
@@ -131,16 +151,16 @@ def _reads(expr: Expr, node: Expr) -> int:
     return sum(node in each.args for each in walk(expr))
 
 
-def _unread(expr: Expr) -> Expr:
-    """W M as the frozen layer run on the rows of Mᵀ, for a thin M, so that the weight is not read."""
+def _unread(expr: Expr, always: bool = False) -> Expr:
+    """W M as the frozen layer run on the rows of Mᵀ, for a thin M (or `always`), so that the weight is not read."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         new = Expr(node.op, args, node.data, node.shape)
         if node.op != "matmul" or len(node.shape) != 2 or TOKENS in node.shape:
             return new
         left, right = args
-        if left.op == "weight" and is_thin(right.shape[1], *left.shape):
+        if left.op == "weight" and (always or is_thin(right.shape[1], *left.shape)):
             return make("T", Expr("frozen", (turned(right),), None, (right.shape[1], left.shape[0])))
-        if right.op == "weight" and is_thin(left.shape[0], *right.shape):
+        if right.op == "weight" and (always or is_thin(left.shape[0], *right.shape)):
             return Expr("frozen_back", (left,), None, (left.shape[0], right.shape[1]))
         return new
 

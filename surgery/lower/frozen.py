@@ -29,6 +29,17 @@ class Frozen:
         self.stored = module._parameters[parameter]
         self.weight = layout.matrix(self.stored)
         self.bias = module._parameters.get("bias") if parameter == "weight" else None
+        self.dtype, self.device = self.weight.dtype, self.weight.device
+
+    @property
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that W is made of."""
+        return (self.stored,)
+
+    def dtype_of(self, x: torch.Tensor) -> torch.dtype:
+        """The dtype of the activations for an input: the layer's own, or that of an autocast."""
+        device = self.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
 
     @property
     def is_trained(self) -> bool:
@@ -44,14 +55,14 @@ class Frozen:
         return self.bias.to(dtype)
 
     def fill(self, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight.new_full(shape, value, dtype=dtype)
+        return torch.full(shape, value, dtype=dtype, device=self.device)
 
     def eye(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.eye(shape[-1], dtype=dtype, device=self.weight.device).expand(shape)
+        return torch.eye(shape[-1], dtype=dtype, device=self.device).expand(shape)
 
     def like(self, dtype: torch.dtype) -> torch.Tensor:
         """A tensor of the dtype, where the weight is."""
-        return self.weight.new_empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device=self.device)
 
     def frozen_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """A few rows [r, in] through the map: [r, out]. The weight is read in order, as the larger one."""

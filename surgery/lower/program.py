@@ -68,7 +68,7 @@ class Program:
     @property
     def reads_weight(self) -> bool:
         """Whether the code reads the frozen weight itself at every step."""
-        return "layer.matrix" in self.source.split("def setup")[1]
+        return self.plan.reads_weight
 
 
 def _is_traced() -> bool:
@@ -79,9 +79,11 @@ def _is_traced() -> bool:
 
 
 @lru_cache(maxsize=None)
-def activations(formula: Formula, kind: str, training: bool, has_bias: bool, tokens: int = TOKENS_SUPPOSED) -> Program:
-    """The program of a layer's output, the cheapest of those known for so many tokens. `kind`: linear, conv, embedding."""
-    best, *rest = map(_compile, candidates(formula, kind, training, has_bias, tokens))
+def activations(formula: Formula, kind: str, training: bool, has_bias: bool, is_called: bool = False,
+                tokens: int = TOKENS_SUPPOSED) -> Program:
+    """The program of a layer's output, the cheapest of those known for so many tokens. `kind`: linear, conv, embedding.
+    `is_called`: one that reads no weight, if there is one."""
+    best, *rest = map(_compile, candidates(formula, kind, training, has_bias, is_called, tokens))
     return replace(best, over=tuple(rest))
 
 

@@ -37,7 +37,7 @@ class Place:
 
     @classmethod
     def of(cls, site: Site, number: int = 0) -> Place:
-        shape = tuple(site.weight.shape)
+        shape = site.stored_shape
         uneven = _is_uneven(site.module, shape[2:])
         return cls(site.layout.name, site.out, site.in_, shape, site.has_bias, number, uneven)
 

@@ -61,7 +61,7 @@ def pending_of(surgeon: Surgeon) -> list[Pending]:
 
 
 def _stored(site: Site) -> Tensor:
-    return site.weight
+    return site.read()
 
 
 __all__ = ["Group", "Pending", "Row", "Spectra", "Spectrum", "gathered", "pending_of", "row_of", "spectrum"]

@@ -77,9 +77,9 @@ class Weights:
         self._tied = tied(self.survey)
 
     def of(self, site: Site) -> Stored | None:
-        """The tensor of a site of this model, or of one that has its modules; None for one of another shape."""
+        """The tensor of a site of this model, or of one that has its modules; None for a packed one, or another shape."""
         found = next((self.tensors[n] for n in self._spelt(site.weight_name) if n in self.tensors), None)
-        return found if found is not None and found.shape == tuple(site.weight.shape) else None
+        return found if found is not None and found.shape == site.stored_shape and not site.layout.is_called else None
 
     def _spelt(self, name: str) -> Iterator[str]:
         """A base model's own checkpoint leaves out the prefix that its tensors have in a task model; what is tied is

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from surgery.compile import Placed
 from surgery.expr.evaluate import dense, in_dtype
 from surgery.expr.ir import Expr, without_dropout
-from surgery.lower.frozen import KINDS
+from surgery.lower.called import frozen
 from surgery.lower.program import weights
 from surgery.operate import Surgeon
 from surgery.rewrite.algebra import simplify
@@ -151,7 +150,7 @@ def _delta(placed: Placed, values: Leaves) -> tuple[Tensor | tuple[Tensor, Tenso
 def _built(placed: Placed, expr: Expr, values: Leaves) -> Tensor:
     """An expression of a site's weight and its adapter's tensors, by the program that merging would run."""
     program = weights(replace(placed.formula, weight=expr), False)
-    layer = copy(KINDS[placed.site.layout.kind](placed.site.module, placed.site.layout, placed.site.parameter))
+    layer = frozen(placed.site.module, placed.site.layout, placed.site.parameter)
     layer.weight = values["weight"]
     leaves = {key: t for key, t in values.items() if key != "weight"}
     return program.setup(layer, leaves, program.once(layer, WIDE), WIDE, WIDE)[0]

@@ -1,0 +1,161 @@
+"""Called layers: linear maps y = x Wᵀ + b whose W is no plain matrix (quantised, packed, in buffers, computed).
+
+Takes a module that says how many features it takes and gives; gives W as its calls tell it: thin products, the transposed
+map by autograd, the whole by slices of the identity. Promises: nothing of the module is changed, and the numbers of the
+tensors in the weight's place are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What modules call the numbers of features that they give and take: nn.Linear and most, AutoGPTQ, transformers' Conv1D.
+_SIDES = (("out_features", "in_features"), ("outfeatures", "infeatures"), ("nf", "nx"))
+_SLICE = 1024  # rows of the identity in one call
+# W m + b for a small m is rounded as b is. For a power of two c, c m is exact, and its image so large that it is rounded
+# as W m is.
+_FAR, _FAR_IN_HALF = 1024.0, 32.0  # float16 ends at 65504
+_ASIDE = "_forward_of_its_own"  # where the forward that stood on an instance waits while the layer is operated on
+
+
+def sides(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in), if the module says them."""
+    found = (tuple(getattr(module, name, None) for name in names) for names in _SIDES)
+    return next((pair for pair in found if all(isinstance(side, int) and side > 0 for side in pair)), None)
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether a parameter is plain numbers that can be read and written: a floating type of two bytes or more, and no
+    class of its own (but for a shard). What is not there is plain."""
+    known = type(tensor) is nn.Parameter or hasattr(tensor, "placements")
+    return tensor is None or known and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether weight and bias stand there as plain parameters."""
+    held = module._parameters
+    return held.get("weight") is not None and "bias" in held and is_plain(held["weight"]) and is_plain(held["bias"])
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module of an unknown class that says its sides is a linear layer with its weight packed: no layer that
+    says its own is inside, and there are matrices of codes or bytes, an opaque pack, or buffers alone."""
+    if any(sides(inner) for inner in module.modules() if inner is not module):
+        return False
+    matrices = [t for t in chain(module.parameters(), module.buffers()) if t.ndim > 1]
+    codes = any(not t.dtype.is_floating_point or t.dtype.itemsize == 1 for t in matrices)
+    packs = any(isinstance(value, torch.ScriptObject) for inner in module.modules() for value in vars(inner).values())
+    return codes or packs or bool(matrices) and not any(isinstance(t, nn.Parameter) for t in matrices)
+
+
+def bias(module: nn.Module) -> Tensor | None:
+    """b [out]: its tensor, or what its method of that name gives."""
+    found = getattr(module, "bias", None)
+    return found() if callable(found) and not isinstance(found, Tensor) else found
+
+
+def pieces(module: nn.Module) -> tuple[Tensor, ...]:
+    """The tensors that W is made of: all of the module's but its bias and what an adapter brought."""
+    own = (*module._parameters.items(), *module._buffers.items())
+    inner = (child for name, child in module._modules.items() if child is not None and not name.endswith("_surgery"))
+    return (*(t for name, t in own if t is not None and name != "bias"),
+            *(t for child in inner for t in (*child.parameters(), *child.buffers())))
+
+
+def dtype(module: nn.Module) -> torch.dtype:
+    """The floating type of the layer's own scales and bias; float32 where it shows none."""
+    found = (t.dtype for t in (*pieces(module), bias(module)) if t is not None)
+    return next((d for d in found if d.is_floating_point and d.itemsize > 1), torch.float32)
+
+
+def device(module: nn.Module) -> torch.device:
+    return next((t.device for t in (*pieces(module), bias(module)) if t is not None), torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------- calls
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The forward that the module has without us: its class's, or one on the instance, as accelerate puts it."""
+    known = vars(module).get(_ASIDE) or vars(module).get("forward")
+    return known or getattr(type(module), "base", type(module)).forward.__get__(module)
+
+
+def put_forward_aside(module: nn.Module) -> None:
+    """What stands on the instance would be run in the place of ours."""
+    if "forward" in vars(module):
+        vars(module)[_ASIDE] = vars(module).pop("forward")
+
+
+def put_forward_back(module: nn.Module) -> None:
+    if _ASIDE in vars(module):
+        vars(module)["forward"] = vars(module).pop(_ASIDE)
+
+
+def through(module: nn.Module, rows: Tensor) -> Tensor:
+    """W m for each row m, [r, in] -> [r, out]: the layer is called, once."""
+    b = bias(module)
+    if b is None:
+        return forward_of(module)(rows).to(rows.dtype)
+    far = _FAR_IN_HALF if rows.dtype == torch.float16 else _FAR
+    return (forward_of(module)(far * rows).to(rows.dtype) - b.to(rows.dtype)) / far
+
+
+def back(module: nn.Module, rows: Tensor) -> Tensor:
+    """Wᵀ m for each row m, [r, out] -> [r, in]: the gradient that the layer gives."""
+    if torch.compiler.is_compiling():  # which sees through this, and not through a gradient inside of a node of ours
+        return torch.func.vjp(forward_of(module), _ones(module, rows))[1](rows)[0]
+    return _Back.apply(rows, module)
+
+
+def _ones(module: nn.Module, rows: Tensor) -> Tensor:
+    return rows.new_ones(len(rows), sides(module)[1])
+
+
+class _Back(torch.autograd.Function):
+    """The transposed map, whose own gradient is the map: a layer's backward need not be differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, module: nn.Module) -> Tensor:
+        ctx.module = module
+        with torch.enable_grad():
+            x = _ones(module, rows).requires_grad_()
+            y = forward_of(module)(x)
+            return torch.autograd.grad(y, x, rows.detach().to(y.dtype))[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return through(ctx.module, grad), None
+
+
+@torch.no_grad()
+def matrix(module: nn.Module, wanted: torch.dtype) -> Tensor:
+    """W [out, in] in the dtype that is wanted, from the images of the identity in one that the layer takes."""
+    out, in_ = sides(module)
+    taken = taken_dtype(module, wanted)
+    found = torch.empty(out, in_, dtype=wanted, device=device(module))
+    columns = torch.arange(in_, device=found.device)
+    for part in columns.split(_SLICE):
+        found[:, part] = through(module, (columns == part[:, None]).to(taken)).mT.to(wanted)
+    return found
+
+
+def taken_dtype(module: nn.Module, wanted: torch.dtype) -> torch.dtype:
+    """The first dtype in which the layer takes its input: the wanted one, its own, the usual ones.
+
+    Raises: what the layer raises at the first, if it takes none.
+    """
+    choices = dict.fromkeys((wanted, dtype(module), torch.float32, torch.bfloat16, torch.float16))
+    failures: list[Exception] = []
+    for each in choices:
+        try:
+            forward_of(module)(torch.ones(1, sides(module)[1], dtype=each, device=device(module)))
+            return each
+        except Exception as failure:  # a third party's layer raises whatever it likes
+            failures.append(failure)
+    raise failures[0]

@@ -1,0 +1,89 @@
+"""A called layer as a program sees it: the same questions as of a stored weight, answered by calls."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+import torch.nn as nn
+
+from surgery import called
+from surgery.diagnostics import fail
+from surgery.layout import Layout
+from surgery.lower.frozen import KINDS, Frozen, FrozenLinear
+
+
+class FrozenCalled(FrozenLinear):
+    """A linear layer whose weight is no plain matrix. It runs in its input's dtype, and gives its output in its own.
+
+    `weight` is W where a program that reads all of it was given it, else None.
+    """
+
+    is_product = False
+    weight: torch.Tensor | None = None
+
+    def __init__(self, module: nn.Module, layout: Layout, gives_gradient: bool):
+        self.layout, self.module, self.bias, self.given = layout, module, called.bias(module), None
+        self.gives_gradient = gives_gradient
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return called.dtype(self.module)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return called.device(self.module)
+
+    @property
+    def held(self) -> tuple[torch.Tensor, ...]:
+        return called.pieces(self.module)
+
+    def dtype_of(self, x: torch.Tensor) -> torch.dtype:
+        self.dtype, self.device = x.dtype, x.device
+        return super().dtype_of(x)
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """W [out, in], made of calls anew."""
+        return called.matrix(self.module, dtype)
+
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.read(dtype) if self.weight is None else self.weight.to(dtype)
+
+    def enter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        self.dtype = dtype
+        return super().enter(x, dtype)
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        return super().leave(y).to(self.given or y.dtype)
+
+    def frozen_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        return called.through(self.module, self._checked(rows).to(self.dtype)).to(rows.dtype)
+
+    def frozen_back(self, rows: torch.Tensor) -> torch.Tensor:
+        return called.back(self.module, rows.to(self.dtype)).to(rows.dtype)
+
+    def frozen_biased(self, x: torch.Tensor) -> torch.Tensor:
+        y = called.forward_of(self.module)(self._checked(x))
+        self.given = y.dtype
+        return y.to(x.dtype)
+
+    def frozen(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.frozen_biased(x)
+        return y if self.bias is None else y - self.bias.to(y.dtype)
+
+    frozen_flat = frozen
+
+    def _checked(self, x: torch.Tensor) -> torch.Tensor:
+        """An input of the layer's. Raises: SurgeryError (no-gradient), if it needs a gradient and will get none."""
+        if x.requires_grad and torch.is_grad_enabled() and not self.gives_gradient:
+            name = type(self.module).__name__
+            raise fail("no-gradient", f"{name} gives no gradient to its input: nothing before it can train",
+                       helps=("evaluate under torch.no_grad(), or leave such layers out with `except`",))
+        return x
+
+
+def frozen(module: nn.Module, layout: Layout, parameter: str, gives_gradient: bool = True) -> Frozen:
+    """The frozen map of a module, as programs call it. `gives_gradient`: whether a called one does so to its input."""
+    if layout.is_called:
+        return FrozenCalled(module, layout, gives_gradient)
+    return KINDS[layout.kind](module, layout, parameter)

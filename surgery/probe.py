@@ -1,0 +1,86 @@
+"""Whether a called layer is what it must be: a linear map of each row, the same at every call, with that map's gradient.
+
+Takes a module with numbers in it; gives an `Answer`. Promises: a few calls on at most four random rows; what a layer with
+quantised activations rounds is let pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surgery import called
+
+# Eight bits for an activation leave errors of a few per cent of these rows' images; a kink or a saturation makes more.
+TOLERANCE = 0.08
+_SHARE, _OTHER = 0.5, -1.5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`fault`: why the layer cannot be operated on, empty if it can. `gives_gradient`: whether its input gets one."""
+
+    fault: str = ""
+    gives_gradient: bool = False
+
+
+def ask(module: nn.Module) -> Answer:
+    """What calls of a layer tell. Whatever it raises is a fault of its own."""
+    try:
+        with warnings.catch_warnings(), torch.enable_grad(), torch.autocast(called.device(module).type, enabled=False):
+            warnings.simplefilter("ignore")  # torch warns that a layer has no gradient, which is what is asked
+            return _answer(module)
+    except Exception as failure:  # a third party's layer raises whatever it likes
+        said = str(failure).strip().splitlines()
+        return Answer(f"calling {type(module).__name__} fails ({said[0] if said else type(failure).__name__})")
+
+
+def _answer(module: nn.Module) -> Answer:
+    name, rows = type(module).__name__, _rows(module)
+    whole, alone = called.forward_of(module)(rows), called.forward_of(module)(rows[None, 2:3])
+    wanted = (len(rows), called.sides(module)[0])
+    if tuple(whole.shape) != wanted or tuple(alone.shape) != (1, 1, wanted[1]):
+        return Answer(f"{name} gives {list(whole.shape)} for {list(rows.shape)}")
+    fault = _fault(module, whole.detach().double(), alone.detach().double()[0, 0])
+    image = (whole[2] - whole[3]).detach()
+    gradient = None if fault else _gradient(module, rows[2:3], image)
+    if gradient is not None and not _near((gradient.double() * rows[2]).sum(), image.double().square().sum()):
+        fault = f"the gradient that {name} gives is not that of its map"
+    return Answer(f"{name} {fault}" if fault.startswith("is") else fault, gradient is not None)
+
+
+def _rows(module: nn.Module) -> Tensor:
+    """x, y, a x + b y and 0."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, called.sides(module)[1], generator=generator) * torch.tensor([[1.0], [3.0]])
+    rows = torch.stack([x, y, _SHARE * x + _OTHER * y, torch.zeros_like(x)])
+    return rows.to(called.device(module), called.taken_dtype(module, torch.float32))
+
+
+def _fault(module: nn.Module, whole: Tensor, alone: Tensor) -> str:
+    first, second, together, zero = whole
+    bias = called.bias(module)
+    size = (together - zero).norm()
+    if not whole.isfinite().all():
+        return "is no linear map: it gives what is not finite"
+    if not _near(alone, together, size):
+        return "is no map of each row: alone, a row gets another output than among others, or at another call"
+    if not _near(together - zero, _SHARE * (first - zero) + _OTHER * (second - zero)):
+        return "is no linear map: f(a x + b y) is far from a f(x) + b f(y)"
+    if not _near(zero, torch.zeros_like(zero) if bias is None else bias.detach().double(), size):
+        return "is no linear map: at 0 it gives something else than its bias"
+    return ""
+
+
+def _near(a: Tensor, b: Tensor, size: Tensor | None = None) -> bool:
+    return bool((a - b).norm() <= TOLERANCE * (b.norm() if size is None else size))
+
+
+def _gradient(module: nn.Module, row: Tensor, image: Tensor) -> Tensor | None:
+    """Wᵀ of an image; None if the layer gives no gradient to its input."""
+    x = row.clone().requires_grad_()
+    y = called.forward_of(module)(x)
+    return torch.autograd.grad(y, x, image[None].to(y.dtype), allow_unused=True)[0] if y.requires_grad else None

@@ -1,0 +1,332 @@
+"""Layers with a packed weight are operated on by calling them: the same map as on the dense layer of their numbers."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import oracle as o
+from case import Case, Parameters
+from layers import Tower, assert_close, gradients, perturb
+from packed import Int4Linear, Int8Linear, Sealed, SealedLinear
+from surgery.called import through
+from surgery.demo import load_demo
+from surgery.diagnostics import SurgeryError
+from surgery.operate import Surgeon, apply
+from surgery.report import Report
+from surgery.spec import load, parse
+from surgery.spectra import spectrum
+from surgery.store import attach
+from surgery.surgeries import Surgeries
+from zoo import CASES
+
+EXACT = 1e-10
+OUT, IN = 12, 18
+LAYERS = [Int8Linear, Int4Linear]
+# What reads every number of the weight at each step: a copy of it is kept.
+READ = {"hira", "glora", "miss_bat", "rows and columns", "order of steps", "a magnitude per column",
+        "a magnitude per column with its gradient", "a projection that depends on W"}
+
+
+def operated(case: Case, layer: nn.Module, **settings: torch.dtype) -> tuple[Tower, Surgeon]:
+    model = Tower(layer)
+    surgeon = apply(model, case.spec(), seed=3, **{"dtype": torch.float64, **settings})
+    perturb(model)
+    return model, surgeon
+
+
+def named(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def numbers(layer: nn.Module) -> torch.Tensor:
+    return torch.randn(2, 3, layer.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("build", LAYERS)
+def test_a_called_layer_is_the_dense_one(case, build):
+    torch.manual_seed(1)
+    base = build(IN, OUT, bias=build is Int8Linear)
+    model, surgeon = operated(case, deepcopy(base))
+    leaves = surgeon.adapters["layers.0"].tensors()
+    exact = {key: t.detach().double() if t.is_floating_point() else t for key, t in leaves.items()}
+    exact = {key: t.requires_grad_(leaves[key].requires_grad) for key, t in exact.items()}
+    p, bias = Parameters.of(exact), None if base.bias is None else base.bias.detach().double()
+    x, y = numbers(base).requires_grad_(), numbers(base).requires_grad_()
+    wanted = o.linear(y, case.formula(base.dequantised(), p), None if bias is None else case.bias(bias, p))
+    found = model(x)
+    assert_close(found, wanted, EXACT, "the output")
+    direction = torch.randn_like(wanted)
+    actual, expected = gradients(found, direction, {"x": x, **leaves}), gradients(wanted, direction, {"x": y, **exact})
+    for key, gradient in expected.items():
+        assert_close(actual[key], gradient, EXACT, f"the gradient of {key}")
+    with torch.no_grad():
+        assert_close(model.eval()(x), wanted, EXACT, "the output in evaluation")
+    told = {w.code for w in surgeon.plan.warnings}
+    assert ("dense-copy" in told) is (case.name in READ), told
+
+
+# ------------------------------------------------------------------------------------------------- called, not read
+
+UNREAD = ["lora", "dora", "sora", "pre_diag", "post_diag", "oft", "hra", "deft", "gains on both sides", "everything",
+          "a projection from W on in"]
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_the_packed_weight_is_never_read(name):
+    torch.manual_seed(1)
+    base = SealedLinear(IN, OUT)
+    with pytest.raises(AssertionError, match="the packed weight is read by mul"):
+        base.weight * 2
+    model, surgeon = operated(named(name), base)
+    for _ in range(2):
+        y = model(numbers(base).requires_grad_())
+        y.sum().backward()
+    plain = Tower(nn.Linear(IN, OUT).double())
+    Sealed.is_open = True
+    plain.layers[0].weight.data = base.dequantised().as_subclass(torch.Tensor)
+    plain.layers[0].bias.data = base.bias.data.double()
+    Sealed.is_open = False
+    dense = apply(plain, named(name).spec(), seed=3, dtype=torch.float64)
+    dense.load(surgeon.state())
+    assert_close(y, plain(numbers(base)), EXACT)
+
+
+def test_the_layer_is_called_once_for_each_step_and_its_norms_are_taken_once():
+    layer = Int8Linear(IN, OUT)
+    model, _ = operated(named("dora"), layer)
+    layer.rows.clear()
+    for _ in range(3):
+        model.train()  # as a Trainer says at each step
+        model(torch.randn(5, IN, dtype=torch.float64, requires_grad=True)).sum().backward()
+    # A row to see the dtype and the identity for ‖w‖²; then W Aᵀ and W x at each step.
+    assert layer.rows == [1, IN, 3, 5, 3, 5, 3, 5]
+    model.eval()
+    layer.rows.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(5, IN, dtype=torch.float64))
+    assert layer.rows == [1, IN, 3, 5, 5, 5]
+
+
+@pytest.mark.parametrize("name", ["lora", "sora", "oft"])
+def test_to_apply_takes_a_few_rows_where_algebra_proves_the_start(name):
+    layer = Int8Linear(IN, OUT)
+    apply(Tower(layer), named(name).spec())
+    assert max(layer.rows) == 4
+
+
+def test_a_product_with_many_rows_is_called_for_too():
+    spec = parse("""
+    transform own() on n {
+      param F[in, 10] ~ normal()
+      param g = 0
+      return diag(1 + g * row_norm(W @ F))
+    }
+    target linear "layers.0" { pre own() }""")
+    layer = Int8Linear(IN, OUT)
+    model = Tower(layer)
+    surgeon = apply(model, spec, dtype=torch.float64)
+    perturb(model)
+    layer.rows.clear()
+    x, p = numbers(layer), surgeon.adapters["layers.0"].tensors()
+    gain = 1 + p["pre_own.g"] * (layer.dequantised() @ p["pre_own.F"]).norm(dim=1)
+    assert_close(model(x), gain * (x @ layer.dequantised().mT) + layer.bias, EXACT)
+    assert layer.rows == [10, 6] and not surgeon.plan.warnings
+
+
+def test_a_copy_of_the_whole_weight_is_made_once_and_told_of():
+    layer = Int8Linear(IN, OUT)
+    model, surgeon = operated(named("hira"), layer)
+    layer.rows.clear()
+    for _ in range(3):
+        model(torch.randn(5, IN, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert layer.rows == [1, IN]
+    (told,) = surgeon.plan.warnings
+    assert told.code == "dense-copy" and f"dense copies take {4 * OUT * IN} bytes" in told.message
+    assert surgeon.report().memory["dense copies"] == 4 * OUT * IN
+    assert "dense copies" not in operated(named("lora"), Int8Linear(IN, OUT))[1].report().memory
+    with pytest.raises(SurgeryError, match="dense-copy"):
+        apply(Tower(Int8Linear(IN, OUT)), named("hira").spec(), strict=True)
+
+
+@pytest.mark.parametrize("change", ["weight", "scale", "bias"])
+def test_a_changed_packed_layer_is_seen(change):
+    for keeping in (True, False):
+        layer = Int8Linear(IN, OUT)
+        model, surgeon = operated(named("dora"), layer)
+        x, p = numbers(layer), Parameters.of(surgeon.adapters["layers.0"].tensors())
+        with torch.set_grad_enabled(not keeping):
+            model(x)
+            with torch.no_grad():
+                getattr(layer, change).copy_(-getattr(Int8Linear(IN, OUT), change))
+            wanted = o.linear(x, named("dora").formula(layer.dequantised(), p), layer.bias.double())
+            assert_close(model(x), wanted, EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lora", "dora", "sora", "hira"])
+def test_activations_and_output_have_the_dtype_that_the_layer_gives(name, dtype):
+    torch.manual_seed(1)
+    base = Int8Linear(32, 24)
+    base.bias.data *= 30  # far larger than W m, whose numbers it must not round away
+    model, surgeon = operated(named(name), base, dtype=torch.float32)
+    p = Parameters.of({key: t.double() for key, t in surgeon.adapters["layers.0"].tensors().items()})
+    x = numbers(base)
+    y = model(x.to(dtype).requires_grad_())
+    y.sum().backward()
+    wanted = o.linear(x, named(name).formula(base.dequantised(), p), base.bias.double())
+    assert y.dtype == dtype
+    assert_close(y, wanted, 8 * torch.finfo(dtype).eps)
+    part, whole = (t.detach().double() - base.bias.double() for t in (y, wanted))
+    assert_close(part, whole, 40 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_bias_does_not_round_small_products_away(dtype):
+    torch.manual_seed(1)
+    layer, rows = Int8Linear(32, 24), torch.randn(4, 32).to(dtype) / 100
+    layer.bias.data *= 3
+    assert_close(through(layer, rows), rows.double() @ layer.dequantised().mT, 4 * torch.finfo(dtype).eps)
+
+
+def test_an_output_in_another_dtype_than_the_input_stays_so():
+    class Wide(Int8Linear):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    model, surgeon = operated(named("sora"), Wide(IN, OUT), dtype=torch.float32)
+    x = numbers(model.layers[0]).bfloat16()
+    with surgeon.disabled():
+        assert model(x).dtype == torch.float32
+    assert model(x).dtype == torch.float32
+
+
+def test_under_autocast_and_compiled():
+    for name in ("lora", "dora", "hira", "a projection from W on in"):
+        model, _ = operated(named(name), Int8Linear(IN, OUT))
+        x = torch.randn(5, IN)
+        y = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = model(x)
+        assert narrow.dtype == torch.bfloat16
+        assert_close(narrow, y, 2e-2)
+        torch.compiler.reset()
+        assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y, 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- its life
+
+
+def packed_llama() -> nn.Module:
+    torch.manual_seed(0)
+    model = load_demo("llama")
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    part.add_module(name, Int8Linear.of(linear))
+    return model
+
+
+@pytest.mark.parametrize("name", ["sora", "dora"])
+def test_a_packed_llama_from_start_to_end(name, tmp_path):
+    model, again, dense = packed_llama(), packed_llama(), load_demo("llama")
+    ids = torch.randint(100, (2, 8))
+    base = model(ids).logits
+    surgeon = apply(model, load(name, rank=4, dropout=0.0))
+    assert len(surgeon.plan.placed) == 28 and not surgeon.plan.warnings
+    assert_close(model(ids).logits, base, 1e-5)
+    optimizer = torch.optim.AdamW(surgeon.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+    tuned = model(ids).logits
+    with surgeon.disabled():
+        assert torch.equal(model(ids).logits, base)
+    surgeon.save(tmp_path / "adapter")
+    attach(again, tmp_path / "adapter")
+    assert torch.equal(again(ids).logits, tuned)
+    attach(dense, tmp_path / "adapter").merge()
+    change = dense(ids).logits - load_demo("llama")(ids).logits
+    assert_close(change, tuned - base, 0.1)  # the weights differ by their rounding
+    surgeon.remove()
+    assert type(model.model.layers[0].self_attn.q_proj) is Int8Linear and torch.equal(model(ids).logits, base)
+
+
+def test_copied_pickled_and_removed():
+    base = Tower(Int8Linear(IN, OUT))
+    model = deepcopy(base)
+    surgeon = apply(model, named("sora").spec(), dtype=torch.float64)
+    perturb(model)
+    x = torch.randn(5, IN, dtype=torch.float64)
+    y = model(x)
+    assert torch.equal(deepcopy(model)(x), y) and torch.equal(pickle.loads(pickle.dumps(model))(x), y)
+    with surgeon.disabled():
+        assert torch.equal(model(x), base(x))
+    surgeon.remove()
+    assert type(model.layers[0]) is Int8Linear and torch.equal(model(x), base(x))
+    assert model.state_dict().keys() == base.state_dict().keys()
+
+
+def test_a_merge_is_refused_and_changes_nothing():
+    model, surgeon = operated(named("lora"), Int8Linear(IN, OUT))
+    x = torch.randn(5, IN, dtype=torch.float64)
+    y = model(x)
+    with pytest.raises(SurgeryError, match=r"`layers.0 \(Int8Linear\)`: no plain weight stands there") as error:
+        surgeon.merge()
+    assert error.value.diagnostics[0].code == "merge-error" and torch.equal(model(x), y)
+
+
+def test_what_starts_from_the_weight_starts_from_what_the_calls_say():
+    torch.manual_seed(1)
+    layer = Int8Linear(IN, OUT)
+    plain = nn.Linear(IN, OUT)
+    plain.weight.data = layer.dequantised(torch.float32)
+    for name in ("pissa", "olora", "dora"):
+        packed, dense = (apply(Tower(deepcopy(each)), named(name).spec(), seed=3) for each in (layer, plain))
+        for key, tensor in packed.state().items():
+            assert_close(tensor, dense.state()[key], 1e-4, key)
+
+
+def test_its_spectrum_is_that_of_the_dense_layer():
+    model, surgeon = operated(named("sora"), Int8Linear(IN, OUT))
+    plain = Tower(nn.Linear(IN, OUT).double())
+    plain.layers[0].weight.data = model.layers[0].dequantised()
+    dense = apply(plain, named("sora").spec(), seed=3, dtype=torch.float64)
+    dense.load(surgeon.state())
+    (found,), (wanted,) = (spectrum(each).rows for each in (surgeon, dense))
+    assert found.spectrum.entropy == pytest.approx(wanted.spectrum.entropy, rel=1e-4)
+
+
+def test_several_surgeries_of_a_packed_layer():
+    model = Tower(Int8Linear(IN, OUT))
+    x = torch.randn(5, IN)
+    surgeries = Surgeries(model)
+    for name in ("lora", "dora"):
+        surgeries.add(name, named(name).spec())
+    surgeries.use("lora", "dora")
+    perturb(model)
+    y = model(x)
+    surgeries.use()
+    assert not torch.equal(model(x), y)
+    surgeries.use("lora", "dora")
+    assert torch.equal(model(x), y)
+
+
+def test_a_plan_of_a_skeleton_needs_no_numbers():
+    with torch.device("meta"):
+        model = Tower(Int8Linear(IN, OUT), Int4Linear(OUT, IN))
+    surgeon = apply(model, parse('target linear { add low_rank(2)  post magnitude() }'))
+    assert surgeon.plan.trainable == 4 * (OUT + IN) + OUT + IN
+    assert "2 weights operated on" in str(surgeon.report()) and Report(surgeon.plan).memory["base"]

@@ -1,0 +1,259 @@
+"""Which layers are called and not read, and what is said of those that cannot be."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from layers import Tower, assert_close, perturb
+from packed import Int4Linear, Int8Linear
+from surgery.called import matrix
+from surgery.diagnostics import SurgeryError
+from surgery.layout import CALLED, LINEAR
+from surgery.operate import apply
+from surgery.sites import sites, unsupported
+from surgery.spec import load, parse
+from zoo import CASES
+
+OUT, IN = 12, 18
+
+
+class InBuffers(nn.Module):
+    """A dense weight that is no parameter; its sides go by AutoGPTQ's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.infeatures, self.outfeatures = IN, OUT
+        self.register_buffer("dense", torch.randn(OUT, IN))
+        self.register_buffer("bias", torch.randn(OUT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.dense.to(x.dtype), self.bias.to(x.dtype))
+
+
+def _with_weight_of_a_class() -> nn.Module:
+    linear = nn.Linear(IN, OUT)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(OwnTensor), requires_grad=False)
+    return linear
+
+
+class OwnTensor(Tensor):
+    pass
+
+
+def _with_computed_bias() -> nn.Module:
+    linear = nn.Linear(IN, OUT)
+    nn.utils.parametrize.register_parametrization(linear, "bias", nn.Tanh())
+    return linear
+
+
+FOUND = [
+    lambda: Int8Linear(IN, OUT), lambda: Int4Linear(IN, OUT), InBuffers, _with_weight_of_a_class, _with_computed_bias,
+    lambda: parametrizations.weight_norm(nn.Linear(IN, OUT)), lambda: nn.utils.weight_norm(nn.Linear(IN, OUT)),
+    lambda: torch.ao.nn.quantized.dynamic.Linear(IN, OUT),
+]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("build", FOUND)
+def test_a_layer_without_a_plain_weight_is_called(build):
+    torch.manual_seed(0)
+    model = Tower(build())
+    (site,) = sites(model)
+    assert (site.layout, site.kind, site.out, site.in_, site.has_bias) == (CALLED, "linear", OUT, IN, True)
+    assert not unsupported(model) and not site.answer.fault
+    x = torch.randn(4, IN)
+    with torch.no_grad():
+        y = model(x)
+        assert_close(x @ site.read().mT + site.bias, y, 2e-2)
+        surgeon = apply(model, parse('target linear { pre diagonal()  add low_rank(2) }'))
+        perturb(model)
+        p = surgeon.adapters["layers.0"].tensors()
+        weight = p["pre_diagonal.d"][:, None] * site.read() + 8 * p["add_low_rank.B"] @ p["add_low_rank.A"]
+        assert_close(model(x), x @ weight.mT + site.bias, 2e-2)
+    surgeon.remove()
+    assert torch.equal(model(x), y)
+
+
+def test_a_plain_layer_is_not_called():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, bias=False).half())
+    assert [s.layout for s in sites(model)] == [LINEAR, LINEAR]
+
+
+class Spline(nn.Module):
+    in_features, out_features = IN, OUT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.knots = nn.Parameter(torch.randn(OUT, IN))
+        self.register_buffer("grid", torch.randn(OUT, IN))
+
+
+class Wrapper(nn.Module):
+    in_features, out_features = IN, OUT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer, self.weight = Int8Linear(IN, OUT), None
+
+
+def test_other_classes_with_features_are_left_alone():
+    model = nn.ModuleDict({"spline": Spline(), "wrapper": Wrapper()})
+    assert [site.name for site in sites(model)] == ["wrapper.base_layer"]
+    assert "Spline is not a linear layer" in unsupported(model)["spline"]
+
+
+def test_what_a_called_layer_is_made_of_is_no_site_and_is_not_trained():
+    class Codebook(Int8Linear):
+        def __init__(self) -> None:
+            super().__init__(IN, OUT)
+            self.codes = nn.Embedding(4, 4)
+
+    model = Tower(Codebook())
+    assert [s.name for s in sites(model)] == ["layers.0"] and not unsupported(model)
+    with pytest.raises(SurgeryError, match="overlap"):
+        apply(model, parse('target linear { add low_rank(2) }\ntrain "**.codes.*"'))
+    assert apply(model, parse('target linear { add low_rank(2) }\ntrain "**.bias"')).plan.train == ("layers.0.bias",)
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+class Gate(Int8Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Broken(Int8Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("no kernel for this device\nsee the manual")
+
+
+class Narrow(Int8Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., 1:]
+
+
+class Shifted(Int8Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 10
+
+
+class Centred(Int8Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y - y.mean(0)
+
+
+class Noisy(Int8Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.dropout(super().forward(x), 0.5)
+
+
+class Infinite(Int8Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 0
+
+
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+class WrongGradient(Int8Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return Halved.apply(super().forward(x))
+
+
+@pytest.mark.parametrize(("build", "reason"), [
+    (Gate, r"Gate is no linear map: f\(a x \+ b y\) is far from"),
+    (Broken, r"calling Broken fails \(no kernel for this device\)"),
+    (Narrow, r"Narrow gives \[4, 11\] for \[4, 18\]"), (Shifted, "at 0 it gives something else than its bias"),
+    (Centred, "Centred is no map of each row"), (Noisy, "Noisy is no map of each row"), (Infinite, "not finite"),
+    (WrongGradient, "the gradient that WrongGradient gives is not that of its map"),
+])
+def test_what_cannot_be_called_for_its_map_is_told(build, reason):
+    torch.manual_seed(0)
+    model = Tower(build(IN, OUT), build(IN, OUT))
+    before = deepcopy(model.state_dict())
+    with pytest.raises(SurgeryError, match=reason) as error:
+        apply(model, parse('spec s()\ntarget linear "**" { add low_rank(2) }'))
+    (told,) = error.value.diagnostics
+    assert told.code == "unsupported-module" and told.span.line == 2
+    assert told.message.startswith("`layers.0`, `layers.1` cannot be operated on")
+    assert model.state_dict().keys() == before.keys() and type(model.layers[0]) is build
+
+
+class Deaf(Int8Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+@pytest.mark.parametrize("build", [Deaf, torch.ao.nn.quantized.dynamic.Linear])
+def test_a_layer_without_a_gradient_is_for_evaluation_and_for_what_is_first(build):
+    torch.manual_seed(0)
+    model = Tower(build(IN, OUT), build(OUT, IN))
+    surgeon = apply(model, parse('target linear "**" { add low_rank(2) }'))
+    assert model.layers[0](torch.randn(4, IN)).requires_grad  # its own adapter trains
+    with pytest.raises(SurgeryError, match="gives no gradient to its input") as error:
+        model(torch.randn(4, IN))
+    assert error.value.diagnostics[0].code == "no-gradient"
+    with torch.no_grad():
+        perturb(model)
+        changed = model(torch.randn(4, IN))
+    assert changed.isfinite().all() and not surgeon.merged
+
+
+def test_what_trains_before_a_layer_without_a_gradient_is_told_too():
+    """A rotation of the input is before the layer, though the input needs no gradient. What is built into W is not."""
+    model = Tower(Deaf(IN, OUT))
+    surgeon = apply(model, load("oft", block=3).retarget("**"))
+    with pytest.raises(SurgeryError, match="no-gradient"):
+        model(torch.randn(4, IN))
+    surgeon.remove()
+    apply(model, load("hira", rank=2).retarget("**"))
+    model(torch.randn(4, IN, requires_grad=True)).sum().backward()
+
+
+def test_the_transposed_map_needs_the_gradient():
+    with pytest.raises(SurgeryError, match="multiplies W from the left, and Deaf gives no gradient") as error:
+        apply(Tower(Deaf(IN, OUT)), next(c for c in CASES if c.name == "a projection from W on in").spec())
+    assert error.value.diagnostics[0].code == "unsupported-module"
+
+
+def test_a_forward_on_the_instance_is_what_is_called():
+    """As accelerate's hooks have it: it runs in the place of the class's, and would in the place of ours."""
+    for layer in (nn.Linear(IN, OUT), Int8Linear(IN, OUT)):
+        model, x, calls = Tower(layer), torch.randn(4, IN), []
+        inner = layer.forward
+        layer.forward = lambda x: calls.append(x) or inner(x)
+        y = model(x)
+        surgeon = apply(model, parse('target linear "**" { add low_rank(2) }'))
+        perturb(model)
+        assert not torch.equal(model(x), y)
+        calls.clear()
+        with surgeon.disabled():
+            assert torch.equal(model(x), y) and len(calls) == 1
+        surgeon.remove()
+        assert torch.equal(model(x), y) and len(calls) == 2
+
+
+def test_the_whole_weight_is_read_in_slices_and_in_the_dtype_that_the_layer_takes():
+    class Half(Int8Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype != torch.float16:
+                raise TypeError("expected float16")
+            return super().forward(x.float()).half()
+
+    layer = Half(2500, 3)
+    assert_close(matrix(layer, torch.float32), layer.dequantised(), 1e-3)
+    assert layer.rows == [1, 1024, 1024, 452]
