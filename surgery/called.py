@@ -1,13 +1,14 @@
 """Called layers: linear maps y = x Wᵀ + b whose W is no plain matrix (quantised, packed, in buffers, computed).
 
 Takes a module that says how many features it takes and gives; gives W as its calls tell it: thin products, the transposed
-map by autograd, the whole by slices of the identity. Promises: nothing of the module is changed, and the numbers of the
-tensors in the weight's place are not looked at.
+map by autograd, the whole by slices of the identity. Promises: the numbers of the tensors in the weight's place are not
+looked at, and calls that the model would not make are made to a copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import chain
 from typing import Any
 
@@ -20,6 +21,7 @@ _SLICE = 1024  # rows of the identity in one call
 # W m + b for a small m is rounded as b is. For a power of two c, c m is exact, and its image so large that it is rounded
 # as W m is.
 _FAR, _FAR_IN_HALF = 1024.0, 32.0  # float16 ends at 65504
+ADAPTER = "_surgery"  # how the names of adapters end
 _ASIDE = "_forward_of_its_own"  # where the forward that stood on an instance waits while the layer is operated on
 
 
@@ -62,7 +64,7 @@ def bias(module: nn.Module) -> Tensor | None:
 def pieces(module: nn.Module) -> tuple[Tensor, ...]:
     """The tensors that W is made of: all of the module's but its bias and what an adapter brought."""
     own = (*module._parameters.items(), *module._buffers.items())
-    inner = (child for name, child in module._modules.items() if child is not None and not name.endswith("_surgery"))
+    inner = (child for name, child in module._modules.items() if child is not None and not name.endswith(ADAPTER))
     return (*(t for name, t in own if t is not None and name != "bias"),
             *(t for child in inner for t in (*child.parameters(), *child.buffers())))
 
@@ -97,6 +99,26 @@ def put_forward_back(module: nn.Module) -> None:
         vars(module)["forward"] = vars(module).pop(_ASIDE)
 
 
+def twin(module: nn.Module) -> nn.Module:
+    """A copy without adapters, for trying things: at a call a layer may settle on a dtype, or repack itself, for good. What
+    cannot be copied (under a compiler, with a forward of its own, by its nature) is the module itself."""
+    if torch.compiler.is_compiling() or not {_ASIDE, "forward"}.isdisjoint(vars(module)):
+        return module
+    base = getattr(type(module), "base", type(module))
+    bare = base.__new__(base)
+    own = {name: child for name, child in module._modules.items() if not name.endswith(ADAPTER)}
+    vars(bare).update(vars(module), _modules=own)
+    try:
+        return deepcopy(bare)
+    except Exception:  # a third party's tensor raises whatever it likes
+        return module
+
+
+def asking(rows: Tensor) -> Tensor:
+    """Rows that seem to train, since a layer may repack itself for inference alone."""
+    return rows if torch.compiler.is_compiling() else rows.requires_grad_()
+
+
 def through(module: nn.Module, rows: Tensor) -> Tensor:
     """W m for each row m, [r, in] -> [r, out]: the layer is called, once."""
     b = bias(module)
@@ -124,7 +146,7 @@ class _Back(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, module: nn.Module) -> Tensor:
         ctx.module = module
         with torch.enable_grad():
-            x = _ones(module, rows).requires_grad_()
+            x = asking(_ones(module, rows))
             y = forward_of(module)(x)
             return torch.autograd.grad(y, x, rows.detach().to(y.dtype))[0]
 
@@ -136,12 +158,12 @@ class _Back(torch.autograd.Function):
 @torch.no_grad()
 def matrix(module: nn.Module, wanted: torch.dtype) -> Tensor:
     """W [out, in] in the dtype that is wanted, from the images of the identity in one that the layer takes."""
-    out, in_ = sides(module)
+    (out, in_), module = sides(module), twin(module)
     taken = taken_dtype(module, wanted)
     found = torch.empty(out, in_, dtype=wanted, device=device(module))
     columns = torch.arange(in_, device=found.device)
     for part in columns.split(_SLICE):
-        found[:, part] = through(module, (columns == part[:, None]).to(taken)).mT.to(wanted)
+        found[:, part] = through(module, asking((columns == part[:, None]).to(taken))).mT.to(wanted)
     return found
 
 
@@ -154,7 +176,7 @@ def taken_dtype(module: nn.Module, wanted: torch.dtype) -> torch.dtype:
     failures: list[Exception] = []
     for each in choices:
         try:
-            forward_of(module)(torch.ones(1, sides(module)[1], dtype=each, device=device(module)))
+            forward_of(module)(asking(torch.ones(1, sides(module)[1], dtype=each, device=device(module))))
             return each
         except Exception as failure:  # a third party's layer raises whatever it likes
             failures.append(failure)

@@ -17,13 +17,13 @@ import torch.nn as nn
 
 from surgery.expr.evaluate import in_dtype
 from surgery.expr.ir import Formula
-from surgery.called import forward_of, put_forward_aside, put_forward_back
+from surgery.called import ADAPTER, forward_of, put_forward_aside, put_forward_back
 from surgery.layout import Layout
 from surgery.lower.called import frozen
 from surgery.lower.frozen import Frozen
 from surgery.lower.program import Program, activations, weights
 
-SUFFIX = "_surgery"
+SUFFIX = ADAPTER
 Tensors = dict[str, torch.Tensor]
 
 

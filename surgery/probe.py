@@ -32,7 +32,7 @@ def ask(module: nn.Module) -> Answer:
     try:
         with warnings.catch_warnings(), torch.enable_grad(), torch.autocast(called.device(module).type, enabled=False):
             warnings.simplefilter("ignore")  # torch warns that a layer has no gradient, which is what is asked
-            return _answer(module)
+            return _answer(called.twin(module))
     except Exception as failure:  # a third party's layer raises whatever it likes
         said = str(failure).strip().splitlines()
         return Answer(f"calling {type(module).__name__} fails ({said[0] if said else type(failure).__name__})")
@@ -45,9 +45,9 @@ def _answer(module: nn.Module) -> Answer:
     if tuple(whole.shape) != wanted or tuple(alone.shape) != (1, 1, wanted[1]):
         return Answer(f"{name} gives {list(whole.shape)} for {list(rows.shape)}")
     fault = _fault(module, whole.detach().double(), alone.detach().double()[0, 0])
-    image = (whole[2] - whole[3]).detach()
-    gradient = None if fault else _gradient(module, rows[2:3], image)
-    if gradient is not None and not _near((gradient.double() * rows[2]).sum(), image.double().square().sum()):
+    image, row = (whole[2] - whole[3]).detach(), rows[2:3].detach()
+    gradient = None if fault else _gradient(module, row, image)
+    if gradient is not None and not _near((gradient.double() * row).sum(), image.double().square().sum()):
         fault = f"the gradient that {name} gives is not that of its map"
     return Answer(f"{name} {fault}" if fault.startswith("is") else fault, gradient is not None)
 
@@ -57,7 +57,7 @@ def _rows(module: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, called.sides(module)[1], generator=generator) * torch.tensor([[1.0], [3.0]])
     rows = torch.stack([x, y, _SHARE * x + _OTHER * y, torch.zeros_like(x)])
-    return rows.to(called.device(module), called.taken_dtype(module, torch.float32))
+    return called.asking(rows.to(called.device(module), called.taken_dtype(module, torch.float32)))
 
 
 def _fault(module: nn.Module, whole: Tensor, alone: Tensor) -> str:

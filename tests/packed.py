@@ -9,6 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class Log(list):
+    """One for a layer and its copies."""
+
+    def __deepcopy__(self, memo: Any) -> Log:
+        return self
+
+
 class Int8Linear(nn.Module):
     """Bytes and a scale for each row; no nn.Linear, but it says how many features it takes and gives."""
 
@@ -18,7 +25,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8))
         self.register_buffer("scale", torch.rand(out_features, 1) / 100)
         self.bias = nn.Parameter(torch.randn(out_features)) if bias else None
-        self.rows: list[int] = []  # how many rows it was called on, each time
+        self.rows = Log()  # how many rows it was called on, each time
 
     @classmethod
     def of(cls, linear: nn.Linear) -> Int8Linear:

@@ -247,6 +247,31 @@ def test_a_forward_on_the_instance_is_what_is_called():
         assert torch.equal(model(x), y) and len(calls) == 2
 
 
+class Settling(Int8Linear):
+    """As bitsandbytes has it: the first call decides on a dtype, and one that seems not to train repacks the weight."""
+
+    settled, repacked = None, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.settled = self.settled or x.dtype
+        self.repacked = self.repacked or not (self.training or x.requires_grad)
+        y = super().forward(x)
+        return y.detach() if self.repacked else y
+
+
+def test_what_apply_tries_leaves_no_trace_in_the_layer():
+    model = Tower(Settling(IN, OUT)).eval()
+    surgeon = apply(model, parse('target linear "**" { add low_rank(2)  post magnitude() }'))
+    assert model.layers[0].settled is None and surgeon.adapters["layers.0"].gives_gradient
+    x = torch.randn(4, IN, dtype=torch.bfloat16, requires_grad=True)
+    model.train()(x).sum().backward()
+    assert model.layers[0].settled == torch.bfloat16 and not model.layers[0].repacked and x.grad.norm() > 0
+    with torch.no_grad():
+        model.eval()(x)
+    with pytest.raises(SurgeryError, match="no-gradient"):  # the model itself has repacked it
+        model.train()(x)
+
+
 def test_the_whole_weight_is_read_in_slices_and_in_the_dtype_that_the_layer_takes():
     class Half(Int8Linear):
         def forward(self, x: Tensor) -> Tensor:

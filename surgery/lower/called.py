@@ -57,13 +57,13 @@ class FrozenCalled(FrozenLinear):
         return super().leave(y).to(self.given or y.dtype)
 
     def frozen_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        return called.through(self.module, self._checked(rows).to(self.dtype)).to(rows.dtype)
+        return self._checked(rows, called.through(self.module, rows.to(self.dtype))).to(rows.dtype)
 
     def frozen_back(self, rows: torch.Tensor) -> torch.Tensor:
         return called.back(self.module, rows.to(self.dtype)).to(rows.dtype)
 
     def frozen_biased(self, x: torch.Tensor) -> torch.Tensor:
-        y = called.forward_of(self.module)(self._checked(x))
+        y = self._checked(x, called.forward_of(self.module)(x))
         self.given = y.dtype
         return y.to(x.dtype)
 
@@ -73,13 +73,13 @@ class FrozenCalled(FrozenLinear):
 
     frozen_flat = frozen
 
-    def _checked(self, x: torch.Tensor) -> torch.Tensor:
-        """An input of the layer's. Raises: SurgeryError (no-gradient), if it needs a gradient and will get none."""
-        if x.requires_grad and torch.is_grad_enabled() and not self.gives_gradient:
+    def _checked(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What the layer gives. Raises: SurgeryError (no-gradient), if the input needs a gradient and will get none."""
+        if x.requires_grad and torch.is_grad_enabled() and not (self.gives_gradient and y.requires_grad):
             name = type(self.module).__name__
             raise fail("no-gradient", f"{name} gives no gradient to its input: nothing before it can train",
                        helps=("evaluate under torch.no_grad(), or leave such layers out with `except`",))
-        return x
+        return y
 
 
 def frozen(module: nn.Module, layout: Layout, parameter: str, gives_gradient: bool = True) -> Frozen:
