@@ -69,6 +69,13 @@ def pieces(module: nn.Module) -> tuple[Tensor, ...]:
             *(t for child in inner for t in (*child.parameters(), *child.buffers())))
 
 
+def size(tensor: Tensor) -> int:
+    """The bytes of a tensor; of one that is made of others, theirs."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
 def dtype(module: nn.Module) -> torch.dtype:
     """The floating type of the layer's own scales and bias; float32 where it shows none."""
     found = (t.dtype for t in (*pieces(module), bias(module)) if t is not None)
@@ -84,8 +91,9 @@ def device(module: nn.Module) -> torch.device:
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The forward that the module has without us: its class's, or one on the instance, as accelerate puts it."""
-    known = vars(module).get(_ASIDE) or vars(module).get("forward")
-    return known or getattr(type(module), "base", type(module)).forward.__get__(module)
+    base = getattr(type(module), "base", None)
+    known = vars(module).get(_ASIDE if base else "forward")  # what is put on an operated module runs ours
+    return known or (base or type(module)).forward.__get__(module)
 
 
 def put_forward_aside(module: nn.Module) -> None:

@@ -117,11 +117,13 @@ class Report:
     def memory(self) -> dict[str, int]:
         """Bytes of the base model, of dense copies of its weights, of the adapter, and what AdamW adds (a gradient and
         two moments of each trained number)."""
-        named = self.plan.selection.survey.model.named_parameters()
-        base = [p for name, p in named if f"{SUFFIX}." not in name]
+        survey = self.plan.selection.survey
+        packed = [t for site in survey.sites if site.layout.is_called for t in site.held]  # buffers too
+        plain = (p for name, p in survey.model.named_parameters() if f"{SUFFIX}." not in name)
+        base = {id(t): called.size(t) for t in (*packed, *plain)}
         copies = sum(map(copy_size, self.plan.placed))
-        return {"base": sum(p.numel() * p.element_size() for p in base), **({"dense copies": copies} if copies else {}),
-                "adapter": self.bytes, "gradients and AdamW": 3 * self.trainable * self.dtype.itemsize}
+        return {"base": sum(base.values()), **({"dense copies": copies} if copies else {}), "adapter": self.bytes,
+                "gradients and AdamW": 3 * self.trainable * self.dtype.itemsize}
 
     @cached_property
     def left_out(self) -> dict[str, list[str]]:

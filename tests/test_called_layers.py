@@ -247,6 +247,19 @@ def test_a_forward_on_the_instance_is_what_is_called():
         assert torch.equal(model(x), y) and len(calls) == 2
 
 
+@pytest.mark.parametrize("build", [nn.Linear, Int8Linear])
+def test_a_forward_that_is_put_on_an_operated_layer_runs_ours(build):
+    model, x = Tower(build(IN, OUT)), torch.randn(4, IN)
+    base = model(x)
+    surgeon = apply(model, parse('target linear "**" { add low_rank(2)  post magnitude() }'))
+    perturb(model)
+    y, inner = model(x), model.layers[0].forward
+    model.layers[0].forward = lambda x: 2 * inner(x)
+    assert torch.equal(model(x), 2 * y)
+    with surgeon.disabled():
+        assert torch.equal(model(x), 2 * base)
+
+
 class Settling(Int8Linear):
     """As bitsandbytes has it: the first call decides on a dtype, and one that seems not to train repacks the weight."""
 
