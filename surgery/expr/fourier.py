@@ -82,7 +82,7 @@ def _spectrum(a: Any, basis: Any) -> Any:
 
 
 def _waves(y: Any, basis: Any) -> Any:
-    return (y.reshape(len(basis), -1).mT @ basis).reshape(*y.shape[2:-1], -1)
+    return (y.reshape(len(basis), -1).mT @ basis).reshape(*y.shape[2:-1], y.shape[-1] * basis.shape[1])
 
 
 def _kernel(c: Any, basis: Any) -> Any:
