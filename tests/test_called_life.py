@@ -108,6 +108,17 @@ def test_its_spectrum_is_that_of_the_dense_layer():
     assert found.spectrum.entropy == pytest.approx(wanted.spectrum.entropy, rel=1e-4)
 
 
+def test_the_spectrum_between_a_packed_model_and_its_dense_one_is_of_the_rounding():
+    torch.manual_seed(1)
+    plain = Tower(nn.Linear(IN, OUT, bias=False))
+    packed = Tower(Int8Linear.of(plain.layers[0]))
+    rounding = packed.layers[0].dequantised(torch.float32) - plain.layers[0].weight.detach()
+    wanted = spectrum(rounding)
+    for pair in ((plain, packed), (packed, plain), (deepcopy(packed), packed)):
+        (row,) = spectrum(*pair).rows
+        assert row.spectrum.entropy == pytest.approx(wanted.entropy if plain in pair else 0, rel=1e-3)
+
+
 def test_several_surgeries_of_a_packed_layer():
     model = Tower(Int8Linear(IN, OUT))
     x = torch.randn(5, IN)

@@ -75,11 +75,15 @@ class Weights:
         self.survey, self.tensors = Survey(model), of_model(model) if tensors is None else tensors
         self._prefix = getattr(model, "base_model_prefix", "")
         self._tied = tied(self.survey)
+        self._called = {s.name: None if s.is_meta else Stored((s.out, s.in_), s.read)
+                        for s in self.survey.sites if s.layout.is_called}
 
     def of(self, site: Site) -> Stored | None:
-        """The tensor of a site of this model, or of one that has its modules; None for a packed one, or another shape."""
+        """The tensor of a site of this model, or of one that has its modules; None for one of another shape. Of a called
+        layer it is what the calls of the loaded model say, whatever lies in files under its name."""
         found = next((self.tensors[n] for n in self._spelt(site.weight_name) if n in self.tensors), None)
-        return found if found is not None and found.shape == site.stored_shape and not site.layout.is_called else None
+        found = self._called.get(site.name, found)
+        return found if found is not None and found.shape == site.stored_shape else None
 
     def _spelt(self, name: str) -> Iterator[str]:
         """A base model's own checkpoint leaves out the prefix that its tensors have in a task model; what is tied is
