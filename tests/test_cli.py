@@ -17,6 +17,7 @@ import surgery
 from surgery.cli import render
 from surgery.cli.main import main
 from surgery.cli.options import opened_together
+from surgery.demo import demo_config
 from surgery.diagnostics import SurgeryError
 from surgery.spec import shipped
 
@@ -158,6 +159,14 @@ def test_json_of_a_plan_counts() -> None:
     assert plan["memory_bytes"]["adapter"] == 4 * plan["trainable"]
 
 
+def test_a_plan_of_a_quantised_model_says_what_it_does_not_know(tmp_path: Path) -> None:
+    config = demo_config("llama")
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path)
+    assert "is quantised, and is planned with plain weights" in run("plan", "lora", str(tmp_path)).stderr
+    assert "quantised" not in run("plan", "lora", "demo:llama").stderr
+
+
 def test_json_of_specs_and_show() -> None:
     assert [s["name"] for s in told(run("specs", "--json"))["specs"]] == list(shipped())
     assert told(run("show", "lora", "--json"))["spec"]["name"] == "lora"
@@ -281,6 +290,7 @@ import os, signal, sys
 from types import SimpleNamespace
 from surgery.cli.main import main
 from surgery.cli.options import opened_together
+from surgery.demo import demo_config
 from surgery.diagnostics import SurgeryError
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it

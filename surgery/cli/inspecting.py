@@ -50,6 +50,8 @@ def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: 
     report = Report(found)
     output.say(f"{spec} on {model}: {counted(len(found.placed), 'weight')}\n")
     output.say(str(report))
+    if getattr(found.selection.survey.model.config, "quantization_config", None):
+        output.note(f"{model} is quantised, and is planned with plain weights: its base model takes less memory than that")
     output.say("memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in report.memory.items()))
     output.data(source=spec, model=model, memory_bytes=report.memory, changes=len(found.placed), **report.to_json())
 
