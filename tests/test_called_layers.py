@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from layers import Tower, assert_close, perturb
 from packed import Int4Linear, Int8Linear
-from surgery.called import matrix
+from surgery.called import matrix, size, twin
 from surgery.diagnostics import SurgeryError
 from surgery.layout import CALLED, LINEAR
 from surgery.operate import apply
@@ -51,14 +51,19 @@ def _with_computed_bias() -> nn.Module:
     return linear
 
 
+def _dynamic(in_features: int, out_features: int) -> nn.Module:
+    """torch's own quantisation, whose activations are rounded too."""
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(in_features, out_features)))[0]
+
+
 FOUND = [
     lambda: Int8Linear(IN, OUT), lambda: Int4Linear(IN, OUT), InBuffers, _with_weight_of_a_class, _with_computed_bias,
     lambda: parametrizations.weight_norm(nn.Linear(IN, OUT)), lambda: nn.utils.weight_norm(nn.Linear(IN, OUT)),
-    lambda: torch.ao.nn.quantized.dynamic.Linear(IN, OUT),
+    lambda: _dynamic(IN, OUT),
 ]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("build", FOUND)
 def test_a_layer_without_a_plain_weight_is_called(build):
     torch.manual_seed(0)
@@ -77,6 +82,16 @@ def test_a_layer_without_a_plain_weight_is_called(build):
         assert_close(model(x), x @ weight.mT + site.bias, 2e-2)
     surgeon.remove()
     assert torch.equal(model(x), y)
+
+
+def test_the_size_of_a_tensor_that_is_made_of_others_is_theirs():
+    class Made(Tensor):
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], None
+
+    made = torch.zeros(OUT, IN).as_subclass(Made)
+    made.codes, made.scale = torch.zeros(OUT, IN, dtype=torch.int8), torch.zeros(OUT, 1)
+    assert size(made) == OUT * IN + 4 * OUT and size(made.scale) == 4 * OUT
 
 
 def test_a_plain_layer_is_not_called():
@@ -198,7 +213,8 @@ class Deaf(Int8Linear):
         return super().forward(x.detach())
 
 
-@pytest.mark.parametrize("build", [Deaf, torch.ao.nn.quantized.dynamic.Linear])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("build", [Deaf, _dynamic])
 def test_a_layer_without_a_gradient_is_for_evaluation_and_for_what_is_first(build):
     torch.manual_seed(0)
     model = Tower(build(IN, OUT), build(OUT, IN))
@@ -276,6 +292,7 @@ def test_what_apply_tries_leaves_no_trace_in_the_layer():
     model = Tower(Settling(IN, OUT)).eval()
     surgeon = apply(model, parse('target linear "**" { add low_rank(2)  post magnitude() }'))
     assert model.layers[0].settled is None and surgeon.adapters["layers.0"].gives_gradient
+    assert type(twin(model.layers[0])) is Settling and len(list(twin(model.layers[0]).modules())) == 1
     x = torch.randn(4, IN, dtype=torch.bfloat16, requires_grad=True)
     model.train()(x).sum().backward()
     assert model.layers[0].settled == torch.bfloat16 and not model.layers[0].repacked and x.grad.norm() > 0

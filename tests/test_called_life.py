@@ -87,6 +87,18 @@ def test_a_merge_is_refused_and_changes_nothing():
     assert error.value.diagnostics[0].code == "merge-error" and torch.equal(model(x), y)
 
 
+def test_there_is_nothing_to_untie_where_nothing_is_written():
+    shared = Int4Linear(IN, OUT)
+    model = Tower(shared, nn.Linear(OUT, IN), Int4Linear(IN, OUT))
+    model.layers[2].weight = shared.weight
+    with pytest.raises(SurgeryError, match="tied-weight"):
+        apply(model, parse('target linear "layers.0" { add low_rank(2) }'))
+    surgeon = apply(model, parse('target linear "layers.0" untie { add low_rank(2) }'))
+    assert not surgeon.untied and model.layers[0].weight is model.layers[2].weight
+    surgeon.remove()
+    apply(Tower(Int8Linear(IN, OUT)), parse('target linear untie { add low_rank(2) }'))
+
+
 def test_what_starts_from_the_weight_starts_from_what_the_calls_say():
     torch.manual_seed(1)
     layer = Int8Linear(IN, OUT)
