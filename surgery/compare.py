@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.compile import compile
 from surgery.diagnostics import Collector, SurgeryError, fail
+from surgery.folders import replacing_file
 from surgery.footprint import Clock, side_by_side, step_bytes
 from surgery.measure import sharing
 from surgery.operate import Surgeon, apply
@@ -242,14 +243,9 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(target: Path, what: Run | Steps) -> None:
-    beside = target.with_suffix(f".{os.getpid()}")
     text = json.dumps({"format_version": FORMAT, **asdict(what)}, indent=1, allow_nan=False)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text + "\n", encoding="utf-8")
-        os.replace(beside, target)
-    except OSError as error:
-        raise fail("bad-output", f"cannot write {target}: {error.strerror or error}") from error
+    with replacing_file(target) as new:
+        new.write_text(text + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

@@ -42,7 +42,7 @@ def replacing(folder: Path, kind: Kind) -> Iterator[Path]:
 
     Raises: SurgeryError (bad-output).
     """
-    target = folder.absolute()
+    target = Path(os.path.realpath(folder))
     refuse_foreign(folder, kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,20 +80,23 @@ def refuse_unwritable(path: Path) -> None:
 def refuse_file(path: Path) -> None:
     """Raises: SurgeryError (bad-output) unless a file can be written at a path, in a folder that is there or can be made."""
     refuse_unwritable(path)
-    if path.is_dir():
-        raise fail("bad-output", f"{path} is a folder", helps=("name a file",))
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or a pipe, which nothing can take the place of"
+        raise fail("bad-output", f"{path} is {what}", helps=("name a file",))
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A new file's path, of the same ending, that takes the place of `path` when the block ends well.
-    Raises: SurgeryError (bad-output)."""
+    """A new file's path, of the same ending, that takes the place of `path`, or of what that links to, when the block ends
+    well. Raises: SurgeryError (bad-output)."""
+    refuse_file(path)
+    target = Path(os.path.realpath(path))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True) as beside:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=target.parent, ignore_cleanup_errors=True) as beside:
             new = Path(beside) / path.name
             yield new
-            new.replace(path)
+            new.replace(target)
     except OSError as error:
         raise fail("bad-output", f"cannot write {path}: {error.strerror or error}") from error
 

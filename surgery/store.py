@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 from torch import nn
 
@@ -103,7 +104,10 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
         raise fail("bad-output", f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
                    helps=("merge() and save its state_dict() yourself",))
     with replacing(Path(folder), MODEL) as new, _merged(surgeon), _untied(surgeon):
-        model.save_pretrained(new, state_dict=_plain(model))
+        try:
+            model.save_pretrained(new, state_dict=_plain(model))
+        except SafetensorError as error:  # which is what it makes of an error of the system's
+            raise OSError(str(error)) from error
         for extra in extras:
             extra.save_pretrained(new)
 

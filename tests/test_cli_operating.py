@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import surgery
@@ -244,6 +245,24 @@ def test_a_result_that_cannot_be_shown_is_saved_all_the_same(monkeypatch: pytest
 
     monkeypatch.setattr("surgery.cli.render.Output.say", closed)
     assert apply().exit_code == 1 and Path("adapter/adapter.safetensors").exists()
+
+
+def test_a_link_to_a_folder_stays_a_link() -> None:
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    assert apply(out="link").exit_code == apply("--force", out="link").exit_code == 0
+    assert Path("link").is_symlink() and Path("real/adapter.surg").is_file()
+
+
+def test_a_full_disk_is_told_when_a_model_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    apply()
+
+    def full(*arguments: object, **more: object) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    result = run("merge", "adapter", "-o", "merged")
+    assert result.exit_code == 2 and "error[bad-output]: cannot write merged: " in result.stderr and not Path("merged").exists()
 
 
 def test_merge_refuses_what_does_not_fit() -> None:

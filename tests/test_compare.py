@@ -310,8 +310,15 @@ def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) ->
     (("lorra",), 2, "unknown-spec"),
     (("oft", "--set", "block=5"), 1, "not-divisible"),
     (("lora", "--threshold", "0"), 2, "bad-data"),
+    (("lora", "--epochs", "nan"), 2, "nan is not a number above 0"),
 ])
 def test_what_is_wrong_is_said_before_any_training(words: tuple, status: int, said: str, model: str,
                                                    tmp_path: Path) -> None:
     found = told(*words, "--model", model, "--data", written(tmp_path), "-o", tmp_path / "out")
     assert found[0] == status and said in found[2] and not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_training(model: str, tmp_path: Path) -> None:
+    data = written(tmp_path)
+    status, _, said = told("lora", "--model", model, "--data", data, "-o", f"{data}/out")
+    assert status == 2 and "letters.tsv is a file" in said

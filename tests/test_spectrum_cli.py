@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,16 @@ def test_what_cannot_be_done_is_said_before_any_work(adapter: Path, tmp_path: Pa
     assert "is a file" in said(adapter, "--csv", adapter / "meta.json" / "t.csv", code=2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'surgery[plot]'" in said(adapter, "--plot", tmp_path / "p.png", code=2)
+
+
+def test_only_a_file_is_replaced(adapter: Path, tmp_path: Path) -> None:
+    """A device stays one, and a link a link."""
+    os.mkfifo(tmp_path / "pipe")
+    assert "a device or a pipe" in said(adapter, "--csv", tmp_path / "pipe", code=2) and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "table.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to("table.csv")
+    said(adapter, "--csv", tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "table.csv").read_text().startswith("name,")
 
 
 def test_wrong_use(adapter: Path, tmp_path: Path) -> None:

@@ -37,6 +37,21 @@ class Rates(click.ParamType):
         return found
 
 
+class Amount(click.ParamType):
+    """A number above 0."""
+
+    name = "NUMBER"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            found = float(value)
+        except ValueError:
+            found = 0.0
+        if not 0 < found < float("inf"):
+            self.fail(f"{value} is not a number above 0")
+        return found
+
+
 _COUNT = click.IntRange(1)
 _KINDS = click.Choice(["classification", "regression"])
 _DATA = (
@@ -48,7 +63,7 @@ _DATA = (
 )
 _BUDGET = (
     click.option("--seeds", type=_COUNT, default=5, show_default=True, help="Train with so many seeds."),
-    click.option("--epochs", type=click.FloatRange(0, min_open=True), default=2, show_default=True),
+    click.option("--epochs", type=Amount(), default=2, show_default=True),
     click.option("--lr", "rates", type=Rates(), default="1e-4,3e-4,1e-3", show_default=True,
                  help="Learning rates; each method keeps its best."),
     click.option("--batch", type=_COUNT, default=32, show_default=True, help="Texts in a step."),
@@ -69,11 +84,13 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     the texts and the score taken on another. Runs that DIR holds are not done again. --set goes to every spec that has
     such a parameter. The time of a step is taken at the end, all methods taking turns.
     """
+    from surgery.folders import refuse_file
     from surgery.tasks import read
     from surgery.training import need
 
     need("accelerate", "train", "training")
     need("matplotlib", "plot", "the plot")
+    refuse_file(Path(out) / TABLE)
     methods = _methods(specs if no_full else ("full", *specs), sets, targets)
     task = read(data, kind, threshold, label).limited(limit)
     with output.busy(f"loading {model}"):
@@ -150,6 +167,7 @@ def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: 
     """Show the table; keep it and the plot beside the runs."""
     from surgery.compare import rows
     from surgery.compare_plot import draw
+    from surgery.folders import replacing_file
 
     found, about = rows(runs, steps), _about(comparison, runs, steps)
     data = {**about, "rows": [row.to_json() for row in found]}
@@ -160,8 +178,9 @@ def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: 
     output.say(_table(found))
     for line in _edges(found):
         output.say(line)
-    (folder / TABLE).write_text(json.dumps({"format_version": FORMAT, **data}, indent=1) + "\n", encoding="utf-8")
-    draw(found, folder / PLOT, title)
+    with replacing_file(folder / TABLE) as table, replacing_file(folder / PLOT) as plot:
+        table.write_text(json.dumps({"format_version": FORMAT, **data}, indent=1) + "\n", encoding="utf-8")
+        draw(found, plot, title)
     output.say(f"saved     {folder / TABLE}, {folder / PLOT}")
     output.data(**data, out=str(folder))
 
