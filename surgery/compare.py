@@ -18,7 +18,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ FIGURES = ("entropy", "normalised_entropy", "stable_rank", "effective_rank", "re
 FORMAT = "1.0"
 VALIDATION, TEST = 0.2, 0.2
 _EVERY = Spec("every", targets=(Target(add("low_rank"), kind="linear"),))
+T = TypeVar("T")
 Loader = Callable[[int], PreTrainedModel]
 
 
@@ -212,8 +213,7 @@ def place_of(folder: Path, asked: Mapping[str, Any]) -> Path:
 
 def finished(folder: Path, asked: Mapping[str, Any]) -> Run | None:
     """The run, if it is in the folder."""
-    found = _read(place_of(folder, asked))
-    return Run(**found) if found else None
+    return _read(place_of(folder, asked), Run)
 
 
 def keep(folder: Path, run: Run) -> None:
@@ -223,8 +223,8 @@ def keep(folder: Path, run: Run) -> None:
 
 def known_steps(file: Path, asked: Mapping[str, Any]) -> Steps | None:
     """The times in a file, if they are those that are asked for, in this order too: ratios are to the first method's."""
-    found = _read(file)
-    return Steps(**found) if found and json.dumps(found["asked"]) == json.dumps(asked) else None
+    found = _read(file, Steps)
+    return found if found and json.dumps(found.asked) == json.dumps(asked) else None
 
 
 def keep_steps(file: Path, steps: Steps) -> None:
@@ -232,14 +232,15 @@ def keep_steps(file: Path, steps: Steps) -> None:
     _write(file, steps)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def _read(file: Path, kind: type[T]) -> T | None:
+    """What a file holds; None where there is no file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+        return kind(**{name: value for name, value in found.items() if name != "format_version"})
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise fail("bad-data", f"{file} is not finished: {error}", helps=("delete it",)) from None
-    return {name: value for name, value in found.items() if name != "format_version"}
 
 
 def _write(target: Path, what: Run | Steps) -> None:

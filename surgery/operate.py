@@ -49,8 +49,11 @@ def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: 
     if any(isinstance(m, Adapter) for m in model.modules()):
         raise fail("already-operated", f"this {type(model).__name__} carries a surgery already",
                    helps=("remove() the first one, or put both in one spec",))
-    if not dtype.is_floating_point:
-        raise fail("bad-value", f"an adapter's parameters cannot be {dtype}", helps=("give a floating dtype, such as torch.float32",))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise fail("bad-value", f"an adapter's parameters cannot be {dtype}",
+                   helps=("give a floating dtype, such as torch.float32",))
+    if not isinstance(seed, int):
+        raise fail("bad-value", f"a seed is a whole number, not {seed!r}")
     plan = compile(model, spec, strict)
     report = Collector()
     report.add(*plan.warnings, *unfit(plan), *dense_copies(plan))

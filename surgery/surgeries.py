@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
+from math import isfinite
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 
@@ -82,9 +84,12 @@ class Surgeries:
     def mix(self, shares: Mapping[str, float]) -> Surgeon | None:
         """Operate with a weighted sum, W' = W + Σ share · (W'ₙ - W), of surgeries that only add.
 
-        Raises: SurgeryError (bad-value) for one that says `pre` or `post`, or trains parameters of the model.
+        Raises: SurgeryError (bad-value) for one that says `pre` or `post`, or trains parameters of the model, and for a share
+        that is no number.
         """
-        for name in shares:
+        for name, share in shares.items():
+            if not isinstance(share, Real) or not isfinite(share):
+                raise fail("bad-value", f"the share of `{name}` must be a finite number, not {share!r}")
             steps = [step for placed in self._of(name).surgeon.plan.placed for step in placed.target.steps]
             if self._of(name).trained or any(step.placement != "add" for step in steps):
                 raise fail("bad-value", f"`{name}` does more than add to weights, so there is no share of it to take",

@@ -130,9 +130,10 @@ def test_times_are_kept_for_the_methods_in_their_order(tmp_path: Path) -> None:
     assert known_steps(tmp_path / "steps.json", {"specs": {"lora": "text", "full": None}}) is None
 
 
-def test_a_file_that_is_no_run_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['{"half', "[]", "{}", '{"asked": {}}'])
+def test_a_file_that_is_no_run_is_told(text: str, tmp_path: Path) -> None:
     keep(tmp_path, run())
-    place_of(tmp_path, run().asked).write_text('{"half')
+    place_of(tmp_path, run().asked).write_text(text)
     with pytest.raises(surgery.SurgeryError, match="is not finished"):
         finished(tmp_path, run().asked)
     (tmp_path / "file").write_text("")

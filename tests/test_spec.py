@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch.nn import Linear
 
 import surgery
 from surgery import Spec, SurgeryError, Target, add
@@ -80,6 +83,21 @@ def test_one_of_several_targets_takes_other_modules() -> None:
     assert [s.text for s in keys.selectors] == ["**.k_proj"] and keys.steps == before[0].steps and other == before[1]
     assert "2 targets" in failed(ia3.retarget, "**.k_proj") and "no target 3" in failed(ia3.retarget, "x", at=3)
     assert "no target 0" in failed(ia3.retarget, "x", at=0)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert surgery.load("lora", rank=np.int64(3), alpha=np.float32(0.5)) == surgery.load("lora", rank=3, alpha=0.5)
+
+
+@pytest.mark.parametrize(("said", "call"), [
+    ("a seed is a whole number, not 1.5", lambda: surgery.apply(Linear(4, 4), "lora", seed=1.5)),
+    ("parameters cannot be float32", lambda: surgery.apply(Linear(4, 4), "lora", dtype="float32")),
+    ("parameters cannot be torch.int8", lambda: surgery.apply(Linear(4, 4), "lora", dtype=torch.int8)),
+    ("a matrix of finite numbers, not of [3]", lambda: surgery.spectrum(torch.ones(3))),
+    ("a matrix of finite numbers, not of [2, 2]", lambda: surgery.spectrum(torch.full((2, 2), float("inf")))),
+], ids=str)
+def test_values_that_cannot_be_used_are_told(said: str, call) -> None:
+    assert said in failed(call)
 
 
 @pytest.mark.parametrize("read", [Spec.model_validate_json, lambda text: Spec.model_validate({"name": text})])

@@ -113,6 +113,14 @@ def test_training_a_stack_trains_the_named_tensors(model, x):
     assert q.grad is not None and q is model[0].weight_surgery.tensors()["a:pre_block_orthogonal.Q"]
 
 
+@pytest.mark.parametrize("share", [float("nan"), float("inf"), "half"])
+def test_a_share_is_a_finite_number(model, share):
+    surgeries = surgery.Surgeries(model)
+    surgeries.add("one", "lora")
+    with pytest.raises(surgery.SurgeryError, match="the share of `one` must be a finite number"):
+        surgeries.mix({"one": share})
+
+
 def test_a_mix_is_a_weighted_sum(model, x):
     surgeries = with_all(model, b=LORA, d=SHIFTED)
     weight, bias, made = model[0].weight.detach().clone(), model[0].bias.detach().clone(), {}

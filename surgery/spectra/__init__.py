@@ -34,10 +34,15 @@ def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | 
     of a matrix ΔW, or of the difference of two.
 
     `squared`: the entropies are of p = σ² / Σ σ². `top`: how many directions of W overlaps are with, 0 for none.
-    Raises: SurgeryError (bad-value) for models that have no weight in common, or one that is operated on.
+    Raises: SurgeryError (bad-value) for models that have no weight in common, or one that is operated on, and for what is no
+    matrix of finite numbers.
     """
     if isinstance(subject, Tensor):
-        return Spectrum.of(subject if tuned is None else tuned - subject, squared=squared)
+        delta = subject if tuned is None else tuned - subject
+        if delta.ndim != 2 or not delta.isfinite().all():
+            raise fail("bad-value", f"a spectrum is of a matrix of finite numbers, not of {list(delta.shape)}"
+                       + (" with others in it" if delta.ndim == 2 else ""))
+        return Spectrum.of(delta, squared=squared)
     if isinstance(subject, Surgeon):
         with subject.disabled():
             return gathered(pending_of(subject), squared, top)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
@@ -121,8 +122,9 @@ def as_expression(value: Any) -> Expression:
         return value
     if isinstance(value, bool):
         return Boolean(value)
-    if isinstance(value, (int, float)):
-        return Unary("-", Number(-value)) if math.copysign(1, value) < 0 else Number(value)
+    if isinstance(value, (Integral, Real)):  # NumPy's too
+        number = int(value) if isinstance(value, Integral) else float(value)
+        return Unary("-", Number(-number)) if math.copysign(1, number) < 0 else Number(number)
     if isinstance(value, str):
         from surgery.syntax.parser import parse_expression
 
