@@ -184,6 +184,12 @@ def test_a_weight_that_is_not_in_the_files_is_not_made_up(change, command: tuple
     assert not Path("adapter").exists()
 
 
+def test_a_demo_of_sizes_that_do_not_fit_together() -> None:
+    for command in (("apply", "lora"), ("plan", "lora"), ("modules",)):
+        result = run(*command, "demo:llama:hidden_size=7")
+        assert result.exit_code == 2 and "error[unknown-model]" in result.stderr and "attention heads" in result.stderr
+
+
 def test_logits_that_are_not_finite_are_told_as_such() -> None:
     without("base", lambda tensors: tensors["lm_head.weight"].fill_(float("inf")))
     result = run("apply", "lora", "base", "-o", "adapter")

@@ -67,7 +67,7 @@ def load(name: str, dtype: str | None = None) -> PreTrainedModel:
     if name.startswith(DEMO):
         from surgery.demo import load_demo
 
-        model = load_demo(name.removeprefix(DEMO))
+        model = _asked(name, lambda: load_demo(name.removeprefix(DEMO)))
         return model.to(wanted) if wanted else model
     config = _config(name)
     model, lacking = _pretrained(name, _class(config), config, wanted)
@@ -191,7 +191,7 @@ def _config(name: str) -> PreTrainedConfig:
     if name.startswith(DEMO):
         from surgery.demo import demo_config
 
-        return demo_config(name.removeprefix(DEMO))
+        return _asked(name, lambda: demo_config(name.removeprefix(DEMO)))
     from transformers import AutoConfig
 
     exists = bool(name) and Path(name).exists()
