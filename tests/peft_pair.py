@@ -6,7 +6,7 @@ The base layer starts in float32, for which PEFT's singular vectors are written,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -209,6 +209,10 @@ class Compared:
 
     actual: dict[str, Tensor]
     expected: dict[str, Tensor]
+
+    def without(self, names: Iterable[str]) -> Compared:
+        """What is left without some of it."""
+        return Compared({name: t for name, t in self.actual.items() if name not in names}, self.expected)
 
     @property
     def error(self) -> float:

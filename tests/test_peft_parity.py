@@ -6,6 +6,8 @@ Parametrised over the rows of `surgery.peft.methods`: a new row needs its config
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -20,7 +22,7 @@ from surgery.operate import apply
 from surgery.peft.match import match
 from surgery.peft.methods import METHODS
 from surgery.peft.tensors import Place
-from surgery.spec import load, parse, retarget
+from surgery.spec import load, parse, retarget, shipped
 
 BY_NAME = {m.name: m for m in METHODS}
 GLORA = BY_NAME["glora"].family
@@ -158,6 +160,14 @@ def _same_training(mine: nn.Module, theirs: nn.Module, x: torch.Tensor, names: d
     assert own.keys() == {*names.values(), "x"}
     for name, gradient in given.items():
         assert_close(own[names.get(name, name)], gradient, EXACT, name)
+
+
+def test_the_tables_have_a_line_for_every_method():
+    """`python tests/peft_table.py` writes them."""
+    page, readme = (Path(__file__).parents[1].joinpath(name).read_text(encoding="utf-8") for name in ("docs/peft.md", "README.md"))
+    assert [m.name for m in METHODS if f"| {m.name} |" not in page] == []
+    assert [d.what for d in DIFFERENCES if f"| {d.method} | {d.what} | {d.of} |" not in page] == []
+    assert [name for name in shipped() if f"| `{name}` |" not in readme] == []
 
 
 # --------------------------------------------------------------------------------------------- telling methods apart

@@ -71,7 +71,7 @@ SHIPPED = (
         lambda m, n: 16, shifted=True,
         shipped={"rank": 2, "length": 16, "bound": 0.5}),
     Case("vblora", "", lambda w, p: w + _bank(p, "add_from_bank"), lambda m, n: 15 + 2 * 5 * (m + n) // 3, shifted=True,
-         shipped={"rank": 2, "vectors": 5, "length": 3, "best": 2, "bound": 1.0}),
+         shipped={"rank": 2, "count": 5, "length": 3, "best": 2, "bound": 1.0}),
     Case("deft", "", lambda w, p: w + _deft(w, p, "add_decompose", lambda x: x, lambda x: x.clamp(min=0)),
          lambda m, n: 3 * (m + n), shipped={"rank": 3}),
     Case("deft_qr", "", lambda w, p: w + _deft(w, p, "add_decompose_orthogonal", o.qr, o.qr), lambda m, n: 3 * (m + n),

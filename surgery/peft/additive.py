@@ -107,7 +107,7 @@ BASES = (
            Renamed({**_RANK, "length": "theta_d_length", "bound": "init_theta_d_bound", "dropout": "unilora_dropout"}),
            linears(_SHARED_VECTOR), again=_unilora_places),
     Method("vblora", _VBLORA, "vblora", Renamed({
-        **_RANK, "vectors": "num_vectors", "length": "vector_length", "best": "topk",
+        **_RANK, "count": "num_vectors", "length": "vector_length", "best": "topk",
         "bound": "init_vector_bank_bound", "dropout": "vblora_dropout"}), linears(pairs(
         ("base_model.vblora_vector_bank", "add_from_bank.bank", SAME), ("vblora_logits_A", "add_from_bank.L_A", SAME),
         ("vblora_logits_B", "add_from_bank.L_B", SAME)))),

@@ -1,0 +1,128 @@
+"""Writes the tables of docs/peft.md and of README.md: every figure is measured or counted here, or stands in what `surgery
+bench --json` wrote into docs/bench. Run as `python tests/peft_table.py`."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import re
+import tokenize
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import peft
+
+from peft_cases import SINGLE, WRONG_IN_PEFT, cases
+from peft_differences import DIFFERENCES
+from peft_pair import compare, pair
+from surgery.peft.method import Family, Method
+from surgery.peft.methods import METHODS
+from surgery.spec import shipped
+
+ROOT = Path(__file__).parents[1]
+PAGE, README, BENCH = ROOT / "docs" / "peft.md", ROOT / "README.md", ROOT / "docs" / "bench"
+FILES = ("config", "layer", "model")
+_SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+_LAYERS = {"transposed linear": "Conv1D", "convolution": "conv", "trained": "a whole module"}
+
+
+def spec_lines(method: Method) -> int:
+    """The lines of the row's spec that say something."""
+    return _lines_of(method.spec if "\n" in method.spec else shipped()[method.spec].read_text(encoding="utf-8"))
+
+
+def _lines_of(text: str) -> int:
+    return sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in text.splitlines())
+
+
+def peft_lines(family: Family) -> int:
+    """The lines of PEFT's configuration, layer and model that hold code: no comment, no text of documentation."""
+    folder = peft.PEFT_TYPE_TO_TUNER_MAPPING[family.peft_type].__module__.rpartition(".")[0]
+    return sum(_code_lines(Path(import_module(f"{folder}.{name}").__file__).read_text(encoding="utf-8")) for name in FILES)
+
+
+def _code_lines(text: str) -> int:
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    lines = {n for t in tokens if t.type not in _SILENT for n in range(t.start[0], t.end[0] + 1)}
+    return len(lines - set(_documentation(text)))
+
+
+def _documentation(text: str) -> Iterable[int]:
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            yield from range(node.body[0].lineno, node.body[0].end_lineno + 1)
+
+
+def errors() -> dict[str, float]:
+    """The largest relative difference between PEFT's layer and ours, of the outputs and the gradients, by row."""
+    found: dict[str, float] = {}
+    for method, layer, config in cases():
+        error = compare(pair(method, layer, config)).without(WRONG_IN_PEFT.get(method.name, ())).error
+        found[method.name] = max(found.get(method.name, 0.0), error)
+    return found
+
+
+def methods(measured: dict[str, float]) -> list[str]:
+    rows = [[method.name, f"`{method.spec}`" if method.spec in shipped() else "", f"`{method.family.config_class}`",
+             ", ".join(_LAYERS.get(layout, layout) for layout in method.tensors), spec_lines(method),
+             peft_lines(method.family), _error(measured, method.name)] for method in METHODS]
+    return _table(["method", "spec", "PEFT's", "layers", "lines here", "lines in PEFT", "largest difference"], rows)
+
+
+def _error(measured: dict[str, float], name: str) -> str:
+    return f"{measured[name]:.0e}{' *' * (name in SINGLE)}" if name in measured else "0: the same parameters"
+
+
+def summary(measured: dict[str, float]) -> list[str]:
+    """The methods that ship, once each, with what a step costs; those that only we have last."""
+    steps = {row["name"]: row for file in sorted(BENCH.glob("*.json"))
+             for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+    rows = [[f"`{m.spec}`", spec_lines(m), peft_lines(m.family), _error(measured, m.name), *_costs(steps.get(m.spec))]
+            for m in {m.spec: m for m in reversed(METHODS) if m.spec in shipped()}.values()][::-1]
+    known = {row[0] for row in rows}
+    rows += [[f"`{name}`", _lines_of(path.read_text(encoding="utf-8")), "", "", *_costs(steps.get(name))]
+             for name, path in shipped().items() if f"`{name}`" not in known]
+    return _table(["spec", "lines", "in PEFT", "largest difference", "step", "PEFT's", "memory", "PEFT's"], rows)
+
+
+def _costs(row: dict[str, Any] | None) -> list[str]:
+    """The ratio of a step's time to the frozen model's, and the memory of a step in MiB, ours and PEFT's."""
+    row = row or {}
+    ratios = [row.get(f"{who}step_ratio") for who in ("", "peft_")]
+    sizes = [row.get(f"{who}peak_bytes") for who in ("", "peft_")]
+    cells = [*(r and f"{r:.2f}" for r in ratios), *(size and f"{size / 2**20:.0f}" for size in sizes)]
+    return [cells[i] or "" for i in (0, 1, 2, 3)]
+
+
+def differences() -> list[str]:
+    rows = [[d.method, d.what, d.of, f"{d.measure():.2g}"] for d in DIFFERENCES]
+    return _table(["method", "what PEFT does", "how far off", "size"], rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(str(cell) for cell in line)} |".replace("  ", " ") for line in lines]
+
+
+def _written(page: Path, tables: dict[str, list[str]]) -> None:
+    """Put each table between its two marks."""
+    text = page.read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        block = "\n".join([f"<!-- {name} -->", *lines, f"<!-- end of {name} -->"])
+        text = re.sub(rf"<!-- {name} -->.*<!-- end of {name} -->", lambda found: block, text, flags=re.DOTALL)
+    page.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    measured = errors()
+    _written(PAGE, {"methods": methods(measured), "differences": differences()})
+    _written(README, {"methods": summary(measured)})
+
+
+if __name__ == "__main__":
+    main()
