@@ -95,7 +95,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
     ("parameters cannot be torch.int8", lambda: surgery.apply(Linear(4, 4), "lora", dtype=torch.int8)),
     ("a matrix of finite numbers, not of [3]", lambda: surgery.spectrum(torch.ones(3))),
     ("a matrix of finite numbers, not of [2, 2]", lambda: surgery.spectrum(torch.full((2, 2), float("inf")))),
-], ids=str)
+], ids=["seed", "dtype by name", "int8", "vector", "infinite"])
 def test_values_that_cannot_be_used_are_told(said: str, call) -> None:
     assert said in failed(call)
 
