@@ -1,6 +1,7 @@
 """From a bare clone, with nothing but Python 3.11: `python3 dev.py demo` or `python3 dev.py test [pytest's arguments]`.
 
-Makes `.venv` and installs the project into it (only when pyproject.toml has changed since), then runs the demo or the tests.
+Makes `.venv` and installs the project into it (only when pyproject.toml has changed since),
+then runs the demo or the tests.
 """
 
 import hashlib

@@ -49,7 +49,8 @@ def _node(node: Node, depth: int, used: set[str]) -> str:
     if isinstance(node, Target):
         places = [*node.selectors, *node.steps]
         kept = {n: v for n, v in _fields(node).items() if n not in ("selectors", "steps")}
-        parts = [*(_code(p, depth + 1, used) for p in places), *(f"{n}={_code(v, depth + 1, used)}" for n, v in kept.items())]
+        parts = [*(_code(p, depth + 1, used) for p in places),
+                 *(f"{n}={_code(v, depth + 1, used)}" for n, v in kept.items())]
     return _laid_out(f"{type(node).__name__}(", parts, ")", depth)
 
 
@@ -61,7 +62,8 @@ def _is_keyword(argument: Argument) -> bool:
 def _fields(node: Node) -> dict[str, Any]:
     """The fields that say something: neither places and comments nor defaults."""
     infos = type(node).model_fields.items()
-    return {name: getattr(node, name) for name, info in infos if not info.exclude and getattr(node, name) != info.default}
+    return {name: getattr(node, name) for name, info in infos if not info.exclude
+            and getattr(node, name) != info.default}
 
 
 def _short_step(step: Step, used: set[str]) -> str:

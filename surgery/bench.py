@@ -1,13 +1,15 @@
-"""What specs cost, measured: the time of a step and of a forward pass, and the memory of a step, beside the frozen model's.
+"""What specs cost, measured: the time of a step and of a forward pass, and the memory of a step,
+beside the frozen model's.
 
-Takes a model and specs; gives rows. A step is a forward and a backward pass in training mode from a fixed random gradient
-of the output; a forward pass is in evaluation mode without gradients. The frozen model is the same with every parameter
-frozen; in all of them a gradient flows to the output of the input embedding (or to the images), so that a backward pass
-runs through every layer. PEFT's own is measured where a row of `surgery.peft.methods` proves that it has the method.
+Takes a model and specs; gives rows. A step is a forward and a backward pass in training mode from a fixed random
+gradient of the output; a forward pass is in evaluation mode without gradients. The frozen model is the same with every
+parameter frozen; in all of them a gradient flows to the output of the input embedding (or to the images), so that a
+backward pass runs through every layer. PEFT's own is measured where a row of `surgery.peft.methods` proves that it has
+the method.
 
-Promises: all run in one process and take turns, the order turning too, after a warm-up; they share the model's weights, and
-the model itself is left alone; a ratio is the median of the ratios of times taken in the same round; the spread is half
-the distance between the quartiles of those.
+Promises: all run in one process and take turns, the order turning too, after a warm-up; they share the model's weights,
+and the model itself is left alone; a ratio is the median of the ratios of times taken in the same round; the spread is
+half the distance between the quartiles of those.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ class Contender:
 class Bench:
     """The frozen model and the specs' models, ready to take turns."""
 
-    def __init__(self, model: nn.Module, specs: Mapping[str, Spec], tokens: tuple[int, int], against_peft: bool = False):
+    def __init__(self, model: nn.Module, specs: Mapping[str, Spec], tokens: tuple[int, int],
+                 against_peft: bool = False):
         """`model` gives up its gradients; `tokens`: batch and length. Raises: SurgeryError."""
         self.model, self.device = model.requires_grad_(False), next(model.parameters()).device
         self.against_peft = against_peft
@@ -120,7 +123,8 @@ class Bench:
     # --------------------------------------------------------------------------------------------------- running
 
     def run(self, repeat: int) -> Iterator[str]:
-        """Take turns for `repeat` rounds of each phase. Says what runs next before it does; may be stopped at any time."""
+        """Take turns for `repeat` rounds of each phase. Says what runs next before it does;
+        may be stopped at any time."""
         for phase in PHASES:
             yield from self._warm_up(phase)
             for number in range(repeat):
@@ -140,7 +144,8 @@ class Bench:
     # ------------------------------------------------------------------------------------------------------ rows
 
     def rows(self) -> list[dict[str, Any]]:
-        """What is known: a row for the frozen model, and one for each spec. Times are in seconds, None if not measured."""
+        """What is known: a row for the frozen model, and one for each spec. Times are in seconds,
+        None if not measured."""
         return [{"name": "frozen", "trained": 0, **self._figures(self.frozen)}, *map(self._row, self.contenders)]
 
     def _row(self, each: Contender) -> dict[str, Any]:
@@ -155,7 +160,8 @@ class Bench:
         for phase in PHASES:
             times = subject.times[phase] if subject else []
             ratios = [t / base for t, base in zip(times, self.frozen.times[phase])]
-            found |= {f"{phase}_seconds": median(times) if times else None, f"{phase}_ratio": median(ratios) if ratios else None,
+            found |= {f"{phase}_seconds": median(times) if times else None,
+                      f"{phase}_ratio": median(ratios) if ratios else None,
                       f"{phase}_ratio_spread": spread(ratios)}
         return {**found, "peak_bytes": subject.peak if subject else None}
 
@@ -189,7 +195,8 @@ def _awake(x: Tensor) -> Tensor:
 
 
 def _direction(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """A random gradient of the model's output. Raises: SurgeryError (unsupported-module) where none reaches the input."""
+    """A random gradient of the model's output. Raises: SurgeryError (unsupported-module) where none reaches the
+    input."""
     y = _output(model, batch)
     if not y.requires_grad:
         raise fail("unsupported-module", f"no gradient reaches the input of a {type(model).__name__}")

@@ -1,8 +1,8 @@
 """Called layers: linear maps y = x Wᵀ + b whose W is no plain matrix (quantised, packed, in buffers, computed).
 
-Takes a module that says how many features it takes and gives; gives W as its calls tell it: thin products, the transposed
-map by autograd, the whole by slices of the identity. Promises: the numbers of the tensors in the weight's place are not
-looked at, and calls that the model would not make are made to a copy.
+Takes a module that says how many features it takes and gives; gives W as its calls tell it: thin products, the
+transposed map by autograd, the whole by slices of the identity. Promises: the numbers of the tensors in the weight's
+place are not looked at, and calls that the model would not make are made to a copy.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 # What modules call the numbers of features that they give and take: nn.Linear and most, AutoGPTQ, transformers' Conv1D.
 _SIDES = (("out_features", "in_features"), ("outfeatures", "infeatures"), ("nf", "nx"))
 _SLICE = 1024  # rows of the identity in one call
-# W m + b for a small m is rounded as b is. For a power of two c, c m is exact, and its image so large that it is rounded
-# as W m is.
+# W m + b for a small m is rounded as b is. For a power of two c, c m is exact, and its image so large that it is
+# rounded as W m is.
 _FAR, _FAR_IN_HALF = 1024.0, 32.0  # float16 ends at 65504
 ADAPTER = "_surgery"  # how the names of adapters end
 _ASIDE = "_forward_of_its_own"  # where the forward that stood on an instance waits while the layer is operated on
@@ -108,8 +108,8 @@ def put_forward_back(module: nn.Module) -> None:
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """A copy without adapters, for trying things: at a call a layer may settle on a dtype, or repack itself, for good. What
-    cannot be copied (under a compiler, with a forward of its own, by its nature) is the module itself."""
+    """A copy without adapters, for trying things: at a call a layer may settle on a dtype, or repack itself, for good.
+    What cannot be copied (under a compiler, with a forward of its own, by its nature) is the module itself."""
     if torch.compiler.is_compiling() or not {_ASIDE, "forward"}.isdisjoint(vars(module)):
         return module
     base = getattr(type(module), "base", type(module))

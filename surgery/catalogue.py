@@ -1,7 +1,7 @@
 """The specs that ship, each with its figures for one common layer.
 
-Takes nothing; gives an `Entry` for each. Promises: no torch; counted on a linear layer [1024, 4096] (out, in) with a bias, at the
-cost model's number of tokens, with the spec's own defaults.
+Takes nothing; gives an `Entry` for each. Promises: no torch; counted on a linear layer [1024, 4096] (out, in) with a
+bias, at the cost model's number of tokens, with the spec's own defaults.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ _PAPER = re.compile(r"arXiv \d{4}\.\d{4,5}")
 
 @dataclass(frozen=True)
 class Entry:
-    """A shipped spec: its first line, its paper's number, and of its first target: the parameters that train, how the cheapest
-    program runs, and what a step costs as a multiple of the frozen layer's (None for a spec that only unfreezes)."""
+    """A shipped spec: its first line, its paper's number, and of its first target: the parameters that train, how the
+    cheapest program runs, and what a step costs as a multiple of the frozen layer's (None for a spec that only
+    unfreezes)."""
 
     name: str
     description: str

@@ -75,7 +75,8 @@ def _tried(spec: Spec, scope: Library, values: Mapping[str, Any]) -> list[Diagno
 def _dense(spec: Spec, scope: Library, values: Mapping[str, Any]) -> Iterator[Diagnostic]:
     """A warning for each target without a cheap program on a large weight."""
     for target in spec.targets:
-        shapes = sorted(chain(*_sizes(_numbers(target, scope, values))), key=lambda shape: shape[0] * shape[1], reverse=True)
+        shapes = sorted(chain(*_sizes(_numbers(target, scope, values))), key=lambda shape: shape[0] * shape[1],
+                        reverse=True)
         found = [_first(target, Context(scope, {**values, **place}), shapes, Collector()) for place in _places(target)]
         yield from filter(None, [fallback(target, [Estimate(t.formula, layer_kind(target.kind)) for t in found if t])])
 
@@ -101,7 +102,8 @@ def _argument(parameter: Parameter) -> Argument:
 
 
 def _trials(target: Target, scope: Library, values: Mapping[str, Any], report: Collector) -> Iterator[Trial]:
-    """The target at the first wide, tall and square sizes that fit, at each end of the model if it asks where it stands."""
+    """The target at the first wide, tall and square sizes that fit, at each end of the model if it asks where it
+    stands."""
     sizes = _sizes(_numbers(target, scope, values))
     for place in _places(target):
         context, faults = Context(scope, {**values, **place}), Collector()
@@ -123,7 +125,8 @@ def _first(target: Target, context: Context, sides: Iterable[tuple[int, int]], f
         if formula is not None and numbers <= _MOST_NUMBERS:
             return Trial(target, out, in_, formula)
         if formula is not None:
-            local.warn("untested", f"its parameters hold {numbers:,} numbers at [{out}, {in_}], which are too many to try")
+            local.warn("untested",
+                       f"its parameters hold {numbers:,} numbers at [{out}, {in_}], which are too many to try")
         faults.add(*local.found)
     return None
 
@@ -144,6 +147,7 @@ def _numbers(target: Target, scope: Library, values: Mapping[str, Any]) -> set[i
 
 
 def _untested(target: Target, faults: Collector) -> Diagnostic:
-    return Diagnostic("untested", "no size of weight that `check` tries fits this target, so its start and its claims are "
+    return Diagnostic("untested",
+                      "no size of weight that `check` tries fits this target, so its start and its claims are "
                       "not tested", target.span, severity="warning", notes=tuple(f.message for f in faults.found[:1]),
                       helps=("`surgery apply` tests the start on a model",))

@@ -1,7 +1,8 @@
 """Claims: which target a site belongs to, when several take it, and which weights are tied.
 
-Takes the reaches of all targets. Gives the owner of each site. Promises: an override wins only where its sites are a strict
-subset of the other target's, whatever the order of the targets; two targets that take one site otherwise are an error.
+Takes the reaches of all targets. Gives the owner of each site. Promises: an override wins only where its sites are a
+strict subset of the other target's, whatever the order of the targets;
+two targets that take one site otherwise are an error.
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ def _report_overlap(first: Reach, second: Reach, shared: list[Site], report: Col
 
 def _report_not_narrower(override: Reach, other: Reach, report: Collector) -> None:
     beyond = [s for s in override.sites if s not in other.sites]
-    why = f"it also takes {listed(s.name for s in beyond)}" if beyond else f"both take {counted(len(other.sites), 'module')}"
+    both = f"both take {counted(len(other.sites), 'module')}"
+    why = f"it also takes {listed(s.name for s in beyond)}" if beyond else both
     related = ((other.target.span, "the target that it would override"),) if other.target.span else ()
-    report.error("not-narrower", f"the override is not narrower than {other}: {why}", override.target.span, related=related,
+    report.error("not-narrower", f"the override is not narrower than {other}: {why}", override.target.span,
+                 related=related,
                  helps=("an override must take some, but not all, of the modules of the target that it overrides",))
 
 
@@ -80,8 +83,8 @@ def _report_overrides(reaches: Sequence[Reach], owned: Mapping[Site, Reach], rep
 
 
 def tied(survey: Survey) -> dict[str, tuple[str, ...]]:
-    """The parameters that share their storage with others, each with the names of those. One module object that stands at
-    two names is not tied: it has one weight, and one adapter."""
+    """The parameters that share their storage with others, each with the names of those. One module object that stands
+    at two names is not tied: it has one weight, and one adapter."""
     parameters = dict(_parameters(survey))
     promised = _tied_by_config(survey.model)
     groups: dict[object, list[str]] = {}
@@ -106,7 +109,8 @@ def _storage(parameter: nn.Parameter) -> object:
 
 
 def _tied_by_config(model: nn.Module) -> Mapping[str, str]:
-    """The parameters that transformers ties when it loads weights, each with its source: a skeleton may not have them tied."""
+    """The parameters that transformers ties when it loads weights, each with its source:
+    a skeleton may not have them tied."""
     promised = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     return getattr(model, "all_tied_weights_keys", None) or {} if promised else {}
 

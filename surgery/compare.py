@@ -72,7 +72,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Steps:
-    """The seconds of steps of several methods that took turns. `asked` is all that they depend on but for the machine."""
+    """The seconds of steps of several methods that took turns. `asked` is all that they depend on but for the
+    machine."""
 
     asked: Mapping[str, Any]
     times: Mapping[str, Sequence[float]]
@@ -222,7 +223,8 @@ def keep(folder: Path, run: Run) -> None:
 
 
 def known_steps(file: Path, asked: Mapping[str, Any]) -> Steps | None:
-    """The times in a file, if they are those that are asked for, in this order too: ratios are to the first method's."""
+    """The times in a file, if they are those that are asked for, in this order too:
+    ratios are to the first method's."""
     found = _read(file, Steps)
     return found if found and json.dumps(found.asked) == json.dumps(asked) else None
 
@@ -266,11 +268,11 @@ class Mean:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at the learning rate that its validation scores are best at. `edge` is `top` or `bottom` where that is the
-    end of several rates, so that a better one may lie beyond. `scores` are of the test part, the first is the one to go by,
-    and there are none where the training diverged; `entropy` is the SVD entropy of ΔW, a mean over the weights. The times
-    are medians of steps side by side, the ratio to the first method's, None where they were not taken; the memory is the
-    most of any run."""
+    """A method at the learning rate that its validation scores are best at. `edge` is `top` or `bottom` where that is
+    the end of several rates, so that a better one may lie beyond. `scores` are of the test part, the first is the one
+    to go by, and there are none where the training diverged; `entropy` is the SVD entropy of ΔW, a mean over the
+    weights. The times are medians of steps side by side, the ratio to the first method's, None where they were not
+    taken; the memory is the most of any run."""
 
     method: str
     rate: float

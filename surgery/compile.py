@@ -2,8 +2,8 @@
 
     text -> spec -> library -> values -> selection -> formulas
 
-Takes a model (on any device, meta included) and a spec; gives a `Plan`. Promises: the model is only read; every mistake of
-the spec against this model is reported in one error.
+Takes a model (on any device, meta included) and a spec; gives a `Plan`. Promises: the model is only read; every mistake
+of the spec against this model is reported in one error.
 """
 
 from __future__ import annotations

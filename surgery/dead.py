@@ -1,8 +1,8 @@
 """Dead names: what a spec names and the model does not have.
 
-Takes a target's `Reach`, reports: a target that takes nothing (`no-match`), a selector or one alternative of it that does
-(`dead-name`, a warning), and one that names what cannot be operated on (`unsupported-module`). Promises: every report says
-what is near, or what the name does stand for, or what there is.
+Takes a target's `Reach`, reports: a target that takes nothing (`no-match`), a selector or one alternative of it that
+does (`dead-name`, a warning), and one that names what cannot be operated on (`unsupported-module`). Promises: every
+report says what is near, or what the name does stand for, or what there is.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def _nothing_there(target: Target, catalogue: Catalogue) -> Diagnostic:
     refused = [f"`{r.name}` cannot be taken: {r.reason}" for r in catalogue.survey.refused if fits(r, target)]
     near = did_you_mean(target.ancestor, catalogue.classes) if target.ancestor not in (None, *catalogue.classes) else ""
     message = f"{catalogue.title} has no {wanted(target)}" + (" that can be taken" if refused else "")
-    return Diagnostic("no-match", message, _ancestor_span(target), notes=tuple(refused[:3]), helps=(near,) if near else ())
+    return Diagnostic("no-match", message, _ancestor_span(target), notes=tuple(refused[:3]),
+                      helps=(near,) if near else ())
 
 
 def _ancestor_span(target: Target) -> Span | None:
@@ -88,7 +89,8 @@ def _report_selectors(found: Reach, named: list[bool], catalogue: Catalogue, rep
             _report_choices(matcher, hits, found.target, catalogue, report)
     if not found.sites and not none:
         why, what = ("`except` leaves all of them out", ()) if any(found.drops.values()) else _HEAD_ALONE
-        report.error("no-match", f"{found} takes no {wanted(found.target)} of {catalogue.title}: {why}", found.target.span,
+        report.error("no-match", f"{found} takes no {wanted(found.target)} of {catalogue.title}: {why}",
+                     found.target.span,
                      helps=what)
 
 
@@ -100,14 +102,16 @@ def _report_except(found: Reach, catalogue: Catalogue, report: Collector) -> Non
             _report_choices(matcher, hits, found.target, catalogue, report)
 
 
-# ------------------------------------------------------------------------------------------ a selector, or a part of one
+# ------------------------------------------------------------------------------------------ a selector,
+# or a part of one
 
 
 def _report_matcher(matcher: Matcher, target: Target, catalogue: Catalogue, report: Collector, code: str,
                     verb: str = "matches no") -> None:
     add = report.error if code == "no-match" else report.warn
     notes, helps = _advice(matcher.globs, target, catalogue, matcher)
-    add(code, f"{matcher} {verb} {wanted(target)} of {catalogue.title}", matcher.selector.span, notes=notes, helps=helps)
+    add(code, f"{matcher} {verb} {wanted(target)} of {catalogue.title}", matcher.selector.span, notes=notes,
+        helps=helps)
 
 
 def _report_choices(matcher: Matcher, hits: Mapping, target: Target, catalogue: Catalogue, report: Collector) -> None:
@@ -123,7 +127,8 @@ def _advice(globs: Iterable[Glob], target: Target, catalogue: Catalogue,
             matcher: Matcher | None = None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(notes, helps) for globs that take nothing: what they stand for, what is near, or what there is."""
     if matcher and matcher.defined:
-        texts = f"defined at {matcher.defined.span}" if matcher.defined.span else ", ".join(g.text for g in matcher.globs)
+        place = matcher.defined.span
+        texts = f"defined at {place}" if place else ", ".join(g.text for g in matcher.globs)
         return (f"`{matcher.defined.name}` is {texts}", _named(target, catalogue)), ()
     stands = tuple(text for g in globs for text in _stands_for(g, target, catalogue) or _lists(g, catalogue))
     population = catalogue.population(catalogue.candidates(target))
@@ -161,7 +166,8 @@ def _named(target: Target, catalogue: Catalogue) -> str:
 # --------------------------------------------------------------------------------------- what cannot be operated on
 
 
-def _report_unsupported(matcher: Matcher, hits: Mapping, target: Target, catalogue: Catalogue, report: Collector) -> bool:
+def _report_unsupported(matcher: Matcher, hits: Mapping, target: Target, catalogue: Catalogue,
+                        report: Collector) -> bool:
     """Reports what a pattern names (its last segment spelt out) and no spec can take; whether there is any."""
     if matcher.portable:
         return False

@@ -1,9 +1,10 @@
 """Demo models: small random models of the common families, built on the spot, so that everything works offline.
 
-Takes a name of `DEMOS`, gives a transformers config, a model in eval mode, or a batch for it. Promises: the same seed gives
-the same weights and the same batch; the caller's random state is left as it was; at most a few megabytes unless sizes are
-given (`llama:hidden_size=1024,num_hidden_layers=8`, any number of the family's config) or the name is one of `LARGER`; the
-sizes of the inner layers are multiples of 32. GPT-2 and T5 tie their embeddings to their heads, as they usually do.
+Takes a name of `DEMOS`, gives a transformers config, a model in eval mode, or a batch for it. Promises: the same seed
+gives the same weights and the same batch; the caller's random state is left as it was; at most a few megabytes unless
+sizes are given (`llama:hidden_size=1024,num_hidden_layers=8`, any number of the family's config) or the name is one of
+`LARGER`; the sizes of the inner layers are multiples of 32. GPT-2 and T5 tie their embeddings to their heads,
+as they usually do.
 """
 
 from __future__ import annotations
@@ -80,8 +81,10 @@ def load_demo(name: str, seed: int = 0) -> PreTrainedModel:
         return _model_class(name)(config).eval()
 
 
-def demo_inputs(model: PreTrainedModel | str, seed: int = 0, batch: int = BATCH, length: int = LENGTH) -> dict[str, Tensor]:
-    """A batch for a model, or for the demo of that name: the keyword arguments of its forward (`length` tokens a row)."""
+def demo_inputs(model: PreTrainedModel | str, seed: int = 0, batch: int = BATCH,
+                length: int = LENGTH) -> dict[str, Tensor]:
+    """A batch for a model, or for the demo of that name: the keyword arguments of its forward (`length` tokens a
+    row)."""
     import torch
 
     config, main = ((demo_config(model), _model_class(model).main_input_name) if isinstance(model, str)
@@ -123,7 +126,8 @@ def _sized(demo: Demo, text: str) -> Demo:
 def _size(text: str) -> tuple[str, int]:
     name, _, value = text.partition("=")
     if not value.isdecimal() or int(value) < 1:
-        raise fail("unknown-model", f"`{text}` is not a size of a demo", helps=("for example demo:llama:hidden_size=1024",))
+        raise fail("unknown-model", f"`{text}` is not a size of a demo",
+                   helps=("for example demo:llama:hidden_size=1024",))
     return name, int(value)
 
 

@@ -1,7 +1,8 @@
 """Diagnostics: what every stage says to a user, with the place and what to do.
 
 Stage: none (everything imports it). Gives `Source`, `Span`, `Diagnostic`, the one error class `SurgeryError`, and a
-`Collector` so that all the errors of a run are shown at once. Promises: a closed set of codes (`CODES`), no colour here.
+`Collector` so that all the errors of a run are shown at once. Promises: a closed set of codes (`CODES`),
+no colour here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ CODES: dict[str, str] = {
     "no-peft-form": "a part of a surgery has no form in PEFT",
     "missing-argument": "a call leaves out an argument that has no default",
     "wrong-type": "a value has another type than its parameter or operator asks for",
-    "wrong-kind": "a transform stands where an update must, or the other way round, or takes the bias on the input side",
+    "wrong-kind": "a transform stands where an update must, or the other way round, or takes the bias on the input "
+                  "side",
     "shape-mismatch": "two shapes that must agree do not",
     "not-divisible": "a dimension is divided by something that does not divide it",
     "check-failed": "a `check` of the spec or of a definition is not met by the values given",
@@ -109,7 +111,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One finding. `label` stands beside the carets, `notes` and `helps` below the source; `related` are further places."""
+    """One finding. `label` stands beside the carets, `notes` and `helps` below the source;
+    `related` are further places."""
 
     code: str
     message: str
@@ -134,7 +137,8 @@ class Diagnostic:
     def to_json(self) -> dict:
         return {"severity": self.severity, "code": self.code, "message": self.message,
                 **(self.span.to_json() if self.span else {}), "label": self.label, "notes": list(self.notes),
-                "helps": list(self.helps), "related": [{**span.to_json(), "label": label} for span, label in self.related]}
+                "helps": list(self.helps),
+                "related": [{**span.to_json(), "label": label} for span, label in self.related]}
 
 
 def _excerpt(span: Span, label: str) -> list[str]:

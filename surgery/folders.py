@@ -23,8 +23,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of folder that we write: what it is called, the names that one of it always has, and whether it may have an
-    entry of a name."""
+    """A kind of folder that we write: what it is called, the names that one of it always has, and whether it may have
+    an entry of a name."""
 
     title: str
     marks: frozenset[str]
@@ -46,7 +46,8 @@ def replacing(folder: Path, kind: Kind) -> Iterator[Path]:
     refuse_foreign(folder, kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True) as beside:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent,
+                                         ignore_cleanup_errors=True) as beside:
             new = Path(beside) / "new"
             new.mkdir()
             yield new
@@ -59,7 +60,8 @@ def replacing(folder: Path, kind: Kind) -> Iterator[Path]:
 
 
 def refuse_foreign(folder: Path, kind: Kind) -> None:
-    """Raises: SurgeryError (bad-output) if a folder holds what is not ours to replace, or a file stands in its place."""
+    """Raises: SurgeryError (bad-output) if a folder holds what is not ours to replace,
+    or a file stands in its place."""
     if folder.is_dir():
         foreign = kind.foreign(p.name for p in folder.iterdir())
         if foreign:
@@ -71,14 +73,16 @@ def refuse_foreign(folder: Path, kind: Kind) -> None:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raises: SurgeryError (bad-output) if no file or folder can be made at a path, in the first folder above that exists."""
+    """Raises: SurgeryError (bad-output) if no file or folder can be made at a path,
+    in the first folder above that exists."""
     above = next((p for p in path.parents if p.exists()), Path())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise fail("bad-output", f"cannot write {path}: {above} is {'not writable' if above.is_dir() else 'a file'}")
 
 
 def refuse_file(path: Path) -> None:
-    """Raises: SurgeryError (bad-output) unless a file can be written at a path, in a folder that is there or can be made."""
+    """Raises: SurgeryError (bad-output) unless a file can be written at a path,
+    in a folder that is there or can be made."""
     refuse_unwritable(path)
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a device or a pipe, which nothing can take the place of"
@@ -87,13 +91,14 @@ def refuse_file(path: Path) -> None:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """A new file's path, of the same ending, that takes the place of `path`, or of what that links to, when the block ends
-    well. Raises: SurgeryError (bad-output)."""
+    """A new file's path, of the same ending, that takes the place of `path`, or of what that links to, when the block
+    ends well. Raises: SurgeryError (bad-output)."""
     refuse_file(path)
     target = Path(os.path.realpath(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=target.parent, ignore_cleanup_errors=True) as beside:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=target.parent,
+                                         ignore_cleanup_errors=True) as beside:
             new = Path(beside) / path.name
             yield new
             new.replace(target)
@@ -118,7 +123,8 @@ def _put(new: Path, target: Path) -> None:
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two paths in one step; False where the system has no such call."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    return rename is not None and rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+    return rename is not None and rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other),
+                                         _RENAME_EXCHANGE) == 0
 
 
 def _flush(path: Path) -> None:

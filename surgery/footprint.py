@@ -42,8 +42,8 @@ class Clock(TrainerCallback):
 
 
 def side_by_side(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """The seconds of a step of AdamW on a batch that has labels, for each model in each of `ROUNDS` rounds. In a round all
-    take their turn, so that a machine's moods fall on all of them. The models are left in training mode."""
+    """The seconds of a step of AdamW on a batch that has labels, for each model in each of `ROUNDS` rounds. In a round
+    all take their turn, so that a machine's moods fall on all of them. The models are left in training mode."""
     steps = [(name, _step(model.train(), batch)[0]) for name, model in models.items()]
     for _, step in WARM_UP * steps:
         step()
@@ -67,8 +67,8 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Callable[[], N
 
 
 def step_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """The most bytes held at once in a step of AdamW on a batch that has labels: weights, gradients, the optimizer's state
-    and activations. The model is then as it was."""
+    """The most bytes held at once in a step of AdamW on a batch that has labels: weights, gradients, the optimizer's
+    state and activations. The model is then as it was."""
     mode = model.training
     step, optimizer = _step(model.train(), batch)
     step()  # the optimizer's state comes to be in its first step

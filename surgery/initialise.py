@@ -25,7 +25,8 @@ IDENTITY_TOLERANCE = 1e-5
 
 
 def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> dict[str, nn.Parameter]:
-    """The starting tensors of one module. `shared` holds the tensors that modules of a target have in common, and grows."""
+    """The starting tensors of one module. `shared` holds the tensors that modules of a target have in common,
+    and grows."""
     values = frozen_leaves(placed, _starts_from_weight(placed))
     known: dict = {}
     made: dict[str, nn.Parameter] = {}
@@ -75,7 +76,8 @@ def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: in
         return draw(leaf.draw, leaf.shape, seed, leaf.group, leaf.shape).to(weight.device)
     if stack is None:
         return draw(leaf.draw, leaf.shape, seed, name, leaf.key).to(weight.device)
-    return torch.stack([draw(leaf.draw, leaf.shape, seed, f"{name}.{i}", leaf.key) for i in range(stack)]).to(weight.device)
+    return torch.stack([draw(leaf.draw, leaf.shape, seed, f"{name}.{i}", leaf.key)
+                        for i in range(stack)]).to(weight.device)
 
 
 def _over_stack(placed: Placed, values: dict[str, torch.Tensor], leaf: Leaf, known: dict) -> torch.Tensor:
@@ -99,7 +101,8 @@ def not_identity(target: Target, changes: Mapping[str, float]) -> list[Diagnosti
     if not changes:
         return []
     worst = max(changes, key=changes.__getitem__)
-    how = f"by {changes[worst]:.1e}" if changes[worst] < float("inf") else "beyond all numbers: W is not finite, or a row or a norm of it is zero"
+    how = (f"by {changes[worst]:.1e}" if changes[worst] < float("inf")
+           else "beyond all numbers: W is not finite, or a row or a norm of it is zero")
     more = f" (and of {counted(len(changes) - 1, 'other module')}, by less)" if len(changes) > 1 else ""
     return [Diagnostic("not-identity", f"W' of {worst}{more} does not start as W: they differ {how}", target.span,
                        notes=(f"allowed is {IDENTITY_TOLERANCE:.0e}, relative, in float32",),

@@ -1,7 +1,7 @@
 """Expressions as maths: `cayley(C Dᵀ - D Cᵀ)`.
 
-Takes an expression and a symbol for some of its parts; gives one line of text. Promises: it reads back to one expression
-only, up to what associativity and commuting scalars leave open.
+Takes an expression and a symbol for some of its parts; gives one line of text. Promises: it reads back to one
+expression only, up to what associativity and commuting scalars leave open.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
     error = max(_rounding_error(stored[name], exact[name]) for name in exact)
     bound = ROUNDINGS * torch.finfo(site.weight.dtype).eps
     if not error <= bound:
-        raise fail("merge-error", f"{site.name} does not fit {str(site.weight.dtype).removeprefix('torch.')} after merging: "
+        raise fail("merge-error",
+                   f"{site.name} does not fit {str(site.weight.dtype).removeprefix('torch.')} after merging: "
                    f"the relative error is {error:.1e}, and rounding allows {bound:.1e}", placed.target.span,
                    helps=("load the model in a wider dtype, then merge",))
     return Merged(stored, error)

@@ -1,7 +1,7 @@
 """A model's modules as a tree in which layers that are alike are one branch.
 
-Takes a model (on the meta device too); gives `Node`s. Promises: module order; a joined branch is named by a range that is
-a pattern, `{0..31}`; only branches that lead to a wanted name are there.
+Takes a model (on the meta device too); gives `Node`s. Promises: module order; a joined branch is named by a range that
+is a pattern, `{0..31}`; only branches that lead to a wanted name are there.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Node:
 
 
 def outline(model: nn.Module, wanted: Iterable[str], every: bool = False, mark: Mark = lambda name: None) -> Node:
-    """The tree of what leads to the `wanted` modules and fused weights. Members of a list are joined where their classes,
-    weights and marks agree, and those of all below them; `every` joins none."""
+    """The tree of what leads to the `wanted` modules and fused weights. Members of a list are joined where their
+    classes, weights and marks agree, and those of all below them; `every` joins none."""
     kept = {".".join(name.split(".")[:i]) for name in wanted for i in range(1, name.count(".") + 2)}
     sites = {site.name: site for site in Survey(model).sites}
     return _Outline(sites, kept, every, mark).node("", [_Branch("", model)])
@@ -82,7 +82,8 @@ class _Outline:
 
     def form(self, branch: _Branch) -> tuple:
         site = self.sites.get(branch.name)
-        own = (type(branch.module).__name__, site and (site.kind, site.out, site.in_, site.stack), self.mark(branch.name))
+        own = (type(branch.module).__name__, site and (site.kind, site.out, site.in_, site.stack),
+               self.mark(branch.name))
         return own, tuple((child.step, self.form(child)) for child in self.children(branch))
 
 

@@ -161,7 +161,8 @@ def _width(parts: tuple[Token | _Brace, ...]) -> int:
 
 def _expand(parts: tuple[Token | _Brace, ...]) -> Iterator[tuple[tuple[Token, ...], tuple[Choice, ...]]]:
     for combination in itertools.product(*map(_ways, parts)):
-        yield tuple(t for tokens, _ in combination for t in tokens), tuple(c for _, chosen in combination for c in chosen)
+        yield tuple(t for tokens, _ in combination for t in tokens), tuple(c for _, chosen in combination
+                                                                           for c in chosen)
 
 
 def _ways(part: Token | _Brace) -> list[tuple[tuple[Token, ...], tuple[Choice, ...]]]:
@@ -171,7 +172,8 @@ def _ways(part: Token | _Brace) -> list[tuple[tuple[Token, ...], tuple[Choice, .
 
 
 def _segments(pattern: Pattern, tokens: tuple[Token, ...]) -> Segments:
-    """The tokens between the dots. Raises: SurgeryError for an empty segment or one that mixes what must stand alone."""
+    """The tokens between the dots. Raises: SurgeryError for an empty segment or one that mixes what must stand
+    alone."""
     segments: list[list[Token]] = [[]]
     dot = 0
     for token in (*tokens, Token(".", max(len(pattern.text) - 1, 0), ".")):
@@ -190,5 +192,6 @@ def _alone(pattern: Pattern, segment: tuple[Token, ...]) -> tuple[Token, ...]:
     for token in segment:
         if len(segment) > 1 and (token.kind == "**" or token.from_end):
             raise _bad(pattern, token.at, token.end, f"`{token.text}` must be a segment of its own",
-                       "`*` is any text within a segment" if token.kind == "**" else "an index from the end has no prefix")
+                       "`*` is any text within a segment"
+                       if token.kind == "**" else "an index from the end has no prefix")
     return segment

@@ -1,9 +1,9 @@
 """Patterns: globs over dotted names, the same for `target`, `except`, `train`, `select` and `--target`.
 
-Takes the text of a pattern, gives a `Glob`. A glob matches a whole dotted name: `*` and `?` within one segment, `**` any
-number of segments (none too), `{a,b}` one of several, `{0..11}` an integer of the inclusive range, `{-4..-1}` one counted
-from the end of the list that holds it. Promises: a pattern that is not well formed is a `bad-pattern` whose place lies
-inside the string; no regular expression in the language (one is only how a glob runs).
+Takes the text of a pattern, gives a `Glob`. A glob matches a whole dotted name: `*` and `?` within one segment, `**`
+any number of segments (none too), `{a,b}` one of several, `{0..11}` an integer of the inclusive range, `{-4..-1}` one
+counted from the end of the list that holds it. Promises: a pattern that is not well formed is a `bad-pattern` whose
+place lies inside the string; no regular expression in the language (one is only how a glob runs).
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def compile_pattern(pattern: Pattern | str) -> Glob:
 
 
 def marked(name: str, counts: Mapping[str, int]) -> str:
-    """The name as `Alternative.matches` takes it: each segment closed by a dot, each index with its place from the end."""
+    """The name as `Alternative.matches` takes it: each segment closed by a dot,
+    each index with its place from the end."""
     parts = name.split(".") if name else []
     prefixes = itertools.accumulate(parts[:-1], lambda a, b: f"{a}.{b}" if a else b, initial="")
     return "".join(part + _from_end(part, counts.get(prefix)) + "." for part, prefix in zip(parts, prefixes))

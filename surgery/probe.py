@@ -1,7 +1,8 @@
-"""Whether a called layer is what it must be: a linear map of each row, the same at every call, with that map's gradient.
+"""Whether a called layer is what it must be: a linear map of each row, the same at every call,
+with that map's gradient.
 
-Takes a module with numbers in it; gives an `Answer`. Promises: a few calls on at most four random rows; what a layer with
-quantised activations rounds is let pass.
+Takes a module with numbers in it; gives an `Answer`. Promises: a few calls on at most four random rows; what a layer
+with quantised activations rounds is let pass.
 """
 
 from __future__ import annotations

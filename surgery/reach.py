@@ -1,7 +1,7 @@
 """Reach: which sites each target's selectors take, and which of its patterns and alternatives do.
 
-Takes a model's survey and a target, gives a `Reach`. Promises: nothing is decided here between targets; what is wrong with
-a selector is reported, not raised.
+Takes a model's survey and a target, gives a `Reach`. Promises: nothing is decided here between targets; what is wrong
+with a selector is reported, not raised.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a plan does to a model, in figures: the same for `plan`, `apply` and `Surgeon.report()`.
 
-Takes a `Plan` and the dtype of the adapter's parameters; gives rows and totals, as text and as JSON. Promises: no weight is
-read, so it works on the meta device; every figure has its unit; a tensor that modules share counts once in a total.
+Takes a `Plan` and the dtype of the adapter's parameters; gives rows and totals, as text and as JSON. Promises: no
+weight is read, so it works on the meta device; every figure has its unit;
+a tensor that modules share counts once in a total.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
 class Row(NamedTuple):
-    """One operated weight: `shape` is [out, in] (one matrix of a stack), `parameters` what its adapter trains, `step_ratio`
-    an estimate of what a step costs, as a multiple of the frozen layer's."""
+    """One operated weight: `shape` is [out, in] (one matrix of a stack), `parameters` what its adapter trains,
+    `step_ratio` an estimate of what a step costs, as a multiple of the frozen layer's."""
 
     name: str
     target: int
@@ -82,7 +83,8 @@ class Report:
 
     @property
     def step_ratio(self) -> float:
-        """The estimate for all operated weights together, as a multiple of what they cost frozen (1 where there are none)."""
+        """The estimate for all operated weights together, as a multiple of what they cost frozen (1 where there are
+        none)."""
         return _ratio(self.estimates)
 
     def step_ratio_of(self, target: Target) -> float:
@@ -143,7 +145,8 @@ class Report:
         parts = [line for index, rows in groupby(sorted(self.rows, key=lambda r: r.target), lambda r: r.target)
                  for line in _block(self.plan.spec.targets[index], list(rows))]
         if self.unfrozen:
-            parts += ["train", *_table((f"  {name}", _counted(n, "parameter")) for name, n in _compressed(self.unfrozen))]
+            parts += ["train",
+                      *_table((f"  {name}", _counted(n, "parameter")) for name, n in _compressed(self.unfrozen))]
         if self.left_out:
             parts += ["left out", *_table((f"  {_some(names)}", _counted(len(names), "module"), reason)
                                           for reason, names in self.left_out.items())]
@@ -194,12 +197,14 @@ def _missing_transpose(placed: Placed) -> str:
 
 
 def dense_copies(plan: Plan) -> Iterator[Diagnostic]:
-    """A warning for each target whose formula reads every number of weights that only calls tell, with what copies take."""
+    """A warning for each target whose formula reads every number of weights that only calls tell,
+    with what copies take."""
     for target in plan.spec.targets:
         sizes = {p.site.name: size for p in plan.placed if p.target is target and (size := copy_size(p))}
         if sizes:
             yield Diagnostic(
-                "dense-copy", f"this target reads every number of {listed(sizes)}, where no plain weight is stored: dense "
+                "dense-copy",
+                f"this target reads every number of {listed(sizes)}, where no plain weight is stored: dense "
                 f"copies take {size_text(sum(sizes.values()))} in training", target.span, severity="warning",
                 helps=("a formula of products with W (low_rank, diagonal, orthogonal, magnitude) needs no copy",))
 

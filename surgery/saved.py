@@ -1,7 +1,7 @@
 """A saved adapter as it lies on the disk: what its folder holds, and everything that is wrong with it.
 
-Takes a folder; gives its spec, tensors and `meta.json`. Promises: nothing is believed before it is checked, all the faults
-come in one error, nothing is unpickled.
+Takes a folder; gives its spec, tensors and `meta.json`. Promises: nothing is believed before it is checked, all the
+faults come in one error, nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 class Saved:
-    """A saved adapter: its `spec`, `tensors` and `meta`, read and checked. Raises: SurgeryError (bad-adapter, syntax)."""
+    """A saved adapter: its `spec`, `tensors` and `meta`, read and checked. Raises: SurgeryError (bad-adapter,
+    syntax)."""
 
     spec: Spec
 
@@ -73,7 +74,8 @@ class Saved:
         """The tensors must be the ones that the file beside them lists."""
         listed = {name: form["shape"] for name, form in self.meta["tensors"].items()}
         compare(shapes(self.tensors), listed, META, self.report)
-        wrong = [n for n in listed if n in self.tensors and name_of(self.tensors[n].dtype) != self.meta["tensors"][n]["dtype"]]
+        wrong = [n for n in listed if n in self.tensors
+                 and name_of(self.tensors[n].dtype) != self.meta["tensors"][n]["dtype"]]
         if wrong:
             self._fault(f"{META} gives another dtype than {TENSORS} for {_listed(wrong)}")
 
@@ -108,7 +110,7 @@ class Saved:
 
     def _tensors(self) -> dict[str, torch.Tensor] | None:
         try:
-            (self.folder / TENSORS).open("rb").close()  # safetensors' own error for a file that is not there is a long one
+            (self.folder / TENSORS).open("rb").close()  # safetensors' own error where there is none is a long one
             found = load_file(self.folder / TENSORS)
         except (OSError, SafetensorError) as error:
             return self._fault(f"cannot read {TENSORS}: {getattr(error, 'strerror', None) or error}")
@@ -148,7 +150,8 @@ def compare(saved: Shapes, wanted: Shapes, where: str, report: Collector, file: 
     if missing:
         report.error("bad-adapter", f"{file} lacks {_count(missing)} that {where} asks for", notes=_lines(missing))
     if unknown:
-        report.error("bad-adapter", f"{file} holds {_count(unknown)} that {where} has no place for", notes=_lines(unknown))
+        report.error("bad-adapter", f"{file} holds {_count(unknown)} that {where} has no place for",
+                     notes=_lines(unknown))
     if wrong:
         report.error("bad-adapter", f"{file} holds {_count(wrong)} of another shape", notes=_lines(wrong))
 

@@ -1,7 +1,7 @@
 """Select: which sites of a model each target of a spec takes, and which parameters it unfreezes.
 
-Takes a model (on the meta device too), a spec and the selectors in scope; gives a `Selection`. Promises: the model is only
-looked at; every error of the spec against this model is found before one is raised; order of targets never counts.
+Takes a model (on the meta device too), a spec and the selectors in scope; gives a `Selection`. Promises: the model is
+only looked at; every error of the spec against this model is found before one is raised; order of targets never counts.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Selection:
     survey: Survey = field(repr=False)
 
     def explain(self, name: str) -> str:
-        """Which line of the spec takes a module, or why none does. Raises: SurgeryError if the model has no such module."""
+        """Which line of the spec takes a module, or why none does. Raises:
+        SurgeryError if the model has no such module."""
         site = next((s for s in self.survey.sites if name in (s.name, *s.aliases)), None)
         if site is None:
             return self._explain_other(name)
@@ -82,7 +83,8 @@ class Selection:
         if name in dict(self.survey.model.named_parameters(remove_duplicate=False)):
             return "\n".join([f"`{name}` is a parameter", *(self._trained(name) or ["  no `train` unfreezes it"])])
         near = did_you_mean(name, [*(s.name for s in self.survey.sites), *self.survey.modules])
-        raise fail("no-match", f"{type(self.survey.model).__name__} has no module `{name}`", helps=(near,) if near else ())
+        raise fail("no-match", f"{type(self.survey.model).__name__} has no module `{name}`",
+                   helps=(near,) if near else ())
 
 
 def select(model: nn.Module, spec: Spec, selects: Mapping[str, Select]) -> Selection:
@@ -104,7 +106,8 @@ def select(model: nn.Module, spec: Spec, selects: Mapping[str, Select]) -> Selec
 def _left_out(survey: Survey, owned: Mapping[Site, Reach], reaches: Iterable[Reach]) -> Iterable[LeftOut]:
     for site in survey.sites:
         if site not in owned:
-            yield LeftOut(site.name, next(filter(None, (r.leaves_out(site) for r in reaches)), "no target asks for it"), site)
+            yield LeftOut(site.name, next(filter(None, (r.leaves_out(site) for r in reaches)), "no target asks for it"),
+                          site)
     for refused in survey.refused:
         if refused.matrix:
             yield LeftOut(refused.name, refused.reason, None)
@@ -113,7 +116,8 @@ def _left_out(survey: Survey, owned: Mapping[Site, Reach], reaches: Iterable[Rea
 # ----------------------------------------------------------------------------------------------------------- train
 
 
-def _train(spec: Spec, catalogue: Catalogue, selects: Mapping[str, Select], report: Collector) -> dict[str, nn.Parameter]:
+def _train(spec: Spec, catalogue: Catalogue, selects: Mapping[str, Select],
+           report: Collector) -> dict[str, nn.Parameter]:
     """The parameters that `train` names, each once, under its first name."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in catalogue.survey.model.named_parameters(remove_duplicate=False):
@@ -145,4 +149,5 @@ def _report_trained_twice(owned: Mapping[Site, Reach], train: Mapping[str, nn.Pa
     both = [s for s in owned if not ids.isdisjoint(map(id, s.held))]
     if both:
         report.error("overlap", f"`train` and a target take the same weight: {listed(s.weight_name for s in both)}",
-                     owned[both[0]].place(both[0]), helps=("a target keeps its weight frozen: leave it out of one of the two",))
+                     owned[both[0]].place(both[0]),
+                     helps=("a target keeps its weight frozen: leave it out of one of the two",))

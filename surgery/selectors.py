@@ -38,7 +38,8 @@ class Matcher:
         return {i: live for i, live in found.items() if live}
 
 
-def matchers(selectors: Iterable[Pattern | Reference], selects: Mapping[str, Select], report: Collector) -> list[Matcher]:
+def matchers(selectors: Iterable[Pattern | Reference], selects: Mapping[str, Select],
+             report: Collector) -> list[Matcher]:
     """The selectors compiled; what is wrong with one is reported."""
     return [Matcher(s, tuple(_globs(s, selects, report)), _definition(s, selects)) for s in selectors]
 
@@ -73,7 +74,8 @@ def _unknown(selector: Reference, selects: Mapping[str, Select], within: tuple[s
     else:
         report.error("unknown-selector", f"no selector is called `{selector.name}`", selector.span,
                      notes=(f"known selectors: {', '.join(selects) or 'none'}",),
-                     helps=(did_you_mean(selector.name, selects) or f'a pattern stands in quotes: "**.{selector.name}"',))
+                     helps=(did_you_mean(selector.name, selects) or f'a pattern stands in quotes: "**.{selector.name}"',
+                            ))
     return SurgeryError(report.found)
 
 

@@ -1,7 +1,7 @@
 """Formulas as a page of a paper: what a target makes of a weight.
 
-Takes a target and its formula (with symbolic sizes); gives lines of text. Promises: each symbol means one thing; what is
-not written out in the first line stands below it, every parameter with its shape and its start.
+Takes a target and its formula (with symbolic sizes); gives lines of text. Promises: each symbol means one thing; what
+is not written out in the first line stands below it, every parameter with its shape and its start.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class Page:
     def _wishes(self, made: Made) -> list[str]:
         """An orthogonal matrix is P, Q or R; anything else goes by its definition's initials, or is T or U."""
         words = [w[0].upper() for w in made.step.call.function.split("_") if w[:1].isalpha()]
-        return [*("PQR" if "orthogonal" in self._claims(made) else ""), *words, "U" if made.step.placement == "add" else "T"]
+        return [*("PQR" if "orthogonal" in self._claims(made) else ""), *words,
+                "U" if made.step.placement == "add" else "T"]
 
     def _claims(self, made: Made) -> list[str]:
         return list(dict.fromkeys(c.name for c in self.formula.claims if c.expr is made.plain))

@@ -1,8 +1,8 @@
 """Specs as a whole: where they come from, what is in scope in them, and how they are changed.
 
-Takes text, files and shipped names; gives a `Spec` and its `Library` of definitions and selectors (the prelude `std.surg`,
-the files that it `use`s, its own). Promises: a name defined twice, an import cycle and a missing file are diagnostics with
-their places.
+Takes text, files and shipped names; gives a `Spec` and its `Library` of definitions and selectors (the prelude
+`std.surg`, the files that it `use`s, its own). Promises: a name defined twice, an import cycle and a missing file are
+diagnostics with their places.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def load(spec: str | Path, /, **parameters: Any) -> Spec:
 
 
 def locate(spec: str | Path) -> Path:
-    """The file that a path, a shipped name or that of the prelude means. Raises: SurgeryError (unknown-spec, no-weight)."""
+    """The file that a path, a shipped name or that of the prelude means. Raises: SurgeryError (unknown-spec,
+    no-weight)."""
     path, ours = Path(spec), {**shipped(), PRELUDE: resources.folder("specs") / f"{PRELUDE}.surg"}
     if path.suffix == ".surg" or (path.exists() and not path.is_dir()):
         return path
@@ -146,7 +147,8 @@ def _cycle(use: Use, passed: tuple[tuple[Path, Span | None], ...]) -> Exception:
 
 
 def bind(spec: Spec, arguments: Iterable[Argument]) -> Spec:
-    """The spec with parameters set: each value becomes the parameter's default. Raises: SurgeryError (unknown-parameter)."""
+    """The spec with parameters set: each value becomes the parameter's default. Raises:
+    SurgeryError (unknown-parameter)."""
     report, known, values = Collector(), [p.name for p in spec.params], {}
     who = f"`{spec.name}`" if spec.name else "a spec without a name"
     for argument in arguments:
@@ -190,8 +192,10 @@ def _no_such_target(spec: Spec, at: int | None) -> Exception:
     """It is not clear which target is to take other modules: each is shown with its number."""
     who, count = f"`{spec.name}`" if spec.name else "a spec without a name", len(spec.targets)
     if count < 2:
-        return fail("bad-value", f"{who} has no target " + (f"{at}, only one" if count else "that could take other modules"))
-    message = f"has {count} targets: say which of them is to take other modules" if at is None else f"has no target {at}"
+        return fail("bad-value",
+                    f"{who} has no target " + (f"{at}, only one" if count else "that could take other modules"))
+    which = f"has {count} targets: say which of them is to take other modules"
+    message = which if at is None else f"has no target {at}"
     places = [(t.span, f"this is {i}") for i, t in enumerate(spec.targets, start=1) if t.span]
     return fail("bad-value", f"{who} {message}", related=tuple((_first_line(span), label) for span, label in places),
                 helps=("--target '1=PATTERN', or retarget(PATTERN, at=1); the others keep their modules",))

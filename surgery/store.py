@@ -1,8 +1,8 @@
 """Saving an adapter, putting it on a model again, and saving a merged model.
 
 A saved adapter is a folder of three files: `adapter.safetensors` (the adapter's tensors and those of `train`),
-`adapter.surg` (the spec on its own, parameters as they were set), `meta.json`. Promises: a folder appears whole or not at
-all; `attach` says everything that does not fit and then leaves the model as it is.
+`adapter.surg` (the spec on its own, parameters as they were set), `meta.json`. Promises: a folder appears whole or not
+at all; `attach` says everything that does not fit and then leaves the model as it is.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from surgery.spec import inlined
 
 def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
          state: Mapping[str, torch.Tensor] | None = None, **more: Any) -> None:
-    """Write the adapter into `folder`, in the place of an older one; `state` where its tensors' values are not the surgeon's
-    own; what else is said of it goes into `meta.json`. The model may be merged or disabled.
+    """Write the adapter into `folder`, in the place of an older one; `state` where its tensors' values are not the
+    surgeon's own; what else is said of it goes into `meta.json`. The model may be merged or disabled.
 
     Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
     """
@@ -55,7 +55,8 @@ def _whole(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
-    """Put a saved adapter on a model, in place. Raises: SurgeryError with all that does not fit; the model is then as it was.
+    """Put a saved adapter on a model, in place. Raises: SurgeryError with all that does not fit;
+    the model is then as it was.
 
     The adapter's tensors keep the dtype that they were saved in; a `train` tensor takes that of the model's.
     """
@@ -95,13 +96,15 @@ def _does_not_fit(model: nn.Module, saved: Saved, why: Iterable[Diagnostic]) -> 
 
 
 def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] = ()) -> None:
-    """Save the merged model as a plain one, which transformers loads without us; `extras` (a tokenizer) are saved beside it.
+    """Save the merged model as a plain one, which transformers loads without us;
+    `extras` (a tokenizer) are saved beside it.
 
     The model is afterwards as it was before. Raises: SurgeryError (bad-output, merge-error).
     """
     model = surgeon.model
     if not hasattr(model, "save_pretrained"):
-        raise fail("bad-output", f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
+        raise fail("bad-output",
+                   f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
                    helps=("merge() and save its state_dict() yourself",))
     with replacing(Path(folder), MODEL) as new, _merged(surgeon), _untied(surgeon):
         try:
@@ -113,7 +116,8 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
 
 
 def _of_a_model(name: str) -> bool:
-    return name not in FILES and Path(name).suffix in (".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".md")
+    return name not in FILES and Path(name).suffix in (".json", ".safetensors", ".txt", ".model", ".jinja", ".py",
+                                                       ".md")
 
 
 MODEL = Kind("a saved model", frozenset({"config.json"}), _of_a_model)

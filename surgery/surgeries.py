@@ -1,8 +1,8 @@
 """Several named surgeries of one model: switched, one after the other, or mixed.
 
-Takes a model and, by name, specs or saved adapters; gives one operated model at a time. Promises: a surgery's tensors are the
-same objects in whatever company they run; what is stacked is merged in the order in which it runs; the model is the base
-model, bit for bit, when none is in use.
+Takes a model and, by name, specs or saved adapters; gives one operated model at a time. Promises: a surgery's tensors
+are the same objects in whatever company they run; what is stacked is merged in the order in which it runs; the model is
+the base model, bit for bit, when none is in use.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from surgery.syntax.tree import Spec, Target
 
 @dataclass
 class Known:
-    """A surgery that is at hand: its surgeon, which has left the model, and what it trained of the model's own parameters."""
+    """A surgery that is at hand: its surgeon, which has left the model,
+    and what it trained of the model's own parameters."""
 
     surgeon: Surgeon
     trained: dict[str, torch.Tensor]
@@ -42,7 +43,8 @@ class Known:
 
 
 class Surgeries:
-    """The named surgeries of a model. `active` are the names in use, in order; `surgeon` operates them, None for the base model."""
+    """The named surgeries of a model. `active` are the names in use, in order; `surgeon` operates them,
+    None for the base model."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -56,7 +58,8 @@ class Surgeries:
         return tuple(self._known)
 
     def add(self, name: str, what: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
-        """Have a surgery at hand: of a saved adapter's folder, or a fresh one of a spec, a file's name or a shipped one.
+        """Have a surgery at hand: of a saved adapter's folder, or a fresh one of a spec,
+        a file's name or a shipped one.
 
         It is not in use yet. Raises: SurgeryError, and then nothing is added.
         """
@@ -75,7 +78,8 @@ class Surgeries:
         return surgeon.operate()
 
     def use(self, *names: str) -> Surgeon | None:
-        """Operate with these: the first acts on the frozen weights, each further one on what the ones before made of them.
+        """Operate with these: the first acts on the frozen weights, each further one on what the ones before made of
+        them.
 
         With no name, the model is the base model. Raises: SurgeryError (bad-value).
         """
@@ -84,8 +88,8 @@ class Surgeries:
     def mix(self, shares: Mapping[str, float]) -> Surgeon | None:
         """Operate with a weighted sum, W' = W + Σ share · (W'ₙ - W), of surgeries that only add.
 
-        Raises: SurgeryError (bad-value) for one that says `pre` or `post`, or trains parameters of the model, and for a share
-        that is no number.
+        Raises: SurgeryError (bad-value) for one that says `pre` or `post`, or trains parameters of the model, and for a
+        share that is no number.
         """
         for name, share in shares.items():
             if not isinstance(share, Real) or not isfinite(share):
@@ -114,7 +118,8 @@ class Surgeries:
     def _of(self, name: str) -> Known:
         if name not in self._known:
             near = did_you_mean(name, self._known)
-            raise fail("bad-value", f"no surgery is called `{name}`", notes=(f"there are: {', '.join(self._known) or 'none'}",),
+            raise fail("bad-value", f"no surgery is called `{name}`",
+                       notes=(f"there are: {', '.join(self._known) or 'none'}",),
                        helps=(near,) if near else ())
         return self._known[name]
 
@@ -160,7 +165,8 @@ def _assert_apart(known: Mapping[str, Known]) -> None:
     for name, each in known.items():
         for parameter in each.trained:
             if owner.setdefault(parameter, name) != name:
-                raise fail("bad-value", f"`{owner[parameter]}` and `{name}` both train {parameter}, which has one value",
+                raise fail("bad-value",
+                           f"`{owner[parameter]}` and `{name}` both train {parameter}, which has one value",
                            helps=("use one of them at a time",))
 
 
@@ -173,11 +179,13 @@ def _trained(surgeon: Surgeon) -> dict[str, torch.Tensor]:
     return {name: state[name].clone() for name in surgeon.plan.train}
 
 
-def _together(model: nn.Module, known: Mapping[str, Known], compose: Callable[[dict[str, Formula]], Formula]) -> Surgeon:
+def _together(model: nn.Module, known: Mapping[str, Known],
+              compose: Callable[[dict[str, Formula]], Formula]) -> Surgeon:
     """The surgeon of several surgeries at once, on the tensors that each has."""
     plans = [each.surgeon.plan for each in known.values()]
     targets: dict[tuple[int, ...], Target] = {}
-    placed = [_placed(site, known, compose, targets) for site in dict.fromkeys(p.site.name for plan in plans for p in plan.placed)]
+    placed = [_placed(site, known, compose, targets)
+              for site in dict.fromkeys(p.site.name for plan in plans for p in plan.placed)]
     train = tuple(dict.fromkeys(name for plan in plans for name in plan.train))
     spec = Spec("_then_".join(known), targets=tuple(targets.values()))
     plan = Plan(spec, tuple(placed), replace(plans[0].selection, train=train), (), plans[0].total)

@@ -111,7 +111,8 @@ def try_claims(trials: Iterable[Trial]) -> list[Diagnostic]:
 
 @torch.no_grad()
 def _defects(trial: Trial) -> Iterator[tuple[Claim, float]]:
-    """Each claim with its largest defect (infinite if it never has one). Where a matrix is not finite, it says nothing."""
+    """Each claim with its largest defect (infinite if it never has one). Where a matrix is not finite,
+    it says nothing."""
     start = {name: value.detach().double() for name, value in _start(_placed(trial)).items()}
     points = [_moved(trial, start, distance) for distance in _DISTANCES]
     for claim in dict.fromkeys(trial.formula.claims):
@@ -138,6 +139,7 @@ def _false_claim(claim: Claim, defect: float) -> Diagnostic:
     rows, columns = claim.expr.shape
     finite = f"{PROPERTIES[claim.name].maths} is {defect:.1e}"
     measured = finite if defect < float("inf") else "the matrix is never square and finite"
-    return Diagnostic("false-claim", f"`{claim.owner}` is not {claim.name}", claim.span, label="random parameters refute this",
+    return Diagnostic("false-claim", f"`{claim.owner}` is not {claim.name}", claim.span,
+                      label="random parameters refute this",
                       notes=(f"{measured} at [{rows}, {columns}]; allowed is {CLAIM_TOLERANCE:.0e}",),
                       helps=("leave the claim out, or mend the definition",))

@@ -27,7 +27,8 @@ class Parameters(dict):
 
 @dataclass(frozen=True)
 class Case:
-    """A spec and its oracle. `claims`: how many claims its formula carries; `shifted`: it does not start as the base."""
+    """A spec and its oracle. `claims`: how many claims its formula carries; `shifted`:
+    it does not start as the base."""
 
     name: str
     steps: str
@@ -47,7 +48,8 @@ class Case:
         if not self.shipped:
             return parse(self.text(pattern))
         shipped = retarget(load(self.name, **{**self.shipped, **settings}), pattern)
-        return shipped.model_copy(update={"targets": tuple(t.model_copy(update={"kind": "any"}) for t in shipped.targets)})
+        return shipped.model_copy(update={"targets": tuple(t.model_copy(update={"kind": "any"})
+                                                           for t in shipped.targets)})
 
     def text(self, pattern: str = "layers.0") -> str:
         flag = " shifted" if self.shifted else ""
@@ -71,7 +73,8 @@ def transform(name: str, formula: Callable[..., Tensor], count: Callable[[int], 
         return o.mul(made, x) if side == "out" else o.mul(x, made)
 
     return Case(name, f"  add low_rank(2, 4)\n  post own() on {side}", whole,
-                lambda m, n: 2 * (m + n) + count(m if side == "out" else n), text, claims=len(claims.split(", ")) if claims else 0,
+                lambda m, n: 2 * (m + n) + count(m if side == "out" else n), text,
+                claims=len(claims.split(", ")) if claims else 0,
                 shifted=shifted)
 
 

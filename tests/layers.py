@@ -1,4 +1,5 @@
-"""The layers that the zoo is put on, and the operation itself: a model with one operated layer beside its untouched copy."""
+"""The layers that the zoo is put on, and the operation itself: a model with one operated layer beside its untouched
+copy."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ LAYOUTS = {layout.name: layout for layout in (
     Layout("Conv1D 18x12", lambda: Conv1D(18, 12), _rows(12), matrix=o.t),
     Layout("Conv1D 12x12", lambda: Conv1D(12, 12), _rows(12), matrix=o.t),
     Layout("Conv2d 12x18", lambda: nn.Conv2d(2, 12, 3), lambda: torch.randn(2, 2, 4, 5), o.convolution, _kernels),
-    Layout("Conv1d 12x12", lambda: nn.Conv1d(4, 12, 3, bias=False), lambda: torch.randn(2, 4, 5), o.convolution, _kernels),
+    Layout("Conv1d 12x12", lambda: nn.Conv1d(4, 12, 3, bias=False), lambda: torch.randn(2, 4, 5), o.convolution,
+           _kernels),
     Layout("Embedding 18x12", lambda: nn.Embedding(18, 12), lambda: torch.randint(18, (2, 4)), o.embedding),
 )}
 LINEARS = [layout for name, layout in LAYOUTS.items() if name.startswith("linear")]
@@ -140,7 +142,8 @@ class Operated:
 
 def operated(case: Case, layout: Layout, dtype: torch.dtype = torch.float64, noise: float = 0.3, adapter: Any = None,
              **settings: Any) -> Operated:
-    """The case applied to the layer, its parameters moved by `noise`; everything in `dtype`, the adapter if not said else."""
+    """The case applied to the layer, its parameters moved by `noise`; everything in `dtype`,
+    the adapter if not said else."""
     torch.manual_seed(1)
     model = Tower(layout.build().to(dtype))
     if getattr(model.layers[0], "bias", None) is not None:
@@ -154,7 +157,8 @@ def operated(case: Case, layout: Layout, dtype: torch.dtype = torch.float64, noi
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
-    """‖actual - expected‖ <= tolerance ‖expected‖ (or tolerance itself, where nothing is expected), and equal shapes."""
+    """‖actual - expected‖ <= tolerance ‖expected‖ (or tolerance itself, where nothing is expected),
+    and equal shapes."""
     assert actual.shape == expected.shape, f"{what} {tuple(actual.shape)} is not {tuple(expected.shape)}"
     size = expected.detach().double().norm().item() or 1.0
     error = (actual.detach().double() - expected.detach().double()).norm().item() / size

@@ -1,8 +1,9 @@
 """Operands with sizes, for stating an identity in the language: `skew(A).T`, `P @ Q.T`.
 
 A, B are square, F is wide and G tall; P, Q, p, q are thin; d, e vectors; S, Z stacks of square blocks, H one of oblong
-blocks; K, L, M small matrices; g, h scalars; `at` are places; W is the frozen weight (square here), V one that is not; N is nothing, seen through
-dropout. `expression` reads a text over them; `every_call` calls each primitive on all that its shape rule takes.
+blocks; K, L, M small matrices; g, h scalars; `at` are places; W is the frozen weight (square here), V one that is not;
+N is nothing, seen through dropout. `expression` reads a text over them;
+`every_call` calls each primitive on all that its shape rule takes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from surgery.syntax.parser import parse_expression
 
 n = 12
 SHAPES = {
-    "A": (n, n), "B": (n, n), "F": (n, 8), "G": (8, n), "P": (n, 2), "Q": (n, 2), "p": (n, 1), "q": (n, 1), "d": (n,), "e": (n,),
+    "A": (n, n), "B": (n, n), "F": (n, 8), "G": (8, n), "P": (n, 2), "Q": (n, 2), "p": (n, 1), "q": (n, 1), "d": (n,),
+    "e": (n,),
     "S": (4, 3, 3), "Z": (4, 3, 3), "H": (4, 3, 2), "K": (3, 3), "L": (4, 4), "M": (3, 2), "g": (), "h": (),
 }
 OPERANDS = {name: Expr("param", (), f"own.{name}", shape) for name, shape in SHAPES.items()}
@@ -70,7 +72,8 @@ def _sizes(name: str) -> list[tuple | None]:
 
 
 def tensors(seed: int, alike: bool = False) -> dict[str, Tensor]:
-    """Random values for all operands, positive ones for an odd seed; if `alike`, Q is P (and so on), and some are zero."""
+    """Random values for all operands, positive ones for an odd seed; if `alike`, Q is P (and so on),
+    and some are zero."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"weight": (n, n), **{leaf.data: leaf.shape for leaf in OPERANDS.values()}}
     values = {key: torch.randn(shape, generator=generator, dtype=torch.float64) for key, shape in shapes.items()}
@@ -88,6 +91,7 @@ def value_and_gradients(expr: Expr, leaves: dict[str, Tensor]) -> dict[str, Tens
     direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     scalar = (value * direction).sum()
     real = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
-    found = torch.autograd.grad(scalar, list(real.values()), allow_unused=True) if scalar.requires_grad else [None] * len(real)
+    found = torch.autograd.grad(scalar, list(real.values()),
+                                allow_unused=True) if scalar.requires_grad else [None] * len(real)
     gradients = {key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(real.items(), found)}
     return {"the value": value.detach(), **{f"the gradient of {key}": g for key, g in gradients.items()}}

@@ -1,8 +1,8 @@
 """Random specs that make sense: well-typed formulas over the table of primitives, placed at random, as text.
 
-A `Room` is what an expression can be made of: the shapes in scope (`n` and friends by their texts), and for each shape the
-calls of primitives that give it, found by their own shape rules, so that a new primitive takes part by itself. A definition
-starts as the identity (or as no update) in one of several ways, unless its target says `shifted`.
+A `Room` is what an expression can be made of: the shapes in scope (`n` and friends by their texts), and for each shape
+the calls of primitives that give it, found by their own shape rules, so that a new primitive takes part by itself. A
+definition starts as the identity (or as no update) in one of several ways, unless its target says `shifted`.
 """
 
 from __future__ import annotations
@@ -31,25 +31,31 @@ from surgery.syntax.tree import Definition, Spec
 
 SIGNS = {op: sign for sign, op in OPERATORS.items()}
 
-# The shapes of a definition by its place (a transform on a side, an update, an update on the bias), as the texts of their
-# dimensions; the sizes of tests are multiples of 6, so that blocks of 3 and factors fit.
+# The shapes of a definition by its place (a transform on a side, an update, an update on the bias), as the texts of
+# their dimensions; the sizes of tests are multiples of 6, so that blocks of 3 and factors fit.
 ON_SIDE = ("", "n", "n, n", "n, 2", "2, n", "n, 1", "2, 2", "2", "n / 3, 3, 3", "3, 3", "n / 3, n / 3", "3", "n / 3",
            "out, in", "in, out", "out, 2", "2, in", "in, 2", "in", "out")
-OF_UPDATE = ("", "out, in", "in, out", "out", "in", "out, 2", "2, in", "in, 2", "2, out", "out, 1", "1, in", "2, 2", "2",
-             "out / 3, in / 3", "3, 3", "out / 3, 2", "2, in / 3", "out, out", "in, in", "out / 3, 3, 3", "out / 3, out / 3")
+OF_UPDATE = ("", "out, in", "in, out", "out", "in", "out, 2", "2, in", "in, 2", "2, out", "out, 1", "1, in", "2, 2",
+             "2",
+             "out / 3, in / 3", "3, 3", "out / 3, 2", "2, in / 3", "out, out", "in, in", "out / 3, 3, 3",
+             "out / 3, out / 3")
 # The operands of the rules' examples, by the texts of their shapes on a side and in an update.
-LETTERS = {"n, n": "AB", "n, 2": "PQ", "n, 1": "pq", "n": "de", "n / 3, 3, 3": "SZ", "3, 3": "K", "n / 3, n / 3": "L", "": "gh"}
+LETTERS = {"n, n": "AB", "n, 2": "PQ", "n, 1": "pq", "n": "de", "n / 3, 3, 3": "SZ", "3, 3": "K", "n / 3, n / 3": "L",
+           "": "gh"}
 
 # What keeps a primitive away from its poles, whatever it is given.
-TAMED = {"div": "({0} / (2 + abs({1})))", "sqrt": "sqrt(1 + abs({0}))", "exp": "exp(tanh({0}))", "reflect": "reflect(1.5 + tanh({0}))",
+TAMED = {"div": "({0} / (2 + abs({1})))", "sqrt": "sqrt(1 + abs({0}))", "exp": "exp(tanh({0}))",
+         "reflect": "reflect(1.5 + tanh({0}))",
          "cayley": "cayley(skew({0}))", "expm": "expm(skew({0}))"}
 OPERANDS_TAMED = {"reflect": "(1.5 + tanh({0}))", "cayley": "(tanh({0}) / 4)", "expm": "(tanh({0}) / 4)"}
 # With poles where singular values or entries are equal, which random formulas meet; the zoo has them.
 UNTAMED = {"left_singular", "qr", "top_softmax"}
 SIZES = ("2", "3", "2, 3", "3, 2")  # beside the shapes in scope, for primitives that take sizes
-ENTRYWISE = {"neg", "add", "sub", "mul", "div", "min", "max", "exp", "sqrt", "abs", "sigmoid", "tanh", "cos", "sin", "detach"}
+ENTRYWISE = {"neg", "add", "sub", "mul", "div", "min", "max", "exp", "sqrt", "abs", "sigmoid", "tanh", "cos", "sin",
+             "detach"}
 # Ways to write a tensor with numbers and conditions, over any shape.
-DRESSED = ("(2 * {0})", "({0} / 4)", "({0} - 0.5)", "(1 - {0})", "(0 * {0})", "(if r >= 2 then {0} else 3 * {0})", "({0} + {0})",
+DRESSED = ("(2 * {0})", "({0} / 4)", "({0} - 0.5)", "(1 - {0})", "(0 * {0})", "(if r >= 2 then {0} else 3 * {0})",
+           "({0} + {0})",
            "({0} - {0})")
 STARTS = ("= 0", "= 1", "= 0.3", "~ normal(std = 0.5)", "~ uniform(low = -0.5, high = 0.5)")
 STARTS_OF_MATRICES = ("~ kaiming_uniform(a = sqrt(5))", "~ xavier_normal(0.7)")
@@ -85,7 +91,8 @@ def room(place: str) -> Room:
         for *chosen, given in product(*[texts] * row.arity, given_sizes(row, texts)) if can_be_random(row) else ():
             with suppress(ShapeError, KeyError):
                 if not row.places or () not in chosen and all(chosen[i] == (2,) for i in row.places):
-                    calls[row.shape_of(sizes_of(given, names), chosen)].setdefault(name, []).append((tuple(chosen), given))
+                    calls[row.shape_of(sizes_of(given, names), chosen)].setdefault(name, []).append((tuple(chosen),
+                                                                                                     given))
     operand = tuple(sizes.values())
     result = {"update": operand, "bias": operand[:1]}.get(place) or (sizes[place],) * 2
     return Room(texts, operand, result, calls, _patterns(texts, names))
@@ -169,7 +176,8 @@ class Body:
         return self.one_of(*names) if names and self.one_of(*range(3)) else self.parameter(shape)
 
     def parameter(self, shape: Shape) -> str:
-        starts = STARTS + STARTS_OF_MATRICES * (len(shape) > 1) + tuple(f"= {name}" for name in self.known.get(shape, []))
+        starts = STARTS + STARTS_OF_MATRICES * (len(shape) > 1) + tuple(f"= {name}"
+                                                                        for name in self.known.get(shape, []))
         return self.named(shape, self.one_of(*["param"] * 4, "frozen param"), self.one_of(*starts), self.dims(shape))
 
     def dims(self, shape: Shape) -> str:
@@ -210,7 +218,8 @@ def call(name: str, texts: list[str]) -> str:
 
 @lru_cache
 def standard(place: str) -> tuple[str, ...]:
-    """Calls of the standard library's definitions that fit weights of multiples of 6 there, and start as they should."""
+    """Calls of the standard library's definitions that fit weights of multiples of 6 there,
+    and start as they should."""
     step = {"update": "add {}", "bias": "add {}"}.get(place, f"post {{}} on {place}")
     found = (_fitting(d, step) for d in library(Spec()).definitions.values() if fits(d, place))
     return tuple(filter(None, found))

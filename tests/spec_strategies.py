@@ -32,7 +32,8 @@ def grown(values):
     signs = st.sampled_from(["-", "not"])
     operators = st.sampled_from(["+", "-", "*", "/", "@", "<", "<=", ">", ">=", "==", "!=", "and", "or"])
     return st.one_of(
-        st.builds(tree.Unary, signs, values, parens=parens), st.builds(tree.Binary, operators, values, values, parens=parens),
+        st.builds(tree.Unary, signs, values, parens=parens),
+        st.builds(tree.Binary, operators, values, values, parens=parens),
         st.builds(tree.Transpose, values, parens=parens), st.builds(tree.If, values, values, values, parens=parens),
         calls(values))
 
@@ -65,7 +66,8 @@ def definitions(draw):
     kind = draw(st.sampled_from(["transform", "update"]))
     pool = draw(st.lists(names, min_size=5, max_size=5, unique=True))
     signature = tuple(draw(parameters).model_copy(update={"name": name}) for name in pool[: draw(st.integers(0, 2))])
-    body = tuple(draw(params | lets).model_copy(update={"name": name}) for name in pool[2 : 2 + draw(st.integers(0, 2))])
+    body = tuple(draw(params | lets).model_copy(update={"name": name})
+                 for name in pool[2 : 2 + draw(st.integers(0, 2))])
     return tree.Definition(
         kind=kind, name=draw(names), params=signature, dim=pool[4] if kind == "transform" else None, body=body,
         claims=draw(tuples(names, max_size=2, unique=True)), checks=draw(tuples(checks, max_size=1)),
@@ -73,9 +75,11 @@ def definitions(draw):
 
 
 steps = st.one_of(
-    st.builds(tree.Step, placement=st.sampled_from(["pre", "post"]), call=step_calls, side=st.sampled_from(["out", "in"]),
+    st.builds(tree.Step, placement=st.sampled_from(["pre", "post"]), call=step_calls,
+              side=st.sampled_from(["out", "in"]),
               bias=st.booleans(), trivia=leaf_trivia),
-    st.builds(tree.Step, placement=st.just("add"), call=step_calls, dropout=st.none() | expressions, trivia=leaf_trivia))
+    st.builds(tree.Step, placement=st.just("add"), call=step_calls, dropout=st.none() | expressions,
+              trivia=leaf_trivia))
 targets = st.builds(
     tree.Target, kind=st.sampled_from(["linear", "conv", "embedding", "any"]), ancestor=st.none() | names,
     selectors=st.just(()) | selectors, exclude=st.just(()) | selectors, override=st.booleans(), shifted=st.booleans(),
@@ -89,6 +93,7 @@ def specs(draw):
     return tree.Spec(
         name, params=signature, uses=draw(tuples(st.builds(tree.Use, path=texts, trivia=leaf_trivia), max_size=1)),
         checks=draw(tuples(checks, max_size=1)), definitions=draw(tuples(definitions(), max_size=2)),
-        selects=draw(tuples(st.builds(tree.Select, name=selector_names, patterns=selectors, trivia=leaf_trivia), max_size=1)),
+        selects=draw(tuples(st.builds(tree.Select, name=selector_names, patterns=selectors, trivia=leaf_trivia),
+                            max_size=1)),
         targets=draw(tuples(targets, max_size=2)), trivia=draw(trivia) if name else tree.Trivia(),
         train=draw(tuples(st.builds(tree.Train, patterns=selectors, trivia=leaf_trivia), max_size=1)))

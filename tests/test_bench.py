@@ -118,7 +118,8 @@ def test_the_json_has_a_list_of_rows():
 def test_the_table_has_a_line_for_each(tmp_path):
     (tmp_path / "mine.surg").write_text(ODD.to_surg())
     result = run("lora", str(tmp_path / "mine.surg"), *QUICK)
-    assert [line.split()[0] for line in result.stdout.split("\n\n")[1].splitlines()] == ["parameters", "frozen", "lora", "mine"]
+    assert [line.split()[0] for line in result.stdout.split("\n\n")[1].splitlines()] == ["parameters", "frozen", "lora",
+                                                                                         "mine"]
 
 
 def test_an_interruption_shows_what_is_known(monkeypatch):

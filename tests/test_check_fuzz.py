@@ -24,12 +24,15 @@ from test_random_specs import some
 TOKEN = re.compile(r'"[^"\n]*"|[A-Za-z_]\w*|[0-9.]+%?|[^\s\w]')
 # What may stand where a token stood, so that most texts still parse.
 ALIKE = {
-    re.compile(r"[0-9.]+%?"): ("0", "1", "2", "3", "7", "1.5", "5%", "1e9", "123456789", "99999999999", "out", "n", "rank"),
+    re.compile(r"[0-9.]+%?"): ("0", "1", "2", "3", "7", "1.5", "5%", "1e9", "123456789", "99999999999", "out", "n",
+                               "rank"),
     re.compile(r"[-+*/@]"): tuple("-+*/@"),
     re.compile(pattern_of("NAME")): (
-        "n", "out", "in", "W", "b", "A", "B", "rank", "layer", "depth", "0", "1e9", "99999999999", "[[1, 2], [3]]", *sorted(FUNCTIONS)),
+        "n", "out", "in", "W", "b", "A", "B", "rank", "layer", "depth", "0", "1e9", "99999999999", "[[1, 2], [3]]",
+        *sorted(FUNCTIONS)),
 }
-WORDS = ("", ".T", ",", "(", ")", "[", "]", "==", "<", "param", "frozen param", "shared param", "let", "if", "true", '"a"',
+WORDS = ("", ".T", ",", "(", ")", "[", "]", "==", "<", "param", "frozen param", "shared param", "let", "if", "true",
+         '"a"',
          "normal()", "sample(of = 2)", "dropout(2)", "shifted", "with bias", "on in", "on bias")
 SHIPPED = [path.read_text(encoding="utf-8") for path in shipped().values()]
 

@@ -38,7 +38,8 @@ def test_a_seed_fixes_weights_and_inputs(name):
     assert all(torch.equal(value, same[key]) for key, value in first.items())
     assert any(not torch.equal(value, other[key]) for key, value in first.items())
     batch, again, different = (demo_inputs(name, seed=s) for s in (3, 3, 4))
-    assert all(torch.equal(value, again[key]) and not torch.equal(value, different[key]) for key, value in batch.items())
+    assert all(torch.equal(value, again[key]) and not torch.equal(value, different[key])
+               for key, value in batch.items())
     assert demo_inputs(load_demo(name), seed=3).keys() == batch.keys()
 
 

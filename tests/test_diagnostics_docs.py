@@ -1,7 +1,7 @@
 """The pages of tests/diagnostics: each holds files, commands and what they say, and is a test of it.
 
-A page is Markdown. A line `file: NAME` names the block after it; a ```console block holds commands, each followed by what it
-writes to stderr: `$ surgery ...`, or `$ python FILE`, of whose traceback the last part is shown. `python
+A page is Markdown. A line `file: NAME` names the block after it; a ```console block holds commands, each followed by
+what it writes to stderr: `$ surgery ...`, or `$ python FILE`, of whose traceback the last part is shown. `python
 tests/test_diagnostics_docs.py` writes those outputs anew, to be read before they are committed.
 """
 

@@ -24,7 +24,8 @@ def module():
 
 
 example = module()
-shares = st.lists(st.floats(1e-3, 1), min_size=3, max_size=12).map(lambda w: tuple(sorted((x / sum(w) for x in w), reverse=True)))
+shares = st.lists(st.floats(1e-3, 1), min_size=3,
+                  max_size=12).map(lambda w: tuple(sorted((x / sum(w) for x in w), reverse=True)))
 
 
 def spectrum(p: tuple[float, ...]) -> Spectrum:

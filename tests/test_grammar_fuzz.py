@@ -55,7 +55,8 @@ def broken(draw):
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(text)))
         end = min(len(text), start + draw(st.integers(0, 12)))
-        piece = draw(st.sampled_from(["", text[start:end] * 2, "{", "}", "(", ")", '"', "#", "\n", "target", "param", "=", "%",
+        piece = draw(st.sampled_from(["", text[start:end] * 2, "{", "}", "(", ")", '"', "#", "\n", "target", "param",
+                                      "=", "%",
                                       "\x00", "é", "\r", "1e999", "if", "-", "dropout(1)", "on in", ","]))
         text = text[:start] + piece + text[end:]
     return text
@@ -77,7 +78,8 @@ def test_any_text_parses_or_is_diagnosed(text):
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                            lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(
-                               ["name", "params", "type", "default", "targets", "steps", "call", "what", "select", "kind"]), v))
+                               ["name", "params", "type", "default", "targets", "steps", "call", "what", "select",
+                                "kind"]), v))
 
 
 @fuzz

@@ -33,7 +33,8 @@ PIPELINE = {
 RANK = {module: rank for rank, modules in enumerate(PIPELINE.values()) for module in modules.split(" ")}
 # Steps back that a function takes when it is called, each for a reason.
 LAZY = {
-    ("syntax.tree", "spec"): "`spec.retarget(...)` is a spec's own, and a bare name in it is a selector of the files it uses",
+    ("syntax.tree",
+     "spec"): "`spec.retarget(...)` is a spec's own, and a bare name in it is a selector of the files it uses",
     ("operate", "store"): "`surgeon.save` is where a user looks for it, and what it does is the next stage's",
 }
 
@@ -80,7 +81,8 @@ def test_the_stages_name_what_exists() -> None:
 
 
 def test_no_import_steps_back() -> None:
-    assert [(name, other) for name, found in GRAPH.items() for other, at_once in found if at_once and stage(other) > stage(name)] == []
+    assert [(name, other) for name, found in GRAPH.items() for other, at_once in found if at_once
+            and stage(other) > stage(name)] == []
 
 
 def test_a_function_steps_back_only_where_it_is_argued() -> None:
@@ -101,11 +103,14 @@ def test_relative_imports_are_not_used() -> None:
     assert [name for name, nodes in trees.items() for n in nodes if isinstance(n, ast.ImportFrom) and n.level] == []
 
 
-# --------------------------------------------------------------------------------------------------- what needs no torch
+# --------------------------------------------------------------------------------------------------- what needs no
+# torch
 
 
-WITHOUT_TORCH = ["--help", "apply --help", "--version", "specs", "fmt lora.surg", "show sora", "show sora --emit python",
-                 "show sora --emit ir", "check lora", "check lora.surg --json", "check --explain overlap", "check broken.surg"]
+WITHOUT_TORCH = ["--help", "apply --help", "--version", "specs", "fmt lora.surg", "show sora",
+                 "show sora --emit python",
+                 "show sora --emit ir", "check lora", "check lora.surg --json", "check --explain overlap",
+                 "check broken.surg"]
 
 
 @pytest.mark.parametrize("command", WITHOUT_TORCH)
@@ -115,12 +120,14 @@ def test_what_needs_no_torch_imports_none(tmp_path: Path, command: str) -> None:
     code = ("import sys\nfrom surgery.cli.main import main\n"
             "try:\n    main()\n"
             "finally:\n    print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules], file=sys.stderr)")
-    result = subprocess.run([sys.executable, "-c", code, *command.split()], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code, *command.split()], cwd=tmp_path, capture_output=True,
+                            text=True)
     assert result.stderr.splitlines()[-1] == "[]", result.stderr
 
 
 def test_the_package_alone_imports_no_torch() -> None:
-    code = "import sys, surgery; dir(surgery); surgery.Spec, surgery.load, surgery.SurgeryError; assert 'torch' not in sys.modules"
+    code = ("import sys, surgery; dir(surgery); surgery.Spec, surgery.load, surgery.SurgeryError; "
+            "assert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -20,7 +20,8 @@ from surgery.syntax.printer import format_text
 
 PAGE = Path(__file__).parent.parent / "docs" / "language.md"
 BLOCK = re.compile(r"^```surg\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SIGNS = {op: f"`a {sign} b`" for sign, op in OPERATORS.items()} | {"neg": "`-a`", "T": "`a.T`", "literal": "`[[1, 2], [3, 4]]`"}
+SIGNS = {op: f"`a {sign} b`" for sign, op in OPERATORS.items()} | {"neg": "`-a`", "T": "`a.T`",
+                                                                   "literal": "`[[1, 2], [3, 4]]`"}
 
 
 def primitives() -> str:
@@ -38,7 +39,8 @@ def distributions() -> str:
 
 def _argument(argument: tuple) -> str:
     name, default = argument
-    return name if default is None else f"{name} = {default:g}" if isinstance(default, float) else f'{name} = "{default}"'
+    return name if default is None else f"{name} = {default:g}" if isinstance(default,
+                                                                              float) else f'{name} = "{default}"'
 
 
 def _what(name: str) -> str:
@@ -47,13 +49,15 @@ def _what(name: str) -> str:
 
 
 def table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in row)} |" for row in (head, ("---", "---"), *rows))
+    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in row)} |"
+                     for row in (head, ("---", "---"), *rows))
 
 
 def written(page: str) -> str:
     """The page with the tables of the code."""
     for name, make in (("primitives", primitives), ("distributions", distributions)):
-        page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{make()}\n{m[2]}", page, count=1, flags=re.DOTALL)
+        page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{make()}\n{m[2]}", page, count=1,
+                      flags=re.DOTALL)
     return page
 
 

@@ -146,7 +146,8 @@ def test_depth_runs_from_0_to_1_over_the_outermost_list():
 
 
 def test_a_sequential_is_a_list_of_layers_where_there_is_no_module_list():
-    assert [(s.name, s.layer) for s in sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))] == [("0", 0), ("2", 2)]
+    assert [(s.name, s.layer) for s in sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))] == [("0", 0),
+                                                                                                              ("2", 2)]
 
 
 @pytest.mark.parametrize(("demo", "heads"), [

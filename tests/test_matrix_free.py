@@ -1,4 +1,5 @@
-"""No matrix [out, in], [in, in] or [out, out] is ever made where the structure allows a cheap program: every tensor is watched."""
+"""No matrix [out, in], [in, in] or [out, out] is ever made where the structure allows a cheap program:
+every tensor is watched."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ OUT, IN, TOKENS, RANK = 1280, 1536, 24, 4
 ALLOWED = max(TOKENS, 4 * RANK) * max(OUT, IN)  # numbers; a matrix of the weight's size has fifty times as many
 
 STEPS = {
-    "kron on out": "post group_gain()", "householder on out": "post householder(2)", "block rotation on out": "post block_orthogonal(8)",
-    "rotation on in": "pre orthogonal(4) on in", "both sides": "pre diagonal()  pre diagonal() on in  add low_rank(4)  post householder(2)",
+    "kron on out": "post group_gain()", "householder on out": "post householder(2)",
+    "block rotation on out": "post block_orthogonal(8)",
+    "rotation on in": "pre orthogonal(4) on in",
+    "both sides": "pre diagonal()  pre diagonal() on in  add low_rank(4)  post householder(2)",
 }
 GROUPS = """
 transform group_gain() on n : diagonal {
@@ -26,13 +29,15 @@ transform group_gain() on n : diagonal {
 SHIPPED = {
     "lora": {"rank": 4}, "dora": {"rank": 4}, "pre_diag": {"rank": 4}, "post_diag": {"rank": 4}, "sora": {"rank": 4},
     "sora_reference": {"rank": 4}, "oft": {"block": 8}, "boft": {"block": 8}, "hra": {"rank": 4}, "delora": {"rank": 4},
-    "gralora": {"rank": 4}, "miss": {"rank": 4}, "road_1": {}, "road_2": {}, "road_4": {}, "lokr": {"rank": 2}, "deft": {"rank": 4},
+    "gralora": {"rank": 4}, "miss": {"rank": 4}, "road_1": {}, "road_2": {}, "road_4": {}, "lokr": {"rank": 2},
+    "deft": {"rank": 4},
     "pissa": {"rank": 4}, "tinylora": {},
 }
 
 
 def specs() -> dict[str, surgery.Spec]:
-    own = {name: surgery.parse(f'{GROUPS}\nspec own()\ntarget linear "0" {{ {steps} }}') for name, steps in STEPS.items()}
+    own = {name: surgery.parse(f'{GROUPS}\nspec own()\ntarget linear "0" {{ {steps} }}')
+           for name, steps in STEPS.items()}
     return own | {name: surgery.load(name, **settings).retarget("0") for name, settings in SHIPPED.items()}
 
 

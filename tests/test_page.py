@@ -23,7 +23,8 @@ from test_spectra import perturbed
 
 STATE = {"global_step": 20, "log_history": [
     {"step": 10, "epoch": 1.0, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": float("nan")},
-    {"step": 10, "epoch": 1.0, "eval_loss": 2.4, "eval_accuracy": 0.5, "eval_runtime": 1.0, "eval_samples_per_second": 9.0},
+    {"step": 10, "epoch": 1.0, "eval_loss": 2.4, "eval_accuracy": 0.5, "eval_runtime": 1.0,
+     "eval_samples_per_second": 9.0},
     {"step": 20, "epoch": 2.0, "loss": 2.0, "learning_rate": 0.0, "grad_norm": 1.0},
     {"step": 20, "epoch": 2.0, "eval_loss": 2.2, "eval_accuracy": 0.75, "eval_runtime": 1.0},
     {"step": 20, "epoch": 2.0, "train_loss": 2.2, "train_runtime": 3.0, "total_flos": 1e9},
@@ -89,7 +90,8 @@ def page(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_it_needs_nothing_else(page: str) -> None:
     found = parsed(page)
     assert {name for name, _ in found.tags}.isdisjoint({"script", "link", "img", "iframe", "object", "base", "a"})
-    assert not {key for _, attributes in found.tags for key in attributes} & {"src", "href", "srcset", "onclick", "onload"}
+    assert not {key for _, attributes in found.tags for key in attributes} & {"src", "href", "srcset", "onclick",
+                                                                              "onload"}
     assert not re.search(r"url\(|@import|https?:", page)
     policies = [a["content"] for name, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
@@ -100,7 +102,8 @@ def test_it_says_what_the_figures_say(page: str, adapter: Path) -> None:
     text = " ".join(parsed(page).texts)
     surgeon = surgery.attach(load_demo("llama"), adapter)
     spectra, found = surgery.spectrum(surgeon), surgeon.report()
-    for words in ("W' = P (D W + 2 B A)", "post orthogonal(rank = skew_rank), orthogonal", "{0..3}", "LlamaDecoderLayer",
+    for words in ("W' = P (D W + 2 B A)", "post orthogonal(rank = skew_rank), orthogonal", "{0..3}",
+                  "LlamaDecoderLayer",
                   f"{found.trainable:,}", f"{len(found.rows)}", "706.2 KiB", "no target asks for it", "learning rate"):
         assert words in text, words
     for row in spectra.rows:
@@ -193,7 +196,8 @@ def test_the_nearest_state_of_the_longest_run(tmp_path: Path) -> None:
     assert training.found_state(folder) == inside
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"log_history": [{"loss": 1}]}', '{"log_history": [{"step": "x"}]}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"log_history": [{"loss": 1}]}',
+                                  '{"log_history": [{"step": "x"}]}'])
 def test_a_state_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(text)
     with pytest.raises(surgery.SurgeryError, match=r"bad-data\]: cannot read .*trainer_state.json"):

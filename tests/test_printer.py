@@ -133,7 +133,8 @@ def test_a_long_signature_has_one_parameter_a_line():
 
 @pytest.mark.parametrize(("text", "printed"), [
     ("", ""), ("\n\n# only\n\n\n# this", "# only\n\n# this\n"), ("\ufeffspec a", "spec a()\n"),
-    ("target any { pre x() }", "target any {\n  pre x()\n}\n"), ('target any "a" { pre x() }', 'target "a" {\n  pre x()\n}\n'),
+    ("target any { pre x() }", "target any {\n  pre x()\n}\n"),
+    ('target any "a" { pre x() }', 'target "a" {\n  pre x()\n}\n'),
     ("check (a)", "check (a)\n"), ("check 1e3 + 1_0 * 5%", "check 1e3 + 1_0 * 5%\n"),
 ])
 def test_small_files(text, printed):
@@ -148,7 +149,8 @@ def test_statements_of_a_file_keep_their_order():
 
 def test_a_spec_built_in_python_is_printed_by_kind_of_statement():
     spec = Spec("mine", params=[Parameter(name="rank", type="int", default=8)],
-                targets=[Target("**.q_proj", pre("diagonal"), add("low_rank", rank="2 * rank", alpha=-1), post("magnitude"))])
+                targets=[Target("**.q_proj", pre("diagonal"), add("low_rank", rank="2 * rank", alpha=-1),
+                                post("magnitude"))])
     assert spec.to_surg() == (
         'spec mine(rank: int = 8)\n\ntarget "**.q_proj" {\n  pre  diagonal()\n'
         '  add  low_rank(rank = 2 * rank, alpha = -1)\n  post magnitude()\n}\n')

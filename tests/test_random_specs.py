@@ -1,4 +1,5 @@
-"""Random specs: whatever the formula, the lowered layer is the dense one, merged and unmerged agree, the text is the spec."""
+"""Random specs: whatever the formula, the lowered layer is the dense one, merged and unmerged agree,
+the text is the spec."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class Operated:
         """The base layer's own map, run in a dtype, with the dense W' and b' that another dtype gives."""
         (placed,), frozen = self.surgeon.plan.placed, {k: v.to(dtype) for k, v in self.base.named_parameters()}
         values = {**frozen, **leaves, "weight": placed.site.layout.matrix(frozen["weight"])}
-        new = {"weight": placed.site.layout.unmatrix(_each(placed, placed.formula.weight, values), frozen["weight"].shape)}
+        new = {"weight": placed.site.layout.unmatrix(_each(placed, placed.formula.weight, values),
+                                                     frozen["weight"].shape)}
         if "bias" in frozen:
             new["bias"] = dense(placed.formula.bias, values)
         return torch.func.functional_call(self.base, {name: value.to(run) for name, value in new.items()}, x)
@@ -104,7 +106,8 @@ def results(op: Operated, run: Callable, tensors: dict[str, Tensor], dtype: torc
     y = run(x, tensors)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
     taking = {key: leaf for key, leaf in {"the input": x, **tensors}.items() if leaf.requires_grad}
-    found = gradients(y, direction, taking) if y.requires_grad else {key: torch.zeros_like(leaf) for key, leaf in taking.items()}
+    found = gradients(y, direction,
+                      taking) if y.requires_grad else {key: torch.zeros_like(leaf) for key, leaf in taking.items()}
     return {"the output": y.detach(), **{f"the gradient of {key}": g for key, g in found.items()}}
 
 
@@ -161,7 +164,8 @@ def test_in_narrow_dtypes_it_is_as_exact_as_the_dense_formula(operation, dtype):
     factor, rounding = NARROW[dtype]
     for what, value in exact.items():
         most = factor * error(plain[what], value) + rounding
-        assert error(found[what], value) <= most, f"{what} is off by {error(found[what], value):.1e}, {most:.1e} is allowed"
+        assert error(found[what],
+                     value) <= most, f"{what} is off by {error(found[what], value):.1e}, {most:.1e} is allowed"
 
 
 @some(40)
@@ -175,7 +179,8 @@ def test_merged_and_unmerged_agree(operation):
     op.surgeon.merge()
     assert error(model(op.x), y) <= 1e-8
     op.surgeon.unmerge()
-    assert all(torch.equal(value, bits[name]) for name, value in model.state_dict().items()) and torch.equal(model(op.x), y)
+    assert all(torch.equal(value, bits[name])
+               for name, value in model.state_dict().items()) and torch.equal(model(op.x), y)
 
 
 @some(40)

@@ -40,7 +40,8 @@ def agree(before: Expr, after: Expr, only_in_value: bool = False) -> bool:
     """Equal shapes, values and gradients on random operands and on special ones, wherever they are finite (whether they
     are somewhere)."""
     assert after.shape == before.shape
-    points = [(leaves, value_and_gradients(before, leaves)) for leaves in (tensors(0), tensors(1), tensors(2, alike=True))]
+    points = [(leaves, value_and_gradients(before, leaves))
+              for leaves in (tensors(0), tensors(1), tensors(2, alike=True))]
     finite = [(leaves, wanted) for leaves, wanted in points if all(value.isfinite().all() for value in wanted.values())]
     for leaves, wanted in finite:
         found = value_and_gradients(after, leaves)
@@ -54,7 +55,8 @@ def agree(before: Expr, after: Expr, only_in_value: bool = False) -> bool:
 def test_a_rule_holds_on_its_example(rule):
     in_value = rule in IN_VALUE
     rows = next((*RULES, *more) for more in (IN_VALUE, JOINED, CHEAP, ()) if rule in more or not more)
-    fired = [(before, after) for r, before, after in firings(expression(rule.example), rows) if (r.op, r.states) == (rule.op, rule.states)]
+    fired = [(before, after) for r, before, after in firings(expression(rule.example), rows)
+             if (r.op, r.states) == (rule.op, rule.states)]
     assert fired, f"`{rule.example}` is no example of {rule.states}"
     for before, after in fired:
         assert before.op == rule.op

@@ -72,7 +72,8 @@ TAKEN = [
     ("gpt2", 'target embedding "**.wte" untie {}', ["transformer.wte"]),
     ("gpt2", 'target embedding "**.wpe" {}', ["transformer.wpe"]),
     ("vit", "target conv {}", ["vit.embeddings.patch_embeddings.projection"]),
-    ("t5", 'target linear "encoder.**.SelfAttention.q" {}', [f"encoder.block.{i}.layer.0.SelfAttention.q" for i in (0, 1)]),
+    ("t5", 'target linear "encoder.**.SelfAttention.q" {}',
+     [f"encoder.block.{i}.layer.0.SelfAttention.q" for i in (0, 1)]),
 ]
 
 
@@ -122,8 +123,10 @@ def test_a_spec_built_in_python_needs_no_places():
 
 
 def test_the_order_of_targets_does_not_count():
-    lines = ['target linear "**.{q,k}_proj" {}', 'override target linear "**.layers.0.**.q_proj" {}', 'target conv "**" {}']
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(2, 2), "k_proj": nn.Linear(2, 2)})
+    lines = ['target linear "**.{q,k}_proj" {}', 'override target linear "**.layers.0.**.q_proj" {}',
+             'target conv "**" {}']
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(2, 2),
+                                                                   "k_proj": nn.Linear(2, 2)})
                                                     for _ in range(2)]), "c": nn.Conv1d(2, 2, 1)})
     owners = [{n: t.target.selectors for n, t in run(model, "\n".join(order)).targets.items()}
               for order in (lines, lines[::-1])]
@@ -151,7 +154,8 @@ ROLES = [
     (lambda: MODELS["vit"], [f"attention.{n}_proj" for n in "koqv"], ["mlp.fc1", "mlp.fc2"]),
     (lambda: Qwen3ForCausalLM(Qwen3Config(**WIDE, head_dim=16)), *LLAMA),
     (lambda: RobertaForMaskedLM(RobertaConfig(**WIDE)), *BERT),
-    (lambda: DistilBertForSequenceClassification(DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=96, vocab_size=96)),
+    (lambda: DistilBertForSequenceClassification(DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=96,
+                                                                  vocab_size=96)),
      ["attention.k_lin", "attention.out_lin", "attention.q_lin", "attention.v_lin"], ["ffn.lin1", "ffn.lin2"]),
     (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**WIDE)), ["attention.dense", "attention.query_key_value"], BLOOM[1]),
     (lambda: OPTForCausalLM(OPTConfig(**SMALL, ffn_dim=96)), OUT, ["0.fc1", "0.fc2", "1.fc1", "1.fc2"]),
@@ -162,8 +166,10 @@ ROLES = [
     (lambda: FalconForCausalLM(FalconConfig(**SMALL)), *BLOOM),
     (lambda: BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=64, n_layer=2, n_head=4)), *BLOOM),
     (lambda: BartForConditionalGeneration(BartConfig(
-        d_model=64, vocab_size=96, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=96, decoder_ffn_dim=96)), sorted([n.replace("self", "encoder") for n in OUT] + OUT), ["0.fc1", "0.fc2"]),
+        d_model=64, vocab_size=96, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96, decoder_ffn_dim=96)), sorted([n.replace("self", "encoder") for n in OUT] + OUT), ["0.fc1",
+                                                                                                              "0.fc2"]),
 ]
 
 
@@ -187,15 +193,18 @@ def test_a_selector_may_name_selectors_and_be_dead_in_part():
 
 # (model, header, code, the message's words, a note or a help's words)
 FAILURES = [
-    ("llama", 'target linear "**.q_porj" {}', "no-match", 'pattern "**.q_porj" matches no linear layer of LlamaForCausalLM',
+    ("llama", 'target linear "**.q_porj" {}', "no-match",
+     'pattern "**.q_porj" matches no linear layer of LlamaForCausalLM',
      'did you mean "**.q_proj" (4 layers)?'),
     ("llama", 'target linear "q_proj" {}', "no-match", 'pattern "q_proj"', 'did you mean "**.q_proj" (4 layers)?'),
     ("llama", 'target linear "*.q_proj" {}', "no-match", "matches no", 'did you mean "**.q_proj" (4 layers)?'),
     ("llama", 'target linear "{q,k}_proj" {}', "no-match", "matches no", 'did you mean "**.{q,k}_proj" (8 layers)?'),
-    ("llama", 'target linear "layers.*.self_attn.q_proj" {}', "no-match", "matches no", '"**.layers.*.self_attn.q_proj"'),
+    ("llama", 'target linear "layers.*.self_attn.q_proj" {}', "no-match", "matches no",
+     '"**.layers.*.self_attn.q_proj"'),
     ("llama", 'target linear "model.layer.*.self_attn.q_proj" {}', "no-match", "matches no",
      '"model.layers.*.self_attn.q_proj" (4 layers)'),
-    ("llama", 'target linear "model.layers.0.q_proj" {}', "no-match", "matches no", '"model.layers.0.**.q_proj" (1 layer)'),
+    ("llama", 'target linear "model.layers.0.q_proj" {}', "no-match", "matches no",
+     '"model.layers.0.**.q_proj" (1 layer)'),
     ("llama", 'target linear "**.q_proj.weight" {}', "no-match", "matches no", '"**.q_proj" (4 layers)'),
     ("llama", 'target linear "**.*_porj" {}', "no-match", "matches no", '"**.*_proj" (28 layers)'),
     ("llama", 'target linear "**.mlp" {}', "no-match", "matches no linear", "of class LlamaMLP"),
@@ -207,7 +216,8 @@ FAILURES = [
     ("llama", 'target linear "**.q_proj" except "**" {}', "no-match", "leaves all of them out", ""),
     ("resnet", "target linear {}", "no-match", "leaves the output head out", ""),
     ("resnet", "target linear attention {}", "no-match", "selector `attention` matches no linear", "std.surg"),
-    ("bert", 'target linear "**.qurey" {}', "no-match", "matches no linear layer", 'did you mean "**.query" (3 layers)?'),
+    ("bert", 'target linear "**.qurey" {}', "no-match", "matches no linear layer",
+     'did you mean "**.query" (3 layers)?'),
     ("bert", 'target linear "**.xyzzy" {}', "no-match", "matches no linear layer",
      "BertForSequenceClassification has linear layers named query, key, value, dense, classifier"),
     ("gpt2", 'target linear "**.c_atn" {}', "no-match", "matches no linear layer", '"**.c_attn" (3 layers)'),
@@ -215,10 +225,13 @@ FAILURES = [
     ("llama", "target linear q_proj {}", "unknown-selector", "`q_proj`", 'in quotes: "**.q_proj"'),
     ("llama", 'select a = b\nselect b = a\ntarget linear a {}', "unknown-selector", "made of itself", ""),
     ("llama", 'target linear "**.q**" {}', "bad-pattern", "segment of its own", ""),
-    ("llama", 'target any "**.norm" {}', "unsupported-module", "LlamaRMSNorm has no weight matrix", '`train "model.norm.*"`'),
+    ("llama", 'target any "**.norm" {}', "unsupported-module", "LlamaRMSNorm has no weight matrix",
+     '`train "model.norm.*"`'),
     ("mixtral", 'target any "**.mlp.gate" {}', "unsupported-module", "MixtralTopKRouter is not a linear layer", ""),
-    ("gpt2", 'target embedding "**.wte" {}', "tied-weight", "`transformer.wte.weight` is tied to `lm_head.weight`", "`untie`"),
-    ("gpt2", 'target linear "lm_head" {}', "tied-weight", "`lm_head.weight` is tied to `transformer.wte.weight`", "`untie`"),
+    ("gpt2", 'target embedding "**.wte" {}', "tied-weight", "`transformer.wte.weight` is tied to `lm_head.weight`",
+     "`untie`"),
+    ("gpt2", 'target linear "lm_head" {}', "tied-weight", "`lm_head.weight` is tied to `transformer.wte.weight`",
+     "`untie`"),
     ("t5", 'target embedding "**.embed_tokens" {}', "tied-weight", "`shared.weight`", "`untie`"),
 ]
 
@@ -246,7 +259,8 @@ def test_a_module_that_cannot_be_operated_on_and_is_named_is_an_error(header, wo
 def test_a_name_that_a_layer_and_a_foreign_module_share_takes_the_layer():
     model = nn.ModuleDict({"a": nn.ModuleDict({"gate": nn.Linear(2, 2)}), "b": nn.ModuleDict({"gate": nn.LSTM(2, 2)})})
     chosen = run(model, 'target linear "*.gate" {}')
-    assert list(chosen.targets) == ["a.gate"] and "b.gate" in {name for name, _, site in chosen.left_out if site is None}
+    assert list(chosen.targets) == ["a.gate"] and "b.gate" in {name for name, _, site in chosen.left_out
+                                                               if site is None}
 
 
 def test_a_kind_of_which_all_are_refused_says_so():
@@ -254,7 +268,8 @@ def test_a_kind_of_which_all_are_refused_says_so():
     assert found.code == "no-match" and "that can be taken" in found.message and "groups" in found.notes[0]
 
 
-@pytest.mark.parametrize("header", ['target linear "**" {}', 'target any "**" {}', "target linear {}", 'target linear "*" {}'])
+@pytest.mark.parametrize("header",
+                         ['target linear "**" {}', 'target any "**" {}', "target linear {}", 'target linear "*" {}'])
 def test_one_that_is_only_covered_is_left_out_with_the_reason(header):
     chosen = run(torch_encoder(), header)
     assert list(chosen.targets) == ["out_proj"]
@@ -289,9 +304,12 @@ WARNINGS = [
     ("llama", 'target linear "**.q_proj" except "**.layers.{0,9}.**" {}', "9", "matches no linear layer"),
     ("llama", 'target linear "**.q_proj" except "**.k_proj" {}', '"**.k_proj"', "leaves out no"),
     ("resnet", 'target any "**.convolution", attention {}', "attention", "selector `attention` matches no layer"),
-    ("llama", 'target linear "**.q_proj" {}\ntrain "**.nrom.weight"', '"**.nrom.weight"', '"**.norm.weight" (1 parameter)'),
-    ("bert", 'target linear "**.query" {}\ntrain "classifier"', '"classifier"', 'did you mean "classifier.*" (2 parameters)?'),
-    ("bert", 'target linear "**.query" {}\ntrain "classifier.{weight,bais}"', "bais", '"classifier.bias" (1 parameter)'),
+    ("llama", 'target linear "**.q_proj" {}\ntrain "**.nrom.weight"', '"**.nrom.weight"',
+     '"**.norm.weight" (1 parameter)'),
+    ("bert", 'target linear "**.query" {}\ntrain "classifier"', '"classifier"',
+     'did you mean "classifier.*" (2 parameters)?'),
+    ("bert", 'target linear "**.query" {}\ntrain "classifier.{weight,bais}"', "bais",
+     '"classifier.bias" (1 parameter)'),
 ]
 
 
@@ -319,7 +337,8 @@ def test_no_warnings(header):
 
 @pytest.mark.parametrize(("header", "help"), [
     ('target linear "**.q_proj" {}\ntarget linear "**.layers.0.**" {}', "`except`"),
-    ('target linear "**.q_proj" {}\ntarget linear "**.layers.0.**.q_proj" {}', "`override target` lets the target at s.surg:3"),
+    ('target linear "**.q_proj" {}\ntarget linear "**.layers.0.**.q_proj" {}',
+     "`override target` lets the target at s.surg:3"),
     ('target linear "**.q_proj" {}\ntarget any "**.q_proj" {}', "`except`"),
 ])
 def test_an_overlap_shows_both_lines(header, help):
@@ -329,7 +348,8 @@ def test_an_overlap_shows_both_lines(header, help):
     assert "s.surg:3:" in str(error) and "s.surg:2:" in str(error)
 
 
-@pytest.mark.parametrize("header", ["target linear {}\ntarget linear attention {}", "target linear attention {}\ntarget linear {}"])
+@pytest.mark.parametrize("header", ["target linear {}\ntarget linear attention {}",
+                                    "target linear attention {}\ntarget linear {}"])
 def test_an_overlap_of_targets_without_patterns(header):
     assert failure("llama", header).diagnostics[0].code == "overlap"
 
@@ -463,7 +483,8 @@ def test_left_out_says_why():
     left_out = {name: (reason, site) for name, reason, site in run("mixtral", "target linear {}").left_out}
     assert "output head" in left_out["lm_head"][0] and left_out["lm_head"][1].is_head
     assert left_out["model.embed_tokens"][0] == "no target asks for it"
-    assert "MixtralTopKRouter" in left_out["model.layers.0.mlp.gate"][0] and left_out["model.layers.0.mlp.gate"][1] is None
+    reason, site = left_out["model.layers.0.mlp.gate"]
+    assert "MixtralTopKRouter" in reason and site is None
     assert "model.norm" not in left_out
 
 

@@ -42,7 +42,8 @@ def test_a_file_without_an_ending_outweighs_a_shipped_name() -> None:
 
 
 @pytest.mark.parametrize("name, words", [
-    ("soar", "did you mean `sora`?"), ("mine.surg", "did you mean `mines.surg`?"), ("sora.surg", "`sora` is the name of a spec that ships"),
+    ("soar", "did you mean `sora`?"), ("mine.surg", "did you mean `mines.surg`?"),
+    ("sora.surg", "`sora` is the name of a spec that ships"),
     (".", "name its files: *.surg"), ("zzz", "`surgery specs` lists those that ship"),
 ])
 def test_what_is_not_there(name: str, words: str) -> None:
@@ -60,7 +61,8 @@ def test_parameters() -> None:
     assert "has no parameter `rnk`" in failed(surgery.load, "lora", rnk=4, rank=4)
 
 
-@pytest.mark.parametrize("text, place", [("rank=8 *", "<--set>:1:9"), ("rank", "<--set>:1:1"), (" rank = 2 @", "<--set>:1:12")])
+@pytest.mark.parametrize("text, place",
+                         [("rank=8 *", "<--set>:1:9"), ("rank", "<--set>:1:1"), (" rank = 2 @", "<--set>:1:12")])
 def test_an_assignment_is_shown_as_it_was_typed(text: str, place: str) -> None:
     said = failed(assignment, text)
     assert f"--> {place}\n" in said and f"1  | {text}\n" in said
@@ -115,9 +117,11 @@ def test_the_files_that_are_used() -> None:
     Path("inner/more.surg").write_text("update twice() {\n  param A[out, in] = 0\n  return 2 * A\n}\n")
     Path("mine.surg").write_text('use "inner/roles.surg"\ntarget linear queries {\n  add twice()\n}\n')
     spec = surgery.load("mine.surg")
-    assert {"queries", "attention"} <= library(spec).selects.keys() and {"twice", "low_rank"} <= library(spec).definitions.keys()
+    assert {"queries", "attention"} <= library(spec).selects.keys() and {"twice",
+                                                                         "low_rank"} <= library(spec).definitions.keys()
     alone = inlined(spec)
-    assert (alone.uses, [d.name for d in alone.definitions], [s.name for s in alone.selects]) == ((), ["twice"], ["queries"])
+    assert (alone.uses, [d.name for d in alone.definitions], [s.name for s in alone.selects]) == ((), ["twice"],
+                                                                                                  ["queries"])
     Path("inner/more.surg").unlink()
     assert library(alone).definitions.keys() >= {"twice"} and "inner/more.surg" in failed(library, spec)
 

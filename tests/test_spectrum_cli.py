@@ -1,4 +1,5 @@
-"""`surgery spectrum`: of saved adapters and of pairs of models, from their files one tensor at a time; tables and plots."""
+"""`surgery spectrum`: of saved adapters and of pairs of models, from their files one tensor at a time;
+tables and plots."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def test_an_adapter_is_as_python_says(adapter: Path) -> None:
     surgeon = surgery.attach(load_demo("llama"), adapter)
     assert measured(adapter)["modules"] == json.loads(json.dumps(surgery.spectrum(surgeon).to_json()))["modules"]
     squared = measured(adapter, "--squared", "--top", "0")
-    assert squared["modules"] == json.loads(json.dumps(surgery.spectrum(surgeon, squared=True, top=0).to_json()))["modules"]
+    assert squared["modules"] == json.loads(json.dumps(surgery.spectrum(surgeon, squared=True,
+                                                                        top=0).to_json()))["modules"]
     assert squared["squared"] and squared["modules"][0]["overlap_out"] is None
 
 
@@ -71,7 +73,8 @@ def test_an_adapter_needs_only_the_weights_that_it_reads(tmp_path: Path, monkeyp
 
 
 def test_a_trained_head_is_no_obstacle(tmp_path: Path) -> None:
-    """An adapter of a text task was saved from the base model with a head that the base model's files know nothing of."""
+    """An adapter of a text task was saved from the base model with a head that the base model's files know nothing
+    of."""
     import transformers
 
     base = transformers.BertModel(demo_config("bert")).eval()
@@ -99,7 +102,8 @@ def test_another_base(adapter: Path, tmp_path: Path) -> None:
     model = load_demo("llama", seed=5)
     model.save_pretrained(tmp_path / "other")
     other = measured(adapter, "--base", tmp_path / "other")
-    assert figures(other) == figures(surgery.spectrum(surgery.attach(model, adapter)).to_json()) != figures(measured(adapter))
+    expected = figures(surgery.spectrum(surgery.attach(model, adapter)).to_json())
+    assert figures(other) == expected != figures(measured(adapter))
 
 
 def test_a_fresh_adapter_is_said_to_do_nothing(tmp_path: Path) -> None:
@@ -149,7 +153,8 @@ def test_a_base_model_against_a_task_model(tmp_path: Path) -> None:
     found = measured(tmp_path / "base", tmp_path / "tuned")
     assert [m["name"] for m in found["modules"] if m["numerical_rank"]] == ["bert.encoder.layer.1.output.dense"]
     assert found["not_compared"] == ["bert.embeddings.word_embeddings", "classifier"]
-    assert "not compared" in (text := said(tmp_path / "base", tmp_path / "tuned")) and "1 changed weight: entropy" in text
+    assert "not compared" in (text := said(tmp_path / "base",
+                                           tmp_path / "tuned")) and "1 changed weight: entropy" in text
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -158,7 +163,8 @@ def test_a_base_model_against_a_task_model(tmp_path: Path) -> None:
 def test_the_table_and_the_csv(adapter: Path, tmp_path: Path) -> None:
     text = said(adapter, "--csv", tmp_path / "new" / "t.csv")
     modules = measured(adapter)["modules"]
-    for words in ("self_attn.q_proj", "layer (mean)", "module type (mean)", "‖RRᵀ-I‖/√n", "28 changed weights: entropy"):
+    for words in ("self_attn.q_proj", "layer (mean)", "module type (mean)", "‖RRᵀ-I‖/√n",
+                  "28 changed weights: entropy"):
         assert words in text
     rows = list(csv.DictReader((tmp_path / "new" / "t.csv").read_text().splitlines()))
     assert [(r["name"], float(r["entropy"]), int(r["out"])) for r in rows] == [
@@ -178,7 +184,8 @@ def test_a_plot_is_the_same_each_time(adapter: Path, tmp_path: Path, ending: str
 # ----------------------------------------------------------------------------------------------------------- faults
 
 
-def test_what_cannot_be_done_is_said_before_any_work(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_done_is_said_before_any_work(adapter: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "opened_adapter", None)
     assert "did you mean `.png`?" in said(adapter, "--plot", tmp_path / "p.pgn", code=2)
     assert "is a folder" in said(adapter, "--csv", tmp_path, code=2)

@@ -1,4 +1,5 @@
-"""Saved adapters and merged models: what is written comes back bit for bit, and what does not fit is all said at once."""
+"""Saved adapters and merged models: what is written comes back bit for bit,
+and what does not fit is all said at once."""
 
 import json
 import os
@@ -84,7 +85,8 @@ def test_frozen_shared_and_trained_tensors_are_saved_once(tmp_path: Path) -> Non
     assert found.keys() == meta["tensors"].keys() == surgeon.named_tensors().keys()
     # Per target: A has one shape, d one; B and b belong to each of the 8 modules. 12 MLP modules with A, B, m. 9 norms.
     assert len(found) == 1 + 1 + 8 * (1 + 1 + 1 + 2) + 12 * 3 + 9
-    assert (meta["seed"], meta["base_model"], meta["revision"], meta["format_version"]) == (7, "demo:llama", "main", "1.0")
+    assert (meta["seed"], meta["base_model"], meta["revision"], meta["format_version"]) == (7, "demo:llama", "main",
+                                                                                            "1.0")
     other = load_demo("llama")
     again = surgery.attach(other, tmp_path / "a")
     assert torch.allclose(logits(model), logits(other), atol=1e-6) and again.seed == 7 and again.spec == surgeon.spec
@@ -153,7 +155,8 @@ def test_a_missing_file(saved: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name, content, words", [
     (META, b"{", "not JSON"), (META, b"\xff", "not JSON"), (META, b"null", "format version"),
-    (META, b'{"format_version": "2.0"}', "'2.0'"), (META, b'{"format_version": "1.7", "seed": "x"}', "seed, dtype, tensors"),
+    (META, b'{"format_version": "2.0"}', "'2.0'"),
+    (META, b'{"format_version": "1.7", "seed": "x"}', "seed, dtype, tensors"),
     (SPEC, b"\xff\xfe", "not UTF-8"), (SPEC, b"spec lora(", "error[syntax]"), (TENSORS, b"not one", TENSORS),
     (TENSORS, b"", TENSORS), (TENSORS, b"\x08\x00\x00\x00\x00\x00\x00\x00{}", TENSORS),
 ])
@@ -198,7 +201,8 @@ def test_tensors_that_do_not_fit(saved: Path, meta: bool) -> None:
 
     rewritten(saved, change, meta)
     said = faults(saved)
-    assert all(name in said for name in (first, second, "stray")) and said.count("error[bad-adapter]") == (4 if meta else 3)
+    assert all(name in said
+               for name in (first, second, "stray")) and said.count("error[bad-adapter]") == (4 if meta else 3)
     assert "[32, 7], and" in said or "[7, 64], and" in said or "[31, 8], and" in said or "[63, 8], and" in said
 
 
@@ -225,8 +229,10 @@ def test_another_dtype_than_listed(saved: Path) -> None:
 
 def test_a_model_that_the_spec_does_not_fit(tmp_path: Path) -> None:
     spec = surgery.load("lora")
-    perturbed(load_demo("llama"), surgery.parse('spec s\ntarget linear "**.q_proj" { add low_rank(2) }')).save(tmp_path / "a")
-    assert "does not fit this GPT2LMHeadModel" in (said := faults(tmp_path / "a", load_demo("gpt2"))) and "no-match" in said
+    perturbed(load_demo("llama"),
+              surgery.parse('spec s\ntarget linear "**.q_proj" { add low_rank(2) }')).save(tmp_path / "a")
+    assert "does not fit this GPT2LMHeadModel" in (said := faults(tmp_path / "a",
+                                                                  load_demo("gpt2"))) and "no-match" in said
     perturbed(load_demo("llama"), spec).save(tmp_path / "b")
     assert "layers" in faults(tmp_path / "b", load_demo("mixtral"))
 

@@ -206,7 +206,8 @@ def test_the_command_line_merges_a_stack(tmp_path: Path):
         surgeries.save(name, tmp_path / name, base_model="demo:llama")
     surgeries.use("b", "a")
     y = surgeries.model(**demo_inputs("llama")).logits
-    told = CliRunner().invoke(main, ["merge", str(tmp_path / "b"), "--then", str(tmp_path / "a"), "-o", str(tmp_path / "out")])
+    told = CliRunner().invoke(main, ["merge", str(tmp_path / "b"), "--then", str(tmp_path / "a"), "-o",
+                                     str(tmp_path / "out")])
     assert told.exit_code == 0, told.output
     merged = type(surgeries.model).from_pretrained(tmp_path / "out")
     assert_close(merged(**demo_inputs("llama")).logits, y, 1e-5)

@@ -144,7 +144,8 @@ def test_a_whole_spec():
     """
     spec = parse_text(text)
     assert [u.path for u in spec.uses] == ["roles.surg"]
-    assert spec.params == (Parameter(name="rank", type="int", default=16), Parameter(name="mode", type="str", default='"a"'),
+    assert spec.params == (Parameter(name="rank", type="int", default=16),
+                           Parameter(name="mode", type="str", default='"a"'),
                            Parameter(name="flag", type="bool"))
     assert spec.selects[0].patterns == (Pattern("**.a"), Reference("other"), Pattern("b"))
     first, second = spec.targets
@@ -153,7 +154,8 @@ def test_a_whole_spec():
         "call": Call("low_rank", (Argument(None, Name("rank")), Argument("alpha", Number(2))))})
     assert first == Target(
         Reference("some"), "**.x", pre("diagonal", on="in", with_bias=True), low_rank, post("orthogonal", rank="rank"),
-        kind="linear", ancestor="LlamaMLP", exclude=["**.0.**", Reference("more")], override=True, shifted=True, untie=True)
+        kind="linear", ancestor="LlamaMLP", exclude=["**.0.**", Reference("more")], override=True, shifted=True,
+        untie=True)
     assert second == Target(post("f"))
     assert spec.train[0].patterns == (Pattern("**.norm.weight"), Pattern("c.*"))
 
@@ -171,14 +173,16 @@ def test_a_definition():
     assert (first.dim, first.claims, [str(s) for s in first.claims_spans]) == (
         "n", ("orthogonal", "symmetric"), ["<text>:1:28", "<text>:1:40"])
     assert first.body == (Param(name="d", dims=["n / k", "k"], init=1),
-                          Param(name="e", draw="normal(std = 1)", shared=True, frozen=True), Let(name="f", value="d @ e"))
+                          Param(name="e", draw="normal(std = 1)", shared=True, frozen=True),
+                          Let(name="f", value="d @ e"))
     assert (first.result, len(first.checks)) == (Name("f"), 1)
     assert second == Definition(kind="update", name="u", result="W")
 
 
 def test_places_of_statements():
     spec = parse_text('# c\nspec a(rank: int = 8)\ntarget "x" {\n  pre d(rank)\n}\n')
-    assert (str(spec.span), str(spec.name_span), underlined(spec)) == ("<text>:2:1", "<text>:2:6", "spec a(rank: int = 8)")
+    assert (str(spec.span), str(spec.name_span), underlined(spec)) == ("<text>:2:1", "<text>:2:6",
+                                                                       "spec a(rank: int = 8)")
     assert (str(spec.params[0].name_span), str(spec.targets[0].span)) == ("<text>:2:8", "<text>:3:1")
     assert str(spec.targets[0].selectors[0].span) == "<text>:3:8"
     assert str(spec.targets[0].steps[0].call.name_span) == "<text>:4:7"

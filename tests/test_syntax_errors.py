@@ -61,7 +61,8 @@ def test_syntax_errors(text, message, place):
 
 
 @pytest.mark.parametrize(("text", "hint"), [
-    ("use 'a'", "double quotes"), ("spec a;", "`;`"), ("check a & b", "`and`"), ("check a | b", "`or`"), ("check !a", "`not`"),
+    ("use 'a'", "double quotes"), ("spec a;", "`;`"), ("check a & b", "`and`"), ("check a | b", "`or`"),
+    ("check !a", "`not`"),
     ("check 5 %", "`5%`"), ("check .5", "both sides"), ("check a.shape", "`.T`"), ("check a < b < c", "`and`"),
     ("check a = b", "`==`"), ("check 1 + if a then b else c", "parentheses"),
 ])
@@ -69,7 +70,8 @@ def test_hints_for_what_other_languages_write(text, hint):
     assert hint in " ".join(errors_of(text)[0].helps)
 
 
-@pytest.mark.parametrize("text", ["spec target", "spec a(let: int)", "update use { return 1 }", "target linear in add { pre x() }",
+@pytest.mark.parametrize("text", ["spec target", "spec a(let: int)", "update use { return 1 }",
+                                  "target linear in add { pre x() }",
                                   "select a = \"b\", if", "update u { param not = 1 return 1 }"])
 def test_reserved_words_are_not_names(text):
     first = errors_of(text)[0]
@@ -78,7 +80,8 @@ def test_reserved_words_are_not_names(text):
 
 
 @pytest.mark.parametrize(("text", "meant"), [
-    ("trget linear { add x() }", "target"), ("update u { retrun 1 }", "return"), ("update u {\n  let a = 1\n  retrun a\n}", "return"),
+    ("trget linear { add x() }", "target"), ("update u { retrun 1 }", "return"),
+    ("update u {\n  let a = 1\n  retrun a\n}", "return"),
     ("target linear { ad x() }", "add"), ("spec a(b: flaot)", "float"), ("target linear { pre x() on inn }", "in"),
 ])
 def test_misspelt_words(text, meant):
@@ -117,7 +120,8 @@ def test_all_the_errors_of_a_file_are_told():
     ("target { add f() on out }", "syntax", "1:18"),
     ("target { add f() with bias }", "syntax", "1:18"),
     ("target { pre f() on in on out }", "syntax", "1:24"),
-    ("check 1e999", "syntax", "1:7"), ("check " + "9" * 5000, "syntax", "1:7"), ("check 9223372036854775808", "syntax", "1:7"),
+    ("check 1e999", "syntax", "1:7"), ("check " + "9" * 5000, "syntax", "1:7"),
+    ("check 9223372036854775808", "syntax", "1:7"),
     ("check " + "(" * 10_000 + "a" + ")" * 10_000, "syntax", "1:7"), ("check " + "-" * 10_000 + "a", "syntax", "1:107"),
     ("check a" + " + a" * 5_000, "syntax", "1:7"), ("check a" + ".T" * 10_000, "syntax", "1:7"),
     ("check " + "f(" * 2_000 + ")" * 2_000, "syntax", "1:207"),
@@ -161,7 +165,8 @@ def test_python_values_are_expressions():
     (lambda: Spec("target"), "`target` is a word of the language and cannot be a name"),
     (lambda: Spec("a", targets=[Target("x")]), "a target needs at least one step"),
     (lambda: Spec("a", targets=[Target('"', add("d"))]), "the string '\"' cannot be written in a spec"),
-    (lambda: Spec("a", params=[Parameter(name="b", type="float", default=float("nan"))]), "this number is out of range"),
+    (lambda: Spec("a", params=[Parameter(name="b", type="float", default=float("nan"))]),
+     "this number is out of range"),
     (lambda: Spec(params=[Parameter(name="b", type="int")]), "a spec with parameters needs a name"),
 ])
 def test_a_mistake_in_python_is_a_diagnostic(build, message):
@@ -176,12 +181,15 @@ def test_a_mistake_in_python_is_a_diagnostic(build, message):
     ("[]", ["s must be an object, not '[]'"]),
     ('{"nme": "a"}', ["s has no field `nme`"]),
     ('{"name": "a", "params": [{"name": 1, "type": "it"}, {}]}', [
-        "s.params[0].name must be a valid string, not '1'", "s.params[0].type must be 'int', 'float', 'bool' or 'str', not 'it'",
+        "s.params[0].name must be a valid string, not '1'",
+        "s.params[0].type must be 'int', 'float', 'bool' or 'str', not 'it'",
         "s.params[1] needs a field `name`", "s.params[1] needs a field `type`"]),
     ('{"checks": [{"condition": "1 +"}, {"condition": {}}]}', [
         "expected an expression after `+`, found the end of the text", "'{}' is not an expression"]),
-    ('{"targets": [{"steps": [{"placement": "post", "call": "1"}]}]}', ["s.targets[0].steps[0].call must be a call, not '1'"]),
-    ('{"targets": [{"steps": [{"placement": "post", "call": "f()", "dropout": 1}]}]}', ["`dropout` cannot follow `post`"]),
+    ('{"targets": [{"steps": [{"placement": "post", "call": "1"}]}]}',
+     ["s.targets[0].steps[0].call must be a call, not '1'"]),
+    ('{"targets": [{"steps": [{"placement": "post", "call": "f()", "dropout": 1}]}]}',
+     ["`dropout` cannot follow `post`"]),
     ('{"targets": [{"steps": [], "span": {"start": 1}}]}', ["s.targets[0].span must be a span, not \"{'start': 1}\""]),
     ('{"definitions": [{"kind": "update", "name": "u", "result": 1, "body": [{"name": "a"}]}]}',
      ["s.definitions[0].body[0].what must be 'param' or 'let'"]),

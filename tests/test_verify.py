@@ -1,4 +1,5 @@
-"""The verifier between the stages of the compiler, for the zoo and every shipped spec; and each of its laws can fail."""
+"""The verifier between the stages of the compiler, for the zoo and every shipped spec;
+and each of its laws can fail."""
 
 from __future__ import annotations
 
@@ -79,15 +80,19 @@ MALFORMED: dict[str, tuple[Expr, ...]] = {
     "undecided": (Expr("undecided", (), "if out < in then A else B", (6, 6)),),
     "swap": (Expr("swap", (X, X), (1, 2, 3, 1), (TOKENS, 6)), Expr("swap", (X,), (1, 2, 2, 1), (TOKENS, 6))),
     "mix": (Expr("mix", (A, A), ((1,),), (6, 6)), Expr("mix", (A,), ((1, 2), (3, 4)), (2, 6))),
-    "const": (Expr("const", (A,), 2.0, ()), Expr("const", (), "2", ()), Expr("const", (), 2.0, (1,)), Expr("const", (), True, ())),
+    "const": (Expr("const", (A,), 2.0, ()), Expr("const", (), "2", ()), Expr("const", (), 2.0, (1,)),
+              Expr("const", (), True, ())),
     "eye": (Expr("eye", (A,), None, (6, 6)), Expr("eye", (), None, (6, 4)), Expr("eye", (), 1, (6, 6))),
     "fill": (Expr("fill", (A,), 1.0, (6,)), Expr("fill", (), 1, (6,)), Expr("fill", (), 1.0, ())),
-    "drop": (Expr("drop", (), MASK, (6, 6)), Expr("drop", (A,), 0.5, (6, 6)), Expr("drop", (A,), (1.0, "add_own"), (6, 6)),
+    "drop": (Expr("drop", (), MASK, (6, 6)), Expr("drop", (A,), 0.5, (6, 6)),
+             Expr("drop", (A,), (1.0, "add_own"), (6, 6)),
              Expr("drop", (A,), MASK, (6, 4)), Expr("drop", (D,), MASK, (6,))),
     "x": (Expr("x", (A,), None, (6, 6)), Expr("x", (), None, (6,))),
-    "frozen": (Expr("frozen", (), None, (TOKENS, 4)), Expr("frozen", (X,), None, (4,)), Expr("frozen", (X,), "bias", (TOKENS, 4))),
+    "frozen": (Expr("frozen", (), None, (TOKENS, 4)), Expr("frozen", (X,), None, (4,)),
+               Expr("frozen", (X,), "bias", (TOKENS, 4))),
     "frozen_back": (Expr("frozen_back", (X, X), None, (TOKENS, 6)), Expr("frozen_back", (X,), None, (6, 6))),
-    "run": (Expr("run", (X,), None, (TOKENS, 6)), Expr("run", (X, F), None, (TOKENS, 6)), Expr("run", (X, A), None, (TOKENS, 4))),
+    "run": (Expr("run", (X,), None, (TOKENS, 6)), Expr("run", (X, F), None, (TOKENS, 6)),
+            Expr("run", (X, A), None, (TOKENS, 4))),
     "dropout": (Expr("dropout", (), MASK, (TOKENS, 6)), Expr("dropout", (X,), 0.5, (TOKENS, 6)),
                 Expr("dropout", (X,), MASK, (TOKENS, 4))),
     "split": (Expr("split", (), (2, 3), (TOKENS, 2, 3)), Expr("split", (X,), (2, 2), (TOKENS, 2, 2)),
@@ -162,10 +167,13 @@ FORMULA = Formula(make("matmul", A, WEIGHT), BIAS, (LEAF,))
 
 
 @pytest.mark.parametrize("formula", [
-    replace(FORMULA, leaves=()), replace(FORMULA, leaves=(LEAF, LEAF)), replace(FORMULA, leaves=(replace(LEAF, shape=(6, 4)),)),
-    replace(FORMULA, leaves=(replace(LEAF, init=None),)), replace(FORMULA, leaves=(replace(LEAF, draw=Draw("normal")),)),
+    replace(FORMULA, leaves=()), replace(FORMULA, leaves=(LEAF, LEAF)),
+    replace(FORMULA, leaves=(replace(LEAF, shape=(6, 4)),)),
+    replace(FORMULA, leaves=(replace(LEAF, init=None),)),
+    replace(FORMULA, leaves=(replace(LEAF, draw=Draw("normal")),)),
     replace(FORMULA, leaves=(replace(LEAF, init=A),)), replace(FORMULA, bias=make("matmul", A, D)),
-], ids=["a leaf is missing", "a leaf twice", "another shape", "no start", "two starts", "starts from itself", "an unknown one"])
+], ids=["a leaf is missing", "a leaf twice", "another shape", "no start", "two starts", "starts from itself",
+        "an unknown one"])
 def test_leaves_are_known_and_start_once(formula):
     verify_formula(FORMULA)
     with pytest.raises(Malformed):

@@ -13,7 +13,8 @@ import surgery
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 # `-I`: neither the working directory nor the environment adds to the path.
-RUN = [sys.executable, "-I", "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); from surgery.cli.main import main; main()"]
+RUN = [sys.executable, "-I", "-c",
+       "import sys; sys.path.insert(0, sys.argv.pop(1)); from surgery.cli.main import main; main()"]
 
 
 @pytest.fixture(scope="module")
@@ -51,5 +52,6 @@ def test_it_finds_its_grammar_and_specs(installed: Path, tmp_path: Path, command
 
 
 def test_it_is_the_wheel_that_runs(installed: Path, tmp_path: Path) -> None:
-    result = subprocess.run([*RUN, str(installed), "check", "sora", "--set", "rank=0"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([*RUN, str(installed), "check", "sora", "--set", "rank=0"], cwd=tmp_path,
+                            capture_output=True, text=True)
     assert f"--> {installed / 'surgery/specs/sora.surg'}:" in result.stderr

@@ -1,4 +1,5 @@
-"""The zoo times the invariants of meaning: an operated layer gives x W'ᵀ + b' for the oracle's W', values and gradients."""
+"""The zoo times the invariants of meaning: an operated layer gives x W'ᵀ + b' for the oracle's W',
+values and gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ on_every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=str)
 on_linears = pytest.mark.parametrize("layout", LINEARS, ids=str)
 
 
-def compare(o: Operated, expected: Tensor, x: dict[str, Tensor], leaves: dict[str, Tensor], tolerance: float = EXACT) -> None:
+def compare(o: Operated, expected: Tensor, x: dict[str, Tensor], leaves: dict[str, Tensor],
+            tolerance: float = EXACT) -> None:
     """The layer's output and gradients against those of another program over `leaves` and the input `x`."""
     mine = o.input()
     y = o.model(mine["x"])

@@ -1,4 +1,5 @@
-"""The zoo in the dtypes that people train in: the frozen weight narrow, the adapter in float32, autocast, torch.compile."""
+"""The zoo in the dtypes that people train in: the frozen weight narrow, the adapter in float32, autocast,
+torch.compile."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from layers import LAYOUTS, Operated, assert_close, gradients, operated
 from zoo import CASES
 
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
-on_some_layouts = pytest.mark.parametrize("layout", [LAYOUTS[n] for n in ("linear 12x18", "Conv2d 12x18", "Embedding 18x12")],
+on_some_layouts = pytest.mark.parametrize("layout",
+                                          [LAYOUTS[n] for n in ("linear 12x18", "Conv2d 12x18", "Embedding 18x12")],
                                           ids=str)
 
 # Relative errors of outputs and of gradients, a few roundings of each dtype.
@@ -17,7 +19,8 @@ TOLERANCES = {torch.float32: (5e-6, 1e-4), torch.bfloat16: (2e-2, 6e-2), torch.f
 
 
 def compare(op: Operated, y: torch.Tensor, mine: dict[str, torch.Tensor], tolerances: tuple[float, float]) -> None:
-    """An output and its gradients against the oracle's, in float64 from the same rounded weight, input and parameters."""
+    """An output and its gradients against the oracle's, in float64 from the same rounded weight,
+    input and parameters."""
     x, leaves = op.input(), op.leaves()
     x = {"x": x["x"].detach().double().requires_grad_()} if op.x.is_floating_point() else x
     expected = op.oracle(x["x"], leaves)

@@ -1,4 +1,5 @@
-"""The zoo through an operated model's life: merged, unmerged, disabled, copied, removed; shared parameters and layers."""
+"""The zoo through an operated model's life: merged, unmerged, disabled, copied, removed;
+shared parameters and layers."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     python examples/entropy/entropy.py
 
-A random W [256, 192]. LoRA's update of rank 8 has the most even spectrum that there can be, all its singular values equal,
-so that its entropy is log 8. The same update is then conditioned by gains, before (Pre-Diag) and after (Post-Diag), further
-and further from 1; and by one gain alone. The README beside this says what follows from what.
+A random W [256, 192]. LoRA's update of rank 8 has the most even spectrum that there can be, all its singular values
+equal, so that its entropy is log 8. The same update is then conditioned by gains, before (Pre-Diag) and after
+(Post-Diag), further and further from 1; and by one gain alone. The README beside this says what follows from what.
 """
 
 import math

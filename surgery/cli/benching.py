@@ -22,21 +22,25 @@ if TYPE_CHECKING:
 
 
 @command(click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),
-         click.option("--model", required=True, help="Measure on this model; demo:llama-bench is large enough for a CPU."),
+         click.option("--model", required=True,
+                      help="Measure on this model; demo:llama-bench is large enough for a CPU."),
          click.option("--tokens", type=PAIR, default="4,128", metavar="B,T", show_default=True,
                       help="Rows, and tokens a row (of images: how many)."),
-         click.option("--against", type=click.Choice(["peft"]), help="Measure PEFT's own too, where it has the method."),
+         click.option("--against", type=click.Choice(["peft"]),
+                      help="Measure PEFT's own too, where it has the method."),
          click.option("--device", default="cpu", show_default=True, help="A device of torch's: cpu, cuda, cuda:1."),
-         click.option("--dtype", type=click.Choice(DTYPES), help="Load the model in this dtype. Default: the one it was saved in."),
-         click.option("--repeat", type=click.IntRange(1), default=10, show_default=True, help="Rounds of each measurement."),
+         click.option("--dtype", type=click.Choice(DTYPES),
+                      help="Load the model in this dtype. Default: the one it was saved in."),
+         click.option("--repeat", type=click.IntRange(1), default=10, show_default=True,
+                      help="Rounds of each measurement."),
          sets, targets, example="surgery bench lora dora sora --model demo:llama-bench --against peft")
 def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int, int], against: str | None, device: str,
           dtype: str | None, repeat: int, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
     """Measure what specs cost.
 
     The time of a training step and of a forward pass, and the memory of a step, beside the same model with everything
-    frozen. All take turns in one process. A parameter that --set names is set in every spec that has it. Ctrl-C shows what
-    is known by then.
+    frozen. All take turns in one process. A parameter that --set names is set in every spec that has it. Ctrl-C shows
+    what is known by then.
     """
     if against:
         from surgery.training import need
@@ -65,7 +69,8 @@ def _memory(device: str) -> Iterator[None]:
                    helps=("fewer --tokens, fewer specs at a time, or a smaller --dtype",)) from None
 
 
-def _ready(output: Output, model: str, dtype: str | None, device: str, specs: Mapping[str, Spec], tokens: tuple[int, int],
+def _ready(output: Output, model: str, dtype: str | None, device: str, specs: Mapping[str, Spec],
+           tokens: tuple[int, int],
            against: bool) -> Bench:
     from surgery.bench import Bench
     from surgery.cli.models import load, quiet_libraries
@@ -84,7 +89,7 @@ def _device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
         return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's several ways to say that there is none
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say that there is none
         raise fail("bad-value", f"there is no device `{name}`: {str(error).splitlines()[0]}") from None
 
 
@@ -126,7 +131,8 @@ def _table(rows: list[dict[str, Any]], against_peft: bool) -> str:
     lines = [[*_HEAD, *_PEFT_HEAD[: 4 * against_peft]], _frozen_line(frozen),
              *(_line(row) + (_peft_cells(row) if against_peft else []) for row in specs)]
     widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines)
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+                     for line in lines)
 
 
 def _frozen_line(row: dict[str, Any]) -> list[str]:

@@ -187,7 +187,8 @@ def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: 
 
 def _edges(rows: Sequence[Row]) -> list[str]:
     """Where a better learning rate may lie beyond those that were tried."""
-    at = {(row.rate, row.edge): [r.method for r in rows if (r.rate, r.edge) == (row.rate, row.edge)] for row in rows if row.edge}
+    at = {(row.rate, row.edge): [r.method for r in rows if (r.rate, r.edge) == (row.rate, row.edge)] for row in rows
+          if row.edge}
     return [f"{', '.join(methods)}: {rate:g} is the {edge} of the grid: try {_BEYOND[edge]}"
             for (rate, edge), methods in at.items()]
 
@@ -212,7 +213,8 @@ def _table(rows: Sequence[Row]) -> Table:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(row.method, *(_mean(row.scores.get(m)) for m in metrics), f"{row.rate:g}", f"{row.trained:,}",
-                      f"{1000 * row.step_seconds:.0f} ms, {row.step_ratio:.2f} x", size_text(row.peak_bytes), _mean(row.entropy))
+                      f"{1000 * row.step_seconds:.0f} ms, {row.step_ratio:.2f} x", size_text(row.peak_bytes),
+                      _mean(row.entropy))
     return table
 
 

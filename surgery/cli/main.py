@@ -20,7 +20,8 @@ from surgery.cli.options import HELP, common
 from surgery.cli.render import Output, settle_streams
 from surgery.diagnostics import Diagnostic, SurgeryError
 
-# Codes of what is wrong with the way the program is used or with the world around it, rather than with a spec or a model.
+# Codes of what is wrong with the way the program is used or with the world around it,
+# rather than with a spec or a model.
 _OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set", "bad-data",
             "missing-extra"}
 # What torch says, in errors of several types, when it asks for more memory than there is.
@@ -52,7 +53,8 @@ class Surgery(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
-            status = _failed(output, f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+            where = f": {error.filename}" if error.filename else ""
+            status = _failed(output, f"error: {error.strerror or error}{where}")
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
@@ -97,14 +99,16 @@ def _failed(output: Output, message: str) -> int:
     return 2
 
 
-@click.group("surgery", cls=Surgery, context_settings=HELP, epilog="Example:  surgery plan sora demo:llama --set rank=8")
+@click.group("surgery", cls=Surgery, context_settings=HELP,
+             epilog="Example:  surgery plan sora demo:llama --set rank=8")
 @click.version_option(package_name="surgery")
 @common
 def main() -> None:
     """Weight conditioning for fine-tuning, from short .surg specs.
 
-    SPEC is a .surg file or the name of a spec that ships (`surgery specs`). MODEL is a model id of the hub, a local folder,
-    package:NAME, the model that an installed Python package carries, or demo:NAME, a small random model built on the spot.
+    SPEC is a .surg file or the name of a spec that ships (`surgery specs`). MODEL is a model id of the hub, a local
+    folder, package:NAME, the model that an installed Python package carries, or demo:NAME,
+    a small random model built on the spot.
     """
 
 

@@ -23,23 +23,28 @@ _TITLES = {"numerical_rank": "rank", "entropy": "entropy", "normalised_entropy":
 _DEFECT = "‖RRᵀ-I‖/√n"
 _SOME = 3
 
-base_option = click.option("--base", metavar="MODEL", help="The adapter's base model, if not the one that it was saved for.")
+base_option = click.option("--base", metavar="MODEL",
+                           help="The adapter's base model, if not the one that it was saved for.")
 
 
-@command(click.argument("first", metavar="DIR|BASE"), click.argument("second", metavar="[TUNED]", required=False), base_option,
+@command(click.argument("first", metavar="DIR|BASE"), click.argument("second", metavar="[TUNED]", required=False),
+         base_option,
          click.option("--squared", is_flag=True, help="Entropies of σ² / Σ σ² instead of σ / Σ σ."),
          click.option("--top", type=click.IntRange(0), default=8, show_default=True, metavar="K",
                       help="Overlap of the K strongest directions of ΔW with those of W; 0 leaves it out."),
          click.option("--csv", "table", metavar="FILE", help="Write the table of modules as CSV."),
-         click.option("--plot", "picture", metavar="FILE", help="Draw entropy, stable rank and singular values (png, svg, pdf)."),
+         click.option("--plot", "picture", metavar="FILE",
+                      help="Draw entropy, stable rank and singular values (png, svg, pdf)."),
          example="surgery spectrum out --plot spectra.png")
-def spectrum(output: Output, first: str, second: str | None, base: str | None, squared: bool, top: int, table: str | None,
+def spectrum(output: Output, first: str, second: str | None, base: str | None, squared: bool, top: int,
+             table: str | None,
              picture: str | None) -> None:
     """Measure what an adapter, or training, did to the weights.
 
-    DIR is a saved adapter, or BASE and TUNED are two models. For each ΔW = W' - W: the entropy -Σ p log p of its singular
-    values, p = σ / Σ σ; stable rank ‖ΔW‖_F² / ‖ΔW‖₂²; effective rank, which is e to the entropy; size; and how much of its
-    strongest directions lies among the strongest of W. Singular values that rounding alone makes are not counted.
+    DIR is a saved adapter, or BASE and TUNED are two models. For each ΔW = W' - W: the entropy -Σ p log p of its
+    singular values, p = σ / Σ σ; stable rank ‖ΔW‖_F² / ‖ΔW‖₂²; effective rank, which is e to the entropy; size; and how
+    much of its strongest directions lies among the strongest of W. Singular values that rounding alone makes are not
+    counted.
     """
     if second and base:
         raise click.UsageError("--base is for a saved adapter; here BASE and TUNED are models.")
@@ -52,7 +57,8 @@ def spectrum(output: Output, first: str, second: str | None, base: str | None, s
 
 
 def _ready(table: str | None, picture: str | None) -> None:
-    """Refuse files that cannot be written or drawn before any work. Raises: SurgeryError (bad-output, missing-extra)."""
+    """Refuse files that cannot be written or drawn before any work. Raises: SurgeryError (bad-output,
+    missing-extra)."""
     from surgery.folders import refuse_file
 
     for file in filter(None, (table, picture)):
@@ -155,7 +161,8 @@ def _summary(spectra: Spectra) -> str:
         return f"{counted(len(spectra.rows), 'weight')}, none of them changed"
     means = spectra.total.means
     entropy, stable, effective = (figure_text(means[f]) for f in ("entropy", "stable_rank", "effective_rank"))
-    return (f"{counted(changed, 'changed weight')}: entropy {entropy}, {means['normalised_entropy']:.0%} of the possible; "
+    return (f"{counted(changed, 'changed weight')}: entropy {entropy}, {means['normalised_entropy']:.0%} of "
+            "the possible; "
             f"stable rank {stable}; effective rank {effective} (means)")
 
 
@@ -199,7 +206,8 @@ def _csv(spectra: Spectra) -> str:
 
 
 @command(click.argument("folder", metavar="DIR"), base_option,
-         click.option("-o", "--out", metavar="FILE", default="report.html", show_default=True, help="Write the page here."),
+         click.option("-o", "--out", metavar="FILE", default="report.html", show_default=True,
+                      help="Write the page here."),
          click.option("--squared", is_flag=True, help="Entropies of σ² / Σ σ² instead of σ / Σ σ."),
          example="surgery report out -o report.html")
 def report(output: Output, folder: str, base: str | None, out: str, squared: bool) -> None:

@@ -24,7 +24,8 @@ DEMO, PACKAGE = "demo:", "package:"
 
 
 class Trained(Protocol):
-    """An adapter: its tensors by the names of the model's parameters, and the class of the model that it was trained on."""
+    """An adapter: its tensors by the names of the model's parameters,
+    and the class of the model that it was trained on."""
 
     tensors: Mapping[str, torch.Tensor]
 
@@ -72,7 +73,8 @@ def load(name: str, dtype: str | None = None) -> PreTrainedModel:
     config = _config(name)
     model, lacking = _pretrained(name, _class(config), config, wanted)
     if lacking:
-        raise fail("unknown-model", f"{name} is no whole {type(model).__name__}: its files do not hold {_some(lacking)}",
+        raise fail("unknown-model",
+                   f"{name} is no whole {type(model).__name__}: its files do not hold {_some(lacking)}",
                    notes=("what is not there would be made up at random",))
     return model
 
@@ -92,7 +94,8 @@ def load_with_head(name: str, outputs: int, seed: int = 0, **config: Any) -> Pre
 
 
 def with_saved_head(name: str, model: PreTrainedModel, saved: Trained) -> PreTrainedModel:
-    """The model, or the skeleton of the class that an adapter was trained on, where that is another: one with a head."""
+    """The model, or the skeleton of the class that an adapter was trained on, where that is another:
+    one with a head."""
     if name.startswith(DEMO):
         return model
     kind, config = _form_of(name, saved)
@@ -100,8 +103,8 @@ def with_saved_head(name: str, model: PreTrainedModel, saved: Trained) -> PreTra
 
 
 def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None) -> PreTrainedModel:
-    """The model with its weights, of the class that an adapter was trained on: what that has and MODEL has not, a head, is
-    for the adapter's tensors to fill.
+    """The model with its weights, of the class that an adapter was trained on: what that has and MODEL has not, a head,
+    is for the adapter's tensors to fill.
 
     Raises: SurgeryError (unknown-model; bad-adapter where MODEL and the adapter together lack a tensor)."""
     if name.startswith(DEMO):
@@ -111,7 +114,8 @@ def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None) ->
     lacking = {tensor: shape for tensor, shape in new.items() if tensor not in saved.tensors}
     if lacking:
         raise fail("bad-adapter", f"the adapter was trained on a {trained.__name__}, and neither it nor {name} holds "
-                   f"{_some(lacking)}", helps=("a new head must be trained to be saved: `train \"HEAD.**\"` in the spec",))
+                   f"{_some(lacking)}",
+                   helps=("a new head must be trained to be saved: `train \"HEAD.**\"` in the spec",))
     return model
 
 
@@ -199,7 +203,8 @@ def _config(name: str) -> PreTrainedConfig:
         what = "has no config.json" if Path(name).is_dir() else "is a file"
         raise fail("unknown-model", f"{name} {what}, so it is not a model's folder", helps=_near(name))
     if not (exists or name.startswith(PACKAGE) or _HUB_ID.fullmatch(name)):
-        raise fail("unknown-model", f"there is no folder `{name}`, and it is no id of the hub (OWNER/NAME)", helps=(_MODELS,))
+        raise fail("unknown-model", f"there is no folder `{name}`, and it is no id of the hub (OWNER/NAME)",
+                   helps=(_MODELS,))
     return _asked(name, lambda: AutoConfig.from_pretrained(place(name)))
 
 
@@ -217,7 +222,8 @@ def _class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def _form_of(name: str, saved: Trained) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class that an adapter was trained on, and MODEL's configuration with as many labels as the adapter's head has."""
+    """The class that an adapter was trained on, and MODEL's configuration with as many labels as the adapter's head
+    has."""
     config = _config(name)
     kind = _class_of(config, saved)
     forms = _shapes(_bare(name, kind, config))
@@ -229,8 +235,8 @@ def _form_of(name: str, saved: Trained) -> tuple[type[PreTrainedModel], PreTrain
 
 
 def _class_of(config: PreTrainedConfig, saved: Trained) -> type[PreTrainedModel]:
-    """The class that an adapter says it was trained on, if it is one for this configuration. One that does not say has a head
-    for text tasks if its tensors do not fit the class that the model was saved as."""
+    """The class that an adapter says it was trained on, if it is one for this configuration. One that does not say has
+    a head for text tasks if its tensors do not fit the class that the model was saved as."""
     import transformers
 
     own, said = _class(config), saved.model_class

@@ -1,7 +1,7 @@
 """The tree of a model's modules, with what a spec can take of them.
 
-Takes a model (on the meta device too); gives a rich tree or plain data. Promises: layers of a list that are alike are one
-branch, named by a range that is a pattern: `{0..31}`.
+Takes a model (on the meta device too); gives a rich tree or plain data. Promises: layers of a list that are alike are
+one branch, named by a range that is a pattern: `{0..31}`.
 """
 
 from __future__ import annotations

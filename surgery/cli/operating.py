@@ -49,9 +49,11 @@ def loaded(output: Output, model: str, dtype: str | None, saved: Trained | None 
 # -------------------------------------------------------------------------------------------------------- apply
 
 
-@command(spec_argument, model_argument, click.option("-o", "--out", metavar="DIR", help="Save the adapter here."), sets, targets,
+@command(spec_argument, model_argument, click.option("-o", "--out", metavar="DIR", help="Save the adapter here."), sets,
+         targets,
          click.option("--merge", is_flag=True, help="Save the merged model instead of the adapter."),
-         click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the drawn parameters."),
+         click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+                      help="Seed of the drawn parameters."),
          DTYPE, FORCE, click.option("--strict", is_flag=True, help="A warning is an error."),
          example="surgery apply sora demo:llama -o out --set rank=8")
 def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[str, ...], targets: tuple[str, ...],
@@ -113,7 +115,8 @@ def _say_saved(output: Output, out: str, merged: bool) -> None:
 
 @command(click.argument("folder", metavar="DIR"), click.argument("model", required=False),
          click.option("-o", "--out", metavar="OUT", required=True, help="Save the merged model here."),
-         click.option("--then", "after", multiple=True, metavar="DIR", help="Merge this adapter too, on what those before made."),
+         click.option("--then", "after", multiple=True, metavar="DIR",
+                      help="Merge this adapter too, on what those before made."),
          DTYPE, FORCE, example="surgery merge out -o out-merged")
 def merge(output: Output, folder: str, model: str | None, out: str, after: tuple[str, ...], dtype: str | None,
           force: bool) -> None:
@@ -141,7 +144,8 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
 
 
 def base_of(output: Output, folder: str, model: str | None, dtype: str | None) -> tuple[Any, str, Mapping[str, Any]]:
-    """The base model of a saved adapter, or another, with the head that the adapter has; its name; what `meta.json` says.
+    """The base model of a saved adapter, or another, with the head that the adapter has; its name;
+    what `meta.json` says.
 
     Raises: SurgeryError (bad-adapter, unknown-model).
     """
@@ -155,7 +159,8 @@ def base_of(output: Output, folder: str, model: str | None, dtype: str | None) -
     return loaded(output, base, dtype, saved), base, saved.meta
 
 
-def say_errors(output: Output, errors: Mapping[str, float], note: Callable[[list[str]], str] = lambda names: "") -> None:
+def say_errors(output: Output, errors: Mapping[str, float],
+               note: Callable[[list[str]], str] = lambda names: "") -> None:
     """The relative error of each module; modules that differ in their index alone are one line, with the largest, and
     what `note` says of them."""
     from surgery.report import pattern

@@ -82,7 +82,7 @@ PAIR = Pair()
 _NUMBERED = re.compile(r"(?:(\d{1,9})=)?(.*)", re.DOTALL)
 sets = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the spec.")
 targets = click.option("--target", "targets", multiple=True, metavar="[N=]PATTERN",
-                       help="Operate on these modules instead of those that the spec names, or that its target N names.")
+                       help="Operate on these modules, not on those that the spec names, or its target N.")
 spec_argument = click.argument("spec")
 model_argument = click.argument("model")
 
@@ -115,16 +115,18 @@ def _retargeted(spec: Spec, texts: Iterable[str]) -> Spec:
 
 
 def opened_together(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) -> dict[str, Spec]:
-    """Several specs, each by a name of its own and with those settings that it has a parameter for; `targets` are for those
-    that have a target.
+    """Several specs, each by a name of its own and with those settings that it has a parameter for; `targets` are for
+    those that have a target.
 
     Raises: SurgeryError, for a setting that none of them has a parameter for too."""
     plain = {spec: opened(spec) for spec in dict.fromkeys(specs)}
     known = {spec: [p.name for p in read.params] for spec, read in plain.items()}
     _refuse_unknown(sets, [name for names in known.values() for name in names])
-    has_target = {spec: bool(read.targets) or not any(r.targets for r in plain.values()) for spec, read in plain.items()}
+    has_target = {spec: bool(read.targets) or not any(r.targets for r in plain.values())
+                  for spec, read in plain.items()}
     mine = {spec: [text for text in sets if _name(text) in known[spec]] for spec in plain}
-    return {_called(spec, plain): opened(spec, texts, targets if has_target[spec] else ()) for spec, texts in mine.items()}
+    return {_called(spec, plain): opened(spec, texts, targets if has_target[spec] else ())
+            for spec, texts in mine.items()}
 
 
 def _refuse_unknown(sets: Iterable[str], known: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """What a command shows: results on stdout, diagnostics and progress on stderr, or one JSON object on stdout.
 
 Takes texts, rich renderables and data; gives bytes on the two streams. Promises: no colour where none is wanted
-(`NO_COLOR`, `--color never`, a file), no bar but on a terminal and after half a second, nothing but JSON under `--json`.
+(`NO_COLOR`, `--color never`, a file), no bar but on a terminal and after half a second,
+nothing but JSON under `--json`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Output:
         plain = self.color == "never" or (self.color == "auto" and "NO_COLOR" in os.environ)
         width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
         return Console(file=stream, width=width, highlight=False, markup=False, emoji=False,
-                       no_color=plain, color_system=None if plain else "auto", force_terminal=self.color == "always" or None)
+                       no_color=plain, color_system=None if plain else "auto",
+                       force_terminal=self.color == "always" or None)
 
     @cached_property
     def stdout(self) -> Console:

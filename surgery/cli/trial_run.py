@@ -1,7 +1,7 @@
 """A tiny batch before and after an operation: are the logits unchanged?
 
-Takes a model; gives the relative change of its outputs over a block. Promises: never a silent pass: where it cannot tell
-(a `shifted` target, a model that we have no batch for), it says so.
+Takes a model; gives the relative change of its outputs over a block. Promises: never a silent pass: where it cannot
+tell (a `shifted` target, a model that we have no batch for), it says so.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Compared:
 
     def _judge(self, change: float) -> None:
         if not self.before.isfinite().all():
-            raise fail("not-identity", "the logits of the base model are not finite, so there is nothing to compare with",
+            raise fail("not-identity",
+                       "the logits of the base model are not finite, so there is nothing to compare with",
                        helps=("nothing was saved",))
         self.change = change
         eps = max(torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point())

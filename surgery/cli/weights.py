@@ -1,7 +1,7 @@
 """Models whose weights are read one at a time, and saved adapters on them.
 
-Takes MODEL, or the folder of an adapter; gives what reads each weight. Promises: of a model whose safetensors files hold
-every weight under its own name only a skeleton is made; another is loaded whole, and that is said.
+Takes MODEL, or the folder of an adapter; gives what reads each weight. Promises: of a model whose safetensors files
+hold every weight under its own name only a skeleton is made; another is loaded whole, and that is said.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def opened_weights(output: Output, name: str, saved: Saved | None = None) -> Wei
 
 @dataclass(frozen=True)
 class OpenedAdapter:
-    """A saved adapter on a model that need not hold its weights: `read` gives a frozen weight, `leaves` an adapter's tensors."""
+    """A saved adapter on a model that need not hold its weights: `read` gives a frozen weight,
+    `leaves` an adapter's tensors."""
 
     surgeon: Surgeon
     saved: Saved

@@ -103,7 +103,8 @@ def _explain_code(output: Output, code: str) -> None:
 
 
 @command(click.argument("files", nargs=-1, required=True, metavar="FILE..."),
-         click.option("--check", "only_check", is_flag=True, help="Change nothing; exit with 1 if something would change."),
+         click.option("--check", "only_check", is_flag=True,
+                      help="Change nothing; exit with 1 if something would change."),
          click.option("--diff", is_flag=True, help="Change nothing; show what would change."),
          example="surgery fmt specs/*.surg --check")
 def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) -> None:
@@ -185,8 +186,8 @@ def _write(path: Path, text: str) -> None:
 def specs(output: Output) -> None:
     """List the specs that ship, one a line.
 
-    With what each trains on a linear layer [1024, 4096], how it runs (on activations, with a built weight, or dense), and what
-    a training step costs by the cost model, as a multiple of the frozen layer's.
+    With what each trains on a linear layer [1024, 4096], how it runs (on activations, with a built weight, or dense),
+    and what a training step costs by the cost model, as a multiple of the frozen layer's.
     """
     from surgery.catalogue import catalogue
 
@@ -209,11 +210,15 @@ def _row(entry: Any) -> tuple[str, ...]:
 
 @command(spec_argument, sets,
          click.option("--emit", type=click.Choice(["formula", "spec", "json", "python", "ir"]), default="formula",
-                      show_default=True, help="What to show: the formula with parameter shapes, the spec as text, as JSON or "
+                      show_default=True,
+                      help="What to show: the formula with parameter shapes, the spec as text, as JSON or "
                       "as Python, or the compiler's expressions."),
-         click.option("--program", is_flag=True, help="Show the program that runs, its cost, and what it was chosen over."),
-         click.option("--tokens", type=click.IntRange(1), help="How many tokens a step has, for --program. Default: 1024."),
-         click.option("--shape", type=PAIR, metavar="OUT,IN", help="The weight's shape, for --program. Default: 1024,4096."),
+         click.option("--program", is_flag=True,
+                      help="Show the program that runs, its cost, and what it was chosen over."),
+         click.option("--tokens", type=click.IntRange(1),
+                      help="How many tokens a step has, for --program. Default: 1024."),
+         click.option("--shape", type=PAIR, metavar="OUT,IN",
+                      help="The weight's shape, for --program. Default: 1024,4096."),
          example="surgery show sora --set rank=8")
 def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: bool, tokens: int | None,
          shape: tuple[int, int] | None) -> None:

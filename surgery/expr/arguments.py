@@ -1,7 +1,7 @@
 """The values that parameters have: those that a call or a user gives, or the defaults, each of its type.
 
-Takes parameters and calls with a scope of names; gives values by name. Promises: every mistake is reported at its place,
-and what rests on one is reported no second time.
+Takes parameters and calls with a scope of names; gives values by name. Promises: every mistake is reported at its
+place, and what rests on one is reported no second time.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ _TYPES = {"int": (int, Dim), "float": NUMBERS, "bool": (bool,), "str": (str,)}
 
 
 def typed(value: Any, parameter: Parameter, span: Span | None) -> Any:
-    """The value, if it is of the parameter's type; a whole number is one of a float too. Raises: SurgeryError (wrong-type)."""
-    is_other = (isinstance(value, bool) and parameter.type != "bool") or (parameter.type == "int" and dims.is_real(value))
+    """The value, if it is of the parameter's type; a whole number is one of a float too. Raises:
+    SurgeryError (wrong-type)."""
+    is_bool = isinstance(value, bool) and parameter.type != "bool"
+    is_other = is_bool or (parameter.type == "int" and dims.is_real(value))
     if value is UNDECIDED or (isinstance(value, _TYPES[parameter.type]) and not is_other):
         return dims.real(value) if parameter.type == "float" and value is not UNDECIDED else value
     raise fail("wrong-type", f"`{parameter.name}` is of type {parameter.type}, not {describe(value)}", span)
@@ -67,7 +69,8 @@ def bind_call(call: Call, definition: Definition, scope: Mapping[str, Any], repo
         with guard(report):
             parameter = _formal(argument, position, definition, call)
             if parameter.name in given:
-                raise fail("unknown-argument", f"`{parameter.name}` is given twice", argument.name_span or argument.value.span)
+                raise fail("unknown-argument", f"`{parameter.name}` is given twice",
+                           argument.name_span or argument.value.span)
             with guard(report, given, parameter.name):
                 given[parameter.name] = typed(evaluate(argument.value, scope), parameter, argument.value.span)
     return defaults(definition.params, given, {}, report, lambda p: _missing(p, call, definition))
@@ -87,23 +90,26 @@ def _formal(argument: Argument, position: int, definition: Definition, call: Cal
 
 def signature(definition: Definition) -> str:
     """`low_rank(rank: int = 8, alpha: float = 16)`."""
-    parts = [f"{p.name}: {p.type}" + (f" = {expression_text(p.default)}" if p.default else "") for p in definition.params]
+    parts = [f"{p.name}: {p.type}" + (f" = {expression_text(p.default)}" if p.default else "")
+             for p in definition.params]
     return f"{definition.name}({', '.join(parts)})"
 
 
 def _defined(definition: Definition) -> tuple[str, ...]:
-    place = f" is defined at {definition.name_span.source.name}:{definition.name_span.line}" if definition.name_span else ""
+    span = definition.name_span
+    place = f" is defined at {span.source.name}:{span.line}" if span else ""
     return (f"{signature(definition)}{place}",)
 
 
 def _missing(parameter: Parameter, call: Call, definition: Definition) -> Any:
-    raise fail("missing-argument", f"{definition.name} needs an argument `{parameter.name}: {parameter.type}`", call.span,
+    raise fail("missing-argument", f"{definition.name} needs an argument `{parameter.name}: {parameter.type}`",
+               call.span,
                notes=_defined(definition))
 
 
 def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Collector) -> bool:
-    """Whether the values meet every `check`; one that they do not is reported (one that rests on an unknown size is left
-    for later)."""
+    """Whether the values meet every `check`; one that they do not is reported (one that rests on an unknown size is
+    left for later)."""
     before = len(report.errors)
     for check in checks:
         with guard(report):

@@ -1,4 +1,5 @@
-"""Primitives that move entries, place them, or take a matrix apart. Most take sizes, whole numbers known at compile time."""
+"""Primitives that move entries, place them, or take a matrix apart. Most take sizes,
+whole numbers known at compile time."""
 
 from __future__ import annotations
 
@@ -146,25 +147,31 @@ def _circulate_shape(a: Shape, c: Shape) -> Shape:
 
 
 ARRANGEMENTS = [
-    Primitive("reshape", 1, _reshape_shape, lambda sizes, a: a.reshape(sizes), "the entries of a, row by row, in another shape",
+    Primitive("reshape", 1, _reshape_shape, lambda sizes, a: a.reshape(sizes),
+              "the entries of a, row by row, in another shape",
               sizes=("*sizes",)),
     Primitive("columns", 1, _columns_shape, lambda sizes, a: a[..., :sizes[0]], "the first k columns: [m, n] -> [m, k]",
               sizes=("k",)),
-    Primitive("shuffle", 0, _shuffle_shape, _shuffle, "the permutation [p q, p q] that takes a ⊗ b, a [p], b [q], to b ⊗ a",
+    Primitive("shuffle", 0, _shuffle_shape, _shuffle,
+              "the permutation [p q, p q] that takes a ⊗ b, a [p], b [q], to b ⊗ a",
               sizes=("p", "q")),
-    Primitive("literal", 0, _literal_shape, lambda rows, like: like.new_tensor(rows), "a matrix of numbers", sizes=("*rows",)),
+    Primitive("literal", 0, _literal_shape, lambda rows, like: like.new_tensor(rows), "a matrix of numbers",
+              sizes=("*rows",)),
     Primitive("circulant", 1, _circulant_shape, _circulant,
               "circulant blocks by their first rows: [p, q, b] -> [p b, q b]"),
     Primitive("scatter", 2, _scatter_shape, _scatter, "values at their places (row by row) in a [m, n] of zeros",
               sizes=("m", "n"), places=(1,)),
-    Primitive("take", 2, lambda a, places: places, lambda a, places: a.flatten()[places], "the entries of a at the places",
+    Primitive("take", 2, lambda a, places: places, lambda a, places: a.flatten()[places],
+              "the entries of a at the places",
               places=(1,)),
     Primitive("top", 1, _top_shape, _top, "the places of the k largest entries, row by row", sizes=("k",), whole=True),
-    Primitive("top_softmax", 1, _mix_shape, _top_softmax, "the softmax over the k largest entries of each row, 0 elsewhere",
+    Primitive("top_softmax", 1, _mix_shape, _top_softmax,
+              "the softmax over the k largest entries of each row, 0 elsewhere",
               sizes=("k",)),
     Primitive("left_singular", 1, _left_shape, _left_singular, "the first k left singular vectors: [m, n] -> [m, k]",
               sizes=("k",)),
     Primitive("qr", 1, _qr_shape, _qr, "the orthonormal Q of a = Q R: [m, n] -> [m, n]"),
-    Primitive("ifft2", 1, lambda a: exactly(2, "a matrix", a), _ifft2, "the real part of the inverse Fourier transform"),
+    Primitive("ifft2", 1, lambda a: exactly(2, "a matrix", a), _ifft2,
+              "the real part of the inverse Fourier transform"),
     Primitive("circulate", 2, _circulate_shape, _circulate, "a circulant(c)ᵀ, by Fourier transforms", public=False),
 ]

@@ -25,7 +25,8 @@ def _mapped(formula: Formula, table: Mapping[Expr, Expr]) -> Formula:
 
 def named(formula: Formula, name: str) -> Formula:
     """The formula with each leaf's key led by a name: `style:add_low_rank.A`."""
-    return _mapped(formula, {leaf.expr: Expr(leaf.expr.op, (), f"{name}:{leaf.key}", leaf.shape) for leaf in formula.leaves})
+    return _mapped(formula,
+                   {leaf.expr: Expr(leaf.expr.op, (), f"{name}:{leaf.key}", leaf.shape) for leaf in formula.leaves})
 
 
 def stacked(first: Formula, second: Formula) -> Formula:

@@ -1,8 +1,8 @@
 """Symbolic sizes: polynomials with exact rational coefficients over named dimensions, in one canonical form.
 
-Gives `Dim`, closed under `+ - * /`, so that `n / block * block` is `n` before any model is known. A constant result is a
-plain `int` or `Fraction`. What a polynomial cannot express (`min(out, in)`, an undecided `if`) becomes an opaque symbol
-named by its text, equal to itself alone.
+Gives `Dim`, closed under `+ - * /`, so that `n / block * block` is `n` before any model is known. A constant result is
+a plain `int` or `Fraction`. What a polynomial cannot express (`min(out, in)`, an undecided `if`) becomes an opaque
+symbol named by its text, equal to itself alone.
 """
 
 from __future__ import annotations
@@ -132,4 +132,5 @@ def _monomial_text(monomial: Monomial, coefficient: Fraction) -> str:
     under = [n if p == -1 else f"{n}^{-p}" for n, p in monomial if p < 0]
     top, bottom = abs(coefficient.numerator), coefficient.denominator
     text = " ".join(([str(top)] if top != 1 or not over else []) + over)
-    return ("-" if coefficient < 0 else "") + text + "".join(f" / {n}" for n in ([bottom] if bottom != 1 else []) + under)
+    divisors = ([bottom] if bottom != 1 else []) + under
+    return ("-" if coefficient < 0 else "") + text + "".join(f" / {n}" for n in divisors)

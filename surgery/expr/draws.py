@@ -14,7 +14,8 @@ from surgery.expr.ir import Draw
 @dataclass(frozen=True)
 class Distribution:
     """Its arguments with their defaults (None for one that must be given), the least number of dimensions it needs,
-    torch.nn.init's function, or ours for `whole` numbers, and what must hold of the arguments, as a spec would say it."""
+    torch.nn.init's function, or ours for `whole` numbers, and what must hold of the arguments,
+    as a spec would say it."""
 
     arguments: dict[str, float | str | None]
     least_dims: int
@@ -44,8 +45,8 @@ def choices(distribution: str, argument: str) -> tuple[str, ...]:
 
 
 def draw(law: Draw, shape: tuple[int, ...], *names: object) -> Any:
-    """A float32 tensor (int64 for whole numbers) on the CPU drawn from `law`. `names` (seed, module, parameter) are all that
-    the draw depends on."""
+    """A float32 tensor (int64 for whole numbers) on the CPU drawn from `law`. `names` (seed, module, parameter) are all
+    that the draw depends on."""
     import torch
 
     row = DISTRIBUTIONS[law.distribution]

@@ -1,7 +1,8 @@
 """From a target's steps to the formula of one module: W' and b' as expressions over the adapter's leaves.
 
-Takes a target, the library in scope, the compile-time values and the module's sizes (symbolic or known); gives a `Formula`.
-Promises: shapes are checked here and nowhere later; all the mistakes of the steps are reported at once, each at its place.
+Takes a target, the library in scope, the compile-time values and the module's sizes (symbolic or known); gives a
+`Formula`. Promises: shapes are checked here and nowhere later; all the mistakes of the steps are reported at once,
+each at its place.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ _KINDS = {"pre": "transform", "post": "transform", "add": "update"}
 
 @dataclass(frozen=True)
 class Context:
-    """What the steps of a target see: the library, the compile-time values (the spec's parameters, `layer`, `depth`), and
-    the name under which the target's shared parameters are kept."""
+    """What the steps of a target see: the library, the compile-time values (the spec's parameters, `layer`, `depth`),
+    and the name under which the target's shared parameters are kept."""
 
     library: Library
     values: Mapping[str, Any]
     group: str = "0"
 
 
-def elaborate(target: Target, context: Context, out: Size, in_: Size, report: Collector, has_bias: bool = True) -> Formula | None:
-    """The formula of a target for a weight [out, in]; None when a mistake was reported. Without a bias, what is added to it
-    is left out."""
+def elaborate(target: Target, context: Context, out: Size, in_: Size, report: Collector,
+              has_bias: bool = True) -> Formula | None:
+    """The formula of a target for a weight [out, in]; None when a mistake was reported. Without a bias, what is added
+    to it is left out."""
     before = len(report.errors)
     builder = _Builder(context, out, in_, report, has_bias)
     names = step_names(target.steps)
@@ -95,9 +97,11 @@ class _Builder:
         values = bind_call(step.call, definition, {**self.context.values, **self.sizes}, self.report)
         if len(self.report.errors) > before:
             return None
-        side = {definition.dim: self.sizes[step.side]} if definition.dim else {"b": self.frozen_bias} if definition.bias else {}
+        side = {definition.dim: self.sizes[step.side]} if definition.dim else {}
+        side |= {"b": self.frozen_bias} if definition.bias else {}
         within = Collector()
-        instance = Instance(definition, name, {**values, **self.sizes, **side, "W": operand}, within, self.context.group)
+        instance = Instance(definition, name, {**values, **self.sizes, **side, "W": operand}, within,
+                            self.context.group)
         result = instance.run()
         self.report.add(*(_placed(d, step) for d in within.found))
         self.leaves += instance.leaves
@@ -132,7 +136,8 @@ class _Builder:
 
     def _shift(self, step: Step, update: Expr) -> None:
         if step.dropout is not None:
-            raise fail("wrong-kind", f"dropout acts on an update's input, and {step.call.function} is added to the bias",
+            raise fail("wrong-kind",
+                       f"dropout acts on an update's input, and {step.call.function} is added to the bias",
                        step.dropout.span)
         self.bias = make("add", self.bias, update)
 
@@ -154,7 +159,8 @@ class _Builder:
         if left and step.bias:
             self.bias = make("matmul", transform, self.bias)
         elif step.bias:
-            raise fail("wrong-kind", "`with bias` needs a transform `on out`: the bias is a column of the output", step.span)
+            raise fail("wrong-kind", "`with bias` needs a transform `on out`: the bias is a column of the output",
+                       step.span)
 
 
 def _placed(diagnostic: Diagnostic, step: Step) -> Diagnostic:

@@ -1,7 +1,7 @@
 """A definition being given its meaning: from its body to the expression that it returns and the leaves that it needs.
 
-Takes a definition with the values of its parameters, the sizes around it and its operand; gives an `Expr`. Promises: every
-shape is checked; the mistakes of all its statements are reported at once.
+Takes a definition with the values of its parameters, the sizes around it and its operand; gives an `Expr`. Promises:
+every shape is checked; the mistakes of all its statements are reported at once.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Instance:
             return None
         for statement in self.definition.body:
             with guard(self.report, self.values, statement.name):
-                is_let = isinstance(statement, Let)
-                self.values[statement.name] = evaluate(statement.value, self.values) if is_let else self._param(statement)
+                self.values[statement.name] = (evaluate(statement.value, self.values) if isinstance(statement, Let)
+                                               else self._param(statement))
         with guard(self.report):
             result = self._result()
             places.assert_exist([*(leaf.init for leaf in self.leaves if leaf.init is not None), result], self.leaves)
@@ -59,7 +59,8 @@ class Instance:
             return undecided(result.args, result.data, wanted)
         if result.shape != wanted:
             raise fail("shape-mismatch", f"{self.definition.name} returns {shape_text(result.shape)}, and "
-                       f"{with_article(self.definition.kind)} must return {shape_text(wanted)}", span, notes=self._sizes())
+                       f"{with_article(self.definition.kind)} must return {shape_text(wanted)}", span,
+                       notes=self._sizes())
         return result
 
     def _wanted(self) -> tuple[Size, ...]:
@@ -89,10 +90,12 @@ class Instance:
     def _init(self, param: Param, shape: tuple[Size, ...]) -> Expr:
         value = evaluate(param.init, self.values)
         if isinstance(value, bool) or not isinstance(value, (*NUMBERS, Expr)):
-            raise fail("wrong-type", f"`{param.name}` must start at a number or a tensor, not {describe(value)}", param.init.span)
+            raise fail("wrong-type", f"`{param.name}` must start at a number or a tensor, not {describe(value)}",
+                       param.init.span)
         start = self._start(value, param)
         if start.shape not in ((), shape):
-            raise fail("shape-mismatch", f"`{param.name}` is {shape_text(shape)} but starts at {shape_text(start.shape)}",
+            raise fail("shape-mismatch",
+                       f"`{param.name}` is {shape_text(shape)} but starts at {shape_text(start.shape)}",
                        param.init.span or param.span, notes=self._sizes())
         return start
 
@@ -133,7 +136,8 @@ class Instance:
 
 
 def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) -> None:
-    """Raises: SurgeryError, if the distribution's check is not met, or more different places are asked for than there are."""
+    """Raises: SurgeryError, if the distribution's check is not met, or more different places are asked for than there
+    are."""
     law = DISTRIBUTIONS[call.function]
     check, values = parse_expression(law.check), {**law.arguments, **given}
     if evaluate(check, values) is False:

@@ -59,9 +59,9 @@ class Draw:
 class Leaf:
     """One parameter of an adapter: its key (`post_magnitude.m`), shape and start.
 
-    `init` is an expression over the weight and earlier leaves; otherwise `draw` says how it is drawn. `group` is the same
-    for every module of a target that shares the tensor (with equal shapes), and None when it is the module's own. `whole`
-    numbers are places of entries, never trained.
+    `init` is an expression over the weight and earlier leaves; otherwise `draw` says how it is drawn. `group` is the
+    same for every module of a target that shares the tensor (with equal shapes), and None when it is the module's own.
+    `whole` numbers are places of entries, never trained.
     """
 
     key: str
@@ -82,7 +82,8 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Part:
-    """What the step number `index` of a target returned (under `drop` if it says dropout), and the operand that it calls `W`."""
+    """What the step number `index` of a target returned (under `drop` if it says dropout),
+    and the operand that it calls `W`."""
 
     index: int
     expr: Expr
@@ -101,8 +102,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Formula:
-    """What a target makes of one module: W' and b' over the leaves, which are in order of evaluation; `parts` are what its
-    steps made, in the order in which they act."""
+    """What a target makes of one module: W' and b' over the leaves, which are in order of evaluation; `parts` are what
+    its steps made, in the order in which they act."""
 
     weight: Expr
     bias: Expr
@@ -141,4 +142,5 @@ def substituted(expr: Expr, table: Mapping[Expr, Expr]) -> Expr:
 
 def without_dropout(expr: Expr) -> Expr:
     """The expression in evaluation mode."""
-    return rebuild(expr, lambda node, args: args[0] if node.op == "drop" else Expr(node.op, args, node.data, node.shape))
+    return rebuild(expr, lambda node, args: args[0] if node.op == "drop"
+                   else Expr(node.op, args, node.data, node.shape))

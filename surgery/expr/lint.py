@@ -83,7 +83,8 @@ def _unused(spec: Spec) -> Iterator[Diagnostic]:
     for definition in spec.definitions:
         read = names_in(definition)
         yield from (_never("parameter", p) for p in definition.params if p.name not in read)
-        yield from (_never("param" if isinstance(s, Param) else "let", s) for s in definition.body if s.name not in read)
+        yield from (_never("param" if isinstance(s, Param) else "let", s) for s in definition.body
+                    if s.name not in read)
 
 
 def _never(what: str, node: Any) -> Diagnostic:

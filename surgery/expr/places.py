@@ -17,7 +17,8 @@ _INTO = {"take": lambda node: node.args[0].shape, "scatter": lambda node: node.s
 
 
 def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf]) -> None:
-    """Raises: SurgeryError (bad-value), if a parameter may hold a place beyond the last entry of what it points into."""
+    """Raises: SurgeryError (bad-value), if a parameter may hold a place beyond the last entry of what it points
+    into."""
     known = {leaf.key: leaf for leaf in leaves}
     nodes = [node for expr in exprs for node in walk(expr)]
     if any(node.op == "undecided" for node in nodes):

@@ -21,10 +21,10 @@ class ShapeError(Exception):
 class Primitive:
     """`shape(*shapes)` gives the result's shape; `dense(*tensors)` its value; `doc` is its one line of maths.
 
-    `sizes` are the names of the whole numbers that a call gives after its tensors (the last with `*` for any number of them);
-    with them, `shape` and `dense` take their tuple first, and a `dense` without a tensor takes one whose dtype and device
-    the result gets. `places` says which arguments are whole numbers, places of entries; `whole` whether the result is.
-    A row that is not `public` is for the compiler: a spec cannot call it.
+    `sizes` are the names of the whole numbers that a call gives after its tensors (the last with `*` for any number of
+    them); with them, `shape` and `dense` take their tuple first, and a `dense` without a tensor takes one whose dtype
+    and device the result gets. `places` says which arguments are whole numbers, places of entries; `whole` whether the
+    result is. A row that is not `public` is for the compiler: a spec cannot call it.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """From an expression's text to its value: a compile-time value or an `Expr` with a shape.
 
-Takes the tree of an expression and a scope of names; gives a number, text, truth value, symbolic size or tensor expression.
-Promises: a mistake is a diagnostic at its place; an undecided condition (a size not known yet) is never guessed.
+Takes the tree of an expression and a scope of names; gives a number, text, truth value, symbolic size or tensor
+expression. Promises: a mistake is a diagnostic at its place; an undecided condition (a size not known yet) is never
+guessed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
     except ShapeError as error:
         raise fail("shape-mismatch", f"{_callee(node)}{error}", node.span, notes=_where(node)) from None
     except ZeroDivisionError:
-        raise fail("bad-value", f"`{expression_text(node)}` divides by zero", node.span, notes=here(node, names)) from None
+        raise fail("bad-value", f"`{expression_text(node)}` divides by zero", node.span,
+                   notes=here(node, names)) from None
     except (OverflowError, ValueError):
         raise fail("bad-value", f"`{expression_text(node)}` is no real number, or too large a one", node.span,
                    notes=here(node, names)) from None
@@ -45,7 +47,8 @@ def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
 
 def _within_bounds(value: Any) -> Any:
     """The value, if it is no number beyond those that a spec can hold. Raises: OverflowError."""
-    if isinstance(value, float) and not math.isfinite(value) or isinstance(value, (int, Fraction)) and abs(value) > MAX_INT:
+    is_endless = isinstance(value, float) and not math.isfinite(value)
+    if is_endless or isinstance(value, (int, Fraction)) and abs(value) > MAX_INT:
         raise OverflowError
     return value
 
@@ -61,7 +64,8 @@ def _where(node: tree.Expression) -> tuple[str, ...]:
 
 def here(node: tree.Expression, names: Mapping[str, Any]) -> tuple[str, ...]:
     """The note that says what the names of an expression stand for, where they stand for numbers."""
-    known = [f"{n} = {text(names[n])}" for n in names_in(node) if isinstance(names.get(n), (bool, int, float, Fraction))]
+    known = [f"{n} = {text(names[n])}" for n in names_in(node)
+             if isinstance(names.get(n), (bool, int, float, Fraction))]
     return (f"here {', '.join(known)}",) if known else ()
 
 
@@ -149,7 +153,8 @@ def _truth(value: Any, node: tree.Expression) -> bool:
 
 
 def tensor(value: Any) -> Expr:
-    """The value as a tensor. Raises: OverflowError for a number that float32, in which adapters compute, cannot hold."""
+    """The value as a tensor. Raises: OverflowError for a number that float32, in which adapters compute,
+    cannot hold."""
     if isinstance(value, (int, float, Fraction)) and abs(value) > MAX_FLOAT32:
         raise OverflowError
     return value if isinstance(value, Expr) else constant(value)
@@ -204,14 +209,17 @@ def _signature(function: str) -> tuple[int, tuple[str, ...]]:
 
 
 def _assert_count(node: tree.Call, arity: int, sizes: tuple[str, ...]) -> None:
-    """Raises: SurgeryError, unless the call has so many tensors and sizes (any number, at least one, for a last `*size`)."""
+    """Raises: SurgeryError, unless the call has so many tensors and sizes (any number, at least one,
+    for a last `*size`)."""
     least, any_number = arity + len(sizes), sizes[-1:] and sizes[-1].startswith("*")
     count = len(node.arguments)
     if count < least or (count > least and not any_number) or any(a.name for a in node.arguments):
         takes = f"{'at least ' if any_number else ''}{least} argument{'s' * (least > 1)} by position"
         names = f" ({', '.join(['tensor'] * arity + [s.lstrip('*') for s in sizes])})" if sizes else ""
-        raise fail("missing-argument" if count < least else "unknown-argument", f"`{node.function}` takes {takes}{names}",
-                   node.span, notes=(f"{node.function} is {PRIMITIVES[node.function].doc}",) if node.function in PRIMITIVES else ())
+        raise fail("missing-argument" if count < least else "unknown-argument",
+                   f"`{node.function}` takes {takes}{names}",
+                   node.span, notes=(f"{node.function} is {PRIMITIVES[node.function].doc}",)
+                   if node.function in PRIMITIVES else ())
 
 
 def _apply(node: tree.Call, values: list, sizes: tuple) -> Any:
@@ -256,7 +264,8 @@ def size(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)) or dims.is_real(value):
         raise fail("wrong-type", f"a dimension must be a whole number, not {describe(value)}", node.span)
     if isinstance(value, Fraction):
-        raise fail("not-divisible", f"the dimension `{expression_text(node)}` is {value}, which is not whole", node.span,
+        raise fail("not-divisible", f"the dimension `{expression_text(node)}` is {value}, which is not whole",
+                   node.span,
                    label=f"is {value}", notes=here(node, names), helps=("choose a size that divides it",))
     if isinstance(value, int) and value < 1:
         raise fail("bad-value", f"the dimension `{expression_text(node)}` is {value}; it must be at least 1", node.span,
@@ -270,6 +279,7 @@ _RULES = {
     tree.Number: lambda node, names: node.value,
     tree.String: lambda node, names: node.value,
     tree.Boolean: lambda node, names: node.value,
-    tree.Name: _name, tree.Unary: _unary, tree.Binary: _binary, tree.Transpose: _transpose, tree.If: _if, tree.Call: _call,
+    tree.Name: _name, tree.Unary: _unary, tree.Binary: _binary, tree.Transpose: _transpose, tree.If: _if,
+    tree.Call: _call,
     tree.Matrix: _matrix,
 }

@@ -1,7 +1,7 @@
 """One page that shows what an adapter is and did: the model, formulas, parameters, costs, spectra, and its training.
 
-Takes a surgeon's report, its spectra and the curves of its training; gives HTML. Promises: one file with nothing to fetch
-and nothing that runs, for wide and narrow windows, light and dark; the same adapter gives the same page.
+Takes a surgeon's report, its spectra and the curves of its training; gives HTML. Promises: one file with nothing to
+fetch and nothing that runs, for wide and narrow windows, light and dark; the same adapter gives the same page.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _FIGURES = {"entropy": "entropy", "normalised_entropy": "of max", "stable_rank":
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows: `title` names the adapter, `base` its base model, `training` has curves by the title of a chart."""
+    """What a page shows: `title` names the adapter, `base` its base model,
+    `training` has curves by the title of a chart."""
 
     title: str
     base: str
@@ -68,7 +69,8 @@ class Page:
     def _facts(self) -> Markup:
         report, means = self.report, self.spectra.total.means
         facts = [(f"{len(report.rows)}", "weights operated on"),
-                 (f"{report.trainable:,}", f"parameters train, {report.percent:.3g}\N{NO-BREAK SPACE}% of {report.total:,}"),
+                 (f"{report.trainable:,}",
+                  f"parameters train, {report.percent:.3g}\N{NO-BREAK SPACE}% of {report.total:,}"),
                  (size_text(report.bytes), "the adapter")]
         if means["entropy"] is not None:
             possible = f"{100 * means['normalised_entropy']:.0f}\N{NO-BREAK SPACE}% of the possible"
@@ -98,7 +100,8 @@ class Page:
         left_out = self.report.left_out
         if left_out:
             yield folded(f"{sum(map(len, left_out.values()))} modules with weights are left out",
-                         table(["reason", "modules"], [(self._told(why), len(names)) for why, names in left_out.items()]))
+                         table(["reason", "modules"],
+                               [(self._told(why), len(names)) for why, names in left_out.items()]))
 
     def _told(self, reason: str) -> str:
         """A reason that names a place in the spec, without the folders of this machine."""

@@ -1,7 +1,7 @@
 """Line charts as inline SVG, coloured by the page's style, so that they follow light and dark.
 
-Takes curves; gives Markup. Promises: nothing outside of the drawing is referred to; each point says its value when pointed
-at; the n-th label has the n-th colour (and dashes, where colours repeat) in all charts of a page.
+Takes curves; gives Markup. Promises: nothing outside of the drawing is referred to; each point says its value when
+pointed at; the n-th label has the n-th colour (and dashes, where colours repeat) in all charts of a page.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _DOTS = 60  # a longer curve has no dots
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values on a range of places; `is_log` for a logarithmic one, `whole` for ticks at whole numbers alone."""
+    """A range of values on a range of places; `is_log` for a logarithmic one,
+    `whole` for ticks at whole numbers alone."""
 
     low: float
     high: float
@@ -31,7 +32,8 @@ class Axis:
     whole: bool = False
 
     @classmethod
-    def around(cls, values: Sequence[float], start: float, end: float, is_log: bool = False, whole: bool = False) -> Axis:
+    def around(cls, values: Sequence[float], start: float, end: float, is_log: bool = False,
+               whole: bool = False) -> Axis:
         low, high = min(values), max(values)
         if is_log:
             return cls(low / 1.1, high * 1.1, start, end, True)
@@ -78,9 +80,11 @@ def chart(title: str, curves: Sequence[Curve], across: str, *, labels: Sequence[
 
 
 def _grid(x: Axis, y: Axis) -> list[Markup]:
-    lines = [tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=_place(y.at(v)), y2=_place(y.at(v)), class_="grid") for v in y.ticks()]
+    lines = [tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=_place(y.at(v)), y2=_place(y.at(v)), class_="grid")
+             for v in y.ticks()]
     ups = [tag("text", _short(v), x=LEFT - 6, y=_place(y.at(v) + 4), class_="axis end") for v in y.ticks()]
-    acrosses = [tag("text", _short(v), x=_place(x.at(v)), y=HEIGHT - BOTTOM + 16, class_="axis middle") for v in x.ticks()]
+    acrosses = [tag("text", _short(v), x=_place(x.at(v)), y=HEIGHT - BOTTOM + 16, class_="axis middle")
+                for v in x.ticks()]
     return [*lines, *ups, *acrosses]
 
 
@@ -99,7 +103,8 @@ def colour(number: int) -> str:
 
 def legend(labels: Sequence[str]) -> Markup:
     """What the colours mean; none for one curve alone."""
-    key = [tag("li", tag("svg", tag("g", tag("line", x1=0, x2=22, y1=6, y2=6), class_=colour(i)), viewBox="0 0 22 12"), label)
+    key = [tag("li", tag("svg", tag("g", tag("line", x1=0, x2=22, y1=6, y2=6), class_=colour(i)), viewBox="0 0 22 12"),
+               label)
            for i, label in enumerate(labels)]
     return tag("ul", *key, class_="legend")
 

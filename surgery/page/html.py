@@ -27,7 +27,8 @@ def joined(children: Iterable[object]) -> Markup:
 
 
 def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> Markup:
-    """A table that scrolls inside of its own box where it is too wide. The first column holds names, the others figures."""
+    """A table that scrolls inside of its own box where it is too wide. The first column holds names,
+    the others figures."""
     head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
     body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows]
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="wide", tabindex="0")

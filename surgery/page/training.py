@@ -1,7 +1,7 @@
 """The curves of a training run, from the state that the Trainer of transformers writes.
 
-Takes a folder; finds `trainer_state.json` in it or beside it, or in a checkpoint's folder there; gives curves by the title
-of their chart. Promises: a run without a state is no error, a state that cannot be read is.
+Takes a folder; finds `trainer_state.json` in it or beside it, or in a checkpoint's folder there; gives curves by the
+title of their chart. Promises: a run without a state is no error, a state that cannot be read is.
 """
 
 from __future__ import annotations

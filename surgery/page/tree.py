@@ -1,7 +1,7 @@
 """The model as a tree of HTML: what each module is, and what was done to it.
 
-Takes a report and the spectra; gives Markup. Promises: layers of a list to which the same was done are one branch; a branch
-is open where something below it was operated on or trained, and the tree is not huge.
+Takes a report and the spectra; gives Markup. Promises: layers of a list to which the same was done are one branch; a
+branch is open where something below it was operated on or trained, and the tree is not huge.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Applies a table of rules to an expression until none fits.
 
-A rule sees a node whose arguments are rewritten already and gives an equal node, or None. Promises: each distinct node is
-visited once; the result has the shape of the expression.
+A rule sees a node whose arguments are rewritten already and gives an equal node, or None. Promises: each distinct node
+is visited once; the result has the shape of the expression.
 """
 
 from __future__ import annotations

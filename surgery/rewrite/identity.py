@@ -1,4 +1,5 @@
-"""A proof, by algebra alone, that a formula starts as the frozen weight: every start is put in and W' comes out as W."""
+"""A proof, by algebra alone, that a formula starts as the frozen weight:
+every start is put in and W' comes out as W."""
 
 from __future__ import annotations
 

@@ -70,5 +70,6 @@ def depends_on(node: Expr, op: str, known: dict[Expr, bool]) -> bool:
     return known[node]
 
 
-__all__ = ["PRIMITIVES", "constant", "depends_on", "eye", "fill", "is_zero", "make", "scaled", "summands", "times", "total",
+__all__ = ["PRIMITIVES", "constant", "depends_on", "eye", "fill", "is_zero", "make", "scaled", "summands", "times",
+           "total",
            "value_of"]

@@ -34,8 +34,8 @@ def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | 
     of a matrix ΔW, or of the difference of two.
 
     `squared`: the entropies are of p = σ² / Σ σ². `top`: how many directions of W overlaps are with, 0 for none.
-    Raises: SurgeryError (bad-value) for models that have no weight in common, or one that is operated on, and for what is no
-    matrix of finite numbers.
+    Raises: SurgeryError (bad-value) for models that have no weight in common, or one that is operated on, and for what
+    is no matrix of finite numbers.
     """
     if isinstance(subject, Tensor):
         delta = subject if tuned is None else tuned - subject

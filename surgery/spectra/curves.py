@@ -1,7 +1,7 @@
 """The curves of spectra, as numbers: what a plot draws, whatever it is drawn with.
 
-Takes spectra by label; gives `Curve`s. Promises: with one label there is a curve for each module type, with several one for
-each label; where a figure is not known there is no point.
+Takes spectra by label; gives `Curve`s. Promises: with one label there is a curve for each module type, with several one
+for each label; where a figure is not known there is no point.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class Defect(NamedTuple):
 
 
 def defects(formula: Formula, values: Mapping[str, Tensor]) -> tuple[Defect, ...]:
-    """The defect of each transform that claims to be orthogonal, in order. `values`: all tensors, "weight" among them."""
+    """The defect of each transform that claims to be orthogonal, in order. `values`: all tensors,
+    "weight" among them."""
     claims = [c for c in dict.fromkeys(formula.claims) if c.name == "orthogonal"]
     return tuple(Defect(c.owner, distance(cheapest(without_dropout(c.expr)), values)) for c in claims)
 

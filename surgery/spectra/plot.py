@@ -1,7 +1,7 @@
 """The picture of spectra: entropy and stable rank across layers, and how the singular values are distributed.
 
-Takes spectra by label; writes PNG, SVG or PDF. Promises: the same spectra give the same file; no display is needed. With
-one label there is a line for each module type, with several one line for each label. Needs the extra `plot`.
+Takes spectra by label; writes PNG, SVG or PDF. Promises: the same spectra give the same file; no display is needed.
+With one label there is a line for each module type, with several one line for each label. Needs the extra `plot`.
 
 Source: Chang et al., AAAI 2026, arXiv 2511.00051, figures 1 and 2.
 """

@@ -2,7 +2,8 @@
 
 Takes a surgeon or the sites of two models, and where their tensors are read; gives `Pending` weights that load
 themselves when they are asked. Promises: one weight is held at a time; ΔW of a formula is computed in float64 from the
-formula, never as the difference of two rounded weights; where the formula makes ΔW a product of thin factors, it stays one.
+formula, never as the difference of two rounded weights; where the formula makes ΔW a product of thin factors,
+it stays one.
 """
 
 from __future__ import annotations

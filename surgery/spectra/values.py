@@ -1,8 +1,8 @@
 """What the singular values of one matrix say: entropy, ranks, and directions shared with another matrix.
 
-Takes a matrix [m, n], or two factors U [m, r] and V [r, n] of it; gives a `Spectrum` in float64. Promises: a product U V
-is never built, two QR factorisations and one SVD [r, r] give its spectrum; what lies at or below a matrix's `rounding` is
-no singular value of it.
+Takes a matrix [m, n], or two factors U [m, r] and V [r, n] of it; gives a `Spectrum` in float64. Promises: a product U
+V is never built, two QR factorisations and one SVD [r, r] give its spectrum; what lies at or below a matrix's
+`rounding` is no singular value of it.
 """
 
 from __future__ import annotations

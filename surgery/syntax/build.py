@@ -133,7 +133,8 @@ class Builder:
 
     def target(self, span: Span, override: Token | None, kind: dict | None, selectors: tuple | None,
                exclude: tuple | None, flags: dict | None, *steps: tree.Step) -> tree.Target:
-        return tree.Target(override=override is not None, **(kind or {}), selectors=selectors or (), exclude=exclude or (),
+        return tree.Target(override=override is not None, **(kind or {}), selectors=selectors or (),
+                           exclude=exclude or (),
                            **(flags or {}), steps=steps, **self._place(span))
 
     target_flags = param_flags
@@ -193,7 +194,8 @@ class Builder:
         columns = len(rows[0][1])
         for place, entries in rows:
             if len(entries) != columns:
-                self.found.error("syntax", f"the rows of a matrix are equally long: {columns} and {len(entries)} entries", place)
+                self.found.error("syntax",
+                                 f"the rows of a matrix are equally long: {columns} and {len(entries)} entries", place)
         return tree.Matrix(tuple(e for _, entries in rows for e in entries[:columns]), columns, span=span)
 
     def call(self, span: Span, function: Token, *arguments: tree.Argument) -> tree.Call:

@@ -16,8 +16,9 @@ from surgery.diagnostics import Span
 
 @dataclass(frozen=True)
 class Trivia:
-    """What the formatter must keep: whole-line comments above, one at the end of the line, those at the end of a block (or
-    of the list that a parameter ends), with "" for a blank line among them; and whether a blank line stood before it all."""
+    """What the formatter must keep: whole-line comments above, one at the end of the line, those at the end of a block
+    (or of the list that a parameter ends), with "" for a blank line among them;
+    and whether a blank line stood before it all."""
 
     above: tuple[str, ...] = ()
     beside: str = ""
@@ -72,7 +73,8 @@ def _selector_json(value: Pattern | Reference) -> Any:
 
 _SELECTOR_SCHEMA = {"anyOf": [{"type": "string"},
                               {"type": "object", "properties": {"select": {"type": "string"}}, "required": ["select"]}]}
-Selector = Annotated[Any, PlainValidator(_as_selector), PlainSerializer(_selector_json), WithJsonSchema(_SELECTOR_SCHEMA)]
+Selector = Annotated[Any, PlainValidator(_as_selector), PlainSerializer(_selector_json),
+                     WithJsonSchema(_SELECTOR_SCHEMA)]
 
 
 def many(kind: Any) -> Any:

@@ -18,7 +18,8 @@ GRAMMAR = (folder("grammar") / "surg.lark").read_text(encoding="utf-8")
 
 #: The words of each terminal that is made of words: `{"PLACEMENT": ("pre", "add", "post"), ...}`.
 WORDS: dict[str, tuple[str, ...]] = {
-    name: tuple(words.split("|")) for name, words in re.findall(r"^(\w+)(?:\.\d+)?: /\(?([a-z|]+)\)?\\b/$", GRAMMAR, re.MULTILINE)
+    name: tuple(words.split("|"))
+    for name, words in re.findall(r"^(\w+)(?:\.\d+)?: /\(?([a-z|]+)\)?\\b/$", GRAMMAR, re.MULTILINE)
 }
 
 

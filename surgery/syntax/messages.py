@@ -17,7 +17,8 @@ from surgery.syntax.grammar import KEYWORDS, WORDS, item_words
 #: Sets of terminals that read as one thing; the first that the grammar allows in full replaces its members.
 OPERAND = {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "LSQB", "MINUS"}
 GROUPS = (
-    ("a statement", {"_USE", "_SPEC", "_CHECK", "_SELECT", "_TRAIN", "_TRANSFORM", "_UPDATE", "OVERRIDE", "_TARGET", "$END"}),
+    ("a statement",
+     {"_USE", "_SPEC", "_CHECK", "_SELECT", "_TRAIN", "_TRANSFORM", "_UPDATE", "OVERRIDE", "_TARGET", "$END"}),
     ("an expression", OPERAND | {"NOT", "_IF"}),
     ("an expression", OPERAND | {"NOT"}),
     ("an expression", OPERAND),
@@ -25,7 +26,8 @@ GROUPS = (
     ("a pattern or the name of a `select`", {"STRING", "NAME"}),
 )
 OPERATORS = {"PLUS", "MINUS", "TIMES", "COMPARE", "AND", "OR", "_TRANSPOSE"}
-PLAIN = {"NAME": "a name", "STRING": "a \"string\"", "NUMBER": "a number", "TYPE": "a type (`int`, `float`, `bool` or `str`)",
+PLAIN = {"NAME": "a name", "STRING": "a \"string\"", "NUMBER": "a number",
+         "TYPE": "a type (`int`, `float`, `bool` or `str`)",
          "LBRACE": "`{`", "RBRACE": "`}`", "LPAR": "`(`", "RPAR": "`)`", "LSQB": "`[`", "RSQB": "`]`", "COMMA": "`,`",
          "COLON": "`:`", "EQUAL": "`=`", "TILDE": "`~`", "OPERATOR": "an operator", "$END": "the end of the text"}
 BRACKETS = {"LBRACE": "RBRACE", "LPAR": "RPAR", "LSQB": "RSQB"}
@@ -41,7 +43,8 @@ HINTS = {
 }
 
 
-def explain(source: Source, stopped: InteractiveParser, tokens: list[Token], bad: Token | UnexpectedCharacters) -> Diagnostic:
+def explain(source: Source, stopped: InteractiveParser, tokens: list[Token],
+            bad: Token | UnexpectedCharacters) -> Diagnostic:
     """Why the machine stopped at `bad`: a token that cannot stand there, or characters that make no token."""
     if isinstance(bad, UnexpectedCharacters):
         return _no_token(source, bad.pos_in_stream)
@@ -106,7 +109,8 @@ def _unexpected(stop: Stop) -> Diagnostic:
     missing = not meant and (stop.at_end or "an expression" in expected or stop.on_another_line)
     hint = HINTS.get(stop.bad.type) if stop.tokens else None
     return Diagnostic("syntax", f"expected {_choice(expected)}{after}, found {found}",
-                      stop.after if missing else _span(stop.source, stop.bad), label=meant, helps=(hint,) if hint else (),
+                      stop.after if missing else _span(stop.source, stop.bad), label=meant,
+                      helps=(hint,) if hint else (),
                       related=((_span(stop.source, bracket), f"this `{bracket}` is not closed"),) if bracket else ())
 
 
@@ -116,7 +120,8 @@ def _no_token(source: Source, offset: int) -> Diagnostic:
         end = offset + len(source.text[offset:].split("\n")[0].rstrip())
         return Diagnostic("syntax", "this string is not closed", Span(source, offset, end),
                           helps=("a string ends on its line with `\"`",))
-    hint = HINTS.get(character) or ("a name is made of the letters a to z, digits and `_`" if character.isalpha() else "")
+    hint = HINTS.get(character) or ("a name is made of the letters a to z, digits and `_`"
+                                    if character.isalpha() else "")
     return Diagnostic("syntax", f"{character!r} cannot stand here", Span(source, offset, offset + 1),
                       helps=(hint,) if hint else ())
 

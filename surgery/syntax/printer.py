@@ -23,7 +23,8 @@ Line = tuple[str, str]
 # ------------------------------------------------------------------------------------------------- expressions
 
 #: How tightly each operator binds; an operand that binds less needs parentheses.
-BINDING = {"or": 1, "and": 2, "not": 3, "<": 4, "<=": 4, ">": 4, ">=": 4, "==": 4, "!=": 4, "+": 5, "-": 5, "*": 6, "/": 6,
+BINDING = {"or": 1, "and": 2, "not": 3, "<": 4, "<=": 4, ">": 4, ">=": 4, "==": 4, "!=": 4, "+": 5, "-": 5, "*": 6,
+           "/": 6,
            "@": 6}
 IF, COMPARE, NEGATE, POSTFIX, ATOM = 0, 4, 7, 8, 9
 
@@ -75,7 +76,8 @@ def _bare(expression: tree.Expression) -> str:
         case tree.Binary():
             return _binary(expression)
         case tree.If():
-            condition, then, otherwise = map(expression_text, (expression.condition, expression.then, expression.otherwise))
+            condition, then, otherwise = map(expression_text,
+                                             (expression.condition, expression.then, expression.otherwise))
             return f"if {condition} then {then} else {otherwise}"
     raise AssertionError(f"no text for {type(expression).__name__}")
 
@@ -153,7 +155,8 @@ def _definition(node: tree.Definition) -> list[Line]:
 def _target(node: tree.Target) -> list[Line]:
     flags = ["shifted"] * node.shifted + ["untie"] * node.untie
     excluded = ["except", *_listed(node.exclude)] if node.exclude else []
-    head = _wrapped(["override target" if node.override else "target", *_kind(node), *_listed(node.selectors), *excluded,
+    head = _wrapped(["override target" if node.override else "target", *_kind(node), *_listed(node.selectors),
+                     *excluded,
                      *flags, "{"])
     width = max(len(step.placement) for step in node.steps)
     steps = [line for step in node.steps for line in _plain(step.trivia, [_step(step, width)], 1)]
@@ -211,7 +214,8 @@ def _signed(name: str, params: tuple[tree.Parameter, ...], tail: str) -> list[Li
     line = f"{name}({', '.join(map(_simple, params))}){tail}"
     if len(line) <= WIDTH and not any(p.trivia.above or p.trivia.beside or p.trivia.inside for p in params):
         return [(line, "")]
-    return [(f"{name}(", ""), *[line for p in params for line in _plain(p.trivia, [f"{_simple(p)},"], 1)], (f"){tail}", "")]
+    return [(f"{name}(", ""), *[line for p in params for line in _plain(p.trivia, [f"{_simple(p)},"], 1)],
+            (f"){tail}", "")]
 
 
 def _plain(trivia: Trivia, chunks: list[str], level: int) -> list[Line]:

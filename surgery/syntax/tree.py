@@ -230,7 +230,8 @@ class Target(Node):
     def __init__(self, *parts: str | Pattern | Reference | Step, **fields: Any):
         steps = tuple(p for p in parts if isinstance(p, Step))
         selectors = tuple(p for p in parts if not isinstance(p, Step))
-        super().__init__(**({"selectors": selectors} if selectors else {}), **({"steps": steps} if steps else {}), **fields)
+        super().__init__(**({"selectors": selectors} if selectors else {}), **({"steps": steps} if steps else {}),
+                         **fields)
 
     __init__.__pydantic_base_init__ = True
 
@@ -272,8 +273,8 @@ class Spec(Node):
         return spec_text(self)
 
     def retarget(self, *patterns: str, at: int | None = None) -> Spec:
-        """The spec with a target's patterns replaced, which is what `--target` does: of its only target, or of number `at`,
-        from 1. A bare name is a selector."""
+        """The spec with a target's patterns replaced, which is what `--target` does: of its only target, or of number
+        `at`, from 1. A bare name is a selector."""
         from surgery.spec import retarget
 
         return retarget(self, *patterns, at=at)

@@ -71,7 +71,8 @@ def _places(root: Tree, braces: list[int]) -> Place:
 
 
 def _give(text: str, whole: Place, comment: tuple[int, int]) -> None:
-    """Put a comment beside what ends on its line, else above what follows, else at the end of the block or list around it."""
+    """Put a comment beside what ends on its line, else above what follows,
+    else at the end of the block or list around it."""
     start, _ = comment
     parent = whole
     while inner := next((part for part in parent.parts if part.start < start < part.end), None):

@@ -128,7 +128,8 @@ def _definition(found: Collector, definition: tree.Definition) -> None:
 def _param(found: Collector, param: tree.Param) -> None:
     _name(found, param.name, param.name_span)
     if (param.init is None) is (param.draw is None):
-        found.error("syntax", f"param `{param.name}` starts at a value (`=`) or at a draw (`~`), one of the two", param.span)
+        found.error("syntax", f"param `{param.name}` starts at a value (`=`) or at a draw (`~`), one of the two",
+                    param.span)
 
 
 def _named(found: Collector, node: Any) -> None:
@@ -200,7 +201,8 @@ def _call(found: Collector, call: tree.Call) -> None:
 RULES: dict[type, tuple] = {
     tree.Spec: (_spec,), tree.Parameter: (_named,), tree.Use: (_use,), tree.Select: (_select,), tree.Train: (_train,),
     tree.Definition: (_definition,), tree.Param: (_param,), tree.Let: (_named,), tree.Target: (_target,),
-    tree.Step: (_step,), tree.Call: (_call,), tree.Name: (_id,), tree.Number: (_number,), tree.String: (_string,), tree.Matrix: (_matrix,),
+    tree.Step: (_step,), tree.Call: (_call,), tree.Name: (_id,), tree.Number: (_number,), tree.String: (_string,),
+    tree.Matrix: (_matrix,),
 }
 
 
