@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import median, quantiles
 from typing import Any
 
@@ -33,6 +35,8 @@ from surgery.syntax.tree import Spec
 
 PHASES = ("step", "forward")
 _WARM_UP = 2
+# Models that take turns are many versions of one function.
+_NO_LIMIT = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
 
 
 @dataclass
@@ -42,11 +46,17 @@ class Subject:
     model: nn.Module
     batch: Mapping[str, Tensor]
     direction: Tensor
+    is_compiled: bool = False
     times: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     peak: int | None = None
 
+    @cached_property
+    def runs(self) -> nn.Module:
+        """The model, or what the compiler makes of it."""
+        return torch.compile(self.model, dynamic=False) if self.is_compiled else self.model
+
     def forward(self) -> Tensor:
-        return _output(self.model, self.batch)
+        return _output(self.runs, self.batch)
 
     def step(self) -> None:
         """Forward and backward; the gradients of the step before are dropped first."""
@@ -56,6 +66,11 @@ class Subject:
     @torch.no_grad()
     def infer(self) -> None:
         self.forward()
+
+    def measure_peak(self, device: torch.device) -> None:
+        """Without the compiler where bytes are counted at each operation: it leaves none to count."""
+        with torch.compiler.set_stance("default" if device.type == "cuda" else "force_eager"):
+            self.peak = peak_bytes(self.step, device)
 
     def call(self, phase: str) -> Callable[[], Any]:
         return {"step": self.step, "forward": self.infer}[phase]
@@ -75,11 +90,13 @@ class Contender:
 class Bench:
     """The frozen model and the specs' models, ready to take turns."""
 
-    def __init__(self, model: nn.Module, specs: Mapping[str, Spec], tokens: tuple[int, int],
-                 against_peft: bool = False):
-        """`model` gives up its gradients; `tokens`: batch and length. Raises: SurgeryError."""
+    def __init__(self, model: nn.Module, specs: Mapping[str, Spec], tokens: tuple[int, int], against_peft: bool = False,
+                 compiled: bool = False):
+        """`model` gives up its gradients; `tokens`: batch and length; `compiled`: all run as torch.compile makes them.
+
+        Raises: SurgeryError."""
         self.model, self.device = model.requires_grad_(False), next(model.parameters()).device
-        self.against_peft = against_peft
+        self.against_peft, self.compiled = against_peft, compiled
         self.batch = _batch(model, tokens)
         self.direction = _direction(model, self.batch)
         self.frozen = self._subject(model)
@@ -94,7 +111,7 @@ class Bench:
         return found
 
     def _subject(self, model: nn.Module) -> Subject:
-        return Subject(model, self.batch, self.direction)
+        return Subject(model, self.batch, self.direction, self.compiled)
 
     def _contender(self, name: str, spec: Spec) -> Contender:
         plan = compile(self.model, spec)
@@ -123,14 +140,14 @@ class Bench:
     # --------------------------------------------------------------------------------------------------- running
 
     def run(self, repeat: int) -> Iterator[str]:
-        """Take turns for `repeat` rounds of each phase. Says what runs next before it does;
-        may be stopped at any time."""
-        for phase in PHASES:
-            yield from self._warm_up(phase)
-            for number in range(repeat):
-                for name, subject in turned(list(self.subjects.items()), number):
-                    yield f"{phase}, round {number + 1} of {repeat}: {name}"
-                    subject.times[phase].append(seconds(subject.call(phase), self.device))
+        """Take turns for `repeat` rounds of each phase. Says what runs next before it does; may be stopped at any time."""
+        with torch._dynamo.config.patch(**_NO_LIMIT) if self.compiled else nullcontext():
+            for phase in PHASES:
+                yield from self._warm_up(phase)
+                for number in range(repeat):
+                    for name, subject in turned(list(self.subjects.items()), number):
+                        yield f"{phase}, round {number + 1} of {repeat}: {name}"
+                        subject.times[phase].append(seconds(subject.call(phase), self.device))
 
     def _warm_up(self, phase: str) -> Iterator[str]:
         for name, subject in self.subjects.items():
@@ -139,7 +156,7 @@ class Bench:
             for _ in range(_WARM_UP):
                 subject.call(phase)()
             if phase == "step":
-                subject.peak = peak_bytes(subject.step, self.device)
+                subject.measure_peak(self.device)
 
     # ------------------------------------------------------------------------------------------------------ rows
 

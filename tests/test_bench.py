@@ -122,6 +122,13 @@ def test_the_table_has_a_line_for_each(tmp_path):
                                                                                          "mine"]
 
 
+def test_all_run_as_the_compiler_makes_them(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: made.append(type(model).__name__) or model)
+    result = run("lora", *QUICK, "--against", "peft", "--compiled")
+    assert made == ["LlamaForCausalLM", "LlamaForCausalLM", "PeftModel"] and "compiled" in result.stdout.splitlines()[0]
+
+
 def test_an_interruption_shows_what_is_known(monkeypatch):
     whole = Bench.run
 

@@ -28,14 +28,16 @@ if TYPE_CHECKING:
                       help="Rows, and tokens a row (of images: how many)."),
          click.option("--against", type=click.Choice(["peft"]),
                       help="Measure PEFT's own too, where it has the method."),
+         click.option("--compiled", is_flag=True, help="Run all of them as torch.compile makes them."),
          click.option("--device", default="cpu", show_default=True, help="A device of torch's: cpu, cuda, cuda:1."),
          click.option("--dtype", type=click.Choice(DTYPES),
                       help="Load the model in this dtype. Default: the one it was saved in."),
          click.option("--repeat", type=click.IntRange(1), default=10, show_default=True,
                       help="Rounds of each measurement."),
          sets, targets, example="surgery bench lora dora sora --model demo:llama-bench --against peft")
-def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int, int], against: str | None, device: str,
-          dtype: str | None, repeat: int, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
+def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int, int], against: str | None,
+          compiled: bool, device: str, dtype: str | None, repeat: int, sets: tuple[str, ...],
+          targets: tuple[str, ...]) -> None:
     """Measure what specs cost.
 
     The time of a training step and of a forward pass, and the memory of a step, beside the same model with everything
@@ -48,7 +50,7 @@ def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int,
         need("peft", "peft", "--against peft")
     named = opened_together(specs, sets, targets)
     with _memory(device):
-        ready = _ready(output, model, dtype, device, named, tokens, bool(against))
+        ready = _ready(output, model, dtype, device, named, tokens, bool(against), compiled)
         try:
             with output.progress() as say:
                 for what in ready.run(repeat):
@@ -70,8 +72,7 @@ def _memory(device: str) -> Iterator[None]:
 
 
 def _ready(output: Output, model: str, dtype: str | None, device: str, specs: Mapping[str, Spec],
-           tokens: tuple[int, int],
-           against: bool) -> Bench:
+           tokens: tuple[int, int], against: bool, compiled: bool) -> Bench:
     from surgery.bench import Bench
     from surgery.cli.models import load, quiet_libraries
 
@@ -80,7 +81,7 @@ def _ready(output: Output, model: str, dtype: str | None, device: str, specs: Ma
         quiet_libraries(output.animated)
         loaded = load(model, dtype).to(place)
     with output.busy("operating"):
-        return Bench(loaded, specs, tokens, against)
+        return Bench(loaded, specs, tokens, against, compiled)
 
 
 def _device(name: str) -> torch.device:
@@ -119,7 +120,7 @@ def _machine(ready: Bench) -> str:
     dtype = str(next(ready.model.parameters()).dtype).removeprefix("torch.")
     what = (torch.cuda.get_device_name(ready.device) if ready.device.type == "cuda"
             else f"{platform.machine()}, {torch.get_num_threads()} threads")
-    return f"{dtype} on {ready.device} ({what}, torch {torch.__version__})"
+    return f"{dtype}{', compiled,' * ready.compiled} on {ready.device} ({what}, torch {torch.__version__})"
 
 
 _HEAD = ["", "parameters", "forward", "step", "peak"]
