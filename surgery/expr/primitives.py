@@ -73,6 +73,8 @@ def _blocks_shape(a: Shape, s: Shape) -> Shape:
 
 # ------------------------------------------------------------------------------------------- dense meanings
 
+_RIDGE = 1e-6  # of the mean square of the columns
+
 
 def _eye_like(matrix: Any) -> Any:
     import torch
@@ -116,6 +118,21 @@ def _kron(a: Any, b: Any) -> Any:
     import torch
 
     return torch.kron(a.contiguous(), b.contiguous())  # torch's own needs it, or fails in a view
+
+
+def _frame(u: Any) -> Any:
+    """L with L Lᵀ = uᵀu and a little more, so that there is one whatever the columns are."""
+    import torch
+
+    gram = (u.mT @ u).detach()
+    ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean() + torch.finfo(u.dtype).tiny
+    return torch.linalg.cholesky_ex(gram + ridge * _eye_like(gram)).L
+
+
+def _framed(u: Any, frame: Any) -> Any:
+    import torch
+
+    return torch.linalg.solve_triangular(frame.mT, u, upper=True, left=False)
 
 
 def _resolvent(m: Any) -> Any:
@@ -202,6 +219,9 @@ _ROWS = [
     Primitive("reflect", 1, _reflect_shape, _reflect, "Π (I - 2 u uᵀ / uᵀu) over the columns u, first column leftmost"),
     Primitive("side_by_side", 2, _side_by_side_shape, _side_by_side, "[a, b], the columns of both"),
     # For the compiler alone: the small cores of structured maps, and maps on the last axis of activations.
+    Primitive("frame", 1, lambda a: 2 * exactly(2, "a matrix", a)[1:], _frame, "L with L Lᵀ ≈ aᵀa, and no gradient",
+              public=False),
+    Primitive("framed", 2, lambda a, frame: elementwise(a, a), _framed, "a L⁻ᵀ, nearly orthonormal for the L of a", public=False),
     Primitive("resolvent", 1, square, _resolvent, "(I - a/2)⁻¹", public=False),
     Primitive("phi", 1, square, _phi, "(e^a - I) a⁻¹", public=False),
     Primitive("mirrored", 1, lambda a: exactly(2, "a matrix whose columns are the mirrors", a)[::-1], _mirrored,

@@ -18,11 +18,13 @@ from surgery.rewrite.terms import eye, scaled, summands, times, total, value_of
 
 
 def _by_core(core: str) -> Callable[[Expr], Expr | None]:
-    """f(U V) = I + U core(V U) V."""
+    """f(U V) = I + U core(V U) V, with U L⁻ᵀ and Lᵀ V in the place of U and V: whatever L is, the value and the gradient are the
+    same, and with nearly orthonormal columns in front the core is well conditioned and nothing cancels."""
     def change(node: Expr) -> Expr | None:
         if (found := _centred(node.args[0]) or factors(node.args[0])) is None:
             return None
-        u, v = found
+        frame = make("frame", found[0])
+        u, v = make("framed", found[0], frame), make("matmul", make("T", frame), found[1])
         small = make(core, make("matmul", v, u))
         return make("add", eye(node.shape), make("matmul", u, make("matmul", small, v)))
 
