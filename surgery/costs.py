@@ -15,7 +15,7 @@ from surgery.expr.ir import Expr, Formula, walk
 from surgery.expr.primitives import shape_text
 from surgery.lower.activate import turned
 from surgery.lower.choose import Candidate, candidates, frozen_alone
-from surgery.lower.cost import MADE_ELSEWHERE, TOKENS, Cost, flops, step_cost
+from surgery.lower.cost import MADE_ELSEWHERE, TOKENS, Cost, body_cost, flops
 from surgery.maths import Maths
 from surgery.syntax.tree import Target
 
@@ -49,7 +49,7 @@ class Estimate:
     @cached_property
     def frozen(self) -> Cost:
         """A step of the frozen layer: forward, and backward to its input."""
-        return step_cost((frozen_alone(self.kind, *self.sides),), (), self.tokens)
+        return body_cost(frozen_alone(self.kind, *self.sides), (self.kind != "embedding",), self.tokens)
 
     def ratio(self, candidate: Candidate | None = None) -> float:
         """A step of a program (the one that runs, if none is given) as a multiple of the frozen layer's."""

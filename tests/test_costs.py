@@ -16,7 +16,7 @@ from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
-from surgery.lower.cost import Cost, step_cost
+from surgery.lower.cost import Cost, body_cost
 from surgery.lower.choose import frozen_alone
 from surgery.report import Report
 from surgery.spec import library, load, parse, shipped
@@ -71,14 +71,21 @@ def test_the_choice_rests_on_the_tokens():
 
 
 def test_the_frozen_layer_is_two_products():
-    cost = step_cost((frozen_alone("linear", OUT, IN),), (), 10)
+    cost = body_cost(frozen_alone("linear", OUT, IN), (True,), 10)
     assert cost.body_flops == cost.flops == 2 * (2 * 10 * OUT * IN)
-    assert cost.moved == 2 * (10 * OUT + 10 * IN)
+    assert cost.moved == 2 * (10 * OUT + 10 * IN + OUT * IN)
+
+
+def test_the_gradients_that_are_taken_are_counted():
+    plan = estimate("lora").candidates[0]
+    assert plan.needs == (True, True, True)
+    costs = [body_cost(plan.written, needs, 1024) for needs in (plan.needs, (True, True, False), (True, False, False))]
+    assert costs[0].flops > costs[1].flops > costs[2].flops and costs[0].calls > costs[2].calls
 
 
 def test_an_embedding_is_looked_up_and_not_multiplied():
-    cost = step_cost((frozen_alone("embedding", OUT, IN),), (), 10)
-    assert cost == Cost(moved=2 * 10 * IN)
+    cost = body_cost(frozen_alone("embedding", OUT, IN), (False,), 10)
+    assert cost == Cost(moved=2 * 10 * IN, calls=1)
     adapted = estimate("target embedding {\n add low_rank(4)\n}", 10, "embedding").candidates[0].cost(10)
     assert adapted.flops < 10 * 10 * 4 * IN
 

@@ -9,7 +9,7 @@ from surgery.cli.render import Output
 from surgery.costs import FLOAT, Estimate, amount, layer_kind
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.ir import Expr, Formula
+from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
 from surgery.lower.choose import Candidate
 from surgery.lower.program import Program, activations
@@ -45,7 +45,7 @@ def _page(formula: Formula, estimate: Estimate) -> Iterator[str]:
     yield f"  for a {estimate.kind} weight [{out}, {in_}], a step of {estimate.tokens:,} tokens, by estimate:"
     yield from (f"    {line}" for line in _costs(estimate))
     train, evaluate = (_functions(_program(formula, estimate, mode)) for mode in (True, False))
-    yield from ("", "  in training", *_code(train), *_gradients(formula, estimate, _program(formula, estimate, True)))
+    yield from ("", "  in training", *_code(train), *_gradients(estimate, _program(formula, estimate, True)))
     others = [text for text in evaluate if text not in train]
     yield f"\n  in evaluation the set-up is kept until a tensor changes, and {'this differs' if others else 'the rest is the same'}"
     yield from _code(others)
@@ -64,21 +64,12 @@ def _code(functions: Iterable[str]) -> Iterator[str]:
     return (f"    {line}".rstrip() for line in "\n\n".join(functions).splitlines())
 
 
-def _gradients(formula: Formula, estimate: Estimate, program: Program) -> Iterator[str]:
+def _gradients(estimate: Estimate, program: Program) -> Iterator[str]:
     """The body with its gradients written out, where one node of autograd runs it."""
-    frozen = {leaf.key for leaf in formula.leaves if leaf.frozen}
-    needs = (estimate.kind != "embedding", *(_trains(value, frozen) for value in program.plan.values))
-    found = step(program.plan.written, needs) if estimate.kind == "linear" else None
+    found = step(program.plan.written, program.plan.needs) if estimate.kind == "linear" else None
     if found is not None:
         yield "\n  and the body in training, as one node of autograd"
         yield from _code([found.source])
-
-
-def _trains(value: Expr, frozen: set[str]) -> bool:
-    """Whether a parameter that trains is reached without passing a `detach`."""
-    if value.op == "param":
-        return value.data not in frozen
-    return value.op != "detach" and any(_trains(a, frozen) for a in value.args)
 
 
 # -------------------------------------------------------------------------------------------------------- costs

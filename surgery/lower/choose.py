@@ -15,7 +15,8 @@ from surgery.expr.primitives import make
 from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, split_dropout, turned
 from surgery.lower.blockwise import blockwise
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
-from surgery.lower.cost import Cost, step_cost
+from surgery.lower.cost import Cost, body_cost, setup_cost
+from surgery.lower.emit import without_gradient
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.structure import is_thin
 from surgery.rewrite.terms import depends_on, summands, total
@@ -24,13 +25,15 @@ from surgery.rewrite.terms import depends_on, summands, total
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """A program before it is code: its `outputs`; the `values` of the set-up, which the body reads or (without a body)
-    which are the outputs; and the parts of those that are `fixed` as long as the frozen weight is."""
+    which are the outputs; the parts of those that are `fixed` as long as the frozen weight is; the keys of the parameters
+    that are `trained`."""
 
     strategy: str
     outputs: tuple[Expr, ...]
     values: tuple[Expr, ...]
     fixed: tuple[Expr, ...]
     has_body: bool
+    trained: frozenset[str] = frozenset()
 
     @cached_property
     def written(self) -> Expr:
@@ -56,9 +59,16 @@ class Candidate:
                 stack += node.args
         return False
 
+    @cached_property
+    def needs(self) -> tuple[bool, ...]:
+        """Which of the input and the values take a gradient in training: those that a trained parameter reaches."""
+        has_ids = any(node.op == "x" and node.data == "ids" for node in walk(self.outputs[0]))
+        return (not has_ids, *(_is_reached(value, self.trained) for value in self.values))
+
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""
-        return step_cost(self.outputs, self.fixed, tokens)
+        made = setup_cost(self.values, self.fixed)
+        return made + body_cost(self.written, self.needs, tokens) if self.has_body else made
 
 
 @lru_cache(maxsize=None)
@@ -72,7 +82,8 @@ def candidates(formula: Formula, kind: str, training: bool, has_bias: bool, is_c
     unread = partial(_unread, always=is_called)
     outputs = {_with_bias(make_output(operand, x, kind), bias, kind): name
                for name, make_output in reversed(STRATEGIES.items())}  # of two ways to one program the first has the name
-    found = [candidate((output,), unread, name) for output, name in outputs.items()]
+    trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
+    found = [candidate((output,), unread, name, trained) for output, name in outputs.items()]
     return tuple(sorted(found, key=lambda each: (is_called and each.reads_weight, each.cost(tokens).seconds)))
 
 
@@ -87,13 +98,20 @@ def frozen_alone(kind: str, out: int, in_: int) -> Expr:
     return Expr("frozen", (_input(width, kind),), None, (TOKENS, height))
 
 
-def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights") -> Candidate:
+def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights",
+              trained: frozenset[str] = frozenset()) -> Candidate:
     """The program that gives `outputs`, after a last change to each."""
     outputs = tuple(map(prepare, outputs))
     on_input: dict[Expr, bool] = {}
     has_body = depends_on(outputs[0], "x", on_input)
     values = _frontier(outputs, on_input) if has_body else outputs
-    return Candidate(strategy, outputs, values, _fixed(values), has_body)
+    return Candidate(strategy, outputs, values, _fixed(values), has_body, trained)
+
+
+def _is_reached(value: Expr, trained: frozenset[str]) -> bool:
+    """Whether a parameter that trains is reached without passing a `detach`."""
+    gradless = without_gradient(value)
+    return any(node.op == "param" and node.data in trained and node not in gradless for node in walk(value))
 
 
 # ---------------------------------------------------------------------------------------------------- strategies
@@ -177,9 +195,13 @@ def _frontier(outputs: Sequence[Expr], on_input: dict[Expr, bool]) -> tuple[Expr
     for output in outputs:
         for node in walk(output):
             if depends_on(node, "x", on_input):
-                read = (a for a in node.args if not depends_on(a, "x", on_input) and a.op != "const")
-                found.update(dict.fromkeys(a.args[0] if a.op == "T" else a for a in read))
+                made = map(_unturned, (a for a in node.args if not depends_on(a, "x", on_input)))
+                found.update(dict.fromkeys(a for a in made if a.op != "const"))
     return tuple(found)
+
+
+def _unturned(node: Expr) -> Expr:
+    return _unturned(node.args[0]) if node.op == "T" else node
 
 
 def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:

@@ -95,41 +95,44 @@ class Emitter:
         return f"({g}.mT @ {a}).mT" if node.shape[0] > _NARROW * node.shape[1] else f"{a}.mT @ {g}"
 
     def _sum(self, node: Expr) -> str | None:
-        """y + c z in one pass, into y where that may be written over; a product z, or a sparse one, is no value of its own."""
-        ways = [(y, term) for y, term in (node.args, node.args[::-1]) if node.shape and y.shape == term.shape == node.shape]
-        return next((text for rule in (self._taken_in, self._added) for y, term in ways if (text := rule(y, term, node))), None)
+        """y + z, with what z is a product or a multiple of, or sparse, taken into the same pass, and into y when y is fresh."""
+        ways = (self._taken_in, self._with_multiple, self._in_place)
+        both = [pair for pair in (node.args, node.args[::-1]) if node.shape and pair[0].shape == pair[1].shape == node.shape]
+        return next((text for way in ways for y, z in both if (text := way(node, y, z))), None)
 
-    def _taken_in(self, y: Expr, term: Expr, node: Expr) -> str | None:
-        factor, rest = _weighed(term)
-        if factor is None or self.uses[term] != 1 or not self._is_taken_in(rest) or factor != 1.0 and rest.op not in _FACTORS:
+    def _taken_in(self, node: Expr, y: Expr, term: Expr) -> str | None:
+        """y + c z for a z that is no value of its own then: a product, of matrices or of entries, or a sparse matrix."""
+        factor, z = _multiple(term)
+        if factor is None or self.uses[term] != 1 or not self._is_taken_in(z) or factor != 1.0 and z.op not in _FACTORS:
             return None
-        base, *args = map(self.value, (y, *rest.args))
-        if rest in self.names:  # it was needed early, before something that it reads was written over
+        base, *args = map(self.value, (y, *z.args))
+        if z in self.names:  # it was needed early, before something that it reads was written over
             return None
-        self.fused |= {term, rest}
-        if rest.op == "scatter":
+        self.fused |= {term, z}
+        if z.op == "scatter":
             return f"put({base}, {', '.join(args)})"
-        name, word = _FACTORS[rest.op]
-        more = "" if factor == 1.0 else f", {word}={factor!r}"
-        call = f"{base}.{name}_(" if self._may_overwrite(y, node) else f"torch.{name}({base}, "
-        return f"{call}{', '.join(args)}{more})"
+        name, word = _FACTORS[z.op]
+        into = f"{base}.{name}_(" if self._may_overwrite(y, node) else f"torch.{name}({base}, "
+        return f"{into}{', '.join(args)}{_times(factor, word)})"
 
-    def _is_taken_in(self, rest: Expr) -> bool:
-        fits = all(a.shape == rest.shape for a in rest.args) if rest.op == "mul" else len(rest.shape) == 2
-        return rest.op in ("scatter", *_FACTORS) and fits and self.uses[rest] == 1 and rest not in self.names
+    def _is_taken_in(self, z: Expr) -> bool:
+        fits = all(a.shape == z.shape for a in z.args) if z.op == "mul" else len(z.shape) == 2
+        return z.op in ("scatter", *_FACTORS) and fits and self.uses[z] == 1 and z not in self.names
 
-    def _added(self, y: Expr, term: Expr, node: Expr) -> str | None:
-        factor, rest = _weighed(term)
-        if factor is None or self.uses[term] != 1 or term in self.names:
-            factor, rest = 1.0, term
-        if not self.owner and factor == 1.0:
+    def _with_multiple(self, node: Expr, y: Expr, term: Expr) -> str | None:
+        """y + c z."""
+        factor, z = _multiple(term)
+        if factor in (None, 1.0) or self.uses[term] != 1 or term in self.names:
             return None
-        base, z = self.value(y), self.value(rest)
-        self.fused |= {term} - {rest}
-        more = "" if factor == 1.0 else f", alpha={factor!r}"
-        if self.owner and self._may_overwrite(y, node):
-            return f"{base}.add_({z}{more})"
-        return None if factor == 1.0 else f"torch.add({base}, {z}{more})"
+        base, added = map(self.value, (y, z))
+        if term in self.names:
+            return None
+        self.fused.add(term)
+        into = f"{base}.add_(" if self.owner and self._may_overwrite(y, node) else f"torch.add({base}, "
+        return f"{into}{added}{_times(factor, 'alpha')})"
+
+    def _in_place(self, node: Expr, y: Expr, z: Expr) -> str | None:
+        return f"{self.value(y)}.add_({self.value(z)})" if self.owner and self._may_overwrite(y, node) else None
 
     def _scale(self, node: Expr) -> str | None:
         y, d = node.args
@@ -173,10 +176,14 @@ class Emitter:
             yield from self._reading(reader) if reader.op in VIEWS else (reader,)
 
 
-def _weighed(term: Expr) -> tuple[float | None, Expr]:
-    """(c, z) of c z, c a known number; (None, z) where it is not known."""
+def _multiple(term: Expr) -> tuple[float | None, Expr]:
+    """(c, z) of c z for a known number c, which is 1 for what has no scalar in front; (None, z) for an unknown one."""
     scalar, rest = scaled(term)
-    return (1.0 if scalar is None else value_of(scalar)), rest
+    return 1.0 if scalar is None else value_of(scalar), rest
+
+
+def _times(factor: float, word: str) -> str:
+    return "" if factor == 1.0 else f", {word}={factor!r}"
 
 
 def readers(*outputs: Expr) -> dict[Expr, list[Expr]]:

@@ -98,5 +98,5 @@ def masked(a: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept, a, 0.0)
 
 
-KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, block_dot, circulate_back, circulate_dot, mixed, mixed_back, mixed_dot, mask,
-                                       masked)}
+KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, block_dot, circulate_back, circulate_dot, mixed, mixed_back,
+                                   mixed_dot, mask, masked)}
