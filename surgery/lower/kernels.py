@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROWS = 512  # of an activation that a CPU keeps close while it reads them with a stride
+ROWS = 256  # of an activation that a CPU keeps close while it reads them with a stride
 
 
 def column_dot(a: Tensor, b: Tensor) -> Tensor:
