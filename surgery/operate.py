@@ -153,11 +153,11 @@ class Surgeon:
         return {name: tuned.get(name, tensor.detach()) for name, tensor in self.named_tensors().items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Give the tensors of an operated model other values, of the same shapes: an adapter's keep the dtype that they come
-        in, those of `train` the model's."""
+        """Give the tensors of an operated model copies of other values, of the same shapes: an adapter's keep the dtype that
+        they come in, those of `train` the model's."""
         for name, tensor in self.named_tensors().items():
             dtype = tensor.dtype if name in self.plan.train else state[name].dtype
-            tensor.data = state[name].to(tensor.device, dtype)
+            tensor.data = state[name].detach().to(tensor.device, dtype, copy=True)
 
     def report(self) -> Report:
         """What was operated on; prints as a table."""

@@ -20,6 +20,7 @@ from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
 
 SAME = 2e-6
+SAVED_AGAIN = re.compile(r"base_layer\.weight$|\.(modules_to_save|original_module)\.")  # what PEFT saves and never reads
 
 CASES = {
     "patterns of rank and alpha, an embedding, norms saved": ("llama", peft.LoraConfig, {
@@ -28,6 +29,9 @@ CASES = {
     "all-linear, every bias": ("bert", peft.LoraConfig, {"r": 4, "target_modules": "all-linear", "bias": "all"}),
     "the operated modules' biases": ("bert", peft.LoraConfig, {
         "r": 4, "target_modules": ["query"], "bias": "lora_only", "modules_to_save": ["pooler"]}),
+    "every bias, and a module saved whole": (
+        "bert", peft.LoraConfig, {"r": 4, "target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}),
+    "rows that modules share": ("vit", peft.VeraConfig, {"r": 4, "target_modules": ["q_proj", "fc1"]}),
     "a text classifier's head": ("bert", peft.LoraConfig, {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "Conv1D and a tied embedding": ("gpt2", peft.LoraConfig, {
         "r": 4, "target_modules": ["c_attn", "wte"], "use_dora": True, "fan_in_fan_out": True}),
@@ -56,8 +60,31 @@ def test_the_operated_model_says_what_pefts_does(demo: str, kind: type, fields: 
     surgery.export_peft(surgeon, tmp_path / "back", like=config_of(there))
     assert torch.equal(demo.says(opened(demo.model(), tmp_path / "back")), wanted)
     before, after = tensors_of(there), tensors_of(tmp_path / "back")
-    assert after.keys() == {key for key in before if not key.endswith("base_layer.weight")}
+    assert after.keys() == {key for key in before if not SAVED_AGAIN.search(key)}
     assert all(torch.equal(after[key], before[key]) for key in after)
+
+
+def test_bases_that_no_one_module_needs_whole(tmp_path: Path) -> None:
+    demo, config = Demo("vit"), peft.RandLoraConfig(r=4, target_modules=["q_proj", "fc1", "fc2"])
+    wanted = demo.from_peft(config, tmp_path / "there")
+    surgery.export_peft(surgery.import_peft(demo.model(), tmp_path / "there"), tmp_path / "back")
+    assert torch.equal(demo.says(opened(demo.model(), tmp_path / "back")), wanted)
+
+
+def test_what_modules_share_is_large_enough(tmp_path: Path) -> None:
+    Demo("llama").from_peft(peft.VeraConfig(r=4, target_modules=["q_proj"]), tmp_path / "there")
+    less = {name: t[:, :32].clone() if name.endswith("vera_A") else t for name, t in tensors_of(tmp_path / "there").items()}
+    save_file(less, tmp_path / "there" / "adapter_model.safetensors")
+    with pytest.raises(SurgeryError, match="of a size or a dtype that they cannot have"):
+        surgery.import_peft(Demo("llama").model(), tmp_path / "there")
+
+
+def test_a_seed_that_is_none(tmp_path: Path) -> None:
+    config = peft.FourierFTConfig(n_frequency=8, target_modules=["q_proj"])
+    Demo("llama").from_peft(config, tmp_path / "there")
+    (tmp_path / "there/adapter_config.json").write_text(json.dumps({**config_of(tmp_path / "there"), "random_loc_seed": "x"}))
+    with pytest.raises(SurgeryError, match="adapter_config.json says what cannot be: manual_seed"):
+        surgery.import_peft(Demo("llama").model(), tmp_path / "there")
 
 
 def test_alike_modules_share_a_target_and_layers_are_ranges(tmp_path: Path) -> None:
@@ -112,7 +139,12 @@ FAULTS: list[tuple[dict[str, Any], Callable[[dict], dict], str]] = [
     ({"target_modules": 3}, dict, r"has what cannot stand there as target_modules"),
     ({"target_modules": ["self_attn"]}, dict, r"\[unsupported-module\]"),
     ({"target_modules": ["k_proj"]}, dict, r"lacks 8 tensors(.|\n)*k_proj.lora_A.weight(.|\n)*holds 8 tensors"),
-    ({"r": {}}, dict, r"\[bad-adapter\]: in adapter_config.json, '{}' is not an expression"),
+    ({"r": {}}, dict, r"has what cannot stand there as r$"),
+    ({"r": "4"}, dict, r"has what cannot stand there as r$"),
+    ({"peft_type": "MISS", "r": 0, "miss_dropout": 0.0}, dict, r"adapter_config.json says what cannot be: .* by zero"),
+    ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, dict, r"\[unknown-method\].* with target_parameters ="),
+    ({}, lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}, r"is of dtype float8_e4m3fn, which no adapter"),
+    ({}, lambda t: {k: v.int() for k, v in t.items()}, r"or a dtype that they cannot have(.|\n)*for `model.layers.0"),
     ({"r": 3}, dict, r"q_proj.lora_A.weight is \[2, 64\], and adapter_config.json asks for \[3, 64\]"),
     ({}, lambda t: {**t, f"{Q}.lora_A.weight": torch.zeros(2, 7)}, r"\[2, 7\], and adapter_config.json asks for \[2, 64\]"),
     ({}, lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_B.weight"}, r"lacks 1 tensor that adapter_config.json"),
@@ -156,8 +188,16 @@ def test_a_folder_that_is_none_of_pefts(lora: Path, tmp_path: Path) -> None:
         surgery.import_peft(Demo("llama").model(), tmp_path / "nowhere")
 
 
-def test_peft_parts_what_the_model_ties(tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte"])
+def test_a_configuration_that_no_parser_gets_through(lora: Path, tmp_path: Path) -> None:
+    folder = changed(lora, tmp_path / "changed", {})
+    (folder / "adapter_config.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(SurgeryError, match="cannot read adapter_config.json"):
+        surgery.import_peft(Demo("llama").model(), folder)
+
+
+@pytest.mark.parametrize("ensure", [False, True])  # PEFT, told to keep them together, knows other names than these
+def test_peft_parts_what_the_model_ties(ensure: bool, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte"], ensure_weight_tying=ensure)
     Demo("gpt2").from_peft(config, tmp_path / "there")
     with pytest.raises(SurgeryError, match=r"tied-weight\]: the adapter has a `transformer.wte.weight` of its own"):
         surgery.import_peft(Demo("gpt2").model(), tmp_path / "there")

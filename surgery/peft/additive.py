@@ -49,6 +49,13 @@ def _pefts_bases(scale: Tensor, gain: Tensor, a: Tensor, b: Tensor, place: Place
     return scale.mT, gain, a[:, None], b.reshape(len(b), count, rank).mT.reshape(len(b), count, rank)
 
 
+def _shared_bases(config: Config, places: Sequence[Place]) -> dict[str, tuple[int, ...]]:
+    """For the longest outputs and the longest inputs, though no module need have both."""
+    short, wide = sorted((max(p.in_ for p in places), max(p.out for p in places)))
+    rank = config["r"]
+    return {"base_model.randlora_A": (rank, 1, short), "base_model.randlora_B": (wide, ceil(short / rank), rank)}
+
+
 def _too_high(config: Config, place: Place) -> str:
     return "the rank is larger than a side" if config["r"] > min(place.out, place.in_) else ""
 
@@ -100,7 +107,7 @@ BASES = (
            linears(pairs((
                ("randlora_lambda", "randlora_gamma", "base_model.randlora_A", "base_model.randlora_B"),
                tuple(f"add_random_bases.{name}" for name in "lgAB"), View(_own_bases, _pefts_bases)))),
-           refuses=_uneven_bases, derived=("randlora_A", "randlora_B")),
+           refuses=_uneven_bases, shared=_shared_bases, derived=("randlora_A", "randlora_B")),
     Method("tinylora", _TINYLORA, "tinylora", Renamed({**_RANK, "count": "u", "dropout": "tinylora_dropout"}),
            {**linears(pairs(*_TINY)), "embedding": pairs(*_TINY)}, refuses=_too_high),
     Method("unilora", _UNILORA, "unilora",

@@ -156,12 +156,21 @@ def _still(found: Match, config: Config, taken: Sequence[Taken]) -> bool:
 
 
 def _shared(taken: Sequence[Taken]) -> dict[str, Tensor]:
-    """The tensors that PEFT keeps once: the largest that a module has, of which the others then are parts."""
-    found: dict[str, Tensor] = {}
+    """The tensors that PEFT keeps once, of which each module has the leading part; zero where no module has a part."""
+    parts: dict[str, list[Tensor]] = {}
     for name, tensor in ((n, t) for each in taken for n, t in each.tensors.items() if n.startswith(SHARED)):
-        if name not in found or tensor.numel() > found[name].numel():
-            found[name] = tensor
-    return found
+        parts.setdefault(name, []).append(tensor)
+    sizes = taken[0].method.shared(taken[0].config, [each.place for each in taken])
+    return {name: _joined(tensors, sizes.get(name, ())) for name, tensors in parts.items()}
+
+
+def _joined(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """The tensor, at least of that shape, of which each part is the leading one."""
+    sizes = map(max, zip(*(part.shape for part in parts), *([shape] if shape else [])))
+    whole = parts[0].new_zeros(tuple(sizes))
+    for part in parts:
+        whole[tuple(map(slice, part.shape))] = part
+    return whole
 
 
 def _equal(ours: Tensors, back: Tensors) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -20,6 +21,7 @@ from surgery.diagnostics import Collector, fail
 from surgery.folders import Kind, replacing
 from surgery.peft.methods import METHODS
 from surgery.refused import SWITCHES, refusal
+from surgery.saved import name_of
 
 CONFIG, TENSORS = FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PICKLE = "adapter_model.bin"
@@ -27,6 +29,8 @@ MODEL, SHARED = "base_model.model.", "base_model."  # in front of what belongs t
 
 ADAPTER = Kind("a PEFT adapter", frozenset({CONFIG}), (*FILES, "README.md").__contains__)
 TYPES = tuple(dict.fromkeys(m.family.peft_type for m in METHODS))
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)  # whole numbers: places
 
 # The class of transformers that a model is for each of PEFT's tasks that need a head.
 _TASKS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -67,11 +71,12 @@ class Folder:
     def _config(self) -> dict[str, Any]:
         try:
             found = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             return self._fault(f"cannot read {CONFIG}: {getattr(error, 'strerror', None) or error}") or {}
         if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
             return self._fault(f"{CONFIG} names no `peft_type`") or {}
         wrong = [name for name, fits in _FIELDS.items() if not fits(found.get(name))]
+        wrong += [name for name in _numbers(found["peft_type"]) if name in found and not _is_number(found[name])]
         if wrong:
             self._fault(f"{CONFIG} has what cannot stand there as {', '.join(wrong)}")
         return found
@@ -99,7 +104,9 @@ class Folder:
 
     def _file(self, name: str, tensor: Tensor) -> None:
         """Put a tensor where it belongs."""
-        if not tensor.isfinite().all():
+        if tensor.dtype not in _DTYPES:
+            self._fault(f"{name} is of dtype {name_of(tensor.dtype)}, which no adapter is trained in")
+        elif not tensor.isfinite().all():
             self._fault(f"{name} is not finite", "the training that made it diverged")
         elif name.startswith(MODEL):
             self.tensors[name.removeprefix(MODEL)] = tensor
@@ -151,6 +158,15 @@ def _is_layers(value: Any) -> bool:
 
 def _is_table(value: Any) -> bool:
     return value is None or isinstance(value, dict)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _numbers(kind: str) -> tuple[str, ...]:
+    """The fields that must be numbers."""
+    return tuple(dict.fromkeys(n for m in METHODS if m.family.peft_type == kind for n in m.parameters.fields))
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {

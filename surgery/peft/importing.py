@@ -21,14 +21,21 @@ from surgery.operate import Surgeon, prepare
 from surgery.peft.folder import TENSORS, Folder
 from surgery.peft.method import Config
 from surgery.peft.methods import METHODS
-from surgery.peft.modules import fits_end, named
-from surgery.peft.taken import WHOLE, Taken, drawn_again, no_row, row
+from surgery.peft.modules import fits_end, named, ties
+from surgery.peft.taken import WHOLE, Taken, drawn_again, no_row, row, unheard_of
 from surgery.peft.tensors import Place, Tensors
 from surgery.peft.values import values
 from surgery.peft.wording import Group, one_spec, train_spec
 from surgery.saved import compare
 from surgery.sites import Survey
 from surgery.syntax.tree import Spec
+
+
+# What fields and tensors give that no layer can have, as a rank of 0.
+_IMPOSSIBLE = (ArithmeticError, TypeError, ValueError, RuntimeError)
+# With `bias = "all"` PEFT saves the biases of modules that it saves whole twice more, under names of its own wrapper's,
+# and reads neither where the adapter is on.
+_AGAIN = (".modules_to_save.", ".original_module.")
 
 
 def import_peft(model: nn.Module, folder: str | PathLike) -> Surgeon:
@@ -86,8 +93,9 @@ class _Reader:
                       tuple(f"{t.name}." for t in whole))
         surgeon = self._prepared(self._spec(weights, said.trained))
         self._raise(*self._misshapen(surgeon, weights), *said.faults)
-        ours = {name: tensor for t in weights for name, tensor in t.ours().items()}
+        ours = {name: tensor for t in weights for name, tensor in self._ours(t).items()}
         known = surgeon.named_tensors()  # a shared tensor has the name of its first module alone
+        self._raise(*self._faults(), *_of_another_kind(ours, known))
         return Imported(surgeon, {**{n: t for n, t in ours.items() if n in known}, **said.trained},
                         (*self.report.warnings, *surgeon.plan.warnings))
 
@@ -122,6 +130,14 @@ class _Reader:
             return self._fault(name, "bad-adapter", f"adapter_config.json does not say {error.args[0]}")
         except SurgeryError as error:
             return self._fault(name, "bad-adapter", f"in adapter_config.json, {error.diagnostics[0].message}")
+        except _IMPOSSIBLE as error:
+            return self._fault(name, "bad-adapter", f"adapter_config.json says what cannot be: {error}")
+
+    def _ours(self, taken: Taken) -> Tensors:
+        try:
+            return taken.ours()
+        except _IMPOSSIBLE as error:
+            return self._fault(taken.name, "bad-adapter", f"{TENSORS} holds what does not go together: {error}") or {}
 
     def _with_drawn(self, taken: list[Taken]) -> list[Taken]:
         """The modules with the tensors that PEFT draws again, unless they are given."""
@@ -129,7 +145,9 @@ class _Reader:
             return [replace(t, tensors={**more, **t.tensors}) for t, more in zip(taken, drawn_again(taken))]
         except KeyError as error:
             self._fault(taken[0].name, "bad-adapter", f"adapter_config.json does not say {error.args[0]}")
-            return taken
+        except _IMPOSSIBLE as error:
+            self._fault(taken[0].name, "bad-adapter", f"adapter_config.json says what cannot be: {error}")
+        return taken
 
     def _no_row(self, name: str, place: Place) -> None:
         if place.layout != WHOLE:
@@ -143,7 +161,10 @@ class _Reader:
     def _faults(self) -> Iterator[Diagnostic]:
         for (code, message), names in self.faults.items():
             yield Diagnostic(code, message, notes=(f"for {listed(names)}",))
-        if not self.names:
+        unheard = "" if self.names else unheard_of(self.config, "")
+        if unheard:
+            yield Diagnostic("unknown-method", unheard)
+        elif not self.names:
             yield Diagnostic("no-match", f"target_modules names no module of this {type(self.model).__name__}: "
                              f"{self.config.get('target_modules')}", helps=self._near())
 
@@ -166,7 +187,7 @@ class _Reader:
 
     def _tied_together(self, taken: Sequence[Taken]) -> Iterator[Diagnostic]:
         both = [t.weight_name for t in taken if t.weight_name in self.tied]
-        if both and self.config.get("ensure_weight_tying"):
+        if both and ties(self.config, "target_modules"):
             yield Diagnostic("tied-weight", f"PEFT was told to put one adapter on `{both[0]}` and on what it is tied to, "
                              "and a target is one weight")
 
@@ -195,6 +216,15 @@ class _Reader:
         return report.found
 
 
+def _of_another_kind(ours: Tensors, known: Tensors) -> Iterator[Diagnostic]:
+    """Whole numbers in the place of real ones, or the other way round; parts of shared tensors that are too small."""
+    wrong = [n for n, t in ours.items() if n in known and (
+        t.shape != known[n].shape or t.is_floating_point() != known[n].is_floating_point())]
+    if wrong:
+        yield Diagnostic("bad-adapter", f"{TENSORS} holds tensors of a size or a dtype that they cannot have",
+                         notes=(f"for {listed(wrong)}",))
+
+
 def _of_whole(taken: Sequence[Taken]) -> dict[str, Tensor]:
     """The parameters of modules that are trained as a whole; what is none of theirs keeps its name, which nothing has."""
     found: dict[str, Tensor] = {}
@@ -212,6 +242,8 @@ def _split(tensors: Tensors, names: Sequence[str], model: nn.Module) -> tuple[di
     rest: dict[str, Tensor] = {}
     modules, parameters = set(names), {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for key, tensor in tensors.items():
+        if any(part in key and key.replace(part, ".") in tensors for part in _AGAIN):
+            continue
         plain, parts = key.replace(".base_layer.", "."), key.split(".")
         owner = next((n for i in range(len(parts) - 1, 0, -1) if (n := ".".join(parts[:i])) in modules), None)
         if owner is None or plain in parameters:

@@ -22,7 +22,10 @@ NO_BIAS = ("none", None)
 
 
 class Translation(Protocol):
-    """How PEFT's configuration says our spec's parameters, for one module."""
+    """How PEFT's configuration says our spec's parameters, for one module; `fields` are those that it reads, numbers all."""
+
+    @property
+    def fields(self) -> tuple[str, ...]: ...
 
     def to_ours(self, config: Config, place: Place) -> dict[str, Any]: ...
 
@@ -36,6 +39,10 @@ class Renamed:
 
     names: Mapping[str, str]
     placed: Callable[[Config, Place], dict[str, Any]] = lambda config, place: {}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return tuple(self.names.values())
 
     def to_ours(self, config: Config, place: Place) -> dict[str, Any]:
         return {**{ours: config[theirs] for ours, theirs in self.names.items()}, **self.placed(config, place)}
@@ -79,7 +86,8 @@ class Method:
     `refuses`: why PEFT or our spec has no such layer, if so.
 
     `again`: the tensors of each module (in the model's order) that PEFT draws again from a seed rather than saves;
-    `derived`: those that it saves and, where they are missing, works out from the frozen weight; `rewrites`: whether
+    `shared`: the shapes of the tensors that PEFT keeps once and of which no one module may need the whole; `derived`:
+    those that it saves and, where they are missing, works out from the frozen weight; `rewrites`: whether
     PEFT takes what the adapter starts as off the frozen weight; `needs_cuda`: whether PEFT does another method where
     there is none.
     """
@@ -93,6 +101,7 @@ class Method:
     refuses: Callable[[Config, Place], str] = lambda config, place: ""
     target: int = 0
     again: Callable[[Config, Sequence[Place]], Sequence[Tensors]] = lambda config, places: [{} for _ in places]
+    shared: Callable[[Config, Sequence[Place]], Mapping[str, tuple[int, ...]]] = lambda config, places: {}
     derived: tuple[str, ...] = ()
     rewrites: bool = False
     needs_cuda: bool = False

@@ -21,6 +21,7 @@ from surgery.sites import output_embedding
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIERS = ("score", "classifier")  # what the head of a text classifier is called
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # by these names PEFT knows what may be tied
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
@@ -89,6 +90,19 @@ def saved_whole(wanted: Iterable[str] | None, model: nn.Module) -> list[str]:
     names."""
     ends = tuple(wanted or ())
     return [name for name, _ in modules(model, aliases=True) if name and name.endswith(ends)]
+
+
+def ties(config: Config, chooser: str) -> bool:
+    """Whether PEFT keeps tied weights together that a field names, as it was told to: it looks for two names alone, and first
+    among the modules to save."""
+    told = (field for field in ("modules_to_save", "target_modules") if _names_embedding(config.get(field)))
+    return bool(config.get("ensure_weight_tying")) and next(told, None) == chooser
+
+
+def _names_embedding(wanted: str | Iterable[str] | None) -> bool:
+    if isinstance(wanted, str):
+        return any(_regular(wanted).fullmatch(name) for name in _EMBEDDINGS)
+    return any(name.rpartition(".")[2] in _EMBEDDINGS for name in wanted or ())
 
 
 def resolved(config: Config, family: Family, name: str) -> dict[str, Any]:

@@ -24,6 +24,10 @@ class _Block:
     names: Mapping[str, str]
     fit: Callable[[int, int], int] = lambda whole, wanted: wanted
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.size, self.count, *self.names.values()
+
     def to_ours(self, config: Config, place: Place) -> dict[str, Any]:
         size, count = config[self.size], config[self.count]
         block = self.fit(place.in_, size) if size else place.in_ // self.fit(place.in_, count)

@@ -108,16 +108,21 @@ def at(config: Config, method: Method, name: str) -> dict[str, Any]:
 
 def no_row(config: Config, site: Site, place: Place) -> str:
     """Why no row says what PEFT does to a module: the layer, or switches that no row knows."""
+    if unheard := unheard_of(config, site.name):
+        return unheard
     kind = config["peft_type"]
-    rows = [m for m in METHODS if m.family.peft_type == kind]
-    fitting = [m for m in rows if m.fits(at(config, m, site.name)) and not _unknown(config, m)]
-    if fitting:
-        there = (m.refuses(at(config, m, site.name), place) for m in fitting if place.layout in m.tensors)
-        why = next(filter(None, there), "no spec here says what it does there")
-        return f"PEFT's {kind} on a {site.layout.name}: {why}"
-    nearest = min((_misfits(at(config, m, site.name), m) for m in rows), key=len)
+    fitting = [m for m in METHODS if not _misfits(at(config, m, site.name), m) and m.family.peft_type == kind]
+    there = (m.refuses(at(config, m, site.name), place) for m in fitting if place.layout in m.tensors)
+    why = next(filter(None, there), "no spec here says what it does there")
+    return f"PEFT's {kind} on a {site.layout.name}: {why}"
+
+
+def unheard_of(config: Config, name: str) -> str:
+    """What no row knows of the switches of a configuration as it holds for a module; nothing where some row does."""
+    kind = config["peft_type"]
+    nearest = min((_misfits(at(config, m, name), m) for m in METHODS if m.family.peft_type == kind), key=len)
     said = ", ".join(f"{name} = {value!r}" for name, value in nearest.items())
-    return f"no spec here says what PEFT's {kind} does with {said}"
+    return f"no spec here says what PEFT's {kind} does with {said}" * bool(nearest)
 
 
 def _misfits(config: Config, method: Method) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from surgery.claims import tied
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.peft.folder import TENSORS
 from surgery.peft.method import Config
-from surgery.peft.modules import saved_whole
+from surgery.peft.modules import saved_whole, ties
 from surgery.saved import compare, shapes
 from surgery.sites import Survey
 
@@ -42,7 +42,7 @@ def values(given: Mapping[str, Tensor], config: Config, survey: Survey, taken_we
         return Values({}, tuple(report.found))
     asked = _asked(given, config, model, whole)
     changed = {n: t for n, t in given.items() if n in asked or not _same(t, stored[n])}
-    together = bool(config.get("ensure_weight_tying"))
+    together = ties(config, "modules_to_save")
     report.add(*_of_buffers(changed, model), *_of_operated(changed, taken_weights),
                *(() if together else _parted(changed, given, survey)))
     first = {id(p): n for n, p in model.named_parameters()}
