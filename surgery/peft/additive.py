@@ -196,7 +196,8 @@ def _lokr(whole: bool, split: bool) -> Callable[[Config, Place], str]:
         scrambled = whole and len(place.kernel) == 1
         fits = (2 * config["r"] >= longer) == whole and (whole or (factor > 0 or prod(place.kernel) > 1) == split)
         other = factor > 0 and any(_split(n, factor) != _divisor(n, factor) for n in (place.out, channels))
-        return solid(config, place) or "split otherwise" * (not fits or other or scrambled)
+        why = "PEFT splits its sizes otherwise than any spec here"
+        return solid(config, place) or why * (not fits or other or scrambled)
 
     return refuses
 
