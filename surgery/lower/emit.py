@@ -113,7 +113,7 @@ class Emitter:
             return f"put({base}, {', '.join(args)})"
         name, word = _FACTORS[z.op]
         into = f"{base}.{name}_(" if self._may_overwrite(y, node) else f"torch.{name}({base}, "
-        return f"{into}{', '.join(args)}{_times(factor, word)})"
+        return f"{into}{', '.join(args)}{_factor(factor, word)})"
 
     def _is_taken_in(self, z: Expr) -> bool:
         fits = all(a.shape == z.shape for a in z.args) if z.op == "mul" else len(z.shape) == 2
@@ -129,7 +129,7 @@ class Emitter:
             return None
         self.fused.add(term)
         into = f"{base}.add_(" if self.owner and self._may_overwrite(y, node) else f"torch.add({base}, "
-        return f"{into}{added}{_times(factor, 'alpha')})"
+        return f"{into}{added}{_factor(factor, 'alpha')})"
 
     def _in_place(self, node: Expr, y: Expr, z: Expr) -> str | None:
         return f"{self.value(y)}.add_({self.value(z)})" if self.owner and self._may_overwrite(y, node) else None
@@ -182,7 +182,7 @@ def _multiple(term: Expr) -> tuple[float | None, Expr]:
     return 1.0 if scalar is None else value_of(scalar), rest
 
 
-def _times(factor: float, word: str) -> str:
+def _factor(factor: float, word: str) -> str:
     return "" if factor == 1.0 else f", {word}={factor!r}"
 
 
