@@ -28,7 +28,7 @@ on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
 def plainly() -> Iterator[None]:
     """Inside, autograd sees every part of a body."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "_is_traced", lambda: True)
+        patch.setattr(program, "is_traced", lambda: True)
         yield
 
 
@@ -114,7 +114,7 @@ IN, OUT = ((40, 192), "float32"), ((40, 256), "float32")
     ("pre diagonal() on in", [IN]),
     ("pre block_orthogonal(8) on in", [IN]),
     ("pre householder(2) on in", [IN]),
-    ("add low_rank(2) dropout(0.5)", [((40, 192), "bool"), IN]),
+    ("add low_rank(2) dropout(0.1)", [IN]),  # and the places of the few that are dropped
     ("add low_rank(2)  post magnitude()", [IN, OUT]),
     ("pre diagonal() on in  add low_rank(2)  post diagonal() on in", [IN]),
 ])
@@ -227,8 +227,45 @@ def test_kernels_are_the_plain_formulas(dtype, rows):
     assert_close(kernels.blocks(a.unflatten(0, (1, -1)), t), (a.double() @ wide)[None], tolerance)
     product = (a.double().mT @ b.double()).unflatten(0, (4, 3)).unflatten(-1, (4, 3))
     assert_close(kernels.block_dot(a, b, s), torch.stack([product[i, :, i] for i in range(4)]), tolerance)
-    mask = kernels.mask(a, 0.25)
-    assert mask.dtype == torch.bool and torch.equal(kernels.masked(a, mask), a * mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 300])
+def test_masks_as_places_and_as_bits(dtype, rows):
+    torch.manual_seed(0)
+    a, y, m = torch.randn(rows, 4).to(dtype), torch.randn(rows, 12).to(dtype), torch.randn(4, 12).to(dtype)
+    places = kernels.mask(y, 0.25)
+    bits = torch.zeros(y.numel(), dtype=torch.bool).index_fill(0, places.long(), True).view(y.shape)
+    assert bits.sum() == len(places) and (rows < 300 or 750 < len(places) < 1050)
+    for mask in (places, bits):
+        assert torch.equal(kernels.masked(y, mask), y * ~bits)
+        assert torch.equal(kernels.masked(y.mT, mask if mask is places else bits.view(12, -1)).flatten(), y.mT.flatten() * ~bits.flatten())
+        into = y.clone()
+        assert kernels.add_masked(into, a, m, mask, alpha=2.0) is into
+        assert_close(into, y.double() + 2 * (a.double() @ m.double()) * ~bits, 60 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("p", [1e-5, 0.05, 0.5, 0.95])
+def test_each_entry_is_dropped_with_its_chance_and_by_itself(p):
+    """The share of 4 million entries that is dropped, of pairs at some distances, and of each entry of a small one."""
+    torch.manual_seed(0)
+    count = 4_000_000
+    dropped = torch.zeros(count, dtype=torch.bool)
+    dropped[kernels.mask(torch.empty(count), p).long()] = True
+    assert_share(dropped, p)
+    for distance in (1, 2, 7, 1024):
+        assert_share(dropped[:-distance] & dropped[distance:], p * p)
+    few = torch.zeros(20_000, 5, dtype=torch.bool)
+    for row in few:
+        row[kernels.mask(torch.empty(5), p).long()] = True
+    for entry in few.unbind(1):
+        assert_share(entry, p)
+
+
+def assert_share(found: Tensor, p: float) -> None:
+    """Within five standard deviations (those of overlapping pairs are up to 1.4 times as large), and one entry."""
+    share, deviation = found.double().mean().item(), (p * (1 - p) / len(found)) ** 0.5
+    assert abs(share - p) < 7 * deviation + 1 / len(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

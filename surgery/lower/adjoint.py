@@ -57,7 +57,12 @@ def _parts(output: Expr, leaves: Sequence[Expr]) -> dict[Expr, list[Expr]] | Non
 
 def _sum(terms: list[Expr], shape: Shape) -> Expr:
     """The sum of the terms, products last: those are accumulated into what stands before them."""
-    return simplify(total(sorted(map(simplify, terms), key=lambda term: scaled(term)[1].op == "matmul"), shape))
+    return simplify(total(sorted(map(simplify, terms), key=_is_product), shape))
+
+
+def _is_product(term: Expr) -> bool:
+    rest = scaled(term)[1]
+    return (rest.args[0] if rest.op == "masked" else rest).op == "matmul"
 
 
 def _keeping(raw: list[Expr]) -> Gradients:
@@ -134,6 +139,12 @@ def _scale(node: Expr, g: Expr) -> tuple[Expr, Expr]:
     return make("scale", g, d), _node("column_dot", d.shape, _flat(g), _flat(_forward(a)))
 
 
+def _masked(node: Expr, g: Expr) -> tuple[Expr]:
+    scalar, rest = scaled(g)
+    masked = _node("masked", g.shape, rest, _forward(node.args[1]))
+    return (masked if scalar is None else times(scalar, masked),)
+
+
 def _blocks(node: Expr, g: Expr) -> tuple[Expr, Expr]:
     a, s = node.args
     return make("blocks", g, make("T", s)), _node("block_dot", s.shape, _flat(_forward(a)), _flat(g), s)
@@ -192,7 +203,7 @@ RULES: dict[str, Callable[[Expr, Expr], tuple[Expr, ...]]] = {
     "mixed": _mixed,
     "frozen": lambda node, g: (_node("frozen_back", node.args[0].shape, g),),
     "frozen_back": _frozen_back,
-    "masked": lambda node, g: (_node("masked", g.shape, g, _forward(node.args[1])),),
+    "masked": _masked,
     "side_by_side": _side_by_side,
     "T": lambda node, g: (_turned(g),),
     "split": lambda node, g: (_node("join", node.args[0].shape, g),),

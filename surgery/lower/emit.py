@@ -96,7 +96,7 @@ class Emitter:
 
     def _sum(self, node: Expr) -> str | None:
         """y + z, with what z is a product or a multiple of, or sparse, taken into the same pass, and into y when y is fresh."""
-        ways = (self._taken_in, self._with_multiple, self._in_place)
+        ways = (self._taken_in, self._masked_in, self._with_multiple, self._in_place)
         both = [pair for pair in (node.args, node.args[::-1]) if node.shape and pair[0].shape == pair[1].shape == node.shape]
         return next((text for way in ways for y, z in both if (text := way(node, y, z))), None)
 
@@ -118,6 +118,18 @@ class Emitter:
     def _is_taken_in(self, z: Expr) -> bool:
         fits = all(a.shape == z.shape for a in z.args) if z.op == "mul" else len(z.shape) == 2
         return z.op in ("scatter", *_FACTORS) and fits and self.uses[z] == 1 and z not in self.names
+
+    def _masked_in(self, node: Expr, y: Expr, term: Expr) -> str | None:
+        """y + c masked(a m), no matrix of the size of y made for a m."""
+        factor, z = _multiple(term)
+        product = z.args[0] if z.op == "masked" else z
+        if factor is None or not (z.op == "masked" and product.op == "matmul" and self.uses[z] == self.uses[product] == 1):
+            return None
+        base, *args = map(self.value, (y, *product.args, z.args[1]))
+        if not (self.owner and self._may_overwrite(y, node)):
+            return None
+        self.fused |= {term, z, product}
+        return f"add_masked({base}, {', '.join(args)}{_factor(factor, 'alpha')})"
 
     def _with_multiple(self, node: Expr, y: Expr, term: Expr) -> str | None:
         """y + c z."""

@@ -14,6 +14,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from surgery.layout import Layout
+from surgery.lower.kernels import mask, masked
+
+
+def is_traced() -> bool:
+    """Whether something looks into the program that knows autograd's own operations better than a node of ours: a compiler
+    (which plans the backward pass itself), a transform of torch.func, forward differentiation."""
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or transformed
 
 
 class Frozen:
@@ -77,7 +85,7 @@ class Frozen:
         return (rows.to(self.weight.dtype) @ self.weight).to(rows.dtype)
 
     def dropout(self, x: Any, p: float) -> Any:
-        return F.dropout(x, p)
+        return F.dropout(x, p) if is_traced() else masked(x, mask(x, p)) / (1 - p)
 
 
 class FrozenLinear(Frozen):

@@ -6,6 +6,8 @@ device, no copy of an activation.
 
 from __future__ import annotations
 
+from math import log1p
+
 import torch
 from torch import Tensor
 
@@ -89,14 +91,41 @@ def mixed_dot(x: Tensor, g: Tensor) -> Tensor:
 
 
 def mask(a: Tensor, p: float) -> Tensor:
-    """Which entries of an activation dropout keeps, one byte each."""
-    return torch.empty_like(a, dtype=torch.bool).bernoulli_(1 - p)
+    """What dropout takes out of an activation, each entry with the chance p: on a CPU the places of those entries, counted
+    along it (they are few, and their gaps are quickly drawn); elsewhere True for each, [*a.shape]."""
+    if a.device.type == "cpu":
+        return _places(a.numel(), p)
+    return torch.empty_like(a, dtype=torch.bool).bernoulli_(p)
 
 
-def masked(a: Tensor, kept: Tensor) -> Tensor:
-    """a where it is kept, and 0."""
-    return torch.where(kept, a, 0.0)
+def _places(count: int, p: float) -> Tensor:
+    """Which of `count` entries chance takes: the gaps between them are geometric. (More than are drawn here would be taken
+    once in 1e15.)"""
+    draws = int(count * p + 8 * (count * p) ** 0.5) + 8
+    gaps = torch.rand(draws).neg_().log1p_().mul_(1 / log1p(-p)).to(torch.int64).add_(1)
+    places = gaps.cumsum(0).sub_(1)
+    return places[:int(torch.searchsorted(places, count))].to(torch.int32 if count < 2**31 else torch.int64)
+
+
+def masked(a: Tensor, mask: Tensor) -> Tensor:
+    """a with 0 where the mask says so."""
+    if mask.dtype == torch.bool:
+        return a.masked_fill(mask, 0.0)
+    result = a.clone(memory_format=torch.contiguous_format)
+    result.view(-1)[mask.long()] = 0.0
+    return result
+
+
+def add_masked(y: Tensor, a: Tensor, m: Tensor, mask: Tensor, alpha: float = 1.0) -> Tensor:
+    """y + alpha masked(a m), into y: [t, n], [t, r], [r, n] -> [t, n]."""
+    if mask.dtype == torch.bool:
+        return y.add_(masked(a @ m, mask), alpha=alpha)
+    flat, places = y.view(-1), mask.long()
+    before = flat.take(places)
+    y.addmm_(a, m, alpha=alpha)
+    flat.put_(places, before)
+    return y
 
 
 KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, block_dot, circulate_back, circulate_dot, mixed, mixed_back,
-                                   mixed_dot, mask, masked)}
+                                   mixed_dot, mask, masked, add_masked)}

@@ -25,6 +25,7 @@ from surgery.lower.choose import Candidate, candidate, candidates, offset
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost
 from surgery.lower.emit import TEMPLATES, Emitter, without_gradient
+from surgery.lower.frozen import is_traced
 from surgery.lower.moves import MOVES
 from surgery.rewrite.cheap import cheapest
 
@@ -57,7 +58,7 @@ class Program:
 
     def run(self, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor:
         """The body: as one node of autograd where the layer's map and its transpose are products with a weight at hand."""
-        known = layer.is_product and not (_is_traced() or layer.is_trained)
+        known = layer.is_product and not (is_traced() or layer.is_trained)
         y = step.run(self.plan.written, layer.as_dtype(x.dtype), x, values) if known else None
         return self.body(layer, x, *values) if y is None else y
 
@@ -69,13 +70,6 @@ class Program:
     def reads_weight(self) -> bool:
         """Whether the code reads the frozen weight itself at every step."""
         return self.plan.reads_weight
-
-
-def _is_traced() -> bool:
-    """Whether something looks into the program that knows autograd's own operations better than a node of ours: a compiler
-    (which plans the backward pass itself), a transform of torch.func, forward differentiation."""
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or transformed
 
 
 @lru_cache(maxsize=None)

@@ -57,7 +57,7 @@ def step(body: Expr, needs: tuple[bool, ...]) -> Step | None:
 
 
 def _with_masks(body: Expr) -> Expr:
-    """Dropout as a mask, a byte for each entry, and a scaling that goes to a thin factor."""
+    """Dropout as a mask, and a scaling that goes to a thin factor."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         if node.op != "dropout":
             return Expr(node.op, args, node.data, node.shape)
