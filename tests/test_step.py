@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, perturb
-from surgery.expr.ir import walk
-from surgery.expr.primitives import PRIMITIVES
+from surgery.expr.ir import Expr, walk
+from surgery.expr.primitives import PRIMITIVES, make
 from surgery.lower import activate, kernels, program
+from surgery.lower.emit import Emitter
 from surgery.lower.step import step
 from surgery.measure import peak_bytes
 from surgery.operate import apply
@@ -129,6 +130,32 @@ def test_nothing_is_kept_where_nothing_trains():
         parameter.requires_grad_(False)
     x = torch.randn(40, 192, requires_grad=True)
     assert kept(lambda: model(x), model) == []
+
+
+def emitted(*outputs: Expr, **values: Tensor) -> list[Tensor]:
+    """What the lines of a region that owns its values give."""
+    leaves = {node: node.data for output in outputs for node in walk(output) if node.op == "param"}
+    emitter = Emitter(dict(leaves), "y", outputs, in_place=True, owner=True)
+    names = [emitter.value(output) for output in outputs]
+    scope = {"torch": torch, **values}
+    exec("\n".join(line for _, line in emitter.lines), scope)
+    return [scope[name] for name in names]
+
+
+def test_what_reads_itself_or_is_an_output_is_not_written_over():
+    a, b = Expr("param", (), "a", (3, 3)), Expr("param", (), "b", (3, 3))
+    y = make("matmul", a, b)
+    turned = make("T", y)
+    values = {"a": torch.randn(3, 3), "b": torch.randn(3, 3)}
+    product = values["a"] @ values["b"]
+    for outputs, expected in [
+        ([make("add", y, turned)], [product + product.T]),
+        ([make("add", y, make("matmul", y, b))], [product + product @ values["b"]]),
+        ([turned, make("add", y, b)], [product.T, product + values["b"]]),
+        ([make("add", y, b), turned], [product + values["b"], product.T]),
+    ]:
+        for found, wanted in zip(emitted(*outputs, **values), expected):
+            assert_close(found, wanted.double(), 1e-6, str(outputs))
 
 
 # ------------------------------------------------------------------------------------------------ beside other code

@@ -27,12 +27,13 @@ TEMPLATES = {
     "dropout": "layer.dropout({}, {data[0]!r})", "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})",
     "mask": "mask({}, {data[0]!r})", "flat": "{}.flatten(0, -2)", "between": "{}[:, {data[0]}:{data[1]}]",
 }
-# Values that nothing else holds, and that no backward pass of autograd's reads.
+# Values that nothing else holds, and that no backward pass of autograd's reads. (Where autograd does not look on, all that are
+# computed and no views.)
 FRESH = {"frozen", "matmul", "add", "scale", "mul", "masked", "run", "frozen_back"}
 # What is added to a value without being one itself, and how the factor of it is called.
 _FACTORS = {"matmul": ("addmm", "alpha"), "mul": ("addcmul", "value")}
 _NARROW = 8  # how much wider the other side is than one with few columns
-VIEWS = {"T", "split", "join", "flat", "between"}
+VIEWS = {"T", "split", "join", "flat", "between", "swap"}
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Emitter:
     fused: set[Expr] = field(default_factory=set)  # computed inside of what reads them
 
     def __post_init__(self) -> None:
+        self.given = frozenset(self.names)
         self.readers = readers(*self.outputs)
         self.uses = Counter({node: len(found) for node, found in self.readers.items()}) + Counter(self.outputs)
 
@@ -112,7 +114,7 @@ class Emitter:
         if z.op == "scatter":
             return f"put({base}, {', '.join(args)})"
         name, word = _FACTORS[z.op]
-        into = f"{base}.{name}_(" if self._may_overwrite(y, node) else f"torch.{name}({base}, "
+        into = f"{base}.{name}_(" if z not in self._reading(y) and self._may_overwrite(y, node) else f"torch.{name}({base}, "
         return f"{into}{', '.join(args)}{_factor(factor, word)})"
 
     def _is_taken_in(self, z: Expr) -> bool:
@@ -166,17 +168,25 @@ class Emitter:
 
     def _may_overwrite(self, y: Expr, node: Expr) -> bool:
         """Whether `node` may be written into y. What else reads y is then computed before."""
-        if not self.in_place or y.op not in FRESH or y in self.outputs or y in self.overwritten:
+        if not (self.in_place and self._is_fresh(y)) or self._is_output(y) or y in self.overwritten:
             return False
         if not self.owner:
             return self.uses[y] == 1
-        others = [r for r in self._reading(y) if r is not node and r not in self.names and r not in self.fused]
-        if any(node in walk(r) or self._is_accumulated(r) for r in others):
+        reading = list(self._reading(y))
+        others = [r for r in reading if r is not node and r not in self.names and r not in self.fused]
+        if reading.count(node) > 1 or any(node in walk(r) or self._is_accumulated(r) for r in others):
             return False
         self.overwritten.add(y)
         for other in others:
             self.value(other)
         return True
+
+    def _is_fresh(self, y: Expr) -> bool:
+        return bool(y.args) and y.op not in VIEWS and y not in self.given if self.owner else y.op in FRESH
+
+    def _is_output(self, y: Expr) -> bool:
+        """Whether y or a view of it is one."""
+        return y in self.outputs or any(r.op in VIEWS and self._is_output(r) for r in self.readers.get(y, ()))
 
     def _is_accumulated(self, node: Expr) -> bool:
         """Whether it is what a sum may take in without its being a value of its own."""
