@@ -123,6 +123,23 @@ def test_an_activation_is_kept_only_where_a_gradient_needs_it(steps, expected):
     assert saved(steps) == expected
 
 
+@pytest.mark.parametrize("core", ["B @ R @ diag(d) @ A", "B @ diag(d) @ R.T @ A", "(A.T @ diag(d) @ R @ B.T).T",
+                                  "2 * (B @ (R * R @ diag(d)) @ A)"])
+@pytest.mark.parametrize("sizes", [(192, 256), (256, 192)])
+def test_a_small_trained_factor_between_frozen_ones_keeps_no_wide_activation(core, sizes):
+    model = Tower(nn.Linear(*sizes))
+    apply(model, parse(f"""spec s()
+        update own() {{
+          frozen param B[out, 3] ~ normal()
+          frozen param A[3, in] ~ normal()
+          param R[3, 3] = 0
+          param d[3] = 1
+          return {core}
+        }}
+        target linear "**" {{ add own() }}"""))
+    assert kept(lambda: model(torch.randn(40, sizes[0], requires_grad=True)), model) == []
+
+
 def test_nothing_is_kept_where_nothing_trains():
     model = Tower(nn.Linear(192, 256))
     apply(model, parse('spec s()\ntarget linear "**" { add low_rank(2) }'))

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache, partial
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import make
 from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, split_dropout, turned
+from surgery.lower.apart import apart
 from surgery.lower.blockwise import blockwise
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost, body_cost, setup_cost
@@ -83,6 +84,8 @@ def candidates(formula: Formula, kind: str, training: bool, has_bias: bool, is_c
     outputs = {_with_bias(make_output(operand, x, kind), bias, kind): name
                for name, make_output in reversed(STRATEGIES.items())}  # of two ways to one program the first has the name
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
+    outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
+                  for output, name in outputs.items()}, **outputs}
     found = [candidate((output,), unread, name, trained) for output, name in outputs.items()]
     return tuple(sorted(found, key=lambda each: (is_called and each.reads_weight, each.cost(tokens).seconds)))
 

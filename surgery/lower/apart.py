@@ -1,0 +1,44 @@
+"""Products of a trained matrix with one that is not, taken apart where activations meet them.
+
+Takes the expression of a body, and what takes a gradient; gives an equal one. x (T F) with a trained T and a frozen F is
+(x T) F, and x (F T) is (x F) T: the gradient of T is then taken where the activations are as thin as T is, the product
+needs none, and of x F only what T sees is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from surgery.expr.ir import Expr, rebuild
+from surgery.expr.primitives import make
+from surgery.lower.emit import TOKENS
+from surgery.rewrite.structure import is_thin
+
+
+def apart(body: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
+    """The body with such products taken apart (itself where there is none)."""
+    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        acts = node.op == "matmul" and TOKENS in node.args[0].shape
+        return _acted(*args, is_trained) if acts else Expr(node.op, args, node.data, node.shape)
+
+    return rebuild(body, change)
+
+
+def _acted(a: Expr, matrix: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
+    """a M, M taken apart as far as that is of use."""
+    pair = _pair(matrix)
+    if pair is None or is_trained(pair[0]) == is_trained(pair[1]):
+        return make("matmul", a, matrix)
+    return _acted(_acted(a, pair[0], is_trained), pair[1], is_trained)
+
+
+def _pair(matrix: Expr) -> tuple[Expr, Expr] | None:
+    """The factors of a product that is made in the set-up, with no more columns between them than it has itself."""
+    if matrix.op == "T" and (turned := _pair(matrix.args[0])) is not None:
+        return _turn(turned[1]), _turn(turned[0])
+    fits = matrix.op == "matmul" and all(len(part.shape) == 2 for part in matrix.args)
+    return matrix.args if fits and is_thin(matrix.args[0].shape[1], max(matrix.shape)) else None
+
+
+def _turn(matrix: Expr) -> Expr:
+    return matrix.args[0] if matrix.op == "T" else make("T", matrix)
