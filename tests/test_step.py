@@ -255,6 +255,15 @@ def test_an_activation_is_let_go_of_once_it_is_read():
     assert peak < 7.5 * x.nbytes
 
 
+def test_a_block_update_is_written_into_what_it_is_added_to():
+    """Of what is as wide as the layer there are the input, the output and the gradient of the input."""
+    layer = nn.Linear(192, 192, bias=False)
+    apply(Tower(layer), load("gralora", rank=4, grid=2).retarget("**"))
+    x, grad = torch.randn(512, 192), torch.randn(512, 192)
+    peak = peak_bytes(lambda: layer(x.clone().requires_grad_()).backward(grad), x.device)
+    assert peak < 3.5 * x.nbytes
+
+
 # ------------------------------------------------------------------------------------------------------- the kernels
 
 
@@ -269,6 +278,8 @@ def test_kernels_are_the_plain_formulas(dtype, rows):
     assert_close(kernels.column_dot(a, b), (a.double() * b.double()).sum(0), tolerance)
     assert_close(kernels.blocks(a, t), a.double() @ wide, tolerance)
     assert_close(kernels.blocks(a.unflatten(0, (1, -1)), t), (a.double() @ wide)[None], tolerance)
+    c = torch.randn(rows, 8).to(dtype)
+    assert_close(kernels.add_blocks(c.clone(), a, t, 0.5), c.double() + a.double() @ wide / 2, tolerance)
     product = (a.double().mT @ b.double()).unflatten(0, (4, 3)).unflatten(-1, (4, 3))
     assert_close(kernels.block_dot(a, b, s), torch.stack([product[i, :, i] for i in range(4)]), tolerance)
 

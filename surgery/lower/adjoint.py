@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr, Shape, rebuild, walk
 from surgery.expr.primitives import make
+from surgery.lower.work import ACCUMULATED
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.terms import scaled, times, total
 
@@ -62,7 +63,7 @@ def _sum(terms: list[Expr], shape: Shape) -> Expr:
 
 def _is_product(term: Expr) -> bool:
     rest = scaled(term)[1]
-    return (rest.args[0] if rest.op == "masked" else rest).op == "matmul"
+    return (rest.args[0] if rest.op == "masked" else rest).op in ACCUMULATED
 
 
 def _keeping(raw: list[Expr]) -> Gradients:
@@ -115,7 +116,11 @@ def _outer(a: Expr, g: Expr) -> Expr:
     """aᵀ g, summed over all the rows that there are."""
     scalar, rest = scaled(g)
     a, rest = _flat(a), _flat(rest)
-    product = _node("outer", (a.shape[-1], rest.shape[-1]), a, rest)
+    return _times(scalar, _node("outer", (a.shape[-1], rest.shape[-1]), a, rest))
+
+
+def _times(scalar: Expr | None, product: Expr) -> Expr:
+    """The scalar of an activation, if it has one, in front of what comes of it: that is smaller."""
     return product if scalar is None else times(scalar, product)
 
 
@@ -124,8 +129,7 @@ def _turned(g: Expr) -> Expr:
     scalar, rest = scaled(g)
     if rest.op != "outer":
         return make("T", g)
-    product = _node("outer", rest.shape[::-1], *rest.args[::-1])
-    return product if scalar is None else times(scalar, product)
+    return _times(scalar, _node("outer", rest.shape[::-1], *rest.args[::-1]))
 
 
 def _mul(node: Expr, g: Expr) -> tuple[Expr, Expr]:
@@ -142,12 +146,14 @@ def _scale(node: Expr, g: Expr) -> tuple[Expr, Expr]:
 def _masked(node: Expr, g: Expr) -> tuple[Expr]:
     scalar, rest = scaled(g)
     masked = _node("masked", g.shape, rest, _forward(node.args[1]))
-    return (masked if scalar is None else times(scalar, masked),)
+    return (_times(scalar, masked),)
 
 
 def _blocks(node: Expr, g: Expr) -> tuple[Expr, Expr]:
     a, s = node.args
-    return make("blocks", g, make("T", s)), _node("block_dot", s.shape, _flat(_forward(a)), _flat(g), s)
+    scalar, rest = scaled(g)
+    return (_times(scalar, make("blocks", rest, make("T", s))),
+            _times(scalar, _node("block_dot", s.shape, _flat(_forward(a)), _flat(rest), s)))
 
 
 def _frozen_back(node: Expr, g: Expr) -> tuple[Expr]:

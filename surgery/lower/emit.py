@@ -29,9 +29,9 @@ TEMPLATES = {
 }
 # Values that nothing else holds, and that no backward pass of autograd's reads. (Where autograd does not look on, all that are
 # computed and no views.)
-FRESH = {"frozen", "matmul", "add", "scale", "mul", "masked", "run", "frozen_back"}
+FRESH = {"frozen", "matmul", "blocks", "add", "scale", "mul", "masked", "run", "frozen_back"}
 # What is added to a value without being one itself, and how the factor of it is called.
-_FACTORS = {"matmul": ("addmm", "alpha"), "mul": ("addcmul", "value")}
+_FACTORS = {"matmul": ("addmm", "alpha"), "mul": ("addcmul", "value"), "blocks": ("add_blocks", "alpha")}
 _NARROW = 8  # how much wider the other side is than one with few columns
 VIEWS = {"T", "split", "join", "flat", "between", "swap"}
 
@@ -114,11 +114,15 @@ class Emitter:
         if z.op == "scatter":
             return f"put({base}, {', '.join(args)})"
         name, word = _FACTORS[z.op]
-        into = f"{base}.{name}_(" if z not in self._reading(y) and self._may_overwrite(y, node) else f"torch.{name}({base}, "
+        overwrites = z not in self._reading(y) and self._may_overwrite(y, node)
+        if z.op == "blocks":
+            return f"add_blocks({base}{'' if overwrites else '.clone()'}, {', '.join(args)}{_factor(factor, word)})"
+        into = f"{base}.{name}_(" if overwrites else f"torch.{name}({base}, "
         return f"{into}{', '.join(args)}{_factor(factor, word)})"
 
     def _is_taken_in(self, z: Expr) -> bool:
         fits = all(a.shape == z.shape for a in z.args) if z.op == "mul" else len(z.shape) == 2
+        fits = fits and (self.owner or z.op != "blocks")  # a kernel of ours, through which autograd does not see
         return z.op in ("scatter", *_FACTORS) and fits and self.uses[z] == 1 and z not in self.names
 
     def _masked_in(self, node: Expr, y: Expr, term: Expr) -> str | None:

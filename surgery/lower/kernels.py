@@ -45,6 +45,13 @@ def blocks(a: Tensor, s: Tensor) -> Tensor:
     return result.unflatten(0, a.shape[:-1])
 
 
+def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
+    """y + alpha a block_diag(s), written into y: [t, b m], [t, b k], [b, k, m]."""
+    for part, into in zip(_parts(a), _parts(y)):
+        _slices(into, len(s)).baddbmm_(_slices(part, len(s)), s, alpha=alpha)
+    return y
+
+
 def block_dot(a: Tensor, g: Tensor, s: Tensor) -> Tensor:
     """aᵀ g on the blocks of the diagonal: [t, b k], [t, b m] -> [b, k, m], the shape of s."""
     result = a.new_zeros(s.shape)
@@ -127,5 +134,5 @@ def add_masked(y: Tensor, a: Tensor, m: Tensor, mask: Tensor, alpha: float = 1.0
     return y
 
 
-KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, block_dot, circulate_back, circulate_dot, mixed, mixed_back,
-                                   mixed_dot, mask, masked, add_masked)}
+KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, add_blocks, block_dot, circulate_back, circulate_dot, mixed,
+                                   mixed_back, mixed_dot, mask, masked, add_masked)}

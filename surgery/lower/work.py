@@ -13,6 +13,7 @@ from surgery.rewrite.terms import scaled, value_of
 # What is not computed: views, and what is there already.
 MADE_ELSEWHERE = {"T", "split", "join", "flat", "between", "detach", "param", "places", "weight", "bias", "x", "value", "kept",
                   "grad", "const", "eye", "drop", "reshape", "columns"}
+ACCUMULATED = {"matmul", "blocks"}  # products that a sum writes into its other term
 FACTORISED = 5e5  # what a factorisation of a small matrix costs beside its arithmetic
 Count = Callable[[Expr], float]
 
@@ -31,11 +32,11 @@ def is_accumulated(node: Expr, reads: Mapping[Expr, Sequence[Expr]]) -> bool:
     """Whether it is a product that a sum takes in: written by the sum, into its other term."""
     over = reads.get(node, ())
     over = reads.get(over[0], ()) if len(over) == 1 and is_taken_in(over[0], reads) else over
-    return node.op == "matmul" and len(over) == 1 and over[0].op == "add"
+    return node.op in ACCUMULATED and len(over) == 1 and over[0].op == "add"
 
 
 def _is_product(term: Expr) -> bool:
-    return scaled(term)[1].op == "matmul"
+    return scaled(term)[1].op in ACCUMULATED
 
 
 def moved(node: Expr, tokens: int) -> float:
