@@ -18,7 +18,8 @@ from surgery.rewrite.algebra import simplify
 from surgery.rewrite.terms import scaled, times, total
 
 LEAVES = {"x", "value", "grad", "kept"}
-AGAIN = {"scale", "masked", "split", "join", "T", "spectrum"}  # one pass, or none, or thereabouts, over what they act on
+# What is made again: in one pass, or thereabouts, over what it acts on, or in none.
+PASSES = {"scale": 1, "masked": 1, "spectrum": 1, "mix": 1, "split": 0, "join": 0, "T": 0}
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,18 @@ def _keeping(raw: list[Expr]) -> Gradients:
     kept: dict[Expr, Expr] = {}
 
     def recall(node: Expr) -> Expr:
-        if node.op in LEAVES:
-            return node
-        if node.op in AGAIN and all(a.op in LEAVES or a in wanted for a in node.args):
-            return Expr(node.op, tuple(map(recall, node.args)), node.data, node.shape)
+        return node if node.op in LEAVES else again(node) if is_cheap(node, 1) else keep(node)
+
+    def is_cheap(node: Expr, passes: int) -> bool:
+        """Whether so many passes make it of leaves and of what is wanted too."""
+        left = passes - PASSES.get(node.op, 2)
+        return left >= 0 and all(a.op in LEAVES or a in wanted or is_cheap(a, left) for a in node.args)
+
+    def again(node: Expr) -> Expr:
+        made = (recall(a) if a.op in LEAVES or a in wanted else again(a) for a in node.args)
+        return Expr(node.op, tuple(made), node.data, node.shape)
+
+    def keep(node: Expr) -> Expr:
         return kept.setdefault(node, Expr("kept", (), len(kept), node.shape))
 
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
