@@ -64,11 +64,14 @@ class Adapter(nn.Module):
     def output(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
         layer = self.frozen(module)
-        program = self._programs[module.training]
         dtype = layer.dtype_of(x)
-        entered = layer.enter(x, dtype)
-        values = self._values(program, layer, self.tensors(), dtype)
-        return layer.leave(program.run(layer, entered, values))
+        entered, tensors = layer.enter(x, dtype), self.tensors()
+        program = self._programs[module.training].at(layer.tokens(entered))
+
+        def make(given: Iterable[torch.Tensor]) -> tuple:
+            return self._values(program, layer, dict(zip(tensors, given)), dtype)
+
+        return layer.leave(program.run(layer, entered, make, tensors))
 
     def _values(self, program: Program, layer: Frozen, leaves: Tensors, cast: torch.dtype | None) -> tuple:
         """The set-up of a program: all that does not depend on the input. Small solves stay in float32 under autocast."""

@@ -17,7 +17,7 @@ from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
 from surgery.lower.cost import Cost, body_cost
-from surgery.lower.choose import frozen_alone
+from surgery.lower.choose import by_tokens, frozen_alone
 from surgery.report import Report
 from surgery.spec import library, load, parse, shipped
 
@@ -68,6 +68,21 @@ def test_the_choice_rests_on_the_tokens():
     assert estimate(wide, 64).candidates[0].strategy == "activations"
     assert estimate(wide, 100_000).candidates[0].strategy == "built weight"
     assert not estimate(wide, 100_000).built  # by choice, not for want of a cheap program
+
+
+@pytest.mark.parametrize("name", ["lora", "boft", "glora", "miss_bat", "randlora", "vera"])
+def test_the_cheapest_program_by_the_number_of_tokens(name):
+    ranges = by_tokens(estimate(name).candidates)
+    ends = [end for end, _ in ranges]
+    assert ends == sorted(set(ends)) and ends[-1] == float("inf")
+    for tokens in (0, 1, 10, 100, 1000, 10_000, 100_000):
+        chosen = next(plan for end, plan in ranges if tokens <= end)
+        assert chosen.cost(tokens).seconds == pytest.approx(estimate(name, tokens).candidates[0].cost(tokens).seconds)
+
+
+def test_a_set_up_is_made_again_where_it_holds_much_and_takes_little():
+    assert estimate("loha").candidates[0].made_again is not None
+    assert all(estimate(name).candidates[0].made_again is None for name in ("lora", "oft", "hira", "fourierft"))
 
 
 def test_the_frozen_layer_is_two_products():

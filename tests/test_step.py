@@ -13,6 +13,8 @@ from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, 
 from surgery.expr.ir import Expr, walk
 from surgery.expr.primitives import PRIMITIVES, make
 from surgery.lower import activate, kernels, program
+from surgery.lower.choose import Candidate
+from surgery.lower.cost import Cost
 from surgery.lower.emit import Emitter
 from surgery.lower.step import step
 from surgery.measure import peak_bytes
@@ -63,6 +65,18 @@ def test_it_is_the_plain_body(case):
 
 
 @on_every_case
+def test_a_set_up_that_is_made_again(case, monkeypatch):
+    monkeypatch.setattr(Candidate, "made_again", property(lambda plan: Cost()))
+    op = operated(case, WIDE)
+    for x in (op.input(), {}):
+        agree(op, {**x, **op.parameters}, x.get("x", op.x))
+    few = dict(list(op.parameters.items())[::2])
+    for key, tensor in op.parameters.items():
+        tensor.requires_grad_(key in few and tensor.is_floating_point())
+    agree(op, {key: tensor for key, tensor in few.items() if tensor.is_floating_point()}, op.x)
+
+
+@on_every_case
 def test_each_choice_of_what_takes_a_gradient(case):
     op = operated(case, WIDE)
     for one in (tensor for tensor in op.parameters.values() if tensor.is_floating_point()):
@@ -97,18 +111,23 @@ def kept(run: Callable[[], Tensor], model: nn.Module) -> list[tuple]:
     return sorted((tuple(t.shape), str(t.dtype).removeprefix("torch.")) for t in found.values() if t.numel() > 8 * 192)
 
 
-TURN = """
+OWN = """
 transform quarter_turn() on n {
   param d[n] = 1
   param e[n] = 0
-  return diag(d) + diag(e) @ kron(I(n / 2), [[0, -1], [1, 0]])
+  return diag(d) + diag(e) @ kron(I(n / 64), kron([[0, -1], [1, 0]], I(32)))
+}
+update gate() {
+  param A[2, in] ~ normal()
+  param B[out, 2] = 0
+  return W * (B @ A)
 }"""
 
 
 def saved(steps: str) -> list[tuple]:
     """What a layer [256, 192] saves of 40 tokens, thin tensors left out."""
     model = Tower(nn.Linear(192, 256))
-    apply(model, parse(f'spec s()\n{TURN}\ntarget linear "**" {{ {steps} }}'))
+    apply(model, parse(f'spec s()\n{OWN}\ntarget linear "**" {{ {steps} }}'))
     perturb(model)
     x = torch.randn(40, 192, requires_grad=True)
     return kept(lambda: model(x), model)
@@ -147,6 +166,23 @@ def test_a_small_trained_factor_between_frozen_ones_keeps_no_wide_activation(cor
         }}
         target linear "**" {{ add own() }}"""))
     assert kept(lambda: model(torch.randn(40, sizes[0], requires_grad=True)), model) == []
+
+
+def test_nothing_of_a_set_up_is_kept_that_is_made_again(monkeypatch):
+    gate = "add gate()"
+    monkeypatch.setattr(Candidate, "made_again", property(lambda plan: None))
+    assert len(saved(gate)) > 1
+    monkeypatch.setattr(Candidate, "made_again", property(lambda plan: Cost()))
+    assert saved(gate) == [IN]
+
+
+def test_a_few_tokens_run_another_program_than_many():
+    model = Tower(nn.Linear(64, 64, bias=False))
+    apply(model, load("lora").retarget("**"))
+    weight = ((64, 64), "float32")
+    for tokens, is_built in ((40, False), (4000, True)):
+        x = torch.randn(tokens, 64, requires_grad=True)
+        assert (weight in kept(lambda: model(x), model)) is is_built
 
 
 def test_nothing_is_kept_where_nothing_trains():

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from math import inf
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import make
@@ -16,7 +17,7 @@ from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, s
 from surgery.lower.apart import apart
 from surgery.lower.blockwise import blockwise
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
-from surgery.lower.cost import Cost, body_cost, setup_cost
+from surgery.lower.cost import Cost, body_cost, has_gradients, made_again, setup_cost
 from surgery.lower.emit import without_gradient
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.structure import is_thin
@@ -64,11 +65,20 @@ class Candidate:
     def needs(self) -> tuple[bool, ...]:
         """Which of the input and the values take a gradient in training: those that a trained parameter reaches."""
         has_ids = any(node.op == "x" and node.data == "ids" for node in walk(self.outputs[0]))
-        return (not has_ids, *(_is_reached(value, self.trained) for value in self.values))
+        return (not has_ids, *self.reached(self.trained))
+
+    def reached(self, trained: frozenset[str]) -> tuple[bool, ...]:
+        """Which of the values take a gradient where the parameters of these keys do."""
+        return tuple(_is_reached(value, trained) for value in self.values)
+
+    @cached_property
+    def made_again(self) -> Cost | None:
+        """What it costs to make the set-up again in the backward pass, if that is better than to hold it until then."""
+        return made_again(self.values, self.fixed) if self.has_body and has_gradients(self.written, self.needs) else None
 
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""
-        made = setup_cost(self.values, self.fixed)
+        made = setup_cost(self.values, self.fixed) + (self.made_again or Cost())
         return made + body_cost(self.written, self.needs, tokens) if self.has_body else made
 
 
@@ -77,6 +87,13 @@ def candidates(formula: Formula, kind: str, training: bool, has_bias: bool, is_c
                tokens: int = TOKENS_SUPPOSED) -> tuple[Candidate, ...]:
     """The programs of a layer's output, the cheapest for so many tokens first. `kind`: linear, conv, embedding.
     `is_called`: the layer has no weight to read, so that programs which do come last."""
+    found = _found(formula, kind, training, has_bias, is_called)
+    return tuple(sorted(found, key=lambda each: (is_called and each.reads_weight, each.cost(tokens).seconds)))
+
+
+@lru_cache(maxsize=None)
+def _found(formula: Formula, kind: str, training: bool, has_bias: bool, is_called: bool) -> tuple[Candidate, ...]:
+    """The programs that there are, in no order."""
     weight = cheapest(formula.weight if training else without_dropout(formula.weight))
     operand = turned(weight) if kind == "embedding" else weight
     x, bias = _input(operand.shape[1], kind), cheapest(formula.bias) if has_bias else None
@@ -86,8 +103,22 @@ def candidates(formula: Formula, kind: str, training: bool, has_bias: bool, is_c
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
     outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
                   for output, name in outputs.items()}, **outputs}
-    found = [candidate((output,), unread, name, trained) for output, name in outputs.items()]
-    return tuple(sorted(found, key=lambda each: (is_called and each.reads_weight, each.cost(tokens).seconds)))
+    return tuple(candidate((output,), unread, name, trained) for output, name in outputs.items())
+
+
+def by_tokens(programs: Sequence[Candidate]) -> tuple[tuple[float, Candidate], ...]:
+    """Which program is the cheapest up to how many tokens, in rising order: a cost is a straight line over the tokens."""
+    start = {each: each.cost(0).seconds for each in programs}
+    slope = {each: (each.cost(TOKENS_SUPPOSED).seconds - start[each]) / TOKENS_SUPPOSED for each in programs}
+    at, now, found = 0.0, min(programs, key=lambda each: (start[each], slope[each])), []
+    while flatter := [each for each in programs if slope[each] < slope[now]]:
+        ends = {each: (start[each] - start[now]) / (slope[now] - slope[each]) for each in flatter}
+        following = min(flatter, key=lambda each: (ends[each], slope[each]))
+        if ends[following] > at:
+            at = ends[following]
+            found.append((at, now))
+        now = following
+    return (*found, (inf, now))
 
 
 def _input(width: int, kind: str) -> Expr:
@@ -111,6 +142,7 @@ def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strate
     return Candidate(strategy, outputs, values, _fixed(values), has_body, trained)
 
 
+@lru_cache(maxsize=4096)
 def _is_reached(value: Expr, trained: frozenset[str]) -> bool:
     """Whether a parameter that trains is reached without passing a `detach`."""
     gradless = without_gradient(value)

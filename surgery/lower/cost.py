@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from surgery.expr.ir import Expr, walk
-from surgery.lower.adjoint import gradients
-from surgery.lower.emit import readers, without_gradient
+from surgery.lower.adjoint import Gradients, gradients
+from surgery.lower.emit import VIEWS, readers, without_gradient
 from surgery.lower.work import MADE_ELSEWHERE, flops, is_accumulated, is_ids, is_taken_in, moved, size
 from surgery.rewrite.terms import depends_on
 
@@ -22,6 +22,11 @@ TOKENS = 1024  # the number that a choice supposes where nothing is said
 # does more in either time; what is chosen between differs by so much that the choice is the same.)
 INTENSITY = 30.0
 CALL = 4e5
+HELD = 100.0  # what it is worth, in that time, not to hold a number from the forward pass to the backward pass
+AGAIN = 10 * CALL  # what making a set-up again costs beside making it
+# Of what a gradient needs nothing, and of what the gradient in one argument needs the other.
+LINEAR = {*VIEWS, "add", "scatter", "take", "reshape", "columns", "mix", "swap", "ifft2", "side_by_side", "stacked", "total", "skew"}
+BILINEAR = {"mul", "matmul", "scale", "kron", "face", "row_dot", "kernel", "spectrum", "waves"}
 
 __all__ = ["CALL", "INTENSITY", "MADE_ELSEWHERE", "TOKENS", "Cost", "body_cost", "flops", "setup_cost"]
 
@@ -40,6 +45,9 @@ class Cost:
         return Cost(self.body_flops + other.body_flops, self.setup_flops + other.setup_flops, self.moved + other.moved,
                     self.calls + other.calls)
 
+    def times(self, n: float) -> Cost:
+        return Cost(n * self.body_flops, n * self.setup_flops, n * self.moved, n * self.calls)
+
     @property
     def flops(self) -> float:
         return self.body_flops + self.setup_flops
@@ -53,14 +61,28 @@ class Cost:
 @lru_cache(maxsize=4096)
 def body_cost(body: Expr, needs: tuple[bool, ...], tokens: int = TOKENS) -> Cost:
     """Of a body over `x` and `value` leaves, of which those take a gradient that `needs` says (x first)."""
-    leaves = [node for node in walk(body) if node.op in ("x", "value") and needs[0 if node.op == "x" else node.data + 1]]
-    found = gradients(body, leaves)
+    leaves, found = _leaves(body, needs), _gradients(body, needs)
     if found is None:
         return _counted(walk(body), tokens, lambda node: 1 + sum(_leads(a, frozenset(leaves)) for a in node.args))
     outputs = (body, *found.of)
     reads, nodes = readers(*outputs), dict.fromkeys(node for output in outputs for node in walk(output))
     total = _counted([node for node in nodes if not is_taken_in(node, reads)], tokens, lambda node: 1)
     return total + Cost(moved=-sum(size(node, tokens) for node in nodes if is_accumulated(node, reads)))
+
+
+def _leaves(body: Expr, needs: tuple[bool, ...]) -> list[Expr]:
+    """The leaves of a body that take a gradient."""
+    return [node for node in walk(body) if node.op in ("x", "value") and needs[0 if node.op == "x" else node.data + 1]]
+
+
+def has_gradients(body: Expr, needs: tuple[bool, ...]) -> bool:
+    """Whether its gradients are known as expressions."""
+    return _gradients(body, needs) is not None
+
+
+@lru_cache(maxsize=4096)
+def _gradients(body: Expr, needs: tuple[bool, ...]) -> Gradients | None:
+    return gradients(body, _leaves(body, needs))
 
 
 def _leads(node: Expr, leaves: frozenset[Expr]) -> bool:
@@ -78,11 +100,46 @@ def _counted(nodes: Iterable[Expr], tokens: int, times: Callable[[Expr], int]) -
 def setup_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost:
     """Of a set-up that gives `values`; what is `fixed` is computed once for many steps and costs nothing."""
     gradless, on_leaf = without_gradient(*values), {}
-    once = {node for root in fixed for node in walk(root)} - {node for root in fixed for node in root.args}
     total = Cost()
-    for node in dict.fromkeys(node for value in values for node in walk(value)):
-        if node not in once:
-            takes = 0 if node in gradless else sum(depends_on(a, "param", on_leaf) for a in node.args)
-            n = float(1 + takes)
-            total += Cost(0.0, n * flops(node, 0), n * moved(node, 0), 0.0 if node.op in MADE_ELSEWHERE else 2 * n)
+    for node in _made(values, fixed):
+        takes = 0 if node in gradless else sum(depends_on(a, "param", on_leaf) for a in node.args)
+        total += _once(node).times(1 + takes)
     return total
+
+
+def _made(values: Sequence[Expr], fixed: Sequence[Expr]) -> list[Expr]:
+    """What a set-up makes in every step."""
+    once = {node for root in fixed for node in walk(root)} - {node for root in fixed for node in root.args}
+    return [node for node in dict.fromkeys(node for value in values for node in walk(value)) if node not in once]
+
+
+def _once(node: Expr) -> Cost:
+    """Of making a node of a set-up."""
+    return Cost(0.0, flops(node, 0), moved(node, 0), 0.0 if node.op in MADE_ELSEWHERE else 2.0)
+
+
+def made_again(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
+    """Of making a set-up a second time, for its backward pass; None where it is better to hold what it made."""
+    made = _made(values, fixed)
+    cost = sum(map(_once, made), Cost())
+    held = sum(size(node, 0) for node in set(made) & _held(values, made) if node.op not in MADE_ELSEWHERE)
+    return cost if cost.seconds + AGAIN < HELD * held else None
+
+
+def _held(values: Sequence[Expr], made: Sequence[Expr]) -> set[Expr]:
+    """What is alive from the forward to the backward pass: the values, and what autograd needs for the gradients of the rest."""
+    gradless, on_leaf = without_gradient(*values), {}
+    held = set(map(_viewed, values))
+    for node in made:
+        if node in gradless or node.op in LINEAR or not depends_on(node, "param", on_leaf):
+            continue
+        if node.op in BILINEAR:
+            held |= {_viewed(a) for a, other in (node.args, node.args[::-1]) if depends_on(other, "param", on_leaf)}
+        else:
+            held |= {_viewed(a) for a in (node, *node.args)}
+    return held
+
+
+def _viewed(node: Expr) -> Expr:
+    """What a view shows."""
+    return _viewed(node.args[0]) if node.op in VIEWS else node

@@ -87,6 +87,10 @@ class Frozen:
     def dropout(self, x: Any, p: float) -> Any:
         return F.dropout(x, p) if is_traced() else masked(x, mask(x, p)) / (1 - p)
 
+    def tokens(self, x: Any) -> int | None:
+        """How many rows an input is for the map, where that is known before it runs."""
+        return None
+
 
 class FrozenLinear(Frozen):
     """nn.Linear, transformers' Conv1D: x [..., in]."""
@@ -107,6 +111,9 @@ class FrozenLinear(Frozen):
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
         return y.reshape(*self.shape, y.shape[-1])
+
+    def tokens(self, x: torch.Tensor) -> int:
+        return x.shape[0]
 
     def frozen(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)

@@ -10,7 +10,7 @@ dtype tolerance; the frozen layer is called and not read unless `reads_weight` s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -19,9 +19,9 @@ import torch
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import PRIMITIVES, make
-from surgery.lower import step
+from surgery.lower import again, step
 from surgery.lower.activate import matrix
-from surgery.lower.choose import Candidate, candidate, candidates, offset
+from surgery.lower.choose import Candidate, by_tokens, candidate, candidates, offset
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost
 from surgery.lower.emit import TEMPLATES, Emitter, without_gradient
@@ -35,7 +35,8 @@ _SCOPE = {"torch": torch, **MOVES, **{name: row.dense for name, row in PRIMITIVE
 @dataclass(frozen=True, eq=False)
 class Program:
     """Compiled code. `once(layer, dtype)` and `setup(layer, leaves, known, dtype)` give tuples; `body(layer, x, *values)`
-    the output (None in a program of weights, whose outputs are the set-up's values). `source` is the text of all three."""
+    the output (None in a program of weights, whose outputs are the set-up's values). `source` is the text of all three; `over`
+    are those that it was chosen over, and `up_to` says which of them all is the cheapest up to how many tokens."""
 
     source: str
     once: Callable[..., tuple]
@@ -43,6 +44,12 @@ class Program:
     body: Callable[..., torch.Tensor] | None
     plan: Candidate
     over: tuple[Program, ...] = ()
+    up_to: tuple[tuple[float, Program], ...] = ()
+
+    def at(self, tokens: int | None) -> Program:
+        """The cheapest program for so many tokens (itself where they are not known)."""
+        fitting = (program for limit, program in self.up_to if tokens is not None and tokens <= limit)
+        return next(fitting, self)
 
     @property
     def outputs(self) -> tuple[Expr, ...]:
@@ -56,9 +63,15 @@ class Program:
     def strategy(self) -> str:
         return self.plan.strategy
 
-    def run(self, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor:
-        """The body: as one node of autograd where the layer's map and its transpose are products with a weight at hand."""
+    def run(self, layer: Any, x: torch.Tensor, make: again.Make, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The body on the values that `make` makes of the adapter's tensors: as one node of autograd where the layer's map and
+        its transpose are products with a weight at hand; the set-up too where it is better made again than held."""
         known = layer.is_product and not (is_traced() or layer.is_trained)
+        if known and self.plan.made_again is not None and torch.is_grad_enabled():
+            y = again.run(self.plan, layer.as_dtype(x.dtype), x, make, tensors)
+            if y is not None:
+                return y
+        values = make(tuple(tensors.values()))
         y = step.run(self.plan.written, layer.as_dtype(x.dtype), x, values) if known else None
         return self.body(layer, x, *values) if y is None else y
 
@@ -77,8 +90,10 @@ def activations(formula: Formula, kind: str, training: bool, has_bias: bool, is_
                 tokens: int = TOKENS_SUPPOSED) -> Program:
     """The program of a layer's output, the cheapest of those known for so many tokens. `kind`: linear, conv, embedding.
     `is_called`: one that reads no weight, if there is one."""
-    best, *rest = map(_compile, candidates(formula, kind, training, has_bias, is_called, tokens))
-    return replace(best, over=tuple(rest))
+    plans = candidates(formula, kind, training, has_bias, is_called, tokens)
+    best, *rest = map(_compile, plans)
+    up_to = by_tokens(plans) if training and not is_called else ()  # of a called layer the user was told what it runs
+    return replace(best, over=tuple(rest), up_to=tuple((end, _compile(plan)) for end, plan in up_to))
 
 
 @lru_cache(maxsize=None)
@@ -103,6 +118,7 @@ def _read(expr: Expr) -> Expr:
 # ------------------------------------------------------------------------------------------------- regions
 
 
+@lru_cache(maxsize=None)
 def _compile(plan: Candidate) -> Program:
     text = "\n\n".join([_region("once", "layer, dtype", plan.fixed, {}, "k"), _setup(plan.values, plan.fixed),
                         *([_body(plan.outputs[0], plan.values)] if plan.has_body else [])])

@@ -32,9 +32,11 @@ SCOPE = {"torch": torch, **MOVES, **{name: row.dense for name, row in PRIMITIVES
 @dataclass(frozen=True, eq=False)
 class Step:
     """`forward(layer, x, *values)` gives y and what is kept, `backward(layer, grad, *kept)` a gradient for x and each value
-    (None where none is taken). `source` is the text of both."""
+    (None where none is taken). `values`: of each thing kept, which value it is (None for one that is none). `source` is the
+    text of both."""
 
     source: str
+    values: tuple[int | None, ...]
     forward: Callable[..., tuple]
     backward: Callable[..., tuple]
 
@@ -53,7 +55,8 @@ def step(body: Expr, needs: tuple[bool, ...]) -> Step | None:
         [next(of) if need else None for need in needs], (*used, *(Expr("kept", (), i, e.shape) for i, e in enumerate(found.kept))))
     scope: dict[str, Any] = dict(SCOPE)
     exec(compile(text, "<surgery step>", "exec"), scope)
-    return Step(text, scope["forward"], scope["backward"])
+    values = [leaf.data if leaf.op == "value" else None for leaf in (*used, *found.kept)]
+    return Step(text, tuple(values), scope["forward"], scope["backward"])
 
 
 def _with_masks(body: Expr) -> Expr:

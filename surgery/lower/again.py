@@ -1,0 +1,62 @@
+"""A set-up that is made a second time in the backward pass, in the place of being held from the forward pass until then.
+
+Takes a program's body with its gradients (`step`) and what makes its values from an adapter's tensors; gives the output as
+one node of autograd around both. Promises: the values and gradients of the program; between the passes nothing of the
+set-up is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from surgery.lower.choose import Candidate
+from surgery.lower.step import Step, step
+
+Make = Callable[[Sequence[Tensor]], tuple]
+
+
+class _Node(torch.autograd.Function):
+    """Set-up and body as autograd sees them: a function of the input and of the adapter's tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, layer: Any, make: Make, x: Tensor, *tensors: Tensor) -> Tensor:
+        with torch.enable_grad():  # as in training, of tensors that take no gradient
+            values = make([tensor.detach() for tensor in tensors])
+        y, kept = step.forward(layer, x, *values)
+        ctx.step, ctx.layer, ctx.make = step, layer, make
+        ctx.save_for_backward(layer.weight, *tensors, *(k for k, i in zip(kept, step.values) if i is None))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        _, *saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[4:]
+        tensors = [t.detach().requires_grad_(need) for t, need in zip(saved, needs)]
+        with torch.enable_grad():
+            values = ctx.make(tensors)
+        kept = iter(saved[len(needs):])
+        of_x, *of_values = ctx.step.backward(
+            ctx.layer, grad, *(next(kept) if i is None else values[i].detach() for i in ctx.step.values))
+        return None, None, None, of_x, *_through(values, of_values, tensors)
+
+
+def _through(values: Sequence[Tensor], gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of the tensors from those of the values that are made of them."""
+    taken = [i for i, gradient in enumerate(gradients) if gradient is not None and values[i].requires_grad]
+    wanted = [t for t in tensors if t.requires_grad]
+    found = iter(torch.autograd.grad([values[i] for i in taken], wanted, [gradients[i] for i in taken], allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in tensors]
+
+
+def run(plan: Candidate, layer: Any, x: Tensor, make: Make, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The output of a program, its values made of the tensors by `make`; None where no tensor takes a gradient, or autograd must
+    see the parts."""
+    trained = frozenset(key for key, tensor in tensors.items() if tensor.requires_grad)
+    found = step(plan.written, (x.requires_grad, *plan.reached(trained))) if trained else None
+    return None if found is None else _Node.apply(found, layer, make, x, *tensors.values())
