@@ -300,6 +300,13 @@ def test_an_activation_is_let_go_of_once_it_is_read():
     assert peak < 7.5 * x.nbytes
 
 
+def test_a_large_value_of_a_set_up_is_let_go_of_once_it_is_read():
+    """W' and W * (B A), without B A."""
+    layer = nn.Linear(300, 300)
+    adapter = apply(Tower(layer), load("hira").retarget("**")).adapters["layers.0"]
+    assert peak_bytes(lambda: adapter.weights(layer), layer.weight.device) < 2.5 * layer.weight.nbytes
+
+
 def test_a_block_update_is_written_into_what_it_is_added_to():
     """Of what is as wide as the layer there are the input, the output and the gradient of the input."""
     layer = nn.Linear(192, 192, bias=False)

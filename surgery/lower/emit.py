@@ -7,6 +7,7 @@ to be computed without a gradient.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -71,6 +72,15 @@ class Emitter:
         self.lines.append((node in self.gradless, f"{name} = {text}  # {list(node.shape)}".replace("'", '"')))
         return name
 
+    def letting_go(self, wide: Callable[[Expr], bool], result: str) -> list[tuple[bool, str]]:
+        """The lines, and after the last one that reads a `wide` value a line that lets go of it, unless the result reads it."""
+        found = [[line] for line in self.lines]
+        for node, name in self.names.items():
+            if name.startswith(self.prefix) and wide(node) and not _reads(result, name):
+                last = max(i for i, (_, line) in enumerate(self.lines) if _reads(line, name))
+                found[last].append((self.lines[last][0], f"del {name}"))
+        return [line for lines in found for line in lines]
+
     def _text(self, node: Expr) -> str:
         rules: dict[str, Callable[[Expr], str | None]] = {
             "add": self._sum, "add_bias": self._bias, "frozen": self._frozen, "scale": self._scale, "mul": self._times,
@@ -122,7 +132,8 @@ class Emitter:
 
     def _is_taken_in(self, z: Expr) -> bool:
         fits = all(a.shape == z.shape for a in z.args) if z.op == "mul" else len(z.shape) == 2
-        fits = fits and (self.owner or z.op != "blocks")  # a kernel of ours, through which autograd does not see
+        # autograd does not see through a kernel of ours, and makes a matrix more for the gradient of `addcmul`
+        fits = fits and (z.op not in ("blocks", "mul") or self.owner or z in self.gradless)
         return z.op in ("scatter", *_FACTORS) and fits and self.uses[z] == 1 and z not in self.names
 
     def _masked_in(self, node: Expr, y: Expr, term: Expr) -> str | None:
@@ -200,6 +211,10 @@ class Emitter:
         """What computes with the numbers of y, be it through a view."""
         for reader in self.readers.get(y, ()):
             yield from self._reading(reader) if reader.op in VIEWS else (reader,)
+
+
+def _reads(line: str, name: str) -> bool:
+    return re.search(rf"\b{name}\b", line) is not None
 
 
 def _multiple(term: Expr) -> tuple[float | None, Expr]:

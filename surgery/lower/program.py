@@ -27,9 +27,12 @@ from surgery.lower.cost import Cost
 from surgery.lower.emit import TEMPLATES, Emitter, without_gradient
 from surgery.lower.frozen import is_traced
 from surgery.lower.moves import MOVES
+from surgery.lower.work import size
 from surgery.rewrite.cheap import cheapest
 
 _SCOPE = {"torch": torch, **MOVES, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}}
+
+LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,14 +132,18 @@ def _compile(plan: Candidate) -> Program:
 
 def _region(name: str, arguments: str, results: Sequence[Expr], names: dict[Expr, str], prefix: str, cast: str = "") -> str:
     emitter = Emitter(dict(names), prefix, tuple(results), without_gradient(*results))
-    returned = [emitter.value(r) + (cast if r.op != "const" else "") for r in results]
+    returned = "".join(emitter.value(r) + (cast if r.op != "const" else "") + ", " for r in results)
     lines: list[str] = []
-    for gradless, line in emitter.lines:
+    for gradless, line in emitter.letting_go(_is_large, returned):
         if gradless and (not lines or not lines[-1].startswith("  ")):
             lines.append("with torch.no_grad():")
         lines.append(("    " if gradless else "") + line)
-    body = [*lines, f"return ({''.join(r + ', ' for r in returned)})"]
+    body = [*lines, f"return ({returned})"]
     return f"def {name}({arguments}):\n" + "\n".join("    " + line for line in body)
+
+
+def _is_large(node: Expr) -> bool:
+    return size(node, 0) >= LARGE
 
 
 def _setup(values: Sequence[Expr], fixed: Sequence[Expr]) -> str:

@@ -7,7 +7,6 @@ reads it any more, and passed over as seldom as the table of `adjoint` allows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,20 +95,12 @@ def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr]) -> str:
 
 def _function(head: str, emitter: Emitter, result: str) -> str:
     """The text; an activation is let go of after the last line that reads it."""
-    lines = [line for _, line in emitter.lines]
-    wide = [name for node, name in emitter.names.items() if name.startswith(emitter.prefix) and _is_activation(node)]
-    last = {name: max(i for i, line in enumerate(lines) if _reads(line, name)) for name in wide if not _reads(result, name)}
-    for name, i in last.items():
-        lines[i] += f"\ndel {name}"
-    return f"def {head}:\n" + "\n".join(f"    {line}" for text in [*lines, f"return {result}"] for line in text.split("\n"))
+    lines = [line for _, line in emitter.letting_go(_is_activation, result)]
+    return f"def {head}:\n" + "\n".join(f"    {line}" for line in [*lines, f"return {result}"])
 
 
 def _is_activation(node: Expr) -> bool:
     return any(isinstance(size, Dim) for size in node.shape)
-
-
-def _reads(line: str, name: str) -> bool:
-    return re.search(rf"\b{name}\b", line) is not None
 
 
 class _Node(torch.autograd.Function):
