@@ -107,6 +107,18 @@ def _top_softmax(sizes: Sizes, a: Any) -> Any:
     return a.new_zeros(a.shape).scatter(-1, best.indices, best.values.softmax(dim=-1))
 
 
+def _top_mix_shape(sizes: Sizes, a: Shape, b: Shape) -> Shape:
+    rows, columns = exactly(2, "a matrix", b)
+    if _mix_shape(sizes, a)[-1] != rows:
+        raise ShapeError(f"needs a row for each entry, not {shape_text(b)}")
+    return a[:-1] + (columns,)
+
+
+def _top_mix(sizes: Sizes, a: Any, b: Any) -> Any:
+    best = a.topk(sizes[0], dim=-1)
+    return (best.values.softmax(dim=-1)[..., None, :] @ b[best.indices]).squeeze(-2)
+
+
 def _left_singular(sizes: Sizes, a: Any) -> Any:
     import torch
 
@@ -168,6 +180,8 @@ ARRANGEMENTS = [
     Primitive("top_softmax", 1, _mix_shape, _top_softmax,
               "the softmax over the k largest entries of each row, 0 elsewhere",
               sizes=("k",)),
+    Primitive("top_mix", 2, _top_mix_shape, _top_mix, "the rows of b that the softmax over the k largest entries mixes", sizes=("k",),
+              public=False),
     Primitive("left_singular", 1, _left_shape, _left_singular, "the first k left singular vectors: [m, n] -> [m, k]",
               sizes=("k",)),
     Primitive("qr", 1, _qr_shape, _qr, "the orthonormal Q of a = Q R: [m, n] -> [m, n]"),

@@ -105,6 +105,20 @@ def _hadamard(node: Expr) -> Expr | None:
     return found and make("matmul", *found)
 
 
+def _mixed_rows(node: Expr) -> Expr | None:
+    a, b = node.args
+    if b.op == "T" and len(a.shape) == 2:  # x yᵀ = (y xᵀ)ᵀ
+        found = _of_best(b.args[0], make("T", a))
+        return found and make("T", found)
+    return _of_best(a, b)
+
+
+def _of_best(a: Expr, b: Expr) -> Expr | None:
+    """Of the rows of a matrix only those that have a weight, where they are few."""
+    fits = a.op == "top_softmax" and len(b.shape) == 2 and is_thin(a.data[0], b.shape[0])
+    return make("top_mix", a.args[0], b, data=a.data) if fits else None
+
+
 def _scaled_circulant(node: Expr) -> Expr | None:
     scalar, inner = scaled(node)
     return make("circulant", make("mul", scalar, inner.args[0])) if scalar is not None and inner.op == "circulant" else None
@@ -196,6 +210,7 @@ CHEAP = (
     Rule("(x y) z = x (y z), whichever is cheaper", "matmul", _associate, "(P @ Q.T) @ P"),
     Rule("(I + U V) (I + P Q) = I + [U, P] [V + (V P) Q; Q]", "matmul", _turn_pair, "reflect(P) @ cayley(P @ Q.T - Q @ P.T)"),
     Rule("(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ", "mul", _hadamard, "(p @ q.T) * (q @ p.T)"),
+    Rule("top_softmax(x) y = the rows of y at the places of the largest, mixed", "matmul", _mixed_rows, "top_softmax(A, 2) @ B"),
     Rule("c circulant(x) = circulant(c x)", "mul", _scaled_circulant, "g * circulant(S)"),
     Rule("‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², by rows", "row_norm", _row_norm, "row_norm(A + P @ Q.T)"),
     Rule("the columns of x are the rows of xᵀ", "col_norm", _col_norm, "col_norm(A + P @ Q.T)"),
