@@ -83,15 +83,9 @@ def _eye_like(matrix: Any) -> Any:
 
 
 def _cayley(k: Any) -> Any:
-    eye = _eye_like(k)
-    return _inverse(eye / 2, k, -0.25) - eye  # one factorisation, and a gradient of two products
+    from surgery.expr.solves import cayley
 
-
-def _inverse(a: Any, b: Any, factor: float) -> Any:
-    """(a + factor b)⁻¹."""
-    import torch
-
-    return torch.linalg.inv_ex(torch.add(a, b, alpha=factor)).inverse  # does not wait for a device to say that one exists
+    return cayley(k)
 
 
 def _expm(k: Any) -> Any:
@@ -136,7 +130,9 @@ def _framed(u: Any, frame: Any) -> Any:
 
 
 def _resolvent(m: Any) -> Any:
-    return _inverse(_eye_like(m), m, -0.5)
+    from surgery.expr.solves import inverse
+
+    return inverse(_eye_like(m), m, -0.5)
 
 
 def _phi(m: Any) -> Any:

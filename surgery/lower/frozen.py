@@ -13,15 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from surgery.expr.solves import is_traced
 from surgery.layout import Layout
 from surgery.lower.kernels import mask, masked
-
-
-def is_traced() -> bool:
-    """Whether something looks into the program that knows autograd's own operations better than a node of ours: a compiler
-    (which plans the backward pass itself), a transform of torch.func, forward differentiation."""
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or transformed
 
 
 class Frozen:

@@ -19,13 +19,13 @@ import torch
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import PRIMITIVES, make
+from surgery.expr.solves import is_traced
 from surgery.lower import again, step
 from surgery.lower.activate import matrix
 from surgery.lower.choose import Candidate, by_tokens, candidate, candidates, offset
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost
 from surgery.lower.emit import TEMPLATES, Emitter, without_gradient
-from surgery.lower.frozen import is_traced
 from surgery.lower.moves import MOVES
 from surgery.lower.work import size
 from surgery.rewrite.cheap import cheapest

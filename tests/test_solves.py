@@ -1,0 +1,37 @@
+"""Solves with a gradient of their own: autograd's values and gradients, and no more held than the result."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from surgery.expr.solves import cayley
+
+
+def plain(k: Tensor) -> Tensor:
+    eye = torch.eye(k.shape[-1], dtype=k.dtype)
+    return torch.linalg.solve(eye - k / 2, eye + k / 2)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 4, 4), (0, 2, 2), (1, 1)])
+def test_cayley_has_the_gradients_of_the_formula(shape):
+    torch.manual_seed(0)
+    k = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(cayley(k), plain(k))
+    for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert order(cayley, k)
+
+
+def test_cayley_under_transforms():
+    torch.manual_seed(0)
+    k, direction = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for transform in (torch.func.jacrev, torch.func.jacfwd, lambda f: torch.vmap(torch.func.jacrev(f))):
+        torch.testing.assert_close(transform(cayley)(k), transform(plain)(k))
+    found, wanted = (torch.func.jvp(f, (k,), (direction,))[1] for f in (cayley, plain))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_cayley_holds_its_result_alone():
+    k, saved = torch.randn(3, 4, 4, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        rotation = cayley(k)
+    assert {t.untyped_storage().data_ptr() for t in saved} == {rotation.untyped_storage().data_ptr()}
