@@ -19,6 +19,7 @@ from surgery.lower.blockwise import blockwise
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost, body_cost, has_gradients, made_again, setup_cost
 from surgery.lower.emit import without_gradient
+from surgery.lower.work import size
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.structure import is_thin
 from surgery.rewrite.terms import depends_on, summands, total
@@ -235,20 +236,25 @@ def _frontier(outputs: Sequence[Expr], on_input: dict[Expr, bool]) -> tuple[Expr
     return tuple(found)
 
 
+_ON_WEIGHT = {"weight", "frozen", "frozen_back"}
+_SMALL = 2**15  # numbers of a constant that is held rather than made at every step
+
+
 def _unturned(node: Expr) -> Expr:
     return _unturned(node.args[0]) if node.op == "T" else node
 
 
 def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
-    """The largest parts of the set-up that depend on the frozen weight alone and are smaller than it."""
-    on_weight: dict[Expr, bool] = {}
-    on_others: dict[str, dict[Expr, bool]] = {"param": {}, "places": {}, "bias": {}}
+    """The largest parts of the set-up that depend on the frozen weight alone and are smaller than it, or on nothing and are
+    small."""
+    below: dict[str, dict[Expr, bool]] = {op: {} for op in ("weight", "frozen", "frozen_back", "param", "places", "bias")}
     found: dict[Expr, None] = {}
     stack = list(reversed(values))
     while stack:
         node = stack.pop()
-        is_fixed = depends_on(node, "weight", on_weight) and not any(depends_on(node, *other) for other in on_others.items())
-        if is_fixed and node.op != "weight" and len(node.shape) < 2:
+        under = {op for op, known in below.items() if depends_on(node, op, known)}
+        is_vector = "weight" in under and under <= _ON_WEIGHT and node.op != "weight" and len(node.shape) < 2
+        if is_vector or not under and node.op != "const" and size(node, 0) <= _SMALL:
             found[node] = None
         else:
             stack += reversed(node.args)
