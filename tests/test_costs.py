@@ -87,7 +87,7 @@ def test_a_set_up_is_made_again_where_it_holds_much_and_takes_little():
 
 def test_a_small_constant_is_made_once_and_a_large_one_at_every_step():
     assert [node.op for node in estimate("c3a").candidates[0].fixed] == ["fourier"]
-    ones = "update own() {\n param G[out, in] = 0\n return tanh(G) * ones(out, in)\n}\ntarget linear {\n add own()\n}"
+    ones = "update own() {\n param G[out, in] = 0\n return tanh(G + ones(out, in))\n}\ntarget linear {\n add own()\n}"
     assert not any(each.fixed for each in estimate(ones).candidates)
 
 
