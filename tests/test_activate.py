@@ -17,10 +17,11 @@ from surgery.expr.verify import CHEAPEST, LOWERED, MATERIALISED, verify
 from surgery.lower import activate
 from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, split_dropout, turned
 from surgery.lower.blockwise import blockwise
+from surgery.lower.thin import thinly
 from surgery.rewrite.algebra import RULES
 from surgery.rewrite.cheap import CHEAP, JOINED, cheapest
 from surgery.rewrite.structure import factors, is_orthogonal, is_skew, low_rank_turn
-from surgery.rewrite.terms import total
+from surgery.rewrite.terms import summands, total
 
 EXACT = 1e-10
 
@@ -63,6 +64,14 @@ MIXED = (
     "(P @ Q.T) * (p @ q.T) + W", "W - P @ (P.T @ W)", "block_diag(S) @ block_diag(Z) @ W", "A @ W + W @ B", "W @ A @ P @ Q.T",
     "diag(d / row_norm(W + P @ Q.T)) @ (W + P @ Q.T)", "block_diag(H) @ F.T", "kron(M, L) @ F.T", "(g / h) * I(n) @ W + 0.5",
     "F @ G + W", "tanh(P @ Q.T) + F @ G", "diag(A @ d) @ W", "(W + g * N) @ A", "A @ (N + g * N + W)", "W - N", "cayley(W - W.T)",
+    # norms in parts: of gains, blocks and turns around what an update made of the weight
+    "row_norm(block_diag(S) @ (diag(d) @ W + P @ Q.T))", "col_norm(reflect(P) @ (W + p @ q.T) @ block_diag(S))",
+    "row_norm(kron(I(4), K) @ (W + P @ Q.T) @ diag(d)) * d", "norm(diag(d) @ (block_diag(S) @ W + P @ Q.T) @ diag(e)) * A",
+    "col_norm(diag(d / row_norm(W @ diag(e) + P @ Q.T)) @ (W @ diag(e) + P @ Q.T))", "row_norm((W @ diag(d)) @ block_diag(expm(skew(S))))",
+    # low-rank terms, and what stands in and beside their factors
+    "W @ (P @ Q.T) + g * (diag(d) @ P @ Q.T @ block_diag(S))",
+    "skew(P @ Q.T) @ skew(P @ Q.T) @ W + W", "(I(n) + ones(n, n) / n) @ (W + p @ q.T + g)", "P @ ((W + P @ Q.T) @ Q).T @ W",
+    "W * (1 + p @ q.T)", "columns(cayley(P @ Q.T), 2) @ Q.T", "detach(P @ Q.T) + P @ Q.T", "W @ P @ (g * Q.T) + A @ P @ Q.T",
 )
 
 
@@ -124,6 +133,17 @@ def test_factors_that_keep_to_blocks_are_joined():
     for text in texts[1:]:
         e = cheapest(expression(text))
         assert blockwise(e) is not e
+
+
+@torch.no_grad()
+def test_low_rank_terms_are_made_of_two_thin_matrices():
+    """Whatever their factors are made of; what has none is left as it is."""
+    for e in matrices():
+        x, a = activations(e)
+        compare(verify(apply(thinly(e), x), LOWERED), e, a, a @ dense(e, LEAVES).mT)
+    assert thinly(NAMES["W"]) is NAMES["W"]
+    joined = thinly(cheapest(expression("W + P @ Q.T + g * (diag(d) @ p @ q.T)")))
+    assert len(list(summands(joined))) == 2
 
 
 @torch.no_grad()

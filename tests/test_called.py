@@ -22,8 +22,7 @@ EXACT = 1e-10
 OUT, IN = 12, 18
 LAYERS = [Int8Linear, Int4Linear]
 # What reads every number of the weight at each step: a copy of it is kept.
-READ = {"hira", "glora", "miss_bat", "rows and columns", "order of steps", "a magnitude per column",
-        "a magnitude per column with its gradient", "a projection that depends on W"}
+READ = {"hira", "glora", "miss_bat"}
 
 
 def operated(case: Case, layer: nn.Module, **settings: torch.dtype) -> tuple[Tower, Surgeon]:

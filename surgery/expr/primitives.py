@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from surgery.expr.arrange import ARRANGEMENTS
+from surgery.expr.dots import DOTS
 from surgery.expr.fourier import TRANSFORMS
 from surgery.expr.ir import Expr, Shape
 from surgery.expr.primitive import (
@@ -224,8 +225,6 @@ _ROWS = [
               "V with reflect(U) = I - 2 U V", public=False),
     Primitive("reversed", 1, matrix, lambda a: a.flip(-1), "the columns in reverse order", public=False),
     Primitive("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]", public=False),
-    Primitive("row_dot", 2, lambda a, b: elementwise(a, b)[:-1], lambda a, b: (a * b).sum(-1), "Σ a b over each row",
-              public=False),
     Primitive("root", 1, same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0", public=False),
     Primitive("total", 1, lambda a: (), lambda a: a.sum(), "Σ a over all entries", public=False),
     Primitive("scale", 2, _scale_shape, lambda a, d: a * d, "a diag(d): each column of a times its d", public=False),
@@ -233,7 +232,7 @@ _ROWS = [
               "k rows of b blocks as a stack: [k, b k] -> [b, k, k]", public=False),
     Primitive("blocks", 2, _blocks_shape, _blocks, "a block_diag(s)", public=False),
 ]
-PRIMITIVES: dict[str, Primitive] = {row.name: row for row in (*_ROWS, *ARRANGEMENTS, *TRANSFORMS)}
+PRIMITIVES: dict[str, Primitive] = {row.name: row for row in (*_ROWS, *ARRANGEMENTS, *TRANSFORMS, *DOTS)}
 
 # What a spec may call; the rest are operators.
 OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "@": "matmul"}

@@ -94,7 +94,7 @@ def _turned(expr: Expr, a: Expr) -> Expr:
     inner = expr.args[0]
     if inner.op == "weight":
         return Expr("frozen_back", (a,), None, a.shape[:-1] + expr.shape[:1])
-    return make("matmul", a, matrix(inner))
+    return make("matmul", a, matrix(inner))  # a transpose is left only at what has no structure
 
 
 def _drop(expr: Expr, a: Expr) -> Expr:
@@ -146,6 +146,12 @@ def _circulant(expr: Expr, a: Expr) -> Expr:
     return make("waves", make("mixed", make("spectrum", a, basis), make("kernel", rows, basis)), basis)
 
 
+def _fill(expr: Expr, a: Expr) -> Expr:
+    """x (c 1 1ᵀ)ᵀ, by way of the sum of each row of x."""
+    found = factors(expr)
+    return _dense(expr, a) if found is None else make("matmul", make("matmul", a, turned(found[1])), turned(found[0]))
+
+
 _APPLY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "weight": _frozen,
     "eye": lambda expr, a: a,
@@ -159,6 +165,7 @@ _APPLY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "block_diag": lambda expr, a: make("blocks", a, simplify(make("T", expr.args[0]))),
     "shuffle": _permuted,
     "circulant": _circulant,
+    "fill": _fill,
 }
 
 
@@ -174,6 +181,23 @@ def is_structured(expr: Expr) -> bool:
     return expr.op in ("diag", "block_diag", "kron", "eye", "shuffle") or expr.op == "add" and all(map(is_structured, summands(expr)))
 
 
+def made(expr: Expr) -> Expr:
+    """The expression with each product of matrices in it built the cheapest way."""
+    done: dict[Expr, Expr] = {}
+
+    def change(node: Expr) -> Expr:
+        if node not in done:
+            way = matrix(node) if node.op == "matmul" and _is_matrices(node) else node
+            done[node] = Expr(way.op, tuple(map(change, way.args)), way.data, way.shape)
+        return done[node]
+
+    return change(expr)
+
+
+def _is_matrices(product: Expr) -> bool:
+    return all(len(a.shape) == 2 and TOKENS not in a.shape for a in product.args)
+
+
 def matrix(expr: Expr) -> Expr:
     """E itself, built the cheapest way: a structured factor acts on the rows or columns of the other."""
     if expr.op == "matmul" and len(expr.args[0].shape) == len(expr.args[1].shape) == 2:
@@ -182,7 +206,7 @@ def matrix(expr: Expr) -> Expr:
             return make("T", apply(left, make("T", matrix(right))))
         if is_structured(right) and factors(expr) is None:
             return apply(turned(right), matrix(left))
-    if expr.op == "drop":
+    if expr.op in ("drop", "built"):
         return matrix(expr.args[0])
     if expr.op in ("add", "mul", "matmul", "T"):
         return Expr(expr.op, tuple(matrix(a) if len(a.shape) == 2 else a for a in expr.args), expr.data, expr.shape)

@@ -13,12 +13,13 @@ from math import inf
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import make
-from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, run, split_dropout, turned
+from surgery.lower.activate import TOKENS, apply, enter_in_parts, is_weight, made, matrix, run, split_dropout, turned
 from surgery.lower.apart import apart
 from surgery.lower.blockwise import blockwise
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost, body_cost, has_gradients, made_again, setup_cost
 from surgery.lower.emit import without_gradient
+from surgery.lower.thin import thinly
 from surgery.lower.work import size
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.structure import is_thin
@@ -104,7 +105,7 @@ def _found(formula: Formula, kind: str, training: bool, has_bias: bool, is_calle
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
     outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
                   for output, name in outputs.items()}, **outputs}
-    return tuple(candidate((output,), unread, name, trained) for output, name in outputs.items())
+    return tuple(candidate((output,), unread, name, trained) for output, name in reversed(outputs.items()))
 
 
 def by_tokens(programs: Sequence[Candidate]) -> tuple[tuple[float, Candidate], ...]:
@@ -136,7 +137,7 @@ def frozen_alone(kind: str, out: int, in_: int) -> Expr:
 def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights",
               trained: frozenset[str] = frozenset()) -> Candidate:
     """The program that gives `outputs`, after a last change to each."""
-    outputs = tuple(map(prepare, outputs))
+    outputs = tuple(prepare(made(output)) for output in outputs)
     on_input: dict[Expr, bool] = {}
     has_body = depends_on(outputs[0], "x", on_input)
     values = _frontier(outputs, on_input) if has_body else outputs
@@ -171,6 +172,7 @@ def _built(operand: Expr, x: Expr, kind: str) -> Expr:
 STRATEGIES = {
     "activations": _spread,
     "joined blocks": lambda operand, x, kind: _spread(blockwise(operand), x, kind),
+    "thin factors": lambda operand, x, kind: _spread(thinly(operand), x, kind),
     "built weight": _built,
 }
 
@@ -212,13 +214,18 @@ def _unread(expr: Expr, always: bool = False) -> Expr:
         if node.op != "matmul" or len(node.shape) != 2 or TOKENS in node.shape:
             return new
         left, right = args
-        if left.op == "weight" and (always or is_thin(right.shape[1], *left.shape)):
-            return make("T", Expr("frozen", (turned(right),), None, (right.shape[1], left.shape[0])))
-        if right.op == "weight" and (always or is_thin(left.shape[0], *right.shape)):
-            return Expr("frozen_back", (left,), None, (left.shape[0], right.shape[1]))
+        if is_weight(left) and (always or is_thin(right.shape[1], *left.shape)):
+            return make("T", _called(turned(left), turned(right)))
+        if is_weight(right) and (always or is_thin(left.shape[0], *right.shape)):
+            return _called(right, left)
         return new
 
     return rebuild(expr, change)
+
+
+def _called(weight: Expr, rows: Expr) -> Expr:
+    """A few rows times W or Wᵀ."""
+    return Expr("frozen_back" if weight.op == "weight" else "frozen", (rows,), None, (rows.shape[0], weight.shape[1]))
 
 
 # -------------------------------------------------------------------------------------------------------- regions
@@ -253,8 +260,8 @@ def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
     while stack:
         node = stack.pop()
         under = {op for op, known in below.items() if depends_on(node, op, known)}
-        is_vector = "weight" in under and under <= _ON_WEIGHT and node.op != "weight" and len(node.shape) < 2
-        if is_vector or not under and node.op != "const" and size(node, 0) <= _SMALL:
+        is_small = "weight" in under and under <= _ON_WEIGHT and node.op != "weight" and (len(node.shape) < 2 or node.op == "gram")
+        if is_small or not under and node.op != "const" and size(node, 0) <= _SMALL:
             found[node] = None
         else:
             stack += reversed(node.args)

@@ -109,6 +109,8 @@ _RULES: dict[str, Callable[[Expr, Count], float]] = {
     "mixed_dot": lambda node, count: 4 * count(node.args[0]) * float(node.shape[3]),
     "top_mix": lambda node, count: count(node.args[0]) + 2 * count(node) * node.data[0],
     "circulate": _circulate, "circulate_back": _circulate, "circulate_dot": _circulate_dot,
+    "gram": lambda node, count: 2 * count(node) * float(node.args[0].shape[-1]),
+    "weighted_dot": lambda node, count: 3 * count(node.args[0]),
     "ifft2": lambda node, count: _fourier(count(node)),
     "cayley": _cubic(10), "resolvent": _cubic(10), "expm": _cubic(40), "phi": _cubic(320),
     "mirrored": lambda node, count: FACTORISED + 3 * count(node) * node.shape[0],

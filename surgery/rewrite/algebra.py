@@ -12,6 +12,7 @@ from collections.abc import Callable
 from surgery.expr.ir import Expr
 from surgery.expr.primitives import make
 from surgery.rewrite.engine import Rule, rewrite, table
+from surgery.rewrite.shaped import SHAPED
 from surgery.rewrite.structure import is_orthogonal, is_skew, transposed
 from surgery.rewrite.terms import constant, eye, fill, is_zero, scaled, summands, times, total, value_of
 
@@ -36,6 +37,11 @@ def _moved_zero(node: Expr) -> Expr | None:
 def _div_by_number(node: Expr) -> Expr | None:
     divisor = value_of(node.args[1])
     return times(1 / divisor, node.args[0]) if divisor and node.args[0].shape == node.shape else None
+
+
+def _div_by_scalar(node: Expr) -> Expr | None:
+    x, scalar = node.args
+    return times(make("div", constant(1.0), scalar), x) if x.shape and not scalar.shape else None
 
 
 def _add_zero(node: Expr) -> Expr | None:
@@ -73,6 +79,24 @@ def _mul_number(node: Expr) -> Expr:
     if (a.shape and not b.shape) or (a.shape == b.shape and value_of(a) is None and value_of(b) is not None):
         a, b = b, a
     return make("mul", a, b) if value_of(a) is None else times(value_of(a), b)
+
+
+def _mul_sum(node: Expr) -> Expr | None:
+    """What stays of x needs no product of its entries."""
+    for x, other in (node.args, node.args[::-1]):
+        terms = list(summands(other))
+        numbers = [t for t in terms if value_of(scaled(t)[1]) is not None]
+        if len(x.shape) == len(other.shape) == 2 and numbers and len(terms) > 1:
+            rest = [t for t in terms if t not in numbers]
+            kept = [make("mul", x, total(rest, x.shape))] if rest else []
+            return total([*(times(_scalar(t), x) for t in numbers), *kept], x.shape)
+    return None
+
+
+def _scalar(multiple: Expr) -> Expr:
+    """The scalar c of c 1, a matrix of one number."""
+    scalar, ones = scaled(multiple)
+    return constant(value_of(ones)) if scalar is None else times(value_of(ones), scalar)
 
 
 def _product_of_identity(node: Expr) -> Expr | None:
@@ -148,36 +172,6 @@ def _of_value(wanted: float, result: Callable[[Expr], Expr]) -> Callable[[Expr],
     return lambda node: result(node) if value_of(node.args[0]) == wanted else None
 
 
-def _diag_of_fill(node: Expr) -> Expr | None:
-    value = value_of(node.args[0])
-    return None if value is None else fill(0, node.shape) if value == 0 else times(value, eye(node.shape))
-
-
-def _kron_of_identities(node: Expr) -> Expr | None:
-    return eye(node.shape) if all(a.op == "eye" for a in node.args) else None
-
-
-def _as_diag(node: Expr) -> Expr | None:
-    """The vector of a diagonal matrix."""
-    if node.op == "eye" and len(node.shape) == 2:
-        return fill(1, node.shape[:1])
-    return node.args[0] if node.op == "diag" else None
-
-
-def _kron_of_diagonals(node: Expr) -> Expr | None:
-    parts = [_as_diag(a) for a in node.args]
-    return None if None in parts else make("diag", make("kron", *parts))
-
-
-def _blocks_of(inner: str) -> Callable[[Expr], Expr | None]:
-    return lambda node: eye(node.shape) if node.args[0].op == inner else None
-
-
-def _through_blocks(node: Expr) -> Expr | None:
-    inner = node.args[0]
-    return make("block_diag", make(node.op, inner.args[0])) if inner.op == "block_diag" else None
-
-
 def _skew_of_zero(node: Expr) -> Expr | None:
     return fill(0, node.shape) if node.args[0].op in ("fill", "eye", "diag") else None
 
@@ -202,10 +196,12 @@ RULES = (
         "reshape": "reshape(0 * A, n * n)", "columns": "columns(0 * A, 2)", "scatter": "scatter(0 * d, at, n, n)",
         "take": "take(0 * A, at)", "circulant": "circulant(0 * S)", "ifft2": "ifft2(0 * A)"}.items()),
     Rule("x / c = 1/c x", "div", _div_by_number, "A / 3"),
+    Rule("x / c = 1/c x for a scalar c that is computed", "div", _div_by_scalar, "A / norm(B)"),
     Rule("x + 0 = x", "add", _add_zero, "A + 0 * B"),
     Rule("x + c = x + c 1", "add", _spread_scalar, "A + norm(B)"),
     Rule("c x + k x = (c + k) x", "add", _collect, "2 * A + B - A"),
     Rule("0 x = 0, c (k x) = (c k) x, x c = c x", "mul", _mul_number, "2 * (3 * A)"),
+    Rule("x (y + c 1) = c x + x y, entry by entry", "mul", _mul_sum, "A * (1 + B)"),
     Rule("I x = x = x I", "matmul", _product_of_identity, "I(n) @ A"),
     Rule("0 x = 0", "matmul", _product_of_zero, "(0 * A) @ B"),
     Rule("(c x) y = c (x y)", "matmul", _scalar_out_of_product, "(2 * A) @ B"),
@@ -217,18 +213,12 @@ RULES = (
     Rule("(c x) ⊗ y = c (x ⊗ y)", "kron", _scalar_out_of_product, "kron(2 * K, L)"),
     Rule("skew(x)ᵀ = skew(xᵀ), and kᵀ = -k for another skew k", "T", _turned_skew, "skew(A).T"),
     Rule("(x y)ᵀ = yᵀ xᵀ, f(x)ᵀ = f(xᵀ)", "T", _turn, "(A @ B).T"),
-    Rule("diag(c, c, ...) = c I", "diag", _diag_of_fill, "diag(0 * d + 2)"),
-    Rule("I ⊗ I = I", "kron", _kron_of_identities, "kron(I(2), I(3))"),
-    Rule("diag(d) ⊗ diag(e) = diag(d ⊗ e)", "kron", _kron_of_diagonals, "kron(diag(d), I(3))"),
-    Rule("block_diag(I, I, ...) = I", "block_diag", _blocks_of("eye"), "block_diag(cayley(0 * S))"),
-    Rule("f(block_diag(s)) = block_diag(f(s))", "cayley", _through_blocks, "cayley(block_diag(S))"),
-    Rule("f(block_diag(s)) = block_diag(f(s))", "expm", _through_blocks, "expm(block_diag(S))"),
-    Rule("f(block_diag(s)) = block_diag(f(s))", "skew", _through_blocks, "skew(block_diag(S))"),
     Rule("skew(x) = 0 for a symmetric constant", "skew", _skew_of_zero, "skew(0 * A)"),
     Rule("shuffle(1, n) = shuffle(n, 1) = I", "shuffle", lambda n: eye(n.shape) if 1 in n.data else None, "shuffle(1, 3)"),
     Rule("cayley(0) = I", "cayley", _of_value(0, lambda n: eye(n.shape)), "cayley(0 * A)"),
     Rule("nothing dropped of 0", "drop", _of_value(0, lambda n: n.args[0]), "N"),
     Rule("e^0 = I", "expm", _of_value(0, lambda n: eye(n.shape)), "expm(0 * A)"),
+    *SHAPED,
 )
 ALGEBRA = table(*RULES)
 

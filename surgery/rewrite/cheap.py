@@ -7,13 +7,15 @@ norms of W + U V are taken from ‖w‖², ⟨w, U V⟩ and ‖U V‖². A rule 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr
+from surgery.expr.ir import Expr, walk
 from surgery.expr.primitives import make
 from surgery.rewrite.algebra import RULES, simplify
 from surgery.rewrite.engine import Rule, rewrite, table
-from surgery.rewrite.structure import Factors, factors, is_orthogonal, is_thin, low_rank_turn, opposed
+from surgery.rewrite.norms import NORMS
+from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn, opposed, stacked_rows
 from surgery.rewrite.terms import eye, scaled, summands, times, total, value_of
 
 
@@ -70,12 +72,10 @@ def _associate(node: Expr) -> Expr | None:
     a, b = node.args
     if any(len(m.shape) != 2 for m in (a, b, *a.args, *b.args)):
         return None
-    better = None
-    if a.op == "matmul":
-        better = make("matmul", a.args[0], make("matmul", a.args[1], b))
-    elif b.op == "matmul":
-        better = make("matmul", make("matmul", a, b.args[0]), b.args[1])
-    return better if better is not None and _work(better) < _work(node) else None
+    ways = [make("matmul", a.args[0], make("matmul", a.args[1], b))] if a.op == "matmul" else []
+    ways += [make("matmul", make("matmul", a, b.args[0]), b.args[1])] if b.op == "matmul" else []
+    better = min(ways, key=_work, default=node)
+    return better if _work(better) < _work(node) else None
 
 
 def _work(node: Expr) -> float:
@@ -96,8 +96,83 @@ def _turn_pair(node: Expr) -> Expr | None:
     if not is_thin(u.shape[1] + p.shape[1], node.shape[0]):
         return None
     upper = make("add", v, make("matmul", make("matmul", v, p), q))
-    rows = make("T", make("side_by_side", make("T", upper), make("T", q)))
-    return make("add", eye(node.shape), make("matmul", make("side_by_side", u, p), rows))
+    return make("add", eye(node.shape), make("matmul", make("side_by_side", u, p), stacked_rows(upper, q)))
+
+
+def _skew(node: Expr) -> Expr | None:
+    inner = node.args[0]
+    if len(inner.shape) != 2 or factors(inner) is None:
+        return None
+    return make("add", inner, times(-1, simplify(make("T", inner))))
+
+
+def _apart(node: Expr) -> Expr | None:
+    """A thin matrix meets each term of a sum where one has structure, or is the weight, which is then called and not read."""
+    for i, x in enumerate(node.args):
+        thin, terms = node.args[1 - i], list(summands(x))
+        fits = len(thin.shape) == 2 and len(terms) > 1 and all(len(t.shape) == 2 for t in terms)
+        if fits and is_thin(node.shape[1 - i], *x.shape) and not _is_whole(thin) and any(map(_is_cheap, terms)):
+            return total([make("matmul", *((thin, t) if i else (t, thin))) for t in terms], node.shape)
+    return None
+
+
+def _is_whole(node: Expr) -> bool:
+    """Whether a matrix with few rows or columns is an operand, and no factor: as large as the weight, or low-rank itself."""
+    weights = (each for each in walk(node) if each.op == "weight")
+    return factors(node) is not None or any(prod(node.shape) >= prod(each.shape) for each in weights)
+
+
+def _is_cheap(term: Expr) -> bool:
+    """Whether a product with it is cheaper than with a matrix."""
+    rest = scaled(term)[1]
+    return rest.op in ("eye", "diag", "block_diag", "weight") or factors(rest) is not None
+
+
+def _ones_in_a_row(node: Expr) -> Expr | None:
+    """A matrix of one number is taken apart where it meets another."""
+    for i, a in enumerate(node.args):
+        if a.op == "fill" and len(node.args[1 - i].shape) == 2 and (found := factors(a)) is not None:
+            u, v = found
+            return make("matmul", u, make("matmul", v, node.args[1])) if i == 0 else make("matmul", make("matmul", node.args[0], u), v)
+    return None
+
+
+def _neighbours(node: Expr) -> Expr | None:
+    found = factors(node) if len(node.shape) == 2 and not all(map(_is_made, node.args)) else None
+    return found and make("matmul", *found)
+
+
+def _is_made(node: Expr) -> bool:
+    """Whether it is no product: a tensor, or of one number."""
+    return node.op == "fill" or factors(node) is None
+
+
+def _detached(node: Expr) -> Expr | None:
+    inner = node.args[0]
+    if factors(inner) is None or inner.op not in ("matmul", "add", "mul"):
+        return None
+    return make(inner.op, *(make("detach", a) for a in inner.args))
+
+
+def _gains(node: Expr) -> Expr | None:
+    """The weight, entry by entry with a matrix of rank one, has a gain for each row and each column."""
+    for x, y in (node.args, node.args[::-1]):
+        found = factors(y) if len(x.shape) == len(y.shape) == 2 else None
+        if found is not None and found[0].shape[1] == 1 and _is_called(x):
+            rows, columns = (make("diag", make("reshape", f, data=(size,))) for f, size in zip(found, node.shape))
+            return make("matmul", rows, make("matmul", x, columns))
+    return None
+
+
+def _is_called(node: Expr) -> bool:
+    return node.op in ("weight", "circulant", "block_diag", "kron") or node.op == "T" and node.args[0].op == "weight"
+
+
+def _thin_blocks(node: Expr) -> Expr | None:
+    inner = node.args[0]
+    if inner.op != "matmul" or any(len(a.shape) != 3 for a in inner.args) or not is_thin(inner.args[0].shape[2], *inner.shape[1:]):
+        return None
+    return make("matmul", *(make("block_diag", a) for a in inner.args))
 
 
 def _hadamard(node: Expr) -> Expr | None:
@@ -124,80 +199,6 @@ def _scaled_circulant(node: Expr) -> Expr | None:
     return make("circulant", make("mul", scalar, inner.args[0])) if scalar is not None and inner.op == "circulant" else None
 
 
-# ---------------------------------------------------------------------------------------------------- norms
-
-
-def _row_norm(node: Expr) -> Expr | None:
-    inner = node.args[0]
-    if len(inner.shape) != 2 or not _pays(inner):
-        return None
-    return make("root", row_dot(inner, inner))
-
-
-def _col_norm(node: Expr) -> Expr | None:
-    return make("row_norm", make("T", node.args[0])) if len(node.shape) == 1 and _pays(node.args[0]) else None
-
-
-def _norm(node: Expr) -> Expr | None:
-    inner = node.args[0]
-    return make("root", make("total", row_dot(inner, inner))) if len(inner.shape) == 2 and _pays(inner) else None
-
-
-def _pays(node: Expr) -> bool:
-    """Whether a norm is cheaper in parts: something in it is low-rank or turned, and it is not a leaf already."""
-    return any(factors(t) is not None or t.op == "matmul" for t in summands(node)) or (
-        node.op == "mul" and scaled(node)[0] is not None and _pays(scaled(node)[1]))
-
-
-def row_dot(a: Expr, b: Expr) -> Expr:
-    """Σ a b over each row of two matrices, in parts: bilinear over sums, scalings, diagonals and low-rank factors."""
-    for x, y in ((a, b), (b, a)):
-        if (part := _row_dot_part(x, y)) is not None:
-            return part
-    return make("row_dot", a, b)
-
-
-def _row_dot_part(a: Expr, b: Expr) -> Expr | None:
-    scalar, rest = scaled(a)
-    if scalar is not None:
-        return make("mul", scalar, row_dot(rest, b))
-    if a.op == "add":
-        return _row_dot_sum(a, b)
-    if a.op == "matmul" and a.args[0].op == "diag":
-        return make("mul", a.args[0].args[0], row_dot(a.args[1], b))
-    if a.op == b.op == "matmul" and a.args[1] is b.args[1] and is_orthogonal(a.args[1]):
-        return row_dot(a.args[0], b.args[0])
-    if (apart := spread(a)) is not None:
-        return row_dot(apart, b)
-    if (found := factors(a)) is not None:
-        u, v = found
-        return make("row_dot", u, simplify(make("matmul", b, make("T", v))))
-    return None
-
-
-def _row_dot_sum(a: Expr, b: Expr) -> Expr:
-    """‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², and ⟨x + y, b⟩ = ⟨x, b⟩ + ⟨y, b⟩."""
-    terms = list(summands(a))
-    if a is not b:
-        return total([row_dot(t, b) for t in terms], a.shape[:1])
-    squares = [row_dot(t, t) for t in terms]
-    crossed = [times(2, row_dot(s, t)) for i, s in enumerate(terms) for t in terms[i + 1:]]
-    return total(squares + crossed, a.shape[:1])
-
-
-def spread(a: Expr) -> Expr | None:
-    """(I + L) x = x + L x, and x (I + L) = x + x L, for the identity plus a low-rank L."""
-    if a.op != "matmul":
-        return None
-    for side, other in ((0, 1), (1, 0)):
-        terms = list(summands(a.args[side]))
-        if len(terms) > 1 and terms[0].op == "eye":
-            x = a.args[other]
-            pair = [make("matmul", t, x) if side == 0 else make("matmul", x, t) for t in terms[1:]]
-            return total([x, *pair], a.shape)
-    return None
-
-
 # Before the cheap forms, which would take each factor for itself.
 JOINED = (
     Rule("reflect(U)ᵀ = reflect(U reversed)", "T", _turned_mirrors, "reflect(P).T"),
@@ -208,13 +209,19 @@ CHEAP = (
     Rule("e^(U V) = I + U φ(V U) V, φ(x) = (e^x - I) x⁻¹", "expm", _by_core("phi"), "expm(P @ Q.T - Q @ P.T)"),
     Rule("reflect(U) = I - 2 U V, V the triangle of UᵀU solved for Uᵀ", "reflect", _reflect, "reflect(P)"),
     Rule("(x y) z = x (y z), whichever is cheaper", "matmul", _associate, "(P @ Q.T) @ P"),
+    Rule("(x + y) z = x z + y z for a thin z", "matmul", _apart, "(A + P @ Q.T) @ p"),
+    Rule("(1 1ᵀ) x = 1 (1ᵀ x)", "matmul", _ones_in_a_row, "ones(n, n) @ A"),
+    Rule("skew(U V) = U V - Vᵀ Uᵀ", "skew", _skew, "skew(P @ Q.T)"),
+    Rule("[U V, P Q] = [U, P] [V, 0; 0, Q]", "side_by_side", _neighbours, "side_by_side(P @ Q.T, p @ q.T)"),
+    Rule("detach(x y) = detach(x) detach(y)", "detach", _detached, "detach(P @ Q.T)"),
+    Rule("block_diag(x y) = block_diag(x) block_diag(y)", "block_diag", _thin_blocks,
+         "block_diag(reshape(P, 2, 6, 2) @ reshape(Q.T, 2, 2, 6))"),
     Rule("(I + U V) (I + P Q) = I + [U, P] [V + (V P) Q; Q]", "matmul", _turn_pair, "reflect(P) @ cayley(P @ Q.T - Q @ P.T)"),
     Rule("(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ", "mul", _hadamard, "(p @ q.T) * (q @ p.T)"),
     Rule("top_softmax(x) y = the rows of y at the places of the largest, mixed", "matmul", _mixed_rows, "top_softmax(A, 2) @ B"),
+    Rule("x * u vᵀ = diag(u) x diag(v)", "mul", _gains, "W * (p @ q.T)"),
     Rule("c circulant(x) = circulant(c x)", "mul", _scaled_circulant, "g * circulant(S)"),
-    Rule("‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², by rows", "row_norm", _row_norm, "row_norm(A + P @ Q.T)"),
-    Rule("the columns of x are the rows of xᵀ", "col_norm", _col_norm, "col_norm(A + P @ Q.T)"),
-    Rule("‖x‖² = Σ of its rows' squares", "norm", _norm, "norm(P @ Q.T)"),
+    *NORMS,
 )
 JOINING, LOWERING = table(*RULES, *JOINED), table(*RULES, *CHEAP)
 

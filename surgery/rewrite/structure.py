@@ -10,7 +10,7 @@ from functools import lru_cache
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr
 from surgery.expr.primitives import make
-from surgery.rewrite.terms import scaled, summands, times, total, value_of
+from surgery.rewrite.terms import fill, is_zero, scaled, summands, times, total, value_of
 
 Factors = tuple[Expr, Expr]
 
@@ -73,7 +73,8 @@ def _factors(node: Expr) -> Factors | None:
     if scalar is not None:
         inner = factors(rest)
         return inner and (times(scalar, inner[0]), inner[1])
-    rule = {"matmul": _of_product, "add": _of_sum, "mul": _of_hadamard, "T": _of_transpose}.get(node.op)
+    rule = {"matmul": _of_product, "add": _of_sum, "mul": _of_hadamard, "T": _of_transpose, "fill": _of_fill,
+            "side_by_side": _of_neighbours}.get(node.op)
     return rule(node) if rule and len(node.shape) == 2 else None
 
 
@@ -95,7 +96,7 @@ def _of_sum(node: Expr) -> Factors | None:
     if None in parts:
         return None
     (u, v), (p, q) = parts
-    return make("side_by_side", u, p), make("T", make("side_by_side", make("T", v), make("T", q)))
+    return make("side_by_side", u, p), stacked_rows(v, q)
 
 
 def _of_hadamard(node: Expr) -> Factors | None:
@@ -105,6 +106,33 @@ def _of_hadamard(node: Expr) -> Factors | None:
         return None
     (u, v), (p, q) = parts
     return make("face", u, p), make("T", make("face", make("T", v), make("T", q)))
+
+
+def _of_fill(node: Expr) -> Factors:
+    """c 1 1ᵀ."""
+    return fill(node.data, (node.shape[0], 1)), fill(1, (1, node.shape[1]))
+
+
+def _of_neighbours(node: Expr) -> Factors | None:
+    """[U V, P Q] = [U, P] [V, 0; 0, Q], and [U V, U Q] = U [V, Q]."""
+    parts = [(None, a) if is_zero(a) else factors(a) for a in node.args]
+    if None in parts:
+        return None
+    (u, v), (p, q) = parts
+    widths = [a.shape[1] for a in node.args]
+    if u is p and u is not None:
+        return u, make("side_by_side", v, q)
+    rows = [make("side_by_side", v, fill(0, (v.shape[0], widths[1]))) if u is not None else None,
+            make("side_by_side", fill(0, (q.shape[0], widths[0])), q) if p is not None else None]
+    if None in rows:
+        kept = 0 if rows[1] is None else 1
+        return (u, p)[kept], rows[kept]
+    return make("side_by_side", u, p), stacked_rows(*rows)
+
+
+def stacked_rows(v: Expr, q: Expr) -> Expr:
+    """The rows of both."""
+    return make("T", make("side_by_side", make("T", v), make("T", q)))
 
 
 def _of_transpose(node: Expr) -> Factors | None:

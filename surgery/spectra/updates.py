@@ -23,7 +23,8 @@ from surgery.lower.called import frozen
 from surgery.lower.program import weights
 from surgery.operate import Surgeon
 from surgery.rewrite.algebra import simplify
-from surgery.rewrite.cheap import cheapest, spread
+from surgery.rewrite.cheap import cheapest
+from surgery.rewrite.norms import spread
 from surgery.rewrite.structure import Factors, factors
 from surgery.rewrite.terms import scaled, summands, times, total
 from surgery.sites import Site

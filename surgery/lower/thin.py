@@ -1,0 +1,62 @@
+"""Low-rank terms by two thin matrices that the set-up makes: once, and not for every token.
+
+Takes a weight expression in the lowering's form; gives an equal one in which every low-rank matrix is a product U V of two
+that are `built`, and those that are added up are one, [U, P] [V; Q]: what else stands in them (gains, rotations, scalars, the
+frozen layer) meets a few rows in the place of all the tokens.
+"""
+
+from __future__ import annotations
+
+from surgery.expr.ir import Expr, walk
+from surgery.expr.primitives import make
+from surgery.lower.activate import is_structured
+from surgery.rewrite.cheap import cheapest
+from surgery.rewrite.structure import Factors, factors
+from surgery.rewrite.terms import scaled, summands, times, total, value_of
+
+_OPEN = ("matmul", "add", "mul", "drop")  # what acts as its parts do
+_LEAVES = ("param", "built", "fill")
+
+
+def thinly(expr: Expr) -> Expr:
+    """The expression with its low-rank parts made in the set-up (itself where there is none)."""
+    if len(expr.shape) != 2:
+        return expr
+    scalar, rest = scaled(expr)
+    if scalar is not None and value_of(scalar) is not None:
+        return times(scalar, thinly(rest))
+    if (found := _thin(expr)) is not None:
+        return make("matmul", *map(_built, found))
+    if expr.op == "add":
+        return _together(expr)
+    return Expr(expr.op, tuple(map(thinly, expr.args)), expr.data, expr.shape) if expr.op in _OPEN else expr
+
+
+def _together(expr: Expr) -> Expr:
+    """A sum with its low-rank terms as one."""
+    terms = list(summands(expr))
+    low = [term for term in terms if _thin(term) is not None]
+    joined = _thin(total(low, expr.shape)) if len(low) > 1 else None
+    if joined is None:
+        return total([thinly(term) for term in terms], expr.shape)
+    return total([*(thinly(term) for term in terms if term not in low), make("matmul", *map(_built, joined))], expr.shape)
+
+
+def _thin(expr: Expr) -> Factors | None:
+    """The factors of a low-rank matrix, if the set-up makes both. Not one that acts faster than its numbers, what is dropped,
+    or the frozen layer's own output, which is there already."""
+    found = factors(expr)
+    if found is None or any(map(is_structured, found)):
+        return None
+    u, v = found
+    return None if _holds(u, "drop") or _holds(v, "drop", "weight") else found
+
+
+def _holds(expr: Expr, *ops: str) -> bool:
+    return any(node.op in ops for node in walk(expr))
+
+
+def _built(factor: Expr) -> Expr:
+    """A factor as one matrix, whatever it is made of."""
+    leaf = factor.args[0] if factor.op == "T" else factor
+    return factor if leaf.op in _LEAVES else Expr("built", (cheapest(factor),), None, factor.shape)

@@ -1,0 +1,153 @@
+"""Norms in parts: what a sum, a turn, gains or blocks do to the norms of rows, without the matrix that they make.
+
+Takes matrices in normal form. `dots(a, b, 1)` is Σ a b over each row; `dots(a, b, k)` has the products of every two rows that
+stand in one block of k, [m / k, k, k], which is what a block rotation of the rows mixes. Promises: equal values and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from surgery.expr.dims import Dim
+from surgery.expr.ir import Expr
+from surgery.expr.primitives import make
+from surgery.rewrite.algebra import simplify
+from surgery.rewrite.engine import Rule
+from surgery.rewrite.structure import factors, is_orthogonal
+from surgery.rewrite.terms import eye, scaled, summands, times, total
+
+
+def _row_norm(node: Expr) -> Expr | None:
+    inner = node.args[0]
+    if len(inner.shape) != 2 or not _pays(inner):
+        return None
+    return make("root", dots(inner, inner, 1))
+
+
+def _col_norm(node: Expr) -> Expr | None:
+    return make("row_norm", make("T", node.args[0])) if len(node.shape) == 1 and _pays(node.args[0]) else None
+
+
+def _norm(node: Expr) -> Expr | None:
+    inner = node.args[0]
+    return make("root", make("total", dots(inner, inner, 1))) if len(inner.shape) == 2 and _pays(inner) else None
+
+
+def _pays(node: Expr) -> bool:
+    """Whether a norm is cheaper in parts: something in it is low-rank or turned, and it is not a leaf already."""
+    return any(factors(t) is not None or t.op == "matmul" for t in summands(node)) or (
+        node.op == "mul" and scaled(node)[0] is not None and _pays(scaled(node)[1]))
+
+
+def dots(a: Expr, b: Expr, k: int, gains: Expr | None = None) -> Expr:
+    """The products of rows of a diag(gains) and b, in parts: bilinear over sums, scalings, diagonals, blocks and thin factors."""
+    if (part := _part(a, b, k, gains)) is not None:
+        return part
+    if (part := _part(b, a, k, gains)) is not None:
+        return part if k == 1 else make("T", part)
+    if k > 1:
+        return make("gram", _gained(a, gains), b, data=(k,))
+    return make("row_dot", a, b) if gains is None else make("weighted_dot", a, b, gains)
+
+
+def _gained(a: Expr, gains: Expr | None) -> Expr:
+    return a if gains is None else simplify(make("matmul", a, make("diag", gains)))
+
+
+def _part(a: Expr, b: Expr, k: int, gains: Expr | None) -> Expr | None:
+    scalar, rest = scaled(a)
+    if scalar is not None:
+        return make("mul", scalar, dots(rest, b, k, gains))
+    if a.op == "add":
+        return _of_sum(a, b, k, gains)
+    if a.op == "matmul" and (part := _of_product(a, b, k, gains)) is not None:
+        return part
+    if (found := factors(a)) is not None:
+        u, v = found
+        return _of_thin(u, simplify(make("matmul", _gained(b, gains), make("T", v))), k)
+    return None
+
+
+def _of_product(a: Expr, b: Expr, k: int, gains: Expr | None) -> Expr | None:
+    left, right = a.args
+    if left.op == "diag":
+        d, inner = left.args[0], dots(right, b, k, gains)
+        return make("mul", d, inner) if k == 1 else make("matmul", make("diag", _in_blocks(d, k)), inner)
+    if right.op == "diag":
+        return dots(left, b, k, right.args[0] if gains is None else make("mul", gains, right.args[0]))
+    if (blocks := _left_blocks(left)) is not None and k in (1, blocks.shape[1]):
+        return _of_blocks(blocks, right, b, k, gains)
+    if gains is None and b.op == "matmul" and right is b.args[1] and is_orthogonal(right):
+        return dots(left, b.args[0], k)
+    if (apart := spread(a) or _spread_thin(a)) is not None:
+        return dots(apart, apart if a is b else b, k, gains)
+    return None
+
+
+def _of_blocks(q: Expr, x: Expr, b: Expr, k: int, gains: Expr | None) -> Expr:
+    """(Q x) bᵀ = Q (x bᵀ) on each block; of its diagonal alone, Σ Q (b xᵀ) over each row."""
+    if k > 1:
+        return make("matmul", q, dots(x, b, k, gains))
+    return make("reshape", make("row_dot", q, dots(b, x, q.shape[1], gains)), data=x.shape[:1])
+
+
+def _left_blocks(node: Expr) -> Expr | None:
+    """The stack of square blocks that a matrix of a known size consists of."""
+    if isinstance(node.shape[0], Dim):
+        return None
+    if node.op == "block_diag" and node.args[0].shape[1] == node.args[0].shape[2]:
+        return node.args[0]
+    if node.op == "kron" and len(node.shape) == 2 and node.args[0].op == "eye" and node.args[1].shape[0] == node.args[1].shape[1]:
+        return make("matmul", eye(node.args[0].shape[:1] + node.args[1].shape), node.args[1])
+    return None
+
+
+def _of_thin(u: Expr, w: Expr, k: int) -> Expr:
+    """The rows of u with those of w."""
+    if k == 1:
+        return make("row_dot", u, w)
+    return make("matmul", _in_blocks(u, k), make("T", _in_blocks(w, k)))
+
+
+def _in_blocks(a: Expr, k: int) -> Expr:
+    return make("reshape", a, data=(a.shape[0] // k, k, *a.shape[1:]))
+
+
+def _of_sum(a: Expr, b: Expr, k: int, gains: Expr | None) -> Expr:
+    """‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², and ⟨x + y, b⟩ = ⟨x, b⟩ + ⟨y, b⟩."""
+    terms = list(summands(a))
+    if a is not b:
+        return _added([dots(t, b, k, gains) for t in terms])
+    squares = [dots(t, t, k, gains) for t in terms]
+    crossed = [dots(s, t, k, gains) for i, s in enumerate(terms) for t in terms[i + 1:]]
+    twice = [times(2, c) for c in crossed] if k == 1 else [each for c in crossed for each in (c, make("T", c))]
+    return _added([*squares, *twice])
+
+
+def _added(parts: list[Expr]) -> Expr:
+    return total(parts, parts[0].shape)
+
+
+def spread(a: Expr) -> Expr | None:
+    """(I + L) y = y + L y, and y (I + L) = y + y L."""
+    return _spread(a, lambda term: term.op == "eye")
+
+
+def _spread_thin(a: Expr) -> Expr | None:
+    """(x + U V) y = x y + U V y, and y (x + U V) = y x + y U V."""
+    return _spread(a, lambda term: factors(term) is not None)
+
+
+def _spread(a: Expr, is_apart: Callable[[Expr], bool]) -> Expr | None:
+    for i, x in enumerate(a.args if a.op == "matmul" else ()):
+        terms, y = list(summands(x)), a.args[1 - i]
+        if len(terms) > 1 and any(map(is_apart, terms)):
+            return total([y if t.op == "eye" else make("matmul", *((y, t) if i else (t, y))) for t in terms], a.shape)
+    return None
+
+
+NORMS = (
+    Rule("‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², by rows", "row_norm", _row_norm, "row_norm(A + P @ Q.T)"),
+    Rule("the columns of x are the rows of xᵀ", "col_norm", _col_norm, "col_norm(A + P @ Q.T)"),
+    Rule("‖x‖² = Σ of its rows' squares", "norm", _norm, "norm(P @ Q.T)"),
+)

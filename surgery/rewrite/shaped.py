@@ -1,0 +1,128 @@
+"""Rules for matrices that keep a shape: diagonal ones, block-diagonal ones and Kronecker products with an identity.
+
+Sums and functions of them have that shape too, so that what has little work stays so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from surgery.expr.ir import Expr, Shape
+from surgery.expr.primitives import make
+from surgery.rewrite.engine import Rule
+from surgery.rewrite.terms import constant, eye, fill, scaled, summands, times, total, value_of
+
+
+def _diag_of_fill(node: Expr) -> Expr | None:
+    value = value_of(node.args[0])
+    return None if value is None else fill(0, node.shape) if value == 0 else times(value, eye(node.shape))
+
+
+def _as_diag(node: Expr) -> Expr | None:
+    """The vector of a diagonal matrix."""
+    if node.op == "eye" and len(node.shape) == 2:
+        return fill(1, node.shape[:1])
+    return node.args[0] if node.op == "diag" else None
+
+
+def _kron_of_identities(node: Expr) -> Expr | None:
+    return eye(node.shape) if all(a.op == "eye" for a in node.args) else None
+
+
+def _kron_of_diagonals(node: Expr) -> Expr | None:
+    parts = [_as_diag(a) for a in node.args]
+    return None if None in parts else make("diag", make("kron", *parts))
+
+
+def _diagonals(node: Expr) -> Expr | None:
+    """The diagonal terms of a sum, the identity too, as one matrix."""
+    terms = list(summands(node))
+    found = [t for t in terms if scaled(t)[1].op in ("diag", "eye")] if len(node.shape) == 2 else []
+    if len(found) < 2 or any(t.shape != node.shape for t in terms):
+        return None
+    vectors = [each if scalar is None else times(scalar, each) for scalar, each in
+               ((scaled(t)[0], _as_diag(scaled(t)[1])) for t in found)]
+    return total([make("diag", total(vectors, node.shape[:1])), *(t for t in terms if t not in found)], node.shape)
+
+
+def _blocks(node: Expr) -> Expr | None:
+    """The terms of a sum that keep to square blocks of one size, diagonal ones too, as one."""
+    terms = list(summands(node))
+    stacks = dict.fromkeys(s.args[0].shape for _, s in map(scaled, terms) if s.op == "block_diag")
+    shape = next(iter(stacks), ())
+    found = [t for t in terms if scaled(t)[1].op == "block_diag" or _as_diag(scaled(t)[1]) is not None]
+    if len(stacks) != 1 or len(found) < 2 or shape[1] != shape[2]:
+        return None
+    parts = [each if scalar is None else times(scalar, each) for scalar, each in
+             ((scaled(t)[0], _as_stack(scaled(t)[1], shape)) for t in found)]
+    return total([make("block_diag", total(parts, shape)), *(t for t in terms if t not in found)], node.shape)
+
+
+def _as_stack(node: Expr, shape: Shape) -> Expr:
+    """The blocks of a matrix that is block-diagonal or diagonal."""
+    if node.op == "block_diag":
+        return node.args[0]
+    return eye(shape) if node.op == "eye" else make("diag", make("reshape", node.args[0], data=shape[:2]))
+
+
+def _product_of_diagonals(node: Expr) -> Expr | None:
+    parts = [_as_diag(a) if len(a.shape) == 2 else None for a in node.args]
+    return None if None in parts else make("diag", make("mul", *parts))
+
+
+def _of_diagonal(function: Callable[[Expr], Expr]) -> Callable[[Expr], Expr | None]:
+    """f(diag(d)) = diag(f(d))."""
+    return lambda node: make("diag", function(node.args[0].args[0])) if node.args[0].op == "diag" else None
+
+
+def _cayley_of_numbers(d: Expr) -> Expr:
+    return make("div", make("add", constant(1.0), times(0.5, d)), make("add", constant(1.0), times(-0.5, d)))
+
+
+def _through_kron(node: Expr) -> Expr | None:
+    """Blocks that are all the same."""
+    inner = node.args[0]
+    others = [a for a in inner.args if a.op != "eye"] if inner.op == "kron" and len(inner.shape) == 2 else []
+    if len(others) != 1 or others[0].shape[0] != others[0].shape[1]:
+        return None
+    return make("kron", *(a if a.op == "eye" else make(node.op, a) for a in inner.args))
+
+
+def _blocks_of(inner: str) -> Callable[[Expr], Expr | None]:
+    return lambda node: eye(node.shape) if node.args[0].op == inner else None
+
+
+def _through_blocks(node: Expr) -> Expr | None:
+    inner = node.args[0]
+    return make("block_diag", make(node.op, inner.args[0])) if inner.op == "block_diag" else None
+
+
+def _columns(node: Expr) -> Expr | None:
+    """The first columns of a product, a sum or a multiple are those of its last factor, its terms, of what it is of."""
+    inner, width = node.args[0], node.shape[-1]
+    if inner.op == "matmul" and len(inner.args[1].shape) > 1:
+        return make("matmul", inner.args[0], make("columns", inner.args[1], data=node.data))
+    if inner.op in ("add", "mul"):
+        return make(inner.op, *(make("columns", a, data=node.data) if a.shape else a for a in inner.args))
+    if inner.op == "eye" and inner.shape[0] != width and len(inner.shape) == 2:
+        return make("T", make("side_by_side", eye((width, width)), fill(0, (width, inner.shape[0] - width))))
+    return inner if inner.shape == node.shape else None
+
+
+SHAPED = (
+    Rule("diag(d) + c I = diag(d + c 1)", "add", _diagonals, "I(n) + diag(d)"),
+    Rule("block_diag(s) + block_diag(t) = block_diag(s + t)", "add", _blocks, "block_diag(S) + g * block_diag(Z) + diag(d)"),
+    Rule("diag(d) diag(e) = diag(d e), entry by entry", "mul", _product_of_diagonals, "diag(d) * diag(e)"),
+    Rule("diag(c, c, ...) = c I", "diag", _diag_of_fill, "diag(0 * d + 2)"),
+    Rule("the columns of x y, x + y, c x, I", "columns", _columns, "columns(A @ B + 2 * I(n), 2)"),
+    Rule("I ⊗ I = I", "kron", _kron_of_identities, "kron(I(2), I(3))"),
+    Rule("diag(d) ⊗ diag(e) = diag(d ⊗ e)", "kron", _kron_of_diagonals, "kron(diag(d), I(3))"),
+    Rule("block_diag(I, I, ...) = I", "block_diag", _blocks_of("eye"), "block_diag(cayley(0 * S))"),
+    Rule("f(block_diag(s)) = block_diag(f(s))", "cayley", _through_blocks, "cayley(block_diag(S))"),
+    Rule("f(block_diag(s)) = block_diag(f(s))", "expm", _through_blocks, "expm(block_diag(S))"),
+    Rule("f(block_diag(s)) = block_diag(f(s))", "skew", _through_blocks, "skew(block_diag(S))"),
+    *(Rule("f(I ⊗ k) = I ⊗ f(k), f(k ⊗ I) = f(k) ⊗ I", op, _through_kron, f"{op}(kron(I(4), K))")
+      for op in ("cayley", "expm", "skew")),
+    Rule("cayley(diag(d)) = diag((1 + d/2) / (1 - d/2))", "cayley", _of_diagonal(_cayley_of_numbers), "cayley(diag(d))"),
+    Rule("e^diag(d) = diag(e^d)", "expm", _of_diagonal(lambda d: make("exp", d)), "expm(diag(d))"),
+)
