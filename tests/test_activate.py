@@ -65,9 +65,10 @@ MIXED = (
     "diag(d / row_norm(W + P @ Q.T)) @ (W + P @ Q.T)", "block_diag(H) @ F.T", "kron(M, L) @ F.T", "(g / h) * I(n) @ W + 0.5",
     "F @ G + W", "tanh(P @ Q.T) + F @ G", "diag(A @ d) @ W", "(W + g * N) @ A", "A @ (N + g * N + W)", "W - N", "cayley(W - W.T)",
     # norms in parts: of gains, blocks and turns around what an update made of the weight
-    "row_norm(block_diag(S) @ (diag(d) @ W + P @ Q.T))", "col_norm(reflect(P) @ (W + p @ q.T) @ block_diag(S))",
-    "row_norm(kron(I(4), K) @ (W + P @ Q.T) @ diag(d)) * d", "norm(diag(d) @ (block_diag(S) @ W + P @ Q.T) @ diag(e)) * A",
-    "col_norm(diag(d / row_norm(W @ diag(e) + P @ Q.T)) @ (W @ diag(e) + P @ Q.T))", "row_norm((W @ diag(d)) @ block_diag(expm(skew(S))))",
+    "diag(row_norm(block_diag(S) @ (diag(d) @ W + P @ Q.T)))", "diag(col_norm(reflect(P) @ (W + p @ q.T) @ block_diag(S)))",
+    "diag(row_norm(kron(I(4), K) @ (W + P @ Q.T) @ diag(d)))", "norm(diag(d) @ (block_diag(S) @ W + P @ Q.T) @ diag(e)) * A",
+    "diag(col_norm(diag(d / row_norm(W @ diag(e) + P @ Q.T)) @ (W @ diag(e) + P @ Q.T)))",
+    "diag(row_norm((W @ diag(d)) @ block_diag(expm(skew(S)))))", "diag(row_norm(block_diag(S) @ diag(e) @ (block_diag(Z) @ W @ diag(d) + p @ q.T)))",
     # low-rank terms, and what stands in and beside their factors
     "W @ (P @ Q.T) + g * (diag(d) @ P @ Q.T @ block_diag(S))",
     "skew(P @ Q.T) @ skew(P @ Q.T) @ W + W", "(I(n) + ones(n, n) / n) @ (W + p @ q.T + g)", "P @ ((W + P @ Q.T) @ Q).T @ W",

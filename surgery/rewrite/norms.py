@@ -14,7 +14,7 @@ from surgery.expr.primitives import make
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.engine import Rule
 from surgery.rewrite.structure import factors, is_orthogonal
-from surgery.rewrite.terms import eye, scaled, summands, times, total
+from surgery.rewrite.terms import fill, scaled, summands, times, total
 
 
 def _row_norm(node: Expr) -> Expr | None:
@@ -97,8 +97,9 @@ def _left_blocks(node: Expr) -> Expr | None:
         return None
     if node.op == "block_diag" and node.args[0].shape[1] == node.args[0].shape[2]:
         return node.args[0]
-    if node.op == "kron" and len(node.shape) == 2 and node.args[0].op == "eye" and node.args[1].shape[0] == node.args[1].shape[1]:
-        return make("matmul", eye(node.args[0].shape[:1] + node.args[1].shape), node.args[1])
+    if node.op == "kron" and node.args[0].op == "eye" and node.args[1].shape[0] == node.args[1].shape[1]:
+        count, block = node.args[0].shape[0], node.args[1]
+        return make("reshape", make("kron", fill(1, (count, 1)), block), data=(count, *block.shape))
     return None
 
 
