@@ -19,8 +19,9 @@ def is_traced() -> bool:
 
 
 def inverse(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """(a + factor b)⁻¹, or those of a stack."""
-    return torch.linalg.inv_ex(torch.add(a, b, alpha=factor)).inverse  # does not wait for a device to say that one exists
+    """(a + factor b)⁻¹, or those of a stack. Not by `torch.add(a, b, alpha=factor)`: where b is a product, torch 2.13's compiler
+    forgets the factor."""
+    return torch.linalg.inv_ex(a + factor * b).inverse  # does not wait for a device to say that one exists
 
 
 def cayley(k: Tensor) -> Tensor:
