@@ -163,6 +163,11 @@ def _face(a: Any, b: Any) -> Any:
     return (a[..., :, None] * b[..., None, :]).flatten(-2)
 
 
+def _norm(a: Any) -> Any:
+    """By rows: torch's own is 2e-5 off for a million numbers in float32."""
+    return (a.norm(dim=-1) if a.ndim > 1 else a).norm()
+
+
 def _root(a: Any) -> Any:
     positive = a > 0
     return a.where(positive, a.new_ones(())).sqrt() * positive
@@ -201,7 +206,7 @@ _ROWS = [
     Primitive("sigmoid", 1, same, lambda a: a.sigmoid(), "1 / (1 + e^-a), entry by entry"),
     Primitive("tanh", 1, same, lambda a: a.tanh(), "tanh a, entry by entry"),
     Primitive("detach", 1, same, lambda a: a.detach(), "a, through which no gradient flows"),
-    Primitive("norm", 1, lambda a: (), lambda a: a.norm(), "√Σ a², the Frobenius norm"),
+    Primitive("norm", 1, lambda a: (), _norm, "√Σ a², the Frobenius norm"),
     Primitive("row_norm", 1, lambda a: matrix(a)[:-1], lambda a: a.norm(dim=-1), "the norm of each row: [m, n] -> [m]"),
     Primitive("col_norm", 1, lambda a: matrix(a)[:-2] + a[-1:], lambda a: a.norm(dim=-2),
               "the norm of each column: [m, n] -> [n]"),

@@ -27,10 +27,11 @@ from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost
 from surgery.lower.emit import TEMPLATES, Emitter, without_gradient
 from surgery.lower.moves import MOVES
+from surgery.lower.rows import ROW_SUMS
 from surgery.lower.work import size
 from surgery.rewrite.cheap import cheapest
 
-_SCOPE = {"torch": torch, **MOVES, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}}
+_SCOPE = {"torch": torch, **MOVES, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}, **ROW_SUMS}
 
 LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
 

@@ -1,0 +1,41 @@
+"""Variants of a user's own get structured programs, and those are the dense formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from invented import INVENTED, spec
+from surgery.check import check
+from surgery.costs import Estimate
+from test_costs import formula
+from test_matrix_free import ALLOWED, IN, OUT, largest
+from test_random_specs import error, lowered, meant, operated
+
+on_each = pytest.mark.parametrize("name", INVENTED)
+
+
+@on_each
+def test_it_is_in_order_and_has_a_cheap_program(name):
+    assert {d.code for d in check(spec(name))} <= {"unused"}
+    estimate = Estimate(formula(spec(name), OUT, IN), "linear")
+    assert not estimate.built and estimate.candidates[0].strategy != "built weight"
+
+
+@on_each
+def test_no_large_matrix_is_made(name):
+    what, size = largest(spec(name, "0"))
+    assert size <= ALLOWED, f"{what} has {size} numbers, and {ALLOWED} are allowed"
+
+
+@on_each
+@pytest.mark.parametrize("layer", ["linear 12x18", "Conv1D 18x12", "Conv2d 12x18", "Embedding 18x12", "experts 12x18"])
+def test_it_is_the_dense_formula(name, layer):
+    op = operated(spec(name), layer, torch.float64, torch.float64)
+    found, wanted = lowered(op), meant(op, torch.float64, torch.float64)
+    for what, value in wanted.items():
+        assert error(found[what], value) <= 1e-8, f"{what} is off by {error(found[what], value):.1e}"
+    model = op.surgeon.model.eval()
+    y = model(op.x)
+    op.surgeon.merge()
+    assert error(model(op.x), y) <= 1e-8
