@@ -1,10 +1,10 @@
-"""Solves with a gradient of their own: autograd's values and gradients, and no more held than the result."""
+"""Rotations with a gradient of their own: autograd's values and gradients, and no more held than the result."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from surgery.expr.solves import cayley
+from surgery.expr.solves import cayley, resolvent, skew
 
 
 def plain(k: Tensor) -> Tensor:
@@ -21,12 +21,29 @@ def test_cayley_has_the_gradients_of_the_formula(shape):
         assert order(cayley, k)
 
 
-def test_cayley_under_transforms():
+def test_resolvent_has_the_gradients_of_the_formula():
+    torch.manual_seed(0)
+    m = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(resolvent(m), torch.linalg.inv(torch.eye(4, dtype=m.dtype) - m / 2))
+    for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert order(resolvent, m)
+
+
+def test_skew_has_the_gradients_of_the_formula():
+    torch.manual_seed(0)
+    a = torch.randn(3, 4, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(skew(a), a - a.mT)
+    for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert order(skew, a)
+
+
+@pytest.mark.parametrize(("f", "formula"), [(cayley, plain), (skew, lambda a: a - a.mT)], ids=["cayley", "skew"])
+def test_under_transforms(f, formula):
     torch.manual_seed(0)
     k, direction = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     for transform in (torch.func.jacrev, torch.func.jacfwd, lambda f: torch.vmap(torch.func.jacrev(f))):
-        torch.testing.assert_close(transform(cayley)(k), transform(plain)(k))
-    found, wanted = (torch.func.jvp(f, (k,), (direction,))[1] for f in (cayley, plain))
+        torch.testing.assert_close(transform(f)(k), transform(formula)(k))
+    found, wanted = (torch.func.jvp(each, (k,), (direction,))[1] for each in (f, formula))
     torch.testing.assert_close(found, wanted)
 
 

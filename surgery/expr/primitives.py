@@ -83,6 +83,12 @@ def _eye_like(matrix: Any) -> Any:
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
+def _skew(a: Any) -> Any:
+    from surgery.expr.solves import skew
+
+    return skew(a)
+
+
 def _cayley(k: Any) -> Any:
     from surgery.expr.solves import cayley
 
@@ -119,9 +125,11 @@ def _frame(u: Any) -> Any:
     """L with L Lᵀ = uᵀu and a little more, so that there is one whatever the columns are."""
     import torch
 
-    gram = (u.mT @ u).detach()
-    ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean() + torch.finfo(u.dtype).tiny
-    return torch.linalg.cholesky_ex(gram + ridge * _eye_like(gram)).L
+    with torch.no_grad():
+        gram = u.mT @ u
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        diagonal += _RIDGE * diagonal.mean() + torch.finfo(u.dtype).tiny
+        return torch.linalg.cholesky_ex(gram).L
 
 
 def _framed(u: Any, frame: Any) -> Any:
@@ -131,9 +139,9 @@ def _framed(u: Any, frame: Any) -> Any:
 
 
 def _resolvent(m: Any) -> Any:
-    from surgery.expr.solves import inverse
+    from surgery.expr.solves import resolvent
 
-    return inverse(_eye_like(m), m, -0.5)
+    return resolvent(m)
 
 
 def _phi(m: Any) -> Any:
@@ -215,7 +223,7 @@ _ROWS = [
     Primitive("diag", 1, lambda a: vector(a) + a[-1:], lambda a: a.diag_embed(), "the diagonal matrix of a vector"),
     Primitive("block_diag", 1, _block_diag_shape, _block_diag, "a stack [b, k, k] along the diagonal of [b k, b k]"),
     Primitive("kron", 2, _kron_shape, _kron, "a ⊗ b, the Kronecker product of two matrices or two vectors"),
-    Primitive("skew", 1, square, lambda a: a - a.mT, "a - aᵀ"),
+    Primitive("skew", 1, square, _skew, "a - aᵀ"),
     Primitive("cayley", 1, square, _cayley, "(I - a/2)⁻¹ (I + a/2), orthogonal when a is skew"),
     Primitive("expm", 1, square, _expm, "e^a of a matrix, orthogonal when a is skew"),
     Primitive("reflect", 1, _reflect_shape, _reflect, "Π (I - 2 u uᵀ / uᵀu) over the columns u, first column leftmost"),

@@ -1,4 +1,5 @@
-"""Solves with a gradient of their own, which holds less than autograd's: what they give, and nothing beside it.
+"""Rotations with a gradient of their own, which holds less than autograd's (what they give, and nothing beside it) and passes
+over it less often.
 
 Where something looks into them that wants autograd's own operations (`is_traced`) they are those.
 """
@@ -18,37 +19,65 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or transformed
 
 
-def inverse(a: Tensor, b: Tensor, factor: float) -> Tensor:
-    """(a + factor b)⁻¹, or those of a stack. Not by `torch.add(a, b, alpha=factor)`: where b is a product, torch 2.13's compiler
-    forgets the factor."""
-    return torch.linalg.inv_ex(a + factor * b).inverse  # does not wait for a device to say that one exists
+def skew(a: Tensor) -> Tensor:
+    """a - aᵀ."""
+    return a - a.mT if is_traced() else _Skew.apply(a)
+
+
+class _Skew(torch.autograd.Function):
+    """The gradient of <a - aᵀ, g> is g - gᵀ."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        return a - a.mT
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return skew(g)
 
 
 def cayley(k: Tensor) -> Tensor:
     """(I - k/2)⁻¹ (I + k/2) = (I/2 - k/4)⁻¹ - I: one factorisation, and a gradient of two products."""
-    return _cayley(k) if is_traced() else _Cayley.apply(k)
+    return _solved(k, 0.5, -0.25, -1.0)
 
 
-def _cayley(k: Tensor) -> Tensor:
-    eye = _eye(k)
-    return inverse(eye / 2, k, -0.25) - eye
+def resolvent(m: Tensor) -> Tensor:
+    """(I - m/2)⁻¹."""
+    return _solved(m, 1.0, -0.5, 0.0)
 
 
-def _eye(like: Tensor) -> Tensor:
-    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+def _solved(a: Tensor, start: float, factor: float, end: float) -> Tensor:
+    """(start I + factor a)⁻¹ + end I, or those of a stack."""
+    if not is_traced():
+        return _Solved.apply(a, start, factor, end)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    # not by `torch.add(..., alpha=factor)`: where a is a product, torch 2.13's compiler forgets the factor
+    return _inverse(start * eye + factor * a) + end * eye
 
 
-class _Cayley(torch.autograd.Function):
-    """c(k) with the gradient in k of <c(k), g>, (I + c)ᵀ g (I + c)ᵀ / 4."""
+def _inverse(a: Tensor) -> Tensor:
+    return torch.linalg.inv_ex(a).inverse  # does not wait for a device to say that there is one
+
+
+def _shifted(a: Tensor, by: float) -> Tensor:
+    """a + by I, written into a."""
+    if by:
+        a.diagonal(dim1=-2, dim2=-1).add_(by)
+    return a
+
+
+class _Solved(torch.autograd.Function):
+    """The gradient in a of <y + end I, g>, y the inverse of start I + factor a, is -factor yᵀ g yᵀ."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor) -> Tensor:
-        rotation = _cayley(k)
-        ctx.save_for_backward(rotation)
-        return rotation
+    def forward(ctx: Any, a: Tensor, start: float, factor: float, end: float) -> Tensor:
+        result = _shifted(_inverse(_shifted(factor * a, start)), end)
+        ctx.save_for_backward(result)
+        ctx.factor, ctx.end = factor, end
+        return result
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (rotation,) = ctx.saved_tensors
-        solved = (rotation + _eye(rotation)).mT / 2
-        return solved @ g @ solved
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (result,) = ctx.saved_tensors
+        turned = (_shifted(result.clone(), -ctx.end) if ctx.end else result).mT
+        return turned @ (-ctx.factor * g) @ turned, None, None, None
