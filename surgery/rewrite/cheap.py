@@ -180,6 +180,22 @@ def _hadamard(node: Expr) -> Expr | None:
     return found and make("matmul", *found)
 
 
+def _khatri_rao(node: Expr) -> Expr | None:
+    """Nothing is repeated before it is multiplied."""
+    for a, b in (node.args, node.args[::-1]):
+        if a.op == b.op == "kron" and len(node.shape) == 2:
+            (ones, x), (y, others) = a.args, b.args
+            if value_of(ones) == value_of(others) == 1 and ones.shape[0] == others.shape[0] == 1:
+                return make("face", y, x)
+    return None
+
+
+def _khatri_rao_turned(node: Expr) -> Expr | None:
+    kinds = {a.op for a in node.args}
+    found = _khatri_rao(simplify(make("T", node))) if kinds == {"kron"} and len(node.shape) == 2 else None
+    return found and make("T", found)
+
+
 def _mixed_rows(node: Expr) -> Expr | None:
     a, b = node.args
     if b.op == "T" and len(a.shape) == 2:  # x yᵀ = (y xᵀ)ᵀ
@@ -220,6 +236,9 @@ CHEAP = (
     Rule("(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ", "mul", _hadamard, "(p @ q.T) * (q @ p.T)"),
     Rule("top_softmax(x) y = the rows of y at the places of the largest, mixed", "matmul", _mixed_rows, "top_softmax(A, 2) @ B"),
     Rule("x * u vᵀ = diag(u) x diag(v)", "mul", _gains, "W * (p @ q.T)"),
+    Rule("(1 ⊗ x) * (y ⊗ 1) = face(y, x) for rows of ones", "mul", _khatri_rao, "kron(ones(1, 2), P) * kron(Q, ones(1, 2))"),
+    Rule("(1 ⊗ x) * (y ⊗ 1) = face(yᵀ, xᵀ)ᵀ for columns of ones", "mul", _khatri_rao_turned,
+         "kron(ones(2, 1), P.T) * kron(Q.T, ones(2, 1))"),
     Rule("c circulant(x) = circulant(c x)", "mul", _scaled_circulant, "g * circulant(S)"),
     *NORMS,
 )
