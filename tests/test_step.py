@@ -185,6 +185,15 @@ def test_a_few_tokens_run_another_program_than_many():
         assert (weight in kept(lambda: model(x), model)) is is_built
 
 
+def test_one_program_is_exported_for_any_number_of_tokens():
+    model = Tower(nn.Linear(64, 64))
+    apply(model, load("lora").retarget("**"))
+    any_number = {0: torch.export.Dim("tokens", min=2, max=10_000)}
+    exported = torch.export.export(model.train(), (torch.randn(7, 64),), dynamic_shapes=(any_number,)).module()
+    x = torch.randn(4000, 64)
+    assert_close(exported(x), model(x), 1e-5)
+
+
 def test_nothing_is_kept_where_nothing_trains():
     model = Tower(nn.Linear(192, 256))
     apply(model, parse('spec s()\ntarget linear "**" { add low_rank(2) }'))
