@@ -176,6 +176,23 @@ def test_nothing_of_a_set_up_is_kept_that_is_made_again(monkeypatch):
     assert saved(gate) == [IN]
 
 
+def test_a_set_up_is_made_again_as_it_was_made_under_autocast(monkeypatch):
+    found = []
+    for cost in (None, Cost()):
+        monkeypatch.setattr(Candidate, "made_again", property(lambda plan, cost=cost: cost))
+        model = Tower(nn.Linear(192, 256))
+        apply(model, parse(f'spec s()\n{OWN}\ntarget linear "**" {{ add gate() post quarter_turn() }}'), seed=1)
+        perturb(model)
+        tensors = dict(model.named_parameters())
+        for tensor in tensors.values():
+            torch.nn.init.normal_(tensor, generator=torch.Generator().manual_seed(tensor.numel()))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(torch.linspace(-1, 1, 40 * 192).view(40, 192))
+        y.float().square().sum().backward()
+        found.append({"the output": y, **{name: tensor.grad for name, tensor in tensors.items() if tensor.requires_grad}})
+    assert all(torch.equal(wanted, found[1][name]) for name, wanted in found[0].items())
+
+
 def test_a_few_tokens_run_another_program_than_many():
     model = Tower(nn.Linear(64, 64, bias=False))
     apply(model, load("lora").retarget("**"))

@@ -59,4 +59,7 @@ def run(plan: Candidate, layer: Any, x: Tensor, make: Make, tensors: Mapping[str
     see the parts."""
     trained = frozenset(key for key, tensor in tensors.items() if tensor.requires_grad)
     found = step(plan.written, (x.requires_grad, *plan.reached(trained))) if trained else None
-    return None if found is None else _Node.apply(found, layer, make, x, *tensors.values())
+    if found is None:
+        return None
+    with torch.autocast(x.device.type, enabled=False):
+        return _Node.apply(found, layer, make, x, *tensors.values())
