@@ -41,6 +41,13 @@ INVENTED = {
     "the weight times a product": _update("param P[in, 2] = 0\n param Q[in, 2] ~ normal(std = 0.1)\n return W @ (P @ Q.T)"),
     "two of three of a fused layer": _update(
         "param A[2, in] ~ normal()\n param B[out / 2, 2] = 0\n return side_by_side(A.T @ B.T, 0 * (A.T @ B.T)).T"),
+    "factors for all modules": _update("shared param A[2, in] ~ normal()\n shared param B[out, 2] ~ normal()\n param g[2] = 0\n"
+                                       " param d[out] = 1\n return diag(d) @ B @ diag(g) @ A"),
+    "a chain of weights": _update("param P[out, 2] = 0\n param Q[out, 2] ~ normal(std = 0.1)\n"
+                                  " return P @ Q.T @ W @ W.T @ W / (norm(W) * norm(W))"),
+    "gains of rows as a matrix": _update("param d[out, 1] = 0\n return (d @ ones(1, in)) * W"),
+    "a bias from the weight": ("update own() on bias {\n param v[in] = 0\n return W @ v\n}",
+                               f"{LOW_RANK}  add own()  post orthogonal(1) with bias"),
     "a product and one number": _update(f"{FACTORS}\n param c = 0\n return B @ A + c"),
     "thin blocks": _update("param P[2, out / 2, 1] = 0\n param Q[2, 1, in / 2] ~ normal(std = 0.1)\n return block_diag(P @ Q)"),
     "half of it detached": _update(f"{FACTORS}\n return detach(B @ A) / 2 + B @ A / 2"),
@@ -51,6 +58,8 @@ INVENTED = {
     "the same block everywhere": _transform("param K[2, 2] = 0\n return cayley(kron(I(n / 2), skew(K)))"),
     "blocks to the first order": _transform("param S[n / 2, 2, 2] = 0\n param d[n] = 0\n return I(n) + block_diag(skew(S)) + diag(d)"),
     "a part of the mean": _transform("param g = 0\n return I(n) - (g / n) * ones(n, n)"),
+    "between two rotations": _transform("param U[n, 1] ~ normal()\n param V[n, 1] = U\n param t = 0\n let R = reflect(U) @ reflect(V).T\n"
+                                        " return cos(t) * R + (1 - cos(t)) * I(n)"),
     "columns of a rotation": _update("param P[out, 2] ~ normal()\n param R[out, 2] ~ normal()\n param A[2, in] ~ normal()\n param s[2] = 0\n"
                                      " return columns(cayley(P @ R.T - R @ P.T), 2) @ diag(s) @ A"),
 }

@@ -79,7 +79,9 @@ def _each(placed: Placed, expr: Expr, leaves: dict[str, Tensor]) -> Tensor:
     """The dense value, of each matrix of a stack."""
     if placed.site.stack is None:
         return dense(expr, leaves)
-    return torch.stack([dense(expr, {k: v[i] for k, v in leaves.items()}) for i in range(placed.site.stack)])
+    shared = {leaf.key for leaf in placed.formula.leaves if leaf.group}
+    return torch.stack([dense(expr, {k: v if k in shared else v[i] for k, v in leaves.items()})
+                        for i in range(placed.site.stack)])
 
 
 def operated(spec: Spec, layer: str, dtype: torch.dtype, adapter: torch.dtype) -> Operated:

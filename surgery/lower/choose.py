@@ -181,8 +181,10 @@ def offset(bias: Expr) -> Expr:
     """b' = T (b + u), the transforms acting on b as on a row of activations."""
     if bias.op == "add":
         return make("add", *map(offset, bias.args))
-    is_turned = bias.op == "matmul" and len(bias.args[0].shape) == 2
-    return apply(bias.args[0], offset(bias.args[1])) if is_turned else bias
+    if bias.op != "matmul" or len(bias.args[0].shape) != 2:
+        return bias
+    row = make("reshape", offset(bias.args[1]), data=(1, *bias.args[1].shape))
+    return make("reshape", apply(bias.args[0], row), data=bias.shape)
 
 
 def _with_bias(y: Expr, bias: Expr | None, kind: str) -> Expr:

@@ -33,9 +33,9 @@ def thinly(expr: Expr) -> Expr:
 
 
 def _together(expr: Expr) -> Expr:
-    """A sum with its low-rank terms as one."""
+    """A sum with its low-rank terms as one; what the frozen layer's own output goes into stays by itself."""
     terms = list(summands(expr))
-    low = [term for term in terms if _thin(term) is not None]
+    low = [term for term in terms if (found := _thin(term)) is not None and not _holds(found[1], "weight")]
     joined = _thin(total(low, expr.shape)) if len(low) > 1 else None
     if joined is None:
         return total([thinly(term) for term in terms], expr.shape)
@@ -43,13 +43,10 @@ def _together(expr: Expr) -> Expr:
 
 
 def _thin(expr: Expr) -> Factors | None:
-    """The factors of a low-rank matrix, if the set-up makes both. Not one that acts faster than its numbers, what is dropped,
-    or the frozen layer's own output, which is there already."""
+    """The factors of a low-rank matrix, if the set-up makes them: not those that act faster than their numbers, nor of what is
+    dropped."""
     found = factors(expr)
-    if found is None or any(map(is_structured, found)):
-        return None
-    u, v = found
-    return None if _holds(u, "drop") or _holds(v, "drop", "weight") else found
+    return None if found is None or any(is_structured(f) or _holds(f, "drop") for f in found) else found
 
 
 def _holds(expr: Expr, *ops: str) -> bool:
@@ -57,6 +54,9 @@ def _holds(expr: Expr, *ops: str) -> bool:
 
 
 def _built(factor: Expr) -> Expr:
-    """A factor as one matrix, whatever it is made of."""
+    """A factor as one matrix, whatever it is made of; in front of the frozen layer's own output, which is there already, what is
+    multiplied with that."""
+    if factor.op == "matmul" and factor.args[1].op == "weight":
+        return make("matmul", _built(factor.args[0]), factor.args[1])
     leaf = factor.args[0] if factor.op == "T" else factor
     return factor if leaf.op in _LEAVES else Expr("built", (cheapest(factor),), None, factor.shape)

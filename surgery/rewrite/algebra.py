@@ -34,6 +34,11 @@ def _moved_zero(node: Expr) -> Expr | None:
     return fill(0, node.shape) if is_zero(node.args[0]) else None
 
 
+def _moved_number(node: Expr) -> Expr | None:
+    value = value_of(node.args[0])
+    return None if value is None else fill(value, node.shape)
+
+
 def _div_by_number(node: Expr) -> Expr | None:
     divisor = value_of(node.args[1])
     return times(1 / divisor, node.args[0]) if divisor and node.args[0].shape == node.shape else None
@@ -193,8 +198,10 @@ RULES = (
         "cos": "cos(3 + 0 * g)", "sin": "sin(3 + 0 * g)",
         "tanh": "tanh(3 + 0 * g)", "sigmoid": "sigmoid(3 + 0 * g)", "detach": "detach(3 + 0 * g)"}.items()),
     *(Rule("f(0, 0, ...) = 0 for what moves entries", op, _moved_zero, example) for op, example in {
-        "reshape": "reshape(0 * A, n * n)", "columns": "columns(0 * A, 2)", "scatter": "scatter(0 * d, at, n, n)",
+        "scatter": "scatter(0 * d, at, n, n)",
         "take": "take(0 * A, at)", "circulant": "circulant(0 * S)", "ifft2": "ifft2(0 * A)"}.items()),
+    *(Rule("the entries of c 1 are all c", op, _moved_number, example) for op, example in {
+        "reshape": "reshape(ones(n, n), n * n)", "columns": "columns(ones(n, n), 2)"}.items()),
     Rule("x / c = 1/c x", "div", _div_by_number, "A / 3"),
     Rule("x / c = 1/c x for a scalar c that is computed", "div", _div_by_scalar, "A / norm(B)"),
     Rule("x + 0 = x", "add", _add_zero, "A + 0 * B"),

@@ -128,6 +128,15 @@ def _is_cheap(term: Expr) -> bool:
     return rest.op in ("eye", "diag", "block_diag", "weight") or factors(rest) is not None
 
 
+def _scaled_sum(node: Expr) -> Expr | None:
+    """A scalar goes to terms with structure, which take it in: c (I + U V) = c I + (c U) V."""
+    scalar, inner = scaled(node)
+    terms = list(summands(inner))
+    if scalar is None or len(terms) < 2 or not any(scaled(t)[1].op in ("eye", "diag", "block_diag") for t in terms):
+        return None
+    return simplify(total([times(scalar, t) for t in terms], node.shape))
+
+
 def _ones_in_a_row(node: Expr) -> Expr | None:
     """A matrix of one number is taken apart where it meets another."""
     for i, a in enumerate(node.args):
@@ -226,6 +235,7 @@ CHEAP = (
     Rule("reflect(U) = I - 2 U V, V the triangle of UᵀU solved for Uᵀ", "reflect", _reflect, "reflect(P)"),
     Rule("(x y) z = x (y z), whichever is cheaper", "matmul", _associate, "(P @ Q.T) @ P"),
     Rule("(x + y) z = x z + y z for a thin z", "matmul", _apart, "(A + P @ Q.T) @ p"),
+    Rule("c (x + I) = c x + c I", "mul", _scaled_sum, "g * (A + I(n))"),
     Rule("(1 1ᵀ) x = 1 (1ᵀ x)", "matmul", _ones_in_a_row, "ones(n, n) @ A"),
     Rule("skew(U V) = U V - Vᵀ Uᵀ", "skew", _skew, "skew(P @ Q.T)"),
     Rule("[U V, P Q] = [U, P] [V, 0; 0, Q]", "side_by_side", _neighbours, "side_by_side(P @ Q.T, p @ q.T)"),
