@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import surgery
 from invented import INVENTED, spec
 from surgery.check import check
 from surgery.costs import Estimate
@@ -39,3 +40,18 @@ def test_it_is_the_dense_formula(name, layer):
     y = model(op.x)
     op.surgeon.merge()
     assert error(model(op.x), y) <= 1e-8
+
+
+CANCELLED = 'update own() {\n param Z[out, in] = 0\n param c = 0\n return (Z - 0.5) - (Z + c) + 0.5\n}\ntarget "**" {\n add own()\n}'
+
+
+@pytest.mark.parametrize("each", [*map(spec, INVENTED), surgery.parse(CANCELLED)], ids=[*INVENTED, "terms that cancel"])
+def test_so_is_every_program_that_was_found_for_it(each):
+    op = operated(each, "linear 12x18", torch.float64, torch.float64)
+    (adapter,), wanted = op.surgeon.adapters.values(), meant(op, torch.float64, torch.float64)
+    best = adapter._programs[True]
+    for program in (best, *best.over):
+        adapter._programs[True] = program
+        found = lowered(op)
+        for what, value in wanted.items():
+            assert error(found[what], value) <= 1e-8, f"{what} by {program.strategy} is off by {error(found[what], value):.1e}"

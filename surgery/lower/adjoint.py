@@ -15,7 +15,7 @@ from surgery.expr.ir import Expr, Shape, rebuild, walk
 from surgery.expr.primitives import make
 from surgery.lower.work import ACCUMULATED
 from surgery.rewrite.algebra import simplify
-from surgery.rewrite.terms import scaled, times, total
+from surgery.rewrite.terms import is_zero, scaled, times, total
 
 LEAVES = {"x", "value", "grad", "kept"}
 # What is made again: in one pass, or thereabouts, over what it acts on, or in none.
@@ -35,7 +35,7 @@ def gradients(output: Expr, leaves: Sequence[Expr]) -> Gradients | None:
     found = _parts(output, leaves)
     if found is None:
         return None
-    raw = [_sum(found.get(leaf, []), leaf.shape) for leaf in leaves]
+    raw = [_of_leaf(found.get(leaf, []), leaf) for leaf in leaves]
     return _keeping(raw)
 
 
@@ -50,11 +50,18 @@ def _parts(output: Expr, leaves: Sequence[Expr]) -> dict[Expr, list[Expr]] | Non
         if node.args and node in leads:
             if node.op not in RULES:
                 return None
-            terms = RULES[node.op](node, _sum(parts[node], node.shape))
+            gradient = _sum(parts.get(node, []), node.shape)
+            terms = () if is_zero(gradient) else RULES[node.op](node, gradient)
             for arg, term in zip(node.args, terms):
                 if arg in leads:
                     parts.setdefault(arg, []).append(term)
     return parts
+
+
+def _of_leaf(terms: list[Expr], leaf: Expr) -> Expr:
+    """The gradient of a leaf; where its terms cancel, zeros of its size, which only the leaf itself knows."""
+    gradient = _sum(terms, leaf.shape)
+    return _node("zeros", leaf.shape, leaf) if is_zero(gradient) else gradient
 
 
 def _sum(terms: list[Expr], shape: Shape) -> Expr:

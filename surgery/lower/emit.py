@@ -26,7 +26,7 @@ TEMPLATES = {
     "bias": "layer.offset(dtype)", "fill": "layer.fill({shape}, {data!r}, dtype)", "eye": "layer.eye({shape}, dtype)",
     "swap": "swap({}, {data})", "mix": "mix({}, {data})", "reshape": "{}.reshape({data})", "columns": "{}[..., :{data[0]}]", "cos": "{}.cos()", "sin": "{}.sin()",
     "dropout": "layer.dropout({}, {data[0]!r})", "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})",
-    "mask": "mask({}, {data[0]!r})", "flat": "{}.flatten(0, -2)", "between": "{}[:, {data[0]}:{data[1]}]",
+    "mask": "mask({}, {data[0]!r})", "flat": "{}.flatten(0, -2)", "zeros": "torch.zeros_like({})", "between": "{}[:, {data[0]}:{data[1]}]",
 }
 # Values that nothing else holds, and that no backward pass of autograd's reads. (Where autograd does not look on, all that are
 # computed and no views.)
