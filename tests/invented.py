@@ -60,6 +60,8 @@ INVENTED = {
     "a part of the mean": _transform("param g = 0\n return I(n) - (g / n) * ones(n, n)"),
     "between two rotations": _transform("param U[n, 1] ~ normal()\n param V[n, 1] = U\n param t = 0\n let R = reflect(U) @ reflect(V).T\n"
                                         " return cos(t) * R + (1 - cos(t)) * I(n)"),
+    "gains in a turned basis": _transform("param S[n / 2, 2, 2] ~ normal(std = 0.1)\n param d[n] = 0\n let R = block_diag(cayley(skew(S)))\n"
+                                          " return R @ diag(exp(d)) @ R.T"),
     "columns of a rotation": _update("param P[out, 2] ~ normal()\n param R[out, 2] ~ normal()\n param A[2, in] ~ normal()\n param s[2] = 0\n"
                                      " return columns(cayley(P @ R.T - R @ P.T), 2) @ diag(s) @ A"),
 }

@@ -9,6 +9,7 @@ import surgery
 from invented import INVENTED, spec
 from surgery.check import check
 from surgery.costs import Estimate
+from surgery.lower.program import activations
 from test_costs import formula
 from test_matrix_free import ALLOWED, IN, OUT, largest
 from test_random_specs import error, lowered, meant, operated
@@ -27,6 +28,11 @@ def test_it_is_in_order_and_has_a_cheap_program(name):
 def test_no_large_matrix_is_made(name):
     what, size = largest(spec(name, "0"))
     assert size <= ALLOWED, f"{what} has {size} numbers, and {ALLOWED} are allowed"
+
+
+def test_a_rotation_and_its_transpose_are_one_solve():
+    found = formula(spec("gains in a turned basis"), OUT, IN)
+    assert activations(found, "linear", True, True).source.count("cayley(") == 1
 
 
 @on_each

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from surgery.expr.fourier import BY_PRODUCTS
-from surgery.expr.ir import Expr, Shape, walk, without_dropout
+from surgery.expr.ir import Expr, Shape, substituted, walk, without_dropout
 from surgery.expr.primitives import make
 from surgery.lower.emit import TOKENS
 from surgery.rewrite.algebra import simplify
@@ -192,6 +192,17 @@ def made(expr: Expr) -> Expr:
         return done[node]
 
     return change(expr)
+
+
+def solved_once(outputs: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The outputs with f(x) turned in the place of f(xᵀ), where there are both: one solve in the place of two."""
+    solves = dict.fromkeys(node for output in outputs for node in walk(output) if node.op in ("cayley", "expm"))
+    again: dict[Expr, Expr] = {}
+    for node in solves:
+        other = turned(node)
+        if other in solves and other is not node and node not in again:
+            again[other] = Expr("T", (node,), None, node.shape)
+    return tuple(substituted(output, again) for output in outputs) if again else outputs
 
 
 def _is_matrices(product: Expr) -> bool:

@@ -13,7 +13,7 @@ from math import inf
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import make
-from surgery.lower.activate import TOKENS, apply, enter_in_parts, is_weight, made, matrix, run, split_dropout, turned
+from surgery.lower.activate import TOKENS, apply, enter_in_parts, is_weight, made, matrix, run, solved_once, split_dropout, turned
 from surgery.lower.apart import apart
 from surgery.lower.blockwise import blockwise
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
@@ -137,7 +137,7 @@ def frozen_alone(kind: str, out: int, in_: int) -> Expr:
 def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights",
               trained: frozenset[str] = frozenset()) -> Candidate:
     """The program that gives `outputs`, after a last change to each."""
-    outputs = tuple(prepare(made(output)) for output in outputs)
+    outputs = solved_once(tuple(prepare(made(output)) for output in outputs))
     on_input: dict[Expr, bool] = {}
     has_body = depends_on(outputs[0], "x", on_input)
     values = _frontier(outputs, on_input) if has_body else outputs
