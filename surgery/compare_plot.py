@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from surgery.compare import Mean, Row
+from surgery.compare_rows import Mean, Row
 from surgery.picture import GRID, MARK, picture
 
 

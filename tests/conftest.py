@@ -1,6 +1,9 @@
-"""What all tests share: no network, and one thread each, since two workers run side by side."""
+"""What all tests share: no network, one thread each since two workers run side by side, and a terminal of one width."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 
 def pytest_configure() -> None:
@@ -8,3 +11,11 @@ def pytest_configure() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _width() -> Iterator[None]:
+    """What a command shows is as wide as its terminal. (While tests run alone: pytest's own text fits its terminal.)"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        yield

@@ -11,11 +11,12 @@ from small_text import save_model, texts, words
 
 import surgery
 from surgery import compare
-from surgery.cli.comparing import _edges, _methods
+from surgery.cli.comparing import _methods
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head
-from surgery.compare import Comparison, Mean, Run, Steps, finished, keep, keep_steps, known_steps, place_of, rows
-from surgery.footprint import Clock, side_by_side, step_bytes
+from surgery.compare import Comparison
+from surgery.compare_rows import rows
+from surgery.runs import place_of
 from surgery.tasks import Task
 
 
@@ -101,110 +102,6 @@ def test_what_does_not_fit_is_said_before_any_training(model: str) -> None:
     whole.check()
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def run(method: str = "lora", rate: float = 1e-3, seed: int = 0, validation: float | None = 0.5,
-        test: float = 0.5) -> Run:
-    asked, costs = {"method": method, "rate": rate, "seed": seed}, (0.1, 100, "a machine")
-    if validation is None:
-        return Run(asked, None, None, 10, {}, *costs)
-    return Run(asked, {"accuracy": validation}, {"accuracy": test}, 10, {"entropy": 1.0 + seed}, *costs)
-
-
-def test_a_run_is_kept_and_found_again(tmp_path: Path) -> None:
-    assert finished(tmp_path / "runs", run().asked) is None
-    keep(tmp_path / "runs", run())
-    keep(tmp_path / "runs", run(seed=1, validation=None))
-    assert finished(tmp_path / "runs", run().asked) == run()
-    assert finished(tmp_path / "runs", run(seed=1).asked) == run(seed=1, validation=None)
-    assert finished(tmp_path / "runs", run(seed=2).asked) is None
-    assert all(p.suffix == ".json" for p in (tmp_path / "runs").iterdir())
-
-
-def test_times_are_kept_for_the_methods_in_their_order(tmp_path: Path) -> None:
-    steps = Steps({"specs": {"full": None, "lora": "text"}}, {"full": [2.0], "lora": [1.0]}, "a machine")
-    assert known_steps(tmp_path / "steps.json", steps.asked) is None
-    keep_steps(tmp_path / "steps.json", steps)
-    assert known_steps(tmp_path / "steps.json", steps.asked) == steps
-    assert known_steps(tmp_path / "steps.json", {"specs": {"lora": "text", "full": None}}) is None
-
-
-@pytest.mark.parametrize("text", ['{"half', "[]", "{}", '{"asked": {}}'])
-def test_a_file_that_is_no_run_is_told(text: str, tmp_path: Path) -> None:
-    keep(tmp_path, run())
-    place_of(tmp_path, run().asked).write_text(text)
-    with pytest.raises(surgery.SurgeryError, match="is not finished"):
-        finished(tmp_path, run().asked)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(surgery.SurgeryError, match="bad-output"):
-        keep(tmp_path / "file", run())
-
-
-# ------------------------------------------------------------------------------------------------------------- rows
-
-
-def test_the_rate_is_chosen_on_the_validation_part_and_the_score_taken_on_the_test_part() -> None:
-    runs = [run(rate=1e-3, seed=0, validation=0.6, test=0.9), run(rate=1e-3, seed=1, validation=0.6, test=0.9),
-            run(rate=1e-2, seed=0, validation=0.9, test=0.5), run(rate=1e-2, seed=1, validation=0.5, test=0.7),
-            run(rate=1e-1, seed=0, validation=None), run(rate=1e-1, seed=1, validation=1.0)]
-    row, = rows(runs)
-    assert (row.rate, row.seeds) == (1e-2, 2)
-    assert row.scores["accuracy"] == Mean(pytest.approx(0.6), pytest.approx(0.1))
-    assert row.entropy == Mean(1.5, pytest.approx(0.5))
-
-
-def test_one_seed_has_no_standard_error() -> None:
-    first, second = rows([run("lora"), run("dora")])
-    assert (first.method, second.method) == ("lora", "dora") and first.scores["accuracy"] == Mean(0.5, None)
-
-
-@pytest.mark.parametrize(("best", "edge"), [(1e-4, "bottom"), (1e-3, None), (1e-2, "top")])
-def test_a_rate_at_the_end_of_the_grid_is_said(best: float, edge: str | None) -> None:
-    rates = (1e-3, 1e-4, 1e-2)
-    row, = rows([run(rate=rate, validation=0.9 if rate == best else 0.5) for rate in rates])
-    assert (row.rate, row.edge) == (best, edge)
-    said = _edges([row, replace(row, method="dora")])
-    assert said == ([] if edge is None else [f"lora, dora: {best:g} is the {edge} of the grid: try "
-                                             + ("higher" if edge == "top" else "lower")])
-
-
-def test_one_rate_is_no_grid_and_none_is_chosen_among_those_that_diverge() -> None:
-    assert rows([run()])[0].edge is None
-    assert rows([run(rate=rate, validation=None) for rate in (1e-3, 1e-2)])[0].edge is None
-
-
-def test_times_are_compared_within_a_round() -> None:
-    """The second round was slow for all."""
-    steps = Steps({}, {"lora": [1.0, 10.0, 2.0], "dora": [1.5, 15.0, 3.0]}, "a machine")
-    lora, dora = rows([run("lora"), run("dora")], steps)
-    assert (lora.step_seconds, lora.step_ratio, dora.step_seconds, dora.step_ratio) == (2.0, 1.0, 3.0, 1.5)
-
-
-# -------------------------------------------------------------------------------------------------------- footprint
-
-
-def test_models_side_by_side_take_turns(monkeypatch) -> None:
-    """Each is warmed up, and in each round another begins; their values stay."""
-    order: list[str] = []
-
-    class Line(torch.nn.Linear):
-        device = torch.device("cpu")
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            order.append(self.called)
-            return type("Output", (), {"loss": super().forward(x).square().mean()})
-
-    models = {name: Line(2, 2) for name in ("a", "b", "c")}
-    for name, model in models.items():
-        model.called = name
-    before = {name: model.weight.clone() for name, model in models.items()}
-    monkeypatch.setattr("surgery.footprint.ROUNDS", 4)
-    times = side_by_side(models, {"x": torch.ones(1, 2)})
-    assert "".join(order) == "abcabc" + "abcbcacababc" and [len(t) for t in times.values()] == [4, 4, 4]
-    assert all(torch.equal(model.weight, before[name]) for name, model in models.items())
-
-
 def test_methods_side_by_side_share_what_they_do_not_train(model: str, monkeypatch) -> None:
     """And train what they train alone."""
     whole, seen = comparison(model, "full", "lora", "dora"), {}
@@ -215,39 +112,6 @@ def test_methods_side_by_side_share_what_they_do_not_train(model: str, monkeypat
     full, lora, dora = (m.get_parameter("bert.encoder.layer.0.attention.self.query.weight") for m in seen.values())
     assert lora is dora is not full and full.requires_grad and not lora.requires_grad
     assert seen["lora"].get_parameter("classifier.weight") is not seen["dora"].get_parameter("classifier.weight")
-
-
-
-
-def test_peak_memory_counts_weights_gradients_the_optimizer_and_activations() -> None:
-    class Line(torch.nn.Module):
-        device = torch.device("cpu")
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = torch.nn.Linear(64, 64, bias=False), torch.nn.Linear(64, 64, bias=False)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return type("Output", (), {"loss": self.second(self.first(x).relu()).square().mean()})
-
-    line, batch, size = Line(), {"x": torch.randn(4096, 64)}, 4 * 64 * 64
-    before = {n: p.clone() for n, p in line.named_parameters()}
-    whole = step_bytes(line, batch)
-    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in line.named_parameters())
-    line.first.requires_grad_(False)
-    less = step_bytes(line, batch)
-    # All weights and three activations (after relu, of the second layer, squared); the first layer's two moments more.
-    assert less > 4 * size + 3 * 4 * 4096 * 64 and whole - less >= 2 * size
-
-
-def test_the_clock_takes_the_median_step(monkeypatch) -> None:
-    times = iter([0, 9, 10, 18, 20, 21, 30, 33, 40, 42])
-    monkeypatch.setattr("surgery.footprint.perf_counter", lambda: next(times))
-    clock = Clock()
-    for _ in range(5):
-        clock.on_step_begin()
-        clock.on_step_end()
-    assert clock.seconds == 2  # of 1, 3 and 2: the first two are left out
 
 
 # ---------------------------------------------------------------------------------------------------------- command

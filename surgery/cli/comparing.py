@@ -15,7 +15,9 @@ from surgery.cli.render import FORMAT, Output
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from surgery.compare import Comparison, Mean, Row, Run, Steps
+    from surgery.compare import Comparison
+    from surgery.compare_rows import Mean, Row
+    from surgery.runs import Run, Steps
     from surgery.syntax.tree import Spec
 
 RUNS, STEPS, TABLE, PLOT = "runs", "steps.json", "comparison.json", "comparison.svg"
@@ -127,7 +129,7 @@ def _comparison(methods: Mapping[str, Spec | None], model: str, task: Any, budge
 
 def _runs(output: Output, comparison: Comparison, folder: Path) -> list[Run]:
     """Every run, from its file or performed."""
-    from surgery.compare import finished, keep
+    from surgery.runs import finished, keep
 
     found, asked = [], comparison.asked()
     for number, each in enumerate(asked, start=1):
@@ -150,7 +152,7 @@ def _scores(scores: Mapping[str, float] | None) -> str:
 
 def _steps(output: Output, comparison: Comparison, file: Path) -> Steps:
     """The times of steps, from their file or taken."""
-    from surgery.compare import keep_steps, known_steps
+    from surgery.runs import keep_steps, known_steps
 
     known = known_steps(file, comparison.steps_asked)
     if known is None:
@@ -165,8 +167,8 @@ def _steps(output: Output, comparison: Comparison, file: Path) -> Steps:
 
 def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: Steps, folder: Path) -> None:
     """Show the table; keep it and the plot beside the runs."""
-    from surgery.compare import rows
     from surgery.compare_plot import draw
+    from surgery.compare_rows import rows
     from surgery.folders import replacing_file
 
     found, about = rows(runs, steps), _about(comparison, runs, steps)

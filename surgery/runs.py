@@ -1,0 +1,114 @@
+"""What a comparison keeps: the runs, and the times of steps side by side.
+
+Takes a `Run` or `Steps`, with all that it was asked for; gives the same back from its file. Promises: each is a small
+JSON file that appears whole; what was asked for otherwise is another run, and is never taken for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+from surgery.diagnostics import fail
+from surgery.folders import replacing_file
+
+FORMAT = "1.0"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training. `asked` is all that its outcome depends on; `update` holds the figures of ΔW, as means over the
+    weights. Where the training diverged, the scores are None and `update` is empty."""
+
+    asked: Mapping[str, Any]
+    validation: Mapping[str, float] | None
+    test: Mapping[str, float] | None
+    trained: int
+    update: Mapping[str, float | None]
+    step_seconds: float
+    peak_bytes: int
+    machine: str
+
+    @property
+    def method(self) -> str:
+        return self.asked["method"]
+
+    @property
+    def chosen_by(self) -> float:
+        """The score that learning rates are chosen by; larger is better."""
+        return float("-inf") if self.validation is None else next(iter(self.validation.values()))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The seconds of steps of several methods that took turns. `asked` is all that they depend on but for the
+    machine."""
+
+    asked: Mapping[str, Any]
+    times: Mapping[str, Sequence[float]]
+    machine: str
+
+    def seconds(self, method: str) -> float:
+        return median(self.times[method])
+
+    def ratio(self, method: str) -> float:
+        """The time over the first method's, the median of the rounds."""
+        return median(mine / first for mine, first in zip(self.times[method], next(iter(self.times.values()))))
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def digest(what: Any) -> str:
+    """Stands for plain data in a name or a record."""
+    return sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def place_of(folder: Path, asked: Mapping[str, Any]) -> Path:
+    """The file of a run: runs that were asked for otherwise lie side by side."""
+    return folder / f"{asked['method']}-{asked['rate']:g}-{asked['seed']}-{digest(dict(asked))}.json"
+
+
+def finished(folder: Path, asked: Mapping[str, Any]) -> Run | None:
+    """The run, if it is in the folder."""
+    return _read(place_of(folder, asked), Run)
+
+
+def keep(folder: Path, run: Run) -> None:
+    """Write a run's file, whole or not at all. Raises: SurgeryError (bad-output)."""
+    _write(place_of(folder, run.asked), run)
+
+
+def known_steps(file: Path, asked: Mapping[str, Any]) -> Steps | None:
+    """The times in a file, if they are those that are asked for, in this order too:
+    ratios are to the first method's."""
+    found = _read(file, Steps)
+    return found if found and json.dumps(found.asked) == json.dumps(asked) else None
+
+
+def keep_steps(file: Path, steps: Steps) -> None:
+    """Write the times' file, whole or not at all. Raises: SurgeryError (bad-output)."""
+    _write(file, steps)
+
+
+def _read(file: Path, kind: type[T]) -> T | None:
+    """What a file holds; None where there is no file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return kind(**{name: value for name, value in found.items() if name != "format_version"})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise fail("bad-data", f"{file} is not finished: {error}", helps=("delete it",)) from None
+
+
+def _write(target: Path, what: Run | Steps) -> None:
+    text = json.dumps({"format_version": FORMAT, **asdict(what)}, indent=1, allow_nan=False)
+    with replacing_file(target) as new:
+        new.write_text(text + "\n", encoding="utf-8")
