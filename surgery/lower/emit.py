@@ -32,7 +32,8 @@ TEMPLATES = {
 # computed and no views.)
 FRESH = {"frozen", "matmul", "blocks", "add", "scale", "mul", "masked", "run", "frozen_back"}
 # What is added to a value without being one itself, and how the factor of it is called.
-_FACTORS = {"matmul": ("addmm", "alpha"), "mul": ("addcmul", "value"), "blocks": ("add_blocks", "alpha")}
+_FACTORS = {"matmul": ("addmm", "alpha"), "mul": ("addcmul", "value"), "scale": ("addcmul", "value"),
+            "blocks": ("add_blocks", "alpha")}
 _NARROW = 8  # how much wider the other side is than one with few columns
 VIEWS = {"T", "split", "join", "flat", "between", "swap"}
 
@@ -133,7 +134,7 @@ class Emitter:
     def _is_taken_in(self, z: Expr) -> bool:
         fits = all(a.shape == z.shape for a in z.args) if z.op == "mul" else len(z.shape) == 2
         # autograd does not see through a kernel of ours, and makes a matrix more for the gradient of `addcmul`
-        fits = fits and (z.op not in ("blocks", "mul") or self.owner or z in self.gradless)
+        fits = fits and (z.op not in ("blocks", "mul", "scale") or self.owner or z in self.gradless)
         return z.op in ("scatter", *_FACTORS) and fits and self.uses[z] == 1 and z not in self.names
 
     def _masked_in(self, node: Expr, y: Expr, term: Expr) -> str | None:
