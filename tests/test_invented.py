@@ -30,6 +30,11 @@ def test_no_large_matrix_is_made(name):
     assert size <= ALLOWED, f"{what} has {size} numbers, and {ALLOWED} are allowed"
 
 
+@pytest.mark.parametrize("name", ["dora", "pre_diag", "post_diag"])
+def test_gains_of_a_vocabulary_are_looked_up(name):
+    assert not Estimate(formula(surgery.load(name), 4 * OUT, IN), "embedding").built
+
+
 def test_a_rotation_and_its_transpose_are_one_solve():
     found = formula(spec("gains in a turned basis"), OUT, IN)
     assert activations(found, "linear", True, True).source.count("cayley(") == 1

@@ -17,6 +17,7 @@ from surgery.expr.fourier import BY_PRODUCTS
 from surgery.expr.ir import Expr, Shape, substituted, walk, without_dropout
 from surgery.expr.primitives import make
 from surgery.lower.emit import TOKENS
+from surgery.lower.work import is_ids
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn
 from surgery.rewrite.terms import scaled, summands, times, total
@@ -276,11 +277,20 @@ def _enters(expr: Expr) -> bool:
 
 def _enter_product(expr: Expr, x: Expr) -> Expr:
     left, right = expr.args
+    if right.op == "diag" and is_ids(x):
+        return _looked_up(left, right, x)
     if right.op == "add" and not _enters(right):  # x (L (p + q))ᵀ = x (L p)ᵀ + x (L q)ᵀ
         return make("add", *(enter(simplify(make("matmul", left, term)), x) for term in right.args))
     if (found := factors(right)) is not None and right.shape[0] > left.shape[0]:
         return make("matmul", enter(found[1], x), matrix(turned(make("matmul", left, found[0]))))
     return apply(left, enter(right, x)) if _enters(right) else run(expr, x)
+
+
+def _looked_up(left: Expr, gains: Expr, x: Expr) -> Expr:
+    """x (L diag(d))ᵀ for rows with a single 1: each row of x Lᵀ times the d of its id."""
+    ids = x.args[0] if x.op == "dropout" else x
+    row = make("reshape", gains.args[0], data=(1, gains.shape[0]))
+    return make("face", enter(left, x), run(row, ids))
 
 
 def split_dropout(expr: Expr) -> tuple[Expr | None, list[Expr]]:
