@@ -29,19 +29,25 @@ INVENTED = {
     "rows and columns in turn": (GAINS, f"pre magnitude()  pre gains() on in  {LOW_RANK}  post magnitude()  post gains() on in"),
     "a magnitude with its gradient": _transform("param m[n] = row_norm(W)\n return diag(m / row_norm(W))",
                                                 f"pre diagonal() on in  {LOW_RANK}  post orthogonal(1)  post own()"),
-    "a size for the whole": _transform("param s = norm(W)\n return (s / norm(W)) * I(n)", f"pre diagonal()  {LOW_RANK}  post own()"),
+    "a size for the whole": _transform("param s = norm(W)\n"
+                                       " return (s / norm(W)) * I(n)", f"pre diagonal()  {LOW_RANK}  post own()"),
     # low-rank terms, and what stands in them
     "a normalised product": _update("param A[2, in] ~ normal()\n param B[out, 2] ~ normal()\n param g = 0\n"
                                     " return g * norm(W) * (B @ A) / (norm(B) * norm(A))"),
-    "gates on rows and columns": _update(f"{FACTORS}\n param g[out] = 0\n param h[in] = 0\n return diag(tanh(g)) @ B @ A @ diag(sigmoid(h))"),
-    "a turned update": _update("param A[2, in] ~ normal()\n param B[out, 2] = 0\n param P[out, 1] ~ normal()\n param Q[out, 1] = P\n"
-                               " param S[in / 2, 2, 2] = 0\n return cayley(skew(P @ Q.T)) @ B @ A @ block_diag(cayley(skew(S)))"),
+    "gates on rows and columns": _update(f"{FACTORS}\n param g[out] = 0\n param h[in] = 0\n"
+                                         f" return diag(tanh(g)) @ B @ A @ diag(sigmoid(h))"),
+    "a turned update": _update("param A[2, in] ~ normal()\n param B[out, 2] = 0\n"
+                               " param P[out, 1] ~ normal()\n param Q[out, 1] = P\n"
+                               " param S[in / 2, 2, 2] = 0\n"
+                               " return cayley(skew(P @ Q.T)) @ B @ A @ block_diag(cayley(skew(S)))"),
     "two mixed by a gate": _update(f"{FACTORS}\n param C[1, in] ~ normal()\n param D[out, 1] = 0\n param g = 0\n"
                                    " return sigmoid(g) * (B @ A) + (1 - sigmoid(g)) * (D @ C)"),
-    "the weight times a product": _update("param P[in, 2] = 0\n param Q[in, 2] ~ normal(std = 0.1)\n return W @ (P @ Q.T)"),
+    "the weight times a product": _update("param P[in, 2] = 0\n"
+                                          " param Q[in, 2] ~ normal(std = 0.1)\n return W @ (P @ Q.T)"),
     "two of three of a fused layer": _update(
         "param A[2, in] ~ normal()\n param B[out / 2, 2] = 0\n return side_by_side(A.T @ B.T, 0 * (A.T @ B.T)).T"),
-    "factors for all modules": _update("shared param A[2, in] ~ normal()\n shared param B[out, 2] ~ normal()\n param g[2] = 0\n"
+    "factors for all modules": _update("shared param A[2, in] ~ normal()\n"
+                                       " shared param B[out, 2] ~ normal()\n param g[2] = 0\n"
                                        " param d[out] = 1\n return diag(d) @ B @ diag(g) @ A"),
     "a chain of weights": _update("param P[out, 2] = 0\n param Q[out, 2] ~ normal(std = 0.1)\n"
                                   " return P @ Q.T @ W @ W.T @ W / (norm(W) * norm(W))"),
@@ -49,20 +55,26 @@ INVENTED = {
     "a bias from the weight": ("update own() on bias {\n param v[in] = 0\n return W @ v\n}",
                                f"{LOW_RANK}  add own()  post orthogonal(1) with bias"),
     "a product and one number": _update(f"{FACTORS}\n param c = 0\n return B @ A + c"),
-    "thin blocks": _update("param P[2, out / 2, 1] = 0\n param Q[2, 1, in / 2] ~ normal(std = 0.1)\n return block_diag(P @ Q)"),
+    "thin blocks": _update("param P[2, out / 2, 1] = 0\n"
+                           " param Q[2, 1, in / 2] ~ normal(std = 0.1)\n return block_diag(P @ Q)"),
     "half of it detached": _update(f"{FACTORS}\n return detach(B @ A) / 2 + B @ A / 2"),
     # functions of matrices
-    "an exponential series": _transform("param P[n, 1] ~ normal(std = 0.1)\n param Q[n, 1] = P\n let K = skew(P @ Q.T)\n"
+    "an exponential series": _transform("param P[n, 1] ~ normal(std = 0.1)\n param Q[n, 1] = P\n"
+                                        " let K = skew(P @ Q.T)\n"
                                         " return I(n) + K + K @ K / 2"),
     "an exponential of gains": _transform("param d[n] = 0\n return expm(diag(d)) @ cayley(diag(d))"),
     "the same block everywhere": _transform("param K[2, 2] = 0\n return cayley(kron(I(n / 2), skew(K)))"),
-    "blocks to the first order": _transform("param S[n / 2, 2, 2] = 0\n param d[n] = 0\n return I(n) + block_diag(skew(S)) + diag(d)"),
+    "blocks to the first order": _transform("param S[n / 2, 2, 2] = 0\n param d[n] = 0\n"
+                                            " return I(n) + block_diag(skew(S)) + diag(d)"),
     "a part of the mean": _transform("param g = 0\n return I(n) - (g / n) * ones(n, n)"),
-    "between two rotations": _transform("param U[n, 1] ~ normal()\n param V[n, 1] = U\n param t = 0\n let R = reflect(U) @ reflect(V).T\n"
+    "between two rotations": _transform("param U[n, 1] ~ normal()\n param V[n, 1] = U\n"
+                                        " param t = 0\n let R = reflect(U) @ reflect(V).T\n"
                                         " return cos(t) * R + (1 - cos(t)) * I(n)"),
-    "gains in a turned basis": _transform("param S[n / 2, 2, 2] ~ normal(std = 0.1)\n param d[n] = 0\n let R = block_diag(cayley(skew(S)))\n"
+    "gains in a turned basis": _transform("param S[n / 2, 2, 2] ~ normal(std = 0.1)\n"
+                                          " param d[n] = 0\n let R = block_diag(cayley(skew(S)))\n"
                                           " return R @ diag(exp(d)) @ R.T"),
-    "columns of a rotation": _update("param P[out, 2] ~ normal()\n param R[out, 2] ~ normal()\n param A[2, in] ~ normal()\n param s[2] = 0\n"
+    "columns of a rotation": _update("param P[out, 2] ~ normal()\n param R[out, 2] ~ normal()\n"
+                                     " param A[2, in] ~ normal()\n param s[2] = 0\n"
                                      " return columns(cayley(P @ R.T - R @ P.T), 2) @ diag(s) @ A"),
 }
 

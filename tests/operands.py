@@ -46,7 +46,8 @@ MIXED = (
     "diag(row_norm(block_diag(S) @ (diag(d) @ W + P @ Q.T)))", "diag(col_norm(reflect(P) @ (W + p @ q.T) @ block_diag(S)))",
     "diag(row_norm(kron(I(4), K) @ (W + P @ Q.T) @ diag(d)))", "norm(diag(d) @ (block_diag(S) @ W + P @ Q.T) @ diag(e)) * A",
     "diag(col_norm(diag(d / row_norm(W @ diag(e) + P @ Q.T)) @ (W @ diag(e) + P @ Q.T)))",
-    "diag(row_norm((W @ diag(d)) @ block_diag(expm(skew(S)))))", "diag(row_norm(block_diag(S) @ diag(e) @ (block_diag(Z) @ W @ diag(d) + p @ q.T)))",
+    "diag(row_norm((W @ diag(d)) @ block_diag(expm(skew(S)))))",
+    "diag(row_norm(block_diag(S) @ diag(e) @ (block_diag(Z) @ W @ diag(d) + p @ q.T)))",
     # low-rank terms, and what stands in and beside their factors
     "W @ (P @ Q.T) + g * (diag(d) @ P @ Q.T @ block_diag(S))",
     "skew(P @ Q.T) @ skew(P @ Q.T) @ W + W", "(I(n) + ones(n, n) / n) @ (W + p @ q.T + g)", "P @ ((W + P @ Q.T) @ Q).T @ W",

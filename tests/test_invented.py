@@ -53,7 +53,14 @@ def test_it_is_the_dense_formula(name, layer):
     assert error(model(op.x), y) <= 1e-8
 
 
-CANCELLED = 'update own() {\n param Z[out, in] = 0\n param c = 0\n return (Z - 0.5) - (Z + c) + 0.5\n}\ntarget "**" {\n add own()\n}'
+CANCELLED = """
+update own() {
+  param Z[out, in] = 0
+  param c = 0
+  return (Z - 0.5) - (Z + c) + 0.5
+}
+target "**" { add own() }
+"""
 
 
 @pytest.mark.parametrize("each", [*map(spec, INVENTED), surgery.parse(CANCELLED)], ids=[*INVENTED, "terms that cancel"])
@@ -65,4 +72,4 @@ def test_so_is_every_program_that_was_found_for_it(each):
         adapter._programs[True] = program
         found = lowered(op)
         for what, value in wanted.items():
-            assert error(found[what], value) <= 1e-8, f"{what} by {program.strategy} is off by {error(found[what], value):.1e}"
+            assert error(found[what], value) <= 1e-8, f"{what} by {program.strategy}"

@@ -7,6 +7,7 @@ from typing import Any
 from surgery.expr.ir import Shape
 from surgery.expr.primitive import Primitive, ShapeError, elementwise, exactly, shape_text
 
+
 def _gram_shape(sizes: tuple[Any, ...], a: Shape, b: Shape) -> Shape:
     rows = exactly(2, "two matrices", elementwise(a, b))[0]
     if rows % sizes[0]:
@@ -27,6 +28,7 @@ def _weighted_shape(a: Shape, b: Shape, d: Shape) -> Shape:
 DOTS = [
     Primitive("row_dot", 2, lambda a, b: elementwise(a, b)[:-1], lambda a, b: (a * b).sum(-1), "Σ a b over each row",
               public=False),
-    Primitive("gram", 2, _gram_shape, _gram, "a bᵀ of each k rows: [m, n], [m, n] -> [m / k, k, k]", public=False, sizes=("k",)),
+    Primitive("gram", 2, _gram_shape, _gram, "a bᵀ of each k rows: [m, n], [m, n] -> [m / k, k, k]", public=False,
+              sizes=("k",)),
     Primitive("weighted_dot", 3, _weighted_shape, lambda a, b, d: (a * b) @ d, "Σ a b d over each row", public=False),
 ]

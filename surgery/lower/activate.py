@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from surgery.expr.fourier import BY_PRODUCTS
-from surgery.expr.ir import Expr, Shape, substituted, walk, without_dropout
+from surgery.expr.ir import Expr, Shape, walk, without_dropout
 from surgery.expr.primitives import make
 from surgery.lower.emit import TOKENS
 from surgery.lower.work import is_ids
@@ -180,34 +180,6 @@ def is_structured(expr: Expr) -> bool:
     if expr.op == "matmul":
         return factors(expr) is not None or all(map(is_structured, expr.args))
     return expr.op in ("diag", "block_diag", "kron", "eye", "shuffle") or expr.op == "add" and all(map(is_structured, summands(expr)))
-
-
-def made(expr: Expr) -> Expr:
-    """The expression with each product of matrices in it built the cheapest way."""
-    done: dict[Expr, Expr] = {}
-
-    def change(node: Expr) -> Expr:
-        if node not in done:
-            way = matrix(node) if node.op == "matmul" and _is_matrices(node) else node
-            done[node] = Expr(way.op, tuple(map(change, way.args)), way.data, way.shape)
-        return done[node]
-
-    return change(expr)
-
-
-def solved_once(outputs: tuple[Expr, ...]) -> tuple[Expr, ...]:
-    """The outputs with f(x) turned in the place of f(xᵀ), where there are both: one solve in the place of two."""
-    solves = dict.fromkeys(node for output in outputs for node in walk(output) if node.op in ("cayley", "expm"))
-    again: dict[Expr, Expr] = {}
-    for node in solves:
-        other = turned(node)
-        if other in solves and other is not node and node not in again:
-            again[other] = Expr("T", (node,), None, node.shape)
-    return tuple(substituted(output, again) for output in outputs) if again else outputs
-
-
-def _is_matrices(product: Expr) -> bool:
-    return all(len(a.shape) == 2 and TOKENS not in a.shape for a in product.args)
 
 
 def matrix(expr: Expr) -> Expr:

@@ -1,4 +1,4 @@
-"""Σ a b d over each row of two matrices [m, n], a few rows at a time: no matrix is made beside them, and none is kept."""
+"""Σ a b d over each row of two matrices [m, n], a few rows at a time: no matrix is made beside them or kept."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Low-rank terms by two thin matrices that the set-up makes: once, and not for every token.
 
-Takes a weight expression in the lowering's form; gives an equal one in which every low-rank matrix is a product U V of two
-that are `built`, and those that are added up are one, [U, P] [V; Q]: what else stands in them (gains, rotations, scalars, the
-frozen layer) meets a few rows in the place of all the tokens.
+Takes a weight expression in the lowering's form; gives an equal one in which every low-rank matrix is a product U V of
+two that are `built`, and those that are added up are one, [U, P] [V; Q]: what else stands in them (gains, rotations,
+scalars, the frozen layer) meets a few rows in the place of all the tokens.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ def _together(expr: Expr) -> Expr:
     joined = _thin(total(low, expr.shape)) if len(low) > 1 else None
     if joined is None:
         return total([thinly(term) for term in terms], expr.shape)
-    return total([*(thinly(term) for term in terms if term not in low), make("matmul", *map(_built, joined))], expr.shape)
+    rest = [thinly(term) for term in terms if term not in low]
+    return total([*rest, make("matmul", *map(_built, joined))], expr.shape)
 
 
 def _thin(expr: Expr) -> Factors | None:
-    """The factors of a low-rank matrix, if the set-up makes them: not those that act faster than their numbers, nor of what is
-    dropped."""
+    """The factors of a low-rank matrix, if the set-up makes them: not those that act faster than their numbers, nor of
+    what is dropped."""
     found = factors(expr)
     return None if found is None or any(is_structured(f) or _holds(f, "drop") for f in found) else found
 
@@ -54,8 +55,8 @@ def _holds(expr: Expr, *ops: str) -> bool:
 
 
 def _built(factor: Expr) -> Expr:
-    """A factor as one matrix, whatever it is made of; in front of the frozen layer's own output, which is there already, what is
-    multiplied with that."""
+    """A factor as one matrix, whatever it is made of; in front of the frozen layer's own output, which is there already,
+    what is multiplied with that."""
     if factor.op == "matmul" and factor.args[1].op == "weight":
         return make("matmul", _built(factor.args[0]), factor.args[1])
     leaf = factor.args[0] if factor.op == "T" else factor

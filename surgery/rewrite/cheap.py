@@ -107,7 +107,7 @@ def _skew(node: Expr) -> Expr | None:
 
 
 def _apart(node: Expr) -> Expr | None:
-    """A thin matrix meets each term of a sum where one has structure, or is the weight, which is then called and not read."""
+    """A thin matrix meets each term of a sum where one has structure, or is the weight, which is then called, not read."""
     for i, x in enumerate(node.args):
         thin, terms = node.args[1 - i], list(summands(x))
         fits = len(thin.shape) == 2 and len(terms) > 1 and all(len(t.shape) == 2 for t in terms)
@@ -117,7 +117,7 @@ def _apart(node: Expr) -> Expr | None:
 
 
 def _is_whole(node: Expr) -> bool:
-    """Whether a matrix with few rows or columns is an operand, and no factor: as large as the weight, or low-rank itself."""
+    """Whether a matrix with few rows or columns is no factor but an operand: as large as the weight, or low-rank itself."""
     weights = (each for each in walk(node) if each.op == "weight")
     return factors(node) is not None or any(prod(node.shape) >= prod(each.shape) for each in weights)
 
@@ -141,8 +141,8 @@ def _ones_in_a_row(node: Expr) -> Expr | None:
     """A matrix of one number is taken apart where it meets another."""
     for i, a in enumerate(node.args):
         if a.op == "fill" and len(node.args[1 - i].shape) == 2 and (found := factors(a)) is not None:
-            u, v = found
-            return make("matmul", u, make("matmul", v, node.args[1])) if i == 0 else make("matmul", make("matmul", node.args[0], u), v)
+            (u, v), (left, right) = found, node.args
+            return make("matmul", make("matmul", left, u), v) if i else make("matmul", u, make("matmul", v, right))
     return None
 
 
@@ -179,9 +179,10 @@ def _is_called(node: Expr) -> bool:
 
 def _thin_blocks(node: Expr) -> Expr | None:
     inner = node.args[0]
-    if inner.op != "matmul" or any(len(a.shape) != 3 for a in inner.args) or not is_thin(inner.args[0].shape[2], *inner.shape[1:]):
+    if inner.op != "matmul" or any(len(a.shape) != 3 for a in inner.args):
         return None
-    return make("matmul", *(make("block_diag", a) for a in inner.args))
+    thin = is_thin(inner.args[0].shape[2], *inner.shape[1:])
+    return make("matmul", *(make("block_diag", a) for a in inner.args)) if thin else None
 
 
 def _hadamard(node: Expr) -> Expr | None:

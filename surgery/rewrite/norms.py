@@ -1,7 +1,8 @@
 """Norms in parts: what a sum, a turn, gains or blocks do to the norms of rows, without the matrix that they make.
 
-Takes matrices in normal form. `dots(a, b, 1)` is Σ a b over each row; `dots(a, b, k)` has the products of every two rows that
-stand in one block of k, [m / k, k, k], which is what a block rotation of the rows mixes. Promises: equal values and gradients.
+Takes matrices in normal form. `dots(a, b, 1)` is Σ a b over each row; `dots(a, b, k)` has the products of every two rows
+that stand in one block of k, [m / k, k, k], which is what a block rotation of the rows mixes. Promises: equal values and
+gradients.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _pays(node: Expr) -> bool:
 
 
 def dots(a: Expr, b: Expr, k: int, gains: Expr | None = None) -> Expr:
-    """The products of rows of a diag(gains) and b, in parts: bilinear over sums, scalings, diagonals, blocks and thin factors."""
+    """The products of rows of a diag(gains) and b: bilinear over sums, scalings, diagonals, blocks and thin factors."""
     if (part := _part(a, b, k, gains)) is not None:
         return part
     if (part := _part(b, a, k, gains)) is not None:

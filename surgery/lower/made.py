@@ -1,0 +1,37 @@
+"""What a set-up makes, in the cheapest way: products of matrices factor by factor, and a solve once.
+
+Takes the outputs of a program; gives equal ones. Activations are left as they are.
+"""
+
+from __future__ import annotations
+
+from surgery.expr.ir import Expr, substituted, walk
+from surgery.lower.activate import TOKENS, matrix, turned
+
+
+def made(expr: Expr) -> Expr:
+    """The expression with each product of matrices in it built the cheapest way."""
+    done: dict[Expr, Expr] = {}
+
+    def change(node: Expr) -> Expr:
+        if node not in done:
+            way = matrix(node) if node.op == "matmul" and _is_matrices(node) else node
+            done[node] = Expr(way.op, tuple(map(change, way.args)), way.data, way.shape)
+        return done[node]
+
+    return change(expr)
+
+
+def _is_matrices(product: Expr) -> bool:
+    return all(len(a.shape) == 2 and TOKENS not in a.shape for a in product.args)
+
+
+def solved_once(outputs: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """The outputs with f(x) turned in the place of f(xᵀ), where there are both: one solve in the place of two."""
+    solves = dict.fromkeys(node for output in outputs for node in walk(output) if node.op in ("cayley", "expm"))
+    again: dict[Expr, Expr] = {}
+    for node in solves:
+        other = turned(node)
+        if other in solves and other is not node and node not in again:
+            again[other] = Expr("T", (node,), None, node.shape)
+    return tuple(substituted(output, again) for output in outputs) if again else outputs
