@@ -44,7 +44,7 @@ INVENTED = {
                                    " return sigmoid(g) * (B @ A) + (1 - sigmoid(g)) * (D @ C)"),
     "the weight times a product": _update("param P[in, 2] = 0\n"
                                           " param Q[in, 2] ~ normal(std = 0.1)\n return W @ (P @ Q.T)"),
-    "two of three of a fused layer": _update(
+    "one half of a fused layer": _update(
         "param A[2, in] ~ normal()\n param B[out / 2, 2] = 0\n return side_by_side(A.T @ B.T, 0 * (A.T @ B.T)).T"),
     "factors for all modules": _update("shared param A[2, in] ~ normal()\n"
                                        " shared param B[out, 2] ~ normal()\n param g[2] = 0\n"

@@ -65,6 +65,15 @@ def elementwise(a: Shape, b: Shape) -> Shape:
     return a or b
 
 
+def entrywise_product(a: Shape, b: Shape) -> Shape:
+    try:
+        return elementwise(a, b)
+    except ShapeError as error:
+        if {len(a), len(b)} != {1, 2}:
+            raise
+        raise ShapeError(f"{error}; a gain for each row is `diag(d) @ x`, for each column `x @ diag(d)`") from None
+
+
 def product(a: Shape, b: Shape) -> Shape:
     if not a or not b:
         raise ShapeError(f"`@` needs matrices, not {shape_text(a)} and {shape_text(b)}; use `*` to scale")
