@@ -1,5 +1,4 @@
-"""What specs cost, measured: the time of a step and of a forward pass, and the memory of a step,
-beside the frozen model's.
+"""What specs cost, measured beside the frozen model: the time of a step and of a forward pass, the memory of a step.
 
 Takes a model and specs; gives rows. A step is a forward and a backward pass in training mode from a fixed random
 gradient of the output; a forward pass is in evaluation mode without gradients. The frozen model is the same with every
@@ -140,7 +139,7 @@ class Bench:
     # --------------------------------------------------------------------------------------------------- running
 
     def run(self, repeat: int) -> Iterator[str]:
-        """Take turns for `repeat` rounds of each phase. Says what runs next before it does; may be stopped at any time."""
+        """Take turns for `repeat` rounds of each phase. Says what runs next; may be stopped at any time."""
         with torch._dynamo.config.patch(**_NO_LIMIT) if self.compiled else nullcontext():
             for phase in PHASES:
                 yield from self._warm_up(phase)
@@ -161,8 +160,7 @@ class Bench:
     # ------------------------------------------------------------------------------------------------------ rows
 
     def rows(self) -> list[dict[str, Any]]:
-        """What is known: a row for the frozen model, and one for each spec. Times are in seconds,
-        None if not measured."""
+        """What is known: a row for the frozen model, and one for each spec. Times are in seconds, None if not taken."""
         return [{"name": "frozen", "trained": 0, **self._figures(self.frozen)}, *map(self._row, self.contenders)]
 
     def _row(self, each: Contender) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from itertools import combinations
 
 from torch import nn
 
-from surgery.dead import counted, listed
 from surgery.diagnostics import Collector
 from surgery.reach import Reach
 from surgery.sites import Site, Survey
+from surgery.words import counted, listed
 
 
 def owners(reaches: Sequence[Reach], report: Collector) -> dict[Site, Reach]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch.nn as nn
 
-from surgery.dead import listed
 from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula, Leaf
@@ -27,6 +26,7 @@ from surgery.select import Selection, select
 from surgery.sites import Site
 from surgery.spec import Library, library, load
 from surgery.syntax.tree import Spec, Target
+from surgery.words import listed
 
 
 @dataclass(frozen=True)

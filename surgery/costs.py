@@ -1,7 +1,7 @@
-"""What an operated weight costs by the cost model: a step as a multiple of the frozen layer's own, and what is built for it.
+"""What an operated weight costs by the cost model: a step over the frozen layer's own, and what is built for it.
 
-Takes a formula, the kind of its layer and the number of tokens; gives an `Estimate`. Promises: counted from shapes and not
-measured (`surgery bench` measures); no torch.
+Takes a formula, the kind of its layer and the number of tokens; gives an `Estimate`. Promises: counted from shapes and
+not measured (`surgery bench` measures); no torch.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ class Estimate:
 
     @cached_property
     def built(self) -> tuple[Expr, ...]:
-        """The matrices as large as a side of the weight that the most structured program makes at every step, the costliest
-        first; none if the formula has a cheap program."""
+        """The matrices as large as a side of the weight that the most structured program makes at every step, the
+        costliest first; none if the formula has a cheap program."""
         return min((large_matrices(c, min(self.sides)) for c in self.candidates), key=len)
 
     @property
     def cost_text(self) -> str:
         """`at [1024, 4096] and 1,024 tokens a step costs 2.1 x the frozen layer's: 43 GFLOP, 210 MB moved`."""
         cost = self.candidates[0].cost(self.tokens)
-        return (f"at {shape_text(self.sides)} and {self.tokens:,} tokens a step costs {self.ratio():.2f} x the frozen layer's: "
-                f"{amount(cost.flops, 'FLOP')}, {amount(FLOAT * cost.moved, 'B')} moved in float32")
+        return (f"at {shape_text(self.sides)} and {self.tokens:,} tokens a step costs {self.ratio():.2f} x the frozen "
+                f"layer's: {amount(cost.flops, 'FLOP')}, {amount(FLOAT * cost.moved, 'B')} moved in float32")
 
 
 def layer_kind(target_kind: str) -> str:

@@ -19,6 +19,7 @@ from surgery.reach import Catalogue, Reach, fits
 from surgery.selectors import Matcher
 from surgery.sites import Refused
 from surgery.syntax.tree import Target
+from surgery.words import counted, listed, some
 
 MOST_NAMES = 12
 _HEAD_ALONE = "it leaves the output head out, and there is no other", ('a pattern takes the head too: `"**"`',)
@@ -40,17 +41,6 @@ def report_dead(found: Reach, catalogue: Catalogue, report: Collector) -> None:
 def wanted(target: Target) -> str:
     """What the target asks for, in words."""
     return KINDS[target.kind] + (f" in a {target.ancestor}" if target.ancestor else "")
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
-
-
-def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    shown = ", ".join(f"`{n}`" for n in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def suggestion(population: Population, glob: Glob, noun: str) -> tuple[str, ...]:
@@ -159,8 +149,8 @@ def _named(target: Target, catalogue: Catalogue) -> str:
     """The names that the layers of the kind do have."""
     last = dict.fromkeys(re.search(r"([^.]*[^.\d][^.]*(?:\.\d+)*)?$", s.name)[0] for s in catalogue.candidates(target))
     names = [n for n in last if n]
-    shown = ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
-    return f"{catalogue.title} has {wanted(target)}s named {shown}".replace("layer in a", "layers in a")
+    kind = f"{wanted(target)}s".replace("layer in a", "layers in a")
+    return f"{catalogue.title} has {kind} named {some(names, MOST_NAMES)}"
 
 
 # --------------------------------------------------------------------------------------- what cannot be operated on

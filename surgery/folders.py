@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.diagnostics import fail
+from surgery.words import some
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -42,32 +42,24 @@ def replacing(folder: Path, kind: Kind) -> Iterator[Path]:
 
     Raises: SurgeryError (bad-output).
     """
-    target = Path(os.path.realpath(folder))
     refuse_foreign(folder, kind)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent,
-                                         ignore_cleanup_errors=True) as beside:
-            new = Path(beside) / "new"
-            new.mkdir()
-            yield new
-            for path in new.rglob("*"):
-                _flush(path)
-            _put(new, target)
-            _flush(target.parent)
-    except OSError as error:
-        raise fail("bad-output", f"cannot write {folder}: {error.strerror or error}") from error
+    with _beside(folder) as (target, beside):
+        new = beside / "new"
+        new.mkdir()
+        yield new
+        for path in new.rglob("*"):
+            _flush(path)
+        _put(new, target)
+        _flush(target.parent)
 
 
 def refuse_foreign(folder: Path, kind: Kind) -> None:
-    """Raises: SurgeryError (bad-output) if a folder holds what is not ours to replace,
-    or a file stands in its place."""
+    """Raises: SurgeryError (bad-output) if a folder holds what is not ours to replace, or is a file."""
     if folder.is_dir():
         foreign = kind.foreign(p.name for p in folder.iterdir())
         if foreign:
-            more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-            raise fail("bad-output", f"{folder} is not {kind.title}, so it is not replaced: it holds "
-                       f"{', '.join(foreign[:3])}{more}", helps=("name a new folder",))
+            raise fail("bad-output", f"{folder} is not {kind.title}, so it is not replaced: it holds {some(foreign)}",
+                       helps=("name a new folder",))
     elif folder.exists():
         raise fail("bad-output", f"{folder} is a file", helps=("name a folder",))
 
@@ -94,14 +86,22 @@ def replacing_file(path: Path) -> Iterator[Path]:
     """A new file's path, of the same ending, that takes the place of `path`, or of what that links to, when the block
     ends well. Raises: SurgeryError (bad-output)."""
     refuse_file(path)
+    with _beside(path) as (target, beside):
+        new = beside / path.name
+        yield new
+        new.replace(target)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
+    """What `path` is or links to, and a folder beside that for what is to take its place: within one file system a
+    rename is one step. Raises: SurgeryError (bad-output)."""
     target = Path(os.path.realpath(path))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=target.parent,
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent,
                                          ignore_cleanup_errors=True) as beside:
-            new = Path(beside) / path.name
-            yield new
-            new.replace(target)
+            yield target, Path(beside)
     except OSError as error:
         raise fail("bad-output", f"cannot write {path}: {error.strerror or error}") from error
 

@@ -12,13 +12,13 @@ import torch
 import torch.nn as nn
 
 from surgery.compile import Placed
-from surgery.dead import counted
 from surgery.diagnostics import Diagnostic
 from surgery.expr.draws import draw
 from surgery.expr.evaluate import dense, in_dtype
 from surgery.expr.ir import Leaf, walk
 from surgery.sites import Site
 from surgery.syntax.tree import Target
+from surgery.words import counted
 
 Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]
 IDENTITY_TOLERANCE = 1e-5

@@ -115,8 +115,8 @@ ROWS: tuple[tuple[Callable[[nn.Module], bool], Layout], ...] = (
 
 
 def weights(module: nn.Module) -> tuple[Weight, ...]:
-    """The weights of a module that are seen as matrices: its own one (a called layer's goes by the name of `weight` too),
-    or each parameter of a stack of experts."""
+    """The weights of a module that are seen as matrices: its own one (a called layer's is named `weight` too), or each
+    parameter of a stack of experts."""
     for fits, layout in ROWS:
         if fits(module):
             return (Weight(layout, "weight"),)

@@ -1,7 +1,7 @@
 """What a step of a model takes: seconds, and bytes at its peak; and models made to run side by side.
 
-Takes something to call and a device; gives numbers. Promises: the clock stops when the device is done; bytes are those that
-the call itself allocates, over what was there before it; models side by side share their weights.
+Takes something to call and a device; gives numbers. Promises: the clock stops when the device is done; bytes are those
+that the call itself allocates, over what was there before it; models side by side share their weights.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """The most memory that a call holds at one time, over what was allocated before it.
 
     On CUDA that is what the allocator says. Elsewhere it is the sum of the tensors that are alive after each operation,
-    counted by storage (`Allocations`): what an operation allocates and frees within itself is not in it, and neither are
-    the buffers of a library that torch calls.
+    counted by storage (`Allocations`): what an operation allocates and frees within itself is not in it, and neither
+    are the buffers of a library that torch calls.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -50,10 +50,10 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside, while they are alive: `live` now, and `peak`, the most so far.
+    """Counts the bytes of the tensors that are made inside, while they live: `live` now, and `peak`, the most so far.
 
-    A storage counts once, however many tensors view it, from the operation that makes it until nothing refers to it (what
-    autograd saves does). Tensors from before, and their views, do not count.
+    A storage counts once, however many tensors view it, from the operation that makes it until nothing refers to it
+    (what autograd saves does). Tensors from before, and their views, do not count.
     """
 
     def __init__(self) -> None:

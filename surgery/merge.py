@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from surgery.compile import Placed
-from surgery.dead import listed
 from surgery.diagnostics import fail
 from surgery.layer import Adapter
+from surgery.words import listed
 
 # A value rounded to nearest is off by at most half a unit in the last place, eps / 2 of itself.
 ROUNDINGS = 1.0
@@ -34,9 +34,9 @@ def refuse_called(placed: Sequence[Placed]) -> None:
     if found:
         names = listed(f"{p.site.name} ({type(p.site.module).__name__})" for p in found)
         raise fail("merge-error", f"W' cannot be written into {names}: no plain weight stands there",
-                   found[0].target.span, helps=(
-                       "save the adapter, attach it to the model with plain weights (not quantised, no parametrisation), "
-                       "and merge that",))
+                   found[0].target.span,
+                   helps=("save the adapter, attach it to the model with plain weights (not quantised, no "
+                          "parametrisation), and merge that",))
 
 
 @torch.no_grad()

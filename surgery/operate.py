@@ -27,16 +27,16 @@ from surgery.syntax.tree import Spec, Target
 
 
 _SAID = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
-_WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first", "base": "leave the block of disabled() first",
-             "removed": "apply the spec again, or attach what was saved"}
+_WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first",
+             "base": "leave the block of disabled() first", "removed": "apply the spec again, or attach what was saved"}
 
 
 def apply(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
           strict: bool = False) -> Surgeon:
-    """Operate on `model` in place as `spec` (a spec, a file's path or a shipped name) says; `dtype` is the adapter parameters'.
+    """Operate on `model` in place as `spec` (a spec, a file's path or a shipped name) says; `dtype` is the adapter's.
 
-    Raises: SurgeryError, and then the model is as it was. A W' that does not start as W is such an error, unless the target
-    says `shifted`.
+    Raises: SurgeryError, and then the model is as it was. A W' that does not start as W is such an error, unless the
+    target says `shifted`.
     """
     surgeon = prepare(model, spec, seed=seed, dtype=dtype, strict=strict)
     surgeon.check_identity()
@@ -72,8 +72,8 @@ def _adapter(placed: Placed, values: dict[str, nn.Parameter]) -> Adapter:
 class Surgeon:
     """The hand on an operated model: report, switch, merge, save, remove. Made by `apply` and `attach`.
 
-    The model is in one of these modes: `operated` (adapters run), `merged` (W' stands in W's place), `base` (as it was),
-    `removed` (no more ours).
+    The model is in one of these modes: `operated` (adapters run), `merged` (W' stands in W's place), `base` (as it
+    was), `removed` (no more ours).
     """
 
     def __init__(self, model: nn.Module, plan: Plan, adapters: dict[str, Adapter], seed: int):
@@ -92,7 +92,8 @@ class Surgeon:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the adapter's parameters (float32 where there is none)."""
-        return next((p.dtype for a in self.adapters.values() for p in a.parameters() if p.is_floating_point()), torch.float32)
+        parameters = (p for adapter in self.adapters.values() for p in adapter.parameters())
+        return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
 
     @property
     def untied(self) -> tuple[str, ...]:
@@ -104,7 +105,7 @@ class Surgeon:
         return self._mode == "merged"
 
     def check_identity(self) -> None:
-        """Raises: SurgeryError (not-identity) naming, for each target, modules whose weights start elsewhere, and by how much."""
+        """Raises: SurgeryError (not-identity) with each target's modules that start elsewhere, and how far off."""
         report = Collector()
         for target in self.spec.targets:
             report.add(*not_identity(target, self._departures(target)))
@@ -123,7 +124,8 @@ class Surgeon:
             if placed.target.untie and not placed.site.layout.is_called:
                 self._untie(placed)
             install(placed.site.module, self.adapters[placed.site.name])
-        frozen = {id(a.get_parameter(leaf.key)) for a in self.adapters.values() for leaf in a.formula.leaves if leaf.frozen}
+        frozen = {id(adapter.get_parameter(leaf.key)) for adapter in self.adapters.values()
+                  for leaf in adapter.formula.leaves if leaf.frozen}
         trained = {id(p) for p in self.named_tensors().values()} - frozen
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
@@ -153,8 +155,8 @@ class Surgeon:
         return {name: tuned.get(name, tensor.detach()) for name, tensor in self.named_tensors().items()}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Give the tensors of an operated model copies of other values, of the same shapes: an adapter's keep the dtype that
-        they come in, those of `train` the model's."""
+        """Give the tensors of an operated model copies of other values, of the same shapes: an adapter's keep the dtype
+        that they come in, those of `train` the model's."""
         for name, tensor in self.named_tensors().items():
             dtype = tensor.dtype if name in self.plan.train else state[name].dtype
             tensor.data = state[name].detach().to(tensor.device, dtype, copy=True)
@@ -164,7 +166,9 @@ class Surgeon:
         return Report(self.plan, self.dtype)
 
     def save(self, folder: str | PathLike, **about: Any) -> None:
-        """Write the adapter: its tensors, its spec, and `about` (base_model, revision, ...). Atomic. Raises: SurgeryError."""
+        """Write the adapter, whole or not at all: its tensors, its spec, and `about` (base_model, revision, ...).
+
+        Raises: SurgeryError."""
         from surgery import store
 
         store.save(self, folder, **about)
@@ -219,7 +223,8 @@ class Surgeon:
 
     def _must_be(self, mode: str, what: str) -> None:
         if self._mode != mode:
-            raise fail("wrong-mode", f"this model is {_SAID[self._mode]}, and {what}() is for one that is {_SAID[mode]}",
+            said, wanted = _SAID[self._mode], _SAID[mode]
+            raise fail("wrong-mode", f"this model is {said}, and {what}() is for one that is {wanted}",
                        helps=(_WAY_BACK[self._mode],))
 
     def _enter(self, mode: str) -> None:

@@ -10,17 +10,20 @@ from surgery.diagnostics import SurgeryError, fail
 
 NO_WEIGHT: dict[str, str] = {
     "prompt_tuning": "it puts trained vectors before the input's embeddings, and every weight stays as it is",
-    "p_tuning": "it puts vectors that a trained encoder makes before the input's embeddings, and every weight stays as it is",
+    "p_tuning": "it puts vectors that a trained encoder makes before the input's embeddings, and every weight stays as "
+                "it is",
     "multitask_prompt_tuning": "it puts trained vectors, others for each task, before the input's embeddings",
     "prefix_tuning": "it puts trained keys and values before those that each attention layer computes",
-    "cartridge": "it puts trained keys and values, as if of a text already read, before those that each attention layer computes",
+    "cartridge": "it puts trained keys and values, as if of a text already read, before those that each attention "
+                 "layer computes",
     "cpt": "it puts bounded changes of a context's token embeddings before the input's, and weights the loss",
     "adaption_prompt": "it adds a gated attention over a learned prompt to what an attention layer gives",
     "xlora": "it mixes several LoRAs with weights that it chooses anew for each token",
     "poly": "it mixes several LoRAs with weights that depend on the task of each example",
     "lily": "a router chooses from each input how the shared factors are mixed",
     "arrow": "a router chooses for each token which of several LoRAs act on it",
-    "alora": "it acts on the tokens after an invocation string alone, so that a token's place decides whether W' or W is used",
+    "alora": "it acts on the tokens after an invocation string alone, so that a token's place decides whether W' or W "
+             "is used",
     "shadow": "a small network beside the model corrects its states as they pass, by what they are",
     "mixed": "it holds adapters of several methods, and has no formula of its own",
 }

@@ -1,14 +1,12 @@
 """What a plan does to a model, in figures: the same for `plan`, `apply` and `Surgeon.report()`.
 
 Takes a `Plan` and the dtype of the adapter's parameters; gives rows and totals, as text and as JSON. Promises: no
-weight is read, so it works on the meta device; every figure has its unit;
-a tensor that modules share counts once in a total.
+weight is read, so it works on the meta device; every figure has its unit; a tensor that modules share counts once in a
+total.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,15 +18,12 @@ import torch
 from surgery import called
 from surgery.compile import Placed, Plan
 from surgery.costs import Estimate, fallback
-from surgery.dead import listed
 from surgery.diagnostics import Diagnostic
-from surgery.exact import number_range
 from surgery.layer import SUFFIX, is_direct
+from surgery.numbered import alike, ranged, starred
 from surgery.show import formula_lines
 from surgery.syntax.tree import Target
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
-
+from surgery.words import counted, dtype_text, listed, sides_text, size_text
 
 class Row(NamedTuple):
     """One operated weight: `shape` is [out, in] (one matrix of a stack), `parameters` what its adapter trains,
@@ -44,13 +39,8 @@ class Row(NamedTuple):
     step_ratio: float
 
     @property
-    def shape_text(self) -> str:
-        return shape_text(self.stack, *self.shape)
-
-
-def shape_text(stack: int | None, out: int, in_: int) -> str:
-    """`64 x 128`, or `8 of 64 x 128` for a stack."""
-    return f"{f'{stack} of ' if stack else ''}{out} x {in_}"
+    def sides(self) -> str:
+        return sides_text(*self.shape, self.stack)
 
 
 @dataclass(frozen=True)
@@ -139,29 +129,32 @@ class Report:
         """All the figures, for `--json`."""
         return {"spec": self.plan.spec.name, "modules": [r._asdict() for r in self.rows], "unfrozen": self.unfrozen,
                 "left_out": self.left_out, "trainable": self.trainable, "frozen": self.plan.frozen, "base": self.total,
-                "percent": self.percent, "dtype": _name(self.dtype), "bytes": self.bytes, "step_ratio": self.step_ratio}
+                "percent": self.percent, "dtype": dtype_text(self.dtype), "bytes": self.bytes,
+                "step_ratio": self.step_ratio}
 
     def __str__(self) -> str:
         parts = [line for index, rows in groupby(sorted(self.rows, key=lambda r: r.target), lambda r: r.target)
                  for line in _block(self.plan.spec.targets[index], list(rows))]
         if self.unfrozen:
             parts += ["train",
-                      *_table((f"  {name}", _counted(n, "parameter")) for name, n in _compressed(self.unfrozen))]
+                      *_table((f"  {name}", counted(n, "parameter")) for name, n in _compressed(self.unfrozen))]
         if self.left_out:
-            parts += ["left out", *_table((f"  {_some(names)}", _counted(len(names), "module"), reason)
+            parts += ["left out", *_table((f"  {_some(names)}", counted(len(names), "module"), reason)
                                           for reason, names in self.left_out.items())]
         return "\n".join([*parts, self.summary, *self._cost_lines()])
 
-    def _cost_lines(self) -> list[str]:
-        tokens = f"{self.estimates[0].tokens:,}" if self.estimates else ""
-        return [f"a step of them with {tokens} tokens costs {self.step_ratio:.2f} x what it costs frozen, by estimate"] if tokens else []
+    def _cost_lines(self) -> Iterator[str]:
+        if self.estimates:
+            yield (f"a step of them with {self.estimates[0].tokens:,} tokens costs {self.step_ratio:.2f} x what it "
+                   "costs frozen, by estimate")
 
     @property
     def summary(self) -> str:
         """The totals in one line."""
-        extra = f", {_counted(self.plan.frozen, 'frozen parameter')} of its own" if self.plan.frozen else ""
-        return (f"{_counted(len(self.rows), 'weight')} operated on: {_counted(self.trainable, 'parameter')} train, "
-                f"{self.percent:.3g} % of {self.total:,}{extra}; the adapter takes {size_text(self.bytes)} in {_name(self.dtype)}")
+        extra = f", {counted(self.plan.frozen, 'frozen parameter')} of its own" if self.plan.frozen else ""
+        return (f"{counted(len(self.rows), 'weight')} operated on: {counted(self.trainable, 'parameter')} train, "
+                f"{self.percent:.3g} % of {self.total:,}{extra}; "
+                f"the adapter takes {size_text(self.bytes)} in {dtype_text(self.dtype)}")
 
 
 def _row(placed: Placed, target: int, formula: str, ratio: float) -> Row:
@@ -183,9 +176,9 @@ def unfit(plan: Plan) -> Iterator[Diagnostic]:
     for placed in plan.placed:
         if fault := placed.site.answer.fault or _missing_transpose(placed):
             found.setdefault((id(placed.target), fault), []).append(placed)
-    for (_, fault), alike in found.items():
-        yield Diagnostic("unsupported-module", f"{listed(p.site.name for p in alike)} cannot be operated on: {fault}",
-                         alike[0].target.span, helps=("`except` leaves such a layer out",))
+    for (_, fault), same in found.items():
+        yield Diagnostic("unsupported-module", f"{listed(p.site.name for p in same)} cannot be operated on: {fault}",
+                         same[0].target.span, helps=("`except` leaves such a layer out",))
 
 
 def _missing_transpose(placed: Placed) -> str:
@@ -197,8 +190,7 @@ def _missing_transpose(placed: Placed) -> str:
 
 
 def dense_copies(plan: Plan) -> Iterator[Diagnostic]:
-    """A warning for each target whose formula reads every number of weights that only calls tell,
-    with what copies take."""
+    """A warning for each target whose formula reads every number of weights that only calls tell: what copies take."""
     for target in plan.spec.targets:
         sizes = {p.site.name: size for p in plan.placed if p.target is target and (size := copy_size(p))}
         if sizes:
@@ -220,31 +212,6 @@ def _ratio(estimates: Sequence[Estimate]) -> float:
     return sum(e.seconds() for e in estimates) / sum(e.frozen.seconds for e in estimates) if estimates else 1.0
 
 
-def size_text(count: int) -> str:
-    """A size in bytes with its unit: `361 KiB`."""
-    size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.4g} {units[0]}"
-
-
-def figure_text(value: float | None) -> str:
-    """A measured value in three figures, a count as it is: `2.71`, `0.061`, `4e-09`, `28`; `-` where there is none."""
-    if value is None or isinstance(value, int) or not value:
-        return "-" if value is None else str(int(value))
-    if abs(value) < 0.001:
-        return f"{value:.0e}"
-    return f"{value:.{sum(abs(value) < limit for limit in (1, 10, 100))}f}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 # ----------------------------------------------------------------------------------------------------------- text
 
 
@@ -252,30 +219,20 @@ def _block(target: Target, rows: Sequence[Row]) -> Iterable[str]:
     """The lines of one target: modules that differ only in their index, and in nothing shown, are one line."""
     place = f" at {target.span.source.name}:{target.span.line}" if target.span else ""
     yield f"target {target.kind}{place}"
-    alike: dict[tuple, list[Row]] = {}
+    found: dict[tuple, list[Row]] = {}
     for row in rows:
-        alike.setdefault((_NUMBER.sub("*", row.name), row.shape_text, row.formula, row.parameters), []).append(row)
-    yield from _table((f"  {pattern([r.name for r in same])}", f"{len(same)} x", same[0].shape_text, same[0].formula,
-                       _counted(sum(r.parameters for r in same), "parameter"), f"step {same[0].step_ratio:.2f} x")
-                      for same in alike.values())
-
-
-def pattern(names: Sequence[str]) -> str:
-    """Names that differ only in their numbers as one: `layers.{0..3}.q_proj`."""
-    columns = zip(*(map(int, _NUMBER.findall(name)) for name in names))
-    texts = iter([number_range(column) for column in columns])
-    return _NUMBER.sub(lambda _: next(texts), names[0])
+        found.setdefault((starred(row.name), row.sides, row.formula, row.parameters), []).append(row)
+    yield from _table((f"  {ranged([r.name for r in same])}", f"{len(same)} x", same[0].sides, same[0].formula,
+                       counted(sum(r.parameters for r in same), "parameter"), f"step {same[0].step_ratio:.2f} x")
+                      for same in found.values())
 
 
 def _compressed(sizes: dict[str, int]) -> Iterable[tuple[str, int]]:
-    alike: dict[str, list[str]] = {}
-    for name in sizes:
-        alike.setdefault(_NUMBER.sub("*", name), []).append(name)
-    return ((pattern(names), sum(sizes[n] for n in names)) for names in alike.values())
+    return ((ranged(names), sum(sizes[n] for n in names)) for names in alike(sizes))
 
 
 def _some(names: Sequence[str]) -> str:
-    kinds = list(Counter(_NUMBER.sub("*", name) for name in names))
+    kinds = list(dict.fromkeys(map(starred, names)))
     return ", ".join(kinds[:3]) + (", ..." if len(kinds) > 3 else "")
 
 

@@ -20,6 +20,7 @@ from surgery.diagnostics import Collector, SurgeryError, fail
 from surgery.folders import Kind
 from surgery.spec import parse
 from surgery.syntax.tree import Spec
+from surgery.words import counted, dtype_text
 
 FORMAT = "1.0"
 TENSORS, SPEC, META = FILES = ("adapter.safetensors", "adapter.surg", "meta.json")
@@ -32,11 +33,6 @@ Shapes = Mapping[str, Sequence[int]]
 
 def shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """`float32` for torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 class Saved:
@@ -75,7 +71,7 @@ class Saved:
         listed = {name: form["shape"] for name, form in self.meta["tensors"].items()}
         compare(shapes(self.tensors), listed, META, self.report)
         wrong = [n for n in listed if n in self.tensors
-                 and name_of(self.tensors[n].dtype) != self.meta["tensors"][n]["dtype"]]
+                 and dtype_text(self.tensors[n].dtype) != self.meta["tensors"][n]["dtype"]]
         if wrong:
             self._fault(f"{META} gives another dtype than {TENSORS} for {_listed(wrong)}")
 
@@ -147,17 +143,11 @@ def compare(saved: Shapes, wanted: Shapes, where: str, report: Collector, file: 
     unknown = [name for name in saved if name not in wanted]
     wrong = [f"{n} is {saved[n]}, and {where} asks for {wanted[n]}" for n in wanted
              if n in saved and saved[n] != wanted[n]]
-    if missing:
-        report.error("bad-adapter", f"{file} lacks {_count(missing)} that {where} asks for", notes=_lines(missing))
-    if unknown:
-        report.error("bad-adapter", f"{file} holds {_count(unknown)} that {where} has no place for",
-                     notes=_lines(unknown))
-    if wrong:
-        report.error("bad-adapter", f"{file} holds {_count(wrong)} of another shape", notes=_lines(wrong))
-
-
-def _count(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+    for has, names, what in (("lacks", missing, f"that {where} asks for"),
+                             ("holds", unknown, f"that {where} has no place for"),
+                             ("holds", wrong, "of another shape")):
+        if names:
+            report.error("bad-adapter", f"{file} {has} {counted(len(names), 'tensor')} {what}", notes=_lines(names))
 
 
 def _lines(lines: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 
 from surgery.claims import owners, report_tied
-from surgery.dead import listed, report_dead, suggestion
+from surgery.dead import report_dead, suggestion
 from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean, fail
 from surgery.near import Population
 from surgery.patterns import Glob, marked
@@ -21,6 +21,7 @@ from surgery.reach import Catalogue, Reach, reach
 from surgery.selectors import Matcher, matchers
 from surgery.sites import Site, Survey
 from surgery.syntax.tree import Select, Spec, Target
+from surgery.words import listed
 
 
 class Taken(NamedTuple):

@@ -1,8 +1,8 @@
 """Sites: the places of a model that a spec can take, and those that it cannot with the reason.
 
 Takes a model (on any device, meta too), gives a `Survey`. A site is one weight: the `weight` of a layer, or one fused
-parameter of a stack of experts, then named after the parameter. Promises: module order, and one site for a module object
-that stands at several names. Nothing is changed or copied.
+parameter of a stack of experts, then named after the parameter. Promises: module order, and one site for a module
+object that stands at several names. Nothing is changed or copied.
 
 The head is the output embedding (`get_output_embeddings()`), whatever stands beside the base model of a task model
 (`classifier`, `score`, `qa_outputs`, with their inner layers), and, in a `...For...` model without a base model of its
@@ -25,10 +25,10 @@ from surgery.layout import Layout, refusal, weights
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One weight that a spec can condition. `out`, `in_`: its shape as a matrix; `stack`: how many such matrices, or None.
+    """One weight that a spec can condition. `out`, `in_`: its shape as a matrix; `stack`: how many of those, or None.
 
-    `layer` is the index in the model's list of layers (its outermost list), `depth` is that from 0 to 1; None without one.
-    `ancestors` are the class names above it (their base classes too), `aliases` its further names.
+    `layer` is the index in the model's list of layers (its outermost list), `depth` is that from 0 to 1; None without
+    one. `ancestors` are the class names above it (their base classes too), `aliases` its further names.
     """
 
     name: str
@@ -101,8 +101,8 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Refused:
-    """A module with parameters that no spec can take. `kind` is empty for a class without a layout; `matrix` says whether
-    it holds a weight of two or more dimensions (a norm does not)."""
+    """A module with parameters that no spec can take. `kind` is empty for a class without a layout; `matrix` says
+    whether it holds a weight of two or more dimensions (a norm does not)."""
 
     name: str
     module: nn.Module = field(repr=False)
@@ -113,7 +113,7 @@ class Refused:
 
 
 class Survey:
-    """What a model holds: `modules` by every name, the `sites`, the `refused`, and how many children each module has."""
+    """What a model holds: `modules` by every name, the `sites`, the `refused`, and how many children a module has."""
 
     def __init__(self, model: nn.Module):
         self.model = model

@@ -25,8 +25,9 @@ from surgery.expr.places import bounds
 from surgery.folders import Kind, replacing
 from surgery.layer import Adapter
 from surgery.operate import Surgeon, prepare
-from surgery.saved import ADAPTER, FILES, FORMAT, META, SPEC, TENSORS, Saved, compare, name_of, shapes
+from surgery.saved import ADAPTER, FILES, FORMAT, META, SPEC, TENSORS, Saved, compare, shapes
 from surgery.spec import inlined
+from surgery.words import dtype_text
 
 
 def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
@@ -38,8 +39,8 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
     """
     tensors = {name: _whole(name, tensor) for name, tensor in (state or surgeon.state()).items()}
     about = {"format_version": FORMAT, "surgery_version": __version__, "base_model": base_model, "revision": revision,
-             "model_class": type(surgeon.model).__name__, "seed": surgeon.seed, "dtype": name_of(surgeon.dtype),
-             "tensors": {n: {"shape": list(t.shape), "dtype": name_of(t.dtype)} for n, t in tensors.items()}, **more}
+             "model_class": type(surgeon.model).__name__, "seed": surgeon.seed, "dtype": dtype_text(surgeon.dtype),
+             "tensors": {n: {"shape": list(t.shape), "dtype": dtype_text(t.dtype)} for n, t in tensors.items()}, **more}
     with replacing(Path(folder), ADAPTER) as new:
         (new / TENSORS).write_bytes(to_bytes(tensors))
         (new / SPEC).write_text(inlined(surgeon.spec).to_surg(), encoding="utf-8")

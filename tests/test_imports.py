@@ -14,12 +14,12 @@ ROOT = Path(surgery.__file__).parent
 # The stages in order, each with its modules and packages; what is not listed is a study of operated models.
 PIPELINE = {
     "package": "",  # it holds the version, and finds its public names when they are asked for
-    "diagnostics": "diagnostics resources refused",
+    "diagnostics": "diagnostics words resources refused",
     "syntax": "syntax as_python",
     "spec": "spec",
     "expr": "expr maths show",
     "rewrite": "rewrite",
-    "select": "called probe layout sites pattern_text patterns exact selectors near reach dead claims select",
+    "select": "called probe layout sites pattern_text patterns exact numbered selectors near reach dead claims select",
     "compile": "compile initialise",
     "lower": "lower costs",
     "layer": "layer",
@@ -33,8 +33,7 @@ PIPELINE = {
 RANK = {module: rank for rank, modules in enumerate(PIPELINE.values()) for module in modules.split(" ")}
 # Steps back that a function takes when it is called, each for a reason.
 LAZY = {
-    ("syntax.tree",
-     "spec"): "`spec.retarget(...)` is a spec's own, and a bare name in it is a selector of the files it uses",
+    ("syntax.tree", "spec"): "`spec.retarget(...)` is a spec's own, and a bare name in it may come from a file it uses",
     ("operate", "store"): "`surgeon.save` is where a user looks for it, and what it does is the next stage's",
 }
 
@@ -103,14 +102,12 @@ def test_relative_imports_are_not_used() -> None:
     assert [name for name, nodes in trees.items() for n in nodes if isinstance(n, ast.ImportFrom) and n.level] == []
 
 
-# --------------------------------------------------------------------------------------------------- what needs no
-# torch
+# --------------------------------------------------------------------------------------------- what needs no torch
 
 
 WITHOUT_TORCH = ["--help", "apply --help", "--version", "specs", "fmt lora.surg", "show sora",
-                 "show sora --emit python",
-                 "show sora --emit ir", "check lora", "check lora.surg --json", "check --explain overlap",
-                 "check broken.surg"]
+                 "show sora --emit python", "show sora --emit ir", "check lora", "check lora.surg --json",
+                 "check --explain overlap", "check broken.surg"]
 
 
 @pytest.mark.parametrize("command", WITHOUT_TORCH)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import surgery
+from models import perturbed
 from surgery.cli.main import main
 from surgery.demo import load_demo
 from surgery.outline import outline
@@ -19,7 +20,6 @@ from surgery.page import charts, training
 from surgery.page.html import Markup, table, tag
 from surgery.sites import Survey
 from surgery.spectra.curves import Curve
-from test_spectra import perturbed
 
 STATE = {"global_step": 20, "log_history": [
     {"step": 10, "epoch": 1.0, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": float("nan")},
@@ -117,7 +117,8 @@ def test_the_same_adapter_gives_the_same_page(page: str, adapter: Path, tmp_path
 
 
 def test_what_a_spec_says_is_text_and_no_html(tmp_path: Path) -> None:
-    text = '# <script>alert(1)</script> & "more"\nspec s()\ntarget linear "**.q_proj" { add low_rank(2) }\ntrain "**.norm.weight"'
+    text = ('# <script>alert(1)</script> & "more"\nspec s()\n'
+            'target linear "**.q_proj" { add low_rank(2) }\ntrain "**.norm.weight"')
     surgeon = perturbed(load_demo("llama"), surgery.parse(text))
     surgeon.save(tmp_path / "a&b", base_model="demo:llama")
     report(tmp_path / "a&b", "-o", tmp_path / "r.html")
@@ -264,7 +265,8 @@ def test_layers_are_joined_where_they_and_their_marks_agree() -> None:
 
 
 def test_the_cost_of_a_target_is_that_of_its_weights() -> None:
-    text = 'spec s\ntarget linear "**.q_proj" { add low_rank(2) }\ntarget linear "**.k_proj" { add low_rank(8) post orthogonal(2) }'
+    text = ('spec s\ntarget linear "**.q_proj" { add low_rank(2) }\n'
+            'target linear "**.k_proj" { add low_rank(8) post orthogonal(2) }')
     found = surgery.apply(load_demo("llama"), surgery.parse(text)).report()
     cheap, dear = map(found.step_ratio_of, found.plan.spec.targets)
     assert 1 < cheap < found.step_ratio < dear

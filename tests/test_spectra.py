@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 import surgery
 from layers import LAYOUTS, Tower, operated
+from models import perturbed, spec_for
 from surgery.demo import load_demo
 from surgery.expr.evaluate import dense
 from surgery.expr.ir import Expr
+from surgery.numbered import module_type
 from surgery.spectra import pending_of, row_of, updates
 from surgery.spectra.orthogonality import distance
 from surgery.spectra.summary import Group, Row
-from surgery.spectra.updates import module_type, rounding
+from surgery.spectra.updates import rounding
 from surgery.spectra.values import Spectrum, leading, of_factors, overlap, singular_values
 from zoo import CASES
 
@@ -188,22 +190,6 @@ def test_what_is_not_orthogonal_is_measured(text):
 
 
 # ------------------------------------------------------------------------------------------------------------ models
-
-
-def perturbed(model: nn.Module, spec: object, scale: float = 0.05) -> surgery.Surgeon:
-    surgeon = surgery.apply(model, spec)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in surgeon.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
-    return surgeon
-
-
-def spec_for(name: str, spec: str) -> surgery.Spec:
-    """A shipped spec; for a ResNet on its convolutions."""
-    found = surgery.load(spec)
-    kind = "conv" if name == "resnet" else "linear"
-    return found.model_copy(update={"targets": tuple(t.model_copy(update={"kind": kind}) for t in found.targets)})
 
 
 @pytest.mark.parametrize("spec", ["lora", "sora"])

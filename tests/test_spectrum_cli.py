@@ -13,13 +13,13 @@ import torch
 from click.testing import CliRunner
 
 import surgery
+from models import perturbed, spec_for
 from surgery.cli import weights
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head
 from surgery.demo import demo_config, load_demo
 from surgery.store import save_merged
 from surgery.training import with_head
-from test_spectra import perturbed, spec_for
 
 
 def run(*words: object) -> object:

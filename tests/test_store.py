@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
+from models import perturbed
 from surgery import folders
 from surgery.demo import demo_inputs, load_demo
 from surgery.saved import FILES, META, SPEC, TENSORS
@@ -33,16 +34,6 @@ train "**.*norm.weight"
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(**demo_inputs(model)).logits
-
-
-def perturbed(model: torch.nn.Module, spec: object, scale: float = 0.05, **options) -> surgery.Surgeon:
-    """The model operated on, with every trained parameter moved."""
-    surgeon = surgery.apply(model, spec, **options)
-    draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in surgeon.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
-    return surgeon
 
 
 @pytest.fixture
@@ -106,8 +97,8 @@ def test_parameters_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None
 
 
 def test_the_spec_is_saved_on_its_own_with_its_parameters(tmp_path: Path) -> None:
-    (tmp_path / "mine.surg").write_text("update twice(rank: int = 2) {\n param A[rank, in] ~ normal()\n param B[out, rank] = 0\n"
-                                        " return 2 * (B @ A)\n}\nselect ups = \"**.up_proj\"")
+    (tmp_path / "mine.surg").write_text("update twice(rank: int = 2) {\n param A[rank, in] ~ normal()\n"
+                                        " param B[out, rank] = 0\n return 2 * (B @ A)\n}\nselect ups = \"**.up_proj\"")
     (tmp_path / "s.surg").write_text('use "mine.surg"\nspec s(rank: int = 2)\ntarget linear ups { add twice(rank) }')
     model = load_demo("llama")
     perturbed(model, surgery.load(tmp_path / "s.surg", rank=5)).save(tmp_path / "a")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.models import DTYPES
-from surgery.cli.options import PAIR, command, opened_together, sets, targets
-from surgery.cli.render import Output
+from surgery.cli.operating import loaded
+from surgery.cli.options import PAIR, command, dtype_option, opened_together, sets, targets
+from surgery.cli.render import Output, aligned
 from surgery.diagnostics import fail
+from surgery.words import dtype_text, size_text
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
                       help="Measure PEFT's own too, where it has the method."),
          click.option("--compiled", is_flag=True, help="Run all of them as torch.compile makes them."),
          click.option("--device", default="cpu", show_default=True, help="A device of torch's: cpu, cuda, cuda:1."),
-         click.option("--dtype", type=click.Choice(DTYPES),
-                      help="Load the model in this dtype. Default: the one it was saved in."),
+         dtype_option,
          click.option("--repeat", type=click.IntRange(1), default=10, show_default=True,
                       help="Rounds of each measurement."),
          sets, targets, example="surgery bench lora dora sora --model demo:llama-bench --against peft")
@@ -74,14 +73,11 @@ def _memory(device: str) -> Iterator[None]:
 def _ready(output: Output, model: str, dtype: str | None, device: str, specs: Mapping[str, Spec],
            tokens: tuple[int, int], against: bool, compiled: bool) -> Bench:
     from surgery.bench import Bench
-    from surgery.cli.models import load, quiet_libraries
 
     place = _device(device)
-    with output.busy(f"loading {model}"):
-        quiet_libraries(output.animated)
-        loaded = load(model, dtype).to(place)
+    subject = loaded(output, model, dtype).to(place)
     with output.busy("operating"):
-        return Bench(loaded, specs, tokens, against, compiled)
+        return Bench(subject, specs, tokens, against, compiled)
 
 
 def _device(name: str) -> torch.device:
@@ -101,10 +97,12 @@ def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int]) -> 
     """The rows as a table, those that know nothing yet too."""
     rows, machine = ready.rows(), _machine(ready)
     rounds = {phase: len(times) for phase, times in ready.frozen.times.items()}
-    output.say(f"{model}, {tokens[0]} x {tokens[1]} tokens, {machine}\n\n{_table(rows, ready.against_peft)}\n\n"
-               f"forward, step: the frozen model's median time, and the median ratio to it ± half the distance between its\n"
-               f"quartiles, in {rounds['forward']} rounds of forward passes and {rounds['step']} of steps (forward and backward)\n"
-               f"peak: the most memory that a step allocates at one time; the models' weights are not in it")
+    passes, steps = rounds["forward"], rounds["step"]
+    output.say("\n".join([
+        f"{model}, {tokens[0]} x {tokens[1]} tokens, {machine}", "", *_table(rows, ready.against_peft), "",
+        "forward, step: the frozen model's median time, and the median ratio to it ± half the distance between its",
+        f"quartiles, in {passes} rounds of forward passes and {steps} of steps (forward and backward)",
+        "peak: the most memory that a step allocates at one time; the models' weights are not in it"]))
     for row in rows[1:]:
         if row["peft_note"]:
             output.note(f"{row['name']}: {row['peft_note']}")
@@ -117,7 +115,7 @@ def _machine(ready: Bench) -> str:
 
     import torch
 
-    dtype = str(next(ready.model.parameters()).dtype).removeprefix("torch.")
+    dtype = dtype_text(next(ready.model.parameters()).dtype)
     what = (torch.cuda.get_device_name(ready.device) if ready.device.type == "cuda"
             else f"{platform.machine()}, {torch.get_num_threads()} threads")
     return f"{dtype}{', compiled,' * ready.compiled} on {ready.device} ({what}, torch {torch.__version__})"
@@ -127,13 +125,10 @@ _HEAD = ["", "parameters", "forward", "step", "peak"]
 _PEFT_HEAD = ["PEFT: forward", "step", "peak", "our step / PEFT's"]
 
 
-def _table(rows: list[dict[str, Any]], against_peft: bool) -> str:
+def _table(rows: list[dict[str, Any]], against_peft: bool) -> list[str]:
     frozen, *specs = rows
-    lines = [[*_HEAD, *_PEFT_HEAD[: 4 * against_peft]], _frozen_line(frozen),
-             *(_line(row) + (_peft_cells(row) if against_peft else []) for row in specs)]
-    widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
-    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-                     for line in lines)
+    return aligned([[*_HEAD, *_PEFT_HEAD[: 4 * against_peft]], _frozen_line(frozen),
+                    *(_line(row) + (_peft_cells(row) if against_peft else []) for row in specs)])
 
 
 def _frozen_line(row: dict[str, Any]) -> list[str]:
@@ -157,8 +152,6 @@ def _ratio(row: dict[str, Any], of: str) -> str:
 
 
 def _peak(size: int | None) -> str:
-    from surgery.report import size_text
-
     return "-" if size is None else size_text(size)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import click
 
 from surgery.cli.options import command, opened_together, sets, targets
 from surgery.cli.render import FORMAT, Output
+from surgery.words import size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,19 +25,24 @@ RUNS, STEPS, TABLE, PLOT = "runs", "steps.json", "comparison.json", "comparison.
 _BEYOND = {"top": "higher", "bottom": "lower"}
 
 
+def _above_zero(texts: Iterable[Any]) -> tuple[float, ...]:
+    """The numbers above 0 that all the texts are; none where one is something else."""
+    try:
+        found = tuple(map(float, texts))
+    except ValueError:
+        return ()
+    return found if all(0 < number < float("inf") for number in found) else ()
+
+
 class Rates(click.ParamType):
     """`1e-4,3e-4`: numbers above 0."""
 
     name = "NUMBERS"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        try:
-            found = tuple(dict.fromkeys(map(float, value.split(","))))
-        except ValueError:
-            found = ()
-        if not found or not all(0 < rate < float("inf") for rate in found):
-            self.fail(f"{value} is not a list such as 1e-4,1e-3")
-        return found
+        if found := _above_zero(value.split(",")):
+            return tuple(dict.fromkeys(found))
+        self.fail(f"{value} is not a list such as 1e-4,1e-3")
 
 
 class Amount(click.ParamType):
@@ -45,13 +51,9 @@ class Amount(click.ParamType):
     name = "NUMBER"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        try:
-            found = float(value)
-        except ValueError:
-            found = 0.0
-        if not 0 < found < float("inf"):
-            self.fail(f"{value} is not a number above 0")
-        return found
+        if found := _above_zero([value]):
+            return found[0]
+        self.fail(f"{value} is not a number above 0")
 
 
 _COUNT = click.IntRange(1)
@@ -206,8 +208,6 @@ def _about(comparison: Comparison, runs: Sequence[Run], steps: Steps) -> dict[st
 def _table(rows: Sequence[Row]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
-
-    from surgery.report import size_text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     metrics = next((list(row.scores) for row in rows if row.scores), [])

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.operating import DTYPE, FORCE, base_of, free, loaded, say_errors
-from surgery.cli.options import command
-from surgery.cli.render import Output, counted
-from surgery.diagnostics import fail
+from surgery.cli.operating import base_name, base_of, free, loaded, say_errors
+from surgery.cli.options import command, dtype_option, force_option
+from surgery.cli.render import Output
+from surgery.words import counted
 
 if TYPE_CHECKING:
     from surgery.peft.exporting import Exported
 
 
 @command(click.argument("folder", metavar="PEFT_DIR"), click.argument("model", required=False),
-         click.option("-o", "--out", metavar="DIR", required=True, help="Save the surgery here."), DTYPE, FORCE,
-         example="surgery import peft-adapter -o out")
+         click.option("-o", "--out", metavar="DIR", required=True, help="Save the surgery here."), dtype_option,
+         force_option, example="surgery import peft-adapter -o out")
 def import_(output: Output, folder: str, model: str | None, out: str, dtype: str | None, force: bool) -> None:
     """Make a PEFT adapter a saved surgery.
 
@@ -32,9 +32,7 @@ def import_(output: Output, folder: str, model: str | None, out: str, dtype: str
 
     free(out, force, ADAPTER)
     adapter = Folder(Path(folder))
-    base = model or adapter.config.get("base_model_name_or_path")
-    if not base:
-        raise fail("unknown-model", f"{folder} does not say which model it is for", helps=("name the model after the folder",))
+    base = base_name(folder, model, adapter.config.get("base_model_name_or_path"))
     subject = loaded(output, base, dtype, adapter)
     with output.busy(f"importing {folder}"):
         found = read(subject, adapter)
@@ -42,18 +40,17 @@ def import_(output: Output, folder: str, model: str | None, out: str, dtype: str
         surgeon = found.operate()
     with output.busy(f"saving {out}"):
         surgeon.save(out, base_model=base, revision=adapter.config.get("revision"), peft=adapter.config)
-    kind, count = adapter.config["peft_type"], counted(len(surgeon.plan.placed), "module")
-    output.say(f"{kind} for {base}: {count}\n\n{surgeon.report()}")
+    kind, report = adapter.config["peft_type"], surgeon.report()
+    output.say(f"{kind} for {base}: {counted(len(surgeon.plan.placed), 'module')}\n\n{report}")
     output.say(f"saved     {out}\nnext      surgery merge {shlex.quote(out)} -o {shlex.quote(f'{Path(out)}-merged')}")
-    output.data(adapter=folder, model=base, out=out, peft_type=kind, text=surgeon.spec.to_surg(),
-                **surgeon.report().to_json())
+    output.data(adapter=folder, model=base, out=out, peft_type=kind, text=surgeon.spec.to_surg(), **report.to_json())
 
 
 @command(click.argument("folder", metavar="DIR"), click.argument("model", required=False),
          click.option("--to", "form", type=click.Choice(["peft"]), required=True, help="Whose form to write."),
          click.option("-o", "--out", metavar="OUT", required=True, help="Write the adapter here."),
          click.option("--rank", type=click.IntRange(1), help="Write a LoRA of this rank, whatever the method is."),
-         DTYPE, FORCE, example="surgery export out --to peft -o peft-adapter")
+         dtype_option, force_option, example="surgery export out --to peft -o peft-adapter")
 def export(output: Output, folder: str, model: str | None, form: str, out: str, rank: int | None, dtype: str | None,
            force: bool) -> None:
     """Write a saved surgery as a PEFT adapter.
@@ -79,9 +76,8 @@ def export(output: Output, folder: str, model: str | None, form: str, out: str, 
 def _say(output: Output, found: Exported) -> None:
     if found.rank is None:
         return output.say(f"{found.peft_type}, in PEFT's own form")
-    left_out = "nothing of the updates left out" if found.exact else \
-        f"of {counted(len(found.inexact), 'module')} only the nearest update of that rank"
-    output.say(f"LoRA of rank {found.rank}: {left_out}\n")
+    nearest = f"of {counted(len(found.inexact), 'module')} only the nearest update of that rank"
+    output.say(f"LoRA of rank {found.rank}: {'nothing of the updates left out' if found.exact else nearest}\n")
     say_errors(output, found.errors, lambda names: "" if set(names) & set(found.inexact) else "  exact")
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.options import command, model_argument, opened, sets, spec_argument, targets
-from surgery.cli.render import Output, counted
+from surgery.cli.options import command, model_argument, opened, sets, spec_argument, strict_option, targets
+from surgery.cli.render import Output
+from surgery.words import counted, size_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from surgery.syntax.tree import Spec
 
 
-def _skeleton(output: Output, model: str) -> nn.Module:
+def skeleton_of(output: Output, model: str) -> nn.Module:
     from surgery.cli.models import quiet_libraries, skeleton
 
     with output.busy(f"reading the configuration of {model}"):
@@ -27,7 +28,7 @@ def _skeleton(output: Output, model: str) -> nn.Module:
 def _plan(output: Output, spec: Spec, model: str, strict: bool = False) -> Plan:
     from surgery.compile import compile
 
-    skeleton = _skeleton(output, model)
+    skeleton = skeleton_of(output, model)
     with output.busy("planning"):
         plan = compile(skeleton, spec, strict)
     output.diagnostics(plan.warnings)
@@ -37,21 +38,22 @@ def _plan(output: Output, spec: Spec, model: str, strict: bool = False) -> Plan:
 # --------------------------------------------------------------------------------------------------------- plan
 
 
-@command(spec_argument, model_argument, sets, targets, click.option("--strict", is_flag=True, help="A warning is an error."),
+@command(spec_argument, model_argument, sets, targets, strict_option,
          example="surgery plan sora demo:llama --set rank=8 --target '**.q_proj'")
 def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: tuple[str, ...], strict: bool) -> None:
     """Show what a spec would do to a model.
 
     Modules, parameters and memory, from the model's configuration alone: no weight is read.
     """
-    from surgery.report import Report, size_text
+    from surgery.report import Report
 
     found = _plan(output, opened(spec, sets, targets), model, strict)
     report = Report(found)
     output.say(f"{spec} on {model}: {counted(len(found.placed), 'weight')}\n")
     output.say(str(report))
     if getattr(found.selection.survey.model.config, "quantization_config", None):
-        output.note(f"{model} is quantised, and is planned with plain weights: its base model takes less memory than that")
+        output.note(f"{model} is quantised, and is planned with plain weights: its base model takes less memory than "
+                    "that")
     output.say("memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in report.memory.items()))
     output.data(source=spec, model=model, memory_bytes=report.memory, changes=len(found.placed), **report.to_json())
 
@@ -67,7 +69,7 @@ def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, .
     from surgery.spec import library
 
     asked = opened(spec, sets, targets)
-    selection = select(_skeleton(output, model), asked, library(asked).selects)
+    selection = select(skeleton_of(output, model), asked, library(asked).selects)
     text = selection.explain(name)
     output.say(text)
     output.data(spec=spec, model=model, name=name, taken=name in selection.targets, text=text)
@@ -77,7 +79,8 @@ def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, .
 
 
 @command(model_argument, click.argument("pattern", required=False),
-         click.option("--all", "every", is_flag=True, help="Write every layer of a list out, also where they are alike."),
+         click.option("--all", "every", is_flag=True,
+                      help="Write every layer of a list out, also where they are alike."),
          example="surgery modules demo:llama '**.mlp.*'")
 def modules(output: Output, model: str, pattern: str | None, every: bool) -> None:
     """Show a model as a tree of modules.
@@ -86,7 +89,7 @@ def modules(output: Output, model: str, pattern: str | None, every: bool) -> Non
     """
     from surgery.cli.modules import chosen, entries, tree
 
-    skeleton = _skeleton(output, model)
+    skeleton = skeleton_of(output, model)
     names = chosen(skeleton, pattern)
     output.say(tree(skeleton, names, every))
     output.data(model=model, modules=entries(skeleton, names))

@@ -20,10 +20,8 @@ from surgery.cli.options import HELP, common
 from surgery.cli.render import Output, settle_streams
 from surgery.diagnostics import Diagnostic, SurgeryError
 
-# Codes of what is wrong with the way the program is used or with the world around it,
-# rather than with a spec or a model.
-_OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set", "bad-data",
-            "missing-extra"}
+# Codes of what is wrong with how the program is used or with the world around it, and not with a spec or a model.
+_OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set", "bad-data", "missing-extra"}
 # What torch says, in errors of several types, when it asks for more memory than there is.
 _NO_MEMORY = re.compile(r"allocate memory|out of memory|Storage size calculation overflowed")
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli.options import command
-from surgery.cli.render import Output, counted
+from surgery.cli.render import Output, aligned
 from surgery.diagnostics import did_you_mean, fail
+from surgery.words import counted, figure_text, sides_text, some
 
 if TYPE_CHECKING:
     from surgery.spectra import Group, Spectra
@@ -21,15 +22,14 @@ if TYPE_CHECKING:
 _TITLES = {"numerical_rank": "rank", "entropy": "entropy", "normalised_entropy": "of max", "stable_rank": "stable rank",
            "effective_rank": "eff. rank", "relative_size": "‖ΔW‖/‖W‖", "overlap_out": "overlap out", "overlap_in": "in"}
 _DEFECT = "‖RRᵀ-I‖/√n"
-_SOME = 3
 
 base_option = click.option("--base", metavar="MODEL",
                            help="The adapter's base model, if not the one that it was saved for.")
+squared_option = click.option("--squared", is_flag=True, help="Entropies of σ² / Σ σ² instead of σ / Σ σ.")
 
 
 @command(click.argument("first", metavar="DIR|BASE"), click.argument("second", metavar="[TUNED]", required=False),
-         base_option,
-         click.option("--squared", is_flag=True, help="Entropies of σ² / Σ σ² instead of σ / Σ σ."),
+         base_option, squared_option,
          click.option("--top", type=click.IntRange(0), default=8, show_default=True, metavar="K",
                       help="Overlap of the K strongest directions of ΔW with those of W; 0 leaves it out."),
          click.option("--csv", "table", metavar="FILE", help="Write the table of modules as CSV."),
@@ -37,8 +37,7 @@ base_option = click.option("--base", metavar="MODEL",
                       help="Draw entropy, stable rank and singular values (png, svg, pdf)."),
          example="surgery spectrum out --plot spectra.png")
 def spectrum(output: Output, first: str, second: str | None, base: str | None, squared: bool, top: int,
-             table: str | None,
-             picture: str | None) -> None:
+             table: str | None, picture: str | None) -> None:
     """Measure what an adapter, or training, did to the weights.
 
     DIR is a saved adapter, or BASE and TUNED are two models. For each ΔW = W' - W: the entropy -Σ p log p of its
@@ -57,8 +56,7 @@ def spectrum(output: Output, first: str, second: str | None, base: str | None, s
 
 
 def _ready(table: str | None, picture: str | None) -> None:
-    """Refuse files that cannot be written or drawn before any work. Raises: SurgeryError (bad-output,
-    missing-extra)."""
+    """Refuse files that cannot be written or drawn, before any work. Raises: SurgeryError."""
     from surgery.folders import refuse_file
 
     for file in filter(None, (table, picture)):
@@ -112,14 +110,14 @@ def _of_models(output: Output, base: str, tuned: str) -> tuple[list[Pending], li
 def _say(output: Output, spectra: Spectra, left_out: Sequence[str]) -> None:
     shown = _shown(spectra)
     if len(spectra.unchanged) < len(spectra.rows):
-        output.say(_aligned(_module_table(spectra, shown)))
+        output.say("\n".join([*aligned(_module_table(spectra, shown)), ""]))
         for title, groups in (("module type (mean)", spectra.types), ("layer (mean)", spectra.layers)):
-            output.say(_aligned(_group_table(title, groups, shown)))
+            output.say("\n".join([*aligned(_group_table(title, groups, shown)), ""]))
     output.say(_summary(spectra))
     if spectra.unchanged:
-        output.note(f"unchanged: {_some(spectra.unchanged)}")
+        output.note(f"unchanged: {_weights(spectra.unchanged)}")
     if left_out:
-        output.note(f"not compared, since the base has no such weight: {_some(left_out)}")
+        output.note(f"not compared, since the base has no such weight: {_weights(left_out)}")
 
 
 def _shown(spectra: Spectra) -> dict[str, str]:
@@ -128,47 +126,34 @@ def _shown(spectra: Spectra) -> dict[str, str]:
 
 
 def _module_table(spectra: Spectra, shown: Mapping[str, str]) -> list[list[str]]:
-    from surgery.report import figure_text
     from surgery.spectra.summary import FIGURES
 
     is_turned = any(row.orthogonality for row in spectra.rows)
     table = [["module", "shape", *shown.values(), *([_DEFECT] if is_turned else [])]]
     for row in spectra.rows:
-        worst = [max((d.distance for d in row.orthogonality), default=None)] if is_turned else []
+        worst = [row.worst_defect] if is_turned else []
         figures = [FIGURES[figure](row) if row.changed else None for figure in shown]
-        table.append([row.name, " x ".join(map(str, row.spectrum.shape)), *map(figure_text, [*figures, *worst])])
+        table.append([row.name, sides_text(*row.spectrum.shape), *map(figure_text, [*figures, *worst])])
     return table
 
 
 def _group_table(title: str, groups: Iterable[Group], shown: Mapping[str, str]) -> list[list[str]]:
-    from surgery.report import figure_text
-
     rows = [[g.name, str(g.count), *(figure_text(g.means[figure]) for figure in shown)] for g in groups]
     return [[title, "weights", *shown.values()], *rows]
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    """Names to the left, figures to the right. A table is not cut to a narrow terminal: a figure cut short is a lie."""
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table) + "\n"
-
-
 def _summary(spectra: Spectra) -> str:
-    from surgery.report import figure_text
-
     changed = len(spectra.rows) - len(spectra.unchanged)
     if not changed:
         return f"{counted(len(spectra.rows), 'weight')}, none of them changed"
     means = spectra.total.means
     entropy, stable, effective = (figure_text(means[f]) for f in ("entropy", "stable_rank", "effective_rank"))
-    return (f"{counted(changed, 'changed weight')}: entropy {entropy}, {means['normalised_entropy']:.0%} of "
-            "the possible; "
-            f"stable rank {stable}; effective rank {effective} (means)")
+    return (f"{counted(changed, 'changed weight')}: entropy {entropy}, {means['normalised_entropy']:.0%} of the "
+            f"possible; stable rank {stable}; effective rank {effective} (means)")
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SOME} more" if len(names) > _SOME else ""
-    return f"{counted(len(names), 'weight')}: {', '.join(names[:_SOME])}{more}"
+def _weights(names: Sequence[str]) -> str:
+    return f"{counted(len(names), 'weight')}: {some(names)}"
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -197,8 +182,7 @@ def _csv(spectra: Spectra) -> str:
     table.writeheader()
     for row in spectra.rows:
         out, in_ = row.spectrum.shape
-        worst = max((d.distance for d in row.orthogonality), default=None)
-        table.writerow({**row.to_json(), "out": out, "in": in_, "orthogonality": worst})
+        table.writerow({**row.to_json(), "out": out, "in": in_, "orthogonality": row.worst_defect})
     return text.getvalue()
 
 
@@ -208,8 +192,7 @@ def _csv(spectra: Spectra) -> str:
 @command(click.argument("folder", metavar="DIR"), base_option,
          click.option("-o", "--out", metavar="FILE", default="report.html", show_default=True,
                       help="Write the page here."),
-         click.option("--squared", is_flag=True, help="Entropies of σ² / Σ σ² instead of σ / Σ σ."),
-         example="surgery report out -o report.html")
+         squared_option, example="surgery report out -o report.html")
 def report(output: Output, folder: str, base: str | None, out: str, squared: bool) -> None:
     """Write a page about a saved adapter.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.diagnostics import SurgeryError, fail
+from surgery.words import some
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +25,7 @@ DEMO, PACKAGE = "demo:", "package:"
 
 
 class Trained(Protocol):
-    """An adapter: its tensors by the names of the model's parameters,
-    and the class of the model that it was trained on."""
+    """An adapter: its tensors by the names of the model's parameters, and the class of the model it was trained on."""
 
     tensors: Mapping[str, torch.Tensor]
 
@@ -35,7 +35,6 @@ class Trained(Protocol):
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _MODELS = "a model is a hub id, a local folder, package:NAME, or a demo such as demo:llama"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def quiet_libraries(bars: bool) -> None:
@@ -74,7 +73,7 @@ def load(name: str, dtype: str | None = None) -> PreTrainedModel:
     model, lacking = _pretrained(name, _class(config), config, wanted)
     if lacking:
         raise fail("unknown-model",
-                   f"{name} is no whole {type(model).__name__}: its files do not hold {_some(lacking)}",
+                   f"{name} is no whole {type(model).__name__}: its files do not hold {_shaped(lacking)}",
                    notes=("what is not there would be made up at random",))
     return model
 
@@ -94,8 +93,7 @@ def load_with_head(name: str, outputs: int, seed: int = 0, **config: Any) -> Pre
 
 
 def with_saved_head(name: str, model: PreTrainedModel, saved: Trained) -> PreTrainedModel:
-    """The model, or the skeleton of the class that an adapter was trained on, where that is another:
-    one with a head."""
+    """The model, or a skeleton of the class that an adapter was trained on, where that is another: one with a head."""
     if name.startswith(DEMO):
         return model
     kind, config = _form_of(name, saved)
@@ -114,7 +112,7 @@ def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None) ->
     lacking = {tensor: shape for tensor, shape in new.items() if tensor not in saved.tensors}
     if lacking:
         raise fail("bad-adapter", f"the adapter was trained on a {trained.__name__}, and neither it nor {name} holds "
-                   f"{_some(lacking)}",
+                   f"{_shaped(lacking)}",
                    helps=("a new head must be trained to be saved: `train \"HEAD.**\"` in the spec",))
     return model
 
@@ -128,9 +126,8 @@ def _pretrained(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig
     return model.eval(), {key: list(p.shape) for key, p in model.named_parameters() if key in new}
 
 
-def _some(tensors: Mapping[str, list[int]]) -> str:
-    shown = ", ".join(f"{tensor} {shape}" for tensor, shape in [*tensors.items()][:3])
-    return f"{shown} and {len(tensors) - 3} more" if len(tensors) > 3 else shown
+def _shaped(tensors: Mapping[str, list[int]]) -> str:
+    return some(f"{tensor} {shape}" for tensor, shape in tensors.items())
 
 
 def folder_of(name: str) -> Path:

@@ -15,8 +15,8 @@ from torch import nn
 from surgery.diagnostics import fail
 from surgery.outline import Node, outline
 from surgery.patterns import compile_pattern
-from surgery.report import shape_text
 from surgery.sites import Site, Survey
+from surgery.words import sides_text
 
 
 def chosen(model: nn.Module, pattern: str | None) -> set[str]:
@@ -68,4 +68,7 @@ def _grow(tree: Tree, above: Node) -> None:
 
 def _taken(site: Site | None) -> str:
     """The kind and shape of what a spec can take."""
-    return f"  {site.kind} {shape_text(site.stack, site.out, site.in_)}{' (output head)' if site.is_head else ''}" if site else ""
+    if site is None:
+        return ""
+    head = " (output head)" if site.is_head else ""
+    return f"  {site.kind} {sides_text(site.out, site.in_, site.stack)}{head}"

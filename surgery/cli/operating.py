@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,18 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import command, model_argument, opened, sets, spec_argument, targets
-from surgery.cli.render import Output, counted
+from surgery.cli.options import (
+    command, dtype_option, force_option, model_argument, opened, sets, spec_argument, strict_option, targets)
+from surgery.cli.render import Output
 from surgery.diagnostics import fail
+from surgery.words import counted
 
 if TYPE_CHECKING:
     from surgery.cli.models import Trained
     from surgery.folders import Kind
     from surgery.operate import Surgeon
-
-_DTYPES = click.Choice(["float32", "bfloat16", "float16"])
-DTYPE = click.option("--dtype", type=_DTYPES, help="Load the model in this dtype. Default: the one it was saved in.")
-FORCE = click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
 
 
 def free(out: str, force: bool, kind: Kind) -> None:
@@ -49,12 +46,12 @@ def loaded(output: Output, model: str, dtype: str | None, saved: Trained | None 
 # -------------------------------------------------------------------------------------------------------- apply
 
 
-@command(spec_argument, model_argument, click.option("-o", "--out", metavar="DIR", help="Save the adapter here."), sets,
-         targets,
+@command(spec_argument, model_argument, click.option("-o", "--out", metavar="DIR", help="Save the adapter here."),
+         sets, targets,
          click.option("--merge", is_flag=True, help="Save the merged model instead of the adapter."),
          click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
                       help="Seed of the drawn parameters."),
-         DTYPE, FORCE, click.option("--strict", is_flag=True, help="A warning is an error."),
+         dtype_option, force_option, strict_option,
          example="surgery apply sora demo:llama -o out --set rank=8")
 def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[str, ...], targets: tuple[str, ...],
           merge: bool, seed: int, dtype: str | None, force: bool, strict: bool) -> None:
@@ -76,12 +73,13 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
         surgeon = _operate(output, subject, asked, seed, strict)
     if out is not None:
         _save(output, surgeon, model, out, merge)
-    output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{surgeon.report()}")
+    report = surgeon.report()
+    output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{report}")
     output.say(f"start     {compared.verdict}")
     if out is not None:
         _say_saved(output, out, merge)
     output.data(source=spec, model=model, out=out, merged=merge, seed=seed, logits_change=compared.change,
-                **surgeon.report().to_json())
+                **report.to_json())
 
 
 def _operate(output: Output, model: Any, spec: Any, seed: int, strict: bool) -> Surgeon:
@@ -117,7 +115,7 @@ def _say_saved(output: Output, out: str, merged: bool) -> None:
          click.option("-o", "--out", metavar="OUT", required=True, help="Save the merged model here."),
          click.option("--then", "after", multiple=True, metavar="DIR",
                       help="Merge this adapter too, on what those before made."),
-         DTYPE, FORCE, example="surgery merge out -o out-merged")
+         dtype_option, force_option, example="surgery merge out -o out-merged")
 def merge(output: Output, folder: str, model: str | None, out: str, after: tuple[str, ...], dtype: str | None,
           force: bool) -> None:
     """Save a model with an adapter merged in.
@@ -144,31 +142,31 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
 
 
 def base_of(output: Output, folder: str, model: str | None, dtype: str | None) -> tuple[Any, str, Mapping[str, Any]]:
-    """The base model of a saved adapter, or another, with the head that the adapter has; its name;
-    what `meta.json` says.
+    """The base model of a saved adapter, or another, with the head that the adapter has; its name; its `meta.json`.
 
     Raises: SurgeryError (bad-adapter, unknown-model).
     """
     from surgery.saved import Saved
 
     saved = Saved(Path(folder))
-    base = model or saved.meta.get("base_model")
-    if not base:
-        raise fail("unknown-model", f"{folder} does not say which model it is for",
-                   helps=("name the model after the folder",))
+    base = base_name(folder, model, saved.meta.get("base_model"))
     return loaded(output, base, dtype, saved), base, saved.meta
+
+
+def base_name(folder: str, named: str | None, said: str | None, how: str = "name the model after the folder") -> str:
+    """The model that is named, or that an adapter says it is for. Raises: SurgeryError (unknown-model) without any."""
+    if base := named or said:
+        return base
+    raise fail("unknown-model", f"{folder} does not say which model it is for", helps=(how,))
 
 
 def say_errors(output: Output, errors: Mapping[str, float],
                note: Callable[[list[str]], str] = lambda names: "") -> None:
     """The relative error of each module; modules that differ in their index alone are one line, with the largest, and
     what `note` says of them."""
-    from surgery.report import pattern
+    from surgery.numbered import alike, ranged
 
-    alike: dict[str, list[str]] = {}
-    for name in errors:
-        alike.setdefault(re.sub(r"\b\d+\b", "*", name), []).append(name)
-    rows = {pattern(names): f"{max(errors[n] for n in names):.1e}{note(names)}" for names in alike.values()}
+    rows = {ranged(names): f"{max(errors[n] for n in names):.1e}{note(names)}" for names in alike(errors)}
     width = max(map(len, ["module", *rows]))
     for modules, error in {"module": "largest relative error", **rows}.items():
         output.say(f"{modules:{width}}  {error}")

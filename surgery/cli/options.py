@@ -79,12 +79,17 @@ class Pair(click.ParamType):
 
 
 PAIR = Pair()
+DTYPES = ("float32", "bfloat16", "float16")
 _NUMBERED = re.compile(r"(?:(\d{1,9})=)?(.*)", re.DOTALL)
 sets = click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Set a parameter of the spec.")
 targets = click.option("--target", "targets", multiple=True, metavar="[N=]PATTERN",
                        help="Operate on these modules, not on those that the spec names, or its target N.")
 spec_argument = click.argument("spec")
 model_argument = click.argument("model")
+strict_option = click.option("--strict", is_flag=True, help="A warning is an error.")
+dtype_option = click.option("--dtype", type=click.Choice(DTYPES),
+                            help="Load the model in this dtype. Default: the one it was saved in.")
+force_option = click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
 
 
 def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> Spec:

@@ -1,11 +1,11 @@
-"""What `show --program` prints: the program of each target on a weight of one shape, its cost, and what it was chosen over."""
+"""What `show --program` prints: each target's program on a weight of one shape, its cost, what it was chosen over."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from surgery.cli.render import Output
+from surgery.cli.render import Output, aligned
 from surgery.costs import FLOAT, Estimate, amount, layer_kind
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
@@ -47,7 +47,8 @@ def _page(formula: Formula, estimate: Estimate) -> Iterator[str]:
     train, evaluate = (_functions(_program(formula, estimate, mode)) for mode in (True, False))
     yield from ("", "  in training", *_code(train), *_gradients(estimate, _program(formula, estimate, True)))
     others = [text for text in evaluate if text not in train]
-    yield f"\n  in evaluation the set-up is kept until a tensor changes, and {'this differs' if others else 'the rest is the same'}"
+    rest = "this differs" if others else "the rest is the same"
+    yield f"\n  in evaluation the set-up is kept until a tensor changes, and {rest}"
     yield from _code(others)
 
 
@@ -92,6 +93,5 @@ def _costs(estimate: Estimate) -> list[str]:
              *([r["strategy"], amount(r["setup_flops"], "FLOP"), amount(r["body_flops"], "FLOP"),
                 amount(r["bytes_moved"], "B"), f"{r['step_ratio']:.2f}"] for r in _rows(estimate)),
              ["the frozen layer", "-", amount(frozen.flops, "FLOP"), amount(FLOAT * frozen.moved, "B"), "1.00"]]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    return [rows[0].rstrip(), f"{rows[1]}  runs", *rows[2:]]
+    head, first, *rest = aligned(lines)
+    return [head, f"{first}  runs", *rest]

@@ -1,8 +1,8 @@
 """What a command shows: results on stdout, diagnostics and progress on stderr, or one JSON object on stdout.
 
 Takes texts, rich renderables and data; gives bytes on the two streams. Promises: no colour where none is wanted
-(`NO_COLOR`, `--color never`, a file), no bar but on a terminal and after half a second,
-nothing but JSON under `--json`.
+(`NO_COLOR`, `--color never`, a file), no bar but on a terminal and after half a second, nothing but JSON under
+`--json`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgery.diagnostics import Diagnostic
@@ -191,6 +192,9 @@ def coloured(text: str) -> Text:
     return Text("\n").join(lines)
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 module`, `3 modules`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table: names to the left, figures to the right; a row may end early. No line is cut to a narrow
+    terminal: a figure cut short is a lie."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.cli.models import DEMO, folder_of, load, quiet_libraries, skeleton, with_saved_head
+from surgery.cli.operating import base_name
 from surgery.cli.render import Output
 from surgery.diagnostics import fail
 from surgery.saved import Saved
@@ -42,8 +43,7 @@ def opened_weights(output: Output, name: str, saved: Saved | None = None) -> Wei
 
 @dataclass(frozen=True)
 class OpenedAdapter:
-    """A saved adapter on a model that need not hold its weights: `read` gives a frozen weight,
-    `leaves` an adapter's tensors."""
+    """A saved adapter on a model without weights of its own: `read` gives one, `leaves` the tensors of an adapter."""
 
     surgeon: Surgeon
     saved: Saved
@@ -67,9 +67,7 @@ class OpenedAdapter:
 def opened_adapter(output: Output, folder: str, base: str | None) -> OpenedAdapter:
     """A saved adapter on its base model, or on another. Raises: SurgeryError with all that does not fit."""
     saved = Saved(Path(folder))
-    name = base or saved.meta.get("base_model")
-    if not name:
-        raise fail("unknown-model", f"{folder} does not say which model it is for", helps=("--base names it",))
+    name = base_name(folder, base, saved.meta.get("base_model"), "--base names it")
     weights = opened_weights(output, name, saved)
     with output.busy(f"attaching {folder}"):
         return OpenedAdapter(attach(weights.survey.model, folder), saved, name, weights)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import PAIR, command, opened, sets, spec_argument
-from surgery.cli.render import Output, counted
+from surgery.cli.inspecting import skeleton_of
+from surgery.cli.options import PAIR, command, opened, sets, spec_argument, strict_option
+from surgery.cli.render import Output
 from surgery.diagnostics import CODES, Collector, Diagnostic, SurgeryError, did_you_mean, fail
+from surgery.words import counted
 
 if TYPE_CHECKING:
     from surgery.syntax.tree import Spec
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 @command(click.argument("specs", nargs=-1, metavar="SPEC..."),
          click.option("--model", help="Check against this model too (its configuration is enough)."), sets,
-         click.option("--strict", is_flag=True, help="A warning is an error."),
+         strict_option,
          click.option("--explain", metavar="CODE", help="Say what a diagnostic's code means."),
          example="surgery check specs/sora.surg --model demo:llama --set rank=8")
 def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple[str, ...], strict: bool,
@@ -36,7 +38,7 @@ def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple
         return _explain_code(output, explain)
     if not specs:
         raise click.UsageError("Missing argument 'SPEC...'.")
-    skeleton = _skeleton(output, model) if model else None
+    skeleton = skeleton_of(output, model) if model else None
     results = {spec: _checked(output, spec, sets, skeleton) for spec in specs}
     failed = [spec for spec, found in results.items() if found.errors or (strict and found.found)]
     for spec, found in results.items():
@@ -44,13 +46,6 @@ def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple
     output.data(specs=[{"spec": spec, "ok": spec not in failed} for spec in results])
     if failed:
         raise SurgeryError(d for found in results.values() for d in found.found)
-
-
-def _skeleton(output: Output, model: str) -> Any:
-    from surgery.cli.models import skeleton
-
-    with output.busy(f"reading the configuration of {model}"):
-        return skeleton(model)
 
 
 def _checked(output: Output, name: str, sets: tuple[str, ...], skeleton: Any) -> Collector:
@@ -94,7 +89,8 @@ def _misfits(spec: Spec, skeleton: Any) -> tuple[Diagnostic, ...]:
 
 def _explain_code(output: Output, code: str) -> None:
     if code not in CODES:
-        raise click.UsageError(f"No diagnostic has the code '{code}'. {did_you_mean(code, CODES).capitalize()}".rstrip())
+        near = did_you_mean(code, CODES).capitalize()
+        raise click.UsageError(f"No diagnostic has the code '{code}'. {near}".rstrip())
     output.say(f"{code}: {CODES[code]}")
     output.data(code=code, meaning=CODES[code])
 
@@ -129,7 +125,8 @@ def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) ->
 
 
 def _summary(changed: int, unchanged: int, dry: bool) -> str:
-    return f"{counted(changed, 'file')} {'would be ' if dry else ''}changed, {counted(unchanged, 'file')} left unchanged"
+    done = "would be changed" if dry else "changed"
+    return f"{counted(changed, 'file')} {done}, {counted(unchanged, 'file')} left unchanged"
 
 
 def _formatted(output: Output, name: str, dry: bool, diff: bool) -> bool:

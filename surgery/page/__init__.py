@@ -16,11 +16,12 @@ from surgery.lower.cost import TOKENS
 from surgery.page.charts import chart, legend
 from surgery.page.html import Markup, folded, table, tag
 from surgery.page.tree import ModelTree
-from surgery.report import Report, figure_text, size_text
+from surgery.report import Report
 from surgery.show import formula_lines, formulas
 from surgery.spectra import Group, Spectra
 from surgery.spectra.curves import Curve, across_layers, distributions
 from surgery.syntax.tree import Spec
+from surgery.words import figure_text, sides_text, size_text
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _FIGURES = {"entropy": "entropy", "normalised_entropy": "of max", "stable_rank": "stable rank",
@@ -94,8 +95,8 @@ class Page:
     def _costs(self) -> Iterable[Markup]:
         header = ["target", "weights", "parameters", "a step (estimate)"]
         yield table(header, [*self._target_rows(), *self._train_rows()])
-        yield tag("p", f"A step, forward and backward, is counted for {TOKENS:,} tokens and not measured, over that of the ",
-                  "same layers frozen.", class_="soft")
+        yield tag("p", f"A step, forward and backward, is counted for {TOKENS:,} tokens and not measured, over that ",
+                  "of the same layers frozen.", class_="soft")
         yield table(["memory", "size"], [(name, size_text(size)) for name, size in self.report.memory.items()])
         left_out = self.report.left_out
         if left_out:
@@ -127,8 +128,9 @@ class Page:
         if len(self.spectra.unchanged) == len(self.spectra.rows):
             yield tag("p", "Nothing yet: W' = W for every weight, as at the start.")
             return
-        yield tag("p", f"ΔW = W' - W; p = {'σ² / Σ σ²' if self.spectra.squared else 'σ / Σ σ'} over its singular values; ",
-                  "entropy -Σ p log p; stable rank ‖ΔW‖", tag("sub", "F"), "² / ‖ΔW‖", tag("sub", "2"),
+        share = "σ² / Σ σ²" if self.spectra.squared else "σ / Σ σ"
+        yield tag("p", f"ΔW = W' - W; p = {share} over its singular values; entropy -Σ p log p; stable rank ‖ΔW‖",
+                  tag("sub", "F"), "² / ‖ΔW‖", tag("sub", "2"),
                   "²; effective rank exp(entropy); overlap of its ",
                   f"{self.spectra.top} strongest directions with those of W.", class_="soft")
         labels = [curve.label for curve in distributions(self._named)]
@@ -149,8 +151,8 @@ class Page:
         yield chart("share p of the i-th singular value", distributions(self._named), "i", labels=labels, is_log=True)
 
     def _every_weight(self) -> Markup:
-        rows = [(row.name, " x ".join(map(str, row.spectrum.shape)), *_cells(Group.of("", [row]).means),
-                 figure_text(max((d.distance for d in row.orthogonality), default=None))) for row in self.spectra.rows]
+        rows = [(row.name, sides_text(*row.spectrum.shape), *_cells(Group.of("", [row]).means),
+                 figure_text(row.worst_defect)) for row in self.spectra.rows]
         return table(["weight", "shape", *_FIGURES.values(), "‖RRᵀ - I‖ / √n"], rows)
 
     # ---------------------------------------------------------------------------------------------------- training

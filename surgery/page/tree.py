@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from surgery.layer import SUFFIX
 from surgery.outline import Node, outline
 from surgery.page.html import Markup, joined, tag
-from surgery.report import Report, Row, shape_text
+from surgery.report import Report, Row
 from surgery.sites import Site
 from surgery.spectra import Group, Spectra
 from surgery.spectra.summary import Row as Measured
+from surgery.words import sides_text
 
 _OPEN = 150  # nodes: of a larger tree, only the first levels are open
 _LEVELS = 3
@@ -51,7 +52,7 @@ class ModelTree:
 
     def _notes(self, node: Node) -> list[object]:
         row, site = self.operated.get(node.names[0]), node.site
-        notes: list[object] = [f" {shape_text(site.stack, site.out, site.in_)}"] if site else []
+        notes: list[object] = [f" {sides_text(site.out, site.in_, site.stack)}"] if site else []
         if row:
             figures = self._figures([m for name in node.names for m in self._rows(name, site)])
             notes += [" ", tag("span", f"target {row.target + 1}", class_="tag"),

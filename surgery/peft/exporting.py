@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.dead import listed
 from surgery.diagnostics import fail
 from surgery.operate import Surgeon
 from surgery.peft import low_rank
@@ -29,6 +28,7 @@ from surgery.peft.methods import METHODS
 from surgery.peft.modules import modules, named, resolved
 from surgery.peft.taken import WHOLE, Taken, at, drawn_again, row
 from surgery.peft.tensors import Place, Tensors
+from surgery.words import listed
 
 # The fields of a configuration that choose modules; another writer's are kept where they still choose the same.
 _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -187,7 +187,8 @@ def _whole(surgeon: Surgeon) -> _Form:
         own = {n: state.get(f"{owner}.{n}", p.detach()) for n, p in module.named_parameters()}
         theirs = method.map({}, Place(WHOLE, 0, 0, ())).to_peft(own, Place(WHOLE, 0, 0, ()))
         if not owner or len(theirs) < len(own):
-            raise fail("no-peft-form", f"PEFT has no form for {listed(n for n in state if n.startswith(owner))} on its own")
+            names = listed(n for n in state if n.startswith(owner))
+            raise fail("no-peft-form", f"PEFT has no form for {names} on its own")
         tensors |= {f"{owner}.{n}": t for n, t in theirs.items()}
     kind = method.family.peft_type
     return _Form({"peft_type": kind}, tensors, [n for n, _ in modules(surgeon.model) if n in owners], Exported(kind))
@@ -217,8 +218,8 @@ def _least(surgeon: Surgeon) -> int:
     found = low_rank.ranks(surgeon)
     over = [name for name, (rank, worth) in found.items() if rank > worth]
     if over:
-        raise fail("no-peft-form", "PEFT has no form of its own for this surgery, and an exact LoRA would need the rank "
-                   f"{found[over[0]][0]} at {listed(over)}: as large as the weight itself",
+        raise fail("no-peft-form", "PEFT has no form of its own for this surgery, and an exact LoRA would need the "
+                   f"rank {found[over[0]][0]} at {listed(over)}: as large as the weight itself",
                    helps=("--rank K writes the nearest LoRA of rank K and says how far off it is",))
     return max(1, *(rank for rank, _ in found.values()))
 
@@ -238,13 +239,14 @@ def _choice(surgeon: Surgeon, form: _Form, config: Config, like: Config) -> dict
     """How the configuration names the modules: as it did, by the ends of their names, or by their names."""
     names = list(form.names)
     ends = sorted({name.rpartition(".")[2] for name in names})
-    ways = [{n: like[n] for n in _CHOICE if like.get(n) is not None}, {"target_modules": ends}, {"target_modules": names},
-            {"target_modules": "|".join(map(re.escape, names))}]
+    ways = [{n: like[n] for n in _CHOICE if like.get(n) is not None},
+            *({"target_modules": said} for said in (ends, names, "|".join(map(re.escape, names))))]
     chosen = {i: named({**config, **dict.fromkeys(_CHOICE), **way}, surgeon.model) for i, way in enumerate(ways)}
     # PEFT wants every name of such a list to be among the targets, word for word
     listed_too = {name for listing in form.lists for name in config.get(listing) or ()}
     for i, found in chosen.items():
         if found == names and listed_too <= set(ways[i].get("target_modules") or ()):
             return ways[i]
-    raise fail("no-peft-form", f"PEFT would leave out {listed(n for n in names if n not in chosen[3])}, which lies in a module "
-               f"that it saves whole for what `train` names: {listed(config.get('modules_to_save') or ())}")
+    left_out = listed(name for name in names if name not in chosen[3])
+    raise fail("no-peft-form", f"PEFT would leave out {left_out}, which lies in a module that it saves whole for what "
+               f"`train` names: {listed(config.get('modules_to_save') or ())}")

@@ -21,7 +21,7 @@ from surgery.diagnostics import Collector, fail
 from surgery.folders import Kind, replacing
 from surgery.peft.methods import METHODS
 from surgery.refused import SWITCHES, refusal
-from surgery.saved import name_of
+from surgery.words import dtype_text
 
 CONFIG, TENSORS = FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PICKLE = "adapter_model.bin"
@@ -30,7 +30,8 @@ MODEL, SHARED = "base_model.model.", "base_model."  # in front of what belongs t
 ADAPTER = Kind("a PEFT adapter", frozenset({CONFIG}), (*FILES, "README.md").__contains__)
 TYPES = tuple(dict.fromkeys(m.family.peft_type for m in METHODS))
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)  # whole numbers: places
+# The whole numbers are for places.
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 
 # The class of transformers that a model is for each of PEFT's tasks that need a head.
 _TASKS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -105,7 +106,7 @@ class Folder:
     def _file(self, name: str, tensor: Tensor) -> None:
         """Put a tensor where it belongs."""
         if tensor.dtype not in _DTYPES:
-            self._fault(f"{name} is of dtype {name_of(tensor.dtype)}, which no adapter is trained in")
+            self._fault(f"{name} is of dtype {dtype_text(tensor.dtype)}, which no adapter is trained in")
         elif not tensor.isfinite().all():
             self._fault(f"{name} is not finite", "the training that made it diverged")
         elif name.startswith(MODEL):
@@ -117,7 +118,7 @@ class Folder:
 
 
 def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter as PEFT does, in the place of an older one; a name without `base_model.` is one below the model's.
+    """Write an adapter as PEFT does, in the place of an older one; names without `base_model.` are below the model's.
 
     Raises: SurgeryError (bad-output).
     """
@@ -170,8 +171,8 @@ def _numbers(kind: str) -> tuple[str, ...]:
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
-    "target_modules": _is_names, "exclude_modules": _is_names, "layers_pattern": _is_names, "modules_to_save": _is_texts,
-    "layers_to_transform": _is_layers, "feedforward_modules": _is_names, "task_type": _is_names,
-    "base_model_name_or_path": _is_names, "revision": _is_names,
+    "target_modules": _is_names, "exclude_modules": _is_names, "layers_pattern": _is_names,
+    "modules_to_save": _is_texts, "layers_to_transform": _is_layers, "feedforward_modules": _is_names,
+    "task_type": _is_names, "base_model_name_or_path": _is_names, "revision": _is_names,
     **{patterns: _is_table for m in METHODS for patterns in m.family.patterns.values()},
 }

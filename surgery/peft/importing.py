@@ -7,7 +7,7 @@ holds is left out in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from surgery.claims import tied
-from surgery.dead import listed
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
 from surgery.operate import Surgeon, prepare
 from surgery.peft.folder import TENSORS, Folder
@@ -29,6 +28,7 @@ from surgery.peft.wording import Group, one_spec, train_spec
 from surgery.saved import compare
 from surgery.sites import Survey
 from surgery.syntax.tree import Spec
+from surgery.words import listed
 
 
 # What fields and tensors give that no layer can have, as a rank of 0.
@@ -179,7 +179,8 @@ class _Reader:
         wanted = self.config.get("target_modules")
         names = wanted if isinstance(wanted, list) and self.names else ()
         dead = [("target_modules", each) for each in names if not named({"target_modules": [each]}, self.model)]
-        fields = {f for m in METHODS if m.family.peft_type == self.config["peft_type"] for f in m.family.patterns.values()}
+        families = (m.family for m in METHODS if m.family.peft_type == self.config["peft_type"])
+        fields = {field for family in families for field in family.patterns.values()}
         dead += [(f, key) for f in sorted(fields) for key in self.config.get(f) or {}
                  if not any(fits_end(key, name) for name in self.names)]
         for where, each in dead:
@@ -188,8 +189,8 @@ class _Reader:
     def _tied_together(self, taken: Sequence[Taken]) -> Iterator[Diagnostic]:
         both = [t.weight_name for t in taken if t.weight_name in self.tied]
         if both and ties(self.config, "target_modules"):
-            yield Diagnostic("tied-weight", f"PEFT was told to put one adapter on `{both[0]}` and on what it is tied to, "
-                             "and a target is one weight")
+            yield Diagnostic("tied-weight", f"PEFT was told to put one adapter on `{both[0]}` and on what it is tied "
+                             "to, and a target is one weight")
 
     def _spec(self, taken: Sequence[Taken], trained: Tensors) -> Spec:
         alike: dict[tuple, list[Taken]] = {}
@@ -226,7 +227,7 @@ def _of_another_kind(ours: Tensors, known: Tensors) -> Iterator[Diagnostic]:
 
 
 def _of_whole(taken: Sequence[Taken]) -> dict[str, Tensor]:
-    """The parameters of modules that are trained as a whole; what is none of theirs keeps its name, which nothing has."""
+    """The parameters of modules that are trained whole; what is none of theirs keeps its name, which nothing has."""
     found: dict[str, Tensor] = {}
     for each in taken:
         ours = each.ours()
@@ -236,8 +237,8 @@ def _of_whole(taken: Sequence[Taken]) -> dict[str, Tensor]:
 
 
 def _split(tensors: Tensors, names: Sequence[str], model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], Tensors]:
-    """The adapter's tensors of each module, by the name below it, and the others by the name of the model's own parameter
-    that they are a value of."""
+    """The adapter's tensors of each module, by the name below it, and the others by the name of the model's own
+    parameter that they are a value of."""
     own: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     modules, parameters = set(names), {name for name, _ in model.named_parameters(remove_duplicate=False)}

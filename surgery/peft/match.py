@@ -158,7 +158,7 @@ def _combined(found: Sequence[_Told]) -> Match | None:
 
 
 def _patterns(family: Family, found: Sequence[_Told]) -> dict[str, Any]:
-    """The fields that may differ from module to module: the value that most have, and the others by the module's name."""
+    """The fields that may differ between modules: the value that most have, and the others by the module's name."""
     fields: dict[str, Any] = {}
     for own, exceptions in family.patterns.items():
         given = {told.name: told.fields[own] for told in found if own in told.fields}

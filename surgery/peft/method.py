@@ -22,7 +22,7 @@ NO_BIAS = ("none", None)
 
 
 class Translation(Protocol):
-    """How PEFT's configuration says our spec's parameters, for one module; `fields` are those that it reads, numbers all."""
+    """How PEFT's configuration says our spec's parameters, for one module; `fields`: those it reads, all numbers."""
 
     @property
     def fields(self) -> tuple[str, ...]: ...

@@ -56,7 +56,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _chooser(wanted: str | Collection[str] | None, layers: Config | None = None) -> Callable[[str], Any]:
-    """A text is a regular expression for the whole name; a list holds names, whatever their layer, and ends of names."""
+    """A text is a regular expression for the whole name; a list holds names, of whatever layer, and ends of names."""
     if isinstance(wanted, str):
         return _regular(wanted).fullmatch
     exact, ends, in_layer = frozenset(wanted or ()), tuple(f".{each}" for each in wanted or ()), _layers(layers or {})
@@ -70,7 +70,7 @@ def _saver(config: Config) -> Callable[[str], bool]:
 
 
 def _layers(config: Config) -> Callable[[str], bool]:
-    """Whether a name lies in one of the layers that `layers_to_transform` counts. A name outside of any layer does not."""
+    """Whether a name lies in one of the layers that `layers_to_transform` counts. One outside of any layer does not."""
     wanted, lists = config.get("layers_to_transform"), config.get("layers_pattern") or ()
     if wanted is None or wanted == []:
         return lambda name: True
@@ -93,8 +93,8 @@ def saved_whole(wanted: Iterable[str] | None, model: nn.Module) -> list[str]:
 
 
 def ties(config: Config, chooser: str) -> bool:
-    """Whether PEFT keeps tied weights together that a field names, as it was told to: it looks for two names alone, and first
-    among the modules to save."""
+    """Whether PEFT keeps tied weights together that a field names, as it was told to: it looks for two names alone, and
+    first among the modules to save."""
     told = (field for field in ("modules_to_save", "target_modules") if _names_embedding(config.get(field)))
     return bool(config.get("ensure_weight_tying")) and next(told, None) == chooser
 
@@ -106,8 +106,8 @@ def _names_embedding(wanted: str | Iterable[str] | None) -> bool:
 
 
 def resolved(config: Config, family: Family, name: str) -> dict[str, Any]:
-    """The configuration as it holds for one module: a pattern's value in its field's place, and a field that lists modules
-    says whether this is one of them."""
+    """The configuration as it holds for one module: a pattern's value in its field's place, and a field that lists
+    modules says whether this is one of them."""
     found = dict(config)
     for own, exceptions in family.patterns.items():
         found |= _exception(own, config.get(exceptions) or {}, name)

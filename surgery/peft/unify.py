@@ -22,7 +22,7 @@ _NO_DROPOUT = Number(0)
 
 
 def proposals(row: Spec, spec: Spec, placed: Placed) -> Iterator[dict[str, Any]]:
-    """Values for the row's parameters: for each of its targets with the same steps, what stands in the place of each."""
+    """Values for the row's parameters: for each of its targets with the same steps, what stands in their places."""
     values = spec_values(spec, Collector()) | {"layer": placed.site.layer, "depth": placed.site.depth}
     names, start = {p.name for p in row.params}, spec_values(row, Collector())
     mine, theirs = library(row), library(spec)

@@ -32,8 +32,8 @@ class Values:
 
 def values(given: Mapping[str, Tensor], config: Config, survey: Survey, taken_weights: Collection[str],
            whole: tuple[str, ...]) -> Values:
-    """What the adapter says of the model's own parameters. `taken_weights`: the names of the weights that it operates on;
-    `whole`: the beginnings of the names of what it trains as a whole."""
+    """What the adapter says of the model's own parameters. `taken_weights`: the names of the weights that it operates
+    on; `whole`: the beginnings of the names of what it trains as a whole."""
     report, model = Collector(), survey.model
     stored = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     wanted = {n: list(stored[n].shape) for n in given if n in stored}
@@ -66,8 +66,8 @@ def _asked(given: Iterable[str], config: Config, model: nn.Module, whole: tuple[
 def _of_buffers(changed: Iterable[str], model: nn.Module) -> Iterator[Diagnostic]:
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name in (n for n in changed if n in buffers):
-        yield Diagnostic("bad-adapter", f"the adapter holds another `{name}` than the model, and a surgery keeps parameters "
-                         "alone")
+        yield Diagnostic("bad-adapter", f"the adapter holds another `{name}` than the model, and a surgery keeps "
+                         "parameters alone")
 
 
 def _of_operated(changed: Iterable[str], taken: Collection[str]) -> Iterator[Diagnostic]:
@@ -82,5 +82,6 @@ def _parted(changed: Mapping[str, Tensor], given: Mapping[str, Tensor], survey: 
     for name in (n for n in changed if n in shared):
         others = [o for o in shared[name] if o not in given or not torch.equal(given[o], given[name])]
         if others:
-            yield Diagnostic("tied-weight", f"the adapter has a `{name}` of its own, and the model ties it to `{others[0]}`",
+            yield Diagnostic("tied-weight",
+                             f"the adapter has a `{name}` of its own, and the model ties it to `{others[0]}`",
                              helps=("save the model with untied weights, and name that one",))

@@ -20,8 +20,8 @@ Values = Mapping[str, Expression]
 
 @dataclass(frozen=True)
 class Group:
-    """Modules with the same formula: their names and kinds, the spec of one target that says it, and whether their weights
-    are tied to others."""
+    """Modules with the same formula: their names and kinds, the spec of one target that says it, and whether their
+    weights are tied to others."""
 
     spec: Spec
     names: Sequence[str]

@@ -38,11 +38,7 @@ def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | 
     is no matrix of finite numbers.
     """
     if isinstance(subject, Tensor):
-        delta = subject if tuned is None else tuned - subject
-        if delta.ndim != 2 or not delta.isfinite().all():
-            raise fail("bad-value", f"a spectrum is of a matrix of finite numbers, not of {list(delta.shape)}"
-                       + (" with others in it" if delta.ndim == 2 else ""))
-        return Spectrum.of(delta, squared=squared)
+        return Spectrum.of(_matrix(subject if tuned is None else tuned - subject), squared=squared)
     if isinstance(subject, Surgeon):
         with subject.disabled():
             return gathered(pending_of(subject), squared, top)
@@ -55,6 +51,13 @@ def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | 
     return gathered(of_models(found), squared, top)
 
 
+def _matrix(delta: Tensor) -> Tensor:
+    if delta.ndim == 2 and delta.isfinite().all():
+        return delta
+    others = " with others in it" if delta.ndim == 2 else ""
+    raise fail("bad-value", f"a spectrum is of a matrix of finite numbers, not of {list(delta.shape)}{others}")
+
+
 def gathered(pending: Sequence[Pending], squared: bool = False, top: int = TOP, track: Track = iter) -> Spectra:
     """The rows of pending weights, each loaded when its turn comes; `track` may watch how they go by."""
     return Spectra(tuple(row_of(u, squared, top) for each in track(pending) for u in each.load()), squared, top)
@@ -62,11 +65,7 @@ def gathered(pending: Sequence[Pending], squared: bool = False, top: int = TOP, 
 
 def pending_of(surgeon: Surgeon) -> list[Pending]:
     """The updates of an operated model that has its base weights in place (inside `disabled()`)."""
-    return of_surgeon(surgeon, _stored, lambda placed: surgeon.adapters[placed.site.name].tensors())
-
-
-def _stored(site: Site) -> Tensor:
-    return site.read()
+    return of_surgeon(surgeon, Site.read, lambda placed: surgeon.adapters[placed.site.name].tensors())
 
 
 __all__ = ["Group", "Pending", "Row", "Spectra", "Spectrum", "gathered", "pending_of", "row_of", "spectrum"]

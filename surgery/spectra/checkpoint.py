@@ -1,7 +1,7 @@
-"""The tensors of a model by name, each read when it is asked for: from the safetensors files of a folder, or from a model.
+"""The tensors of a model by name, each read when it is asked for: from a folder's safetensors files, or from a model.
 
-Takes a folder or a model; gives `Tensors`. Promises: opening reads names and shapes alone; a tensor that is read is held by
-the reader only.
+Takes a folder or a model; gives `Tensors`. Promises: opening reads names and shapes alone; a tensor that is read is
+held by the reader only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def of_model(model: nn.Module) -> Tensors:
 
 
 def of_folder(folder: Path) -> Tensors:
-    """The tensors in a model's safetensors files; none where there are no such files. Raises: SurgeryError (unknown-model)."""
+    """The tensors in a model's safetensors files; none without such files. Raises: SurgeryError (unknown-model)."""
     found: dict[str, Stored] = {}
     for file in _files(folder):
         try:
@@ -79,8 +79,8 @@ class Weights:
                         for s in self.survey.sites if s.layout.is_called}
 
     def of(self, site: Site) -> Stored | None:
-        """The tensor of a site of this model, or of one that has its modules; None for one of another shape. Of a called
-        layer it is what the calls of the loaded model say, whatever lies in files under its name."""
+        """The tensor of a site of this model, or of one that has its modules; None for one of another shape. Of a
+        called layer it is what the calls of the loaded model say, whatever lies in files under its name."""
         found = next((self.tensors[n] for n in self._spelt(site.weight_name) if n in self.tensors), None)
         found = self._called.get(site.name, found)
         return found if found is not None and found.shape == site.stored_shape else None
@@ -98,7 +98,7 @@ class Weights:
 
 
 def pairs(base: Weights, tuned: Weights) -> dict[Site, tuple[Read, Read]]:
-    """The sites of the tuned model that both models have a tensor for, each with how the two are read; tied ones once."""
+    """The sites of the tuned model that both have a tensor for, each with how the two are read; tied ones once."""
     first: dict[tuple[int, int], tuple[Site, Stored, Stored]] = {}
     for site in tuned.survey.sites:
         one, other = base.of(site), tuned.of(site)

@@ -39,6 +39,11 @@ class Row:
     def changed(self) -> bool:
         return bool(self.spectrum.values)
 
+    @property
+    def worst_defect(self) -> float | None:
+        """The largest distance from orthogonality of a transform that claims it; None where none does."""
+        return max((d.distance for d in self.orthogonality), default=None)
+
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "type": self.type, "layer": self.layer, **self.spectrum.to_json(),
                 "relative_size": self.relative_size, "overlap_out": self.overlap_out, "overlap_in": self.overlap_in,
@@ -68,14 +73,11 @@ class Group:
 
     @classmethod
     def of(cls, name: str, rows: Sequence[Row]) -> Group:
-        return cls(name, len(rows), {figure: _mean(map(of, filter(_changed, rows))) for figure, of in FIGURES.items()})
+        changed = [row for row in rows if row.changed]
+        return cls(name, len(rows), {figure: _mean(map(of, changed)) for figure, of in FIGURES.items()})
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "count": self.count, **self.means}
-
-
-def _changed(row: Row) -> bool:
-    return row.changed
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -8,7 +8,6 @@ it stays one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +20,7 @@ from surgery.expr.evaluate import dense, in_dtype
 from surgery.expr.ir import Expr, without_dropout
 from surgery.lower.called import frozen
 from surgery.lower.program import weights
+from surgery.numbered import module_type
 from surgery.operate import Surgeon
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.cheap import cheapest
@@ -34,7 +34,6 @@ WIDE = torch.float64
 _ROWS = 4096  # of a large matrix, so many at a time
 Read = Callable[[Site], Tensor]
 Leaves = Mapping[str, Tensor]
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,6 @@ class Pending:
 
     name: str
     load: Callable[[], Iterator[Update]]
-
-
-def module_type(name: str) -> str:
-    """What follows the first number in a name, further numbers out: `layer.2.attention.q` -> `attention.q`."""
-    rest = _NUMBER.split(name, maxsplit=1)[-1].strip(".")
-    return ".".join(part for part in rest.split(".") if not part.isdecimal()) or name
 
 
 def _each(site: Site, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:

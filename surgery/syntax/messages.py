@@ -132,7 +132,8 @@ def _span(source: Source, token: Token) -> Span:
 
 def _expected(accepted: set[str]) -> list[str]:
     """What may stand there, in few words."""
-    if accepted & OPERATORS and "NUMBER" not in accepted:  # a complete expression ends here: what may follow it matters, not how it may go on
+    # Where a complete expression ends, what may follow it matters, and not how it may go on.
+    if accepted & OPERATORS and "NUMBER" not in accepted:
         accepted = accepted - OPERATORS - {"LPAR"} or {"OPERATOR"}
     left, named = set(accepted), []
     for words, group in GROUPS:
