@@ -1,7 +1,7 @@
 """The oracle: W' from the papers' formulas, built naively, entry by entry or row by row, in float64.
 
-Imports nothing of the package's and uses none of torch's matrix functions, so that a mistake is not shared. Everything is
-made of differentiable steps: its gradients are the oracle's too. Slow on purpose; for matrices of a few dozen rows.
+Imports nothing of the package's and uses none of torch's matrix functions, so that a mistake is not shared. Everything
+is made of differentiable steps: its gradients are the oracle's too. Slow on purpose; for matrices of a few dozen rows.
 """
 
 from __future__ import annotations
@@ -185,11 +185,11 @@ def reflections(p, step: str) -> Tensor:
     return mul(reflect(p[step, "U"]), t(reflect(p[step, "V"])))
 
 
-# ------------------------------------------------------------------------------- the published methods of specs/, entry by entry
+# --------------------------------------------------------------------- the published methods of specs/, entry by entry
 
 
 def near_rotation(p, eps: float, step: str = "pre_near_rotation") -> Tensor:
-    """OFT's rotation, the half of each block's skew part brought back to a norm of at most eps / √(number of blocks)."""
+    """OFT's rotation, half of each block's skew part brought back to a norm of at most eps / √(number of blocks)."""
     halves = [skew(q) / 2 for q in p[step, "Q"]]
     radius = eps / len(halves)**0.5
     near = [half if norm(half) <= radius else radius / norm(half) * half for half in halves]
@@ -197,7 +197,7 @@ def near_rotation(p, eps: float, step: str = "pre_near_rotation") -> Tensor:
 
 
 def pair_map(first: Tensor, second: Tensor, group: int) -> Tensor:
-    """y_i = first_i x_i ∓ second_i x_j, j half a group on (minus) or back (plus): RoAd (arXiv 2409.00119, equation 4)."""
+    """y_i = first_i x_i ∓ second_i x_j, j half a group on (minus) or back (plus): RoAd (arXiv 2409.00119, eq. 4)."""
     n, half = len(first), group // 2
     rows = []
     for i in range(n):
@@ -229,7 +229,8 @@ def bounded(w: Tensor, p, rank: int, step: str = "add_bounded") -> Tensor:
 def block_grid(p, rank: int, alpha: float, grid: int, step: str = "add_block_grid") -> Tensor:
     """Block (i, j) is B_i's slice j times A_j's slice i (arXiv 2505.20355)."""
     a, b, k = p[step, "A"], p[step, "B"], rank // grid
-    rows = [torch.cat([mul(b[i][:, j * k:(j + 1) * k], a[j][i * k:(i + 1) * k]) for j in range(grid)], 1) for i in range(grid)]
+    at = [slice(i * k, (i + 1) * k) for i in range(grid)]
+    rows = [torch.cat([mul(b[i][:, at[j]], a[j][at[i]]) for j in range(grid)], 1) for i in range(grid)]
     return alpha / rank * torch.cat(rows, 0)
 
 

@@ -164,8 +164,8 @@ def _switched_off(start: str) -> Callable[[], float]:
 _NO_I = "starts elsewhere than the base layer"
 DIFFERENCES: tuple[Difference, ...] = (
     Difference(
-        "oft", "The default, five terms of the Cayley-Neumann series, is no rotation. Our `oft` is exact; the row `oft, "
-        "Cayley-Neumann` has PEFT's.", "max abs(R Rᵀ - I), parameters of 0.05", _defect(0.05)),
+        "oft", "The default, five terms of the Cayley-Neumann series, is no rotation. Our `oft` is exact; the row "
+        "`oft, Cayley-Neumann` has PEFT's.", "max abs(R Rᵀ - I), parameters of 0.05", _defect(0.05)),
     Difference("oft", "The same, as training goes on.", "max abs(R Rᵀ - I), parameters of 0.1", _defect(0.1)),
     Difference(
         "oft", "The series is that of the exact branch transposed: a parameter turns the other way.",

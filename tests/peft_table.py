@@ -1,5 +1,5 @@
-"""Writes the tables of docs/peft.md and of README.md: every figure is measured or counted here, or stands in what `surgery
-bench --json` wrote into docs/bench. Run as `python tests/peft_table.py`."""
+"""Writes the tables of docs/peft.md and of README.md: every figure is measured or counted here, or stands in what
+`surgery bench --json` wrote into docs/bench. Run as `python tests/peft_table.py`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def _lines_of(text: str) -> int:
 def peft_lines(family: Family) -> int:
     """The lines of PEFT's configuration, layer and model that hold code: no comment, no text of documentation."""
     folder = peft.PEFT_TYPE_TO_TUNER_MAPPING[family.peft_type].__module__.rpartition(".")[0]
-    return sum(_code_lines(Path(import_module(f"{folder}.{name}").__file__).read_text(encoding="utf-8")) for name in FILES)
+    files = (Path(import_module(f"{folder}.{name}").__file__) for name in FILES)
+    return sum(_code_lines(file.read_text(encoding="utf-8")) for file in files)
 
 
 def _code_lines(text: str) -> int:

@@ -142,8 +142,8 @@ def test_a_copy_of_the_whole_weight_is_made_once_and_told_of():
     assert layer.rows == [1, IN]
     (told,) = surgeon.plan.warnings
     assert told.code == "dense-copy" and f"dense copies take {4 * OUT * IN} bytes" in told.message
-    memory = surgeon.report().memory
-    assert memory["dense copies"] == 4 * OUT * IN and memory["base"] == OUT * IN + 4 * OUT + 4 * OUT  # bytes, scales, the bias
+    memory, (packed, scales, bias) = surgeon.report().memory, (OUT * IN, 4 * OUT, 4 * OUT)
+    assert memory["dense copies"] == 4 * OUT * IN and memory["base"] == packed + scales + bias
     assert "dense copies" not in operated(named("lora"), Int8Linear(IN, OUT))[1].report().memory
     with pytest.raises(SurgeryError, match="dense-copy"):
         apply(Tower(Int8Linear(IN, OUT)), named("hira").spec(), strict=True)

@@ -1,4 +1,4 @@
-"""Layers with a packed weight through an operated model's life: applied, trained, saved, attached, switched off, removed."""
+"""Layers with a packed weight through an operated model's life: applied, trained, saved, attached, off, removed."""
 
 from __future__ import annotations
 

@@ -49,8 +49,11 @@ FAILED = [
     (["apply", "lora", "demo:llama", "-o", ""], 2, "bad-output"),
     (["merge", "nowhere", "-o", "merged"], 2, "missing-file"),
 ]
-WRONG_USE = [["apply"], ["apply", "lora"], ["nope"], ["apply", "--nope", "x"], ["check"], ["show", "lora", "--emit", "x"],
-             ["apply", "lora", "demo:llama", "--merge"], ["apply", "lora", "demo:llama", "--dtype", "int8"]]
+EACH_FAILURE = pytest.mark.parametrize("arguments, status, code", FAILED,
+                                       ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+WRONG_USE = [["apply"], ["apply", "lora"], ["nope"], ["apply", "--nope", "x"], ["check"],
+             ["show", "lora", "--emit", "x"], ["apply", "lora", "demo:llama", "--merge"],
+             ["apply", "lora", "demo:llama", "--dtype", "int8"]]
 
 
 def run(*arguments: str, stdin: str | bytes = "", **environment: str) -> Result:
@@ -79,7 +82,7 @@ def test_results_are_on_stdout(arguments: list[str]) -> None:
     assert (result.exit_code, result.stderr) == (0, "") and result.stdout.strip()
 
 
-@pytest.mark.parametrize("arguments, status, code", FAILED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@EACH_FAILURE
 def test_diagnostics_are_on_stderr(arguments: list[str], status: int, code: str) -> None:
     result = run(*arguments)
     assert result.exit_code == status
@@ -132,7 +135,7 @@ def test_json_is_one_object(arguments: list[str]) -> None:
     assert told(after)["diagnostics"] == []
 
 
-@pytest.mark.parametrize("arguments, status, code", FAILED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@EACH_FAILURE
 def test_json_tells_a_failure(arguments: list[str], status: int, code: str) -> None:
     result = run(*arguments, "--json")
     assert (result.exit_code, result.stderr) == (status, "")
@@ -190,7 +193,8 @@ def test_help_and_version() -> None:
 
 
 def test_set_and_target() -> None:
-    assert run("show", "lora", "--set", "rank=4", "--set", "alpha=2*4").stdout.startswith("lora(rank: int = 4, alpha: float = 2 * 4")
+    shown = run("show", "lora", "--set", "rank=4", "--set", "alpha=2*4").stdout
+    assert shown.startswith("lora(rank: int = 4, alpha: float = 2 * 4")
     attention = told(run("plan", "lora", "demo:llama", "--target", "attention", "--json"))["modules"]
     assert len(attention) == 16 and all(".self_attn." in m["name"] for m in attention)
 
@@ -267,8 +271,10 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("error, status, words", [
-    (KeyboardInterrupt(), 130, "interrupted"), (RuntimeError("odd"), 2, "error: this is a bug in surgery: RuntimeError: odd"),
-    (MemoryError(), 2, "error: not enough memory"), (RuntimeError("CUDA out of memory."), 2, "error: not enough memory"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (RuntimeError("odd"), 2, "error: this is a bug in surgery: RuntimeError: odd"),
+    (MemoryError(), 2, "error: not enough memory"),
+    (RuntimeError("CUDA out of memory."), 2, "error: not enough memory"),
     (PermissionError(13, "Permission denied", "x"), 2, "error: Permission denied: x"),
 ])
 def test_what_no_stage_foresaw(monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, words: str) -> None:
@@ -304,11 +310,11 @@ def test_an_interrupt_while_it_waits() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"interrupted\n")
 
 
-@pytest.mark.parametrize("arguments", [["specs"], ["specs", "--json"], ["show", "sora", "--emit", "spec"]], ids=" ".join)
-def test_a_pipe_that_nobody_reads(arguments: list[str]) -> None:
+@pytest.mark.parametrize("command", ["specs", "specs --json", "show sora --emit spec"])
+def test_a_pipe_that_nobody_reads(command: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    result = process(*arguments, stdout=writing, stderr=subprocess.PIPE)
+    result = process(*command.split(), stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert result.stderr == b"" and result.returncode != 0
 

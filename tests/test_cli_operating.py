@@ -178,8 +178,8 @@ def without(folder: str, change) -> None:
     save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("change", [lambda tensors, name: tensors.pop(name),
-                                    lambda tensors, name: tensors.update({name: torch.zeros(64, 32)})], ids=["lost", "other shape"])
+@pytest.mark.parametrize("change", ids=["lost", "other shape"], argvalues=[
+    lambda tensors, name: tensors.pop(name), lambda tensors, name: tensors.update({name: torch.zeros(64, 32)})])
 @pytest.mark.parametrize("command", [("apply", "lora", "base", "-o", "adapter"), ("spectrum", "base", "base")],
                          ids=lambda c: c[0])
 def test_a_weight_that_is_not_in_the_files_is_not_made_up(change, command: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The time and the memory of a step: turns taken in a fair order, bytes that the optimiser adds, a clock that warms up."""
+"""The time and the memory of a step: turns taken in a fair order, bytes that AdamW adds, a clock that warms up."""
 
 import torch
 

@@ -113,10 +113,11 @@ def test_a_method_is_told_by_its_formula_and_not_by_its_parameters(tmp_path: Pat
 
 # -------------------------------------------------------------------------------------------------- trained beside it
 
+QUERIES = 'target linear "**.query" {\n  add low_rank(2)\n}'
 TRAINED = {
-    "a norm and a head": ("bert", 'target linear "**.query" {\n  add low_rank(2)\n}\ntrain "**.LayerNorm.*", "classifier.*"'),
-    "one parameter of a module": ("bert", 'target linear "**.query" {\n  add low_rank(2)\n}\ntrain "**.LayerNorm.weight"'),
-    "biases": ("bert", 'target linear "**.query" {\n  add low_rank(2)\n}\ntrain "**.{query,key}.bias"'),
+    "a norm and a head": ("bert", f'{QUERIES}\ntrain "**.LayerNorm.*", "classifier.*"'),
+    "one parameter of a module": ("bert", f'{QUERIES}\ntrain "**.LayerNorm.weight"'),
+    "biases": ("bert", f'{QUERIES}\ntrain "**.{{query,key}}.bias"'),
     "a tied embedding": ("gpt2", 'target linear "**.c_attn" {\n  add low_rank(2)\n}\ntrain "**.wte.weight"'),
     "an embedding with many names": ("t5", 'target linear "**.q" {\n  add low_rank(2)\n}\ntrain "shared.weight"'),
     "a token": ("vit", 'target linear "**.{query,q_proj}" {\n  add low_rank(2)\n}\ntrain "**.cls_token"'),

@@ -20,19 +20,22 @@ from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
 
 SAME = 2e-6
-SAVED_AGAIN = re.compile(r"base_layer\.weight$|\.(modules_to_save|original_module)\.")  # what PEFT saves and never reads
+# What PEFT saves and never reads.
+SAVED_AGAIN = re.compile(r"base_layer\.weight$|\.(modules_to_save|original_module)\.")
 
 CASES = {
     "patterns of rank and alpha, an embedding, norms saved": ("llama", peft.LoraConfig, {
-        "r": 4, "target_modules": ["q_proj", "v_proj", "embed_tokens"], "rank_pattern": {"layers.0.self_attn.q_proj": 2},
-        "alpha_pattern": {r"layers\.[12]\.self_attn\.v_proj": 3}, "modules_to_save": ["norm"]}),
+        "r": 4, "target_modules": ["q_proj", "v_proj", "embed_tokens"],
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {r"layers\.[12]\.self_attn\.v_proj": 3},
+        "modules_to_save": ["norm"]}),
     "all-linear, every bias": ("bert", peft.LoraConfig, {"r": 4, "target_modules": "all-linear", "bias": "all"}),
     "the operated modules' biases": ("bert", peft.LoraConfig, {
         "r": 4, "target_modules": ["query"], "bias": "lora_only", "modules_to_save": ["pooler"]}),
-    "every bias, and a module saved whole": (
-        "bert", peft.LoraConfig, {"r": 4, "target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}),
+    "every bias, and a module saved whole": ("bert", peft.LoraConfig, {
+        "r": 4, "target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}),
     "rows that modules share": ("vit", peft.VeraConfig, {"r": 4, "target_modules": ["q_proj", "fc1"]}),
-    "a text classifier's head": ("bert", peft.LoraConfig, {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"}),
+    "a text classifier's head": ("bert", peft.LoraConfig, {
+        "r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "Conv1D and a tied embedding": ("gpt2", peft.LoraConfig, {
         "r": 4, "target_modules": ["c_attn", "wte"], "use_dora": True, "fan_in_fan_out": True}),
     "a regular expression": ("t5", peft.LoraConfig, {
@@ -73,7 +76,8 @@ def test_bases_that_no_one_module_needs_whole(tmp_path: Path) -> None:
 
 def test_what_modules_share_is_large_enough(tmp_path: Path) -> None:
     Demo("llama").from_peft(peft.VeraConfig(r=4, target_modules=["q_proj"]), tmp_path / "there")
-    less = {name: t[:, :32].clone() if name.endswith("vera_A") else t for name, t in tensors_of(tmp_path / "there").items()}
+    whole = tensors_of(tmp_path / "there")
+    less = {name: t[:, :32].clone() if name.endswith("vera_A") else t for name, t in whole.items()}
     save_file(less, tmp_path / "there" / "adapter_model.safetensors")
     with pytest.raises(SurgeryError, match="of a size or a dtype that they cannot have"):
         surgery.import_peft(Demo("llama").model(), tmp_path / "there")
@@ -82,7 +86,8 @@ def test_what_modules_share_is_large_enough(tmp_path: Path) -> None:
 def test_a_seed_that_is_none(tmp_path: Path) -> None:
     config = peft.FourierFTConfig(n_frequency=8, target_modules=["q_proj"])
     Demo("llama").from_peft(config, tmp_path / "there")
-    (tmp_path / "there/adapter_config.json").write_text(json.dumps({**config_of(tmp_path / "there"), "random_loc_seed": "x"}))
+    wrong = {**config_of(tmp_path / "there"), "random_loc_seed": "x"}
+    (tmp_path / "there/adapter_config.json").write_text(json.dumps(wrong))
     with pytest.raises(SurgeryError, match="adapter_config.json says what cannot be: manual_seed"):
         surgery.import_peft(Demo("llama").model(), tmp_path / "there")
 
@@ -123,8 +128,14 @@ def changed(lora: Path, folder: Path, config: dict[str, Any], tensors: Callable[
     """A copy of an adapter with other fields and tensors."""
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({**config_of(lora), **config}), encoding="utf-8")
-    save_file({key: t.clone() for key, t in tensors(dict(tensors_of(lora))).items()}, folder / "adapter_model.safetensors")
+    found = tensors(dict(tensors_of(lora)))
+    save_file({key: t.clone() for key, t in found.items()}, folder / "adapter_model.safetensors")
     return folder
+
+
+def put(name: str, tensor: torch.Tensor) -> Callable[[dict], dict]:
+    """A tensor is added, or stands in the place of another."""
+    return lambda tensors: {**tensors, name: tensor}
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -142,18 +153,21 @@ FAULTS: list[tuple[dict[str, Any], Callable[[dict], dict], str]] = [
     ({"r": {}}, dict, r"has what cannot stand there as r$"),
     ({"r": "4"}, dict, r"has what cannot stand there as r$"),
     ({"peft_type": "MISS", "r": 0, "miss_dropout": 0.0}, dict, r"adapter_config.json says what cannot be: .* by zero"),
-    ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, dict, r"\[unknown-method\].* with target_parameters ="),
-    ({}, lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}, r"is of dtype float8_e4m3fn, which no adapter"),
+    ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, dict,
+     r"\[unknown-method\].* with target_parameters ="),
+    ({}, lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()},
+     r"is of dtype float8_e4m3fn, which no adapter"),
     ({}, lambda t: {k: v.int() for k, v in t.items()}, r"or a dtype that they cannot have(.|\n)*for `model.layers.0"),
     ({"r": 3}, dict, r"q_proj.lora_A.weight is \[2, 64\], and adapter_config.json asks for \[3, 64\]"),
-    ({}, lambda t: {**t, f"{Q}.lora_A.weight": torch.zeros(2, 7)}, r"\[2, 7\], and adapter_config.json asks for \[2, 64\]"),
-    ({}, lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_B.weight"}, r"lacks 1 tensor that adapter_config.json"),
-    ({}, lambda t: {**t, f"{Q}.lora_C": torch.zeros(2)}, r"holds 1 tensor that adapter_config.json has no place for"),
-    ({}, lambda t: {**t, "base_model.model.model.x": torch.zeros(2)}, r"holds 1 tensor that this LlamaForCausalLM has no"),
-    ({}, lambda t: {**t, "base_model.model.model.norm.weight": torch.zeros(2)}, r"model.norm.weight is \[2\], and this Llama"),
-    ({}, lambda t: {**t, f"{Q}.base_layer.weight": torch.zeros(64, 64)}, r"trained on another `model.layers.0.self_attn"),
-    ({}, lambda t: {**t, "x": torch.zeros(2)}, r"x does not begin with base_model"),
-    ({}, lambda t: {**t, f"{Q}.lora_A.weight": torch.full((2, 64), torch.nan)}, r"lora_A.weight is not finite"),
+    ({}, put(f"{Q}.lora_A.weight", torch.zeros(2, 7)), r"\[2, 7\], and adapter_config.json asks for \[2, 64\]"),
+    ({}, lambda t: {k: v for k, v in t.items() if k != f"{Q}.lora_B.weight"},
+     r"lacks 1 tensor that adapter_config.json"),
+    ({}, put(f"{Q}.lora_C", torch.zeros(2)), r"holds 1 tensor that adapter_config.json has no place for"),
+    ({}, put("base_model.model.model.x", torch.zeros(2)), r"holds 1 tensor that this LlamaForCausalLM has no"),
+    ({}, put("base_model.model.model.norm.weight", torch.zeros(2)), r"model.norm.weight is \[2\], and this Llama"),
+    ({}, put(f"{Q}.base_layer.weight", torch.zeros(64, 64)), r"trained on another `model.layers.0.self_attn"),
+    ({}, put("x", torch.zeros(2)), r"x does not begin with base_model"),
+    ({}, put(f"{Q}.lora_A.weight", torch.full((2, 64), torch.nan)), r"lora_A.weight is not finite"),
 ]
 
 
@@ -231,7 +245,8 @@ def test_the_command_as_json(lora: Path, tmp_path: Path) -> None:
 
 
 def test_a_dead_name_is_a_warning(lora: Path, tmp_path: Path) -> None:
-    folder = changed(lora, tmp_path / "changed", {"target_modules": ["q_proj", "query"], "alpha_pattern": {"quarry": 3}})
+    config = {"target_modules": ["q_proj", "query"], "alpha_pattern": {"quarry": 3}}
+    folder = changed(lora, tmp_path / "changed", config)
     result = run("import", folder, "-o", tmp_path / "out")
     assert result.exit_code == 0
     assert "warning[dead-name]: `query` of target_modules matches no module" in result.stderr

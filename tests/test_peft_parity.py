@@ -164,7 +164,8 @@ def _same_training(mine: nn.Module, theirs: nn.Module, x: torch.Tensor, names: d
 
 def test_the_tables_have_a_line_for_every_method():
     """`python tests/peft_table.py` writes them."""
-    page, readme = (Path(__file__).parents[1].joinpath(name).read_text(encoding="utf-8") for name in ("docs/peft.md", "README.md"))
+    root = Path(__file__).parents[1]
+    page, readme = ((root / name).read_text(encoding="utf-8") for name in ("docs/peft.md", "README.md"))
     assert [m.name for m in METHODS if f"| {m.name} |" not in page] == []
     assert [d.what for d in DIFFERENCES if f"| {d.method} | {d.what} | {d.of} |" not in page] == []
     assert [name for name in shipped() if f"| `{name}` |" not in readme] == []
@@ -174,7 +175,8 @@ def test_the_tables_have_a_line_for_every_method():
 
 
 @pytest.mark.parametrize("steps", [
-    "add low_rank(rank, alpha) dropout(dropout)\n  post diagonal()", "add low_rank(rank, alpha)\n  pre diagonal() with bias"])
+    "add low_rank(rank, alpha) dropout(dropout)\n  post diagonal()",
+    "add low_rank(rank, alpha)\n  pre diagonal() with bias"])
 def test_a_spec_that_only_bears_a_name_is_no_match(steps):
     text = f'spec lora(rank: int = 2, alpha: float = 4, dropout: float = 0.0)\ntarget linear "layer" {{\n  {steps}\n}}'
     assert match(compile(One(nn.Linear(12, 12)), parse(text))) is None
@@ -200,7 +202,8 @@ def test_the_name_of_a_spec_does_not_count():
 def test_what_is_trained_and_what_is_shared_counts(left):
     text = load("vera").to_surg()
     assert match(compile(One(nn.Linear(12, 12)), parse(text))).methods == {"layer": BY_NAME["vera"]}
-    assert match(compile(One(nn.Linear(12, 12)), parse(text.replace("frozen shared param A", f"{left} param A")))) is None
+    changed = parse(text.replace("frozen shared param A", f"{left} param A"))
+    assert match(compile(One(nn.Linear(12, 12)), changed)) is None
 
 
 def test_modules_of_two_rows_of_one_family_are_one_configuration():

@@ -432,8 +432,8 @@ def test_one_module_at_two_names_is_not_tied():
     ("mixtral", '"**.layers.0.mlp.gate.weight"', ["model.layers.0.mlp.gate.weight"]),
 ])
 def test_train_names_parameters(model, patterns, names):
-    target = 'target linear "**.layers.0.**.query", "**.layer.0.**.query"' if model == "bert" else "target linear attention"
-    assert list(run(model, f"{target} {{}}\ntrain {patterns}").train) == names
+    taken = '"**.layers.0.**.query", "**.layer.0.**.query"' if model == "bert" else "attention"
+    assert list(run(model, f"target linear {taken} {{}}\ntrain {patterns}").train) == names
 
 
 def test_a_targeted_weight_cannot_be_trained_too():

@@ -100,7 +100,8 @@ def test_an_embedding_drops_whole_tokens():
 
 def test_each_update_has_its_own_mask():
     """Two updates that cancel, but for their masks; and a third that has none."""
-    text = 'spec s()\ntarget linear "**" { add low_rank(2) dropout(40%)  add low_rank(2) dropout(0.4)  add low_rank(2) }'
+    text = ('spec s()\n'
+            'target linear "**" { add low_rank(2) dropout(40%)  add low_rank(2) dropout(0.4)  add low_rank(2) }')
     model = Tower(torch.nn.Linear(18, 12)).double()
     tensors = apply(model, parse(text), dtype=torch.float64).adapters["layers.0"].tensors()
     perturb(model)

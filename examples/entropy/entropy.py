@@ -59,8 +59,8 @@ def main() -> None:
         for method, delta in updates(spread).items():
             if (method == "lora") == (spread == 0):  # without gains all are LoRA, and LoRA is always this one
                 found = Spectrum.of(delta)
-                print(f"1 ± {spread:<6g} {method:10} {found.numerical_rank:5} {found.entropy:8.3f} {found.stable_rank:12.2f}"
-                      f"{parts(found.p)['t']:9.1%}")
+                print(f"1 ± {spread:<6g} {method:10} {found.numerical_rank:5} {found.entropy:8.3f} "
+                      f"{found.stable_rank:12.2f}{parts(found.p)['t']:9.1%}")
 
 
 if __name__ == "__main__":
