@@ -15,7 +15,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _width() -> Iterator[None]:
-    """What a command shows is as wide as its terminal. (While tests run alone: pytest's own text fits its terminal.)"""
+    """What a command shows is as wide as COLUMNS says. (Set while tests run and not before: what pytest itself shows is
+    as wide as the terminal.)"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
         yield

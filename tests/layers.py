@@ -16,7 +16,6 @@ from case import Case, Parameters
 from surgery.operate import Surgeon, apply
 
 
-
 @dataclass(frozen=True)
 class Layout:
     """A layer to operate on: how it is built, fed, and seen as a matrix, and the oracle's map for it."""

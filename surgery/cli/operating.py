@@ -74,8 +74,8 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     if out is not None:
         _save(output, surgeon, model, out, merge)
     report = surgeon.report()
-    output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{report}")
-    output.say(f"start     {compared.verdict}")
+    output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{report}\n"
+               f"start     {compared.verdict}")
     if out is not None:
         _say_saved(output, out, merge)
     output.data(source=spec, model=model, out=out, merged=merge, seed=seed, logits_change=compared.change,
