@@ -19,6 +19,7 @@ from surgery.lower.emit import Emitter
 from surgery.lower.step import step
 from surgery.measure import peak_bytes
 from surgery.operate import apply
+from surgery.rewrite.terms import times
 from surgery.spec import load, parse
 from zoo import CASES
 
@@ -218,6 +219,17 @@ def test_nothing_is_kept_where_nothing_trains():
         parameter.requires_grad_(False)
     x = torch.randn(40, 192, requires_grad=True)
     assert kept(lambda: model(x), model) == []
+
+
+def test_a_product_that_a_compiler_may_see_is_added_without_a_factor():
+    a, b = Expr("param", (), "a", (3, 3)), Expr("param", (), "b", (3, 3))
+    product = make("matmul", a, b)
+    outputs = (make("add", b, times(2.0, product)), product)
+    for owner, factors in ((False, 0), (True, 1)):
+        emitter = Emitter({a: "a", b: "b"}, "y", outputs, in_place=True, owner=owner)
+        for output in outputs:
+            emitter.value(output)
+        assert sum("alpha" in line for _, line in emitter.lines) == factors
 
 
 def emitted(*outputs: Expr, **values: Tensor) -> list[Tensor]:

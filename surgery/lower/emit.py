@@ -34,6 +34,7 @@ FRESH = {"frozen", "matmul", "blocks", "add", "scale", "mul", "masked", "run", "
 # What is added to a value without being one itself, and how the factor of it is called.
 _FACTORS = {"matmul": ("addmm", "alpha"), "mul": ("addcmul", "value"), "scale": ("addcmul", "value"),
             "blocks": ("add_blocks", "alpha")}
+_PRODUCTS = {"matmul", "frozen", "frozen_back"}
 _NARROW = 8  # how much wider the other side is than one with few columns
 VIEWS = {"T", "split", "join", "flat", "between", "swap"}
 
@@ -150,9 +151,10 @@ class Emitter:
         return f"add_masked({base}, {', '.join(args)}{_factor(factor, 'alpha')})"
 
     def _with_multiple(self, node: Expr, y: Expr, term: Expr) -> str | None:
-        """y + c z."""
+        """y + c z. Not of a product where a compiler may look on: torch 2.13's forgets the factor."""
         factor, z = _multiple(term)
-        if factor in (None, 1.0) or self.uses[term] != 1 or term in self.names:
+        is_hidden = self.owner or z.op not in _PRODUCTS
+        if factor in (None, 1.0) or self.uses[term] != 1 or term in self.names or not is_hidden:
             return None
         base, added = map(self.value, (y, z))
         if term in self.names:
