@@ -1,8 +1,8 @@
 """The one adapter layer: it runs any program in the place of a frozen layer's map.
 
-Takes a module, a formula and its tensors; makes the module an operated one in place. Promises: the module keeps its class
-(`isinstance` holds), its name and its parameters; the adapter's tensors stand beside the weight, in `weight_surgery`; a
-checkpoint of the base model still loads; `deepcopy`, pickle and `torch.compile` work.
+Takes a module, a formula and its tensors; makes the module an operated one in place. Promises: the module keeps its
+class (`isinstance` holds), its name and its parameters; the adapter's tensors stand beside the weight, in
+`weight_surgery`; a checkpoint of the base model still loads; `deepcopy`, pickle and `torch.compile` work.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Adapter(nn.Module):
         return layer.leave(program.run(layer, entered, make, tensors))
 
     def _values(self, program: Program, layer: Frozen, leaves: Tensors, cast: torch.dtype | None) -> tuple:
-        """The set-up of a program: all that does not depend on the input. Small solves stay in float32 under autocast."""
+        """The set-up of a program: what does not depend on the input. Small solves stay in float32 under autocast."""
         dtype = reduce(torch.promote_types, (t.dtype for t in leaves.values() if t.is_floating_point()), layer.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
 
@@ -130,8 +130,8 @@ class Adapter(nn.Module):
         return torch.vmap(one, in_dims=(0, axes))(layer.weight, leaves)
 
     def train(self, mode: bool = True) -> Adapter:
-        """Sets the mode, and forgets what was kept: a write through `.data` leaves no trace that `_keep` could see. What a
-        called layer tells once outlives the `train()` that a trainer says at every step."""
+        """Sets the mode, and forgets what was kept: a write through `.data` leaves no trace that `_keep` could see.
+        What a called layer tells once outlives the `train()` that a trainer says at every step."""
         if not (self.layout.is_called and mode == self.training):
             self._kept.clear()
         return super().train(mode)
@@ -176,12 +176,13 @@ class Direct(Operated):
 
 
 class Substituted(Operated):
-    """A module that only its own forward knows (fused experts, a subclass with a forward of its own): W' is computed once
-    and stands in the weight's place while that forward runs."""
+    """A module that only its own forward knows (fused experts, a subclass with a forward of its own): W' is computed
+    once and stands in the weight's place while that forward runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        chosen = [getattr(self, name + SUFFIX) for name in type(self).names]
-        self.__dict__["_substitutes"] = {name: value for a in chosen if a.active for name, value in _stored(a, self).items()}
+        adapters = [getattr(self, name + SUFFIX) for name in type(self).names]
+        stored = [_stored(adapter, self) for adapter in adapters if adapter.active]
+        self.__dict__["_substitutes"] = {name: value for values in stored for name, value in values.items()}
         try:
             return forward_of(self)(*args, **kwargs)
         finally:
@@ -191,7 +192,8 @@ class Substituted(Operated):
 def _stored(adapter: Adapter, module: nn.Module) -> dict[str, torch.Tensor]:
     """W' (and b') as the module stores them, by parameter name."""
     values = dict(zip((adapter.parameter, "bias"), adapter.weights(module)))
-    values[adapter.parameter] = adapter.layout.unmatrix(values[adapter.parameter], module._parameters[adapter.parameter].shape)
+    shape = module._parameters[adapter.parameter].shape
+    values[adapter.parameter] = adapter.layout.unmatrix(values[adapter.parameter], shape)
     return {name: value.to(module._parameters[name].dtype) for name, value in values.items()}
 
 
@@ -218,7 +220,7 @@ def is_direct(module: nn.Module, layout: Layout) -> bool:
 
 
 def install(module: nn.Module, adapter: Adapter) -> None:
-    """Make `module` an operated one: nothing is copied. The programs are found here, as torch.compile cannot trace that."""
+    """Make `module` an operated one: nothing is copied. The programs are found here, as no compiler can trace that."""
     direct = is_direct(module, adapter.layout)
     if direct:
         adapter.prepare(adapter.frozen(module).bias is not None)

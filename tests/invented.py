@@ -26,7 +26,8 @@ INVENTED = {
     "a magnitude after a rotation": ("", f"{LOW_RANK}  post orthogonal(1)  post magnitude()"),
     "a magnitude after blocks": (BLOCKS, f"pre turns()  {LOW_RANK}  post turns()  post magnitude()"),
     "a magnitude after gains of columns": ("", f"pre diagonal() on in  {LOW_RANK}  post magnitude()"),
-    "rows and columns in turn": (GAINS, f"pre magnitude()  pre gains() on in  {LOW_RANK}  post magnitude()  post gains() on in"),
+    "rows and columns in turn": (
+        GAINS, f"pre magnitude()  pre gains() on in  {LOW_RANK}  post magnitude()  post gains() on in"),
     "a magnitude with its gradient": _transform("param m[n] = row_norm(W)\n return diag(m / row_norm(W))",
                                                 f"pre diagonal() on in  {LOW_RANK}  post orthogonal(1)  post own()"),
     "a size for the whole": _transform("param s = norm(W)\n"

@@ -39,19 +39,23 @@ MIXED = (
     "cayley(P @ Q.T - Q @ P.T) @ (diag(d) @ W + p @ q.T)", "reflect(P) @ reflect(Q).T @ (W + P @ Q.T) @ diag(d)",
     "W @ block_diag(cayley(skew(S)))", "kron(K, L) @ W @ kron(L, K)", "kron(K @ K, I(4)) + kron(I(4), M @ M.T)",
     "P @ Q.T @ P @ Q.T", "P @ (Q.T @ W)", "(W @ P) @ Q.T", "(g * W).T @ (h * diag(d))", "W * (P @ Q.T)",
-    "(P @ Q.T) * (p @ q.T) + W", "W - P @ (P.T @ W)", "block_diag(S) @ block_diag(Z) @ W", "A @ W + W @ B", "W @ A @ P @ Q.T",
-    "diag(d / row_norm(W + P @ Q.T)) @ (W + P @ Q.T)", "block_diag(H) @ F.T", "kron(M, L) @ F.T", "(g / h) * I(n) @ W + 0.5",
-    "F @ G + W", "tanh(P @ Q.T) + F @ G", "diag(A @ d) @ W", "(W + g * N) @ A", "A @ (N + g * N + W)", "W - N", "cayley(W - W.T)",
+    "(P @ Q.T) * (p @ q.T) + W", "W - P @ (P.T @ W)", "block_diag(S) @ block_diag(Z) @ W", "A @ W + W @ B",
+    "W @ A @ P @ Q.T", "diag(d / row_norm(W + P @ Q.T)) @ (W + P @ Q.T)", "block_diag(H) @ F.T", "kron(M, L) @ F.T",
+    "(g / h) * I(n) @ W + 0.5", "F @ G + W", "tanh(P @ Q.T) + F @ G", "diag(A @ d) @ W", "(W + g * N) @ A",
+    "A @ (N + g * N + W)", "W - N", "cayley(W - W.T)",
     # norms in parts: of gains, blocks and turns around what an update made of the weight
-    "diag(row_norm(block_diag(S) @ (diag(d) @ W + P @ Q.T)))", "diag(col_norm(reflect(P) @ (W + p @ q.T) @ block_diag(S)))",
-    "diag(row_norm(kron(I(4), K) @ (W + P @ Q.T) @ diag(d)))", "norm(diag(d) @ (block_diag(S) @ W + P @ Q.T) @ diag(e)) * A",
+    "diag(row_norm(block_diag(S) @ (diag(d) @ W + P @ Q.T)))",
+    "diag(col_norm(reflect(P) @ (W + p @ q.T) @ block_diag(S)))",
+    "diag(row_norm(kron(I(4), K) @ (W + P @ Q.T) @ diag(d)))",
+    "norm(diag(d) @ (block_diag(S) @ W + P @ Q.T) @ diag(e)) * A",
     "diag(col_norm(diag(d / row_norm(W @ diag(e) + P @ Q.T)) @ (W @ diag(e) + P @ Q.T)))",
     "diag(row_norm((W @ diag(d)) @ block_diag(expm(skew(S)))))",
     "diag(row_norm(block_diag(S) @ diag(e) @ (block_diag(Z) @ W @ diag(d) + p @ q.T)))",
     # low-rank terms, and what stands in and beside their factors
     "W @ (P @ Q.T) + g * (diag(d) @ P @ Q.T @ block_diag(S))",
-    "skew(P @ Q.T) @ skew(P @ Q.T) @ W + W", "(I(n) + ones(n, n) / n) @ (W + p @ q.T + g)", "P @ ((W + P @ Q.T) @ Q).T @ W",
-    "W * (1 + p @ q.T)", "columns(cayley(P @ Q.T), 2) @ Q.T", "detach(P @ Q.T) + P @ Q.T", "W @ P @ (g * Q.T) + A @ P @ Q.T",
+    "skew(P @ Q.T) @ skew(P @ Q.T) @ W + W", "(I(n) + ones(n, n) / n) @ (W + p @ q.T + g)",
+    "P @ ((W + P @ Q.T) @ Q).T @ W", "W * (1 + p @ q.T)", "columns(cayley(P @ Q.T), 2) @ Q.T",
+    "detach(P @ Q.T) + P @ Q.T", "W @ P @ (g * Q.T) + A @ P @ Q.T",
 )
 
 

@@ -1,4 +1,4 @@
-"""How a weight acts on activations: apply(E, x) is x Eᵀ and matrix(E) is E, for every kind of E that the tables know."""
+"""How a weight acts on activations: apply(E, x) is x Eᵀ and matrix(E) is E, for every kind of E in the tables."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ def value(expr: Expr, leaves: dict[str, Tensor]) -> Tensor:
     values: dict[Expr, Tensor] = {}
     for node in walk(expr):
         args = [values[a] for a in node.args]
-        known = node.op in MEANING
-        values[node] = MEANING[node.op](node, leaves, *args) if known else PRIMITIVES[node.op].value(node.data, args, leaves["weight"])
+        if node.op in MEANING:
+            values[node] = MEANING[node.op](node, leaves, *args)
+        else:
+            values[node] = PRIMITIVES[node.op].value(node.data, args, leaves["weight"])
     return values[expr]
 
 
@@ -105,8 +107,10 @@ def test_a_matrix_acts_on_activations():
 @torch.no_grad()
 def test_factors_that_keep_to_blocks_are_joined():
     """Any run of them, beside anything else; what has none is left as it is."""
-    texts = ("block_diag(S) @ block_diag(Z) @ W", "W @ block_diag(S) @ kron(I(2), shuffle(2, 3)) @ block_diag(Z) @ diag(d)",
-             "(W + p @ q.T) @ kron(I(4), K @ K) @ diag(d)", "diag(d) @ block_diag(S) @ P @ Q.T @ block_diag(cayley(skew(S)))")
+    texts = ("block_diag(S) @ block_diag(Z) @ W",
+             "W @ block_diag(S) @ kron(I(2), shuffle(2, 3)) @ block_diag(Z) @ diag(d)",
+             "(W + p @ q.T) @ kron(I(4), K @ K) @ diag(d)",
+             "diag(d) @ block_diag(S) @ P @ Q.T @ block_diag(cayley(skew(S)))")
     for e in (*matrices(), *(each for text in texts for each in _with_weight(cheapest(expression(text))))):
         e = cheapest(e)
         x, a = activations(e)
@@ -168,7 +172,8 @@ def test_what_is_said_of_a_matrix_is_so():
     for e in (e for e in matrices() if e.shape == (n, n)):
         whole, (u, v) = dense(without_dropout(e), LEAVES), factors(e) or low_rank_turn(e) or (None, None)
         for word, holds, off in (
-            ("skew", is_skew(e), lambda: whole + whole.mT), ("orthogonal", is_orthogonal(e), lambda: whole @ whole.mT - one),
+            ("skew", is_skew(e), lambda: whole + whole.mT),
+            ("orthogonal", is_orthogonal(e), lambda: whole @ whole.mT - one),
             ("low-rank", factors(e) is not None, lambda: dense(make("matmul", u, v), LEAVES) - whole),
             ("turn", low_rank_turn(e) is not None, lambda: one + dense(make("matmul", u, v), LEAVES) - whole)):
             if holds and whole.isfinite().all():

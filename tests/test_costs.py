@@ -22,14 +22,16 @@ from surgery.report import Report
 from surgery.spec import library, load, parse, shipped
 
 OUT, IN = 512, 1024
-# What no structure of the compiler's makes cheap: an entry-by-entry product, a full solve, entries at places of the weight.
+# What no structure of the compiler's makes cheap: entry-by-entry products, a full solve.
 DENSE = {
     "an entrywise gate": "update own() {\n param G[out, in] = 0\n return W * G\n}\ntarget linear {\n add own()\n}",
-    "a full rotation": "transform own() on n {\n param X[n, n] = 0\n return cayley(skew(X))\n}\ntarget linear {\n post own()\n}",
+    "a full rotation": "transform own() on n {\n param X[n, n] = 0\n return cayley(skew(X))\n}\n"
+                       "target linear {\n post own()\n}",
     "a full update": "update own() {\n param G[out, in] = 0\n return G * G\n}\ntarget linear {\n add own()\n}",
 }
 CHEAP = ("lora", "dora", "pre_diag", "post_diag", "sora", "sora_reference", "oft", "loha", "lokr", "hra", "boft", "ia3")
-OF_STD = ("householder(4)", "orthogonal(4)", "block_orthogonal(32)", "diagonal()", "magnitude()", "scale()", "skew_rotation(4)")
+OF_STD = ("householder(4)", "orthogonal(4)", "block_orthogonal(32)", "diagonal()", "magnitude()", "scale()",
+          "skew_rotation(4)")
 
 
 def formula(spec, out: int = OUT, in_: int = IN) -> Formula:
@@ -112,8 +114,8 @@ def test_an_embedding_is_looked_up_and_not_multiplied():
 
 
 def test_what_carries_no_gradient_is_computed_once():
-    plain = "transform own() on n {{\n param m[n] = row_norm(W)\n return diag(m / {}row_norm(W){})\n}}\n" \
-        "target linear {{\n add low_rank(8)\n post own()\n}}"
+    plain = ("transform own() on n {{\n param m[n] = row_norm(W)\n return diag(m / {}row_norm(W){})\n}}\n"
+             "target linear {{\n add low_rank(8)\n post own()\n}}")
     detached, trained = (estimate(plain.format(*marks)).candidates[0].cost() for marks in (("detach(", ")"), ("", "")))
     assert detached.setup_flops < trained.setup_flops
 

@@ -1,4 +1,4 @@
-"""A body with its gradients written out: the values and gradients of the plain body, and no more kept than they need."""
+"""A body with its gradients written out: values and gradients of the plain body, and no more kept than they need."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def agree(op: Operated, leaves: dict[str, Tensor], x: Tensor) -> None:
     best = op.adapter._programs[True]
     for each in (best, *best.over):
         op.adapter._programs[True] = each
-        assert step(each.plan.written, (True,) * sum(node.op in ("x", "value") for node in walk(each.plan.written))), "it has a step"
+        inputs = sum(node.op in ("x", "value") for node in walk(each.plan.written))
+        assert step(each.plan.written, (True,) * inputs), "it has a step"
         found = outputs(op, leaves, x)
         with plainly():
             wanted = outputs(op, leaves, x)
@@ -190,7 +191,8 @@ def test_a_set_up_is_made_again_as_it_was_made_under_autocast(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             y = model(torch.linspace(-1, 1, 40 * 192).view(40, 192))
         y.float().square().sum().backward()
-        found.append({"the output": y, **{name: tensor.grad for name, tensor in tensors.items() if tensor.requires_grad}})
+        grads = {name: tensor.grad for name, tensor in tensors.items() if tensor.requires_grad}
+        found.append({"the output": y, **grads})
     assert all(torch.equal(wanted, found[1][name]) for name, wanted in found[0].items())
 
 
@@ -264,9 +266,9 @@ def test_what_reads_itself_or_is_an_output_is_not_written_over():
 def test_an_output_that_is_written_over_changes_no_gradient():
     for case in CASES[:7]:
         op = operated(case, WIDE)
-        x, y = op.input(), op.input()
-        found = gradients(op.model(x["x"]).relu_(), torch.ones(2, 3, 12, dtype=torch.float64), {**x, **op.parameters})
-        wanted = gradients(op.model(y["x"]).relu(), torch.ones(2, 3, 12, dtype=torch.float64), {"x": y["x"], **op.parameters})
+        x, y, ones = op.input(), op.input(), torch.ones(2, 3, 12, dtype=torch.float64)
+        found = gradients(op.model(x["x"]).relu_(), ones, {**x, **op.parameters})
+        wanted = gradients(op.model(y["x"]).relu(), ones, {"x": y["x"], **op.parameters})
         assert all(torch.equal(found[key], wanted[key]) for key in wanted), case
 
 
@@ -382,9 +384,9 @@ def test_masks_as_places_and_as_bits(dtype, rows):
     places = kernels.mask(y, 0.25)
     bits = torch.zeros(y.numel(), dtype=torch.bool).index_fill(0, places.long(), True).view(y.shape)
     assert bits.sum() == len(places) and (rows < 300 or 750 < len(places) < 1050)
-    for mask in (places, bits):
+    for mask, turned in ((places, places), (bits, bits.view(12, -1))):
         assert torch.equal(kernels.masked(y, mask), y * ~bits)
-        assert torch.equal(kernels.masked(y.mT, mask if mask is places else bits.view(12, -1)).flatten(), y.mT.flatten() * ~bits.flatten())
+        assert torch.equal(kernels.masked(y.mT, turned).flatten(), y.mT.flatten() * ~bits.flatten())
         into = y.clone()
         assert kernels.add_masked(into, a, m, mask, alpha=2.0) is into
         assert_close(into, y.double() + 2 * (a.double() @ m.double()) * ~bits, 60 * torch.finfo(dtype).eps)

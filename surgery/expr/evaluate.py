@@ -1,7 +1,7 @@
 """The dense meaning of an expression: the oracle that every fast path is compared with.
 
-Takes an expression and the tensors of its leaves (`weight`, `bias`, `param`); gives its value as a tensor with a gradient.
-Promises: nothing is approximated, each distinct node is computed once, any device, any float dtype.
+Takes an expression and the tensors of its leaves (`weight`, `bias`, `param`); gives its value as a tensor with a
+gradient. Promises: nothing is approximated, each distinct node is computed once, any device, any float dtype.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def dense(expr: Expr, leaves: Leaves, known: dict[Expr, torch.Tensor | float] | None = None) -> torch.Tensor:
     """The value of `expr`. `leaves` maps "weight", "bias" and each parameter's key to its tensor.
 
-    The weight's dtype and device decide those of constants and identities. `known` holds values of the same leaves, and grows.
+    The weight's dtype and device decide those of constants and identities. `known` holds values of the same leaves, and
+    grows.
     """
     like = leaves["weight"]
     values = {} if known is None else known

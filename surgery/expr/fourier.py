@@ -1,8 +1,8 @@
 """Primitives for the compiler alone: a product with circulant blocks, taken apart into products of matrices.
 
 A circulant block is diagonal in the Fourier basis. For blocks of moderate size a transform is a product with a basis
-[2 f, b] (f = b // 2 + 1 cosines, then as many sines; orthonormal up to the weights of the frequencies), which leaves each
-frequency's numbers together, as the products over the blocks want them:
+[2 f, b] (f = b // 2 + 1 cosines, then as many sines; orthonormal up to the weights of the frequencies), which leaves
+each frequency's numbers together, as the products over the blocks want them:
 
     a circulant(c)ᵀ = waves(mixed(spectrum(a), kernel(c)))
 
@@ -105,7 +105,8 @@ def _mixed(x: Any, kernel: Any) -> Any:
 
 
 TRANSFORMS = [
-    Primitive("fourier", 0, _basis_shape, _basis, "the Fourier basis of b numbers: [2 f, b]", public=False, sizes=("b",)),
+    Primitive("fourier", 0, _basis_shape, _basis, "the Fourier basis of b numbers: [2 f, b]", public=False,
+              sizes=("b",)),
     Primitive("spectrum", 2, _spectrum_shape, _spectrum, "the Fourier transform of each slice", public=False),
     Primitive("waves", 2, _waves_shape, _waves, "the transpose of `spectrum`", public=False),
     Primitive("kernel", 2, _kernel_shape, _kernel, "the spectrum of the first rows of circulant blocks", public=False),

@@ -82,7 +82,8 @@ def product(a: Shape, b: Shape) -> Shape:
         raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the inner dimensions {inner_a} and {inner_b} differ")
     stack_a, stack_b = a[:-2], b[:-2]
     if stack_a and stack_b and stack_a != stack_b:
-        raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the stacks {shape_text(stack_a)} and {shape_text(stack_b)} differ")
+        stacks = f"{shape_text(stack_a)} and {shape_text(stack_b)}"
+        raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the stacks {stacks} differ")
     return (stack_a or stack_b) + a[-2:-1] * (len(a) > 1) + b[-1:] * (len(b) > 1)
 
 

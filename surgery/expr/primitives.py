@@ -26,8 +26,8 @@ from surgery.expr.primitive import (
     vector,
 )
 
-__all__ = ["FUNCTIONS", "OPERATORS", "PRIMITIVES", "Primitive", "ShapeError", "constant", "eye", "is_whole", "make", "ones",
-           "shape_text", "undecided"]
+__all__ = ["FUNCTIONS", "OPERATORS", "PRIMITIVES", "Primitive", "ShapeError", "constant", "eye", "is_whole", "make",
+           "ones", "shape_text", "undecided"]
 
 # ---------------------------------------------------------------------------------------------- shape rules
 
@@ -232,17 +232,21 @@ _ROWS = [
     # For the compiler alone: the small cores of structured maps, and maps on the last axis of activations.
     Primitive("frame", 1, lambda a: 2 * exactly(2, "a matrix", a)[1:], _frame, "L with L Lᵀ ≈ aᵀa, and no gradient",
               public=False),
-    Primitive("framed", 2, lambda a, frame: elementwise(a, a), _framed, "a L⁻ᵀ, nearly orthonormal for the L of a", public=False),
+    Primitive("framed", 2, lambda a, frame: elementwise(a, a), _framed,
+              "a L⁻ᵀ, nearly orthonormal for the L of a", public=False),
     Primitive("resolvent", 1, square, _resolvent, "(I - a/2)⁻¹", public=False),
     Primitive("phi", 1, square, _phi, "(e^a - I) a⁻¹", public=False),
     Primitive("mirrored", 1, lambda a: exactly(2, "a matrix whose columns are the mirrors", a)[::-1], _mirrored,
               "V with reflect(U) = I - 2 U V", public=False),
     Primitive("reversed", 1, matrix, lambda a: a.flip(-1), "the columns in reverse order", public=False),
-    Primitive("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]", public=False),
-    Primitive("root", 1, same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0", public=False),
+    Primitive("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]",
+              public=False),
+    Primitive("root", 1, same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0",
+              public=False),
     Primitive("total", 1, lambda a: (), lambda a: a.sum(), "Σ a over all entries", public=False),
     Primitive("scale", 2, _scale_shape, lambda a, d: a * d, "a diag(d): each column of a times its d", public=False),
-    Primitive("stacked", 1, lambda a: (a[1] // a[0], a[0], a[0]), lambda a: a.unflatten(-1, (-1, len(a))).transpose(0, 1),
+    Primitive("stacked", 1, lambda a: (a[1] // a[0], a[0], a[0]),
+              lambda a: a.unflatten(-1, (-1, len(a))).transpose(0, 1),
               "k rows of b blocks as a stack: [k, b k] -> [b, k, k]", public=False),
     Primitive("blocks", 2, _blocks_shape, _blocks, "a block_diag(s)", public=False),
 ]
@@ -250,7 +254,8 @@ PRIMITIVES: dict[str, Primitive] = {row.name: row for row in (*_ROWS, *ARRANGEME
 
 # What a spec may call; the rest are operators.
 OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "@": "matmul"}
-FUNCTIONS = {name for name, row in PRIMITIVES.items() if row.public} - set(OPERATORS.values()) - {"neg", "T", "literal"} | {"I", "ones"}
+_PUBLIC = {name for name, row in PRIMITIVES.items() if row.public}
+FUNCTIONS = _PUBLIC - set(OPERATORS.values()) - {"neg", "T", "literal"} | {"I", "ones"}
 
 
 def make(op: str, *args: Expr, data: Any = None) -> Expr:

@@ -1,7 +1,7 @@
-"""Rotations with a gradient of their own, which holds less than autograd's (what they give, and nothing beside it) and passes
-over it less often.
+"""Rotations with a gradient of their own, which holds less than autograd's and passes over it less often.
 
-Where something looks into them that wants autograd's own operations (`is_traced`) they are those.
+What it holds is what they give, and nothing beside it. Where something looks into them that wants autograd's own
+operations (`is_traced`) they are those.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def is_traced() -> bool:
-    """Whether something looks into the program that knows autograd's own operations better than a node of ours: a compiler
-    (which plans the backward pass itself), a transform of torch.func, forward differentiation."""
+    """Whether something looks into the program that knows autograd's own operations better than a node of ours: a
+    compiler (which plans the backward pass itself), a transform of torch.func, forward differentiation."""
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     return torch.compiler.is_compiling() or transformed
 

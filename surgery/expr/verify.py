@@ -48,8 +48,10 @@ def _is_number(value: object) -> bool:
 
 def _is_mask(value: object) -> bool:
     """The share that is dropped, and the step whose mask it is."""
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], float) and 0 < value[0] < 1 and isinstance(
-        value[1], str)
+    if not isinstance(value, tuple) or len(value) != 2:
+        return False
+    share, step = value
+    return isinstance(share, float) and 0 < share < 1 and isinstance(step, str)
 
 
 def _leaf(says: str, holds: Callable[[Expr], bool]) -> tuple[Law, ...]:
@@ -98,18 +100,21 @@ ACTIVATIONS: Laws = {
                  and n.args[0].shape[-1] == n.data[0] * n.data[1]),
     "join": _on(1, "the last two axes as one", lambda n: n.shape[:-1] == _rows(n)[:-1]
                 and n.shape[-1] == n.args[0].shape[-1] * n.args[0].shape[-2]),
-    "swap": _on(1, "its argument's shape, in four factors", lambda n: n.shape == n.args[0].shape and prod(n.data) == n.shape[-1]),
-    "mix": _on(1, "its argument with the rows of numbers in the place of its own", lambda n: n.args[0].shape[-2] == len(n.data[0])
+    "swap": _on(1, "its argument's shape, in four factors",
+                lambda n: n.shape == n.args[0].shape and prod(n.data) == n.shape[-1]),
+    "mix": _on(1, "its argument with the rows of numbers in the place of its own",
+               lambda n: n.args[0].shape[-2] == len(n.data[0])
                and n.shape == (*_rows(n)[:-1], len(n.data), n.args[0].shape[-1])),
-    "add_bias": _on(2, "a number for each feature", lambda n: n.shape == n.args[0].shape and n.args[1].shape == n.shape[-1:]),
+    "add_bias": _on(2, "a number for each feature",
+                    lambda n: n.shape == n.args[0].shape and n.args[1].shape == n.shape[-1:]),
 }
+_TAKEN_APART = {"T", "diag", "eye", "fill", "add", "kron", "block_diag", "cayley", "expm"}
 # What the normal form of `rewrite.algebra` promises.
 NORMAL: Laws = {
-    "mul": (Law("a scalar in front", lambda n: not n.args[0].shape or n.args[1].shape == n.shape and n.args[0].shape == n.shape),
+    "mul": (Law("a scalar in front", lambda n: not n.args[0].shape or n.args[0].shape == n.args[1].shape == n.shape),
             Law("numbers multiplied out", lambda n: n.args[1].op != "mul" or n.args[1].args[0].op != "const"
                 or n.args[0].op != "const")),
-    "T": (Law("transposes only at what cannot be taken apart",
-              lambda n: n.args[0].op not in ("T", "diag", "eye", "fill", "add", "kron", "block_diag", "cayley", "expm")),),
+    "T": (Law("transposes only at what cannot be taken apart", lambda n: n.args[0].op not in _TAKEN_APART),),
     "matmul": (Law("scalars in front of products", lambda n: not any(_is_scaled(a) for a in n.args)),
                Law("nothing times I", lambda n: not any(a.op == "eye" and a.shape == n.shape for a in n.args))),
     "add": (Law("nothing plus 0", lambda n: not any(a.op == "fill" and a.data == 0 for a in n.args)),),
@@ -156,7 +161,8 @@ def _verify_node(node: Expr, form: Laws) -> None:
         raise Malformed(f"{node} has a size that is not a whole number: {list(node.shape)}")
     for law in form[node.op]:
         if not law.holds(node):
-            raise Malformed(f"{node} {list(node.shape)} of {[list(a.shape) for a in node.args]} breaks a law: {law.says}")
+            shapes = [list(a.shape) for a in node.args]
+            raise Malformed(f"{node} {list(node.shape)} of {shapes} breaks a law: {law.says}")
 
 
 def _verify_leaves(expr: Expr) -> None:

@@ -1,10 +1,10 @@
 """How a weight expression acts on activations: x Eᵀ without building E.
 
-Takes an expression in the lowering's normal form and an activation (an `Expr` whose last axis is the operand's); gives the
-activation expression. Each row of the table is one identity. Where an expression has no structure it is built in the
-set-up and multiplied: the dense fallback.
+Takes an expression in the lowering's normal form and an activation (an `Expr` whose last axis is the operand's); gives
+the activation expression. Each row of the table is one identity. Where an expression has no structure it is built in
+the set-up and multiplied: the dense fallback.
 
-Activations are expressions over the leaf `x`; `frozen(a)` is the frozen layer's map of `a`, which is called and not read.
+Activations are expressions over the leaf `x`; `frozen(a)` is the frozen layer's map of `a`, which is called, not read.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def _product(expr: Expr, a: Expr) -> Expr:
 
 
 def _is_small(expr: Expr) -> bool:
-    """Whether a product of parameters is a thin matrix, no larger than a factor, and little work: then it is made once, not for
-    every token."""
+    """Whether a product of parameters is a thin matrix, no larger than a factor, and little work: then it is made once,
+    not for every token."""
     left, right = expr.args
     thin = is_thin(min(expr.shape), max(expr.shape)) and prod(expr.shape) <= max(prod(a.shape) for a in expr.args)
     little = min(prod(left.shape), prod(right.shape)) <= max(expr.shape)
@@ -139,7 +139,7 @@ def _kron(expr: Expr, a: Expr) -> Expr:
 
 
 def _circulant(expr: Expr, a: Expr) -> Expr:
-    """A diagonal matrix between two Fourier transforms: by products with their basis, or, of large blocks, by fast ones."""
+    """A diagonal matrix between two Fourier transforms: products with their basis or, for large blocks, fast ones."""
     rows = expr.args[0]
     if rows.shape[-1] > BY_PRODUCTS:
         return make("circulate", a, rows)
@@ -179,7 +179,9 @@ def is_structured(expr: Expr) -> bool:
         return scaled(expr)[0] is not None and is_structured(scaled(expr)[1])
     if expr.op == "matmul":
         return factors(expr) is not None or all(map(is_structured, expr.args))
-    return expr.op in ("diag", "block_diag", "kron", "eye", "shuffle") or expr.op == "add" and all(map(is_structured, summands(expr)))
+    if expr.op == "add":
+        return all(map(is_structured, summands(expr)))
+    return expr.op in ("diag", "block_diag", "kron", "eye", "shuffle")
 
 
 def matrix(expr: Expr) -> Expr:
@@ -237,7 +239,7 @@ def run(expr: Expr, x: Expr) -> Expr:
 
 
 def _enters(expr: Expr) -> bool:
-    """Whether the layer can run it as it is: the weight, a thin matrix, sums of those, or a product that ends in one."""
+    """Whether the layer can run it as it is: the weight, a thin matrix, sums of those, a product that ends in one."""
     if expr.op == "add":
         return all(map(_enters, expr.args))
     if expr.op == "mul" and scaled(expr)[0] is not None:

@@ -1,8 +1,8 @@
 """The gradients of a program's body, as expressions: reverse differentiation by a table of identities.
 
-Takes y over the leaves `x` and `value`, and the leaves that take a gradient; gives one expression for each over the leaf
-`grad` (the gradient of y), the leaves, and `kept` values of the forward pass. Promises: what is kept is the least that the
-gradients need; what one elementwise pass makes of something kept is made again.
+Takes y over the leaves `x` and `value`, and the leaves that take a gradient; gives one expression for each over the
+leaf `grad` (the gradient of y), the leaves, and `kept` values of the forward pass. Promises: what is kept is the least
+that the gradients need; what one elementwise pass makes of something kept is made again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PASSES = {"scale": 1, "masked": 1, "spectrum": 1, "mix": 1, "split": 0, "join": 
 
 @dataclass(frozen=True)
 class Gradients:
-    """An expression for each leaf asked for; `kept` are the forward values that the leaf `kept` of that index stands for."""
+    """An expression for each leaf asked for; `kept` are the forward values that leaves `kept` stand for by index."""
 
     of: tuple[Expr, ...]
     kept: tuple[Expr, ...]

@@ -1,8 +1,8 @@
-"""A set-up that is made a second time in the backward pass, in the place of being held from the forward pass until then.
+"""A set-up that is made a second time in the backward pass, in the place of being held from the forward pass on.
 
-Takes a program's body with its gradients (`step`) and what makes its values from an adapter's tensors; gives the output as
-one node of autograd around both. Promises: the values and gradients of the program; between the passes nothing of the
-set-up is held.
+Takes a program's body with its gradients (`step`) and what makes its values from an adapter's tensors; gives the output
+as one node of autograd around both. Promises: the values and gradients of the program; between the passes nothing of
+the set-up is held.
 """
 
 from __future__ import annotations
@@ -46,17 +46,19 @@ class _Node(torch.autograd.Function):
         return None, None, None, of_x, *_through(values, of_values, tensors)
 
 
-def _through(values: Sequence[Tensor], gradients: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+def _through(values: Sequence[Tensor], gradients: Sequence[Tensor | None],
+             tensors: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients of the tensors from those of the values that are made of them."""
     taken = [i for i, gradient in enumerate(gradients) if gradient is not None and values[i].requires_grad]
+    outputs, of_outputs = [values[i] for i in taken], [gradients[i] for i in taken]
     wanted = [t for t in tensors if t.requires_grad]
-    found = iter(torch.autograd.grad([values[i] for i in taken], wanted, [gradients[i] for i in taken], allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True))
     return [next(found) if t.requires_grad else None for t in tensors]
 
 
 def run(plan: Candidate, layer: Any, x: Tensor, make: Make, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The output of a program, its values made of the tensors by `make`; None where no tensor takes a gradient, or autograd must
-    see the parts."""
+    """The output of a program, its values made of the tensors by `make`; None where no tensor takes a gradient, or
+    autograd must see the parts."""
     trained = frozenset(key for key, tensor in tensors.items() if tensor.requires_grad)
     found = step(plan.written, (x.requires_grad, *plan.reached(trained))) if trained else None
     if found is None:

@@ -1,8 +1,8 @@
 """Products of a trained matrix with one that is not, taken apart where activations meet them.
 
-Takes the expression of a body, and what takes a gradient; gives an equal one. x (T F) with a trained T and a frozen F is
-(x T) F, and x (F T) is (x F) T: the gradient of T is then taken where the activations are as thin as T is, the product
-needs none, and of x F only what T sees is kept.
+Takes the expression of a body, and what takes a gradient; gives an equal one. x (T F) with a trained T and a frozen F
+is (x T) F, and x (F T) is (x F) T: the gradient of T is then taken where the activations are as thin as T is, the
+product needs none, and of x F only what T sees is kept.
 """
 
 from __future__ import annotations

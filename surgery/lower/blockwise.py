@@ -1,8 +1,8 @@
 """Products of block-diagonal matrices as one: rotations of neighbouring entries, and the shuffles between them, joined.
 
-Takes a weight expression in the lowering's form; gives an equal one in which every run of factors that keep to blocks of a
-common size is one `block_diag`, its small blocks made in the set-up: an activation then passes once in the place of once for
-each factor.
+Takes a weight expression in the lowering's form; gives an equal one in which every run of factors that keep to blocks
+of a common size is one `block_diag`, its small blocks made in the set-up: an activation then passes once in the place
+of once for each factor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which program: the equal programs of a formula as expressions over activations, the cheapest first.
 
-Takes a formula and the kind of its layer; gives candidates, from which `program` makes code. Promises: no torch, so that
-`check` can ask what a spec will cost; all candidates have the values and gradients of the formula.
+Takes a formula and the kind of its layer; gives candidates, from which `program` makes code. Promises: no torch, so
+that `check` can ask what a spec will cost; all candidates have the values and gradients of the formula.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from surgery.rewrite.terms import depends_on, summands, total
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """A program before it is code: its `outputs`; the `values` of the set-up, which the body reads or (without a body)
-    which are the outputs; the parts of those that are `fixed` as long as the frozen weight is; the keys of the parameters
-    that are `trained`."""
+    which are the outputs; the parts of those that are `fixed` as long as the frozen weight is; the keys of the
+    parameters that are `trained`."""
 
     strategy: str
     outputs: tuple[Expr, ...]
@@ -44,7 +44,11 @@ class Candidate:
     def written(self) -> Expr:
         """The body over leaves `value` in the place of the set-up's values."""
         leaves = {node: Expr("value", (), i, node.shape) for i, node in enumerate(self.values)}
-        return rebuild(self.outputs[0], lambda node, args: leaves.get(node) or Expr(node.op, args, node.data, node.shape))
+
+        def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
+            return leaves.get(node) or Expr(node.op, args, node.data, node.shape)
+
+        return rebuild(self.outputs[0], change)
 
     @cached_property
     def calls_back(self) -> bool:
@@ -77,7 +81,8 @@ class Candidate:
     @cached_property
     def made_again(self) -> Cost | None:
         """What it costs to make the set-up again in the backward pass, if that is better than to hold it until then."""
-        return made_again(self.values, self.fixed) if self.has_body and has_gradients(self.written, self.needs) else None
+        fits = self.has_body and has_gradients(self.written, self.needs)
+        return made_again(self.values, self.fixed) if fits else None
 
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""
@@ -101,8 +106,9 @@ def _found(formula: Formula, kind: str, training: bool, has_bias: bool, is_calle
     operand = turned(weight) if kind == "embedding" else weight
     x, bias = _input(operand.shape[1], kind), cheapest(formula.bias) if has_bias else None
     unread = partial(_unread, always=is_called)
+    # last to first: of two ways to one program the first has the name
     outputs = {_with_bias(make_output(operand, x, kind), bias, kind): name
-               for name, make_output in reversed(STRATEGIES.items())}  # of two ways to one program the first has the name
+               for name, make_output in reversed(STRATEGIES.items())}
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
     outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
                   for output, name in outputs.items()}, **outputs}
@@ -110,7 +116,7 @@ def _found(formula: Formula, kind: str, training: bool, has_bias: bool, is_calle
 
 
 def by_tokens(programs: Sequence[Candidate]) -> tuple[tuple[float, Candidate], ...]:
-    """Which program is the cheapest up to how many tokens, in rising order: a cost is a straight line over the tokens."""
+    """Which program is the cheapest up to how many tokens, in rising order: a cost is a straight line over them."""
     start = {each: each.cost(0).seconds for each in programs}
     slope = {each: (each.cost(TOKENS_SUPPOSED).seconds - start[each]) / TOKENS_SUPPOSED for each in programs}
     at, now, found = 0.0, min(programs, key=lambda each: (start[each], slope[each])), []
@@ -235,8 +241,8 @@ def _called(weight: Expr, rows: Expr) -> Expr:
 
 
 def _frontier(outputs: Sequence[Expr], on_input: dict[Expr, bool]) -> tuple[Expr, ...]:
-    """What the body reads that does not depend on the input, in order (numbers are written into it). A matrix that it reads
-    turned is the matrix itself, so that the gradient of it lies in memory as it does."""
+    """What the body reads that does not depend on the input, in order (numbers are written into it). A matrix that it
+    reads turned is the matrix itself, so that the gradient of it lies in memory as it does."""
     found: dict[Expr, None] = {}
     for output in outputs:
         for node in walk(output):
@@ -255,16 +261,17 @@ def _unturned(node: Expr) -> Expr:
 
 
 def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
-    """The largest parts of the set-up that depend on the frozen weight alone and are smaller than it, or on nothing and are
-    small."""
-    below: dict[str, dict[Expr, bool]] = {op: {} for op in ("weight", "frozen", "frozen_back", "param", "places", "bias")}
+    """The largest parts of the set-up that depend on the frozen weight alone and are smaller than it, or on nothing and
+    are small."""
+    below: dict[str, dict[Expr, bool]] = {op: {} for op in (*_ON_WEIGHT, "param", "places", "bias")}
     found: dict[Expr, None] = {}
     stack = list(reversed(values))
     while stack:
         node = stack.pop()
         under = {op for op, known in below.items() if depends_on(node, op, known)}
-        is_small = "weight" in under and under <= _ON_WEIGHT and node.op != "weight" and (len(node.shape) < 2 or node.op == "gram")
-        if is_small or not under and node.op != "const" and size(node, 0) <= _SMALL:
+        is_of_weight = "weight" in under and under <= _ON_WEIGHT
+        is_smaller = node.op != "weight" and (len(node.shape) < 2 or node.op == "gram")
+        if is_of_weight and is_smaller or not under and node.op != "const" and size(node, 0) <= _SMALL:
             found[node] = None
         else:
             stack += reversed(node.args)

@@ -1,8 +1,9 @@
 """What a program costs: operations and memory traffic from shapes and the number of tokens, to choose by.
 
-Takes the expressions of a program; gives a `Cost` of one training step. Promises: counted and not measured; `seconds` is
-only meant for comparing programs of the same formula. Where the gradients of a body are known as expressions they are
-counted as they are; elsewhere a backward pass costs as much as the forward one, for each argument that takes a gradient.
+Takes the expressions of a program; gives a `Cost` of one training step. Promises: counted and not measured; `seconds`
+is only meant for comparing programs of the same formula. Where the gradients of a body are known as expressions they
+are counted as they are; elsewhere a backward pass costs as much as the forward one, for each argument that takes a
+gradient.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from surgery.lower.work import MADE_ELSEWHERE, flops, is_accumulated, is_ids, is
 from surgery.rewrite.terms import depends_on
 
 TOKENS = 1024  # the number that a choice supposes where nothing is said
-# What a core of a CPU does in the time of moving one number of float32, and of starting one operation from Python. (A GPU
-# does more in either time; what is chosen between differs by so much that the choice is the same.)
+# What a core of a CPU does in the time of moving one number of float32, and of starting one operation from Python. (A
+# GPU does more in either time; what is chosen between differs by so much that the choice is the same.)
 INTENSITY = 30.0
 CALL = 4e5
 HELD = 100.0  # what it is worth, in that time, not to hold a number from the forward pass to the backward pass
 AGAIN = 10 * CALL  # what making a set-up again costs beside making it
 # Of what a gradient needs nothing, and of what the gradient in one argument needs the other.
-LINEAR = {*VIEWS, "add", "scatter", "take", "reshape", "columns", "mix", "swap", "ifft2", "side_by_side", "stacked", "total", "skew"}
+LINEAR = {*VIEWS, "add", "scatter", "take", "reshape", "columns", "mix", "ifft2", "side_by_side", "stacked", "total",
+          "skew"}
 BILINEAR = {"mul", "matmul", "scale", "kron", "face", "row_dot", "kernel", "spectrum", "waves"}
 
 __all__ = ["CALL", "INTENSITY", "MADE_ELSEWHERE", "TOKENS", "Cost", "body_cost", "flops", "setup_cost"]
@@ -33,8 +35,8 @@ __all__ = ["CALL", "INTENSITY", "MADE_ELSEWHERE", "TOKENS", "Cost", "body_cost",
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step, forward and backward: `flops` that grow with the tokens and those of the set-up, numbers `moved`, and
-    the `calls` of an operation."""
+    """Of one step, forward and backward: `flops` that grow with the tokens and those of the set-up, numbers `moved`,
+    and the `calls` of an operation."""
 
     body_flops: float = 0.0
     setup_flops: float = 0.0
@@ -127,7 +129,7 @@ def made_again(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
 
 
 def _held(values: Sequence[Expr], made: Sequence[Expr]) -> set[Expr]:
-    """What is alive from the forward to the backward pass: the values, and what autograd needs for the gradients of the rest."""
+    """What is alive from the forward to the backward pass: the values, and what autograd needs for other gradients."""
     gradless, on_leaf = without_gradient(*values), {}
     held = set(map(_viewed, values))
     for node in made:

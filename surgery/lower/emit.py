@@ -1,8 +1,8 @@
 """Straight-line Python from expressions: one line a node.
 
-Takes expressions; gives the lines that compute them. Promises: no branch and no bookkeeping; a product that is added to a
-fresh value is accumulated into it, after everything else that reads that value; what stands only below `detach` is marked,
-to be computed without a gradient.
+Takes expressions; gives the lines that compute them. Promises: no branch and no bookkeeping; a product that is added to
+a fresh value is accumulated into it, after everything else that reads that value; what stands only below `detach` is
+marked, to be computed without a gradient.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ TEMPLATES = {
     "add": "{} + {}", "mul": "{} * {}", "div": "{} / {}", "matmul": "{} @ {}", "scale": "{} * {}", "T": "{}.mT",
     "split": "{}.unflatten(-1, {data})", "join": "{}.flatten(-2)", "detach": "{}.detach()", "exp": "{}.exp()",
     "sqrt": "{}.sqrt()", "abs": "{}.abs()", "tanh": "{}.tanh()", "sigmoid": "{}.sigmoid()", "diag": "{}.diag_embed()",
-    "total": "{}.sum()", "add_bias": "{} + {}", "param": "leaves[{data!r}]", "places": "leaves[{data!r}]", "weight": "layer.matrix(dtype)",
-    "bias": "layer.offset(dtype)", "fill": "layer.fill({shape}, {data!r}, dtype)", "eye": "layer.eye({shape}, dtype)",
-    "swap": "swap({}, {data})", "mix": "mix({}, {data})", "reshape": "{}.reshape({data})", "columns": "{}[..., :{data[0]}]", "cos": "{}.cos()", "sin": "{}.sin()",
-    "dropout": "layer.dropout({}, {data[0]!r})", "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})",
-    "mask": "mask({}, {data[0]!r})", "flat": "{}.flatten(0, -2)", "zeros": "torch.zeros_like({})", "between": "{}[:, {data[0]}:{data[1]}]",
+    "cos": "{}.cos()", "sin": "{}.sin()", "total": "{}.sum()", "add_bias": "{} + {}", "param": "leaves[{data!r}]",
+    "places": "leaves[{data!r}]", "weight": "layer.matrix(dtype)", "bias": "layer.offset(dtype)",
+    "fill": "layer.fill({shape}, {data!r}, dtype)", "eye": "layer.eye({shape}, dtype)", "swap": "swap({}, {data})",
+    "mix": "mix({}, {data})", "reshape": "{}.reshape({data})", "columns": "{}[..., :{data[0]}]",
+    "between": "{}[:, {data[0]}:{data[1]}]", "dropout": "layer.dropout({}, {data[0]!r})",
+    "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})", "mask": "mask({}, {data[0]!r})",
+    "flat": "{}.flatten(0, -2)", "zeros": "torch.zeros_like({})",
 }
-# Values that nothing else holds, and that no backward pass of autograd's reads. (Where autograd does not look on, all that are
-# computed and no views.)
+# Values that nothing else holds, and that no backward pass of autograd's reads. (Where autograd does not look on, all
+# that are computed and no views.)
 FRESH = {"frozen", "matmul", "blocks", "add", "scale", "mul", "masked", "run", "frozen_back"}
 # What is added to a value without being one itself, and how the factor of it is called.
 _FACTORS = {"matmul": ("addmm", "alpha"), "mul": ("addcmul", "value"), "scale": ("addcmul", "value"),
@@ -43,8 +45,8 @@ VIEWS = {"T", "split", "join", "flat", "between", "swap"}
 class Emitter:
     """Writes lines for one region. `names` are the values known so far; `gradless` the nodes that carry no gradient.
 
-    `in_place` allows a sum to be accumulated into a term that nothing else reads; `owner` too whatever is read no more, which
-    holds only where autograd does not look on.
+    `in_place` allows a sum to be accumulated into a term that nothing else reads; `owner` too whatever is read no more,
+    which holds only where autograd does not look on.
     """
 
     names: dict[Expr, str]
@@ -75,7 +77,7 @@ class Emitter:
         return name
 
     def letting_go(self, wide: Callable[[Expr], bool], result: str) -> list[tuple[bool, str]]:
-        """The lines, and after the last one that reads a `wide` value a line that lets go of it, unless the result reads it."""
+        """The lines, and after the last that reads a `wide` value one that lets go of it (but not of the result's)."""
         found = [[line] for line in self.lines]
         for node, name in self.names.items():
             if name.startswith(self.prefix) and wide(node) and not _reads(result, name):
@@ -109,13 +111,15 @@ class Emitter:
         return f"({g}.mT @ {a}).mT" if node.shape[0] > _NARROW * node.shape[1] else f"{a}.mT @ {g}"
 
     def _sum(self, node: Expr) -> str | None:
-        """y + z, with what z is a product or a multiple of, or sparse, taken into the same pass, and into y when y is fresh."""
+        """y + z, with what z is a product or a multiple of, or sparse, taken into the same pass, and into a fresh y."""
+        if not node.shape or not all(a.shape == node.shape for a in node.args):
+            return None
         ways = (self._taken_in, self._masked_in, self._with_multiple, self._in_place)
-        both = [pair for pair in (node.args, node.args[::-1]) if node.shape and pair[0].shape == pair[1].shape == node.shape]
+        both = (node.args, node.args[::-1])
         return next((text for way in ways for y, z in both if (text := way(node, y, z))), None)
 
     def _taken_in(self, node: Expr, y: Expr, term: Expr) -> str | None:
-        """y + c z for a z that is no value of its own then: a product, of matrices or of entries, or a sparse matrix."""
+        """y + c z for a z that is then no value of its own: a product, of matrices or entries, or a sparse matrix."""
         factor, z = _multiple(term)
         if factor is None or self.uses[term] != 1 or not self._is_taken_in(z) or factor != 1.0 and z.op not in _FACTORS:
             return None
@@ -142,7 +146,8 @@ class Emitter:
         """y + c masked(a m), no matrix of the size of y made for a m."""
         factor, z = _multiple(term)
         product = z.args[0] if z.op == "masked" else z
-        if factor is None or not (z.op == "masked" and product.op == "matmul" and self.uses[z] == self.uses[product] == 1):
+        fits = z.op == "masked" and product.op == "matmul" and self.uses[z] == self.uses[product] == 1
+        if factor is None or not fits:
             return None
         base, *args = map(self.value, (y, *product.args, z.args[1]))
         if not (self.owner and self._may_overwrite(y, node)):

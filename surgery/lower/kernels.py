@@ -15,7 +15,7 @@ ROWS = 256  # of an activation that a CPU keeps close while it reads them with a
 
 
 def column_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a b over the rows: [t, n], [t, n] -> [n]. A layer norm with mean 0 and deviation 1 has it as its gain's gradient."""
+    """Σ a b over the rows: [t, n], [t, n] -> [n]. It is the gradient of a layer norm's gain, at mean 0, deviation 1."""
     zero, one = a.new_zeros(len(a), 1), a.new_ones(len(a), 1)
     gain = a.new_ones(a.shape[-1])
     return torch.ops.aten.native_layer_norm_backward(a, b, a.shape[-1:], zero, one, gain, gain, (False, True, False))[1]
@@ -98,16 +98,16 @@ def mixed_dot(x: Tensor, g: Tensor) -> Tensor:
 
 
 def mask(a: Tensor, p: float) -> Tensor:
-    """What dropout takes out of an activation, each entry with the chance p: on a CPU the places of those entries, counted
-    along it (they are few, and their gaps are quickly drawn); elsewhere True for each, [*a.shape]."""
+    """What dropout takes out of an activation, each entry with the chance p: on a CPU the places of those entries,
+    counted along it (they are few, and their gaps are quickly drawn); elsewhere True for each, [*a.shape]."""
     if a.device.type == "cpu":
         return _places(a.numel(), p)
     return torch.empty_like(a, dtype=torch.bool).bernoulli_(p)
 
 
 def _places(count: int, p: float) -> Tensor:
-    """Which of `count` entries chance takes: the gaps between them are geometric. (More than are drawn here would be taken
-    once in 1e15.)"""
+    """Which of `count` entries chance takes: the gaps between them are geometric. (More than are drawn here would be
+    taken once in 1e15.)"""
     draws = int(count * p + 8 * (count * p) ** 0.5) + 8
     gaps = torch.rand(draws).neg_().log1p_().mul_(1 / log1p(-p)).to(torch.int64).add_(1)
     places = gaps.cumsum(0).sub_(1)
@@ -134,5 +134,5 @@ def add_masked(y: Tensor, a: Tensor, m: Tensor, mask: Tensor, alpha: float = 1.0
     return y
 
 
-KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, add_blocks, block_dot, circulate_back, circulate_dot, mixed,
-                                   mixed_back, mixed_dot, mask, masked, add_masked)}
+KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, add_blocks, block_dot, circulate_back, circulate_dot,
+                                   mixed, mixed_back, mixed_dot, mask, masked, add_masked)}

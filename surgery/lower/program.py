@@ -31,16 +31,18 @@ from surgery.lower.rows import ROW_SUMS
 from surgery.lower.work import size
 from surgery.rewrite.cheap import cheapest
 
-_SCOPE = {"torch": torch, **MOVES, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}, **ROW_SUMS}
+_CALLS = {name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}
+_SCOPE = {"torch": torch, **MOVES, **_CALLS, **ROW_SUMS}
 
 LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Compiled code. `once(layer, dtype)` and `setup(layer, leaves, known, dtype)` give tuples; `body(layer, x, *values)`
-    the output (None in a program of weights, whose outputs are the set-up's values). `source` is the text of all three; `over`
-    are those that it was chosen over, and `up_to` says which of them all is the cheapest up to how many tokens."""
+    """Compiled code. `once(layer, dtype)` and `setup(layer, leaves, known, dtype, cast)` give tuples;
+    `body(layer, x, *values)` the output (None in a program of weights, whose outputs are the set-up's values). `source`
+    is the text of all three; `over` are those that it was chosen over, and `up_to` says which of them all is the
+    cheapest up to how many tokens."""
 
     source: str
     once: Callable[..., tuple]
@@ -68,8 +70,9 @@ class Program:
         return self.plan.strategy
 
     def run(self, layer: Any, x: torch.Tensor, make: again.Make, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The body on the values that `make` makes of the adapter's tensors: as one node of autograd where the layer's map and
-        its transpose are products with a weight at hand; the set-up too where it is better made again than held."""
+        """The body on the values that `make` makes of the adapter's tensors: as one node of autograd where the layer's
+        map and its transpose are products with a weight at hand; the set-up too where it is better made again than
+        held."""
         known = layer.is_product and not (is_traced() or layer.is_trained)
         if known and self.plan.made_again is not None and torch.is_grad_enabled():
             y = again.run(self.plan, layer.as_dtype(x.dtype), x, make, tensors)
@@ -131,7 +134,8 @@ def _compile(plan: Candidate) -> Program:
     return Program(text, scope["once"], scope["setup"], scope.get("body"), plan)
 
 
-def _region(name: str, arguments: str, results: Sequence[Expr], names: dict[Expr, str], prefix: str, cast: str = "") -> str:
+def _region(name: str, arguments: str, results: Sequence[Expr], names: dict[Expr, str], prefix: str,
+            cast: str = "") -> str:
     emitter = Emitter(dict(names), prefix, tuple(results), without_gradient(*results))
     returned = "".join(emitter.value(r) + (cast if r.op != "const" else "") + ", " for r in results)
     lines: list[str] = []

@@ -1,8 +1,8 @@
 """A body with its gradients written out: one node of autograd in the place of many.
 
-Takes the expression of a body over `x` and `value` leaves, and which of them take a gradient; gives a `Step`. Promises: the
-values and gradients of the plain body; an activation is kept only where a gradient needs it, written over where nothing
-reads it any more, and passed over as seldom as the table of `adjoint` allows.
+Takes the expression of a body over `x` and `value` leaves, and which of them take a gradient; gives a `Step`. Promises:
+the values and gradients of the plain body; an activation is kept only where a gradient needs it, written over where
+nothing reads it any more, and passed over as seldom as the table of `adjoint` allows.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from surgery.lower.moves import MOVES
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.terms import times
 
-SCOPE = {"torch": torch, **MOVES, **{name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}, **KERNELS}
+_CALLS = {name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}
+SCOPE = {"torch": torch, **MOVES, **_CALLS, **KERNELS}
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """`forward(layer, x, *values)` gives y and what is kept, `backward(layer, grad, *kept)` a gradient for x and each value
-    (None where none is taken). `values`: of each thing kept, which value it is (None for one that is none). `source` is the
-    text of both."""
+    """`forward(layer, x, *values)` gives y and what is kept, `backward(layer, grad, *kept)` a gradient for x and each
+    value (None where none is taken). `values`: of each thing kept, which value it is (None for one that is none).
+    `source` is the text of both."""
 
     source: str
     values: tuple[int | None, ...]
@@ -50,8 +51,9 @@ def step(body: Expr, needs: tuple[bool, ...]) -> Step | None:
         return None
     used = dict.fromkeys(n for e in found.of for n in walk(e) if n.op in ("x", "value"))
     of = iter(found.of)
-    text = _forward(body, inputs, (*used, *found.kept)) + "\n\n" + _backward(
-        [next(of) if need else None for need in needs], (*used, *(Expr("kept", (), i, e.shape) for i, e in enumerate(found.kept))))
+    wanted = [next(of) if need else None for need in needs]
+    kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(found.kept)]
+    text = f"{_forward(body, inputs, (*used, *found.kept))}\n\n{_backward(wanted, (*used, *kept))}"
     scope: dict[str, Any] = dict(SCOPE)
     exec(compile(text, "<surgery step>", "exec"), scope)
     values = [leaf.data if leaf.op == "value" else None for leaf in (*used, *found.kept)]

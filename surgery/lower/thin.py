@@ -55,8 +55,8 @@ def _holds(expr: Expr, *ops: str) -> bool:
 
 
 def _built(factor: Expr) -> Expr:
-    """A factor as one matrix, whatever it is made of; in front of the frozen layer's own output, which is there already,
-    what is multiplied with that."""
+    """A factor as one matrix, whatever it is made of; in front of the frozen layer's own output, which is there
+    already, what is multiplied with that."""
     if factor.op == "matmul" and factor.args[1].op == "weight":
         return make("matmul", _built(factor.args[0]), factor.args[1])
     leaf = factor.args[0] if factor.op == "T" else factor

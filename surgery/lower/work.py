@@ -11,8 +11,8 @@ from surgery.expr.ir import Expr
 from surgery.rewrite.terms import scaled, value_of
 
 # What is not computed: views, and what is there already.
-MADE_ELSEWHERE = {"T", "split", "join", "flat", "between", "detach", "param", "places", "weight", "bias", "x", "value", "kept",
-                  "grad", "const", "eye", "drop", "reshape", "columns"}
+MADE_ELSEWHERE = {"T", "split", "join", "flat", "between", "detach", "reshape", "columns", "drop", "param", "places",
+                  "weight", "bias", "x", "value", "kept", "grad", "const", "eye"}
 ACCUMULATED = {"matmul", "blocks"}  # products that a sum writes into its other term
 FACTORISED = 5e5  # what a factorisation of a small matrix costs beside its arithmetic
 Count = Callable[[Expr], float]

@@ -17,9 +17,13 @@ from surgery.rewrite.structure import is_orthogonal, is_skew, transposed
 from surgery.rewrite.terms import constant, eye, fill, is_zero, scaled, summands, times, total, value_of
 
 _NUMBER: dict[str, Callable[..., float]] = {
-    "add": lambda a, b: a + b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "min": min, "max": max, "exp": math.exp,
-    "sqrt": math.sqrt, "abs": abs, "cos": math.cos, "sin": math.sin, "tanh": math.tanh, "sigmoid": lambda a: 1 / (1 + math.exp(-a)), "detach": lambda a: a,
+    "add": lambda a, b: a + b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "min": min, "max": max,
+    "exp": math.exp, "sqrt": math.sqrt, "abs": abs, "cos": math.cos, "sin": math.sin, "tanh": math.tanh,
+    "sigmoid": lambda a: 1 / (1 + math.exp(-a)), "detach": lambda a: a,
 }
+# Those whose transpose is theirs of the transposed arguments.
+_COMMUTES_WITH_T = {"add", "mul", "div", "min", "max", "kron", "block_diag", "cayley", "expm", "exp", "abs", "tanh",
+                    "sigmoid", "sqrt", "cos", "sin", "detach"}
 
 
 def _fold(node: Expr) -> Expr | None:
@@ -162,8 +166,7 @@ def _turn(node: Expr) -> Expr | None:
         return make("literal", data=tuple(zip(*inner.data)))
     if inner.op == "matmul":
         return _turned_product(inner)
-    if inner.op in ("add", "mul", "div", "min", "max", "kron", "block_diag", "cayley", "expm", "exp", "abs", "tanh", "sigmoid",
-                    "sqrt", "cos", "sin", "detach"):
+    if inner.op in _COMMUTES_WITH_T:
         return make(inner.op, *(make("T", a) if a.shape else a for a in inner.args))
     return Expr("drop", (make("T", inner.args[0]),), inner.data, node.shape) if inner.op == "drop" else None
 
@@ -221,7 +224,8 @@ RULES = (
     Rule("skew(x)ᵀ = skew(xᵀ), and kᵀ = -k for another skew k", "T", _turned_skew, "skew(A).T"),
     Rule("(x y)ᵀ = yᵀ xᵀ, f(x)ᵀ = f(xᵀ)", "T", _turn, "(A @ B).T"),
     Rule("skew(x) = 0 for a symmetric constant", "skew", _skew_of_zero, "skew(0 * A)"),
-    Rule("shuffle(1, n) = shuffle(n, 1) = I", "shuffle", lambda n: eye(n.shape) if 1 in n.data else None, "shuffle(1, 3)"),
+    Rule("shuffle(1, n) = shuffle(n, 1) = I", "shuffle", lambda n: eye(n.shape) if 1 in n.data else None,
+         "shuffle(1, 3)"),
     Rule("cayley(0) = I", "cayley", _of_value(0, lambda n: eye(n.shape)), "cayley(0 * A)"),
     Rule("nothing dropped of 0", "drop", _of_value(0, lambda n: n.args[0]), "N"),
     Rule("e^0 = I", "expm", _of_value(0, lambda n: eye(n.shape)), "expm(0 * A)"),

@@ -20,8 +20,9 @@ from surgery.rewrite.terms import eye, scaled, summands, times, total, value_of
 
 
 def _by_core(core: str) -> Callable[[Expr], Expr | None]:
-    """f(U V) = I + U core(V U) V, with U L⁻ᵀ and Lᵀ V in the place of U and V: whatever L is, the value and the gradient are the
-    same, and with nearly orthonormal columns in front the core is well conditioned and nothing cancels."""
+    """f(U V) = I + U core(V U) V, with U L⁻ᵀ and Lᵀ V in the place of U and V: whatever L is, the value and the
+    gradient are the same, and with nearly orthonormal columns in front the core is well conditioned and nothing
+    cancels."""
     def change(node: Expr) -> Expr | None:
         if (found := _centred(node.args[0]) or factors(node.args[0])) is None:
             return None
@@ -79,7 +80,7 @@ def _associate(node: Expr) -> Expr | None:
 
 
 def _work(node: Expr) -> float:
-    """Multiplications of a product whose factors may be products (unknown sizes are left alone; a diagonal is cheap)."""
+    """Multiplications of a product whose factors may be products (unknown sizes are let be, a diagonal is cheap)."""
     if node.op != "matmul" or any(isinstance(size, Dim) for a in node.args for size in a.shape):
         return 0
     left, right = node.args
@@ -107,7 +108,7 @@ def _skew(node: Expr) -> Expr | None:
 
 
 def _apart(node: Expr) -> Expr | None:
-    """A thin matrix meets each term of a sum where one has structure, or is the weight, which is then called, not read."""
+    """A thin matrix meets each term of a sum where one has structure, or is the weight: then called and not read."""
     for i, x in enumerate(node.args):
         thin, terms = node.args[1 - i], list(summands(x))
         fits = len(thin.shape) == 2 and len(terms) > 1 and all(len(t.shape) == 2 for t in terms)
@@ -117,7 +118,7 @@ def _apart(node: Expr) -> Expr | None:
 
 
 def _is_whole(node: Expr) -> bool:
-    """Whether a matrix with few rows or columns is no factor but an operand: as large as the weight, or low-rank itself."""
+    """Whether a matrix with few rows or columns is no factor but an operand: as large as the weight, or low-rank."""
     weights = (each for each in walk(node) if each.op == "weight")
     return factors(node) is not None or any(prod(node.shape) >= prod(each.shape) for each in weights)
 
@@ -222,7 +223,8 @@ def _of_best(a: Expr, b: Expr) -> Expr | None:
 
 def _scaled_circulant(node: Expr) -> Expr | None:
     scalar, inner = scaled(node)
-    return make("circulant", make("mul", scalar, inner.args[0])) if scalar is not None and inner.op == "circulant" else None
+    fits = scalar is not None and inner.op == "circulant"
+    return make("circulant", make("mul", scalar, inner.args[0])) if fits else None
 
 
 # Before the cheap forms, which would take each factor for itself.
@@ -243,11 +245,14 @@ CHEAP = (
     Rule("detach(x y) = detach(x) detach(y)", "detach", _detached, "detach(P @ Q.T)"),
     Rule("block_diag(x y) = block_diag(x) block_diag(y)", "block_diag", _thin_blocks,
          "block_diag(reshape(P, 2, 6, 2) @ reshape(Q.T, 2, 2, 6))"),
-    Rule("(I + U V) (I + P Q) = I + [U, P] [V + (V P) Q; Q]", "matmul", _turn_pair, "reflect(P) @ cayley(P @ Q.T - Q @ P.T)"),
+    Rule("(I + U V) (I + P Q) = I + [U, P] [V + (V P) Q; Q]", "matmul", _turn_pair,
+         "reflect(P) @ cayley(P @ Q.T - Q @ P.T)"),
     Rule("(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ", "mul", _hadamard, "(p @ q.T) * (q @ p.T)"),
-    Rule("top_softmax(x) y = the rows of y at the places of the largest, mixed", "matmul", _mixed_rows, "top_softmax(A, 2) @ B"),
+    Rule("top_softmax(x) y = the rows of y at the places of the largest, mixed", "matmul", _mixed_rows,
+         "top_softmax(A, 2) @ B"),
     Rule("x * u vᵀ = diag(u) x diag(v)", "mul", _gains, "W * (p @ q.T)"),
-    Rule("(1 ⊗ x) * (y ⊗ 1) = face(y, x) for rows of ones", "mul", _khatri_rao, "kron(ones(1, 2), P) * kron(Q, ones(1, 2))"),
+    Rule("(1 ⊗ x) * (y ⊗ 1) = face(y, x) for rows of ones", "mul", _khatri_rao,
+         "kron(ones(1, 2), P) * kron(Q, ones(1, 2))"),
     Rule("(1 ⊗ x) * (y ⊗ 1) = face(yᵀ, xᵀ)ᵀ for columns of ones", "mul", _khatri_rao_turned,
          "kron(ones(2, 1), P.T) * kron(Q.T, ones(2, 1))"),
     Rule("c circulant(x) = circulant(c x)", "mul", _scaled_circulant, "g * circulant(S)"),

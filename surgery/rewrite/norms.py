@@ -1,8 +1,8 @@
 """Norms in parts: what a sum, a turn, gains or blocks do to the norms of rows, without the matrix that they make.
 
-Takes matrices in normal form. `dots(a, b, 1)` is Σ a b over each row; `dots(a, b, k)` has the products of every two rows
-that stand in one block of k, [m / k, k, k], which is what a block rotation of the rows mixes. Promises: equal values and
-gradients.
+Takes matrices in normal form. `dots(a, b, 1)` is Σ a b over each row; `dots(a, b, k)` has the products of every two
+rows that stand in one block of k, [m / k, k, k], which is what a block rotation of the rows mixes. Promises: equal
+values and gradients.
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ def _columns(node: Expr) -> Expr | None:
 
 SHAPED = (
     Rule("diag(d) + c I = diag(d + c 1)", "add", _diagonals, "I(n) + diag(d)"),
-    Rule("block_diag(s) + block_diag(t) = block_diag(s + t)", "add", _blocks, "block_diag(S) + g * block_diag(Z) + diag(d)"),
+    Rule("block_diag(s) + block_diag(t) = block_diag(s + t)", "add", _blocks,
+         "block_diag(S) + g * block_diag(Z) + diag(d)"),
     Rule("diag(d) diag(e) = diag(d e), entry by entry", "mul", _product_of_diagonals, "diag(d) * diag(e)"),
     Rule("diag(c, c, ...) = c I", "diag", _diag_of_fill, "diag(0 * d + 2)"),
     Rule("the columns of x y, x + y, c x, I", "columns", _columns, "columns(A @ B + 2 * I(n), 2)"),
@@ -123,6 +124,7 @@ SHAPED = (
     Rule("f(block_diag(s)) = block_diag(f(s))", "skew", _through_blocks, "skew(block_diag(S))"),
     *(Rule("f(I ⊗ k) = I ⊗ f(k), f(k ⊗ I) = f(k) ⊗ I", op, _through_kron, f"{op}(kron(I(4), K))")
       for op in ("cayley", "expm", "skew")),
-    Rule("cayley(diag(d)) = diag((1 + d/2) / (1 - d/2))", "cayley", _of_diagonal(_cayley_of_numbers), "cayley(diag(d))"),
+    Rule("cayley(diag(d)) = diag((1 + d/2) / (1 - d/2))", "cayley", _of_diagonal(_cayley_of_numbers),
+         "cayley(diag(d))"),
     Rule("e^diag(d) = diag(e^d)", "expm", _of_diagonal(lambda d: make("exp", d)), "expm(diag(d))"),
 )
