@@ -126,10 +126,12 @@ def test_low_rank_terms_are_made_of_two_thin_matrices():
     """Whatever their factors are made of; what has none is left as it is."""
     for e in matrices():
         x, a = activations(e)
-        compare(verify(apply(thinly(e), x), LOWERED), e, a, a @ dense(e, LEAVES).mT)
-    assert thinly(NAMES["W"]) is NAMES["W"]
-    joined = thinly(cheapest(expression("W + P @ Q.T + g * (diag(d) @ p @ q.T)")))
-    assert len(list(summands(joined))) == 2
+        for trained in (frozenset(), frozenset({"own.P", "own.d"})):
+            compare(verify(apply(thinly(e, trained), x), LOWERED), e, a, a @ dense(e, LEAVES).mT)
+    assert thinly(NAMES["W"], frozenset()) is NAMES["W"]
+    both = cheapest(expression("W + P @ Q.T + g * (diag(d) @ p @ q.T)"))
+    keys = [frozenset(f"own.{name}" for name in names) for names in ("PQgdpq", "PQ", "")]
+    assert [len(list(summands(thinly(both, trained)))) for trained in keys] == [2, 3, 2]
 
 
 @torch.no_grad()

@@ -107,9 +107,9 @@ def _found(formula: Formula, kind: str, training: bool, has_bias: bool, is_calle
     x, bias = _input(operand.shape[1], kind), cheapest(formula.bias) if has_bias else None
     unread = partial(_unread, always=is_called)
     # last to first: of two ways to one program the first has the name
-    outputs = {_with_bias(make_output(operand, x, kind), bias, kind): name
-               for name, make_output in reversed(STRATEGIES.items())}
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
+    outputs = {_with_bias(make_output(operand, x, kind, trained), bias, kind): name
+               for name, make_output in reversed(STRATEGIES.items())}
     outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
                   for output, name in outputs.items()}, **outputs}
     return tuple(candidate((output,), unread, name, trained) for output, name in reversed(outputs.items()))
@@ -177,10 +177,10 @@ def _built(operand: Expr, x: Expr, kind: str) -> Expr:
 
 
 STRATEGIES = {
-    "activations": _spread,
-    "joined blocks": lambda operand, x, kind: _spread(blockwise(operand), x, kind),
-    "thin factors": lambda operand, x, kind: _spread(thinly(operand), x, kind),
-    "built weight": _built,
+    "activations": lambda operand, x, kind, trained: _spread(operand, x, kind),
+    "joined blocks": lambda operand, x, kind, trained: _spread(blockwise(operand), x, kind),
+    "thin factors": lambda operand, x, kind, trained: _spread(thinly(operand, trained), x, kind),
+    "built weight": lambda operand, x, kind, trained: _built(operand, x, kind),
 }
 
 

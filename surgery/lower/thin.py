@@ -18,29 +18,42 @@ _OPEN = ("matmul", "add", "mul", "drop")  # what acts as its parts do
 _LEAVES = ("param", "built", "fill")
 
 
-def thinly(expr: Expr) -> Expr:
-    """The expression with its low-rank parts made in the set-up (itself where there is none)."""
+def thinly(expr: Expr, trained: frozenset[str]) -> Expr:
+    """The expression with its low-rank parts made in the set-up (itself where there is none). `trained` are the keys of the
+    parameters that take a gradient."""
     if len(expr.shape) != 2:
         return expr
     scalar, rest = scaled(expr)
     if scalar is not None and value_of(scalar) is not None:
-        return times(scalar, thinly(rest))
+        return times(scalar, thinly(rest, trained))
     if (found := _thin(expr)) is not None:
         return make("matmul", *map(_built, found))
     if expr.op == "add":
-        return _together(expr)
-    return Expr(expr.op, tuple(map(thinly, expr.args)), expr.data, expr.shape) if expr.op in _OPEN else expr
+        return _together(expr, trained)
+    args = (thinly(a, trained) for a in expr.args)
+    return Expr(expr.op, tuple(args), expr.data, expr.shape) if expr.op in _OPEN else expr
 
 
-def _together(expr: Expr) -> Expr:
-    """A sum with its low-rank terms as one; what the frozen layer's own output goes into stays by itself."""
-    terms = list(summands(expr))
-    low = [term for term in terms if (found := _thin(term)) is not None and not _holds(found[1], "weight")]
-    joined = _thin(total(low, expr.shape)) if len(low) > 1 else None
-    if joined is None:
-        return total([thinly(term) for term in terms], expr.shape)
-    rest = [thinly(term) for term in terms if term not in low]
-    return total([*rest, make("matmul", *map(_built, joined))], expr.shape)
+def _together(expr: Expr, trained: frozenset[str]) -> Expr:
+    """A sum with its low-rank terms as one: those that take a gradient, and those that need none. What the frozen layer's own
+    output goes into stays by itself."""
+    terms, joined = list(summands(expr)), []
+    for is_trained in (True, False):
+        low = [term for term in terms if _is_low(term) and _is_trained(term, trained) is is_trained]
+        found = _thin(total(low, expr.shape)) if len(low) > 1 else None
+        if found is not None:
+            joined.append(make("matmul", *map(_built, found)))
+            terms = [term for term in terms if term not in low]
+    return total([*(thinly(term, trained) for term in terms), *joined], expr.shape)
+
+
+def _is_low(term: Expr) -> bool:
+    found = _thin(term)
+    return found is not None and not _holds(found[1], "weight")
+
+
+def _is_trained(term: Expr, trained: frozenset[str]) -> bool:
+    return any(node.op == "param" and node.data in trained for node in walk(term))
 
 
 def _thin(expr: Expr) -> Factors | None:
