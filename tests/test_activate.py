@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -15,8 +14,9 @@ from surgery.expr.ir import Expr, walk, without_dropout
 from surgery.expr.primitives import PRIMITIVES, make
 from surgery.expr.verify import CHEAPEST, LOWERED, MATERIALISED, verify
 from surgery.lower import activate
-from surgery.lower.activate import TOKENS, apply, enter_in_parts, matrix, split_dropout, turned
+from surgery.lower.activate import apply, enter_in_parts, matrix, split_dropout, turned
 from surgery.lower.blockwise import blockwise
+from surgery.lower.emit import TOKENS
 from surgery.lower.thin import thinly
 from surgery.rewrite.algebra import RULES
 from surgery.rewrite.cheap import CHEAP, JOINED, cheapest

@@ -15,7 +15,7 @@ from surgery.expr.lint import IN, OUT, PLACES, spec_values
 from surgery.expr.primitives import PRIMITIVES, constant, make
 from surgery.expr.verify import (
     CHEAPEST, ELABORATED, LOWERED, MATERIALISED, SIMPLIFIED, Laws, Malformed, verify, verify_formula)
-from surgery.lower.activate import TOKENS
+from surgery.lower.emit import TOKENS
 from surgery.lower.program import Program, activations, weights
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.cheap import cheapest

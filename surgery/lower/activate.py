@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
 
 from surgery.expr.fourier import BY_PRODUCTS
 from surgery.expr.ir import Expr, Shape, walk, without_dropout
 from surgery.expr.primitives import make
-from surgery.lower.emit import TOKENS
 from surgery.lower.work import is_ids
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn

@@ -13,12 +13,12 @@ from math import inf
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import make
-from surgery.lower.activate import TOKENS, apply, enter_in_parts, is_weight, matrix, run, split_dropout, turned
+from surgery.lower.activate import apply, enter_in_parts, is_weight, matrix, run, split_dropout, turned
 from surgery.lower.apart import apart
 from surgery.lower.blockwise import blockwise
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost, body_cost, has_gradients, made_again, setup_cost
-from surgery.lower.emit import without_gradient
+from surgery.lower.emit import TOKENS, without_gradient
 from surgery.lower.made import made, solved_once
 from surgery.lower.thin import thinly
 from surgery.lower.work import size

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr, rebuild, walk
-from surgery.expr.primitives import PRIMITIVES, make
+from surgery.expr.primitives import PRIMITIVES
 from surgery.lower.adjoint import LEAVES, gradients
 from surgery.lower.emit import TEMPLATES, Emitter
 from surgery.lower.kernels import KERNELS

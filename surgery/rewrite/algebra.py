@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable
 
 from surgery.expr.ir import Expr
-from surgery.expr.primitives import make
+from surgery.expr.primitives import constant, make
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.shaped import SHAPED
 from surgery.rewrite.structure import is_orthogonal, is_skew, transposed
-from surgery.rewrite.terms import constant, eye, fill, is_zero, scaled, summands, times, total, value_of
+from surgery.rewrite.terms import eye, fill, is_zero, scaled, summands, times, total, value_of
 
 _NUMBER: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "min": min, "max": max,

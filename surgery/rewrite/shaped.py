@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from surgery.expr.ir import Expr, Shape
-from surgery.expr.primitives import make
+from surgery.expr.primitives import constant, make
 from surgery.rewrite.engine import Rule
-from surgery.rewrite.terms import constant, eye, fill, scaled, summands, times, total, value_of
+from surgery.rewrite.terms import eye, fill, scaled, summands, times, total, value_of
 
 
 def _diag_of_fill(node: Expr) -> Expr | None:

@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from surgery.expr.ir import Expr, Shape
-from surgery.expr.primitives import PRIMITIVES, constant, make
+from surgery.expr.primitives import constant, make
 
 
 def fill(value: float, shape: Shape) -> Expr:
@@ -68,8 +68,3 @@ def depends_on(node: Expr, op: str, known: dict[Expr, bool]) -> bool:
     if node not in known:
         known[node] = node.op == op or any(depends_on(a, op, known) for a in node.args)
     return known[node]
-
-
-__all__ = ["PRIMITIVES", "constant", "depends_on", "eye", "fill", "is_zero", "make", "scaled", "summands", "times",
-           "total",
-           "value_of"]
