@@ -14,9 +14,10 @@ from surgery.expr.ir import Expr, walk, without_dropout
 from surgery.expr.primitives import PRIMITIVES, make
 from surgery.expr.verify import CHEAPEST, LOWERED, MATERIALISED, verify
 from surgery.lower import activate
-from surgery.lower.activate import apply, enter_in_parts, matrix, split_dropout, turned
+from surgery.lower.activate import apply, matrix, turned
 from surgery.lower.blockwise import blockwise
 from surgery.lower.emit import TOKENS
+from surgery.lower.inputs import enter_in_parts, split_dropout
 from surgery.lower.thin import thinly
 from surgery.rewrite.algebra import RULES
 from surgery.rewrite.cheap import CHEAP, JOINED, cheapest

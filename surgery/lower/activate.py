@@ -13,9 +13,8 @@ from collections.abc import Callable
 from math import prod
 
 from surgery.expr.fourier import BY_PRODUCTS
-from surgery.expr.ir import Expr, Shape, walk, without_dropout
+from surgery.expr.ir import Expr, walk
 from surgery.expr.primitives import make
-from surgery.lower.work import is_ids
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn
 from surgery.rewrite.terms import scaled, summands, times, total
@@ -29,10 +28,6 @@ def turned(expr: Expr) -> Expr:
 def apply(expr: Expr, a: Expr) -> Expr:
     """a Eᵀ: [..., n] to [..., m] for E [m, n]."""
     return _APPLY.get(expr.op, _dense)(expr, a)
-
-
-def _reshaped(op: str, a: Expr, data: tuple, shape: Shape) -> Expr:
-    return Expr(op, (a,), data, shape)
 
 
 def _dense(expr: Expr, a: Expr) -> Expr:
@@ -78,7 +73,7 @@ def _led_by(v: Expr, term: Expr, a: Expr) -> Expr:
     if scalar is not None:
         return times(scalar, _led_by(v, rest, a))
     if term.op == "drop":
-        return _led_by(v, term.args[0], _dropped(term, a))
+        return _led_by(v, term.args[0], dropped(term, a))
     if term.op == "matmul":
         return _led_by(v, term.args[0], apply(term.args[1], a))
     return apply(v, apply(term, a)) if term.op == "weight" else _dense(simplify(make("matmul", v, term)), a)
@@ -97,11 +92,12 @@ def _turned(expr: Expr, a: Expr) -> Expr:
 
 
 def _drop(expr: Expr, a: Expr) -> Expr:
-    return apply(expr.args[0], _dropped(expr, a))
+    return apply(expr.args[0], dropped(expr, a))
 
 
-def _dropped(expr: Expr, a: Expr) -> Expr:
-    return Expr("dropout", (a,), expr.data, a.shape)
+def dropped(drop: Expr, a: Expr) -> Expr:
+    """a without the entries that a `drop` takes from what it sees."""
+    return Expr("dropout", (a,), drop.data, a.shape)
 
 
 def permutation(expr: Expr) -> tuple[int, int, int, int] | None:
@@ -128,12 +124,12 @@ def _kron(expr: Expr, a: Expr) -> Expr:
         return _permuted(expr, a)
     left, right = expr.args
     (m, n), (p, q) = left.shape, right.shape
-    h = apply(right, _reshaped("split", a, (n, q), a.shape[:-1] + (n, q)))
+    h = apply(right, Expr("split", (a,), (n, q), a.shape[:-1] + (n, q)))
     if left.op == "literal":
         h = Expr("mix", (h,), left.data, h.shape[:-2] + (m, h.shape[-1]))
     elif left.op != "eye":
         h = make("T", apply(left, make("T", h)))
-    return _reshaped("join", h, (), a.shape[:-1] + (m * p,))
+    return Expr("join", (h,), (), a.shape[:-1] + (m * p,))
 
 
 def _circulant(expr: Expr, a: Expr) -> Expr:
@@ -195,93 +191,3 @@ def matrix(expr: Expr) -> Expr:
     if expr.op in ("add", "mul", "matmul", "T"):
         return Expr(expr.op, tuple(matrix(a) if len(a.shape) == 2 else a for a in expr.args), expr.data, expr.shape)
     return expr
-
-
-# ------------------------------------------------------------------------------- inputs that are not vectors
-
-
-def enter_in_parts(expr: Expr, x: Expr) -> Expr:
-    """`enter`, each update with dropout on its own: the entries of the layer's input are what it drops."""
-    kept, dropped = split_dropout(expr)
-    if not dropped:
-        return enter(expr, x)
-    parts = [enter(kept, x)] if kept is not None else []
-    for part in dropped:
-        drop = next(node for node in walk(part) if node.op == "drop")
-        parts.append(enter(without_dropout(part), _dropped(drop, x)))
-    return total(parts, parts[0].shape)
-
-
-def enter(expr: Expr, x: Expr) -> Expr:
-    """x Eᵀ where x is a layer's own kind of input (an image, token ids): the layer's map runs with the first factor in
-    its weight's place, and the rest acts on what comes out."""
-    if is_weight(expr):
-        return Expr("frozen", (x,), None, x.shape[:-1] + expr.shape[:1])
-    if expr.op == "add":
-        return make("add", *(enter(term, x) for term in expr.args))
-    if expr.op == "mul" and scaled(expr)[0] is not None:
-        return times(scaled(expr)[0], enter(scaled(expr)[1], x))
-    if expr.op == "matmul":
-        return _enter_product(expr, x)
-    return run(expr, x)
-
-
-def is_weight(expr: Expr) -> bool:
-    """W, or Wᵀ for a layer that looks rows up."""
-    return expr.op == "weight" or expr.op == "T" and expr.args[0].op == "weight"
-
-
-def run(expr: Expr, x: Expr) -> Expr:
-    """The layer's map with E, built, in its weight's place."""
-    return Expr("run", (x, matrix(expr)), None, x.shape[:-1] + expr.shape[:1])
-
-
-def _enters(expr: Expr) -> bool:
-    """Whether the layer can run it as it is: the weight, a thin matrix, sums of those, a product that ends in one."""
-    if expr.op == "add":
-        return all(map(_enters, expr.args))
-    if expr.op == "mul" and scaled(expr)[0] is not None:
-        return _enters(scaled(expr)[1])
-    if expr.op == "matmul":
-        return _enters(expr.args[1])
-    return is_weight(expr) or expr.shape[0] < expr.shape[1]
-
-
-def _enter_product(expr: Expr, x: Expr) -> Expr:
-    left, right = expr.args
-    if right.op == "diag" and is_ids(x):
-        return _looked_up(left, right, x)
-    if right.op == "add" and not _enters(right):  # x (L (p + q))ᵀ = x (L p)ᵀ + x (L q)ᵀ
-        return make("add", *(enter(simplify(make("matmul", left, term)), x) for term in right.args))
-    if (found := factors(right)) is not None and right.shape[0] > left.shape[0]:
-        return make("matmul", enter(found[1], x), matrix(turned(make("matmul", left, found[0]))))
-    return apply(left, enter(right, x)) if _enters(right) else run(expr, x)
-
-
-def _looked_up(left: Expr, gains: Expr, x: Expr) -> Expr:
-    """x (L diag(d))ᵀ for rows with a single 1: each row of x Lᵀ times the d of its id."""
-    ids = x.args[0] if x.op == "dropout" else x
-    row = make("reshape", gains.args[0], data=(1, gains.shape[0]))
-    return make("face", enter(left, x), run(row, ids))
-
-
-def split_dropout(expr: Expr) -> tuple[Expr | None, list[Expr]]:
-    """What sees the whole input (None for nothing), and each part that sees it through dropout: E is linear in them."""
-    if expr.op == "drop":
-        return None, [expr]
-    if expr.op == "mul" and scaled(expr)[0] is not None:
-        return _each(scaled(expr)[1], lambda part: times(scaled(expr)[0], part))
-    if expr.op == "add":
-        (left, first), (right, second) = map(split_dropout, expr.args)
-        return make("add", left, right) if left and right else left or right, first + second
-    if expr.op == "matmul":
-        left, right = expr.args
-        if any(node.op == "drop" for node in walk(right)):
-            return _each(right, lambda part: make("matmul", left, part))
-        return _each(left, lambda part: make("matmul", part, right))
-    return expr, []
-
-
-def _each(expr: Expr, wrap: Callable[[Expr], Expr]) -> tuple[Expr | None, list[Expr]]:
-    kept, dropped = split_dropout(expr)
-    return kept and wrap(kept), [wrap(part) for part in dropped]

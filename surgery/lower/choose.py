@@ -13,12 +13,13 @@ from math import inf
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
 from surgery.expr.primitives import make
-from surgery.lower.activate import apply, enter_in_parts, is_weight, matrix, run, split_dropout, turned
+from surgery.lower.activate import apply, matrix, turned
 from surgery.lower.apart import apart
 from surgery.lower.blockwise import blockwise
 from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
 from surgery.lower.cost import Cost, body_cost, has_gradients, made_again, setup_cost
 from surgery.lower.emit import TOKENS, without_gradient
+from surgery.lower.inputs import enter_in_parts, is_weight, run, split_dropout
 from surgery.lower.made import made, solved_once
 from surgery.lower.thin import thinly
 from surgery.lower.work import size
@@ -168,8 +169,8 @@ def _spread(operand: Expr, x: Expr, kind: str) -> Expr:
 
 def _built(operand: Expr, x: Expr, kind: str) -> Expr:
     """W' is built, and acts as one matrix; what sees the input through dropout acts by itself."""
-    kept, dropped = split_dropout(operand)
-    parts = [_spread(part, x, kind) for part in dropped]
+    kept, dropping = split_dropout(operand)
+    parts = [_spread(part, x, kind) for part in dropping]
     if kept is not None:
         whole = matrix(kept)
         parts.insert(0, make("matmul", x, make("T", whole)) if kind == "linear" else run(kept, x))

@@ -1,0 +1,106 @@
+"""Inputs that are no vectors yet: an image, or token ids, which the frozen layer's own map takes.
+
+Takes an expression in the lowering's normal form and a layer's input; gives the activation expression. Promises: the
+layer's map runs with one matrix at a time in its weight's place, and the rest acts on what comes out as in `activate`;
+what drops entries of the input does so before the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from surgery.expr.ir import Expr, walk, without_dropout
+from surgery.expr.primitives import make
+from surgery.lower.activate import apply, dropped, matrix, turned
+from surgery.lower.work import is_ids
+from surgery.rewrite.algebra import simplify
+from surgery.rewrite.structure import factors
+from surgery.rewrite.terms import scaled, times, total
+
+
+def enter_in_parts(expr: Expr, x: Expr) -> Expr:
+    """`enter`, each update with dropout on its own: the entries of the layer's input are what it drops."""
+    kept, dropping = split_dropout(expr)
+    if not dropping:
+        return enter(expr, x)
+    parts = [enter(kept, x)] if kept is not None else []
+    for part in dropping:
+        drop = next(node for node in walk(part) if node.op == "drop")
+        parts.append(enter(without_dropout(part), dropped(drop, x)))
+    return total(parts, parts[0].shape)
+
+
+def enter(expr: Expr, x: Expr) -> Expr:
+    """x Eᵀ where x is a layer's own kind of input (an image, token ids): the layer's map runs with the first factor in
+    its weight's place, and the rest acts on what comes out."""
+    if is_weight(expr):
+        return Expr("frozen", (x,), None, x.shape[:-1] + expr.shape[:1])
+    if expr.op == "add":
+        return make("add", *(enter(term, x) for term in expr.args))
+    if expr.op == "mul" and scaled(expr)[0] is not None:
+        return times(scaled(expr)[0], enter(scaled(expr)[1], x))
+    if expr.op == "matmul":
+        return _enter_product(expr, x)
+    return run(expr, x)
+
+
+def is_weight(expr: Expr) -> bool:
+    """W, or Wᵀ for a layer that looks rows up."""
+    return expr.op == "weight" or expr.op == "T" and expr.args[0].op == "weight"
+
+
+def run(expr: Expr, x: Expr) -> Expr:
+    """The layer's map with E, built, in its weight's place."""
+    return Expr("run", (x, matrix(expr)), None, x.shape[:-1] + expr.shape[:1])
+
+
+def _enters(expr: Expr) -> bool:
+    """Whether the layer can run it as it is: the weight, a thin matrix, sums of those, a product that ends in one."""
+    if expr.op == "add":
+        return all(map(_enters, expr.args))
+    if expr.op == "mul" and scaled(expr)[0] is not None:
+        return _enters(scaled(expr)[1])
+    if expr.op == "matmul":
+        return _enters(expr.args[1])
+    return is_weight(expr) or expr.shape[0] < expr.shape[1]
+
+
+def _enter_product(expr: Expr, x: Expr) -> Expr:
+    left, right = expr.args
+    if right.op == "diag" and is_ids(x):
+        return _looked_up(left, right, x)
+    if right.op == "add" and not _enters(right):  # x (L (p + q))ᵀ = x (L p)ᵀ + x (L q)ᵀ
+        return make("add", *(enter(simplify(make("matmul", left, term)), x) for term in right.args))
+    if (found := factors(right)) is not None and right.shape[0] > left.shape[0]:
+        return make("matmul", enter(found[1], x), matrix(turned(make("matmul", left, found[0]))))
+    return apply(left, enter(right, x)) if _enters(right) else run(expr, x)
+
+
+def _looked_up(left: Expr, gains: Expr, x: Expr) -> Expr:
+    """x (L diag(d))ᵀ for rows with a single 1: each row of x Lᵀ times the d of its id."""
+    ids = x.args[0] if x.op == "dropout" else x
+    row = make("reshape", gains.args[0], data=(1, gains.shape[0]))
+    return make("face", enter(left, x), run(row, ids))
+
+
+def split_dropout(expr: Expr) -> tuple[Expr | None, list[Expr]]:
+    """What sees the whole input (None for nothing), and each part that sees it through dropout: E is linear in them."""
+    if expr.op == "drop":
+        return None, [expr]
+    if expr.op == "mul" and scaled(expr)[0] is not None:
+        return _each(scaled(expr)[1], lambda part: times(scaled(expr)[0], part))
+    if expr.op == "add":
+        (left, first), (right, second) = map(split_dropout, expr.args)
+        return make("add", left, right) if left and right else left or right, first + second
+    if expr.op == "matmul":
+        left, right = expr.args
+        if any(node.op == "drop" for node in walk(right)):
+            return _each(right, lambda part: make("matmul", left, part))
+        return _each(left, lambda part: make("matmul", part, right))
+    return expr, []
+
+
+def _each(expr: Expr, wrap: Callable[[Expr], Expr]) -> tuple[Expr | None, list[Expr]]:
+    """The parts of `split_dropout`, each of them wrapped."""
+    kept, dropping = split_dropout(expr)
+    return kept and wrap(kept), [wrap(part) for part in dropping]
