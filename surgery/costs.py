@@ -15,7 +15,8 @@ from surgery.expr.ir import Expr, Formula, walk
 from surgery.expr.primitives import shape_text
 from surgery.lower.activate import turned
 from surgery.lower.choose import Candidate, candidates, frozen_alone
-from surgery.lower.cost import MADE_ELSEWHERE, TOKENS, Cost, body_cost, flops
+from surgery.lower.cost import TOKENS_SUPPOSED, Cost, body_cost
+from surgery.lower.work import MADE_ELSEWHERE, flops
 from surgery.maths import Maths
 from surgery.syntax.tree import Target
 
@@ -31,7 +32,7 @@ class Estimate:
 
     formula: Formula
     kind: str
-    tokens: int = TOKENS
+    tokens: int = TOKENS_SUPPOSED
     stack: int | None = None
     training: bool = True
     is_called: bool = False

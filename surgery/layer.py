@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from surgery.called import ADAPTER, forward_of, put_forward_aside, put_forward_back
 from surgery.expr.evaluate import in_dtype
 from surgery.expr.ir import Formula
-from surgery.called import ADAPTER, forward_of, put_forward_aside, put_forward_back
 from surgery.layout import Layout
 from surgery.lower.called import frozen
 from surgery.lower.frozen import Frozen

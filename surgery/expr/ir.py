@@ -73,7 +73,6 @@ class Leaf:
     span: Span | None = None
     whole: bool = False
 
-
     @property
     def expr(self) -> Expr:
         """The leaf as formulas name it."""

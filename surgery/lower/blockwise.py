@@ -39,10 +39,10 @@ def _joined(node: Expr) -> Expr | None:
     parts = [part for run in runs for part in _one(run)]
     if len(parts) == len(factors):
         return None
-    return reduce(_times, (blockwise(part) if part in factors else part for part in parts))
+    return reduce(_product, (blockwise(part) if part in factors else part for part in parts))
 
 
-def _times(a: Expr, b: Expr) -> Expr:
+def _product(a: Expr, b: Expr) -> Expr:
     return make("matmul", a, b)
 
 
@@ -75,5 +75,5 @@ def _one(run: list[Expr]) -> list[Expr]:
     size, width = lcm(*sizes), run[0].shape[0]
     if size == 1 or width % size or not is_thin(size, width):
         return run
-    rows = apply(reduce(_times, run), make("kron", fill(1, (1, width // size)), eye(size)))
+    rows = apply(reduce(_product, run), make("kron", fill(1, (1, width // size)), eye(size)))
     return [make("block_diag", make("T", make("stacked", rows)))]

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from math import inf
 
-from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
+from surgery.expr.ir import Expr, Formula, rebuild, substituted, walk, without_dropout
 from surgery.expr.primitives import make
 from surgery.lower.activate import apply, matrix, turned
 from surgery.lower.apart import apart
 from surgery.lower.blockwise import blockwise
-from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
-from surgery.lower.cost import Cost, body_cost, has_gradients, made_again, setup_cost
+from surgery.lower.cost import TOKENS_SUPPOSED, Cost, body_cost, has_gradients, made_again, setup_cost
 from surgery.lower.emit import TOKENS, without_gradient
 from surgery.lower.inputs import enter_in_parts, is_weight, run, split_dropout
 from surgery.lower.made import made, solved_once
@@ -45,11 +44,7 @@ class Candidate:
     def written(self) -> Expr:
         """The body over leaves `value` in the place of the set-up's values."""
         leaves = {node: Expr("value", (), i, node.shape) for i, node in enumerate(self.values)}
-
-        def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
-            return leaves.get(node) or Expr(node.op, args, node.data, node.shape)
-
-        return rebuild(self.outputs[0], change)
+        return substituted(self.outputs[0], leaves)
 
     @cached_property
     def calls_back(self) -> bool:
@@ -87,8 +82,8 @@ class Candidate:
 
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""
-        made = setup_cost(self.values, self.fixed) + (self.made_again or Cost())
-        return made + body_cost(self.written, self.needs, tokens) if self.has_body else made
+        setup = setup_cost(self.values, self.fixed) + (self.made_again or Cost())
+        return setup + body_cost(self.written, self.needs, tokens) if self.has_body else setup
 
 
 @lru_cache(maxsize=None)
@@ -248,8 +243,8 @@ def _frontier(outputs: Sequence[Expr], on_input: dict[Expr, bool]) -> tuple[Expr
     for output in outputs:
         for node in walk(output):
             if depends_on(node, "x", on_input):
-                made = map(_unturned, (a for a in node.args if not depends_on(a, "x", on_input)))
-                found.update(dict.fromkeys(a for a in made if a.op != "const"))
+                read = map(_unturned, (a for a in node.args if not depends_on(a, "x", on_input)))
+                found.update(dict.fromkeys(a for a in read if a.op != "const"))
     return tuple(found)
 
 

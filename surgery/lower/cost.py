@@ -18,7 +18,7 @@ from surgery.lower.emit import VIEWS, readers, without_gradient
 from surgery.lower.work import MADE_ELSEWHERE, flops, is_accumulated, is_ids, is_taken_in, moved, size
 from surgery.rewrite.terms import depends_on
 
-TOKENS = 1024  # the number that a choice supposes where nothing is said
+TOKENS_SUPPOSED = 1024  # the number that a choice supposes where nothing is said
 # What a core of a CPU does in the time of moving one number of float32, and of starting one operation from Python. (A
 # GPU does more in either time; what is chosen between differs by so much that the choice is the same.)
 INTENSITY = 30.0
@@ -29,8 +29,6 @@ AGAIN = 10 * CALL  # what making a set-up again costs beside making it
 LINEAR = {*VIEWS, "add", "scatter", "take", "reshape", "columns", "mix", "ifft2", "side_by_side", "stacked", "total",
           "skew"}
 BILINEAR = {"mul", "matmul", "scale", "kron", "face", "row_dot", "kernel", "spectrum", "waves"}
-
-__all__ = ["CALL", "INTENSITY", "MADE_ELSEWHERE", "TOKENS", "Cost", "body_cost", "flops", "setup_cost"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Cost:
 
 
 @lru_cache(maxsize=4096)
-def body_cost(body: Expr, needs: tuple[bool, ...], tokens: int = TOKENS) -> Cost:
+def body_cost(body: Expr, needs: tuple[bool, ...], tokens: int = TOKENS_SUPPOSED) -> Cost:
     """Of a body over `x` and `value` leaves, of which those take a gradient that `needs` says (x first)."""
     leaves, found = _leaves(body, needs), _gradients(body, needs)
     if found is None:

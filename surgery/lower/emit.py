@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from surgery.expr.dims import symbol
 from surgery.expr.ir import Expr, walk
+from surgery.expr.primitives import PRIMITIVES
 from surgery.rewrite.terms import scaled, value_of
 
 TOKENS = symbol("tokens")
@@ -30,6 +31,8 @@ TEMPLATES = {
     "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})", "mask": "mask({}, {data[0]!r})",
     "flat": "{}.flatten(0, -2)", "zeros": "torch.zeros_like({})",
 }
+# What a line calls by the name of its operation, having no text of its own.
+BY_NAME = {name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}
 # Values that nothing else holds, and that no backward pass of autograd's reads. (Where autograd does not look on, all
 # that are computed and no views.)
 FRESH = {"frozen", "matmul", "blocks", "add", "scale", "mul", "masked", "run", "frozen_back"}

@@ -18,21 +18,19 @@ from typing import Any
 import torch
 
 from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
-from surgery.expr.primitives import PRIMITIVES, make
+from surgery.expr.primitives import make
 from surgery.expr.solves import is_traced
 from surgery.lower import again, step
 from surgery.lower.activate import matrix
 from surgery.lower.choose import Candidate, by_tokens, candidate, candidates, offset
-from surgery.lower.cost import TOKENS as TOKENS_SUPPOSED
-from surgery.lower.cost import Cost
-from surgery.lower.emit import TEMPLATES, Emitter, without_gradient
+from surgery.lower.cost import TOKENS_SUPPOSED, Cost
+from surgery.lower.emit import BY_NAME, Emitter, without_gradient
 from surgery.lower.moves import MOVES
 from surgery.lower.rows import ROW_SUMS
 from surgery.lower.work import size
 from surgery.rewrite.cheap import cheapest
 
-_CALLS = {name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}
-_SCOPE = {"torch": torch, **MOVES, **_CALLS, **ROW_SUMS}
+_SCOPE = {"torch": torch, **MOVES, **BY_NAME, **ROW_SUMS}
 
 LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
 

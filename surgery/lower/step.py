@@ -17,16 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr, rebuild, walk
-from surgery.expr.primitives import PRIMITIVES
 from surgery.lower.adjoint import LEAVES, gradients
-from surgery.lower.emit import TEMPLATES, Emitter
+from surgery.lower.emit import BY_NAME, Emitter
 from surgery.lower.kernels import KERNELS
 from surgery.lower.moves import MOVES
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.terms import times
 
-_CALLS = {name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}
-SCOPE = {"torch": torch, **MOVES, **_CALLS, **KERNELS}
+SCOPE = {"torch": torch, **MOVES, **BY_NAME, **KERNELS}
 
 
 @dataclass(frozen=True, eq=False)

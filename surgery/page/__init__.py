@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from surgery import __version__
-from surgery.lower.cost import TOKENS
+from surgery.lower.cost import TOKENS_SUPPOSED
 from surgery.page.charts import chart, legend
 from surgery.page.html import Markup, folded, table, tag
 from surgery.page.tree import ModelTree
@@ -95,8 +95,8 @@ class Page:
     def _costs(self) -> Iterable[Markup]:
         header = ["target", "weights", "parameters", "a step (estimate)"]
         yield table(header, [*self._target_rows(), *self._train_rows()])
-        yield tag("p", f"A step, forward and backward, is counted for {TOKENS:,} tokens and not measured, over that ",
-                  "of the same layers frozen.", class_="soft")
+        yield tag("p", f"A step, forward and backward, is counted for {TOKENS_SUPPOSED:,} tokens and not measured, ",
+                  "over that of the same layers frozen.", class_="soft")
         yield table(["memory", "size"], [(name, size_text(size)) for name, size in self.report.memory.items()])
         left_out = self.report.left_out
         if left_out:
