@@ -42,6 +42,10 @@ class Expr:
     def __deepcopy__(self, memo: dict) -> Expr:
         return self
 
+    def with_args(self, args: tuple[Expr, ...]) -> Expr:
+        """The same operation on other arguments of the same shapes."""
+        return self if args == self.args else Expr(self.op, args, self.data, self.shape)
+
     def __repr__(self) -> str:
         inside = ", ".join([*map(repr, self.args), *([] if self.data is None else [repr(self.data)])])
         return f"{self.op}({inside})"
@@ -136,10 +140,9 @@ def rebuild(expr: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr]) -> Exp
 
 def substituted(expr: Expr, table: Mapping[Expr, Expr]) -> Expr:
     """The expression with other ones in the place of some of its leaves."""
-    return rebuild(expr, lambda node, args: table.get(node) or Expr(node.op, args, node.data, node.shape))
+    return rebuild(expr, lambda node, args: table.get(node) or node.with_args(args))
 
 
 def without_dropout(expr: Expr) -> Expr:
     """The expression in evaluation mode."""
-    return rebuild(expr, lambda node, args: args[0] if node.op == "drop"
-                   else Expr(node.op, args, node.data, node.shape))
+    return rebuild(expr, lambda node, args: args[0] if node.op == "drop" else node.with_args(args))

@@ -189,5 +189,5 @@ def matrix(expr: Expr) -> Expr:
     if expr.op in ("drop", "built"):
         return matrix(expr.args[0])
     if expr.op in ("add", "mul", "matmul", "T"):
-        return Expr(expr.op, tuple(matrix(a) if len(a.shape) == 2 else a for a in expr.args), expr.data, expr.shape)
+        return expr.with_args(tuple(matrix(a) if len(a.shape) == 2 else a for a in expr.args))
     return expr

@@ -89,13 +89,13 @@ def _keeping(raw: list[Expr]) -> Gradients:
 
     def again(node: Expr) -> Expr:
         made = (recall(a) if a.op in LEAVES or a in wanted else again(a) for a in node.args)
-        return Expr(node.op, tuple(made), node.data, node.shape)
+        return node.with_args(tuple(made))
 
     def keep(node: Expr) -> Expr:
         return kept.setdefault(node, Expr("kept", (), len(kept), node.shape))
 
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
-        return recall(node.data) if node.op == "forward" else Expr(node.op, args, node.data, node.shape)
+        return recall(node.data) if node.op == "forward" else node.with_args(args)
 
     return Gradients(tuple(rebuild(expr, change) for expr in raw), tuple(kept))
 

@@ -19,7 +19,7 @@ def apart(body: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
     """The body with such products taken apart (itself where there is none)."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         acts = node.op == "matmul" and TOKENS in node.args[0].shape
-        return _acted(*args, is_trained) if acts else Expr(node.op, args, node.data, node.shape)
+        return _acted(*args, is_trained) if acts else node.with_args(args)
 
     return rebuild(body, change)
 

@@ -26,7 +26,7 @@ def blockwise(expr: Expr) -> Expr:
 
     def joined(node: Expr) -> Expr:
         if node not in done:
-            done[node] = _joined(node) or Expr(node.op, tuple(map(joined, node.args)), node.data, node.shape)
+            done[node] = _joined(node) or node.with_args(tuple(map(joined, node.args)))
         return done[node]
 
     return joined(expr)

@@ -215,7 +215,7 @@ def _reads(expr: Expr, node: Expr) -> int:
 def _unread(expr: Expr, always: bool = False) -> Expr:
     """W M as the frozen layer run on the rows of Mᵀ, for a thin M (or `always`), so that the weight is not read."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
-        new = Expr(node.op, args, node.data, node.shape)
+        new = node.with_args(args)
         if node.op != "matmul" or len(node.shape) != 2 or TOKENS in node.shape:
             return new
         left, right = args

@@ -17,7 +17,7 @@ def made(expr: Expr) -> Expr:
     def change(node: Expr) -> Expr:
         if node not in done:
             way = matrix(node) if node.op == "matmul" and _is_matrices(node) else node
-            done[node] = Expr(way.op, tuple(map(change, way.args)), way.data, way.shape)
+            done[node] = way.with_args(tuple(map(change, way.args)))
         return done[node]
 
     return change(expr)

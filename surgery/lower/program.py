@@ -115,7 +115,7 @@ def _read(expr: Expr) -> Expr:
             return make("matmul", args[0], make("T", Expr("weight", (), None, (node.shape[-1], args[0].shape[-1]))))
         if node.op == "frozen_back":
             return make("matmul", args[0], Expr("weight", (), None, (args[0].shape[-1], node.shape[-1])))
-        return Expr(node.op, args, node.data, node.shape)
+        return node.with_args(args)
 
     return rebuild(expr, change)
 

@@ -62,7 +62,7 @@ def _with_masks(body: Expr) -> Expr:
     """Dropout as a mask, and a scaling that goes to a thin factor."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         if node.op != "dropout":
-            return Expr(node.op, args, node.data, node.shape)
+            return node.with_args(args)
         mask = Expr("mask", args, node.data, node.shape)
         return times(1 / (1 - node.data[0]), Expr("masked", (*args, mask), None, node.shape))
 

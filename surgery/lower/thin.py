@@ -19,8 +19,8 @@ _LEAVES = ("param", "built", "fill")
 
 
 def thinly(expr: Expr, trained: frozenset[str]) -> Expr:
-    """The expression with its low-rank parts made in the set-up (itself where there is none). `trained` are the keys of the
-    parameters that take a gradient."""
+    """The expression with its low-rank parts made in the set-up (itself where there is none). `trained` are the keys of
+    the parameters that take a gradient."""
     if len(expr.shape) != 2:
         return expr
     scalar, rest = scaled(expr)
@@ -30,13 +30,12 @@ def thinly(expr: Expr, trained: frozenset[str]) -> Expr:
         return make("matmul", *map(_built, found))
     if expr.op == "add":
         return _together(expr, trained)
-    args = (thinly(a, trained) for a in expr.args)
-    return Expr(expr.op, tuple(args), expr.data, expr.shape) if expr.op in _OPEN else expr
+    return expr.with_args(tuple(thinly(a, trained) for a in expr.args)) if expr.op in _OPEN else expr
 
 
 def _together(expr: Expr, trained: frozenset[str]) -> Expr:
-    """A sum with its low-rank terms as one: those that take a gradient, and those that need none. What the frozen layer's own
-    output goes into stays by itself."""
+    """A sum with its low-rank terms as one: those that take a gradient, and those that need none. What the frozen
+    layer's own output goes into stays by itself."""
     terms, joined = list(summands(expr)), []
     for is_trained in (True, False):
         low = [term for term in terms if _is_low(term) and _is_trained(term, trained) is is_trained]

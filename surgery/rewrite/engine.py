@@ -36,18 +36,13 @@ def table(*rules: Rule) -> Table:
     return {op: tuple(rows) for op, rows in by_op.items()}
 
 
-def with_args(node: Expr, args: tuple[Expr, ...]) -> Expr:
-    """The same operation on other arguments of the same shapes."""
-    return node if args == node.args else Expr(node.op, args, node.data, node.shape)
-
-
 def rewrite(expr: Expr, rules: Table) -> Expr:
     """The normal form of `expr` under the rules."""
     done: dict[Expr, Expr] = {}
 
     def normal(node: Expr) -> Expr:
         if node not in done:
-            plain = with_args(node, tuple(map(normal, node.args)))
+            plain = node.with_args(tuple(map(normal, node.args)))
             better = first(rules.get(plain.op, ()), plain)
             done[node] = plain if better is None else normal(better)
         return done[node]

@@ -35,6 +35,6 @@ def _put(expr: Expr, starts: dict[str, Expr]) -> Expr:
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         if node.op == "param" and node.data in starts:
             return starts[node.data]
-        return Expr(node.op, args, node.data, node.shape)
+        return node.with_args(args)
 
     return rebuild(expr, change)
