@@ -19,7 +19,7 @@ from surgery.rewrite.terms import scaled, value_of
 
 TOKENS = symbol("tokens")
 
-TEMPLATES = {
+_TEMPLATES = {
     "add": "{} + {}", "mul": "{} * {}", "div": "{} / {}", "matmul": "{} @ {}", "scale": "{} * {}", "T": "{}.mT",
     "split": "{}.unflatten(-1, {data})", "join": "{}.flatten(-2)", "detach": "{}.detach()", "exp": "{}.exp()",
     "sqrt": "{}.sqrt()", "abs": "{}.abs()", "tanh": "{}.tanh()", "sigmoid": "{}.sigmoid()", "diag": "{}.diag_embed()",
@@ -32,7 +32,7 @@ TEMPLATES = {
     "flat": "{}.flatten(0, -2)", "zeros": "torch.zeros_like({})",
 }
 # What a line calls by the name of its operation, having no text of its own.
-BY_NAME = {name: row.dense for name, row in PRIMITIVES.items() if name not in TEMPLATES}
+BY_NAME = {name: row.dense for name, row in PRIMITIVES.items() if name not in _TEMPLATES}
 # Values that nothing else holds, and that no backward pass of autograd's reads. (Where autograd does not look on, all
 # that are computed and no views.)
 FRESH = {"frozen", "matmul", "blocks", "add", "scale", "mul", "masked", "run", "frozen_back"}
@@ -98,10 +98,10 @@ class Emitter:
         args = [self.value(a) for a in node.args]
         if args and all(a.op == "const" for a in node.args):  # a number is no tensor yet
             args = [f"layer.fill((), {number}, dtype)" for number in args]
-        if node.op not in TEMPLATES:
+        if node.op not in _TEMPLATES:
             sizes = [] if node.data is None else [repr(node.data)]
             return f"{node.op}({', '.join([*sizes, *(args or ['layer.like(dtype)'])])})"
-        return TEMPLATES[node.op].format(*args, data=node.data, shape=tuple(node.shape))
+        return _TEMPLATES[node.op].format(*args, data=node.data, shape=tuple(node.shape))
 
     def _frozen(self, node: Expr) -> str:
         from_input = node.args[0].op in ("x", "dropout", "masked")

@@ -24,7 +24,7 @@ from surgery.lower.moves import MOVES
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.terms import times
 
-SCOPE = {"torch": torch, **MOVES, **BY_NAME, **KERNELS}
+_SCOPE = {"torch": torch, **MOVES, **BY_NAME, **KERNELS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ def step(body: Expr, needs: tuple[bool, ...]) -> Step | None:
     wanted = [next(of) if need else None for need in needs]
     kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(found.kept)]
     text = f"{_forward(body, inputs, (*used, *found.kept))}\n\n{_backward(wanted, (*used, *kept))}"
-    scope: dict[str, Any] = dict(SCOPE)
+    scope: dict[str, Any] = dict(_SCOPE)
     exec(compile(text, "<surgery step>", "exec"), scope)
     values = [leaf.data if leaf.op == "value" else None for leaf in (*used, *found.kept)]
     return Step(text, tuple(values), scope["forward"], scope["backward"])
