@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import click
 
 from surgery.cli import benching, comparing, exchanging, inspecting, microscope, operating, writing
 from surgery.cli.options import HELP, common
-from surgery.cli.render import Output, settle_streams
+from surgery.cli.render import Output, abandon_stdout, settle_streams
 from surgery.diagnostics import Diagnostic, SurgeryError
 
 # Codes of what is wrong with how the program is used or with the world around it, and not with a spec or a model.
@@ -40,7 +41,9 @@ class Surgery(click.Group):
         output = ctx.ensure_object(Output)
         try:
             with _wrong_use(output):
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+            sys.stdout.flush()  # while an error of it is still ours to tell
+            return result
         except SurgeryError as error:
             output.diagnostics(error.diagnostics)
             output.data()
@@ -50,6 +53,7 @@ class Surgery(click.Group):
             status = 130
         except OSError as error:
             if error.errno == errno.EPIPE:
+                abandon_stdout()
                 raise
             where = f": {error.filename}" if error.filename else ""
             status = _failed(output, f"error: {error.strerror or error}{where}")

@@ -50,6 +50,13 @@ def settle_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def abandon_stdout() -> None:
+    """What is left in its buffer goes nowhere: nobody reads it, and the interpreter's last flush would fail on it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 @dataclass
 class Output:
     """The two streams of one run, and how to write on them. Nothing is shown twice."""
