@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from surgery.expr.solves import cayley, resolvent, skew
+from surgery.lower.rows import weighted_dot
 
 
 def plain(k: Tensor) -> Tensor:
@@ -52,3 +53,12 @@ def test_cayley_holds_its_result_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         rotation = cayley(k)
     assert {t.untyped_storage().data_ptr() for t in saved} == {rotation.untyped_storage().data_ptr()}
+
+
+def test_weighted_sums_of_rows_under_transforms():
+    torch.manual_seed(0)
+    a, b, d = torch.randn(40, 5), torch.randn(40, 5), torch.randn(5)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(weighted_dot, 2)(a, b, d), a * b)
+    each = torch.vmap(weighted_dot, in_dims=(0, 0, None))(a.view(4, 10, 5), b.view(4, 10, 5), d)
+    torch.testing.assert_close(each.flatten(), weighted_dot(a, b, d))

@@ -20,7 +20,7 @@ def is_traced() -> bool:
 
 
 def skew(a: Tensor) -> Tensor:
-    """a - aᵀ."""
+    """a - aᵀ: [..., n, n], square."""
     return a - a.mT if is_traced() else _Skew.apply(a)
 
 
@@ -37,12 +37,13 @@ class _Skew(torch.autograd.Function):
 
 
 def cayley(k: Tensor) -> Tensor:
-    """(I - k/2)⁻¹ (I + k/2) = (I/2 - k/4)⁻¹ - I: one factorisation, and a gradient of two products."""
+    """(I - k/2)⁻¹ (I + k/2) = (I/2 - k/4)⁻¹ - I, of each matrix in [..., n, n]: one factorisation, and a gradient of two
+    products. Not finite where I - k/2 has no inverse, which no skew k lacks."""
     return _solved(k, 0.5, -0.25, -1.0)
 
 
 def resolvent(m: Tensor) -> Tensor:
-    """(I - m/2)⁻¹."""
+    """(I - m/2)⁻¹, of each matrix in [..., n, n]; not finite where there is none."""
     return _solved(m, 1.0, -0.5, 0.0)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.expr.solves import is_traced
+
 ROWS = {"cpu": 16}  # what a core keeps close; elsewhere each operation costs more to start
 OTHERWISE = 1024
 
@@ -21,8 +23,6 @@ def _products(a: Tensor, b: Tensor) -> Iterator[Tensor]:
 
 
 class _WeightedDot(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
         return torch.cat([rows @ d for rows in _products(a, b)])
@@ -41,7 +41,7 @@ class _WeightedDot(torch.autograd.Function):
 
 def weighted_dot(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """Σ a b d over each row: [m, n], [m, n], [n] -> [m]. A compiler makes one pass of it by itself."""
-    return (a * b * d).sum(-1) if torch.compiler.is_compiling() else _WeightedDot.apply(a, b, d)
+    return (a * b * d).sum(-1) if is_traced() else _WeightedDot.apply(a, b, d)
 
 
 ROW_SUMS = {"weighted_dot": weighted_dot}
