@@ -1,67 +1,133 @@
-"""Folders that appear whole: what a command writes takes its place in one step, or not at all.
+"""Folders and files that appear whole: what a command writes takes its place in one step, or not at all.
 
 Takes a path; gives a folder beside it to write into. Promises: whatever interrupts the writing, the path holds what it
-held before or all that is new; only a folder of the kind that we write is ever replaced.
+held before or all that is new, and what an interrupted run has left beside it is cleared up by the next one; a folder
+is replaced only where a list that lies in it says that every file of it was written by us and is still as we wrote it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
+import json
 import os
+import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
 
-from surgery.diagnostics import fail
+from surgery.diagnostics import SurgeryError, fail
+from surgery.files import read_json, refuse_irregular
 from surgery.words import some
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing tells that the writer of a folder is dead
+    fcntl = None
+
+MANIFEST = "surgery-manifest.json"  # lists what we wrote into a folder, with the digest of each file
+FORMAT = "1.0"
+_STAGING, _LOCK = ".surgery-", "lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_TRIES = 100  # of writers that take turns at one path
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of folder that we write: what it is called, the names that one of it always has, and whether it may have
-    an entry of a name."""
+    """A kind of folder that we write: what it is called, and the names in one that a version without a manifest
+    wrote, if no other program writes a folder of those names."""
 
     title: str
-    marks: frozenset[str]
-    may_have: Callable[[str], bool]
+    earlier: frozenset[str] = frozenset()
 
-    def foreign(self, names: Iterable[str]) -> list[str]:
-        """The names that show that a folder is not of this kind (none of an empty one)."""
-        names = sorted(names)
-        return [n for n in names if not self.may_have(n)] or (names if names and not self.marks <= set(names) else [])
+    def foreign(self, folder: Path) -> list[str]:
+        """What a folder holds that is not a file of this kind as we wrote it; nothing of an empty one. Raises: OSError."""
+        digests, names = self._digests(folder), sorted(os.listdir(folder))
+        if digests is None:
+            is_earlier = self.earlier and all(name in names and _digest(folder / name) for name in self.earlier)
+            return [name for name in names if not is_earlier or name not in self.earlier]
+        wrote = {MANIFEST, *digests, *(str(above) for name in digests for above in Path(name).parents)}
+        found = _names(folder)
+        changed = [f"{n} (changed since)" for n in found if n in digests and _digest(folder / n) != digests[n]]
+        if _names(folder) != found:  # it takes a while to read a large model, and somebody was at work there
+            return self.foreign(folder)
+        return [name for name in found if name not in wrote] + changed
+
+    def _digests(self, folder: Path) -> dict[str, str] | None:
+        """What the folder's list says; None where there is none of this kind."""
+        try:
+            found = read_json(folder / MANIFEST)
+            return dict(found["files"]) if found["kind"] == self.title else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def sign(self, folder: Path) -> None:
+        """Write the list of what the folder holds into it."""
+        files = {name: _digest(folder / name) for name in _names(folder) if not (folder / name).is_dir()}
+        about = {"format_version": FORMAT, "kind": self.title, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def replacing(folder: Path, kind: Kind) -> Iterator[Path]:
-    """A new folder that takes the place of `folder`, an older one of the kind, when the block ends well.
+def _below(folder: Path) -> Iterator[Path]:
+    """Everything in a folder, at any depth; links are not followed. Raises: OSError."""
+    def stop(error: OSError) -> None:
+        raise error
 
-    Raises: SurgeryError (bad-output).
-    """
-    refuse_foreign(folder, kind)
-    with _beside(folder) as (target, beside):
-        new = beside / "new"
-        new.mkdir()
-        yield new
-        for path in new.rglob("*"):
-            _flush(path)
-        _put(new, target)
-        _flush(target.parent)
+    for above, folders, files in os.walk(folder, onerror=stop):
+        yield from (Path(above, name) for name in (*folders, *files))
 
 
-def refuse_foreign(folder: Path, kind: Kind) -> None:
-    """Raises: SurgeryError (bad-output) if a folder holds what is not ours to replace, or is a file."""
-    if folder.is_dir():
-        foreign = kind.foreign(p.name for p in folder.iterdir())
-        if foreign:
-            raise fail("bad-output", f"{folder} is not {kind.title}, so it is not replaced: it holds {some(foreign)}",
-                       helps=("name a new folder",))
-    elif folder.exists():
-        raise fail("bad-output", f"{folder} is a file", helps=("name a folder",))
+def _names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in _below(folder))
+
+
+def _digest(path: Path) -> str | None:
+    """The digest of a file's bytes; None for what is no file itself (a link, a folder, a pipe)."""
+    if path.is_symlink() or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- may it be taken
+
+
+def refuse_taken(folder: Path, kind: Kind, force: bool) -> None:
+    """Raises: SurgeryError (bad-output) for a file, for a folder that holds what we did not write and, unless `force`,
+    for any that is not empty."""
+    for tries in range(_TRIES):
+        seen = _identity(folder)
+        try:
+            return _refuse(folder, kind, force) if seen else None
+        except (SurgeryError, OSError):
+            # Another writer may have put a new folder there while we looked at an old one.
+            if _identity(folder) == seen or tries == _TRIES - 1:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells one folder at a path from the next; None where there is nothing."""
+    if os.path.lexists(path):
+        with suppress(FileNotFoundError):
+            found = path.stat() if path.exists() else path.lstat()
+            return found.st_ino, found.st_ctime_ns
+
+
+def _refuse(folder: Path, kind: Kind, force: bool) -> None:
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "a link to nothing"
+        raise fail("bad-output", f"{folder} is {what}", helps=("name a folder",))
+    foreign = kind.foreign(folder)
+    if foreign:
+        raise fail("bad-output", f"{folder} is not {kind.title} as surgery wrote it, so it is not replaced: it holds "
+                   f"{some(foreign)}", helps=("name a new folder",))
+    if not force and os.listdir(folder):
+        raise fail("bad-output", f"{folder} exists already", helps=("--force replaces it; in Python, force=True",))
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -79,52 +145,100 @@ def refuse_file(path: Path) -> None:
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a device or a pipe, which nothing can take the place of"
         raise fail("bad-output", f"{path} is {what}", helps=("name a file",))
+    if path.exists() and not os.access(path, os.W_OK):  # a rename would not ask
+        raise fail("bad-output", f"cannot write {path}: it is write-protected")
+
+
+# --------------------------------------------------------------------------------------------------------- replacing
+
+
+@contextmanager
+def replacing(folder: Path, kind: Kind, force: bool = True) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` when the block ends well: of nothing or an empty one, and of an
+    older one of the kind if `force`. It keeps that one's permissions, file by file.
+
+    Raises: SurgeryError (bad-output).
+    """
+    with _staged(folder) as (target, new):
+        refuse_taken(folder, kind, force)
+        yield new
+        kind.sign(new)
+        for path in _below(new):
+            _flush(path)
+        _put(new, target, kind, force)
+        _flush(target.parent)
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """A new file's path, of the same ending, that takes the place of `path`, or of what that links to, when the block
-    ends well. Raises: SurgeryError (bad-output)."""
+    ends well, with the permissions that that has. Raises: SurgeryError (bad-output)."""
     refuse_file(path)
-    with _beside(path) as (target, beside):
-        new = beside / path.name
+    with _staged(path) as (target, folder):
+        new = folder / path.name
         yield new
+        _flush(new)
+        if target.exists():
+            _keep_permissions(target, new)
         new.replace(target)
+        _flush(target.parent)
 
 
-@contextmanager
-def _beside(path: Path) -> Iterator[tuple[Path, Path]]:
-    """What `path` is or links to, and a folder beside that for what is to take its place: within one file system a
-    rename is one step. Raises: SurgeryError (bad-output)."""
-    target = Path(os.path.realpath(path))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent,
-                                         ignore_cleanup_errors=True) as beside:
-            yield target, Path(beside)
-    except OSError as error:
-        raise fail("bad-output", f"cannot write {path}: {error.strerror or error}") from error
+def _put(new: Path, target: Path, kind: Kind, force: bool) -> None:
+    """Move the new folder to its place; an old one comes to stand beside the place where the new one stood.
 
-
-def _put(new: Path, target: Path) -> None:
-    """Move the new folder to its place; an old one comes to stand where the new one stood."""
-    if not target.exists():
-        new.rename(target)
-    elif not _exchange(new, target):
-        aside = new.with_name("old")
-        target.rename(aside)
+    Other writers may do the same at this moment: where a step finds another state than was seen, all is done again.
+    """
+    for _ in range(_TRIES):
         try:
-            new.rename(target)
-        except BaseException:
-            aside.rename(target)
-            raise
+            refuse_taken(target, kind, force)
+            for path in (target, *_below(target)) if target.exists() else ():
+                if (other := new / path.relative_to(target)).exists():
+                    _keep_permissions(path, other)
+            if not force and target.exists():
+                target.rmdir()  # it is empty, or this fails
+            if not target.exists():
+                new.rename(target)
+            elif not _exchange(new, target):
+                _swap(new, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    raise fail("bad-output", f"cannot write {target}: others write there all the time")
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two paths in one step; False where the system has no such call."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    return rename is not None and rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other),
-                                         _RENAME_EXCHANGE) == 0
+    """Exchange two paths in one step, True; False where the system, or the file system, has no such call."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    if ctypes.get_errno() == errno.ENOENT:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(other))
+    return False
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Exchange two folders in two steps. One that is killed in between leaves the old one where `_clear_up` finds it."""
+    aside = Path(tempfile.mkdtemp(prefix="old", dir=new.parent)) / "folder"
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except BaseException:
+        if not target.exists():
+            aside.rename(target)
+        raise
+
+
+def _keep_permissions(old: Path, new: Path) -> None:
+    """Give what is new the owner, as far as we may, and the permissions of what it takes the place of."""
+    was = old.stat()
+    with suppress(OSError, AttributeError):
+        if (was.st_uid, was.st_gid) != (new.stat().st_uid, new.stat().st_gid):
+            os.chown(new, was.st_uid, was.st_gid)
+    new.chmod(stat.S_IMODE(was.st_mode))
 
 
 def _flush(path: Path) -> None:
@@ -135,3 +249,68 @@ def _flush(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------------------------- staging
+
+
+@contextmanager
+def _staged(path: Path) -> Iterator[tuple[Path, Path]]:
+    """What `path` is or links to, and a new folder beside that: within one file system a rename is one step.
+    Raises: SurgeryError (bad-output)."""
+    target = Path(os.path.realpath(path))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_up(target.parent)
+        with _held(Path(tempfile.mkdtemp(prefix=_STAGING, dir=target.parent)), target.name) as staging:
+            new = staging / "new"
+            new.mkdir()
+            yield target, new
+    except OSError as error:
+        raise fail("bad-output", f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _held(staging: Path, name: str) -> Iterator[Path]:
+    """The folder, which is removed at the end. Inside, a file in it is locked, by which others know that its writer
+    lives: the system lets go of a lock when the process ends, however it ends. The file gets its name once it is
+    locked, so that none ever lies there free."""
+    with (staging / "unlocked").open("xb", buffering=0) as lock:
+        try:
+            with suppress(OSError, AttributeError):  # a system without such locks: what is left there stays
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.write(json.dumps({"surgery": "writes", "target": name}).encode())
+                os.rename(staging / "unlocked", staging / _LOCK)
+            yield staging
+        finally:
+            _remove(staging)
+
+
+def _clear_up(folder: Path) -> None:
+    """Remove what runs that were killed have left in a folder. Only what was ours and has no living writer goes."""
+    for staging in folder.glob(f"{_STAGING}*") if fcntl else ():
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # whatever is odd about one, it stays
+            if staging.is_symlink() or staging.lstat().st_uid != os.geteuid():
+                continue
+            refuse_irregular(staging / _LOCK)
+            with (staging / _LOCK).open("r+b") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                about = json.loads(lock.read(1 << 16))
+                if about["surgery"] == "writes":
+                    _put_back(staging, folder / Path(about["target"]).name)
+                    _remove(staging)
+
+
+def _remove(staging: Path) -> None:
+    """Remove a folder, its lock last: should this run be killed too, the next one knows it for ours."""
+    for path in staging.glob("*"):
+        if path.name != _LOCK:
+            shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _put_back(staging: Path, target: Path) -> None:
+    """Where the system could not exchange two folders at once, the old one may have been away when the run ended."""
+    for aside in staging.glob("old*/folder"):
+        if not target.exists():
+            aside.rename(target)

@@ -24,7 +24,7 @@ from surgery.words import counted, dtype_text
 
 FORMAT = "1.0"
 TENSORS, SPEC, META = FILES = ("adapter.safetensors", "adapter.surg", "meta.json")
-ADAPTER = Kind("a saved adapter", frozenset({SPEC}), FILES.__contains__)
+ADAPTER = Kind("a saved adapter", earlier=frozenset(FILES))
 _SHOWN = 8
 _NAME_ONE = "name what `surgery apply -o` or `save()` wrote"
 

@@ -1,8 +1,9 @@
 """Saving an adapter, putting it on a model again, and saving a merged model.
 
 A saved adapter is a folder of three files: `adapter.safetensors` (the adapter's tensors and those of `train`),
-`adapter.surg` (the spec on its own, parameters as they were set), `meta.json`. Promises: a folder appears whole or not
-at all; `attach` says everything that does not fit and then leaves the model as it is.
+`adapter.surg` (the spec on its own, parameters as they were set), `meta.json`; and a list of them by which a later run
+knows what it may replace. Promises: a folder appears whole or not at all; `attach` says everything that does not fit
+and then leaves the model as it is.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from surgery.expr.places import bounds
 from surgery.folders import Kind, replacing
 from surgery.layer import Adapter
 from surgery.operate import Surgeon, prepare
-from surgery.saved import ADAPTER, FILES, FORMAT, META, SPEC, TENSORS, Saved, compare, shapes
+from surgery.saved import ADAPTER, FORMAT, META, SPEC, TENSORS, Saved, compare, shapes
 from surgery.spec import inlined
 from surgery.words import dtype_text
 
 
 def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
-         state: Mapping[str, torch.Tensor] | None = None, **more: Any) -> None:
-    """Write the adapter into `folder`, in the place of an older one; `state` where its tensors' values are not the
-    surgeon's own; what else is said of it goes into `meta.json`. The model may be merged or disabled.
+         state: Mapping[str, torch.Tensor] | None = None, force: bool = True, **more: Any) -> None:
+    """Write the adapter into `folder`, in the place of one that we wrote there unless `force` is off; `state` where its
+    tensors' values are not the surgeon's own; what else is said of it goes into `meta.json`. The model may be merged or
+    disabled.
 
     Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
     """
@@ -41,7 +43,7 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
     about = {"format_version": FORMAT, "surgery_version": __version__, "base_model": base_model, "revision": revision,
              "model_class": type(surgeon.model).__name__, "seed": surgeon.seed, "dtype": dtype_text(surgeon.dtype),
              "tensors": {n: {"shape": list(t.shape), "dtype": dtype_text(t.dtype)} for n, t in tensors.items()}, **more}
-    with replacing(Path(folder), ADAPTER) as new:
+    with replacing(Path(folder), ADAPTER, force) as new:
         (new / TENSORS).write_bytes(to_bytes(tensors))
         (new / SPEC).write_text(inlined(surgeon.spec).to_surg(), encoding="utf-8")
         (new / META).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -96,9 +98,9 @@ def _does_not_fit(model: nn.Module, saved: Saved, why: Iterable[Diagnostic]) -> 
 # ---------------------------------------------------------------------------------------------------------- merged
 
 
-def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] = ()) -> None:
-    """Save the merged model as a plain one, which transformers loads without us;
-    `extras` (a tokenizer) are saved beside it.
+def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] = (), force: bool = False) -> None:
+    """Save the merged model as a plain one, which transformers loads without us; `extras` (a tokenizer) are saved
+    beside it. `force`: in the place of one that we wrote there and that nobody has changed.
 
     The model is afterwards as it was before. Raises: SurgeryError (bad-output, merge-error).
     """
@@ -107,7 +109,7 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
         raise fail("bad-output",
                    f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
                    helps=("merge() and save its state_dict() yourself",))
-    with replacing(Path(folder), MODEL) as new, _merged(surgeon), _untied(surgeon):
+    with replacing(Path(folder), MODEL, force) as new, _merged(surgeon), _untied(surgeon):
         try:
             model.save_pretrained(new, state_dict=_plain(model))
         except SafetensorError as error:  # which is what it makes of an error of the system's
@@ -116,12 +118,7 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
             extra.save_pretrained(new)
 
 
-def _of_a_model(name: str) -> bool:
-    return name not in FILES and Path(name).suffix in (".json", ".safetensors", ".txt", ".model", ".jinja", ".py",
-                                                       ".md")
-
-
-MODEL = Kind("a saved model", frozenset({"config.json"}), _of_a_model)
+MODEL = Kind("a saved model")
 
 
 def _plain(model: nn.Module) -> dict[str, torch.Tensor]:

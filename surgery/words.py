@@ -8,6 +8,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
+def plain(text: str, keep: str = "") -> str:
+    """Text that does nothing but stand there: what is not printable, `keep` excepted, is shown by its number, `\\u001b`.
+
+    A name from a file may hold what moves a terminal's cursor, colours it, or turns the direction of writing. The form
+    is one that JSON and Python read back.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else _numbered(c) for c in text)
+
+
+def _numbered(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
+
+
 def counted(number: int, noun: str) -> str:
     """`1 module`, `1,024 modules`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -235,7 +235,8 @@ def test_a_new_folder_may_lie_deep_and_an_empty_one_is_taken() -> None:
     Path("empty").mkdir()
     assert apply(out="a/b/c").exit_code == apply(out="empty").exit_code == 0
     assert contents("a/b/c").keys() == {f"a/b/c/{name}"
-                                        for name in ("adapter.safetensors", "adapter.surg", "meta.json")}
+                                        for name in ("adapter.safetensors", "adapter.surg", "meta.json",
+                                                     "surgery-manifest.json")}
 
 
 @pytest.mark.parametrize("error, status",

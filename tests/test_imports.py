@@ -14,7 +14,7 @@ ROOT = Path(surgery.__file__).parent
 # The stages in order, each with its modules and packages; what is not listed is a study of operated models.
 PIPELINE = {
     "package": "",  # it holds the version, and finds its public names when they are asked for
-    "diagnostics": "diagnostics words resources refused",
+    "diagnostics": "diagnostics words resources refused files",
     "syntax": "syntax as_python",
     "spec": "spec",
     "expr": "expr maths show",

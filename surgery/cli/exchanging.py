@@ -39,7 +39,7 @@ def import_(output: Output, folder: str, model: str | None, out: str, dtype: str
         output.diagnostics(found.warnings)
         surgeon = found.operate()
     with output.busy(f"saving {out}"):
-        surgeon.save(out, base_model=base, revision=adapter.config.get("revision"), peft=adapter.config)
+        surgeon.save(out, base_model=base, revision=adapter.config.get("revision"), peft=adapter.config, force=force)
     kind, report = adapter.config["peft_type"], surgeon.report()
     output.say(f"{kind} for {base}: {counted(len(surgeon.plan.placed), 'module')}\n\n{report}")
     output.say(f"saved     {out}\nnext      surgery merge {shlex.quote(out)} -o {shlex.quote(f'{Path(out)}-merged')}")
@@ -66,7 +66,8 @@ def export(output: Output, folder: str, model: str | None, form: str, out: str, 
     free(out, force, ADAPTER)
     subject, base, meta = base_of(output, folder, model, dtype)
     with output.busy("exporting"):
-        found = export_peft(attach(subject, folder), out, rank=rank, base_model=base, like=meta.get("peft"))
+        found = export_peft(attach(subject, folder), out, rank=rank, base_model=base, like=meta.get("peft"),
+                            force=force)
     _say(output, found)
     output.say(f"saved     {out}\nnext      PeftModel.from_pretrained(model, {out!r})")
     output.data(adapter=folder, model=base, out=out, to=form, peft_type=found.peft_type, rank=found.rank,

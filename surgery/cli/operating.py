@@ -23,15 +23,12 @@ if TYPE_CHECKING:
 
 def free(out: str, force: bool, kind: Kind) -> None:
     """Refuse an output folder that is not ours to take, before any work. Raises: SurgeryError (bad-output)."""
-    from surgery.folders import refuse_foreign, refuse_unwritable
+    from surgery.folders import refuse_taken, refuse_unwritable
 
     if not out:
         raise fail("bad-output", "-o names no folder")
-    folder = Path(out)
-    refuse_foreign(folder, kind)
-    if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise fail("bad-output", f"{out} exists already", helps=("--force replaces it",))
-    refuse_unwritable(folder)
+    refuse_taken(Path(out), kind, force)
+    refuse_unwritable(Path(out))
 
 
 def loaded(output: Output, model: str, dtype: str | None, saved: Trained | None = None) -> Any:
@@ -72,7 +69,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     with Compared(output, subject, asked) as compared:
         surgeon = _operate(output, subject, asked, seed, strict)
     if out is not None:
-        _save(output, surgeon, model, out, merge)
+        _save(output, surgeon, model, out, merge, force)
     report = surgeon.report()
     output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{report}\n"
                f"start     {compared.verdict}")
@@ -91,15 +88,15 @@ def _operate(output: Output, model: Any, spec: Any, seed: int, strict: bool) -> 
     return surgeon
 
 
-def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool) -> None:
+def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool, force: bool) -> None:
     from surgery.cli.models import preprocessors
     from surgery.store import save_merged
 
     with output.busy(f"saving {out}"):
         if merged:
-            save_merged(surgeon, out, preprocessors(model))
+            save_merged(surgeon, out, preprocessors(model), force)
         else:
-            surgeon.save(out, base_model=model)
+            surgeon.save(out, base_model=model, force=force)
 
 
 def _say_saved(output: Output, out: str, merged: bool) -> None:
@@ -135,7 +132,7 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
         surgeon = surgeries.use(*surgeries.names)
         errors = surgeon.merge()
     with output.busy(f"saving {out}"):
-        save_merged(surgeon, out, preprocessors(base))
+        save_merged(surgeon, out, preprocessors(base), force)
     say_errors(output, errors)
     output.say(f"saved     {out}\nnext      surgery modules {shlex.quote(out)}")
     output.data(adapters=[folder, *after], model=base, out=out, relative_errors=errors)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from surgery.cli.inspecting import skeleton_of
 from surgery.cli.options import PAIR, command, opened, sets, spec_argument, strict_option
 from surgery.cli.render import Output
 from surgery.diagnostics import CODES, Collector, Diagnostic, SurgeryError, did_you_mean, fail
+from surgery.files import SPEC_BYTES, read_bytes
 from surgery.words import counted
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def _summary(changed: int, unchanged: int, dry: bool) -> str:
 
 def _formatted(output: Output, name: str, dry: bool, diff: bool) -> bool:
     """Format one file; whether its text changed."""
+    from surgery.folders import replacing_file
     from surgery.syntax.printer import format_text
 
     title = "<stdin>" if name == "-" else name
@@ -143,7 +144,8 @@ def _formatted(output: Output, name: str, dry: bool, diff: bool) -> bool:
     elif dry and after != before:
         output.say(f"{title} would be changed")
     elif after != before:
-        _write(Path(name), after)
+        with replacing_file(Path(name)) as new:
+            new.write_bytes(after.encode("utf-8"))
     return after != before
 
 
@@ -155,25 +157,12 @@ def _difference(name: str, before: str, after: str) -> Iterator[str]:
 
 def _text(name: str, title: str) -> str:
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        data = sys.stdin.buffer.read() if name == "-" else read_bytes(Path(name), SPEC_BYTES, any_kind=True)
         return data.decode("utf-8")
     except OSError as error:
         raise fail("missing-file", f"cannot read {title}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise fail("missing-file", f"cannot read {title}: byte {error.start} is not UTF-8") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Put the text in the file's place in one step, with the file's permissions; a link stays a link."""
-    path = path.resolve()
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        new.write_bytes(text.encode("utf-8"))
-        new.chmod(path.stat().st_mode)
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise fail("bad-output", f"cannot write {path}: {error.strerror or error}") from None
 
 
 # -------------------------------------------------------------------------------------------------------- specs

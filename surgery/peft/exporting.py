@@ -64,8 +64,8 @@ class _Form:
 
 
 def export_peft(surgeon: Surgeon, folder: str | PathLike, *, rank: int | None = None, base_model: str | None = None,
-                like: Config | None = None) -> Exported:
-    """Write what a surgeon does as a PEFT adapter, in the place of an older one.
+                like: Config | None = None, force: bool = True) -> Exported:
+    """Write what a surgeon does as a PEFT adapter, in the place of one that we wrote there unless `force` is off.
 
     `rank`: write a LoRA of that rank, whatever the method is. `like`: the configuration that the surgery came from, of
     which the fields that still hold are kept. Raises: SurgeryError (no-peft-form, bad-value, bad-output).
@@ -75,7 +75,7 @@ def export_peft(surgeon: Surgeon, folder: str | PathLike, *, rank: int | None = 
     beside = Beside.of(surgeon, form.names, form.biases, form.config["peft_type"], like)
     config = {**_about(surgeon, base_model, like), **form.config, **beside.fields}
     choice = _choice(surgeon, form, config, like)
-    write(Path(folder), {**config, **choice}, {**form.tensors, **beside.tensors})
+    write(Path(folder), {**config, **choice}, {**form.tensors, **beside.tensors}, force)
     return form.about
 
 

@@ -23,11 +23,11 @@ from surgery.peft.methods import METHODS
 from surgery.refused import SWITCHES, refusal
 from surgery.words import dtype_text
 
-CONFIG, TENSORS = FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG, TENSORS = ("adapter_config.json", "adapter_model.safetensors")
 _PICKLE = "adapter_model.bin"
 MODEL, SHARED = "base_model.model.", "base_model."  # in front of what belongs to a module, and to the whole model
 
-ADAPTER = Kind("a PEFT adapter", frozenset({CONFIG}), (*FILES, "README.md").__contains__)
+ADAPTER = Kind("a PEFT adapter")
 TYPES = tuple(dict.fromkeys(m.family.peft_type for m in METHODS))
 
 # The whole numbers are for places.
@@ -117,14 +117,14 @@ class Folder:
             self._fault(f"{name} does not begin with {SHARED}, as the names of PEFT's tensors do")
 
 
-def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter as PEFT does, in the place of an older one; names without `base_model.` are below the model's.
+def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], force: bool = True) -> None:
+    """Write an adapter as PEFT does, in the place of one that we wrote if `force`; names without `base_model.` are below the model's.
 
     Raises: SurgeryError (bad-output).
     """
     named = {name if name.startswith(SHARED) else MODEL + name: t for name, t in tensors.items()}
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
-    with replacing(path, ADAPTER) as new:
+    with replacing(path, ADAPTER, force) as new:
         (new / TENSORS).write_bytes(save(whole, {"format": "pt"}))
         (new / CONFIG).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
 
