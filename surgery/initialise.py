@@ -102,7 +102,7 @@ def not_identity(target: Target, changes: Mapping[str, float]) -> list[Diagnosti
         return []
     worst = max(changes, key=changes.__getitem__)
     how = (f"by {changes[worst]:.1e}" if changes[worst] < float("inf")
-           else "beyond all numbers: W is not finite, or a row or a norm of it is zero")
+           else "beyond all numbers: W or W' is not finite")
     more = f" (and of {counted(len(changes) - 1, 'other module')}, by less)" if len(changes) > 1 else ""
     return [Diagnostic("not-identity", f"W' of {worst}{more} does not start as W: they differ {how}", target.span,
                        notes=(f"allowed is {IDENTITY_TOLERANCE:.0e}, relative, in float32",),

@@ -103,10 +103,21 @@ def _expm(k: Any) -> Any:
     return torch.linalg.matrix_exp(torch.stack([k, torch.zeros_like(k)]))[0]
 
 
+def divided(a: Any, b: Any) -> Any:
+    """a / b, and 0 without a gradient where b is 0, whatever a is: then x / y = x (1 / y) everywhere, and what is
+    divided by its norm has a direction or is zero. The zero is taken out of b too, or its gradient would be 0 ∞."""
+    import torch
+
+    if not isinstance(b, torch.Tensor):
+        return a / b if b else a * 0.0
+    none = b == 0
+    return (a / b.masked_fill(none, 1.0)).masked_fill(none, 0.0)
+
+
 def _reflect(u: Any) -> Any:
     product = u.new_ones(u.shape[0]).diag_embed()
     for column in u.unbind(dim=1):
-        product = product - (product @ column[:, None]) * (2 * column / (column @ column))
+        product = product - (product @ column[:, None]) * divided(2 * column, column @ column)
     return product
 
 
@@ -159,7 +170,9 @@ def _mirrored(u: Any) -> Any:
     import torch
 
     gram = u.mT @ u
-    return torch.linalg.solve_triangular(gram.triu(1) + gram.triu(), u.mT, upper=True)
+    triangle = gram.triu(1) + gram.triu()
+    none = (gram.diagonal() == 0).to(u.dtype).diag_embed()  # a zero column is no mirror: its row of V is zero
+    return torch.linalg.solve_triangular(triangle + none, u.mT, upper=True)
 
 
 def _side_by_side(a: Any, b: Any) -> Any:
@@ -204,7 +217,7 @@ _ROWS = [
     Primitive("add", 2, elementwise, lambda a, b: a + b, "a + b"),
     Primitive("sub", 2, elementwise, lambda a, b: a - b, "a - b"),
     Primitive("mul", 2, entrywise_product, lambda a, b: a * b, "a * b, entry by entry"),
-    Primitive("div", 2, elementwise, lambda a, b: a / b, "a / b, entry by entry"),
+    Primitive("div", 2, elementwise, divided, "a / b, entry by entry; 0 where b is 0"),
     Primitive("min", 2, elementwise, _extreme("minimum"), "the smaller of each pair of entries"),
     Primitive("max", 2, elementwise, _extreme("maximum"), "the larger of each pair of entries"),
     Primitive("exp", 1, same, lambda a: a.exp(), "e^a, entry by entry"),

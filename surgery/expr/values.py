@@ -111,6 +111,8 @@ def _binary(node: tree.Binary, names: Mapping[str, Any]) -> Any:
         return _compare(node, left, right)
     _numeric(left, node.left), _numeric(right, node.right)
     if isinstance(left, Expr) or isinstance(right, Expr):
+        if node.op == "/" and isinstance(right, NUMBERS) and not isinstance(right, Dim) and right == 0:
+            raise ZeroDivisionError  # of a tensor it is 0, but nobody writes that down
         return make(OPERATORS[node.op], tensor(left), tensor(right))
     if node.op == "@":
         raise ShapeError("`@` needs matrices, not two numbers; use `*`")

@@ -20,7 +20,7 @@ from surgery.rewrite.terms import scaled, value_of
 TOKENS = symbol("tokens")
 
 _TEMPLATES = {
-    "add": "{} + {}", "mul": "{} * {}", "div": "{} / {}", "matmul": "{} @ {}", "scale": "{} * {}", "T": "{}.mT",
+    "add": "{} + {}", "mul": "{} * {}", "matmul": "{} @ {}", "scale": "{} * {}", "T": "{}.mT",
     "split": "{}.unflatten(-1, {data})", "join": "{}.flatten(-2)", "detach": "{}.detach()", "exp": "{}.exp()",
     "sqrt": "{}.sqrt()", "abs": "{}.abs()", "tanh": "{}.tanh()", "sigmoid": "{}.sigmoid()", "diag": "{}.diag_embed()",
     "cos": "{}.cos()", "sin": "{}.sin()", "total": "{}.sum()", "add_bias": "{} + {}", "param": "leaves[{data!r}]",
