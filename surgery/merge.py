@@ -46,14 +46,15 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
     exact = dict(zip((site.parameter, "bias"), adapter.weights(module)))
     exact[site.parameter] = site.layout.unmatrix(exact[site.parameter], site.weight.shape)
     stored = {name: value.to(module._parameters[name].dtype).contiguous() for name, value in exact.items()}
-    error = max(_rounding_error(stored[name], exact[name]) for name in exact)
-    bound = ROUNDINGS * torch.finfo(site.weight.dtype).eps
-    if not error <= bound:
-        raise fail("merge-error",
-                   f"{site.name} does not fit {str(site.weight.dtype).removeprefix('torch.')} after merging: "
-                   f"the relative error is {error:.1e}, and rounding allows {bound:.1e}", placed.target.span,
-                   helps=("load the model in a wider dtype, then merge",))
-    return Merged(stored, error)
+    errors = {name: _rounding_error(stored[name], exact[name]) for name in exact}
+    for name, error in errors.items():  # a bias may have a dtype of its own
+        bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps
+        if not error <= bound:
+            raise fail("merge-error",
+                       f"{site.name} does not fit {str(stored[name].dtype).removeprefix('torch.')} after merging: "
+                       f"the relative error is {error:.1e}, and rounding allows {bound:.1e}", placed.target.span,
+                       helps=("load the model in a wider dtype, then merge",))
+    return Merged(stored, max(errors.values()))
 
 
 def _rounding_error(rounded: torch.Tensor, exact: torch.Tensor) -> float:

@@ -92,8 +92,8 @@ class FrozenLinear(Frozen):
     is_product = True
 
     def as_dtype(self, dtype: torch.dtype) -> FrozenLinear:
-        """The layer with its tensors in another dtype (itself, in its own)."""
-        if self.weight.dtype == dtype:
+        """The layer with its tensors in another dtype (itself, where they are: a bias may have one of its own)."""
+        if self.weight.dtype == dtype and (self.bias is None or self.bias.dtype == dtype):
             return self
         other = copy(self)
         other.weight, other.bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
@@ -143,10 +143,14 @@ class FrozenEmbedding(Frozen):
     """nn.Embedding: token ids of any shape are one-hot rows [tokens, vocabulary]; its map is Wᵀ."""
 
     def enter(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, None]:
-        self.shape = x.shape
-        return x.reshape(-1), None
+        self.shape, self.ids = x.shape, x.reshape(-1)
+        return self.ids, None
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """No gradient comes from where padding stands. (Not by `F.embedding`, which would keep it from the factor that
+        is looked up alone, and not from what is multiplied with it.)"""
+        if self.module.padding_idx is not None:
+            y = y.where((self.ids != self.module.padding_idx)[:, None], y.detach())
         return y.reshape(*self.shape, y.shape[-1])
 
     def dropout(self, x: tuple, p: float) -> tuple:
@@ -158,7 +162,7 @@ class FrozenEmbedding(Frozen):
     def run(self, x: tuple, matrix: torch.Tensor) -> torch.Tensor:
         """The rows of a matrix [m, vocabulary]ᵀ that the ids name."""
         ids, kept = x
-        rows = F.embedding(ids, matrix.mT, self.module.padding_idx)
+        rows = F.embedding(ids, matrix.mT)
         return rows if kept is None else rows * kept[:, None].to(rows.dtype)
 
     def frozen(self, x: tuple) -> torch.Tensor:
