@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import pytest
-from operands import MIXED, every_call, expression, tensors, value_and_gradients
-from surgery.expr.ir import Expr
+from operands import MIXED, NAMES, every_call, expression, tensors, value_and_gradients
+from surgery.expr.ir import Expr, substituted, walk
+from surgery.expr.primitives import constant, make
 from surgery.rewrite.algebra import RULES, simplify
 from surgery.rewrite.cheap import CHEAP, JOINED, cheapest
 from surgery.rewrite.engine import Rule, rewrite, table
@@ -67,6 +68,39 @@ def test_a_rule_holds_on_its_example(rule):
 def test_formulas_keep_their_meaning_as_a_whole(form):
     for text in (*MIXED, *(rule.example for rule in (*RULES, *JOINED, *CHEAP))):
         assert agree(expression(text), form(expression(text))), text
+
+
+def varied(text: str) -> Iterator[Expr]:
+    """A formula with each of its operands scaled by a number and by a trained one, and made a sum; with all of them
+    scaled and negated, each by its own number; and itself scaled. What a rule does with a scalar or a sum in front of an operand is
+    not seen on the operand alone."""
+    expr = expression(text)
+    found = [node for node in walk(expr) if node.op == "param"]
+    scalar, others = NAMES["h"], {a: b for a, b in zip("ABFPQpqdeSZKghG", "BAFQPqpedZSKhgG")}
+
+    def put(table: dict[Expr, Expr]) -> Expr:
+        return substituted(expr, table)
+
+    for node in found:
+        other = NAMES[others.get(node.data.removeprefix("own."), node.data.removeprefix("own."))]
+        yield from (put({node: new}) for new in (make("mul", constant(3.0), node), make("mul", scalar, node),
+                                                 make("add", node, other)))
+    yield put({node: make("neg", make("mul", constant(2.0 + i), node)) for i, node in enumerate(found)})
+    yield make("div", expr, constant(-2.0))
+
+
+VARIED = [*dict.fromkeys([*(rule.example for rows in (RULES, JOINED, CHEAP) for rule in rows), *MIXED])]
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_rules_hold_whatever_stands_in_front_of_an_operand(part):
+    leaves = tensors(0)
+    for text in VARIED[part::6]:
+        for before in varied(text):
+            wanted, found = (value_and_gradients(e, leaves) for e in (before, cheapest(before)))
+            for what, value in wanted.items():
+                error = (found[what] - value).norm() / (1 + value.norm())
+                assert error <= 1e-9 or not value.isfinite().all(), f"{what} of {text}, as {before}: off by {error:.1e}"
 
 
 @pytest.mark.parametrize("form", [simplify, cheapest])
