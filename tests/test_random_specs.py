@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from layers import LAYOUTS, Tower, gradients, perturb
 from random_specs import specs
+from reference import Reading, compare_gradients
 from surgery.as_python import python_text
 from surgery.compile import Placed
 from surgery.expr.evaluate import dense
@@ -148,6 +150,45 @@ def test_the_layer_is_the_dense_formula(operation):
     for what, value in wanted.items():
         assert found[what].shape == value.shape
         assert error(found[what], value) <= 1e-8, f"{what} is off by {error(found[what], value):.1e}"
+
+
+@some(30)
+@given(operations())
+def test_the_operated_weight_is_what_the_text_says(operation):
+    """W', b' and their gradients against a reading of the text that shares no code with the package; of a stack, those
+    of its last matrix."""
+    text, layer = operation
+    assume("top_softmax" not in text)  # of equal entries any may be among the largest
+    op = operated(parse(text), layer, torch.float64, torch.float64)
+    ((adapter,), (placed,)), module = (op.surgeon.adapters.values(), op.surgeon.plan.placed), op.surgeon.model.layers[0]
+    is_stack = placed.site.stack is not None
+    own = {leaf.key for leaf in placed.formula.leaves if is_stack and not leaf.group}
+    tensors = {key: (t[-1] if key in own else t).detach().numpy().copy() for key, t in adapter.tensors().items()}
+    matrix = placed.site.layout.matrix(op.base.weight.detach())
+    bias = None if placed.site.bias is None else op.base.bias.detach().numpy()
+    reading = Reading(text)
+
+    def meant(tensors):
+        return [v for v in reading.operated((matrix[-1] if is_stack else matrix).numpy(), bias, tensors)
+                if v is not None]
+
+    with np.errstate(all="ignore"):
+        wanted = meant(tensors)
+        assume(all(np.isfinite(value).all() for value in wanted))
+        found = [value[-1] if is_stack else value for value in adapter.weights(module)]
+        assert len(found) == len(wanted)
+        for value, right in zip(found, wanted):
+            assert error(value.detach(), torch.from_numpy(np.ascontiguousarray(right))) <= 1e-8
+        draw = np.random.default_rng(0)
+        directions = [draw.standard_normal(value.shape) for value in wanted]
+        total = sum((value * torch.from_numpy(d)).sum() for value, d in zip(found, directions))
+        taking = {key: t for key, t in adapter.tensors().items() if t.requires_grad}
+        if taking and total.requires_grad:
+            raw = torch.autograd.grad(total, list(taking.values()), allow_unused=True)
+            grads = {key: (g[-1] if key in own else g).numpy() for key, g in zip(taking, raw) if g is not None}
+            assume(all(np.isfinite(g).all() for g in grads.values()))
+            compare_gradients(reading, lambda moved: sum((v * d).sum() for v, d in zip(meant(moved), directions)),
+                              tensors, grads, 1)
 
 
 # How far from the exact results a dtype may be: so many times what the dense formula is in it, and a few roundings.
