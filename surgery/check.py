@@ -1,14 +1,15 @@
 """Checking a spec without a model: names, types, shapes and patterns from its text, its start, and its claims.
 
-Takes a spec; gives diagnostics. Promises: no torch while the text suffices; where it does not (a claim, a start that
-algebra cannot prove), `trial` tries it in numbers.
+Takes a spec; gives diagnostics. Promises: the programs that its targets run are proven to compute their formulas; no
+torch while the text suffices; where it does not (a claim, a start that algebra cannot prove), `trial` tries it in
+numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from math import lcm, prod
 from typing import Any
 
@@ -18,6 +19,9 @@ from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
 from surgery.expr.lint import lint, spec_values
 from surgery.expr.values import names_in, nodes
+from surgery.lower.choose import by_tokens, candidates
+from surgery.lower.regions import program_text, step_text
+from surgery.lower.validate import program_faults, step_faults
 from surgery.rewrite.identity import starts_as_weight
 from surgery.selectors import selector_faults
 from surgery.spec import Library, library
@@ -68,8 +72,27 @@ def _tried(spec: Spec, scope: Library, values: Mapping[str, Any]) -> list[Diagno
         from surgery.trial import try_claims, try_starts
 
         report.add(*try_starts(unproven), *try_claims(claiming))
+    for trials in targets.values():
+        report.add(*islice(chain.from_iterable(map(_miscompiled, trials)), 1))
     report.add(*_dense(spec, scope, values))
     return report.found
+
+
+def _miscompiled(trial: Trial) -> Iterator[Diagnostic]:
+    """A program that can run for the target and is not proven to compute what the formula means: our mistake."""
+    formula, kind = trial.formula, layer_kind(trial.target.kind)
+    for training in (True, False):
+        plans = candidates(formula, kind, training, formula.bias.op != "bias")
+        for plan in dict.fromkeys((plans[0], *((plan for _, plan in by_tokens(plans)) if training else ()))):
+            faults = program_faults(program_text(plan), plan.outputs)
+            step = step_text(plan.written, plan.needs) if training and kind == "linear" else None
+            if step is not None:
+                faults += step_faults(step.source, step.body, step.gradients, step.forwarded)
+            if faults:
+                yield Diagnostic("internal", "the program for this target is not proven to compute its formula",
+                                 trial.target.span,
+                                 notes=(f"{plan.strategy} at [{trial.out}, {trial.in_}]: {faults[0]}",),
+                                 helps=("this is a mistake of surgery's, and not of the spec: please report it",))
 
 
 def _dense(spec: Spec, scope: Library, values: Mapping[str, Any]) -> Iterator[Diagnostic]:

@@ -62,6 +62,7 @@ CODES: dict[str, str] = {
     "fallback": "a formula has no cheap program and runs dense",
     "dense-copy": "a formula reads every number of a weight that is not stored plainly, so that a dense copy is kept",
     "no-gradient": "a layer that is called gives no gradient to its input, and the input needs one",
+    "internal": "a program that surgery made is not proven to compute what its formula means: our mistake",
     "merge-error": "a merged weight is further from the formula than its dtype allows, or no plain weight is there",
 }
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -19,4 +20,28 @@ def _width() -> Iterator[None]:
     as wide as the terminal.)"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _proven() -> Iterator[None]:
+    """Every program and every step that a test runs is proven to compute its expressions."""
+    from surgery.lower import program, step
+    from surgery.lower.validate import program_faults, step_faults
+
+    write_program, write_step = program.program_text, step.step_text
+
+    def proven_program(plan: Any) -> str:
+        source = write_program(plan)
+        assert program_faults(source, plan.outputs, plan.is_called) == [], source
+        return source
+
+    def proven_step(*of: Any) -> Any:
+        text = write_step(*of)
+        assert text is None or step_faults(text.source, text.body, text.gradients, text.forwarded) == [], text.source
+        return text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "program_text", proven_program)
+        patch.setattr(step, "step_text", proven_step)
         yield

@@ -15,7 +15,9 @@ from surgery.expr.primitives import PRIMITIVES, make
 from surgery.lower import activate, kernels, program
 from surgery.lower.choose import Candidate
 from surgery.lower.cost import Cost
-from surgery.lower.emit import Emitter
+from surgery.lower.emit import emitted
+from surgery.lower.memory import Memory
+from surgery.lower.schedule import Region
 from surgery.lower.step import step
 from surgery.measure import peak_bytes
 from surgery.operate import apply
@@ -228,20 +230,18 @@ def test_a_product_that_a_compiler_may_see_is_added_without_a_factor():
     product = make("matmul", a, b)
     outputs = (make("add", b, times(2.0, product)), product)
     for owner, factors in ((False, 0), (True, 1)):
-        emitter = Emitter({a: "a", b: "b"}, "y", outputs, in_place=True, owner=owner)
-        for output in outputs:
-            emitter.value(output)
-        assert sum("alpha" in line for _, line in emitter.lines) == factors
+        names = {a: "a", b: "b"}
+        found = emitted(Region(outputs, names.keys(), Memory(looked_on=not owner, writes=True)), names, "y")
+        assert sum("alpha" in line for _, line in found.lines) == factors
 
 
-def emitted(*outputs: Expr, **values: Tensor) -> list[Tensor]:
+def computed(*outputs: Expr, **values: Tensor) -> list[Tensor]:
     """What the lines of a region that owns its values give."""
     leaves = {node: node.data for output in outputs for node in walk(output) if node.op == "param"}
-    emitter = Emitter(dict(leaves), "y", outputs, in_place=True, owner=True)
-    names = [emitter.value(output) for output in outputs]
+    found = emitted(Region(outputs, leaves.keys(), Memory(looked_on=False, writes=True)), leaves, "y")
     scope = {"torch": torch, **values}
-    exec("\n".join(line for _, line in emitter.lines), scope)
-    return [scope[name] for name in names]
+    exec("\n".join(line for _, line in found.lines), scope)
+    return [scope[found.results[output]] for output in outputs]
 
 
 def test_what_reads_itself_or_is_an_output_is_not_written_over():
@@ -256,7 +256,7 @@ def test_what_reads_itself_or_is_an_output_is_not_written_over():
         ([turned, make("add", y, b)], [product.T, product + values["b"]]),
         ([make("add", y, b), turned], [product + values["b"], product.T]),
     ]:
-        for found, wanted in zip(emitted(*outputs, **values), expected):
+        for found, wanted in zip(computed(*outputs, **values), expected):
             assert_close(found, wanted.double(), 1e-6, str(outputs))
 
 

@@ -21,8 +21,10 @@ from surgery.cli.options import HELP, common
 from surgery.cli.render import Output, abandon_stdout, settle_streams
 from surgery.diagnostics import Diagnostic, SurgeryError
 
-# Codes of what is wrong with how the program is used or with the world around it, and not with a spec or a model.
-_OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set", "bad-data", "missing-extra"}
+# Codes of what is wrong with how the program is used, with the world around it or with us, and not with a spec or a
+# model.
+_OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set", "bad-data", "missing-extra",
+            "internal"}
 # What torch says, in errors of several types, when it asks for more memory than there is.
 _NO_MEMORY = re.compile(r"allocate memory|out of memory|Storage size calculation overflowed")
 

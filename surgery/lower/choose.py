@@ -31,7 +31,7 @@ from surgery.rewrite.terms import depends_on, summands, total
 class Candidate:
     """A program before it is code: its `outputs`; the `values` of the set-up, which the body reads or (without a body)
     which are the outputs; the parts of those that are `fixed` as long as the frozen weight is; the keys of the
-    parameters that are `trained`."""
+    parameters that are `trained`. `is_called`: of a layer that is a module of someone else's."""
 
     strategy: str
     outputs: tuple[Expr, ...]
@@ -39,6 +39,7 @@ class Candidate:
     fixed: tuple[Expr, ...]
     has_body: bool
     trained: frozenset[str] = frozenset()
+    is_called: bool = False
 
     @cached_property
     def written(self) -> Expr:
@@ -108,7 +109,7 @@ def _found(formula: Formula, kind: str, training: bool, has_bias: bool, is_calle
                for name, make_output in reversed(STRATEGIES.items())}
     outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
                   for output, name in outputs.items()}, **outputs}
-    return tuple(candidate((output,), unread, name, trained) for output, name in reversed(outputs.items()))
+    return tuple(candidate((output,), unread, name, trained, is_called) for output, name in reversed(outputs.items()))
 
 
 def by_tokens(programs: Sequence[Candidate]) -> tuple[tuple[float, Candidate], ...]:
@@ -138,13 +139,13 @@ def frozen_alone(kind: str, out: int, in_: int) -> Expr:
 
 
 def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights",
-              trained: frozenset[str] = frozenset()) -> Candidate:
+              trained: frozenset[str] = frozenset(), is_called: bool = False) -> Candidate:
     """The program that gives `outputs`, after a last change to each."""
     outputs = solved_once(tuple(prepare(made(output)) for output in outputs))
     on_input: dict[Expr, bool] = {}
     has_body = depends_on(outputs[0], "x", on_input)
     values = _frontier(outputs, on_input) if has_body else outputs
-    return Candidate(strategy, outputs, values, _fixed(values), has_body, trained)
+    return Candidate(strategy, outputs, values, _fixed(values), has_body, trained, is_called)
 
 
 @lru_cache(maxsize=4096)

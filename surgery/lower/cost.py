@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from surgery.expr.ir import Expr, walk
 from surgery.lower.adjoint import Gradients, gradients
-from surgery.lower.emit import VIEWS, readers, without_gradient
+from surgery.lower.emit import readers, without_gradient
 from surgery.lower.work import MADE_ELSEWHERE, flops, is_accumulated, is_ids, is_taken_in, moved, size
 from surgery.rewrite.terms import depends_on
 
@@ -25,6 +25,7 @@ INTENSITY = 30.0
 CALL = 4e5
 HELD = 100.0  # what it is worth, in that time, not to hold a number from the forward pass to the backward pass
 AGAIN = 10 * CALL  # what making a set-up again costs beside making it
+VIEWS = {"T", "split", "join", "flat", "between", "swap"}  # what autograd holds as the value that they show
 # Of what a gradient needs nothing, and of what the gradient in one argument needs the other.
 LINEAR = {*VIEWS, "add", "scatter", "take", "reshape", "columns", "mix", "ifft2", "side_by_side", "stacked", "total",
           "skew"}

@@ -10,29 +10,27 @@ dtype tolerance; the frozen layer is called and not read unless `reads_weight` s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from surgery.expr.ir import Expr, Formula, rebuild, walk, without_dropout
+from surgery.expr.ir import Expr, Formula, rebuild, without_dropout
 from surgery.expr.primitives import make
 from surgery.expr.solves import is_traced
 from surgery.lower import again, step
 from surgery.lower.activate import matrix
 from surgery.lower.choose import Candidate, by_tokens, candidate, candidates, offset
 from surgery.lower.cost import TOKENS_SUPPOSED, Cost
-from surgery.lower.emit import BY_NAME, Emitter, without_gradient
+from surgery.lower.emit import BY_NAME
 from surgery.lower.moves import MOVES
+from surgery.lower.regions import program_text
 from surgery.lower.rows import ROW_SUMS
-from surgery.lower.work import size
 from surgery.rewrite.cheap import cheapest
 
 _SCOPE = {"torch": torch, **MOVES, **BY_NAME, **ROW_SUMS}
-
-LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,47 +118,9 @@ def _read(expr: Expr) -> Expr:
     return rebuild(expr, change)
 
 
-# ------------------------------------------------------------------------------------------------- regions
-
-
 @lru_cache(maxsize=None)
 def _compile(plan: Candidate) -> Program:
-    text = "\n\n".join([_region("once", "layer, dtype", plan.fixed, {}, "k"), _setup(plan.values, plan.fixed),
-                        *([_body(plan.outputs[0], plan.values)] if plan.has_body else [])])
+    text = program_text(plan)
     scope: dict[str, Any] = dict(_SCOPE)
     exec(compile(text, "<surgery program>", "exec"), scope)
     return Program(text, scope["once"], scope["setup"], scope.get("body"), plan)
-
-
-def _region(name: str, arguments: str, results: Sequence[Expr], names: dict[Expr, str], prefix: str,
-            cast: str = "") -> str:
-    emitter = Emitter(dict(names), prefix, tuple(results), without_gradient(*results))
-    returned = "".join(emitter.value(r) + (cast if r.op != "const" else "") + ", " for r in results)
-    lines: list[str] = []
-    for gradless, line in emitter.letting_go(_is_large, returned):
-        if gradless and (not lines or not lines[-1].startswith("  ")):
-            lines.append("with torch.no_grad():")
-        lines.append(("    " if gradless else "") + line)
-    body = [*lines, f"return ({returned})"]
-    return f"def {name}({arguments}):\n" + "\n".join("    " + line for line in body)
-
-
-def _is_large(node: Expr) -> bool:
-    return size(node, 0) >= LARGE
-
-
-def _setup(values: Sequence[Expr], fixed: Sequence[Expr]) -> str:
-    known = {node: f"known[{i}]" for i, node in enumerate(fixed)}
-    return _region("setup", "layer, leaves, known, dtype, cast", values, known, "s", ".to(cast)")
-
-
-def _body(output: Expr, values: Sequence[Expr]) -> str:
-    names = {node: f"a{i}" for i, node in enumerate(values)}
-    x = next(node for node in walk(output) if node.op == "x")
-    emitter = Emitter({**names, x: "x"}, "y", (output,), in_place=True)
-    result = emitter.value(output)
-    arguments = "".join(f", a{i}" for i in range(len(values)))
-    return f"def body(layer, x{arguments}):\n" + "\n".join(
-        "    " + line for line in [*(line for _, line in emitter.lines), f"return {result}"])
-
-

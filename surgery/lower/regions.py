@@ -1,0 +1,132 @@
+"""The text of a program's functions (`once`, `setup`, `body`) and of a step's (`forward`, `backward`).
+
+Takes a candidate, or the expression of a body and what takes a gradient; gives Python. Promises: no torch, so that
+`check` can prove the text (`validate`) without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from surgery.expr.dims import Dim
+from surgery.expr.ir import Expr, rebuild, walk
+from surgery.lower.adjoint import LEAVES, gradients
+from surgery.lower.choose import Candidate
+from surgery.lower.emit import Lines, emitted, without_gradient
+from surgery.lower.memory import Memory
+from surgery.lower.schedule import Region
+from surgery.lower.work import size
+from surgery.rewrite.algebra import simplify
+from surgery.rewrite.terms import times
+
+LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
+
+
+def program_text(plan: Candidate) -> str:
+    """The functions of a program, as `program.Program` calls them."""
+    known = {node: f"known[{i}]" for i, node in enumerate(plan.fixed)}
+    functions = [_prepared("once", "layer, dtype", plan.fixed, {}, "k"),
+                 _prepared("setup", "layer, leaves, known, dtype, cast", plan.values, known, "s", ".to(cast)")]
+    return "\n\n".join([*functions, *([_body(plan)] if plan.has_body else [])])
+
+
+def _prepared(name: str, arguments: str, results: Sequence[Expr], names: dict[Expr, str], prefix: str,
+              cast: str = "") -> str:
+    """A function of the set-up: what carries no gradient is computed without one."""
+    region = Region(tuple(results), names.keys(), Memory(), without_gradient(*results))
+    text = emitted(region, names, prefix, lambda node: size(node, 0) >= LARGE)
+    lines: list[str] = []
+    for gradless, line in text.lines:
+        if gradless and (not lines or not lines[-1].startswith("  ")):
+            lines.append("with torch.no_grad():")
+        lines.append(("    " if gradless else "") + line)
+    returned = "".join(text.results[r] + (cast if r.op != "const" else "") + ", " for r in results)
+    return _function(f"{name}({arguments})", lines, f"({returned})")
+
+
+def _body(plan: Candidate) -> str:
+    output = plan.outputs[0]
+    x = next(node for node in walk(output) if node.op == "x")
+    names = {**{node: f"a{i}" for i, node in enumerate(plan.values)}, x: "x"}
+    region = Region((output,), names.keys(), Memory(writes=True, is_called=plan.is_called))
+    text = emitted(region, names, "y")
+    arguments = "".join(f", a{i}" for i in range(len(plan.values)))
+    return _function(f"body(layer, x{arguments})", [line for _, line in text.lines], text.results[output])
+
+
+def _function(head: str, lines: Sequence[str], result: str) -> str:
+    return f"def {head}:\n" + "\n".join(f"    {line}" for line in [*lines, f"return {result}"])
+
+
+# ------------------------------------------------------------------------------------------- a body and its gradients
+
+
+@dataclass(frozen=True, eq=False)
+class StepText:
+    """`source` has `forward` and `backward` of a `body` (its dropout a mask); `gradients` are those that `backward`
+    gives, where a leaf `kept` stands for one of the values of the forward pass, `forwarded`. `held` is all that goes
+    from the one to the other: leaves first."""
+
+    source: str
+    body: Expr
+    gradients: tuple[Expr | None, ...]
+    forwarded: tuple[Expr, ...]
+    held: tuple[Expr, ...]
+
+
+@lru_cache(maxsize=None)
+def step_text(body: Expr, needs: tuple[bool, ...]) -> StepText | None:
+    """The text of a body where x and its values take gradients as `needs` says; None where an operation of it has no
+    gradient in the table."""
+    body = _with_masks(body)
+    leaves = {node.data: node for node in walk(body) if node.op in ("x", "value")}
+    inputs = [leaves[key] for key in (None, *range(len(needs) - 1))]
+    found = gradients(body, [leaf for leaf, need in zip(inputs, needs) if need])
+    if found is None:
+        return None
+    used = dict.fromkeys(n for e in found.of for n in walk(e) if n.op in ("x", "value"))
+    of = iter(found.of)
+    wanted = tuple(next(of) if need else None for need in needs)
+    kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(found.kept)]
+    source = f"{_forward(body, inputs, (*used, *found.kept))}\n\n{_backward(wanted, (*used, *kept))}"
+    return StepText(source, body, wanted, found.kept, (*used, *found.kept))
+
+
+def _with_masks(body: Expr) -> Expr:
+    """Dropout as a mask, and a scaling that goes to a thin factor."""
+    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        if node.op != "dropout":
+            return node.with_args(args)
+        mask = Expr("mask", args, node.data, node.shape)
+        return times(1 / (1 - node.data[0]), Expr("masked", (*args, mask), None, node.shape))
+
+    return simplify(rebuild(body, change))
+
+
+_OWN = Memory(looked_on=False, writes=True)
+
+
+def _forward(body: Expr, inputs: Sequence[Expr], kept: Sequence[Expr]) -> str:
+    names = {leaf: "x" if leaf.op == "x" else f"a{leaf.data}" for leaf in inputs}
+    text = _let_go(Region((body, *(k for k in kept if k.op not in LEAVES)), names.keys(), _OWN), names, "y")
+    called = {**names, **text.results}
+    returned = "".join(f"{called[k]}, " for k in kept)
+    return _function(f"forward(layer, {', '.join(names.values())})", [line for _, line in text.lines],
+                     f"{called[body]}, ({returned})")
+
+
+def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr]) -> str:
+    outputs = tuple(e for e in wanted if e is not None)
+    names = {leaf: f"k{i}" for i, leaf in enumerate(kept)}
+    arguments = ", ".join(["layer", "grad", *names.values()])
+    names |= {node: "grad" for e in outputs for node in walk(e) if node.op == "grad"}
+    text = _let_go(Region(outputs, names.keys(), _OWN), names, "g")
+    returned = "".join("None, " if e is None else f"{text.results[e]}, " for e in wanted)
+    return _function(f"backward({arguments})", [line for _, line in text.lines], f"({returned})")
+
+
+def _let_go(region: Region, names: dict[Expr, str], prefix: str) -> Lines:
+    """The lines; an activation is let go of after the last that reads it."""
+    return emitted(region, names, prefix, lambda node: any(isinstance(size, Dim) for size in node.shape))

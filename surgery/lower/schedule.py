@@ -1,0 +1,164 @@
+"""First stage of emission: which instructions there are, with what is fused into each, and their order.
+
+Takes the expressions of a region; gives instructions, operands first. Promises: an instruction that could write over a
+value comes after everything else that reads that value, where that is possible without a circle; whether it does write
+is decided later, of the order alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from surgery.expr.ir import Expr
+from surgery.lower.memory import Memory, held_by, read_by
+from surgery.rewrite.terms import scaled, value_of
+
+_PRODUCTS = {"matmul", "frozen", "frozen_back"}
+
+
+@dataclass(frozen=True, eq=False)
+class Instruction:
+    """One line: the value `node`, of the values `reads`, by an operation `form` (empty: the node's own). It may write
+    over one of `bases`, the best first. `factor` is the number in front of what a sum adds; `parts` are the nodes that
+    are computed in it."""
+
+    node: Expr
+    reads: tuple[Expr, ...]
+    form: str = ""
+    factor: float = 1.0
+    bases: tuple[Expr, ...] = ()
+    parts: tuple[Expr, ...] = ()
+
+
+@dataclass(frozen=True)
+class Region:
+    """What is to be computed: `outputs`, of values that are `given`, the `gradless` ones without a gradient."""
+
+    outputs: tuple[Expr, ...]
+    given: Collection[Expr]
+    memory: Memory = Memory()
+    gradless: frozenset[Expr] = frozenset()
+    uses: Counter[Expr] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.uses.update(self.outputs)
+        for node in self.nodes():
+            self.uses.update(node.args)
+
+    def nodes(self) -> Iterator[Expr]:
+        """What is not given, arguments first."""
+        return _ordered(self.outputs, lambda node: () if node in self.given else node.args)
+
+    def is_once(self, *nodes: Expr) -> bool:
+        """Whether each is read in one place alone."""
+        return all(self.uses[node] == 1 and node not in self.given for node in nodes)
+
+
+def scheduled(region: Region) -> list[Instruction]:
+    """The instructions of a region in their order."""
+    made = {node: _instruction(region, node) for node in region.nodes()
+            if node not in region.given and node.op != "const"}
+    fused = {part for instruction in made.values() for part in instruction.parts}
+    operands = {node: instruction.reads for node, instruction in made.items() if node not in fused}
+    first = list(_ordered(region.outputs, lambda node: operands.get(node, ())))
+    late = _late(region, [made[node] for node in first if node in operands], operands)
+    order = _ordered(region.outputs, lambda node: (*operands.get(node, ()), *late.get(node, ())))
+    return [made[node] for node in order if node in operands]
+
+
+def _ordered(roots: Sequence[Expr], below: Callable[[Expr], Sequence[Expr]]) -> Iterator[Expr]:
+    """Every node under the roots once, what is below it first."""
+    done: set[Expr] = set()
+    stack = [(root, False) for root in reversed(roots)]
+    while stack:
+        node, ready = stack.pop()
+        if node in done:
+            continue
+        if ready:
+            done.add(node)
+            yield node
+        else:
+            stack += [(node, True), *((each, False) for each in reversed(below(node)))]
+
+
+def _late(region: Region, instructions: Sequence[Instruction],
+          operands: Mapping[Expr, Sequence[Expr]]) -> dict[Expr, list[Expr]]:
+    """For an instruction's value the values that are to be there before, so that it is the last to read its base."""
+    if region.memory.looked_on:  # there nothing is written over that has a second reader
+        return {}
+    late: dict[Expr, list[Expr]] = {}
+    seen = read_by([(each.node, each.reads) for each in instructions], region.memory)
+    held = held_by(region.outputs, operands, region.memory)
+    for i, instruction in enumerate(instructions):
+        for base in instruction.bases:
+            others = [instructions[j].node for j in sorted(seen.get(base, frozenset()) - {i})]
+            fits = base in operands and base not in held and region.memory.may_end(base)
+            if not fits or instruction.reads.count(base) > 1:
+                continue
+            if not others:
+                break
+            if instruction.node not in _ordered(others, lambda n: (*operands.get(n, ()), *late.get(n, ()))):
+                late[instruction.node] = others
+                break
+    return late
+
+
+# ----------------------------------------------------------------------------------------------------------- fusion
+
+
+def _instruction(region: Region, node: Expr) -> Instruction:
+    """The node's own operation, or one in which a part of what it reads is computed too."""
+    own = not region.memory.looked_on
+    if node.op == "add" and node.shape and all(a.shape == node.shape for a in node.args):
+        both = (node.args, node.args[::-1])
+        ways = (way(region, node, y, z) for way in (_product_added, _multiple_added) for y, z in both)
+        return next(filter(None, ways), None) or Instruction(node, node.args, "add", bases=node.args if own else ())
+    if node.op == "add_bias":
+        y, b = node.args
+        if y.op == "scale" and region.is_once(y):  # y diag(d) + b in one pass
+            return Instruction(node, (b, *y.args), "addcmul", parts=(y,))
+        return Instruction(node, node.args, "add", bases=(y,))
+    if own and node.op == "scale":
+        return Instruction(node, node.args, "mul", bases=node.args[:1])
+    if own and node.op == "mul" and not node.args[0].shape and node.args[1].shape == node.shape:
+        return Instruction(node, node.args, "mul", bases=node.args[1:])
+    return Instruction(node, node.args)
+
+
+def _product_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
+    """y + c z for a z that is then no value of its own: a product, of matrices or entries, or a sparse matrix."""
+    factor, z = _multiple(term)
+    own = not region.memory.looked_on
+    if factor is None or not region.is_once(*{term, z}):
+        return None
+    parts = (z,) if term is z else (term, z)
+    if z.op == "matmul" and all(len(a.shape) == 2 for a in z.args):
+        return Instruction(node, (y, *z.args), "addmm", factor, (y,), parts)
+    # autograd makes a matrix more for the gradient of `addcmul`, and does not see through a kernel of ours
+    if z.op in ("mul", "scale") and (own or z in region.gradless):
+        if z.op == "scale" or all(a.shape == z.shape for a in z.args):
+            return Instruction(node, (y, *z.args), "addcmul", factor, (y,), parts)
+    if z.op == "blocks" and own and len(z.shape) == 2:
+        return Instruction(node, (y, *z.args), "add_blocks", factor, (y,), parts)
+    if z.op == "masked" and own and z.args[0].op == "matmul" and region.is_once(z.args[0]):
+        return Instruction(node, (y, *z.args[0].args, z.args[1]), "add_masked", factor, (y,), (*parts, z.args[0]))
+    if z.op == "scatter" and factor == 1.0:
+        return Instruction(node, (y, *z.args), "put", parts=parts)
+    return None
+
+
+def _multiple_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
+    """y + c z. Not of a product where a compiler may look on: torch 2.13's forgets the factor."""
+    factor, z = _multiple(term)
+    own = not region.memory.looked_on
+    if factor in (None, 1.0) or not region.is_once(term) or not own and z.op in _PRODUCTS:
+        return None
+    return Instruction(node, (y, z), "add", factor, (y,) if own else (), (term,))
+
+
+def _multiple(term: Expr) -> tuple[float | None, Expr]:
+    """(c, z) of c z for a known number c, which is 1 for what has no scalar in front; (None, z) for an unknown one."""
+    scalar, rest = scaled(term)
+    return 1.0 if scalar is None else value_of(scalar), rest

@@ -1,0 +1,466 @@
+"""Translation validation: emitted text is run on symbols, and what it returns must be what its expressions mean.
+
+Takes the text of a program or of a step, and the expressions that it was made of; gives what is wrong with it, in words
+(nothing for a proof). Promises: it knows nothing of how text is made, and has tables of its own. Each name stands for a
+symbol and the memory in which that lies; a line that writes over memory makes every other name for it unreadable; only
+memory that the function itself has allocated may be written over, and, where autograd looks on, only what no gradient
+needs. Sums and products are commutative, and a fused operation is the sum that it computes; nothing else is rewritten.
+No torch.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations, product
+from typing import Any
+
+from surgery.expr.ir import Expr, walk
+
+# Functions that give memory of their own. (Any other may give a view of what it takes.)
+_ALLOCATE = {"+", "*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "put", "blocks", "masked", "mix",
+             "spectrum", "waves", "mixed", "mixed_back", "mixed_dot", "circulate", "circulate_back", "circulate_dot",
+             "column_dot", "column_sum", "block_dot", "side_by_side", "zeros_like"}
+# What autograd keeps for a gradient: nothing of these, the operands of those; of any other both, operands and result.
+_KEEP_NOTHING = {"+", "put", "T", "unflatten", "flatten", "reshape", "index", "detach", "to", "clone"}
+_KEEP_OPERANDS = {"*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "blocks"}
+_VIEWS = {"unflatten", "flatten", "reshape"}  # methods; they may copy, and are then held to what holds for a view
+_METHODS = {"exp", "sqrt", "abs", "tanh", "sigmoid", "cos", "sin", "sum", "diag_embed"}
+_SAME_MAP = {"frozen": "frozen", "frozen_flat": "frozen", "frozen_rows": "frozen", "frozen_biased": "frozen_biased",
+             "frozen_back": "frozen_back"}
+_DRAWS = {"dropout", "mask"}
+_MOST_ORDERS = 1000  # in which draws of one kind are tried
+_DTYPES = {"dtype", "cast"}
+
+
+class Fault(Exception):
+    """What is wrong with a text."""
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """Symbols of a value: as a number, and as a function of what takes a gradient (what is detached is a constant)."""
+
+    value: int
+    live: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A value in a run: its meaning, the memory that it may lie in (each with the version it had), and whether that is
+    the function's own, all of it."""
+
+    meaning: Meaning
+    memory: frozenset[tuple[int, int]] = frozenset()
+    owned: bool = False
+
+
+class Symbols:
+    """Terms by number, so that equal ones are equal numbers and a shared part is written once."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple, int] = {}
+        self.names: list[str] = []  # of the operation that each comes of
+        self.shapes: dict[int, tuple] = {}  # of values that the expressions name
+
+    def _number(self, *key: Any) -> int:
+        if key not in self.numbers:
+            self.names.append(key[0])
+        return self.numbers.setdefault(key, len(self.numbers))
+
+    def of(self, name: str, *parts: Any) -> Meaning:
+        """An operation on meanings and on known data."""
+        if name in ("+", "*"):
+            return Meaning(*(self._number(name, *sorted(getattr(part, way) for part in parts))
+                             for way in ("value", "live")))
+        return Meaning(*(self._number(name, *(getattr(part, way) if isinstance(part, Meaning) else f"{part!r}"
+                                              for part in parts)) for way in ("value", "live")))
+
+    def number(self, value: Any) -> Meaning:
+        return self.of("number", float(value))
+
+    def times(self, factor: Any, a: Meaning) -> Meaning:
+        """c a; a factor of 1 is none."""
+        known = not isinstance(factor, Meaning)
+        return a if known and factor == 1 else self.of("*", self.number(factor) if known else factor, a)
+
+    def constant(self, a: Meaning) -> Meaning:
+        """Without a gradient."""
+        return Meaning(a.value, self._number("constant", a.value))
+
+
+# ------------------------------------------------------------------------------------------- what expressions mean
+
+_Rule = Callable[[Symbols, Expr, list[Meaning]], Meaning]
+
+
+def _as(name: str, *data: Any) -> _Rule:
+    return lambda symbols, node, args: symbols.of(name, *args, *data)
+
+
+def _with_data(name: str, wrap: Callable[[Any], tuple]) -> _Rule:
+    return lambda symbols, node, args: symbols.of(name, *args, *wrap(node.data))
+
+
+_MEANINGS: dict[str, _Rule] = {
+    "const": lambda symbols, node, args: symbols.number(node.data),
+    "add": _as("+"), "add_bias": _as("+"), "mul": _as("*"), "scale": _as("*"), "div": _as("/"), "matmul": _as("@"),
+    "outer": lambda symbols, node, args: symbols.of("@", symbols.of("T", args[0]), args[1]),
+    "detach": lambda symbols, node, args: symbols.constant(args[0]),
+    "split": _with_data("unflatten", lambda data: (-1, data)),
+    "join": _as("flatten", -2), "flat": _as("flatten", 0, -2),
+    "between": _with_data("index", lambda data: (f":, {data[0]}:{data[1]}",)),
+    "columns": _with_data("index", lambda data: (f"..., :{data[0]}",)),
+    "reshape": _with_data("reshape", lambda data: (data,)),
+    "diag": _as("diag_embed"), "total": _as("sum"), "zeros": _as("zeros_like"),
+    "param": _with_data("leaf", lambda data: (data,)), "places": _with_data("leaf", lambda data: (data,)),
+    "weight": _as("layer.matrix"), "bias": _as("layer.offset"),
+    "fill": lambda symbols, node, args: symbols.of("layer.fill", tuple(node.shape), node.data),
+    "eye": lambda symbols, node, args: symbols.of("layer.eye", tuple(node.shape)),
+    "frozen": lambda symbols, node, args: symbols.of("frozen_biased" if node.data == "biased" else "frozen", *args),
+    "run": _as("layer.run"), "x": _as("x"), "grad": _as("grad"), "value": _with_data("value", lambda data: (data,)),
+    "swap": _with_data("swap", lambda data: (data,)), "mix": _with_data("mix", lambda data: (data,)),
+}
+
+
+def _meanings(symbols: Symbols, outputs: Iterable[Expr], given: Mapping[Expr, Meaning],
+              turns: Mapping[Expr, int]) -> dict[Expr, Meaning]:
+    """What each node means; `turns` says which of several draws of one kind a node is."""
+    found = dict(given)
+    for node in (node for output in outputs for node in walk(output)):
+        if node in found:
+            continue
+        args = [found[a] for a in node.args]
+        if node in turns:
+            found[node] = symbols.of(node.op, *args, node.data[0], turns[node])
+        elif node.op in _MEANINGS:
+            found[node] = _MEANINGS[node.op](symbols, node, args)
+        else:
+            sizes = [] if node.data is None else [node.data]
+            found[node] = symbols.of(node.op, *sizes, *(args or [symbols.of("like")]))
+        symbols.shapes.setdefault(found[node].value, tuple(node.shape))
+    return found
+
+
+def _orders(outputs: Iterable[Expr]) -> Iterator[dict[Expr, int]]:
+    """The ways in which draws from the same chance can be numbered: which of them comes first is all the same."""
+    alike: dict[tuple, list[Expr]] = {}
+    for node in dict.fromkeys(node for output in outputs for node in walk(output)):
+        if node.op in _DRAWS:
+            alike.setdefault((node.op, node.args, node.data[0]), []).append(node)
+    ways = product(*(permutations(range(len(group))) for group in alike.values()))
+    for _, way in zip(range(_MOST_ORDERS), ways):
+        yield {node: turn for group, turns in zip(alike.values(), way) for node, turn in zip(group, turns)}
+
+
+# ----------------------------------------------------------------------------------------------------- running text
+
+
+class Run:
+    """One function, run on symbols. `looked_on`: whether autograd sees its lines; `owns_calls`: whether what the layer
+    gives is memory of its own, as that of a module that is called need not be."""
+
+    def __init__(self, symbols: Symbols, looked_on: bool, owns_calls: bool = True):
+        self.symbols, self.looked_on, self.owns_calls = symbols, looked_on, owns_calls
+        self.names: dict[str, Any] = {}
+        self.versions: list[int] = []
+        self.kept: set[int] = set()  # memory that a gradient needs
+        self.draws: dict[tuple, int] = {}
+        self.without_gradient = False
+
+    def results(self, function: ast.FunctionDef, arguments: Mapping[str, Any]) -> Any:
+        """What it returns. Raises: Fault."""
+        names = [argument.arg for argument in function.args.args]
+        if missing := set(names) - {*arguments, "layer", *_DTYPES, "leaves"}:
+            raise Fault(f"`{function.name}` takes {', '.join(sorted(missing))}, which nothing gives")
+        self.names = {name: self._given(arguments[name]) for name in names if name in arguments}
+        for statement in function.body:
+            result = self._statement(statement)
+        return result
+
+    def _given(self, value: Any) -> Any:
+        """An argument, in memory that belongs to others."""
+        return list(map(self._given, value)) if isinstance(value, list) else self._placed(value, owned=False)
+
+    def _placed(self, meaning: Meaning, owned: bool = True) -> Held:
+        self.versions.append(0)
+        return Held(meaning, frozenset({(len(self.versions) - 1, 0)}), owned)
+
+    def _statement(self, statement: ast.stmt) -> Any:
+        try:
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                    if name in self.names:
+                        raise Fault(f"`{name}` is there already")
+                    self.names[name] = self._value(value)
+                case ast.Delete(targets=[ast.Name(id=name)]):
+                    self._named(name)
+                    del self.names[name]
+                case ast.With(items=[ast.withitem(context_expr=context)], body=body) \
+                        if ast.unparse(context) == "torch.no_grad()":
+                    self.without_gradient = True
+                    for inner in body:
+                        self._statement(inner)
+                    self.without_gradient = False
+                case ast.Return(value=value):
+                    return self._returned(value)
+                case _:
+                    raise Fault("is no line that a program has")
+        except Fault as fault:
+            text = str(fault) if "line `" in str(fault) else f"line `{ast.unparse(statement)}`: {fault}"
+            raise Fault(text) from None
+        return None
+
+    def _returned(self, node: ast.expr) -> Any:
+        """Meanings, nested as the tuples are; None for none."""
+        if isinstance(node, ast.Tuple):
+            return list(map(self._returned, node.elts))
+        return None if isinstance(node, ast.Constant) and node.value is None else self._value(node).meaning
+
+    def _named(self, name: str) -> Any:
+        if name not in self.names:
+            raise Fault(f"`{name}` is not there")
+        return self.names[name]
+
+    def _value(self, node: ast.expr) -> Held:
+        match node:
+            case ast.Name(id=name):
+                held = self._named(name)
+                if any(self.versions[memory] != version for memory, version in held.memory):
+                    raise Fault(f"`{name}` has been written over")
+                return held
+            case ast.Constant(value=int() | float() as number):
+                return Held(self.symbols.number(number))
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=number)):
+                return Held(self.symbols.number(-number))
+            case ast.Subscript(value=ast.Name(id="leaves"), slice=ast.Constant(value=key)):
+                return self._placed(self.symbols.of("leaf", key), owned=False)
+            case ast.Subscript(value=ast.Name(id="known"), slice=ast.Constant(value=int() as index)):
+                return self._named("known")[index]
+            case ast.Subscript(value=a, slice=index):
+                return self._view("index", self._value(a), ast.unparse(index).strip("()"))
+            case ast.Attribute(value=ast.BinOp(left=ast.Attribute(value=a, attr="mT"), op=ast.MatMult(), right=b),
+                               attr="mT"):  # (aᵀ b)ᵀ = bᵀ a, of matrices
+                right = self._value(b)
+                return self._computed("@", self._view("T", right), self._value(a))
+            case ast.Attribute(value=a, attr="mT"):
+                held = self._value(a)
+                return replace(self._view("T", held), owned=held.owned)
+            case ast.BinOp(left=a, op=operation, right=b):
+                names = {ast.Add: "+", ast.Mult: "*", ast.Div: "/", ast.MatMult: "@"}
+                if type(operation) not in names:
+                    raise Fault("has an operation that no program has")
+                return self._computed(names[type(operation)], self._value(a), self._value(b))
+            case ast.Call():
+                return self._call(node)
+        raise Fault(f"`{ast.unparse(node)}` is nothing that a program has")
+
+    # -------------------------------------------------------------------------------------------------- memory
+
+    def _view(self, name: str, a: Held, *data: Any) -> Held:
+        return Held(self.symbols.of(name, a.meaning, *data), a.memory)
+
+    def _computed(self, name: str, *parts: Any, meaning: Meaning | None = None) -> Held:
+        """An operation's result, in memory of its own if it is known to be so."""
+        operands = [part for part in parts if isinstance(part, Held)]
+        if meaning is None:
+            meaning = self.symbols.of(name, *(p.meaning if isinstance(p, Held) else p for p in parts))
+        if self.without_gradient:
+            meaning = self.symbols.constant(meaning)
+        is_call = name in _SAME_MAP or name == "layer.run"
+        own = name in _ALLOCATE and (self.owns_calls or not is_call)
+        result = self._placed(meaning, owned=own)
+        if not own:
+            result = replace(result, memory=result.memory.union(*(held.memory for held in operands)))
+        if name not in _KEEP_NOTHING:
+            self._keep(*operands, *([] if name in _KEEP_OPERANDS else [result]))
+        return result
+
+    def _keep(self, *values: Held) -> None:
+        if self.looked_on and not self.without_gradient:
+            self.kept |= {memory for held in values for memory, _ in held.memory}
+
+    def _written(self, base: Held, meaning: Meaning, *operands: Held) -> Held:
+        """The base, written over with something that is computed of it and the operands."""
+        if not base.owned or len(base.memory) != 1:
+            raise Fault("writes over what is not the function's own")
+        ((memory, version),) = base.memory
+        if any((memory, version) in operand.memory for operand in operands):
+            raise Fault("writes over what it reads")
+        if memory in self.kept:
+            raise Fault("writes over what a gradient needs")
+        self.versions[memory] += 1
+        held = Held(meaning, frozenset({(memory, version + 1)}), owned=True)
+        return held
+
+    # --------------------------------------------------------------------------------------------------- calls
+
+    def _call(self, node: ast.Call) -> Held:
+        name = ast.unparse(node.func)
+        factor, = self._factor(node.keywords) or (1.0,)
+        if name.startswith("torch."):
+            return self._sum(name.removeprefix("torch."), [*map(self._value, node.args)], factor)
+        if name.startswith("layer."):
+            return self._of_layer(name.removeprefix("layer."), node.args)
+        if isinstance(node.func, ast.Attribute):
+            return self._method(self._value(node.func.value), node.func.attr, node.args, factor)
+        if name in _DRAWS:
+            return self._drawn(name, *node.args)
+        # sizes are tuples: a number by itself is a value
+        parts = [self._data(a) if isinstance(a, ast.Tuple) else self._value(a) for a in node.args]
+        if name in ("add_blocks", "add_masked", "put"):
+            return self._sum(name, parts, factor)
+        return self._computed(name, *parts)
+
+    def _factor(self, keywords: list[ast.keyword]) -> tuple[float, ...]:
+        if any(keyword.arg not in ("alpha", "value") for keyword in keywords):
+            raise Fault("has an argument by a name that none has")
+        return tuple(map(float, (ast.literal_eval(keyword.value) for keyword in keywords)))
+
+    def _data(self, node: ast.expr) -> Any:
+        """What is known: numbers and their tuples."""
+        try:
+            return ast.literal_eval(node)
+        except ValueError:
+            raise Fault(f"`{ast.unparse(node)}` is no number that is known") from None
+
+    def _drawn(self, name: str, a: ast.expr, chance: ast.expr) -> Held:
+        """A new draw each time."""
+        held, share = self._value(a), self._data(chance)
+        kind = (name, held.meaning, share)
+        turn = self.draws[kind] = self.draws.get(kind, -1) + 1
+        return self._computed(name, held, share, turn)
+
+    def _sum(self, name: str, parts: list[Held], factor: float) -> Held:
+        """y + c z, in memory of its own or over y."""
+        symbols = self.symbols
+        if name == "zeros_like":
+            return self._computed(name, *parts)
+        base, *terms = parts
+        means = [term.meaning for term in terms]
+        match name.removesuffix("_"), means:
+            case "add", [z]:
+                if self.looked_on and factor != 1 and self._is_product(z):
+                    raise Fault("takes a multiple of a product, of which a compiler forgets the factor")
+                added = z
+            case "addmm", [a, b]:
+                added = symbols.of("@", a, b)
+            case "addcmul", [a, b]:
+                added = symbols.of("*", a, b)
+            case "add_blocks", [a, s]:
+                added = symbols.of("blocks", a, s)
+            case "add_masked", [a, b, mask]:
+                added = symbols.of("masked", symbols.of("@", a, b), mask)
+            case "put", [values, places]:
+                added = symbols.of("scatter", symbols.shapes.get(base.meaning.value), values, places)
+            case _:
+                raise Fault(f"`{name}` is no operation that a program has")
+        meaning = symbols.of("+", base.meaning, symbols.times(factor, added))
+        if name in ("addmm", "addcmul", "addmm_", "addcmul_"):
+            self._keep(*terms)
+        elif name in ("add_blocks", "add_masked"):
+            self._keep(base, *terms)  # autograd does not see into them
+        if name.endswith("_") or name in ("add_blocks", "add_masked"):
+            return self._written(base, symbols.constant(meaning) if self.without_gradient else meaning, *terms)
+        return self._computed("put" if name == "put" else "+", *parts, meaning=meaning)
+
+    def _is_product(self, meaning: Meaning) -> bool:
+        return self.symbols.names[meaning.value] in ("@", "frozen", "frozen_biased", "frozen_back")
+
+    def _of_layer(self, name: str, arguments: list[ast.expr]) -> Held:
+        if name == "dropout":
+            return self._drawn(name, *arguments)
+        if name == "like":
+            return Held(self.symbols.of("like"))
+        known = [self._data(a) for a in arguments[:-1]] if name in ("fill", "eye") else []
+        if name == "fill" and known[0] == ():
+            return self._placed(self.symbols.number(known[1]))
+        values = [] if known else [self._value(a) for a in arguments if ast.unparse(a) not in _DTYPES]
+        return self._computed(_SAME_MAP.get(name, f"layer.{name}"), *known, *values)
+
+    def _method(self, a: Held, name: str, arguments: list[ast.expr], factor: float) -> Held:
+        if name == "to":
+            return replace(a, owned=False)
+        if name == "clone":
+            return self._placed(a.meaning)
+        if name == "detach":
+            return Held(self.symbols.constant(a.meaning), a.memory)
+        if name in _VIEWS:
+            return self._view(name, a, *map(ast.literal_eval, arguments))
+        if name == "mul_":
+            (c,) = map(self._value, arguments)
+            self._keep(a, c)
+            return self._written(a, self.symbols.of("*", a.meaning, c.meaning), c)
+        if name in ("add_", "addmm_", "addcmul_"):
+            return self._sum(name, [a, *map(self._value, arguments)], factor)
+        if name in _METHODS and not arguments:
+            return self._computed(name, a)
+        raise Fault(f"`{name}` is no operation that a program has")
+
+
+# ----------------------------------------------------------------------------------------------------- whole texts
+
+
+def program_faults(source: str, outputs: Sequence[Expr], is_called: bool = False) -> list[str]:
+    """What is wrong with `once`, `setup` and `body`, run one after the other: they must give the outputs (`body` the
+    one that there is, or else `setup` all of them)."""
+    functions, symbols = _functions(source), Symbols()
+
+    def run() -> list[Meaning]:
+        known = Run(symbols, True, not is_called).results(functions["once"], {})
+        values = Run(symbols, True, not is_called).results(functions["setup"], {"known": known})
+        if "body" not in functions:
+            return values
+        named = {f"a{i}": value for i, value in enumerate(values)}
+        return [Run(symbols, True, not is_called).results(functions["body"], {"x": symbols.of("x"), **named})]
+
+    # shapes first: `put` asks for them
+    _meanings(symbols, outputs, {}, next(_orders(outputs)))
+    return _compared(symbols, run, outputs, {})
+
+
+def step_faults(source: str, body: Expr, gradients: Sequence[Expr | None], kept: Sequence[Expr]) -> list[str]:
+    """What is wrong with `forward` and `backward`, the second run on what the first keeps: they must give the body and
+    its gradients, in which a leaf `kept` stands for one of `kept`."""
+    functions, symbols = _functions(source), Symbols()
+    first = next(_orders((body, *kept)))
+    wanted = tuple(gradient for gradient in gradients if gradient is not None)
+
+    def run() -> list[Meaning]:
+        names = [argument.arg for argument in functions["forward"].args.args]
+        values = {name: symbols.of("value", int(name[1:])) for name in names if name.startswith("a")}
+        y, held = Run(symbols, False).results(functions["forward"], {"x": symbols.of("x"), **values})
+        named = {"grad": symbols.of("grad"), **{f"k{i}": value for i, value in enumerate(held)}}
+        found = Run(symbols, False).results(functions["backward"], named)
+        if [g is None for g in found] != [g is None for g in gradients]:
+            raise Fault("`backward` gives gradients of other things")
+        return [y, *(g for g in found if g is not None)]
+
+    leaves = {node: kept[node.data] for gradient in wanted for node in walk(gradient) if node.op == "kept"}
+    _meanings(symbols, (body, *kept), {}, first)
+    return _compared(symbols, run, (body, *wanted), leaves)
+
+
+def _functions(source: str) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+
+
+def _compared(symbols: Symbols, run: Callable[[], list[Meaning]], outputs: Sequence[Expr],
+              leaves: Mapping[Expr, Expr]) -> list[str]:
+    try:
+        found = run()
+    except Fault as fault:
+        return [str(fault)]
+    wrong: list[str] = []
+    for turns in _orders((*outputs, *leaves.values())):
+        of_kept = _meanings(symbols, leaves.values(), {}, turns)
+        given = {leaf: of_kept[expr] for leaf, expr in leaves.items()}
+        means = _meanings(symbols, outputs, given, turns)
+        wrong = [f"result {i} is not what its expression means" for i, output in enumerate(outputs)
+                 if i >= len(found) or found[i] != means[output]]
+        if len(found) != len(outputs):
+            wrong.append(f"{len(found)} results are given, and not {len(outputs)}")
+        if not wrong:
+            break
+    return wrong
