@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from surgery.words import plain
+
 CODES: dict[str, str] = {
     "syntax": "the text is not a spec: the parser met something that cannot stand there",
     "unknown-name": "an expression uses a name that is not a parameter, a dimension, a `param`, a `let` or a primitive",
@@ -128,11 +130,13 @@ class Diagnostic:
         assert self.code in CODES, f"undeclared diagnostic code {self.code!r}"
 
     def render(self) -> str:
-        """The diagnostic as plain text, in the form of a compiler's."""
-        parts = [f"{self.severity}[{self.code}]: {self.message}"]
+        """The diagnostic as plain text, in the form of a compiler's. What a name or a source line holds that is no
+        text, an escape sequence or another line, is shown and does nothing."""
+        parts = [f"{self.severity}[{self.code}]: {plain(self.message)}"]
         places = ([(self.span, self.label)] if self.span else []) + list(self.related)
         parts += [line for span, label in places for line in _excerpt(span, label)]
-        parts += [f"   = {line}" for line in [f"note: {n}" for n in self.notes] + [f"help: {h}" for h in self.helps]]
+        said = [f"note: {n}" for n in self.notes] + [f"help: {h}" for h in self.helps]
+        parts += [f"   = {plain(line)}" for line in said]
         return "\n".join(parts)
 
     def to_json(self) -> dict:
@@ -145,11 +149,12 @@ class Diagnostic:
 def _excerpt(span: Span, label: str) -> list[str]:
     line, column = span.source.position(span.start)
     text = span.source.line(line)
-    width = max(1, min(span.end, span.start + len(text) - column + 1) - span.start)
+    end = min(span.end, span.start + len(text) - column + 1) - span.start + column - 1
+    before, marked = (plain(part, keep="\t") for part in (text[: column - 1], text[column - 1 : end]))
     gutter = " " * len(str(line))
-    pad = "".join("\t" if c == "\t" else " " for c in text[: column - 1])
-    return [f"{gutter} --> {span}", f"{gutter}  |", f"{line}  | {text}",
-            f"{gutter}  | {pad}{'^' * width}{' ' + label if label else ''}"]
+    pad = "".join("\t" if c == "\t" else " " for c in before)
+    return [f"{gutter} --> {plain(str(span))}", f"{gutter}  |", f"{line}  | {plain(text, keep=chr(9))}",
+            f"{gutter}  | {pad}{'^' * max(1, len(marked))}{' ' + plain(label) if label else ''}"]
 
 
 class SurgeryError(Exception):

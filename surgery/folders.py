@@ -46,7 +46,8 @@ class Kind:
     earlier: frozenset[str] = frozenset()
 
     def foreign(self, folder: Path) -> list[str]:
-        """What a folder holds that is not a file of this kind as we wrote it; nothing of an empty one. Raises: OSError."""
+        """What a folder holds that is not a file of this kind as we wrote it: nothing, of an empty one. Raises:
+        OSError."""
         digests, names = self._digests(folder), sorted(os.listdir(folder))
         if digests is None:
             is_earlier = self.earlier and all(name in names and _digest(folder / name) for name in self.earlier)
@@ -221,7 +222,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Exchange two folders in two steps. One that is killed in between leaves the old one where `_clear_up` finds it."""
+    """Exchange two folders in two steps. A run killed in between leaves the old one where `_clear_up` finds it."""
     aside = Path(tempfile.mkdtemp(prefix="old", dir=new.parent)) / "folder"
     target.rename(aside)
     try:

@@ -44,8 +44,10 @@ def apply(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: to
 
 
 def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
-            strict: bool = False) -> Surgeon:
-    """A surgeon with everything at hand and the model not yet touched. Raises: SurgeryError."""
+            strict: bool = False, most: int | None = None) -> Surgeon:
+    """A surgeon with everything at hand and the model not yet touched. `most`: how many numbers a saved adapter holds;
+    one whose spec asks for more than that and the model together is refused before any is made. Raises: SurgeryError.
+    """
     if any(isinstance(m, Adapter) for m in model.modules()):
         raise fail("already-operated", f"this {type(model).__name__} carries a surgery already",
                    helps=("remove() the first one, or put both in one spec",))
@@ -58,6 +60,9 @@ def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: 
     report = Collector()
     report.add(*plan.warnings, *unfit(plan), *dense_copies(plan))
     report.raise_errors(strict)
+    if most is not None and plan.trainable + plan.frozen > most + plan.total:
+        raise fail("bad-adapter", f"the spec asks for {plan.trainable + plan.frozen:,} numbers, and the adapter "
+                   f"holds {most:,}")
     plan = replace(plan, warnings=tuple(report.warnings))
     shared: Shared = {}
     return Surgeon(model, plan, {p.site.name: _adapter(p, tensors(p, seed, dtype, shared)) for p in plan.placed}, seed)

@@ -14,7 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from surgery.diagnostics import fail
+from surgery.files import read_json
 from surgery.folders import replacing_file
 
 FORMAT = "1.0"
@@ -100,11 +103,15 @@ def keep_steps(file: Path, steps: Steps) -> None:
 def _read(file: Path, kind: type[T]) -> T | None:
     """What a file holds; None where there is no file."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return kind(**{name: value for name, value in found.items() if name != "format_version"})
+        found = read_json(file)
+        return TypeAdapter(kind).validate_python({n: v for n, v in found.items() if n != "format_version"})
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValidationError as error:
+        wrong = ", ".join(dict.fromkeys(str(fault["loc"][0]) for fault in error.errors(include_input=False)))
+        raise fail("bad-data", f"{file} is not finished: it lacks, or has wrongly: {wrong}",
+                   helps=("delete it",)) from None
+    except (OSError, ValueError, AttributeError) as error:
         raise fail("bad-data", f"{file} is not finished: {error}", helps=("delete it",)) from None
 
 

@@ -6,17 +6,18 @@ faults come in one error, nothing is unpickled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from surgery import __version__
 from surgery.diagnostics import Collector, SurgeryError, fail
+from surgery.files import SPEC_BYTES, read_bytes, read_json, refuse_irregular
 from surgery.folders import Kind
 from surgery.spec import parse
 from surgery.syntax.tree import Spec
@@ -28,7 +29,48 @@ ADAPTER = Kind("a saved adapter", earlier=frozenset(FILES))
 _SHOWN = 8
 _NAME_ONE = "name what `surgery apply -o` or `save()` wrote"
 
+# The whole numbers are for places.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 Shapes = Mapping[str, Sequence[int]]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it holds characters that no name has")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_printable)]  # of a model or a class: it is shown, looked up and loaded
+
+
+class _Form(BaseModel):
+    """What `meta.json` says of a tensor."""
+
+    model_config = ConfigDict(strict=True)
+    shape: list[Annotated[int, Field(ge=0)]]
+    dtype: Literal["float16", "bfloat16", "float32", "float64", "int32", "int64"]
+
+
+class _Meta(BaseModel):
+    """`meta.json`: what may stand in the fields that are read."""
+
+    model_config = ConfigDict(strict=True)
+    base_model: Name | None = None
+    revision: Name | None = None
+    model_class: Name | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]  # those that a generator of torch takes
+    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    tensors: dict[str, _Form]
+    peft: dict[str, Any] | None = None
+
+
+def misfits(kind: type[BaseModel], found: Any) -> list[str]:
+    """The fields of a file's values that lack or that hold what they cannot."""
+    try:
+        kind.model_validate(found)
+    except ValidationError as error:
+        return list(dict.fromkeys(str(fault["loc"][0]) for fault in error.errors(include_input=False)))
+    return []
 
 
 def shapes(tensors: Mapping[str, torch.Tensor]) -> Shapes:
@@ -60,12 +102,6 @@ class Saved:
     def _fault(self, message: str, *helps: str) -> None:
         self.report.error("bad-adapter", f"{self.folder}: {message}", helps=helps)
 
-    def _bytes(self, name: str) -> bytes | None:
-        try:
-            return (self.folder / name).read_bytes()
-        except OSError as error:
-            return self._fault(f"cannot read {name}: {error.strerror or error}")
-
     def _agree(self) -> None:
         """The tensors must be the ones that the file beside them lists."""
         listed = {name: form["shape"] for name, form in self.meta["tensors"].items()}
@@ -76,11 +112,10 @@ class Saved:
             self._fault(f"{META} gives another dtype than {TENSORS} for {_listed(wrong)}")
 
     def _meta(self) -> dict | None:
-        text = self._bytes(META)
-        if text is None:
-            return None
         try:
-            found = json.loads(text)
+            found = read_json(self.folder / META)
+        except OSError as error:
+            return self._fault(f"cannot read {META}: {error.strerror or error}")
         except ValueError as error:
             return self._fault(f"{META} is not JSON: {error}")
         return found if self._known(found) else None
@@ -90,51 +125,39 @@ class Saved:
         if not isinstance(version, str) or version.split(".")[0] != FORMAT.split(".")[0]:
             self._fault(f"{META} has the format version {version!r}, and this surgery {__version__} reads {FORMAT}")
             return False
-        wrong = [key for key, fits in _FIELDS.items() if not fits(meta.get(key))]
+        wrong = misfits(_Meta, meta)
         if wrong:
             self._fault(f"{META} lacks, or has wrongly: {', '.join(wrong)}")
         return not wrong
 
     def _spec(self) -> Spec | None:
-        text = self._bytes(SPEC)
         try:
-            return parse(text.decode("utf-8"), str(self.folder / SPEC)) if text is not None else None
+            text = read_bytes(self.folder / SPEC, SPEC_BYTES).decode("utf-8")
+            found = parse(text, str(self.folder / SPEC))
+        except OSError as error:
+            return self._fault(f"cannot read {SPEC}: {error.strerror or error}")
         except UnicodeDecodeError as error:
-            self._fault(f"{SPEC} is not UTF-8 at byte {error.start}")
+            return self._fault(f"{SPEC} is not UTF-8 at byte {error.start}")
         except SurgeryError as error:
-            self.report.add(*error.diagnostics)
+            return self.report.add(*error.diagnostics)
+        if found.uses:  # another's files on this machine: what lies there is not what the adapter was made with
+            self.report.error("bad-adapter", "a saved spec stands on its own, and this one uses another file",
+                              found.uses[0].span, helps=("save() writes what a spec uses into it",))
+        return found
 
     def _tensors(self) -> dict[str, torch.Tensor] | None:
         try:
-            (self.folder / TENSORS).open("rb").close()  # safetensors' own error where there is none is a long one
+            refuse_irregular(self.folder / TENSORS)
             found = load_file(self.folder / TENSORS)
         except (OSError, SafetensorError) as error:
             return self._fault(f"cannot read {TENSORS}: {getattr(error, 'strerror', None) or error}")
+        odd = [f"{n} ({dtype_text(t.dtype)})" for n, t in found.items() if t.dtype not in DTYPES]
+        if odd:
+            return self._fault(f"{TENSORS} holds dtypes that no adapter is trained in: {_listed(odd)}")
         broken = [name for name, tensor in found.items() if not tensor.isfinite().all()]
         if broken:
             self._fault(f"{TENSORS} holds what is not finite: {_listed(broken)}", "the training that made it diverged")
         return found
-
-
-def _is_dtype(value: Any) -> bool:
-    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
-
-
-def _is_form(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("shape"), list) and _is_dtype(value.get("dtype"))
-
-
-def _is_name(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-_FIELDS = {
-    "base_model": _is_name,
-    "model_class": _is_name,
-    "seed": lambda v: isinstance(v, int),
-    "dtype": lambda v: _is_dtype(v) and getattr(torch, v).is_floating_point,
-    "tensors": lambda v: isinstance(v, dict) and all(map(_is_form, v.values())),
-}
 
 
 def compare(saved: Shapes, wanted: Shapes, where: str, report: Collector, file: str = TENSORS) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from surgery import resources
 from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest
+from surgery.files import SPEC_BYTES, read_bytes
 from surgery.refused import refusal
 from surgery.syntax.parser import parse_expression, parse_text
 from surgery.syntax.tree import Argument, Definition, Pattern, Reference, Select, Spec, Use, as_expression
@@ -63,9 +64,10 @@ def locate(spec: str | Path) -> Path:
 
 
 def read(path: Path, asked: Span | None = None) -> Spec:
-    """The spec in a file; `asked` is the place that named it. Raises: SurgeryError (missing-file, syntax)."""
+    """The spec in a file; `asked` is the place in another spec that named it: then it must be a regular file, where a
+    user may name a pipe. Raises: SurgeryError (missing-file, syntax)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, SPEC_BYTES, any_kind=asked is None).decode("utf-8")
     except OSError as error:
         raise fail("missing-file", f"cannot read {path}: {error.strerror or error}", asked,
                    helps=() if path.exists() else _instead_of(path)) from None

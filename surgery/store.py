@@ -28,7 +28,7 @@ from surgery.layer import Adapter
 from surgery.operate import Surgeon, prepare
 from surgery.saved import ADAPTER, FORMAT, META, SPEC, TENSORS, Saved, compare, shapes
 from surgery.spec import inlined
-from surgery.words import dtype_text
+from surgery.words import dtype_text, listed
 
 
 def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
@@ -64,18 +64,29 @@ def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
     The adapter's tensors keep the dtype that they were saved in; a `train` tensor takes that of the model's.
     """
     saved, report = Saved(Path(folder)), Collector()
+    held = sum(tensor.numel() for tensor in saved.tensors.values())
     try:
-        surgeon = prepare(model, saved.spec, seed=saved.meta["seed"], dtype=getattr(torch, saved.meta["dtype"]))
+        surgeon = prepare(model, saved.spec, seed=saved.meta["seed"], dtype=getattr(torch, saved.meta["dtype"]),
+                          most=held)
     except SurgeryError as error:
         raise _does_not_fit(model, saved, error.diagnostics) from None
     compare(shapes(saved.tensors), shapes(surgeon.named_tensors()), f"this {type(model).__name__}", report)
     if not report.errors:
+        _assert_kinds(surgeon, saved.tensors, report)
         _assert_places(surgeon, saved.tensors, report)
     if report.errors:
         raise _does_not_fit(model, saved, report.found)
     surgeon.operate()
     surgeon.load(saved.tensors)
     return surgeon
+
+
+def _assert_kinds(surgeon: Surgeon, tensors: Mapping[str, torch.Tensor], report: Collector) -> None:
+    """Report whole numbers that stand for real ones, which would be read as such."""
+    wrong = [n for n, own in surgeon.named_tensors().items() if own.is_floating_point() and not
+             tensors[n].is_floating_point()]
+    if wrong:
+        report.error("bad-adapter", f"{TENSORS} holds whole numbers where real ones are: {listed(wrong)}")
 
 
 def _assert_places(surgeon: Surgeon, tensors: Mapping[str, torch.Tensor], report: Collector) -> None:

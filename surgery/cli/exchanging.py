@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli.operating import base_name, base_of, free, loaded, say_errors
-from surgery.cli.options import command, dtype_option, force_option
+from surgery.cli.options import command, dtype_option, force_option, trust_option
 from surgery.cli.render import Output
 from surgery.words import counted
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @command(click.argument("folder", metavar="PEFT_DIR"), click.argument("model", required=False),
          click.option("-o", "--out", metavar="DIR", required=True, help="Save the surgery here."), dtype_option,
-         force_option, example="surgery import peft-adapter -o out")
+         force_option, trust_option, example="surgery import peft-adapter -o out")
 def import_(output: Output, folder: str, model: str | None, out: str, dtype: str | None, force: bool) -> None:
     """Make a PEFT adapter a saved surgery.
 
@@ -50,7 +50,7 @@ def import_(output: Output, folder: str, model: str | None, out: str, dtype: str
          click.option("--to", "form", type=click.Choice(["peft"]), required=True, help="Whose form to write."),
          click.option("-o", "--out", metavar="OUT", required=True, help="Write the adapter here."),
          click.option("--rank", type=click.IntRange(1), help="Write a LoRA of this rank, whatever the method is."),
-         dtype_option, force_option, example="surgery export out --to peft -o peft-adapter")
+         dtype_option, force_option, trust_option, example="surgery export out --to peft -o peft-adapter")
 def export(output: Output, folder: str, model: str | None, form: str, out: str, rank: int | None, dtype: str | None,
            force: bool) -> None:
     """Write a saved surgery as a PEFT adapter.

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.options import command, model_argument, opened, sets, spec_argument, strict_option, targets
+from surgery.cli.options import (
+    command, model_argument, opened, sets, spec_argument, strict_option, targets, trust_option)
 from surgery.cli.render import Output
 from surgery.words import counted, size_text
 
@@ -22,7 +23,7 @@ def skeleton_of(output: Output, model: str) -> nn.Module:
 
     with output.busy(f"reading the configuration of {model}"):
         quiet_libraries(output.animated)
-        return skeleton(model)
+        return skeleton(model, output.trust)
 
 
 def _plan(output: Output, spec: Spec, model: str, strict: bool = False) -> Plan:
@@ -38,7 +39,7 @@ def _plan(output: Output, spec: Spec, model: str, strict: bool = False) -> Plan:
 # --------------------------------------------------------------------------------------------------------- plan
 
 
-@command(spec_argument, model_argument, sets, targets, strict_option,
+@command(spec_argument, model_argument, sets, targets, strict_option, trust_option,
          example="surgery plan sora demo:llama --set rank=8 --target '**.q_proj'")
 def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: tuple[str, ...], strict: bool) -> None:
     """Show what a spec would do to a model.
@@ -58,7 +59,7 @@ def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: 
     output.data(source=spec, model=model, memory_bytes=report.memory, changes=len(found.placed), **report.to_json())
 
 
-@command(spec_argument, model_argument, click.argument("name"), sets, targets,
+@command(spec_argument, model_argument, click.argument("name"), sets, targets, trust_option,
          example="surgery explain sora demo:llama model.layers.0.self_attn.q_proj")
 def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
     """Say why a module is taken, or is not.
@@ -78,7 +79,7 @@ def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, .
 # ------------------------------------------------------------------------------------------------------ modules
 
 
-@command(model_argument, click.argument("pattern", required=False),
+@command(model_argument, click.argument("pattern", required=False), trust_option,
          click.option("--all", "every", is_flag=True,
                       help="Write every layer of a list out, also where they are alike."),
          example="surgery modules demo:llama '**.mlp.*'")

@@ -18,8 +18,9 @@ import click
 
 from surgery.cli import benching, comparing, exchanging, inspecting, microscope, operating, writing
 from surgery.cli.options import HELP, common
-from surgery.cli.render import Output, abandon_stdout, settle_streams
+from surgery.cli.render import Output, abandon_stdout, echo, settle_streams, told_apart
 from surgery.diagnostics import Diagnostic, SurgeryError
+from surgery.words import plain
 
 # Codes of what is wrong with how the program is used, with the world around it or with us, and not with a spec or a
 # model.
@@ -35,14 +36,15 @@ class Surgery(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         settle_streams()
         output = ctx.ensure_object(Output)
-        output.as_json = "--json" in args  # before the rest of the line, which may be wrong
+        words = args[: args.index("--")] if "--" in args else args
+        output.as_json = "--json" in words  # before the rest of the line, which may be wrong
         with _wrong_use(output):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         output = ctx.ensure_object(Output)
         try:
-            with _wrong_use(output):
+            with told_apart(output), _wrong_use(output):
                 result = super().invoke(ctx)
             sys.stdout.flush()  # while an error of it is still ours to tell
             return result
@@ -52,6 +54,7 @@ class Surgery(click.Group):
             status = 2 if _errors(error) and all(map(_is_outside, _errors(error))) else 1
         except KeyboardInterrupt:
             output.note("interrupted")
+            output.data(error="interrupted")
             status = 130
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -73,6 +76,7 @@ def _wrong_use(output: Output) -> Iterator[None]:
         yield
     except click.ClickException as error:
         output.data(error=error.format_message())
+        error.message = plain(error.message)  # it may quote an argument
         raise
 
 
@@ -97,8 +101,8 @@ def _is_outside(diagnostic: Diagnostic) -> bool:
 def _failed(output: Output, message: str) -> int:
     """Say what went wrong outside of any diagnostic."""
     if output.debug:
-        traceback.print_exc()
-    click.echo(message, err=True)
+        echo(traceback.format_exc())
+    echo(message)
     output.data(error=message)
     return 2
 

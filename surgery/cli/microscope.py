@@ -6,14 +6,14 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import command
+from surgery.cli.options import command, trust_option
 from surgery.cli.render import Output, aligned
 from surgery.diagnostics import did_you_mean, fail
-from surgery.words import counted, figure_text, sides_text, some
+from surgery.words import counted, figure_text, plain, sides_text, some
 
 if TYPE_CHECKING:
     from surgery.spectra import Group, Spectra
@@ -29,7 +29,7 @@ squared_option = click.option("--squared", is_flag=True, help="Entropies of σ²
 
 
 @command(click.argument("first", metavar="DIR|BASE"), click.argument("second", metavar="[TUNED]", required=False),
-         base_option, squared_option,
+         base_option, squared_option, trust_option,
          click.option("--top", type=click.IntRange(0), default=8, show_default=True, metavar="K",
                       help="Overlap of the K strongest directions of ΔW with those of W; 0 leaves it out."),
          click.option("--csv", "table", metavar="FILE", help="Write the table of modules as CSV."),
@@ -182,8 +182,15 @@ def _csv(spectra: Spectra) -> str:
     table.writeheader()
     for row in spectra.rows:
         out, in_ = row.spectrum.shape
-        table.writerow({**row.to_json(), "out": out, "in": in_, "orthogonality": row.worst_defect})
+        cells = {**row.to_json(), "out": out, "in": in_, "orthogonality": row.worst_defect}
+        table.writerow({field: _cell(value) for field, value in cells.items()})
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A cell that a spreadsheet shows and does not run: text that begins as a formula does stands behind a `'`."""
+    text = plain(value) if isinstance(value, str) else value
+    return f"'{text}" if isinstance(text, str) and text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 # ----------------------------------------------------------------------------------------------------------- report
@@ -192,7 +199,7 @@ def _csv(spectra: Spectra) -> str:
 @command(click.argument("folder", metavar="DIR"), base_option,
          click.option("-o", "--out", metavar="FILE", default="report.html", show_default=True,
                       help="Write the page here."),
-         squared_option, example="surgery report out -o report.html")
+         squared_option, trust_option, example="surgery report out -o report.html")
 def report(output: Output, folder: str, base: str | None, out: str, squared: bool) -> None:
     """Write a page about a saved adapter.
 

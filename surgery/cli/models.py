@@ -2,7 +2,8 @@
 
 Takes that text; gives a skeleton on the meta device (from the configuration alone), the model with its weights, or the
 pretrained model with a new head for a text task. Promises: the class is the one that the model was saved as, unless a
-head is asked for or an adapter was trained on another; what cannot be loaded is an `unknown-model` in words.
+head is asked for or an adapter was trained on another; what cannot be loaded is an `unknown-model` in words; Python
+code that lies in a model's folder runs only where the caller says `trust`, and nobody is asked meanwhile.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Trained(Protocol):
 
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_TRUST = "read the Python files in its folder, and say --trust-remote-code if they may run"
 _MODELS = "a model is a hub id, a local folder, package:NAME, or a demo such as demo:llama"
 
 
@@ -46,10 +48,10 @@ def quiet_libraries(bars: bool) -> None:
     (talk.enable_progress_bar if bars else talk.disable_progress_bar)()
 
 
-def skeleton(name: str) -> PreTrainedModel:
+def skeleton(name: str, trust: bool = False) -> PreTrainedModel:
     """The model on the meta device: no weight is read or made. Raises: SurgeryError (unknown-model)."""
-    config = _config(name)
-    return _bare(name, _class(config), config)
+    config = _config(name, trust)
+    return _bare(name, _class(name, config, trust), config)
 
 
 def _bare(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -61,7 +63,7 @@ def _bare(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig) -> P
     return model.eval()
 
 
-def load(name: str, dtype: str | None = None) -> PreTrainedModel:
+def load(name: str, dtype: str | None = None, trust: bool = False) -> PreTrainedModel:
     """The model with its weights, in its own dtype or another. Raises: SurgeryError (unknown-model)."""
     wanted = _torch_dtype(dtype)
     if name.startswith(DEMO):
@@ -69,8 +71,8 @@ def load(name: str, dtype: str | None = None) -> PreTrainedModel:
 
         model = _asked(name, lambda: load_demo(name.removeprefix(DEMO)))
         return model.to(wanted) if wanted else model
-    config = _config(name)
-    model, lacking = _pretrained(name, _class(config), config, wanted)
+    config = _config(name, trust)
+    model, lacking = _pretrained(name, _class(name, config, trust), config, wanted)
     if lacking:
         raise fail("unknown-model",
                    f"{name} is no whole {type(model).__name__}: its files do not hold {_shaped(lacking)}",
@@ -78,36 +80,37 @@ def load(name: str, dtype: str | None = None) -> PreTrainedModel:
     return model
 
 
-def load_with_head(name: str, outputs: int, seed: int = 0, **config: Any) -> PreTrainedModel:
+def load_with_head(name: str, outputs: int, seed: int = 0, trust: bool = False, **config: Any) -> PreTrainedModel:
     """The pretrained model with a new head of `outputs` numbers per text, drawn from `seed`; `config` goes to the
     model's configuration. A demo has random weights. Raises: SurgeryError (unknown-model)."""
     import torch
     from transformers import AutoModelForSequenceClassification as Headed
 
-    shape = _config(name)
+    shape = _config(name, trust)
     shape.update({"num_labels": outputs, **config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _asked(name, lambda: Headed.from_config(shape) if name.startswith(DEMO)
-                      else Headed.from_pretrained(place(name), config=shape, dtype=torch.float32)).eval()
+        return _asked(name, lambda: Headed.from_config(shape, trust_remote_code=trust) if name.startswith(DEMO)
+                      else Headed.from_pretrained(place(name), config=shape, dtype=torch.float32,
+                                                  trust_remote_code=trust)).eval()
 
 
-def with_saved_head(name: str, model: PreTrainedModel, saved: Trained) -> PreTrainedModel:
+def with_saved_head(name: str, model: PreTrainedModel, saved: Trained, trust: bool = False) -> PreTrainedModel:
     """The model, or a skeleton of the class that an adapter was trained on, where that is another: one with a head."""
     if name.startswith(DEMO):
         return model
-    kind, config = _form_of(name, saved)
+    kind, config = _form_of(name, saved, trust)
     return model if kind is type(model) and config.num_labels == model.config.num_labels else _bare(name, kind, config)
 
 
-def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None) -> PreTrainedModel:
+def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None, trust: bool = False) -> PreTrainedModel:
     """The model with its weights, of the class that an adapter was trained on: what that has and MODEL has not, a head,
     is for the adapter's tensors to fill.
 
     Raises: SurgeryError (unknown-model; bad-adapter where MODEL and the adapter together lack a tensor)."""
     if name.startswith(DEMO):
         return load(name, dtype)
-    trained, config = _form_of(name, saved)
+    trained, config = _form_of(name, saved, trust)
     model, new = _pretrained(name, trained, config, _torch_dtype(dtype))
     lacking = {tensor: shape for tensor, shape in new.items() if tensor not in saved.tensors}
     if lacking:
@@ -139,26 +142,26 @@ def folder_of(name: str) -> Path:
     return known if known.is_dir() else Path(_asked(name, lambda: snapshot_download(name, allow_patterns=wanted)))
 
 
-def tokenizer(name: str) -> PreTrainedTokenizerBase:
+def tokenizer(name: str, trust: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer beside the weights, able to pad. Raises: SurgeryError (unknown-model)."""
     from transformers import AutoTokenizer
 
     if name.startswith(DEMO):
         raise fail("unknown-model", f"{name} has no tokenizer, so it cannot read text",
                    helps=("a pretrained model can: a hub id, a local folder or package:NAME",))
-    found = _asked(name, lambda: AutoTokenizer.from_pretrained(place(name)))
+    found = _asked(name, lambda: AutoTokenizer.from_pretrained(place(name), trust_remote_code=trust))
     if found.pad_token is None:
         found.pad_token = found.eos_token
     return found
 
 
-def preprocessors(name: str) -> list[Any]:
+def preprocessors(name: str, trust: bool = False) -> list[Any]:
     """The tokenizer (or image processor) that lies beside the weights; none if there is none."""
     from transformers import AutoProcessor, AutoTokenizer
 
     for kind in (AutoProcessor, AutoTokenizer) if not name.startswith(DEMO) else ():
         try:
-            return [kind.from_pretrained(place(name))]
+            return [kind.from_pretrained(place(name), trust_remote_code=trust)]
         except Exception:  # whatever a third party's tokenizer raises, the weights are what was asked for
             continue
     return []
@@ -188,7 +191,7 @@ def _model_folder(name: str, roots: Iterable[Path]) -> Path:
                helps=("name the one you mean: package:NAME/FOLDER",) if nearest else ())
 
 
-def _config(name: str) -> PreTrainedConfig:
+def _config(name: str, trust: bool = False) -> PreTrainedConfig:
     if name.startswith(DEMO):
         from surgery.demo import demo_config
 
@@ -202,7 +205,7 @@ def _config(name: str) -> PreTrainedConfig:
     if not (exists or name.startswith(PACKAGE) or _HUB_ID.fullmatch(name)):
         raise fail("unknown-model", f"there is no folder `{name}`, and it is no id of the hub (OWNER/NAME)",
                    helps=(_MODELS,))
-    return _asked(name, lambda: AutoConfig.from_pretrained(place(name)))
+    return _asked(name, lambda: AutoConfig.from_pretrained(place(name), trust_remote_code=trust))
 
 
 def _near(name: str) -> tuple[str, ...]:
@@ -210,19 +213,28 @@ def _near(name: str) -> tuple[str, ...]:
     return (f"it is a saved adapter: `surgery merge {name} -o OUT` puts it into its model",) if is_adapter else ()
 
 
-def _class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that the model was saved as; its base model where the configuration does not say."""
+def _class(name: str, config: PreTrainedConfig, trust: bool) -> type[PreTrainedModel]:
+    """The class that the model was saved as; its base model where the configuration does not say. One that lies in the
+    model's folder is read only if we `trust` it."""
     import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module as of_folder
 
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
-    return next(filter(None, named), None) or transformers.MODEL_MAPPING[type(config)]
+    saved_as = config.architectures or ()
+    for reference in (getattr(config, "auto_map", None) or {}).values() if trust else ():
+        if isinstance(reference, str) and reference.rpartition(".")[2] in saved_as:
+            return _asked(name, lambda: of_folder(reference, place(name)))
+    named = [getattr(transformers, each, None) for each in saved_as]
+    found = next(filter(None, named), None) or transformers.MODEL_MAPPING.get(type(config), None)
+    if found is None:
+        raise fail("unknown-model", f"{name} is of a class that transformers does not have: {some(saved_as) or 'none'}")
+    return found
 
 
-def _form_of(name: str, saved: Trained) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+def _form_of(name: str, saved: Trained, trust: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class that an adapter was trained on, and MODEL's configuration with as many labels as the adapter's head
     has."""
-    config = _config(name)
-    kind = _class_of(config, saved)
+    config = _config(name, trust)
+    kind = _class_of(config, saved, _class(name, config, trust))
     forms = _shapes(_bare(name, kind, config))
     for tensor, value in saved.tensors.items():
         (rows, *rest), (wanted, *others) = forms.get(tensor) or (0,), tuple(value.shape) or (0,)
@@ -231,12 +243,12 @@ def _form_of(name: str, saved: Trained) -> tuple[type[PreTrainedModel], PreTrain
     return kind, config
 
 
-def _class_of(config: PreTrainedConfig, saved: Trained) -> type[PreTrainedModel]:
-    """The class that an adapter says it was trained on, if it is one for this configuration. One that does not say has
-    a head for text tasks if its tensors do not fit the class that the model was saved as."""
+def _class_of(config: PreTrainedConfig, saved: Trained, own: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class that an adapter says it was trained on, if it is one for this configuration; else the model's `own`.
+    One that does not say has a head for text tasks if its tensors do not fit the class that the model was saved as."""
     import transformers
 
-    own, said = _class(config), saved.model_class
+    said = saved.model_class
     if said is not None:
         named = getattr(transformers, said, None)
         choices = getattr(named, "_model_mapping", None)  # of a class that stands for one of each family
@@ -271,7 +283,8 @@ def _asked(name: str, ask: Callable[[], Any]) -> Any:
     except (SurgeryError, KeyboardInterrupt):
         raise
     except Exception as error:  # transformers and the hub raise whatever they like for a model that they cannot load
-        raise fail("unknown-model", f"cannot load `{name}`: {_first_words(error)}", helps=(_MODELS,)) from error
+        helps = (_TRUST,) if "trust_remote_code" in str(error) else (_MODELS,)
+        raise fail("unknown-model", f"cannot load `{name}`: {_first_words(error)}", helps=helps) from error
 
 
 def _first_words(error: Exception) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import (
-    command, dtype_option, force_option, model_argument, opened, sets, spec_argument, strict_option, targets)
+    command, dtype_option, force_option, model_argument, opened, sets, spec_argument, strict_option, targets,
+    trust_option)
 from surgery.cli.render import Output
 from surgery.diagnostics import fail
 from surgery.words import counted
@@ -37,7 +38,7 @@ def loaded(output: Output, model: str, dtype: str | None, saved: Trained | None 
 
     with output.busy(f"loading {model}"):
         quiet_libraries(output.animated)
-        return load_with_saved_head(model, saved, dtype) if saved else load(model, dtype)
+        return load_with_saved_head(model, saved, dtype, output.trust) if saved else load(model, dtype, output.trust)
 
 
 # -------------------------------------------------------------------------------------------------------- apply
@@ -48,7 +49,7 @@ def loaded(output: Output, model: str, dtype: str | None, saved: Trained | None 
          click.option("--merge", is_flag=True, help="Save the merged model instead of the adapter."),
          click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
                       help="Seed of the drawn parameters."),
-         dtype_option, force_option, strict_option,
+         dtype_option, force_option, strict_option, trust_option,
          example="surgery apply sora demo:llama -o out --set rank=8")
 def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[str, ...], targets: tuple[str, ...],
           merge: bool, seed: int, dtype: str | None, force: bool, strict: bool) -> None:
@@ -94,7 +95,7 @@ def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool, 
 
     with output.busy(f"saving {out}"):
         if merged:
-            save_merged(surgeon, out, preprocessors(model), force)
+            save_merged(surgeon, out, preprocessors(model, output.trust), force)
         else:
             surgeon.save(out, base_model=model, force=force)
 
@@ -112,7 +113,7 @@ def _say_saved(output: Output, out: str, merged: bool) -> None:
          click.option("-o", "--out", metavar="OUT", required=True, help="Save the merged model here."),
          click.option("--then", "after", multiple=True, metavar="DIR",
                       help="Merge this adapter too, on what those before made."),
-         dtype_option, force_option, example="surgery merge out -o out-merged")
+         dtype_option, force_option, trust_option, example="surgery merge out -o out-merged")
 def merge(output: Output, folder: str, model: str | None, out: str, after: tuple[str, ...], dtype: str | None,
           force: bool) -> None:
     """Save a model with an adapter merged in.
@@ -132,7 +133,7 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
         surgeon = surgeries.use(*surgeries.names)
         errors = surgeon.merge()
     with output.busy(f"saving {out}"):
-        save_merged(surgeon, out, preprocessors(base), force)
+        save_merged(surgeon, out, preprocessors(base, output.trust), force)
     say_errors(output, errors)
     output.say(f"saved     {out}\nnext      surgery modules {shlex.quote(out)}")
     output.data(adapters=[folder, *after], model=base, out=out, relative_errors=errors)

@@ -92,6 +92,11 @@ dtype_option = click.option("--dtype", type=click.Choice(DTYPES),
 force_option = click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
 
 
+trust_option = click.option("--trust-remote-code", is_flag=True, expose_value=False,
+                            callback=_keep("trust", lambda old, new: True),
+                            help="Run the Python code that lies in the model's folder.")
+
+
 def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> Spec:
     """The spec of a path or shipped name, changed by `--set` and `--target`. Raises: SurgeryError."""
     from surgery.diagnostics import Collector

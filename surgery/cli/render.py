@@ -2,7 +2,7 @@
 
 Takes texts, rich renderables and data; gives bytes on the two streams. Promises: no colour where none is wanted
 (`NO_COLOR`, `--color never`, a file), no bar but on a terminal and after half a second, nothing but JSON under
-`--json`.
+`--json`; a name never moves, colours or splits what stands around it: text is made `plain` where it leaves.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, TypeVar
+from math import isfinite
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+import click
 
 from surgery.diagnostics import Diagnostic
+from surgery.words import plain
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
+    from rich.segment import Segment
     from rich.status import Status
     from rich.text import Text
 
@@ -50,6 +55,19 @@ def settle_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+@contextmanager
+def told_apart(output: Output) -> Iterator[None]:
+    """Under `--json`, what anything else prints goes to stderr, so that stdout holds one JSON object."""
+    output.answers = sys.stdout
+    with redirect_stdout(sys.stderr) if output.as_json else nullcontext():
+        yield
+
+
+def echo(text: str) -> None:
+    """A line for people on stderr where no `Output` has its say."""
+    click.echo(plain(text, keep="\n"), err=True)
+
+
 def abandon_stdout() -> None:
     """What is left in its buffer goes nowhere: nobody reads it, and the interpreter's last flush would fail on it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -67,17 +85,24 @@ class Output:
     debug: bool = False
     shown: list[Diagnostic] = field(default_factory=list)
     answered: bool = False
+    trust: bool = False
+    answers: TextIO | None = None
 
     # ------------------------------------------------------------------------------------------------ streams
 
     def _console(self, stderr: bool) -> Console:
         from rich.console import Console
 
+        class Plain(Console):
+            def render(self, *arguments: Any, **more: Any) -> Iterator[Segment]:
+                for segment in super().render(*arguments, **more):
+                    yield segment if segment.control else segment._replace(text=plain(segment.text, keep="\n"))
+
         stream = sys.stderr if stderr else sys.stdout
-        plain = self.color == "never" or (self.color == "auto" and "NO_COLOR" in os.environ)
+        bare = self.color == "never" or (self.color == "auto" and "NO_COLOR" in os.environ)
         width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
-        return Console(file=stream, width=width, highlight=False, markup=False, emoji=False,
-                       no_color=plain, color_system=None if plain else "auto",
+        return Plain(file=stream, width=width, highlight=False, markup=False, emoji=False,
+                       no_color=bare, color_system=None if bare else "auto",
                        force_terminal=self.color == "always" or None)
 
     @cached_property
@@ -93,17 +118,17 @@ class Output:
     def say(self, what: str | RenderableType = "") -> None:
         """A part of the result, for people."""
         if not self.as_json:
-            self.stdout.print(what, soft_wrap=isinstance(what, str))
+            self.stdout.print(_plain(what), soft_wrap=isinstance(what, str))
 
     def raw(self, text: str) -> None:
-        """A part of the result that is a file's text: byte for byte."""
+        """A part of the result that is a file's text: byte for byte, but on a terminal."""
         if not self.as_json:
-            sys.stdout.write(text)
+            sys.stdout.write(plain(text, keep="\n\t") if sys.stdout.isatty() else text)
 
     def note(self, text: str) -> None:
         """What is good to know and no result."""
         if not self.as_json and self.verbosity >= 0:
-            self.stderr.print(text, soft_wrap=True)
+            self.stderr.print(_plain(text), soft_wrap=True)
 
     def detail(self, text: str) -> None:
         """What only `-v` asks for."""
@@ -123,8 +148,9 @@ class Output:
         """The result for programs: the one JSON object of the run, the first that is given."""
         if self.as_json and not self.answered:
             self.answered = True
-            found = [d.to_json() for d in self.shown]
-            print(json.dumps({"format_version": FORMAT, **fields, "diagnostics": found}, indent=2, ensure_ascii=False))
+            found = {"format_version": FORMAT, **fields, "diagnostics": [d.to_json() for d in self.shown]}
+            # In ASCII, which every stream can write and which holds no control character of a name's.
+            print(json.dumps(_finite(found), indent=2, allow_nan=False), file=self.answers or sys.stdout)
 
     # ------------------------------------------------------------------------------------------------- progress
 
@@ -139,7 +165,9 @@ class Output:
             self.detail(what)
             yield
             return
-        with _patiently(self.stderr.status(what)):
+        from rich.text import Text
+
+        with _patiently(self.stderr.status(Text(plain(what)))):
             yield
 
     def track(self, items: Sequence[T], what: str) -> Iterator[T]:
@@ -162,7 +190,7 @@ class Output:
     def progress(self) -> Iterator[Callable[[str], None]]:
         """Gives a function that says what is being done: one line, written over, with nothing that moves in between."""
         def show(text: str) -> None:
-            sys.stderr.write(f"\r\033[2K{text}")
+            sys.stderr.write(f"\r\033[2K{plain(text)}")
             sys.stderr.flush()
 
         try:
@@ -185,6 +213,19 @@ def _patiently(shown: Status | Progress) -> Iterator[None]:
         shown.stop()
 
 
+def _plain(what: str | RenderableType) -> str | RenderableType:
+    return plain(what, keep="\n") if isinstance(what, str) else what
+
+
+def _finite(found: Any) -> Any:
+    """Data as JSON has it: without NaN and infinity, in whose place null stands."""
+    if isinstance(found, Mapping):
+        return {key: _finite(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not isfinite(found) else found
+
+
 def coloured(text: str) -> Text:
     """A rendered diagnostic with its parts in colour."""
     from rich.text import Text
@@ -202,6 +243,6 @@ def coloured(text: str) -> Text:
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table: names to the left, figures to the right; a row may end early. No line is cut to a narrow
     terminal: a figure cut short is a lie."""
-    rows = list(rows)
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

@@ -33,12 +33,14 @@ def opened_weights(output: Output, name: str, saved: Saved | None = None) -> Wei
     Raises: SurgeryError (unknown-model)."""
     quiet_libraries(output.animated)
     with output.busy(f"opening {name}"):
-        found = Weights(load(name)) if name.startswith(DEMO) else Weights(skeleton(name), of_folder(folder_of(name)))
+        found = (Weights(load(name)) if name.startswith(DEMO)
+                 else Weights(skeleton(name, output.trust), of_folder(folder_of(name))))
     if not found.complete:
         output.note(f"{name} is loaded whole: its files do not hold every weight under the model's own names")
         with output.busy(f"loading {name}"):
-            found = Weights(load(name))
-    return found if saved is None else Weights(with_saved_head(name, found.survey.model, saved), found.tensors)
+            found = Weights(load(name, trust=output.trust))
+    return found if saved is None else Weights(
+        with_saved_head(name, found.survey.model, saved, output.trust), found.tensors)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.inspecting import skeleton_of
-from surgery.cli.options import PAIR, command, opened, sets, spec_argument, strict_option
+from surgery.cli.options import PAIR, command, opened, sets, spec_argument, strict_option, trust_option
 from surgery.cli.render import Output
 from surgery.diagnostics import CODES, Collector, Diagnostic, SurgeryError, did_you_mean, fail
 from surgery.files import SPEC_BYTES, read_bytes
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @command(click.argument("specs", nargs=-1, metavar="SPEC..."),
          click.option("--model", help="Check against this model too (its configuration is enough)."), sets,
-         strict_option,
+         strict_option, trust_option,
          click.option("--explain", metavar="CODE", help="Say what a diagnostic's code means."),
          example="surgery check specs/sora.surg --model demo:llama --set rank=8")
 def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple[str, ...], strict: bool,

@@ -6,12 +6,13 @@ title of their chart. Promises: a run without a state is no error, a state that 
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.diagnostics import fail
+from surgery.files import read_json
 from surgery.spectra.curves import Curve
 
 STATE = "trainer_state.json"
@@ -53,17 +54,22 @@ def _label(name: str) -> str:
 def _numbers(entry: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
     """What an entry logs that a curve can show: no times, no totals of the whole run, nothing infinite."""
     for name, value in entry.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-        if is_number and name not in _NOT_CURVES and not name.startswith("train_") and not name.endswith(_TIMES):
+        is_curve = name not in _NOT_CURVES and not name.startswith("train_") and not name.endswith(_TIMES)
+        if is_curve and _is_number(value):
             yield name, float(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a curve can show it: it is finite, and a float can hold it."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _state(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if all(isinstance(entry["step"], (int, float)) for entry in found["log_history"]):
+        found = read_json(file, allow_nan=True)  # where a loss was none, the Trainer writes NaN
+        if all(_is_number(entry["step"]) for entry in found["log_history"]):
             return found
-        reason = "a step of its log is no number"
+        reason = "a step of its log is no finite number"
     except OSError as error:
         reason = error.strerror or str(error)
     except (ValueError, KeyError, TypeError):

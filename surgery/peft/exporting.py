@@ -21,11 +21,11 @@ from surgery.diagnostics import fail
 from surgery.operate import Surgeon
 from surgery.peft import low_rank
 from surgery.peft.beside import Beside, changed_biases
-from surgery.peft.folder import SHARED, write
+from surgery.peft.folder import SHARED, write, wrong_fields
 from surgery.peft.match import Match, match_targets
 from surgery.peft.method import Config, Family
 from surgery.peft.methods import METHODS
-from surgery.peft.modules import modules, named, resolved
+from surgery.peft.modules import in_time, modules, named, resolved
 from surgery.peft.taken import WHOLE, Taken, at, drawn_again, row
 from surgery.peft.tensors import Place, Tensors
 from surgery.words import listed
@@ -71,10 +71,14 @@ def export_peft(surgeon: Surgeon, folder: str | PathLike, *, rank: int | None = 
     which the fields that still hold are kept. Raises: SurgeryError (no-peft-form, bad-value, bad-output).
     """
     like = like or {}
-    form = _form(surgeon, rank, like)
-    beside = Beside.of(surgeon, form.names, form.biases, form.config["peft_type"], like)
-    config = {**_about(surgeon, base_model, like), **form.config, **beside.fields}
-    choice = _choice(surgeon, form, config, like)
+    if wrong := wrong_fields(like):
+        raise fail("bad-value", "the configuration that the surgery came from has what cannot stand there as "
+                   f"{', '.join(wrong)}")
+    with in_time():
+        form = _form(surgeon, rank, like)
+        beside = Beside.of(surgeon, form.names, form.biases, form.config["peft_type"], like)
+        config = {**_about(surgeon, base_model, like), **form.config, **beside.fields}
+        choice = _choice(surgeon, form, config, like)
     write(Path(folder), {**config, **choice}, {**form.tensors, **beside.tensors}, force)
     return form.about
 

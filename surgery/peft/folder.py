@@ -8,19 +8,22 @@ faults come in one error, nothing is unpickled; a method that is no map of a wei
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from surgery.diagnostics import Collector, fail
+from surgery.files import read_json
 from surgery.folders import Kind, replacing
 from surgery.peft.methods import METHODS
 from surgery.refused import SWITCHES, refusal
+from surgery.saved import DTYPES, Name, misfits
 from surgery.words import dtype_text
 
 CONFIG, TENSORS = ("adapter_config.json", "adapter_model.safetensors")
@@ -29,9 +32,6 @@ MODEL, SHARED = "base_model.model.", "base_model."  # in front of what belongs t
 
 ADAPTER = Kind("a PEFT adapter")
 TYPES = tuple(dict.fromkeys(m.family.peft_type for m in METHODS))
-
-# The whole numbers are for places.
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 
 # The class of transformers that a model is for each of PEFT's tasks that need a head.
 _TASKS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -71,13 +71,12 @@ class Folder:
 
     def _config(self) -> dict[str, Any]:
         try:
-            found = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            found = read_json(self.path / CONFIG)
+        except (OSError, ValueError) as error:
             return self._fault(f"cannot read {CONFIG}: {getattr(error, 'strerror', None) or error}") or {}
         if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
             return self._fault(f"{CONFIG} names no `peft_type`") or {}
-        wrong = [name for name, fits in _FIELDS.items() if not fits(found.get(name))]
-        wrong += [name for name in _numbers(found["peft_type"]) if name in found and not _is_number(found[name])]
+        wrong = wrong_fields(found)
         if wrong:
             self._fault(f"{CONFIG} has what cannot stand there as {', '.join(wrong)}")
         return found
@@ -105,7 +104,7 @@ class Folder:
 
     def _file(self, name: str, tensor: Tensor) -> None:
         """Put a tensor where it belongs."""
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             self._fault(f"{name} is of dtype {dtype_text(tensor.dtype)}, which no adapter is trained in")
         elif not tensor.isfinite().all():
             self._fault(f"{name} is not finite", "the training that made it diverged")
@@ -118,7 +117,8 @@ class Folder:
 
 
 def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], force: bool = True) -> None:
-    """Write an adapter as PEFT does, in the place of one that we wrote if `force`; names without `base_model.` are below the model's.
+    """Write an adapter as PEFT does, in the place of one that we wrote if `force`; names without
+    `base_model.` are below the model's.
 
     Raises: SurgeryError (bad-output).
     """
@@ -144,35 +144,48 @@ def _instead(path: Path) -> tuple[str, ...]:
     return ("it is a saved surgery already",) if (path / "adapter.surg").is_file() else ()
 
 
-def _is_texts(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+class _Class(BaseModel):
+    """The class of the model, in a configuration."""
+
+    model_config = ConfigDict(strict=True)
+    base_model_class: str | None = None
+    parent_library: str | None = None
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or _is_texts(value)
+class _Config(BaseModel):
+    """`adapter_config.json`: what may stand in the fields that are read whatever the method is."""
+
+    model_config = ConfigDict(strict=True)
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    feedforward_modules: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    bias: str | None = None
+    ensure_weight_tying: bool | None = None
+    task_type: Name | None = None
+    base_model_name_or_path: Name | None = None
+    revision: Name | None = None
+    auto_mapping: _Class | None = None
 
 
-def _is_layers(value: Any) -> bool:
-    many = isinstance(value, list) and all(isinstance(v, int) for v in value)
-    return value is None or isinstance(value, int) or many
-
-
-def _is_table(value: Any) -> bool:
-    return value is None or isinstance(value, dict)
+def wrong_fields(config: Mapping[str, Any]) -> list[str]:
+    """The fields of a configuration that hold what they cannot, those of its method too: a number, or a table of
+    numbers by module."""
+    families = [m for m in METHODS if m.family.peft_type == config.get("peft_type")]
+    numbers = {n for m in families for n in m.parameters.fields}
+    tables = {table for m in families for table in m.family.patterns.values()}
+    return misfits(_Config, config) + sorted(
+        [n for n in numbers if n in config and not _is_number(config[n])]
+        + [n for n in tables if config.get(n) is not None and not _is_table(config[n])])
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """True and False are none, nor is what has no float, as 1e999 and a number of a thousand digits."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _numbers(kind: str) -> tuple[str, ...]:
-    """The fields that must be numbers."""
-    return tuple(dict.fromkeys(n for m in METHODS if m.family.peft_type == kind for n in m.parameters.fields))
-
-
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "target_modules": _is_names, "exclude_modules": _is_names, "layers_pattern": _is_names,
-    "modules_to_save": _is_texts, "layers_to_transform": _is_layers, "feedforward_modules": _is_names,
-    "task_type": _is_names, "base_model_name_or_path": _is_names, "revision": _is_names,
-    **{patterns: _is_table for m in METHODS for patterns in m.family.patterns.values()},
-}
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))

@@ -20,7 +20,7 @@ from surgery.operate import Surgeon, prepare
 from surgery.peft.folder import TENSORS, Folder
 from surgery.peft.method import Config
 from surgery.peft.methods import METHODS
-from surgery.peft.modules import fits_end, named, ties
+from surgery.peft.modules import fits_end, in_time, named, ties
 from surgery.peft.taken import WHOLE, Taken, drawn_again, no_row, row, unheard_of
 from surgery.peft.tensors import Place, Tensors
 from surgery.peft.values import values
@@ -64,7 +64,8 @@ class Imported:
 
 def read(model: nn.Module, folder: Folder) -> Imported:
     """What a PEFT adapter is on a model; nothing is changed yet. Raises: SurgeryError."""
-    return _Reader(model, folder).imported()
+    with in_time():
+        return _Reader(model, folder).imported()
 
 
 @dataclass
@@ -204,7 +205,8 @@ class _Reader:
 
     def _prepared(self, spec: Spec) -> Surgeon:
         try:
-            return prepare(self.model, spec)
+            held = (*self.folder.tensors.values(), *self.folder.shared.values())
+            return prepare(self.model, spec, most=sum(tensor.numel() for tensor in held))
         except SurgeryError as error:
             raise SurgeryError((self._does_not_fit(), *error.diagnostics)) from None
 

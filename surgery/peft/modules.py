@@ -8,9 +8,15 @@ its name.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from math import prod
+from time import process_time
 from typing import Any
 
+import regex
 from torch import nn
 
 from surgery.diagnostics import fail
@@ -58,14 +64,14 @@ def _is_linear(module: nn.Module) -> bool:
 def _chooser(wanted: str | Collection[str] | None, layers: Config | None = None) -> Callable[[str], Any]:
     """A text is a regular expression for the whole name; a list holds names, of whatever layer, and ends of names."""
     if isinstance(wanted, str):
-        return _regular(wanted).fullmatch
+        return _Regular(wanted).fullmatch
     exact, ends, in_layer = frozenset(wanted or ()), tuple(f".{each}" for each in wanted or ()), _layers(layers or {})
     return lambda name: name in exact or (name.endswith(ends) and in_layer(name))
 
 
 def _saver(config: Config) -> Callable[[str], bool]:
     """What lies in a module that is saved whole cannot be a target."""
-    found = [_regular(rf"(^|.*\.){each}($|\..*)") for each in config.get("modules_to_save") or ()]
+    found = [_Regular(rf"(^|.*\.){each}($|\..*)") for each in config.get("modules_to_save") or ()]
     return lambda name: any(pattern.match(name) for pattern in found)
 
 
@@ -76,7 +82,7 @@ def _layers(config: Config) -> Callable[[str], bool]:
         return lambda name: True
     layers = {wanted} if isinstance(wanted, int) else set(wanted)
     lists = [lists] if isinstance(lists, str) else lists
-    patterns = [_regular(rf"(?:^|.*?\.){each}\.(?P<index>\d+)\.") for each in lists]
+    patterns = [_Regular(rf"(?:^|.*?\.){each}\.(?P<index>\d+)\.") for each in lists]
 
     def inside(name: str) -> bool:
         found = next(filter(None, (p.match(name) for p in patterns or [_LAYER])), None)
@@ -101,7 +107,7 @@ def ties(config: Config, chooser: str) -> bool:
 
 def _names_embedding(wanted: str | Iterable[str] | None) -> bool:
     if isinstance(wanted, str):
-        return any(_regular(wanted).fullmatch(name) for name in _EMBEDDINGS)
+        return any(_Regular(wanted).fullmatch(name) for name in _EMBEDDINGS)
     return any(name.rpartition(".")[2] in _EMBEDDINGS for name in wanted or ())
 
 
@@ -124,17 +130,76 @@ def _exception(field: str, patterns: Mapping[str, Any], name: str) -> dict[str, 
 
 def fits_end(pattern: str, name: str) -> bool:
     """Whether a regular expression fits a name, or the end of it from a dot on."""
-    return _regular(rf"(.*\.)?({pattern})$").match(name) is not None
+    return _Regular(rf"(.*\.)?({pattern})$").match(name) is not None
 
 
 def _is_listed(wanted: str | Iterable[str] | None, name: str) -> bool:
     if isinstance(wanted, str):
-        return _regular(wanted).fullmatch(name) is not None
+        return _Regular(wanted).fullmatch(name) is not None
     return name.endswith(tuple(wanted or ()))
 
 
-def _regular(text: str) -> re.Pattern[str]:
+# ------------------------------------------------------------------------------------------------ regular expressions
+
+_PATIENCE = 10.0  # seconds of work for all the patterns of an adapter: they need some thousandths
+_LONGEST, _REPEATS = 1 << 18, 10**5  # of one pattern: its text, and the product of the numbers in its {n,m}
+_left: ContextVar[list[float]] = ContextVar("seconds left for the patterns of an adapter")
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Inside, all patterns together have a bound on the time that they take."""
+    token = _left.set([_PATIENCE])
     try:
-        return re.compile(text)
-    except re.error as error:
-        raise fail("bad-adapter", f"`{text}` of adapter_config.json is no regular expression: {error}") from None
+        yield
+    finally:
+        _left.reset(token)
+
+
+class _Regular:
+    """A regular expression of `re`, as PEFT reads them, that gives up after a while.
+
+    `re` takes 2^n steps for some patterns of n characters and cannot be stopped. An engine that is linear (RE2) has no
+    lookahead, which patterns such as `^(?!.*vision).*q_proj` are written with; `regex` reads what `re` reads, and takes
+    a bound. The few things that it reads otherwise are refused, and so are the repeats that it would unroll.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        bare = re.sub(r"\\.", "", text, flags=re.DOTALL)
+        repeats = re.findall(r"\{(\d*)(?:,(\d*))?\}", bare)
+        try:
+            if len(text) > _LONGEST:
+                raise ValueError(f"it is longer than {_LONGEST:,} characters")
+            if "[:" in bare or "{" in re.sub(r"\{\d*(,\d*)?\}", "", bare):
+                raise ValueError("it has a `[:`, or a `{` that repeats nothing")
+            if prod(max((int(n) for n in pair if n), default=1) or 1 for pair in repeats) > _REPEATS:
+                raise ValueError(f"it repeats more than {_REPEATS:,} times")
+            with warnings.catch_warnings(), self._timed():
+                warnings.simplefilter("ignore")
+                re.compile(text)
+                self.pattern = regex.compile(text)
+        except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+            raise fail("bad-adapter",
+                       f"`{text[:200]}` of adapter_config.json is no regular expression: {error}") from None
+
+    def fullmatch(self, name: str) -> regex.Match[str] | None:
+        with self._timed() as seconds:
+            return self.pattern.fullmatch(name, timeout=seconds)
+
+    def match(self, name: str) -> regex.Match[str] | None:
+        with self._timed() as seconds:
+            return self.pattern.match(name, timeout=seconds)
+
+    @contextmanager
+    def _timed(self) -> Iterator[float]:
+        left, start = _left.get([_PATIENCE]), process_time()
+        try:
+            if left[0] <= 0:
+                raise TimeoutError
+            yield left[0]
+        except TimeoutError:
+            raise fail("bad-adapter", f"`{self.text[:200]}` of adapter_config.json takes too long to match",
+                       helps=("name the modules in a list",)) from None
+        finally:
+            left[0] -= process_time() - start

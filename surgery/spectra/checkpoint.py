@@ -6,7 +6,6 @@ held by the reader only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from surgery.claims import tied
 from surgery.diagnostics import fail
+from surgery.files import read_json
 from surgery.sites import Site, Survey
 from surgery.spectra.updates import Read
 
@@ -55,8 +55,14 @@ def of_folder(folder: Path) -> Tensors:
 
 def _files(folder: Path) -> Iterable[Path]:
     if (folder / _INDEX).is_file():
-        listed = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in dict.fromkeys(listed)]
+        try:
+            listed = list(dict.fromkeys(read_json(folder / _INDEX)["weight_map"].values()))
+            if all(Path(name).name == name and (folder / name).is_file() for name in listed):
+                return [folder / name for name in listed]
+            reason = "it names what is no file beside it"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no list of a model's files"
+        raise fail("unknown-model", f"cannot read {folder / _INDEX}: {reason}")
     return [folder / _WHOLE] if (folder / _WHOLE).is_file() else []
 
 
