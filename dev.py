@@ -1,7 +1,7 @@
 """From a bare clone, with nothing but Python 3.11: `python3 dev.py demo` or `python3 dev.py test [pytest's arguments]`.
 
 Makes `.venv` and installs the project into it (only when pyproject.toml has changed since),
-then runs the demo or the tests.
+then runs the demo or the tests; `python3 dev.py mutate [--help]` tries the tests themselves, by hand and for long.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ WORKERS = 2
 COMMANDS = {
     "demo": ["surgery", "apply", "specs/sora.surg", "demo:llama", "-o", "out/sora-llama", "--force"],
     "test": ["python", "-m", "pytest", "-n", str(WORKERS)],
+    "mutate": ["python", "tests/mutate.py"],
 }
 
 

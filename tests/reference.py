@@ -1,8 +1,8 @@
 """A second reading of the language: W' and b' of a spec in NumPy, from its text and docs/language.md alone.
 
 It shares no code with the package, not even the grammar, so that a mistake of the parser, of elaboration, of a
-primitive or of a rewriting is not on both sides of a comparison. `Reading(text).operated(...)` gives W' and b' for given
-parameters; `starts=` collects what parameters start at. Gradients are central differences of it, with what `detach`
+primitive or of a rewriting is not on both sides of a comparison. `Reading(text).operated(...)` gives W' and b' for
+given parameters; `starts=` collects what parameters start at. Gradients are central differences of it, with what `detach`
 gave at the point kept.
 """
 
@@ -310,7 +310,7 @@ FUNCTIONS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------- what a spec says
+# ------------------------------------------------------------------------------------------------------ what a spec says
 
 
 class Reading:

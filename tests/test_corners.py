@@ -209,7 +209,7 @@ def test_forward_differentiation_sees_every_kernel():
         assert_close(tangent, model(x + v) - model(x), EXACT)
 
 
-# --------------------------------------------------------------------------------------------- what is kept, and written
+# -------------------------------------------------------------------------------------------- what is kept, and written
 
 
 @torch.no_grad()

@@ -120,5 +120,6 @@ def test_precedence_order_and_scope():
         wanted = Reading(PRECEDENCE).operated(weight, bias, numpy_of(adapter.tensors()), starts=starts)
         assert all(off(found, value) <= EXACT for found, value in zip(adapter.weights(layer), wanted))
         assert size or all(off(adapter.tensors()[key], start) <= EXACT for key, start in starts.items())
-    assert set(starts) == {"post_mix.g", "post_mix.M", "add_own.A", "pre_mix.g", "pre_mix.M", "add_own_2.A", "add_lift.v",
+    assert set(starts) == {"post_mix.g", "post_mix.M", "add_own.A", "pre_mix.g", "pre_mix.M", "add_own_2.A",
+                           "add_lift.v",
                            "pre_mix_2.g", "pre_mix_2.M"}
