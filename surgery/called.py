@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.diagnostics import fail
+
 # What modules call the numbers of features that they give and take: nn.Linear and most, AutoGPTQ, transformers' Conv1D.
 _SIDES = (("out_features", "in_features"), ("outfeatures", "infeatures"), ("nf", "nx"))
 _SLICE = 1024  # rows of the identity in one call
@@ -23,6 +25,7 @@ _SLICE = 1024  # rows of the identity in one call
 _FAR, _FAR_IN_HALF = 1024.0, 32.0  # float16 ends at 65504
 ADAPTER = "_surgery"  # how the names of adapters end
 _ASIDE = "_forward_of_its_own"  # where the forward that stood on an instance waits while the layer is operated on
+_HOOKED = "_old_forward"  # what a hook of accelerate's on the instance runs between moving tensors here and away
 
 
 def sides(module: nn.Module) -> tuple[int, int] | None:
@@ -55,9 +58,24 @@ def is_packed(module: nn.Module) -> bool:
     return codes or packs or bool(matrices) and not any(isinstance(t, nn.Parameter) for t in matrices)
 
 
+def stored(module: nn.Module, name: str) -> Tensor | None:
+    """The tensor of that name that a module holds, whatever reading the attribute gives: a parameter, or what
+    stands on the instance in its place (a replica's copy, a pruned or a shared view of it).
+
+    Raises: SurgeryError (unsupported-module), if there is none any more.
+    """
+    for held in (module._parameters, vars(module), module._buffers):
+        if name in held:
+            return held[name]
+    raise fail("unsupported-module", f"the {name} of this {type(module).__name__} is no tensor that it holds: "
+               "a parametrisation took its place after the surgery, or it was deleted",
+               helps=("remove() the surgery, change the layer, and apply the surgery again",))
+
+
 def bias(module: nn.Module) -> Tensor | None:
     """b [out]: its tensor, or what its method of that name gives."""
-    found = getattr(module, "bias", None)
+    own = module._parameters if "bias" in module._parameters else vars(module)
+    found = own["bias"] if "bias" in own else getattr(module, "bias", None)
     return found() if callable(found) and not isinstance(found, Tensor) else found
 
 
@@ -96,15 +114,34 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     return known or (base or type(module)).forward.__get__(module)
 
 
+def has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether what stands on the instance is another map, and no hook of accelerate's around the class's forward."""
+    own = vars(module)
+    inner = own.get(_HOOKED) if "_hf_hook" in own else own.get("forward")
+    return inner is not None and getattr(inner, "__func__", None) is not type(module).forward
+
+
 def put_forward_aside(module: nn.Module) -> None:
-    """What stands on the instance would be run in the place of ours."""
-    if "forward" in vars(module):
-        vars(module)[_ASIDE] = vars(module).pop("forward")
+    """What stands on the instance would be run in the place of ours. A hook that moves tensors stays, around ours."""
+    own = vars(module)
+    if "_hf_hook" in own and _HOOKED in own:
+        own[_ASIDE], own[_HOOKED] = own[_HOOKED], type(module).forward.__get__(module)
+    elif "forward" in own:
+        own[_ASIDE] = own.pop("forward")
 
 
-def put_forward_back(module: nn.Module) -> None:
-    if _ASIDE in vars(module):
-        vars(module)["forward"] = vars(module).pop(_ASIDE)
+def put_forward_back(module: nn.Module, ours: Callable[..., Any]) -> None:
+    """The forward as it was. A hook that was put around `ours` since then, or taken from around it, runs the layer's
+    own."""
+    own, before = vars(module), vars(module).pop(_ASIDE, None)
+    for name in (_HOOKED, "forward"):
+        if getattr(own.get(name), "__func__", None) is ours:
+            own[name] = before or type(module).forward.__get__(module)
+            before = None
+    if before is not None:
+        own["forward"] = before
+    elif "_hf_hook" not in own and getattr(own.get("forward"), "__func__", None) is type(module).forward:
+        del own["forward"]  # the class's own needs no entry
 
 
 def twin(module: nn.Module) -> nn.Module:

@@ -57,6 +57,7 @@ CODES: dict[str, str] = {
     "bad-adapter": "a saved adapter is incomplete or does not fit the model",
     "already-operated": "the model carries a surgery already",
     "wrong-mode": "the operated model is merged, switched off or given back, and cannot do this now",
+    "changed-tensor": "a tensor changed inside `serving()`, which promises that none does",
     "bad-output": "the output folder cannot be written or exists already",
     "bad-value": "a value given from outside is not usable",
     "bad-data": "a file of labelled texts does not say what a task needs",

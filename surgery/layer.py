@@ -2,12 +2,14 @@
 
 Takes a module, a formula and its tensors; makes the module an operated one in place. Promises: the module keeps its
 class (`isinstance` holds), its name and its parameters; the adapter's tensors stand beside the weight, in
-`weight_surgery`; a checkpoint of the base model still loads; `deepcopy`, pickle and `torch.compile` work.
+`weight_surgery`; a checkpoint of the base model still loads; `deepcopy`, pickle and `torch.compile` work; a forward
+pass computes from the tensors as they are then, and leaves nothing on the module; reading `module.weight` gives W'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import lru_cache, reduce
 from typing import Any
@@ -15,36 +17,54 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from surgery.called import ADAPTER, forward_of, put_forward_aside, put_forward_back
+from surgery.called import ADAPTER, forward_of, has_forward_of_its_own, put_forward_aside, put_forward_back, stored
+from surgery.effective import effective_weight, holds_parameters
 from surgery.expr.evaluate import in_dtype
 from surgery.expr.ir import Formula
 from surgery.layout import Layout
 from surgery.lower.called import frozen
 from surgery.lower.frozen import Frozen
 from surgery.lower.program import Program, activations, weights
+from surgery.serving import Serving, fingerprint
 
 SUFFIX = ADAPTER
-Tensors = dict[str, torch.Tensor]
+
+class StepTensors(nn.Module):
+    """The tensors of one step. It is called for them, so that what hangs on a module's call (offloading, pruning, a
+    hook of the user's) runs before they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: tuple[str, ...] = ()
+
+    def add(self, name: str, tensor: nn.Parameter) -> None:
+        self.register_parameter(name, tensor)
+        self.names += (name,)
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        return tuple([getattr(self, name) for name in self.names])
 
 
 class Adapter(nn.Module):
-    """The tensors and the programs of one operated weight. `active` is False while disabled or merged."""
+    """The tensors and the programs of one operated weight. `active` is False while disabled or merged; `serving` holds
+    its set-ups while a user promises that no tensor changes."""
 
     def __init__(self, formula: Formula, layout: Layout, parameter: str, stack: int | None,
                  tensors: Mapping[str, nn.Parameter], gives_gradient: bool = True):
         super().__init__()
         self.gives_gradient = gives_gradient
         self.formula, self.layout, self.parameter, self.stack, self.active = formula, layout, parameter, stack, True
-        self.has_bias: bool | None = None
+        self.prepared: tuple[bool, bool] | None = None
+        self.serving: Serving | None = None
         self.shared = frozenset(leaf.key for leaf in formula.leaves if leaf.group)
         self._paths = tuple((leaf.key, *leaf.key.split(".")) for leaf in formula.leaves)
-        self._programs: dict[bool, Program] = {}
-        self._kept: dict[tuple, tuple[tuple, tuple]] = {}
+        self._programs: dict[bool | None, Program] = {}
+        self._dense: tuple[list, torch.Tensor] | None = None
         for key, tensor in tensors.items():
             step, name = key.split(".")
             if step not in self._modules:
-                self.add_module(step, nn.Module())
-            self._modules[step].register_parameter(name, tensor)
+                self.add_module(step, StepTensors())
+            self._modules[step].add(name, tensor)
 
     def frozen(self, module: nn.Module) -> Frozen:
         """The module's frozen map, as programs call it."""
@@ -52,106 +72,135 @@ class Adapter(nn.Module):
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The adapter's tensors by key (`post_magnitude.m`)."""
-        return {key: self._modules[step]._parameters[name] for key, step, name in self._paths}
+        return {key: getattr(self._modules[step], name) for key, step, name in self._paths}
 
-    def prepare(self, has_bias: bool) -> None:
-        """Compile the programs of the layer's output, in training and in evaluation, before any forward pass."""
-        self.has_bias = has_bias
-        layout = self.layout
-        self._programs = {training: activations(self.formula, layout.kind, training, has_bias, layout.is_called)
-                          for training in (True, False)}
+    def _called(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors by key, as each step's module gives them when it is called."""
+        given = {step: dict(zip(part.names, part())) for step, part in self._modules.items()}
+        return {key: given[step][name] for key, step, name in self._paths}
 
-    def output(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def prepare(self, has_bias: bool, is_direct: bool = True) -> None:
+        """Compile the programs of W' (`None`) and, for a module whose map is known, of its output in training and in
+        evaluation, before any forward pass: no compiler of torch's can trace that."""
+        self.prepared = has_bias, is_direct
+        layout, found = self.layout, {None: weights(self.formula, has_bias)}
+        for training in (True, False) if is_direct else ():
+            found[training] = activations(self.formula, layout.kind, training, has_bias, layout.is_called)
+        self._programs = found
+
+    def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
-        layer = self.frozen(module)
         dtype = layer.dtype_of(x)
-        entered, tensors = layer.enter(x, dtype), self.tensors()
-        program = self._programs[module.training].at(layer.tokens(entered))
+        entered, tensors = layer.enter(x, dtype), self._called()
+        program = self._programs[layer.module.training].at(layer.tokens(entered))
+        fixed: list[tuple] = []  # what rests on the frozen weight alone is made once in a call, its backward included
 
         def make(given: Iterable[torch.Tensor]) -> tuple:
-            return self._values(program, layer, dict(zip(tensors, given)), dtype)
+            return self._values(program, layer, dict(zip(tensors, given)), dtype, fixed)
 
         return layer.leave(program.run(layer, entered, make, tensors))
 
-    def _values(self, program: Program, layer: Frozen, leaves: Tensors, cast: torch.dtype | None) -> tuple:
+    def _values(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
+                fixed: list[tuple]) -> tuple:
         """The set-up of a program: what does not depend on the input. Small solves stay in float32 under autocast."""
         dtype = reduce(torch.promote_types, (t.dtype for t in leaves.values() if t.is_floating_point()), layer.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
 
-        def once() -> tuple:
-            return program.once(layer, dtype)
-
         def setup() -> tuple:
-            known = self._keep((program, "once"), layer.held, (dtype,), once) if program.fixed else ()
+            if layer.weight is None and program.reads_weight:
+                layer.weight = layer.read(dtype) if cast is None else self._whole(layer, cast)
+            if program.fixed and not fixed:
+                fixed.append(program.once(layer, dtype))
+            known = fixed[0] if fixed else ()
             return program.setup(layer, {k: in_dtype(t, dtype) for k, t in leaves.items()}, known, dtype, cast or dtype)
 
         with torch.autocast(layer.device.type, enabled=False):
-            if cast is None or torch.is_grad_enabled():
-                layer.weight = self._whole(program, layer, cast or dtype, cast is not None)
+            if cast is None:
                 return setup()
-            held = layer.held if layer.bias is None else (*layer.held, layer.bias)
-            return self._keep((program, "setup"), (*held, *leaves.values()), (dtype, cast), setup)
+            on = (*leaves.values(), *(layer.held if program.rests_on_layer else ()))
+            return self._kept((program, dtype, cast, layer.device), on, setup)
 
-    def _whole(self, program: Program, layer: Frozen, dtype: torch.dtype, keeps: bool) -> torch.Tensor | None:
-        """W where it stands, or where a program reads all of it: then what calls say, made once if it is to be kept."""
-        if layer.weight is not None or not program.reads_weight:
-            return layer.weight
-        if not keeps:
-            return layer.read(dtype)
-        return self._keep(("weight",), layer.held, (dtype,), lambda: (layer.read(dtype),))[0]
-
-    def _keep(self, key: tuple, on: Iterable[torch.Tensor], more: tuple, compute: Callable[[], tuple]) -> tuple:
-        """`compute()`, done again only when a tensor that it rests `on` has changed."""
-        if self.stack is not None or torch.compiler.is_compiling():
+    def _kept(self, key: tuple, on: Sequence[torch.Tensor], compute: Callable[[], tuple]) -> tuple:
+        """`compute()`, which rests on those tensors alone; made once while serving, unless a gradient is taken."""
+        if self.serving is None or torch.is_grad_enabled():
             return compute()
-        stamp = (*more, *((t.data_ptr(), t._version, t.device) for t in on))
-        if key not in self._kept or self._kept[key][0] != stamp:
-            with torch.no_grad():
-                self._kept[key] = (stamp, compute())
-        return self._kept[key][1]
+        return self.serving.get(self, key, on, compute)
+
+    def _whole(self, layer: Frozen, dtype: torch.dtype) -> torch.Tensor:
+        """W of a called layer for a program that reads all of it: made of calls, and made again only if a bit of the
+        tensors that the layer holds is another. (To look at them all costs a part of the calls.)"""
+        if torch.compiler.is_compiling() or not layer.held:
+            return layer.read(dtype)
+        bits, known = [dtype, *fingerprint(layer.held)], self._dense
+        if known is None or known[0] != bits:
+            with torch.inference_mode(False):
+                known = self._dense = (bits, layer.read(dtype))
+        return known[1]
 
     def weights(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
         """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider."""
         layer = self.frozen(module)
-        program = weights(self.formula, layer.bias is not None)
+        program = self._programs.get(None) or weights(self.formula, layer.bias is not None)
         if self.stack is None:
-            return self._values(program, layer, self.tensors(), None)
+            return self._values(program, layer, self._called(), None, [])
         return self._stacked(program, layer)
 
     def _stacked(self, program: Program, layer: Frozen) -> tuple[torch.Tensor, ...]:
-        leaves = self.tensors()
+        leaves = self._called()
         axes = {key: None if key in self.shared else 0 for key in leaves}
 
         def one(weight: torch.Tensor, each: dict[str, torch.Tensor]) -> tuple:
             single = copy(layer)
             single.weight = weight
-            return self._values(program, single, each, None)
+            return self._values(program, single, each, None, [])
 
         return torch.vmap(one, in_dims=(0, axes))(layer.weight, leaves)
 
+    def substitutes(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """W' (and b') as the module stores them, by parameter name."""
+        layer = self.frozen(module)
+        names = (self.parameter, "bias")[:1 + (layer.bias is not None)]
+
+        def compute() -> tuple:
+            made = dict(zip(names, self.weights(module)))
+            made[self.parameter] = self.layout.unmatrix(made[self.parameter], layer.stored.shape)
+            return tuple(made[name].to(was.dtype) for name, was in zip(names, layer.held))
+
+        on = (*self._called().values(), *layer.held)
+        return dict(zip(names, self._kept(("weights", layer.device), on, compute)))
+
     def train(self, mode: bool = True) -> Adapter:
-        """Sets the mode, and forgets what was kept: a write through `.data` leaves no trace that `_keep` could see.
-        What a called layer tells once outlives the `train()` that a trainer says at every step."""
-        if not (self.layout.is_called and mode == self.training):
-            self._kept.clear()
+        """Sets the mode. Raises: SurgeryError (wrong-mode), for training while serving."""
+        if mode and self.serving is not None:
+            self.serving.refuse_training()
         return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"{self.parameter}{'' if self.active else ', inactive'}"
 
     def __getstate__(self) -> dict:
-        """Programs are code: they are compiled again where the adapter comes to."""
-        return {**self.__dict__, "_programs": {}, "_kept": {}}
+        """Programs are code: they are compiled again where the adapter comes to. A promise is not copied."""
+        return {**self.__dict__, "_programs": {}, "serving": None, "_dense": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        if self.has_bias is not None:
-            self.prepare(self.has_bias)
+        if self.prepared is not None:
+            self.prepare(*self.prepared)
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
-        """A checkpoint of the base model has nothing for us: not an error, the adapter stays as it is."""
-        if any(key.startswith(prefix) for key in state):
-            super()._load_from_state_dict(state, prefix, *rest)
+        """A checkpoint of the base model has nothing for us: not an error, the adapter is then given what it has."""
+        if not any(key.startswith(prefix) for key in state):
+            state.update({prefix + name: tensor for name, tensor in self.named_parameters(remove_duplicate=False)})
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+class _Calls(threading.local):
+    """For each thread, what is in the place of the weights of the modules whose own forward it runs just now."""
+
+    running: dict[int, dict[str, torch.Tensor]] = {}
+
+
+_CALLS = _Calls()
 
 
 class Operated:
@@ -159,11 +208,11 @@ class Operated:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         operated = type(self)
-        return _blank, (operated.base, operated.names, operated.is_direct), self.__dict__
+        return _blank, (operated.base, operated.names, operated.kind), self.__dict__
 
 
-def _blank(base: type, names: tuple[str, ...], is_direct: bool) -> nn.Module:
-    cls = operated_class(base, names, is_direct)
+def _blank(base: type, names: tuple[str, ...], kind: type[Operated]) -> nn.Module:
+    cls = operated_class(base, names, kind)
     return cls.__new__(cls)
 
 
@@ -172,68 +221,105 @@ class Direct(Operated):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         adapter = self.weight_surgery
-        return adapter.output(self, x) if adapter.active else forward_of(self)(x)
+        return adapter(adapter.frozen(self), x) if adapter.active else forward_of(self)(x)
+
+
+class Called(Direct):
+    """One without a plain weight. What it stores under that name is no W, so reading it gives what is stored."""
 
 
 class Substituted(Operated):
     """A module that only its own forward knows (fused experts, a subclass with a forward of its own): W' is computed
-    once and stands in the weight's place while that forward runs."""
+    once and stands in the weight's place while that forward runs in this thread."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = [getattr(self, name + SUFFIX) for name in type(self).names]
-        stored = [_stored(adapter, self) for adapter in adapters if adapter.active]
-        self.__dict__["_substitutes"] = {name: value for values in stored for name, value in values.items()}
+        values = [adapter.substitutes(self) for adapter in adapters if adapter.active]
+        before = _CALLS.running
+        _CALLS.running = {**before, id(self): {name: t for each in values for name, t in each.items()}}
         try:
             return forward_of(self)(*args, **kwargs)
         finally:
-            del self.__dict__["_substitutes"]
+            _CALLS.running = before
 
 
-def _stored(adapter: Adapter, module: nn.Module) -> dict[str, torch.Tensor]:
-    """W' (and b') as the module stores them, by parameter name."""
-    values = dict(zip((adapter.parameter, "bias"), adapter.weights(module)))
-    shape = module._parameters[adapter.parameter].shape
-    values[adapter.parameter] = adapter.layout.unmatrix(values[adapter.parameter], shape)
-    return {name: value.to(module._parameters[name].dtype) for name, value in values.items()}
+def _reading(name: str, owner: str) -> property:
+    """The attribute `name`, which the adapter of the parameter `owner` changes."""
+
+    def read(module: nn.Module) -> torch.Tensor | None:
+        if not any(name in held for held in (module._parameters, module.__dict__, module._buffers)):
+            raise AttributeError(name)  # which nn.Module then words
+        was, adapter = stored(module, name), module._modules.get(owner + SUFFIX)
+        if was is None or adapter is None or not adapter.active:
+            return was
+        running = _CALLS.running.get(id(module), {})
+        if name in running:
+            return running[name]
+        if name == "bias" and adapter.formula.bias.op == "bias":
+            return was
+        if torch.compiler.is_compiling():  # which leaves out what is not used
+            return _made(adapter, module, name)
+        if holds_parameters():
+            return was
+        trains = was.requires_grad or any(t.requires_grad for t in adapter.parameters())
+        return effective_weight(lambda: _made(adapter, module, name), was, trains)
+
+    def write(module: nn.Module, tensor: torch.Tensor) -> None:
+        module.__dict__[name] = tensor  # no parameter: a replica's copy, a pruned weight
+
+    def delete(module: nn.Module) -> None:
+        if module.__dict__.pop(name, module) is module:
+            raise AttributeError(name)
+
+    return property(read, write, delete)
 
 
-def _substitute(name: str) -> property:
-    return property(lambda self: self.__dict__.get("_substitutes", {}).get(name, self._parameters[name]))
+def _made(adapter: Adapter, module: nn.Module, name: str) -> torch.Tensor:
+    """W' or b' as the module stores it."""
+    try:
+        return adapter.substitutes(module)[name]
+    except AttributeError as error:  # nn.Module would take it for a missing attribute, and give the frozen weight
+        raise RuntimeError(f"the {name} of an operated {type(module).__name__} cannot be computed") from error
 
 
 @lru_cache(maxsize=None)
-def operated_class(base: type, names: tuple[str, ...], is_direct: bool) -> type:
+def operated_class(base: type, names: tuple[str, ...], kind: type[Operated]) -> type:
     """The class of operated modules of the class `base`, whose parameters `names` are operated on."""
-    known = {"base": base, "names": names, "is_direct": is_direct,
+    known = {"base": base, "names": names, "kind": kind,
              "__module__": base.__module__, "__qualname__": base.__qualname__}
-    if is_direct:
-        return type(base.__name__, (Direct, base), known)
-    return type(base.__name__, (Substituted, base), {**known, **{name: _substitute(name) for name in (*names, "bias")}})
+    owners = {name: name for name in names} | ({"bias": "weight"} if "weight" in names else {})
+    readings = {} if kind is Called else {name: _reading(name, owner) for name, owner in owners.items()}
+    return type(base.__name__, (kind, base), {**known, **readings})
+
+
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 def is_direct(module: nn.Module, layout: Layout) -> bool:
-    """Whether the layout's map is all that the module's forward does."""
+    """Whether the layout's map is all that the module's forward does. (A forward on the instance does what it likes,
+    unless it is a hook that moves tensors and then runs the class's.)"""
     base = getattr(type(module), "base", type(module))
-    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     is_conv1d = base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils"
-    return layout.is_called or is_conv1d or any(issubclass(base, c) and base.forward is c.forward for c in plain)
+    is_plain = is_conv1d or any(issubclass(base, c) and base.forward is c.forward for c in _PLAIN)
+    return layout.is_called or is_plain and not has_forward_of_its_own(module)
 
 
 def install(module: nn.Module, adapter: Adapter) -> None:
-    """Make `module` an operated one: nothing is copied. The programs are found here, as no compiler can trace that."""
+    """Make `module` an operated one: nothing is copied."""
     direct = is_direct(module, adapter.layout)
-    if direct:
-        adapter.prepare(adapter.frozen(module).bias is not None)
+    adapter.prepare(adapter.frozen(module).bias is not None, direct)
     names = (*getattr(type(module), "names", ()), adapter.parameter)
     base = getattr(type(module), "base", type(module))
+    kind = Called if adapter.layout.is_called else Direct if direct else Substituted
     module.add_module(adapter.parameter + SUFFIX, adapter)
-    module.__class__ = operated_class(base, names, direct)
+    module.__class__ = operated_class(base, names, kind)
     put_forward_aside(module)
 
 
 def uninstall(module: nn.Module) -> None:
     """Give `module` its own class back and drop its adapters."""
-    for name in type(module).names:
+    operated = type(module)
+    for name in operated.names:
         delattr(module, name + SUFFIX)
-    module.__class__ = type(module).base
-    put_forward_back(module)
+    module.__class__ = operated.base
+    put_forward_back(module, operated.forward)

@@ -42,7 +42,7 @@ class Layout:
         """(out, in) of the module's weight, read off its shape alone; of a called layer, the sides that it says."""
         if self.is_called:
             return called.sides(module)
-        out, in_ = self.matrix(getattr(module, parameter).to("meta")).shape[-2:]
+        out, in_ = self.matrix(called.stored(module, parameter).to("meta")).shape[-2:]
         return out, in_
 
 
@@ -145,7 +145,7 @@ def _no_parameter(module: nn.Module) -> bool:
 
 
 def _quantised(module: nn.Module) -> bool:
-    return not called.is_plain(module.weight)
+    return not called.is_plain(called.stored(module, "weight"))
 
 
 def _is_true(attribute: str) -> Callable[[nn.Module], bool]:

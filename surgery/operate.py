@@ -23,6 +23,7 @@ from surgery.layer import SUFFIX, Adapter, install, uninstall
 from surgery.merge import merged, refuse_called
 from surgery.report import Report, dense_copies, unfit
 from surgery.rewrite.identity import starts_as_weight
+from surgery.serving import serving
 from surgery.syntax.tree import Spec, Target
 
 
@@ -188,6 +189,22 @@ class Surgeon:
         finally:
             if self._mode != "removed":
                 self._enter(before)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Inside, you promise that no tensor of the model changes: what forward passes without a gradient compute from
+        the adapter's tensors alone (and W' itself, for fused experts and where a model reads the weight) is kept from
+        one to the next, so that a token costs little more than the base model's. For a model in evaluation, merged or
+        not; nests, in any number of threads.
+
+        Raises: SurgeryError (wrong-mode), in training mode or at `train()`; (changed-tensor), if a tensor that was
+        computed from is another one bit for bit: at the next forward pass where torch tells, and at the end always.
+        """
+        if any(placed.site.module.training for placed in self.plan.placed):
+            raise fail("wrong-mode", "this model is in training mode, and serving() is for one that is evaluated",
+                       helps=("call model.eval() first",))
+        with serving(self.model, self.adapters):
+            yield
 
     def merge(self) -> dict[str, float]:
         """Put each W' in the place of W, which is kept; gives the relative rounding error of each module.

@@ -48,7 +48,7 @@ class Site:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter, as the module stores it. A called layer has none."""
-        return getattr(self.module, self.parameter)
+        return called.stored(self.module, self.parameter)
 
     @property
     def held(self) -> tuple[Tensor, ...]:

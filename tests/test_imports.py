@@ -22,7 +22,7 @@ PIPELINE = {
     "select": "called probe layout sites pattern_text patterns exact numbered selectors near reach dead claims select",
     "compile": "compile initialise",
     "lower": "lower costs",
-    "layer": "layer",
+    "layer": "serving effective layer",
     "check": "check trial report",
     "merge": "merge",
     "operate": "operate",

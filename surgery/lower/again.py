@@ -29,13 +29,16 @@ class _Node(torch.autograd.Function):
             values = make([tensor.detach() for tensor in tensors])
         y, kept = step.forward(layer, x, *values)
         ctx.step, ctx.layer, ctx.make = step, layer, make
-        ctx.save_for_backward(layer.weight, *tensors, *(k for k, i in zip(kept, step.values) if i is None))
+        # What the set-up reads is saved too, so that a change of it in between is an error: as the module holds it,
+        # since `layer` may be a cast of that.
+        others = (k for k, i in zip(kept, step.values) if i is None)
+        ctx.save_for_backward(*tensors, *others, layer.weight, *layer.held)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        _, *saved = ctx.saved_tensors
+        saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[4:]
         tensors = [t.detach().requires_grad_(need) for t, need in zip(saved, needs)]
         with torch.enable_grad():

@@ -36,7 +36,9 @@ class FrozenCalled(FrozenLinear):
 
     @property
     def held(self) -> tuple[torch.Tensor, ...]:
-        return called.pieces(self.module)
+        """The tensors that W and b are made of."""
+        loose = (t for t in vars(self.module).values() if isinstance(t, torch.Tensor))
+        return (*called.pieces(self.module), *loose, *(() if self.bias is None else (self.bias,)))
 
     def dtype_of(self, x: torch.Tensor) -> torch.dtype:
         self.dtype, self.device = x.dtype, x.device

@@ -66,6 +66,11 @@ class Candidate:
         return False
 
     @cached_property
+    def rests_on_layer(self) -> bool:
+        """Whether the set-up depends on the frozen layer's tensors."""
+        return any(node.op in (*_ON_WEIGHT, "bias") for value in self.values for node in walk(value))
+
+    @cached_property
     def needs(self) -> tuple[bool, ...]:
         """Which of the input and the values take a gradient in training: those that a trained parameter reaches."""
         has_ids = any(node.op == "x" and node.data == "ids" for node in walk(self.outputs[0]))

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from surgery.called import stored
 from surgery.expr.solves import is_traced
 from surgery.layout import Layout
 from surgery.lower.kernels import mask, masked
@@ -28,15 +29,14 @@ class Frozen:
 
     def __init__(self, module: nn.Module, layout: Layout, parameter: str):
         self.layout, self.module = layout, module
-        self.stored = module._parameters[parameter]
+        self.stored = stored(module, parameter)
         self.weight = layout.matrix(self.stored)
-        self.bias = module._parameters.get("bias") if parameter == "weight" else None
+        self.bias = None
+        if parameter == "weight" and ("bias" in module._parameters or hasattr(module, "bias")):
+            self.bias = stored(module, "bias")
         self.dtype, self.device = self.weight.dtype, self.weight.device
-
-    @property
-    def held(self) -> tuple[torch.Tensor, ...]:
-        """The tensors that W is made of."""
-        return (self.stored,)
+        # as the module holds them, whatever this view of it is cast to
+        self.held: tuple[torch.Tensor, ...] = (self.stored,) if self.bias is None else (self.stored, self.bias)
 
     def dtype_of(self, x: torch.Tensor) -> torch.dtype:
         """The dtype of the activations for an input: the layer's own, or that of an autocast."""

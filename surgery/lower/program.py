@@ -87,6 +87,11 @@ class Program:
         """Whether the code reads the frozen weight itself at every step."""
         return self.plan.reads_weight
 
+    @property
+    def rests_on_layer(self) -> bool:
+        """Whether the set-up depends on the frozen layer's tensors."""
+        return self.plan.rests_on_layer
+
 
 @lru_cache(maxsize=None)
 def activations(formula: Formula, kind: str, training: bool, has_bias: bool, is_called: bool = False,

@@ -1,0 +1,109 @@
+"""What reading the weight of an operated layer gives: W', computed when it is used.
+
+Takes the stored tensor and how to make W'. Promises: its shape, dtype and device are answered from the stored tensor
+(models ask for those in every forward pass, and W' costs a matrix); everything that computes with it computes with W'
+as it is then, with its gradient; what is written through it is written to the frozen weight; what would take its
+memory, and a gradient that autograd brings here by a way that went around W', is refused. Code that holds and moves
+parameters (accelerate, `torch.nn.utils.prune`) is not given this but the stored parameter.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.diagnostics import fail
+
+_ASKED = set("""size dim ndimension numel nelement stride element_size is_contiguous is_floating_point is_complex
+    get_device storage_offset is_inference __len__ is_signed""".split()) | {
+    f"{name}.__get__" for name in """shape dtype device layout ndim is_cuda is_cpu is_meta is_sparse is_sparse_csr
+    is_quantized is_mps is_xpu is_nested is_mkldnn itemsize nbytes names grad""".split()}
+_VIEWED = set("""view view_as reshape flatten unflatten squeeze unsqueeze t transpose permute movedim swapaxes select
+    narrow expand expand_as detach diagonal unbind chunk split tensor_split __getitem__""".split()) | {
+    f"{name}.__get__" for name in ("T", "mT", "H", "mH", "data")}
+_WRITTEN = {"__setitem__", "data.__set__", "grad.__set__", "grad.__delete__", "requires_grad.__set__", "register_hook",
+            "register_post_accumulate_grad_hook", "retain_grad", *(f"__i{name}__" for name in (
+                "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"))}
+_MEMORY = {"data_ptr", "storage", "untyped_storage", "_typed_storage"}
+
+# Modules that read a parameter by its attribute in order to move, load, tie, start, prune or reparametrise it.
+_HOLDERS = ("torch.nn.modules.module", "torch.nn.utils.", "torch.nn.parallel.", "torch.distributed.", "accelerate.",
+            "transformers.modeling_utils", "transformers.initialization", "transformers.core_model_loading",
+            "transformers.integrations.", "deepspeed.", "peft.")
+
+
+class EffectiveWeight(Tensor):
+    """W' of an operated layer. Itself it is a tensor without memory, so that no code can compute with it unseen."""
+
+    _make: Callable[[], Tensor]
+    _stored: Tensor
+    _trains: bool
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name, kwargs = _name(func), kwargs or {}
+        first = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+        if name in _MEMORY or isinstance(kwargs.get("out"), cls):
+            raise fail("unsupported-module", f"W' of an operated layer is computed, and has no memory for `{name}`",
+                       helps=("take `layer.weight.clone()` to read it; merge() to have it stored",))
+        if not isinstance(first, cls):
+            return func(*_values(args), **_values(kwargs))
+        if name == "requires_grad.__get__":
+            return first._trains
+        if name in _ASKED:
+            return func(first._stored, *args[1:], **kwargs)
+        is_in_place = name.endswith("_") and not name.endswith("__") or bool(kwargs.get("inplace"))
+        if is_in_place or name in _WRITTEN:
+            rest = {key: value for key, value in kwargs.items() if value is not first}
+            named = {key: first._stored for key, value in kwargs.items() if value is first}
+            return func(*([first._stored] if args else []), *_values(args[1:]), **named, **_values(rest))
+        if name in _VIEWED:
+            return _view(first, lambda t: func(t, *_values(args[1:]), **_values(kwargs)), name)
+        return func(*_values(args), **_values(kwargs))
+
+
+def effective_weight(make: Callable[[], Tensor], stored: Tensor, trains: bool) -> EffectiveWeight:
+    """W', which `make` makes; `trains`: whether a parameter that trains is reached through it."""
+    trains = trains and torch.is_grad_enabled()
+    # Autograd refuses a real gradient for a tensor on the meta device: that of a kernel that took this one unseen.
+    hollow = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device="meta", requires_grad=trains)
+    weight = hollow.as_subclass(EffectiveWeight)
+    weight._make, weight._stored, weight._trains = make, stored, trains
+    return weight
+
+
+def holds_parameters() -> bool:
+    """Whether the code that reads the attribute (two frames up) is such that it holds the parameter."""
+    return f"{sys._getframe(2).f_globals.get('__name__')}.".startswith(
+        tuple(f"{name.removesuffix('.')}." for name in _HOLDERS))
+
+
+def _name(func: Callable) -> str:
+    """`size` of a function or method, `shape.__get__` of the reading of a property."""
+    name = getattr(func, "__name__", "")
+    owner = getattr(func, "__self__", None)
+    if name not in ("__get__", "__set__", "__delete__"):
+        return name
+    return f"{getattr(owner, '__name__', None) or getattr(getattr(owner, 'fget', None), '__name__', '')}.{name}"
+
+
+def _values(given: Any) -> Any:
+    """W' in the place of what stands for it, in the arguments of a call."""
+    if isinstance(given, EffectiveWeight):
+        return given._make()
+    if type(given) in (tuple, list):
+        return type(given)(map(_values, given))
+    return {key: _values(value) for key, value in given.items()} if type(given) is dict else given
+
+
+def _view(weight: EffectiveWeight, change: Callable[[Tensor], Any], name: str) -> Any:
+    """A view of W', which is read as one of W' and written as one of the stored tensor."""
+    seen, trains = change(weight._stored), weight._trains and name not in ("detach", "data.__get__")
+    if isinstance(seen, Tensor):
+        return effective_weight(lambda: change(weight._make()), seen, trains)
+    return type(seen)(effective_weight(lambda i=i: change(weight._make())[i], part, trains)
+                      for i, part in enumerate(seen))

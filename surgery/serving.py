@@ -1,0 +1,170 @@
+"""What set-ups gave, kept while a user promises that no tensor changes, and the check that none did.
+
+Takes the adapters of a model; keeps what they compute from their tensors alone. Promises: nothing is kept outside of
+`serving`; what is kept is of the very tensors that it was made of, and that their bits are the same at the end is
+looked at, not believed. (Torch's version counters miss writes of fused optimisers and through `.data`: here they only
+say early what the bits then prove.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.diagnostics import SurgeryError, fail
+from surgery.expr.solves import is_traced
+from surgery.words import listed
+
+_ROW = 2**16  # numbers that are hashed as one
+_BLOCK = 64  # such rows at a time: 32 MiB of integers
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_LOCK = RLock()
+
+
+@dataclass
+class _Kept:
+    """What was computed, the tensors that it rests on, what their bits were, and what torch said of them."""
+
+    on: tuple[Tensor, ...]
+    bits: list[tuple]
+    hints: tuple
+    values: tuple
+
+
+class Serving:
+    """The set-ups of a model's adapters while nothing changes. `names` are those of the adapters in the model."""
+
+    def __init__(self, model: nn.Module, names: Mapping[nn.Module, str]):
+        self.names, self.depth = names, 0
+        self._kept: dict[tuple, _Kept] = {}
+        self._training = [(module, module.training) for module in model.modules()]
+
+    def get(self, adapter: nn.Module, key: tuple, on: Sequence[Tensor], compute: Callable[[], tuple]) -> tuple:
+        """`compute()`, which rests on those tensors; as it was, where they are the tensors that they were.
+
+        Raises: SurgeryError (changed-tensor).
+        """
+        if is_traced():  # the tensors are a transform's or a compiler's, and gone after the call
+            return compute()
+        kept = self._kept.get((adapter, *key))
+        if kept is None:
+            bits, hints = fingerprint(on), _hints(on)  # before it is computed: a write in between is then found
+            with torch.no_grad():
+                kept = self._kept[adapter, *key] = _Kept(tuple(on), bits, hints, compute())
+        elif len(on) != len(kept.on) or any(a is not b for a, b in zip(on, kept.on)):
+            return compute()  # of other tensors for this call, as under functional_call: no promise was made of those
+        elif (hints := _hints(on)) != kept.hints:
+            self._assert_same(adapter, kept)
+            kept.hints = hints  # it was written over with what it was
+        return kept.values
+
+    def verify(self) -> None:
+        """Raises: SurgeryError (changed-tensor), if a bit of what is kept rests on other bits than at its start."""
+        changed = {self.names[adapter]: None for (adapter, *_), kept in self._kept.items()
+                   if fingerprint(kept.on) != kept.bits}
+        if changed:
+            raise _changed(changed)
+
+    def refuse_training(self) -> None:
+        """Raises: SurgeryError (wrong-mode); what `model.train()` has switched by then is switched back."""
+        for module, mode in self._training:
+            module.training = mode
+        raise fail("wrong-mode", "this model is serving, and train() is for one whose tensors may change",
+                   helps=("leave the block of serving() first",))
+
+    def _assert_same(self, adapter: nn.Module, kept: _Kept) -> None:
+        if fingerprint(kept.on) != kept.bits:
+            raise _changed([self.names[adapter]])
+
+
+def _changed(names: Mapping[str, None] | list[str]) -> SurgeryError:
+    return fail("changed-tensor", f"a tensor of {listed(names)} changed inside serving(): outputs may be of the old "
+                "values", helps=("leave the block before training, loading or editing, and enter it again afterwards",))
+
+
+@contextmanager
+def serving(model: nn.Module, adapters: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, each adapter keeps its set-ups. Nests, in any number of threads: the last to leave ends it.
+
+    Raises: SurgeryError (changed-tensor) at the end of each block, unless an exception passes.
+    """
+    with _LOCK:
+        shared = next((a.serving for a in adapters.values() if a.serving is not None), None)
+        shared = shared or Serving(model, {adapter: name for name, adapter in adapters.items()})
+        shared.depth += 1
+        for adapter in adapters.values():
+            adapter.serving = shared
+    try:
+        yield
+        shared.verify()
+    finally:
+        with _LOCK:
+            shared.depth -= 1
+            for adapter in adapters.values() if not shared.depth else ():
+                adapter.serving = None
+
+
+# ---------------------------------------------------------------------------------------------------- what changed
+
+
+def _hints(tensors: Sequence[Tensor]) -> tuple:
+    """What changes with most writes, and for nothing. A tensor of inference mode has no counter; one of a class of its
+    own may have no address."""
+    return tuple((t.device, t.dtype, t.data_ptr(), 0 if t.is_inference() else t._version)
+                 for t in tensors if type(t) in (Tensor, nn.Parameter))
+
+
+@torch.no_grad()
+def fingerprint(tensors: Sequence[Tensor]) -> list[tuple]:
+    """The kind of each tensor and 64 bits that another content has with a chance of 2⁻⁶³: a multilinear hash, one pass
+    over it. A change of a single number is always seen. Any device, any dtype, a tensor that is made of others too."""
+    parts = [part for tensor in tensors for part in _plain(tensor)]
+    hashes = [_hash(part) for part in parts]  # all queued before the first is waited for
+    return [(part.shape, part.dtype, part.device, int(found)) for part, found in zip(parts, hashes)]
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors of torch's own class that hold a tensor's numbers."""
+    if tensor.is_meta:
+        return
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    elif hasattr(tensor, "to_local"):
+        yield from _plain(tensor.to_local())
+    else:
+        plain = tensor.detach().as_subclass(Tensor)
+        yield plain.int_repr() if plain.is_quantized else plain
+
+
+def _hash(tensor: Tensor) -> Tensor:
+    """Σ cᵢ bᵢ modulo 2⁶⁴ over rows of the numbers' bits as integers b, for random odd c; then the same over what the
+    rows gave, until one number is left."""
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).contiguous().reshape(-1)
+    if flat.nbytes % 8 == flat.storage_offset() * flat.element_size() % 8 == 0:
+        flat = flat.view(torch.int64)  # several numbers at once
+    flat, level = flat.view(_INTEGERS[flat.element_size()]), 0
+    while flat.numel() > 1 or not level:
+        sums = []
+        for block in flat.split(_BLOCK * _ROW):
+            whole = block.numel() // _ROW * _ROW
+            rows = [block[:whole].view(-1, _ROW)] if whole else []
+            rows += [block[None, whole:]] if whole < block.numel() or not block.numel() else []
+            sums += [(_factors(level, str(flat.device))[:part.shape[1]] * part).sum(1) for part in rows]
+        flat, level = torch.cat(sums), level + 1
+    return flat.sum()
+
+
+@lru_cache(maxsize=None)
+def _factors(level: int, device: str) -> Tensor:
+    """Random odd numbers of 64 bits: an odd factor gives different numbers for different ones."""
+    draw = torch.Generator().manual_seed(level)
+    with torch.inference_mode(False):
+        return (torch.randint(-2**62, 2**62, (_ROW,), generator=draw) * 2 + 1).to(device)
