@@ -57,7 +57,7 @@ def test_weights_are_shared_and_the_model_is_left_alone(bench):
     weight = bench.model.model.layers[0].self_attn.q_proj.weight
     lora, dora, odd = bench.contenders
     inner = lora.peft.model.base_model.model.model.layers[0].self_attn.q_proj
-    assert inner.base_layer.weight is weight is lora.ours.model.model.layers[0].self_attn.q_proj.weight
+    assert inner.base_layer.weight is weight is lora.ours.model.get_parameter("model.layers.0.self_attn.q_proj.weight")
     assert not any(p.requires_grad or "_surgery" in n for n, p in bench.model.named_parameters())
     assert odd.ours.model.model.norm.weight is not bench.model.model.norm.weight
     assert sum(p.numel() for p in odd.ours.model.parameters() if p.requires_grad) == odd.trained == 4 + 64

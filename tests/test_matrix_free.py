@@ -57,12 +57,12 @@ class Watch(TorchDispatchMode):
 
 
 def largest(spec: surgery.Spec) -> tuple[str, int]:
-    """The largest tensor that a step makes, after one step in which what is fixed is computed."""
+    """The largest tensor that a step makes, a second one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(IN, OUT))
     surgery.apply(model, spec)
     for _ in range(2):
-        with Watch(model[0].weight) as watch:
+        with Watch(model[0].get_parameter("weight")) as watch:
             model(torch.randn(TOKENS, IN, requires_grad=True)).square().sum().backward()
     return max(watch.made.items(), key=lambda item: item[1])
 

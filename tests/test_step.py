@@ -283,9 +283,9 @@ def test_a_weight_that_changes_before_the_backward_pass_is_an_error():
 
 def test_a_trained_base_weight_takes_its_gradient():
     op = operated(CASES[1], WIDE)
-    op.layer.weight.requires_grad_()
+    weight = op.layer.get_parameter("weight").requires_grad_()
     x = op.input()["x"]
-    (g,) = torch.autograd.grad(op.model(x).sum(), [op.layer.weight])
+    (g,) = torch.autograd.grad(op.model(x).sum(), [weight])
     assert g.norm() > 0
 
 

@@ -179,7 +179,7 @@ def test_a_shared_parameter_gathers_the_gradients_of_all():
     x = torch.randn(5, 12, dtype=torch.float64)
     y = x
     for layer, each in zip(model.layers, leaves):
-        weight = VERA.formula(layer.weight.detach(), Parameters.of(each))
+        weight = VERA.formula(layer.get_parameter("weight").detach(), Parameters.of(each))
         y = y @ weight.T + layer.bias.detach()
     direction = torch.randn_like(y)
     wanted = gradients(y, direction, leaves[0])
@@ -203,7 +203,7 @@ def test_compile_time_layer_and_depth():
     assert [t["add_low_rank.A"].shape[0] for t in tensors] == [2, 4, 5]
     x = torch.randn(4, 12, dtype=torch.float64)
     for layer, t, alpha, rank in zip(model.layers, tensors, (1, 1.5, 2), (2, 4, 5)):
-        weight = t["pre_one_gain.g"] * layer.weight + alpha / rank * t["add_low_rank.B"] @ t["add_low_rank.A"]
+        weight = t["pre_one_gain.g"] * layer.get_parameter("weight") + alpha / rank * t["add_low_rank.B"] @ t["add_low_rank.A"]
         assert_close(layer(x), x @ weight.T + layer.bias, EXACT)
 
 

@@ -25,9 +25,14 @@ def _weighted_shape(a: Shape, b: Shape, d: Shape) -> Shape:
     return a[:-1]
 
 
+def _row_dot(a: Any, b: Any) -> Any:
+    # A frozen weight with itself, in every forward pass: one pass over it, and no second matrix. (Not where a gradient
+    # is taken: the second derivative of a norm is not finite at 0.)
+    return a.norm(dim=-1).square() if a is b and not a.requires_grad else (a * b).sum(-1)
+
+
 DOTS = [
-    Primitive("row_dot", 2, lambda a, b: elementwise(a, b)[:-1], lambda a, b: (a * b).sum(-1), "Σ a b over each row",
-              public=False),
+    Primitive("row_dot", 2, lambda a, b: elementwise(a, b)[:-1], _row_dot, "Σ a b over each row", public=False),
     Primitive("gram", 2, _gram_shape, _gram, "a bᵀ of each k rows: [m, n], [m, n] -> [m / k, k, k]", public=False,
               sizes=("k",)),
     Primitive("weighted_dot", 3, _weighted_shape, lambda a, b, d: (a * b) @ d, "Σ a b d over each row", public=False),
