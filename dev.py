@@ -1,7 +1,9 @@
-"""From a bare clone, with nothing but Python 3.11: `python3 dev.py demo` or `python3 dev.py test [pytest's arguments]`.
+"""From a bare clone, with nothing but Python 3.11: `python3 dev.py demo`, `python3 dev.py test [pytest's arguments]` or
+`python3 dev.py gpu [pytest's arguments]`.
 
 Makes `.venv` and installs the project into it (only when pyproject.toml has changed since),
-then runs the demo or the tests; `python3 dev.py mutate [--help]` tries the tests themselves, by hand and for long.
+then runs the demo, the tests that need no GPU, or those that need one (they are skipped where there is none);
+`python3 dev.py mutate [--help]` tries the tests themselves, by hand and for long.
 """
 
 import hashlib
@@ -20,6 +22,7 @@ WORKERS = 2
 COMMANDS = {
     "demo": ["surgery", "apply", "specs/sora.surg", "demo:llama", "-o", "out/sora-llama", "--force"],
     "test": ["python", "-m", "pytest", "-n", str(WORKERS)],
+    "gpu": ["python", "-m", "pytest", "-m", "gpu", "-rs", "-n", "4", "tests/test_gpu.py"],
     "mutate": ["python", "tests/mutate.py"],
 }
 

@@ -216,7 +216,7 @@ def _direction(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     if not y.requires_grad:
         raise fail("unsupported-module", f"no gradient reaches the input of a {type(model).__name__}")
     draw = torch.Generator().manual_seed(1)
-    return (torch.randn(y.shape, generator=draw) / y.numel()).to(y.device, y.dtype)
+    return (torch.randn(y.shape, generator=draw, device="cpu") / y.numel()).to(y.device, y.dtype)
 
 
 def _output(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -92,9 +92,9 @@ def demo_inputs(model: PreTrainedModel | str, seed: int = 0, batch: int = BATCH,
     draw = torch.Generator().manual_seed(seed)
     if main == "pixel_values":
         size = getattr(config, "image_size", IMAGE)
-        return {main: torch.randn(batch, config.num_channels, size, size, generator=draw)}
+        return {main: torch.randn(batch, config.num_channels, size, size, generator=draw, device="cpu")}
     names = ("input_ids", "decoder_input_ids")[: 1 + bool(config.is_encoder_decoder)]
-    return {n: torch.randint(3, config.vocab_size, (batch, length), generator=draw) for n in names}
+    return {n: torch.randint(3, config.vocab_size, (batch, length), generator=draw, device="cpu") for n in names}
 
 
 def _demo(name: str) -> Demo:

@@ -56,7 +56,8 @@ def _answer(module: nn.Module) -> Answer:
 def _rows(module: nn.Module) -> Tensor:
     """x, y, a x + b y and 0."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, called.sides(module)[1], generator=generator) * torch.tensor([[1.0], [3.0]])
+    x, y = torch.randn(2, called.sides(module)[1], generator=generator, dtype=torch.float32, device="cpu")
+    y = 3 * y
     rows = torch.stack([x, y, _SHARE * x + _OTHER * y, torch.zeros_like(x)])
     return called.asking(rows.to(called.device(module), called.taken_dtype(module, torch.float32)))
 

@@ -76,7 +76,7 @@ class Property:
 
 
 def _unorthogonal(r: Tensor) -> Tensor:
-    return (r @ r.mT - torch.eye(r.shape[-2], dtype=r.dtype)).abs().max()
+    return (r @ r.mT - torch.eye(r.shape[-2], dtype=r.dtype, device=r.device)).abs().max()
 
 
 def _undiagonal(r: Tensor) -> Tensor:
@@ -123,9 +123,13 @@ def _defects(trial: Trial) -> Iterator[tuple[Claim, float]]:
 def _moved(trial: Trial, start: dict[str, Tensor], distance: float) -> dict[str, Tensor]:
     """The parameters that train, moved from their start at random."""
     generator = torch.Generator().manual_seed(1)
-    moved = {leaf.key: start[leaf.key] + distance * torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+    moved = {leaf.key: start[leaf.key] + distance * _noise(leaf.shape, generator)
              for leaf in trial.formula.leaves if not leaf.frozen}
     return {**start, **moved}
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _defect(claim: Claim, values: dict[str, Tensor]) -> float | None:

@@ -55,20 +55,20 @@ def draw(law: Draw, shape: tuple[int, ...], *names: object) -> Any:
         return _WHOLE[row.init](int(law.arguments[0][1]), shape, generator)
     init: Callable = getattr(torch.nn.init, row.init)
     arguments = {_TORCH_NAMES.get(k, k): v for k, v in law.arguments}
-    return init(torch.empty(shape, dtype=torch.float32), generator=generator, **arguments).detach()
+    return init(torch.empty(shape, dtype=torch.float32, device="cpu"), generator=generator, **arguments).detach()
 
 
 def _sample(of: int, shape: tuple[int, ...], generator: Any) -> Any:
     """Different whole numbers below `of`."""
     import torch
 
-    return torch.randperm(of, generator=generator)[:prod(shape)].reshape(shape).clone()
+    return torch.randperm(of, generator=generator, device="cpu")[:prod(shape)].reshape(shape).clone()
 
 
 def _integers(below: int, shape: tuple[int, ...], generator: Any) -> Any:
     import torch
 
-    return torch.randint(below, shape, generator=generator)
+    return torch.randint(below, shape, generator=generator, device="cpu")
 
 
 _WHOLE = {"sample": _sample, "integers": _integers}

@@ -22,10 +22,12 @@ from surgery.lower.kernels import mask, masked
 class Frozen:
     """What programs ask of every kind; `module` is the operated one, `parameter` its weight's name.
 
-    `is_product` says that the map is x Wᵀ (+ b) and no more, with `weight` as W.
+    `is_product` says that the map is x Wᵀ (+ b) and no more, with `weight` as W; `follows_autocast`, that torch runs the
+    module in autocast's dtype.
     """
 
     is_product = False
+    follows_autocast = True
 
     def __init__(self, module: nn.Module, layout: Layout, parameter: str):
         self.layout, self.module = layout, module
@@ -41,7 +43,8 @@ class Frozen:
     def dtype_of(self, x: torch.Tensor) -> torch.dtype:
         """The dtype of the activations for an input: the layer's own, or that of an autocast."""
         device = self.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+        narrows = self.follows_autocast and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if narrows else self.dtype
 
     @property
     def is_trained(self) -> bool:
@@ -141,6 +144,8 @@ class FrozenConv(Frozen):
 
 class FrozenEmbedding(Frozen):
     """nn.Embedding: token ids of any shape are one-hot rows [tokens, vocabulary]; its map is Wᵀ."""
+
+    follows_autocast = False
 
     def enter(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, None]:
         self.shape, self.ids = x.shape, x.reshape(-1)

@@ -12,13 +12,27 @@ import torch
 from torch import Tensor
 
 ROWS = 256  # of an activation that a CPU keeps close while it reads them with a stride
+LAID_OVER = 1024  # rows of a device's sum of products: few calls, and a sum that stays in its cache
+
+
+def on_cpu(a: Tensor) -> bool:
+    """Whether a CPU computes it: then a cacheful at a time, and its dropout by the places of what is dropped."""
+    return a.device.type == "cpu"
+
+
+def _wide(a: Tensor) -> torch.dtype:
+    return torch.promote_types(a.dtype, torch.float32)
 
 
 def column_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a b over the rows: [t, n], [t, n] -> [n]. It is the gradient of a layer norm's gain, at mean 0, deviation 1."""
-    zero, one = a.new_zeros(len(a), 1), a.new_ones(len(a), 1)
-    gain = a.new_ones(a.shape[-1])
-    return torch.ops.aten.native_layer_norm_backward(a, b, a.shape[-1:], zero, one, gain, gain, (False, True, False))[1]
+    """Σ a b over the rows: [t, n], [t, n] -> [n]. The products are summed in float32 at least: some thousands of them in
+    bfloat16 are off by several per cent."""
+    rows = ROWS if on_cpu(a) else LAID_OVER
+    (first, other), *rest = zip(a.split(rows), b.split(rows))
+    sums = first.to(_wide(a)) * other
+    for x, y in rest:
+        sums[:len(x)].addcmul_(x, y)
+    return sums.sum(0).to(a.dtype)
 
 
 def column_sum(a: Tensor) -> Tensor:
@@ -33,7 +47,7 @@ def _slices(a: Tensor, count: int) -> Tensor:
 
 def _parts(a: Tensor) -> tuple[Tensor, ...]:
     """The rows, a cacheful at a time on a CPU."""
-    return a.split(ROWS) if a.device.type == "cpu" else (a,)
+    return a.split(ROWS) if on_cpu(a) else (a,)
 
 
 def blocks(a: Tensor, s: Tensor) -> Tensor:
@@ -54,15 +68,21 @@ def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
 
 def block_dot(a: Tensor, g: Tensor, s: Tensor) -> Tensor:
     """aᵀ g on the blocks of the diagonal: [t, b k], [t, b m] -> [b, k, m], the shape of s."""
-    result = a.new_zeros(s.shape)
+    result = a.new_zeros(s.shape, dtype=_wide(a))
     for rows, grads in zip(_parts(a), _parts(g)):
-        result.baddbmm_(_slices(rows, len(s)).mT, _slices(grads, len(s)))
-    return result
+        left, right = _slices(rows, len(s)).mT, _slices(grads, len(s))
+        if result.dtype == a.dtype:
+            result.baddbmm_(left, right)
+        else:  # rounded in each part, and not in their sum
+            result += left @ right
+    return result.to(a.dtype)
 
 
 def circulate_back(g: Tensor, c: Tensor) -> Tensor:
     """g circulant(c), by Fourier transforms: [t, p b], [p, q, b] -> [t, q b]."""
     p, q, b = c.shape
+    if not g.numel():  # no tokens, of which torch has no transform
+        return g.new_zeros(*g.shape[:-1], q * b)
     mixed = _spectrum(g, p, b).permute(2, 0, 1) @ _spectrum(c, q, b).permute(2, 0, 1)
     return torch.fft.irfft(mixed.permute(1, 2, 0), n=b).reshape(*g.shape[:-1], q * b).to(g.dtype)
 
@@ -70,12 +90,14 @@ def circulate_back(g: Tensor, c: Tensor) -> Tensor:
 def circulate_dot(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
     """The gradient of a circulant(c)ᵀ in c: [t, q b], [t, p b] -> [p, q, b]."""
     p, q, b = c.shape
+    if not g.numel():
+        return torch.zeros_like(c)
     mixed = _spectrum(g, p, b).conj().permute(2, 1, 0) @ _spectrum(a, q, b).permute(2, 0, 1)
     return torch.fft.irfft(mixed.permute(1, 2, 0), n=b).to(c.dtype)
 
 
 def _spectrum(a: Tensor, count: int, size: int) -> Tensor:
-    return torch.fft.rfft(a.to(torch.promote_types(a.dtype, torch.float32)).reshape(-1, count, size))
+    return torch.fft.rfft(a.to(_wide(a)).reshape(-1, count, size))
 
 
 def mixed(x: Tensor, kernel: Tensor) -> Tensor:
@@ -100,7 +122,7 @@ def mixed_dot(x: Tensor, g: Tensor) -> Tensor:
 def mask(a: Tensor, p: float) -> Tensor:
     """What dropout takes out of an activation, each entry with the chance p: on a CPU the places of those entries,
     counted along it (they are few, and their gaps are quickly drawn); elsewhere True for each, [*a.shape]."""
-    if a.device.type == "cpu":
+    if on_cpu(a):
         return _places(a.numel(), p)
     return torch.empty_like(a, dtype=torch.bool).bernoulli_(p)
 
@@ -109,7 +131,8 @@ def _places(count: int, p: float) -> Tensor:
     """Which of `count` entries chance takes: the gaps between them are geometric. (More than are drawn here would be
     taken once in 1e15.)"""
     draws = int(count * p + 8 * (count * p) ** 0.5) + 8
-    gaps = torch.rand(draws).neg_().log1p_().mul_(1 / log1p(-p)).to(torch.int64).add_(1)
+    rolled = torch.rand(draws, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
+    gaps = rolled.neg_().log1p_().mul_(1 / log1p(-p)).to(torch.int64).add_(1)
     places = gaps.cumsum(0).sub_(1)
     return places[:int(torch.searchsorted(places, count))].to(torch.int32 if count < 2**31 else torch.int64)
 

@@ -11,6 +11,7 @@ dtype tolerance; the frozen layer is called and not read unless `reads_weight` s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -76,7 +77,10 @@ class Program:
                 return y
         values = make(tuple(tensors.values()))
         y = step.run(self.plan.written, layer.as_dtype(x.dtype), x, values) if known else None
-        return self.body(layer, x, *values) if y is None else y
+        if y is not None:
+            return y
+        with nullcontext() if layer.follows_autocast else torch.autocast(layer.device.type, enabled=False):
+            return self.body(layer, x, *values)
 
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""

@@ -44,7 +44,7 @@ def _drawn(name: str):
 
 def _first(config: Config, place: Place) -> torch.Tensor:
     generator = torch.Generator().manual_seed(config["random_loc_seed"])
-    at = torch.randperm(place.out * place.in_, generator=generator)[:config["n_frequency"]]
+    at = torch.randperm(place.out * place.in_, generator=generator, device="cpu")[:config["n_frequency"]]
     return torch.stack([at // place.in_, at % place.in_])
 
 

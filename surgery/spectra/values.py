@@ -159,7 +159,7 @@ def leading(matrix: Tensor, k: int) -> Directions:
 def _krylov(a: Tensor, width: int) -> Tensor:
     """An orthonormal basis of the span of G, AᵀA G, (AᵀA)² G, ... for a fixed random G [n, width]."""
     draw = torch.Generator().manual_seed(0)
-    block = torch.linalg.qr(torch.randn(a.shape[1], width, generator=draw, dtype=a.dtype).to(a.device)).Q
+    block = torch.linalg.qr(torch.randn(a.shape[1], width, generator=draw, dtype=a.dtype, device="cpu").to(a.device)).Q
     basis = block
     while basis.shape[1] < min(_STEPS * width, a.shape[1] - width):
         block = a.mT @ (a @ block)
