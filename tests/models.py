@@ -12,7 +12,7 @@ def perturbed(model: nn.Module, spec: object, scale: float = 0.05, **options) ->
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in surgeon.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
+            parameter += scale * torch.randn(parameter.shape, generator=draw).to(parameter.device, parameter.dtype)
     return surgeon
 
 

@@ -110,7 +110,7 @@ def test_merge_unmerge_remove(case, dtype, device):
     exact = case.formula(op.weight.cpu(), type(op.p)({key: value.cpu() for key, value in op.p.items()}))
     half = torch.finfo(dtype).eps / 2
     error = (op.layer.weight.cpu().double() - exact).abs()
-    assert (error <= half * exact.abs() * 1.01 + 3e-6 * exact.abs().max()).all()
+    assert (error <= half * exact.abs() * 1.01 + 1e-5 * exact.abs().max()).all()
     assert_close(op.model(x), y, TOLERANCES[dtype][0], "the merged output")
     op.surgeon.unmerge()
     assert torch.equal(op.layer.weight, before) and torch.equal(op.model(x), y)
@@ -143,7 +143,7 @@ SVD = ("pissa", "tinylora", "psoft", "olora", "deft_qr")
 def test_the_chance_of_dropout(p, dtype, device):
     a = torch.ones(500, 400, dtype=dtype, device=device)
     dropped = kernels.masked(a, kernels.mask(a, p))
-    assert set(dropped.unique().tolist()) == {0.0, 1.0}
+    assert set(dropped.float().unique().tolist()) == {0.0, 1.0}
     share = (dropped == 0).double().mean().item()
     assert abs(share - p) < 5 * (p * (1 - p) / a.numel()) ** 0.5
     along = (dropped == 0).double().mean(0)  # no column is favoured
@@ -210,17 +210,18 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_a_whole_model(name, spec, device):
     """The gradient of every parameter that trains; merged and saved as operated."""
     model = load_demo(name)
+    if name == "mixtral":
+        model.set_experts_implementation("eager")  # torch's grouped product has no float64
     surgeon = perturbed(model, spec_of(spec, name), scale=0.02)
-    reference = torch.float32 if name == "mixtral" else torch.float64  # torch's grouped product has no float64
-    wide, batch = deepcopy(model).to(reference), demo_inputs(model)
+    wide, batch = deepcopy(model).double(), demo_inputs(model)
     model.to(device)
     mine = {key: value.to(device) for key, value in batch.items()}
-    theirs = {key: value.to(reference) if value.is_floating_point() else value for key, value in batch.items()}
+    theirs = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
     y, expected = logits(model, mine), logits(wide, theirs)
     assert_close(y.cpu(), expected, 1e-4, "the output")
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
     actual = gradients(y, direction.to(device), dict(model.named_parameters()))
-    for key, gradient in gradients(expected, direction.to(reference), dict(wide.named_parameters())).items():
+    for key, gradient in gradients(expected, direction.double(), dict(wide.named_parameters())).items():
         assert_close(actual[key].cpu(), gradient, 2e-3, key)
     surgeon.merge()
     assert_close(logits(model, mine), y, 1e-4, "the merged output")
