@@ -105,7 +105,7 @@ def _with_data(name: str, wrap: Callable[[Any], tuple]) -> _Rule:
 
 _MEANINGS: dict[str, _Rule] = {
     "const": lambda symbols, node, args: symbols.number(node.data),
-    "add": _as("+"), "add_bias": _as("+"), "mul": _as("*"), "scale": _as("*"), "div": _as("/"), "matmul": _as("@"),
+    "add": _as("+"), "add_bias": _as("+"), "mul": _as("*"), "scale": _as("*"), "matmul": _as("@"),
     "outer": lambda symbols, node, args: symbols.of("@", symbols.of("T", args[0]), args[1]),
     "detach": lambda symbols, node, args: symbols.constant(args[0]),
     "split": _with_data("unflatten", lambda data: (-1, data)),
@@ -248,7 +248,7 @@ class Run:
                 held = self._value(a)
                 return replace(self._view("T", held), owned=held.owned)
             case ast.BinOp(left=a, op=operation, right=b):
-                names = {ast.Add: "+", ast.Mult: "*", ast.Div: "/", ast.MatMult: "@"}
+                names = {ast.Add: "+", ast.Mult: "*", ast.MatMult: "@"}
                 if type(operation) not in names:
                     raise Fault("has an operation that no program has")
                 return self._computed(names[type(operation)], self._value(a), self._value(b))
