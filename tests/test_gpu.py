@@ -105,17 +105,17 @@ def test_merge_unmerge_remove(case, dtype, device):
     op = operated(case, WIDE, dtype, adapter=torch.float32)
     op.model.to(device), op.base.to(device)
     x = op.x.to(device)
-    before, y = op.layer.weight.clone(), op.model(x)
+    before, y = op.layer.get_parameter("weight").clone(), op.model(x)
     op.surgeon.merge()
     exact = case.formula(op.weight.cpu(), type(op.p)({key: value.cpu() for key, value in op.p.items()}))
     half = torch.finfo(dtype).eps / 2
-    error = (op.layer.weight.cpu().double() - exact).abs()
+    error = (op.layer.get_parameter("weight").cpu().double() - exact).abs()
     assert (error <= half * exact.abs() * 1.01 + 1e-5 * exact.abs().max()).all()
     assert_close(op.model(x), y, TOLERANCES[dtype][0], "the merged output")
     op.surgeon.unmerge()
-    assert torch.equal(op.layer.weight, before) and torch.equal(op.model(x), y)
+    assert torch.equal(op.layer.get_parameter("weight"), before) and torch.equal(op.model(x), y)
     op.surgeon.remove()
-    assert torch.equal(op.model(x), op.base(x)) and op.layer.weight.device.type == device.type
+    assert torch.equal(op.model(x), op.base(x)) and op.layer.get_parameter("weight").device.type == device.type
 
 
 @on_every_case
