@@ -310,6 +310,14 @@ def test_a_tokenizer_of_ones_own_does_not_run(ran: Path) -> None:
     assert not ran.exists()
 
 
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_from_elsewhere_does_not_run(field: str, ran: Path) -> None:
+    config({field: "someone/kernel"})
+    for command in ("modules", "apply"):
+        result = run(*LOADERS[command], status=2)
+        assert "code from elsewhere: someone/kernel" in result.stderr and "--trust-remote-code" in result.stderr
+
+
 def test_a_class_that_transformers_has_not(ran: Path) -> None:
     config({"model_type": "llama", "architectures": ["Nope"]})
     run("modules", "own", status=0)  # the base model of its family

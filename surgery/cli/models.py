@@ -205,7 +205,14 @@ def _config(name: str, trust: bool = False) -> PreTrainedConfig:
     if not (exists or name.startswith(PACKAGE) or _HUB_ID.fullmatch(name)):
         raise fail("unknown-model", f"there is no folder `{name}`, and it is no id of the hub (OWNER/NAME)",
                    helps=(_MODELS,))
-    return _asked(name, lambda: AutoConfig.from_pretrained(place(name), trust_remote_code=trust))
+    found = _asked(name, lambda: AutoConfig.from_pretrained(place(name), trust_remote_code=trust))
+    # OWNER/NAME is code too: a kernel that transformers would fetch from the hub and run.
+    parts = [found, *(getattr(found, part, None) for part in getattr(found, "sub_configs", None) or ())]
+    kernels = [k for part in parts if isinstance(k := getattr(part, "_attn_implementation", None), str) and "/" in k]
+    if kernels and not trust:
+        raise fail("unknown-model", f"{name} asks for attention by code from elsewhere: {some(kernels)}",
+                   helps=("say --trust-remote-code if it may run",))
+    return found
 
 
 def _near(name: str) -> tuple[str, ...]:
