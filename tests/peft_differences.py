@@ -93,6 +93,17 @@ def _factors() -> float:
     return 1 - len(layer.boft_R["default"]) / config.boft_n_butterfly_factor
 
 
+def _pairs(factor: int) -> set[tuple[int, ...]]:
+    """The half-blocks of 4 entries that a factor of PEFT's mixes."""
+    order = peft.tuners.boft.layer.Linear.block_butterfly_perm(None, 64, 8 // 2**factor, 4, 3)
+    return {tuple(sorted(set((block // 4).tolist()))) for block in order.split(8)}
+
+
+def _paired_again() -> float:
+    second, third = _pairs(1), _pairs(2)
+    return len(second & third) / len(third)
+
+
 def _dilated() -> float:
     base, theirs, x = _layers(_of(peft.HRAConfig, r=2), nn.Conv2d(4, 8, 3, dilation=2))
     return theirs(x).numel() / base(x).numel() - 1
@@ -179,6 +190,10 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "boft", "Without the CUDA extension, one factor is taken whatever was asked for: the row `boft, one factor`.",
         "share of two factors that is missing", _factors),
+    Difference(
+        "boft", "The third factor pairs the half-blocks that the second has paired, so that it mixes nothing further. "
+        "Ours pairs those that are 4 apart, as the paper does.",
+        "share of the third factor's pairs that are the second's", _paired_again),
     Difference(
         "hra", "A convolution's dilation, and a stride or padding that differ by axis, are not read (BOFT's neither). "
         "Refused here.", "too many outputs, dilation of 2", _dilated),

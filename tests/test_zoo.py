@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import oracle as o
-from layers import LAYOUTS, LINEARS, Operated, assert_close, gradients, operated
+from layers import LAYOUTS, LINEARS, Operated, Tower, assert_close, gradients, operated, perturb
 from surgery.expr.evaluate import dense
+from surgery.operate import apply
+from surgery.spec import load, parse
 from zoo import CASES
 
 EXACT = 1e-10
@@ -105,3 +107,14 @@ def test_all_of_the_input_is_seen(case):
     batch = torch.randn(2, 1, 3, 18, dtype=torch.float64)
     assert_close(op.model(batch)[1, 0, 2], op.model(batch[1, 0, 2]), EXACT)
     assert op.model(batch[:0]).shape == (0, 1, 3, 12)
+
+
+def test_three_factors_of_a_butterfly_reach_every_entry():
+    """Blocks of 2 with partners 1, 2 and 4 entries away: of 8 entries each is mixed with each."""
+    text = load("boft", block=2).to_surg().replace("pre diagonal()", "pre butterfly(block, spread = 4) on in")
+    layer = nn.Linear(8, 8, bias=False).double()
+    nn.init.eye_(layer.weight)
+    surgeon = apply(Tower(layer), parse(text).retarget("**"), dtype=torch.float64)
+    perturb(surgeon.model)
+    surgeon.merge()
+    assert layer.weight.abs().min() > 1e-4
