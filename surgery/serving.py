@@ -167,4 +167,4 @@ def _factors(level: int, device: str) -> Tensor:
     """Random odd numbers of 64 bits: an odd factor gives different numbers for different ones."""
     draw = torch.Generator().manual_seed(level)
     with torch.inference_mode(False):
-        return (torch.randint(-2**62, 2**62, (_ROW,), generator=draw) * 2 + 1).to(device)
+        return (torch.randint(-2**62, 2**62, (_ROW,), generator=draw, device="cpu") * 2 + 1).to(device)
