@@ -1,14 +1,15 @@
 """Operating on a model: put the adapters in, merge them, switch them off, take them out.
 
-Takes a model and a spec; gives a `Surgeon`. Promises: in place, the model keeps its class and names; an operation that
-fails leaves the model exactly as it was; `unmerge`, `disabled` and `remove` give kept bits back, nothing is inverted.
+Takes a model and a spec; gives a `Surgeon`. Promises: in place, the model keeps its class and names; a verb happens as
+a whole or not at all, whatever interrupts it; none acts on what does not stand in the model any more; `unmerge`,
+`disabled` and `remove` give kept bits back, nothing is inverted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ from surgery.merge import merged, refuse_called
 from surgery.report import Report, dense_copies, unfit
 from surgery.rewrite.identity import starts_as_weight
 from surgery.serving import serving
+from surgery.standing import Spot, Standing, changed
 from surgery.syntax.tree import Spec, Target
-
+from surgery.transaction import Scope, all_or_nothing
+from surgery.words import listed
+from surgery.wrappers import bare
 
 _SAID = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
 _WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first",
              "base": "leave the block of disabled() first", "removed": "apply the spec again, or attach what was saved"}
+_REST = "remove(partly=True) gives back what still stands; then apply the spec to the model as it is now"
 
 
 def apply(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
@@ -50,7 +55,7 @@ def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: 
     one whose spec asks for more than that and the model together is refused before any is made. Raises: SurgeryError.
     """
     if any(isinstance(m, Adapter) for m in model.modules()):
-        raise fail("already-operated", f"this {type(model).__name__} carries a surgery already",
+        raise fail("already-operated", f"this {type(bare(model)).__name__} carries a surgery already",
                    helps=("remove() the first one, or put both in one spec",))
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise fail("bad-value", f"an adapter's parameters cannot be {dtype}",
@@ -79,15 +84,22 @@ class Surgeon:
     """The hand on an operated model: report, switch, merge, save, remove. Made by `apply` and `attach`.
 
     The model is in one of these modes: `operated` (adapters run), `merged` (W' stands in W's place), `base` (as it
-    was), `removed` (no more ours).
+    was), `removed` (no more ours). `model` is the one inside of wrappers.
+
+    Every verb raises SurgeryError (changed-model) where what it is about was replaced, resized, tied or taken out of
+    the model, and the model is then as it was, as it is after any error or interrupt.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, adapters: dict[str, Adapter], seed: int):
-        self.model, self.plan, self.adapters, self.seed = model, plan, adapters, seed
+        self.model, self.plan, self.adapters, self.seed = bare(model), plan, adapters, seed
+        self._given = model
+        self._standing = Standing(self.model, plan, adapters)
         self._mode = "base"
-        self._required = {name: p.requires_grad for name, p in model.named_parameters()}
-        # What stands in a parameter's place, by mode; one that has nothing for `merged` is then as when `operated`.
-        self._kept = {n: {"base": model.get_parameter(n).detach().clone()} for n in plan.train}
+        self._required = [(module, {name: p.requires_grad for name, p in module._parameters.items() if p is not None})
+                          for module in self.model.modules()]
+        self._is_on = False  # whether the adapters are in
+        self._kept = {n: Kept(self._spots[n].module, self._spots[n].parameter,
+                              {"base": self._spots[n].tensor.detach().clone()}) for n in plan.train}
         self._tied: dict[str, nn.Parameter] = {}
 
     @property
@@ -124,23 +136,48 @@ class Surgeon:
         found = {p.site.name: _start_error(p, self.adapters[p.site.name]) for p in mine}
         return {name: change for name, change in found.items() if not change <= _tolerance(self.adapters[name])}
 
-    def operate(self) -> Surgeon:
-        """Put the adapters in; everything but them and what `train` names is frozen."""
+    @all_or_nothing
+    def operate(self, values: Mapping[str, torch.Tensor] | None = None) -> Surgeon:
+        """Put the adapters in, with other `values` for some of their tensors; everything but them and what `train`
+        names is frozen. Raises: SurgeryError (unsupported-module) for weights that have no numbers yet."""
+        self._assert_standing()
+        self._assert_numbers()
+        self._assert_averaged()
         for placed in self.plan.placed:
             if placed.target.untie and not placed.site.layout.is_called:
                 self._untie(placed)
+            for tensor in self.adapters[placed.site.name].parameters():  # the model may have moved since
+                tensor.data = tensor.data.to(placed.site.device)
             install(placed.site.module, self.adapters[placed.site.name])
         frozen = {id(adapter.get_parameter(leaf.key)) for adapter in self.adapters.values()
                   for leaf in adapter.formula.leaves if leaf.frozen}
         trained = {id(p) for p in self.named_tensors().values()} - frozen
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        self._mode = "operated"
+        self._mode, self._is_on = "operated", True
+        self._put(values or {})
         return self
+
+    def _assert_numbers(self) -> None:
+        """A tensor on the meta device has none: what starts from it, and what is put beside it, would be NaN later."""
+        empty = [spot.name for spot in self._spots.values()
+                 if (spot.placed.site.is_meta if spot.placed else spot.tensor.is_meta)]
+        if empty:
+            raise fail("unsupported-module", f"{listed(empty)} {'have' if len(empty) > 1 else 'has'} no numbers yet "
+                       "(the meta device)",
+                       helps=("load the weights first, without offloading them; `surgery.plan` needs none",))
+
+    def _assert_averaged(self) -> None:
+        """Gradients of parameters that come after it are averaged by no DistributedDataParallel: each process would
+        train an adapter of its own."""
+        parallel = nn.parallel.DistributedDataParallel
+        if any(isinstance(m, parallel) and m.process_group.size() > 1 for m in self._given.modules()):
+            raise fail("unsupported-module", "DistributedDataParallel averages the gradients of those parameters alone "
+                       "that the model had when it was wrapped", helps=("operate on the model first, then wrap it",))
 
     def _untie(self, placed: Placed) -> None:
         module, name = placed.site.module, placed.site.parameter
-        self._tied[placed.site.weight_name] = module._parameters[name]
+        self._tied = {**self._tied, placed.site.weight_name: module._parameters[name]}
         module._parameters[name] = nn.Parameter(module._parameters[name].detach().clone())
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -151,24 +188,43 @@ class Surgeon:
         """Every adapter tensor and every `train` tensor by its name in the model, shared ones once."""
         found = {f"{p.site.weight_name}{SUFFIX}.{key}": tensor for p in self.plan.placed
                  for key, tensor in self.adapters[p.site.name].tensors().items()}
-        found |= {name: self.model.get_parameter(name) for name in self.plan.train}
+        found |= {name: self._spots[name].tensor for name in self.plan.train}
         first = {id(tensor): name for name, tensor in reversed(found.items())}
         return {name: tensor for name, tensor in found.items() if first[id(tensor)] == name}
 
     def state(self) -> dict[str, torch.Tensor]:
         """The values of `named_tensors` as trained, in every mode."""
-        tuned = {name: kept["operated"] for name, kept in self._kept.items() if self._mode != "operated"}
+        self._assert_standing()
+        tuned = {name: kept.form("operated") for name, kept in self._kept.items()
+                 if self._mode != "operated" and "operated" in kept.forms}
         return {name: tuned.get(name, tensor.detach()) for name, tensor in self.named_tensors().items()}
 
+    @all_or_nothing
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
         """Give the tensors of an operated model copies of other values, of the same shapes: an adapter's keep the dtype
-        that they come in, those of `train` the model's."""
-        for name, tensor in self.named_tensors().items():
-            dtype = tensor.dtype if name in self.plan.train else state[name].dtype
-            tensor.data = state[name].detach().to(tensor.device, dtype, copy=True)
+        that they come in, those of `train` the model's. Raises: SurgeryError (bad-value, wrong-mode)."""
+        self._must_be("operated", "load")
+        self._assert_standing()
+        missing = [name for name in self.named_tensors() if name not in state]
+        if missing:
+            raise fail("bad-value", f"the state lacks {listed(missing)}",
+                       helps=("`state()` of a surgery of the same spec has all of them",))
+        self._put(state)
+
+    def _put(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Copies of values in the places of tensors."""
+        tensors = self.named_tensors()
+        wrong = [name for name, value in values.items() if name not in tensors or value.shape != tensors[name].shape]
+        if wrong:
+            raise fail("bad-value", f"this surgery has no tensor of that name and shape: {listed(wrong)}")
+        for name, value in values.items():
+            tensor = tensors[name]
+            dtype = tensor.dtype if name in self.plan.train else value.dtype
+            tensor.data = value.detach().to(tensor.device, dtype, copy=True)
 
     def report(self) -> Report:
         """What was operated on; prints as a table."""
+        self._assert_standing()
         return Report(self.plan, self.dtype)
 
     def save(self, folder: str | PathLike, **about: Any) -> None:
@@ -183,12 +239,14 @@ class Surgeon:
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base model, exactly. Nests, and holds when an exception passes."""
         before = self._mode
-        self._enter("base")
         try:
-            yield
-        finally:
-            if self._mode != "removed":
+            try:
+                self._enter("base")
+                yield
+            finally:
                 self._enter(before)
+        finally:  # there already, but for an interrupt on the way back
+            self._enter(before)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -206,42 +264,82 @@ class Surgeon:
         with serving(self.model, self.adapters):
             yield
 
+    @all_or_nothing
     def merge(self) -> dict[str, float]:
         """Put each W' in the place of W, which is kept; gives the relative rounding error of each module.
 
         Memory: a second copy of the operated weights. Raises: SurgeryError (merge-error); then nothing is merged.
         """
         self._must_be("operated", "merge")
+        self._assert_standing()
         refuse_called(self.plan.placed)
         made = {p.site.name: merged(p, self.adapters[p.site.name]) for p in self.plan.placed}
+        kept = dict(self._kept)
         for placed in self.plan.placed:
             for name, tensor in made[placed.site.name].tensors.items():
                 full = placed.site.weight_name.removesuffix(placed.site.parameter) + name
-                now = self.model.get_parameter(full).data
-                self._kept[full] = {"base": now, **self._kept.get(full, {}), "operated": now, "merged": tensor}
+                now = placed.site.module._parameters[name].data
+                before = kept[full].forms if full in kept else {"base": now}
+                kept[full] = Kept(placed.site.module, name, {**before, "operated": now, "merged": tensor})
+        self._kept = kept
         self._enter("merged")
         return {name: each.error for name, each in made.items()}
 
+    @all_or_nothing
     def unmerge(self) -> None:
         """Put the kept weights back, bit for bit."""
         self._must_be("merged", "unmerge")
         self._enter("operated")
-        self._kept = {name: {"base": self._kept[name]["base"]} for name in self.plan.train}
+        self._kept = {name: replace(kept, forms={"base": kept.forms["base"]})
+                      for name, kept in self._kept.items() if name in self.plan.train}
 
-    def remove(self) -> nn.Module:
-        """Take everything out: the model is as before `apply`, bit for bit."""
+    @all_or_nothing
+    def remove(self, partly: bool = False) -> nn.Module:
+        """Take everything out: the model is as before `apply`, bit for bit.
+
+        `partly`: where the model was changed since, give back what still stands, and leave the rest as it is now. A
+        layer that was taken out of the model is given its own class back too.
+        """
         if self._mode == "removed":
-            return self.model
-        self._enter("base")
+            return self._given
+        lost = self._standing.faults(operated=True)
+        if lost and not partly:
+            raise changed(lost, _REST)
+        self._switch("base", lost)
+        for placed in self.plan.placed:  # what a module has lost is put there, to be taken out like the others
+            placed.site.module._modules.setdefault(placed.site.parameter + SUFFIX, self.adapters[placed.site.name])
         for module in {id(p.site.module): p.site.module for p in self.plan.placed}.values():
-            uninstall(module)
+            if "base" in vars(type(module)):
+                uninstall(module)
+        for placed in self.plan.placed:
+            placed.site.module._modules.pop(placed.site.parameter + SUFFIX, None)
         for name, tied in self._tied.items():
-            owner, _, parameter = name.rpartition(".")
-            self.model.get_submodule(owner)._parameters[parameter] = tied
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required[name])
-        self._mode = "removed"
-        return self.model
+            spot = self._spots[name]
+            if name not in lost:
+                # Where nothing else holds the tied tensor any more, a change of dtype or device has not reached it.
+                tied.data = tied.data.to(spot.tensor.device, spot.tensor.dtype)
+                spot.module._parameters[spot.parameter] = tied
+        for module, flags in self._required:
+            for name, flag in flags.items():
+                if module._parameters.get(name) is not None:
+                    module._parameters[name].requires_grad_(flag)
+        self._mode, self._is_on = "removed", False
+        return self._given
+
+    # -------------------------------------------------------------------------------------------------------- modes
+
+    def scope(self) -> Scope:
+        """What verbs may change."""
+        modules = [p.site.module for p in self.plan.placed]
+        own = [p for placed in self.plan.placed if not placed.site.layout.is_called
+               for p in placed.site.module._parameters.values() if p is not None]
+        written = [spot.tensor for spot in self._spots.values() if spot.placed is None and spot.tensor is not None]
+        adapters = [p for adapter in self.adapters.values() for p in adapter.parameters()]
+        return Scope([self], [self.model, *modules, *self.adapters.values()], [*own, *written, *adapters])
+
+    @property
+    def _spots(self) -> Mapping[str, Spot]:
+        return self._standing.spots
 
     def _must_be(self, mode: str, what: str) -> None:
         if self._mode != mode:
@@ -249,19 +347,54 @@ class Surgeon:
             raise fail("wrong-mode", f"this model is {said}, and {what}() is for one that is {wanted}",
                        helps=(_WAY_BACK[self._mode],))
 
+    def _assert_standing(self) -> None:
+        """Raises: SurgeryError (changed-model)."""
+        lost = self._standing.faults(self._is_on) if self._mode != "removed" else {}
+        if lost:
+            raise changed(lost, _REST if self._is_on else "apply the spec to the model as it is now")
+
+    @all_or_nothing
     def _enter(self, mode: str) -> None:
-        """Switch the model to a mode: which tensors stand in place, and whether the adapters run."""
-        for name, kept in self._kept.items():
-            parameter = self.model.get_parameter(name)
-            kept[_form(kept, self._mode)] = parameter.data
-            parameter.data = kept[_form(kept, mode)].to(parameter.device)
+        """Switch the model to a mode, if it is in another and still ours."""
+        if self._mode not in (mode, "removed"):
+            self._assert_standing()
+            self._switch(mode)
+
+    def _switch(self, mode: str, without: Iterable[str] = ()) -> None:
+        """Which tensors stand in place, but `without` some, and whether the adapters run."""
+        kept = {name: each.holding(self._mode) for name, each in self._kept.items() if name not in without}
+        for each in kept.values():
+            each.parameter.data = each.form(mode)
         for adapter in self.adapters.values():
             adapter.active = mode == "operated"
-        self._mode = mode
-
+        self._kept, self._mode = kept, mode
 
 def _form(kept: Mapping[str, torch.Tensor], mode: str) -> str:
     return "operated" if mode == "merged" and mode not in kept else mode
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stands in the place of a parameter, by mode; one without a `merged` form is then as when operated."""
+
+    module: nn.Module
+    name: str
+    forms: Mapping[str, torch.Tensor]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module._parameters[self.name]
+
+    def form(self, mode: str) -> torch.Tensor:
+        """The numbers for a mode, in the dtype and on the device that the model has moved the parameter to."""
+        return self.forms[self._known(mode)].to(self.parameter.device, self.parameter.dtype)
+
+    def holding(self, mode: str) -> Kept:
+        """With what stands there now as the form of this mode."""
+        return replace(self, forms={**self.forms, self._known(mode): self.parameter.data})
+
+    def _known(self, mode: str) -> str:
+        return "operated" if mode == "merged" and mode not in self.forms else mode
 
 
 def _tolerance(adapter: Adapter) -> float:

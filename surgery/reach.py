@@ -25,7 +25,7 @@ class Catalogue:
 
     def __init__(self, model: nn.Module):
         self.survey = Survey(model)
-        self.title = type(model).__name__
+        self.title = type(self.survey.model).__name__
 
     @cached_property
     def marked(self) -> dict[object, tuple[str, ...]]:

@@ -24,6 +24,7 @@ from surgery.numbered import alike, ranged, starred
 from surgery.show import formula_lines
 from surgery.syntax.tree import Target
 from surgery.words import counted, dtype_text, listed, sides_text, size_text
+from surgery.wrappers import parameter
 
 class Row(NamedTuple):
     """One operated weight: `shape` is [out, in] (one matrix of a stack), `parameters` what its adapter trains,
@@ -89,7 +90,7 @@ class Report:
     @cached_property
     def unfrozen(self) -> dict[str, int]:
         """The parameters that `train` unfreezes, with how many numbers each holds."""
-        return {name: self.plan.selection.survey.model.get_parameter(name).numel() for name in self.plan.train}
+        return {name: parameter(self.plan.selection.survey.model, name).numel() for name in self.plan.train}
 
     @property
     def trainable(self) -> int:

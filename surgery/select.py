@@ -22,6 +22,7 @@ from surgery.selectors import Matcher, matchers
 from surgery.sites import Site, Survey
 from surgery.syntax.tree import Select, Spec, Target
 from surgery.words import listed
+from surgery.wrappers import named_parameters
 
 
 class Taken(NamedTuple):
@@ -81,7 +82,7 @@ class Selection:
         if name in self.survey.modules:
             what = refused.reason if refused else f"{type(self.survey.modules[name]).__name__} only holds other modules"
             return "\n".join([f"`{name}`", f"  cannot be taken: {what}", *self._trained(name)])
-        if name in dict(self.survey.model.named_parameters(remove_duplicate=False)):
+        if name in dict(named_parameters(self.survey.model)):
             return "\n".join([f"`{name}` is a parameter", *(self._trained(name) or ["  no `train` unfreezes it"])])
         near = did_you_mean(name, [*(s.name for s in self.survey.sites), *self.survey.modules])
         raise fail("no-match", f"{type(self.survey.model).__name__} has no module `{name}`",
@@ -121,7 +122,7 @@ def _train(spec: Spec, catalogue: Catalogue, selects: Mapping[str, Select],
            report: Collector) -> dict[str, nn.Parameter]:
     """The parameters that `train` names, each once, under its first name."""
     names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in catalogue.survey.model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(catalogue.survey.model):
         names.setdefault(parameter, []).append(name)
     marks = {p: tuple(marked(n, catalogue.survey.counts) for n in names[p]) for p in names}
     chosen: set[nn.Parameter] = set()

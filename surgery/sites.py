@@ -6,7 +6,7 @@ object that stands at several names. Nothing is changed or copied.
 
 The head is the output embedding (`get_output_embeddings()`), whatever stands beside the base model of a task model
 (`classifier`, `score`, `qa_outputs`, with their inner layers), and, in a `...For...` model without a base model of its
-own, the linear layers directly below its root.
+own, the linear layers directly below its root. A module of another library that holds such models has their heads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from surgery import called, probe
 from surgery.layout import Layout, refusal, weights
+from surgery.wrappers import bare, named_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +114,12 @@ class Refused:
 
 
 class Survey:
-    """What a model holds: `modules` by every name, the `sites`, the `refused`, and how many children a module has."""
+    """What a model holds: `modules` by every name, the `sites`, the `refused`, and how many children a module has.
+    Wrappers are seen through: `model` is the one inside, and no name tells of them."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
-        self.modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.model = bare(model)
+        self.modules: dict[str, nn.Module] = dict(named_modules(model))
         self.counts: Mapping[str, int] = {name: len(m._modules) for name, m in self.modules.items() if m._modules}
 
     @cached_property
@@ -218,6 +220,16 @@ def _foreign(module: nn.Module, matrix: bool) -> str:
 
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of the output head, of the outermost models that say what they are."""
+    if not hasattr(model, "base_model_prefix") and not hasattr(model, "get_output_embeddings"):
+        yield from _own_heads(model)
+        for child in model.children():
+            yield from _heads(child)
+    else:
+        yield from _own_heads(model)
+
+
+def _own_heads(model: nn.Module) -> Iterator[nn.Module]:
     output = output_embedding(model)
     if output is not None:
         yield output

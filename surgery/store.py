@@ -63,8 +63,15 @@ def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
 
     The adapter's tensors keep the dtype that they were saved in; a `train` tensor takes that of the model's.
     """
-    saved, report = Saved(Path(folder)), Collector()
-    held = sum(tensor.numel() for tensor in saved.tensors.values())
+    saved = Saved(Path(folder))
+    return fitted(model, saved).operate(saved.tensors)
+
+
+def fitted(model: nn.Module, saved: Saved) -> Surgeon:
+    """A surgeon for a saved adapter, whose tensors fit; the model (a skeleton will do) is not touched.
+
+    Raises: SurgeryError with all that does not fit."""
+    report, held = Collector(), sum(tensor.numel() for tensor in saved.tensors.values())
     try:
         surgeon = prepare(model, saved.spec, seed=saved.meta["seed"], dtype=getattr(torch, saved.meta["dtype"]),
                           most=held)
@@ -76,8 +83,6 @@ def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
         _assert_places(surgeon, saved.tensors, report)
     if report.errors:
         raise _does_not_fit(model, saved, report.found)
-    surgeon.operate()
-    surgeon.load(saved.tensors)
     return surgeon
 
 

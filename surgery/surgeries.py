@@ -2,13 +2,12 @@
 
 Takes a model and, by name, specs or saved adapters; gives one operated model at a time. Promises: a surgery's tensors
 are the same objects in whatever company they run; what is stacked is merged in the order in which it runs; the model is
-the base model, bit for bit, when none is in use.
+the base model, bit for bit, when none is in use; a verb happens as a whole or not at all, whatever interrupts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import isfinite
@@ -28,6 +27,8 @@ from surgery.operate import Surgeon, prepare
 from surgery.store import attach, save
 from surgery.syntax.grammar import is_name
 from surgery.syntax.tree import Spec, Target
+from surgery.transaction import Scope, all_or_nothing
+from surgery.wrappers import bare
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Surgeries:
     None for the base model."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model, self._given = bare(model), model
         self.active: tuple[str, ...] = ()
         self.surgeon: Surgeon | None = None
         self._known: dict[str, Known] = {}
@@ -57,6 +58,7 @@ class Surgeries:
     def names(self) -> tuple[str, ...]:
         return tuple(self._known)
 
+    @all_or_nothing
     def add(self, name: str, what: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         """Have a surgery at hand: of a saved adapter's folder, or a fresh one of a spec,
         a file's name or a shipped one.
@@ -66,14 +68,16 @@ class Surgeries:
         if not is_name(name) or name in self._known:
             raise fail("bad-value", f"`{name}` is taken" if name in self._known else f"`{name}` is not a name",
                        helps=("a surgery's name is made of letters, digits and `_`, and is its own",))
-        with self._lifted():
-            is_saved = isinstance(what, PathLike) or (isinstance(what, str) and Path(what).is_dir())
-            surgeon = attach(self.model, what) if is_saved else self._fresh(what, seed, dtype)
-            self._known[name] = Known(surgeon, _trained(surgeon))
-            surgeon.remove()
+        again = self._again
+        self._leave()
+        is_saved = isinstance(what, PathLike) or (isinstance(what, str) and Path(what).is_dir())
+        surgeon = attach(self._given, what) if is_saved else self._fresh(what, seed, dtype)
+        self._known = {**self._known, name: Known(surgeon, _trained(surgeon))}
+        surgeon.remove()
+        again()
 
     def _fresh(self, what: Spec | str | PathLike, seed: int, dtype: torch.dtype) -> Surgeon:
-        surgeon = prepare(self.model, what, seed=seed, dtype=dtype)
+        surgeon = prepare(self._given, what, seed=seed, dtype=dtype)
         surgeon.check_identity()
         return surgeon.operate()
 
@@ -107,11 +111,19 @@ class Surgeries:
         surgeon = known.surgeon
         save(surgeon, folder, state={**surgeon.state(), **known.trained}, **about)
 
-    def remove(self) -> nn.Module:
-        """Take everything out: the model is as before."""
-        self.use()
-        self._known.clear()
-        return self.model
+    @all_or_nothing
+    def remove(self, partly: bool = False) -> nn.Module:
+        """Take everything out: the model is as before. `partly`: as far as it still stands, as a surgeon's does."""
+        self._leave(partly)
+        self._known, self._again = {}, lambda: None
+        return self._given
+
+    def scope(self) -> Scope:
+        """What verbs may change."""
+        known = list(self._known.values())
+        scopes = [each.scope() for each in (self.surgeon, *(k.surgeon for k in known)) if each is not None]
+        return Scope([self, *known, *(o for s in scopes for o in s.objects)],
+                     [self.model, *(m for s in scopes for m in s.roots)], [p for s in scopes for p in s.parameters])
 
     # ------------------------------------------------------------------------------------------------ in and out
 
@@ -123,6 +135,7 @@ class Surgeries:
                        helps=(near,) if near else ())
         return self._known[name]
 
+    @all_or_nothing
     def _operate(self, names: tuple[str, ...], compose: Callable[[dict[str, Formula]], Formula]) -> Surgeon | None:
         known = {name: self._of(name) for name in names}
         if len(known) < len(names):
@@ -130,33 +143,22 @@ class Surgeries:
         _assert_apart(known)
         self._leave()
         if known:
-            self.surgeon = _together(self.model, known, compose).operate()
-            self.surgeon.load({**self.surgeon.state(), **_all_trained(known)})
+            self.surgeon = _together(self._given, known, compose).operate(_all_trained(known))
         self.active, self._again = names, lambda: self._operate(names, compose)
         return self.surgeon
 
-    def _leave(self) -> None:
+    def _leave(self, partly: bool = False) -> None:
         """Give the base model back; what was trained is kept."""
         if self.surgeon is not None:
-            self._keep_trained()
-            self.surgeon.remove()
+            if not partly:
+                self._keep_trained()
+            self.surgeon.remove(partly)
         self.surgeon, self.active = None, ()
 
     def _keep_trained(self) -> None:
         values = self.surgeon.state() if self.surgeon is not None else {}
-        for name in self.active:
-            trained = self._known[name].trained
-            trained.update({key: values[key].clone() for key in trained})
-
-    @contextmanager
-    def _lifted(self) -> Iterator[None]:
-        """Inside, the model carries no surgery; afterwards, what was in use is again."""
-        again = self._again
-        self._leave()
-        try:
-            yield
-        finally:
-            again()
+        for known in (self._known[name] for name in self.active):
+            known.trained = {key: values[key].clone() for key in known.trained}
 
 
 def _assert_apart(known: Mapping[str, Known]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from layers import Tower, assert_close, perturb
 from packed import Int4Linear, Int8Linear
+from surgery.compile import compile
 from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.operate import apply
@@ -149,6 +150,6 @@ def test_several_surgeries_of_a_packed_layer():
 def test_a_plan_of_a_skeleton_needs_no_numbers():
     with torch.device("meta"):
         model = Tower(Int8Linear(IN, OUT), Int4Linear(OUT, IN))
-    surgeon = apply(model, parse('target linear { add low_rank(2)  post magnitude() }'))
-    assert surgeon.plan.trainable == 4 * (OUT + IN) + OUT + IN
-    assert "2 weights operated on" in str(surgeon.report()) and Report(surgeon.plan).memory["base"]
+    plan = compile(model, parse('target linear { add low_rank(2)  post magnitude() }'))
+    assert plan.trainable == 4 * (OUT + IN) + OUT + IN
+    assert "2 weights operated on" in str(Report(plan)) and Report(plan).memory["base"]

@@ -18,7 +18,7 @@ from surgery.diagnostics import fail
 from surgery.saved import Saved
 from surgery.sites import Site
 from surgery.spectra.checkpoint import Weights, of_folder
-from surgery.store import attach
+from surgery.store import fitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,4 +72,4 @@ def opened_adapter(output: Output, folder: str, base: str | None) -> OpenedAdapt
     name = base_name(folder, base, saved.meta.get("base_model"), "--base names it")
     weights = opened_weights(output, name, saved)
     with output.busy(f"attaching {folder}"):
-        return OpenedAdapter(attach(weights.survey.model, folder), saved, name, weights)
+        return OpenedAdapter(fitted(weights.survey.model, saved), saved, name, weights)

@@ -57,9 +57,7 @@ class Imported:
 
     def operate(self) -> Surgeon:
         """Put it on the model, in place."""
-        self.surgeon.operate()
-        self.surgeon.load({**self.surgeon.state(), **self.tensors})
-        return self.surgeon
+        return self.surgeon.operate(self.tensors)
 
 
 def read(model: nn.Module, folder: Folder) -> Imported:

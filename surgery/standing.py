@@ -1,0 +1,91 @@
+"""Whether what a surgery operates on still stands in the model.
+
+Takes the plan of a surgery and its adapters; gives, in words, what was replaced, resized, tied or taken out since.
+Promises: the model is only looked at; names are looked up in the model as it is now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from surgery.compile import Placed, Plan
+from surgery.diagnostics import SurgeryError, fail
+from surgery.layer import SUFFIX, Adapter
+from surgery.wrappers import named_modules, submodule
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A parameter by its owner, as it was when the surgery was prepared. `shape`: None of one that is no plain
+    parameter; `placed`: None of one that `train` names."""
+
+    name: str
+    module: nn.Module
+    parameter: str
+    shape: tuple[int, ...] | None
+    placed: Placed | None = None
+
+    @property
+    def tensor(self) -> nn.Parameter | None:
+        """The parameter that stands there now."""
+        return self.module._parameters.get(self.parameter)
+
+
+class Standing:
+    """What stood where in a model, to be looked for again."""
+
+    def __init__(self, model: nn.Module, plan: Plan, adapters: Mapping[str, Adapter]):
+        self.model, self.adapters = model, adapters
+        self.spots: dict[str, Spot] = {}
+        for placed in plan.placed:
+            site = placed.site  # a called layer's tensors are its own affair: whatever it stores, it is called
+            shape = None if site.layout.is_called else site.stored_shape
+            self.spots[site.weight_name] = Spot(site.weight_name, site.module, site.parameter, shape, placed)
+        for name in plan.train:
+            path, _, own = name.rpartition(".")
+            owner = plan.selection.survey.modules[path]
+            self.spots[name] = Spot(name, owner, own, tuple(owner._parameters[own].shape))
+
+    def faults(self, operated: bool) -> dict[str, str]:
+        """By the name of each parameter that does not stand as it did, what is so. `operated`: adapters must be on."""
+        owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for path, module in named_modules(self.model):
+            for name, parameter in module._parameters.items():
+                owners.setdefault(id(parameter), []).append((module, f"{path}.{name}".lstrip(".")))
+        found = {name: next(self._faults(spot, owners, operated), "") for name, spot in self.spots.items()}
+        return {name: fault for name, fault in found.items() if fault}
+
+    def _faults(self, spot: Spot, owners: Mapping[int, list[tuple[nn.Module, str]]], operated: bool) -> Iterator[str]:
+        path = spot.name.rpartition(".")[0]
+        now = submodule(self.model, path)
+        if now is None:
+            yield f"there is no module `{path}` any more"
+        elif now is not spot.module:
+            yield f"`{path}` is another module now ({type(now).__name__})"
+        if operated and spot.placed is not None:
+            adapter = spot.module._modules.get(spot.parameter + SUFFIX)
+            if adapter is not self.adapters[spot.placed.site.name] or "base" not in vars(type(spot.module)):
+                yield f"`{path}` has lost its adapter"
+        if spot.shape is None:
+            return
+        if spot.tensor is None:
+            yield f"`{spot.name}` is no plain parameter any more"
+        elif tuple(spot.tensor.shape) != spot.shape:
+            yield f"`{spot.name}` is {list(spot.tensor.shape)} now, and was {list(spot.shape)}"
+        elif spot.placed is not None and (operated or not spot.placed.target.untie):
+            # At two modules, it is tied: a merge would change the other one too.
+            yield from (f"`{spot.name}` is tied to `{name}` now" for module, name in owners.get(id(spot.tensor), ())
+                        if module is not spot.module)
+
+
+def changed(faults: Mapping[str, str], *helps: str) -> SurgeryError:
+    """The error of a verb that would act on what does not stand any more."""
+    first, *rest = dict.fromkeys(faults.values())
+    more = [f"and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else []
+    return fail("changed-model", f"the model was changed after it was operated on: {first}",
+                notes=(*rest[:_SHOWN], *more), helps=helps)

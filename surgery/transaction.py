@@ -1,0 +1,90 @@
+"""Verbs that happen as a whole or not at all, whatever interrupts them.
+
+Takes a method whose object says what it may change; gives one that puts everything back when it does not come to its
+end: an error, or a KeyboardInterrupt at any line. Promises: nothing is copied but references, so a verb must not write
+into a tensor in place: it puts another one there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a verb may change: attributes of `objects`; class, attributes, children, parameters, buffers and
+    requires_grad of the modules in `roots`; which numbers stand in `parameters`."""
+
+    objects: Iterable[object]
+    roots: Iterable[nn.Module]
+    parameters: Iterable[nn.Parameter]
+
+
+class Scoped(Protocol):
+    def scope(self) -> Scope: ...
+
+
+class Snapshot:
+    """Everything in a scope as it is when this is made. `restore` may be run again and again."""
+
+    def __init__(self, scope: Scope):
+        modules = list({id(m): m for root in scope.roots for m in root.modules()}.values())
+        self._classes = [(m, type(m)) for m in modules]
+        # The dictionaries are named by themselves: half way back a module has no attributes to find them by.
+        self._dicts = [(d, dict(d)) for owner in (*scope.objects, *modules) for d in _dicts(owner)]
+        self._flags = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
+        self._numbers = [(p, p.data) for p in {id(p): p for p in scope.parameters}.values()]
+
+    def restore(self) -> None:
+        for live, before in self._dicts:
+            if [*map(id, live.values())] != [*map(id, before.values())] or list(live) != list(before):
+                live.clear()
+                live.update(before)
+        for module, kind in self._classes:
+            if type(module) is not kind:
+                module.__class__ = kind
+        for parameter, data in self._numbers:
+            parameter.data = data
+        for parameter, flag in self._flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+
+
+def _dicts(owner: object) -> Iterator[dict]:
+    yield vars(owner)
+    if isinstance(owner, nn.Module) and not isinstance(owner, torch.jit.ScriptModule):
+        yield from (owner._modules, owner._parameters, owner._buffers)
+
+
+def all_or_nothing(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that leaves everything in `self.scope()` as it was, unless it comes to its end."""
+
+    @wraps(verb)
+    def run(self: Scoped, *args: Any, **kwargs: Any) -> Any:
+        before = Snapshot(self.scope())
+        try:
+            return verb(self, *args, **kwargs)
+        except BaseException:  # a KeyboardInterrupt too
+            finish(before.restore)
+            raise
+
+    return run
+
+
+def finish(work: Callable[[], Any]) -> None:
+    """Run to its end what can be run again: one who interrupts meanwhile waits for it, and is then obeyed."""
+    interrupt = None
+    while True:
+        try:
+            work()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -1,0 +1,61 @@
+"""Wrappers that run a model and are none: what torch.compile, DataParallel and DistributedDataParallel put around it.
+
+Takes a model that they may be around, or around parts of; gives its modules and parameters under the names that they
+have without wrappers. Promises: nothing is changed, and nothing is imported that torch has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The module inside of all wrappers."""
+    while True:
+        if "_orig_mod" in module._modules:  # an OptimizedModule, whose class is slow to import
+            module = module._modules["_orig_mod"]
+        elif isinstance(module, _PARALLEL):
+            module = module.module
+        else:
+            return module
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under all its names, in module order."""
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        module = bare(module)
+        yield path, module
+        inner = [(f"{path}.{name}".lstrip("."), child) for name, child in module._modules.items() if child is not None]
+        waiting += reversed(inner)
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under all its names, in module order."""
+    for path, module in named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}".lstrip("."), parameter
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """The module of a name, None if there is none."""
+    found: nn.Module | None = bare(model)
+    for name in path.split(".") if path else ():
+        found = found._modules.get(name)
+        if found is None:
+            return None
+        found = bare(found)
+    return found
+
+
+def parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of a name. Raises: KeyError."""
+    path, _, own = name.rpartition(".")
+    owner = submodule(model, path)
+    return (owner._parameters if owner is not None else {})[own]
