@@ -56,6 +56,7 @@ CODES: dict[str, str] = {
     "unknown-model": "the model is neither a folder, a hub id that can be loaded, nor a demo",
     "bad-adapter": "a saved adapter is incomplete or does not fit the model",
     "already-operated": "the model carries a surgery already",
+    "dead-adapter": "an adapter changes nothing in a forward pass, or a merged model is another one than operated",
     "changed-model": "what a surgery operates on was replaced, resized, tied or taken out of the model since",
     "wrong-mode": "the operated model is merged, switched off or given back, and cannot do this now",
     "changed-tensor": "a tensor changed inside `serving()`, which promises that none does",

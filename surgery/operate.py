@@ -22,6 +22,7 @@ from surgery.diagnostics import Collector, fail
 from surgery.initialise import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
 from surgery.layer import SUFFIX, Adapter, install, uninstall
 from surgery.merge import merged, refuse_called
+from surgery.proof import Proof, Subject
 from surgery.report import Report, dense_copies, unfit
 from surgery.rewrite.identity import starts_as_weight
 from surgery.serving import serving
@@ -38,15 +39,19 @@ _REST = "remove(partly=True) gives back what still stands; then apply the spec t
 
 
 def apply(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
-          strict: bool = False) -> Surgeon:
+          strict: bool = False, check: bool = True, example: Any = None) -> Surgeon:
     """Operate on `model` in place as `spec` (a spec, a file's path or a shipped name) says; `dtype` is the adapter's.
+
+    `check`: prove on a forward pass that the model starts unchanged, that every adapter acts and that merged it gives
+    the same (`Surgeon.prove`); what cannot be proven is said in `surgeon.proof`. `example`: a batch for that, as keyword
+    arguments, a tuple of arguments or a tensor; without one it is made up where the model's configuration allows.
 
     Raises: SurgeryError, and then the model is as it was. A W' that does not start as W is such an error, unless the
     target says `shifted`.
     """
     surgeon = prepare(model, spec, seed=seed, dtype=dtype, strict=strict)
     surgeon.check_identity()
-    return surgeon.operate()
+    return surgeon.begin(example, check, strict)
 
 
 def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
@@ -101,6 +106,7 @@ class Surgeon:
         self._kept = {n: Kept(self._spots[n].module, self._spots[n].parameter,
                               {"base": self._spots[n].tensor.detach().clone()}) for n in plan.train}
         self._tied: dict[str, nn.Parameter] = {}
+        self.proof = Proof(skipped="not tried")
 
     @property
     def spec(self) -> Spec:
@@ -157,6 +163,35 @@ class Surgeon:
         self._mode, self._is_on = "operated", True
         self._put(values or {})
         return self
+
+    @all_or_nothing
+    def begin(self, example: Any = None, check: bool = True, strict: bool = False) -> Surgeon:
+        """Operate, and prove it if asked to. Raises: SurgeryError."""
+        self.operate()
+        if check:
+            self.proof = self._subject().prove(example, self._starts)
+            report = Collector()
+            report.add(*self.proof.warnings)
+            report.raise_errors(strict)
+            self.plan = replace(self.plan, warnings=(*self.plan.warnings, *report.warnings))
+        return self
+
+    def prove(self, example: Any = None) -> Proof:
+        """What a forward pass says of the operated model, with its adapters' values moved a little: whether each acts,
+        and whether the merged model gives the same. Afterwards everything is as before, bit for bit.
+
+        Cost: five forward passes and one backward pass, and a second copy of the operated weights meanwhile.
+        Raises: SurgeryError (dead-adapter; bad-value where no batch is given and none can be made up)."""
+        self._must_be("operated", "prove")
+        self._assert_standing()
+        return self._subject().prove(example, starts=False, in_full=True)
+
+    def _subject(self) -> Subject:
+        return Subject(self.model, self.plan.placed, self.adapters, self.scope())
+
+    @property
+    def _starts(self) -> bool:
+        return not any(target.shifted for target in self.spec.targets)
 
     def _assert_numbers(self) -> None:
         """A tensor on the meta device has none: what starts from it, and what is put beside it, would be NaN later."""

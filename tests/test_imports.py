@@ -24,7 +24,7 @@ PIPELINE = {
     "lower": "lower costs",
     "layer": "serving effective layer",
     "check": "check trial report",
-    "merge": "merge transaction standing",
+    "merge": "merge transaction standing demo proof",
     "operate": "operate",
     "store": "folders saved store",
     "study": "...",

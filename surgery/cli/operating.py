@@ -57,7 +57,6 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
 
     The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged.
     """
-    from surgery.cli.trial_run import Compared
     from surgery.saved import ADAPTER
     from surgery.store import MODEL
 
@@ -67,16 +66,15 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
         free(out, force, MODEL if merge else ADAPTER)
     asked = opened(spec, sets, targets)
     subject = loaded(output, model, dtype)
-    with Compared(output, subject, asked) as compared:
-        surgeon = _operate(output, subject, asked, seed, strict)
+    surgeon = _operate(output, subject, asked, seed, strict)
     if out is not None:
         _save(output, surgeon, model, out, merge, force)
     report = surgeon.report()
     output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{report}\n"
-               f"start     {compared.verdict}")
+               f"start     {surgeon.proof}")
     if out is not None:
         _say_saved(output, out, merge)
-    output.data(source=spec, model=model, out=out, merged=merge, seed=seed, logits_change=compared.change,
+    output.data(source=spec, model=model, out=out, merged=merge, seed=seed, logits_change=surgeon.proof.start,
                 **report.to_json())
 
 

@@ -1,0 +1,287 @@
+"""A real forward pass as the proof of an operation: the model starts as it was, every adapter acts, and merged it gives
+what it gives operated.
+
+Takes an operated model and a batch (an example, or one that its configuration allows to make up); gives a `Proof`. At
+the start W' = W and nothing could be seen, so the adapters' values are moved first, all by a little. Promises: the
+model, its buffers, its mode and every random state are afterwards as before, bit for bit, interrupted or not.
+
+Cost: two forward passes of a tiny batch; for models of up to 10⁹ parameters three more, one backward pass, and while
+they run a second copy of the operated weights.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.compile import Placed
+from surgery.demo import demo_inputs
+from surgery.diagnostics import Diagnostic, SurgeryError, fail
+from surgery.initialise import IDENTITY_TOLERANCE, departure
+from surgery.layer import Adapter
+from surgery.merge import merged
+from surgery.transaction import Scope, Snapshot, finish
+from surgery.words import counted, listed
+
+LARGEST = 10**9  # parameters of a model that is also run backwards, and merged
+_ROUNDINGS = 4  # at the start a half dtype may be off by so many units in the last place
+_FAR = 16  # and moved, where every layer rounds differently, by so many
+_AGREE = 1e-4  # in float32
+_MOVE = 0.05
+_SOUND, _SHOWN = 4000, 8
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was seen. `start`: the relative change of the outputs by the operation; `merged`: between operated and
+    merged, with moved values; each None where it was not measured, and `skipped` says why. `silent`: the weights whose
+    adapters change nothing in this batch."""
+
+    start: float | None = None
+    allowed: float = IDENTITY_TOLERANCE
+    merged: float | None = None
+    adapters: int = 0
+    silent: tuple[str, ...] = ()
+    skipped: str = ""
+
+    def __str__(self) -> str:
+        start = ("" if self.start is None else
+                 f"the logits are unchanged (relative change {self.start:.1e}, allowed {self.allowed:.0e})")
+        acts = ("" if not self.adapters else
+                f"{self.adapters - len(self.silent)} of {counted(self.adapters, 'adapter')} act")
+        agree = "" if self.merged is None else f"merged, it gives the same (relative difference {self.merged:.1e})"
+        return "; ".join(filter(None, (start, acts, agree, self.skipped)))
+
+    @property
+    def warnings(self) -> tuple[Diagnostic, ...]:
+        if not self.silent:
+            return ()
+        return (Diagnostic("dead-adapter", f"no output depends on {listed(self.silent)} in the batch that was tried",
+                           severity="warning",
+                           helps=("`surgeon.prove(example=batch)` says it for a batch of yours",)),)
+
+
+class Subject:
+    """An operated model while it is tried."""
+
+    def __init__(self, model: nn.Module, placed: Sequence[Placed], adapters: Mapping[str, Adapter], scope: Scope):
+        self.model, self.placed, self.adapters, self.scope = model, placed, adapters, scope
+
+    def prove(self, example: Any = None, starts: bool = True, in_full: bool = False) -> Proof:
+        """`starts`: the model must start unchanged; `in_full`: whatever the model's size, and with a batch or an error.
+
+        Raises: SurgeryError (not-identity, dead-adapter, bad-value)."""
+        with self._trial():
+            self._switch(on=False)
+            batch, base, why = self._first(example)
+            if batch is None and in_full:
+                raise fail("bad-value", why, helps=("give a batch: example=dict(...), a tuple, or a tensor",))
+            if batch is None:
+                return Proof(skipped=why)
+            self._switch(on=True)
+            start, allowed = self._started(base, self._run(batch), starts)
+            size = sum(p.numel() for p in self.model.parameters())
+            if size > LARGEST and not in_full:
+                return Proof(start, allowed, skipped=f"{size:,} parameters are too many to be run backwards unasked: "
+                             "`surgeon.prove()` does")
+            self._move()
+            return self._compared(batch, base, start, allowed)
+
+    # ------------------------------------------------------------------------------------------------------ one trial
+
+    @contextmanager
+    def _trial(self) -> Iterator[None]:
+        """Inside, the model is in evaluation, and may be changed: everything is put back."""
+        before, buffers = Snapshot(self.scope), [(b, b.clone()) for b in self.model.buffers()]
+        devices = list({p.device for p in self.model.parameters() if p.device.type == "cuda"})
+        numpy = sys.modules.get("numpy")
+        states = random.getstate(), numpy.random.get_state() if numpy else None
+
+        def put_back() -> None:
+            before.restore()
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            random.setstate(states[0])
+            if numpy:
+                numpy.random.set_state(states[1])
+
+        try:
+            try:
+                with torch.random.fork_rng(devices=devices):
+                    self.model.eval()
+                    yield
+            finally:
+                finish(put_back)
+        finally:  # done already, but for an interrupt at the line above
+            finish(put_back)
+
+    def _switch(self, on: bool) -> None:
+        for adapter in self.adapters.values():
+            adapter.active = on
+
+    def _first(self, example: Any) -> tuple[Any, Tensor | None, str]:
+        """A batch that the base model takes, what it gives for it, and else why there is none."""
+        if example is not None:
+            return example, self._run(example), ""
+        failures = []
+        for make in _batches(self.model):
+            try:
+                batch = _moved(make(), self.model)
+                return batch, self._run(batch), ""
+            except Exception as error:  # a model that wants another kind of batch fails in its own way
+                failures.append(type(error).__name__)
+        why = f" ({failures[0]})" if failures else ""
+        return None, None, f"no batch for a {type(self.model).__name__}{why}: not compared"
+
+    def _call(self, batch: Any) -> Tensor:
+        torch.manual_seed(0)  # what draws, draws the same each time
+        found = (self.model(**batch) if isinstance(batch, Mapping) else
+                 self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch))
+        return torch.cat([t.flatten().double() for t in _floats(found)])
+
+    def _run(self, batch: Any) -> Tensor:
+        with torch.no_grad():
+            return self._call(batch)
+
+    def _started(self, base: Tensor, now: Tensor, starts: bool) -> tuple[float | None, float]:
+        if not base.isfinite().all():
+            raise fail("not-identity",
+                       "the logits of the base model are not finite, so there is nothing to compare with",
+                       helps=("`check=False` operates all the same",))
+        allowed = max(IDENTITY_TOLERANCE, _ROUNDINGS * self._eps)
+        change = departure(base, now)
+        if starts and not change <= allowed:
+            raise fail("not-identity", f"the logits change by {change:.1e}, relative; {allowed:.0e} is allowed",
+                       helps=("nothing was saved",))
+        return (change if starts else None), allowed
+
+    @property
+    def _eps(self) -> float:
+        return max((torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()), default=0.0)
+
+    # ------------------------------------------------------------------------------------------- acts, and is the same
+
+    def _move(self) -> None:
+        draw = torch.Generator().manual_seed(0)
+        moved: set[int] = set()
+        for tensor in (t for own in self._trained().values() for t in own):
+            if id(tensor) not in moved:
+                moved.add(id(tensor))
+                noise = _MOVE * torch.randn(tensor.shape, generator=draw)
+                tensor.data = tensor.data + noise.to(tensor.device, tensor.dtype)
+
+    def _trained(self) -> dict[str, list[nn.Parameter]]:
+        """The tensors of each adapter that are trained."""
+        found = {}
+        for placed in self.placed:
+            tensors = self.adapters[placed.site.name].tensors()
+            found[placed.site.name] = [tensors[leaf.key] for leaf in placed.formula.leaves
+                                       if not leaf.frozen and tensors[leaf.key].is_floating_point()]
+        return found
+
+    def _compared(self, batch: Any, base: Tensor, start: float | None, allowed: float) -> Proof:
+        trained, skipped = {name: own for name, own in self._trained().items() if own}, []
+        operated, silent = self._silent(batch, trained, skipped)
+        plain = [p for p in self.placed if not p.site.layout.is_called]
+        bound, difference = max(_AGREE, _FAR * self._eps), None
+        if not operated.isfinite().all():
+            skipped.append("the moved model gives no finite numbers, so it was not merged")
+        elif plain:
+            difference = self._difference(batch, operated, plain)
+            if not difference <= bound:
+                self._refuse(batch, operated, plain, bound, difference)
+        return Proof(start, allowed, difference, len(trained), tuple(silent), "; ".join(skipped))
+
+    def _silent(self, batch: Any, trained: Mapping[str, list[nn.Parameter]],
+                skipped: list[str]) -> tuple[Tensor, list[str]]:
+        """What the moved model gives, and the adapters that no gradient reaches."""
+        leaves = list({id(t): t for own in trained.values() for t in own}.values())
+        try:
+            for leaf in leaves:
+                leaf.requires_grad_(True)
+            with torch.enable_grad():
+                y = self._call(batch)
+                direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+                found = torch.autograd.grad(y, leaves, direction.to(y.device), allow_unused=True)
+        except SurgeryError as error:  # a layer that gives no gradient to its input
+            skipped.append(f"no backward pass: {error.diagnostics[0].message}")
+            return self._run(batch), []
+        except RuntimeError as error:
+            skipped.append(f"no backward pass ({str(error).splitlines()[0]})")
+            return self._run(batch), []
+        reached = {id(leaf) for leaf, gradient in zip(leaves, found) if gradient is not None and gradient.any()}
+        return y.detach(), [name for name, own in trained.items() if not any(id(t) in reached for t in own)]
+
+    def _difference(self, batch: Any, operated: Tensor, placed: Sequence[Placed]) -> float:
+        """How far the outputs are off with some of the weights merged. (After an error the trial puts them back.)"""
+        made = [(each.site.module._parameters[name], value) for each in placed
+                for name, value in merged(each, self.adapters[each.site.name]).tensors.items()]
+        before = [(parameter, parameter.data) for parameter, _ in made]
+        for parameter, value in made:
+            parameter.data = value
+        for each in placed:
+            self.adapters[each.site.name].active = False
+        difference = departure(operated, self._run(batch))
+        for parameter, data in before:
+            parameter.data = data
+        for each in placed:
+            self.adapters[each.site.name].active = True
+        return difference
+
+    def _refuse(self, batch: Any, operated: Tensor, placed: Sequence[Placed], bound: float, difference: float) -> None:
+        """Raises: SurgeryError (dead-adapter), naming the weights: halves are merged, and halves of those that differ.
+        """
+        names, waiting = [], [list(placed)]
+        while waiting and len(names) < _SHOWN:
+            part = waiting.pop()
+            if not self._difference(batch, operated, part) <= bound:
+                half = len(part) // 2
+                names += [part[0].site.weight_name] if not half else []
+                waiting += [part[half:], part[:half]] if half else []
+        about = listed(names) if names else "the operated weights together"
+        raise fail("dead-adapter", f"operated and merged, the model gives different outputs (by {difference:.1e}, "
+                   f"relative; {bound:.0e} is allowed): {about}",
+                   notes=("the model reads such a weight in a way that an adapter does not see",),
+                   helps=("`except` leaves it out; `check=False` operates all the same",))
+
+
+def _floats(found: Any) -> Iterator[Tensor]:
+    """The tensors of numbers that an output holds."""
+    if isinstance(found, Tensor):
+        if found.is_floating_point():
+            yield found
+    elif isinstance(found, Mapping):
+        yield from (t for value in found.values() for t in _floats(value))
+    elif isinstance(found, (tuple, list)):
+        yield from (t for value in found for t in _floats(value))
+
+
+def _batches(model: nn.Module) -> list[Callable[[], Any]]:
+    """Ways to make up a batch, each of which may fail."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        return []
+    draw = torch.Generator().manual_seed(0)
+
+    def spectrogram() -> dict[str, Tensor]:
+        shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
+        ids = {"decoder_input_ids": torch.full((1, 4), 3)} if config.is_encoder_decoder else {}
+        return {main: torch.randn(shape, generator=draw), **ids}
+
+    by_name = {"input_values": lambda: {main: torch.randn(2, _SOUND, generator=draw)}, "input_features": spectrogram}
+    return [by_name.get(main, lambda: demo_inputs(model)), lambda: dict(model.dummy_inputs)]
+
+
+def _moved(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A batch on the model's device and in its dtype."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    return {name: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype) for name, t in batch.items()}
