@@ -21,6 +21,7 @@ from surgery.called import ADAPTER, forward_of, has_forward_of_its_own, put_forw
 from surgery.effective import effective_weight, holds_parameters
 from surgery.expr.evaluate import in_dtype
 from surgery.expr.ir import Formula
+from surgery.expr.solves import is_traced
 from surgery.layout import Layout
 from surgery.lower.called import frozen
 from surgery.lower.frozen import Frozen
@@ -59,7 +60,7 @@ class Adapter(nn.Module):
         self.shared = frozenset(leaf.key for leaf in formula.leaves if leaf.group)
         self._paths = tuple((leaf.key, *leaf.key.split(".")) for leaf in formula.leaves)
         self._programs: dict[bool | None, Program] = {}
-        self._dense: tuple[list, torch.Tensor] | None = None
+        self._of_calls: dict[tuple, tuple[list, Any]] = {}
         for key, tensor in tensors.items():
             step, name = key.split(".")
             if step not in self._modules:
@@ -107,10 +108,13 @@ class Adapter(nn.Module):
         dtype = torch.promote_types(dtype, torch.float32)
 
         def setup() -> tuple:
+            # of a stored weight it is cheap to make; a merge never takes what is kept
+            once = self._proven if self.layout.is_called and cast is not None else lambda layer, key, compute: compute()
             if layer.weight is None and program.reads_weight:
-                layer.weight = layer.read(dtype) if cast is None else self._whole(layer, cast)
+                wide = cast or dtype
+                layer.weight = once(layer, ("weight", wide), lambda: layer.read(wide))
             if program.fixed and not fixed:
-                fixed.append(program.once(layer, dtype))
+                fixed.append(once(layer, (program, dtype), lambda: program.once(layer, dtype)))
             known = fixed[0] if fixed else ()
             return program.setup(layer, {k: in_dtype(t, dtype) for k, t in leaves.items()}, known, dtype, cast or dtype)
 
@@ -126,15 +130,15 @@ class Adapter(nn.Module):
             return compute()
         return self.serving.get(self, key, on, compute)
 
-    def _whole(self, layer: Frozen, dtype: torch.dtype) -> torch.Tensor:
-        """W of a called layer for a program that reads all of it: made of calls, and made again only if a bit of the
-        tensors that the layer holds is another. (To look at them all costs a part of the calls.)"""
-        if torch.compiler.is_compiling() or not layer.held:
-            return layer.read(dtype)
-        bits, known = [dtype, *fingerprint(layer.held)], self._dense
+    def _proven(self, layer: Frozen, key: tuple, compute: Callable[[], Any]) -> Any:
+        """`compute()`, which asks a called layer for all of W: made again only if a bit of the tensors that the layer
+        holds is another. (To look at them all costs a small part of such calls.)"""
+        if is_traced() or not layer.held:
+            return compute()
+        bits, known = fingerprint(layer.held), self._of_calls.get(key)
         if known is None or known[0] != bits:
-            with torch.inference_mode(False):
-                known = self._dense = (bits, layer.read(dtype))
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._of_calls[key] = (bits, compute())
         return known[1]
 
     def weights(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
@@ -180,7 +184,7 @@ class Adapter(nn.Module):
 
     def __getstate__(self) -> dict:
         """Programs are code: they are compiled again where the adapter comes to. A promise is not copied."""
-        return {**self.__dict__, "_programs": {}, "serving": None, "_dense": None}
+        return {**self.__dict__, "_programs": {}, "serving": None, "_of_calls": {}}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

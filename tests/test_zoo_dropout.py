@@ -109,7 +109,7 @@ def test_each_update_has_its_own_mask():
         tensors["add_low_rank_2.A"].copy_(tensors["add_low_rank.A"])
         tensors["add_low_rank_2.B"].copy_(-tensors["add_low_rank.B"])
     x = torch.randn(18, dtype=torch.float64).expand(20_000, 18)
-    whole = model.layers[0].weight + 8 * tensors["add_low_rank_3.B"] @ tensors["add_low_rank_3.A"]
+    whole = model.layers[0].get_parameter("weight") + 8 * tensors["add_low_rank_3.B"] @ tensors["add_low_rank_3.A"]
     noise = model(x) - F.linear(x, whole, model.layers[0].bias)
     assert (noise.std(0) > 1e-2).all() and (noise.mean(0).abs() < 5 * noise.std(0) / len(x) ** 0.5).all()
     with torch.no_grad():
