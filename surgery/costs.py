@@ -17,7 +17,7 @@ from surgery.lower.activate import turned
 from surgery.lower.choose import Candidate, candidates, frozen_alone
 from surgery.lower.cost import TOKENS_SUPPOSED, Cost, body_cost
 from surgery.lower.work import MADE_ELSEWHERE, flops
-from surgery.maths import Maths
+from surgery.maths import brief
 from surgery.syntax.tree import Target
 
 _KINDS = {"any": "linear"}
@@ -103,7 +103,7 @@ def fallback(target: Target, estimates: Iterable[Estimate]) -> Diagnostic | None
 
 def _written(matrix: Expr) -> str:
     """A matrix as maths, with its shape; or its transpose where that is shorter."""
-    text, shape = min(((Maths({}).text(m), m.shape) for m in (matrix, turned(matrix))), key=lambda pair: len(pair[0]))
+    text, shape = min(((brief(m), m.shape) for m in (matrix, turned(matrix))), key=lambda pair: len(pair[0]))
     return f"{text if len(text) <= _LONGEST else f'{text[:_LONGEST - 3]}...'}, {shape_text(shape)}"
 
 

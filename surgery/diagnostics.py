@@ -61,6 +61,7 @@ CODES: dict[str, str] = {
     "wrong-mode": "the operated model is merged, switched off or given back, and cannot do this now",
     "changed-tensor": "a tensor changed inside `serving()`, which promises that none does",
     "bad-output": "the output folder cannot be written or exists already",
+    "too-large": "a formula takes more operations one after the other than can be worked with",
     "bad-value": "a value given from outside is not usable",
     "bad-data": "a file of labelled texts does not say what a task needs",
     "missing-extra": "what is asked for needs a package that an extra of the installation brings",
@@ -70,6 +71,9 @@ CODES: dict[str, str] = {
     "internal": "a program that surgery made is not proven to compute what its formula means: our mistake",
     "merge-error": "a merged weight is further from the formula than its dtype allows, or no plain weight is there",
 }
+
+
+_LONGEST_LINE = 200  # columns of a line of a source that are shown
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,7 @@ class Diagnostic:
         text, an escape sequence or another line, is shown and does nothing."""
         parts = [f"{self.severity}[{self.code}]: {plain(self.message)}"]
         places = ([(self.span, self.label)] if self.span else []) + list(self.related)
+        parts += [f"   = help: {plain(self.label)}"] if self.label and not self.span else []
         parts += [line for span, label in places for line in _excerpt(span, label)]
         said = [f"note: {n}" for n in self.notes] + [f"help: {h}" for h in self.helps]
         parts += [f"   = {plain(line)}" for line in said]
@@ -152,12 +157,25 @@ class Diagnostic:
 def _excerpt(span: Span, label: str) -> list[str]:
     line, column = span.source.position(span.start)
     text = span.source.line(line)
-    end = min(span.end, span.start + len(text) - column + 1) - span.start + column - 1
-    before, marked = (plain(part, keep="\t") for part in (text[: column - 1], text[column - 1 : end]))
+    width = max(1, min(span.end, span.start + len(text) - column + 1) - span.start)
+    text, column, width = _window(text, column, width)
+    before, marked = (plain(part, keep="\t") for part in (text[: column - 1], text[column - 1 : column - 1 + width]))
     gutter = " " * len(str(line))
     pad = "".join("\t" if c == "\t" else " " for c in before)
     return [f"{gutter} --> {plain(str(span))}", f"{gutter}  |", f"{line}  | {plain(text, keep=chr(9))}",
             f"{gutter}  | {pad}{'^' * max(1, len(marked))}{' ' + plain(label) if label else ''}"]
+
+
+def _window(text: str, column: int, width: int) -> tuple[str, int, int]:
+    """The part of a line that is shown of a long one, with where the place stands in it and how wide it is there."""
+    if len(text) <= _LONGEST_LINE:
+        return text, column, width
+    start = max(0, column - 1 - _LONGEST_LINE // 3)
+    end = min(len(text), start + _LONGEST_LINE)
+    before, after = "..." * (start > 0), "..." * (end < len(text))
+    column += len(before) - start
+    shown = before + text[start:end] + after
+    return shown, column, max(1, min(width, len(shown) - column + 1))
 
 
 class SurgeryError(Exception):
@@ -180,7 +198,11 @@ class Collector:
     """Gathers diagnostics so that one run shows them all."""
 
     def __init__(self) -> None:
-        self.found: list[Diagnostic] = []
+        self._found: dict[Diagnostic, None] = {}
+
+    @property
+    def found(self) -> list[Diagnostic]:
+        return list(self._found)
 
     def error(self, code: str, message: str, span: Span | None = None, **more) -> None:
         self.add(Diagnostic(code, message, span, **more))
@@ -189,11 +211,12 @@ class Collector:
         self.add(Diagnostic(code, message, span, severity="warning", **more))
 
     def add(self, *diagnostics: Diagnostic) -> None:
-        self.found += [d for d in diagnostics if d not in self.found]
+        """Each once, however often it is found: what is counted is what is shown."""
+        self._found |= dict.fromkeys(diagnostics)
 
     @property
     def errors(self) -> list[Diagnostic]:
-        return [d for d in self.found if d.severity == "error"]
+        return [d for d in self._found if d.severity == "error"]
 
     @property
     def warnings(self) -> list[Diagnostic]:

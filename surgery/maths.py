@@ -1,20 +1,24 @@
 """Expressions as maths: `cayley(C Dᵀ - D Cᵀ)`.
 
 Takes an expression and a symbol for some of its parts; gives one line of text. Promises: it reads back to one
-expression only, up to what associativity and commuting scalars leave open.
+expression only, up to what associativity and commuting scalars leave open. A part that is shared is written out
+wherever it stands, unless it has a symbol: `parts_to_name` says which need one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from surgery.expr.ir import Expr
+from surgery.expr.ir import Expr, walk
 
 # How tightly a text binds: a sum, a product entry by entry, a product, what never needs parentheses.
 SUM, ENTRYWISE, PRODUCT, ATOM = range(4)
 Text = tuple[str, int]
+_LONG, _DEEP = 400, 50  # nodes of a text, and nodes within nodes, up to which nothing needs a symbol
+_BRIEF = 6  # nodes within nodes of a text that will be cut anyway
 
 
 class Maths:
@@ -47,6 +51,36 @@ class Maths:
 
     def _argument(self, expr: Expr) -> str:
         return f"I[{expr.shape[-1]}]" if expr.op == "eye" else self.short(expr)
+
+
+def parts_to_name(roots: Iterable[Expr], symbols: Mapping[Expr, str]) -> list[Expr]:
+    """The parts that must have a symbol too, so that the text is no longer than the formula and not nested too deep,
+    parts before what they stand in; none of a formula of a usual length."""
+    roots = list(dict.fromkeys(roots))
+    length: dict[Expr, int] = {}  # how many nodes its text shows, and how deep they stand, where all symbols are used
+    depth: dict[Expr, int] = {}
+    nodes = list(dict.fromkeys(node for root in roots for node in walk(root)))
+    for node in nodes:
+        below = [a for a in node.args if a not in symbols]
+        length[node] = 1 + len(node.args) - len(below) + sum(length[a] for a in below)
+        depth[node] = 1 + max((depth[a] for a in below), default=0)
+    if all(length[root] <= _LONG and depth[root] <= _DEEP for root in roots):
+        return []
+    reads = Counter(a for node in nodes for a in node.args)
+    named: dict[Expr, None] = {}
+    for node in nodes:
+        depth[node] = 1 + max((depth[a] for a in node.args if a not in named), default=0)
+        if node.args and node not in symbols and node not in roots and (reads[node] > 1 or depth[node] > _DEEP):
+            named[node] = None
+    return list(named)
+
+
+def brief(expr: Expr) -> str:
+    """The expression, what stands deep in it as `…`."""
+    level = {expr}
+    for _ in range(_BRIEF):
+        level = {a for node in level for a in node.args}
+    return Maths({node: "…" for node in level if node.args}).text(expr)
 
 
 def number_text(value: Any) -> str:

@@ -17,6 +17,7 @@ from surgery.pattern_text import Token
 from surgery.patterns import Alternative, Glob, compile_pattern
 
 Names = tuple[str, ...]
+_MOST_SEGMENTS = 20  # of a pattern whose shape is mended
 
 
 class Population:
@@ -79,6 +80,8 @@ def _without_parameter(segments: tuple[tuple[Token, ...], ...]) -> tuple[tuple[T
 def _shapes(names: Names) -> Iterator[Names]:
     """The names as they are, with `**` for every `*`, and with one more segment left open at each place."""
     yield names
+    if len(names) > _MOST_SEGMENTS:
+        return
     yield tuple("**" if n == "*" else n for n in names)
     yield ("**", *names)
     for at in range(len(names) - 1, 0, -1):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -45,8 +45,35 @@ class Alternative:
         """What a `marked` name must match in whole."""
         return re.compile("".join(map(_segment_regex, self.segments)))
 
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether a regular expression takes at most quadratic time: each further `*` would make it one power more."""
+        stars = [sum(t.kind == "*" for t in segment) for segment in self.segments]
+        return sum(segment[0].kind == "**" for segment in self.segments) <= 1 and max(stars) <= 1
+
+    @cached_property
+    def _by_segment(self) -> tuple[Callable[[str], object], ...]:
+        return tuple(map(_segment_matcher, self.segments))
+
     def matches(self, marked_name: str) -> bool:
-        return self.regex.fullmatch(marked_name) is not None
+        if self._is_plain:
+            return self.regex.fullmatch(marked_name) is not None
+        reached, end = self._onward({0}), len(self.segments)
+        for part in marked_name.split(".")[:-1]:
+            stays = {at for at in reached if at < end and self.segments[at][0].kind == "**"}
+            steps = {at + 1 for at in reached - stays if at < end and self._by_segment[at](f"{part}.")}
+            reached = self._onward(stays | steps)
+        return end in reached
+
+    def _onward(self, reached: set[int]) -> set[int]:
+        """The segments that may come next, each `**` standing for none too."""
+        found: set[int] = set()
+        for at in reached:
+            found.add(at)
+            while at < len(self.segments) and self.segments[at][0].kind == "**" and at + 1 not in found:
+                at += 1
+                found.add(at)
+        return found
 
 
 @dataclass(frozen=True)
@@ -113,6 +140,27 @@ def _segment_regex(segment: tuple[Token, ...]) -> str:
     if segment[0].from_end:
         return _from_end_regex(segment[0].low, segment[0].high) + r"\."
     return "".join(map(_token_regex, segment)) + r"(?:\0-\d+)?\."
+
+
+def _segment_matcher(segment: tuple[Token, ...]) -> Callable[[str], object]:
+    """Whether a segment takes a part of a marked name with its dot. Several `*` are not left to a regular expression,
+    which would try every way of sharing the text among them."""
+    if sum(token.kind == "*" for token in segment) <= 1:
+        return re.compile(_segment_regex(segment)).fullmatch
+    pieces = [(token.kind == "*", re.compile(_token_regex(token))) for token in segment]
+    widest = max(len(token.text) for token in segment)  # a number of a range is no wider than the range's text
+
+    def matches(part: str) -> bool:
+        text, reached = re.sub(r"(?:\0-\d+)?\.$", "", part), {0}
+        for is_star, piece in pieces:
+            if not reached:
+                return False
+            reached = set(range(min(reached), len(text) + 1)) if is_star else {
+                end for start in reached for end in range(start, min(start + widest, len(text)) + 1)
+                if piece.fullmatch(text, start, end)}
+        return len(text) in reached
+
+    return matches
 
 
 def _token_regex(token: Token) -> str:

@@ -13,7 +13,7 @@ from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Draw, Expr, Formula, Leaf, walk
 from surgery.expr.lint import IN, OUT, PLACES, spec_values
 from surgery.expr.primitives import shape_text
-from surgery.maths import Maths, number_text
+from surgery.maths import Maths, number_text, parts_to_name
 from surgery.spec import library
 from surgery.syntax.printer import expression_text
 from surgery.syntax.tree import Spec, Step, Target
@@ -65,6 +65,11 @@ class Page:
             self._name_leaves(expr)
         self.operands = list(dict.fromkeys(m.operand for m in self.steps if self._reads(m)))
         self.operand_symbols = {o: _numbered("X", i) for i, o in enumerate(self.operands)}
+        starts = (leaf.init for leaf in self.formula.leaves if leaf.init is not None)
+        written = (self.formula.weight, self.formula.bias, *self.operands, *(m.plain for m in self.steps), *starts)
+        self.parts = parts_to_name(written, {**self.symbols, **self.operand_symbols})
+        for part in self.parts:
+            self.symbols[part] = self._free("S")
 
     def _name_leaves(self, expr: Expr) -> None:
         for node in walk(expr):
@@ -94,11 +99,12 @@ class Page:
 
     def lines(self) -> list[str]:
         """The equations, then `where` with what each symbol stands for."""
-        first = Maths(self.symbols)
+        first = Maths({**self.symbols, **(self.operand_symbols if self.parts else {})})
         equations = [f"W' = {first.text(self.formula.weight)}"]
         if self.formula.bias.op != "bias":
             equations.append(f"b' = {first.text(self.formula.bias)}")
-        rows = [*self._operand_rows(), *self._step_rows(), *map(self._leaf_row, self.formula.leaves)]
+        rows = [*self._operand_rows(), *self._step_rows(), *self._part_rows(),
+                *map(self._leaf_row, self.formula.leaves)]
         return [*equations, *(f"  {line}" for line in _aligned(rows)), *self._dropout_lines()]
 
     def _operand_rows(self) -> list[Row]:
@@ -110,6 +116,10 @@ class Page:
         maths = Maths({**self.symbols, **self.operand_symbols})
         return [(f"{self.symbols[m.plain]} = {maths.text(m.plain)}", self._step_note(m))
                 for m in self.steps if m not in self.written_out]
+
+    def _part_rows(self) -> list[Row]:
+        maths = Maths({**self.symbols, **self.operand_symbols})
+        return [(f"{self.symbols[part]} = {maths.text(part)}", "") for part in reversed(self.parts)]
 
     def _step_note(self, made: Made) -> str:
         return ", ".join([_step_text(made.step), *self._claims(made)])
@@ -142,7 +152,8 @@ def formula_lines(target: Target, formula: Formula) -> list[str]:
 
 
 def _is_written_out(made: Made) -> bool:
-    return made.plain.op == "param" or made.step.placement == "add" and len(Maths({}).text(made.plain)) <= _SHORT
+    is_short = made.plain.unfolded <= 2 * _SHORT and len(Maths({}).text(made.plain)) <= _SHORT
+    return made.plain.op == "param" or made.step.placement == "add" and is_short
 
 
 def _step_text(step: Step) -> str:

@@ -7,6 +7,8 @@ diagnostics with their places.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +23,7 @@ from surgery.syntax.parser import parse_expression, parse_text
 from surgery.syntax.tree import Argument, Definition, Pattern, Reference, Select, Spec, Use, as_expression
 
 PRELUDE = "std"
+_LONGEST_PATH = 100  # characters of a path in a message
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def locate(spec: str | Path) -> Path:
     """The file that a path, a shipped name or that of the prelude means. Raises: SurgeryError (unknown-spec,
     no-weight)."""
     path, ours = Path(spec), {**shipped(), PRELUDE: resources.folder("specs") / f"{PRELUDE}.surg"}
+    if _is_no_path(str(spec)):
+        raise fail("unknown-spec", f"`{_shortened(path)}` can be no file's name, and is no shipped spec's")
     if path.suffix == ".surg" or (path.exists() and not path.is_dir()):
         return path
     if str(spec) in ours:
@@ -69,11 +74,16 @@ def read(path: Path, asked: Span | None = None) -> Spec:
     try:
         text = read_bytes(path, SPEC_BYTES, any_kind=asked is None).decode("utf-8")
     except OSError as error:
-        raise fail("missing-file", f"cannot read {path}: {error.strerror or error}", asked,
-                   helps=() if path.exists() else _instead_of(path)) from None
+        raise fail("missing-file", f"cannot read {_shortened(path)}: {error.strerror or error}", asked,
+                   helps=_instead_of(path) if error.errno == errno.ENOENT else ()) from None
     except UnicodeDecodeError as error:
         raise fail("missing-file", f"cannot read {path}: byte {error.start} is not UTF-8", asked) from None
     return parse_text(text, str(path))
+
+
+def _shortened(path: Path) -> str:
+    """A path as a message names it: of a long one the end."""
+    return text if len(text := str(path)) <= _LONGEST_PATH else f"...{text[-_LONGEST_PATH:]}"
 
 
 def _instead_of(path: Path) -> tuple[str, ...]:
@@ -124,6 +134,8 @@ def _follow(spec: Spec, found: dict[Path, Spec], trail: tuple[tuple[Path, Span |
     here = Path(spec.span.source.name).resolve() if spec.span else Path("spec").resolve()
     for use in spec.uses:
         path = here.parent / use.path
+        if _is_no_path(str(path)):
+            raise fail("missing-file", f"`{_shortened(Path(use.path))}` can be no file's name", use.span)
         place = path.resolve()
         passed = (*trail, (here, use.span))
         if place in [p for p, _ in passed]:
@@ -132,6 +144,15 @@ def _follow(spec: Spec, found: dict[Path, Spec], trail: tuple[tuple[Path, Span |
             file = read(_as_written(path), use.span)
             _follow(file, found, passed)
             found[place] = file
+
+
+def _is_no_path(text: str) -> bool:
+    """Whether no file can be called so: it holds a zero byte, or the system takes no name of that length."""
+    try:
+        os.stat(text)
+    except (ValueError, OSError) as error:
+        return not isinstance(error, OSError) or error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def _as_written(path: Path) -> Path:

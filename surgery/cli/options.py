@@ -73,11 +73,13 @@ class Pair(click.ParamType):
         if isinstance(value, tuple):
             return value
         parts = value.split(",")
-        if len(parts) != 2 or not all(p.strip().isdecimal() and int(p) > 0 for p in parts):
-            self.fail(f"'{value}' is not two whole numbers such as 4,128", param, context)
+        digits = [p.strip() for p in parts]
+        if len(parts) != 2 or not all(d.isdecimal() and len(d) <= _MOST_DIGITS and int(d) > 0 for d in digits):
+            self.fail(f"'{value[:40]}' is not two whole numbers such as 4,128", param, context)
         return int(parts[0]), int(parts[1])
 
 
+_MOST_DIGITS = 9  # of a side of a weight
 PAIR = Pair()
 DTYPES = ("float32", "bfloat16", "float16")
 _NUMBERED = re.compile(r"(?:(\d{1,9})=)?(.*)", re.DOTALL)

@@ -10,17 +10,22 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Union
 
+# What a size of a real spec never comes near: beyond, a chain of `let`s could make it twice as long in each of them.
+_MOST_TERMS, _LONGEST_NAME, _MOST_BITS, _HIGHEST_POWER = 100, 1000, 256, 64
 Number = Union[int, Fraction, float]
 Monomial = tuple[tuple[str, int], ...]
 
 
 class Dim:
-    """A sum of monomials; build with `symbol`, combine with operators."""
+    """A sum of monomials; build with `symbol`, combine with operators. Raises: OverflowError for one that grows too
+    long."""
 
     __slots__ = ("terms",)
 
     def __init__(self, terms: dict[Monomial, Fraction]):
         self.terms = tuple(sorted((m, c) for m, c in terms.items() if c))
+        if len(self.terms) > _MOST_TERMS or not all(map(_is_short, self.terms)):
+            raise OverflowError
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Dim) and self.terms == other.terms
@@ -66,6 +71,17 @@ class Dim:
 
 
 Size = Union[int, Fraction, Dim]
+
+
+def _is_short(term: tuple[Monomial, Fraction]) -> bool:
+    monomial, coefficient = term
+    return has_few_digits(coefficient) and all(
+        len(name) <= _LONGEST_NAME and abs(power) <= _HIGHEST_POWER for name, power in monomial)
+
+
+def has_few_digits(value: int | Fraction) -> bool:
+    """Whether an exact number is short enough to go on computing with."""
+    return max(value.numerator.bit_length(), value.denominator.bit_length()) <= _MOST_BITS
 
 
 class _Real(str):

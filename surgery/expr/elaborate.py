@@ -15,8 +15,8 @@ from typing import Any
 from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.expr.arguments import bind_call, guard
 from surgery.expr.dims import Size
-from surgery.expr.instance import Instance, with_article
-from surgery.expr.ir import Claim, Expr, Formula, Leaf, Part
+from surgery.expr.instance import Instance, not_too_deep, with_article
+from surgery.expr.ir import DEEPEST_FORMULA, Claim, Expr, Formula, Leaf, Part
 from surgery.expr.primitives import make
 from surgery.expr.scope import describe, unknown
 from surgery.expr.values import evaluate
@@ -45,7 +45,7 @@ def elaborate(target: Target, context: Context, out: Size, in_: Size, report: Co
     names = step_names(target.steps)
     for placement in ("pre", "add", "post"):
         for index, (step, name) in enumerate(zip(target.steps, names)):
-            if step.placement == placement:
+            if step.placement == placement and not builder.is_too_deep:  # which is told once
                 builder.place(index, step, name)
     return builder.formula() if len(report.errors) == before else None
 
@@ -74,6 +74,10 @@ class _Builder:
         self.claims: list[Claim] = []
         self.parts: list[Part] = []
 
+    @property
+    def is_too_deep(self) -> bool:
+        return max(self.x.depth, self.bias.depth) > DEEPEST_FORMULA
+
     def formula(self) -> Formula:
         return Formula(self.x, self.bias, tuple(self.leaves), tuple(self.claims), tuple(self.parts))
 
@@ -91,6 +95,7 @@ class _Builder:
                 part = made if step.placement != "add" or definition.bias else self._dropped(made, dropout, name)
                 self.parts.append(Part(index, part, operand))
                 self._put(step, definition, part, made)
+                not_too_deep(self.x, step.span), not_too_deep(self.bias, step.span)
 
     def _instance(self, step: Step, name: str, definition: Definition, operand: Expr) -> Expr | None:
         before = len(self.report.errors)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from surgery.diagnostics import Collector, did_you_mean, fail
+from surgery.diagnostics import Collector, Span, did_you_mean, fail
 from surgery.expr import places
 from surgery.expr.arguments import assert_checks, guard
 from surgery.expr.dims import Dim, Size
 from surgery.expr.draws import DISTRIBUTIONS, choices
-from surgery.expr.ir import Draw, Expr, Leaf
+from surgery.expr.ir import DEEPEST_FORMULA, Draw, Expr, Leaf
 from surgery.expr.primitives import is_whole, shape_text, undecided
 from surgery.expr.scope import NUMBERS, UNDECIDED, describe, unknown
 from surgery.expr.values import evaluate, here, size, tensor
@@ -41,8 +41,8 @@ class Instance:
             return None
         for statement in self.definition.body:
             with guard(self.report, self.values, statement.name):
-                self.values[statement.name] = (evaluate(statement.value, self.values) if isinstance(statement, Let)
-                                               else self._param(statement))
+                value = evaluate(statement.value, self.values) if isinstance(statement, Let) else self._param(statement)
+                self.values[statement.name] = not_too_deep(value, statement.span)
         with guard(self.report):
             result = self._result()
             places.assert_exist([*(leaf.init for leaf in self.leaves if leaf.init is not None), result], self.leaves)
@@ -50,8 +50,8 @@ class Instance:
         return None
 
     def _result(self) -> Expr:
-        result = evaluate(self.definition.result, self.values)
         span = self.definition.result.span or self.definition.span
+        result = not_too_deep(evaluate(self.definition.result, self.values), span)
         if not isinstance(result, Expr):
             raise fail("wrong-type", f"{self.definition.name} must return a tensor, not {describe(result)}", span)
         wanted = self._wanted()
@@ -145,6 +145,14 @@ def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) 
     of, count = given.get("of"), prod(shape)
     if of is not None and not isinstance(of, Dim) and not isinstance(count, Dim) and count > of:
         raise fail("bad-value", f"{count} different places are asked for, and there are {of:g}", call.span)
+
+
+def not_too_deep(value: Any, span: Span | None) -> Any:
+    """The value. Raises: SurgeryError (too-large), if it is a tensor that takes too many operations on one another."""
+    if isinstance(value, Expr) and value.depth > DEEPEST_FORMULA:
+        raise fail("too-large", f"this takes more than {DEEPEST_FORMULA} operations one after the other", span,
+                   helps=("a sum or a product of many parts of one form is a product with one stacked parameter",))
+    return value
 
 
 def with_article(kind: str) -> str:

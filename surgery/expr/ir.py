@@ -7,6 +7,8 @@ object, so that a shared part is computed once and `is` compares formulas.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,39 +18,96 @@ from surgery.expr.dims import Size
 
 Shape = tuple[Size, ...]
 _interned: WeakValueDictionary[tuple, Expr] = WeakValueDictionary()
+_left: ContextVar[list[int] | None] = ContextVar("nodes that may still be made", default=None)
+_NESTED_IN_PICKLE = 50  # arguments within arguments, which pickle writes by recursion
+_LONGEST_REPR = 2000
+# What is longer when it is written out, or deeper, is never taken apart: it is computed node by node, as it stands.
+UNFOLDED, DEEP = 1000, 30
+DEEPEST_FORMULA = 100  # operations on one another in a formula: half of what Python's stack holds of the rest
+_DEEPEST = 5 * DEEP  # what taking apart may make of something that is not deep
+
+
+class Exhausted(Exception):
+    """More nodes were made than `at_most` allows, or deeper ones."""
+
+
+@contextmanager
+def at_most(nodes: int) -> Iterator[None]:
+    """Inside, no more than so many nodes are made: what takes a formula apart may make of n nodes 2^n. Raises:
+    Exhausted."""
+    token = _left.set([nodes])
+    try:
+        yield
+    finally:
+        _left.reset(token)
 
 
 class Expr:
-    """`op` of the primitive table, its `args`, what else identifies it (`data`: a name, a number), its `shape`."""
+    """`op` of the primitive table, its `args`, what else identifies it (`data`: a name, a number), its `shape`.
 
-    __slots__ = ("op", "args", "data", "shape", "__weakref__")
+    `depth` is how many nodes stand on one another; `unfolded` how many there are when every shared part is written out
+    (all beyond 2^60 alike), which is the work of a function that recurses without a memory.
+    """
+
+    __slots__ = ("op", "args", "data", "shape", "depth", "unfolded", "__weakref__")
     op: str
     args: tuple[Expr, ...]
     data: Any
     shape: Shape
+    depth: int
+    unfolded: int
 
     def __new__(cls, op: str, args: tuple[Expr, ...] = (), data: Any = None, shape: Shape = ()) -> Expr:
+        left = _left.get()
+        if left is not None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Exhausted
         key = (op, tuple(map(id, args)), type(data), data, shape)
         found = _interned.get(key)
         if found is None:
             found = object.__new__(cls)
             found.op, found.args, found.data, found.shape = op, args, data, shape
+            found.depth = 1 + max((a.depth for a in args), default=0)
+            if left is not None and found.depth > _DEEPEST:
+                raise Exhausted
+            found.unfolded = min(1 + sum(a.unfolded for a in args), 2**60)
             _interned[key] = found
         return found
 
     def __reduce__(self) -> tuple:
-        return Expr, (self.op, self.args, self.data, self.shape)
+        if self.depth <= _NESTED_IN_PICKLE:
+            return Expr, (self.op, self.args, self.data, self.shape)
+        nodes = {node: i for i, node in enumerate(walk(self))}
+        rows = [(node.op, tuple(nodes[a] for a in node.args), node.data, node.shape) for node in nodes]
+        return _from_rows, (rows,)
 
     def __deepcopy__(self, memo: dict) -> Expr:
         return self
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is too long when written out, or too deep, for what takes formulas apart."""
+        return self.unfolded > UNFOLDED or self.depth > DEEP
 
     def with_args(self, args: tuple[Expr, ...]) -> Expr:
         """The same operation on other arguments of the same shapes."""
         return self if args == self.args else Expr(self.op, args, self.data, self.shape)
 
     def __repr__(self) -> str:
+        """The node with its arguments in it; of a long one the operation alone."""
+        if self.unfolded > _LONGEST_REPR or self.depth > _NESTED_IN_PICKLE:
+            return f"{self.op}(... {self.unfolded} nodes)"
         inside = ", ".join([*map(repr, self.args), *([] if self.data is None else [repr(self.data)])])
         return f"{self.op}({inside})"
+
+
+def _from_rows(rows: list[tuple]) -> Expr:
+    """The last of some nodes, each of which names its arguments by their rows."""
+    made: list[Expr] = []
+    for op, args, data, shape in rows:
+        made.append(Expr(op, tuple(made[i] for i in args), data, shape))
+    return made[-1]
 
 
 @dataclass(frozen=True)

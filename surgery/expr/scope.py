@@ -14,6 +14,7 @@ from surgery.expr.primitives import is_whole, shape_text
 
 UNDECIDED = object()  # a truth value or a text that is not known yet
 POISON = object()  # the value of a name whose own statement failed and was reported
+_LONGEST = 100  # characters of a value in a message
 NUMBERS = (int, Fraction, float, Dim)
 
 
@@ -33,8 +34,9 @@ def describe(value: Any) -> str:
 
 
 def text(value: Any) -> str:
-    """A value as a spec would write it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """A value as a spec would write it, a long one cut."""
+    written = str(value).lower() if isinstance(value, bool) else str(value)
+    return written if len(written) <= _LONGEST else f"{written[:_LONGEST - 3]}..."
 
 
 def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | None) -> SurgeryError:

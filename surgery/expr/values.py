@@ -47,7 +47,8 @@ def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
 
 def _within_bounds(value: Any) -> Any:
     """The value, if it is no number beyond those that a spec can hold. Raises: OverflowError."""
-    is_endless = isinstance(value, float) and not math.isfinite(value)
+    is_endless = (isinstance(value, float) and not math.isfinite(value)
+                  or isinstance(value, Fraction) and not dims.has_few_digits(value))
     if is_endless or isinstance(value, (int, Fraction)) and abs(value) > MAX_INT:
         raise OverflowError
     return value

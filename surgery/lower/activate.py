@@ -10,10 +10,11 @@ Activations are expressions over the leaf `x`; `frozen(a)` is the frozen layer's
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 
 from surgery.expr.fourier import BY_PRODUCTS
-from surgery.expr.ir import Expr, walk
+from surgery.expr.ir import Expr, rebuild, walk
 from surgery.expr.primitives import make
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn
@@ -27,7 +28,14 @@ def turned(expr: Expr) -> Expr:
 
 def apply(expr: Expr, a: Expr) -> Expr:
     """a Eᵀ: [..., n] to [..., m] for E [m, n]."""
+    if expr.is_large and not _drops(expr):  # factor by factor, a shared one would act once for each place where it is
+        return _dense(expr, a)
     return _APPLY.get(expr.op, _dense)(expr, a)
+
+
+@lru_cache(maxsize=4096)
+def _drops(expr: Expr) -> bool:
+    return any(node.op == "drop" for node in walk(expr))
 
 
 def _dense(expr: Expr, a: Expr) -> Expr:
@@ -180,6 +188,8 @@ def is_structured(expr: Expr) -> bool:
 
 def matrix(expr: Expr) -> Expr:
     """E itself, built the cheapest way: a structured factor acts on the rows or columns of the other."""
+    if expr.is_large:
+        return rebuild(expr, lambda node, args: args[0] if node.op in ("drop", "built") else node.with_args(args))
     if expr.op == "matmul" and len(expr.args[0].shape) == len(expr.args[1].shape) == 2:
         left, right = expr.args
         if is_structured(left) and factors(expr) is None:

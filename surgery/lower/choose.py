@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from math import inf
 
-from surgery.expr.ir import Expr, Formula, rebuild, substituted, walk, without_dropout
+from surgery.expr.ir import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
 from surgery.expr.primitives import make
 from surgery.lower.activate import apply, matrix, turned
 from surgery.lower.apart import apart
@@ -22,7 +22,7 @@ from surgery.lower.inputs import enter_in_parts, is_weight, run, split_dropout
 from surgery.lower.made import made, solved_once
 from surgery.lower.thin import thinly
 from surgery.lower.work import size
-from surgery.rewrite.cheap import cheapest
+from surgery.rewrite.cheap import MOST_NODES, cheapest
 from surgery.rewrite.structure import is_thin
 from surgery.rewrite.terms import depends_on, summands, total
 
@@ -110,11 +110,25 @@ def _found(formula: Formula, kind: str, training: bool, has_bias: bool, is_calle
     unread = partial(_unread, always=is_called)
     # last to first: of two ways to one program the first has the name
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
-    outputs = {_with_bias(make_output(operand, x, kind, trained), bias, kind): name
-               for name, make_output in reversed(STRATEGIES.items())}
+    ways = {name: _output(name, operand, x, kind, trained) for name in reversed(STRATEGIES)}
+    outputs = {_with_bias(y, bias, kind): name for name, y in ways.items() if y is not None}
     outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
                   for output, name in outputs.items()}, **outputs}
     return tuple(candidate((output,), unread, name, trained, is_called) for output, name in reversed(outputs.items()))
+
+
+def _output(strategy: str, operand: Expr, x: Expr, kind: str, trained: frozenset[str]) -> Expr | None:
+    """What a strategy makes of the input; None where it would write too much out. What is built as a matrix is computed
+    node by node, so that there is always that one."""
+    if strategy == "built weight":
+        return STRATEGIES[strategy](operand, x, kind, trained)
+    if operand.is_large:
+        return None
+    try:
+        with at_most(MOST_NODES):
+            return STRATEGIES[strategy](operand, x, kind, trained)
+    except Exhausted:
+        return None
 
 
 def by_tokens(programs: Sequence[Candidate]) -> tuple[tuple[float, Candidate], ...]:
@@ -188,6 +202,8 @@ STRATEGIES = {
 
 def offset(bias: Expr) -> Expr:
     """b' = T (b + u), the transforms acting on b as on a row of activations."""
+    if bias.is_large:
+        return bias
     if bias.op == "add":
         return make("add", *map(offset, bias.args))
     if bias.op != "matmul" or len(bias.args[0].shape) != 2:
@@ -267,9 +283,12 @@ def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
     are small."""
     below: dict[str, dict[Expr, bool]] = {op: {} for op in (*_ON_WEIGHT, "param", "places", "bias")}
     found: dict[Expr, None] = {}
-    stack = list(reversed(values))
+    stack, seen = list(reversed(values)), set()
     while stack:
         node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
         under = {op for op, known in below.items() if depends_on(node, op, known)}
         is_of_weight = "weight" in under and under <= _ON_WEIGHT
         is_smaller = node.op != "weight" and (len(node.shape) < 2 or node.op == "gram")

@@ -35,6 +35,8 @@ def enter(expr: Expr, x: Expr) -> Expr:
     its weight's place, and the rest acts on what comes out."""
     if is_weight(expr):
         return Expr("frozen", (x,), None, x.shape[:-1] + expr.shape[:1])
+    if expr.is_large:
+        return run(expr, x)
     if expr.op == "add":
         return make("add", *(enter(term, x) for term in expr.args))
     if expr.op == "mul" and scaled(expr)[0] is not None:

@@ -13,14 +13,18 @@ from surgery.lower.emit import TOKENS
 def made(expr: Expr) -> Expr:
     """The expression with each product of matrices in it built the cheapest way."""
     done: dict[Expr, Expr] = {}
-
-    def change(node: Expr) -> Expr:
-        if node not in done:
-            way = matrix(node) if node.op == "matmul" and _is_matrices(node) else node
-            done[node] = way.with_args(tuple(map(change, way.args)))
-        return done[node]
-
-    return change(expr)
+    ways: dict[Expr, Expr] = {}
+    stack = [expr]
+    while stack:
+        node = stack[-1]
+        if node not in ways:
+            ways[node] = matrix(node) if node.op == "matmul" and _is_matrices(node) else node
+        if waiting := [a for a in ways[node].args if a not in done]:
+            stack += reversed(waiting)
+        else:
+            done[node] = ways[node].with_args(tuple(done[a] for a in ways[node].args))
+            stack.pop()
+    return done[expr]
 
 
 def _is_matrices(product: Expr) -> bool:

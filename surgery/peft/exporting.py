@@ -203,7 +203,8 @@ def _whole(surgeon: Surgeon) -> _Form:
 
 def _lora(surgeon: Surgeon, rank: int | None) -> _Form:
     method = next(m for m in METHODS if m.family.peft_type == "LORA" and not m.settings)
-    rank = rank or _least(surgeon)
+    largest = max((min(p.site.out, p.site.in_) for p in surgeon.plan.placed), default=1)
+    rank = min(rank, largest) if rank else _least(surgeon)  # beyond, there is nothing more to write
     config = {"peft_type": "LORA", **method.config({"rank": rank, "alpha": rank, "dropout": 0.0})}
     places = {p.site.name: Place.of(p.site) for p in surgeon.plan.placed}
     tensors: dict[str, Tensor] = {}

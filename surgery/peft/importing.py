@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from surgery.operate import Surgeon, prepare
 from surgery.peft.folder import TENSORS, Folder
 from surgery.peft.method import Config
 from surgery.peft.methods import METHODS
-from surgery.peft.modules import fits_end, in_time, named, ties
+from surgery.peft.modules import ends_of, fits_end, in_time, modules, named, ties
 from surgery.peft.taken import WHOLE, Taken, drawn_again, no_row, row, unheard_of
 from surgery.peft.tensors import Place, Tensors
 from surgery.peft.values import values
@@ -31,6 +32,7 @@ from surgery.syntax.tree import Spec
 from surgery.words import listed
 
 
+_MOST_WORDS = 100  # of a configuration that names nothing, among which a misspelt one is looked for
 # What fields and tensors give that no layer can have, as a rank of 0.
 _IMPOSSIBLE = (ArithmeticError, TypeError, ValueError, RuntimeError)
 # With `bias = "all"` PEFT saves the biases of modules that it saves whole twice more, under names of its own wrapper's,
@@ -170,14 +172,16 @@ class _Reader:
     def _near(self) -> tuple[str, ...]:
         wanted = self.config.get("target_modules")
         ends = {name.rpartition(".")[2] for name in self.sites}
-        words = [wanted] if isinstance(wanted, str) else wanted or ()
-        return tuple(filter(None, (did_you_mean(word.rpartition(".")[2], ends) for word in words)))[:1]
+        words = [wanted] if isinstance(wanted, str) else list(wanted or ())[:_MOST_WORDS]
+        found = filter(None, (did_you_mean(word.rpartition(".")[2], ends) for word in words))
+        return tuple(islice(found, 1))
 
     def _dead(self) -> Iterator[Diagnostic]:
         """Names of the configuration that say nothing of this model."""
         wanted = self.config.get("target_modules")
         names = wanted if isinstance(wanted, list) and self.names else ()
-        dead = [("target_modules", each) for each in names if not named({"target_modules": [each]}, self.model)]
+        live = {end for name, _ in modules(self.model) if name for end in ends_of(name)} if names else set()
+        dead = [("target_modules", each) for each in names if each not in live]
         families = (m.family for m in METHODS if m.family.peft_type == self.config["peft_type"])
         fields = {field for family in families for field in family.patterns.values()}
         dead += [(f, key) for f in sorted(fields) for key in self.config.get(f) or {}

@@ -65,8 +65,14 @@ def _chooser(wanted: str | Collection[str] | None, layers: Config | None = None)
     """A text is a regular expression for the whole name; a list holds names, of whatever layer, and ends of names."""
     if isinstance(wanted, str):
         return _Regular(wanted).fullmatch
-    exact, ends, in_layer = frozenset(wanted or ()), tuple(f".{each}" for each in wanted or ()), _layers(layers or {})
-    return lambda name: name in exact or (name.endswith(ends) and in_layer(name))
+    exact, in_layer = frozenset(wanted or ()), _layers(layers or {})
+    return lambda name: name in exact or (not exact.isdisjoint(ends_of(name)) and in_layer(name))
+
+
+def ends_of(name: str) -> list[str]:
+    """A dotted name from each of its segments on: `a.b.c`, `b.c`, `c`."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _saver(config: Config) -> Callable[[str], bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 from surgery.expr.ir import Expr
 from surgery.expr.primitives import constant, make
@@ -234,6 +235,7 @@ RULES = (
 ALGEBRA = table(*RULES)
 
 
+@lru_cache(maxsize=4096)
 def simplify(expr: Expr) -> Expr:
     """The normal form of an expression."""
     return rewrite(expr, ALGEBRA)

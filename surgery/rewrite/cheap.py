@@ -7,10 +7,11 @@ norms of W + U V are taken from ‖w‖², ⟨w, U V⟩ and ‖U V‖². A rule 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import prod
 
 from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr, walk
+from surgery.expr.ir import Exhausted, Expr, at_most, walk
 from surgery.expr.primitives import make
 from surgery.rewrite.algebra import RULES, simplify
 from surgery.rewrite.engine import Rule, rewrite, table
@@ -79,6 +80,7 @@ def _associate(node: Expr) -> Expr | None:
     return better if _work(better) < _work(node) else None
 
 
+@lru_cache(maxsize=4096)
 def _work(node: Expr) -> float:
     """Multiplications of a product whose factors may be products (unknown sizes are let be, a diagonal is cheap)."""
     if node.op != "matmul" or any(isinstance(size, Dim) for a in node.args for size in a.shape):
@@ -258,11 +260,21 @@ CHEAP = (
     Rule("c circulant(x) = circulant(c x)", "mul", _scaled_circulant, "g * circulant(S)"),
     *NORMS,
 )
+# The rules make 100 nodes of the longest spec that ships.
+MOST_NODES = 20_000
 JOINING, LOWERING = table(*RULES, *JOINED), table(*RULES, *CHEAP)
 
 
 def cheapest(expr: Expr) -> Expr:
-    """The expression in the form that the lowering works on."""
-    return rewrite(rewrite(simplify(expr), JOINING), LOWERING)
+    """The expression in the form that the lowering works on; its normal form where the rules, which take sums and
+    products apart, would make too much of it."""
+    plain = simplify(expr)
+    if plain.is_large:
+        return plain
+    try:
+        with at_most(MOST_NODES):
+            return rewrite(rewrite(plain, JOINING), LOWERING)
+    except Exhausted:
+        return plain
 
 

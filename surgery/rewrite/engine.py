@@ -39,15 +39,27 @@ def table(*rules: Rule) -> Table:
 def rewrite(expr: Expr, rules: Table) -> Expr:
     """The normal form of `expr` under the rules."""
     done: dict[Expr, Expr] = {}
-
-    def normal(node: Expr) -> Expr:
-        if node not in done:
-            plain = node.with_args(tuple(map(normal, node.args)))
-            better = first(rules.get(plain.op, ()), plain)
-            done[node] = plain if better is None else normal(better)
-        return done[node]
-
-    return normal(expr)
+    better: dict[Expr, Expr] = {}  # what a rule made of a node, on the way to its own normal form
+    stack = [expr]
+    while stack:  # and no recursion: a formula may be deeper than Python's stack
+        node = stack[-1]
+        if node in done:
+            stack.pop()
+        elif node in better:
+            if better[node] in done:
+                done[node] = done[better[node]]
+            else:
+                stack.append(better[node])
+        elif waiting := [a for a in node.args if a not in done]:
+            stack += reversed(waiting)
+        else:
+            plain = node.with_args(tuple(done[a] for a in node.args))
+            found = first(rules.get(plain.op, ()), plain)
+            if found is None:
+                done[node] = plain
+            else:
+                better[node] = found
+    return done[expr]
 
 
 def first(rules: Iterable[Rule], node: Expr) -> Expr | None:

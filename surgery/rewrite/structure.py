@@ -42,6 +42,7 @@ def transposed(node: Expr) -> Expr:
     return simplify(make("T", node))
 
 
+@lru_cache(maxsize=4096)
 def is_orthogonal(node: Expr) -> bool:
     """x xᵀ = I, for a matrix or each of a stack."""
     if node.op in ("eye", "reflect", "shuffle"):

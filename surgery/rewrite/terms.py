@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from numbers import Real
 from typing import Any
 
-from surgery.expr.ir import Expr, Shape
+from surgery.expr.ir import UNFOLDED, Expr, Shape
 from surgery.expr.primitives import constant, make
 
 
@@ -47,12 +47,14 @@ def scaled(node: Expr) -> tuple[Expr | None, Expr]:
 
 
 def summands(node: Expr) -> Iterator[Expr]:
-    """The terms of a sum, left to right."""
-    if node.op == "add":
-        yield from summands(node.args[0])
-        yield from summands(node.args[1])
-    else:
-        yield node
+    """The terms of a sum, left to right; a part that would be endless when written out is one term."""
+    stack = [node]
+    while stack:
+        term = stack.pop()
+        if term.op == "add" and term.unfolded <= UNFOLDED:
+            stack += reversed(term.args)
+        else:
+            yield term
 
 
 def total(terms: list[Expr], shape: Shape) -> Expr:
@@ -65,6 +67,15 @@ def total(terms: list[Expr], shape: Shape) -> Expr:
 
 def depends_on(node: Expr, op: str, known: dict[Expr, bool]) -> bool:
     """Whether a leaf of kind `op` stands in the expression; `known` remembers."""
-    if node not in known:
-        known[node] = node.op == op or any(depends_on(a, op, known) for a in node.args)
+    stack = [node]
+    while stack:
+        below = stack[-1]
+        if below in known:
+            stack.pop()
+        elif below.op == op or any(known.get(a) for a in below.args):
+            known[below] = True
+        elif unknown := [a for a in below.args if a not in known]:
+            stack.append(unknown[0])
+        else:
+            known[below] = False
     return known[node]

@@ -7,6 +7,7 @@ it starts (that of the file at `FILE`). Promises: every comment lands in exactly
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -36,9 +37,18 @@ class Place:
     def in_block(self, offset: int) -> bool:
         return self.brace is not None and self.brace < offset
 
-    def siblings(self, offset: int) -> list[Place]:
-        """The parts on the same side of the brace as an offset."""
-        return [part for part in self.parts if self.in_block(part.start) == self.in_block(offset)]
+    def around(self, offset: int) -> tuple[Place | None, Place | None]:
+        """The last part that ends before an offset, and the first that starts after it, on its side of the brace."""
+        index = bisect_right(self.parts, offset, key=lambda part: part.start)
+        before, after = self.parts[max(index - 1, 0):index], self.parts[index:index + 1]
+        return tuple(part[0] if part and self.in_block(part[0].start) == self.in_block(offset) else None
+                     for part in (before, after))
+
+    def part_at(self, offset: int) -> Place | None:
+        """The part that an offset lies in."""
+        index = bisect_right(self.parts, offset, key=lambda part: part.start)
+        part = self.parts[index - 1] if index else None
+        return part if part and part.start < offset < part.end else None
 
     def everything(self) -> Iterator[Place]:
         yield self
@@ -64,7 +74,8 @@ def _places(root: Tree, braces: list[int]) -> Place:
     for meta in sorted(statements, key=lambda m: m.start_pos):
         while path[-1].end <= meta.start_pos:
             path.pop()
-        brace = next((b for b in braces if meta.start_pos < b < meta.end_pos), None)
+        following = bisect_right(braces, meta.start_pos)
+        brace = next((b for b in braces[following:following + 1] if b < meta.end_pos), None)
         path[-1].parts.append(Place(meta.start_pos, meta.end_pos, brace))
         path.append(path[-1].parts[-1])
     return whole
@@ -75,11 +86,9 @@ def _give(text: str, whole: Place, comment: tuple[int, int]) -> None:
     else at the end of the block or list around it."""
     start, _ = comment
     parent = whole
-    while inner := next((part for part in parent.parts if part.start < start < part.end), None):
+    while inner := parent.part_at(start):
         parent = inner
-    siblings = parent.siblings(start)
-    before = next((p for p in reversed(siblings) if p.end <= start), None)
-    after = next((p for p in siblings if p.start > start), None)
+    before, after = parent.around(start)
     opens_line = parent is not whole and parent.in_block(start) and "\n" not in text[parent.brace : start]
     if before and "\n" not in text[before.end : start]:
         (before.inside if before.beside else before.beside).append(comment)
@@ -96,9 +105,10 @@ def _give(text: str, whole: Place, comment: tuple[int, int]) -> None:
 
 
 def _finished(text: str, parent: Place) -> Iterator[tuple[Place, Trivia]]:
-    for part in parent.parts:
-        before = [p.end for p in parent.siblings(part.start) if p.end <= part.start]
-        lines = _lines(text, part.above, before[-1] if before else None, part.start)
+    for before, part in zip([None, *parent.parts], parent.parts):
+        if before is not None and parent.in_block(before.start) != parent.in_block(part.start):
+            before = None
+        lines = _lines(text, part.above, before.end if before else None, part.start)
         beside = "".join(text[a:b].rstrip() for a, b in part.beside)
         trivia = Trivia(lines[lines[:1] == ("",) :], beside, _lines(text, part.inside, _last_end(part), None),
                         lines[:1] == ("",))
