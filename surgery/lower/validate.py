@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations, product
+from itertools import islice, permutations, product
 from typing import Any
 
 from surgery.expr.ir import Expr, walk
@@ -149,7 +149,8 @@ def _orders(outputs: Iterable[Expr]) -> Iterator[dict[Expr, int]]:
     for node in dict.fromkeys(node for output in outputs for node in walk(output)):
         if node.op in _DRAWS:
             alike.setdefault((node.op, node.args, node.data[0]), []).append(node)
-    ways = product(*(permutations(range(len(group))) for group in alike.values()))
+    first = (islice(permutations(range(len(group))), _MOST_ORDERS) for group in alike.values())
+    ways = product(*first)  # which holds all that it is given
     for _, way in zip(range(_MOST_ORDERS), ways):
         yield {node: turn for group, turns in zip(alike.values(), way) for node, turn in zip(group, turns)}
 
