@@ -260,6 +260,25 @@ def test_what_reads_itself_or_is_an_output_is_not_written_over():
             assert_close(found, wanted.double(), 1e-6, str(outputs))
 
 
+def test_what_else_reads_a_value_is_computed_before_it_is_written_over():
+    a, b = Expr("param", (), "a", (3, 3)), Expr("param", (), "b", (3, 3))
+    y = make("matmul", a, b)
+    first = make("add", y, make("matmul", a, a))  # it comes first in the text, and reads y last
+    other = make("matmul", b, make("T", y))
+    apart = make("add", y, make("matmul", b, first))  # it reads y, and what would be written over it
+    values = {"a": torch.randn(3, 3), "b": torch.randn(3, 3)}
+    for outputs, writes in (((first, other), 1), ((other, first), 1), ((first, apart), 1), ((first, other, y), 0)):
+        names = {a: "a", b: "b"}
+        text = emitted(Region(outputs, names.keys(), Memory(looked_on=False, writes=True)), names, "y")
+        assert sum("_(" in line for _, line in text.lines) == writes, text.lines
+        means = {a: values["a"].double(), b: values["b"].double()}
+        for found, output in zip(computed(*outputs, **values), outputs):
+            for node in walk(output):
+                if node not in means:
+                    means[node] = PRIMITIVES[node.op].dense(*(means[arg] for arg in node.args))
+            assert_close(found, means[output], 1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ beside other code
 
 
@@ -388,6 +407,10 @@ def test_masks_as_places_and_as_bits(dtype, rows):
         assert torch.equal(kernels.masked(y, mask), y * ~bits)
         assert torch.equal(kernels.masked(y.mT, turned).flatten(), y.mT.flatten() * ~bits.flatten())
         into = y.clone()
+        assert kernels.add_masked(into, a, m, mask, alpha=2.0) is into
+        assert_close(into, y.double() + 2 * (a.double() @ m.double()) * ~bits, 60 * torch.finfo(dtype).eps)
+    for mask in (places, bits):  # what lies in memory by columns too
+        into = y.mT.clone(memory_format=torch.contiguous_format).mT
         assert kernels.add_masked(into, a, m, mask, alpha=2.0) is into
         assert_close(into, y.double() + 2 * (a.double() @ m.double()) * ~bits, 60 * torch.finfo(dtype).eps)
 

@@ -154,7 +154,7 @@ def masked(a: Tensor, mask: Tensor) -> Tensor:
 
 def add_masked(y: Tensor, a: Tensor, m: Tensor, mask: Tensor, alpha: float = 1.0) -> Tensor:
     """y + alpha masked(a m), into y: [t, n], [t, r], [r, n] -> [t, n]."""
-    if mask.dtype == torch.bool:
+    if mask.dtype == torch.bool or not y.is_contiguous():  # places count along rows that follow each other
         return y.add_(masked(a @ m, mask), alpha=alpha)
     flat, places = y.view(-1), mask.long()
     before = flat.take(places)
