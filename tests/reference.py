@@ -2,8 +2,8 @@
 
 It shares no code with the package, not even the grammar, so that a mistake of the parser, of elaboration, of a
 primitive or of a rewriting is not on both sides of a comparison. `Reading(text).operated(...)` gives W' and b' for
-given parameters; `starts=` collects what parameters start at. Gradients are central differences of it, with what `detach`
-gave at the point kept.
+given parameters; `starts=` collects what parameters start at. Gradients are central differences of it, with what
+`detach` gave at the point kept.
 """
 
 from __future__ import annotations
@@ -310,7 +310,7 @@ FUNCTIONS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ what a spec says
+# ----------------------------------------------------------------------------------------------------- what a spec says
 
 
 class Reading:

@@ -72,8 +72,8 @@ def test_formulas_keep_their_meaning_as_a_whole(form):
 
 def varied(text: str) -> Iterator[Expr]:
     """A formula with each of its operands scaled by a number and by a trained one, and made a sum; with all of them
-    scaled and negated, each by its own number; and itself scaled. What a rule does with a scalar or a sum in front of an
-    operand is not seen on the operand alone."""
+    scaled and negated, each by its own number; and itself scaled. What a rule does with a scalar or a sum in front of
+    an operand is not seen on the operand alone."""
     expr = expression(text)
     found = [node for node in walk(expr) if node.op == "param"]
     scalar, others = NAMES["h"], {a: b for a, b in zip("ABFPQpqdeSZKghG", "BAFQPqpedZSKhgG")}
