@@ -62,7 +62,7 @@ def test_a_layers_own_bias_trains_where_train_names_it(kind, steps):
     assert set(own) == {"bias"}
     x = torch.randn(shape, dtype=torch.float64)
     y = model(x)
-    leaves = {"weight": placed.site.layout.matrix(layer.weight), "bias": layer.bias, **adapter.tensors()}
+    leaves = {"weight": placed.site.layout.matrix(layer.get_parameter("weight")), **own, **adapter.tensors()}
     wanted = run(x, dense(placed.formula.weight, leaves), dense(placed.formula.bias, leaves))
     direction = torch.randn_like(y)
     found = gradients(y, direction, {**own, **adapter.tensors()})
@@ -136,7 +136,7 @@ def test_the_padding_of_an_embedding_learns_nothing(padding, steps):
     ids[:, ::2] = padding % 18
     y, tensors = model(ids), adapter.tensors()
     direction = torch.randn_like(y)
-    weight = dense(placed.formula.weight, {"weight": model.layers[0].weight.detach(), **tensors})
+    weight = dense(placed.formula.weight, {"weight": model.layers[0].get_parameter("weight").detach(), **tensors})
     assert_close(y, F.embedding(ids, weight), EXACT)
     kept = torch.where((ids == padding % 18)[..., None], 0.0, direction)
     found, wanted = (gradients(out, d, tensors) for out, d in ((y, direction), (F.embedding(ids, weight), kept)))
@@ -187,7 +187,8 @@ def test_the_norm_of_a_zero_product_is_zero_with_finite_gradients(body):
     (placed,), (adapter,), base = surgeon.plan.placed, surgeon.adapters.values(), model.layers[0]
     for _ in range(2):
         y, tensors = model(x), adapter.tensors()
-        wanted = F.linear(x, dense(placed.formula.weight, {"weight": base.weight, **tensors}), base.bias)
+        weight = dense(placed.formula.weight, {"weight": base.get_parameter("weight"), **tensors})
+        wanted = F.linear(x, weight, base.get_parameter("bias"))
         direction = torch.randn_like(y)
         assert_close(y, wanted, EXACT)
         found = gradients(y, direction, tensors)
@@ -218,7 +219,7 @@ def test_after_train_nothing_of_before_is_used(steps):
     model, surgeon = operated(nn.Linear(6, 12), steps)
     x = torch.randn(4, 6, dtype=torch.float64)
     model.eval()(x)
-    for name, tensor in [*surgeon.named_tensors().items(), ("weight", model.layers[0].weight)]:
+    for name, tensor in [*surgeon.named_tensors().items(), ("weight", model.layers[0].get_parameter("weight"))]:
         tensor.data.mul_(1.5)  # which no version counter of torch's tells of
         fresh = model.train()(x)
         assert_close(model.eval()(x), fresh, EXACT, name)
