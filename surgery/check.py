@@ -22,7 +22,7 @@ from surgery.expr.values import names_in, nodes
 from surgery.lower.choose import by_tokens, candidates
 from surgery.lower.regions import program_text, step_text
 from surgery.lower.validate import program_faults, step_faults
-from surgery.rewrite.identity import starts_as_weight
+from surgery.rewrite.identity import starts_as_weight, surely_trains
 from surgery.selectors import selector_faults
 from surgery.spec import Library, library
 from surgery.syntax.expression import Argument, Call, Number, as_expression
@@ -68,10 +68,11 @@ def _tried(spec: Spec, scope: Library, values: Mapping[str, Any]) -> list[Diagno
                 if not t.target.shifted and not starts_as_weight(t.formula)]
     unused = [t for target in _unplaced(spec) for t in _trials(target, scope, values, report)]
     claiming = [t for t in (*sum(targets.values(), []), *unused) if t.formula.claims]
-    if unproven or claiming:
-        from surgery.trial import try_claims, try_starts
+    idle = [trials for trials in targets.values() if trials and not any(surely_trains(t.formula) for t in trials)]
+    if unproven or claiming or idle:
+        from surgery.trial import try_claims, try_gradients, try_starts
 
-        report.add(*try_starts(unproven), *try_claims(claiming))
+        report.add(*try_starts(unproven), *try_claims(claiming), *try_gradients(idle))
     for trials in targets.values():
         report.add(*islice(chain.from_iterable(map(_miscompiled, trials)), 1))
     report.add(*_dense(spec, scope, values))

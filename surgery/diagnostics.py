@@ -61,6 +61,8 @@ CODES: dict[str, str] = {
     "wrong-mode": "the operated model is merged, switched off or given back, and cannot do this now",
     "changed-tensor": "a tensor changed inside `serving()`, which promises that none does",
     "bad-output": "the output folder cannot be written or exists already",
+    "unnamed-argument": "a draw is given one argument without a name where it takes several",
+    "never-trains": "at the start of a target W' changes with none of its parameters, so that training changes nothing",
     "too-large": "a formula takes more operations one after the other than can be worked with",
     "bad-value": "a value given from outside is not usable",
     "bad-data": "a file of labelled texts does not say what a task needs",

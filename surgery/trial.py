@@ -19,6 +19,7 @@ from surgery.expr.evaluate import dense
 from surgery.expr.ir import Claim
 from surgery.initialise import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
 from surgery.sites import sites
+from surgery.words import listed
 
 CLAIM_TOLERANCE = 1e-8
 _DISTANCES = (0.1, 1.0)
@@ -62,6 +63,42 @@ def _departure(placed: Placed) -> float:
     values, formula = _start(placed), placed.formula
     return max(departure(values["weight"], dense(formula.weight, values)),
                departure(values["bias"], dense(formula.bias, values)))
+
+
+# ---------------------------------------------------------------------------------------------------- gradients
+
+
+def try_gradients(targets: Iterable[Iterable[Trial]]) -> list[Diagnostic]:
+    """One diagnostic for each target in which no parameter has a gradient at the start, whatever the loss is: there a
+    step of training changes nothing, and so none ever does."""
+    return [_never_trains(trials[0]) for trials in map(list, targets)
+            if _trained(trials[0]) and not any(map(_has_gradient, trials))]
+
+
+def _trained(trial: Trial) -> list[str]:
+    return [leaf.key for leaf in trial.formula.leaves if not leaf.frozen]
+
+
+def _has_gradient(trial: Trial) -> bool:
+    """Whether a random gradient of W' and b' reaches a parameter. A NaN is not nothing."""
+    values = {name: value.detach().double() if value.is_floating_point() else value
+              for name, value in _start(_placed(trial)).items()}
+    trained = [values[key].requires_grad_() for key in _trained(trial)]
+    generator = torch.Generator().manual_seed(2)
+    made = (dense(expr, values) for expr in (trial.formula.weight, trial.formula.bias))
+    loss = sum((torch.randn(m.shape, generator=generator, dtype=torch.float64) * m).sum() for m in made)
+    if not loss.requires_grad:
+        return False
+    found = torch.autograd.grad(loss, trained, allow_unused=True)
+    return any(g is not None and bool((g != 0).any()) for g in found)
+
+
+def _never_trains(trial: Trial) -> Diagnostic:
+    names = listed(key.rpartition(".")[2] for key in _trained(trial))
+    return Diagnostic("never-trains", "nothing in this target can train: where its parameters start, W' changes with "
+                      "none of them", trial.target.span, severity="warning",
+                      notes=(f"the gradients of {names} are all zero, whatever the loss, and so they stay",),
+                      helps=("let a factor start at something other than 0, for example `~ kaiming_uniform()`",))
 
 
 # ------------------------------------------------------------------------------------------------------- claims

@@ -114,6 +114,11 @@ class Instance:
         if len(shape) < law.least_dims:
             raise fail("shape-mismatch", f"{call.function} needs at least {law.least_dims} dimensions; "
                        f"`{param.name}` is {shape_text(shape)}", place, helps=("use normal() or uniform()",))
+        if len(call.arguments) == 1 < len(law.arguments) and call.arguments[0].name is None:
+            first, second = list(law.arguments)[:2]
+            self.report.warn("unnamed-argument", f"this sets `{first}` of {call.function}, the first of its arguments",
+                             call.arguments[0].value.span,
+                             helps=(f"name it: {call.function}({first} = ...), or {call.function}({second} = ...)",))
         given = tuple(self._draw_argument(a, i, call) for i, a in enumerate(call.arguments))
         lacking = [name for name, default in law.arguments.items() if default is None and name not in dict(given)]
         if lacking:

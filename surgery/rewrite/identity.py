@@ -3,7 +3,7 @@ every start is put in and W' comes out as W."""
 
 from __future__ import annotations
 
-from surgery.expr.ir import Expr, Formula, rebuild
+from surgery.expr.ir import Expr, Formula, rebuild, walk
 from surgery.rewrite.algebra import RULES
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.terms import fill, value_of
@@ -29,6 +29,37 @@ def starts_as_weight(formula: Formula, generic: bool = True) -> bool:
             starts[leaf.key] = fill(value, leaf.shape) if value is not None else _put(leaf.init, starts)
     weight, bias = (rewrite(_put(e, starts), rules) for e in (formula.weight, formula.bias))
     return weight.op == "weight" and bias.op == "bias"
+
+
+# In each of their arguments, and W' in a parameter that it reaches through them alone and in one place.
+_LINEAR = {"add", "sub", "neg", "mul", "matmul", "T", "diag", "block_diag", "kron", "reshape", "columns",
+           "side_by_side", "circulant", "scatter", "ifft2", "drop"}
+
+
+def surely_trains(formula: Formula) -> bool:
+    """Whether W' or b' is linear in a parameter where the others start, with a factor that is not zero, so that it has
+    a gradient there. False means not proven."""
+    starts: dict[str, Expr] = {}
+    for leaf in formula.leaves:
+        if leaf.init is not None:
+            value = value_of(leaf.init)
+            starts[leaf.key] = fill(value, leaf.shape) if value is not None else _put(leaf.init, starts)
+    for leaf in formula.leaves:
+        free = Expr("param", (), f"{leaf.key}*", leaf.shape)
+        for expr in () if leaf.frozen else (formula.weight, formula.bias):
+            if _is_linear(rewrite(_put(expr, {**starts, leaf.key: free}), _STRICT), free):
+                return True
+    return False
+
+
+def _is_linear(expr: Expr, free: Expr) -> bool:
+    holding = {free}
+    for node in walk(expr):
+        if holders := [a for a in node.args if a in holding]:
+            if node.op not in _LINEAR or len(holders) > 1 and node.op != "add":
+                return False
+            holding.add(node)
+    return expr in holding
 
 
 def _put(expr: Expr, starts: dict[str, Expr]) -> Expr:

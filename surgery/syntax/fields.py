@@ -1,6 +1,6 @@
 """What the fields of a statement hold besides expressions: comments, places, patterns, lists.
 
-Gives the types that `tree` builds its models from. Promises: JSON can neither give a place nor a comment.
+Gives the types that `tree` builds its models from. Promises: JSON can neither give a place nor a comment but a `doc`.
 """
 
 from __future__ import annotations

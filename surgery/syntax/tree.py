@@ -1,17 +1,20 @@
 """The tree of a `.surg` file: the one data model behind text, Python and JSON.
 
 Statements are strict frozen pydantic models; the expressions in them (from `expression`) are their source text in JSON.
-Spans, parentheses and comments (`Trivia`) never count in `==` and never reach JSON.
+Spans, parentheses and comments (`Trivia`) never count in `==`. Of the comments JSON keeps the one above a statement, as
+its `doc`.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    model_serializer,
     model_validator,
 )
 
@@ -71,10 +74,15 @@ __all__ = [
 ]
 
 
+def _with_doc(schema: dict[str, Any]) -> None:
+    schema["properties"]["doc"] = {"type": "string", "description": "The comment above it, without its `#`s."}
+
+
 class Node(BaseModel):
     """A statement: strict, frozen, compared without its place and comments."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", arbitrary_types_allowed=True,
+                              json_schema_extra=_with_doc)
 
     span: Place | None = Field(default=None, exclude=True, repr=False)
     name_span: Place | None = Field(default=None, exclude=True, repr=False)
@@ -97,6 +105,20 @@ class Node(BaseModel):
         """As pydantic's. Raises: SurgeryError for whatever does not fit."""
         with told_of(cls.__name__):
             return super().model_validate_json(*arguments, **how)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _documented(cls, fields: Any) -> Any:
+        """A `doc` is the comment above the statement."""
+        if not isinstance(fields, dict) or not isinstance(fields.get("doc"), str):
+            return fields
+        above = tuple(f"# {line}".rstrip() for line in re.split(r"\r\n?|\n", fields["doc"]))
+        trivia = {"trivia": Trivia(above)} if fields["doc"].strip() and "trivia" not in fields else {}
+        return {**{name: value for name, value in fields.items() if name != "doc"}, **trivia}
+
+    @model_serializer(mode="wrap")
+    def _with_its_doc(self, write: Any) -> dict[str, Any]:
+        return {**({"doc": self.doc} if self.doc else {}), **write(self)}
 
     def _meaning(self) -> tuple:
         return tuple(getattr(self, f) for f, info in type(self).model_fields.items() if not info.exclude)
