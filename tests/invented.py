@@ -35,7 +35,7 @@ INVENTED = {
     # low-rank terms, and what stands in them
     "a normalised product": _update("param A[2, in] ~ normal()\n param B[out, 2] ~ normal()\n param g = 0\n"
                                     " return g * norm(W) * (B @ A) / (norm(B) * norm(A))"),
-    "gates on rows and columns": _update(f"{FACTORS}\n param g[out] = 0\n param h[in] = 0\n"
+    "gates on rows and columns": _update(f"{FACTORS}\n param g[out] = 1\n param h[in] = 0\n"
                                          f" return diag(tanh(g)) @ B @ A @ diag(sigmoid(h))"),
     "a turned update": _update("param A[2, in] ~ normal()\n param B[out, 2] = 0\n"
                                " param P[out, 1] ~ normal()\n param Q[out, 1] = P\n"

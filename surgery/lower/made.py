@@ -11,7 +11,10 @@ from surgery.lower.emit import TOKENS
 
 
 def made(expr: Expr) -> Expr:
-    """The expression with each product of matrices in it built the cheapest way."""
+    """The expression with each product of matrices in it built the cheapest way; where one is too large to be taken
+    apart, all are left as they stand, for a part that is taken apart shares nothing with the rest."""
+    if any(node.is_large for node in walk(expr) if TOKENS not in node.shape):
+        return expr
     done: dict[Expr, Expr] = {}
     ways: dict[Expr, Expr] = {}
     stack = [expr]
