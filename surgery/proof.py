@@ -26,6 +26,7 @@ from surgery.demo import demo_inputs
 from surgery.diagnostics import Diagnostic, SurgeryError, fail
 from surgery.initialise import IDENTITY_TOLERANCE, departure
 from surgery.layer import Adapter
+from surgery.layout import weights
 from surgery.merge import merged
 from surgery.transaction import Scope, Snapshot, finish
 from surgery.words import counted, listed
@@ -78,6 +79,8 @@ class Subject:
         """`starts`: the model must start unchanged; `in_full`: whatever the model's size, and with a batch or an error.
 
         Raises: SurgeryError (not-identity, dead-adapter, bad-value)."""
+        if example is None and not _batches(self.model) and not in_full:
+            return Proof(skipped=_without(self.model))
         with self._trial():
             self._switch(on=False)
             batch, base, why = self._first(example)
@@ -99,7 +102,11 @@ class Subject:
     @contextmanager
     def _trial(self) -> Iterator[None]:
         """Inside, the model is in evaluation, and may be changed: everything is put back."""
-        before, buffers = Snapshot(self.scope), [(b, b.clone()) for b in self.model.buffers()]
+        # What a layer packs its weight into is as large as the model, and no state that a pass goes on with.
+        packed = {id(b) for m in self.model.modules() if any(w.layout.is_called for w in weights(m))
+                  for b in m.buffers()}
+        before = Snapshot(self.scope)
+        buffers = [(b, b.clone()) for b in self.model.buffers() if id(b) not in packed]
         devices = list({p.device for p in self.model.parameters() if p.device.type == "cuda"})
         numpy = sys.modules.get("numpy")
         states = random.getstate(), numpy.random.get_state() if numpy else None
@@ -139,8 +146,7 @@ class Subject:
                 return batch, self._run(batch), ""
             except Exception as error:  # a model that wants another kind of batch fails in its own way
                 failures.append(type(error).__name__)
-        why = f" ({failures[0]})" if failures else ""
-        return None, None, f"no batch for a {type(self.model).__name__}{why}: not compared"
+        return None, None, _without(self.model, *failures[:1])
 
     def _call(self, batch: Any) -> Tensor:
         torch.manual_seed(0)  # what draws, draws the same each time
@@ -252,6 +258,10 @@ class Subject:
                    f"relative; {bound:.0e} is allowed): {about}",
                    notes=("the model reads such a weight in a way that an adapter does not see",),
                    helps=("`except` leaves it out; `check=False` operates all the same",))
+
+
+def _without(model: nn.Module, *why: str) -> str:
+    return f"no batch for a {type(model).__name__}{''.join(f' ({each})' for each in why)}: not compared"
 
 
 def _floats(found: Any) -> Iterator[Tensor]:
