@@ -6,7 +6,7 @@ formed, a name that no `select` has) is reported at its place, from the text alo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
@@ -48,15 +48,25 @@ def _definition(selector: Pattern | Reference, selects: Mapping[str, Select]) ->
     return selects.get(selector.name) if isinstance(selector, Reference) else None
 
 
-def _globs(selector: Pattern | Reference, selects: Mapping[str, Select], report: Collector,
-           within: tuple[str, ...] = ()) -> list[Glob]:
-    if isinstance(selector, Pattern):
-        return _compiled(selector, report)
-    found = selects.get(selector.name)
-    if found is None or selector.name in within:
-        report.add(*_unknown(selector, selects, within).diagnostics)
-        return []
-    return [g for inner in found.patterns for g in _globs(inner, selects, report, (*within, selector.name))]
+def _globs(selector: Pattern | Reference, selects: Mapping[str, Select], report: Collector) -> list[Glob]:
+    """The globs that a selector stands for, those of a `select` that is named twice once; what is wrong is reported."""
+    found: list[Glob] = []
+    read: set[str] = set()
+    within: dict[str, None] = {}  # the selects that the next one is named in
+    stack: list[Pattern | Reference | str] = [selector]  # a text: the end of a select of that name
+    while stack:
+        each = stack.pop()
+        if isinstance(each, str):
+            del within[each]
+        elif isinstance(each, Pattern):
+            found += _compiled(each, report)
+        elif each.name not in selects or each.name in within:
+            report.add(*_unknown(each, selects, within).diagnostics)
+        elif each.name not in read:
+            read.add(each.name)
+            within[each.name] = None
+            stack += [each.name, *reversed(selects[each.name].patterns)]
+    return found
 
 
 def _compiled(pattern: Pattern, report: Collector) -> list[Glob]:
@@ -67,7 +77,7 @@ def _compiled(pattern: Pattern, report: Collector) -> list[Glob]:
         return []
 
 
-def _unknown(selector: Reference, selects: Mapping[str, Select], within: tuple[str, ...]) -> SurgeryError:
+def _unknown(selector: Reference, selects: Mapping[str, Select], within: Collection[str]) -> SurgeryError:
     report = Collector()
     if selector.name in within:
         report.error("unknown-selector", f"the selector `{selector.name}` is made of itself", selector.span)

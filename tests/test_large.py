@@ -20,8 +20,10 @@ from surgery.diagnostics import Collector, Diagnostic, Source, Span, SurgeryErro
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import DEEPEST_FORMULA, Expr
 from surgery.expr.primitives import make
+from surgery.expr.values import evaluate
 from surgery.patterns import compile_pattern
 from surgery.spec import library, parse
+from surgery.syntax.parser import parse_expression
 from surgery.syntax.printer import format_text
 
 # What each `let` makes of the one before it.
@@ -164,6 +166,26 @@ def test_a_pattern_tries_no_way_twice(pattern, name, takes):
 def test_places_from_the_end_within_many_stars():
     glob = compile_pattern("**.h.**.{-2..-1}.*a*b*")
     assert glob.matches("m.h.3.xaxb", {"m.h": 4}) and not glob.matches("m.h.1.xaxb", {"m.h": 4})
+
+
+def test_selects_of_selects():
+    twice = "".join(f"select s{i} = s{i - 1}, s{i - 1}\n" for i in range(1, 60))
+    deep = "".join(f"select s{i} = s{i - 1}\n" for i in range(1, 1500))
+    for text, last in ((twice, 59), (deep, 1499)):
+        assert check(parse(f'select s0 = "**.a"\n{text}target linear s{last} {{ add low_rank() }}')) == []
+    (found,) = check(parse("select a = b\nselect b = a, a\ntarget linear a { add low_rank() }"))[:1]
+    assert found.code == "unknown-selector" and "made of itself" in found.message
+
+
+@pytest.mark.parametrize(("numbers", "divisor"), [("12", 3), ("12, 5", 4), ("12, 99", 12), ("13, 12", 1), ("1", 1),
+                                                  ("36", 6), (f"{2**39}, {2**38 + 1}", 2**38)])
+def test_divisors(numbers, divisor):
+    assert evaluate(parse_expression(f"divisor({numbers})"), {}) == divisor
+
+
+def test_a_divisor_that_takes_too_long_to_find():
+    with pytest.raises(SurgeryError, match="too large"):
+        evaluate(parse_expression(f"divisor({2**63 - 1})"), {})
 
 
 def test_a_hundred_thousand_names():

@@ -28,6 +28,7 @@ _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": dim
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _SCALAR = {"sqrt": math.sqrt, "exp": math.exp, "abs": abs, "tanh": math.tanh, "min": min, "max": max,
            "sigmoid": lambda x: 1 / (1 + math.exp(-x)), "cos": math.cos, "sin": math.sin}
+_LARGEST_DIVIDED = 2**40
 _KEEP_WHOLE = ("abs", "min", "max")
 
 
@@ -251,9 +252,13 @@ def _at_compile_time(node: tree.Call, names: Mapping[str, Any]) -> Any:
 
 
 def _divisor(n: int, most: int | None = None) -> int:
-    """The largest divisor of n that is at most √n, or at most `most`."""
-    limit = math.isqrt(n) if most is None else min(most, n)
-    return next(d for d in range(limit, 0, -1) if n % d == 0)
+    """The largest divisor of n that is at most √n, or at most `most`. Raises: OverflowError for an n for which the
+    search would take seconds."""
+    if n > _LARGEST_DIVIDED:
+        raise OverflowError
+    limit = math.isqrt(n) if most is None else most
+    pairs = ((d, n // d) for d in range(1, math.isqrt(n) + 1) if n % d == 0)
+    return max(d for pair in pairs for d in pair if d <= limit)
 
 
 def _number(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
