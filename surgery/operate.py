@@ -43,7 +43,7 @@ def apply(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: to
     """Operate on `model` in place as `spec` (a spec, a file's path or a shipped name) says; `dtype` is the adapter's.
 
     `check`: prove on a forward pass that the model starts unchanged, that every adapter acts and that merged it gives
-    the same (`Surgeon.prove`); what cannot be proven is said in `surgeon.proof`. `example`: a batch for that, as keyword
+    the same (`Surgeon.prove`); what cannot be proven is said in `surgeon.proof`. `example`: a batch for that: keyword
     arguments, a tuple of arguments or a tensor; without one it is made up where the model's configuration allows.
 
     Raises: SurgeryError, and then the model is as it was. A W' that does not start as W is such an error, unless the

@@ -182,7 +182,8 @@ def several(*used: str) -> surgery.Surgeries:
 
 
 @pytest.mark.parametrize("verb, stride", [
-    (lambda s: s.use("b", "a"), 13), (lambda s: s.use(), 3), (lambda s: s.remove(), 3), (lambda s: s.add("d", ADDS), 61),
+    (lambda s: s.use("b", "a"), 13), (lambda s: s.use(), 3), (lambda s: s.remove(), 3),
+    (lambda s: s.add("d", ADDS), 61),
     (lambda s: s.mix({"b": 0.5, "c": 0.25}), 13)], ids=["use", "use none", "remove", "add", "mix"])
 def test_a_verb_of_surgeries(verb, stride):
     surgeries = interrupted_everywhere(lambda: several("a"), verb, stride=stride)
