@@ -252,3 +252,34 @@ def test_the_place_in_a_long_line_is_shown_and_not_the_line():
     line, carets = shown.splitlines()[3:5]
     assert len(line) < 250 and line[carets.index("^")] == "!"
     json.dumps(Diagnostic("syntax", "odd", Span(Source("x", text), 5000, 5001)).to_json())
+
+
+# -------------------------------------------------------------------------------------------------------- peft
+
+
+def exported(folder: Path, rank: int | None = None) -> dict:
+    from surgery.peft.exporting import export_peft
+
+    torch.manual_seed(0)
+    surgeon = surgery.apply(torch.nn.ModuleDict({"q": torch.nn.Linear(6, 4)}), surgery.load("lora", rank=2))
+    with torch.no_grad():
+        for parameter in surgeon.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    export_peft(surgeon, folder, rank=rank)
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_a_rank_beyond_the_matrix_is_the_matrix(tmp_path):
+    assert exported(tmp_path / "a", rank=10**20)["r"] == 4
+
+
+def test_an_adapter_that_names_a_hundred_thousand_modules(tmp_path):
+    from surgery.peft.folder import Folder
+    from surgery.peft.importing import read
+
+    config = exported(tmp_path / "a")
+    config["target_modules"] = [*(f"x{i}" for i in range(100_000)), "q"]
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    others = {f"other{i}": torch.nn.Identity() for i in range(2000)}
+    found = read(torch.nn.ModuleDict({"q": torch.nn.Linear(6, 4), **others}), Folder(tmp_path / "a"))
+    assert sum(d.code == "dead-name" for d in found.warnings) == 100_000
