@@ -3,7 +3,8 @@
 
 Makes `.venv` and installs the project into it (only when pyproject.toml has changed since),
 then runs the demo, the tests that need no GPU, or those that need one (they are skipped where there is none);
-`python3 dev.py mutate [--help]` tries the tests themselves, by hand and for long.
+`python3 dev.py mutate [--help]` tries the tests themselves, by hand and for long; `python3 dev.py house` prints
+the shape of the code in figures.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ COMMANDS = {
     "test": ["python", "-m", "pytest", "-n", str(WORKERS)],
     "gpu": ["python", "-m", "pytest", "-m", "gpu", "-rs", "-n", "4", "tests/test_gpu.py"],
     "mutate": ["python", "tests/mutate.py"],
+    "house": ["python", "tests/house.py"],
 }
 
 
