@@ -154,7 +154,8 @@ def test_sizes_are_whole_numbers():
 
 def test_equal_nodes_are_one_object():
     twin = object.__new__(Expr)
-    twin.op, twin.args, twin.data, twin.shape = A.op, A.args, A.data, A.shape
+    for name in ("op", "args", "data", "shape", "depth", "unfolded"):
+        setattr(twin, name, getattr(A, name))
     refuses(make("neg", twin), ELABORATED, "another node is equal")
 
 

@@ -39,13 +39,18 @@ class Program:
     """Compiled code. `once(layer, dtype)` and `setup(layer, leaves, known, dtype, cast)` give tuples;
     `body(layer, x, *values)` the output (None in a program of weights, whose outputs are the set-up's values). `source`
     is the text of all three; `over` are those that it was chosen over, and `up_to` says which of them all is the
-    cheapest up to how many tokens."""
+    cheapest up to how many tokens.
+
+    `reads_weight`: the code reads the frozen weight itself at every step; `rests_on_layer`: the set-up depends on the
+    frozen layer's tensors. (Both are found here, since no compiler of torch's can trace what finds them.)"""
 
     source: str
     once: Callable[..., tuple]
     setup: Callable[..., tuple]
     body: Callable[..., torch.Tensor] | None
     plan: Candidate
+    reads_weight: bool
+    rests_on_layer: bool
     over: tuple[Program, ...] = ()
     up_to: tuple[tuple[float, Program], ...] = ()
 
@@ -86,16 +91,6 @@ class Program:
         """What a training step costs."""
         return self.plan.cost(tokens)
 
-    @property
-    def reads_weight(self) -> bool:
-        """Whether the code reads the frozen weight itself at every step."""
-        return self.plan.reads_weight
-
-    @property
-    def rests_on_layer(self) -> bool:
-        """Whether the set-up depends on the frozen layer's tensors."""
-        return self.plan.rests_on_layer
-
 
 @lru_cache(maxsize=None)
 def activations(formula: Formula, kind: str, training: bool, has_bias: bool, is_called: bool = False,
@@ -132,4 +127,5 @@ def _compile(plan: Candidate) -> Program:
     text = program_text(plan)
     scope: dict[str, Any] = dict(_SCOPE)
     exec(compile(text, "<surgery program>", "exec"), scope)
-    return Program(text, scope["once"], scope["setup"], scope.get("body"), plan)
+    return Program(text, scope["once"], scope["setup"], scope.get("body"), plan, plan.reads_weight,
+                   plan.rests_on_layer)
