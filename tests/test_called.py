@@ -229,3 +229,13 @@ def test_under_autocast_and_compiled():
         assert_close(narrow, y, 2e-2)
         torch.compiler.reset()
         assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y, 1e-6)
+
+
+@pytest.mark.parametrize("quotient", ["norm(B @ A) / norm(B @ A) * W", "diag(row_norm(B @ A) / row_norm(B @ A)) @ W",
+                                      "W @ diag(col_norm(B @ A) / col_norm(B @ A))"])
+def test_a_norm_that_starts_at_zero_is_no_one(quotient):
+    """0 / 0 is 0: the layer would start at nothing. No forward pass is made here that could show it."""
+    spec = parse("update u() {\n param A[2, in] ~ normal(std = 1)\n param B[out, 2] = 0\n"
+                 f" return {quotient} - W\n}}\ntarget linear {{ add u() }}")
+    with pytest.raises(SurgeryError, match="does not start as W"):
+        apply(nn.Sequential(Int8Linear(IN, OUT)), spec, check=False)

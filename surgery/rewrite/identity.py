@@ -8,9 +8,16 @@ from surgery.rewrite.algebra import RULES
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.terms import fill, value_of
 
+def _one(quotient: Expr) -> Expr | None:
+    """Only of a norm of the frozen weight itself: what trains may start at 0, and 0 / 0 is 0."""
+    above, below = quotient.args
+    is_norm = above is below and above.op in ("norm", "row_norm", "col_norm")
+    is_of_weight = is_norm and all(node.op in ("weight", "T", "neg") for node in walk(above.args[0]))
+    return fill(1, quotient.shape) if is_of_weight else None
+
+
 _DETACH = Rule("detach(x) = x, in value", "detach", lambda n: n.args[0], "detach(A)")
-_SAME = Rule("x / x = 1 where x is not 0", "div", lambda n: fill(1, n.shape) if n.args[0] is n.args[1] else None,
-             "row_norm(A) / row_norm(A)")
+_SAME = Rule("|W| / |W| = 1 where no norm of W is 0", "div", _one, "row_norm(W) / row_norm(W)")
 # Rows that say nothing of gradients, which a start does not need.
 IN_VALUE = (_DETACH, _SAME)
 _STRICT, _GENERIC = table(*RULES, _DETACH), table(*RULES, *IN_VALUE)
