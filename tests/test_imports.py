@@ -19,7 +19,8 @@ PIPELINE = {
     "spec": "spec",
     "expr": "expr maths show",
     "rewrite": "rewrite",
-    "select": "wrappers called probe layout sites pattern_text patterns exact numbered selectors near reach dead claims select",
+    "select": "wrappers called probe layout sites pattern_text patterns exact numbered selectors near reach dead "
+              "claims select",
     "compile": "compile initialise",
     "lower": "lower costs",
     "layer": "serving effective layer",

@@ -203,7 +203,8 @@ def test_compile_time_layer_and_depth():
     assert [t["add_low_rank.A"].shape[0] for t in tensors] == [2, 4, 5]
     x = torch.randn(4, 12, dtype=torch.float64)
     for layer, t, alpha, rank in zip(model.layers, tensors, (1, 1.5, 2), (2, 4, 5)):
-        weight = t["pre_one_gain.g"] * layer.get_parameter("weight") + alpha / rank * t["add_low_rank.B"] @ t["add_low_rank.A"]
+        update = alpha / rank * t["add_low_rank.B"] @ t["add_low_rank.A"]
+        weight = t["pre_one_gain.g"] * layer.get_parameter("weight") + update
         assert_close(layer(x), x @ weight.T + layer.bias, EXACT)
 
 
