@@ -15,7 +15,7 @@ from torch import nn
 from surgery.diagnostics import Collector
 from surgery.reach import Reach
 from surgery.sites import Site, Survey
-from surgery.words import counted, listed
+from surgery.text import counted, listed
 
 
 def owners(reaches: Sequence[Reach], report: Collector) -> dict[Site, Reach]:

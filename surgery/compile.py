@@ -26,7 +26,7 @@ from surgery.select import Selection, select
 from surgery.sites import Site
 from surgery.spec import Library, library, load
 from surgery.syntax.tree import Spec, Target
-from surgery.words import listed
+from surgery.text import listed
 
 
 @dataclass(frozen=True)

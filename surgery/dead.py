@@ -19,7 +19,7 @@ from surgery.reach import Catalogue, Reach, fits
 from surgery.selectors import Matcher
 from surgery.sites import Refused
 from surgery.syntax.tree import Target
-from surgery.words import counted, listed, some
+from surgery.text import counted, listed, some
 
 MOST_NAMES = 12
 _HEAD_ALONE = "it leaves the output head out, and there is no other", ('a pattern takes the head too: `"**"`',)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from surgery.words import plain
+from surgery.text import plain
 
 CODES: dict[str, str] = {
     "syntax": "the text is not a spec: the parser met something that cannot stand there",

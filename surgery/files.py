@@ -13,7 +13,7 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
-from surgery.words import size_text
+from surgery.text import size_text
 
 SPEC_BYTES = 1 << 20  # a spec is written by hand: the largest that ship have a few KiB
 JSON_BYTES = 1 << 26  # a list of the tensors of the largest models has some MiB

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from surgery.diagnostics import SurgeryError, fail
 from surgery.files import read_json, refuse_irregular
-from surgery.words import some
+from surgery.text import some
 
 try:
     import fcntl

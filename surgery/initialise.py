@@ -18,7 +18,7 @@ from surgery.expr.evaluate import dense, in_dtype
 from surgery.expr.ir import Leaf, walk
 from surgery.sites import Site
 from surgery.syntax.tree import Target
-from surgery.words import counted
+from surgery.text import counted
 
 Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]
 IDENTITY_TOLERANCE = 1e-5

@@ -14,7 +14,7 @@ import torch
 from surgery.compile import Placed
 from surgery.diagnostics import fail
 from surgery.layer import Adapter
-from surgery.words import listed
+from surgery.text import listed
 
 # A value rounded to nearest is off by at most half a unit in the last place, eps / 2 of itself.
 ROUNDINGS = 1.0

@@ -28,8 +28,8 @@ from surgery.rewrite.identity import starts_as_weight
 from surgery.serving import serving
 from surgery.standing import Spot, Standing, changed
 from surgery.syntax.tree import Spec, Target
+from surgery.text import listed
 from surgery.transaction import Scope, all_or_nothing
-from surgery.words import listed
 from surgery.wrappers import bare
 
 _SAID = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}

@@ -28,8 +28,8 @@ from surgery.initialise import IDENTITY_TOLERANCE, departure
 from surgery.layer import Adapter
 from surgery.layout import weights
 from surgery.merge import merged
+from surgery.text import counted, listed
 from surgery.transaction import Scope, Snapshot, finish
-from surgery.words import counted, listed
 
 LARGEST = 10**9  # parameters of a model that is also run backwards, and merged
 _ROUNDINGS = 4  # at the start a half dtype may be off by so many units in the last place

@@ -23,8 +23,9 @@ from surgery.layer import SUFFIX, is_direct
 from surgery.numbered import alike, ranged, starred
 from surgery.show import formula_lines
 from surgery.syntax.tree import Target
-from surgery.words import counted, dtype_text, listed, sides_text, size_text
+from surgery.text import counted, dtype_text, listed, sides_text, size_text
 from surgery.wrappers import parameter
+
 
 class Row(NamedTuple):
     """One operated weight: `shape` is [out, in] (one matrix of a stack), `parameters` what its adapter trains,

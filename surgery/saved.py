@@ -21,7 +21,7 @@ from surgery.files import SPEC_BYTES, read_bytes, read_json, refuse_irregular
 from surgery.folders import Kind
 from surgery.spec import parse
 from surgery.syntax.tree import Spec
-from surgery.words import counted, dtype_text
+from surgery.text import counted, dtype_text
 
 FORMAT = "1.0"
 TENSORS, SPEC, META = FILES = ("adapter.safetensors", "adapter.surg", "meta.json")

@@ -21,7 +21,7 @@ from surgery.reach import Catalogue, Reach, reach
 from surgery.selectors import Matcher, matchers
 from surgery.sites import Site, Survey
 from surgery.syntax.tree import Select, Spec, Target
-from surgery.words import listed
+from surgery.text import listed
 from surgery.wrappers import named_parameters
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from surgery.diagnostics import SurgeryError, fail
 from surgery.expr.solves import is_traced
-from surgery.words import listed
+from surgery.text import listed
 
 _ROW = 2**16  # numbers that are hashed as one
 _BLOCK = 64  # such rows at a time: 32 MiB of integers

@@ -28,7 +28,7 @@ from surgery.layer import Adapter
 from surgery.operate import Surgeon, prepare
 from surgery.saved import ADAPTER, FORMAT, META, SPEC, TENSORS, Saved, compare, shapes
 from surgery.spec import inlined
-from surgery.words import dtype_text, listed
+from surgery.text import dtype_text, listed
 
 
 def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,

@@ -19,7 +19,7 @@ from surgery.expr.evaluate import dense
 from surgery.expr.ir import Claim
 from surgery.initialise import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
 from surgery.sites import sites
-from surgery.words import listed
+from surgery.text import listed
 
 CLAIM_TOLERANCE = 1e-8
 _DISTANCES = (0.1, 1.0)

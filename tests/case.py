@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import oracle as o
 from torch import Tensor
 
-import oracle as o
 from surgery.spec import load, parse, retarget
 from surgery.syntax.tree import Spec
 

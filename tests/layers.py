@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import oracle as o
 import torch
+from case import Case, Parameters
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import oracle as o
-from case import Case, Parameters
 from surgery.operate import Surgeon, apply
 
 

@@ -186,7 +186,12 @@ def main() -> int:
     if not hasattr(os, "fork"):
         return print("a system that can fork is needed", file=sys.stderr) or 2
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
-    import hypothesis, lark, pydantic, pytest, torch, transformers  # noqa: E401, F401
+    import hypothesis  # noqa: E401, F401
+    import lark
+    import pydantic
+    import pytest
+    import torch
+    import transformers
     torch.set_num_threads(1)
 
     files = [f for p in given.paths for f in (sorted((ROOT / p).rglob("*.py")) if (ROOT / p).is_dir() else [ROOT / p])]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft_pair import LAYERS, Layer, full, resolve
+
 from surgery.peft.method import Config, Method
 from surgery.peft.methods import METHODS
 

@@ -13,10 +13,9 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.oft.layer import OFTRotationModule
+from peft_pair import One, adapted, perturb, relative
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-from peft_pair import One, adapted, perturb, relative
 
 
 @dataclass(frozen=True)

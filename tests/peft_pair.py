@@ -14,10 +14,10 @@ from typing import Any
 import peft
 import peft.tuners.boft.layer
 import torch
+from layers import gradients
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from layers import gradients
 from surgery.operate import Surgeon, apply
 from surgery.peft.method import Config, Method
 from surgery.peft.methods import METHODS

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import peft
-
 from peft_cases import SINGLE, WRONG_IN_PEFT, cases
 from peft_differences import DIFFERENCES
 from peft_pair import compare, pair
+
 from surgery.peft.method import Family, Method
 from surgery.peft.methods import METHODS
 from surgery.spec import shipped

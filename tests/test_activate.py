@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
+from operands import MIXED, NAMES, every_call, expression, n, tensors
 from torch import Tensor
 
-from operands import MIXED, NAMES, every_call, expression, n, tensors
 from surgery.expr.evaluate import dense
 from surgery.expr.ir import Expr, walk, without_dropout
 from surgery.expr.primitives import PRIMITIVES, make

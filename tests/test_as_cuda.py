@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import surgery
 from as_cuda import AsCuda, Refused
 from layers import LAYOUTS, Tower, assert_close, operated
 from packed import Int8Linear
+from test_zoo_dropout import METHODS
+from torch import Tensor, nn
+from zoo import CASES
+
+import surgery
 from surgery.expr.primitives import PRIMITIVES
 from surgery.lower import kernels, rows
 from surgery.operate import apply
 from surgery.spec import load
-from test_zoo_dropout import METHODS
-from zoo import CASES
 
 WIDE = LAYOUTS["linear 12x18"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+import oracle as o
 import pytest
 import torch
-from torch import nn
-
-import oracle as o
 from case import Case, Parameters
 from layers import Tower, assert_close, gradients, perturb
 from packed import Int4Linear, Int8Linear, Sealed, SealedLinear
+from torch import nn
+from zoo import CASES
+
 from surgery.called import through
 from surgery.diagnostics import SurgeryError
 from surgery.operate import Surgeon, apply
 from surgery.spec import parse
-from zoo import CASES
 
 EXACT = 1e-10
 OUT, IN = 12, 18

@@ -6,18 +6,18 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations
-
 from layers import Tower, assert_close, perturb
 from packed import Int4Linear, Int8Linear
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from zoo import CASES
+
 from surgery.called import matrix, size, twin
 from surgery.diagnostics import SurgeryError
 from surgery.layout import CALLED, LINEAR
 from surgery.operate import apply
 from surgery.sites import sites, unsupported
 from surgery.spec import load, parse
-from zoo import CASES
 
 OUT, IN = 12, 18
 

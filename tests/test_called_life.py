@@ -7,10 +7,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import nn
-
 from layers import Tower, assert_close, perturb
 from packed import Int4Linear, Int8Linear
+from test_called import IN, OUT, named, operated
+from torch import nn
+
 from surgery.compile import compile
 from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
@@ -20,7 +21,6 @@ from surgery.spec import load, parse
 from surgery.spectra import spectrum
 from surgery.store import attach
 from surgery.surgeries import Surgeries
-from test_called import IN, OUT, named, operated
 
 
 def packed_llama() -> nn.Module:

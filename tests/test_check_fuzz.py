@@ -9,9 +9,10 @@ import re
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from random_specs import specs
+from test_random_specs import some
 from torch.nn import Linear
 
-from random_specs import specs
 from surgery.check import check
 from surgery.diagnostics import SurgeryError
 from surgery.expr.primitives import FUNCTIONS
@@ -19,7 +20,6 @@ from surgery.operate import apply
 from surgery.spec import parse, shipped
 from surgery.syntax.grammar import pattern_of
 from surgery.syntax.tree import Spec
-from test_random_specs import some
 
 TOKEN = re.compile(r'"[^"\n]*"|[A-Za-z_]\w*|[0-9.]+%?|[^\s\w]')
 # What may stand where a token stood, so that most texts still parse.

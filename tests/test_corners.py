@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import Tower, assert_close, gradients, perturb
+from test_random_specs import Experts
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
-from layers import Tower, assert_close, gradients, perturb
 from surgery import store
 from surgery.called import is_plain
 from surgery.check import check
@@ -19,9 +20,8 @@ from surgery.diagnostics import SurgeryError
 from surgery.expr.evaluate import dense
 from surgery.folders import replacing_file
 from surgery.operate import Surgeon, apply
-from surgery.spectra.values import Spectrum, of_factors
 from surgery.spec import parse
-from test_random_specs import Experts
+from surgery.spectra.values import Spectrum, of_factors
 
 EXACT = 1e-10
 

@@ -16,8 +16,8 @@ from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
-from surgery.lower.cost import Cost, body_cost
 from surgery.lower.choose import by_tokens, frozen_alone
+from surgery.lower.cost import Cost, body_cost
 from surgery.report import Report
 from surgery.spec import library, load, parse, shipped
 

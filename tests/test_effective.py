@@ -10,17 +10,17 @@ from copy import deepcopy
 import pytest
 import torch
 import transformers as tf
+from layers import LAYOUTS, Tower, assert_close, operated, perturb
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
+from zoo import CASES
 
-from layers import LAYOUTS, Tower, assert_close, operated, perturb
 from surgery.demo import demo_inputs, load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.effective import EffectiveWeight
 from surgery.operate import Surgeon, apply
 from surgery.spec import load, parse
-from zoo import CASES
 
 EXACT = 1e-10
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from models import perturbed
 
 import surgery
-from models import perturbed
 from surgery import folders
 from surgery.cli.main import main
 from surgery.demo import load_demo

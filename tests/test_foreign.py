@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from models import perturbed
 from safetensors.torch import load_file, save_file
 
 import surgery
-from models import perturbed
 from surgery.cli.main import main
 from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError

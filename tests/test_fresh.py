@@ -8,11 +8,11 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
+from layers import Tower, assert_close, perturb
+from packed import Int8Linear
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from layers import Tower, assert_close, perturb
-from packed import Int8Linear
 from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.lower.choose import Candidate

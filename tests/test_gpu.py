@@ -14,17 +14,17 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import surgery
 from layers import LAYOUTS, Layout, Operated, assert_close, gradients, operated
 from models import perturbed
 from packed import Int8Linear
+from test_zoo_dropout import METHODS, P, by_hand, shipped
+from torch import Tensor, nn
+from zoo import CASES
+
+import surgery
 from surgery.called import is_plain
 from surgery.demo import demo_inputs, load_demo
 from surgery.lower import kernels
-from test_zoo_dropout import METHODS, P, by_hand, shipped
-from zoo import CASES
 
 pytestmark = pytest.mark.gpu
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-import surgery
 from invented import INVENTED, spec
-from surgery.check import check
-from surgery.costs import Estimate
-from surgery.lower.program import activations
 from test_costs import formula
 from test_matrix_free import ALLOWED, IN, OUT, largest
 from test_random_specs import error, lowered, meant, operated
+
+import surgery
+from surgery.check import check
+from surgery.costs import Estimate
+from surgery.lower.program import activations
 
 on_each = pytest.mark.parametrize("name", INVENTED)
 

@@ -6,10 +6,10 @@ import numpy as np
 import peft
 import pytest
 from click.testing import CliRunner
+from peft_trips import opened, quiet, saved
 from torch import nn
 
 import surgery
-from peft_trips import opened, quiet, saved
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head, tokenizer
 from surgery.tasks import Task, read, scores

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from models import perturbed
 from torch import nn
 
 import surgery
-from models import perturbed
 from surgery.cli.main import main
 from surgery.demo import load_demo
 from surgery.outline import outline

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from layers import perturb
+from peft_trips import Demo, apart, config_of, opened, tensors_of
 from torch import Tensor, nn
 
 import surgery
-from layers import perturb
-from peft_trips import Demo, apart, config_of, opened, tensors_of
 from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
 from surgery.operate import Surgeon

@@ -12,10 +12,10 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
+from peft_trips import Demo, apart, config_of, opened, tensors_of
 from safetensors.torch import save_file
 
 import surgery
-from peft_trips import Demo, apart, config_of, opened, tensors_of
 from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
 

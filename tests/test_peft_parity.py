@@ -11,12 +11,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from torch import nn
-
 from layers import assert_close
 from peft_cases import CONFIGS, EXACT, SINGLE, WRONG_IN_PEFT, cases
 from peft_differences import DIFFERENCES
 from peft_pair import LAYERS, One, adapted, compare, full, pair, perturb, place_of, resolve, run
+from torch import nn
+
 from surgery.compile import compile
 from surgery.operate import apply
 from surgery.peft.match import match

@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft_trips import Demo, apart, config_of, opened, tensors_of
 
 import surgery
-from peft_trips import Demo, apart, config_of, opened, tensors_of
 from surgery.peft.method import Method
 from surgery.peft.methods import METHODS
 from surgery.peft.taken import WHOLE

@@ -8,13 +8,13 @@ import random
 import numpy
 import pytest
 import torch
+from test_transactions import LORA, interrupted_everywhere, looks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
 from surgery.demo import demo_inputs, load_demo
 from surgery.diagnostics import SurgeryError
-from test_transactions import LORA, interrupted_everywhere, looks
 
 FAMILIES = ("llama", "bert", "gpt2", "t5", "mixtral", "vit", "resnet")
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-
 from layers import LAYOUTS, Tower, gradients, perturb
 from random_specs import specs
 from reference import Reading, compare_gradients
+from torch import Tensor, nn
+
 from surgery.as_python import python_text
 from surgery.compile import Placed
 from surgery.expr.evaluate import dense

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
 from layers import Tower, perturb
 from reference import Reading, compare_gradients
+from torch import nn
+
 from surgery.operate import apply
 from surgery.spec import load, parse, retarget
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from operands import MIXED, NAMES, every_call, expression, tensors, value_and_gradients
+
 from surgery.expr.ir import Expr, substituted, walk
 from surgery.expr.primitives import constant, make
 from surgery.rewrite.algebra import RULES, simplify

@@ -8,11 +8,12 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-import surgery
 from layers import LAYOUTS, Tower, operated
 from models import perturbed, spec_for
+from torch import Tensor, nn
+from zoo import CASES
+
+import surgery
 from surgery.demo import load_demo
 from surgery.expr.evaluate import dense
 from surgery.expr.ir import Expr
@@ -22,7 +23,6 @@ from surgery.spectra.orthogonality import distance
 from surgery.spectra.summary import Group, Row
 from surgery.spectra.updates import rounding
 from surgery.spectra.values import Spectrum, leading, of_factors, overlap, singular_values
-from zoo import CASES
 
 EXACT = 1e-6
 on_layouts = pytest.mark.parametrize(

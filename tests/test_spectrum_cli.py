@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from models import perturbed, spec_for
 
 import surgery
-from models import perturbed, spec_for
 from surgery.cli import weights
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head

@@ -6,10 +6,10 @@ from copy import deepcopy
 
 import pytest
 import torch
+from models import perturbed
 from torch import nn
 
 import surgery
-from models import perturbed
 from surgery.demo import demo_inputs, load_demo
 from surgery.diagnostics import SurgeryError
 

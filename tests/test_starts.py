@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import oracle as o
 import pytest
 import torch
+from layers import assert_close, perturb
 from torch import nn
 
-import oracle as o
 import surgery
-from layers import assert_close, perturb
 from surgery.diagnostics import SurgeryError
 
 OUT, IN = 12, 18

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, perturb
+from torch import Tensor, nn
+from zoo import CASES
+
 from surgery.expr.ir import Expr, walk
 from surgery.expr.primitives import PRIMITIVES, make
 from surgery.lower import activate, kernels, program
@@ -23,7 +24,6 @@ from surgery.measure import peak_bytes
 from surgery.operate import apply
 from surgery.rewrite.terms import times
 from surgery.spec import load, parse
-from zoo import CASES
 
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]

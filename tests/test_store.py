@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import perturbed
 from safetensors.torch import load_file, save_file
 
 import surgery
-from models import perturbed
 from surgery import folders
 from surgery.demo import demo_inputs, load_demo
 from surgery.folders import MANIFEST

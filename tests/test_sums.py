@@ -7,11 +7,11 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import sums
 import torch
+from layers import Tower, assert_close
 from torch import nn
 
-import sums
-from layers import Tower, assert_close
 from surgery.expr.evaluate import dense
 from surgery.operate import apply
 from surgery.spec import parse

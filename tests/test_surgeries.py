@@ -5,13 +5,13 @@ from __future__ import annotations
 from copy import deepcopy
 from pathlib import Path
 
+import oracle as o
 import pytest
 import torch
+from layers import assert_close, perturb
 from torch import Tensor, nn
 
-import oracle as o
 import surgery
-from layers import assert_close, perturb
 from surgery.diagnostics import SurgeryError
 
 EXACT = 1e-10

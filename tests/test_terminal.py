@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from models import perturbed
 from safetensors.torch import load_file, save_file
 
 import surgery
-from models import perturbed
 from surgery.cli import microscope, modules, render
 from surgery.cli.main import main
 from surgery.demo import load_demo
 from surgery.diagnostics import Diagnostic, Source, Span
-from surgery.words import plain
+from surgery.text import plain
 
 NAMES = {"colour": "a\x1b[31mb", "return": "a\rb", "line": "a\nb", "direction": "a\u202eb", "csi": "a\x9b31mb",
          "title": "a\x1b]0;b\x07", "null": "a\x7fb", "join": "a\u200db", "separator": "a\u2028b", "tag": "a\U000e0041b"}

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from layers import Tower
 from torch import Tensor, nn
 
 import surgery
-from layers import Tower
 from surgery.expr.ir import Expr, walk
 from surgery.expr.primitives import make
 from surgery.lower import step

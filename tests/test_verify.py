@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from zoo import CASES
 
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
@@ -14,7 +15,16 @@ from surgery.expr.ir import Draw, Expr, Formula, Leaf
 from surgery.expr.lint import IN, OUT, PLACES, spec_values
 from surgery.expr.primitives import PRIMITIVES, constant, make
 from surgery.expr.verify import (
-    CHEAPEST, ELABORATED, LOWERED, MATERIALISED, SIMPLIFIED, Laws, Malformed, verify, verify_formula)
+    CHEAPEST,
+    ELABORATED,
+    LOWERED,
+    MATERIALISED,
+    SIMPLIFIED,
+    Laws,
+    Malformed,
+    verify,
+    verify_formula,
+)
 from surgery.lower.emit import TOKENS
 from surgery.lower.program import Program, activations, weights
 from surgery.rewrite.algebra import simplify
@@ -22,7 +32,6 @@ from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.terms import fill
 from surgery.spec import library, load, shipped
 from surgery.syntax.tree import Spec
-from zoo import CASES
 
 SIZES = ((96, 192), (192, 96), (64, 128), (12, 18))
 PLACE = {"layer": 1, "depth": 0.5}

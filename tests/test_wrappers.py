@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import perturbed
 from torch import distributed, nn
 
 import surgery
-from models import perturbed
 from surgery.demo import demo_inputs, load_demo
 
 

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from layers import LAYOUTS, Layout, Tower, assert_close, gradients, perturb
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from zoo import CASES, SHIPPED
 
-from layers import LAYOUTS, Layout, Tower, assert_close, gradients, perturb
 from surgery.diagnostics import SurgeryError
 from surgery.expr.evaluate import dense
 from surgery.operate import Surgeon, apply
 from surgery.spec import parse
 from surgery.syntax.tree import Spec
-from zoo import CASES, SHIPPED
 
 LINEAR, TABLE = LAYOUTS["linear 12x18"], LAYOUTS["Embedding 18x12"]
 BY_NAME = {case.name: case for case in CASES}

@@ -3,16 +3,16 @@ values and gradients."""
 
 from __future__ import annotations
 
+import oracle as o
 import pytest
 import torch
-from torch import Tensor, nn
-
-import oracle as o
 from layers import LAYOUTS, LINEARS, Operated, Tower, assert_close, gradients, operated, perturb
+from torch import Tensor, nn
+from zoo import CASES
+
 from surgery.expr.evaluate import dense
 from surgery.operate import apply
 from surgery.spec import load, parse
-from zoo import CASES
 
 EXACT = 1e-10
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)

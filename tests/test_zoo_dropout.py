@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import oracle as o
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-import oracle as o
 from case import Parameters
 from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, perturb
+from torch import Tensor
+from torch.nn import functional as F
+from zoo import CASES
+
 from surgery.lower import kernels
 from surgery.operate import apply
 from surgery.spec import parse
-from zoo import CASES
 
 P = 0.4
 LAYOUT = LAYOUTS["linear 12x18"]

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
-
 from layers import LAYOUTS, Operated, assert_close, gradients, operated
+from torch._dynamo.backends.common import aot_autograd
 from zoo import CASES
 
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)

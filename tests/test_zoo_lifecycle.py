@@ -8,14 +8,14 @@ from itertools import product
 
 import pytest
 import torch
-from torch import nn
-
 from case import Parameters
 from layers import LAYOUTS, Tower, assert_close, gradients, operated, perturb
+from torch import nn
+from zoo import CASES
+
 from surgery.expr.primitives import PRIMITIVES
 from surgery.operate import apply
 from surgery.spec import load, parse
-from zoo import CASES
 
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]

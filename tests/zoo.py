@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 import oracle as o
+import torch
 from case import Case, transform, update
 
 # ------------------------------------------------------------------------------------------------- the shipped specs

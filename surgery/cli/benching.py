@@ -12,7 +12,7 @@ from surgery.cli.operating import loaded
 from surgery.cli.options import PAIR, command, dtype_option, opened_together, sets, targets
 from surgery.cli.render import Output, aligned
 from surgery.diagnostics import fail
-from surgery.words import dtype_text, size_text
+from surgery.text import dtype_text, size_text
 
 if TYPE_CHECKING:
     import torch

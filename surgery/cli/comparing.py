@@ -11,7 +11,7 @@ import click
 
 from surgery.cli.options import command, opened_together, sets, targets, trust_option
 from surgery.cli.render import FORMAT, Output
-from surgery.words import size_text
+from surgery.text import size_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli.options import (
-    command, model_argument, opened, sets, spec_argument, strict_option, targets, trust_option)
+    command,
+    model_argument,
+    opened,
+    sets,
+    spec_argument,
+    strict_option,
+    targets,
+    trust_option,
+)
 from surgery.cli.render import Output
-from surgery.words import counted, size_text
+from surgery.text import counted, size_text
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,7 +20,7 @@ from surgery.cli import benching, comparing, exchanging, inspecting, microscope,
 from surgery.cli.options import HELP, common
 from surgery.cli.render import Output, abandon_stdout, echo, settle_streams, told_apart
 from surgery.diagnostics import Diagnostic, SurgeryError
-from surgery.words import plain
+from surgery.text import plain
 
 # Codes of what is wrong with how the program is used, with the world around it or with us, and not with a spec or a
 # model.

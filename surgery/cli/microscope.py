@@ -13,7 +13,7 @@ import click
 from surgery.cli.options import command, trust_option
 from surgery.cli.render import Output, aligned
 from surgery.diagnostics import did_you_mean, fail
-from surgery.words import counted, figure_text, plain, sides_text, some
+from surgery.text import counted, figure_text, plain, sides_text, some
 
 if TYPE_CHECKING:
     from surgery.spectra import Group, Spectra

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.diagnostics import SurgeryError, fail
-from surgery.words import some
+from surgery.text import some
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from surgery.diagnostics import fail
 from surgery.outline import Node, outline
 from surgery.patterns import compile_pattern
 from surgery.sites import Site, Survey
-from surgery.words import sides_text
+from surgery.text import sides_text
 
 
 def chosen(model: nn.Module, pattern: str | None) -> set[str]:

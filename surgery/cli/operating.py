@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import (
-    command, dtype_option, force_option, model_argument, opened, sets, spec_argument, strict_option, targets,
-    trust_option)
+    command,
+    dtype_option,
+    force_option,
+    model_argument,
+    opened,
+    sets,
+    spec_argument,
+    strict_option,
+    targets,
+    trust_option,
+)
 from surgery.cli.render import Output
 from surgery.diagnostics import fail
-from surgery.words import counted
+from surgery.text import counted
 
 if TYPE_CHECKING:
     from surgery.cli.models import Trained

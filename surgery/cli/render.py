@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 from surgery.diagnostics import Diagnostic
-from surgery.words import plain
+from surgery.text import plain
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -15,7 +15,7 @@ from surgery.cli.options import PAIR, command, opened, sets, spec_argument, stri
 from surgery.cli.render import Output
 from surgery.diagnostics import CODES, Collector, Diagnostic, SurgeryError, did_you_mean, fail
 from surgery.files import SPEC_BYTES, read_bytes
-from surgery.words import counted
+from surgery.text import counted
 
 if TYPE_CHECKING:
     from surgery.syntax.tree import Spec

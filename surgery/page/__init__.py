@@ -21,7 +21,7 @@ from surgery.show import formula_lines, formulas
 from surgery.spectra import Group, Spectra
 from surgery.spectra.curves import Curve, across_layers, distributions
 from surgery.syntax.tree import Spec
-from surgery.words import figure_text, sides_text, size_text
+from surgery.text import figure_text, sides_text, size_text
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _FIGURES = {"entropy": "entropy", "normalised_entropy": "of max", "stable_rank": "stable rank",

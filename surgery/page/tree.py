@@ -15,7 +15,7 @@ from surgery.report import Report, Row
 from surgery.sites import Site
 from surgery.spectra import Group, Spectra
 from surgery.spectra.summary import Row as Measured
-from surgery.words import sides_text
+from surgery.text import sides_text
 
 _OPEN = 150  # nodes: of a larger tree, only the first levels are open
 _LEVELS = 3

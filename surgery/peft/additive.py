@@ -10,7 +10,20 @@ from torch import Tensor
 
 from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
 from surgery.peft.tensors import (
-    COLUMNS, KERNELS, POINTS, ROWS, SAME, SCALAR, TURNED, Correspondence, Pairs, Place, Tensors, View, pairs)
+    COLUMNS,
+    KERNELS,
+    POINTS,
+    ROWS,
+    SAME,
+    SCALAR,
+    TURNED,
+    Correspondence,
+    Pairs,
+    Place,
+    Tensors,
+    View,
+    pairs,
+)
 
 NOTHING = Renamed({})
 _RANK = {"rank": "r"}

@@ -28,7 +28,7 @@ from surgery.peft.methods import METHODS
 from surgery.peft.modules import in_time, modules, named, resolved
 from surgery.peft.taken import WHOLE, Taken, at, drawn_again, row
 from surgery.peft.tensors import Place, Tensors
-from surgery.words import listed
+from surgery.text import listed
 
 # The fields of a configuration that choose modules; another writer's are kept where they still choose the same.
 _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

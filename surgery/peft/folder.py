@@ -24,7 +24,7 @@ from surgery.folders import Kind, replacing
 from surgery.peft.methods import METHODS
 from surgery.refused import SWITCHES, refusal
 from surgery.saved import DTYPES, Name, misfits
-from surgery.words import dtype_text
+from surgery.text import dtype_text
 
 CONFIG, TENSORS = ("adapter_config.json", "adapter_model.safetensors")
 _PICKLE = "adapter_model.bin"

@@ -29,8 +29,7 @@ from surgery.peft.wording import Group, one_spec, train_spec
 from surgery.saved import compare
 from surgery.sites import Survey
 from surgery.syntax.tree import Spec
-from surgery.words import listed
-
+from surgery.text import listed
 
 _MOST_WORDS = 100  # of a configuration that names nothing, among which a misspelt one is looked for
 # What fields and tensors give that no layer can have, as a rank of 0.

@@ -10,7 +10,18 @@ import torch
 
 from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
 from surgery.peft.tensors import (
-    COLUMN, FLAT, SAME, SKEW, SKEW_OF_ONE, SKEW_SHARED, SKEW_TURNED, Pairs, Place, View, pairs)
+    COLUMN,
+    FLAT,
+    SAME,
+    SKEW,
+    SKEW_OF_ONE,
+    SKEW_SHARED,
+    SKEW_TURNED,
+    Pairs,
+    Place,
+    View,
+    pairs,
+)
 
 # ------------------------------------------------------------------------------------------------------ OFT and BOFT
 

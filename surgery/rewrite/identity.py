@@ -8,6 +8,7 @@ from surgery.rewrite.algebra import RULES
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.terms import fill, value_of
 
+
 def _one(quotient: Expr) -> Expr | None:
     """Only of a norm of the frozen weight itself: what trains may start at 0, and 0 / 0 is 0."""
     above, below = quotient.args
