@@ -16,10 +16,10 @@ from models import perturbed
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.analysis.page.training_curves import charts, found_state
 from surgery.cli.main import main
 from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
-from surgery.page.training import charts, found_state
 from surgery.peft.folder import Folder
 from surgery.peft.modules import named
 from surgery.saved import FILES, META, SPEC, TENSORS, Saved

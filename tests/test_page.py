@@ -13,11 +13,11 @@ from models import perturbed
 from torch import nn
 
 import surgery
+from surgery.analysis.page import charts, training_curves
+from surgery.analysis.page.html import Markup, table, tag
 from surgery.cli.main import main
 from surgery.demo import load_demo
 from surgery.outline import outline
-from surgery.page import charts, training
-from surgery.page.html import Markup, table, tag
 from surgery.sites import Survey
 from surgery.spectra.curves import Curve
 
@@ -175,7 +175,7 @@ def contrast(a: str, b: str) -> float:
 
 def test_the_curves_of_a_training(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(json.dumps(STATE))
-    assert training.charts(tmp_path / "trainer_state.json") == {
+    assert training_curves.charts(tmp_path / "trainer_state.json") == {
         "loss": [Curve("training", (10, 20), (2.5, 2.0)), Curve("evaluation", (10, 20), (2.4, 2.2))],
         "accuracy": [Curve("evaluation", (10, 20), (0.5, 0.75))],
         "learning rate": [Curve("training", (10, 20), (1e-3, 0.0))]}
@@ -189,12 +189,12 @@ def test_the_nearest_state_of_the_longest_run(tmp_path: Path) -> None:
 
     folder = tmp_path / "run" / "a [1]"
     folder.mkdir(parents=True)
-    assert training.found_state(folder) is None
+    assert training_curves.found_state(folder) is None
     state(tmp_path / "run" / "checkpoint-5", 5)
     beside = state(tmp_path / "run" / "checkpoint-10", 10)
-    assert training.found_state(folder) == beside
+    assert training_curves.found_state(folder) == beside
     inside = state(folder, 3)
-    assert training.found_state(folder) == inside
+    assert training_curves.found_state(folder) == inside
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"log_history": [{"loss": 1}]}',
@@ -202,7 +202,7 @@ def test_the_nearest_state_of_the_longest_run(tmp_path: Path) -> None:
 def test_a_state_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text(text)
     with pytest.raises(surgery.SurgeryError, match=r"bad-data\]: cannot read .*trainer_state.json"):
-        training.found_state(tmp_path)
+        training_curves.found_state(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------- charts

@@ -206,10 +206,10 @@ def report(output: Output, folder: str, base: str | None, out: str, squared: boo
     One HTML file that needs no network: the model and what was operated on, formulas, parameters, costs, spectra, and
     training curves where the state of a Trainer lies in DIR or beside it.
     """
+    from surgery.analysis.page import Page
+    from surgery.analysis.page.training_curves import charts, found_state
     from surgery.cli.weights import opened_adapter
     from surgery.folders import refuse_file, replacing_file
-    from surgery.page import Page
-    from surgery.page.training import charts, found_state
     from surgery.spectra.updates import of_surgeon
 
     refuse_file(Path(out))

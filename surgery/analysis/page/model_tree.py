@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from surgery.analysis.page.html import Markup, joined, tag
 from surgery.layer import SUFFIX
 from surgery.outline import Node, outline
-from surgery.page.html import Markup, joined, tag
 from surgery.report import Report, Row
 from surgery.sites import Site
 from surgery.spectra import Group, Spectra

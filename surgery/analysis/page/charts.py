@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from surgery.page.html import Markup, tag
+from surgery.analysis.page.html import Markup, tag
 from surgery.spectra.curves import Curve
 
 WIDTH, HEIGHT = 420, 270

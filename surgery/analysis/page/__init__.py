@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 
 from surgery import __version__
+from surgery.analysis.page.charts import chart, legend
+from surgery.analysis.page.html import Markup, folded, table, tag
+from surgery.analysis.page.model_tree import ModelTree
 from surgery.lower.cost import TOKENS_SUPPOSED
-from surgery.page.charts import chart, legend
-from surgery.page.html import Markup, folded, table, tag
-from surgery.page.tree import ModelTree
 from surgery.report import Report
 from surgery.show import formula_lines, formulas
 from surgery.spectra import Group, Spectra
