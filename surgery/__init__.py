@@ -15,7 +15,7 @@ _HOMES = {
     "Plan": "compile", "plan": "compile", "Report": "report",
     "Surgeon": "operate", "apply": "operate", "attach": "store", "Surgeries": "surgeries",
     "import_peft": "peft.importing", "export_peft": "peft.exporting", "Exported": "peft.exporting",
-    "spectrum": "spectra", "Spectra": "spectra", "Spectrum": "spectra",
+    "spectrum": "analysis.spectra", "Spectra": "analysis.spectra", "Spectrum": "analysis.spectra",
 }
 _SPELT = {"plan": "compile"}
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from surgery.analysis.spectra import spectrum
+from surgery.analysis.spectra.summary import Group
 from surgery.compile import compile
 from surgery.diagnostics import Collector, SurgeryError
 from surgery.footprint import Clock, side_by_side, step_bytes
@@ -27,8 +29,6 @@ from surgery.measure import sharing
 from surgery.operate import Surgeon, apply
 from surgery.runs import Run, Steps, digest
 from surgery.spec import inlined
-from surgery.spectra import spectrum
-from surgery.spectra.summary import Group
 from surgery.syntax.tree import Spec, Target, add
 from surgery.tasks import Task, scores
 from surgery.training import Setting, encoded, outputs, train, with_head

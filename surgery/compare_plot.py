@@ -10,8 +10,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
+from surgery.analysis.spectra.figure import GRID, MARK, picture
 from surgery.compare_rows import Mean, Row
-from surgery.picture import GRID, MARK, picture
 
 
 def draw(rows: Sequence[Row], file: Path, title: str = "") -> None:

@@ -12,13 +12,13 @@ from packed import Int4Linear, Int8Linear
 from test_called import IN, OUT, named, operated
 from torch import nn
 
+from surgery.analysis.spectra import spectrum
 from surgery.compile import compile
 from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.operate import apply
 from surgery.report import Report
 from surgery.spec import load, parse
-from surgery.spectra import spectrum
 from surgery.store import attach
 from surgery.surgeries import Surgeries
 

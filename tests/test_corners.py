@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from surgery import store
+from surgery.analysis.spectra.spectrum import Spectrum, of_factors
 from surgery.called import is_plain
 from surgery.check import check
 from surgery.diagnostics import SurgeryError
@@ -21,7 +22,6 @@ from surgery.expr.evaluate import dense
 from surgery.folders import replacing_file
 from surgery.operate import Surgeon, apply
 from surgery.spec import parse
-from surgery.spectra.values import Spectrum, of_factors
 
 EXACT = 1e-10
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.spectra import Spectrum
+from surgery.analysis.spectra import Spectrum
 
 FOLDER = Path(__file__).parents[1] / "examples" / "entropy"
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from zoo import CASES
 
 import surgery
+from surgery.analysis.spectra import pending_of, row_of, updates
+from surgery.analysis.spectra.orthogonality import distance
+from surgery.analysis.spectra.spectrum import Spectrum, leading, of_factors, overlap, singular_values
+from surgery.analysis.spectra.summary import Group, Row
+from surgery.analysis.spectra.updates import rounding
 from surgery.demo import load_demo
 from surgery.expr.evaluate import dense
 from surgery.expr.ir import Expr
 from surgery.numbered import module_type
-from surgery.spectra import pending_of, row_of, updates
-from surgery.spectra.orthogonality import distance
-from surgery.spectra.summary import Group, Row
-from surgery.spectra.updates import rounding
-from surgery.spectra.values import Spectrum, leading, of_factors, overlap, singular_values
 
 EXACT = 1e-6
 on_layouts = pytest.mark.parametrize(

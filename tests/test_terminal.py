@@ -161,7 +161,7 @@ def test_a_cell_is_no_formula(cell: str) -> None:
 
 
 def test_the_csv_of_a_model_whose_modules_are_formulas() -> None:
-    from surgery.spectra import spectrum
+    from surgery.analysis.spectra import spectrum
 
     layers = {"=cmd": torch.nn.Linear(4, 4), "x\x1b[31m\n": torch.nn.Linear(4, 4)}
     model = torch.nn.Sequential(torch.nn.ModuleDict(layers))

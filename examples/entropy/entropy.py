@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from surgery.spectra import Spectrum
+from surgery.analysis.spectra import Spectrum
 
 OUT, IN, RANK = 256, 192, 8
 SPREADS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)

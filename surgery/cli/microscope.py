@@ -16,8 +16,8 @@ from surgery.diagnostics import did_you_mean, fail
 from surgery.text import counted, figure_text, plain, sides_text, some
 
 if TYPE_CHECKING:
-    from surgery.spectra import Group, Spectra
-    from surgery.spectra.updates import Pending
+    from surgery.analysis.spectra import Group, Spectra
+    from surgery.analysis.spectra.updates import Pending
 
 _TITLES = {"numerical_rank": "rank", "entropy": "entropy", "normalised_entropy": "of max", "stable_rank": "stable rank",
            "effective_rank": "eff. rank", "relative_size": "‖ΔW‖/‖W‖", "overlap_out": "overlap out", "overlap_in": "in"}
@@ -65,7 +65,7 @@ def _ready(table: str | None, picture: str | None) -> None:
         from surgery.training import need
 
         need("matplotlib", "plot", "a plot")
-        from surgery.spectra.plot import FORMATS
+        from surgery.analysis.spectra.plot import FORMATS
 
         if Path(picture).suffix not in FORMATS:
             raise fail("bad-output", f"cannot draw {picture}: its name must end in one of {', '.join(FORMATS)}",
@@ -73,7 +73,7 @@ def _ready(table: str | None, picture: str | None) -> None:
 
 
 def _measured(output: Output, pending: Sequence[Pending], squared: bool, top: int) -> Spectra:
-    from surgery.spectra import gathered
+    from surgery.analysis.spectra import gathered
 
     return gathered(pending, squared, top, lambda weights: output.track(weights, "measuring"))
 
@@ -82,8 +82,8 @@ def _measured(output: Output, pending: Sequence[Pending], squared: bool, top: in
 
 
 def _of_adapter(output: Output, folder: str, base: str | None) -> list[Pending]:
+    from surgery.analysis.spectra.updates import of_surgeon
     from surgery.cli.weights import opened_adapter
-    from surgery.spectra.updates import of_surgeon
 
     found = opened_adapter(output, folder, base)
     return of_surgeon(found.surgeon, found.read, found.leaves)
@@ -91,9 +91,9 @@ def _of_adapter(output: Output, folder: str, base: str | None) -> list[Pending]:
 
 def _of_models(output: Output, base: str, tuned: str) -> tuple[list[Pending], list[str]]:
     """The updates between two models, and the weights of the tuned one that the base has not in that shape."""
+    from surgery.analysis.spectra.checkpoint import pairs
+    from surgery.analysis.spectra.updates import of_models
     from surgery.cli.weights import opened_weights
-    from surgery.spectra.checkpoint import pairs
-    from surgery.spectra.updates import of_models
 
     one, other = (opened_weights(output, name) for name in (base, tuned))
     found = pairs(one, other)
@@ -126,7 +126,7 @@ def _shown(spectra: Spectra) -> dict[str, str]:
 
 
 def _module_table(spectra: Spectra, shown: Mapping[str, str]) -> list[list[str]]:
-    from surgery.spectra.summary import FIGURES
+    from surgery.analysis.spectra.summary import FIGURES
 
     is_turned = any(row.orthogonality for row in spectra.rows)
     table = [["module", "shape", *shown.values(), *([_DEFECT] if is_turned else [])]]
@@ -166,7 +166,7 @@ def _write(output: Output, spectra: Spectra, table: str | None, picture: str | N
         with replacing_file(Path(table)) as new:
             new.write_text(_csv(spectra), encoding="utf-8")
     if picture:
-        from surgery.spectra.plot import draw
+        from surgery.analysis.spectra.plot import draw
 
         with output.busy(f"drawing {picture}"), replacing_file(Path(picture)) as new:
             draw({label: spectra}, new, label)
@@ -208,9 +208,9 @@ def report(output: Output, folder: str, base: str | None, out: str, squared: boo
     """
     from surgery.analysis.page import Page
     from surgery.analysis.page.training_curves import charts, found_state
+    from surgery.analysis.spectra.updates import of_surgeon
     from surgery.cli.weights import opened_adapter
     from surgery.folders import refuse_file, replacing_file
-    from surgery.spectra.updates import of_surgeon
 
     refuse_file(Path(out))
     state = found_state(Path(folder))

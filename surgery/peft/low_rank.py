@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery.analysis.spectra import pending_of
+from surgery.analysis.spectra.spectrum import Directions, Spectrum, leading, of_factors
+from surgery.analysis.spectra.updates import Update
 from surgery.diagnostics import fail
 from surgery.operate import Surgeon
-from surgery.spectra import pending_of
-from surgery.spectra.updates import Update
-from surgery.spectra.values import Directions, Spectrum, leading, of_factors
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from surgery import __version__
 from surgery.analysis.page.charts import chart, legend
 from surgery.analysis.page.html import Markup, folded, table, tag
 from surgery.analysis.page.model_tree import ModelTree
+from surgery.analysis.spectra import Group, Spectra
+from surgery.analysis.spectra.curves import Curve, across_layers, distributions
 from surgery.lower.cost import TOKENS_SUPPOSED
 from surgery.report import Report
 from surgery.show import formula_lines, formulas
-from surgery.spectra import Group, Spectra
-from surgery.spectra.curves import Curve, across_layers, distributions
 from surgery.syntax.tree import Spec
 from surgery.text import figure_text, sides_text, size_text
 

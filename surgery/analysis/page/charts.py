@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from surgery.analysis.page.html import Markup, tag
-from surgery.spectra.curves import Curve
+from surgery.analysis.spectra.curves import Curve
 
 WIDTH, HEIGHT = 420, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 26, 38

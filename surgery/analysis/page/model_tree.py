@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from surgery.analysis.page.html import Markup, joined, tag
+from surgery.analysis.spectra import Group, Spectra
+from surgery.analysis.spectra.summary import Row as Measured
 from surgery.layer import SUFFIX
 from surgery.outline import Node, outline
 from surgery.report import Report, Row
 from surgery.sites import Site
-from surgery.spectra import Group, Spectra
-from surgery.spectra.summary import Row as Measured
 from surgery.text import sides_text
 
 _OPEN = 150  # nodes: of a larger tree, only the first levels are open

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.analysis.spectra.curves import Curve
 from surgery.diagnostics import fail
 from surgery.files import read_json
-from surgery.spectra.curves import Curve
 
 STATE = "trainer_state.json"
 _TITLES = {"loss": "loss", "eval_loss": "loss", "learning_rate": "learning rate", "grad_norm": "norm of the gradient"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import fmean
 
-from surgery.spectra.summary import FIGURES, Row, Spectra
+from surgery.analysis.spectra.summary import FIGURES, Row, Spectra
 
 POINTS = 200  # of a longer curve, so many are kept, as dense as a logarithmic axis shows them
 

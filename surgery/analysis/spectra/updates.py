@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from surgery.analysis.spectra.orthogonality import Defect, defects
 from surgery.compile import Placed
 from surgery.expr.evaluate import dense, in_dtype
 from surgery.expr.ir import Expr, without_dropout
@@ -28,7 +29,6 @@ from surgery.rewrite.norms import spread
 from surgery.rewrite.structure import Factors, factors
 from surgery.rewrite.terms import scaled, summands, times, total
 from surgery.sites import Site
-from surgery.spectra.orthogonality import Defect, defects
 
 WIDE = torch.float64
 _ROWS = 4096  # of a large matrix, so many at a time

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
+from surgery.analysis.spectra.checkpoint import Weights, pairs
+from surgery.analysis.spectra.spectrum import Spectrum
+from surgery.analysis.spectra.summary import TOP, Group, Row, Spectra, row_of
+from surgery.analysis.spectra.updates import Pending, of_models, of_surgeon
 from surgery.diagnostics import fail
 from surgery.layer import Adapter
 from surgery.operate import Surgeon
 from surgery.sites import Site
-from surgery.spectra.checkpoint import Weights, pairs
-from surgery.spectra.summary import TOP, Group, Row, Spectra, row_of
-from surgery.spectra.updates import Pending, of_models, of_surgeon
-from surgery.spectra.values import Spectrum
 
 Track = Callable[[Sequence[Pending]], Iterable[Pending]]
 

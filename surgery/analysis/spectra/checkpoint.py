@@ -14,11 +14,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from surgery.analysis.spectra.updates import Read
 from surgery.claims import tied
 from surgery.diagnostics import fail
 from surgery.files import read_json
 from surgery.sites import Site, Survey
-from surgery.spectra.updates import Read
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from surgery.picture import GRID, picture
-from surgery.spectra.curves import Curve, across_layers, distributions
-from surgery.spectra.summary import Spectra
+from surgery.analysis.spectra.curves import Curve, across_layers, distributions
+from surgery.analysis.spectra.figure import GRID, picture
+from surgery.analysis.spectra.summary import Spectra
 
 FORMATS = (".png", ".svg", ".pdf")
 

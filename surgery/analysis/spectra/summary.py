@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from surgery.analysis.spectra.orthogonality import Defect
+from surgery.analysis.spectra.spectrum import Directions, Spectrum, leading, of_factors, overlap
+from surgery.analysis.spectra.updates import Update
 from surgery.diagnostics import fail
-from surgery.spectra.orthogonality import Defect
-from surgery.spectra.updates import Update
-from surgery.spectra.values import Directions, Spectrum, leading, of_factors, overlap
 
 TOP = 8
 
