@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import surgery
-from surgery.cli import render
+from surgery.cli import output as output_module
 from surgery.cli.main import main
 from surgery.cli.options import opened_together
 from surgery.demo import demo_config
@@ -342,8 +342,8 @@ def shown(monkeypatch: pytest.MonkeyPatch, color: str, **environment: str) -> st
     for name, value in {"TERM": "xterm-256color", **environment}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    output = render.Output(color=color)
-    output.stderr.print(render.coloured("error[syntax]: no"))
+    output = output_module.Output(color=color)
+    output.stderr.print(output_module.coloured("error[syntax]: no"))
     return sys.stderr.getvalue()
 
 
@@ -357,10 +357,10 @@ def test_colour(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def busy(monkeypatch: pytest.MonkeyPatch, patience: float, stream: io.StringIO, **how) -> str:
     """What is shown of work that goes on until something is shown, or half a second."""
-    monkeypatch.setattr(render, "_PATIENCE", patience)
+    monkeypatch.setattr(output_module, "_PATIENCE", patience)
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")
-    with render.Output(**how).busy("planning"):
+    with output_module.Output(**how).busy("planning"):
         end = time.monotonic() + 0.5
         while "planning" not in stream.getvalue() and time.monotonic() < end:
             time.sleep(0.01)

@@ -259,7 +259,7 @@ def test_a_result_that_cannot_be_shown_is_saved_all_the_same(monkeypatch: pytest
     def closed(self: object, what: str = "") -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("surgery.cli.render.Output.say", closed)
+    monkeypatch.setattr("surgery.cli.output.Output.say", closed)
     assert apply().exit_code == 1 and Path("adapter/adapter.safetensors").exists()
 
 

@@ -11,7 +11,7 @@ from small_text import save_model, texts, words
 
 import surgery
 from surgery import compare
-from surgery.cli.comparing import _methods
+from surgery.cli.compare import _methods
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head
 from surgery.compare import Comparison

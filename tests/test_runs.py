@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import surgery
-from surgery.cli.comparing import _edges
+from surgery.cli.compare import _edges
 from surgery.compare_rows import Mean, rows
 from surgery.runs import Run, Steps, finished, keep, keep_steps, known_steps, place_of
 

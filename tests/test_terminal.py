@@ -14,7 +14,8 @@ from models import perturbed
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.cli import microscope, modules, render
+from surgery.cli import microscope, module_tree_view
+from surgery.cli import output as output_module
 from surgery.cli.main import main
 from surgery.demo import load_demo
 from surgery.diagnostics import Diagnostic, Source, Span
@@ -114,7 +115,7 @@ def test_an_adapter_that_names_what_is_no_text(name: str) -> None:
 # ---------------------------------------------------------------------------------------------------- other text
 
 
-class Terminal(render.io.StringIO):
+class Terminal(output_module.io.StringIO):
     def isatty(self) -> bool:
         return True
 
@@ -123,9 +124,9 @@ class Terminal(render.io.StringIO):
 def test_a_model_whose_modules_are_no_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Sequential(torch.nn.ModuleDict({name.replace(".", ""): torch.nn.Linear(2, 2)}))
     monkeypatch.setattr(sys, "stdout", Terminal())
-    output = render.Output(color="never")
-    output.say(modules.tree(model, {n for n, _ in model.named_modules()}, every=True))
-    output.say("\n".join(render.aligned([["name", "size"], [name, "1"]])))
+    output = output_module.Output(color="never")
+    output.say(module_tree_view.tree(model, {n for n, _ in model.named_modules()}, every=True))
+    output.say("\n".join(output_module.aligned([["name", "size"], [name, "1"]])))
     output.raw(f"{name}\n")
     shown = sys.stdout.getvalue()
     assert_plain(shown)
@@ -135,8 +136,8 @@ def test_a_model_whose_modules_are_no_text(name: str, monkeypatch: pytest.Monkey
 @name
 def test_progress_that_names_what_is_no_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(render, "_PATIENCE", 0.0)
-    output = render.Output(color="never")
+    monkeypatch.setattr(output_module, "_PATIENCE", 0.0)
+    output = output_module.Output(color="never")
     with output.progress() as show:
         show(name)
     output.note(name)
@@ -205,7 +206,7 @@ def test_json_stays_json_whatever_else_is_printed(error: BaseException | None, s
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, float("-inf")], {"a": (float("nan"),)}])
 def test_json_has_no_nan(value: object, capsys) -> None:
-    render.Output(as_json=True).data(value=value)
+    output_module.Output(as_json=True).data(value=value)
     text = capsys.readouterr().out
     assert "NaN" not in text and "Infinity" not in text and "null" in text
 

@@ -10,7 +10,7 @@ import click
 
 from surgery.cli.operating import base_name, base_of, free, loaded, say_errors
 from surgery.cli.options import command, dtype_option, force_option, trust_option
-from surgery.cli.render import Output
+from surgery.cli.output import Output
 from surgery.text import counted
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from surgery.cli.options import (
     targets,
     trust_option,
 )
-from surgery.cli.render import Output
+from surgery.cli.output import Output
 from surgery.text import counted, size_text
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def modules(output: Output, model: str, pattern: str | None, every: bool) -> Non
 
     With the kind and shape of every weight that a spec can take; PATTERN narrows it.
     """
-    from surgery.cli.modules import chosen, entries, tree
+    from surgery.cli.module_tree_view import chosen, entries, tree
 
     skeleton = skeleton_of(output, model)
     names = chosen(skeleton, pattern)

@@ -16,9 +16,9 @@ from typing import Any
 
 import click
 
-from surgery.cli import benching, comparing, exchanging, inspecting, microscope, operating, writing
+from surgery.cli import bench, compare, exchanging, inspecting, microscope, operating, writing
 from surgery.cli.options import HELP, common
-from surgery.cli.render import Output, abandon_stdout, echo, settle_streams, told_apart
+from surgery.cli.output import Output, abandon_stdout, echo, settle_streams, told_apart
 from surgery.diagnostics import Diagnostic, SurgeryError
 from surgery.text import plain
 
@@ -120,6 +120,6 @@ def main() -> None:
     """
 
 
-for group in (writing, inspecting, operating, exchanging, comparing, benching, microscope):
+for group in (writing, inspecting, operating, exchanging, compare, bench, microscope):
     for each in group.COMMANDS:
         main.add_command(each)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import command, trust_option
-from surgery.cli.render import Output, aligned
+from surgery.cli.output import Output, aligned
 from surgery.diagnostics import did_you_mean, fail
 from surgery.text import counted, figure_text, plain, sides_text, some
 
@@ -83,7 +83,7 @@ def _measured(output: Output, pending: Sequence[Pending], squared: bool, top: in
 
 def _of_adapter(output: Output, folder: str, base: str | None) -> list[Pending]:
     from surgery.analysis.spectra.updates import of_surgeon
-    from surgery.cli.weights import opened_adapter
+    from surgery.cli.opened_weights import opened_adapter
 
     found = opened_adapter(output, folder, base)
     return of_surgeon(found.surgeon, found.read, found.leaves)
@@ -93,7 +93,7 @@ def _of_models(output: Output, base: str, tuned: str) -> tuple[list[Pending], li
     """The updates between two models, and the weights of the tuned one that the base has not in that shape."""
     from surgery.analysis.spectra.checkpoint import pairs
     from surgery.analysis.spectra.updates import of_models
-    from surgery.cli.weights import opened_weights
+    from surgery.cli.opened_weights import opened_weights
 
     one, other = (opened_weights(output, name) for name in (base, tuned))
     found = pairs(one, other)
@@ -209,7 +209,7 @@ def report(output: Output, folder: str, base: str | None, out: str, squared: boo
     from surgery.analysis.page import Page
     from surgery.analysis.page.training_curves import charts, found_state
     from surgery.analysis.spectra.updates import of_surgeon
-    from surgery.cli.weights import opened_adapter
+    from surgery.cli.opened_weights import opened_adapter
     from surgery.folders import refuse_file, replacing_file
 
     refuse_file(Path(out))

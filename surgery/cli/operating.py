@@ -21,7 +21,7 @@ from surgery.cli.options import (
     targets,
     trust_option,
 )
-from surgery.cli.render import Output
+from surgery.cli.output import Output
 from surgery.diagnostics import fail
 from surgery.text import counted
 

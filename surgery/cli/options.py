@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.render import Output
+from surgery.cli.output import Output
 
 if TYPE_CHECKING:
     from surgery.syntax.tree import Spec

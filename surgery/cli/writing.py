@@ -12,7 +12,7 @@ import click
 
 from surgery.cli.inspecting import skeleton_of
 from surgery.cli.options import PAIR, command, opened, sets, spec_argument, strict_option, trust_option
-from surgery.cli.render import Output
+from surgery.cli.output import Output
 from surgery.diagnostics import CODES, Collector, Diagnostic, SurgeryError, did_you_mean, fail
 from surgery.files import SPEC_BYTES, read_bytes
 from surgery.text import counted
@@ -215,7 +215,7 @@ def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: b
         raise click.UsageError("--tokens and --shape go with --program.")
     resolved = inlined(opened(spec, sets))
     if program:
-        from surgery.cli.programs import shown
+        from surgery.cli.program_view import shown
 
         return shown(output, resolved, *(shape or (1024, 4096)), tokens or 1024)
     text = _EMITTED[emit](resolved)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from surgery.analysis.spectra.checkpoint import Weights, of_folder
 from surgery.cli.models import DEMO, folder_of, load, quiet_libraries, skeleton, with_saved_head
 from surgery.cli.operating import base_name
-from surgery.cli.render import Output
+from surgery.cli.output import Output
 from surgery.diagnostics import fail
 from surgery.saved import Saved
 from surgery.sites import Site

@@ -10,7 +10,7 @@ import click
 
 from surgery.cli.operating import loaded
 from surgery.cli.options import PAIR, command, dtype_option, opened_together, sets, targets
-from surgery.cli.render import Output, aligned
+from surgery.cli.output import Output, aligned
 from surgery.diagnostics import fail
 from surgery.text import dtype_text, size_text
 

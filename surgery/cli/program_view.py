@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from surgery.cli.render import Output, aligned
+from surgery.cli.output import Output, aligned
 from surgery.costs import FLOAT, Estimate, amount, layer_kind
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate

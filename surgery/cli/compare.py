@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import command, opened_together, sets, targets, trust_option
-from surgery.cli.render import FORMAT, Output
+from surgery.cli.output import FORMAT, Output
 from surgery.text import size_text
 
 if TYPE_CHECKING:
