@@ -13,15 +13,15 @@ from itertools import chain, islice
 from math import lcm, prod
 from typing import Any
 
+from surgery.codegen.candidates import by_tokens, candidates
+from surgery.codegen.program_text import program_text, step_text
+from surgery.codegen.validate import program_faults, step_faults
 from surgery.costs import Estimate, fallback, layer_kind
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
 from surgery.expr.lint import lint, spec_values
 from surgery.expr.values import names_in, nodes
-from surgery.lower.choose import by_tokens, candidates
-from surgery.lower.regions import program_text, step_text
-from surgery.lower.validate import program_faults, step_faults
 from surgery.rewrite.identity import starts_as_weight, surely_trains
 from surgery.selectors import selector_faults
 from surgery.spec import Library, library

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from surgery.codegen.apply_to_activations import turned
+from surgery.codegen.candidates import Candidate, candidates, frozen_alone
+from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost
+from surgery.codegen.operation_counts import MADE_ELSEWHERE, flops
 from surgery.diagnostics import Diagnostic
 from surgery.expr.ir import Expr, Formula, walk
 from surgery.expr.primitives import shape_text
-from surgery.lower.activate import turned
-from surgery.lower.choose import Candidate, candidates, frozen_alone
-from surgery.lower.cost import TOKENS_SUPPOSED, Cost, body_cost
-from surgery.lower.work import MADE_ELSEWHERE, flops
 from surgery.maths import brief
 from surgery.syntax.tree import Target
 

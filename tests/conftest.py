@@ -26,10 +26,10 @@ def _width() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _proven() -> Iterator[None]:
     """Every program and every step that a test runs is proven to compute its expressions."""
-    from surgery.lower import program, step
-    from surgery.lower.validate import program_faults, step_faults
+    from surgery.codegen import autograd_node, program
+    from surgery.codegen.validate import program_faults, step_faults
 
-    write_program, write_step = program.program_text, step.step_text
+    write_program, write_step = program.program_text, autograd_node.step_text
 
     def proven_program(plan: Any) -> str:
         source = write_program(plan)
@@ -43,5 +43,5 @@ def _proven() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "program_text", proven_program)
-        patch.setattr(step, "step_text", proven_step)
+        patch.setattr(autograd_node, "step_text", proven_step)
         yield

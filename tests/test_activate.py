@@ -9,16 +9,16 @@ import torch
 from operands import MIXED, NAMES, every_call, expression, n, tensors
 from torch import Tensor
 
+from surgery.codegen import apply_to_activations
+from surgery.codegen.apply_to_activations import apply, matrix, turned
+from surgery.codegen.emit import TOKENS
+from surgery.codegen.fuse_blocks import blockwise
+from surgery.codegen.fuse_low_rank import thinly
+from surgery.codegen.images_and_ids import enter_in_parts, split_dropout
 from surgery.expr.evaluate import dense
 from surgery.expr.ir import Expr, walk, without_dropout
 from surgery.expr.primitives import PRIMITIVES, make
 from surgery.expr.verify import CHEAPEST, LOWERED, MATERIALISED, verify
-from surgery.lower import activate
-from surgery.lower.activate import apply, matrix, turned
-from surgery.lower.blockwise import blockwise
-from surgery.lower.emit import TOKENS
-from surgery.lower.inputs import enter_in_parts, split_dropout
-from surgery.lower.thin import thinly
 from surgery.rewrite.algebra import RULES
 from surgery.rewrite.cheap import CHEAP, JOINED, cheapest
 from surgery.rewrite.structure import factors, is_orthogonal, is_skew, low_rank_turn
@@ -161,7 +161,7 @@ def test_dropout_parts_add_up():
 
 
 def test_every_row_was_tried():
-    assert set(activate._APPLY) <= {e.op for e in matrices()}
+    assert set(apply_to_activations._APPLY) <= {e.op for e in matrices()}
 
 
 # --------------------------------------------------------------------------------------------------- structure

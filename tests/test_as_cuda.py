@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from zoo import CASES
 
 import surgery
+from surgery.codegen import kernels, kernels_row_sums
 from surgery.expr.primitives import PRIMITIVES
-from surgery.lower import kernels, rows
 from surgery.operate import apply
 from surgery.spec import load
 
@@ -85,7 +85,7 @@ def paths(request, monkeypatch) -> str:
     """The second: whole activations in place of parts, dropout's masks as bools."""
     if request.param != "a CPU's paths":
         monkeypatch.setattr(kernels, "on_cpu", lambda a: False)
-        monkeypatch.setattr(rows, "ROWS", {})
+        monkeypatch.setattr(kernels_row_sums, "ROWS", {})
     return request.param
 
 
@@ -189,7 +189,7 @@ def test_a_kernel_rounds_once_or_twice_however_many_rows_there_are(tokens, dtype
 def test_the_weighted_sums_of_rows(paths):
     given = [t.requires_grad_() for t in (draw(2100, 12), draw(2100, 12) + 1, draw(12))]
     wide = [t.detach().double().requires_grad_() for t in given]
-    found, (a, b, d) = rows.weighted_dot(*given), wide
+    found, (a, b, d) = kernels_row_sums.weighted_dot(*given), wide
     wanted = (a * b * d).sum(-1)
     assert_close(found, wanted, 1e-6)
     direction = draw(2100)

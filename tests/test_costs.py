@@ -9,6 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from surgery.cli.main import main
+from surgery.codegen.candidates import by_tokens, frozen_alone
+from surgery.codegen.cost_model import Cost, body_cost
 from surgery.compile import compile
 from surgery.costs import Estimate
 from surgery.demo import load_demo
@@ -16,8 +18,6 @@ from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
-from surgery.lower.choose import by_tokens, frozen_alone
-from surgery.lower.cost import Cost, body_cost
 from surgery.report import Report
 from surgery.spec import library, load, parse, shipped
 

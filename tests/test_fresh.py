@@ -13,10 +13,10 @@ from packed import Int8Linear
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from surgery.codegen.candidates import Candidate
+from surgery.codegen.cost_model import Cost
 from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
-from surgery.lower.choose import Candidate
-from surgery.lower.cost import Cost
 from surgery.operate import Surgeon, apply
 from surgery.serving import fingerprint
 from surgery.spec import load, parse

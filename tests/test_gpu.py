@@ -23,8 +23,8 @@ from zoo import CASES
 
 import surgery
 from surgery.called import is_plain
+from surgery.codegen import kernels
 from surgery.demo import demo_inputs, load_demo
-from surgery.lower import kernels
 
 pytestmark = pytest.mark.gpu
 

@@ -11,8 +11,8 @@ from test_random_specs import error, lowered, meant, operated
 
 import surgery
 from surgery.check import check
+from surgery.codegen.program import activations
 from surgery.costs import Estimate
-from surgery.lower.program import activations
 
 on_each = pytest.mark.parametrize("name", INVENTED)
 

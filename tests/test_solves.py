@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from surgery.codegen.kernels_row_sums import weighted_dot
 from surgery.expr.solves import cayley, resolvent, skew
-from surgery.lower.rows import weighted_dot
 
 
 def plain(k: Tensor) -> Tensor:

@@ -11,15 +11,15 @@ from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, 
 from torch import Tensor, nn
 from zoo import CASES
 
+from surgery.codegen import apply_to_activations, kernels, program
+from surgery.codegen.aliases import Memory
+from surgery.codegen.autograd_node import step
+from surgery.codegen.candidates import Candidate
+from surgery.codegen.cost_model import Cost
+from surgery.codegen.emit import emitted
+from surgery.codegen.schedule import Region
 from surgery.expr.ir import Expr, walk
 from surgery.expr.primitives import PRIMITIVES, make
-from surgery.lower import activate, kernels, program
-from surgery.lower.choose import Candidate
-from surgery.lower.cost import Cost
-from surgery.lower.emit import emitted
-from surgery.lower.memory import Memory
-from surgery.lower.schedule import Region
-from surgery.lower.step import step
 from surgery.measure import peak_bytes
 from surgery.operate import apply
 from surgery.rewrite.terms import times
@@ -453,7 +453,7 @@ def test_circulants_by_fourier_transforms(dtype):
 @pytest.mark.parametrize(("layout", "largest"), [("linear 12x18", 128), ("linear 12x12", 0)])
 def test_circulants_by_products_and_by_fast_transforms(monkeypatch, block, layout, largest):
     """Blocks of even size, the zoo having an odd one."""
-    monkeypatch.setattr(activate, "BY_PRODUCTS", largest)
+    monkeypatch.setattr(apply_to_activations, "BY_PRODUCTS", largest)
     op = operated(next(case for case in CASES if case.name == "c3a"), LAYOUTS[layout], block=block)
     best, x = op.adapter._programs[True], op.input()
     assert any("waves" in each.source for each in (best, *best.over)) is (largest > 0)

@@ -14,12 +14,12 @@ from layers import Tower
 from torch import Tensor, nn
 
 import surgery
+from surgery.codegen import autograd_node
+from surgery.codegen.emit import TOKENS
+from surgery.codegen.program_text import StepText, step_text
+from surgery.codegen.validate import program_faults, step_faults
 from surgery.expr.ir import Expr, walk
 from surgery.expr.primitives import make
-from surgery.lower import step
-from surgery.lower.emit import TOKENS
-from surgery.lower.regions import StepText, step_text
-from surgery.lower.validate import program_faults, step_faults
 from surgery.rewrite.terms import times
 
 SUMS = Path(__file__).parent / "data" / "sums"
@@ -165,7 +165,7 @@ def numbers(source: str, text: StepText) -> list[Tensor] | None:
     given = [torch.randn(9, 128, dtype=torch.float64),
              *(torch.randn(leaves[i].shape, dtype=torch.float64) for i in sorted(leaves))]
     grad = torch.randn(9, 64, dtype=torch.float64)
-    scope = dict(step._SCOPE)
+    scope = dict(autograd_node._SCOPE)
     try:
         exec(source, scope)
         y, kept = scope["forward"](layer, *given)

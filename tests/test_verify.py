@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 from zoo import CASES
 
+from surgery.codegen.emit import TOKENS
+from surgery.codegen.program import Program, activations, weights
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Draw, Expr, Formula, Leaf
@@ -25,8 +27,6 @@ from surgery.expr.verify import (
     verify,
     verify_formula,
 )
-from surgery.lower.emit import TOKENS
-from surgery.lower.program import Program, activations, weights
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.terms import fill

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from zoo import CASES
 
-from surgery.lower import kernels
+from surgery.codegen import kernels
 from surgery.operate import apply
 from surgery.spec import parse
 

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from surgery.cli.output import Output, aligned
+from surgery.codegen.autograd_node import step
+from surgery.codegen.candidates import Candidate
+from surgery.codegen.program import Program, activations
 from surgery.costs import FLOAT, Estimate, amount, layer_kind
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
-from surgery.lower.choose import Candidate
-from surgery.lower.program import Program, activations
-from surgery.lower.step import step
 from surgery.spec import library
 from surgery.syntax.tree import Spec, Target
 

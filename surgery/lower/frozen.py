@@ -14,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from surgery.called import stored
+from surgery.codegen.kernels import mask, masked
 from surgery.expr.solves import is_traced
 from surgery.layout import Layout
-from surgery.lower.kernels import mask, masked
 
 
 class Frozen:

@@ -17,7 +17,7 @@ from surgery.analysis.page.html import Markup, folded, table, tag
 from surgery.analysis.page.model_tree import ModelTree
 from surgery.analysis.spectra import Group, Spectra
 from surgery.analysis.spectra.curves import Curve, across_layers, distributions
-from surgery.lower.cost import TOKENS_SUPPOSED
+from surgery.codegen.cost_model import TOKENS_SUPPOSED
 from surgery.report import Report
 from surgery.show import formula_lines, formulas
 from surgery.syntax.tree import Spec

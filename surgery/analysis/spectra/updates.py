@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from surgery.analysis.spectra.orthogonality import Defect, defects
+from surgery.codegen.program import weights
 from surgery.compile import Placed
 from surgery.expr.evaluate import dense, in_dtype
 from surgery.expr.ir import Expr, without_dropout
 from surgery.lower.called import frozen
-from surgery.lower.program import weights
 from surgery.numbered import module_type
 from surgery.operate import Surgeon
 from surgery.rewrite.algebra import simplify

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from surgery.codegen.emit import BY_NAME
+from surgery.codegen.kernels import KERNELS
+from surgery.codegen.kernels_permute import MOVES
+from surgery.codegen.program_text import step_text
 from surgery.expr.ir import Expr
-from surgery.lower.emit import BY_NAME
-from surgery.lower.kernels import KERNELS
-from surgery.lower.moves import MOVES
-from surgery.lower.regions import step_text
 
 _SCOPE = {"torch": torch, **MOVES, **BY_NAME, **KERNELS}
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from surgery.lower.choose import Candidate
-from surgery.lower.step import Step, step
+from surgery.codegen.autograd_node import Step, step
+from surgery.codegen.candidates import Candidate
 
 Make = Callable[[Sequence[Tensor]], tuple]
 

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from math import inf
 
+from surgery.codegen.apply_to_activations import apply, matrix, turned
+from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost, has_gradients, made_again, setup_cost
+from surgery.codegen.emit import TOKENS, without_gradient
+from surgery.codegen.fuse_blocks import blockwise
+from surgery.codegen.fuse_low_rank import thinly
+from surgery.codegen.images_and_ids import enter_in_parts, is_weight, run, split_dropout
+from surgery.codegen.operation_counts import size
+from surgery.codegen.setup_order import made, solved_once
+from surgery.codegen.split_products import apart
 from surgery.expr.ir import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
 from surgery.expr.primitives import make
-from surgery.lower.activate import apply, matrix, turned
-from surgery.lower.apart import apart
-from surgery.lower.blockwise import blockwise
-from surgery.lower.cost import TOKENS_SUPPOSED, Cost, body_cost, has_gradients, made_again, setup_cost
-from surgery.lower.emit import TOKENS, without_gradient
-from surgery.lower.inputs import enter_in_parts, is_weight, run, split_dropout
-from surgery.lower.made import made, solved_once
-from surgery.lower.thin import thinly
-from surgery.lower.work import size
 from surgery.rewrite.cheap import MOST_NODES, cheapest
 from surgery.rewrite.structure import is_thin
 from surgery.rewrite.terms import depends_on, summands, total

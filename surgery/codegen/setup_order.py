@@ -5,9 +5,9 @@ Takes the outputs of a program; gives equal ones. Activations are left as they a
 
 from __future__ import annotations
 
+from surgery.codegen.apply_to_activations import matrix, turned
+from surgery.codegen.emit import TOKENS
 from surgery.expr.ir import Expr, substituted, walk
-from surgery.lower.activate import matrix, turned
-from surgery.lower.emit import TOKENS
 
 
 def made(expr: Expr) -> Expr:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from surgery.codegen.aliases import Memory
+from surgery.codegen.candidates import Candidate
+from surgery.codegen.emit import Lines, emitted, without_gradient
+from surgery.codegen.gradients import LEAVES, gradients
+from surgery.codegen.operation_counts import size
+from surgery.codegen.schedule import Region
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr, rebuild, walk
-from surgery.lower.adjoint import LEAVES, gradients
-from surgery.lower.choose import Candidate
-from surgery.lower.emit import Lines, emitted, without_gradient
-from surgery.lower.memory import Memory
-from surgery.lower.schedule import Region
-from surgery.lower.work import size
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.terms import times
 

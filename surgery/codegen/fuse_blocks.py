@@ -12,10 +12,10 @@ from functools import reduce
 from itertools import groupby
 from math import lcm
 
+from surgery.codegen.apply_to_activations import apply, permutation
 from surgery.expr.dims import Dim
 from surgery.expr.ir import Expr
 from surgery.expr.primitives import eye, make
-from surgery.lower.activate import apply, permutation
 from surgery.rewrite.structure import is_thin
 from surgery.rewrite.terms import fill
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from surgery.codegen.lifetimes import lifetimes, written_over
+from surgery.codegen.schedule import Instruction, Region, scheduled
 from surgery.expr.dims import symbol
 from surgery.expr.ir import Expr, walk
 from surgery.expr.primitives import PRIMITIVES
-from surgery.lower.lifetimes import lifetimes, written_over
-from surgery.lower.schedule import Instruction, Region, scheduled
 
 TOKENS = symbol("tokens")
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from surgery.codegen.aliases import held_by, read_by
+from surgery.codegen.schedule import Instruction, Region
 from surgery.expr.ir import Expr
-from surgery.lower.memory import held_by, read_by
-from surgery.lower.schedule import Instruction, Region
 
 
 @dataclass(frozen=True)

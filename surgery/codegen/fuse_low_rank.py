@@ -7,9 +7,9 @@ scalars, the frozen layer) meets a few rows in the place of all the tokens.
 
 from __future__ import annotations
 
+from surgery.codegen.apply_to_activations import is_structured
 from surgery.expr.ir import Expr, walk
 from surgery.expr.primitives import make
-from surgery.lower.activate import is_structured
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.structure import Factors, factors
 from surgery.rewrite.terms import scaled, summands, times, total, value_of

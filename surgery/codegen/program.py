@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
+from surgery.codegen import autograd_node, recompute
+from surgery.codegen.apply_to_activations import matrix
+from surgery.codegen.candidates import Candidate, by_tokens, candidate, candidates, offset
+from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost
+from surgery.codegen.emit import BY_NAME
+from surgery.codegen.kernels_permute import MOVES
+from surgery.codegen.kernels_row_sums import ROW_SUMS
+from surgery.codegen.program_text import program_text
 from surgery.expr.ir import Expr, Formula, rebuild, without_dropout
 from surgery.expr.primitives import make
 from surgery.expr.solves import is_traced
-from surgery.lower import again, step
-from surgery.lower.activate import matrix
-from surgery.lower.choose import Candidate, by_tokens, candidate, candidates, offset
-from surgery.lower.cost import TOKENS_SUPPOSED, Cost
-from surgery.lower.emit import BY_NAME
-from surgery.lower.moves import MOVES
-from surgery.lower.regions import program_text
-from surgery.lower.rows import ROW_SUMS
 from surgery.rewrite.cheap import cheapest
 
 _SCOPE = {"torch": torch, **MOVES, **BY_NAME, **ROW_SUMS}
@@ -71,17 +71,17 @@ class Program:
     def strategy(self) -> str:
         return self.plan.strategy
 
-    def run(self, layer: Any, x: torch.Tensor, make: again.Make, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def run(self, layer: Any, x: torch.Tensor, make: recompute.Make, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The body on the values that `make` makes of the adapter's tensors: as one node of autograd where the layer's
         map and its transpose are products with a weight at hand; the set-up too where it is better made again than
         held."""
         known = layer.is_product and not (is_traced() or layer.is_trained)
         if known and self.plan.made_again is not None and torch.is_grad_enabled():
-            y = again.run(self.plan, layer.as_dtype(x.dtype), x, make, tensors)
+            y = recompute.run(self.plan, layer.as_dtype(x.dtype), x, make, tensors)
             if y is not None:
                 return y
         values = make(tuple(tensors.values()))
-        y = step.run(self.plan.written, layer.as_dtype(x.dtype), x, values) if known else None
+        y = autograd_node.run(self.plan.written, layer.as_dtype(x.dtype), x, values) if known else None
         if y is not None:
             return y
         with nullcontext() if layer.follows_autocast else torch.autocast(layer.device.type, enabled=False):
