@@ -14,8 +14,8 @@ from typing import Any
 from surgery.costs import Estimate
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
+from surgery.ir.expression import Formula
 from surgery.spec import library, read, shipped
 from surgery.syntax.tree import Spec
 

@@ -19,9 +19,9 @@ from surgery.codegen.validate import program_faults, step_faults
 from surgery.costs import Estimate, fallback, layer_kind
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.ir import Formula
 from surgery.expr.lint import lint, spec_values
 from surgery.expr.values import names_in, nodes
+from surgery.ir.expression import Formula
 from surgery.rewrite.identity import starts_as_weight, surely_trains
 from surgery.selectors import selector_faults
 from surgery.spec import Library, library

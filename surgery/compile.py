@@ -19,9 +19,9 @@ import torch.nn as nn
 
 from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.ir import Formula, Leaf
 from surgery.expr.lint import lint, spec_values
 from surgery.expr.values import names_in
+from surgery.ir.expression import Formula, Leaf
 from surgery.select import Selection, select
 from surgery.sites import Site
 from surgery.spec import Library, library, load

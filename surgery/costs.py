@@ -15,9 +15,9 @@ from surgery.codegen.candidates import Candidate, candidates, frozen_alone
 from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost
 from surgery.codegen.operation_counts import MADE_ELSEWHERE, flops
 from surgery.diagnostics import Diagnostic
-from surgery.expr.ir import Expr, Formula, walk
-from surgery.expr.primitives import shape_text
-from surgery.maths import brief
+from surgery.ir.expression import Expr, Formula, walk
+from surgery.ir.notation import brief
+from surgery.ir.primitives import shape_text
 from surgery.syntax.tree import Target
 
 _KINDS = {"any": "linear"}

@@ -14,8 +14,8 @@ import torch.nn as nn
 from surgery.compile import Placed
 from surgery.diagnostics import Diagnostic
 from surgery.expr.draws import draw
-from surgery.expr.evaluate import dense, in_dtype
-from surgery.expr.ir import Leaf, walk
+from surgery.ir.dense import dense, in_dtype
+from surgery.ir.expression import Leaf, walk
 from surgery.sites import Site
 from surgery.syntax.tree import Target
 from surgery.text import counted

@@ -20,9 +20,9 @@ import torch.nn as nn
 from surgery.called import ADAPTER, forward_of, has_forward_of_its_own, put_forward_aside, put_forward_back, stored
 from surgery.codegen.program import Program, activations, weights
 from surgery.effective import effective_weight, holds_parameters
-from surgery.expr.evaluate import in_dtype
-from surgery.expr.ir import Formula
-from surgery.expr.solves import is_traced
+from surgery.ir.dense import in_dtype
+from surgery.ir.expression import Formula
+from surgery.ir.orthogonal_maps import is_traced
 from surgery.layout import Layout
 from surgery.lower.called import frozen
 from surgery.lower.frozen import Frozen

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import SurgeryError, fail
-from surgery.expr.solves import is_traced
+from surgery.ir.orthogonal_maps import is_traced
 from surgery.text import listed
 
 _ROW = 2**16  # numbers that are hashed as one

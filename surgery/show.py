@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.ir import Draw, Expr, Formula, Leaf, walk
 from surgery.expr.lint import IN, OUT, PLACES, spec_values
-from surgery.expr.primitives import shape_text
-from surgery.maths import Maths, number_text, parts_to_name
+from surgery.ir.expression import Draw, Expr, Formula, Leaf, walk
+from surgery.ir.notation import Maths, number_text, parts_to_name
+from surgery.ir.primitives import shape_text
 from surgery.spec import library
 from surgery.syntax.printer import expression_text
 from surgery.syntax.tree import Spec, Step, Target

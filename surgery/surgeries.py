@@ -20,8 +20,8 @@ from torch import nn
 
 from surgery.compile import Placed, Plan
 from surgery.diagnostics import did_you_mean, fail
-from surgery.expr.compose import mixed, named, stacked
-from surgery.expr.ir import Formula
+from surgery.ir.compose import mixed, named, stacked
+from surgery.ir.expression import Formula
 from surgery.layer import Adapter
 from surgery.operate import Surgeon, prepare
 from surgery.store import attach, save

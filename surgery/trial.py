@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from surgery.check import Trial
 from surgery.compile import Placed
 from surgery.diagnostics import Diagnostic
-from surgery.expr.evaluate import dense
-from surgery.expr.ir import Claim
 from surgery.initialise import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
+from surgery.ir.dense import dense
+from surgery.ir.expression import Claim
 from surgery.sites import sites
 from surgery.text import listed
 

@@ -16,10 +16,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from surgery.expr.evaluate import dense
-from surgery.expr.ir import Expr
-from surgery.expr.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, eye, make
 from surgery.expr.values import evaluate
+from surgery.ir.dense import dense
+from surgery.ir.expression import Expr
+from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, eye, make
 from surgery.rewrite.terms import fill
 from surgery.syntax.parser import parse_expression
 

@@ -15,10 +15,10 @@ from surgery.codegen.emit import TOKENS
 from surgery.codegen.fuse_blocks import blockwise
 from surgery.codegen.fuse_low_rank import thinly
 from surgery.codegen.images_and_ids import enter_in_parts, split_dropout
-from surgery.expr.evaluate import dense
-from surgery.expr.ir import Expr, walk, without_dropout
-from surgery.expr.primitives import PRIMITIVES, make
-from surgery.expr.verify import CHEAPEST, LOWERED, MATERIALISED, verify
+from surgery.ir.dense import dense
+from surgery.ir.expression import Expr, walk, without_dropout
+from surgery.ir.primitives import PRIMITIVES, make
+from surgery.ir.verifier import CHEAPEST, LOWERED, MATERIALISED, verify
 from surgery.rewrite.algebra import RULES
 from surgery.rewrite.cheap import CHEAP, JOINED, cheapest
 from surgery.rewrite.structure import factors, is_orthogonal, is_skew, low_rank_turn

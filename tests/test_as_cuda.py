@@ -16,7 +16,7 @@ from zoo import CASES
 
 import surgery
 from surgery.codegen import kernels, kernels_row_sums
-from surgery.expr.primitives import PRIMITIVES
+from surgery.ir.primitives import PRIMITIVES
 from surgery.operate import apply
 from surgery.spec import load
 

@@ -15,7 +15,7 @@ from torch.nn import Linear
 
 from surgery.check import check
 from surgery.diagnostics import SurgeryError
-from surgery.expr.primitives import FUNCTIONS
+from surgery.ir.primitives import FUNCTIONS
 from surgery.operate import apply
 from surgery.spec import parse, shipped
 from surgery.syntax.grammar import pattern_of

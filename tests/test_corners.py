@@ -18,8 +18,8 @@ from surgery.analysis.spectra.spectrum import Spectrum, of_factors
 from surgery.called import is_plain
 from surgery.check import check
 from surgery.diagnostics import SurgeryError
-from surgery.expr.evaluate import dense
 from surgery.folders import replacing_file
+from surgery.ir.dense import dense
 from surgery.operate import Surgeon, apply
 from surgery.spec import parse
 

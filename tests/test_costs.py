@@ -16,8 +16,8 @@ from surgery.costs import Estimate
 from surgery.demo import load_demo
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
+from surgery.ir.expression import Formula
 from surgery.report import Report
 from surgery.spec import library, load, parse, shipped
 

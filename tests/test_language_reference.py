@@ -13,7 +13,7 @@ import pytest
 
 from surgery.check import check
 from surgery.expr.draws import DISTRIBUTIONS
-from surgery.expr.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, Primitive
+from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, Primitive
 from surgery.spec import parse
 from surgery.syntax.grammar import KEYWORDS
 from surgery.syntax.printer import format_text

@@ -18,9 +18,9 @@ from surgery.check import check
 from surgery.cli.main import main
 from surgery.diagnostics import Collector, Diagnostic, Source, Span, SurgeryError, fail
 from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.ir import DEEPEST_FORMULA, Expr
-from surgery.expr.primitives import make
 from surgery.expr.values import evaluate
+from surgery.ir.expression import DEEPEST_FORMULA, Expr
+from surgery.ir.primitives import make
 from surgery.patterns import compile_pattern
 from surgery.spec import library, parse
 from surgery.syntax.parser import parse_expression

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from surgery.as_python import python_text
 from surgery.compile import Placed
-from surgery.expr.evaluate import dense
-from surgery.expr.ir import Expr
+from surgery.ir.dense import dense
+from surgery.ir.expression import Expr
 from surgery.operate import Surgeon, apply
 from surgery.spec import parse
 from surgery.syntax.parser import from_json

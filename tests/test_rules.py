@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from operands import MIXED, NAMES, every_call, expression, tensors, value_and_gradients
 
-from surgery.expr.ir import Expr, substituted, walk
-from surgery.expr.primitives import constant, make
+from surgery.ir.expression import Expr, substituted, walk
+from surgery.ir.primitives import constant, make
 from surgery.rewrite.algebra import RULES, simplify
 from surgery.rewrite.cheap import CHEAP, JOINED, cheapest
 from surgery.rewrite.engine import Rule, rewrite, table

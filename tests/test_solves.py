@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from surgery.codegen.kernels_row_sums import weighted_dot
-from surgery.expr.solves import cayley, resolvent, skew
+from surgery.ir.orthogonal_maps import cayley, resolvent, skew
 
 
 def plain(k: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from surgery.analysis.spectra.spectrum import Spectrum, leading, of_factors, ove
 from surgery.analysis.spectra.summary import Group, Row
 from surgery.analysis.spectra.updates import rounding
 from surgery.demo import load_demo
-from surgery.expr.evaluate import dense
-from surgery.expr.ir import Expr
+from surgery.ir.dense import dense
+from surgery.ir.expression import Expr
 from surgery.numbered import module_type
 
 EXACT = 1e-6

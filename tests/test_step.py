@@ -18,8 +18,8 @@ from surgery.codegen.candidates import Candidate
 from surgery.codegen.cost_model import Cost
 from surgery.codegen.emit import emitted
 from surgery.codegen.schedule import Region
-from surgery.expr.ir import Expr, walk
-from surgery.expr.primitives import PRIMITIVES, make
+from surgery.ir.expression import Expr, walk
+from surgery.ir.primitives import PRIMITIVES, make
 from surgery.measure import peak_bytes
 from surgery.operate import apply
 from surgery.rewrite.terms import times

@@ -12,7 +12,7 @@ import torch
 from layers import Tower, assert_close
 from torch import nn
 
-from surgery.expr.evaluate import dense
+from surgery.ir.dense import dense
 from surgery.operate import apply
 from surgery.spec import parse
 

@@ -18,8 +18,8 @@ from surgery.codegen import autograd_node
 from surgery.codegen.emit import TOKENS
 from surgery.codegen.program_text import StepText, step_text
 from surgery.codegen.validate import program_faults, step_faults
-from surgery.expr.ir import Expr, walk
-from surgery.expr.primitives import make
+from surgery.ir.expression import Expr, walk
+from surgery.ir.primitives import make
 from surgery.rewrite.terms import times
 
 SUMS = Path(__file__).parent / "data" / "sums"

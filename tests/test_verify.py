@@ -13,10 +13,10 @@ from surgery.codegen.emit import TOKENS
 from surgery.codegen.program import Program, activations, weights
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.ir import Draw, Expr, Formula, Leaf
 from surgery.expr.lint import IN, OUT, PLACES, spec_values
-from surgery.expr.primitives import PRIMITIVES, constant, make
-from surgery.expr.verify import (
+from surgery.ir.expression import Draw, Expr, Formula, Leaf
+from surgery.ir.primitives import PRIMITIVES, constant, make
+from surgery.ir.verifier import (
     CHEAPEST,
     ELABORATED,
     LOWERED,

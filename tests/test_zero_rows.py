@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from zoo import CASES, SHIPPED
 
 from surgery.diagnostics import SurgeryError
-from surgery.expr.evaluate import dense
+from surgery.ir.dense import dense
 from surgery.operate import Surgeon, apply
 from surgery.spec import parse
 from surgery.syntax.tree import Spec

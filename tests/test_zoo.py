@@ -10,7 +10,7 @@ from layers import LAYOUTS, LINEARS, Operated, Tower, assert_close, gradients, o
 from torch import Tensor, nn
 from zoo import CASES
 
-from surgery.expr.evaluate import dense
+from surgery.ir.dense import dense
 from surgery.operate import apply
 from surgery.spec import load, parse
 

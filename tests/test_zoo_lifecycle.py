@@ -13,7 +13,7 @@ from layers import LAYOUTS, Tower, assert_close, gradients, operated, perturb
 from torch import nn
 from zoo import CASES
 
-from surgery.expr.primitives import PRIMITIVES
+from surgery.ir.primitives import PRIMITIVES
 from surgery.operate import apply
 from surgery.spec import load, parse
 

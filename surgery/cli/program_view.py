@@ -12,8 +12,8 @@ from surgery.codegen.program import Program, activations
 from surgery.costs import FLOAT, Estimate, amount, layer_kind
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
+from surgery.ir.expression import Formula
 from surgery.spec import library
 from surgery.syntax.tree import Spec, Target
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from surgery.expr.ir import Expr
+from surgery.ir.expression import Expr
 
 # What a layer gives: memory of its own, unless it is a module of someone else's, which may give a view of its input.
 _OF_LAYER = {"frozen", "frozen_back", "run"}

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 
-from surgery.expr.fourier import BY_PRODUCTS
-from surgery.expr.ir import Expr, rebuild, walk
-from surgery.expr.primitives import make
+from surgery.ir.expression import Expr, rebuild, walk
+from surgery.ir.primitives import make
+from surgery.ir.primitives_fourier import BY_PRODUCTS
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn
 from surgery.rewrite.terms import scaled, summands, times, total

@@ -19,7 +19,7 @@ from surgery.codegen.emit import BY_NAME
 from surgery.codegen.kernels import KERNELS
 from surgery.codegen.kernels_permute import MOVES
 from surgery.codegen.program_text import step_text
-from surgery.expr.ir import Expr
+from surgery.ir.expression import Expr
 
 _SCOPE = {"torch": torch, **MOVES, **BY_NAME, **KERNELS}
 

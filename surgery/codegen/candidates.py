@@ -20,8 +20,8 @@ from surgery.codegen.images_and_ids import enter_in_parts, is_weight, run, split
 from surgery.codegen.operation_counts import size
 from surgery.codegen.setup_order import made, solved_once
 from surgery.codegen.split_products import apart
-from surgery.expr.ir import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
-from surgery.expr.primitives import make
+from surgery.ir.expression import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
+from surgery.ir.primitives import make
 from surgery.rewrite.cheap import MOST_NODES, cheapest
 from surgery.rewrite.structure import is_thin
 from surgery.rewrite.terms import depends_on, summands, total

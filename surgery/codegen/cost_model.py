@@ -15,7 +15,7 @@ from functools import lru_cache
 from surgery.codegen.emit import readers, without_gradient
 from surgery.codegen.gradients import Gradients, gradients
 from surgery.codegen.operation_counts import MADE_ELSEWHERE, flops, is_accumulated, is_ids, is_taken_in, moved, size
-from surgery.expr.ir import Expr, walk
+from surgery.ir.expression import Expr, walk
 from surgery.rewrite.terms import depends_on
 
 TOKENS_SUPPOSED = 1024  # the number that a choice supposes where nothing is said

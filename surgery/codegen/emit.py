@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from surgery.codegen.lifetimes import lifetimes, written_over
 from surgery.codegen.schedule import Instruction, Region, scheduled
-from surgery.expr.dims import symbol
-from surgery.expr.ir import Expr, walk
-from surgery.expr.primitives import PRIMITIVES
+from surgery.ir.expression import Expr, walk
+from surgery.ir.primitives import PRIMITIVES
+from surgery.ir.sizes import symbol
 
 TOKENS = symbol("tokens")
 

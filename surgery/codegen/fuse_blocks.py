@@ -13,9 +13,9 @@ from itertools import groupby
 from math import lcm
 
 from surgery.codegen.apply_to_activations import apply, permutation
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr
-from surgery.expr.primitives import eye, make
+from surgery.ir.expression import Expr
+from surgery.ir.primitives import eye, make
+from surgery.ir.sizes import Dim
 from surgery.rewrite.structure import is_thin
 from surgery.rewrite.terms import fill
 

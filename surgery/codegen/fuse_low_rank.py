@@ -8,8 +8,8 @@ scalars, the frozen layer) meets a few rows in the place of all the tokens.
 from __future__ import annotations
 
 from surgery.codegen.apply_to_activations import is_structured
-from surgery.expr.ir import Expr, walk
-from surgery.expr.primitives import make
+from surgery.ir.expression import Expr, walk
+from surgery.ir.primitives import make
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.structure import Factors, factors
 from surgery.rewrite.terms import scaled, summands, times, total, value_of

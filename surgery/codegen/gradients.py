@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from surgery.codegen.operation_counts import ACCUMULATED
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr, Shape, rebuild, walk
-from surgery.expr.primitives import make
+from surgery.ir.expression import Expr, Shape, rebuild, walk
+from surgery.ir.primitives import make
+from surgery.ir.sizes import Dim
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.terms import is_zero, scaled, times, total
 

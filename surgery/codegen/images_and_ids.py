@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from surgery.codegen.apply_to_activations import apply, dropped, matrix, turned
 from surgery.codegen.operation_counts import is_ids
-from surgery.expr.ir import Expr, walk, without_dropout
-from surgery.expr.primitives import make
+from surgery.ir.expression import Expr, walk, without_dropout
+from surgery.ir.primitives import make
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.structure import factors
 from surgery.rewrite.terms import scaled, times, total

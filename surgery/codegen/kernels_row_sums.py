@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.expr.solves import is_traced
+from surgery.ir.orthogonal_maps import is_traced
 
 ROWS = {"cpu": 16}  # what a core keeps close; elsewhere each operation costs more to start
 OTHERWISE = 1024

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from surgery.codegen.aliases import held_by, read_by
 from surgery.codegen.schedule import Instruction, Region
-from surgery.expr.ir import Expr
+from surgery.ir.expression import Expr
 
 
 @dataclass(frozen=True)

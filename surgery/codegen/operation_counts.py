@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from math import log2, prod
 
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr
+from surgery.ir.expression import Expr
+from surgery.ir.sizes import Dim
 from surgery.rewrite.terms import scaled, value_of
 
 # What is not computed: views, and what is there already.

@@ -26,9 +26,9 @@ from surgery.codegen.emit import BY_NAME
 from surgery.codegen.kernels_permute import MOVES
 from surgery.codegen.kernels_row_sums import ROW_SUMS
 from surgery.codegen.program_text import program_text
-from surgery.expr.ir import Expr, Formula, rebuild, without_dropout
-from surgery.expr.primitives import make
-from surgery.expr.solves import is_traced
+from surgery.ir.expression import Expr, Formula, rebuild, without_dropout
+from surgery.ir.orthogonal_maps import is_traced
+from surgery.ir.primitives import make
 from surgery.rewrite.cheap import cheapest
 
 _SCOPE = {"torch": torch, **MOVES, **BY_NAME, **ROW_SUMS}

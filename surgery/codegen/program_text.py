@@ -16,8 +16,8 @@ from surgery.codegen.emit import Lines, emitted, without_gradient
 from surgery.codegen.gradients import LEAVES, gradients
 from surgery.codegen.operation_counts import size
 from surgery.codegen.schedule import Region
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr, rebuild, walk
+from surgery.ir.expression import Expr, rebuild, walk
+from surgery.ir.sizes import Dim
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.terms import times
 

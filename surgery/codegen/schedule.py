@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from surgery.codegen.aliases import Memory, held_by, read_by
-from surgery.expr.ir import Expr
+from surgery.ir.expression import Expr
 from surgery.rewrite.terms import scaled, value_of
 
 _PRODUCTS = {"matmul", "frozen", "frozen_back"}

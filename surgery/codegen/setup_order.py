@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from surgery.codegen.apply_to_activations import matrix, turned
 from surgery.codegen.emit import TOKENS
-from surgery.expr.ir import Expr, substituted, walk
+from surgery.ir.expression import Expr, substituted, walk
 
 
 def made(expr: Expr) -> Expr:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from surgery.codegen.emit import TOKENS
-from surgery.expr.ir import Expr, rebuild
-from surgery.expr.primitives import make
+from surgery.ir.expression import Expr, rebuild
+from surgery.ir.primitives import make
 from surgery.rewrite.structure import is_thin
 
 

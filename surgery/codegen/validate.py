@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import islice, permutations, product
 from typing import Any
 
-from surgery.expr.ir import Expr, walk
+from surgery.ir.expression import Expr, walk
 
 # Functions that give memory of their own. (Any other may give a view of what it takes.)
 _ALLOCATE = {"+", "*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "put", "blocks", "masked", "mix",

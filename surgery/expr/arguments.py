@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
-from surgery.expr import dims
-from surgery.expr.dims import Dim
 from surgery.expr.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
 from surgery.expr.values import evaluate, here
+from surgery.ir import sizes
+from surgery.ir.sizes import Dim
 from surgery.syntax.printer import expression_text
 from surgery.syntax.tree import Argument, Call, Check, Definition, Parameter
 
@@ -24,9 +24,9 @@ def typed(value: Any, parameter: Parameter, span: Span | None) -> Any:
     """The value, if it is of the parameter's type; a whole number is one of a float too. Raises:
     SurgeryError (wrong-type)."""
     is_bool = isinstance(value, bool) and parameter.type != "bool"
-    is_other = is_bool or (parameter.type == "int" and dims.is_real(value))
+    is_other = is_bool or (parameter.type == "int" and sizes.is_real(value))
     if value is UNDECIDED or (isinstance(value, _TYPES[parameter.type]) and not is_other):
-        return dims.real(value) if parameter.type == "float" and value is not UNDECIDED else value
+        return sizes.real(value) if parameter.type == "float" and value is not UNDECIDED else value
     raise fail("wrong-type", f"`{parameter.name}` is of type {parameter.type}, not {describe(value)}", span)
 
 
@@ -121,5 +121,5 @@ def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Co
 
 def unknowns(symbolic: Iterable[Parameter]) -> dict[str, Any]:
     """Each parameter as an unknown of its type, for checking a definition on its own."""
-    return {p.name: UNDECIDED if p.type in ("bool", "str") else dims.symbol(p.name, p.type == "float")
+    return {p.name: UNDECIDED if p.type in ("bool", "str") else sizes.symbol(p.name, p.type == "float")
             for p in symbolic}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from surgery.expr.ir import Draw
+from surgery.ir.expression import Draw
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.expr.arguments import bind_call, guard
-from surgery.expr.dims import Size
 from surgery.expr.instance import Instance, not_too_deep, with_article
-from surgery.expr.ir import DEEPEST_FORMULA, Claim, Expr, Formula, Leaf, Part
-from surgery.expr.primitives import make
 from surgery.expr.scope import describe, unknown
 from surgery.expr.values import evaluate
+from surgery.ir.expression import DEEPEST_FORMULA, Claim, Expr, Formula, Leaf, Part
+from surgery.ir.primitives import make
+from surgery.ir.sizes import Size
 from surgery.spec import Library
 from surgery.syntax.tree import Definition, Step, Target
 

@@ -14,12 +14,12 @@ from typing import Any
 from surgery.diagnostics import Collector, Span, did_you_mean, fail
 from surgery.expr import places
 from surgery.expr.arguments import assert_checks, guard
-from surgery.expr.dims import Dim, Size
 from surgery.expr.draws import DISTRIBUTIONS, choices
-from surgery.expr.ir import DEEPEST_FORMULA, Draw, Expr, Leaf
-from surgery.expr.primitives import is_whole, shape_text, undecided
 from surgery.expr.scope import NUMBERS, UNDECIDED, describe, unknown
 from surgery.expr.values import evaluate, here, size, tensor
+from surgery.ir.expression import DEEPEST_FORMULA, Draw, Expr, Leaf
+from surgery.ir.primitives import is_whole, shape_text, undecided
+from surgery.ir.sizes import Dim, Size
 from surgery.syntax.parser import parse_expression
 from surgery.syntax.tree import Argument, Call, Definition, Let, Param
 

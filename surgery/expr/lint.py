@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic, fail
-from surgery.expr import dims
 from surgery.expr.arguments import assert_checks, defaults, unknowns
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.instance import Instance
-from surgery.expr.ir import Expr
 from surgery.expr.scope import unknown
 from surgery.expr.values import names_in
+from surgery.ir import sizes
+from surgery.ir.expression import Expr
 from surgery.spec import Library
 from surgery.syntax.tree import Definition, Param, Parameter, Spec
 
 CLAIMS = ("orthogonal", "diagonal", "symmetric")
-OUT, IN = dims.symbol("out"), dims.symbol("in")
-PLACES = {"layer": dims.symbol("layer"), "depth": dims.symbol("depth")}
+OUT, IN = sizes.symbol("out"), sizes.symbol("in")
+PLACES = {"layer": sizes.symbol("layer"), "depth": sizes.symbol("depth")}
 
 
 def spec_values(spec: Spec, report: Collector) -> dict[str, Any]:

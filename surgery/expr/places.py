@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from math import prod
 
 from surgery.diagnostics import fail
-from surgery.expr.dims import Dim, Size
-from surgery.expr.ir import Expr, Leaf, walk
-from surgery.expr.primitives import is_whole
+from surgery.ir.expression import Expr, Leaf, walk
+from surgery.ir.primitives import is_whole
+from surgery.ir.sizes import Dim, Size
 
 _INTO = {"take": lambda node: node.args[0].shape, "scatter": lambda node: node.shape}
 

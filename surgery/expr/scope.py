@@ -7,10 +7,10 @@ from fractions import Fraction
 from typing import Any
 
 from surgery.diagnostics import Span, SurgeryError, did_you_mean, fail
-from surgery.expr import dims
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr
-from surgery.expr.primitives import is_whole, shape_text
+from surgery.ir import sizes
+from surgery.ir.expression import Expr
+from surgery.ir.primitives import is_whole, shape_text
+from surgery.ir.sizes import Dim
 
 UNDECIDED = object()  # a truth value or a text that is not known yet
 POISON = object()  # the value of a name whose own statement failed and was reported
@@ -30,7 +30,7 @@ def describe(value: Any) -> str:
     if value is UNDECIDED:
         return "a truth value or a text"
     names = {bool: "bool", int: "int", Fraction: "float", str: "str", Dim: "size"}
-    return f"{'float' if dims.is_real(value) else names[type(value)]} `{text(value)}`"
+    return f"{'float' if sizes.is_real(value) else names[type(value)]} `{text(value)}`"
 
 
 def text(value: Any) -> str:

@@ -14,17 +14,17 @@ from fractions import Fraction
 from typing import Any
 
 from surgery.diagnostics import fail
-from surgery.expr import dims
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr
-from surgery.expr.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, ones, undecided
 from surgery.expr.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe, text, unknown
+from surgery.ir import sizes as sizes_module
+from surgery.ir.expression import Expr
+from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, ones, undecided
+from surgery.ir.sizes import Dim
 from surgery.syntax import tree
 from surgery.syntax.printer import expression_text
 from surgery.syntax.wellformed import MAX_INT
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
-_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": dims.divide}
+_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": sizes_module.divide}
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _SCALAR = {"sqrt": math.sqrt, "exp": math.exp, "abs": abs, "tanh": math.tanh, "min": min, "max": max,
            "sigmoid": lambda x: 1 / (1 + math.exp(-x)), "cos": math.cos, "sin": math.sin}
@@ -49,7 +49,7 @@ def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
 def _within_bounds(value: Any) -> Any:
     """The value, if it is no number beyond those that a spec can hold. Raises: OverflowError."""
     is_endless = (isinstance(value, float) and not math.isfinite(value)
-                  or isinstance(value, Fraction) and not dims.has_few_digits(value))
+                  or isinstance(value, Fraction) and not sizes_module.has_few_digits(value))
     if is_endless or isinstance(value, (int, Fraction)) and abs(value) > MAX_INT:
         raise OverflowError
     return value
@@ -118,7 +118,7 @@ def _binary(node: tree.Binary, names: Mapping[str, Any]) -> Any:
         return make(OPERATORS[node.op], tensor(left), tensor(right))
     if node.op == "@":
         raise ShapeError("`@` needs matrices, not two numbers; use `*`")
-    return dims.tidy(_ARITHMETIC[node.op](left, right))
+    return sizes_module.tidy(_ARITHMETIC[node.op](left, right))
 
 
 def _logic(node: tree.Binary, left: Any, right: Any) -> Any:
@@ -178,7 +178,7 @@ def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
     both = evaluate(node.then, names), evaluate(node.otherwise, names)
     if all(isinstance(v, Expr) for v in both):
         return both[0] if both[0].shape == both[1].shape else undecided(both, expression_text(node))
-    return both[0] if both[0] == both[1] else dims.symbol(f"({expression_text(node)})", any(map(dims.is_real, both)))
+    return both[0] if both[0] == both[1] else sizes_module.symbol(f"({expression_text(node)})", any(map(sizes_module.is_real, both)))
 
 
 def _matrix(node: tree.Matrix, names: Mapping[str, Any]) -> Expr:
@@ -232,8 +232,8 @@ def _apply(node: tree.Call, values: list, sizes: tuple) -> Any:
     if node.function not in _SCALAR:
         raise fail("wrong-type", f"`{node.function}` needs a tensor, not {describe(values[0])}", node.span)
     if _open(*values):
-        is_real = node.function not in _KEEP_WHOLE or any(map(dims.is_real, values))
-        return dims.symbol(f"{node.function}({', '.join(map(str, values))})", is_real)
+        is_real = node.function not in _KEEP_WHOLE or any(map(sizes_module.is_real, values))
+        return sizes_module.symbol(f"{node.function}({', '.join(map(str, values))})", is_real)
     return _SCALAR[node.function](*values)
 
 
@@ -248,7 +248,7 @@ def _at_compile_time(node: tree.Call, names: Mapping[str, Any]) -> Any:
         raise fail("missing-argument" if len(node.arguments) < least else "unknown-argument",
                    f"`{node.function}` takes {count} by position", node.span)
     values = [read(evaluate(a.value, names), a.value, names) for a in node.arguments]
-    return dims.symbol(f"{node.function}({', '.join(map(str, values))})") if _open(*values) else function(*values)
+    return sizes_module.symbol(f"{node.function}({', '.join(map(str, values))})") if _open(*values) else function(*values)
 
 
 def _divisor(n: int, most: int | None = None) -> int:
@@ -269,7 +269,7 @@ def _number(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
 
 def size(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
     """The value of `node` as a dimension. Raises: SurgeryError (wrong-type, not-divisible, bad-value)."""
-    if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)) or dims.is_real(value):
+    if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)) or sizes_module.is_real(value):
         raise fail("wrong-type", f"a dimension must be a whole number, not {describe(value)}", node.span)
     if isinstance(value, Fraction):
         raise fail("not-divisible", f"the dimension `{expression_text(node)}` is {value}, which is not whole",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from surgery.called import stored
 from surgery.codegen.kernels import mask, masked
-from surgery.expr.solves import is_traced
+from surgery.ir.orthogonal_maps import is_traced
 from surgery.layout import Layout
 
 

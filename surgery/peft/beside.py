@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import fail
-from surgery.expr.evaluate import dense
 from surgery.initialise import frozen_leaves
+from surgery.ir.dense import dense
 from surgery.operate import Surgeon
 from surgery.peft.method import Config
 from surgery.peft.methods import METHODS

@@ -17,9 +17,9 @@ from typing import Any
 from surgery.compile import Placed, Plan
 from surgery.diagnostics import Collector, SurgeryError
 from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.ir import Formula
 from surgery.expr.lint import spec_values
 from surgery.expr.values import nodes
+from surgery.ir.expression import Formula
 from surgery.peft.method import Family, Method
 from surgery.peft.methods import METHODS
 from surgery.peft.modules import resolved

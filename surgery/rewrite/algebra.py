@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
-from surgery.expr.ir import Expr
-from surgery.expr.primitives import constant, make
+from surgery.ir.expression import Expr
+from surgery.ir.primitives import constant, make
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.shaped import SHAPED
 from surgery.rewrite.structure import is_orthogonal, is_skew, transposed

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Exhausted, Expr, at_most, walk
-from surgery.expr.primitives import make
+from surgery.ir.expression import Exhausted, Expr, at_most, walk
+from surgery.ir.primitives import make
+from surgery.ir.sizes import Dim
 from surgery.rewrite.algebra import RULES, simplify
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.norms import NORMS

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from surgery.expr.ir import Expr
+from surgery.ir.expression import Expr
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ every start is put in and W' comes out as W."""
 
 from __future__ import annotations
 
-from surgery.expr.ir import Expr, Formula, rebuild, walk
+from surgery.ir.expression import Expr, Formula, rebuild, walk
 from surgery.rewrite.algebra import RULES
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.terms import fill, value_of

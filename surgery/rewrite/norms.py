@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr
-from surgery.expr.primitives import make
+from surgery.ir.expression import Expr
+from surgery.ir.primitives import make
+from surgery.ir.sizes import Dim
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.engine import Rule
 from surgery.rewrite.structure import factors, is_orthogonal

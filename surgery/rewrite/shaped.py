@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from surgery.expr.ir import Expr, Shape
-from surgery.expr.primitives import constant, make
+from surgery.ir.expression import Expr, Shape
+from surgery.ir.primitives import constant, make
 from surgery.rewrite.engine import Rule
 from surgery.rewrite.terms import eye, fill, scaled, summands, times, total, value_of
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr
-from surgery.expr.primitives import make
+from surgery.ir.expression import Expr
+from surgery.ir.primitives import make
+from surgery.ir.sizes import Dim
 from surgery.rewrite.terms import fill, is_zero, scaled, summands, times, total, value_of
 
 Factors = tuple[Expr, Expr]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from numbers import Real
 from typing import Any
 
-from surgery.expr.ir import UNFOLDED, Expr, Shape
-from surgery.expr.primitives import constant, make
+from surgery.ir.expression import UNFOLDED, Expr, Shape
+from surgery.ir.primitives import constant, make
 
 
 def fill(value: float, shape: Shape) -> Expr:

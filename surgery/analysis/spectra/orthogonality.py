@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from surgery.expr.evaluate import dense
-from surgery.expr.ir import Expr, Formula, without_dropout
+from surgery.ir.dense import dense
+from surgery.ir.expression import Expr, Formula, without_dropout
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.structure import low_rank_turn
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from surgery.analysis.spectra.orthogonality import Defect, defects
 from surgery.codegen.program import weights
 from surgery.compile import Placed
-from surgery.expr.evaluate import dense, in_dtype
-from surgery.expr.ir import Expr, without_dropout
+from surgery.ir.dense import dense, in_dtype
+from surgery.ir.expression import Expr, without_dropout
 from surgery.lower.called import frozen
 from surgery.numbered import module_type
 from surgery.operate import Surgeon

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from surgery.expr.ir import Expr, Formula, Part, substituted, without_dropout
-from surgery.expr.primitives import constant, make
+from surgery.ir.expression import Expr, Formula, Part, substituted, without_dropout
+from surgery.ir.primitives import constant, make
 
 
 def _mapped(formula: Formula, table: Mapping[Expr, Expr]) -> Formula:

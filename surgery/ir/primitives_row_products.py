@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.expr.ir import Shape
-from surgery.expr.primitive import Primitive, ShapeError, elementwise, exactly, shape_text
+from surgery.ir.expression import Shape
+from surgery.ir.shape_rules import Primitive, ShapeError, elementwise, exactly, shape_text
 
 
 def _gram_shape(sizes: tuple[Any, ...], a: Shape, b: Shape) -> Shape:

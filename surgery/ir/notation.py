@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from surgery.expr.ir import Expr, walk
+from surgery.ir.expression import Expr, walk
 
 # How tightly a text binds: a sum, a product entry by entry, a product, what never needs parentheses.
 SUM, ENTRYWISE, PRODUCT, ATOM = range(4)

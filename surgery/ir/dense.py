@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
-from surgery.expr.ir import Expr, walk
-from surgery.expr.primitives import PRIMITIVES
+from surgery.ir.expression import Expr, walk
+from surgery.ir.primitives import PRIMITIVES
 
 Leaves = Mapping[str, torch.Tensor]
 

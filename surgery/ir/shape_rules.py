@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.expr.ir import Shape
+from surgery.ir.expression import Shape
 
 
 class ShapeError(Exception):

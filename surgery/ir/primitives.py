@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from surgery.expr.arrange import ARRANGEMENTS
-from surgery.expr.dots import DOTS
-from surgery.expr.fourier import TRANSFORMS
-from surgery.expr.ir import Expr, Shape
-from surgery.expr.primitive import (
+from surgery.ir.expression import Expr, Shape
+from surgery.ir.primitives_fourier import TRANSFORMS
+from surgery.ir.primitives_indexing import ARRANGEMENTS
+from surgery.ir.primitives_row_products import DOTS
+from surgery.ir.shape_rules import (
     Primitive,
     ShapeError,
     elementwise,
@@ -85,13 +85,13 @@ def _eye_like(matrix: Any) -> Any:
 
 
 def _skew(a: Any) -> Any:
-    from surgery.expr.solves import skew
+    from surgery.ir.orthogonal_maps import skew
 
     return skew(a)
 
 
 def _cayley(k: Any) -> Any:
-    from surgery.expr.solves import cayley
+    from surgery.ir.orthogonal_maps import cayley
 
     return cayley(k)
 
@@ -151,7 +151,7 @@ def _framed(u: Any, frame: Any) -> Any:
 
 
 def _resolvent(m: Any) -> Any:
-    from surgery.expr.solves import resolvent
+    from surgery.ir.orthogonal_maps import resolvent
 
     return resolvent(m)
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from math import pi
 from typing import Any
 
-from surgery.expr.ir import Shape
-from surgery.expr.primitive import Primitive, ShapeError, exactly, shape_text, vector
+from surgery.ir.expression import Shape
+from surgery.ir.shape_rules import Primitive, ShapeError, exactly, shape_text, vector
 
 BY_PRODUCTS = 128  # the largest block for which a transform by a product is cheaper than a fast one with its copies
 

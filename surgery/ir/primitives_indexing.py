@@ -6,9 +6,9 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Shape
-from surgery.expr.primitive import Primitive, ShapeError, exactly, matrix, shape_text, vector
+from surgery.ir.expression import Shape
+from surgery.ir.shape_rules import Primitive, ShapeError, exactly, matrix, shape_text, vector
+from surgery.ir.sizes import Dim
 
 Sizes = tuple[Any, ...]
 

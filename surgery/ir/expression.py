@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from surgery.diagnostics import Span
-from surgery.expr.dims import Size
+from surgery.ir.sizes import Size
 
 Shape = tuple[Size, ...]
 _interned: WeakValueDictionary[tuple, Expr] = WeakValueDictionary()

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 
-from surgery.expr.dims import Dim
-from surgery.expr.ir import Expr, Formula, walk
-from surgery.expr.primitives import PRIMITIVES, ShapeError
+from surgery.ir.expression import Expr, Formula, walk
+from surgery.ir.primitives import PRIMITIVES, ShapeError
+from surgery.ir.sizes import Dim
 
 
 class Malformed(AssertionError):
