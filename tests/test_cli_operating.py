@@ -14,7 +14,7 @@ import surgery
 from surgery.cli.main import main
 from surgery.cli.models import load, load_with_head
 from surgery.demo import demo_inputs, load_demo
-from surgery.training import with_head
+from surgery.experiments.training import with_head
 
 
 def run(*arguments: str) -> Result:

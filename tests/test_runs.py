@@ -7,8 +7,8 @@ import pytest
 
 import surgery
 from surgery.cli.compare import _edges
-from surgery.compare_rows import Mean, rows
-from surgery.runs import Run, Steps, finished, keep, keep_steps, known_steps, place_of
+from surgery.experiments.comparison_files import Run, Steps, finished, keep, keep_steps, known_steps, place_of
+from surgery.experiments.comparison_table import Mean, rows
 
 # ------------------------------------------------------------------------------------------------------------ files
 

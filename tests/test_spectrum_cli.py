@@ -18,8 +18,8 @@ from surgery.cli import opened_weights
 from surgery.cli.main import main
 from surgery.cli.models import load_with_head
 from surgery.demo import demo_config, load_demo
+from surgery.experiments.training import with_head
 from surgery.store import save_merged
-from surgery.training import with_head
 
 
 def run(*words: object) -> object:

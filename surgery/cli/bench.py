@@ -17,7 +17,7 @@ from surgery.text import dtype_text, size_text
 if TYPE_CHECKING:
     import torch
 
-    from surgery.bench import Bench
+    from surgery.experiments.bench import Bench
     from surgery.syntax.tree import Spec
 
 
@@ -44,7 +44,7 @@ def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int,
     what is known by then.
     """
     if against:
-        from surgery.training import need
+        from surgery.experiments.training import need
 
         need("peft", "peft", "--against peft")
     named = opened_together(specs, sets, targets)
@@ -72,7 +72,7 @@ def _memory(device: str) -> Iterator[None]:
 
 def _ready(output: Output, model: str, dtype: str | None, device: str, specs: Mapping[str, Spec],
            tokens: tuple[int, int], against: bool, compiled: bool) -> Bench:
-    from surgery.bench import Bench
+    from surgery.experiments.bench import Bench
 
     place = _device(device)
     subject = loaded(output, model, dtype).to(place)

@@ -16,9 +16,9 @@ from surgery.text import size_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from surgery.compare import Comparison
-    from surgery.compare_rows import Mean, Row
-    from surgery.runs import Run, Steps
+    from surgery.experiments.comparison import Comparison
+    from surgery.experiments.comparison_files import Run, Steps
+    from surgery.experiments.comparison_table import Mean, Row
     from surgery.syntax.tree import Spec
 
 RUNS, STEPS, TABLE, PLOT = "runs", "steps.json", "comparison.json", "comparison.svg"
@@ -88,9 +88,9 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     the texts and the score taken on another. Runs that DIR holds are not done again. --set goes to every spec that has
     such a parameter. The time of a step is taken at the end, all methods taking turns.
     """
+    from surgery.experiments.text_tasks import read
+    from surgery.experiments.training import need
     from surgery.folders import refuse_file
-    from surgery.tasks import read
-    from surgery.training import need
 
     need("accelerate", "train", "training")
     need("matplotlib", "plot", "the plot")
@@ -109,7 +109,7 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
 
 def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) -> dict[str, Spec | None]:
     """The specs by their names; full fine-tuning, if asked for, first. Raises: SurgeryError."""
-    from surgery.compare import FULL
+    from surgery.experiments.comparison import FULL
 
     named = opened_together([spec for spec in specs if spec != FULL], sets, targets)
     full: dict[str, Spec | None] = {FULL: None} if FULL in specs else {}
@@ -119,7 +119,7 @@ def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) 
 def _comparison(methods: Mapping[str, Spec | None], model: str, task: Any, budget: Mapping[str, Any],
                 trust: bool) -> Comparison:
     from surgery.cli.models import load_with_head, quiet_libraries, tokenizer
-    from surgery.compare import Comparison
+    from surgery.experiments.comparison import Comparison
 
     quiet_libraries(bars=False)
     words = tokenizer(model, trust)
@@ -132,7 +132,7 @@ def _comparison(methods: Mapping[str, Spec | None], model: str, task: Any, budge
 
 def _runs(output: Output, comparison: Comparison, folder: Path) -> list[Run]:
     """Every run, from its file or performed."""
-    from surgery.runs import finished, keep
+    from surgery.experiments.comparison_files import finished, keep
 
     found, asked = [], comparison.asked()
     for number, each in enumerate(asked, start=1):
@@ -155,7 +155,7 @@ def _scores(scores: Mapping[str, float] | None) -> str:
 
 def _steps(output: Output, comparison: Comparison, file: Path) -> Steps:
     """The times of steps, from their file or taken."""
-    from surgery.runs import keep_steps, known_steps
+    from surgery.experiments.comparison_files import keep_steps, known_steps
 
     known = known_steps(file, comparison.steps_asked)
     if known is None:
@@ -170,8 +170,8 @@ def _steps(output: Output, comparison: Comparison, file: Path) -> Steps:
 
 def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: Steps, folder: Path) -> None:
     """Show the table; keep it and the plot beside the runs."""
-    from surgery.compare_plot import draw
-    from surgery.compare_rows import rows
+    from surgery.experiments.comparison_plot import draw
+    from surgery.experiments.comparison_table import rows
     from surgery.folders import replacing_file
 
     found, about = rows(runs, steps), _about(comparison, runs, steps)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from surgery.diagnostics import fail
+from surgery.experiments.text_tasks import Task
 from surgery.syntax.fields import Pattern
 from surgery.syntax.tree import Spec, Train
-from surgery.tasks import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from surgery.measure import peak_bytes, seconds, turned
+from surgery.experiments.timing import peak_bytes, seconds, turned
 
 WARM_UP = 2
 ROUNDS = 7

@@ -24,14 +24,14 @@ from surgery.analysis.spectra import spectrum
 from surgery.analysis.spectra.summary import Group
 from surgery.compile import compile
 from surgery.diagnostics import Collector, SurgeryError
-from surgery.footprint import Clock, side_by_side, step_bytes
-from surgery.measure import sharing
+from surgery.experiments.comparison_files import Run, Steps, digest
+from surgery.experiments.text_tasks import Task, scores
+from surgery.experiments.timing import sharing
+from surgery.experiments.training import Setting, encoded, outputs, train, with_head
+from surgery.experiments.training_cost import Clock, side_by_side, step_bytes
 from surgery.operate import Surgeon, apply
-from surgery.runs import Run, Steps, digest
 from surgery.spec import inlined
 from surgery.syntax.tree import Spec, Target, add
-from surgery.tasks import Task, scores
-from surgery.training import Setting, encoded, outputs, train, with_head
 
 FULL = "full"
 FIGURES = ("entropy", "normalised_entropy", "stable_rank", "effective_rank", "relative_size")

@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from surgery.analysis.spectra.figure import GRID, MARK, picture
-from surgery.compare_rows import Mean, Row
+from surgery.experiments.comparison_table import Mean, Row
 
 
 def draw(rows: Sequence[Row], file: Path, title: str = "") -> None:

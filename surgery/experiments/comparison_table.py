@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from surgery.runs import Run, Steps
+from surgery.experiments.comparison_files import Run, Steps
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from surgery.compile import compile
 from surgery.demo import demo_inputs
 from surgery.diagnostics import fail
-from surgery.measure import peak_bytes, seconds, sharing, turned
+from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
 from surgery.operate import prepare
 from surgery.peft.match import Match, match
 from surgery.syntax.tree import Spec
