@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Diagnostic": "diagnostics", "SurgeryError": "diagnostics",
-    "Spec": "syntax.tree", "Target": "syntax.tree", "pre": "syntax.tree", "add": "syntax.tree", "post": "syntax.tree",
-    "parse": "spec", "load": "spec", "shipped": "spec",
+    "Spec": "language.tree", "Target": "language.tree", "pre": "language.tree", "add": "language.tree", "post": "language.tree",
+    "parse": "language.library", "load": "language.library", "shipped": "language.library",
     "Plan": "compile", "plan": "compile", "Report": "report",
     "Surgeon": "operate", "apply": "operate", "attach": "store", "Surgeries": "surgeries",
     "import_peft": "peft.importing", "export_peft": "peft.exporting", "Exported": "peft.exporting",

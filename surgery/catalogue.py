@@ -16,8 +16,8 @@ from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.lint import spec_values
 from surgery.ir.expression import Formula
-from surgery.spec import library, read, shipped
-from surgery.syntax.tree import Spec
+from surgery.language.library import library, read, shipped
+from surgery.language.tree import Spec
 
 OUT, IN = 1024, 4096
 _PAPER = re.compile(r"arXiv \d{4}\.\d{4,5}")

@@ -22,11 +22,11 @@ from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.lint import lint, spec_values
 from surgery.expr.values import names_in, nodes
 from surgery.ir.expression import Formula
+from surgery.language.expressions import Argument, Call, Number, as_expression
+from surgery.language.library import Library, library
+from surgery.language.tree import Definition, Parameter, Spec, Step, Target
 from surgery.rewrite.identity import starts_as_weight, surely_trains
 from surgery.selectors import selector_faults
-from surgery.spec import Library, library
-from surgery.syntax.expression import Argument, Call, Number, as_expression
-from surgery.syntax.tree import Definition, Parameter, Spec, Step, Target
 
 # Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
 _SIDES = ((96, 64), (192, 128), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))

@@ -22,10 +22,10 @@ from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.lint import lint, spec_values
 from surgery.expr.values import names_in
 from surgery.ir.expression import Formula, Leaf
+from surgery.language.library import Library, library, load
+from surgery.language.tree import Spec, Target
 from surgery.select import Selection, select
 from surgery.sites import Site
-from surgery.spec import Library, library, load
-from surgery.syntax.tree import Spec, Target
 from surgery.text import listed
 
 

@@ -18,7 +18,7 @@ from surgery.diagnostics import Diagnostic
 from surgery.ir.expression import Expr, Formula, walk
 from surgery.ir.notation import brief
 from surgery.ir.primitives import shape_text
-from surgery.syntax.tree import Target
+from surgery.language.tree import Target
 
 _KINDS = {"any": "linear"}
 FLOAT = 4  # bytes of a number in float32

@@ -16,8 +16,8 @@ from surgery.diagnostics import Diagnostic
 from surgery.expr.draws import draw
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Leaf, walk
+from surgery.language.tree import Target
 from surgery.sites import Site
-from surgery.syntax.tree import Target
 from surgery.text import counted
 
 Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]

@@ -20,6 +20,7 @@ import torch.nn as nn
 from surgery.compile import Placed, Plan, compile
 from surgery.diagnostics import Collector, fail
 from surgery.initialise import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
+from surgery.language.tree import Spec, Target
 from surgery.layer import SUFFIX, Adapter, install, uninstall
 from surgery.merge import merged, refuse_called
 from surgery.proof import Proof, Subject
@@ -27,7 +28,6 @@ from surgery.report import Report, dense_copies, unfit
 from surgery.rewrite.identity import starts_as_weight
 from surgery.serving import serving
 from surgery.standing import Spot, Standing, changed
-from surgery.syntax.tree import Spec, Target
 from surgery.text import listed
 from surgery.transaction import Scope, all_or_nothing
 from surgery.wrappers import bare

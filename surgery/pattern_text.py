@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from surgery.diagnostics import Span, SurgeryError, fail
-from surgery.syntax.tree import Pattern
+from surgery.language.tree import Pattern
 
 MOST_ALTERNATIVES = 4096
 MOST_BRACES = 64

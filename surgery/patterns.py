@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from surgery.diagnostics import Span
+from surgery.language.tree import Pattern
 from surgery.pattern_text import Choice, Segments, Token, inside, ways
-from surgery.syntax.tree import Pattern
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from functools import cached_property
 from torch import nn
 
 from surgery.diagnostics import Collector, Span
+from surgery.language.tree import Select, Target
 from surgery.near import Population
 from surgery.patterns import marked
 from surgery.selectors import Hits, Matcher, matchers
 from surgery.sites import Refused, Site, Survey
-from surgery.syntax.tree import Select, Target
 
 
 class Catalogue:

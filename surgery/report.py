@@ -19,10 +19,10 @@ from surgery import called
 from surgery.compile import Placed, Plan
 from surgery.costs import Estimate, fallback
 from surgery.diagnostics import Diagnostic
+from surgery.language.tree import Target
 from surgery.layer import SUFFIX, is_direct
 from surgery.numbered import alike, ranged, starred
 from surgery.show import formula_lines
-from surgery.syntax.tree import Target
 from surgery.text import counted, dtype_text, listed, sides_text, size_text
 from surgery.wrappers import parameter
 

@@ -19,8 +19,8 @@ from surgery import __version__
 from surgery.diagnostics import Collector, SurgeryError, fail
 from surgery.files import SPEC_BYTES, read_bytes, read_json, refuse_irregular
 from surgery.folders import Kind
-from surgery.spec import parse
-from surgery.syntax.tree import Spec
+from surgery.language.library import parse
+from surgery.language.tree import Spec
 from surgery.text import counted, dtype_text
 
 FORMAT = "1.0"

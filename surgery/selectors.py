@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
+from surgery.language.tree import Pattern, Reference, Select, Spec
 from surgery.patterns import Alternative, Glob, compile_pattern
-from surgery.syntax.tree import Pattern, Reference, Select, Spec
 
 Hits = Mapping[object, tuple[Alternative, ...]]
 

@@ -14,9 +14,9 @@ from surgery.expr.lint import IN, OUT, PLACES, spec_values
 from surgery.ir.expression import Draw, Expr, Formula, Leaf, walk
 from surgery.ir.notation import Maths, number_text, parts_to_name
 from surgery.ir.primitives import shape_text
-from surgery.spec import library
-from surgery.syntax.printer import expression_text
-from surgery.syntax.tree import Spec, Step, Target
+from surgery.language.formatter import expression_text
+from surgery.language.library import library
+from surgery.language.tree import Spec, Step, Target
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 _RESERVED = ("W", "I", "X")

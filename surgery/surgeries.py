@@ -22,11 +22,11 @@ from surgery.compile import Placed, Plan
 from surgery.diagnostics import did_you_mean, fail
 from surgery.ir.compose import mixed, named, stacked
 from surgery.ir.expression import Formula
+from surgery.language.grammar import is_name
+from surgery.language.tree import Spec, Target
 from surgery.layer import Adapter
 from surgery.operate import Surgeon, prepare
 from surgery.store import attach, save
-from surgery.syntax.grammar import is_name
-from surgery.syntax.tree import Spec, Target
 from surgery.transaction import Scope, all_or_nothing
 from surgery.wrappers import bare
 

@@ -9,8 +9,8 @@ from typing import Any
 import oracle as o
 from torch import Tensor
 
-from surgery.spec import load, parse, retarget
-from surgery.syntax.tree import Spec
+from surgery.language.library import load, parse, retarget
+from surgery.language.tree import Spec
 
 
 class Parameters(dict):

@@ -20,8 +20,8 @@ from surgery.expr.values import evaluate
 from surgery.ir.dense import dense
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, eye, make
+from surgery.language.parser import parse_expression
 from surgery.rewrite.terms import fill
-from surgery.syntax.parser import parse_expression
 
 n = 12
 SHAPES = {

@@ -18,13 +18,13 @@ from layers import gradients
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from surgery.language.library import retarget
+from surgery.language.tree import Spec
 from surgery.operate import Surgeon, apply
 from surgery.peft.method import Config, Method
 from surgery.peft.methods import METHODS
 from surgery.peft.tensors import Correspondence, Place
 from surgery.sites import sites
-from surgery.spec import retarget
-from surgery.syntax.tree import Spec
 
 PREFIX = "base_model.model.layer."
 

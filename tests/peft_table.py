@@ -19,9 +19,9 @@ from peft_cases import SINGLE, WRONG_IN_PEFT, cases
 from peft_differences import DIFFERENCES
 from peft_pair import compare, pair
 
+from surgery.language.library import shipped
 from surgery.peft.method import Family, Method
 from surgery.peft.methods import METHODS
-from surgery.spec import shipped
 
 ROOT = Path(__file__).parents[1]
 PAGE, README, BENCH = ROOT / "docs" / "peft.md", ROOT / "README.md", ROOT / "docs" / "bench"

@@ -22,12 +22,12 @@ from surgery.expr.values import evaluate
 from surgery.ir import sizes as sizes_module
 from surgery.ir.expression import Expr, Shape
 from surgery.ir.primitives import OPERATORS, PRIMITIVES, Primitive, ShapeError
+from surgery.language.library import library, parse
+from surgery.language.parser import parse_expression
+from surgery.language.tree import Definition, Spec
 from surgery.operate import apply
 from surgery.rewrite.algebra import RULES
 from surgery.rewrite.cheap import CHEAP
-from surgery.spec import library, parse
-from surgery.syntax.parser import parse_expression
-from surgery.syntax.tree import Definition, Spec
 
 SIGNS = {op: sign for sign, op in OPERATORS.items()}
 

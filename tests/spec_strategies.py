@@ -2,9 +2,9 @@
 
 from hypothesis import strategies as st
 
-from surgery.syntax import tree
-from surgery.syntax.grammar import KEYWORDS, SOFT_WORDS
-from surgery.syntax.wellformed import HEAD_WORDS, MAX_INT
+from surgery.language import tree
+from surgery.language.grammar import KEYWORDS, SOFT_WORDS
+from surgery.language.well_formed import HEAD_WORDS, MAX_INT
 
 names = st.one_of(
     st.sampled_from(["rank", "alpha", "d", "W", "T", "e5", "letter", "iffy", "spec_", "_", *sorted(SOFT_WORDS)]),

@@ -11,7 +11,7 @@ from surgery.cli.main import main
 from surgery.demo import demo_config, demo_inputs, demo_names, load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.experiments.bench import Bench, spread
-from surgery.spec import load, parse
+from surgery.language.library import load, parse
 
 TOKENS = (2, 8)
 ODD = parse('spec odd()\ntarget linear "**.q_proj" {\n  post scale()\n}\ntrain "**.norm.weight"')

@@ -15,8 +15,8 @@ from zoo import CASES
 
 from surgery.called import through
 from surgery.diagnostics import SurgeryError
+from surgery.language.library import parse
 from surgery.operate import Surgeon, apply
-from surgery.spec import parse
 
 EXACT = 1e-10
 OUT, IN = 12, 18

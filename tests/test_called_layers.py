@@ -14,10 +14,10 @@ from zoo import CASES
 
 from surgery.called import matrix, size, twin
 from surgery.diagnostics import SurgeryError
+from surgery.language.library import load, parse
 from surgery.layout import CALLED, LINEAR
 from surgery.operate import apply
 from surgery.sites import sites, unsupported
-from surgery.spec import load, parse
 
 OUT, IN = 12, 18
 

@@ -16,9 +16,9 @@ from surgery.analysis.spectra import spectrum
 from surgery.compile import compile
 from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
+from surgery.language.library import load, parse
 from surgery.operate import apply
 from surgery.report import Report
-from surgery.spec import load, parse
 from surgery.store import attach
 from surgery.surgeries import Surgeries
 

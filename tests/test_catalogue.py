@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from surgery.catalogue import catalogue
 from surgery.cli.main import main
-from surgery.spec import shipped
+from surgery.language.library import shipped
 
 LINES = {"glora": 18}  # of a method's spec without comments and blank lines, where it takes more than the usual ones
 USUAL_LINES = 15

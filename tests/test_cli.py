@@ -19,7 +19,7 @@ from surgery.cli.main import main
 from surgery.cli.options import opened_together
 from surgery.demo import demo_config
 from surgery.diagnostics import SurgeryError
-from surgery.spec import shipped
+from surgery.language.library import shipped
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 BROKEN = "spec lora(\n"

@@ -20,8 +20,8 @@ from surgery.check import check
 from surgery.diagnostics import SurgeryError
 from surgery.folders import replacing_file
 from surgery.ir.dense import dense
+from surgery.language.library import parse
 from surgery.operate import Surgeon, apply
-from surgery.spec import parse
 
 EXACT = 1e-10
 

@@ -18,8 +18,8 @@ from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.lint import spec_values
 from surgery.ir.expression import Formula
+from surgery.language.library import library, load, parse, shipped
 from surgery.report import Report
-from surgery.spec import library, load, parse, shipped
 
 OUT, IN = 512, 1024
 # What no structure of the compiler's makes cheap: entry-by-entry products, a full solve.

@@ -19,8 +19,8 @@ from zoo import CASES
 from surgery.demo import demo_inputs, load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.effective import EffectiveWeight
+from surgery.language.library import load, parse
 from surgery.operate import Surgeon, apply
-from surgery.spec import load, parse
 
 EXACT = 1e-10
 

@@ -17,9 +17,9 @@ from surgery.codegen.candidates import Candidate
 from surgery.codegen.cost_model import Cost
 from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
+from surgery.language.library import load, parse
 from surgery.operate import Surgeon, apply
 from surgery.serving import fingerprint
-from surgery.spec import load, parse
 
 SPECS = ["lora", "dora", "sora", "oft", "hra", "hira"]
 EXACT = 1e-10

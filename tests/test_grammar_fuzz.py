@@ -10,8 +10,8 @@ from spec_strategies import names
 from test_printer import SHIPPED, assert_same_after_formatting
 
 from surgery.diagnostics import SurgeryError
-from surgery.syntax.grammar import GRAMMAR, WORDS
-from surgery.syntax.parser import from_json, parse_expression, parse_text
+from surgery.language.grammar import GRAMMAR, WORDS
+from surgery.language.parser import from_json, parse_expression, parse_text
 
 GRAMMAR_AS_DATA = Lark(GRAMMAR, parser="lalr", start="file")
 PARSER_WORDS = {terminal.name for terminal in GRAMMAR_AS_DATA.terminals}

@@ -14,9 +14,9 @@ import pytest
 from surgery.check import check
 from surgery.expr.draws import DISTRIBUTIONS
 from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, Primitive
-from surgery.spec import parse
-from surgery.syntax.grammar import KEYWORDS
-from surgery.syntax.printer import format_text
+from surgery.language.formatter import format_text
+from surgery.language.grammar import KEYWORDS
+from surgery.language.library import parse
 
 PAGE = Path(__file__).parent.parent / "docs" / "language.md"
 BLOCK = re.compile(r"^```surg\n(.*?)^```$", re.MULTILINE | re.DOTALL)

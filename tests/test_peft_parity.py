@@ -18,11 +18,11 @@ from peft_pair import LAYERS, One, adapted, compare, full, pair, perturb, place_
 from torch import nn
 
 from surgery.compile import compile
+from surgery.language.library import load, parse, retarget, shipped
 from surgery.operate import apply
 from surgery.peft.match import match
 from surgery.peft.methods import METHODS
 from surgery.peft.tensors import Place
-from surgery.spec import load, parse, retarget, shipped
 
 BY_NAME = {m.name: m for m in METHODS}
 GLORA = BY_NAME["glora"].family

@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from spec_strategies import expressions, specs
 
-from surgery.resources import folder
-from surgery.syntax.grammar import machine, pattern_of
-from surgery.syntax.parser import from_json, parse_expression, parse_text
-from surgery.syntax.printer import expression_text, format_text, spec_text
-from surgery.syntax.tree import Binary, Name, Number, Parameter, Spec, Target, Unary, add, post, pre
+from surgery.language.formatter import expression_text, format_text, spec_text
+from surgery.language.grammar import machine, pattern_of
+from surgery.language.parser import from_json, parse_expression, parse_text
+from surgery.language.resources import folder
+from surgery.language.tree import Binary, Name, Number, Parameter, Spec, Target, Unary, add, post, pre
 
 SHIPPED = sorted(folder("specs").glob("*.surg"))
 random_specs = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))

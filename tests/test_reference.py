@@ -12,8 +12,8 @@ from layers import Tower, perturb
 from reference import Reading, compare_gradients
 from torch import nn
 
+from surgery.language.library import load, parse, retarget
 from surgery.operate import apply
-from surgery.spec import load, parse, retarget
 
 HERE = Path(__file__).parent
 OUT, IN = 32, 64

@@ -7,8 +7,8 @@ import torch
 
 import surgery
 from surgery.check import check
-from surgery.spec import parse
-from surgery.syntax.tree import Definition, Parameter, Spec
+from surgery.language.library import parse
+from surgery.language.tree import Definition, Parameter, Spec
 
 TEXT = """# What it is.
 #

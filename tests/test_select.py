@@ -33,11 +33,11 @@ from transformers import (
 from surgery.claims import tied
 from surgery.demo import demo_names, load_demo
 from surgery.diagnostics import SurgeryError
+from surgery.language.library import library
+from surgery.language.parser import parse_text
+from surgery.language.tree import Pattern, Select, Spec, Target, pre
 from surgery.select import select
 from surgery.sites import Survey, sites
-from surgery.spec import library
-from surgery.syntax.parser import parse_text
-from surgery.syntax.tree import Pattern, Select, Spec, Target, pre
 
 MODELS = {name: load_demo(name) for name in demo_names()}
 

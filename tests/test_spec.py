@@ -9,7 +9,7 @@ from torch.nn import Linear
 
 import surgery
 from surgery import Spec, SurgeryError, Target, add
-from surgery.spec import assignment, inlined, library, locate
+from surgery.language.library import assignment, inlined, library, locate
 
 LORA = "spec lora(rank: int = 8)\n\ntarget linear \"**.q_proj\" {\n  add low_rank(rank)\n}\n"
 

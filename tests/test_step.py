@@ -21,9 +21,9 @@ from surgery.codegen.schedule import Region
 from surgery.experiments.timing import peak_bytes
 from surgery.ir.expression import Expr, walk
 from surgery.ir.primitives import PRIMITIVES, make
+from surgery.language.library import load, parse
 from surgery.operate import apply
 from surgery.rewrite.terms import times
-from surgery.spec import load, parse
 
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]

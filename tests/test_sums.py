@@ -13,8 +13,8 @@ from layers import Tower, assert_close
 from torch import nn
 
 from surgery.ir.dense import dense
+from surgery.language.library import parse
 from surgery.operate import apply
-from surgery.spec import parse
 
 CASES = sorted((Path(__file__).parent / "data" / "sums").glob("*.surg"))
 # What the suite runs: eighteen seeds, and eighteen of the week. SURGERY_EXAMPLES=3000 runs so many others.

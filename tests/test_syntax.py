@@ -6,9 +6,9 @@ import pytest
 from lark import Lark
 from test_syntax_errors import errors_of, underlined
 
-from surgery.syntax.grammar import GRAMMAR, KEYWORDS, SOFT_WORDS, WORDS, is_name
-from surgery.syntax.parser import parse_expression, parse_text
-from surgery.syntax.tree import (
+from surgery.language.grammar import GRAMMAR, KEYWORDS, SOFT_WORDS, WORDS, is_name
+from surgery.language.parser import parse_expression, parse_text
+from surgery.language.tree import (
     Argument,
     Binary,
     Boolean,
@@ -30,7 +30,7 @@ from surgery.syntax.tree import (
     post,
     pre,
 )
-from surgery.syntax.wellformed import HEAD_WORDS
+from surgery.language.well_formed import HEAD_WORDS
 
 A, B, C = Name("a"), Name("b"), Name("c")
 

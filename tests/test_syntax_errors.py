@@ -3,21 +3,9 @@
 import pytest
 
 from surgery.diagnostics import SurgeryError
-from surgery.syntax.grammar import KEYWORDS
-from surgery.syntax.parser import MAX_ERRORS, from_json, parse_expression, parse_text
-from surgery.syntax.tree import (
-    Argument,
-    Binary,
-    Boolean,
-    Name,
-    Number,
-    Parameter,
-    Spec,
-    Target,
-    Unary,
-    add,
-    pre,
-)
+from surgery.language.grammar import KEYWORDS
+from surgery.language.parser import MAX_ERRORS, from_json, parse_expression, parse_text
+from surgery.language.tree import Argument, Binary, Boolean, Name, Number, Parameter, Spec, Target, Unary, add, pre
 
 
 def errors_of(text: str, parse=parse_text) -> list:

@@ -27,11 +27,11 @@ from surgery.ir.verifier import (
     verify,
     verify_formula,
 )
+from surgery.language.library import library, load, shipped
+from surgery.language.tree import Spec
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.terms import fill
-from surgery.spec import library, load, shipped
-from surgery.syntax.tree import Spec
 
 SIZES = ((96, 192), (192, 96), (64, 128), (12, 18))
 PLACE = {"layer": 1, "depth": 0.5}

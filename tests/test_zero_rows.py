@@ -14,9 +14,9 @@ from zoo import CASES, SHIPPED
 
 from surgery.diagnostics import SurgeryError
 from surgery.ir.dense import dense
+from surgery.language.library import parse
+from surgery.language.tree import Spec
 from surgery.operate import Surgeon, apply
-from surgery.spec import parse
-from surgery.syntax.tree import Spec
 
 LINEAR, TABLE = LAYOUTS["linear 12x18"], LAYOUTS["Embedding 18x12"]
 BY_NAME = {case.name: case for case in CASES}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from zoo import CASES
 
 from surgery.ir.dense import dense
+from surgery.language.library import load, parse
 from surgery.operate import apply
-from surgery.spec import load, parse
 
 EXACT = 1e-10
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)

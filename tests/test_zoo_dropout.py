@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from zoo import CASES
 
 from surgery.codegen import kernels
+from surgery.language.library import parse
 from surgery.operate import apply
-from surgery.spec import parse
 
 P = 0.4
 LAYOUT = LAYOUTS["linear 12x18"]

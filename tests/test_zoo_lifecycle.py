@@ -14,8 +14,8 @@ from torch import nn
 from zoo import CASES
 
 from surgery.ir.primitives import PRIMITIVES
+from surgery.language.library import load, parse
 from surgery.operate import apply
-from surgery.spec import load, parse
 
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]

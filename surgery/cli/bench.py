@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from surgery.experiments.bench import Bench
-    from surgery.syntax.tree import Spec
+    from surgery.language.tree import Spec
 
 
 @command(click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),

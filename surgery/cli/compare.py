@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from surgery.experiments.comparison import Comparison
     from surgery.experiments.comparison_files import Run, Steps
     from surgery.experiments.comparison_table import Mean, Row
-    from surgery.syntax.tree import Spec
+    from surgery.language.tree import Spec
 
 RUNS, STEPS, TABLE, PLOT = "runs", "steps.json", "comparison.json", "comparison.svg"
 _BEYOND = {"top": "higher", "bottom": "lower"}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from surgery.compile import Plan
-    from surgery.syntax.tree import Spec
+    from surgery.language.tree import Spec
 
 
 def skeleton_of(output: Output, model: str) -> nn.Module:
@@ -74,8 +74,8 @@ def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, .
 
     Gives the line of SPEC that takes the module NAME of MODEL, or the reason why none does.
     """
+    from surgery.language.library import library
     from surgery.select import select
-    from surgery.spec import library
 
     asked = opened(spec, sets, targets)
     selection = select(skeleton_of(output, model), asked, library(asked).selects)

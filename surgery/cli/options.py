@@ -13,7 +13,7 @@ import click
 from surgery.cli.output import Output
 
 if TYPE_CHECKING:
-    from surgery.syntax.tree import Spec
+    from surgery.language.tree import Spec
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
@@ -103,7 +103,7 @@ def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> 
     """The spec of a path or shipped name, changed by `--set` and `--target`. Raises: SurgeryError."""
     from surgery.diagnostics import Collector
     from surgery.expr.arguments import guard
-    from surgery.spec import assignment, bind, locate, read
+    from surgery.language.library import assignment, bind, locate, read
 
     report, arguments = Collector(), []
     for text in sets:
@@ -115,7 +115,7 @@ def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> 
 
 def _retargeted(spec: Spec, texts: Iterable[str]) -> Spec:
     """The spec with what `--target PATTERN` and `--target N=PATTERN` say."""
-    from surgery.spec import retarget
+    from surgery.language.library import retarget
 
     said: dict[int | None, list[str]] = {}
     for text in texts:
@@ -144,7 +144,7 @@ def opened_together(specs: Sequence[str], sets: Sequence[str], targets: Sequence
 def _refuse_unknown(sets: Iterable[str], known: Sequence[str]) -> None:
     """Raises: SurgeryError (unknown-parameter, bad-set) for a setting of none of the `known` parameters."""
     from surgery.diagnostics import did_you_mean, fail
-    from surgery.spec import assignment
+    from surgery.language.library import assignment
 
     for text in (text for text in sets if _name(text) not in known):
         name = assignment(text).name

@@ -14,8 +14,8 @@ from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.lint import spec_values
 from surgery.ir.expression import Formula
-from surgery.spec import library
-from surgery.syntax.tree import Spec, Target
+from surgery.language.library import library
+from surgery.language.tree import Spec, Target
 
 _FIRST = {"layer": 0, "depth": 0.0}  # where a target that asks for it stands
 

@@ -18,7 +18,7 @@ from surgery.files import SPEC_BYTES, read_bytes
 from surgery.text import counted
 
 if TYPE_CHECKING:
-    from surgery.syntax.tree import Spec
+    from surgery.language.tree import Spec
 
 # -------------------------------------------------------------------------------------------------------- check
 
@@ -132,7 +132,7 @@ def _summary(changed: int, unchanged: int, dry: bool) -> str:
 def _formatted(output: Output, name: str, dry: bool, diff: bool) -> bool:
     """Format one file; whether its text changed."""
     from surgery.folders import replacing_file
-    from surgery.syntax.printer import format_text
+    from surgery.language.formatter import format_text
 
     title = "<stdin>" if name == "-" else name
     before = _text(name, title)
@@ -209,7 +209,7 @@ def _row(entry: Any) -> tuple[str, ...]:
 def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: bool, tokens: int | None,
          shape: tuple[int, int] | None) -> None:
     """Show the formula of a spec, or another form."""
-    from surgery.spec import inlined
+    from surgery.language.library import inlined
 
     if (tokens or shape) and not program:
         raise click.UsageError("--tokens and --shape go with --program.")
@@ -242,13 +242,13 @@ def _programs(spec: Spec) -> str:
 
 
 def _block(target: Any) -> str:
-    from surgery.syntax.tree import Spec
+    from surgery.language.tree import Spec
 
     return Spec(targets=(target,)).to_surg().strip()
 
 
 def _python(spec: Spec) -> str:
-    from surgery.as_python import python_text
+    from surgery.language.to_python import python_text
 
     return python_text(spec)
 

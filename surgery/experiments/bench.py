@@ -28,9 +28,9 @@ from surgery.compile import compile
 from surgery.demo import demo_inputs
 from surgery.diagnostics import fail
 from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
+from surgery.language.tree import Spec
 from surgery.operate import prepare
 from surgery.peft.match import Match, match
-from surgery.syntax.tree import Spec
 
 PHASES = ("step", "forward")
 _WARM_UP = 2

@@ -29,9 +29,9 @@ from surgery.experiments.text_tasks import Task, scores
 from surgery.experiments.timing import sharing
 from surgery.experiments.training import Setting, encoded, outputs, train, with_head
 from surgery.experiments.training_cost import Clock, side_by_side, step_bytes
+from surgery.language.library import inlined
+from surgery.language.tree import Spec, Target, add
 from surgery.operate import Surgeon, apply
-from surgery.spec import inlined
-from surgery.syntax.tree import Spec, Target, add
 
 FULL = "full"
 FIGURES = ("entropy", "normalised_entropy", "stable_rank", "effective_rank", "relative_size")

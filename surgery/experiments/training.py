@@ -18,8 +18,8 @@ import torch
 
 from surgery.diagnostics import fail
 from surgery.experiments.text_tasks import Task
-from surgery.syntax.fields import Pattern
-from surgery.syntax.tree import Spec, Train
+from surgery.language.json_fields import Pattern
+from surgery.language.tree import Spec, Train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback

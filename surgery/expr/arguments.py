@@ -14,8 +14,8 @@ from surgery.expr.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
 from surgery.expr.values import evaluate, here
 from surgery.ir import sizes
 from surgery.ir.sizes import Dim
-from surgery.syntax.printer import expression_text
-from surgery.syntax.tree import Argument, Call, Check, Definition, Parameter
+from surgery.language.formatter import expression_text
+from surgery.language.tree import Argument, Call, Check, Definition, Parameter
 
 _TYPES = {"int": (int, Dim), "float": NUMBERS, "bool": (bool,), "str": (str,)}
 

@@ -20,8 +20,8 @@ from surgery.expr.values import evaluate
 from surgery.ir.expression import DEEPEST_FORMULA, Claim, Expr, Formula, Leaf, Part
 from surgery.ir.primitives import make
 from surgery.ir.sizes import Size
-from surgery.spec import Library
-from surgery.syntax.tree import Definition, Step, Target
+from surgery.language.library import Library
+from surgery.language.tree import Definition, Step, Target
 
 _KINDS = {"pre": "transform", "post": "transform", "add": "update"}
 

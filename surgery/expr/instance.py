@@ -20,8 +20,8 @@ from surgery.expr.values import evaluate, here, size, tensor
 from surgery.ir.expression import DEEPEST_FORMULA, Draw, Expr, Leaf
 from surgery.ir.primitives import is_whole, shape_text, undecided
 from surgery.ir.sizes import Dim, Size
-from surgery.syntax.parser import parse_expression
-from surgery.syntax.tree import Argument, Call, Definition, Let, Param
+from surgery.language.parser import parse_expression
+from surgery.language.tree import Argument, Call, Definition, Let, Param
 
 
 @dataclass

@@ -16,8 +16,8 @@ from surgery.expr.scope import unknown
 from surgery.expr.values import names_in
 from surgery.ir import sizes
 from surgery.ir.expression import Expr
-from surgery.spec import Library
-from surgery.syntax.tree import Definition, Param, Parameter, Spec
+from surgery.language.library import Library
+from surgery.language.tree import Definition, Param, Parameter, Spec
 
 CLAIMS = ("orthogonal", "diagonal", "symmetric")
 OUT, IN = sizes.symbol("out"), sizes.symbol("in")

@@ -19,9 +19,9 @@ from surgery.ir import sizes as sizes_module
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, ones, undecided
 from surgery.ir.sizes import Dim
-from surgery.syntax import tree
-from surgery.syntax.printer import expression_text
-from surgery.syntax.wellformed import MAX_INT
+from surgery.language import tree
+from surgery.language.formatter import expression_text
+from surgery.language.well_formed import MAX_INT
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": sizes_module.divide}

@@ -20,13 +20,13 @@ from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.lint import spec_values
 from surgery.expr.values import nodes
 from surgery.ir.expression import Formula
+from surgery.language.library import library
+from surgery.language.tree import Spec
 from surgery.peft.method import Family, Method
 from surgery.peft.methods import METHODS
 from surgery.peft.modules import resolved
 from surgery.peft.tensors import Place
 from surgery.peft.unify import proposals
-from surgery.spec import library
-from surgery.syntax.tree import Spec
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
+from surgery.language.library import bind, keywords, load, parse
+from surgery.language.tree import Spec
 from surgery.peft.tensors import Correspondence, Place, Tensors
-from surgery.spec import bind, keywords, load, parse
-from surgery.syntax.tree import Spec
 
 Config = Mapping[str, Any]
 OFF = (False, None)

@@ -13,9 +13,9 @@ from surgery.compile import Placed
 from surgery.diagnostics import Collector, SurgeryError
 from surgery.expr.lint import spec_values
 from surgery.expr.values import evaluate, names_in
-from surgery.spec import Library, library
-from surgery.syntax.expression import Expression, Name, Number
-from surgery.syntax.tree import Call, Spec, Step, Target
+from surgery.language.expressions import Expression, Name, Number
+from surgery.language.library import Library, library
+from surgery.language.tree import Call, Spec, Step, Target
 
 Pairs = Iterator[tuple[str, Expression]]
 _NO_DROPOUT = Number(0)

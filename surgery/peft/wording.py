@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from surgery.exact import patterns
-from surgery.spec import inlined
-from surgery.syntax.expression import Expression, Name, Number
-from surgery.syntax.tree import Argument, Call, Definition, Pattern, Spec, Step, Target, Train
+from surgery.language.expressions import Expression, Name, Number
+from surgery.language.library import inlined
+from surgery.language.tree import Argument, Call, Definition, Pattern, Spec, Step, Target, Train
 
 Values = Mapping[str, Expression]
 

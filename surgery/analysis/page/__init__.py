@@ -18,9 +18,9 @@ from surgery.analysis.page.model_tree import ModelTree
 from surgery.analysis.spectra import Group, Spectra
 from surgery.analysis.spectra.curves import Curve, across_layers, distributions
 from surgery.codegen.cost_model import TOKENS_SUPPOSED
+from surgery.language.tree import Spec
 from surgery.report import Report
 from surgery.show import formula_lines, formulas
-from surgery.syntax.tree import Spec
 from surgery.text import figure_text, sides_text, size_text
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

@@ -13,9 +13,9 @@ from typing import Any
 from lark import Token, Tree
 
 from surgery.diagnostics import Collector, Source, Span
-from surgery.syntax import tree
-from surgery.syntax.trivia import FILE
-from surgery.syntax.wellformed import check_clause
+from surgery.language import tree
+from surgery.language.comments import FILE
+from surgery.language.well_formed import check_clause
 
 FLAGS = {"FROZEN": "frozen", "SHARED": "shared", "SHIFTED": "shifted", "UNTIE": "untie"}
 

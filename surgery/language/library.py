@@ -15,12 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from surgery import resources
 from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest
 from surgery.files import SPEC_BYTES, read_bytes
-from surgery.refused import refusal
-from surgery.syntax.parser import parse_expression, parse_text
-from surgery.syntax.tree import Argument, Definition, Pattern, Reference, Select, Spec, Use, as_expression
+from surgery.language import resources
+from surgery.language.parser import parse_expression, parse_text
+from surgery.language.tree import Argument, Definition, Pattern, Reference, Select, Spec, Use, as_expression
+from surgery.language.unsupported_methods import refusal
 
 PRELUDE = "std"
 _LONGEST_PATH = 100  # characters of a path in a message

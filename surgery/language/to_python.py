@@ -8,9 +8,9 @@ from __future__ import annotations
 from keyword import iskeyword
 from typing import Any
 
-from surgery.syntax.fields import Pattern, Reference
-from surgery.syntax.printer import expression_text
-from surgery.syntax.tree import Argument, Expression, Node, Spec, Step, Target
+from surgery.language.formatter import expression_text
+from surgery.language.json_fields import Pattern, Reference
+from surgery.language.tree import Argument, Expression, Node, Spec, Step, Target
 
 WIDTH = 100
 _CLAUSES = ("on", "with_bias", "dropout")
@@ -23,7 +23,7 @@ def python_text(spec: Spec) -> str:
     body = f"spec = {_code(spec, 0, used)}\n"
     public, inner = sorted(used & set(_PUBLIC)), sorted(used - set(_PUBLIC))
     imports = [f"from surgery import {', '.join(public)}"]
-    imports += [f"from surgery.syntax.tree import {', '.join(inner)}"] if inner else []
+    imports += [f"from surgery.language.tree import {', '.join(inner)}"] if inner else []
     return "\n".join([*imports, "", body])
 
 

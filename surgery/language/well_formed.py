@@ -11,8 +11,8 @@ from dataclasses import fields
 from typing import Any
 
 from surgery.diagnostics import Collector, Span
-from surgery.syntax import tree
-from surgery.syntax.grammar import KEYWORDS, WORDS, is_name
+from surgery.language import tree
+from surgery.language.grammar import KEYWORDS, WORDS, is_name
 
 MAX_DEPTH = 100
 MAX_INT = 2**63 - 1

@@ -12,7 +12,7 @@ from lark.exceptions import UnexpectedCharacters
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from surgery.diagnostics import Diagnostic, Source, Span, did_you_mean
-from surgery.syntax.grammar import KEYWORDS, WORDS, item_words
+from surgery.language.grammar import KEYWORDS, WORDS, item_words
 
 #: Sets of terminals that read as one thing; the first that the grammar allows in full replaces its members.
 OPERAND = {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "LSQB", "MINUS"}

@@ -12,13 +12,13 @@ from lark import Token, Tree
 from lark.exceptions import UnexpectedCharacters, UnexpectedInput
 
 from surgery.diagnostics import Collector, Diagnostic, Source, SurgeryError
-from surgery.syntax.build import Builder
-from surgery.syntax.grammar import item_words, machine
-from surgery.syntax.messages import explain
-from surgery.syntax.misfits import told_of
-from surgery.syntax.tree import Expression, Node, Spec
-from surgery.syntax.trivia import trivia_of
-from surgery.syntax.wellformed import check_expression
+from surgery.language.comments import trivia_of
+from surgery.language.grammar import item_words, machine
+from surgery.language.json_errors import told_of
+from surgery.language.syntax_errors import explain
+from surgery.language.tree import Expression, Node, Spec
+from surgery.language.tree_builder import Builder
+from surgery.language.well_formed import check_expression
 
 MAX_ERRORS = 20
 

@@ -126,7 +126,7 @@ def as_expression(value: Any) -> Expression:
         number = int(value) if isinstance(value, Integral) else float(value)
         return Unary("-", Number(-number)) if math.copysign(1, number) < 0 else Number(number)
     if isinstance(value, str):
-        from surgery.syntax.parser import parse_expression
+        from surgery.language.parser import parse_expression
 
         return parse_expression(value)
     raise fail("bad-value", f"{str(value)[:60]!r} is not an expression",
@@ -134,7 +134,7 @@ def as_expression(value: Any) -> Expression:
 
 
 def _as_text(value: Expression) -> str:
-    from surgery.syntax.printer import expression_text
+    from surgery.language.formatter import expression_text
 
     return expression_text(value)
 

@@ -12,7 +12,7 @@ from functools import cache
 from lark import Lark
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 
-from surgery.resources import folder
+from surgery.language.resources import folder
 
 GRAMMAR = (folder("grammar") / "surg.lark").read_text(encoding="utf-8")
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import groupby
 
-from surgery.syntax import tree
-from surgery.syntax.build import read_number
-from surgery.syntax.parser import parse_text
-from surgery.syntax.tree import Trivia
+from surgery.language import tree
+from surgery.language.parser import parse_text
+from surgery.language.tree import Trivia
+from surgery.language.tree_builder import read_number
 
 WIDTH = 120
 INDENT = "  "

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from surgery.syntax.expression import (
+from surgery.language.expressions import (
     Argument,
     Binary,
     Boolean,
@@ -35,8 +35,8 @@ from surgery.syntax.expression import (
     Unary,
     as_expression,
 )
-from surgery.syntax.fields import Comments, Pattern, Place, Reference, Selectors, Trivia, many
-from surgery.syntax.misfits import told_of
+from surgery.language.json_errors import told_of
+from surgery.language.json_fields import Comments, Pattern, Place, Reference, Selectors, Trivia, many
 
 __all__ = [
     "Argument",
@@ -283,20 +283,20 @@ class Spec(Node):
 
     @model_validator(mode="after")
     def _well_formed(self) -> Spec:
-        from surgery.syntax.wellformed import check_spec
+        from surgery.language.well_formed import check_spec
 
         check_spec(self).raise_errors()
         return self
 
     def to_surg(self) -> str:
         """The spec as formatted `.surg` text; `parse` of it gives an equal spec."""
-        from surgery.syntax.printer import spec_text
+        from surgery.language.formatter import spec_text
 
         return spec_text(self)
 
     def retarget(self, *patterns: str, at: int | None = None) -> Spec:
         """The spec with a target's patterns replaced, which is what `--target` does: of its only target, or of number
         `at`, from 1. A bare name is a selector."""
-        from surgery.spec import retarget
+        from surgery.language.library import retarget
 
         return retarget(self, *patterns, at=at)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from lark import Token, Tree
 
-from surgery.syntax.grammar import pattern_of
-from surgery.syntax.tree import Trivia
+from surgery.language.grammar import pattern_of
+from surgery.language.tree import Trivia
 
 FILE = -1
 STATEMENTS = {"use", "header", "check", "select", "train", "parameter", "transform", "update", "param", "let", "result",
