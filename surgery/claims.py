@@ -13,8 +13,8 @@ from itertools import combinations
 from torch import nn
 
 from surgery.diagnostics import Collector
+from surgery.layers.survey import Site, Survey
 from surgery.reach import Reach
-from surgery.sites import Site, Survey
 from surgery.text import counted, listed
 
 

@@ -24,8 +24,8 @@ from surgery.expr.values import names_in
 from surgery.ir.expression import Formula, Leaf
 from surgery.language.library import Library, library, load
 from surgery.language.tree import Spec, Target
+from surgery.layers.survey import Site
 from surgery.select import Selection, select
-from surgery.sites import Site
 from surgery.text import listed
 
 

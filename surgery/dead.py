@@ -14,11 +14,11 @@ from torch import nn
 
 from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean
 from surgery.language.tree import Target
+from surgery.layers.survey import Refused
 from surgery.near import Population
 from surgery.patterns import Alternative, Glob
 from surgery.reach import Catalogue, Reach, fits
 from surgery.selectors import Matcher
-from surgery.sites import Refused
 from surgery.text import counted, listed, some
 
 MOST_NAMES = 12

@@ -17,7 +17,7 @@ from surgery.expr.draws import draw
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Leaf, walk
 from surgery.language.tree import Target
-from surgery.sites import Site
+from surgery.layers.survey import Site
 from surgery.text import counted
 
 Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]

@@ -17,13 +17,20 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from surgery.called import ADAPTER, forward_of, has_forward_of_its_own, put_forward_aside, put_forward_back, stored
 from surgery.codegen.program import Program, activations, weights
 from surgery.effective import effective_weight, holds_parameters
 from surgery.ir.dense import in_dtype
 from surgery.ir.expression import Formula
 from surgery.ir.orthogonal_maps import is_traced
-from surgery.layout import Layout
+from surgery.layers.layouts import Layout
+from surgery.layers.opaque_linear import (
+    ADAPTER,
+    forward_of,
+    has_forward_of_its_own,
+    put_forward_aside,
+    put_forward_back,
+    stored,
+)
 from surgery.lower.called import frozen
 from surgery.lower.frozen import Frozen
 from surgery.serving import Serving, fingerprint

@@ -22,6 +22,7 @@ from surgery.diagnostics import Collector, fail
 from surgery.initialise import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
 from surgery.language.tree import Spec, Target
 from surgery.layer import SUFFIX, Adapter, install, uninstall
+from surgery.layers.wrappers import bare
 from surgery.merge import merged, refuse_called
 from surgery.proof import Proof, Subject
 from surgery.report import Report, dense_copies, unfit
@@ -30,7 +31,6 @@ from surgery.serving import serving
 from surgery.standing import Spot, Standing, changed
 from surgery.text import listed
 from surgery.transaction import Scope, all_or_nothing
-from surgery.wrappers import bare
 
 _SAID = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
 _WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first",

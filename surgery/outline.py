@@ -12,7 +12,7 @@ from itertools import groupby
 
 from torch import nn
 
-from surgery.sites import Site, Survey
+from surgery.layers.survey import Site, Survey
 
 Mark = Callable[[str], object]
 

@@ -26,7 +26,7 @@ from surgery.demo import demo_inputs
 from surgery.diagnostics import Diagnostic, SurgeryError, fail
 from surgery.initialise import IDENTITY_TOLERANCE, departure
 from surgery.layer import Adapter
-from surgery.layout import weights
+from surgery.layers.layouts import weights
 from surgery.merge import merged
 from surgery.text import counted, listed
 from surgery.transaction import Scope, Snapshot, finish

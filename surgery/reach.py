@@ -14,10 +14,10 @@ from torch import nn
 
 from surgery.diagnostics import Collector, Span
 from surgery.language.tree import Select, Target
+from surgery.layers.survey import Refused, Site, Survey
 from surgery.near import Population
 from surgery.patterns import marked
 from surgery.selectors import Hits, Matcher, matchers
-from surgery.sites import Refused, Site, Survey
 
 
 class Catalogue:

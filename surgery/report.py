@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from surgery import called
 from surgery.compile import Placed, Plan
 from surgery.costs import Estimate, fallback
 from surgery.diagnostics import Diagnostic
 from surgery.language.tree import Target
 from surgery.layer import SUFFIX, is_direct
+from surgery.layers import opaque_linear
+from surgery.layers.wrappers import parameter
 from surgery.numbered import alike, ranged, starred
 from surgery.show import formula_lines
 from surgery.text import counted, dtype_text, listed, sides_text, size_text
-from surgery.wrappers import parameter
 
 
 class Row(NamedTuple):
@@ -114,7 +114,7 @@ class Report:
         survey = self.plan.selection.survey
         packed = [t for site in survey.sites if site.layout.is_called for t in site.held]  # buffers too
         plain = (p for name, p in survey.model.named_parameters() if f"{SUFFIX}." not in name)
-        base = {id(t): called.size(t) for t in (*packed, *plain)}
+        base = {id(t): opaque_linear.size(t) for t in (*packed, *plain)}
         copies = sum(map(copy_size, self.plan.placed))
         return {"base": sum(base.values()), **({"dense copies": copies} if copies else {}), "adapter": self.bytes,
                 "gradients and AdamW": 3 * self.trainable * self.dtype.itemsize}
@@ -207,7 +207,7 @@ def copy_size(placed: Placed) -> int:
     """The bytes of the dense copy that an operated weight keeps while it trains; 0 for none."""
     site = placed.site
     reads = site.layout.is_called and estimated(placed).candidates[0].reads_weight
-    return site.out * site.in_ * called.dtype(site.module).itemsize if reads else 0
+    return site.out * site.in_ * opaque_linear.dtype(site.module).itemsize if reads else 0
 
 
 def _ratio(estimates: Sequence[Estimate]) -> float:

@@ -16,13 +16,13 @@ from surgery.claims import owners, report_tied
 from surgery.dead import report_dead, suggestion
 from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean, fail
 from surgery.language.tree import Select, Spec, Target
+from surgery.layers.survey import Site, Survey
+from surgery.layers.wrappers import named_parameters
 from surgery.near import Population
 from surgery.patterns import Glob, marked
 from surgery.reach import Catalogue, Reach, reach
 from surgery.selectors import Matcher, matchers
-from surgery.sites import Site, Survey
 from surgery.text import listed
-from surgery.wrappers import named_parameters
 
 
 class Taken(NamedTuple):

@@ -14,7 +14,7 @@ from torch import nn
 from surgery.compile import Placed, Plan
 from surgery.diagnostics import SurgeryError, fail
 from surgery.layer import SUFFIX, Adapter
-from surgery.wrappers import named_modules, submodule
+from surgery.layers.wrappers import named_modules, submodule
 
 _SHOWN = 8
 

@@ -25,10 +25,10 @@ from surgery.ir.expression import Formula
 from surgery.language.grammar import is_name
 from surgery.language.tree import Spec, Target
 from surgery.layer import Adapter
+from surgery.layers.wrappers import bare
 from surgery.operate import Surgeon, prepare
 from surgery.store import attach, save
 from surgery.transaction import Scope, all_or_nothing
-from surgery.wrappers import bare
 
 
 @dataclass

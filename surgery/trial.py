@@ -18,7 +18,7 @@ from surgery.diagnostics import Diagnostic
 from surgery.initialise import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
 from surgery.ir.dense import dense
 from surgery.ir.expression import Claim
-from surgery.sites import sites
+from surgery.layers.survey import sites
 from surgery.text import listed
 
 CLAIM_TOLERANCE = 1e-8

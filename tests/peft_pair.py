@@ -20,11 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from surgery.language.library import retarget
 from surgery.language.tree import Spec
+from surgery.layers.survey import sites
 from surgery.operate import Surgeon, apply
 from surgery.peft.method import Config, Method
 from surgery.peft.methods import METHODS
 from surgery.peft.tensors import Correspondence, Place
-from surgery.sites import sites
 
 PREFIX = "base_model.model.layer."
 

@@ -13,9 +13,9 @@ from packed import Int4Linear, Int8Linear, Sealed, SealedLinear
 from torch import nn
 from zoo import CASES
 
-from surgery.called import through
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import parse
+from surgery.layers.opaque_linear import through
 from surgery.operate import Surgeon, apply
 
 EXACT = 1e-10

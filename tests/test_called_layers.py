@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from zoo import CASES
 
-from surgery.called import matrix, size, twin
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import load, parse
-from surgery.layout import CALLED, LINEAR
+from surgery.layers.layouts import CALLED, LINEAR
+from surgery.layers.opaque_linear import matrix, size, twin
+from surgery.layers.survey import sites, unsupported
 from surgery.operate import apply
-from surgery.sites import sites, unsupported
 
 OUT, IN = 12, 18
 

@@ -8,7 +8,7 @@ import torch
 
 from surgery.demo import demo_config, demo_inputs, demo_names, load_demo
 from surgery.diagnostics import SurgeryError
-from surgery.sites import sites
+from surgery.layers.survey import sites
 
 TIED = {"gpt2", "t5"}
 CLASSES = {

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from zoo import CASES
 
 import surgery
-from surgery.called import is_plain
 from surgery.codegen import kernels
 from surgery.demo import demo_inputs, load_demo
+from surgery.layers.opaque_linear import is_plain
 
 pytestmark = pytest.mark.gpu
 

@@ -10,8 +10,8 @@ from transformers import CLIPConfig, CLIPModel, GptOssConfig, GptOssForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from surgery.demo import load_demo
-from surgery.layout import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, TRANSPOSED_EXPERTS, weights
-from surgery.sites import sites, unsupported
+from surgery.layers.layouts import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, TRANSPOSED_EXPERTS, weights
+from surgery.layers.survey import sites, unsupported
 
 
 class OwnLinear(nn.Linear):

@@ -36,8 +36,8 @@ from surgery.diagnostics import SurgeryError
 from surgery.language.library import library
 from surgery.language.parser import parse_text
 from surgery.language.tree import Pattern, Select, Spec, Target, pre
+from surgery.layers.survey import Survey, sites
 from surgery.select import select
-from surgery.sites import Survey, sites
 
 MODELS = {name: load_demo(name) for name in demo_names()}
 

@@ -13,9 +13,9 @@ from rich.tree import Tree
 from torch import nn
 
 from surgery.diagnostics import fail
+from surgery.layers.survey import Site, Survey
 from surgery.outline import Node, outline
 from surgery.patterns import compile_pattern
-from surgery.sites import Site, Survey
 from surgery.text import sides_text
 
 

@@ -16,8 +16,8 @@ from surgery.cli.models import DEMO, folder_of, load, quiet_libraries, skeleton,
 from surgery.cli.operating import base_name
 from surgery.cli.output import Output
 from surgery.diagnostics import fail
+from surgery.layers.survey import Site
 from surgery.saved import Saved
-from surgery.sites import Site
 from surgery.store import fitted
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from functools import cached_property
 import torch
 import torch.nn as nn
 
-from surgery import called
 from surgery.diagnostics import fail
-from surgery.layout import Layout
+from surgery.layers import opaque_linear
+from surgery.layers.layouts import Layout
 from surgery.lower.frozen import KINDS, Frozen, FrozenLinear
 
 
@@ -23,22 +23,22 @@ class FrozenCalled(FrozenLinear):
     weight: torch.Tensor | None = None
 
     def __init__(self, module: nn.Module, layout: Layout, gives_gradient: bool):
-        self.layout, self.module, self.bias, self.given = layout, module, called.bias(module), None
+        self.layout, self.module, self.bias, self.given = layout, module, opaque_linear.bias(module), None
         self.gives_gradient = gives_gradient
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        return called.dtype(self.module)
+        return opaque_linear.dtype(self.module)
 
     @cached_property
     def device(self) -> torch.device:
-        return called.device(self.module)
+        return opaque_linear.device(self.module)
 
     @property
     def held(self) -> tuple[torch.Tensor, ...]:
         """The tensors that W and b are made of."""
         loose = (t for t in vars(self.module).values() if isinstance(t, torch.Tensor))
-        return (*called.pieces(self.module), *loose, *(() if self.bias is None else (self.bias,)))
+        return (*opaque_linear.pieces(self.module), *loose, *(() if self.bias is None else (self.bias,)))
 
     def dtype_of(self, x: torch.Tensor) -> torch.dtype:
         self.dtype, self.device = x.dtype, x.device
@@ -46,7 +46,7 @@ class FrozenCalled(FrozenLinear):
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         """W [out, in], made of calls anew."""
-        return called.matrix(self.module, dtype)
+        return opaque_linear.matrix(self.module, dtype)
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         return self.read(dtype) if self.weight is None else self.weight.to(dtype)
@@ -59,13 +59,13 @@ class FrozenCalled(FrozenLinear):
         return super().leave(y).to(self.given or y.dtype)
 
     def frozen_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._checked(rows, called.through(self.module, rows.to(self.dtype))).to(rows.dtype)
+        return self._checked(rows, opaque_linear.through(self.module, rows.to(self.dtype))).to(rows.dtype)
 
     def frozen_back(self, rows: torch.Tensor) -> torch.Tensor:
-        return called.back(self.module, rows.to(self.dtype)).to(rows.dtype)
+        return opaque_linear.back(self.module, rows.to(self.dtype)).to(rows.dtype)
 
     def frozen_biased(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._checked(x, called.forward_of(self.module)(x))
+        y = self._checked(x, opaque_linear.forward_of(self.module)(x))
         self.given = y.dtype
         return y.to(x.dtype)
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from surgery.called import stored
 from surgery.codegen.kernels import mask, masked
 from surgery.ir.orthogonal_maps import is_traced
-from surgery.layout import Layout
+from surgery.layers.layouts import Layout
+from surgery.layers.opaque_linear import stored
 
 
 class Frozen:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surgery.claims import tied
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
 from surgery.language.tree import Spec
+from surgery.layers.survey import Survey
 from surgery.operate import Surgeon, prepare
 from surgery.peft.folder import TENSORS, Folder
 from surgery.peft.method import Config
@@ -28,7 +29,6 @@ from surgery.peft.tensors import Place, Tensors
 from surgery.peft.values import values
 from surgery.peft.wording import Group, one_spec, train_spec
 from surgery.saved import compare
-from surgery.sites import Survey
 from surgery.text import listed
 
 _MOST_WORDS = 100  # of a configuration that names nothing, among which a misspelt one is looked for

@@ -21,9 +21,9 @@ from torch import nn
 
 from surgery.diagnostics import fail
 from surgery.layer import Adapter
-from surgery.layout import weights
+from surgery.layers.layouts import weights
+from surgery.layers.survey import output_embedding
 from surgery.peft.method import Config, Family
-from surgery.sites import output_embedding
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIERS = ("score", "classifier")  # what the head of a text classifier is called

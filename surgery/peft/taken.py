@@ -15,13 +15,13 @@ from torch import Tensor
 
 from surgery.language.tree import Spec
 from surgery.layer import SUFFIX
+from surgery.layers.survey import Site
 from surgery.peft.folder import SHARED
 from surgery.peft.method import Config, Method
 from surgery.peft.methods import METHODS
 from surgery.peft.modules import resolved
 from surgery.peft.tensors import Correspondence, Place, Tensors
 from surgery.saved import Shapes, shapes
-from surgery.sites import Site
 
 WHOLE = "trained"  # the layout of a module of any class that is trained as a whole
 # Fields that say how an adapter began, is trained or is kept, and nothing of what it does.

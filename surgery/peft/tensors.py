@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from surgery.sites import Site
+from surgery.layers.survey import Site
 
 Tensors = Mapping[str, Tensor]
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from surgery.claims import tied
 from surgery.diagnostics import Collector, Diagnostic
+from surgery.layers.survey import Survey
 from surgery.peft.folder import TENSORS
 from surgery.peft.method import Config
 from surgery.peft.modules import saved_whole, ties
 from surgery.saved import compare, shapes
-from surgery.sites import Survey
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from surgery.analysis.page.html import Markup, joined, tag
 from surgery.analysis.spectra import Group, Spectra
 from surgery.analysis.spectra.summary import Row as Measured
 from surgery.layer import SUFFIX
+from surgery.layers.survey import Site
 from surgery.outline import Node, outline
 from surgery.report import Report, Row
-from surgery.sites import Site
 from surgery.text import sides_text
 
 _OPEN = 150  # nodes: of a larger tree, only the first levels are open

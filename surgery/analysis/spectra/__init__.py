@@ -22,8 +22,8 @@ from surgery.analysis.spectra.summary import TOP, Group, Row, Spectra, row_of
 from surgery.analysis.spectra.updates import Pending, of_models, of_surgeon
 from surgery.diagnostics import fail
 from surgery.layer import Adapter
+from surgery.layers.survey import Site
 from surgery.operate import Surgeon
-from surgery.sites import Site
 
 Track = Callable[[Sequence[Pending]], Iterable[Pending]]
 

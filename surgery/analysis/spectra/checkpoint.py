@@ -18,7 +18,7 @@ from surgery.analysis.spectra.updates import Read
 from surgery.claims import tied
 from surgery.diagnostics import fail
 from surgery.files import read_json
-from surgery.sites import Site, Survey
+from surgery.layers.survey import Site, Survey
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -20,6 +20,7 @@ from surgery.codegen.program import weights
 from surgery.compile import Placed
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Expr, without_dropout
+from surgery.layers.survey import Site
 from surgery.lower.called import frozen
 from surgery.numbered import module_type
 from surgery.operate import Surgeon
@@ -28,7 +29,6 @@ from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.norms import spread
 from surgery.rewrite.structure import Factors, factors
 from surgery.rewrite.terms import scaled, summands, times, total
-from surgery.sites import Site
 
 WIDE = torch.float64
 _ROWS = 4096  # of a large matrix, so many at a time

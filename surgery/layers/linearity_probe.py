@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surgery import called
+from surgery.layers import opaque_linear
 
 # Eight bits for an activation leave errors of a few per cent of these rows' images; a kink or a saturation makes more.
 TOLERANCE = 0.08
@@ -31,9 +31,9 @@ class Answer:
 def ask(module: nn.Module) -> Answer:
     """What calls of a layer tell. Whatever it raises is a fault of its own."""
     try:
-        with warnings.catch_warnings(), torch.enable_grad(), torch.autocast(called.device(module).type, enabled=False):
+        with warnings.catch_warnings(), torch.enable_grad(), torch.autocast(opaque_linear.device(module).type, enabled=False):
             warnings.simplefilter("ignore")  # torch warns that a layer has no gradient, which is what is asked
-            return _answer(called.twin(module))
+            return _answer(opaque_linear.twin(module))
     except Exception as failure:  # a third party's layer raises whatever it likes
         said = str(failure).strip().splitlines()
         return Answer(f"calling {type(module).__name__} fails ({said[0] if said else type(failure).__name__})")
@@ -41,8 +41,8 @@ def ask(module: nn.Module) -> Answer:
 
 def _answer(module: nn.Module) -> Answer:
     name, rows = type(module).__name__, _rows(module)
-    whole, alone = called.forward_of(module)(rows), called.forward_of(module)(rows[None, 2:3])
-    wanted = (len(rows), called.sides(module)[0])
+    whole, alone = opaque_linear.forward_of(module)(rows), opaque_linear.forward_of(module)(rows[None, 2:3])
+    wanted = (len(rows), opaque_linear.sides(module)[0])
     if tuple(whole.shape) != wanted or tuple(alone.shape) != (1, 1, wanted[1]):
         return Answer(f"{name} gives {list(whole.shape)} for {list(rows.shape)}")
     fault = _fault(module, whole.detach().double(), alone.detach().double()[0, 0])
@@ -56,15 +56,15 @@ def _answer(module: nn.Module) -> Answer:
 def _rows(module: nn.Module) -> Tensor:
     """x, y, a x + b y and 0."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, called.sides(module)[1], generator=generator, dtype=torch.float32, device="cpu")
+    x, y = torch.randn(2, opaque_linear.sides(module)[1], generator=generator, dtype=torch.float32, device="cpu")
     y = 3 * y
     rows = torch.stack([x, y, _SHARE * x + _OTHER * y, torch.zeros_like(x)])
-    return called.asking(rows.to(called.device(module), called.taken_dtype(module, torch.float32)))
+    return opaque_linear.asking(rows.to(opaque_linear.device(module), opaque_linear.taken_dtype(module, torch.float32)))
 
 
 def _fault(module: nn.Module, whole: Tensor, alone: Tensor) -> str:
     first, second, together, zero = whole
-    bias = called.bias(module)
+    bias = opaque_linear.bias(module)
     size = (together - zero).norm()
     if not whole.isfinite().all():
         return "is no linear map: it gives what is not finite"
@@ -84,5 +84,5 @@ def _near(a: Tensor, b: Tensor, size: Tensor | None = None) -> bool:
 def _gradient(module: nn.Module, row: Tensor, image: Tensor) -> Tensor | None:
     """Wᵀ of an image; None if the layer gives no gradient to its input."""
     x = row.clone().requires_grad_()
-    y = called.forward_of(module)(x)
+    y = opaque_linear.forward_of(module)(x)
     return torch.autograd.grad(y, x, image[None].to(y.dtype), allow_unused=True)[0] if y.requires_grad else None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from surgery import called
+from surgery.layers import opaque_linear
 
 Shape = tuple[int, ...]
 
@@ -41,8 +41,8 @@ class Layout:
     def shape(self, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         """(out, in) of the module's weight, read off its shape alone; of a called layer, the sides that it says."""
         if self.is_called:
-            return called.sides(module)
-        out, in_ = self.matrix(called.stored(module, parameter).to("meta")).shape[-2:]
+            return opaque_linear.sides(module)
+        out, in_ = self.matrix(opaque_linear.stored(module, parameter).to("meta")).shape[-2:]
         return out, in_
 
 
@@ -95,10 +95,10 @@ _is_conv, _is_embedding = _is(nn.Conv1d, nn.Conv2d, nn.Conv3d), _is(nn.Embedding
 
 def _is_called(module: nn.Module) -> bool:
     """Whether it is a linear layer without a plain weight: of the classes that are known, or by what it holds."""
-    if called.sides(module) is None or _is_conv(module) or _is_embedding(module):
+    if opaque_linear.sides(module) is None or _is_conv(module) or _is_embedding(module):
         return False
     known = _is_linear(module) or _is_conv1d(module)
-    return not (called.has_plain_weight(module) or _lazy(module)) if known else called.is_packed(module)
+    return not (opaque_linear.has_plain_weight(module) or _lazy(module)) if known else opaque_linear.is_packed(module)
 
 
 def _lazy(module: nn.Module) -> bool:
@@ -145,7 +145,7 @@ def _no_parameter(module: nn.Module) -> bool:
 
 
 def _quantised(module: nn.Module) -> bool:
-    return not called.is_plain(called.stored(module, "weight"))
+    return not opaque_linear.is_plain(opaque_linear.stored(module, "weight"))
 
 
 def _is_true(attribute: str) -> Callable[[nn.Module], bool]:

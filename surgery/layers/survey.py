@@ -19,9 +19,9 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
-from surgery import called, probe
-from surgery.layout import Layout, refusal, weights
-from surgery.wrappers import bare, named_modules
+from surgery.layers import linearity_probe, opaque_linear
+from surgery.layers.layouts import Layout, refusal, weights
+from surgery.layers.wrappers import bare, named_modules
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +49,12 @@ class Site:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter, as the module stores it. A called layer has none."""
-        return called.stored(self.module, self.parameter)
+        return opaque_linear.stored(self.module, self.parameter)
 
     @property
     def held(self) -> tuple[Tensor, ...]:
         """The tensors that W is made of."""
-        return called.pieces(self.module) if self.layout.is_called else (self.weight,)
+        return opaque_linear.pieces(self.module) if self.layout.is_called else (self.weight,)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -68,27 +68,27 @@ class Site:
 
     @property
     def device(self) -> torch.device:
-        return called.device(self.module) if self.layout.is_called else self.weight.device
+        return opaque_linear.device(self.module) if self.layout.is_called else self.weight.device
 
     @property
     def wide(self) -> torch.dtype:
         """float32, or what is stored where that is wider."""
-        own = called.dtype(self.module) if self.layout.is_called else self.weight.dtype
+        own = opaque_linear.dtype(self.module) if self.layout.is_called else self.weight.dtype
         return torch.promote_types(own, torch.float32)
 
     def read(self) -> Tensor:
         """W as the module stores it; of a called layer, as its calls say, [out, in], in a wide dtype."""
-        return called.matrix(self.module, self.wide) if self.layout.is_called else self.weight.detach()
+        return opaque_linear.matrix(self.module, self.wide) if self.layout.is_called else self.weight.detach()
 
     @cached_property
-    def answer(self) -> probe.Answer:
+    def answer(self) -> linearity_probe.Answer:
         """What a called layer answers when it is tried; a stored weight, or none at all, has no fault."""
-        return probe.ask(self.module) if self.layout.is_called and not self.is_meta else probe.Answer("", True)
+        return linearity_probe.ask(self.module) if self.layout.is_called and not self.is_meta else linearity_probe.Answer("", True)
 
     @property
     def bias(self) -> Tensor | None:
         """What the layer adds, where a spec can condition it."""
-        return called.bias(self.module) if self.stack is None else None
+        return opaque_linear.bias(self.module) if self.stack is None else None
 
     @property
     def has_bias(self) -> bool:
