@@ -25,7 +25,7 @@ from surgery.ir.expression import Formula, Leaf
 from surgery.language.library import Library, library, load
 from surgery.language.tree import Spec, Target
 from surgery.layers.survey import Site
-from surgery.select import Selection, select
+from surgery.matching.selection import Selection, select
 from surgery.text import listed
 
 

@@ -22,7 +22,7 @@ from surgery.language.tree import Target
 from surgery.layer import SUFFIX, is_direct
 from surgery.layers import opaque_linear
 from surgery.layers.wrappers import parameter
-from surgery.numbered import alike, ranged, starred
+from surgery.matching.name_ranges import alike, ranged, starred
 from surgery.show import formula_lines
 from surgery.text import counted, dtype_text, listed, sides_text, size_text
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.exact import patterns
-from surgery.patterns import compile_pattern
+from surgery.matching.patterns import compile_pattern
+from surgery.matching.patterns_from_names import patterns
 
 SEGMENTS = ("layers", "0", "1", "2", "3", "q", "k", "mlp")
 ALL = [".".join(parts) for length in (1, 2, 3) for parts in product(SEGMENTS, repeat=length)]

@@ -24,7 +24,7 @@ from surgery.ir.primitives import make
 from surgery.language.formatter import format_text
 from surgery.language.library import library, parse
 from surgery.language.parser import parse_expression
-from surgery.patterns import compile_pattern
+from surgery.matching.patterns import compile_pattern
 
 # What each `let` makes of the one before it.
 CHAINS = {

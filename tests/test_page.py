@@ -19,7 +19,7 @@ from surgery.analysis.spectra.curves import Curve
 from surgery.cli.main import main
 from surgery.demo import load_demo
 from surgery.layers.survey import Survey
-from surgery.outline import outline
+from surgery.matching.module_tree import outline
 
 STATE = {"global_step": 20, "log_history": [
     {"step": 10, "epoch": 1.0, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": float("nan")},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from surgery.diagnostics import Source, Span, SurgeryError
 from surgery.language.tree import Pattern
-from surgery.patterns import compile_pattern
+from surgery.matching.patterns import compile_pattern
 
 COUNTS = {"": 3, "model": 2, "model.layers": 12, "h": 4}
 

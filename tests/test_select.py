@@ -30,14 +30,14 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from surgery.claims import tied
 from surgery.demo import demo_names, load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import library
 from surgery.language.parser import parse_text
 from surgery.language.tree import Pattern, Select, Spec, Target, pre
 from surgery.layers.survey import Survey, sites
-from surgery.select import select
+from surgery.matching.conflicts import tied
+from surgery.matching.selection import select
 
 MODELS = {name: load_demo(name) for name in demo_names()}
 

@@ -22,7 +22,7 @@ from surgery.analysis.spectra.updates import rounding
 from surgery.demo import load_demo
 from surgery.ir.dense import dense
 from surgery.ir.expression import Expr
-from surgery.numbered import module_type
+from surgery.matching.name_ranges import module_type
 
 EXACT = 1e-6
 on_layouts = pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, .
     Gives the line of SPEC that takes the module NAME of MODEL, or the reason why none does.
     """
     from surgery.language.library import library
-    from surgery.select import select
+    from surgery.matching.selection import select
 
     asked = opened(spec, sets, targets)
     selection = select(skeleton_of(output, model), asked, library(asked).selects)

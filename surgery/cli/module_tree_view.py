@@ -14,8 +14,8 @@ from torch import nn
 
 from surgery.diagnostics import fail
 from surgery.layers.survey import Site, Survey
-from surgery.outline import Node, outline
-from surgery.patterns import compile_pattern
+from surgery.matching.module_tree import Node, outline
+from surgery.matching.patterns import compile_pattern
 from surgery.text import sides_text
 
 
@@ -26,8 +26,8 @@ def chosen(model: nn.Module, pattern: str | None) -> set[str]:
     glob = compile_pattern(pattern) if pattern else None
     found = {n for n in names if glob is None or glob.matches(n, survey.counts)}
     if glob and not found:
-        from surgery.near import Population
-        from surgery.patterns import marked
+        from surgery.matching.patterns import marked
+        from surgery.matching.suggestions import Population
 
         near = Population((marked(n, survey.counts),) for n in names).suggest(glob)
         raise fail("no-match", f'pattern "{pattern}" matches no module of {type(model).__name__}',

@@ -169,7 +169,7 @@ def say_errors(output: Output, errors: Mapping[str, float],
                note: Callable[[list[str]], str] = lambda names: "") -> None:
     """The relative error of each module; modules that differ in their index alone are one line, with the largest, and
     what `note` says of them."""
-    from surgery.numbered import alike, ranged
+    from surgery.matching.name_ranges import alike, ranged
 
     rows = {ranged(names): f"{max(errors[n] for n in names):.1e}{note(names)}" for names in alike(errors)}
     width = max(map(len, ["module", *rows]))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from surgery.claims import tied
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
 from surgery.language.tree import Spec
 from surgery.layers.survey import Survey
+from surgery.matching.conflicts import tied
 from surgery.operate import Surgeon, prepare
 from surgery.peft.folder import TENSORS, Folder
 from surgery.peft.method import Config

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surgery.claims import tied
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.layers.survey import Survey
+from surgery.matching.conflicts import tied
 from surgery.peft.folder import TENSORS
 from surgery.peft.method import Config
 from surgery.peft.modules import saved_whole, ties

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from surgery.exact import patterns
 from surgery.language.expressions import Expression, Name, Number
 from surgery.language.library import inlined
 from surgery.language.tree import Argument, Call, Definition, Pattern, Spec, Step, Target, Train
+from surgery.matching.patterns_from_names import patterns
 
 Values = Mapping[str, Expression]
 

@@ -13,7 +13,7 @@ from surgery.analysis.spectra import Group, Spectra
 from surgery.analysis.spectra.summary import Row as Measured
 from surgery.layer import SUFFIX
 from surgery.layers.survey import Site
-from surgery.outline import Node, outline
+from surgery.matching.module_tree import Node, outline
 from surgery.report import Report, Row
 from surgery.text import sides_text
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from surgery.analysis.spectra.updates import Read
-from surgery.claims import tied
 from surgery.diagnostics import fail
 from surgery.files import read_json
 from surgery.layers.survey import Site, Survey
+from surgery.matching.conflicts import tied
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -22,7 +22,7 @@ from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Expr, without_dropout
 from surgery.layers.survey import Site
 from surgery.lower.called import frozen
-from surgery.numbered import module_type
+from surgery.matching.name_ranges import module_type
 from surgery.operate import Surgeon
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.cheap import cheapest

@@ -15,10 +15,10 @@ from torch import nn
 from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean
 from surgery.language.tree import Target
 from surgery.layers.survey import Refused
-from surgery.near import Population
-from surgery.patterns import Alternative, Glob
-from surgery.reach import Catalogue, Reach, fits
-from surgery.selectors import Matcher
+from surgery.matching.matches import Catalogue, Reach, fits
+from surgery.matching.patterns import Alternative, Glob
+from surgery.matching.selectors import Matcher
+from surgery.matching.suggestions import Population
 from surgery.text import counted, listed, some
 
 MOST_NAMES = 12

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
 from surgery.language.tree import Pattern, Reference, Select, Spec
-from surgery.patterns import Alternative, Glob, compile_pattern
+from surgery.matching.patterns import Alternative, Glob, compile_pattern
 
 Hits = Mapping[object, tuple[Alternative, ...]]
 

@@ -13,8 +13,8 @@ from functools import cached_property
 from itertools import product
 
 from surgery.diagnostics import nearest
-from surgery.pattern_text import Token
-from surgery.patterns import Alternative, Glob, compile_pattern
+from surgery.matching.pattern_parser import Token
+from surgery.matching.patterns import Alternative, Glob, compile_pattern
 
 Names = tuple[str, ...]
 _MOST_SEGMENTS = 20  # of a pattern whose shape is mended

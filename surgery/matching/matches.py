@@ -15,9 +15,9 @@ from torch import nn
 from surgery.diagnostics import Collector, Span
 from surgery.language.tree import Select, Target
 from surgery.layers.survey import Refused, Site, Survey
-from surgery.near import Population
-from surgery.patterns import marked
-from surgery.selectors import Hits, Matcher, matchers
+from surgery.matching.patterns import marked
+from surgery.matching.selectors import Hits, Matcher, matchers
+from surgery.matching.suggestions import Population
 
 
 class Catalogue:

@@ -14,7 +14,7 @@ from torch import nn
 
 from surgery.diagnostics import Collector
 from surgery.layers.survey import Site, Survey
-from surgery.reach import Reach
+from surgery.matching.matches import Reach
 from surgery.text import counted, listed
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from surgery.diagnostics import Span
 from surgery.language.tree import Pattern
-from surgery.pattern_text import Choice, Segments, Token, inside, ways
+from surgery.matching.pattern_parser import Choice, Segments, Token, inside, ways
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 from torch import nn
 
-from surgery.claims import owners, report_tied
-from surgery.dead import report_dead, suggestion
 from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean, fail
 from surgery.language.tree import Select, Spec, Target
 from surgery.layers.survey import Site, Survey
 from surgery.layers.wrappers import named_parameters
-from surgery.near import Population
-from surgery.patterns import Glob, marked
-from surgery.reach import Catalogue, Reach, reach
-from surgery.selectors import Matcher, matchers
+from surgery.matching.conflicts import owners, report_tied
+from surgery.matching.matches import Catalogue, Reach, reach
+from surgery.matching.patterns import Glob, marked
+from surgery.matching.selectors import Matcher, matchers
+from surgery.matching.suggestions import Population
+from surgery.matching.unmatched import report_dead, suggestion
 from surgery.text import listed
 
 
