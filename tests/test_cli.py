@@ -17,9 +17,9 @@ import surgery
 from surgery.cli import output as output_module
 from surgery.cli.main import main
 from surgery.cli.options import opened_together
-from surgery.demo import demo_config
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import shipped
+from surgery.models.demo import demo_config
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 BROKEN = "spec lora(\n"

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli.main import main
-from surgery.cli.models import load, load_with_head
-from surgery.demo import demo_inputs, load_demo
 from surgery.experiments.training import with_head
+from surgery.models.demo import demo_inputs, load_demo
+from surgery.models.loading import load, load_with_head
 
 
 def run(*arguments: str) -> Result:

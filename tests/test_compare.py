@@ -12,12 +12,12 @@ from small_text import save_model, texts, words
 import surgery
 from surgery.cli.compare import _methods
 from surgery.cli.main import main
-from surgery.cli.models import load_with_head
 from surgery.experiments import comparison as comparison_module
 from surgery.experiments.comparison import Comparison
 from surgery.experiments.comparison_files import place_of
 from surgery.experiments.comparison_table import rows
 from surgery.experiments.text_tasks import Task
+from surgery.models.loading import load_with_head
 
 
 @pytest.fixture(scope="module")

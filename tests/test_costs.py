@@ -13,12 +13,12 @@ from surgery.codegen.candidates import by_tokens, frozen_alone
 from surgery.codegen.cost_model import Cost, body_cost
 from surgery.compile import compile
 from surgery.costs import Estimate
-from surgery.demo import load_demo
 from surgery.diagnostics import Collector
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.lint import spec_values
 from surgery.ir.expression import Formula
 from surgery.language.library import library, load, parse, shipped
+from surgery.models.demo import load_demo
 from surgery.report import Report
 
 OUT, IN = 512, 1024

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from surgery.demo import demo_config, demo_inputs, demo_names, load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.layers.survey import sites
+from surgery.models.demo import demo_config, demo_inputs, demo_names, load_demo
 
 TIED = {"gpt2", "t5"}
 CLASSES = {

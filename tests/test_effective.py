@@ -16,10 +16,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from zoo import CASES
 
-from surgery.demo import demo_inputs, load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.effective import EffectiveWeight
 from surgery.language.library import load, parse
+from surgery.models.demo import demo_inputs, load_demo
 from surgery.operate import Surgeon, apply
 
 EXACT = 1e-10

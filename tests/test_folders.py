@@ -16,9 +16,9 @@ from models import perturbed
 import surgery
 from surgery import folders
 from surgery.cli.main import main
-from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.folders import MANIFEST, Kind, replacing, replacing_file
+from surgery.models.demo import load_demo
 from surgery.store import save_merged
 
 THING = Kind("a thing")

@@ -19,8 +19,8 @@ import surgery
 from surgery.analysis.page.training_curves import charts, found_state
 from surgery.analysis.spectra.checkpoint import of_folder
 from surgery.cli.main import main
-from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
+from surgery.models.demo import load_demo
 from surgery.peft.folder import Folder
 from surgery.peft.modules import named
 from surgery.saved import FILES, META, SPEC, TENSORS, Saved

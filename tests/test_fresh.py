@@ -15,9 +15,9 @@ from torch.func import functional_call
 
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.cost_model import Cost
-from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import load, parse
+from surgery.models.demo import load_demo
 from surgery.operate import Surgeon, apply
 from surgery.serving import fingerprint
 

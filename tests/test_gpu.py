@@ -23,8 +23,8 @@ from zoo import CASES
 
 import surgery
 from surgery.codegen import kernels
-from surgery.demo import demo_inputs, load_demo
 from surgery.layers.opaque_linear import is_plain
+from surgery.models.demo import demo_inputs, load_demo
 
 pytestmark = pytest.mark.gpu
 

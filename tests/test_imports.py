@@ -23,7 +23,7 @@ PIPELINE = {
     "ir": "ir",
     "layers": "layers",
     "language": "language",
-    "demo": "demo",
+    "models": "models",
     "rewrite": "rewrite",
     "serving": "serving",
     "expr": "expr",

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, GptOssConfig, GptOssForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from surgery.demo import load_demo
 from surgery.layers.layouts import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, TRANSPOSED_EXPERTS, weights
 from surgery.layers.survey import sites, unsupported
+from surgery.models.demo import load_demo
 
 
 class OwnLinear(nn.Linear):

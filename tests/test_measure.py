@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from surgery.demo import demo_inputs, load_demo
 from surgery.experiments.timing import Allocations, peak_bytes, seconds
+from surgery.models.demo import demo_inputs, load_demo
 from surgery.operate import apply
 
 CPU = torch.device("cpu")

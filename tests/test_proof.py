@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import surgery
-from surgery.demo import demo_inputs, load_demo
 from surgery.diagnostics import SurgeryError
+from surgery.models.demo import demo_inputs, load_demo
 
 FAMILIES = ("llama", "bert", "gpt2", "t5", "mixtral", "vit", "resnet")
 

@@ -30,7 +30,6 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from surgery.demo import demo_names, load_demo
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import library
 from surgery.language.parser import parse_text
@@ -38,6 +37,7 @@ from surgery.language.tree import Pattern, Select, Spec, Target, pre
 from surgery.layers.survey import Survey, sites
 from surgery.matching.conflicts import tied
 from surgery.matching.selection import select
+from surgery.models.demo import demo_names, load_demo
 
 MODELS = {name: load_demo(name) for name in demo_names()}
 

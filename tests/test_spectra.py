@@ -19,10 +19,10 @@ from surgery.analysis.spectra.orthogonality import distance
 from surgery.analysis.spectra.spectrum import Spectrum, leading, of_factors, overlap, singular_values
 from surgery.analysis.spectra.summary import Group, Row
 from surgery.analysis.spectra.updates import rounding
-from surgery.demo import load_demo
 from surgery.ir.dense import dense
 from surgery.ir.expression import Expr
 from surgery.matching.name_ranges import module_type
+from surgery.models.demo import load_demo
 
 EXACT = 1e-6
 on_layouts = pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from models import perturbed, spec_for
 import surgery
 from surgery.cli import opened_weights
 from surgery.cli.main import main
-from surgery.cli.models import load_with_head
-from surgery.demo import demo_config, load_demo
 from surgery.experiments.training import with_head
+from surgery.models.demo import demo_config, load_demo
+from surgery.models.loading import load_with_head
 from surgery.store import save_merged
 
 

@@ -10,8 +10,8 @@ from models import perturbed
 from torch import nn
 
 import surgery
-from surgery.demo import demo_inputs, load_demo
 from surgery.diagnostics import SurgeryError
+from surgery.models.demo import demo_inputs, load_demo
 
 EMBEDDING = surgery.parse('spec e()\ntarget embedding "**" { add low_rank(rank = 2) }')
 HEAD = surgery.parse('spec h()\ntarget linear "**.lm_head", "lm_head" untie { add low_rank(rank = 2) }')

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery import folders
-from surgery.demo import demo_inputs, load_demo
 from surgery.folders import MANIFEST
+from surgery.models.demo import demo_inputs, load_demo
 from surgery.saved import FILES, META, SPEC, TENSORS
 from surgery.store import save_merged
 

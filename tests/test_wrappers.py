@@ -8,7 +8,7 @@ from models import perturbed
 from torch import distributed, nn
 
 import surgery
-from surgery.demo import demo_inputs, load_demo
+from surgery.models.demo import demo_inputs, load_demo
 
 
 class Holder(nn.Module):

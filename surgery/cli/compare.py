@@ -118,8 +118,8 @@ def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) 
 
 def _comparison(methods: Mapping[str, Spec | None], model: str, task: Any, budget: Mapping[str, Any],
                 trust: bool) -> Comparison:
-    from surgery.cli.models import load_with_head, quiet_libraries, tokenizer
     from surgery.experiments.comparison import Comparison
+    from surgery.models.loading import load_with_head, quiet_libraries, tokenizer
 
     quiet_libraries(bars=False)
     words = tokenizer(model, trust)

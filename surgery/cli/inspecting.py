@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def skeleton_of(output: Output, model: str) -> nn.Module:
-    from surgery.cli.models import quiet_libraries, skeleton
+    from surgery.models.loading import quiet_libraries, skeleton
 
     with output.busy(f"reading the configuration of {model}"):
         quiet_libraries(output.animated)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.analysis.spectra.checkpoint import Weights, of_folder
-from surgery.cli.models import DEMO, folder_of, load, quiet_libraries, skeleton, with_saved_head
 from surgery.cli.operating import base_name
 from surgery.cli.output import Output
 from surgery.diagnostics import fail
 from surgery.layers.survey import Site
+from surgery.models.loading import DEMO, folder_of, load, quiet_libraries, skeleton, with_saved_head
 from surgery.saved import Saved
 from surgery.store import fitted
 

@@ -26,8 +26,8 @@ from surgery.diagnostics import fail
 from surgery.text import counted
 
 if TYPE_CHECKING:
-    from surgery.cli.models import Trained
     from surgery.folders import Kind
+    from surgery.models.loading import Trained
     from surgery.operate import Surgeon
 
 
@@ -43,7 +43,7 @@ def free(out: str, force: bool, kind: Kind) -> None:
 
 def loaded(output: Output, model: str, dtype: str | None, saved: Trained | None = None) -> Any:
     """MODEL with its weights; with the head that an adapter was trained with."""
-    from surgery.cli.models import load, load_with_saved_head, quiet_libraries
+    from surgery.models.loading import load, load_with_saved_head, quiet_libraries
 
     with output.busy(f"loading {model}"):
         quiet_libraries(output.animated)
@@ -97,7 +97,7 @@ def _operate(output: Output, model: Any, spec: Any, seed: int, strict: bool) -> 
 
 
 def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool, force: bool) -> None:
-    from surgery.cli.models import preprocessors
+    from surgery.models.loading import preprocessors
     from surgery.store import save_merged
 
     with output.busy(f"saving {out}"):
@@ -127,7 +127,7 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
 
     DIR holds the saved adapter; MODEL is its base model unless you name another.
     """
-    from surgery.cli.models import preprocessors
+    from surgery.models.loading import preprocessors
     from surgery.store import MODEL, save_merged
     from surgery.surgeries import Surgeries
 

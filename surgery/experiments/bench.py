@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.compile import compile
-from surgery.demo import demo_inputs
 from surgery.diagnostics import fail
 from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
 from surgery.language.tree import Spec
+from surgery.models.demo import demo_inputs
 from surgery.operate import prepare
 from surgery.peft.match import Match, match
 

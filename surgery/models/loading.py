@@ -67,7 +67,7 @@ def load(name: str, dtype: str | None = None, trust: bool = False) -> PreTrained
     """The model with its weights, in its own dtype or another. Raises: SurgeryError (unknown-model)."""
     wanted = _torch_dtype(dtype)
     if name.startswith(DEMO):
-        from surgery.demo import load_demo
+        from surgery.models.demo import load_demo
 
         model = _asked(name, lambda: load_demo(name.removeprefix(DEMO)))
         return model.to(wanted) if wanted else model
@@ -193,7 +193,7 @@ def _model_folder(name: str, roots: Iterable[Path]) -> Path:
 
 def _config(name: str, trust: bool = False) -> PreTrainedConfig:
     if name.startswith(DEMO):
-        from surgery.demo import demo_config
+        from surgery.models.demo import demo_config
 
         return _asked(name, lambda: demo_config(name.removeprefix(DEMO)))
     from transformers import AutoConfig
