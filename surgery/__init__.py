@@ -14,7 +14,7 @@ _HOMES = {
     "parse": "language.library", "load": "language.library", "shipped": "language.library",
     "Plan": "compile", "plan": "compile", "Report": "report",
     "Surgeon": "operate", "apply": "operate", "attach": "store", "Surgeries": "surgeries",
-    "import_peft": "peft.importing", "export_peft": "peft.exporting", "Exported": "peft.exporting",
+    "import_peft": "peft.import_adapter", "export_peft": "peft.export_adapter", "Exported": "peft.export_adapter",
     "spectrum": "analysis.spectra", "Spectra": "analysis.spectra", "Spectrum": "analysis.spectra",
 }
 _SPELT = {"plan": "compile"}

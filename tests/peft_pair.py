@@ -24,7 +24,7 @@ from surgery.layers.survey import sites
 from surgery.operate import Surgeon, apply
 from surgery.peft.method import Config, Method
 from surgery.peft.methods import METHODS
-from surgery.peft.tensors import Correspondence, Place
+from surgery.peft.tensor_mapping import Correspondence, Place
 
 PREFIX = "base_model.model.layer."
 

@@ -22,7 +22,7 @@ from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
 from surgery.models.demo import load_demo
 from surgery.peft.folder import Folder
-from surgery.peft.modules import named
+from surgery.peft.target_modules import named
 from surgery.saved import FILES, META, SPEC, TENSORS, Saved
 
 CONFIG = "adapter_config.json"
@@ -295,7 +295,7 @@ NONE = [r"((a{500}){500}){500}", "a{99999999999}", "a{" + "1" * 5000 + "}", "(?:
 def test_a_pattern_that_would_hang_or_is_none(pattern: str, field: str, whole: Callable, folder: Callable, model,
                                               monkeypatch) -> None:
     """It is refused, or decided in time, which then says that it matches nothing."""
-    monkeypatch.setattr("surgery.peft.modules._PATIENCE", 0.2)
+    monkeypatch.setattr("surgery.peft.target_modules._PATIENCE", 0.2)
     path = folder("theirs")
     reworded(path / CONFIG, **{"target_modules": ["q_proj"], field: whole(pattern)})
     try:
@@ -309,8 +309,8 @@ def test_a_pattern_that_would_hang_or_is_none(pattern: str, field: str, whole: C
 
 def test_many_patterns_have_one_bound(model, monkeypatch) -> None:
     """Each of them takes a small part of it."""
-    monkeypatch.setattr("surgery.peft.modules._PATIENCE", 0.3)
-    from surgery.peft.modules import _Regular, in_time
+    monkeypatch.setattr("surgery.peft.target_modules._PATIENCE", 0.3)
+    from surgery.peft.target_modules import _Regular, in_time
 
     def all_of_them() -> None:
         for i in range(10_000):

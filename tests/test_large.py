@@ -189,7 +189,7 @@ def test_a_divisor_that_takes_too_long_to_find():
 
 
 def test_a_hundred_thousand_names():
-    from surgery.peft.modules import named
+    from surgery.peft.target_modules import named
 
     inner = {"q": torch.nn.Linear(2, 2), "v": torch.nn.Linear(2, 2)}
     model = torch.nn.ModuleDict({"inner": torch.nn.ModuleDict(inner)})
@@ -258,7 +258,7 @@ def test_the_place_in_a_long_line_is_shown_and_not_the_line():
 
 
 def exported(folder: Path, rank: int | None = None) -> dict:
-    from surgery.peft.exporting import export_peft
+    from surgery.peft.export_adapter import export_peft
 
     torch.manual_seed(0)
     surgeon = surgery.apply(torch.nn.ModuleDict({"q": torch.nn.Linear(6, 4)}), surgery.load("lora", rank=2))
@@ -275,7 +275,7 @@ def test_a_rank_beyond_the_matrix_is_the_matrix(tmp_path):
 
 def test_an_adapter_that_names_a_hundred_thousand_modules(tmp_path):
     from surgery.peft.folder import Folder
-    from surgery.peft.importing import read
+    from surgery.peft.import_adapter import read
 
     config = exported(tmp_path / "a")
     config["target_modules"] = [*(f"x{i}" for i in range(100_000)), "q"]

@@ -260,5 +260,5 @@ def test_an_adapter_without_a_model(lora: Path, tmp_path: Path) -> None:
 
 
 def test_peft_is_not_needed() -> None:
-    sources = [path.read_text("utf-8") for path in Path(surgery.__file__).with_name("peft").glob("*.py")]
+    sources = [path.read_text("utf-8") for path in Path(surgery.__file__).with_name("peft").rglob("*.py")]
     assert not [line for text in sources for line in text.splitlines() if re.match(r"\s*(import|from) peft\b", line)]

@@ -10,7 +10,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from surgery.diagnostics import SurgeryError
 from surgery.models.demo import load_demo
 from surgery.peft.method import Family
-from surgery.peft.modules import named, resolved, saved_whole
+from surgery.peft.target_modules import named, resolved, saved_whole
 
 CONFIGS = [
     ("llama", {"target_modules": ["q_proj", "v_proj"]}),

@@ -20,9 +20,9 @@ from torch import nn
 from surgery.compile import compile
 from surgery.language.library import load, parse, retarget, shipped
 from surgery.operate import apply
-from surgery.peft.match import match
 from surgery.peft.methods import METHODS
-from surgery.peft.tensors import Place
+from surgery.peft.recognise import match
+from surgery.peft.tensor_mapping import Place
 
 BY_NAME = {m.name: m for m in METHODS}
 GLORA = BY_NAME["glora"].family

@@ -14,7 +14,7 @@ from surgery.cli.output import Output
 from surgery.text import counted
 
 if TYPE_CHECKING:
-    from surgery.peft.exporting import Exported
+    from surgery.peft.export_adapter import Exported
 
 
 @command(click.argument("folder", metavar="PEFT_DIR"), click.argument("model", required=False),
@@ -27,7 +27,7 @@ def import_(output: Output, folder: str, model: str | None, out: str, dtype: str
     unless you name another. PEFT need not be installed.
     """
     from surgery.peft.folder import Folder
-    from surgery.peft.importing import read
+    from surgery.peft.import_adapter import read
     from surgery.saved import ADAPTER
 
     free(out, force, ADAPTER)
@@ -59,7 +59,7 @@ def export(output: Output, folder: str, model: str | None, form: str, out: str, 
     PEFT's own form; another one as the LoRA of the least rank that is exact, or of --rank, with the error of each
     module.
     """
-    from surgery.peft.exporting import export_peft
+    from surgery.peft.export_adapter import export_peft
     from surgery.peft.folder import ADAPTER
     from surgery.store import attach
 

@@ -30,7 +30,7 @@ from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
 from surgery.language.tree import Spec
 from surgery.models.demo import demo_inputs
 from surgery.operate import prepare
-from surgery.peft.match import Match, match
+from surgery.peft.recognise import Match, match
 
 PHASES = ("step", "forward")
 _WARM_UP = 2

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
-from surgery.peft.tensors import (
+from surgery.peft.tensor_mapping import (
     COLUMNS,
     KERNELS,
     POINTS,

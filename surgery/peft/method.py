@@ -1,7 +1,7 @@
 """What a row of the table of PEFT's methods is: one method of PEFT's beside the spec that says the same.
 
 Takes PEFT's configuration as plain values (`adapter_config.json`, as `modules.resolved` gives it for the module) and
-tensors as `surgery.peft.tensors` says. Gives our spec's parameters and tensors by leaf key, and both back. Promises:
+tensors as `surgery.peft.tensor_mapping` says. Gives our spec's parameters and tensors by leaf key, and both back. Promises:
 PEFT itself is not imported; a configuration with a switch on that a row does not know fits no row.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from surgery.language.library import bind, keywords, load, parse
 from surgery.language.tree import Spec
-from surgery.peft.tensors import Correspondence, Place, Tensors
+from surgery.peft.tensor_mapping import Correspondence, Place, Tensors
 
 Config = Mapping[str, Any]
 OFF = (False, None)

@@ -8,7 +8,7 @@ import torch
 
 from surgery.peft.additive import linears
 from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
-from surgery.peft.tensors import PLACES, ROW_AND_COLUMN, ROW_AND_COLUMN_32, SAME, Place, Tensors, View, pairs
+from surgery.peft.tensor_mapping import PLACES, ROW_AND_COLUMN, ROW_AND_COLUMN_32, SAME, Place, Tensors, View, pairs
 
 _COUNTS = {"n_frequency": "n_frequency_pattern"}
 _FOURIER = Family("FOURIERFT", "FourierFTConfig", {"bias": NO_BIAS}, patterns=_COUNTS, biases="fourier_only")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
-from surgery.peft.tensors import (
+from surgery.peft.tensor_mapping import (
     COLUMN,
     FLAT,
     SAME,

@@ -6,7 +6,7 @@ from typing import Any
 
 from surgery.peft.additive import NOTHING, kernel, linears
 from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
-from surgery.peft.tensors import CHANNELS, COLUMN, FLAT, SAME, SCALAR, Place, pairs
+from surgery.peft.tensor_mapping import CHANNELS, COLUMN, FLAT, SAME, SCALAR, Place, pairs
 
 # --------------------------------------------------------------------------------------------------------------- IA3
 

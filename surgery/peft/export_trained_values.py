@@ -17,11 +17,11 @@ from surgery.diagnostics import fail
 from surgery.initialise import frozen_leaves
 from surgery.ir.dense import dense
 from surgery.operate import Surgeon
+from surgery.peft.import_module import WHOLE
 from surgery.peft.method import Config
 from surgery.peft.methods import METHODS
-from surgery.peft.modules import saved_whole
-from surgery.peft.taken import WHOLE
-from surgery.peft.tensors import Tensors
+from surgery.peft.target_modules import saved_whole
+from surgery.peft.tensor_mapping import Tensors
 
 # By configuration class, what its field `bias` says where the adapted modules' biases are trained; those that have one.
 _BIASES = {m.family.peft_type: m.family.biases for m in METHODS if m.family.biases}

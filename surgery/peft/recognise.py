@@ -24,9 +24,9 @@ from surgery.language.library import library
 from surgery.language.tree import Spec
 from surgery.peft.method import Family, Method
 from surgery.peft.methods import METHODS
-from surgery.peft.modules import resolved
-from surgery.peft.tensors import Place
-from surgery.peft.unify import proposals
+from surgery.peft.recognise_parameters import proposals
+from surgery.peft.target_modules import resolved
+from surgery.peft.tensor_mapping import Place
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from surgery.diagnostics import fail
 from surgery.operate import Surgeon
-from surgery.peft import low_rank
-from surgery.peft.beside import Beside, changed_biases
+from surgery.peft import nearest_lora
+from surgery.peft.export_trained_values import Beside, changed_biases
 from surgery.peft.folder import SHARED, write, wrong_fields
-from surgery.peft.match import Match, match_targets
+from surgery.peft.import_module import WHOLE, Taken, at, drawn_again, row
 from surgery.peft.method import Config, Family
 from surgery.peft.methods import METHODS
-from surgery.peft.modules import in_time, modules, named, resolved
-from surgery.peft.taken import WHOLE, Taken, at, drawn_again, row
-from surgery.peft.tensors import Place, Tensors
+from surgery.peft.recognise import Match, match_targets
+from surgery.peft.target_modules import in_time, modules, named, resolved
+from surgery.peft.tensor_mapping import Place, Tensors
 from surgery.text import listed
 
 # The fields of a configuration that choose modules; another writer's are kept where they still choose the same.
@@ -210,7 +210,7 @@ def _lora(surgeon: Surgeon, rank: int | None) -> _Form:
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     inexact: list[str] = []
-    for found in low_rank.factors(surgeon, rank):
+    for found in nearest_lora.factors(surgeon, rank):
         theirs = method.map(config, places[found.name]).to_peft(found.leaves, places[found.name])
         tensors |= {f"{found.name}.{n}": t for n, t in theirs.items()}
         errors[found.name] = found.error
@@ -220,7 +220,7 @@ def _lora(surgeon: Surgeon, rank: int | None) -> _Form:
 
 def _least(surgeon: Surgeon) -> int:
     """The least rank that is exact for every module, where that is worth having."""
-    found = low_rank.ranks(surgeon)
+    found = nearest_lora.ranks(surgeon)
     over = [name for name, (rank, worth) in found.items() if rank > worth]
     if over:
         raise fail("no-peft-form", "PEFT has no form of its own for this surgery, and an exact LoRA would need the "

@@ -19,8 +19,8 @@ from surgery.layers.survey import Site
 from surgery.peft.folder import SHARED
 from surgery.peft.method import Config, Method
 from surgery.peft.methods import METHODS
-from surgery.peft.modules import resolved
-from surgery.peft.tensors import Correspondence, Place, Tensors
+from surgery.peft.target_modules import resolved
+from surgery.peft.tensor_mapping import Correspondence, Place, Tensors
 from surgery.saved import Shapes, shapes
 
 WHOLE = "trained"  # the layout of a module of any class that is trained as a whole
