@@ -1,4 +1,4 @@
-"""What PEFT's layers and ours are compared on: for each row of `surgery.peft.methods` its configurations, and how
+"""What PEFT's layers and ours are compared on: for each row of `surgery.peft.table.methods` its configurations, and how
 closely.
 """
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from peft_pair import LAYERS, Layer, full, resolve
 
-from surgery.peft.method import Config, Method
-from surgery.peft.methods import METHODS
+from surgery.peft.table.method import Config, Method
+from surgery.peft.table.methods import METHODS
 
 EXACT = 1e-10
 # PEFT computes these, or what they rest on, in float32, whatever the layer's own dtype.

@@ -1,4 +1,4 @@
-"""One layer twice: operated on by us and adapted by PEFT, as a row of `surgery.peft.methods` says.
+"""One layer twice: operated on by us and adapted by PEFT, as a row of `surgery.peft.table.methods` says.
 
 The base layer starts in float32, for which PEFT's singular vectors are written, and both then go on in float64.
 """
@@ -22,8 +22,8 @@ from surgery.language.library import retarget
 from surgery.language.tree import Spec
 from surgery.layers.survey import sites
 from surgery.operate import Surgeon, apply
-from surgery.peft.method import Config, Method
-from surgery.peft.methods import METHODS
+from surgery.peft.table.method import Config, Method
+from surgery.peft.table.methods import METHODS
 from surgery.peft.tensor_mapping import Correspondence, Place
 
 PREFIX = "base_model.model.layer."

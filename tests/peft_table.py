@@ -20,8 +20,8 @@ from peft_differences import DIFFERENCES
 from peft_pair import compare, pair
 
 from surgery.language.library import shipped
-from surgery.peft.method import Family, Method
-from surgery.peft.methods import METHODS
+from surgery.peft.table.method import Family, Method
+from surgery.peft.table.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGE, README, BENCH = ROOT / "docs" / "peft.md", ROOT / "README.md", ROOT / "docs" / "bench"

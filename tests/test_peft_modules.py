@@ -9,7 +9,7 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from surgery.diagnostics import SurgeryError
 from surgery.models.demo import load_demo
-from surgery.peft.method import Family
+from surgery.peft.table.method import Family
 from surgery.peft.target_modules import named, resolved, saved_whole
 
 CONFIGS = [

@@ -1,7 +1,7 @@
 """PEFT's layers as a second opinion: given the same parameters, PEFT's layer and ours give the same output and
 gradients.
 
-Parametrised over the rows of `surgery.peft.methods`: a new row needs its configurations in `CONFIGS` here and no more.
+Parametrised over the rows of `surgery.peft.table.methods`: a new row needs its configurations in `CONFIGS` here and no more.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import nn
 from surgery.compile import compile
 from surgery.language.library import load, parse, retarget, shipped
 from surgery.operate import apply
-from surgery.peft.methods import METHODS
 from surgery.peft.recognise import match
+from surgery.peft.table.methods import METHODS
 from surgery.peft.tensor_mapping import Place
 
 BY_NAME = {m.name: m for m in METHODS}

@@ -12,8 +12,8 @@ from peft_trips import Demo, apart, config_of, opened, tensors_of
 
 import surgery
 from surgery.peft.import_module import WHOLE
-from surgery.peft.method import Method
-from surgery.peft.methods import METHODS
+from surgery.peft.table.method import Method
+from surgery.peft.table.methods import METHODS
 
 SAME = 2e-6
 SIZES = ":hidden_size=32,intermediate_size=64,num_hidden_layers=2,num_attention_heads=2"

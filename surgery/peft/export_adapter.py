@@ -23,9 +23,9 @@ from surgery.peft import nearest_lora
 from surgery.peft.export_trained_values import Beside, changed_biases
 from surgery.peft.folder import SHARED, write, wrong_fields
 from surgery.peft.import_module import WHOLE, Taken, at, drawn_again, row
-from surgery.peft.method import Config, Family
-from surgery.peft.methods import METHODS
 from surgery.peft.recognise import Match, match_targets
+from surgery.peft.table.method import Config, Family
+from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import in_time, modules, named, resolved
 from surgery.peft.tensor_mapping import Place, Tensors
 from surgery.text import listed

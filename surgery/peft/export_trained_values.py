@@ -18,8 +18,8 @@ from surgery.initialise import frozen_leaves
 from surgery.ir.dense import dense
 from surgery.operate import Surgeon
 from surgery.peft.import_module import WHOLE
-from surgery.peft.method import Config
-from surgery.peft.methods import METHODS
+from surgery.peft.table.method import Config
+from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import saved_whole
 from surgery.peft.tensor_mapping import Tensors
 

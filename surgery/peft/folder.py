@@ -22,7 +22,7 @@ from surgery.diagnostics import Collector, fail
 from surgery.files import read_json
 from surgery.folders import Kind, replacing
 from surgery.language.unsupported_methods import SWITCHES, refusal
-from surgery.peft.methods import METHODS
+from surgery.peft.table.methods import METHODS
 from surgery.saved import DTYPES, Name, misfits
 from surgery.text import dtype_text
 

@@ -24,8 +24,8 @@ from surgery.peft.folder import TENSORS, Folder
 from surgery.peft.import_module import WHOLE, Taken, drawn_again, no_row, row, unheard_of
 from surgery.peft.import_spec import Group, one_spec, train_spec
 from surgery.peft.import_trained_values import values
-from surgery.peft.method import Config
-from surgery.peft.methods import METHODS
+from surgery.peft.table.method import Config
+from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import ends_of, fits_end, in_time, modules, named, ties
 from surgery.peft.tensor_mapping import Place, Tensors
 from surgery.saved import compare

@@ -17,8 +17,8 @@ from surgery.language.tree import Spec
 from surgery.layer import SUFFIX
 from surgery.layers.survey import Site
 from surgery.peft.folder import SHARED
-from surgery.peft.method import Config, Method
-from surgery.peft.methods import METHODS
+from surgery.peft.table.method import Config, Method
+from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import resolved
 from surgery.peft.tensor_mapping import Correspondence, Place, Tensors
 from surgery.saved import Shapes, shapes

@@ -17,7 +17,7 @@ from surgery.diagnostics import Collector, Diagnostic
 from surgery.layers.survey import Survey
 from surgery.matching.conflicts import tied
 from surgery.peft.folder import TENSORS
-from surgery.peft.method import Config
+from surgery.peft.table.method import Config
 from surgery.peft.target_modules import saved_whole, ties
 from surgery.saved import compare, shapes
 

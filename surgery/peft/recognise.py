@@ -22,9 +22,9 @@ from surgery.expr.values import nodes
 from surgery.ir.expression import Formula
 from surgery.language.library import library
 from surgery.language.tree import Spec
-from surgery.peft.method import Family, Method
-from surgery.peft.methods import METHODS
 from surgery.peft.recognise_parameters import proposals
+from surgery.peft.table.method import Family, Method
+from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import resolved
 from surgery.peft.tensor_mapping import Place
 

@@ -23,7 +23,7 @@ from surgery.diagnostics import fail
 from surgery.layer import Adapter
 from surgery.layers.layouts import weights
 from surgery.layers.survey import output_embedding
-from surgery.peft.method import Config, Family
+from surgery.peft.table.method import Config, Family
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIERS = ("score", "classifier")  # what the head of a text classifier is called

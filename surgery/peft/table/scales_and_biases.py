@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.peft.additive import NOTHING, kernel, linears
-from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
+from surgery.peft.table.additive import NOTHING, kernel, linears
+from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed
 from surgery.peft.tensor_mapping import CHANNELS, COLUMN, FLAT, SAME, SCALAR, Place, pairs
 
 # --------------------------------------------------------------------------------------------------------------- IA3

@@ -7,11 +7,11 @@ the paper is in tests/peft_differences.py, each with its size.
 
 from __future__ import annotations
 
-from surgery.peft.additive import ADDITIVE
-from surgery.peft.lora import LORA
-from surgery.peft.method import Method
-from surgery.peft.placed import PLACED
-from surgery.peft.rotations import ROTATIONS
-from surgery.peft.scales import SCALES
+from surgery.peft.table.additive import ADDITIVE
+from surgery.peft.table.lora import LORA
+from surgery.peft.table.method import Method
+from surgery.peft.table.rotations import ROTATIONS
+from surgery.peft.table.scales_and_biases import SCALES
+from surgery.peft.table.sparse import PLACED
 
 METHODS: tuple[Method, ...] = (*LORA, *ADDITIVE, *PLACED, *ROTATIONS, *SCALES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
+from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed
 from surgery.peft.tensor_mapping import CHANNELS, KERNELS, POINTS, SAME, TURNED, Place, pairs
 
 _LORA = Family("LORA", "LoraConfig", {

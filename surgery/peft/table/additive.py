@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
+from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed
 from surgery.peft.tensor_mapping import (
     COLUMNS,
     KERNELS,

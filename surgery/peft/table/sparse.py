@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from surgery.peft.additive import linears
-from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
+from surgery.peft.table.additive import linears
+from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed
 from surgery.peft.tensor_mapping import PLACES, ROW_AND_COLUMN, ROW_AND_COLUMN_32, SAME, Place, Tensors, View, pairs
 
 _COUNTS = {"n_frequency": "n_frequency_pattern"}

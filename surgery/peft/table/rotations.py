@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from surgery.peft.method import NO_BIAS, OFF, Config, Family, Method, Renamed
+from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed
 from surgery.peft.tensor_mapping import (
     COLUMN,
     FLAT,
