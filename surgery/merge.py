@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.compile import Placed
 from surgery.diagnostics import fail
 from surgery.layer import Adapter
+from surgery.planning.compile import Placed
 from surgery.text import listed
 
 # A value rounded to nearest is off by at most half a unit in the last place, eps / 2 of itself.

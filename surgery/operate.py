@@ -17,15 +17,15 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from surgery.compile import Placed, Plan, compile
 from surgery.diagnostics import Collector, fail
-from surgery.initialise import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
 from surgery.language.tree import Spec, Target
 from surgery.layer import SUFFIX, Adapter, install, uninstall
 from surgery.layers.wrappers import bare
 from surgery.merge import merged, refuse_called
+from surgery.planning.compile import Placed, Plan, compile
+from surgery.planning.figures import Report, dense_copies, unfit
+from surgery.planning.initial_values import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
 from surgery.proof import Proof, Subject
-from surgery.report import Report, dense_copies, unfit
 from surgery.rewrite.identity import starts_as_weight
 from surgery.serving import serving
 from surgery.standing import Spot, Standing, changed

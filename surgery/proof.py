@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.compile import Placed
 from surgery.diagnostics import Diagnostic, SurgeryError, fail
-from surgery.initialise import IDENTITY_TOLERANCE, departure
 from surgery.layer import Adapter
 from surgery.layers.layouts import weights
 from surgery.merge import merged
 from surgery.models.demo import demo_inputs
+from surgery.planning.compile import Placed
+from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure
 from surgery.text import counted, listed
 from surgery.transaction import Scope, Snapshot, finish
 

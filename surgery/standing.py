@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from surgery.compile import Placed, Plan
 from surgery.diagnostics import SurgeryError, fail
 from surgery.layer import SUFFIX, Adapter
 from surgery.layers.wrappers import named_modules, submodule
+from surgery.planning.compile import Placed, Plan
 
 _SHOWN = 8
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from surgery.compile import Placed, Plan
 from surgery.diagnostics import did_you_mean, fail
 from surgery.ir.compose import mixed, named, stacked
 from surgery.ir.expression import Formula
@@ -27,6 +26,7 @@ from surgery.language.tree import Spec, Target
 from surgery.layer import Adapter
 from surgery.layers.wrappers import bare
 from surgery.operate import Surgeon, prepare
+from surgery.planning.compile import Placed, Plan
 from surgery.store import attach, save
 from surgery.transaction import Scope, all_or_nothing
 

@@ -13,12 +13,12 @@ from test_called import IN, OUT, named, operated
 from torch import nn
 
 from surgery.analysis.spectra import spectrum
-from surgery.compile import compile
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import load, parse
 from surgery.models.demo import load_demo
 from surgery.operate import apply
-from surgery.report import Report
+from surgery.planning.compile import compile
+from surgery.planning.figures import Report
 from surgery.store import attach
 from surgery.surgeries import Surgeries
 

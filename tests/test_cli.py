@@ -267,7 +267,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr("surgery.catalogue.shipped", fail)
+    monkeypatch.setattr("surgery.planning.shipped_specs.shipped", fail)
 
 
 @pytest.mark.parametrize("error, status, words", [

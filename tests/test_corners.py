@@ -15,13 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from surgery import store
 from surgery.analysis.spectra.spectrum import Spectrum, of_factors
-from surgery.check import check
 from surgery.diagnostics import SurgeryError
 from surgery.folders import replacing_file
 from surgery.ir.dense import dense
 from surgery.language.library import parse
 from surgery.layers.opaque_linear import is_plain
 from surgery.operate import Surgeon, apply
+from surgery.planning.check import check
 
 EXACT = 1e-10
 

@@ -30,18 +30,11 @@ PIPELINE = {
     "matching": "matching",
     "saved": "saved",
     "codegen": "codegen",
-    "show": "show",
-    "compile": "compile",
     "lower": "lower",
-    "costs": "costs",
-    "initialise": "initialise",
     "layer": "layer",
-    "check": "check",
-    "catalogue": "catalogue",
-    "report": "report",
+    "planning": "planning",
     "merge": "merge",
     "standing": "standing",
-    "trial": "trial",
     "proof": "proof",
     "operate": "operate",
     "analysis": "analysis",
@@ -55,7 +48,6 @@ PIPELINE = {
 RANK = {module: rank for rank, modules in enumerate(PIPELINE.values()) for module in modules.split(" ")}
 # Steps back that a function takes when it is called, each for a reason.
 LAZY = {
-    ("check", "trial"): "it goes when its folder is whole",
     ("operate", "store"): "`surgeon.save` is where a user looks for it, and what it does is the next stage's",
 }
 

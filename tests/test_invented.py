@@ -10,9 +10,9 @@ from test_matrix_free import ALLOWED, IN, OUT, largest
 from test_random_specs import error, lowered, meant, operated
 
 import surgery
-from surgery.check import check
 from surgery.codegen.program import activations
-from surgery.costs import Estimate
+from surgery.planning.check import check
+from surgery.planning.cost_estimates import Estimate
 
 on_each = pytest.mark.parametrize("name", INVENTED)
 

@@ -14,7 +14,6 @@ import torch
 from click.testing import CliRunner
 
 import surgery
-from surgery.check import check
 from surgery.cli.main import main
 from surgery.diagnostics import Collector, Diagnostic, Source, Span, SurgeryError, fail
 from surgery.expr.elaborate import Context, elaborate
@@ -25,6 +24,7 @@ from surgery.language.formatter import format_text
 from surgery.language.library import library, parse
 from surgery.language.parser import parse_expression
 from surgery.matching.patterns import compile_pattern
+from surgery.planning.check import check
 
 # What each `let` makes of the one before it.
 CHAINS = {

@@ -16,7 +16,6 @@ from random_specs import specs
 from reference import Reading, compare_gradients
 from torch import Tensor, nn
 
-from surgery.compile import Placed
 from surgery.ir.dense import dense
 from surgery.ir.expression import Expr
 from surgery.language.library import parse
@@ -24,6 +23,7 @@ from surgery.language.parser import from_json
 from surgery.language.to_python import python_text
 from surgery.language.tree import Spec
 from surgery.operate import Surgeon, apply
+from surgery.planning.compile import Placed
 
 # More examples, and new ones, are a matter of SURGERY_EXAMPLES=5000; the suite runs the same few each time.
 EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", 0))

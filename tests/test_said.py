@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import surgery
-from surgery.check import check
 from surgery.language.library import parse
 from surgery.language.tree import Definition, Parameter, Spec
+from surgery.planning.check import check
 
 TEXT = """# What it is.
 #

@@ -22,8 +22,8 @@ from surgery.text import counted, size_text
 if TYPE_CHECKING:
     from torch import nn
 
-    from surgery.compile import Plan
     from surgery.language.tree import Spec
+    from surgery.planning.compile import Plan
 
 
 def skeleton_of(output: Output, model: str) -> nn.Module:
@@ -35,7 +35,7 @@ def skeleton_of(output: Output, model: str) -> nn.Module:
 
 
 def _plan(output: Output, spec: Spec, model: str, strict: bool = False) -> Plan:
-    from surgery.compile import compile
+    from surgery.planning.compile import compile
 
     skeleton = skeleton_of(output, model)
     with output.busy("planning"):
@@ -54,7 +54,7 @@ def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: 
 
     Modules, parameters and memory, from the model's configuration alone: no weight is read.
     """
-    from surgery.report import Report
+    from surgery.planning.figures import Report
 
     found = _plan(output, opened(spec, sets, targets), model, strict)
     report = Report(found)

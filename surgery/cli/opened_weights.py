@@ -23,8 +23,8 @@ from surgery.store import fitted
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery.compile import Placed
     from surgery.operate import Surgeon
+    from surgery.planning.compile import Placed
 
 
 def opened_weights(output: Output, name: str, saved: Saved | None = None) -> Weights:

@@ -67,7 +67,7 @@ def _verdict(found: Collector, ok: bool) -> str:
 
 def _findings(output: Output, spec: Spec, skeleton: Any) -> list[Diagnostic]:
     """What is wrong with a spec by itself, and on the model. What runs dense is told once: on the model's sizes."""
-    from surgery.check import check as checked
+    from surgery.planning.check import check as checked
 
     with output.busy("checking"):
         found = checked(spec)
@@ -77,8 +77,8 @@ def _findings(output: Output, spec: Spec, skeleton: Any) -> list[Diagnostic]:
 
 
 def _misfits(spec: Spec, skeleton: Any) -> tuple[Diagnostic, ...]:
-    from surgery.compile import compile
-    from surgery.report import Report
+    from surgery.planning.compile import compile
+    from surgery.planning.figures import Report
 
     try:
         plan = compile(skeleton, spec)
@@ -175,7 +175,7 @@ def specs(output: Output) -> None:
     With what each trains on a linear layer [1024, 4096], how it runs (on activations, with a built weight, or dense),
     and what a training step costs by the cost model, as a multiple of the frozen layer's.
     """
-    from surgery.catalogue import catalogue
+    from surgery.planning.shipped_specs import catalogue
 
     entries = catalogue()
     rows = [("spec", "trains", "runs", "step", "formula"), *map(_row, entries)]
@@ -226,7 +226,7 @@ def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: b
 def _pages(spec: Spec) -> str:
     """The signature, then each target as text and as equations (of a library: what it defines)."""
     from surgery.expr.arguments import signature
-    from surgery.show import formula_lines, formulas
+    from surgery.planning.formulas import formula_lines, formulas
 
     heads = [signature(each) for each in ((spec,) if spec.name else spec.definitions)]
     pages = ["\n".join([_block(target), *(f"  {line}" for line in formula_lines(target, formula))])
@@ -235,7 +235,7 @@ def _pages(spec: Spec) -> str:
 
 
 def _programs(spec: Spec) -> str:
-    from surgery.show import formulas, program_lines
+    from surgery.planning.formulas import formulas, program_lines
 
     return "\n\n".join("\n".join([_block(target), *(f"  {line}" for line in program_lines(formula.weight))])
                        for target, formula in formulas(spec))

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.compile import compile
 from surgery.diagnostics import fail
 from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
 from surgery.language.tree import Spec
 from surgery.models.demo import demo_inputs
 from surgery.operate import prepare
 from surgery.peft.recognise import Match, match
+from surgery.planning.compile import compile
 
 PHASES = ("step", "forward")
 _WARM_UP = 2

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.analysis.spectra import spectrum
 from surgery.analysis.spectra.summary import Group
-from surgery.compile import compile
 from surgery.diagnostics import Collector, SurgeryError
 from surgery.experiments.comparison_files import Run, Steps, digest
 from surgery.experiments.text_tasks import Task, scores
@@ -32,6 +31,7 @@ from surgery.experiments.training_cost import Clock, side_by_side, step_bytes
 from surgery.language.library import inlined
 from surgery.language.tree import Spec, Target, add
 from surgery.operate import Surgeon, apply
+from surgery.planning.compile import compile
 
 FULL = "full"
 FIGURES = ("entropy", "normalised_entropy", "stable_rank", "effective_rank", "relative_size")

@@ -14,7 +14,6 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
-from surgery.compile import Placed, Plan
 from surgery.diagnostics import Collector, SurgeryError
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.lint import spec_values
@@ -27,6 +26,7 @@ from surgery.peft.table.method import Family, Method
 from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import resolved
 from surgery.peft.tensor_mapping import Place
+from surgery.planning.compile import Placed, Plan
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from surgery.compile import Placed
 from surgery.diagnostics import Collector, SurgeryError
 from surgery.expr.lint import spec_values
 from surgery.expr.values import evaluate, names_in
 from surgery.language.expressions import Expression, Name, Number
 from surgery.language.library import Library, library
 from surgery.language.tree import Call, Spec, Step, Target
+from surgery.planning.compile import Placed
 
 Pairs = Iterator[tuple[str, Expression]]
 _NO_DROPOUT = Number(0)

@@ -19,8 +19,8 @@ from surgery.analysis.spectra import Group, Spectra
 from surgery.analysis.spectra.curves import Curve, across_layers, distributions
 from surgery.codegen.cost_model import TOKENS_SUPPOSED
 from surgery.language.tree import Spec
-from surgery.report import Report
-from surgery.show import formula_lines, formulas
+from surgery.planning.figures import Report
+from surgery.planning.formulas import formula_lines, formulas
 from surgery.text import figure_text, sides_text, size_text
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"

@@ -14,7 +14,7 @@ from surgery.analysis.spectra.summary import Row as Measured
 from surgery.layer import SUFFIX
 from surgery.layers.survey import Site
 from surgery.matching.module_tree import Node, outline
-from surgery.report import Report, Row
+from surgery.planning.figures import Report, Row
 from surgery.text import sides_text
 
 _OPEN = 150  # nodes: of a larger tree, only the first levels are open

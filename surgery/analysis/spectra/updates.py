@@ -17,13 +17,13 @@ from torch import Tensor
 
 from surgery.analysis.spectra.orthogonality import Defect, defects
 from surgery.codegen.program import weights
-from surgery.compile import Placed
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Expr, without_dropout
 from surgery.layers.survey import Site
 from surgery.lower.called import frozen
 from surgery.matching.name_ranges import module_type
 from surgery.operate import Surgeon
+from surgery.planning.compile import Placed
 from surgery.rewrite.algebra import simplify
 from surgery.rewrite.cheap import cheapest
 from surgery.rewrite.norms import spread

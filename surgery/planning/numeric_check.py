@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from surgery.check import Trial
-from surgery.compile import Placed
 from surgery.diagnostics import Diagnostic
-from surgery.initialise import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
 from surgery.ir.dense import dense
 from surgery.ir.expression import Claim
 from surgery.layers.survey import sites
+from surgery.planning.check import Trial
+from surgery.planning.compile import Placed
+from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
 from surgery.text import listed
 
 CLAIM_TOLERANCE = 1e-8

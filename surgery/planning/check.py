@@ -16,7 +16,6 @@ from typing import Any
 from surgery.codegen.candidates import by_tokens, candidates
 from surgery.codegen.program_text import program_text, step_text
 from surgery.codegen.validate import program_faults, step_faults
-from surgery.costs import Estimate, fallback, layer_kind
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.expr.elaborate import Context, elaborate
 from surgery.expr.lint import lint, spec_values
@@ -26,6 +25,7 @@ from surgery.language.expressions import Argument, Call, Number, as_expression
 from surgery.language.library import Library, library
 from surgery.language.tree import Definition, Parameter, Spec, Step, Target
 from surgery.matching.selectors import selector_faults
+from surgery.planning.cost_estimates import Estimate, fallback, layer_kind
 from surgery.rewrite.identity import starts_as_weight, surely_trains
 
 # Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
@@ -70,7 +70,7 @@ def _tried(spec: Spec, scope: Library, values: Mapping[str, Any]) -> list[Diagno
     claiming = [t for t in (*sum(targets.values(), []), *unused) if t.formula.claims]
     idle = [trials for trials in targets.values() if trials and not any(surely_trains(t.formula) for t in trials)]
     if unproven or claiming or idle:
-        from surgery.trial import try_claims, try_gradients, try_starts
+        from surgery.planning.numeric_check import try_claims, try_gradients, try_starts
 
         report.add(*try_starts(unproven), *try_claims(claiming), *try_gradients(idle))
     for trials in targets.values():

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 import torch
 import torch.nn as nn
 
-from surgery.compile import Placed
 from surgery.diagnostics import Diagnostic
 from surgery.expr.draws import draw
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Leaf, walk
 from surgery.language.tree import Target
 from surgery.layers.survey import Site
+from surgery.planning.compile import Placed
 from surgery.text import counted
 
 Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]
