@@ -26,7 +26,7 @@ from surgery.planning.compile import Placed, Plan, compile
 from surgery.planning.figures import Report, dense_copies, unfit
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
 from surgery.proof import Proof, Subject
-from surgery.rewrite.identity import starts_as_weight
+from surgery.rewrite.prove_identity import starts_as_weight
 from surgery.serving import serving
 from surgery.standing import Spot, Standing, changed
 from surgery.text import listed

@@ -21,7 +21,7 @@ from surgery.ir.dense import dense
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, eye, make
 from surgery.language.parser import parse_expression
-from surgery.rewrite.terms import fill
+from surgery.rewrite.builders import fill
 
 n = 12
 SHAPES = {

@@ -26,8 +26,8 @@ from surgery.language.library import library, parse
 from surgery.language.parser import parse_expression
 from surgery.language.tree import Definition, Spec
 from surgery.operate import apply
-from surgery.rewrite.algebra import RULES
-from surgery.rewrite.cheap import CHEAP
+from surgery.rewrite.cheaper_forms import CHEAP
+from surgery.rewrite.normal_form import RULES
 
 SIGNS = {op: sign for sign, op in OPERATORS.items()}
 

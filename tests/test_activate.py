@@ -19,10 +19,10 @@ from surgery.ir.dense import dense
 from surgery.ir.expression import Expr, walk, without_dropout
 from surgery.ir.primitives import PRIMITIVES, make
 from surgery.ir.verifier import CHEAPEST, LOWERED, MATERIALISED, verify
-from surgery.rewrite.algebra import RULES
-from surgery.rewrite.cheap import CHEAP, JOINED, cheapest
-from surgery.rewrite.structure import factors, is_orthogonal, is_skew, low_rank_turn
-from surgery.rewrite.terms import summands, total
+from surgery.rewrite.builders import summands, total
+from surgery.rewrite.cheaper_forms import CHEAP, JOINED, cheapest
+from surgery.rewrite.low_rank import factors, is_orthogonal, is_skew, low_rank_turn
+from surgery.rewrite.normal_form import RULES
 
 EXACT = 1e-10
 

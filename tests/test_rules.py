@@ -10,10 +10,10 @@ from operands import MIXED, NAMES, every_call, expression, tensors, value_and_gr
 
 from surgery.ir.expression import Expr, substituted, walk
 from surgery.ir.primitives import constant, make
-from surgery.rewrite.algebra import RULES, simplify
-from surgery.rewrite.cheap import CHEAP, JOINED, cheapest
+from surgery.rewrite.cheaper_forms import CHEAP, JOINED, cheapest
 from surgery.rewrite.engine import Rule, rewrite, table
-from surgery.rewrite.identity import IN_VALUE
+from surgery.rewrite.normal_form import RULES, simplify
+from surgery.rewrite.prove_identity import IN_VALUE
 
 EXACT = 1e-10
 NAMED = {"the normal form": RULES, "joined forms": JOINED, "cheap forms": CHEAP, "in value": IN_VALUE}

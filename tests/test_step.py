@@ -23,7 +23,7 @@ from surgery.ir.expression import Expr, walk
 from surgery.ir.primitives import PRIMITIVES, make
 from surgery.language.library import load, parse
 from surgery.operate import apply
-from surgery.rewrite.terms import times
+from surgery.rewrite.builders import times
 
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]

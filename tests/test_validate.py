@@ -20,7 +20,7 @@ from surgery.codegen.program_text import StepText, step_text
 from surgery.codegen.validate import program_faults, step_faults
 from surgery.ir.expression import Expr, walk
 from surgery.ir.primitives import make
-from surgery.rewrite.terms import times
+from surgery.rewrite.builders import times
 
 SUMS = Path(__file__).parent / "data" / "sums"
 X = Expr("x", (), None, (TOKENS, 12))

@@ -29,9 +29,9 @@ from surgery.ir.verifier import (
 )
 from surgery.language.library import library, load, shipped
 from surgery.language.tree import Spec
-from surgery.rewrite.algebra import simplify
-from surgery.rewrite.cheap import cheapest
-from surgery.rewrite.terms import fill
+from surgery.rewrite.builders import fill
+from surgery.rewrite.cheaper_forms import cheapest
+from surgery.rewrite.normal_form import simplify
 
 SIZES = ((96, 192), (192, 96), (64, 128), (12, 18))
 PLACE = {"layer": 1, "depth": 0.5}

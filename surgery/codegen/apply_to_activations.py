@@ -16,9 +16,9 @@ from math import prod
 from surgery.ir.expression import Expr, rebuild, walk
 from surgery.ir.primitives import make
 from surgery.ir.primitives_fourier import BY_PRODUCTS
-from surgery.rewrite.algebra import simplify
-from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn
-from surgery.rewrite.terms import scaled, summands, times, total
+from surgery.rewrite.builders import scaled, summands, times, total
+from surgery.rewrite.low_rank import Factors, factors, is_thin, low_rank_turn
+from surgery.rewrite.normal_form import simplify
 
 
 def turned(expr: Expr) -> Expr:

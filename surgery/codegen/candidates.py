@@ -22,9 +22,9 @@ from surgery.codegen.setup_order import made, solved_once
 from surgery.codegen.split_products import apart
 from surgery.ir.expression import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
 from surgery.ir.primitives import make
-from surgery.rewrite.cheap import MOST_NODES, cheapest
-from surgery.rewrite.structure import is_thin
-from surgery.rewrite.terms import depends_on, summands, total
+from surgery.rewrite.builders import depends_on, summands, total
+from surgery.rewrite.cheaper_forms import MOST_NODES, cheapest
+from surgery.rewrite.low_rank import is_thin
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from surgery.codegen.emit import readers, without_gradient
 from surgery.codegen.gradients import Gradients, gradients
 from surgery.codegen.operation_counts import MADE_ELSEWHERE, flops, is_accumulated, is_ids, is_taken_in, moved, size
 from surgery.ir.expression import Expr, walk
-from surgery.rewrite.terms import depends_on
+from surgery.rewrite.builders import depends_on
 
 TOKENS_SUPPOSED = 1024  # the number that a choice supposes where nothing is said
 # What a core of a CPU does in the time of moving one number of float32, and of starting one operation from Python. (A

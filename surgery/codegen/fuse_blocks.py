@@ -16,8 +16,8 @@ from surgery.codegen.apply_to_activations import apply, permutation
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import eye, make
 from surgery.ir.sizes import Dim
-from surgery.rewrite.structure import is_thin
-from surgery.rewrite.terms import fill
+from surgery.rewrite.builders import fill
+from surgery.rewrite.low_rank import is_thin
 
 
 def blockwise(expr: Expr) -> Expr:

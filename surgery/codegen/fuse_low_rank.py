@@ -10,9 +10,9 @@ from __future__ import annotations
 from surgery.codegen.apply_to_activations import is_structured
 from surgery.ir.expression import Expr, walk
 from surgery.ir.primitives import make
-from surgery.rewrite.cheap import cheapest
-from surgery.rewrite.structure import Factors, factors
-from surgery.rewrite.terms import scaled, summands, times, total, value_of
+from surgery.rewrite.builders import scaled, summands, times, total, value_of
+from surgery.rewrite.cheaper_forms import cheapest
+from surgery.rewrite.low_rank import Factors, factors
 
 _OPEN = ("matmul", "add", "mul", "drop")  # what acts as its parts do
 _LEAVES = ("param", "built", "fill")

@@ -14,8 +14,8 @@ from surgery.codegen.operation_counts import ACCUMULATED
 from surgery.ir.expression import Expr, Shape, rebuild, walk
 from surgery.ir.primitives import make
 from surgery.ir.sizes import Dim
-from surgery.rewrite.algebra import simplify
-from surgery.rewrite.terms import is_zero, scaled, times, total
+from surgery.rewrite.builders import is_zero, scaled, times, total
+from surgery.rewrite.normal_form import simplify
 
 LEAVES = {"x", "value", "grad", "kept"}
 # What is made again: in one pass, or thereabouts, over what it acts on, or in none.

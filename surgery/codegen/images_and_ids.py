@@ -13,9 +13,9 @@ from surgery.codegen.apply_to_activations import apply, dropped, matrix, turned
 from surgery.codegen.operation_counts import is_ids
 from surgery.ir.expression import Expr, walk, without_dropout
 from surgery.ir.primitives import make
-from surgery.rewrite.algebra import simplify
-from surgery.rewrite.structure import factors
-from surgery.rewrite.terms import scaled, times, total
+from surgery.rewrite.builders import scaled, times, total
+from surgery.rewrite.low_rank import factors
+from surgery.rewrite.normal_form import simplify
 
 
 def enter_in_parts(expr: Expr, x: Expr) -> Expr:

@@ -8,7 +8,7 @@ from math import log2, prod
 
 from surgery.ir.expression import Expr
 from surgery.ir.sizes import Dim
-from surgery.rewrite.terms import scaled, value_of
+from surgery.rewrite.builders import scaled, value_of
 
 # What is not computed: views, and what is there already.
 MADE_ELSEWHERE = {"T", "split", "join", "flat", "between", "detach", "reshape", "columns", "drop", "param", "places",

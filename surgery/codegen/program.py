@@ -29,7 +29,7 @@ from surgery.codegen.program_text import program_text
 from surgery.ir.expression import Expr, Formula, rebuild, without_dropout
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.ir.primitives import make
-from surgery.rewrite.cheap import cheapest
+from surgery.rewrite.cheaper_forms import cheapest
 
 _SCOPE = {"torch": torch, **MOVES, **BY_NAME, **ROW_SUMS}
 

@@ -18,8 +18,8 @@ from surgery.codegen.operation_counts import size
 from surgery.codegen.schedule import Region
 from surgery.ir.expression import Expr, rebuild, walk
 from surgery.ir.sizes import Dim
-from surgery.rewrite.algebra import simplify
-from surgery.rewrite.terms import times
+from surgery.rewrite.builders import times
+from surgery.rewrite.normal_form import simplify
 
 LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
 

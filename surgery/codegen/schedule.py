@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from surgery.codegen.aliases import Memory, held_by, read_by
 from surgery.ir.expression import Expr
-from surgery.rewrite.terms import scaled, value_of
+from surgery.rewrite.builders import scaled, value_of
 
 _PRODUCTS = {"matmul", "frozen", "frozen_back"}
 

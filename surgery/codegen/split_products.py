@@ -12,7 +12,7 @@ from collections.abc import Callable
 from surgery.codegen.emit import TOKENS
 from surgery.ir.expression import Expr, rebuild
 from surgery.ir.primitives import make
-from surgery.rewrite.structure import is_thin
+from surgery.rewrite.low_rank import is_thin
 
 
 def apart(body: Expr, is_trained: Callable[[Expr], bool]) -> Expr:

@@ -26,7 +26,7 @@ from surgery.language.library import Library, library
 from surgery.language.tree import Definition, Parameter, Spec, Step, Target
 from surgery.matching.selectors import selector_faults
 from surgery.planning.cost_estimates import Estimate, fallback, layer_kind
-from surgery.rewrite.identity import starts_as_weight, surely_trains
+from surgery.rewrite.prove_identity import starts_as_weight, surely_trains
 
 # Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
 _SIDES = ((96, 64), (192, 128), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))

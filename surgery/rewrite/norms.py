@@ -12,10 +12,10 @@ from collections.abc import Callable
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import make
 from surgery.ir.sizes import Dim
-from surgery.rewrite.algebra import simplify
+from surgery.rewrite.builders import fill, scaled, summands, times, total
 from surgery.rewrite.engine import Rule
-from surgery.rewrite.structure import factors, is_orthogonal
-from surgery.rewrite.terms import fill, scaled, summands, times, total
+from surgery.rewrite.low_rank import factors, is_orthogonal
+from surgery.rewrite.normal_form import simplify
 
 
 def _row_norm(node: Expr) -> Expr | None:

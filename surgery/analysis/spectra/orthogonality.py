@@ -14,8 +14,8 @@ from torch import Tensor
 
 from surgery.ir.dense import dense
 from surgery.ir.expression import Expr, Formula, without_dropout
-from surgery.rewrite.cheap import cheapest
-from surgery.rewrite.structure import low_rank_turn
+from surgery.rewrite.cheaper_forms import cheapest
+from surgery.rewrite.low_rank import low_rank_turn
 
 
 class Defect(NamedTuple):

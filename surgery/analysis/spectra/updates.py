@@ -24,11 +24,11 @@ from surgery.lower.called import frozen
 from surgery.matching.name_ranges import module_type
 from surgery.operate import Surgeon
 from surgery.planning.compile import Placed
-from surgery.rewrite.algebra import simplify
-from surgery.rewrite.cheap import cheapest
+from surgery.rewrite.builders import scaled, summands, times, total
+from surgery.rewrite.cheaper_forms import cheapest
+from surgery.rewrite.low_rank import Factors, factors
+from surgery.rewrite.normal_form import simplify
 from surgery.rewrite.norms import spread
-from surgery.rewrite.structure import Factors, factors
-from surgery.rewrite.terms import scaled, summands, times, total
 
 WIDE = torch.float64
 _ROWS = 4096  # of a large matrix, so many at a time

@@ -13,11 +13,11 @@ from math import prod
 from surgery.ir.expression import Exhausted, Expr, at_most, walk
 from surgery.ir.primitives import make
 from surgery.ir.sizes import Dim
-from surgery.rewrite.algebra import RULES, simplify
+from surgery.rewrite.builders import eye, scaled, summands, times, total, value_of
 from surgery.rewrite.engine import Rule, rewrite, table
+from surgery.rewrite.low_rank import Factors, factors, is_thin, low_rank_turn, opposed, stacked_rows
+from surgery.rewrite.normal_form import RULES, simplify
 from surgery.rewrite.norms import NORMS
-from surgery.rewrite.structure import Factors, factors, is_thin, low_rank_turn, opposed, stacked_rows
-from surgery.rewrite.terms import eye, scaled, summands, times, total, value_of
 
 
 def _by_core(core: str) -> Callable[[Expr], Expr | None]:

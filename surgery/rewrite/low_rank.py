@@ -10,7 +10,7 @@ from functools import lru_cache
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import make
 from surgery.ir.sizes import Dim
-from surgery.rewrite.terms import fill, is_zero, scaled, summands, times, total, value_of
+from surgery.rewrite.builders import fill, is_zero, scaled, summands, times, total, value_of
 
 Factors = tuple[Expr, Expr]
 
@@ -37,7 +37,7 @@ def opposed(a: Expr, b: Expr) -> bool:
 
 def transposed(node: Expr) -> Expr:
     """xᵀ in normal form."""
-    from surgery.rewrite.algebra import simplify
+    from surgery.rewrite.normal_form import simplify
 
     return simplify(make("T", node))
 

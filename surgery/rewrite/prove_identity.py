@@ -4,9 +4,9 @@ every start is put in and W' comes out as W."""
 from __future__ import annotations
 
 from surgery.ir.expression import Expr, Formula, rebuild, walk
-from surgery.rewrite.algebra import RULES
+from surgery.rewrite.builders import fill, value_of
 from surgery.rewrite.engine import Rule, rewrite, table
-from surgery.rewrite.terms import fill, value_of
+from surgery.rewrite.normal_form import RULES
 
 
 def _one(quotient: Expr) -> Expr | None:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from surgery.ir.expression import Expr, Shape
 from surgery.ir.primitives import constant, make
+from surgery.rewrite.builders import eye, fill, scaled, summands, times, total, value_of
 from surgery.rewrite.engine import Rule
-from surgery.rewrite.terms import eye, fill, scaled, summands, times, total, value_of
 
 
 def _diag_of_fill(node: Expr) -> Expr | None:

@@ -12,10 +12,10 @@ from functools import lru_cache
 
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import constant, make
+from surgery.rewrite.builders import eye, fill, is_zero, scaled, summands, times, total, value_of
+from surgery.rewrite.diagonal_and_block import SHAPED
 from surgery.rewrite.engine import Rule, rewrite, table
-from surgery.rewrite.shaped import SHAPED
-from surgery.rewrite.structure import is_orthogonal, is_skew, transposed
-from surgery.rewrite.terms import eye, fill, is_zero, scaled, summands, times, total, value_of
+from surgery.rewrite.low_rank import is_orthogonal, is_skew, transposed
 
 _NUMBER: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "min": min, "max": max,
