@@ -13,7 +13,7 @@ _HOMES = {
     "Spec": "language.tree", "Target": "language.tree", "pre": "language.tree", "add": "language.tree", "post": "language.tree",
     "parse": "language.library", "load": "language.library", "shipped": "language.library",
     "Plan": "planning.compile", "plan": "planning.compile", "Report": "planning.figures",
-    "Surgeon": "operate", "apply": "operate", "attach": "store", "Surgeries": "surgeries",
+    "Surgeon": "runtime.surgeon", "apply": "runtime.surgeon", "attach": "runtime.attach", "Surgeries": "runtime.stack",
     "import_peft": "peft.import_adapter", "export_peft": "peft.export_adapter", "Exported": "peft.export_adapter",
     "spectrum": "analysis.spectra", "Spectra": "analysis.spectra", "Spectrum": "analysis.spectra",
 }

@@ -13,7 +13,7 @@ from case import Case, Parameters
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from surgery.operate import Surgeon, apply
+from surgery.runtime.surgeon import Surgeon, apply
 
 
 @dataclass(frozen=True)

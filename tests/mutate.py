@@ -25,7 +25,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HEART = ("surgery/rewrite", "surgery/lower", "surgery/layer.py", "surgery/merge.py", "surgery/store.py",
+HEART = ("surgery/rewrite", "surgery/lower", "surgery/runtime/adapter.py", "surgery/runtime/merge.py", "surgery/runtime/attach.py",
          "surgery/planning/initial_values.py", "surgery/expr/elaborate.py", "surgery/ir/primitives.py", "surgery/ir/orthogonal_maps.py")
 # The quickest to fail first; all of them say what a number must be.
 TESTS = ("test_reference.py", "test_rules.py", "test_corners.py", "test_step.py", "test_activate.py", "test_verify.py",

@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from surgery.language.library import retarget
 from surgery.language.tree import Spec
 from surgery.layers.survey import sites
-from surgery.operate import Surgeon, apply
 from surgery.peft.table.method import Config, Method
 from surgery.peft.table.methods import METHODS
 from surgery.peft.tensor_mapping import Correspondence, Place
+from surgery.runtime.surgeon import Surgeon, apply
 
 PREFIX = "base_model.model.layer."
 

@@ -25,9 +25,9 @@ from surgery.ir.primitives import OPERATORS, PRIMITIVES, Primitive, ShapeError
 from surgery.language.library import library, parse
 from surgery.language.parser import parse_expression
 from surgery.language.tree import Definition, Spec
-from surgery.operate import apply
 from surgery.rewrite.cheaper_forms import CHEAP
 from surgery.rewrite.normal_form import RULES
+from surgery.runtime.surgeon import apply
 
 SIGNS = {op: sign for sign, op in OPERATORS.items()}
 

@@ -18,7 +18,7 @@ import surgery
 from surgery.codegen import kernels, kernels_row_sums
 from surgery.ir.primitives import PRIMITIVES
 from surgery.language.library import load
-from surgery.operate import apply
+from surgery.runtime.surgeon import apply
 
 WIDE = LAYOUTS["linear 12x18"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ from zoo import CASES
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import parse
 from surgery.layers.opaque_linear import through
-from surgery.operate import Surgeon, apply
+from surgery.runtime.surgeon import Surgeon, apply
 
 EXACT = 1e-10
 OUT, IN = 12, 18

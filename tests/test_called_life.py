@@ -16,11 +16,11 @@ from surgery.analysis.spectra import spectrum
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import load, parse
 from surgery.models.demo import load_demo
-from surgery.operate import apply
 from surgery.planning.compile import compile
 from surgery.planning.figures import Report
-from surgery.store import attach
-from surgery.surgeries import Surgeries
+from surgery.runtime.attach import attach
+from surgery.runtime.stack import Surgeries
+from surgery.runtime.surgeon import apply
 
 
 def packed_llama() -> nn.Module:

@@ -250,7 +250,7 @@ def test_never_half_a_folder(monkeypatch: pytest.MonkeyPatch, error: BaseExcepti
     def stopped(path: Path) -> None:
         raise error
 
-    monkeypatch.setattr("surgery.folders._flush", stopped)
+    monkeypatch.setattr("surgery.runtime.atomic_folders._flush", stopped)
     assert apply(*options, "--force").exit_code == apply(*options, out="other").exit_code == status
     assert contents() == before and not Path("other").exists()
 

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from zoo import CASES
 
 from surgery.diagnostics import SurgeryError
-from surgery.effective import EffectiveWeight
 from surgery.language.library import load, parse
 from surgery.models.demo import demo_inputs, load_demo
-from surgery.operate import Surgeon, apply
+from surgery.runtime.effective_weight import EffectiveWeight
+from surgery.runtime.surgeon import Surgeon, apply
 
 EXACT = 1e-10
 

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from models import perturbed
 
 import surgery
-from surgery import folders
 from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
-from surgery.folders import MANIFEST, Kind, replacing, replacing_file
 from surgery.models.demo import load_demo
-from surgery.store import save_merged
+from surgery.runtime import atomic_folders
+from surgery.runtime.atomic_folders import MANIFEST, Kind, replacing, replacing_file
+from surgery.runtime.attach import save_merged
 
 THING = Kind("a thing")
 NAMES = ("one.txt", "two.txt", "more/three.txt")
@@ -48,7 +48,7 @@ def everything(folder: Path) -> list[str]:
 def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """File systems that can exchange two folders in one step, and those that cannot."""
     if not request.param:
-        monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_folders, "_exchange", lambda one, other: False)
     return request.param
 
 
@@ -263,7 +263,7 @@ def test_a_killed_run_leaves_the_old_or_the_new_and_the_next_clears_up(tmp_path:
 @pytest.mark.parametrize("step", ["mkdir", "flock", "rename", "fsync", "_put", "_exchange"])
 def test_a_run_that_is_killed_at_a_step(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "out", "old")
-    owner = {"mkdir": Path, "flock": folders.fcntl, "rename": os, "fsync": os}.get(step, folders)
+    owner = {"mkdir": Path, "flock": atomic_folders.fcntl, "rename": os, "fsync": os}.get(step, atomic_folders)
     with monkeypatch.context() as patched:
         patched.setattr(owner, step, lambda *arguments, **more: os.kill(os.getpid(), signal.SIGKILL))
         assert ended(child(lambda: put(tmp_path / "out", "new"))) == -signal.SIGKILL
@@ -280,7 +280,7 @@ def test_an_old_folder_that_was_away_when_the_run_was_killed_comes_back(tmp_path
         return os.kill(os.getpid(), signal.SIGKILL) if next(count) else real(path, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(folders, "_exchange", lambda one, other: False)
+        patched.setattr(atomic_folders, "_exchange", lambda one, other: False)
         patched.setattr(Path, "rename", second)
         assert ended(child(lambda: put(tmp_path / "out", "new"))) == -signal.SIGKILL
     assert not (tmp_path / "out").exists()

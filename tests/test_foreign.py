@@ -23,7 +23,7 @@ from surgery.diagnostics import SurgeryError
 from surgery.models.demo import load_demo
 from surgery.peft.folder import Folder
 from surgery.peft.target_modules import named
-from surgery.saved import FILES, META, SPEC, TENSORS, Saved
+from surgery.runtime.saved_format import FILES, META, SPEC, TENSORS, Saved
 
 CONFIG = "adapter_config.json"
 

@@ -18,8 +18,8 @@ from surgery.codegen.cost_model import Cost
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import load, parse
 from surgery.models.demo import load_demo
-from surgery.operate import Surgeon, apply
-from surgery.serving import fingerprint
+from surgery.runtime.serving import fingerprint
+from surgery.runtime.surgeon import Surgeon, apply
 
 SPECS = ["lora", "dora", "sora", "oft", "hra", "hira"]
 EXACT = 1e-10

@@ -14,33 +14,20 @@ ROOT = Path(surgery.__file__).parent
 # The stages in order, each with its modules and packages; what is not listed is a study of operated models.
 PIPELINE = {
     "package": "",
-    "transaction": "transaction",
     "text": "text",
     "files": "files",
     "diagnostics": "diagnostics",
-    "folders": "folders",
-    "effective": "effective",
     "ir": "ir",
     "layers": "layers",
     "language": "language",
     "models": "models",
     "rewrite": "rewrite",
-    "serving": "serving",
     "expr": "expr",
     "matching": "matching",
-    "saved": "saved",
     "codegen": "codegen",
-    "lower": "lower",
-    "layer": "layer",
-    "planning": "planning",
-    "merge": "merge",
-    "standing": "standing",
-    "proof": "proof",
-    "operate": "operate",
+    "planning and runtime": "planning runtime",
     "analysis": "analysis",
-    "store": "store",
     "peft": "peft",
-    "surgeries": "surgeries",
     "experiments": "experiments",
     "cli": "cli",
     "__main__": "__main__",
@@ -48,7 +35,6 @@ PIPELINE = {
 RANK = {module: rank for rank, modules in enumerate(PIPELINE.values()) for module in modules.split(" ")}
 # Steps back that a function takes when it is called, each for a reason.
 LAZY = {
-    ("operate", "store"): "`surgeon.save` is where a user looks for it, and what it does is the next stage's",
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import surgery
 from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
-from surgery.operate import Surgeon
+from surgery.runtime.surgeon import Surgeon
 
 SAME = 3e-6
 

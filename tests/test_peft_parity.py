@@ -18,11 +18,11 @@ from peft_pair import LAYERS, One, adapted, compare, full, pair, perturb, place_
 from torch import nn
 
 from surgery.language.library import load, parse, retarget, shipped
-from surgery.operate import apply
 from surgery.peft.recognise import match
 from surgery.peft.table.methods import METHODS
 from surgery.peft.tensor_mapping import Place
 from surgery.planning.compile import compile
+from surgery.runtime.surgeon import apply
 
 BY_NAME = {m.name: m for m in METHODS}
 GLORA = BY_NAME["glora"].family

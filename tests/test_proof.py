@@ -120,7 +120,7 @@ def test_without_a_batch_it_says_so():
 
 
 def test_a_large_model_is_not_run_backwards_unasked(monkeypatch):
-    monkeypatch.setattr("surgery.proof.LARGEST", 10)
+    monkeypatch.setattr("surgery.runtime.proof.LARGEST", 10)
     surgeon = surgery.apply(load_demo("llama"), "lora")
     assert "too many to be run backwards unasked" in str(surgeon.proof) and surgeon.proof.start is not None
     assert surgeon.proof.merged is None and surgeon.prove().merged is not None

@@ -22,8 +22,8 @@ from surgery.language.library import parse
 from surgery.language.parser import from_json
 from surgery.language.to_python import python_text
 from surgery.language.tree import Spec
-from surgery.operate import Surgeon, apply
 from surgery.planning.compile import Placed
+from surgery.runtime.surgeon import Surgeon, apply
 
 # More examples, and new ones, are a matter of SURGERY_EXAMPLES=5000; the suite runs the same few each time.
 EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", 0))

@@ -13,7 +13,7 @@ from reference import Reading, compare_gradients
 from torch import nn
 
 from surgery.language.library import load, parse, retarget
-from surgery.operate import apply
+from surgery.runtime.surgeon import apply
 
 HERE = Path(__file__).parent
 OUT, IN = 32, 64

@@ -22,8 +22,8 @@ from surgery.experiments.timing import peak_bytes
 from surgery.ir.expression import Expr, walk
 from surgery.ir.primitives import PRIMITIVES, make
 from surgery.language.library import load, parse
-from surgery.operate import apply
 from surgery.rewrite.builders import times
+from surgery.runtime.surgeon import apply
 
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]

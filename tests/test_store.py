@@ -11,11 +11,11 @@ from models import perturbed
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery import folders
-from surgery.folders import MANIFEST
 from surgery.models.demo import demo_inputs, load_demo
-from surgery.saved import FILES, META, SPEC, TENSORS
-from surgery.store import save_merged
+from surgery.runtime import atomic_folders
+from surgery.runtime.atomic_folders import MANIFEST
+from surgery.runtime.attach import save_merged
+from surgery.runtime.saved_format import FILES, META, SPEC, TENSORS
 
 EVERYTHING = """
 spec everything(rank: int = 3)
@@ -243,7 +243,7 @@ STEPS = ("write_bytes", "write_text", "mkdir", "fsync", "_exchange", "rename")
 
 def interrupted(step: str, number: int, monkeypatch: pytest.MonkeyPatch, end) -> None:
     """Have the `number`-th call of one of the steps of writing a folder end the run."""
-    owner = {"fsync": os, "_exchange": folders}.get(step, Path)
+    owner = {"fsync": os, "_exchange": atomic_folders}.get(step, Path)
     real, calls = getattr(owner, step), []
 
     def failing(*args, **kwargs):
@@ -300,7 +300,7 @@ def test_a_killed_process_leaves_the_old(step: str, number: int, saved: Path, mo
 def test_without_an_exchange_the_old_is_put_back(number: int, saved: Path, monkeypatch) -> None:
     surgeon = perturbed(load_demo("llama"), "lora", scale=0.5)
     old = read_all(saved)
-    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(atomic_folders, "_exchange", lambda one, other: False)
     with monkeypatch.context() as patched:
         interrupted("rename", number, patched, full_disk)
         with pytest.raises(surgery.SurgeryError):

@@ -14,7 +14,7 @@ from torch import nn
 
 from surgery.ir.dense import dense
 from surgery.language.library import parse
-from surgery.operate import apply
+from surgery.runtime.surgeon import apply
 
 CASES = sorted((Path(__file__).parent / "data" / "sums").glob("*.surg"))
 # What the suite runs: eighteen seeds, and eighteen of the week. SURGERY_EXAMPLES=3000 runs so many others.

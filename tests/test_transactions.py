@@ -201,7 +201,7 @@ def test_an_error_on_the_way_takes_everything_back(monkeypatch):
     """Whatever fails in the middle: the third adapter that is put in, or taken out."""
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
     start = looks(model)
-    from surgery import operate as module
+    from surgery.runtime import surgeon as module
 
     def failing(what: Callable) -> Callable:
         calls = []
@@ -231,7 +231,7 @@ def test_an_error_on_the_way_takes_everything_back(monkeypatch):
 def test_a_use_that_fails_leaves_what_was_in_use(monkeypatch):
     surgeries = several("a")
     before, surgeon = looks(surgeries.model), surgeries.surgeon
-    from surgery import operate as module
+    from surgery.runtime import surgeon as module
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         patch.setattr(module, "install", lambda *_: (_ for _ in ()).throw(RuntimeError))

@@ -12,7 +12,7 @@ from zoo import CASES
 
 from surgery.ir.dense import dense
 from surgery.language.library import load, parse
-from surgery.operate import apply
+from surgery.runtime.surgeon import apply
 
 EXACT = 1e-10
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -13,7 +13,7 @@ from zoo import CASES
 
 from surgery.codegen import kernels
 from surgery.language.library import parse
-from surgery.operate import apply
+from surgery.runtime.surgeon import apply
 
 P = 0.4
 LAYOUT = LAYOUTS["linear 12x18"]

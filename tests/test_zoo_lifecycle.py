@@ -15,7 +15,7 @@ from zoo import CASES
 
 from surgery.ir.primitives import PRIMITIVES
 from surgery.language.library import load, parse
-from surgery.operate import apply
+from surgery.runtime.surgeon import apply
 
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]

@@ -90,7 +90,7 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     """
     from surgery.experiments.text_tasks import read
     from surgery.experiments.training import need
-    from surgery.folders import refuse_file
+    from surgery.runtime.atomic_folders import refuse_file
 
     need("accelerate", "train", "training")
     need("matplotlib", "plot", "the plot")
@@ -172,7 +172,7 @@ def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: 
     """Show the table; keep it and the plot beside the runs."""
     from surgery.experiments.comparison_plot import draw
     from surgery.experiments.comparison_table import rows
-    from surgery.folders import replacing_file
+    from surgery.runtime.atomic_folders import replacing_file
 
     found, about = rows(runs, steps), _about(comparison, runs, steps)
     data = {**about, "rows": [row.to_json() for row in found]}

@@ -28,7 +28,7 @@ def import_(output: Output, folder: str, model: str | None, out: str, dtype: str
     """
     from surgery.peft.folder import Folder
     from surgery.peft.import_adapter import read
-    from surgery.saved import ADAPTER
+    from surgery.runtime.saved_format import ADAPTER
 
     free(out, force, ADAPTER)
     adapter = Folder(Path(folder))
@@ -61,7 +61,7 @@ def export(output: Output, folder: str, model: str | None, form: str, out: str, 
     """
     from surgery.peft.export_adapter import export_peft
     from surgery.peft.folder import ADAPTER
-    from surgery.store import attach
+    from surgery.runtime.attach import attach
 
     free(out, force, ADAPTER)
     subject, base, meta = base_of(output, folder, model, dtype)

@@ -57,7 +57,7 @@ def spectrum(output: Output, first: str, second: str | None, base: str | None, s
 
 def _ready(table: str | None, picture: str | None) -> None:
     """Refuse files that cannot be written or drawn, before any work. Raises: SurgeryError."""
-    from surgery.folders import refuse_file
+    from surgery.runtime.atomic_folders import refuse_file
 
     for file in filter(None, (table, picture)):
         refuse_file(Path(file))
@@ -160,7 +160,7 @@ def _weights(names: Sequence[str]) -> str:
 
 
 def _write(output: Output, spectra: Spectra, table: str | None, picture: str | None, label: str) -> None:
-    from surgery.folders import replacing_file
+    from surgery.runtime.atomic_folders import replacing_file
 
     if table:
         with replacing_file(Path(table)) as new:
@@ -210,7 +210,7 @@ def report(output: Output, folder: str, base: str | None, out: str, squared: boo
     from surgery.analysis.page.training_curves import charts, found_state
     from surgery.analysis.spectra.updates import of_surgeon
     from surgery.cli.opened_weights import opened_adapter
-    from surgery.folders import refuse_file, replacing_file
+    from surgery.runtime.atomic_folders import refuse_file, replacing_file
 
     refuse_file(Path(out))
     state = found_state(Path(folder))

@@ -17,14 +17,14 @@ from surgery.cli.output import Output
 from surgery.diagnostics import fail
 from surgery.layers.survey import Site
 from surgery.models.loading import DEMO, folder_of, load, quiet_libraries, skeleton, with_saved_head
-from surgery.saved import Saved
-from surgery.store import fitted
+from surgery.runtime.attach import fitted
+from surgery.runtime.saved_format import Saved
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgery.operate import Surgeon
     from surgery.planning.compile import Placed
+    from surgery.runtime.surgeon import Surgeon
 
 
 def opened_weights(output: Output, name: str, saved: Saved | None = None) -> Weights:

@@ -26,14 +26,14 @@ from surgery.diagnostics import fail
 from surgery.text import counted
 
 if TYPE_CHECKING:
-    from surgery.folders import Kind
     from surgery.models.loading import Trained
-    from surgery.operate import Surgeon
+    from surgery.runtime.atomic_folders import Kind
+    from surgery.runtime.surgeon import Surgeon
 
 
 def free(out: str, force: bool, kind: Kind) -> None:
     """Refuse an output folder that is not ours to take, before any work. Raises: SurgeryError (bad-output)."""
-    from surgery.folders import refuse_taken, refuse_unwritable
+    from surgery.runtime.atomic_folders import refuse_taken, refuse_unwritable
 
     if not out:
         raise fail("bad-output", "-o names no folder")
@@ -66,8 +66,8 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
 
     The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged.
     """
-    from surgery.saved import ADAPTER
-    from surgery.store import MODEL
+    from surgery.runtime.attach import MODEL
+    from surgery.runtime.saved_format import ADAPTER
 
     if merge and out is None:
         raise click.UsageError("--merge needs -o DIR.")
@@ -88,7 +88,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
 
 
 def _operate(output: Output, model: Any, spec: Any, seed: int, strict: bool) -> Surgeon:
-    from surgery.operate import apply
+    from surgery.runtime.surgeon import apply
 
     with output.busy("operating"):
         surgeon = apply(model, spec, seed=seed, strict=strict)
@@ -98,7 +98,7 @@ def _operate(output: Output, model: Any, spec: Any, seed: int, strict: bool) -> 
 
 def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool, force: bool) -> None:
     from surgery.models.loading import preprocessors
-    from surgery.store import save_merged
+    from surgery.runtime.attach import save_merged
 
     with output.busy(f"saving {out}"):
         if merged:
@@ -128,8 +128,8 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
     DIR holds the saved adapter; MODEL is its base model unless you name another.
     """
     from surgery.models.loading import preprocessors
-    from surgery.store import MODEL, save_merged
-    from surgery.surgeries import Surgeries
+    from surgery.runtime.attach import MODEL, save_merged
+    from surgery.runtime.stack import Surgeries
 
     free(out, force, MODEL)
     subject, base, _ = base_of(output, folder, model, dtype)
@@ -151,7 +151,7 @@ def base_of(output: Output, folder: str, model: str | None, dtype: str | None) -
 
     Raises: SurgeryError (bad-adapter, unknown-model).
     """
-    from surgery.saved import Saved
+    from surgery.runtime.saved_format import Saved
 
     saved = Saved(Path(folder))
     base = base_name(folder, model, saved.meta.get("base_model"))

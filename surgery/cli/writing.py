@@ -131,8 +131,8 @@ def _summary(changed: int, unchanged: int, dry: bool) -> str:
 
 def _formatted(output: Output, name: str, dry: bool, diff: bool) -> bool:
     """Format one file; whether its text changed."""
-    from surgery.folders import replacing_file
     from surgery.language.formatter import format_text
+    from surgery.runtime.atomic_folders import replacing_file
 
     title = "<stdin>" if name == "-" else name
     before = _text(name, title)

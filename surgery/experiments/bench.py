@@ -28,9 +28,9 @@ from surgery.diagnostics import fail
 from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
 from surgery.language.tree import Spec
 from surgery.models.demo import demo_inputs
-from surgery.operate import prepare
 from surgery.peft.recognise import Match, match
 from surgery.planning.compile import compile
+from surgery.runtime.surgeon import prepare
 
 PHASES = ("step", "forward")
 _WARM_UP = 2

@@ -30,8 +30,8 @@ from surgery.experiments.training import Setting, encoded, outputs, train, with_
 from surgery.experiments.training_cost import Clock, side_by_side, step_bytes
 from surgery.language.library import inlined
 from surgery.language.tree import Spec, Target, add
-from surgery.operate import Surgeon, apply
 from surgery.planning.compile import compile
+from surgery.runtime.surgeon import Surgeon, apply
 
 FULL = "full"
 FIGURES = ("entropy", "normalised_entropy", "stable_rank", "effective_rank", "relative_size")

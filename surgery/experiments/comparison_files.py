@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from surgery.diagnostics import fail
 from surgery.files import read_json
-from surgery.folders import replacing_file
+from surgery.runtime.atomic_folders import replacing_file
 
 FORMAT = "1.0"
 T = TypeVar("T")

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from surgery.diagnostics import fail
-from surgery.operate import Surgeon
 from surgery.peft import nearest_lora
 from surgery.peft.export_trained_values import Beside, changed_biases
 from surgery.peft.folder import SHARED, write, wrong_fields
@@ -28,6 +27,7 @@ from surgery.peft.table.method import Config, Family
 from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import in_time, modules, named, resolved
 from surgery.peft.tensor_mapping import Place, Tensors
+from surgery.runtime.surgeon import Surgeon
 from surgery.text import listed
 
 # The fields of a configuration that choose modules; another writer's are kept where they still choose the same.

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from surgery.diagnostics import fail
 from surgery.ir.dense import dense
-from surgery.operate import Surgeon
 from surgery.peft.import_module import WHOLE
 from surgery.peft.table.method import Config
 from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import saved_whole
 from surgery.peft.tensor_mapping import Tensors
 from surgery.planning.initial_values import frozen_leaves
+from surgery.runtime.surgeon import Surgeon
 
 # By configuration class, what its field `bias` says where the adapted modules' biases are trained; those that have one.
 _BIASES = {m.family.peft_type: m.family.biases for m in METHODS if m.family.biases}

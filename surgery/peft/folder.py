@@ -20,10 +20,10 @@ from torch import Tensor
 
 from surgery.diagnostics import Collector, fail
 from surgery.files import read_json
-from surgery.folders import Kind, replacing
 from surgery.language.unsupported_methods import SWITCHES, refusal
 from surgery.peft.table.methods import METHODS
-from surgery.saved import DTYPES, Name, misfits
+from surgery.runtime.atomic_folders import Kind, replacing
+from surgery.runtime.saved_format import DTYPES, Name, misfits
 from surgery.text import dtype_text
 
 CONFIG, TENSORS = ("adapter_config.json", "adapter_model.safetensors")

@@ -19,7 +19,6 @@ from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mea
 from surgery.language.tree import Spec
 from surgery.layers.survey import Survey
 from surgery.matching.conflicts import tied
-from surgery.operate import Surgeon, prepare
 from surgery.peft.folder import TENSORS, Folder
 from surgery.peft.import_module import WHOLE, Taken, drawn_again, no_row, row, unheard_of
 from surgery.peft.import_spec import Group, one_spec, train_spec
@@ -28,7 +27,8 @@ from surgery.peft.table.method import Config
 from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import ends_of, fits_end, in_time, modules, named, ties
 from surgery.peft.tensor_mapping import Place, Tensors
-from surgery.saved import compare
+from surgery.runtime.saved_format import compare
+from surgery.runtime.surgeon import Surgeon, prepare
 from surgery.text import listed
 
 _MOST_WORDS = 100  # of a configuration that names nothing, among which a misspelt one is looked for

@@ -19,7 +19,7 @@ from surgery.matching.conflicts import tied
 from surgery.peft.folder import TENSORS
 from surgery.peft.table.method import Config
 from surgery.peft.target_modules import saved_whole, ties
-from surgery.saved import compare, shapes
+from surgery.runtime.saved_format import compare, shapes
 
 
 @dataclass(frozen=True)

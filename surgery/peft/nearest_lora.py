@@ -19,7 +19,7 @@ from surgery.analysis.spectra import pending_of
 from surgery.analysis.spectra.spectrum import Directions, Spectrum, leading, of_factors
 from surgery.analysis.spectra.updates import Update
 from surgery.diagnostics import fail
-from surgery.operate import Surgeon
+from surgery.runtime.surgeon import Surgeon
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import regex
 from torch import nn
 
 from surgery.diagnostics import fail
-from surgery.layer import Adapter
 from surgery.layers.layouts import weights
 from surgery.layers.survey import output_embedding
 from surgery.peft.table.method import Config, Family
+from surgery.runtime.adapter import Adapter
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIERS = ("score", "classifier")  # what the head of a text classifier is called

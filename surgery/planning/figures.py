@@ -17,13 +17,13 @@ import torch
 
 from surgery.diagnostics import Diagnostic
 from surgery.language.tree import Target
-from surgery.layer import SUFFIX, is_direct
 from surgery.layers import opaque_linear
 from surgery.layers.wrappers import parameter
 from surgery.matching.name_ranges import alike, ranged, starred
 from surgery.planning.compile import Placed, Plan
 from surgery.planning.cost_estimates import Estimate, fallback
 from surgery.planning.formulas import formula_lines
+from surgery.runtime.adapter import SUFFIX, is_direct
 from surgery.text import counted, dtype_text, listed, sides_text, size_text
 
 

@@ -21,9 +21,9 @@ from surgery.analysis.spectra.spectrum import Spectrum
 from surgery.analysis.spectra.summary import TOP, Group, Row, Spectra, row_of
 from surgery.analysis.spectra.updates import Pending, of_models, of_surgeon
 from surgery.diagnostics import fail
-from surgery.layer import Adapter
 from surgery.layers.survey import Site
-from surgery.operate import Surgeon
+from surgery.runtime.adapter import Adapter
+from surgery.runtime.surgeon import Surgeon
 
 Track = Callable[[Sequence[Pending]], Iterable[Pending]]
 

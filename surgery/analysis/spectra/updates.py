@@ -20,15 +20,15 @@ from surgery.codegen.program import weights
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Expr, without_dropout
 from surgery.layers.survey import Site
-from surgery.lower.called import frozen
 from surgery.matching.name_ranges import module_type
-from surgery.operate import Surgeon
 from surgery.planning.compile import Placed
 from surgery.rewrite.builders import scaled, summands, times, total
 from surgery.rewrite.cheaper_forms import cheapest
 from surgery.rewrite.low_rank import Factors, factors
 from surgery.rewrite.normal_form import simplify
 from surgery.rewrite.norms import spread
+from surgery.runtime.frozen_opaque import frozen
+from surgery.runtime.surgeon import Surgeon
 
 WIDE = torch.float64
 _ROWS = 4096  # of a large matrix, so many at a time

@@ -19,18 +19,18 @@ import torch.nn as nn
 
 from surgery.diagnostics import Collector, fail
 from surgery.language.tree import Spec, Target
-from surgery.layer import SUFFIX, Adapter, install, uninstall
 from surgery.layers.wrappers import bare
-from surgery.merge import merged, refuse_called
 from surgery.planning.compile import Placed, Plan, compile
 from surgery.planning.figures import Report, dense_copies, unfit
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
-from surgery.proof import Proof, Subject
 from surgery.rewrite.prove_identity import starts_as_weight
-from surgery.serving import serving
-from surgery.standing import Spot, Standing, changed
+from surgery.runtime.adapter import SUFFIX, Adapter, install, uninstall
+from surgery.runtime.merge import merged, refuse_called
+from surgery.runtime.proof import Proof, Subject
+from surgery.runtime.serving import serving
+from surgery.runtime.standing import Spot, Standing, changed
+from surgery.runtime.transaction import Scope, all_or_nothing
 from surgery.text import listed
-from surgery.transaction import Scope, all_or_nothing
 
 _SAID = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
 _WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first",
@@ -266,9 +266,9 @@ class Surgeon:
         """Write the adapter, whole or not at all: its tensors, its spec, and `about` (base_model, revision, ...).
 
         Raises: SurgeryError."""
-        from surgery import store
+        from surgery.runtime import attach
 
-        store.save(self, folder, **about)
+        attach.save(self, folder, **about)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -23,12 +23,12 @@ from surgery.ir.compose import mixed, named, stacked
 from surgery.ir.expression import Formula
 from surgery.language.grammar import is_name
 from surgery.language.tree import Spec, Target
-from surgery.layer import Adapter
 from surgery.layers.wrappers import bare
-from surgery.operate import Surgeon, prepare
 from surgery.planning.compile import Placed, Plan
-from surgery.store import attach, save
-from surgery.transaction import Scope, all_or_nothing
+from surgery.runtime.adapter import Adapter
+from surgery.runtime.attach import attach, save
+from surgery.runtime.surgeon import Surgeon, prepare
+from surgery.runtime.transaction import Scope, all_or_nothing
 
 
 @dataclass

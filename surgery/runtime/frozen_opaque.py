@@ -10,7 +10,7 @@ import torch.nn as nn
 from surgery.diagnostics import fail
 from surgery.layers import opaque_linear
 from surgery.layers.layouts import Layout
-from surgery.lower.frozen import KINDS, Frozen, FrozenLinear
+from surgery.runtime.frozen_layers import KINDS, Frozen, FrozenLinear
 
 
 class FrozenCalled(FrozenLinear):

@@ -18,7 +18,6 @@ import torch
 import torch.nn as nn
 
 from surgery.codegen.program import Program, activations, weights
-from surgery.effective import effective_weight, holds_parameters
 from surgery.ir.dense import in_dtype
 from surgery.ir.expression import Formula
 from surgery.ir.orthogonal_maps import is_traced
@@ -31,9 +30,10 @@ from surgery.layers.opaque_linear import (
     put_forward_back,
     stored,
 )
-from surgery.lower.called import frozen
-from surgery.lower.frozen import Frozen
-from surgery.serving import Serving, fingerprint
+from surgery.runtime.effective_weight import effective_weight, holds_parameters
+from surgery.runtime.frozen_layers import Frozen
+from surgery.runtime.frozen_opaque import frozen
+from surgery.runtime.serving import Serving, fingerprint
 
 SUFFIX = ADAPTER
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from surgery import __version__
 from surgery.diagnostics import Collector, SurgeryError, fail
 from surgery.files import SPEC_BYTES, read_bytes, read_json, refuse_irregular
-from surgery.folders import Kind
 from surgery.language.library import parse
 from surgery.language.tree import Spec
+from surgery.runtime.atomic_folders import Kind
 from surgery.text import counted, dtype_text
 
 FORMAT = "1.0"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from surgery.diagnostics import fail
-from surgery.layer import Adapter
 from surgery.planning.compile import Placed
+from surgery.runtime.adapter import Adapter
 from surgery.text import listed
 
 # A value rounded to nearest is off by at most half a unit in the last place, eps / 2 of itself.

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import Diagnostic, SurgeryError, fail
-from surgery.layer import Adapter
 from surgery.layers.layouts import weights
-from surgery.merge import merged
 from surgery.models.demo import demo_inputs
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure
+from surgery.runtime.adapter import Adapter
+from surgery.runtime.merge import merged
+from surgery.runtime.transaction import Scope, Snapshot, finish
 from surgery.text import counted, listed
-from surgery.transaction import Scope, Snapshot, finish
 
 LARGEST = 10**9  # parameters of a model that is also run backwards, and merged
 _ROUNDINGS = 4  # at the start a half dtype may be off by so many units in the last place

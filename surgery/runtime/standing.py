@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from surgery.diagnostics import SurgeryError, fail
-from surgery.layer import SUFFIX, Adapter
 from surgery.layers.wrappers import named_modules, submodule
 from surgery.planning.compile import Placed, Plan
+from surgery.runtime.adapter import SUFFIX, Adapter
 
 _SHOWN = 8
 

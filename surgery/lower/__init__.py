@@ -1,1 +1,0 @@
-"""From a formula to straight-line programs over activations."""
