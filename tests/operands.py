@@ -16,12 +16,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from surgery.expr.values import evaluate
 from surgery.ir.dense import dense
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, eye, make
 from surgery.language.parser import parse_expression
 from surgery.rewrite.builders import fill
+from surgery.semantics.evaluate import evaluate
 
 n = 12
 SHAPES = {

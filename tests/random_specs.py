@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch.nn import Linear
 
 from surgery.diagnostics import SurgeryError
-from surgery.expr.values import evaluate
 from surgery.ir import sizes as sizes_module
 from surgery.ir.expression import Expr, Shape
 from surgery.ir.primitives import OPERATORS, PRIMITIVES, Primitive, ShapeError
@@ -28,6 +27,7 @@ from surgery.language.tree import Definition, Spec
 from surgery.rewrite.cheaper_forms import CHEAP
 from surgery.rewrite.normal_form import RULES
 from surgery.runtime.surgeon import apply
+from surgery.semantics.evaluate import evaluate
 
 SIGNS = {op: sign for sign, op in OPERATORS.items()}
 

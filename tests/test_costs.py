@@ -12,14 +12,14 @@ from surgery.cli.main import main
 from surgery.codegen.candidates import by_tokens, frozen_alone
 from surgery.codegen.cost_model import Cost, body_cost
 from surgery.diagnostics import Collector
-from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.lint import spec_values
 from surgery.ir.expression import Formula
 from surgery.language.library import library, load, parse, shipped
 from surgery.models.demo import load_demo
 from surgery.planning.compile import compile
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.figures import Report
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.lint import spec_values
 
 OUT, IN = 512, 1024
 # What no structure of the compiler's makes cheap: entry-by-entry products, a full solve.

@@ -22,7 +22,7 @@ PIPELINE = {
     "language": "language",
     "models": "models",
     "rewrite": "rewrite",
-    "expr": "expr",
+    "semantics": "semantics",
     "matching": "matching",
     "codegen": "codegen",
     "planning and runtime": "planning runtime",

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from surgery.expr.draws import DISTRIBUTIONS
 from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, Primitive
 from surgery.language.formatter import format_text
 from surgery.language.grammar import KEYWORDS
 from surgery.language.library import parse
 from surgery.planning.check import check
+from surgery.semantics.distributions import DISTRIBUTIONS
 
 PAGE = Path(__file__).parent.parent / "docs" / "language.md"
 BLOCK = re.compile(r"^```surg\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -16,8 +16,6 @@ from click.testing import CliRunner
 import surgery
 from surgery.cli.main import main
 from surgery.diagnostics import Collector, Diagnostic, Source, Span, SurgeryError, fail
-from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.values import evaluate
 from surgery.ir.expression import DEEPEST_FORMULA, Expr
 from surgery.ir.primitives import make
 from surgery.language.formatter import format_text
@@ -25,6 +23,8 @@ from surgery.language.library import library, parse
 from surgery.language.parser import parse_expression
 from surgery.matching.patterns import compile_pattern
 from surgery.planning.check import check
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.evaluate import evaluate
 
 # What each `let` makes of the one before it.
 CHAINS = {

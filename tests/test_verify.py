@@ -12,8 +12,6 @@ from zoo import CASES
 from surgery.codegen.emit import TOKENS
 from surgery.codegen.program import Program, activations, weights
 from surgery.diagnostics import Collector
-from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.lint import IN, OUT, PLACES, spec_values
 from surgery.ir.expression import Draw, Expr, Formula, Leaf
 from surgery.ir.primitives import PRIMITIVES, constant, make
 from surgery.ir.verifier import (
@@ -32,6 +30,8 @@ from surgery.language.tree import Spec
 from surgery.rewrite.builders import fill
 from surgery.rewrite.cheaper_forms import cheapest
 from surgery.rewrite.normal_form import simplify
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.lint import IN, OUT, PLACES, spec_values
 
 SIZES = ((96, 192), (192, 96), (64, 128), (12, 18))
 PLACE = {"layer": 1, "depth": 0.5}

@@ -102,8 +102,8 @@ trust_option = click.option("--trust-remote-code", is_flag=True, expose_value=Fa
 def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> Spec:
     """The spec of a path or shipped name, changed by `--set` and `--target`. Raises: SurgeryError."""
     from surgery.diagnostics import Collector
-    from surgery.expr.arguments import guard
     from surgery.language.library import assignment, bind, locate, read
+    from surgery.semantics.arguments import guard
 
     report, arguments = Collector(), []
     for text in sets:

@@ -10,12 +10,12 @@ from surgery.codegen.autograd_node import step
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.program import Program, activations
 from surgery.diagnostics import Collector
-from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.lint import spec_values
 from surgery.ir.expression import Formula
 from surgery.language.library import library
 from surgery.language.tree import Spec, Target
 from surgery.planning.cost_estimates import FLOAT, Estimate, amount, layer_kind
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.lint import spec_values
 
 _FIRST = {"layer": 0, "depth": 0.0}  # where a target that asks for it stands
 

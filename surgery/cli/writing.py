@@ -50,7 +50,7 @@ def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple
 
 def _checked(output: Output, name: str, sets: tuple[str, ...], skeleton: Any) -> Collector:
     """What is wrong with a spec; it is shown."""
-    from surgery.expr.arguments import guard
+    from surgery.semantics.arguments import guard
 
     found = Collector()
     with guard(found):
@@ -108,7 +108,7 @@ def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) ->
 
     A FILE `-` is read from stdin and written to stdout. A file with a syntax error is left alone.
     """
-    from surgery.expr.arguments import guard
+    from surgery.semantics.arguments import guard
 
     report, found = Collector(), {}
     for name in files:
@@ -225,8 +225,8 @@ def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: b
 
 def _pages(spec: Spec) -> str:
     """The signature, then each target as text and as equations (of a library: what it defines)."""
-    from surgery.expr.arguments import signature
     from surgery.planning.formulas import formula_lines, formulas
+    from surgery.semantics.arguments import signature
 
     heads = [signature(each) for each in ((spec,) if spec.name else spec.definitions)]
     pages = ["\n".join([_block(target), *(f"  {line}" for line in formula_lines(target, formula))])

@@ -15,9 +15,6 @@ from functools import lru_cache
 from typing import Any
 
 from surgery.diagnostics import Collector, SurgeryError
-from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.lint import spec_values
-from surgery.expr.values import nodes
 from surgery.ir.expression import Formula
 from surgery.language.library import library
 from surgery.language.tree import Spec
@@ -27,6 +24,9 @@ from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import resolved
 from surgery.peft.tensor_mapping import Place
 from surgery.planning.compile import Placed, Plan
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.evaluate import nodes
+from surgery.semantics.lint import spec_values
 
 
 @dataclass(frozen=True)

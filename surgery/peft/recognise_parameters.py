@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from surgery.diagnostics import Collector, SurgeryError
-from surgery.expr.lint import spec_values
-from surgery.expr.values import evaluate, names_in
 from surgery.language.expressions import Expression, Name, Number
 from surgery.language.library import Library, library
 from surgery.language.tree import Call, Spec, Step, Target
 from surgery.planning.compile import Placed
+from surgery.semantics.evaluate import evaluate, names_in
+from surgery.semantics.lint import spec_values
 
 Pairs = Iterator[tuple[str, Expression]]
 _NO_DROPOUT = Number(0)

@@ -17,9 +17,6 @@ from surgery.codegen.candidates import by_tokens, candidates
 from surgery.codegen.program_text import program_text, step_text
 from surgery.codegen.validate import program_faults, step_faults
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
-from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.lint import lint, spec_values
-from surgery.expr.values import names_in, nodes
 from surgery.ir.expression import Formula
 from surgery.language.expressions import Argument, Call, Number, as_expression
 from surgery.language.library import Library, library
@@ -27,6 +24,9 @@ from surgery.language.tree import Definition, Parameter, Spec, Step, Target
 from surgery.matching.selectors import selector_faults
 from surgery.planning.cost_estimates import Estimate, fallback, layer_kind
 from surgery.rewrite.prove_identity import starts_as_weight, surely_trains
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.evaluate import names_in, nodes
+from surgery.semantics.lint import lint, spec_values
 
 # Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
 _SIDES = ((96, 64), (192, 128), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))

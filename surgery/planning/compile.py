@@ -18,14 +18,14 @@ from typing import Any
 import torch.nn as nn
 
 from surgery.diagnostics import Collector, Diagnostic, fail
-from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.lint import lint, spec_values
-from surgery.expr.values import names_in
 from surgery.ir.expression import Formula, Leaf
 from surgery.language.library import Library, library, load
 from surgery.language.tree import Spec, Target
 from surgery.layers.survey import Site
 from surgery.matching.selection import Selection, select
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.evaluate import names_in
+from surgery.semantics.lint import lint, spec_values
 from surgery.text import listed
 
 

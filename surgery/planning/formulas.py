@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgery.diagnostics import Collector
-from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.lint import IN, OUT, PLACES, spec_values
 from surgery.ir.expression import Draw, Expr, Formula, Leaf, walk
 from surgery.ir.notation import Maths, number_text, parts_to_name
 from surgery.ir.primitives import shape_text
 from surgery.language.formatter import expression_text
 from surgery.language.library import library
 from surgery.language.tree import Spec, Step, Target
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.lint import IN, OUT, PLACES, spec_values
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 _RESERVED = ("W", "I", "X")

@@ -12,12 +12,12 @@ import torch
 import torch.nn as nn
 
 from surgery.diagnostics import Diagnostic
-from surgery.expr.draws import draw
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Leaf, walk
 from surgery.language.tree import Target
 from surgery.layers.survey import Site
 from surgery.planning.compile import Placed
+from surgery.semantics.distributions import draw
 from surgery.text import counted
 
 Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]

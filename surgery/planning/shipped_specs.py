@@ -12,12 +12,12 @@ from math import prod
 from typing import Any
 
 from surgery.diagnostics import Collector
-from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.lint import spec_values
 from surgery.ir.expression import Formula
 from surgery.language.library import library, read, shipped
 from surgery.language.tree import Spec
 from surgery.planning.cost_estimates import Estimate
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.lint import spec_values
 
 OUT, IN = 1024, 4096
 _PAPER = re.compile(r"arXiv \d{4}\.\d{4,5}")

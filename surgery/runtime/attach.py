@@ -22,12 +22,12 @@ from torch import nn
 
 from surgery import __version__
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, fail
-from surgery.expr.places import bounds
 from surgery.language.library import inlined
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.atomic_folders import Kind, replacing
 from surgery.runtime.saved_format import ADAPTER, FORMAT, META, SPEC, TENSORS, Saved, compare, shapes
 from surgery.runtime.surgeon import Surgeon, prepare
+from surgery.semantics.index_bounds import bounds
 from surgery.text import dtype_text, listed
 
 

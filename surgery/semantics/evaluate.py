@@ -14,7 +14,6 @@ from fractions import Fraction
 from typing import Any
 
 from surgery.diagnostics import fail
-from surgery.expr.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe, text, unknown
 from surgery.ir import sizes as sizes_module
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, ones, undecided
@@ -22,6 +21,7 @@ from surgery.ir.sizes import Dim
 from surgery.language import tree
 from surgery.language.formatter import expression_text
 from surgery.language.well_formed import MAX_INT
+from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe, text, unknown
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": sizes_module.divide}

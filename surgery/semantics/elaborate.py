@@ -13,15 +13,15 @@ from fractions import Fraction
 from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic, fail
-from surgery.expr.arguments import bind_call, guard
-from surgery.expr.instance import Instance, not_too_deep, with_article
-from surgery.expr.scope import describe, unknown
-from surgery.expr.values import evaluate
 from surgery.ir.expression import DEEPEST_FORMULA, Claim, Expr, Formula, Leaf, Part
 from surgery.ir.primitives import make
 from surgery.ir.sizes import Size
 from surgery.language.library import Library
 from surgery.language.tree import Definition, Step, Target
+from surgery.semantics.arguments import bind_call, guard
+from surgery.semantics.definitions import Instance, not_too_deep, with_article
+from surgery.semantics.evaluate import evaluate
+from surgery.semantics.scope import describe, unknown
 
 _KINDS = {"pre": "transform", "post": "transform", "add": "update"}
 

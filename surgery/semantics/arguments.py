@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
-from surgery.expr.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
-from surgery.expr.values import evaluate, here
 from surgery.ir import sizes
 from surgery.ir.sizes import Dim
 from surgery.language.formatter import expression_text
 from surgery.language.tree import Argument, Call, Check, Definition, Parameter
+from surgery.semantics.evaluate import evaluate, here
+from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
 
 _TYPES = {"int": (int, Dim), "float": NUMBERS, "bool": (bool,), "str": (str,)}
 

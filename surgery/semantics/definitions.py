@@ -12,16 +12,16 @@ from math import prod
 from typing import Any
 
 from surgery.diagnostics import Collector, Span, did_you_mean, fail
-from surgery.expr import places
-from surgery.expr.arguments import assert_checks, guard
-from surgery.expr.draws import DISTRIBUTIONS, choices
-from surgery.expr.scope import NUMBERS, UNDECIDED, describe, unknown
-from surgery.expr.values import evaluate, here, size, tensor
 from surgery.ir.expression import DEEPEST_FORMULA, Draw, Expr, Leaf
 from surgery.ir.primitives import is_whole, shape_text, undecided
 from surgery.ir.sizes import Dim, Size
 from surgery.language.parser import parse_expression
 from surgery.language.tree import Argument, Call, Definition, Let, Param
+from surgery.semantics import index_bounds
+from surgery.semantics.arguments import assert_checks, guard
+from surgery.semantics.distributions import DISTRIBUTIONS, choices
+from surgery.semantics.evaluate import evaluate, here, size, tensor
+from surgery.semantics.scope import NUMBERS, UNDECIDED, describe, unknown
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Instance:
                 self.values[statement.name] = not_too_deep(value, statement.span)
         with guard(self.report):
             result = self._result()
-            places.assert_exist([*(leaf.init for leaf in self.leaves if leaf.init is not None), result], self.leaves)
+            index_bounds.assert_exist([*(leaf.init for leaf in self.leaves if leaf.init is not None), result], self.leaves)
             return result
         return None
 

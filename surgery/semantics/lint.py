@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic, fail
-from surgery.expr.arguments import assert_checks, defaults, unknowns
-from surgery.expr.elaborate import Context, elaborate
-from surgery.expr.instance import Instance
-from surgery.expr.scope import unknown
-from surgery.expr.values import names_in
 from surgery.ir import sizes
 from surgery.ir.expression import Expr
 from surgery.language.library import Library
 from surgery.language.tree import Definition, Param, Parameter, Spec
+from surgery.semantics.arguments import assert_checks, defaults, unknowns
+from surgery.semantics.definitions import Instance
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.evaluate import names_in
+from surgery.semantics.scope import unknown
 
 CLAIMS = ("orthogonal", "diagonal", "symmetric")
 OUT, IN = sizes.symbol("out"), sizes.symbol("in")
