@@ -296,7 +296,7 @@ import os, signal, sys
 from types import SimpleNamespace
 from surgery.cli.main import main
 from surgery.cli.options import opened_together
-from surgery.demo import demo_config
+from surgery.models.demo import demo_config
 from surgery.diagnostics import SurgeryError
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts without it

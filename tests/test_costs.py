@@ -155,7 +155,7 @@ def test_a_report_warns_of_the_targets_that_run_dense():
 def test_check_tells_it_without_torch(tmp_path):
     path = tmp_path / "gate.surg"
     path.write_text(DENSE["an entrywise gate"])
-    code = ("import sys\nfrom surgery.check import check\nfrom surgery.spec import load\n"
+    code = ("import sys\nfrom surgery.planning.check import check\nfrom surgery.language.library import load\n"
             f"assert [d.code for d in check(load({str(path)!r}))] == ['fallback']\nassert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True)
     assert run("check", str(path)).exit_code == 0

@@ -73,5 +73,5 @@ def test_a_name_that_is_no_demo_is_an_error():
 
 
 def test_the_names_need_no_torch():
-    code = "import sys, surgery.demo; surgery.demo.demo_names(); assert 'torch' not in sys.modules"
+    code = "import sys, surgery.models.demo; surgery.models.demo.demo_names(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

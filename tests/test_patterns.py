@@ -188,5 +188,5 @@ def test_any_text_compiles_or_is_a_bad_pattern(text):
 
 
 def test_patterns_need_no_torch():
-    code = "import sys, surgery.patterns, surgery.near; assert 'torch' not in sys.modules"
+    code = "import sys, surgery.matching.patterns, surgery.matching.suggestions; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, reduce
 from math import inf
 
 from surgery.codegen.apply_to_activations import apply, matrix, turned
@@ -219,19 +219,14 @@ def _with_bias(y: Expr, bias: Expr | None, kind: str) -> Expr:
     if bias.op != "bias":
         return Expr("add_bias", (y, offset(bias)), None, y.shape)
     terms = list(summands(y))
-    plain = [t for t in terms if t.op == "frozen" and (kind == "linear" or t.args[0].op == "x")]
-    if not plain or _reads(y, plain[0]) > 1:  # what else reads it would have the layer run once more, without its bias
+    plain = next((t for t in terms if t.op == "frozen" and (kind == "linear" or t.args[0].op == "x")), None)
+    if plain is None:
         return Expr("add_bias", (y, bias), None, y.shape)
-    full = Expr("frozen", plain[0].args, "biased", y.shape)
-    rest = [t for t in terms if t is not plain[0]]
-    for term in rest:
-        full = make("add", full, term)
-    return full
-
-
-def _reads(expr: Expr, node: Expr) -> int:
-    """How many nodes of an expression read a node."""
-    return sum(node in each.args for each in walk(expr))
+    # a sum may hold the same term twice, and then the bias belongs to one of them
+    terms.remove(plain)
+    if any(plain in walk(term) for term in terms):  # the layer would run twice: with its bias, and without
+        return Expr("add_bias", (y, bias), None, y.shape)
+    return reduce(partial(make, "add"), terms, Expr("frozen", plain.args, "biased", y.shape))
 
 
 def _unread(expr: Expr, always: bool = False) -> Expr:
