@@ -14,6 +14,7 @@ from surgery.codegen.cost_model import Cost, body_cost
 from surgery.diagnostics import Collector
 from surgery.ir.expression import Formula
 from surgery.language.library import library, load, parse, shipped
+from surgery.layers.kinds import EMBEDDING, LINEAR, LayerKind
 from surgery.models.demo import load_demo
 from surgery.planning.compile import compile
 from surgery.planning.cost_estimates import Estimate
@@ -42,7 +43,7 @@ def formula(spec, out: int = OUT, in_: int = IN) -> Formula:
     return found
 
 
-def estimate(text: str, tokens: int = 1024, kind: str = "linear") -> Estimate:
+def estimate(text: str, tokens: int = 1024, kind: LayerKind = LINEAR) -> Estimate:
     return Estimate(formula(load(text) if text in shipped() else parse(text)), kind, tokens)
 
 
@@ -55,7 +56,7 @@ def test_a_structured_spec_has_a_cheap_program(name):
 @pytest.mark.parametrize("transform", OF_STD)
 def test_so_has_every_transform_of_the_library_on_either_side(transform, side):
     spec = parse(f"target linear {{\n add low_rank(8)\n post {transform} on {side}\n}}")
-    assert not Estimate(formula(spec, IN, IN), "linear").built
+    assert not Estimate(formula(spec, IN, IN), LINEAR).built
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -94,7 +95,7 @@ def test_a_small_constant_is_made_once_and_a_large_one_at_every_step():
 
 
 def test_the_frozen_layer_is_two_products():
-    cost = body_cost(frozen_alone("linear", OUT, IN), (True,), 10)
+    cost = body_cost(frozen_alone(LINEAR, OUT, IN), (True,), 10)
     assert cost.body_flops == cost.flops == 2 * (2 * 10 * OUT * IN)
     assert cost.moved == 2 * (10 * OUT + 10 * IN + OUT * IN)
 
@@ -107,9 +108,9 @@ def test_the_gradients_that_are_taken_are_counted():
 
 
 def test_an_embedding_is_looked_up_and_not_multiplied():
-    cost = body_cost(frozen_alone("embedding", OUT, IN), (False,), 10)
+    cost = body_cost(frozen_alone(EMBEDDING, OUT, IN), (False,), 10)
     assert cost == Cost(moved=2 * 10 * IN, calls=1)
-    adapted = estimate("target embedding {\n add low_rank(4)\n}", 10, "embedding").candidates[0].cost(10)
+    adapted = estimate("target embedding {\n add low_rank(4)\n}", 10, EMBEDDING).candidates[0].cost(10)
     assert adapted.flops < 10 * 10 * 4 * IN
 
 
@@ -122,13 +123,13 @@ def test_what_carries_no_gradient_is_computed_once():
 
 @pytest.mark.parametrize("spec", ["lora", "dora", "sora", "oft"])
 def test_a_large_layer_costs_little_more(spec):
-    found = Estimate(formula(load(spec), 4096, 4096), "linear", 4096)
+    found = Estimate(formula(load(spec), 4096, 4096), LINEAR, 4096)
     assert 1 < found.ratio() < 1.2
 
 
 def test_a_stack_is_built_for_every_matrix():
-    one, many = (Estimate(formula(load("lora")), "linear", 64, stack=n).ratio() for n in (1, 8))
-    assert Estimate(formula(load("lora")), "linear", 64).ratio() < one < many
+    one, many = (Estimate(formula(load("lora")), LINEAR, 64, stack=n).ratio() for n in (1, 8))
+    assert Estimate(formula(load("lora")), LINEAR, 64).ratio() < one < many
 
 
 # ------------------------------------------------------------------------------------------------- where it is shown

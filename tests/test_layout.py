@@ -1,7 +1,10 @@
 """Layouts and sites: how weights are seen as matrices, what a model's sites are, and what is refused and why."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -9,6 +12,10 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, GptOssConfig, GptOssForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+import surgery
+from surgery.language.tree import Target
+from surgery.layers import kinds
+from surgery.layers.kinds import KINDS, supposed
 from surgery.layers.layouts import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, TRANSPOSED_EXPERTS, weights
 from surgery.layers.survey import sites, unsupported
 from surgery.models.demo import load_demo
@@ -184,3 +191,26 @@ def test_a_model_that_is_one_layer_is_a_site():
 def test_layouts_do_not_import_transformers():
     code = "import sys, surgery.layers.layouts, surgery.layers.survey; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- kinds
+
+
+def test_no_code_compares_kinds():
+    """What a kind decides is a property of its row: a comparison would be one more file that a new kind touches."""
+    words = {kind.word for kind in KINDS} | {kind.name for kind in KINDS}
+    files = {path: ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             for path in Path(surgery.__file__).parent.rglob("*.py")}
+    assert [f"{path.name}:{node.lineno}" for path, nodes in files.items() for node in nodes
+            if isinstance(node, ast.Compare) and any(isinstance(part, ast.Constant) and part.value in words
+                                                     for part in (node.left, *node.comparators))] == []
+
+
+def test_the_words_of_kinds_are_those_of_a_target():
+    assert {kind.word for kind in KINDS} | {"any"} == set(get_args(Target.model_fields["kind"].annotation))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_target_is_costed_for_the_kind_that_its_word_says(kind):
+    assert supposed(kind.word).word == kind.word and not supposed(kind.word).is_called
+    assert supposed("any") == kinds.LINEAR

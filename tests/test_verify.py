@@ -27,6 +27,7 @@ from surgery.ir.verifier import (
 )
 from surgery.language.library import library, load, shipped
 from surgery.language.tree import Spec
+from surgery.layers.kinds import CONV, EMBEDDING, LINEAR
 from surgery.rewrite.builders import fill
 from surgery.rewrite.cheaper_forms import cheapest
 from surgery.rewrite.normal_form import simplify
@@ -62,9 +63,9 @@ def test_every_stage_keeps_its_laws(spec):
 def programs(formula: Formula) -> Iterator[Program]:
     for has_bias in (True, False):
         yield weights(formula, has_bias)
-        for kind in ("linear", "conv", "embedding"):
+        for kind in (LINEAR, CONV, EMBEDDING):
             for training in (True, False):
-                best = activations(formula, kind, training, has_bias and kind != "embedding")
+                best = activations(formula, kind, training, has_bias and not kind.takes_ids)
                 yield from (best, *best.over)
 
 

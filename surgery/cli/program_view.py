@@ -13,7 +13,8 @@ from surgery.diagnostics import Collector
 from surgery.ir.expression import Formula
 from surgery.language.library import library
 from surgery.language.tree import Spec, Target
-from surgery.planning.cost_estimates import FLOAT, Estimate, amount, layer_kind
+from surgery.layers.kinds import supposed
+from surgery.planning.cost_estimates import FLOAT, Estimate, amount
 from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.lint import spec_values
 
@@ -22,7 +23,7 @@ _FIRST = {"layer": 0, "depth": 0.0}  # where a target that asks for it stands
 
 def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int) -> None:
     """Print the programs of a spec. Raises: SurgeryError where the shape does not fit."""
-    found = [(target, formula, Estimate(formula, layer_kind(target.kind), tokens))
+    found = [(target, formula, Estimate(formula, supposed(target.kind), tokens))
              for target, formula in _formulas(spec, out, in_)]
     text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(formula, estimate)])
                        for target, formula, estimate in found)
@@ -42,7 +43,7 @@ def _formulas(spec: Spec, out: int, in_: int) -> list[tuple[Target, Formula]]:
 def _page(formula: Formula, estimate: Estimate) -> Iterator[str]:
     """The costs, then the code in training and in evaluation."""
     out, in_ = estimate.sides
-    yield f"  for a {estimate.kind} weight [{out}, {in_}], a step of {estimate.tokens:,} tokens, by estimate:"
+    yield f"  for a {estimate.kind.word} weight [{out}, {in_}], a step of {estimate.tokens:,} tokens, by estimate:"
     yield from (f"    {line}" for line in _costs(estimate))
     train, evaluate = (_functions(_program(formula, estimate, mode)) for mode in (True, False))
     yield from ("", "  in training", *_code(train), *_gradients(estimate, _program(formula, estimate, True)))
@@ -67,7 +68,7 @@ def _code(functions: Iterable[str]) -> Iterator[str]:
 
 def _gradients(estimate: Estimate, program: Program) -> Iterator[str]:
     """The body with its gradients written out, where one node of autograd runs it."""
-    found = step(program.plan.written, program.plan.needs) if estimate.kind == "linear" else None
+    found = step(program.plan.written, program.plan.needs) if estimate.kind.is_product else None
     if found is not None:
         yield "\n  and the body in training, as one node of autograd"
         yield from _code([found.source])

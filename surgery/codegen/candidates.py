@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial, reduce
 from math import inf
 
-from surgery.codegen.apply_to_activations import apply, matrix, turned
+from surgery.codegen.apply_to_activations import apply, turned
 from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost, has_gradients, made_again, setup_cost
 from surgery.codegen.emit import TOKENS, without_gradient
 from surgery.codegen.fuse_blocks import blockwise
 from surgery.codegen.fuse_low_rank import thinly
-from surgery.codegen.images_and_ids import enter_in_parts, is_weight, run, split_dropout
+from surgery.codegen.images_and_ids import built, is_weight, spread
 from surgery.codegen.operation_counts import size
 from surgery.codegen.setup_order import made, solved_once
 from surgery.codegen.split_products import apart
 from surgery.ir.expression import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
 from surgery.ir.primitives import make
-from surgery.rewrite.builders import depends_on, summands, total
+from surgery.layers.kinds import LayerKind
+from surgery.rewrite.builders import depends_on, summands
 from surgery.rewrite.cheaper_forms import MOST_NODES, cheapest
 from surgery.rewrite.low_rank import is_thin
 
@@ -93,31 +94,31 @@ class Candidate:
 
 
 @lru_cache(maxsize=None)
-def candidates(formula: Formula, kind: str, training: bool, has_bias: bool, is_called: bool = False,
+def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool,
                tokens: int = TOKENS_SUPPOSED) -> tuple[Candidate, ...]:
-    """The programs of a layer's output, the cheapest for so many tokens first. `kind`: linear, conv, embedding.
-    `is_called`: the layer has no weight to read, so that programs which do come last."""
-    found = _found(formula, kind, training, has_bias, is_called)
-    return tuple(sorted(found, key=lambda each: (is_called and each.reads_weight, each.cost(tokens).seconds)))
+    """The programs of a layer's output, the cheapest for so many tokens first; of a called layer, which has no weight
+    to read, those that read it come last."""
+    found = _found(formula, kind, training, has_bias)
+    return tuple(sorted(found, key=lambda each: (kind.is_called and each.reads_weight, each.cost(tokens).seconds)))
 
 
 @lru_cache(maxsize=None)
-def _found(formula: Formula, kind: str, training: bool, has_bias: bool, is_called: bool) -> tuple[Candidate, ...]:
+def _found(formula: Formula, kind: LayerKind, training: bool, has_bias: bool) -> tuple[Candidate, ...]:
     """The programs that there are, in no order."""
     weight = cheapest(formula.weight if training else without_dropout(formula.weight))
-    operand = turned(weight) if kind == "embedding" else weight
+    operand = turned(weight) if kind.takes_ids else weight
     x, bias = _input(operand.shape[1], kind), cheapest(formula.bias) if has_bias else None
-    unread = partial(_unread, always=is_called)
+    unread = partial(_unread, always=kind.is_called)
     # last to first: of two ways to one program the first has the name
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
     ways = {name: _output(name, operand, x, kind, trained) for name in reversed(STRATEGIES)}
     outputs = {_with_bias(y, bias, kind): name for name, y in ways.items() if y is not None}
     outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
                   for output, name in outputs.items()}, **outputs}
-    return tuple(candidate((output,), unread, name, trained, is_called) for output, name in reversed(outputs.items()))
+    return tuple(candidate((output,), unread, name, trained, kind.is_called) for output, name in reversed(outputs.items()))
 
 
-def _output(strategy: str, operand: Expr, x: Expr, kind: str, trained: frozenset[str]) -> Expr | None:
+def _output(strategy: str, operand: Expr, x: Expr, kind: LayerKind, trained: frozenset[str]) -> Expr | None:
     """What a strategy makes of the input; None where it would write too much out. What is built as a matrix is computed
     node by node, so that there is always that one."""
     if strategy == "built weight":
@@ -146,14 +147,14 @@ def by_tokens(programs: Sequence[Candidate]) -> tuple[tuple[float, Candidate], .
     return (*found, (inf, now))
 
 
-def _input(width: int, kind: str) -> Expr:
+def _input(width: int, kind: LayerKind) -> Expr:
     """The activations that a layer gets; an embedding's are token ids, which stand for rows with a single 1."""
-    return Expr("x", (), "ids" if kind == "embedding" else None, (TOKENS, width))
+    return Expr("x", (), "ids" if kind.takes_ids else None, (TOKENS, width))
 
 
-def frozen_alone(kind: str, out: int, in_: int) -> Expr:
+def frozen_alone(kind: LayerKind, out: int, in_: int) -> Expr:
     """What the frozen layer itself gives, for a weight [out, in]."""
-    width, height = (out, in_) if kind == "embedding" else (in_, out)
+    width, height = (out, in_) if kind.takes_ids else (in_, out)
     return Expr("frozen", (_input(width, kind),), None, (TOKENS, height))
 
 
@@ -177,26 +178,11 @@ def _is_reached(value: Expr, trained: frozenset[str]) -> bool:
 # ---------------------------------------------------------------------------------------------------- strategies
 
 
-def _spread(operand: Expr, x: Expr, kind: str) -> Expr:
-    """W' acts on the activations factor by factor."""
-    return (apply if kind == "linear" else enter_in_parts)(operand, x)
-
-
-def _built(operand: Expr, x: Expr, kind: str) -> Expr:
-    """W' is built, and acts as one matrix; what sees the input through dropout acts by itself."""
-    kept, dropping = split_dropout(operand)
-    parts = [_spread(part, x, kind) for part in dropping]
-    if kept is not None:
-        whole = matrix(kept)
-        parts.insert(0, make("matmul", x, make("T", whole)) if kind == "linear" else run(kept, x))
-    return total(parts, (TOKENS, operand.shape[0]))
-
-
 STRATEGIES = {
-    "activations": lambda operand, x, kind, trained: _spread(operand, x, kind),
-    "joined blocks": lambda operand, x, kind, trained: _spread(blockwise(operand), x, kind),
-    "thin factors": lambda operand, x, kind, trained: _spread(thinly(operand, trained), x, kind),
-    "built weight": lambda operand, x, kind, trained: _built(operand, x, kind),
+    "activations": lambda operand, x, kind, trained: spread(operand, x, kind),
+    "joined blocks": lambda operand, x, kind, trained: spread(blockwise(operand), x, kind),
+    "thin factors": lambda operand, x, kind, trained: spread(thinly(operand, trained), x, kind),
+    "built weight": lambda operand, x, kind, trained: built(operand, x, kind),
 }
 
 
@@ -212,14 +198,14 @@ def offset(bias: Expr) -> Expr:
     return make("reshape", apply(bias.args[0], row), data=bias.shape)
 
 
-def _with_bias(y: Expr, bias: Expr | None, kind: str) -> Expr:
+def _with_bias(y: Expr, bias: Expr | None, kind: LayerKind) -> Expr:
     """y + b'; the frozen layer adds its own bias where its output is a term of y."""
     if bias is None:
         return y
     if bias.op != "bias":
         return Expr("add_bias", (y, offset(bias)), None, y.shape)
     terms = list(summands(y))
-    plain = next((t for t in terms if t.op == "frozen" and (kind == "linear" or t.args[0].op == "x")), None)
+    plain = next((t for t in terms if t.op == "frozen" and (kind.acts_by_rows or t.args[0].op == "x")), None)
     if plain is None:
         return Expr("add_bias", (y, bias), None, y.shape)
     # a sum may hold the same term twice, and then the bias belongs to one of them

@@ -1,4 +1,4 @@
-"""Inputs that are no vectors yet: an image, or token ids, which the frozen layer's own map takes.
+"""How W' meets a layer's input: rows of features, an image, or token ids, which the frozen layer's own map takes.
 
 Takes an expression in the lowering's normal form and a layer's input; gives the activation expression. Promises: the
 layer's map runs with one matrix at a time in its weight's place, and the rest acts on what comes out as in `activate`;
@@ -13,9 +13,24 @@ from surgery.codegen.apply_to_activations import apply, dropped, matrix, turned
 from surgery.codegen.operation_counts import is_ids
 from surgery.ir.expression import Expr, walk, without_dropout
 from surgery.ir.primitives import make
+from surgery.layers.kinds import LayerKind
 from surgery.rewrite.builders import scaled, times, total
 from surgery.rewrite.low_rank import factors
 from surgery.rewrite.normal_form import simplify
+
+
+def spread(expr: Expr, x: Expr, kind: LayerKind) -> Expr:
+    """x Eᵀ with E acting on the activations factor by factor."""
+    return (apply if kind.acts_by_rows else enter_in_parts)(expr, x)
+
+
+def built(expr: Expr, x: Expr, kind: LayerKind) -> Expr:
+    """x Eᵀ with E built, acting as one matrix; what sees the input through dropout acts by itself."""
+    kept, dropping = split_dropout(expr)
+    parts = [spread(part, x, kind) for part in dropping]
+    if kept is not None:
+        parts.insert(0, make("matmul", x, make("T", matrix(kept))) if kind.acts_by_rows else run(kept, x))
+    return total(parts, x.shape[:-1] + expr.shape[:1])
 
 
 def enter_in_parts(expr: Expr, x: Expr) -> Expr:

@@ -4,7 +4,7 @@
     setup  what depends on the adapter's parameters, in float32 or wider, then cast to the activations' dtype
     body   what depends on the input (`step` has its gradients written out)
 
-Takes a formula and a layout's kind; gives a `Program`. Promises: the same values and gradients as the dense formula, to
+Takes a formula and the kind of its layer; gives a `Program`. Promises: the same values and gradients as the dense formula, to
 dtype tolerance; the frozen layer is called and not read unless `reads_weight` says otherwise.
 """
 
@@ -29,6 +29,7 @@ from surgery.codegen.program_text import program_text
 from surgery.ir.expression import Expr, Formula, rebuild, without_dropout
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.ir.primitives import make
+from surgery.layers.kinds import LayerKind
 from surgery.rewrite.cheaper_forms import cheapest
 
 _SCOPE = {"torch": torch, **MOVES, **BY_NAME, **ROW_SUMS}
@@ -75,7 +76,7 @@ class Program:
         """The body on the values that `make` makes of the adapter's tensors: as one node of autograd where the layer's
         map and its transpose are products with a weight at hand; the set-up too where it is better made again than
         held."""
-        known = layer.is_product and not (is_traced() or layer.is_trained)
+        known = layer.layout.kind.is_product and not (is_traced() or layer.is_trained)
         if known and self.plan.made_again is not None and torch.is_grad_enabled():
             y = recompute.run(self.plan, layer.as_dtype(x.dtype), x, make, tensors)
             if y is not None:
@@ -93,13 +94,13 @@ class Program:
 
 
 @lru_cache(maxsize=None)
-def activations(formula: Formula, kind: str, training: bool, has_bias: bool, is_called: bool = False,
+def activations(formula: Formula, kind: LayerKind, training: bool, has_bias: bool,
                 tokens: int = TOKENS_SUPPOSED) -> Program:
-    """The program of a layer's output, the cheapest of those known for so many tokens. `kind`: linear, conv, embedding.
-    `is_called`: one that reads no weight, if there is one."""
-    plans = candidates(formula, kind, training, has_bias, is_called, tokens)
+    """The program of a layer's output, the cheapest of those known for so many tokens; of a called layer one that reads
+    no weight, if there is one."""
+    plans = candidates(formula, kind, training, has_bias, tokens)
     best, *rest = map(_compile, plans)
-    up_to = by_tokens(plans) if training and not is_called else ()  # of a called layer the user was told what it runs
+    up_to = by_tokens(plans) if training and not kind.is_called else ()  # of a called layer the user was told what it runs
     return replace(best, over=tuple(rest), up_to=tuple((end, _compile(plan)) for end, plan in up_to))
 
 

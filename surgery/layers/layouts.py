@@ -14,21 +14,25 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from surgery.layers import opaque_linear
+from surgery.layers import kinds, opaque_linear
+from surgery.layers.kinds import LayerKind
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One family of modules: its kind and the view of a weight as [out, in] (or as a stack [E, out, in]). `is_called`:
-    there is no weight to view, and W is what the module's calls say."""
+    """One family of modules: its kind and the view of a weight as [out, in] (or as a stack [E, out, in])."""
 
     name: str
-    kind: str
+    kind: LayerKind
     view: Callable[[Tensor], Tensor]
     back: Callable[[Tensor, Shape], Tensor]
-    is_called: bool = False
+
+    @property
+    def is_called(self) -> bool:
+        """Whether there is no weight to view, and W is what the module's calls say."""
+        return self.kind.is_called
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as [..., out, in]: a view wherever its strides allow one."""
@@ -58,13 +62,13 @@ def _kernels(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-LINEAR = Layout("linear", "linear", _as_stored, _as_stored)
-CALLED = Layout("linear", "linear", _as_stored, _as_stored, is_called=True)
-CONV1D = Layout("transposed linear", "linear", _transposed, _transposed)
-CONV = Layout("convolution", "conv", _kernels, Tensor.reshape)
-EMBEDDING = Layout("embedding", "embedding", _as_stored, _as_stored)
-EXPERTS = Layout("experts", "linear", _as_stored, _as_stored)
-TRANSPOSED_EXPERTS = Layout("transposed experts", "linear", _transposed, _transposed)
+LINEAR = Layout("linear", kinds.LINEAR, _as_stored, _as_stored)
+CALLED = Layout("linear", kinds.CALLED, _as_stored, _as_stored)
+CONV1D = Layout("transposed linear", kinds.LINEAR, _transposed, _transposed)
+CONV = Layout("convolution", kinds.CONV, _kernels, Tensor.reshape)
+EMBEDDING = Layout("embedding", kinds.EMBEDDING, _as_stored, _as_stored)
+EXPERTS = Layout("experts", kinds.LINEAR, _as_stored, _as_stored)
+TRANSPOSED_EXPERTS = Layout("transposed experts", kinds.LINEAR, _transposed, _transposed)
 
 TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -105,22 +109,60 @@ def _lazy(module: nn.Module) -> bool:
     return isinstance(module._parameters.get("weight"), nn.UninitializedParameter)
 
 
-ROWS: tuple[tuple[Callable[[nn.Module], bool], Layout], ...] = (
-    (_is_called, CALLED),
-    (_is_linear, LINEAR),
-    (_is_conv1d, CONV1D),
-    (_is_conv, CONV),
-    (_is_embedding, EMBEDDING),
+def _no_parameter(module: nn.Module) -> bool:
+    return "weight" not in module._parameters
+
+
+def _quantised(module: nn.Module) -> bool:
+    return not opaque_linear.is_plain(opaque_linear.stored(module, "weight"))
+
+
+def _is_true(attribute: str) -> Callable[[nn.Module], bool]:
+    return lambda module: bool(getattr(module, attribute))
+
+
+Faults = tuple[tuple[Callable[[nn.Module], bool], str], ...]
+_UNREADABLE: Faults = (
+    (_no_parameter, "its weight is computed from other parameters (a parametrisation)"),
+    (_lazy, "its weight has no shape yet: run a forward pass first"),
+    (_quantised, "its weight is quantised, and only linear layers can be called for their map"),
 )
+
+
+class Family(NamedTuple):
+    """The modules that `fits` says, how their weight is seen, and why one of them cannot be operated on all the same."""
+
+    fits: Callable[[nn.Module], bool]
+    layout: Callable[[nn.Module], Layout]
+    faults: Faults = _UNREADABLE
+
+
+FAMILIES = (
+    Family(_is_called, lambda module: CALLED, ()),
+    Family(_is_linear, lambda module: LINEAR),
+    Family(_is_conv1d, lambda module: CONV1D),
+    Family(_is_conv, lambda module: CONV, (
+        *_UNREADABLE,
+        (lambda m: m.groups != 1, "it has groups, so its weight is not one matrix"),
+    )),
+    Family(_is_embedding, lambda module: EMBEDDING, (
+        *_UNREADABLE,
+        (lambda m: m.max_norm is not None, "max_norm rescales its weight in every forward pass"),
+        (_is_true("sparse"), "it asks for sparse gradients"),
+        (_is_true("scale_grad_by_freq"), "it scales its gradients by frequency"),
+    )),
+)
+
+
+def _family(module: nn.Module) -> Family | None:
+    return next((family for family in FAMILIES if family.fits(module)), None)
 
 
 def weights(module: nn.Module) -> tuple[Weight, ...]:
     """The weights of a module that are seen as matrices: its own one (a called layer's is named `weight` too), or each
     parameter of a stack of experts."""
-    for fits, layout in ROWS:
-        if fits(module):
-            return (Weight(layout, "weight"),)
-    return _expert_weights(module)
+    family = _family(module)
+    return _expert_weights(module) if family is None else (Weight(family.layout(module), "weight"),)
 
 
 def _expert_weights(module: nn.Module) -> tuple[Weight, ...]:
@@ -140,45 +182,24 @@ _READ_BY_PARENT: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-def _no_parameter(module: nn.Module) -> bool:
-    return "weight" not in module._parameters
-
-
-def _quantised(module: nn.Module) -> bool:
-    return not opaque_linear.is_plain(opaque_linear.stored(module, "weight"))
-
-
-def _is_true(attribute: str) -> Callable[[nn.Module], bool]:
-    return lambda module: bool(getattr(module, attribute))
-
-
-_UNREADABLE = (
-    (_no_parameter, "its weight is computed from other parameters (a parametrisation)"),
-    (_lazy, "its weight has no shape yet: run a forward pass first"),
-    (_quantised, "its weight is quantised, and only linear layers can be called for their map"),
-)
-_FAULTS: dict[str, tuple[tuple[Callable[[nn.Module], bool], str], ...]] = {
-    "called": (),
-    "linear": _UNREADABLE,
-    "conv": (
-        *_UNREADABLE,
-        (lambda m: m.groups != 1, "it has groups, so its weight is not one matrix"),
-    ),
-    "embedding": (
-        *_UNREADABLE,
-        (lambda m: m.max_norm is not None, "max_norm rescales its weight in every forward pass"),
-        (_is_true("sparse"), "it asks for sparse gradients"),
-        (_is_true("scale_grad_by_freq"), "it scales its gradients by frequency"),
-    ),
-}
-
-
 def refusal(module: nn.Module, parent: nn.Module | None) -> str:
     """Why a module that has a layout cannot be operated on all the same; empty if it can."""
-    found = weights(module)
-    if not found or found[0].stack is not None:
+    family = _family(module)
+    if family is None:
         return ""
-    by_parent = (why for kind, why in _READ_BY_PARENT if isinstance(parent, kind))
-    faults = _FAULTS["called" if found[0].layout.is_called else found[0].layout.kind]
-    by_itself = (why for is_so, why in faults if is_so(module))
+    by_parent = (why for cls, why in _READ_BY_PARENT if isinstance(parent, cls))
+    by_itself = (why for is_so, why in family.faults if is_so(module))
     return next(chain(by_parent, by_itself), "")
+
+
+# What torch's own classes do in a forward pass is their layout's map; what a subclass does that has its own, is not.
+_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+def is_direct(module: nn.Module, layout: Layout) -> bool:
+    """Whether the layout's map is all that the module's forward does. (A forward on the instance does what it likes,
+    unless it is a hook that moves tensors and then runs the class's.)"""
+    base = getattr(type(module), "base", type(module))
+    is_conv1d = f"{base.__module__}.{base.__name__}" == TRANSFORMERS_CONV1D
+    is_plain = is_conv1d or any(issubclass(base, c) and base.forward is c.forward for c in _PLAIN)
+    return layout.is_called or is_plain and not opaque_linear.has_forward_of_its_own(module)

@@ -39,12 +39,16 @@ class Site:
     out: int
     in_: int
     stack: int | None
-    kind: str
     layer: int | None
     depth: float | None
     ancestors: tuple[str, ...] = field(repr=False)
     is_head: bool
     aliases: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def kind(self) -> str:
+        """The word that a target says for such a layer: `linear`, `conv`, `embedding`."""
+        return self.layout.kind.word
 
     @property
     def weight(self) -> nn.Parameter:
@@ -166,14 +170,14 @@ class Survey:
             spelt = names if stack is None else [f"{name}.{parameter}".lstrip(".") for name in names]
             layer, count = self._layer(spelt[0])
             yield Site(
-                spelt[0], module, layout, parameter, *layout.shape(module, parameter), stack, layout.kind,
+                spelt[0], module, layout, parameter, *layout.shape(module, parameter), stack,
                 layer, layer / max(count - 1, 1) if layer is not None else None,
                 self._ancestors(spelt[0]), id(module) in self.heads, tuple(spelt[1:]))
 
     def _refused(self, module: nn.Module, name: str, reason: str) -> Refused:
         found = weights(module)
         matrix = bool(found) or any(p.ndim > 1 for p in module.parameters(recurse=False))
-        return Refused(name, module, found[0].layout.kind if found else "", reason or _foreign(module, matrix), matrix,
+        return Refused(name, module, found[0].layout.kind.word if found else "", reason or _foreign(module, matrix), matrix,
                        self._ancestors(name))
 
     def _above(self, name: str) -> list[str]:

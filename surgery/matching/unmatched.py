@@ -14,6 +14,7 @@ from torch import nn
 
 from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean
 from surgery.language.tree import Target
+from surgery.layers.kinds import NOUNS
 from surgery.layers.survey import Refused
 from surgery.matching.matches import Catalogue, Reach, fits
 from surgery.matching.patterns import Alternative, Glob
@@ -23,7 +24,6 @@ from surgery.text import counted, listed, some
 
 MOST_NAMES = 12
 _HEAD_ALONE = "it leaves the output head out, and there is no other", ('a pattern takes the head too: `"**"`',)
-KINDS = {"linear": "linear layer", "conv": "convolution", "embedding": "embedding", "any": "layer"}
 
 
 def report_dead(found: Reach, catalogue: Catalogue, report: Collector) -> None:
@@ -40,7 +40,7 @@ def report_dead(found: Reach, catalogue: Catalogue, report: Collector) -> None:
 
 def wanted(target: Target) -> str:
     """What the target asks for, in words."""
-    return KINDS[target.kind] + (f" in a {target.ancestor}" if target.ancestor else "")
+    return NOUNS[target.kind] + (f" in a {target.ancestor}" if target.ancestor else "")
 
 
 def suggestion(population: Population, glob: Glob, noun: str) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def _advice(globs: Iterable[Glob], target: Target, catalogue: Catalogue,
         return (f"`{matcher.defined.name}` is {texts}", _named(target, catalogue)), ()
     stands = tuple(text for g in globs for text in _stands_for(g, target, catalogue) or _lists(g, catalogue))
     population = catalogue.population(catalogue.candidates(target))
-    helps = tuple(h for g in globs for h in suggestion(population, g, KINDS[target.kind].split()[-1]))
+    helps = tuple(h for g in globs for h in suggestion(population, g, NOUNS[target.kind].split()[-1]))
     return (stands if stands or helps else (_named(target, catalogue),)), helps
 
 

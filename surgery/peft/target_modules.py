@@ -58,7 +58,7 @@ def all_linear(model: nn.Module, task: str | None = None) -> list[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     found = weights(module)
-    return bool(found) and found[0].stack is None and found[0].layout.kind == "linear"
+    return bool(found) and found[0].stack is None and found[0].layout.kind.acts_by_rows
 
 
 def _chooser(wanted: str | Collection[str] | None, layers: Config | None = None) -> Callable[[str], Any]:

@@ -21,8 +21,9 @@ from surgery.ir.expression import Formula
 from surgery.language.expressions import Argument, Call, Number, as_expression
 from surgery.language.library import Library, library
 from surgery.language.tree import Definition, Parameter, Spec, Step, Target
+from surgery.layers.kinds import supposed
 from surgery.matching.selectors import selector_faults
-from surgery.planning.cost_estimates import Estimate, fallback, layer_kind
+from surgery.planning.cost_estimates import Estimate, fallback
 from surgery.rewrite.prove_identity import starts_as_weight, surely_trains
 from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import names_in, nodes
@@ -81,12 +82,12 @@ def _tried(spec: Spec, scope: Library, values: Mapping[str, Any]) -> list[Diagno
 
 def _miscompiled(trial: Trial) -> Iterator[Diagnostic]:
     """A program that can run for the target and is not proven to compute what the formula means: our mistake."""
-    formula, kind = trial.formula, layer_kind(trial.target.kind)
+    formula, kind = trial.formula, supposed(trial.target.kind)
     for training in (True, False):
         plans = candidates(formula, kind, training, formula.bias.op != "bias")
         for plan in dict.fromkeys((plans[0], *((plan for _, plan in by_tokens(plans)) if training else ()))):
             faults = program_faults(program_text(plan), plan.outputs)
-            step = step_text(plan.written, plan.needs) if training and kind == "linear" else None
+            step = step_text(plan.written, plan.needs) if training and kind.is_product else None
             if step is not None:
                 faults += step_faults(step.source, step.body, step.gradients, step.forwarded)
             if faults:
@@ -102,7 +103,7 @@ def _dense(spec: Spec, scope: Library, values: Mapping[str, Any]) -> Iterator[Di
         shapes = sorted(chain(*_sizes(_numbers(target, scope, values))), key=lambda shape: shape[0] * shape[1],
                         reverse=True)
         found = [_first(target, Context(scope, {**values, **place}), shapes, Collector()) for place in _places(target)]
-        yield from filter(None, [fallback(target, [Estimate(t.formula, layer_kind(target.kind)) for t in found if t])])
+        yield from filter(None, [fallback(target, [Estimate(t.formula, supposed(target.kind)) for t in found if t])])
 
 
 def _unplaced(spec: Spec) -> Iterator[Target]:

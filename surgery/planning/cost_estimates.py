@@ -19,8 +19,8 @@ from surgery.ir.expression import Expr, Formula, walk
 from surgery.ir.notation import brief
 from surgery.ir.primitives import shape_text
 from surgery.language.tree import Target
+from surgery.layers.kinds import LayerKind
 
-_KINDS = {"any": "linear"}
 FLOAT = 4  # bytes of a number in float32
 _LONGEST = 60  # columns of an expression in a message
 
@@ -31,11 +31,10 @@ class Estimate:
     knows, which then runs with them (the tokens are spread over them); None for a layer that programs stand in for."""
 
     formula: Formula
-    kind: str
+    kind: LayerKind
     tokens: int = TOKENS_SUPPOSED
     stack: int | None = None
     training: bool = True
-    is_called: bool = False
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -45,12 +44,12 @@ class Estimate:
     def candidates(self) -> tuple[Candidate, ...]:
         """The programs, the one that runs first."""
         has_bias = self.formula.bias.op != "bias"
-        return candidates(self.formula, self.kind, self.training, has_bias, self.is_called, self.tokens)
+        return candidates(self.formula, self.kind, self.training, has_bias, self.tokens)
 
     @cached_property
     def frozen(self) -> Cost:
         """A step of the frozen layer: forward, and backward to its input."""
-        return body_cost(frozen_alone(self.kind, *self.sides), (self.kind != "embedding",), self.tokens)
+        return body_cost(frozen_alone(self.kind, *self.sides), (not self.kind.takes_ids,), self.tokens)
 
     def ratio(self, candidate: Candidate | None = None) -> float:
         """A step of a program (the one that runs, if none is given) as a multiple of the frozen layer's."""
@@ -67,7 +66,7 @@ class Estimate:
     def built(self) -> tuple[Expr, ...]:
         """The matrices as large as a side of the weight that the most structured program makes at every step, the
         costliest first; none if the formula has a cheap program."""
-        return min((large_matrices(c, min(self.sides)) for c in self.candidates), key=len)
+        return min((large_matrices(c, self.kind.narrow_side(*self.sides)) for c in self.candidates), key=len)
 
     @property
     def cost_text(self) -> str:
@@ -75,11 +74,6 @@ class Estimate:
         cost = self.candidates[0].cost(self.tokens)
         return (f"at {shape_text(self.sides)} and {self.tokens:,} tokens a step costs {self.ratio():.2f} x the frozen "
                 f"layer's: {amount(cost.flops, 'FLOP')}, {amount(FLOAT * cost.moved, 'B')} moved in float32")
-
-
-def layer_kind(target_kind: str) -> str:
-    """The kind of layer that a target's costs are told for: a linear one where any will do."""
-    return _KINDS.get(target_kind, target_kind)
 
 
 def large_matrices(candidate: Candidate, side: int) -> tuple[Expr, ...]:

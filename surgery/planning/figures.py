@@ -18,12 +18,13 @@ import torch
 from surgery.diagnostics import Diagnostic
 from surgery.language.tree import Target
 from surgery.layers import opaque_linear
+from surgery.layers.layouts import is_direct
 from surgery.layers.wrappers import parameter
 from surgery.matching.name_ranges import alike, ranged, starred
 from surgery.planning.compile import Placed, Plan
 from surgery.planning.cost_estimates import Estimate, fallback
 from surgery.planning.formulas import formula_lines
-from surgery.runtime.adapter import SUFFIX, is_direct
+from surgery.runtime.adapter import SUFFIX
 from surgery.text import counted, dtype_text, listed, sides_text, size_text
 
 
@@ -169,7 +170,7 @@ def estimated(placed: Placed) -> Estimate:
     site = placed.site
     runs_programs = site.stack is None and is_direct(site.module, site.layout)
     stack = None if runs_programs else site.stack or 1
-    return Estimate(placed.formula, site.kind, stack=stack, is_called=site.layout.is_called)
+    return Estimate(placed.formula, site.layout.kind, stack=stack)
 
 
 def unfit(plan: Plan) -> Iterator[Diagnostic]:

@@ -15,6 +15,7 @@ from surgery.diagnostics import Collector
 from surgery.ir.expression import Formula
 from surgery.language.library import library, read, shipped
 from surgery.language.tree import Spec
+from surgery.layers.kinds import LINEAR
 from surgery.planning.cost_estimates import Estimate
 from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.lint import spec_values
@@ -51,7 +52,7 @@ def _entry(name: str, spec: Spec) -> Entry:
     if not spec.targets:
         return Entry(*known, None, "the model's own parameters", None)
     formula = _formula(spec)
-    estimate = Estimate(formula, "linear")
+    estimate = Estimate(formula, LINEAR)
     program = "dense" if estimate.built else estimate.candidates[0].strategy
     trained = sum(prod(leaf.shape) for leaf in formula.leaves if not leaf.frozen)
     return Entry(*known, trained, program, estimate.ratio())

@@ -21,11 +21,10 @@ from surgery.codegen.program import Program, activations, weights
 from surgery.ir.dense import in_dtype
 from surgery.ir.expression import Formula
 from surgery.ir.orthogonal_maps import is_traced
-from surgery.layers.layouts import Layout
+from surgery.layers.layouts import Layout, is_direct
 from surgery.layers.opaque_linear import (
     ADAPTER,
     forward_of,
-    has_forward_of_its_own,
     put_forward_aside,
     put_forward_back,
     stored,
@@ -93,7 +92,7 @@ class Adapter(nn.Module):
         self.prepared = has_bias, is_direct
         layout, found = self.layout, {None: weights(self.formula, has_bias)}
         for training in (True, False) if is_direct else ():
-            found[training] = activations(self.formula, layout.kind, training, has_bias, layout.is_called)
+            found[training] = activations(self.formula, layout.kind, training, has_bias)
         self._programs = found
 
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
@@ -301,18 +300,6 @@ def operated_class(base: type, names: tuple[str, ...], kind: type[Operated]) -> 
     owners = {name: name for name in names} | ({"bias": "weight"} if "weight" in names else {})
     readings = {} if kind is Called else {name: _reading(name, owner) for name, owner in owners.items()}
     return type(base.__name__, (kind, base), {**known, **readings})
-
-
-_PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-
-
-def is_direct(module: nn.Module, layout: Layout) -> bool:
-    """Whether the layout's map is all that the module's forward does. (A forward on the instance does what it likes,
-    unless it is a hook that moves tensors and then runs the class's.)"""
-    base = getattr(type(module), "base", type(module))
-    is_conv1d = base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils"
-    is_plain = is_conv1d or any(issubclass(base, c) and base.forward is c.forward for c in _PLAIN)
-    return layout.is_called or is_plain and not has_forward_of_its_own(module)
 
 
 def install(module: nn.Module, adapter: Adapter) -> None:

@@ -22,14 +22,12 @@ from surgery.layers.opaque_linear import stored
 class Frozen:
     """What programs ask of every kind; `module` is the operated one, `parameter` its weight's name.
 
-    `is_product` says that the map is x Wᵀ (+ b) and no more, with `weight` as W; `follows_autocast`, that torch runs the
-    module in autocast's dtype.
+    `follows_autocast` says that torch runs the module in autocast's dtype.
     """
 
-    is_product = False
     follows_autocast = True
 
-    def __init__(self, module: nn.Module, layout: Layout, parameter: str):
+    def __init__(self, module: nn.Module, layout: Layout, parameter: str, gives_gradient: bool = True):
         self.layout, self.module = layout, module
         self.stored = stored(module, parameter)
         self.weight = layout.matrix(self.stored)
@@ -91,8 +89,6 @@ class Frozen:
 
 class FrozenLinear(Frozen):
     """nn.Linear, transformers' Conv1D: x [..., in]."""
-
-    is_product = True
 
     def as_dtype(self, dtype: torch.dtype) -> FrozenLinear:
         """The layer with its tensors in another dtype (itself, where they are: a bias may have one of its own)."""
@@ -174,4 +170,5 @@ class FrozenEmbedding(Frozen):
         return self.run(x, self.weight.mT)
 
 
-KINDS: dict[str, type[Frozen]] = {"linear": FrozenLinear, "conv": FrozenConv, "embedding": FrozenEmbedding}
+# The map of each kind of layer with a stored weight, by the kind's name.
+MAPS: dict[str, type[Frozen]] = {"linear": FrozenLinear, "convolution": FrozenConv, "embedding": FrozenEmbedding}

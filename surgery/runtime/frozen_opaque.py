@@ -10,7 +10,7 @@ import torch.nn as nn
 from surgery.diagnostics import fail
 from surgery.layers import opaque_linear
 from surgery.layers.layouts import Layout
-from surgery.runtime.frozen_layers import KINDS, Frozen, FrozenLinear
+from surgery.runtime.frozen_layers import MAPS, Frozen, FrozenLinear
 
 
 class FrozenCalled(FrozenLinear):
@@ -19,10 +19,9 @@ class FrozenCalled(FrozenLinear):
     `weight` is W where a program that reads all of it was given it, else None.
     """
 
-    is_product = False
     weight: torch.Tensor | None = None
 
-    def __init__(self, module: nn.Module, layout: Layout, gives_gradient: bool):
+    def __init__(self, module: nn.Module, layout: Layout, parameter: str, gives_gradient: bool = True):
         self.layout, self.module, self.bias, self.given = layout, module, opaque_linear.bias(module), None
         self.gives_gradient = gives_gradient
 
@@ -84,8 +83,9 @@ class FrozenCalled(FrozenLinear):
         return y
 
 
+_MAPS = {**MAPS, "called linear": FrozenCalled}
+
+
 def frozen(module: nn.Module, layout: Layout, parameter: str, gives_gradient: bool = True) -> Frozen:
     """The frozen map of a module, as programs call it. `gives_gradient`: whether a called one does so to its input."""
-    if layout.is_called:
-        return FrozenCalled(module, layout, gives_gradient)
-    return KINDS[layout.kind](module, layout, parameter)
+    return _MAPS[layout.kind.name](module, layout, parameter, gives_gradient)

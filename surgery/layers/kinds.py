@@ -1,0 +1,56 @@
+"""Kinds of layers: what programs, estimates and messages ask of a layer, whatever module it is.
+
+A row says what a layer's input is and how its map meets it. Promises: no torch, so that `check` can ask too. A further
+kind is a row here, a view of its weight in `layouts` and a frozen map in `runtime.frozen_layers`; no other code compares
+kinds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One kind of layer. `word` is what a target says for it, and `noun` what messages call one.
+
+    `acts_by_rows`: its input is rows of `in` features and its map x Wᵀ, so that a matrix can act on them before W does.
+    Elsewhere a matrix stands in W's place or acts on what comes out. `takes_ids`: its input is token ids, which look rows
+    of W up: the map is Wᵀ, and nothing has a gradient there. `is_called`: W is not stored, and is what calls of the module
+    say. `groups`: row i of W sees the i-th of as many parts of the input as there are groups, and no other.
+    """
+
+    name: str
+    word: str
+    noun: str
+    acts_by_rows: bool = False
+    takes_ids: bool = False
+    is_called: bool = False
+    groups: int = 1
+
+    @property
+    def is_product(self) -> bool:
+        """Whether its map is a product with a W at hand: then a body and its gradients run as one node of autograd."""
+        return self.acts_by_rows and not self.is_called
+
+    def narrow_side(self, out: int, in_: int) -> int:
+        """The shorter side of the map's matrix over the whole input, beside which a matrix counts as large."""
+        return min(out, self.groups * in_)
+
+    @property
+    def note(self) -> str:
+        """What a weight's two sides do not tell of it: `in 4 groups`."""
+        return f"in {self.groups} groups" if self.groups > 1 else ""
+
+
+LINEAR = LayerKind("linear", "linear", "linear layer", acts_by_rows=True)
+CALLED = replace(LINEAR, name="called linear", is_called=True)
+CONV = LayerKind("convolution", "conv", "convolution")
+EMBEDDING = LayerKind("embedding", "embedding", "embedding", takes_ids=True)
+KINDS = (LINEAR, CALLED, CONV, EMBEDDING)
+NOUNS = {kind.word: kind.noun for kind in KINDS} | {"any": "layer"}
+
+
+def supposed(word: str) -> LayerKind:
+    """The kind of layer that a target's costs are told for before there is a model: a linear one where any will do."""
+    return next((kind for kind in KINDS if kind.word == word), LINEAR)
