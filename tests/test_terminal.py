@@ -14,9 +14,10 @@ from models import perturbed
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.cli import microscope, module_tree_view
+from surgery.cli import module_tree_view
 from surgery.cli import output as output_module
 from surgery.cli.main import main
+from surgery.cli.spectrum import _cell, _csv
 from surgery.diagnostics import Diagnostic, Source, Span
 from surgery.models.demo import load_demo
 from surgery.text import plain
@@ -155,10 +156,10 @@ CELLS = ["=1+1", "+1", "-cmd", "@SUM(A1)", " =1", "\t=1", "\r=1", "=HYPERLINK(\"
 
 @pytest.mark.parametrize("cell", [*CELLS, *NAMES.values()])
 def test_a_cell_is_no_formula(cell: str) -> None:
-    shown = microscope._cell(cell)
+    shown = _cell(cell)
     assert_plain(shown)
     assert "\n" not in shown and not shown.lstrip().startswith(("=", "+", "-", "@"))
-    assert microscope._cell(-0.5) == -0.5 and microscope._cell("layers.0") == "layers.0"
+    assert _cell(-0.5) == -0.5 and _cell("layers.0") == "layers.0"
 
 
 def test_the_csv_of_a_model_whose_modules_are_formulas() -> None:
@@ -167,7 +168,7 @@ def test_the_csv_of_a_model_whose_modules_are_formulas() -> None:
     layers = {"=cmd": torch.nn.Linear(4, 4), "x\x1b[31m\n": torch.nn.Linear(4, 4)}
     model = torch.nn.Sequential(torch.nn.ModuleDict(layers))
     found = spectrum(perturbed(model, surgery.parse('spec s\ntarget linear "**" { add low_rank(2) }')), top=0)
-    text = microscope._csv(found)
+    text = _csv(found)
     assert_plain(text)
     assert text.count("\n") == 3 and ",=" not in text and "\n=" not in text
 

@@ -1,4 +1,4 @@
-"""The command that measures: bench."""
+"""`surgery bench`: what specs cost, measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.operating import loaded
+from surgery.cli.model_options import loaded
 from surgery.cli.options import PAIR, command, dtype_option, opened_together, sets, targets
 from surgery.cli.output import Output, aligned
 from surgery.diagnostics import fail
@@ -153,6 +153,3 @@ def _ratio(row: dict[str, Any], of: str) -> str:
 
 def _peak(size: int | None) -> str:
     return "-" if size is None else size_text(size)
-
-
-COMMANDS = (bench,)

@@ -1,4 +1,4 @@
-"""The command that trains specs side by side: compare."""
+"""`surgery compare`: train specs side by side."""
 
 from __future__ import annotations
 
@@ -225,6 +225,3 @@ def _mean(mean: Mean | None) -> str:
     if mean is None:
         return "diverged"
     return f"{mean.value:.4f}" + ("" if mean.error is None else f" ± {mean.error:.4f}")
-
-
-COMMANDS = (compare,)

@@ -16,9 +16,23 @@ from typing import Any
 
 import click
 
-from surgery.cli import bench, compare, exchanging, inspecting, microscope, operating, writing
+from surgery.cli.apply import apply
+from surgery.cli.bench import bench
+from surgery.cli.check import check
+from surgery.cli.compare import compare
+from surgery.cli.explain import explain
+from surgery.cli.export import export
+from surgery.cli.fmt import fmt
+from surgery.cli.import_ import import_
+from surgery.cli.merge import merge
+from surgery.cli.modules import modules
 from surgery.cli.options import HELP, common
 from surgery.cli.output import Output, abandon_stdout, echo, settle_streams, told_apart
+from surgery.cli.plan import plan
+from surgery.cli.report import report
+from surgery.cli.show import show
+from surgery.cli.specs import specs
+from surgery.cli.spectrum import spectrum
 from surgery.diagnostics import Diagnostic, SurgeryError
 from surgery.text import plain
 
@@ -120,6 +134,6 @@ def main() -> None:
     """
 
 
-for group in (writing, inspecting, operating, exchanging, compare, bench, microscope):
-    for each in group.COMMANDS:
-        main.add_command(each)
+for each in (check, fmt, specs, show, plan, explain, modules, apply, merge, import_, export, compare, bench, spectrum,
+             report):
+    main.add_command(each)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.analysis.spectra.checkpoint import Weights, of_folder
-from surgery.cli.operating import base_name
+from surgery.cli.model_options import base_name
 from surgery.cli.output import Output
 from surgery.diagnostics import fail
 from surgery.layers.survey import Site

@@ -13,6 +13,8 @@ import click
 from surgery.cli.output import Output
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from surgery.language.tree import Spec
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
@@ -161,3 +163,11 @@ def _called(spec: str, among: Iterable[str]) -> str:
     stem = Path(spec).stem
     is_alone = [Path(other).stem for other in among].count(stem) == 1
     return stem if is_alone else spec.replace(os.sep, "_")
+
+
+def skeleton_of(output: Output, model: str) -> nn.Module:
+    from surgery.models.loading import quiet_libraries, skeleton
+
+    with output.busy(f"reading the configuration of {model}"):
+        quiet_libraries(output.animated)
+        return skeleton(model, output.trust)

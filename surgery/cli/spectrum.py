@@ -1,4 +1,4 @@
-"""The command that looks at what an adapter, or training, did to the weights: spectrum."""
+"""`surgery spectrum`: what an adapter, or training, did to the weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 
 from surgery.cli.options import command, trust_option
 from surgery.cli.output import Output, aligned
+from surgery.cli.spectra_options import adapter_updates, base_option, measured_spectra, squared_option, summary_line
 from surgery.diagnostics import did_you_mean, fail
 from surgery.text import counted, figure_text, plain, sides_text, some
 
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 _TITLES = {"numerical_rank": "rank", "entropy": "entropy", "normalised_entropy": "of max", "stable_rank": "stable rank",
            "effective_rank": "eff. rank", "relative_size": "‖ΔW‖/‖W‖", "overlap_out": "overlap out", "overlap_in": "in"}
 _DEFECT = "‖RRᵀ-I‖/√n"
-
-base_option = click.option("--base", metavar="MODEL",
-                           help="The adapter's base model, if not the one that it was saved for.")
-squared_option = click.option("--squared", is_flag=True, help="Entropies of σ² / Σ σ² instead of σ / Σ σ.")
 
 
 @command(click.argument("first", metavar="DIR|BASE"), click.argument("second", metavar="[TUNED]", required=False),
@@ -48,8 +45,8 @@ def spectrum(output: Output, first: str, second: str | None, base: str | None, s
     if second and base:
         raise click.UsageError("--base is for a saved adapter; here BASE and TUNED are models.")
     _ready(table, picture)
-    pending, left_out = _of_models(output, first, second) if second else (_of_adapter(output, first, base), [])
-    spectra = _measured(output, pending, squared, top)
+    pending, left_out = _of_models(output, first, second) if second else (adapter_updates(output, first, base), [])
+    spectra = measured_spectra(output, pending, squared, top)
     _say(output, spectra, left_out)
     _write(output, spectra, table, picture, Path(second or first).name)
     output.data(subject=first, tuned=second, not_compared=left_out, **spectra.to_json())
@@ -72,21 +69,7 @@ def _ready(table: str | None, picture: str | None) -> None:
                        helps=tuple(filter(None, [did_you_mean(Path(picture).suffix, FORMATS)])))
 
 
-def _measured(output: Output, pending: Sequence[Pending], squared: bool, top: int) -> Spectra:
-    from surgery.analysis.spectra import gathered
-
-    return gathered(pending, squared, top, lambda weights: output.track(weights, "measuring"))
-
-
 # --------------------------------------------------------------------------------------------------------- what of
-
-
-def _of_adapter(output: Output, folder: str, base: str | None) -> list[Pending]:
-    from surgery.analysis.spectra.updates import of_surgeon
-    from surgery.cli.opened_weights import opened_adapter
-
-    found = opened_adapter(output, folder, base)
-    return of_surgeon(found.surgeon, found.read, found.leaves)
 
 
 def _of_models(output: Output, base: str, tuned: str) -> tuple[list[Pending], list[str]]:
@@ -113,7 +96,7 @@ def _say(output: Output, spectra: Spectra, left_out: Sequence[str]) -> None:
         output.say("\n".join([*aligned(_module_table(spectra, shown)), ""]))
         for title, groups in (("module type (mean)", spectra.types), ("layer (mean)", spectra.layers)):
             output.say("\n".join([*aligned(_group_table(title, groups, shown)), ""]))
-    output.say(_summary(spectra))
+    output.say(summary_line(spectra))
     if spectra.unchanged:
         output.note(f"unchanged: {_weights(spectra.unchanged)}")
     if left_out:
@@ -140,16 +123,6 @@ def _module_table(spectra: Spectra, shown: Mapping[str, str]) -> list[list[str]]
 def _group_table(title: str, groups: Iterable[Group], shown: Mapping[str, str]) -> list[list[str]]:
     rows = [[g.name, str(g.count), *(figure_text(g.means[figure]) for figure in shown)] for g in groups]
     return [[title, "weights", *shown.values()], *rows]
-
-
-def _summary(spectra: Spectra) -> str:
-    changed = len(spectra.rows) - len(spectra.unchanged)
-    if not changed:
-        return f"{counted(len(spectra.rows), 'weight')}, none of them changed"
-    means = spectra.total.means
-    entropy, stable, effective = (figure_text(means[f]) for f in ("entropy", "stable_rank", "effective_rank"))
-    return (f"{counted(changed, 'changed weight')}: entropy {entropy}, {means['normalised_entropy']:.0%} of the "
-            f"possible; stable rank {stable}; effective rank {effective} (means)")
 
 
 def _weights(names: Sequence[str]) -> str:
@@ -191,37 +164,3 @@ def _cell(value: Any) -> Any:
     """A cell that a spreadsheet shows and does not run: text that begins as a formula does stands behind a `'`."""
     text = plain(value) if isinstance(value, str) else value
     return f"'{text}" if isinstance(text, str) and text.lstrip().startswith(("=", "+", "-", "@")) else text
-
-
-# ----------------------------------------------------------------------------------------------------------- report
-
-
-@command(click.argument("folder", metavar="DIR"), base_option,
-         click.option("-o", "--out", metavar="FILE", default="report.html", show_default=True,
-                      help="Write the page here."),
-         squared_option, trust_option, example="surgery report out -o report.html")
-def report(output: Output, folder: str, base: str | None, out: str, squared: bool) -> None:
-    """Write a page about a saved adapter.
-
-    One HTML file that needs no network: the model and what was operated on, formulas, parameters, costs, spectra, and
-    training curves where the state of a Trainer lies in DIR or beside it.
-    """
-    from surgery.analysis.page import Page
-    from surgery.analysis.page.training_curves import charts, found_state
-    from surgery.analysis.spectra.updates import of_surgeon
-    from surgery.cli.opened_weights import opened_adapter
-    from surgery.runtime.atomic_folders import refuse_file, replacing_file
-
-    refuse_file(Path(out))
-    state = found_state(Path(folder))
-    training = charts(state) if state else {}
-    found = opened_adapter(output, folder, base)
-    spectra = _measured(output, of_surgeon(found.surgeon, found.read, found.leaves), squared, top=8)
-    with output.busy(f"writing {out}"), replacing_file(Path(out)) as new:
-        page = Page(Path(folder).resolve().name, found.base, found.surgeon.report(), spectra, training)
-        new.write_text(page.html(), encoding="utf-8")
-    output.say(f"{_summary(spectra)}\nsaved     {out}")
-    output.data(adapter=folder, base=found.base, out=out, training=state and str(state), **spectra.to_json())
-
-
-COMMANDS = (spectrum, report)

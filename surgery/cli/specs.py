@@ -1,0 +1,31 @@
+"""`surgery specs`: list the specs that ship."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from surgery.cli.options import command
+from surgery.cli.output import Output
+
+
+@command(example="surgery specs")
+def specs(output: Output) -> None:
+    """List the specs that ship, one a line.
+
+    With what each trains on a linear layer [1024, 4096], how it runs (on activations, with a built weight, or dense),
+    and what a training step costs by the cost model, as a multiple of the frozen layer's.
+    """
+    from surgery.planning.shipped_specs import catalogue
+
+    entries = catalogue()
+    rows = [("spec", "trains", "runs", "step", "formula"), *map(_row, entries)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        output.say("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip())
+    output.data(specs=[entry.to_json() for entry in entries])
+
+
+def _row(entry: Any) -> tuple[str, ...]:
+    trains = f"{entry.parameters:,}" if entry.parameters is not None else ""
+    step = f"{entry.step_ratio:.2f} x" if entry.step_ratio is not None else ""
+    return entry.name, trains, entry.program, step, entry.description
