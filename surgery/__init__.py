@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Diagnostic": "diagnostics", "SurgeryError": "diagnostics",
-    "Spec": "language.tree", "Target": "language.tree", "pre": "language.tree", "add": "language.tree", "post": "language.tree",
+    "Spec": "language.tree", "Target": "language.tree",
+    "pre": "language.tree", "add": "language.tree", "post": "language.tree",
     "parse": "language.library", "load": "language.library", "shipped": "language.library",
     "Plan": "planning.compile", "plan": "planning.compile", "Report": "planning.figures",
     "Surgeon": "runtime.surgeon", "apply": "runtime.surgeon", "attach": "runtime.attach", "Surgeries": "runtime.stack",

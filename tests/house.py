@@ -42,9 +42,14 @@ def used_once() -> list[str]:
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """The modules of the package that a tree imports, wherever in it."""
+    """The modules of the package that a tree imports when it runs, wherever in it."""
     found = set()
-    for node in ast.walk(tree):
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        # what a type checker alone reads imports nothing
+        is_type_checking = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        nodes += [] if is_type_checking else ast.iter_child_nodes(node)
         if isinstance(node, ast.ImportFrom) and node.module in FILES:
             inner = (f"{node.module}.{alias.name}" for alias in node.names)
             found |= {name if name in FILES else node.module for name in inner}

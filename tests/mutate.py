@@ -25,8 +25,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HEART = ("surgery/rewrite", "surgery/lower", "surgery/runtime/adapter.py", "surgery/runtime/merge.py", "surgery/runtime/attach.py",
-         "surgery/planning/initial_values.py", "surgery/semantics/elaborate.py", "surgery/ir/primitives.py", "surgery/ir/orthogonal_maps.py")
+HEART = ("surgery/rewrite", "surgery/codegen", "surgery/runtime/adapter.py", "surgery/runtime/merge.py",
+         "surgery/runtime/attach.py", "surgery/runtime/save.py", "surgery/runtime/frozen_layers.py",
+         "surgery/planning/initial_values.py", "surgery/semantics/elaborate.py", "surgery/ir/primitives.py",
+         "surgery/ir/orthogonal_maps.py", "surgery/ir/dense.py")
 # The quickest to fail first; all of them say what a number must be.
 TESTS = ("test_reference.py", "test_rules.py", "test_corners.py", "test_step.py", "test_activate.py", "test_verify.py",
          "test_solves.py", "test_store.py", "test_zero_rows.py", "test_zoo.py", "test_zoo_lifecycle.py",
@@ -187,11 +189,7 @@ def main() -> int:
         return print("a system that can fork is needed", file=sys.stderr) or 2
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
     import hypothesis  # noqa: E401, F401
-    import lark
-    import pydantic
-    import pytest
     import torch
-    import transformers
     torch.set_num_threads(1)
 
     files = [f for p in given.paths for f in (sorted((ROOT / p).rglob("*.py")) if (ROOT / p).is_dir() else [ROOT / p])]

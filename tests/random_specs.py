@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch.nn import Linear
 
 from surgery.diagnostics import SurgeryError
-from surgery.ir import sizes as sizes_module
 from surgery.ir.expression import Expr, Shape
 from surgery.ir.primitives import OPERATORS, PRIMITIVES, Primitive, ShapeError
+from surgery.ir.sizes import symbol
 from surgery.language.library import library, parse
 from surgery.language.parser import parse_expression
 from surgery.language.tree import Definition, Spec
@@ -81,7 +81,7 @@ class Room:
 @lru_cache
 def room(place: str) -> Room:
     """The room of a transform on a side (`out`, `in`), of an `update` or of one on the `bias`."""
-    sizes = {"out": sizes_module.symbol("out"), "in": sizes_module.symbol("in")}
+    sizes = {"out": symbol("out"), "in": symbol("in")}
     names = {**sizes, "n": sizes.get(place, sizes["out"])}
     texts: dict[Shape, str] = {}
     for text in ON_SIDE if place in sizes else OF_UPDATE:
@@ -186,7 +186,7 @@ class Body:
     def named(self, shape: Shape, word: str, start: str, dims: str = "") -> str:
         """The name of a new statement."""
         name = f"{'xyz'[len(shape) % 3]}{len(self.lines)}"
-        self.lines.append(f"{word} {name}{sizes_module} {start}")
+        self.lines.append(f"{word} {name}{dims} {start}")
         self.known.setdefault(shape, []).append(name)
         return name
 
@@ -245,7 +245,7 @@ STEPS = {"out": ("pre {} on out", "post {} on out", "pre {} on out with bias", "
          "in": ("pre {} on in", "post {} on in"), "bias": ("add {}",),
          "update": ("add {}", "add {} dropout(0)", "add {} dropout(10%)")}
 HEADS = {"out": "transform {} on n", "in": "transform {} on n", "update": "update {}", "bias": "update {} on bias"}
-BIAS = {"bias": {(sizes_module.symbol("out"),): ["b"]}}
+BIAS = {"bias": {(symbol("out"),): ["b"]}}
 
 
 @st.composite

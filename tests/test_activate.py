@@ -21,8 +21,8 @@ from surgery.ir.primitives import PRIMITIVES, make
 from surgery.ir.verifier import CHEAPEST, LOWERED, MATERIALISED, verify
 from surgery.rewrite.builders import summands, total
 from surgery.rewrite.cheaper_forms import CHEAP, JOINED, cheapest
-from surgery.rewrite.low_rank import factors, is_orthogonal, is_skew, low_rank_turn
-from surgery.rewrite.normal_form import RULES
+from surgery.rewrite.low_rank import factors, low_rank_turn
+from surgery.rewrite.normal_form import RULES, is_orthogonal, is_skew
 
 EXACT = 1e-10
 

@@ -46,5 +46,6 @@ def test_the_command_lists_them():
 
 
 def test_no_torch_is_needed():
-    code = "import sys; from surgery.planning.shipped_specs import catalogue; catalogue(); sys.exit('torch' in sys.modules)"
+    code = ("import sys; from surgery.planning.shipped_specs import catalogue; catalogue(); "
+            "sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

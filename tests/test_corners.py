@@ -19,8 +19,8 @@ from surgery.ir.dense import dense
 from surgery.language.library import parse
 from surgery.layers.opaque_linear import is_plain
 from surgery.planning.check import check
-from surgery.runtime import attach
 from surgery.runtime.atomic_folders import replacing_file
+from surgery.runtime.save import save
 from surgery.runtime.surgeon import Surgeon, apply
 
 EXACT = 1e-10
@@ -252,7 +252,7 @@ def test_a_shard_is_no_whole_tensor(tmp_path: Path):
     name = next(iter(whole))
     for part in (Shard(torch.zeros(2, 6)), torch.empty(2, 6, device="meta"), torch.empty(0, 6)):
         with pytest.raises(SurgeryError, match="not here as a whole"):
-            attach.save(surgeon, tmp_path / "adapter", state={**whole, name: part})
+            save(surgeon, tmp_path / "adapter", state={**whole, name: part})
         assert not (tmp_path / "adapter").exists()
     assert is_plain(Shard(torch.zeros(2, 6))) and not is_plain(type("Own", (nn.Parameter,), {})(torch.zeros(2)))
 

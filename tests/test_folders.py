@@ -19,7 +19,7 @@ from surgery.diagnostics import SurgeryError
 from surgery.models.demo import load_demo
 from surgery.runtime import atomic_folders
 from surgery.runtime.atomic_folders import MANIFEST, Kind, replacing, replacing_file
-from surgery.runtime.attach import save_merged
+from surgery.runtime.save import save_merged
 
 THING = Kind("a thing")
 NAMES = ("one.txt", "two.txt", "more/three.txt")

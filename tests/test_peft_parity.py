@@ -1,7 +1,8 @@
 """PEFT's layers as a second opinion: given the same parameters, PEFT's layer and ours give the same output and
 gradients.
 
-Parametrised over the rows of `surgery.peft.table.methods`: a new row needs its configurations in `CONFIGS` here and no more.
+Parametrised over the rows of `surgery.peft.table.methods`: a new row needs its configurations in `CONFIGS` here and no
+more.
 """
 
 from __future__ import annotations

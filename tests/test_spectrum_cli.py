@@ -19,7 +19,7 @@ from surgery.cli.main import main
 from surgery.experiments.training import with_head
 from surgery.models.demo import demo_config, load_demo
 from surgery.models.loading import load_with_head
-from surgery.runtime.attach import save_merged
+from surgery.runtime.save import save_merged
 
 
 def run(*words: object) -> object:

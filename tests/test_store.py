@@ -14,7 +14,7 @@ import surgery
 from surgery.models.demo import demo_inputs, load_demo
 from surgery.runtime import atomic_folders
 from surgery.runtime.atomic_folders import MANIFEST
-from surgery.runtime.attach import save_merged
+from surgery.runtime.save import save_merged
 from surgery.runtime.saved_format import FILES, META, SPEC, TENSORS
 
 EVERYTHING = """

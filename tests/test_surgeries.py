@@ -5,7 +5,6 @@ from __future__ import annotations
 from copy import deepcopy
 from pathlib import Path
 
-import oracle as o
 import pytest
 import torch
 from layers import assert_close, perturb

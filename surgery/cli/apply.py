@@ -41,7 +41,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
 
     The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged.
     """
-    from surgery.runtime.attach import MODEL
+    from surgery.runtime.save import MODEL
     from surgery.runtime.saved_format import ADAPTER
 
     if merge and out is None:
@@ -73,7 +73,7 @@ def _operate(output: Output, model: Any, spec: Any, seed: int, strict: bool) -> 
 
 def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool, force: bool) -> None:
     from surgery.models.loading import preprocessors
-    from surgery.runtime.attach import save_merged
+    from surgery.runtime.save import save_merged
 
     with output.busy(f"saving {out}"):
         if merged:

@@ -24,7 +24,7 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
     DIR holds the saved adapter; MODEL is its base model unless you name another.
     """
     from surgery.models.loading import preprocessors
-    from surgery.runtime.attach import MODEL, save_merged
+    from surgery.runtime.save import MODEL, save_merged
     from surgery.runtime.stack import Surgeries
 
     free(out, force, MODEL)

@@ -25,8 +25,8 @@ def _wide(a: Tensor) -> torch.dtype:
 
 
 def column_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a b over the rows: [t, n], [t, n] -> [n]. The products are summed in float32 at least: some thousands of them in
-    bfloat16 are off by several per cent."""
+    """Σ a b over the rows: [t, n], [t, n] -> [n]. The products are summed in float32 at least: some thousands of them
+    in bfloat16 are off by several per cent."""
     if on_cpu(a):  # a cacheful of rows at a time
         (first, other), *rest = zip(a.split(ROWS), b.split(ROWS))
         sums = first.to(_wide(a)) * other

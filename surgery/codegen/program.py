@@ -72,7 +72,8 @@ class Program:
     def strategy(self) -> str:
         return self.plan.strategy
 
-    def run(self, layer: Any, x: torch.Tensor, make: recompute.Make, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def run(self, layer: Any, x: torch.Tensor, make: recompute.Make,
+            tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The body on the values that `make` makes of the adapter's tensors: as one node of autograd where the layer's
         map and its transpose are products with a weight at hand; the set-up too where it is better made again than
         held."""

@@ -6,7 +6,7 @@ Takes a candidate, or the expression of a body and what takes a gradient; gives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 

@@ -3,8 +3,8 @@
 Takes a model and specs; gives rows. A step is a forward and a backward pass in training mode from a fixed random
 gradient of the output; a forward pass is in evaluation mode without gradients. The frozen model is the same with every
 parameter frozen; in all of them a gradient flows to the output of the input embedding (or to the images), so that a
-backward pass runs through every layer. PEFT's own is measured where a row of `surgery.peft.table.methods` proves that it has
-the method.
+backward pass runs through every layer. PEFT's own is measured where a row of `surgery.peft.table.methods` proves
+that it has the method.
 
 Promises: all run in one process and take turns, the order turning too, after a warm-up; they share the model's weights,
 and the model itself is left alone; a ratio is the median of the ratios of times taken in the same round; the spread is

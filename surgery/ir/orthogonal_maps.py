@@ -37,8 +37,8 @@ class _Skew(torch.autograd.Function):
 
 
 def cayley(k: Tensor) -> Tensor:
-    """(I - k/2)⁻¹ (I + k/2) = (I/2 - k/4)⁻¹ - I, of each matrix in [..., n, n]: one factorisation, and a gradient of two
-    products. Not finite where I - k/2 has no inverse, which no skew k lacks."""
+    """(I - k/2)⁻¹ (I + k/2) = (I/2 - k/4)⁻¹ - I, of each matrix in [..., n, n]: one factorisation, and a gradient of
+    two products. Not finite where I - k/2 has no inverse, which no skew k lacks."""
     return _solved(k, 0.5, -0.25, -1.0)
 
 

@@ -31,7 +31,8 @@ class Answer:
 def ask(module: nn.Module) -> Answer:
     """What calls of a layer tell. Whatever it raises is a fault of its own."""
     try:
-        with warnings.catch_warnings(), torch.enable_grad(), torch.autocast(opaque_linear.device(module).type, enabled=False):
+        device = opaque_linear.device(module).type
+        with warnings.catch_warnings(), torch.enable_grad(), torch.autocast(device, enabled=False):
             warnings.simplefilter("ignore")  # torch warns that a layer has no gradient, which is what is asked
             return _answer(opaque_linear.twin(module))
     except Exception as failure:  # a third party's layer raises whatever it likes

@@ -23,7 +23,7 @@ _SLICE = 1024  # rows of the identity in one call
 # W m + b for a small m is rounded as b is. For a power of two c, c m is exact, and its image so large that it is
 # rounded as W m is.
 _FAR, _FAR_IN_HALF = 1024.0, 32.0  # float16 ends at 65504
-ADAPTER = "_surgery"  # how the names of adapters end
+SUFFIX = "_surgery"  # how the names of adapters end
 _ASIDE = "_forward_of_its_own"  # where the forward that stood on an instance waits while the layer is operated on
 _HOOKED = "_old_forward"  # what a hook of accelerate's on the instance runs between moving tensors here and away
 
@@ -82,7 +82,7 @@ def bias(module: nn.Module) -> Tensor | None:
 def pieces(module: nn.Module) -> tuple[Tensor, ...]:
     """The tensors that W is made of: all of the module's but its bias and what an adapter brought."""
     own = (*module._parameters.items(), *module._buffers.items())
-    inner = (child for name, child in module._modules.items() if child is not None and not name.endswith(ADAPTER))
+    inner = (child for name, child in module._modules.items() if child is not None and not name.endswith(SUFFIX))
     return (*(t for name, t in own if t is not None and name != "bias"),
             *(t for child in inner for t in (*child.parameters(), *child.buffers())))
 
@@ -151,7 +151,7 @@ def twin(module: nn.Module) -> nn.Module:
         return module
     base = getattr(type(module), "base", type(module))
     bare = base.__new__(base)
-    own = {name: child for name, child in module._modules.items() if not name.endswith(ADAPTER)}
+    own = {name: child for name, child in module._modules.items() if not name.endswith(SUFFIX)}
     vars(bare).update(vars(module), _modules=own)
     try:
         return deepcopy(bare)

@@ -87,7 +87,9 @@ class Site:
     @cached_property
     def answer(self) -> linearity_probe.Answer:
         """What a called layer answers when it is tried; a stored weight, or none at all, has no fault."""
-        return linearity_probe.ask(self.module) if self.layout.is_called and not self.is_meta else linearity_probe.Answer("", True)
+        if self.is_meta or not self.layout.is_called:
+            return linearity_probe.Answer("", True)
+        return linearity_probe.ask(self.module)
 
     @property
     def bias(self) -> Tensor | None:

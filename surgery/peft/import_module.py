@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from surgery.language.tree import Spec
+from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.survey import Site
 from surgery.peft.folder import SHARED
 from surgery.peft.table.method import Config, Method
 from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import resolved
 from surgery.peft.tensor_mapping import Correspondence, Place, Tensors
-from surgery.runtime.adapter import SUFFIX
 from surgery.runtime.saved_format import Shapes, shapes
 
 WHOLE = "trained"  # the layout of a module of any class that is trained as a whole

@@ -18,14 +18,14 @@ import torch
 from surgery.diagnostics import Diagnostic
 from surgery.language.tree import Target
 from surgery.layers import opaque_linear
-from surgery.layers.layouts import is_direct
+from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.wrappers import parameter
 from surgery.matching.name_ranges import alike, ranged, starred
 from surgery.planning.compile import Placed, Plan
 from surgery.planning.cost_estimates import Estimate, fallback
+from surgery.planning.fitness import copy_size, dense_copies, estimated
 from surgery.planning.formulas import formula_lines
-from surgery.runtime.adapter import SUFFIX
-from surgery.text import counted, dtype_text, listed, sides_text, size_text
+from surgery.text import counted, dtype_text, sides_text, size_text
 
 
 class Row(NamedTuple):
@@ -163,52 +163,6 @@ class Report:
 def _row(placed: Placed, target: int, formula: str, ratio: float) -> Row:
     site = placed.site
     return Row(site.name, target, site.kind, (site.out, site.in_), site.stack, formula, placed.parameters, ratio)
-
-
-def estimated(placed: Placed) -> Estimate:
-    """What an operated weight costs."""
-    site = placed.site
-    runs_programs = site.stack is None and is_direct(site.module, site.layout)
-    stack = None if runs_programs else site.stack or 1
-    return Estimate(placed.formula, site.layout.kind, stack=stack)
-
-
-def unfit(plan: Plan) -> Iterator[Diagnostic]:
-    """The called layers that are not what they must be, those of a target with the same fault together."""
-    found: dict[tuple[int, str], list[Placed]] = {}
-    for placed in plan.placed:
-        if fault := placed.site.answer.fault or _missing_transpose(placed):
-            found.setdefault((id(placed.target), fault), []).append(placed)
-    for (_, fault), same in found.items():
-        yield Diagnostic("unsupported-module", f"{listed(p.site.name for p in same)} cannot be operated on: {fault}",
-                         same[0].target.span, helps=("`except` leaves such a layer out",))
-
-
-def _missing_transpose(placed: Placed) -> str:
-    """Why a layer cannot be asked for Wᵀ M, where the formula does; empty if it can, or need not."""
-    if placed.site.answer.gives_gradient or not estimated(placed).candidates[0].calls_back:
-        return ""
-    name = type(placed.site.module).__name__
-    return f"the formula multiplies W from the left, and {name} gives no gradient to its input"
-
-
-def dense_copies(plan: Plan) -> Iterator[Diagnostic]:
-    """A warning for each target whose formula reads every number of weights that only calls tell: what copies take."""
-    for target in plan.spec.targets:
-        sizes = {p.site.name: size for p in plan.placed if p.target is target and (size := copy_size(p))}
-        if sizes:
-            yield Diagnostic(
-                "dense-copy",
-                f"this target reads every number of {listed(sizes)}, where no plain weight is stored: dense "
-                f"copies take {size_text(sum(sizes.values()))} in training", target.span, severity="warning",
-                helps=("a formula of products with W (low_rank, diagonal, orthogonal, magnitude) needs no copy",))
-
-
-def copy_size(placed: Placed) -> int:
-    """The bytes of the dense copy that an operated weight keeps while it trains; 0 for none."""
-    site = placed.site
-    reads = site.layout.is_called and estimated(placed).candidates[0].reads_weight
-    return site.out * site.in_ * opaque_linear.dtype(site.module).itemsize if reads else 0
 
 
 def _ratio(estimates: Sequence[Estimate]) -> float:

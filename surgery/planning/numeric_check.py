@@ -16,9 +16,9 @@ from surgery.diagnostics import Diagnostic
 from surgery.ir.dense import dense
 from surgery.ir.expression import Claim
 from surgery.layers.survey import sites
-from surgery.planning.check import Trial
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
+from surgery.planning.trial_sizes import Trial
 from surgery.text import listed
 
 CLAIM_TOLERANCE = 1e-8

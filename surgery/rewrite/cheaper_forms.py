@@ -15,8 +15,8 @@ from surgery.ir.primitives import make
 from surgery.ir.sizes import Dim
 from surgery.rewrite.builders import eye, scaled, summands, times, total, value_of
 from surgery.rewrite.engine import Rule, rewrite, table
-from surgery.rewrite.low_rank import Factors, factors, is_thin, low_rank_turn, opposed, stacked_rows
-from surgery.rewrite.normal_form import RULES, simplify
+from surgery.rewrite.low_rank import Factors, factors, is_thin, low_rank_turn, stacked_rows
+from surgery.rewrite.normal_form import RULES, opposed, simplify
 from surgery.rewrite.norms import NORMS
 
 

@@ -10,48 +10,9 @@ from functools import lru_cache
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import make
 from surgery.ir.sizes import Dim
-from surgery.rewrite.builders import fill, is_zero, scaled, summands, times, total, value_of
+from surgery.rewrite.builders import fill, is_zero, scaled, summands, times, total
 
 Factors = tuple[Expr, Expr]
-
-
-def is_skew(node: Expr) -> bool:
-    """xᵀ = -x, for a matrix or each of a stack."""
-    if node.op == "skew":
-        return True
-    scalar, rest = scaled(node)
-    if scalar is not None:
-        return is_skew(rest)
-    if node.op == "block_diag":
-        return is_skew(node.args[0])
-    terms = list(summands(node))
-    return len(node.shape) > 1 and len(terms) == 2 and all(t.shape == node.shape for t in terms) and opposed(*terms)
-
-
-def opposed(a: Expr, b: Expr) -> bool:
-    """a = -bᵀ."""
-    (p, left), (q, right) = scaled(a), scaled(b)
-    values = [1.0 if s is None else value_of(s) for s in (p, q)]
-    return None not in values and values[0] == -values[1] and transposed(left) is right
-
-
-def transposed(node: Expr) -> Expr:
-    """xᵀ in normal form."""
-    from surgery.rewrite.normal_form import simplify
-
-    return simplify(make("T", node))
-
-
-@lru_cache(maxsize=4096)
-def is_orthogonal(node: Expr) -> bool:
-    """x xᵀ = I, for a matrix or each of a stack."""
-    if node.op in ("eye", "reflect", "shuffle"):
-        return True
-    if node.op in ("cayley", "expm"):
-        return is_skew(node.args[0])
-    if node.op in ("T", "block_diag", "kron", "matmul"):
-        return all(map(is_orthogonal, node.args))
-    return False
 
 
 def is_thin(inner: object, *outer: object) -> bool:

@@ -15,7 +15,6 @@ from surgery.ir.primitives import constant, make
 from surgery.rewrite.builders import eye, fill, is_zero, scaled, summands, times, total, value_of
 from surgery.rewrite.diagonal_and_block import SHAPED
 from surgery.rewrite.engine import Rule, rewrite, table
-from surgery.rewrite.low_rank import is_orthogonal, is_skew, transposed
 
 _NUMBER: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "min": min, "max": max,
@@ -239,3 +238,40 @@ ALGEBRA = table(*RULES)
 def simplify(expr: Expr) -> Expr:
     """The normal form of an expression."""
     return rewrite(expr, ALGEBRA)
+
+
+def is_skew(node: Expr) -> bool:
+    """xᵀ = -x, for a matrix or each of a stack."""
+    if node.op == "skew":
+        return True
+    scalar, rest = scaled(node)
+    if scalar is not None:
+        return is_skew(rest)
+    if node.op == "block_diag":
+        return is_skew(node.args[0])
+    terms = list(summands(node))
+    return len(node.shape) > 1 and len(terms) == 2 and all(t.shape == node.shape for t in terms) and opposed(*terms)
+
+
+def opposed(a: Expr, b: Expr) -> bool:
+    """a = -bᵀ."""
+    (p, left), (q, right) = scaled(a), scaled(b)
+    values = [1.0 if s is None else value_of(s) for s in (p, q)]
+    return None not in values and values[0] == -values[1] and transposed(left) is right
+
+
+def transposed(node: Expr) -> Expr:
+    """xᵀ in normal form."""
+    return simplify(make("T", node))
+
+
+@lru_cache(maxsize=4096)
+def is_orthogonal(node: Expr) -> bool:
+    """x xᵀ = I, for a matrix or each of a stack."""
+    if node.op in ("eye", "reflect", "shuffle"):
+        return True
+    if node.op in ("cayley", "expm"):
+        return is_skew(node.args[0])
+    if node.op in ("T", "block_diag", "kron", "matmul"):
+        return all(map(is_orthogonal, node.args))
+    return False

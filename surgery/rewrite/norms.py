@@ -14,8 +14,8 @@ from surgery.ir.primitives import make
 from surgery.ir.sizes import Dim
 from surgery.rewrite.builders import fill, scaled, summands, times, total
 from surgery.rewrite.engine import Rule
-from surgery.rewrite.low_rank import factors, is_orthogonal
-from surgery.rewrite.normal_form import simplify
+from surgery.rewrite.low_rank import factors
+from surgery.rewrite.normal_form import is_orthogonal, simplify
 
 
 def _row_norm(node: Expr) -> Expr | None:

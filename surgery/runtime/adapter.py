@@ -23,7 +23,7 @@ from surgery.ir.expression import Formula
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout, is_direct
 from surgery.layers.opaque_linear import (
-    ADAPTER,
+    SUFFIX,
     forward_of,
     put_forward_aside,
     put_forward_back,
@@ -34,7 +34,6 @@ from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.serving import Serving, fingerprint
 
-SUFFIX = ADAPTER
 
 class StepTensors(nn.Module):
     """The tensors of one step. It is called for them, so that what hangs on a module's call (offloading, pruning, a

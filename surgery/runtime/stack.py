@@ -26,7 +26,8 @@ from surgery.language.tree import Spec, Target
 from surgery.layers.wrappers import bare
 from surgery.planning.compile import Placed, Plan
 from surgery.runtime.adapter import Adapter
-from surgery.runtime.attach import attach, save
+from surgery.runtime.attach import attach
+from surgery.runtime.save import save
 from surgery.runtime.surgeon import Surgeon, prepare
 from surgery.runtime.transaction import Scope, all_or_nothing
 

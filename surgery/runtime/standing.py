@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from surgery.diagnostics import SurgeryError, fail
+from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.wrappers import named_modules, submodule
 from surgery.planning.compile import Placed, Plan
-from surgery.runtime.adapter import SUFFIX, Adapter
+from surgery.runtime.adapter import Adapter
 
 _SHOWN = 8
 

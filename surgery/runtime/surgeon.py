@@ -19,14 +19,17 @@ import torch.nn as nn
 
 from surgery.diagnostics import Collector, fail
 from surgery.language.tree import Spec, Target
+from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.wrappers import bare
 from surgery.planning.compile import Placed, Plan, compile
-from surgery.planning.figures import Report, dense_copies, unfit
+from surgery.planning.figures import Report
+from surgery.planning.fitness import dense_copies, unfit
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
 from surgery.rewrite.prove_identity import starts_as_weight
-from surgery.runtime.adapter import SUFFIX, Adapter, install, uninstall
+from surgery.runtime.adapter import Adapter, install, uninstall
 from surgery.runtime.merge import merged, refuse_called
 from surgery.runtime.proof import Proof, Subject
+from surgery.runtime.save import save
 from surgery.runtime.serving import serving
 from surgery.runtime.standing import Spot, Standing, changed
 from surgery.runtime.transaction import Scope, all_or_nothing
@@ -266,9 +269,7 @@ class Surgeon:
         """Write the adapter, whole or not at all: its tensors, its spec, and `about` (base_model, revision, ...).
 
         Raises: SurgeryError."""
-        from surgery.runtime import attach
-
-        attach.save(self, folder, **about)
+        save(self, folder, **about)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

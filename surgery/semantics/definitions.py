@@ -45,7 +45,8 @@ class Instance:
                 self.values[statement.name] = not_too_deep(value, statement.span)
         with guard(self.report):
             result = self._result()
-            index_bounds.assert_exist([*(leaf.init for leaf in self.leaves if leaf.init is not None), result], self.leaves)
+            starts = [leaf.init for leaf in self.leaves if leaf.init is not None]
+            index_bounds.assert_exist([*starts, result], self.leaves)
             return result
         return None
 

@@ -14,17 +14,16 @@ from fractions import Fraction
 from typing import Any
 
 from surgery.diagnostics import fail
-from surgery.ir import sizes as sizes_module
 from surgery.ir.expression import Expr
 from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, ones, undecided
-from surgery.ir.sizes import Dim
+from surgery.ir.sizes import Dim, divide, has_few_digits, is_real, symbol, tidy
 from surgery.language import tree
 from surgery.language.formatter import expression_text
 from surgery.language.well_formed import MAX_INT
 from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe, text, unknown
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
-_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": sizes_module.divide}
+_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": divide}
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _SCALAR = {"sqrt": math.sqrt, "exp": math.exp, "abs": abs, "tanh": math.tanh, "min": min, "max": max,
            "sigmoid": lambda x: 1 / (1 + math.exp(-x)), "cos": math.cos, "sin": math.sin}
@@ -49,7 +48,7 @@ def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
 def _within_bounds(value: Any) -> Any:
     """The value, if it is no number beyond those that a spec can hold. Raises: OverflowError."""
     is_endless = (isinstance(value, float) and not math.isfinite(value)
-                  or isinstance(value, Fraction) and not sizes_module.has_few_digits(value))
+                  or isinstance(value, Fraction) and not has_few_digits(value))
     if is_endless or isinstance(value, (int, Fraction)) and abs(value) > MAX_INT:
         raise OverflowError
     return value
@@ -118,7 +117,7 @@ def _binary(node: tree.Binary, names: Mapping[str, Any]) -> Any:
         return make(OPERATORS[node.op], tensor(left), tensor(right))
     if node.op == "@":
         raise ShapeError("`@` needs matrices, not two numbers; use `*`")
-    return sizes_module.tidy(_ARITHMETIC[node.op](left, right))
+    return tidy(_ARITHMETIC[node.op](left, right))
 
 
 def _logic(node: tree.Binary, left: Any, right: Any) -> Any:
@@ -178,7 +177,7 @@ def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
     both = evaluate(node.then, names), evaluate(node.otherwise, names)
     if all(isinstance(v, Expr) for v in both):
         return both[0] if both[0].shape == both[1].shape else undecided(both, expression_text(node))
-    return both[0] if both[0] == both[1] else sizes_module.symbol(f"({expression_text(node)})", any(map(sizes_module.is_real, both)))
+    return both[0] if both[0] == both[1] else symbol(f"({expression_text(node)})", any(map(is_real, both)))
 
 
 def _matrix(node: tree.Matrix, names: Mapping[str, Any]) -> Expr:
@@ -232,8 +231,8 @@ def _apply(node: tree.Call, values: list, sizes: tuple) -> Any:
     if node.function not in _SCALAR:
         raise fail("wrong-type", f"`{node.function}` needs a tensor, not {describe(values[0])}", node.span)
     if _open(*values):
-        is_real = node.function not in _KEEP_WHOLE or any(map(sizes_module.is_real, values))
-        return sizes_module.symbol(f"{node.function}({', '.join(map(str, values))})", is_real)
+        becomes_real = node.function not in _KEEP_WHOLE or any(map(is_real, values))
+        return symbol(f"{node.function}({', '.join(map(str, values))})", becomes_real)
     return _SCALAR[node.function](*values)
 
 
@@ -248,7 +247,7 @@ def _at_compile_time(node: tree.Call, names: Mapping[str, Any]) -> Any:
         raise fail("missing-argument" if len(node.arguments) < least else "unknown-argument",
                    f"`{node.function}` takes {count} by position", node.span)
     values = [read(evaluate(a.value, names), a.value, names) for a in node.arguments]
-    return sizes_module.symbol(f"{node.function}({', '.join(map(str, values))})") if _open(*values) else function(*values)
+    return symbol(f"{node.function}({', '.join(map(str, values))})") if _open(*values) else function(*values)
 
 
 def _divisor(n: int, most: int | None = None) -> int:
@@ -269,7 +268,7 @@ def _number(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
 
 def size(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
     """The value of `node` as a dimension. Raises: SurgeryError (wrong-type, not-divisible, bad-value)."""
-    if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)) or sizes_module.is_real(value):
+    if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)) or is_real(value):
         raise fail("wrong-type", f"a dimension must be a whole number, not {describe(value)}", node.span)
     if isinstance(value, Fraction):
         raise fail("not-divisible", f"the dimension `{expression_text(node)}` is {value}, which is not whole",

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from surgery.analysis.page.html import Markup, joined, tag
 from surgery.analysis.spectra import Group, Spectra
 from surgery.analysis.spectra.summary import Row as Measured
+from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.survey import Site
 from surgery.matching.module_tree import Node, outline
 from surgery.planning.figures import Report, Row
-from surgery.runtime.adapter import SUFFIX
 from surgery.text import sides_text
 
 _OPEN = 150  # nodes: of a larger tree, only the first levels are open

@@ -1,8 +1,8 @@
 """What a row of the table of PEFT's methods is: one method of PEFT's beside the spec that says the same.
 
 Takes PEFT's configuration as plain values (`adapter_config.json`, as `modules.resolved` gives it for the module) and
-tensors as `surgery.peft.tensor_mapping` says. Gives our spec's parameters and tensors by leaf key, and both back. Promises:
-PEFT itself is not imported; a configuration with a switch on that a row does not know fits no row.
+tensors as `surgery.peft.tensor_mapping` says. Gives our spec's parameters and tensors by leaf key, and both back.
+Promises: PEFT itself is not imported; a configuration with a switch on that a row does not know fits no row.
 """
 
 from __future__ import annotations

@@ -1,0 +1,86 @@
+"""Concrete sizes to try a target at, where no model says them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import lcm, prod
+from typing import Any
+
+from surgery.diagnostics import Collector, Diagnostic
+from surgery.ir.expression import Formula
+from surgery.language.expressions import Number
+from surgery.language.library import Library
+from surgery.language.tree import Target
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.evaluate import names_in, nodes
+
+# Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
+_SIDES = ((96, 64), (192, 128), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))
+_LONGEST = 4096
+_MOST_NUMBERS = 2**26
+# Where a module can stand: the first layer and the last one.
+_PLACES = ({"layer": 0, "depth": 0.0}, {"layer": 11, "depth": 1.0})
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A target at concrete sizes."""
+
+    target: Target
+    out: int
+    in_: int
+    formula: Formula
+
+
+def trials_of(target: Target, scope: Library, values: Mapping[str, Any], report: Collector) -> Iterator[Trial]:
+    """The target at the first wide, tall and square sizes that fit, at each end of the model if it asks where it
+    stands."""
+    sizes = sizes_to_try(numbers_named(target, scope, values))
+    for place in places_of(target):
+        context, faults = Context(scope, {**values, **place}), Collector()
+        found = [first_that_fits(target, context, sides, faults) for sides in sizes]
+        yield from filter(None, found)
+        if not any(found):
+            report.add(_untested(target, faults))
+
+
+def places_of(target: Target) -> Iterable[Mapping[str, Any]]:
+    return _PLACES if names_in(target).keys() & {"layer", "depth"} else ({},)
+
+
+def first_that_fits(target: Target, context: Context, sides: Iterable[tuple[int, int]],
+                    faults: Collector) -> Trial | None:
+    for out, in_ in sides:
+        local = Collector()
+        formula = elaborate(target, context, out, in_, local)
+        numbers = sum(prod(leaf.shape) for leaf in formula.leaves) if formula is not None else 0
+        if formula is not None and numbers <= _MOST_NUMBERS:
+            return Trial(target, out, in_, formula)
+        if formula is not None:
+            local.warn("untested",
+                       f"its parameters hold {numbers:,} numbers at [{out}, {in_}], which are too many to try")
+        faults.add(*local.found)
+    return None
+
+
+def sizes_to_try(numbers: set[int]) -> list[list[tuple[int, int]]]:
+    """Wide, tall and square sizes. Multiples of the spec's own numbers come after the usual ones."""
+    units = sorted({*numbers, lcm(*numbers)})
+    sides = [*_SIDES, *((3 * n, 2 * n) for n in units if 3 * n <= _LONGEST)]
+    squares = [*(long for long, _ in sides), *(n for n in units if n <= _LONGEST)]
+    return [[(short, long) for long, short in sides], sides, [(n, n) for n in squares]]
+
+
+def numbers_named(target: Target, scope: Library, values: Mapping[str, Any]) -> set[int]:
+    """The whole numbers that can be a block's size: those of the spec's parameters, the target and its definitions."""
+    named = [scope.definitions[step.call.function] for step in target.steps]
+    literals = [n.value for part in (target, *named) for n in nodes(part) if isinstance(n, Number)]
+    return {n for n in (*values.values(), *literals) if type(n) is int and n > 1}
+
+
+def _untested(target: Target, faults: Collector) -> Diagnostic:
+    return Diagnostic("untested",
+                      "no size of weight that `check` tries fits this target, so its start and its claims are "
+                      "not tested", target.span, severity="warning", notes=tuple(f.message for f in faults.found[:1]),
+                      helps=("`surgery apply` tests the start on a model",))
