@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import oracle as o
@@ -46,14 +47,23 @@ class Case:
     def spec(self, pattern: str = "layers.0", **settings: Any) -> Spec:
         """The case's spec, on the modules of `pattern`."""
         if not self.shipped:
-            return parse(self.text(pattern))
-        shipped = retarget(load(self.name, **{**self.shipped, **settings}), pattern)
-        return shipped.model_copy(update={"targets": tuple(t.model_copy(update={"kind": "any"})
-                                                           for t in shipped.targets)})
+            return _parsed(self.text(pattern))
+        return _loaded(self.name, pattern, *{**self.shipped, **settings}.items())
 
     def text(self, pattern: str = "layers.0") -> str:
         flag = " shifted" if self.shifted else ""
         return f'{self.definitions}\nspec zoo()\ntarget any "{pattern}"{flag} {{\n{self.steps}\n}}\n'
+
+
+# A spec is frozen, so that all tests can have the same.
+_parsed = lru_cache(maxsize=None)(parse)
+
+
+@lru_cache(maxsize=None, typed=True)
+def _loaded(name: str, pattern: str, *settings: tuple[str, Any]) -> Spec:
+    """A shipped spec, on modules of any kind."""
+    spec = retarget(load(name, **dict(settings)), pattern)
+    return spec.model_copy(update={"targets": tuple(t.model_copy(update={"kind": "any"}) for t in spec.targets)})
 
 
 def update(name: str, formula: Callable[..., Tensor], count: Callable[[int, int], int], *lines: str) -> Case:

@@ -1,17 +1,44 @@
 """What all tests share: no network, one thread each since two workers run side by side, and a terminal of one width."""
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from workers import piece
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # it hands out the tests and runs none
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The pieces of the zoo come last: they are short, so that at the end no worker waits long for the other."""
+    items.sort(key=lambda item: piece(item.nodeid).startswith("zoo: "))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays to the end: no collection of garbage need look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Pieces(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return piece(nodeid)
+
+    config.option.loadscopereorder = False  # in the order in which they are collected
+    return Pieces(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +47,18 @@ def _width() -> Iterator[None]:
     as wide as the terminal.)"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _seeds() -> Iterator[None]:
+    """Where there is no GPU a seed is for the CPU alone. (torch notes the whole stack of calls for each kind of device
+    that may still be found, which takes longer than many a test.)"""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.cuda.is_available():
+            patch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
         yield
 
 

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,14 @@ def imports(tree: ast.AST, at_once: bool = True) -> Iterator[tuple[str, bool]]:
         yield from imports(node, at_once and not later)
 
 
-GRAPH = {name: set(imports(ast.parse(path.read_text(encoding="utf-8")))) for name, path in MODULES.items()}
+@cache
+def trees() -> dict[str, ast.Module]:
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+@cache
+def graph() -> dict[str, set[tuple[str, bool]]]:
+    return {name: set(imports(tree)) for name, tree in trees().items()}
 
 
 def test_the_stages_name_what_exists() -> None:
@@ -81,26 +89,25 @@ def test_the_stages_name_what_exists() -> None:
 
 
 def test_no_import_steps_back() -> None:
-    assert [(name, other) for name, found in GRAPH.items() for other, at_once in found if at_once
+    assert [(name, other) for name, found in graph().items() for other, at_once in found if at_once
             and stage(other) > stage(name)] == []
 
 
 def test_a_function_steps_back_only_where_it_is_argued() -> None:
-    back = {(name, other) for name, found in GRAPH.items() for other, at_once in found
+    back = {(name, other) for name, found in graph().items() for other, at_once in found
             if not at_once and stage(other) > stage(name)}
     assert back == {(f"surgery.{name}", f"surgery.{other}") for name, other in LAZY}
 
 
 def test_imports_run_in_no_circle() -> None:
-    left = {name: {other for other, at_once in found if at_once and other != name} for name, found in GRAPH.items()}
+    left = {name: {other for other, at_once in found if at_once and other != name} for name, found in graph().items()}
     while ready := {name for name, needs in left.items() if not needs & left.keys()}:
         left = {name: needs for name, needs in left.items() if name not in ready}
     assert left == {}
 
 
 def test_relative_imports_are_not_used() -> None:
-    trees = {name: ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name, path in MODULES.items()}
-    assert [name for name, nodes in trees.items() for n in nodes if isinstance(n, ast.ImportFrom) and n.level] == []
+    assert [name for name, tree in trees().items() for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level] == []
 
 
 # --------------------------------------------------------------------------------------------- what needs no torch

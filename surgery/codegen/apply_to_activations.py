@@ -28,14 +28,9 @@ def turned(expr: Expr) -> Expr:
 
 def apply(expr: Expr, a: Expr) -> Expr:
     """a Eᵀ: [..., n] to [..., m] for E [m, n]."""
-    if expr.is_large and not _drops(expr):  # factor by factor, a shared one would act once for each place where it is
+    if expr.is_large and not expr.has("drop"):  # factor by factor, a shared one would act once for each place where it is
         return _dense(expr, a)
     return _APPLY.get(expr.op, _dense)(expr, a)
-
-
-@lru_cache(maxsize=4096)
-def _drops(expr: Expr) -> bool:
-    return any(node.op == "drop" for node in walk(expr))
 
 
 def _dense(expr: Expr, a: Expr) -> Expr:
@@ -65,7 +60,7 @@ def _is_small(expr: Expr) -> bool:
     left, right = expr.args
     thin = is_thin(min(expr.shape), max(expr.shape)) and prod(expr.shape) <= max(prod(a.shape) for a in expr.args)
     little = min(prod(left.shape), prod(right.shape)) <= max(expr.shape)
-    return thin and little and not any(node.op in ("weight", "drop") for node in walk(expr))
+    return thin and little and not expr.has("weight", "drop")
 
 
 def _turned_sum(turn: Factors, right: Expr, a: Expr) -> Expr:

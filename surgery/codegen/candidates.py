@@ -23,7 +23,7 @@ from surgery.codegen.split_products import apart
 from surgery.ir.expression import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
 from surgery.ir.primitives import make
 from surgery.layers.kinds import LayerKind
-from surgery.rewrite.builders import depends_on, summands
+from surgery.rewrite.builders import summands
 from surgery.rewrite.cheaper_forms import MOST_NODES, cheapest
 from surgery.rewrite.low_rank import is_thin
 
@@ -51,7 +51,7 @@ class Candidate:
     @cached_property
     def calls_back(self) -> bool:
         """Whether it runs the frozen layer's transposed map."""
-        return any(node.op == "frozen_back" for output in self.outputs for node in walk(output))
+        return any(output.has("frozen_back") for output in self.outputs)
 
     @cached_property
     def reads_weight(self) -> bool:
@@ -69,7 +69,7 @@ class Candidate:
     @cached_property
     def rests_on_layer(self) -> bool:
         """Whether the set-up depends on the frozen layer's tensors."""
-        return any(node.op in (*_ON_WEIGHT, "bias") for value in self.values for node in walk(value))
+        return any(value.has(*_ON_WEIGHT, "bias") for value in self.values)
 
     @cached_property
     def needs(self) -> tuple[bool, ...]:
@@ -89,8 +89,11 @@ class Candidate:
 
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""
-        setup = setup_cost(self.values, self.fixed) + (self.made_again or Cost())
-        return setup + body_cost(self.written, self.needs, tokens) if self.has_body else setup
+        return self._setup_cost + (body_cost(self.written, self.needs, tokens) if self.has_body else Cost())
+
+    @cached_property
+    def _setup_cost(self) -> Cost:
+        return setup_cost(self.values, self.fixed) + (self.made_again or Cost())
 
 
 @lru_cache(maxsize=None)
@@ -162,9 +165,8 @@ def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strate
               trained: frozenset[str] = frozenset(), is_called: bool = False) -> Candidate:
     """The program that gives `outputs`, after a last change to each."""
     outputs = solved_once(tuple(prepare(made(output)) for output in outputs))
-    on_input: dict[Expr, bool] = {}
-    has_body = depends_on(outputs[0], "x", on_input)
-    values = _frontier(outputs, on_input) if has_body else outputs
+    has_body = outputs[0].has("x")
+    values = _frontier(outputs) if has_body else outputs
     return Candidate(strategy, outputs, values, _fixed(values), has_body, trained, is_called)
 
 
@@ -239,15 +241,14 @@ def _called(weight: Expr, rows: Expr) -> Expr:
 # -------------------------------------------------------------------------------------------------------- regions
 
 
-def _frontier(outputs: Sequence[Expr], on_input: dict[Expr, bool]) -> tuple[Expr, ...]:
+def _frontier(outputs: Sequence[Expr]) -> tuple[Expr, ...]:
     """What the body reads that does not depend on the input, in order (numbers are written into it). A matrix that it
     reads turned is the matrix itself, so that the gradient of it lies in memory as it does."""
     found: dict[Expr, None] = {}
-    for output in outputs:
-        for node in walk(output):
-            if depends_on(node, "x", on_input):
-                read = map(_unturned, (a for a in node.args if not depends_on(a, "x", on_input)))
-                found.update(dict.fromkeys(a for a in read if a.op != "const"))
+    for node in walk(*outputs):
+        if node.has("x"):
+            read = map(_unturned, (a for a in node.args if not a.has("x")))
+            found.update(dict.fromkeys(a for a in read if a.op != "const"))
     return tuple(found)
 
 
@@ -262,7 +263,6 @@ def _unturned(node: Expr) -> Expr:
 def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
     """The largest parts of the set-up that depend on the frozen weight alone and are smaller than it, or on nothing and
     are small."""
-    below: dict[str, dict[Expr, bool]] = {op: {} for op in (*_ON_WEIGHT, "param", "places", "bias")}
     found: dict[Expr, None] = {}
     stack, seen = list(reversed(values)), set()
     while stack:
@@ -270,10 +270,11 @@ def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
         if node in seen:
             continue
         seen.add(node)
-        under = {op for op, known in below.items() if depends_on(node, op, known)}
-        is_of_weight = "weight" in under and under <= _ON_WEIGHT
+        is_known = not node.has("param", "places", "bias")
+        is_of_weight = node.has("weight") and is_known
         is_smaller = node.op != "weight" and (len(node.shape) < 2 or node.op == "gram")
-        if is_of_weight and is_smaller or not under and node.op != "const" and size(node, 0) <= _SMALL:
+        is_constant = is_known and not node.has(*_ON_WEIGHT) and node.op != "const"
+        if is_of_weight and is_smaller or is_constant and size(node, 0) <= _SMALL:
             found[node] = None
         else:
             stack += reversed(node.args)

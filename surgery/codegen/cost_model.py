@@ -16,7 +16,6 @@ from surgery.codegen.emit import readers, without_gradient
 from surgery.codegen.gradients import Gradients, gradients
 from surgery.codegen.operation_counts import MADE_ELSEWHERE, flops, is_accumulated, is_ids, is_taken_in, moved, size
 from surgery.ir.expression import Expr, walk
-from surgery.rewrite.builders import depends_on
 
 TOKENS_SUPPOSED = 1024  # the number that a choice supposes where nothing is said
 # What a core of a CPU does in the time of moving one number of float32, and of starting one operation from Python. (A
@@ -66,7 +65,7 @@ def body_cost(body: Expr, needs: tuple[bool, ...], tokens: int = TOKENS_SUPPOSED
     if found is None:
         return _counted(walk(body), tokens, lambda node: 1 + sum(_leads(a, frozenset(leaves)) for a in node.args))
     outputs = (body, *found.of)
-    reads, nodes = readers(*outputs), dict.fromkeys(node for output in outputs for node in walk(output))
+    reads, nodes = readers(*outputs), list(walk(*outputs))
     total = _counted([node for node in nodes if not is_taken_in(node, reads)], tokens, lambda node: 1)
     return total + Cost(moved=-sum(size(node, tokens) for node in nodes if is_accumulated(node, reads)))
 
@@ -100,18 +99,18 @@ def _counted(nodes: Iterable[Expr], tokens: int, times: Callable[[Expr], int]) -
 
 def setup_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost:
     """Of a set-up that gives `values`; what is `fixed` is computed once for many steps and costs nothing."""
-    gradless, on_leaf = without_gradient(*values), {}
+    gradless = without_gradient(*values)
     total = Cost()
     for node in _made(values, fixed):
-        takes = 0 if node in gradless else sum(depends_on(a, "param", on_leaf) for a in node.args)
+        takes = 0 if node in gradless else sum(a.has("param") for a in node.args)
         total += _once(node).times(1 + takes)
     return total
 
 
 def _made(values: Sequence[Expr], fixed: Sequence[Expr]) -> list[Expr]:
     """What a set-up makes in every step."""
-    once = {node for root in fixed for node in walk(root)} - {node for root in fixed for node in root.args}
-    return [node for node in dict.fromkeys(node for value in values for node in walk(value)) if node not in once]
+    once = set(walk(*fixed)) - {node for root in fixed for node in root.args}
+    return [node for node in walk(*values) if node not in once]
 
 
 def _once(node: Expr) -> Cost:
@@ -129,13 +128,13 @@ def made_again(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
 
 def _held(values: Sequence[Expr], made: Sequence[Expr]) -> set[Expr]:
     """What is alive from the forward to the backward pass: the values, and what autograd needs for other gradients."""
-    gradless, on_leaf = without_gradient(*values), {}
+    gradless = without_gradient(*values)
     held = set(map(_viewed, values))
     for node in made:
-        if node in gradless or node.op in LINEAR or not depends_on(node, "param", on_leaf):
+        if node in gradless or node.op in LINEAR or not node.has("param"):
             continue
         if node.op in BILINEAR:
-            held |= {_viewed(a) for a, other in (node.args, node.args[::-1]) if depends_on(other, "param", on_leaf)}
+            held |= {_viewed(a) for a, other in (node.args, node.args[::-1]) if other.has("param")}
         else:
             held |= {_viewed(a) for a in (node, *node.args)}
     return held

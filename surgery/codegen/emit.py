@@ -104,7 +104,7 @@ def _plain(node: Expr, args: list[str]) -> str:
 def readers(*outputs: Expr) -> dict[Expr, list[Expr]]:
     """The nodes that read each node's value, as often as they do."""
     found: dict[Expr, list[Expr]] = {}
-    for node in dict.fromkeys(node for output in outputs for node in walk(output)):
+    for node in walk(*outputs):
         for arg in node.args:
             found.setdefault(arg, []).append(node)
     return found
@@ -119,4 +119,4 @@ def without_gradient(*outputs: Expr) -> frozenset[Expr]:
         if node not in live:
             live.add(node)
             stack += () if node.op == "detach" else node.args
-    return frozenset(n for output in outputs for n in walk(output)) - live
+    return frozenset(walk(*outputs)) - live

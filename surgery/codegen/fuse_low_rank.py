@@ -48,7 +48,7 @@ def _together(expr: Expr, trained: frozenset[str]) -> Expr:
 
 def _is_low(term: Expr) -> bool:
     found = _thin(term)
-    return found is not None and not _holds(found[1], "weight")
+    return found is not None and not found[1].has("weight")
 
 
 def _is_trained(term: Expr, trained: frozenset[str]) -> bool:
@@ -59,11 +59,7 @@ def _thin(expr: Expr) -> Factors | None:
     """The factors of a low-rank matrix, if the set-up makes them: not those that act faster than their numbers, nor of
     what is dropped."""
     found = factors(expr)
-    return None if found is None or any(is_structured(f) or _holds(f, "drop") for f in found) else found
-
-
-def _holds(expr: Expr, *ops: str) -> bool:
-    return any(node.op in ops for node in walk(expr))
+    return None if found is None or any(is_structured(f) or f.has("drop") for f in found) else found
 
 
 def _built(factor: Expr) -> Expr:

@@ -76,7 +76,7 @@ def _is_product(term: Expr) -> bool:
 
 def _keeping(raw: list[Expr]) -> Gradients:
     """The expressions with a leaf `kept` for each value of the forward pass that they are left with."""
-    wanted = {node.data for expr in raw for node in walk(expr) if node.op == "forward"}
+    wanted = {node.data for node in walk(*raw) if node.op == "forward"}
     kept: dict[Expr, Expr] = {}
 
     def recall(node: Expr) -> Expr:

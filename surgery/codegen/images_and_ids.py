@@ -111,7 +111,7 @@ def split_dropout(expr: Expr) -> tuple[Expr | None, list[Expr]]:
         return make("add", left, right) if left and right else left or right, first + second
     if expr.op == "matmul":
         left, right = expr.args
-        if any(node.op == "drop" for node in walk(right)):
+        if right.has("drop"):
             return _each(right, lambda part: make("matmul", left, part))
         return _each(left, lambda part: make("matmul", part, right))
     return expr, []

@@ -39,8 +39,8 @@ _SCOPE = {"torch": torch, **MOVES, **BY_NAME, **ROW_SUMS}
 class Program:
     """Compiled code. `once(layer, dtype)` and `setup(layer, leaves, known, dtype, cast)` give tuples;
     `body(layer, x, *values)` the output (None in a program of weights, whose outputs are the set-up's values). `source`
-    is the text of all three; `over` are those that it was chosen over, and `up_to` says which of them all is the
-    cheapest up to how many tokens.
+    is the text of all three; `others` are the candidates that it was chosen over (programs in `over`, made when asked
+    for), and `up_to` says which of them all is the cheapest up to how many tokens.
 
     `reads_weight`: the code reads the frozen weight itself at every step; `rests_on_layer`: the set-up depends on the
     frozen layer's tensors. (Both are found here, since no compiler of torch's can trace what finds them.)"""
@@ -52,13 +52,17 @@ class Program:
     plan: Candidate
     reads_weight: bool
     rests_on_layer: bool
-    over: tuple[Program, ...] = ()
+    others: tuple[Candidate, ...] = ()
     up_to: tuple[tuple[float, Program], ...] = ()
 
     def at(self, tokens: int | None) -> Program:
         """The cheapest program for so many tokens (itself where they are not known)."""
         fitting = (program for limit, program in self.up_to if tokens is not None and tokens <= limit)
         return next(fitting, self)
+
+    @property
+    def over(self) -> tuple[Program, ...]:
+        return tuple(map(_compile, self.others))
 
     @property
     def outputs(self) -> tuple[Expr, ...]:
@@ -100,9 +104,9 @@ def activations(formula: Formula, kind: LayerKind, training: bool, has_bias: boo
     """The program of a layer's output, the cheapest of those known for so many tokens; of a called layer one that reads
     no weight, if there is one."""
     plans = candidates(formula, kind, training, has_bias, tokens)
-    best, *rest = map(_compile, plans)
+    best, others = _compile(plans[0]), plans[1:]
     up_to = by_tokens(plans) if training and not kind.is_called else ()  # of a called layer the user was told what it runs
-    return replace(best, over=tuple(rest), up_to=tuple((end, _compile(plan)) for end, plan in up_to))
+    return replace(best, others=others, up_to=tuple((end, _compile(plan)) for end, plan in up_to))
 
 
 @lru_cache(maxsize=None)

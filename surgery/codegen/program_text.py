@@ -86,7 +86,7 @@ def step_text(body: Expr, needs: tuple[bool, ...]) -> StepText | None:
     found = gradients(body, [leaf for leaf, need in zip(inputs, needs) if need])
     if found is None:
         return None
-    used = dict.fromkeys(n for e in found.of for n in walk(e) if n.op in ("x", "value"))
+    used = dict.fromkeys(n for n in walk(*found.of) if n.op in ("x", "value"))
     of = iter(found.of)
     wanted = tuple(next(of) if need else None for need in needs)
     kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(found.kept)]
@@ -121,7 +121,7 @@ def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr]) -> str:
     outputs = tuple(e for e in wanted if e is not None)
     names = {leaf: f"k{i}" for i, leaf in enumerate(kept)}
     arguments = ", ".join(["layer", "grad", *names.values()])
-    names |= {node: "grad" for e in outputs for node in walk(e) if node.op == "grad"}
+    names |= {node: "grad" for node in walk(*outputs) if node.op == "grad"}
     text = _let_go(Region(outputs, names.keys(), _OWN), names, "g")
     returned = "".join("None, " if e is None else f"{text.results[e]}, " for e in wanted)
     return _function(f"backward({arguments})", [line for _, line in text.lines], f"({returned})")

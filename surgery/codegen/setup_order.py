@@ -36,7 +36,7 @@ def _is_matrices(product: Expr) -> bool:
 
 def solved_once(outputs: tuple[Expr, ...]) -> tuple[Expr, ...]:
     """The outputs with f(x) turned in the place of f(xᵀ), where there are both: one solve in the place of two."""
-    solves = dict.fromkeys(node for output in outputs for node in walk(output) if node.op in ("cayley", "expm"))
+    solves = dict.fromkeys(node for node in walk(*outputs) if node.op in ("cayley", "expm"))
     again: dict[Expr, Expr] = {}
     for node in solves:
         other = turned(node)

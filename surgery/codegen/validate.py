@@ -11,9 +11,9 @@ No torch.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, permutations, product
+from itertools import chain, islice, permutations, product
 from typing import Any
 
 from surgery.ir.expression import Expr, walk
@@ -124,11 +124,11 @@ _MEANINGS: dict[str, _Rule] = {
 }
 
 
-def _meanings(symbols: Symbols, outputs: Iterable[Expr], given: Mapping[Expr, Meaning],
+def _meanings(symbols: Symbols, outputs: Collection[Expr], given: Mapping[Expr, Meaning],
               turns: Mapping[Expr, int]) -> dict[Expr, Meaning]:
     """What each node means; `turns` says which of several draws of one kind a node is."""
     found = dict(given)
-    for node in (node for output in outputs for node in walk(output)):
+    for node in walk(*outputs):
         if node in found:
             continue
         args = [found[a] for a in node.args]
@@ -143,10 +143,10 @@ def _meanings(symbols: Symbols, outputs: Iterable[Expr], given: Mapping[Expr, Me
     return found
 
 
-def _orders(outputs: Iterable[Expr]) -> Iterator[dict[Expr, int]]:
+def _orders(outputs: Collection[Expr]) -> Iterator[dict[Expr, int]]:
     """The ways in which draws from the same chance can be numbered: which of them comes first is all the same."""
     alike: dict[tuple, list[Expr]] = {}
-    for node in dict.fromkeys(node for output in outputs for node in walk(output)):
+    for node in walk(*outputs):
         if node.op in _DRAWS:
             alike.setdefault((node.op, node.args, node.data[0]), []).append(node)
     first = (islice(permutations(range(len(group))), _MOST_ORDERS) for group in alike.values())
@@ -416,8 +416,6 @@ def program_faults(source: str, outputs: Sequence[Expr], is_called: bool = False
         named = {f"a{i}": value for i, value in enumerate(values)}
         return [Run(symbols, True, not is_called).results(functions["body"], {"x": symbols.of("x"), **named})]
 
-    # shapes first: `put` asks for them
-    _meanings(symbols, outputs, {}, next(_orders(outputs)))
     return _compared(symbols, run, outputs, {})
 
 
@@ -438,7 +436,7 @@ def step_faults(source: str, body: Expr, gradients: Sequence[Expr | None], kept:
             raise Fault("`backward` gives gradients of other things")
         return [y, *(g for g in found if g is not None)]
 
-    leaves = {node: kept[node.data] for gradient in wanted for node in walk(gradient) if node.op == "kept"}
+    leaves = {node: kept[node.data] for node in walk(*wanted) if node.op == "kept"}
     _meanings(symbols, (body, *kept), {}, first)
     return _compared(symbols, run, (body, *wanted), leaves)
 
@@ -449,15 +447,18 @@ def _functions(source: str) -> dict[str, ast.FunctionDef]:
 
 def _compared(symbols: Symbols, run: Callable[[], list[Meaning]], outputs: Sequence[Expr],
               leaves: Mapping[Expr, Expr]) -> list[str]:
+    def meanings(turns: Mapping[Expr, int]) -> dict[Expr, Meaning]:
+        of_kept = _meanings(symbols, leaves.values(), {}, turns)
+        return _meanings(symbols, outputs, {leaf: of_kept[expr] for leaf, expr in leaves.items()}, turns)
+
+    orders = _orders((*outputs, *leaves.values()))
+    first = meanings(next(orders))  # before the text runs: `put` asks for the shapes
     try:
         found = run()
     except Fault as fault:
         return [str(fault)]
     wrong: list[str] = []
-    for turns in _orders((*outputs, *leaves.values())):
-        of_kept = _meanings(symbols, leaves.values(), {}, turns)
-        given = {leaf: of_kept[expr] for leaf, expr in leaves.items()}
-        means = _meanings(symbols, outputs, given, turns)
+    for means in chain([first], map(meanings, orders)):
         wrong = [f"result {i} is not what its expression means" for i, output in enumerate(outputs)
                  if i >= len(found) or found[i] != means[output]]
         if len(found) != len(outputs):

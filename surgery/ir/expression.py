@@ -18,6 +18,7 @@ from surgery.ir.sizes import Size
 
 Shape = tuple[Size, ...]
 _interned: WeakValueDictionary[tuple, Expr] = WeakValueDictionary()
+_bits: dict[str, int] = {}  # a bit for each operation's name
 _left: ContextVar[list[int] | None] = ContextVar("nodes that may still be made", default=None)
 _NESTED_IN_PICKLE = 50  # arguments within arguments, which pickle writes by recursion
 _LONGEST_REPR = 2000
@@ -49,13 +50,14 @@ class Expr:
     (all beyond 2^60 alike), which is the work of a function that recurses without a memory.
     """
 
-    __slots__ = ("op", "args", "data", "shape", "depth", "unfolded", "__weakref__")
+    __slots__ = ("op", "args", "data", "shape", "depth", "unfolded", "_ops", "__weakref__")
     op: str
     args: tuple[Expr, ...]
     data: Any
     shape: Shape
     depth: int
     unfolded: int
+    _ops: int  # the bits of the operations in it
 
     def __new__(cls, op: str, args: tuple[Expr, ...] = (), data: Any = None, shape: Shape = ()) -> Expr:
         left = _left.get()
@@ -72,6 +74,9 @@ class Expr:
             if left is not None and found.depth > _DEEPEST:
                 raise Exhausted
             found.unfolded = min(1 + sum(a.unfolded for a in args), 2**60)
+            found._ops = _bits.setdefault(op, 1 << len(_bits))
+            for a in args:
+                found._ops |= a._ops
             _interned[key] = found
         return found
 
@@ -89,6 +94,10 @@ class Expr:
     def is_large(self) -> bool:
         """Whether it is too long when written out, or too deep, for what takes formulas apart."""
         return self.unfolded > UNFOLDED or self.depth > DEEP
+
+    def has(self, *ops: str) -> bool:
+        """Whether one of these operations stands in it, at its root or below. (Known without a walk.)"""
+        return any(self._ops & _bits.get(op, 0) for op in ops)
 
     def with_args(self, args: tuple[Expr, ...]) -> Expr:
         """The same operation on other arguments of the same shapes."""
@@ -174,19 +183,21 @@ class Formula:
     parts: tuple[Part, ...] = ()
 
 
-def walk(expr: Expr) -> Iterator[Expr]:
-    """Every distinct node below and including `expr`, arguments first."""
-    seen: set[int] = set()
-    stack = [(expr, False)]
+def walk(*exprs: Expr) -> Iterator[Expr]:
+    """Every distinct node below and including `exprs`, arguments first."""
+    entered: set[Expr] = set()  # those whose arguments are on the stack, above them
+    done: set[Expr] = set()
+    stack = list(exprs[::-1])
     while stack:
-        node, ready = stack.pop()
-        if id(node) in seen:
+        node = stack[-1]
+        if node.args and node not in entered:
+            entered.add(node)
+            stack += node.args[::-1]
             continue
-        if ready:
-            seen.add(id(node))
+        stack.pop()
+        if node not in done:
+            done.add(node)
             yield node
-        else:
-            stack += [(node, True), *((a, False) for a in reversed(node.args))]
 
 
 def rebuild(expr: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr]) -> Expr:

@@ -59,7 +59,7 @@ def parts_to_name(roots: Iterable[Expr], symbols: Mapping[Expr, str]) -> list[Ex
     roots = list(dict.fromkeys(roots))
     length: dict[Expr, int] = {}  # how many nodes its text shows, and how deep they stand, where all symbols are used
     depth: dict[Expr, int] = {}
-    nodes = list(dict.fromkeys(node for root in roots for node in walk(root)))
+    nodes = list(walk(*roots))
     for node in nodes:
         below = [a for a in node.args if a not in symbols]
         length[node] = 1 + len(node.args) - len(below) + sum(length[a] for a in below)

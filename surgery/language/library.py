@@ -24,6 +24,7 @@ from surgery.language.unsupported_methods import refusal
 
 PRELUDE = "std"
 _LONGEST_PATH = 100  # characters of a path in a message
+_KEPT = 2**16  # characters of the longest text whose tree is kept
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ def read(path: Path, asked: Span | None = None) -> Spec:
                    helps=_instead_of(path) if error.errno == errno.ENOENT else ()) from None
     except UnicodeDecodeError as error:
         raise fail("missing-file", f"cannot read {path}: byte {error.start} is not UTF-8", asked) from None
-    return parse_text(text, str(path))
+    return _parsed(text, str(path)) if len(text) <= _KEPT else parse_text(text, str(path))
+
+
+# A tree is frozen: a file that is read again, and says the same, is the same spec.
+_parsed = lru_cache(maxsize=64)(parse_text)
 
 
 def _shortened(path: Path) -> str:

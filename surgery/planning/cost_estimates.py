@@ -78,8 +78,8 @@ class Estimate:
 
 def large_matrices(candidate: Candidate, side: int) -> tuple[Expr, ...]:
     """What the set-up makes anew at every step and is no thin matrix beside a weight whose shorter side is `side`."""
-    fixed = {node for root in candidate.fixed for node in walk(root)}
-    nodes = dict.fromkeys(node for value in candidate.values for node in walk(value))
+    fixed = set(walk(*candidate.fixed))
+    nodes = list(walk(*candidate.values))
     large = [n for n in nodes if n not in fixed and n.op not in MADE_ELSEWHERE and len(n.shape) > 1
              and 2 * min(n.shape[-2:]) > side]
     return tuple(sorted(large, key=lambda node: -flops(node, 0)))

@@ -58,7 +58,7 @@ def _unknown(site: Site) -> torch.Tensor:
 
 def _starts_from_weight(placed: Placed) -> bool:
     starts = (leaf.init for leaf in placed.formula.leaves if leaf.init is not None)
-    return any(node.op == "weight" for start in starts for node in walk(start))
+    return any(start.has("weight") for start in starts)
 
 
 def _parameter(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> nn.Parameter:

@@ -63,19 +63,3 @@ def total(terms: list[Expr], shape: Shape) -> Expr:
     for term in terms[1:]:
         result = make("add", result, term)
     return result
-
-
-def depends_on(node: Expr, op: str, known: dict[Expr, bool]) -> bool:
-    """Whether a leaf of kind `op` stands in the expression; `known` remembers."""
-    stack = [node]
-    while stack:
-        below = stack[-1]
-        if below in known:
-            stack.pop()
-        elif below.op == op or any(known.get(a) for a in below.args):
-            known[below] = True
-        elif unknown := [a for a in below.args if a not in known]:
-            stack.append(unknown[0])
-        else:
-            known[below] = False
-    return known[node]

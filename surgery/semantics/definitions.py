@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ from surgery.ir.expression import DEEPEST_FORMULA, Draw, Expr, Leaf
 from surgery.ir.primitives import is_whole, shape_text, undecided
 from surgery.ir.sizes import Dim, Size
 from surgery.language.parser import parse_expression
-from surgery.language.tree import Argument, Call, Definition, Let, Param
+from surgery.language.tree import Argument, Call, Definition, Expression, Let, Param
 from surgery.semantics import index_bounds
 from surgery.semantics.arguments import assert_checks, guard
 from surgery.semantics.distributions import DISTRIBUTIONS, choices
@@ -145,12 +146,18 @@ def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) 
     """Raises: SurgeryError, if the distribution's check is not met, or more different places are asked for than there
     are."""
     law = DISTRIBUTIONS[call.function]
-    check, values = parse_expression(law.check), {**law.arguments, **given}
+    check, values = _parsed(law.check), {**law.arguments, **given}
     if evaluate(check, values) is False:
         raise fail("bad-value", f"{call.function} needs {law.check}", call.span, notes=here(check, values))
     of, count = given.get("of"), prod(shape)
     if of is not None and not isinstance(of, Dim) and not isinstance(count, Dim) and count > of:
         raise fail("bad-value", f"{count} different places are asked for, and there are {of:g}", call.span)
+
+
+@lru_cache(maxsize=None)
+def _parsed(check: str) -> Expression:
+    """A distribution's own check, parsed once."""
+    return parse_expression(check)
 
 
 def not_too_deep(value: Any, span: Span | None) -> Any:

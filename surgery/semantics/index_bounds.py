@@ -20,7 +20,7 @@ def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf]) -> None:
     """Raises: SurgeryError (bad-value), if a parameter may hold a place beyond the last entry of what it points
     into."""
     known = {leaf.key: leaf for leaf in leaves}
-    nodes = [node for expr in exprs for node in walk(expr)]
+    nodes = list(walk(*exprs))
     if any(node.op == "undecided" for node in nodes):
         return
     for node in (n for n in nodes if n.op in _INTO):
