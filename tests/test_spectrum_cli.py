@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from models import perturbed, spec_for
 
 import surgery
-from surgery.cli import opened_weights
+from surgery.analysis import saved_weights
 from surgery.cli.main import main
 from surgery.experiments.training import with_head
 from surgery.models.demo import demo_config, load_demo
@@ -68,7 +68,7 @@ def test_an_adapter_needs_only_the_weights_that_it_reads(tmp_path: Path, monkeyp
     spec = 'spec s\ntarget linear "**.q_proj" { pre diagonal() add low_rank(3) post orthogonal(2) }'
     surgeon = perturbed(load_demo("llama"), surgery.parse(spec))
     surgeon.save(tmp_path / "adapter", base_model=str(tmp_path / "base"))
-    monkeypatch.setattr(opened_weights, "load", None)
+    monkeypatch.setattr(saved_weights, "load", None)
     assert figures(measured(tmp_path / "adapter")) == figures(surgery.spectrum(surgeon).to_json())
 
 
@@ -134,7 +134,7 @@ def test_a_merged_model_against_its_base(name: str, tmp_path: Path) -> None:
 def test_two_models_are_read_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in (0, 1):
         load_demo("llama", seed).save_pretrained(tmp_path / str(seed), max_shard_size="50KB")
-    monkeypatch.setattr(opened_weights, "load", None)
+    monkeypatch.setattr(saved_weights, "load", None)
     found = measured(tmp_path / "0", tmp_path / "1")
     expected = surgery.spectrum(load_demo("llama", 0), load_demo("llama", 1))
     assert figures(found) == figures(expected.to_json()) and found["not_compared"] == []
@@ -186,7 +186,7 @@ def test_a_plot_is_the_same_each_time(adapter: Path, tmp_path: Path, ending: str
 
 def test_what_cannot_be_done_is_said_before_any_work(adapter: Path, tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opened_weights, "opened_adapter", None)
+    monkeypatch.setattr(saved_weights, "opened_adapter", None)
     assert "did you mean `.png`?" in said(adapter, "--plot", tmp_path / "p.pgn", code=2)
     assert "is a folder" in said(adapter, "--csv", tmp_path, code=2)
     assert "is a file" in said(adapter, "--csv", adapter / "meta.json" / "t.csv", code=2)

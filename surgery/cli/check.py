@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from surgery.cli.options import command, opened, sets, skeleton_of, strict_option, trust_option
 from surgery.cli.output import Output
-from surgery.diagnostics import CODES, Collector, Diagnostic, SurgeryError, did_you_mean
+from surgery.diagnostics import CODES, Collector, SurgeryError, did_you_mean
 from surgery.text import counted
 
-if TYPE_CHECKING:
-    from surgery.language.tree import Spec
 
 @command(click.argument("specs", nargs=-1, metavar="SPEC..."),
          click.option("--model", help="Check against this model too (its configuration is enough)."), sets,
@@ -41,12 +39,14 @@ def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple
 
 def _checked(output: Output, name: str, sets: tuple[str, ...], skeleton: Any) -> Collector:
     """What is wrong with a spec; it is shown."""
+    from surgery.planning.check import check as findings
     from surgery.semantics.arguments import guard
 
     found = Collector()
     with guard(found):
         spec = opened(name, sets)
-        found.add(*_findings(output, spec, skeleton))
+        with output.busy("checking"):
+            found.add(*findings(spec, skeleton))
     output.diagnostics(found.found)
     return found
 
@@ -54,28 +54,6 @@ def _checked(output: Output, name: str, sets: tuple[str, ...], skeleton: Any) ->
 def _verdict(found: Collector, ok: bool) -> str:
     counts = [counted(len(part), noun) for part, noun in ((found.errors, "error"), (found.warnings, "warning")) if part]
     return ", ".join([*(["ok"] if ok else []), *counts])
-
-
-def _findings(output: Output, spec: Spec, skeleton: Any) -> list[Diagnostic]:
-    """What is wrong with a spec by itself, and on the model. What runs dense is told once: on the model's sizes."""
-    from surgery.planning.check import check as checked
-
-    with output.busy("checking"):
-        found = checked(spec)
-        if skeleton is None or any(d.severity == "error" for d in found):
-            return found
-        return [*(d for d in found if d.code != "fallback"), *_misfits(spec, skeleton)]
-
-
-def _misfits(spec: Spec, skeleton: Any) -> tuple[Diagnostic, ...]:
-    from surgery.planning.compile import compile
-    from surgery.planning.figures import Report
-
-    try:
-        plan = compile(skeleton, spec)
-    except SurgeryError as error:
-        return error.diagnostics
-    return *plan.warnings, *Report(plan).fallbacks
 
 
 def _explain_code(output: Output, code: str) -> None:

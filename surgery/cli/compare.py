@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from surgery.experiments.comparison_table import Mean, Row
     from surgery.language.tree import Spec
 
-RUNS, STEPS, TABLE, PLOT = "runs", "steps.json", "comparison.json", "comparison.svg"
+TABLE, PLOT = "comparison.json", "comparison.svg"
 _BEYOND = {"top": "higher", "bottom": "lower"}
 
 
@@ -88,8 +88,10 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     the texts and the score taken on another. Runs that DIR holds are not done again. --set goes to every spec that has
     such a parameter. The time of a step is taken at the end, all methods taking turns.
     """
+    from surgery.experiments.comparison import comparison_of
     from surgery.experiments.text_tasks import read
     from surgery.experiments.training import need
+    from surgery.models.loading import quiet_libraries
     from surgery.runtime.atomic_folders import refuse_file
 
     need("accelerate", "train", "training")
@@ -98,10 +100,11 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     methods = _methods(specs if no_full else ("full", *specs), sets, targets)
     task = read(data, kind, threshold, label).limited(limit)
     with output.busy(f"loading {model}"):
-        comparison = _comparison(methods, model, task, budget, output.trust)
+        quiet_libraries(bars=False)
+        comparison = comparison_of(methods, model, task, output.trust, **budget)
         comparison.check()
     runs = _runs(output, comparison, Path(out))
-    _report(output, comparison, runs, _steps(output, comparison, Path(out) / STEPS), Path(out))
+    _report(output, comparison, runs, comparison.steps(Path(out), output.busy), Path(out))
 
 
 # --------------------------------------------------------------------------------------------------------- methods
@@ -116,53 +119,22 @@ def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) 
     return full | {f"{FULL}.surg" if name == FULL else name: spec for name, spec in named.items()}
 
 
-def _comparison(methods: Mapping[str, Spec | None], model: str, task: Any, budget: Mapping[str, Any],
-                trust: bool) -> Comparison:
-    from surgery.experiments.comparison import Comparison
-    from surgery.models.loading import load_with_head, quiet_libraries, tokenizer
-
-    quiet_libraries(bars=False)
-    words = tokenizer(model, trust)
-    return Comparison(methods, model, lambda seed: load_with_head(model, task.outputs, seed, trust, **task.head), words,
-                      task, **budget)
-
-
 # ------------------------------------------------------------------------------------------------------------ runs
 
 
 def _runs(output: Output, comparison: Comparison, folder: Path) -> list[Run]:
-    """Every run, from its file or performed."""
-    from surgery.experiments.comparison_files import finished, keep
-
-    found, asked = [], comparison.asked()
-    for number, each in enumerate(asked, start=1):
-        what = f"{number}/{len(asked)}  {each['method']}  lr {each['rate']:g}  seed {each['seed']}"
-        run = finished(folder / RUNS, each)
-        if run is None:
-            with output.busy(what):
-                run = comparison.perform(each)
-            keep(folder / RUNS, run)
+    """Every run, each told when it is done."""
+    def ended(what: str, run: Run, is_new: bool) -> None:
+        if is_new:
             output.note(f"{what}  {_scores(run.test)}")
         else:
             output.detail(f"{what}  {_scores(run.test)}, done before")
-        found.append(run)
-    return found
+
+    return comparison.runs(folder, output.busy, ended)
 
 
 def _scores(scores: Mapping[str, float] | None) -> str:
     return "diverged" if scores is None else ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-
-
-def _steps(output: Output, comparison: Comparison, file: Path) -> Steps:
-    """The times of steps, from their file or taken."""
-    from surgery.experiments.comparison_files import keep_steps, known_steps
-
-    known = known_steps(file, comparison.steps_asked)
-    if known is None:
-        with output.busy("timing steps side by side"):
-            known = comparison.time()
-        keep_steps(file, known)
-    return known
 
 
 # ---------------------------------------------------------------------------------------------------------- report

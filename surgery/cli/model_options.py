@@ -38,18 +38,12 @@ def base_of(output: Output, folder: str, model: str | None, dtype: str | None) -
 
     Raises: SurgeryError (bad-adapter, unknown-model).
     """
+    from surgery.models.loading import base_name
     from surgery.runtime.saved_format import Saved
 
     saved = Saved(Path(folder))
     base = base_name(folder, model, saved.meta.get("base_model"))
     return loaded(output, base, dtype, saved), base, saved.meta
-
-
-def base_name(folder: str, named: str | None, said: str | None, how: str = "name the model after the folder") -> str:
-    """The model that is named, or that an adapter says it is for. Raises: SurgeryError (unknown-model) without any."""
-    if base := named or said:
-        return base
-    raise fail("unknown-model", f"{folder} does not say which model it is for", helps=(how,))
 
 
 def say_errors(output: Output, errors: Mapping[str, float],

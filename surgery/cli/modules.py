@@ -17,9 +17,10 @@ def modules(output: Output, model: str, pattern: str | None, every: bool) -> Non
 
     With the kind and shape of every weight that a spec can take; PATTERN narrows it.
     """
-    from surgery.cli.module_tree_view import chosen, entries, tree
+    from surgery.cli.module_tree_view import tree
+    from surgery.matching.module_tree import matching_names
+    from surgery.matching.module_tree import modules as entries
 
     skeleton = skeleton_of(output, model)
-    names = chosen(skeleton, pattern)
-    output.say(tree(skeleton, names, every))
-    output.data(model=model, modules=entries(skeleton, names))
+    output.say(tree(skeleton, matching_names(skeleton, pattern), every))
+    output.data(model=model, modules=entries(skeleton, pattern))

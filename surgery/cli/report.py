@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from surgery.cli.options import command, trust_option
 from surgery.cli.output import Output
-from surgery.cli.spectra_options import base_option, measured_spectra, squared_option, summary_line
+from surgery.cli.spectra_options import asked, base_option, squared_option, summary_line, tracked
 
 
 @command(click.argument("folder", metavar="DIR"), base_option,
@@ -21,19 +19,9 @@ def report(output: Output, folder: str, base: str | None, out: str, squared: boo
     One HTML file that needs no network: the model and what was operated on, formulas, parameters, costs, spectra, and
     training curves where the state of a Trainer lies in DIR or beside it.
     """
-    from surgery.analysis.page import Page
-    from surgery.analysis.page.training_curves import charts, found_state
-    from surgery.analysis.spectra.updates import of_surgeon
-    from surgery.cli.opened_weights import opened_adapter
-    from surgery.runtime.atomic_folders import refuse_file, replacing_file
+    from surgery.analysis.page import report_page
 
-    refuse_file(Path(out))
-    state = found_state(Path(folder))
-    training = charts(state) if state else {}
-    found = opened_adapter(output, folder, base)
-    spectra = measured_spectra(output, of_surgeon(found.surgeon, found.read, found.leaves), squared, top=8)
-    with output.busy(f"writing {out}"), replacing_file(Path(out)) as new:
-        page = Page(Path(folder).resolve().name, found.base, found.surgeon.report(), spectra, training)
-        new.write_text(page.html(), encoding="utf-8")
-    output.say(f"{summary_line(spectra)}\nsaved     {out}")
-    output.data(adapter=folder, base=found.base, out=out, training=state and str(state), **spectra.to_json())
+    written = report_page(folder, out, base=base, squared=squared, asked=asked(output), measured=tracked(output))
+    output.say(f"{summary_line(written.spectra)}\nsaved     {out}")
+    output.data(adapter=folder, base=written.base, out=out, training=written.training and str(written.training),
+                **written.spectra.to_json())

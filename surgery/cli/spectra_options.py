@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -11,26 +10,25 @@ from surgery.cli.output import Output
 from surgery.text import counted, figure_text
 
 if TYPE_CHECKING:
-    from surgery.analysis.spectra import Spectra
-    from surgery.analysis.spectra.updates import Pending
+    from surgery.analysis.saved_weights import Asked
+    from surgery.analysis.spectra import Spectra, Track
 
 base_option = click.option("--base", metavar="MODEL",
                            help="The adapter's base model, if not the one that it was saved for.")
 squared_option = click.option("--squared", is_flag=True, help="Entropies of σ² / Σ σ² instead of σ / Σ σ.")
 
 
-def measured_spectra(output: Output, pending: Sequence[Pending], squared: bool, top: int) -> Spectra:
-    from surgery.analysis.spectra import gathered
+def asked(output: Output) -> Asked:
+    """How models are opened: with what this run shows of it."""
+    from surgery.analysis.saved_weights import Asked
+    from surgery.models.loading import quiet_libraries
 
-    return gathered(pending, squared, top, lambda weights: output.track(weights, "measuring"))
+    quiet_libraries(output.animated)
+    return Asked(output.trust, output.busy, output.note)
 
 
-def adapter_updates(output: Output, folder: str, base: str | None) -> list[Pending]:
-    from surgery.analysis.spectra.updates import of_surgeon
-    from surgery.cli.opened_weights import opened_adapter
-
-    found = opened_adapter(output, folder, base)
-    return of_surgeon(found.surgeon, found.read, found.leaves)
+def tracked(output: Output) -> Track:
+    return lambda weights: output.track(weights, "measuring")
 
 
 def summary_line(spectra: Spectra) -> str:

@@ -12,7 +12,7 @@ import click
 
 from surgery.cli.options import command, trust_option
 from surgery.cli.output import Output, aligned
-from surgery.cli.spectra_options import adapter_updates, base_option, measured_spectra, squared_option, summary_line
+from surgery.cli.spectra_options import asked, base_option, squared_option, summary_line, tracked
 from surgery.diagnostics import did_you_mean, fail
 from surgery.text import counted, figure_text, plain, sides_text, some
 
@@ -44,9 +44,13 @@ def spectrum(output: Output, first: str, second: str | None, base: str | None, s
     """
     if second and base:
         raise click.UsageError("--base is for a saved adapter; here BASE and TUNED are models.")
+    from surgery.analysis.saved_weights import opened_adapter
+    from surgery.analysis.spectra import gathered
+
     _ready(table, picture)
-    pending, left_out = _of_models(output, first, second) if second else (adapter_updates(output, first, base), [])
-    spectra = measured_spectra(output, pending, squared, top)
+    pending, left_out = (_of_models(output, first, second) if second
+                         else (opened_adapter(first, base, asked(output)).updates(), []))
+    spectra = gathered(pending, squared, top, tracked(output))
     _say(output, spectra, left_out)
     _write(output, spectra, table, picture, Path(second or first).name)
     output.data(subject=first, tuned=second, not_compared=left_out, **spectra.to_json())
@@ -74,11 +78,11 @@ def _ready(table: str | None, picture: str | None) -> None:
 
 def _of_models(output: Output, base: str, tuned: str) -> tuple[list[Pending], list[str]]:
     """The updates between two models, and the weights of the tuned one that the base has not in that shape."""
+    from surgery.analysis.saved_weights import opened_weights
     from surgery.analysis.spectra.checkpoint import pairs
     from surgery.analysis.spectra.updates import of_models
-    from surgery.cli.opened_weights import opened_weights
 
-    one, other = (opened_weights(output, name) for name in (base, tuned))
+    one, other = (opened_weights(name, asked(output)) for name in (base, tuned))
     found = pairs(one, other)
     if not found:
         raise fail("bad-value", f"{base} and {tuned} have no weight in common")

@@ -14,10 +14,12 @@ half the distance between the quartiles of those.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 
 from surgery.diagnostics import fail
 from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
+from surgery.language.library import load
 from surgery.language.tree import Spec
 from surgery.models.demo import demo_inputs
 from surgery.peft.recognise import Match, match
@@ -179,6 +182,26 @@ class Bench:
                       f"{phase}_ratio": median(ratios) if ratios else None,
                       f"{phase}_ratio_spread": spread(ratios)}
         return {**found, "peak_bytes": subject.peak if subject else None}
+
+
+def bench(model: nn.Module, specs: Iterable[Spec | str | PathLike] | Mapping[str, Spec],
+          tokens: tuple[int, int] = (4, 128), *, repeat: int = 10, against_peft: bool = False,
+          compiled: bool = False) -> list[dict[str, Any]]:
+    """What specs cost on a model: the rows of `Bench.rows()` after `repeat` rounds of each measurement.
+
+    `specs` by names of their own, or files and shipped names; `tokens`: rows, and tokens a row (of images: how many).
+    Cost: `2 repeat` forward passes and as many steps of every spec. Raises: SurgeryError."""
+    named = specs if isinstance(specs, Mapping) else dict(map(_named, specs))
+    ready = Bench(model, named, tokens, against_peft, compiled)
+    for _ in ready.run(repeat):
+        pass
+    return ready.rows()
+
+
+def _named(spec: Spec | str | PathLike) -> tuple[str, Spec]:
+    if isinstance(spec, Spec):
+        return spec.name or "spec", spec
+    return Path(spec).stem, load(spec)
 
 
 def spread(values: Sequence[float]) -> float | None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from surgery.analysis.spectra import spectrum
 from surgery.analysis.spectra.summary import Group
 from surgery.diagnostics import Collector, SurgeryError
-from surgery.experiments.comparison_files import Run, Steps, digest
+from surgery.experiments.comparison_files import Run, Steps, digest, finished, keep, keep_steps, known_steps
+from surgery.experiments.comparison_table import Row, rows
 from surgery.experiments.text_tasks import Task, scores
 from surgery.experiments.timing import sharing
 from surgery.experiments.training import Setting, encoded, outputs, train, with_head
 from surgery.experiments.training_cost import Clock, side_by_side, step_bytes
 from surgery.language.library import inlined
 from surgery.language.tree import Spec, Target, add
+from surgery.models.loading import load_with_head, tokenizer
 from surgery.planning.compile import compile
 from surgery.runtime.surgeon import Surgeon, apply
 
@@ -37,7 +41,31 @@ FULL = "full"
 FIGURES = ("entropy", "normalised_entropy", "stable_rank", "effective_rank", "relative_size")
 VALIDATION, TEST = 0.2, 0.2
 _EVERY = Spec("every", targets=(Target(add("low_rank"), kind="linear"),))
+RUNS, STEPS = "runs", "steps.json"
 Loader = Callable[[int], PreTrainedModel]
+Starting = Callable[[str], AbstractContextManager]
+
+
+def compare(specs: Mapping[str, Spec | None], model: str, task: Task, folder: str | PathLike, *,
+            rates: Sequence[float] = (1e-4, 3e-4, 1e-3), seeds: int = 5, epochs: float = 2, batch: int = 32,
+            trust: bool = False) -> list[Row]:
+    """Train specs (and full fine-tuning, which None stands for) side by side on a text task; a row for each.
+
+    `model` is a name that `load_model` takes, and gets a new head; `task` is what `read` of a file of texts gives. The
+    learning rate is chosen among `rates` on a fifth of the texts and the score taken on another. What `folder` holds
+    already is not done again. `trust`: run Python code that lies in the model's folder.
+
+    Raises: SurgeryError, before any training, for what is wrong with any of the specs for this model."""
+    comparison = comparison_of(specs, model, task, trust, rates=rates, seeds=seeds, epochs=epochs, batch=batch)
+    comparison.check()
+    return rows(comparison.runs(Path(folder)), comparison.steps(Path(folder)))
+
+
+def comparison_of(specs: Mapping[str, Spec | None], model: str, task: Task, trust: bool = False,
+                  **budget: Any) -> Comparison:
+    """The comparison of specs on a model that is named. Raises: SurgeryError (unknown-model)."""
+    return Comparison(specs, model, lambda seed: load_with_head(model, task.outputs, seed, trust, **task.head),
+                      tokenizer(model, trust), task, **budget)
 
 
 @dataclass(frozen=True)
@@ -90,6 +118,31 @@ class Comparison:
     def parts(self) -> tuple[Task, Task, Task]:
         """To learn from, to choose the learning rate on, to take the score on: the same for all seeds."""
         return self.task.parts(1 - VALIDATION - TEST, VALIDATION)
+
+    def runs(self, folder: Path, starting: Starting = lambda what: nullcontext(),
+             ended: Callable[[str, Run, bool], None] = lambda what, run, is_new: None) -> list[Run]:
+        """Every run, from its file in `folder` or performed and kept there. `starting` stands around each that is
+        performed, and `ended` is told of each; both with a line that says which it is."""
+        found, asked = [], self.asked()
+        for number, each in enumerate(asked, start=1):
+            what = f"{number}/{len(asked)}  {each['method']}  lr {each['rate']:g}  seed {each['seed']}"
+            run = known = finished(folder / RUNS, each)
+            if run is None:
+                with starting(what):
+                    run = self.perform(each)
+                keep(folder / RUNS, run)
+            ended(what, run, known is None)
+            found.append(run)
+        return found
+
+    def steps(self, folder: Path, starting: Starting = lambda what: nullcontext()) -> Steps:
+        """The times of steps, from their file in `folder` or taken and kept there."""
+        known = known_steps(folder / STEPS, self.steps_asked)
+        if known is None:
+            with starting("timing steps side by side"):
+                known = self.time()
+            keep_steps(folder / STEPS, known)
+        return known
 
     def perform(self, asked: Mapping[str, Any]) -> Run:
         """Train once, and measure."""

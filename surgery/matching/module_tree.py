@@ -9,12 +9,44 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from torch import nn
 
+from surgery.diagnostics import fail
 from surgery.layers.survey import Site, Survey
+from surgery.matching.patterns import compile_pattern, marked
+from surgery.matching.suggestions import Population
 
 Mark = Callable[[str], object]
+
+
+def modules(model: nn.Module, pattern: str | None = None) -> list[dict[str, Any]]:
+    """The modules of a model (on the meta device too) as plain data in order: `name` and `class`; and of what a spec
+    can take `kind`, `shape` [out, in] and `stack`, how many such matrices one weight holds (None for a single one).
+
+    `pattern`: those alone that it matches. Raises: SurgeryError (no-match), if it matches none."""
+    names, sites = matching_names(model, pattern), {site.name: site for site in Survey(model).sites}
+    listed = dict.fromkeys([*dict(model.named_modules()), *sites])
+    return [_entry(name, model, sites.get(name)) for name in listed if name in names]
+
+
+def matching_names(model: nn.Module, pattern: str | None) -> set[str]:
+    """The names of the modules and weights that a pattern matches; all without one. Raises: SurgeryError (no-match)."""
+    survey = Survey(model)
+    names = [*(n for n in survey.modules if n), *(s.name for s in survey.sites if s.stack is not None)]
+    glob = compile_pattern(pattern) if pattern else None
+    matching = {n for n in names if glob is None or glob.matches(n, survey.counts)}
+    if glob and not matching:
+        near = Population((marked(n, survey.counts),) for n in names).suggest(glob)
+        raise fail("no-match", f'pattern "{pattern}" matches no module of {type(model).__name__}',
+                   helps=(f'did you mean "{near[0]}"?',) if near else ())
+    return matching
+
+
+def _entry(name: str, model: nn.Module, site: Site | None) -> dict[str, Any]:
+    kind = {"kind": site.kind, "shape": [site.out, site.in_], "stack": site.stack} if site else {}
+    return {"name": name, "class": type(site.module if site else model.get_submodule(name)).__name__, **kind}
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
 from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean, fail
+from surgery.language.library import library, load
 from surgery.language.tree import Select, Spec, Target
 from surgery.layers.survey import Site, Survey
 from surgery.layers.wrappers import named_parameters
@@ -87,6 +89,15 @@ class Selection:
         near = did_you_mean(name, [*(s.name for s in self.survey.sites), *self.survey.modules])
         raise fail("no-match", f"{type(self.survey.model).__name__} has no module `{name}`",
                    helps=(near,) if near else ())
+
+
+def explain(model: nn.Module, spec: Spec | str | Path, name: str) -> str:
+    """Which line of a spec (or of a file, or of a shipped one by its name) takes the module `name` of a model, or why
+    none does. The model may be on the meta device.
+
+    Raises: SurgeryError, for a module that the model has not, and for a spec that is wrong for it."""
+    spec = spec if isinstance(spec, Spec) else load(spec)
+    return select(model, spec, library(spec).selects).explain(name)
 
 
 def select(model: nn.Module, spec: Spec, selects: Mapping[str, Select]) -> Selection:

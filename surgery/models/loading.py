@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -131,6 +132,14 @@ def _pretrained(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig
 
 def _shaped(tensors: Mapping[str, list[int]]) -> str:
     return some(f"{tensor} {shape}" for tensor, shape in tensors.items())
+
+
+def base_name(folder: str | PathLike, named: str | None, said: str | None,
+              how: str = "name the model after the folder") -> str:
+    """The model that is named, or that an adapter says it is for. Raises: SurgeryError (unknown-model) without any."""
+    if base := named or said:
+        return base
+    raise fail("unknown-model", f"{folder} does not say which model it is for", helps=(how,))
 
 
 def folder_of(name: str) -> Path:

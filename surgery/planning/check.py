@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from math import prod
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 from surgery.codegen.candidates import by_tokens, candidates
 from surgery.codegen.program_text import program_text, step_text
 from surgery.codegen.validate import program_faults, step_faults
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.language.expressions import Argument, Call, as_expression
-from surgery.language.library import Library, library
+from surgery.language.library import Library, library, load
 from surgery.language.tree import Definition, Parameter, Spec, Step, Target
 from surgery.layers.kinds import supposed
 from surgery.matching.selectors import selector_faults
@@ -27,21 +28,40 @@ from surgery.rewrite.prove_identity import starts_as_weight, surely_trains
 from surgery.semantics.elaborate import Context
 from surgery.semantics.lint import lint, spec_values
 
+if TYPE_CHECKING:
+    from torch import nn
+
 _EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
 
 
-def check(spec: Spec) -> list[Diagnostic]:
-    """All that is wrong with a spec whatever the model, warnings too."""
-    try:
-        scope = library(spec)
-    except SurgeryError as error:
-        return list(error.diagnostics)
+def check(spec: Spec | str | PathLike, model: nn.Module | None = None) -> list[Diagnostic]:
+    """All that is wrong with a spec (or a file, or a shipped spec by its name), warnings too: whatever the model; and,
+    where it has no error and a model is given (on the meta device too), on that model. What is wrong is not raised."""
     report = Collector()
-    values = spec_values(spec, report)
-    report.add(*lint(spec, scope), *selector_faults(spec, scope.selects))
-    if not report.errors:
-        report.add(*_tried(spec, scope, values))
-    return report.found
+    try:
+        spec = spec if isinstance(spec, Spec) else load(spec)
+        scope = library(spec)
+        values = spec_values(spec, report)
+        report.add(*lint(spec, scope), *selector_faults(spec, scope.selects))
+        if not report.errors:
+            report.add(*_tried(spec, scope, values))
+    except SurgeryError as error:
+        report.add(*error.diagnostics)
+    if model is None or report.errors:
+        return report.found
+    # what runs dense is told once: on the sizes of the model
+    return [*(d for d in report.found if d.code != "fallback"), *_on_model(spec, model)]
+
+
+def _on_model(spec: Spec, model: nn.Module) -> tuple[Diagnostic, ...]:
+    from surgery.planning.compile import compile
+    from surgery.planning.figures import Report
+
+    try:
+        plan = compile(model, spec)
+    except SurgeryError as error:
+        return error.diagnostics
+    return *plan.warnings, *Report(plan).fallbacks
 
 
 def _tried(spec: Spec, scope: Library, values: Mapping[str, Any]) -> list[Diagnostic]:

@@ -9,24 +9,58 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 
 from surgery import __version__
+from surgery.analysis.page import training_curves
 from surgery.analysis.page.charts import chart, legend
 from surgery.analysis.page.html import Markup, folded, table, tag
 from surgery.analysis.page.model_tree import ModelTree
-from surgery.analysis.spectra import Group, Spectra
+from surgery.analysis.saved_weights import Asked, opened_adapter
+from surgery.analysis.spectra import Group, Spectra, Track, gathered
 from surgery.analysis.spectra.curves import Curve, across_layers, distributions
 from surgery.codegen.cost_model import TOKENS_SUPPOSED
 from surgery.language.tree import Spec
 from surgery.planning.figures import Report
 from surgery.planning.formulas import formula_lines, formulas
+from surgery.runtime.atomic_folders import refuse_file, replacing_file
 from surgery.text import figure_text, sides_text, size_text
 
+_DIRECTIONS = 8  # of ΔW and of W, whose overlap is measured
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _FIGURES = {"entropy": "entropy", "normalised_entropy": "of max", "stable_rank": "stable rank",
             "effective_rank": "effective rank", "numerical_rank": "rank", "relative_size": "‖ΔW‖ / ‖W‖",
             "overlap_out": "overlap out", "overlap_in": "overlap in"}
+
+
+def report_page(folder: str | PathLike, out: str | PathLike = "report.html", *, base: str | None = None,
+                squared: bool = False, asked: Asked = Asked(), measured: Track = lambda weights: weights) -> Written:
+    """Write a page about the saved adapter in `folder`: one HTML file that needs no network.
+
+    `base`: its base model, if it is not the one that it was saved for; `squared`: entropies of p = σ² / Σ σ². Training
+    curves are in it where the state of a Trainer lies in the folder or beside it. One weight is read at a time.
+
+    Raises: SurgeryError (bad-output, bad-adapter, unknown-model, ...); then what stood at `out` still does."""
+    refuse_file(Path(out))
+    state = training_curves.found_state(Path(folder))
+    training = training_curves.charts(state) if state else {}
+    adapter = opened_adapter(folder, base, asked)
+    spectra = gathered(adapter.updates(), squared, _DIRECTIONS, measured)
+    with asked.step(f"writing {out}"), replacing_file(Path(out)) as new:
+        page = Page(Path(folder).resolve().name, adapter.base, adapter.surgeon.report(), spectra, training)
+        new.write_text(page.html(), encoding="utf-8")
+    return Written(Path(out), adapter.base, state, spectra)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A page that was written: its file, the adapter's base model, the state of a Trainer that it shows, spectra."""
+
+    file: Path
+    base: str
+    training: Path | None
+    spectra: Spectra
 
 
 @dataclass(frozen=True)
