@@ -16,11 +16,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from surgery.ir.builders import fill
 from surgery.ir.dense import dense
 from surgery.ir.expression import Expr
-from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, eye, make
+from surgery.ir.operations import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, eye, make
 from surgery.language.parser import parse_expression
-from surgery.rewrite.builders import fill
 from surgery.semantics.evaluate import evaluate
 
 n = 12

@@ -19,7 +19,7 @@ from torch.nn import Linear
 
 from surgery.diagnostics import SurgeryError
 from surgery.ir.expression import Expr, Shape
-from surgery.ir.primitives import OPERATORS, PRIMITIVES, Primitive, ShapeError
+from surgery.ir.operations import OPERATORS, PRIMITIVES, Operation, ShapeError
 from surgery.ir.sizes import symbol
 from surgery.language.library import library, parse
 from surgery.language.parser import parse_expression
@@ -115,11 +115,11 @@ def sizes_of(text: str, names: dict) -> tuple:
     return tuple(evaluate(parse_expression(t), names) for t in text.split(",") if t)
 
 
-def can_be_random(row: Primitive) -> bool:
+def can_be_random(row: Operation) -> bool:
     return row.public and row.name not in UNTAMED | {"literal"} and not row.whole
 
 
-def given_sizes(row: Primitive, texts: dict[Shape, str]) -> list[str]:
+def given_sizes(row: Operation, texts: dict[Shape, str]) -> list[str]:
     """Sizes for a primitive's call, as text; empty for one that takes none."""
     if not row.sizes:
         return [""]

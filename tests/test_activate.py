@@ -11,15 +11,15 @@ from torch import Tensor
 
 from surgery.codegen import apply_to_activations
 from surgery.codegen.apply_to_activations import apply, matrix, turned
-from surgery.codegen.emit import TOKENS
 from surgery.codegen.fuse_blocks import blockwise
 from surgery.codegen.fuse_low_rank import thinly
 from surgery.codegen.images_and_ids import enter_in_parts, split_dropout
+from surgery.ir.builders import summands, total
 from surgery.ir.dense import dense
 from surgery.ir.expression import Expr, walk, without_dropout
-from surgery.ir.primitives import PRIMITIVES, make
+from surgery.ir.operations import PRIMITIVES, make
+from surgery.ir.sizes import TOKENS
 from surgery.ir.verifier import CHEAPEST, LOWERED, MATERIALISED, verify
-from surgery.rewrite.builders import summands, total
 from surgery.rewrite.cheaper_forms import CHEAP, JOINED, cheapest
 from surgery.rewrite.low_rank import factors, low_rank_turn
 from surgery.rewrite.normal_form import RULES, is_orthogonal, is_skew

@@ -16,7 +16,7 @@ from zoo import CASES
 
 import surgery
 from surgery.codegen import kernels, kernels_row_sums
-from surgery.ir.primitives import PRIMITIVES
+from surgery.ir.operations import PRIMITIVES
 from surgery.language.library import load
 from surgery.runtime.surgeon import apply
 

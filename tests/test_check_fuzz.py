@@ -14,7 +14,7 @@ from test_random_specs import some
 from torch.nn import Linear
 
 from surgery.diagnostics import SurgeryError
-from surgery.ir.primitives import FUNCTIONS
+from surgery.ir.operations import FUNCTIONS
 from surgery.language.grammar import pattern_of
 from surgery.language.library import parse, shipped
 from surgery.language.tree import Spec

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, Primitive
+from surgery.ir.operations import FUNCTIONS, OPERATORS, PRIMITIVES, Operation
 from surgery.language.formatter import format_text
 from surgery.language.grammar import KEYWORDS
 from surgery.language.library import parse
@@ -28,7 +28,7 @@ def primitives() -> str:
     return table(("call", "is"), ((_call(row), row.doc) for row in PRIMITIVES.values() if row.public))
 
 
-def _call(row: Primitive) -> str:
+def _call(row: Operation) -> str:
     return SIGNS.get(row.name) or f"`{row.name}({', '.join([*'ab'[:row.arity], *row.sizes])})`"
 
 

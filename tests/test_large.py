@@ -17,7 +17,7 @@ import surgery
 from surgery.cli.main import main
 from surgery.diagnostics import Collector, Diagnostic, Source, Span, SurgeryError, fail
 from surgery.ir.expression import DEEPEST_FORMULA, Expr
-from surgery.ir.primitives import make
+from surgery.ir.operations import make
 from surgery.language.formatter import format_text
 from surgery.language.library import library, parse
 from surgery.language.parser import parse_expression

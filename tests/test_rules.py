@@ -9,7 +9,7 @@ import pytest
 from operands import MIXED, NAMES, every_call, expression, tensors, value_and_gradients
 
 from surgery.ir.expression import Expr, substituted, walk
-from surgery.ir.primitives import constant, make
+from surgery.ir.operations import constant, make
 from surgery.rewrite.cheaper_forms import CHEAP, JOINED, cheapest
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.normal_form import RULES, simplify

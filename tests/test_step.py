@@ -19,10 +19,10 @@ from surgery.codegen.cost_model import Cost
 from surgery.codegen.emit import emitted
 from surgery.codegen.schedule import Region
 from surgery.experiments.timing import peak_bytes
+from surgery.ir.builders import times
 from surgery.ir.expression import Expr, walk
-from surgery.ir.primitives import PRIMITIVES, make
+from surgery.ir.operations import PRIMITIVES, make
 from surgery.language.library import load, parse
-from surgery.rewrite.builders import times
 from surgery.runtime.surgeon import apply
 
 EXACT = 1e-10

@@ -14,13 +14,13 @@ from layers import Tower
 from torch import Tensor, nn
 
 import surgery
-from surgery.codegen import autograd_node
-from surgery.codegen.emit import TOKENS
+from surgery.codegen.kernel_names import names_called
 from surgery.codegen.program_text import StepText, step_text
 from surgery.codegen.validate import program_faults, step_faults
+from surgery.ir.builders import times
 from surgery.ir.expression import Expr, walk
-from surgery.ir.primitives import make
-from surgery.rewrite.builders import times
+from surgery.ir.operations import make
+from surgery.ir.sizes import TOKENS
 
 SUMS = Path(__file__).parent / "data" / "sums"
 X = Expr("x", (), None, (TOKENS, 12))
@@ -165,7 +165,7 @@ def numbers(source: str, text: StepText) -> list[Tensor] | None:
     given = [torch.randn(9, 128, dtype=torch.float64),
              *(torch.randn(leaves[i].shape, dtype=torch.float64) for i in sorted(leaves))]
     grad = torch.randn(9, 64, dtype=torch.float64)
-    scope = dict(autograd_node._SCOPE)
+    scope = names_called(in_step=True)
     try:
         exec(source, scope)
         y, kept = scope["forward"](layer, *given)

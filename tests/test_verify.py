@@ -9,26 +9,30 @@ from dataclasses import replace
 import pytest
 from zoo import CASES
 
-from surgery.codegen.emit import TOKENS
+from surgery.codegen.candidates import candidates
 from surgery.codegen.program import Program, activations, weights
+from surgery.codegen.program_text import step_text
 from surgery.diagnostics import Collector
+from surgery.ir.builders import fill
 from surgery.ir.expression import Draw, Expr, Formula, Leaf
-from surgery.ir.primitives import PRIMITIVES, constant, make
+from surgery.ir.operations import OPERATIONS, constant, make
+from surgery.ir.sizes import TOKENS
+from surgery.ir.table import Stage
 from surgery.ir.verifier import (
     CHEAPEST,
     ELABORATED,
     LOWERED,
     MATERIALISED,
     SIMPLIFIED,
-    Laws,
+    STEP,
     Malformed,
+    laws,
     verify,
     verify_formula,
 )
 from surgery.language.library import library, load, shipped
 from surgery.language.tree import Spec
 from surgery.layers.kinds import CONV, EMBEDDING, LINEAR
-from surgery.rewrite.builders import fill
 from surgery.rewrite.cheaper_forms import cheapest
 from surgery.rewrite.normal_form import simplify
 from surgery.semantics.elaborate import Context, elaborate
@@ -76,6 +80,15 @@ def test_symbolic_sizes_keep_the_laws(spec):
         verify(simplify(formula.weight), SIMPLIFIED)
 
 
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_gradients_keep_the_laws(spec):
+    for formula in formulas(spec, (96, 192), (64, 128)):
+        plan = candidates(formula, LINEAR, True, True)[0]
+        text = step_text(plan.written, plan.needs) if plan.has_body and any(plan.needs) else None
+        for expr in (text.body, *filter(None, text.gradients), *text.forwarded) if text is not None else ():
+            verify(expr, STEP)
+
+
 # ------------------------------------------------------------------------------------------------- each law can fail
 
 A, D, G = (Expr("param", (), f"own.{name}", shape) for name, shape in (("A", (6, 6)), ("d", (6,)), ("g", ())))
@@ -102,6 +115,9 @@ MALFORMED: dict[str, tuple[Expr, ...]] = {
     "frozen": (Expr("frozen", (), None, (TOKENS, 4)), Expr("frozen", (X,), None, (4,)),
                Expr("frozen", (X,), "bias", (TOKENS, 4))),
     "frozen_back": (Expr("frozen_back", (X, X), None, (TOKENS, 6)), Expr("frozen_back", (X,), None, (6, 6))),
+    "value": (Expr("value", (A,), 0, (6, 6)), Expr("value", (), None, (6, 6))),
+    "kept": (Expr("kept", (A,), 0, (6, 6)), Expr("kept", (), None, (6, 6))),
+    "grad": (Expr("grad", (A,), None, (6, 6)), Expr("grad", (), 0, (6, 6))),
     "run": (Expr("run", (X,), None, (TOKENS, 6)), Expr("run", (X, F), None, (TOKENS, 6)),
             Expr("run", (X, A), None, (TOKENS, 4))),
     "dropout": (Expr("dropout", (), MASK, (TOKENS, 6)), Expr("dropout", (X,), 0.5, (TOKENS, 6)),
@@ -115,34 +131,32 @@ MALFORMED: dict[str, tuple[Expr, ...]] = {
     "matmul": (make("matmul", make("mul", TWO, A), A), make("matmul", Expr("eye", (), None, (6, 6)), A)),
     "add": (make("add", A, fill(0, (6, 6))),),
 }
-FORMS: dict[str, Laws] = {"elaborated": ELABORATED, "simplified": SIMPLIFIED, "cheapest": CHEAPEST, "lowered": LOWERED,
-                          "materialised": MATERIALISED}
+FORMS: dict[str, Stage] = {"elaborated": ELABORATED, "simplified": SIMPLIFIED, "cheapest": CHEAPEST, "lowered": LOWERED,
+                           "materialised": MATERIALISED, "step": STEP}
 
 
 def malformed(op: str) -> tuple[Expr, ...]:
-    """Nodes of the operation that no meaning fits: by its primitive's rule, and listed ones."""
-    if op not in PRIMITIVES:
+    """Nodes of the operation that no meaning fits: by its shape rule, and listed ones."""
+    if OPERATIONS[op].shape is None:
         return MALFORMED[op]
-    arity = PRIMITIVES[op].arity
+    arity = OPERATIONS[op].arity
     plain = (Expr(op, (A,) * (arity + 1)), Expr(op, (A,) * arity, None, (99,)), Expr(op, (A,) * arity, 1, (6, 6)))
     return plain + MALFORMED.get(op, ())
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_each_law_refuses_what_breaks_it(form):
-    for op, laws in form.items():
-        said = {fault(node, {**LOWERED, **form}) for node in malformed(op)}
-        for law in laws:
-            assert law.says in said, f"nothing breaks {op}: {law.says}"
+    for op, row in OPERATIONS.items():
+        if form in row.stage:
+            said = {fault(node, form) for node in malformed(op)}
+            for law in laws(row, form):
+                assert law.says in said, f"nothing breaks {op}: {law.says}"
 
 
-def fault(node: Expr, form: Laws) -> str:
-    """The law that a node below another breaks (empty for none)."""
-    try:
-        verify(Expr("above", (node,), None, node.shape), {**form, "above": ()})
-    except Malformed as error:
-        return str(error).partition("breaks a law: ")[2]
-    return ""
+def fault(node: Expr, form: Stage) -> str:
+    """The law that a node breaks, whatever its arguments may be (empty for none)."""
+    broken = (law.says for law in laws(OPERATIONS[node.op], form) if not law.holds(node))
+    return next(broken, "")
 
 
 def refuses(expr: Expr, form: Laws, what: str) -> None:

@@ -13,7 +13,7 @@ from layers import LAYOUTS, Tower, assert_close, gradients, operated, perturb
 from torch import nn
 from zoo import CASES
 
-from surgery.ir.primitives import PRIMITIVES
+from surgery.ir.operations import PRIMITIVES
 from surgery.language.library import load, parse
 from surgery.runtime.surgeon import apply
 

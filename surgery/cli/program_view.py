@@ -54,7 +54,7 @@ def _page(formula: Formula, estimate: Estimate) -> Iterator[str]:
 
 
 def _program(formula: Formula, estimate: Estimate, training: bool) -> Program:
-    return activations(formula, estimate.kind, training, formula.bias.op != "bias", tokens=estimate.tokens)
+    return activations(formula, estimate.kind, training, formula.changes_bias, tokens=estimate.tokens)
 
 
 def _functions(program: Program) -> list[str]:

@@ -10,15 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.ir.expression import Expr
-
-# What a layer gives: memory of its own, unless it is a module of someone else's, which may give a view of its input.
-_OF_LAYER = {"frozen", "frozen_back", "run"}
-_ALLOCATES = _OF_LAYER | {
-    "add", "add_bias", "mul", "scale", "matmul", "outer", "blocks", "masked", "mix", "side_by_side", "spectrum",
-    "waves", "mixed", "mixed_back", "mixed_dot", "circulate", "circulate_back", "circulate_dot", "column_dot",
-    "column_sum", "block_dot", "zeros"}
-# Of those, what autograd keeps for no gradient, neither when it is made nor when a sum reads it.
-_UNKEPT = _OF_LAYER | {"matmul", "blocks", "add", "scale", "masked"}
+from surgery.ir.operations import operation
+from surgery.ir.table import Memory as Lies
 
 
 @dataclass(frozen=True)
@@ -32,11 +25,12 @@ class Memory:
 
     def is_own(self, node: Expr) -> bool:
         """Whether a value that is computed has memory that nothing else had before."""
-        return node.op in _ALLOCATES and not (self.is_called and node.op in _OF_LAYER)
+        lies = operation(node).memory
+        return lies is Lies.NEW or lies is Lies.OF_LAYER and not self.is_called
 
     def may_end(self, node: Expr) -> bool:
         """Whether a computed value may be written over when it has been read for the last time."""
-        return self.writes and self.is_own(node) and (not self.looked_on or node.op in _UNKEPT)
+        return self.writes and self.is_own(node) and (not self.looked_on or operation(node).is_unkept)
 
 
 def read_by(reads: Sequence[tuple[Expr, Sequence[Expr]]], memory: Memory) -> dict[Expr, frozenset[int]]:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 
+from surgery.ir.builders import scaled, summands, times, total
 from surgery.ir.expression import Expr, rebuild, walk
-from surgery.ir.primitives import make
+from surgery.ir.operations import make, operation
 from surgery.ir.primitives_fourier import BY_PRODUCTS
-from surgery.rewrite.builders import scaled, summands, times, total
 from surgery.rewrite.low_rank import Factors, factors, is_thin, low_rank_turn
 from surgery.rewrite.normal_form import simplify
 
@@ -100,7 +100,7 @@ def _drop(expr: Expr, a: Expr) -> Expr:
 
 def dropped(drop: Expr, a: Expr) -> Expr:
     """a without the entries that a `drop` takes from what it sees."""
-    return Expr("dropout", (a,), drop.data, a.shape)
+    return make("dropout", a, data=drop.data)
 
 
 def permutation(expr: Expr) -> tuple[int, int, int, int] | None:
@@ -118,7 +118,7 @@ def permutation(expr: Expr) -> tuple[int, int, int, int] | None:
 
 
 def _permuted(expr: Expr, a: Expr) -> Expr:
-    return Expr("swap", (a,), permutation(expr), a.shape)
+    return make("swap", a, data=permutation(expr))
 
 
 def _kron(expr: Expr, a: Expr) -> Expr:
@@ -126,13 +126,13 @@ def _kron(expr: Expr, a: Expr) -> Expr:
     if permutation(expr) is not None:
         return _permuted(expr, a)
     left, right = expr.args
-    (m, n), (p, q) = left.shape, right.shape
-    h = apply(right, Expr("split", (a,), (n, q), a.shape[:-1] + (n, q)))
+    n, q = left.shape[1], right.shape[1]
+    h = apply(right, make("split", a, data=(n, q)))
     if left.op == "literal":
-        h = Expr("mix", (h,), left.data, h.shape[:-2] + (m, h.shape[-1]))
+        h = make("mix", h, data=left.data)
     elif left.op != "eye":
         h = make("T", apply(left, make("T", h)))
-    return Expr("join", (h,), (), a.shape[:-1] + (m * p,))
+    return make("join", h)
 
 
 def _circulant(expr: Expr, a: Expr) -> Expr:
@@ -178,20 +178,20 @@ def is_structured(expr: Expr) -> bool:
         return factors(expr) is not None or all(map(is_structured, expr.args))
     if expr.op == "add":
         return all(map(is_structured, summands(expr)))
-    return expr.op in ("diag", "block_diag", "kron", "eye", "shuffle")
+    return operation(expr).is_structured
 
 
 def matrix(expr: Expr) -> Expr:
     """E itself, built the cheapest way: a structured factor acts on the rows or columns of the other."""
     if expr.is_large:
-        return rebuild(expr, lambda node, args: args[0] if node.op in ("drop", "built") else node.with_args(args))
+        return rebuild(expr, lambda node, args: args[0] if operation(node).is_transparent else node.with_args(args))
     if expr.op == "matmul" and len(expr.args[0].shape) == len(expr.args[1].shape) == 2:
         left, right = expr.args
         if is_structured(left) and factors(expr) is None:
             return make("T", apply(left, make("T", matrix(right))))
         if is_structured(right) and factors(expr) is None:
             return apply(turned(right), matrix(left))
-    if expr.op in ("drop", "built"):
+    if operation(expr).is_transparent:
         return matrix(expr.args[0])
     if expr.op in ("add", "mul", "matmul", "T"):
         return expr.with_args(tuple(matrix(a) if len(a.shape) == 2 else a for a in expr.args))

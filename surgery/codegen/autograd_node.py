@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from surgery.codegen.emit import BY_NAME
-from surgery.codegen.kernels import KERNELS
-from surgery.codegen.kernels_permute import MOVES
+from surgery.codegen.kernel_names import names_called
 from surgery.codegen.program_text import step_text
 from surgery.ir.expression import Expr
-
-_SCOPE = {"torch": torch, **MOVES, **BY_NAME, **KERNELS}
+from surgery.ir.operations import operation
+from surgery.ir.table import Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +40,9 @@ def step(body: Expr, needs: tuple[bool, ...]) -> Step | None:
     text = step_text(body, needs)
     if text is None:
         return None
-    scope: dict[str, Any] = dict(_SCOPE)
+    scope = names_called(in_step=True)
     exec(compile(text.source, "<surgery step>", "exec"), scope)
-    values = [leaf.data if leaf.op == "value" else None for leaf in text.held]
+    values = [leaf.data if operation(leaf).source is Source.SETUP else None for leaf in text.held]
     return Step(text.source, tuple(values), scope["forward"], scope["backward"])
 
 

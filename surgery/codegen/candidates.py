@@ -13,17 +13,18 @@ from math import inf
 
 from surgery.codegen.apply_to_activations import apply, turned
 from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost, has_gradients, made_again, setup_cost
-from surgery.codegen.emit import TOKENS, without_gradient
+from surgery.codegen.emit import without_gradient
 from surgery.codegen.fuse_blocks import blockwise
 from surgery.codegen.fuse_low_rank import thinly
 from surgery.codegen.images_and_ids import built, is_weight, spread
 from surgery.codegen.operation_counts import size
 from surgery.codegen.setup_order import made, solved_once
 from surgery.codegen.split_products import apart
+from surgery.ir.builders import summands
 from surgery.ir.expression import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
-from surgery.ir.primitives import make
+from surgery.ir.operations import make
+from surgery.ir.sizes import TOKENS
 from surgery.layers.kinds import LayerKind
-from surgery.rewrite.builders import summands
 from surgery.rewrite.cheaper_forms import MOST_NODES, cheapest
 from surgery.rewrite.low_rank import is_thin
 
@@ -205,15 +206,15 @@ def _with_bias(y: Expr, bias: Expr | None, kind: LayerKind) -> Expr:
     if bias is None:
         return y
     if bias.op != "bias":
-        return Expr("add_bias", (y, offset(bias)), None, y.shape)
+        return make("add_bias", y, offset(bias))
     terms = list(summands(y))
     plain = next((t for t in terms if t.op == "frozen" and (kind.acts_by_rows or t.args[0].op == "x")), None)
     if plain is None:
-        return Expr("add_bias", (y, bias), None, y.shape)
+        return make("add_bias", y, bias)
     # a sum may hold the same term twice, and then the bias belongs to one of them
     terms.remove(plain)
     if any(plain in walk(term) for term in terms):  # the layer would run twice: with its bias, and without
-        return Expr("add_bias", (y, bias), None, y.shape)
+        return make("add_bias", y, bias)
     return reduce(partial(make, "add"), terms, Expr("frozen", plain.args, "biased", y.shape))
 
 

@@ -14,8 +14,10 @@ from functools import lru_cache
 
 from surgery.codegen.emit import readers, without_gradient
 from surgery.codegen.gradients import Gradients, gradients
-from surgery.codegen.operation_counts import MADE_ELSEWHERE, flops, is_accumulated, is_ids, is_taken_in, moved, size
+from surgery.codegen.operation_counts import flops, is_accumulated, is_taken_in, moved, size
 from surgery.ir.expression import Expr, walk
+from surgery.ir.operations import is_ids, operation
+from surgery.ir.table import Linear
 
 TOKENS_SUPPOSED = 1024  # the number that a choice supposes where nothing is said
 # What a core of a CPU does in the time of moving one number of float32, and of starting one operation from Python. (A
@@ -24,11 +26,6 @@ INTENSITY = 30.0
 CALL = 4e5
 HELD = 100.0  # what it is worth, in that time, not to hold a number from the forward pass to the backward pass
 AGAIN = 10 * CALL  # what making a set-up again costs beside making it
-VIEWS = {"T", "split", "join", "flat", "between", "swap"}  # what autograd holds as the value that they show
-# Of what a gradient needs nothing, and of what the gradient in one argument needs the other.
-LINEAR = {*VIEWS, "add", "scatter", "take", "reshape", "columns", "mix", "ifft2", "side_by_side", "stacked", "total",
-          "skew"}
-BILINEAR = {"mul", "matmul", "scale", "kron", "face", "row_dot", "kernel", "spectrum", "waves"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,8 @@ def body_cost(body: Expr, needs: tuple[bool, ...], tokens: int = TOKENS_SUPPOSED
 
 def _leaves(body: Expr, needs: tuple[bool, ...]) -> list[Expr]:
     """The leaves of a body that take a gradient."""
-    return [node for node in walk(body) if node.op in ("x", "value") and needs[0 if node.op == "x" else node.data + 1]]
+    inputs = (node for node in walk(body) if operation(node).is_step_input)
+    return [node for node in inputs if needs[node.data + 1 if isinstance(node.data, int) else 0]]
 
 
 def has_gradients(body: Expr, needs: tuple[bool, ...]) -> bool:
@@ -92,7 +90,7 @@ def _leads(node: Expr, leaves: frozenset[Expr]) -> bool:
 def _counted(nodes: Iterable[Expr], tokens: int, times: Callable[[Expr], int]) -> Cost:
     total = Cost()
     for node in nodes:
-        n, free = times(node), node.op in MADE_ELSEWHERE
+        n, free = times(node), operation(node).is_free
         total += Cost(n * flops(node, tokens), 0.0, n * moved(node, tokens), 0.0 if free else float(n))
     return total
 
@@ -115,14 +113,14 @@ def _made(values: Sequence[Expr], fixed: Sequence[Expr]) -> list[Expr]:
 
 def _once(node: Expr) -> Cost:
     """Of making a node of a set-up."""
-    return Cost(0.0, flops(node, 0), moved(node, 0), 0.0 if node.op in MADE_ELSEWHERE else 2.0)
+    return Cost(0.0, flops(node, 0), moved(node, 0), 0.0 if operation(node).is_free else 2.0)
 
 
 def made_again(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
     """Of making a set-up a second time, for its backward pass; None where it is better to hold what it made."""
     made = _made(values, fixed)
     cost = sum(map(_once, made), Cost())
-    held = sum(size(node, 0) for node in set(made) & _held(values, made) if node.op not in MADE_ELSEWHERE)
+    held = sum(size(node, 0) for node in set(made) & _held(values, made) if not operation(node).is_free)
     return cost if cost.seconds + AGAIN < HELD * held else None
 
 
@@ -131,15 +129,17 @@ def _held(values: Sequence[Expr], made: Sequence[Expr]) -> set[Expr]:
     gradless = without_gradient(*values)
     held = set(map(_viewed, values))
     for node in made:
-        if node in gradless or node.op in LINEAR or not node.has("param"):
+        row = operation(node)
+        if node in gradless or row.linear is Linear.TOGETHER or row.stops_gradient:
             continue
-        if node.op in BILINEAR:
-            held |= {_viewed(a) for a, other in (node.args, node.args[::-1]) if other.has("param")}
-        else:
+        trains = [a.has("param") for a in node.args]
+        if row.linear is Linear.EACH:  # the gradient of an argument needs the others
+            held |= {_viewed(a) for i, a in enumerate(node.args) if any(trains[:i] + trains[i + 1:])}
+        elif any(trains):
             held |= {_viewed(a) for a in (node, *node.args)}
     return held
 
 
 def _viewed(node: Expr) -> Expr:
     """What a view shows."""
-    return _viewed(node.args[0]) if node.op in VIEWS else node
+    return _viewed(node.args[0]) if operation(node).is_view else node

@@ -17,27 +17,7 @@ from dataclasses import dataclass
 from surgery.codegen.lifetimes import lifetimes, written_over
 from surgery.codegen.schedule import Instruction, Region, scheduled
 from surgery.ir.expression import Expr, walk
-from surgery.ir.primitives import PRIMITIVES
-from surgery.ir.sizes import symbol
-
-TOKENS = symbol("tokens")
-
-_TEMPLATES = {
-    "add": "{} + {}", "mul": "{} * {}", "matmul": "{} @ {}", "scale": "{} * {}", "T": "{}.mT",
-    "split": "{}.unflatten(-1, {data})", "join": "{}.flatten(-2)", "detach": "{}.detach()", "exp": "{}.exp()",
-    "sqrt": "{}.sqrt()", "abs": "{}.abs()", "tanh": "{}.tanh()", "sigmoid": "{}.sigmoid()", "diag": "{}.diag_embed()",
-    "cos": "{}.cos()", "sin": "{}.sin()", "total": "{}.sum()", "add_bias": "{} + {}", "param": "leaves[{data!r}]",
-    "places": "leaves[{data!r}]", "weight": "layer.matrix(dtype)", "bias": "layer.offset(dtype)",
-    "fill": "layer.fill({shape}, {data!r}, dtype)", "eye": "layer.eye({shape}, dtype)", "swap": "swap({}, {data})",
-    "mix": "mix({}, {data})", "reshape": "{}.reshape({data})", "columns": "{}[..., :{data[0]}]",
-    "between": "{}[:, {data[0]}:{data[1]}]", "dropout": "layer.dropout({}, {data[0]!r})",
-    "frozen_back": "layer.frozen_back({})", "run": "layer.run({}, {})", "mask": "mask({}, {data[0]!r})",
-    "flat": "{}.flatten(0, -2)", "zeros": "torch.zeros_like({})",
-}
-# What a line calls by the name of its operation, having no text of its own.
-BY_NAME = {name: row.dense for name, row in PRIMITIVES.items() if name not in _TEMPLATES}
-_FACTORS = {"addcmul": "value"}  # how the number in front of what is added is called, where it is not `alpha`
-_NARROW = 8  # how much wider the other side is than one with few columns
+from surgery.ir.operations import operation
 
 
 @dataclass(frozen=True)
@@ -56,7 +36,7 @@ def emitted(region: Region, names: Mapping[Expr, str], prefix: str,
     alive = lifetimes(region, schedule)
     over = written_over(region, schedule, alive)
     known = dict(names)
-    known |= {node: repr(float(node.data)) for node in region.nodes() if node.op == "const" and node not in known}
+    known |= {node: _plain(node, []) for node in region.nodes() if operation(node).is_inline and node not in known}
     known |= {each.node: f"{prefix}{i}" for i, each in enumerate(schedule)}
     lines: list[tuple[bool, str]] = []
     for i, (each, base) in enumerate(zip(schedule, over)):
@@ -69,36 +49,30 @@ def emitted(region: Region, names: Mapping[Expr, str], prefix: str,
 
 def _text(each: Instruction, base: Expr | None, known: Mapping[Expr, str]) -> str:
     """An instruction's expression, in the place of a base or beside it."""
-    args = [known[operand] for operand in each.reads]
-    number = f", {_FACTORS.get(each.form, 'alpha')}={each.factor!r}" if each.factor != 1.0 else ""
-    if each.form in ("add_blocks", "add_masked"):  # these write in any case
-        into = args[0] if base is not None else f"{args[0]}.clone()"
-        return f"{each.form}({', '.join([into, *args[1:]])}{number})"
-    if each.form == "put":
-        return f"put({', '.join(args)})"
+    args, form = [known[operand] for operand in each.reads], each.form
+    if form is None:
+        return _plain(each.node, args)
+    number = f", {form.factor}={each.factor!r}" if each.factor != 1.0 else ""
+    if form.kernel:  # one that writes does so in any case
+        into = f"{args[0]}.clone()" if form.writes and base is None else args[0]
+        return f"{form.name}({', '.join([into, *args[1:]])}{number})"
     if base is not None:
         rest = [name for operand, name in zip(each.reads, args) if operand is not base]
-        return f"{known[base]}.{each.form}_({', '.join(rest)}{number})"
-    if each.form in ("addmm", "addcmul") or number:
-        return f"torch.{each.form}({', '.join(args)}{number})"
-    return _plain(each.node, args)
+        return f"{known[base]}.{form.name}_({', '.join(rest)}{number})"
+    return f"torch.{form.name}({', '.join(args)}{number})" if form.is_fused or number else _plain(each.node, args)
 
 
 def _plain(node: Expr, args: list[str]) -> str:
-    """A node's own operation."""
-    if args and all(a.op == "const" for a in node.args):  # a number is no tensor yet
+    """A node's own operation: its row's text, or a call by its name."""
+    if args and all(operation(a).is_inline for a in node.args):  # a number is no tensor yet
         args = [f"layer.fill((), {number}, dtype)" for number in args]
-    if node.op == "frozen":
-        from_input = node.args[0].op in ("x", "dropout", "masked")
-        call = node.data or ("" if from_input else "flat" if TOKENS in node.shape else "rows")
-        return f"layer.{'_'.join(filter(None, ['frozen', call]))}({args[0]})"
-    if node.op == "outer":  # aᵀ g, a side with few columns in front: it is read in order, and so is the other
-        a, g = args
-        return f"({g}.mT @ {a}).mT" if node.shape[0] > _NARROW * node.shape[1] else f"{a}.mT @ {g}"
-    if node.op not in _TEMPLATES:
-        sizes = [] if node.data is None else [repr(node.data)]
-        return f"{node.op}({', '.join([*sizes, *(args or ['layer.like(dtype)'])])})"
-    return _TEMPLATES[node.op].format(*args, data=node.data, shape=tuple(node.shape))
+    text = operation(node).text
+    if callable(text):
+        return text(node, args)
+    if text:
+        return text.format(*args, data=node.data, shape=tuple(node.shape))
+    sizes = [] if node.data is None else [repr(node.data)]
+    return f"{node.op}({', '.join([*sizes, *(args or ['layer.like(dtype)'])])})"
 
 
 def readers(*outputs: Expr) -> dict[Expr, list[Expr]]:
@@ -111,12 +85,12 @@ def readers(*outputs: Expr) -> dict[Expr, list[Expr]]:
 
 
 def without_gradient(*outputs: Expr) -> frozenset[Expr]:
-    """The nodes that are reached through `detach` alone."""
+    """The nodes that are reached through `detach` and its like alone."""
     live: set[Expr] = set()
     stack = list(outputs)
     while stack:
         node = stack.pop()
         if node not in live:
             live.add(node)
-            stack += () if node.op == "detach" else node.args
+            stack += () if operation(node).stops_gradient else node.args
     return frozenset(walk(*outputs)) - live

@@ -13,10 +13,10 @@ from itertools import groupby
 from math import lcm
 
 from surgery.codegen.apply_to_activations import apply, permutation
+from surgery.ir.builders import fill
 from surgery.ir.expression import Expr
-from surgery.ir.primitives import eye, make
+from surgery.ir.operations import eye, make
 from surgery.ir.sizes import Dim
-from surgery.rewrite.builders import fill
 from surgery.rewrite.low_rank import is_thin
 
 

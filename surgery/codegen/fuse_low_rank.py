@@ -8,9 +8,9 @@ scalars, the frozen layer) meets a few rows in the place of all the tokens.
 from __future__ import annotations
 
 from surgery.codegen.apply_to_activations import is_structured
+from surgery.ir.builders import scaled, summands, times, total, value_of
 from surgery.ir.expression import Expr, walk
-from surgery.ir.primitives import make
-from surgery.rewrite.builders import scaled, summands, times, total, value_of
+from surgery.ir.operations import make
 from surgery.rewrite.cheaper_forms import cheapest
 from surgery.rewrite.low_rank import Factors, factors
 
@@ -68,4 +68,4 @@ def _built(factor: Expr) -> Expr:
     if factor.op == "matmul" and factor.args[1].op == "weight":
         return make("matmul", _built(factor.args[0]), factor.args[1])
     leaf = factor.args[0] if factor.op == "T" else factor
-    return factor if leaf.op in _LEAVES else Expr("built", (cheapest(factor),), None, factor.shape)
+    return factor if leaf.op in _LEAVES else make("built", cheapest(factor))

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from surgery.codegen.apply_to_activations import apply, dropped, matrix, turned
-from surgery.codegen.operation_counts import is_ids
+from surgery.ir.builders import scaled, times, total
 from surgery.ir.expression import Expr, walk, without_dropout
-from surgery.ir.primitives import make
+from surgery.ir.operations import is_ids, make
 from surgery.layers.kinds import LayerKind
-from surgery.rewrite.builders import scaled, times, total
 from surgery.rewrite.low_rank import factors
 from surgery.rewrite.normal_form import simplify
 
@@ -68,7 +67,7 @@ def is_weight(expr: Expr) -> bool:
 
 def run(expr: Expr, x: Expr) -> Expr:
     """The layer's map with E, built, in its weight's place."""
-    return Expr("run", (x, matrix(expr)), None, x.shape[:-1] + expr.shape[:1])
+    return make("run", x, matrix(expr))
 
 
 def _enters(expr: Expr) -> bool:

@@ -161,7 +161,3 @@ def add_masked(y: Tensor, a: Tensor, m: Tensor, mask: Tensor, alpha: float = 1.0
     y.addmm_(a, m, alpha=alpha)
     flat.put_(places, before)
     return y
-
-
-KERNELS = {f.__name__: f for f in (column_dot, column_sum, blocks, add_blocks, block_dot, circulate_back, circulate_dot,
-                                   mixed, mixed_back, mixed_dot, mask, masked, add_masked)}

@@ -36,6 +36,3 @@ def _weighted(row: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
 def put(a: Tensor, values: Tensor, places: Tensor) -> Tensor:
     """a + scatter(values, places): [m, n], [k], [k] -> [m, n], in one copy."""
     return a.flatten().scatter_add(0, places, values).view(a.shape)
-
-
-MOVES = {f.__name__: f for f in (swap, mix, put)}

@@ -42,6 +42,3 @@ class _WeightedDot(torch.autograd.Function):
 def weighted_dot(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
     """Σ a b d over each row: [m, n], [m, n], [n] -> [m]. A compiler makes one pass of it by itself."""
     return (a * b * d).sum(-1) if is_traced() else _WeightedDot.apply(a, b, d)
-
-
-ROW_SUMS = {"weighted_dot": weighted_dot}

@@ -22,17 +22,13 @@ from surgery.codegen import autograd_node, recompute
 from surgery.codegen.apply_to_activations import matrix
 from surgery.codegen.candidates import Candidate, by_tokens, candidate, candidates, offset
 from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost
-from surgery.codegen.emit import BY_NAME
-from surgery.codegen.kernels_permute import MOVES
-from surgery.codegen.kernels_row_sums import ROW_SUMS
+from surgery.codegen.kernel_names import names_called
 from surgery.codegen.program_text import program_text
 from surgery.ir.expression import Expr, Formula, rebuild, without_dropout
+from surgery.ir.operations import make
 from surgery.ir.orthogonal_maps import is_traced
-from surgery.ir.primitives import make
 from surgery.layers.kinds import LayerKind
 from surgery.rewrite.cheaper_forms import cheapest
-
-_SCOPE = {"torch": torch, **MOVES, **BY_NAME, **ROW_SUMS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +127,7 @@ def _read(expr: Expr) -> Expr:
 @lru_cache(maxsize=None)
 def _compile(plan: Candidate) -> Program:
     text = program_text(plan)
-    scope: dict[str, Any] = dict(_SCOPE)
+    scope = names_called(in_step=False)
     exec(compile(text, "<surgery program>", "exec"), scope)
     return Program(text, scope["once"], scope["setup"], scope.get("body"), plan, plan.reads_weight,
                    plan.rests_on_layer)

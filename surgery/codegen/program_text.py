@@ -13,12 +13,14 @@ from functools import lru_cache
 from surgery.codegen.aliases import Memory
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.emit import Lines, emitted, without_gradient
-from surgery.codegen.gradients import LEAVES, gradients
+from surgery.codegen.gradients import gradients
 from surgery.codegen.operation_counts import size
 from surgery.codegen.schedule import Region
+from surgery.ir.builders import times
 from surgery.ir.expression import Expr, rebuild, walk
+from surgery.ir.operations import make, operation
 from surgery.ir.sizes import Dim
-from surgery.rewrite.builders import times
+from surgery.ir.table import Source
 from surgery.rewrite.normal_form import simplify
 
 LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
@@ -42,13 +44,13 @@ def _prepared(name: str, arguments: str, results: Sequence[Expr], names: dict[Ex
         if gradless and (not lines or not lines[-1].startswith("  ")):
             lines.append("with torch.no_grad():")
         lines.append(("    " if gradless else "") + line)
-    returned = "".join(text.results[r] + (cast if r.op != "const" else "") + ", " for r in results)
+    returned = "".join(text.results[r] + ("" if operation(r).is_inline else cast) + ", " for r in results)
     return _function(f"{name}({arguments})", lines, f"({returned})")
 
 
 def _body(plan: Candidate) -> str:
     output = plan.outputs[0]
-    x = next(node for node in walk(output) if node.op == "x")
+    x = next(node for node in walk(output) if operation(node).source is Source.INPUT)
     names = {**{node: f"a{i}" for i, node in enumerate(plan.values)}, x: "x"}
     region = Region((output,), names.keys(), Memory(writes=True, is_called=plan.is_called))
     text = emitted(region, names, "y")
@@ -81,12 +83,12 @@ def step_text(body: Expr, needs: tuple[bool, ...]) -> StepText | None:
     """The text of a body where x and its values take gradients as `needs` says; None where an operation of it has no
     gradient in the table."""
     body = _with_masks(body)
-    leaves = {node.data: node for node in walk(body) if node.op in ("x", "value")}
+    leaves = {node.data: node for node in walk(body) if operation(node).is_step_input}
     inputs = [leaves[key] for key in (None, *range(len(needs) - 1))]
     found = gradients(body, [leaf for leaf, need in zip(inputs, needs) if need])
     if found is None:
         return None
-    used = dict.fromkeys(n for n in walk(*found.of) if n.op in ("x", "value"))
+    used = dict.fromkeys(n for n in walk(*found.of) if operation(n).is_step_input)
     of = iter(found.of)
     wanted = tuple(next(of) if need else None for need in needs)
     kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(found.kept)]
@@ -99,8 +101,8 @@ def _with_masks(body: Expr) -> Expr:
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         if node.op != "dropout":
             return node.with_args(args)
-        mask = Expr("mask", args, node.data, node.shape)
-        return times(1 / (1 - node.data[0]), Expr("masked", (*args, mask), None, node.shape))
+        masked = make("masked", *args, make("mask", *args, data=node.data))
+        return times(1 / (1 - node.data[0]), masked)
 
     return simplify(rebuild(body, change))
 
@@ -109,8 +111,8 @@ _OWN = Memory(looked_on=False, writes=True)
 
 
 def _forward(body: Expr, inputs: Sequence[Expr], kept: Sequence[Expr]) -> str:
-    names = {leaf: "x" if leaf.op == "x" else f"a{leaf.data}" for leaf in inputs}
-    text = _let_go(Region((body, *(k for k in kept if k.op not in LEAVES)), names.keys(), _OWN), names, "y")
+    names = {leaf: "x" if operation(leaf).source is Source.INPUT else f"a{leaf.data}" for leaf in inputs}
+    text = _let_go(Region((body, *(k for k in kept if not operation(k).is_leaf)), names.keys(), _OWN), names, "y")
     called = {**names, **text.results}
     returned = "".join(f"{called[k]}, " for k in kept)
     return _function(f"forward(layer, {', '.join(names.values())})", [line for _, line in text.lines],
@@ -121,7 +123,7 @@ def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr]) -> str:
     outputs = tuple(e for e in wanted if e is not None)
     names = {leaf: f"k{i}" for i, leaf in enumerate(kept)}
     arguments = ", ".join(["layer", "grad", *names.values()])
-    names |= {node: "grad" for node in walk(*outputs) if node.op == "grad"}
+    names |= {node: "grad" for node in walk(*outputs) if operation(node).source is Source.BACKWARD}
     text = _let_go(Region(outputs, names.keys(), _OWN), names, "g")
     returned = "".join("None, " if e is None else f"{text.results[e]}, " for e in wanted)
     return _function(f"backward({arguments})", [line for _, line in text.lines], f"({returned})")

@@ -12,21 +12,21 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from surgery.codegen.aliases import Memory, held_by, read_by
+from surgery.ir.builders import scaled, value_of
 from surgery.ir.expression import Expr
-from surgery.rewrite.builders import scaled, value_of
-
-_PRODUCTS = {"matmul", "frozen", "frozen_back"}
+from surgery.ir.operations import operation
+from surgery.ir.table import ADD, ADDCMUL, Form, When
 
 
 @dataclass(frozen=True, eq=False)
 class Instruction:
-    """One line: the value `node`, of the values `reads`, by an operation `form` (empty: the node's own). It may write
+    """One line: the value `node`, of the values `reads`, by an instruction `form` (None: the node's own). It may write
     over one of `bases`, the best first. `factor` is the number in front of what a sum adds; `parts` are the nodes that
     are computed in it."""
 
     node: Expr
     reads: tuple[Expr, ...]
-    form: str = ""
+    form: Form | None = None
     factor: float = 1.0
     bases: tuple[Expr, ...] = ()
     parts: tuple[Expr, ...] = ()
@@ -59,7 +59,7 @@ class Region:
 def scheduled(region: Region) -> list[Instruction]:
     """The instructions of a region in their order."""
     made = {node: _instruction(region, node) for node in region.nodes()
-            if node not in region.given and node.op != "const"}
+            if node not in region.given and not operation(node).is_inline}
     fused = {part for instruction in made.values() for part in instruction.parts}
     operands = {node: instruction.reads for node, instruction in made.items() if node not in fused}
     first = list(_ordered(region.outputs, lambda node: operands.get(node, ())))
@@ -113,49 +113,43 @@ def _instruction(region: Region, node: Expr) -> Instruction:
     own = not region.memory.looked_on
     if node.op == "add" and node.shape and all(a.shape == node.shape for a in node.args):
         both = (node.args, node.args[::-1])
-        ways = (way(region, node, y, z) for way in (_product_added, _multiple_added) for y, z in both)
-        return next(filter(None, ways), None) or Instruction(node, node.args, "add", bases=node.args if own else ())
+        ways = (way(region, node, y, z) for way in (_term_added, _multiple_added) for y, z in both)
+        return next(filter(None, ways), None) or Instruction(node, node.args, ADD, bases=node.args if own else ())
     if node.op == "add_bias":
         y, b = node.args
         if y.op == "scale" and region.is_once(y):  # y diag(d) + b in one pass
-            return Instruction(node, (b, *y.args), "addcmul", parts=(y,))
-        return Instruction(node, node.args, "add", bases=(y,))
-    if own and node.op == "scale":
-        return Instruction(node, node.args, "mul", bases=node.args[:1])
-    if own and node.op == "mul" and not node.args[0].shape and node.args[1].shape == node.shape:
-        return Instruction(node, node.args, "mul", bases=node.args[1:])
+            return Instruction(node, (b, *y.args), ADDCMUL, parts=(y,))
+        return Instruction(node, node.args, ADD, bases=(y,))
+    if own and (over := operation(node).in_place) is not None:
+        return Instruction(node, node.args, over.form, bases=over.bases(node))
     return Instruction(node, node.args)
 
 
-def _product_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
+def _term_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
     """y + c z for a z that is then no value of its own: a product, of matrices or entries, or a sparse matrix."""
     factor, z = _multiple(term)
-    own = not region.memory.looked_on
-    if factor is None or not region.is_once(*{term, z}):
+    way = operation(z).added
+    if factor is None or way is None or not way.fits(z) or not way.scales and factor != 1.0:
         return None
-    parts = (z,) if term is z else (term, z)
-    if z.op == "matmul" and all(len(a.shape) == 2 for a in z.args):
-        return Instruction(node, (y, *z.args), "addmm", factor, (y,), parts)
-    # autograd makes a matrix more for the gradient of `addcmul`, and does not see through a kernel of ours
-    if z.op in ("mul", "scale") and (own or z in region.gradless):
-        if z.op == "scale" or all(a.shape == z.shape for a in z.args):
-            return Instruction(node, (y, *z.args), "addcmul", factor, (y,), parts)
-    if z.op == "blocks" and own and len(z.shape) == 2:
-        return Instruction(node, (y, *z.args), "add_blocks", factor, (y,), parts)
-    if z.op == "masked" and own and z.args[0].op == "matmul" and region.is_once(z.args[0]):
-        return Instruction(node, (y, *z.args[0].args, z.args[1]), "add_masked", factor, (y,), (*parts, z.args[0]))
-    if z.op == "scatter" and factor == 1.0:
-        return Instruction(node, (y, *z.args), "put", parts=parts)
-    return None
+    if way.when is not When.ALWAYS and region.memory.looked_on:
+        # autograd does not see through a kernel of ours
+        if way.when is When.IN_STEP or z not in region.gradless:
+            return None
+    inside = way.takes(z)
+    if not region.is_once(*{term, z}, *inside):
+        return None
+    reads = [each for a in z.args for each in (a.args if a in inside else (a,))]
+    parts = (z, *inside) if term is z else (term, z, *inside)
+    return Instruction(node, (y, *reads), way.form, factor, (y,) if way.form.writes else (), parts)
 
 
 def _multiple_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
     """y + c z. Not of a product where a compiler may look on: torch 2.13's forgets the factor."""
     factor, z = _multiple(term)
     own = not region.memory.looked_on
-    if factor in (None, 1.0) or not region.is_once(term) or not own and z.op in _PRODUCTS:
+    if factor in (None, 1.0) or not region.is_once(term) or not own and operation(z).is_matmul:
         return None
-    return Instruction(node, (y, z), "add", factor, (y,) if own else (), (term,))
+    return Instruction(node, (y, z), ADD, factor, (y,) if own else (), (term,))
 
 
 def _multiple(term: Expr) -> tuple[float | None, Expr]:

@@ -6,8 +6,8 @@ Takes the outputs of a program; gives equal ones. Activations are left as they a
 from __future__ import annotations
 
 from surgery.codegen.apply_to_activations import matrix, turned
-from surgery.codegen.emit import TOKENS
 from surgery.ir.expression import Expr, substituted, walk
+from surgery.ir.sizes import TOKENS
 
 
 def made(expr: Expr) -> Expr:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from surgery.codegen.emit import TOKENS
 from surgery.ir.expression import Expr, rebuild
-from surgery.ir.primitives import make
+from surgery.ir.operations import make
+from surgery.ir.sizes import TOKENS
 from surgery.rewrite.low_rank import is_thin
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from surgery.ir.expression import Expr, Formula, Part, substituted, without_dropout
-from surgery.ir.primitives import constant, make
+from surgery.ir.table import constant, make
 
 
 def _mapped(formula: Formula, table: Mapping[Expr, Expr]) -> Formula:

@@ -1,7 +1,8 @@
 """The dense meaning of an expression: the oracle that every fast path is compared with.
 
-Takes an expression and the tensors of its leaves (`weight`, `bias`, `param`); gives its value as a tensor with a
-gradient. Promises: nothing is approximated, each distinct node is computed once, any device, any float dtype.
+Takes an expression and the tensors of its leaves (`weight`, `bias`, parameters by key; of a program also `x`, for a
+linear layer in evaluation); gives its value as a tensor with a gradient. Promises: nothing is approximated, each
+distinct node is computed once, any device, any float dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from surgery.ir.expression import Expr, walk
-from surgery.ir.primitives import PRIMITIVES
+from surgery.ir.operations import operation
 
 Leaves = Mapping[str, torch.Tensor]
 
@@ -37,18 +38,9 @@ def dense(expr: Expr, leaves: Leaves, known: dict[Expr, torch.Tensor | float] | 
 
 
 def _value(node: Expr, args: list, leaves: Leaves, like: torch.Tensor) -> torch.Tensor | float:
-    if node.op in ("param", "places"):
-        return leaves[node.data]
-    if node.op in ("weight", "bias"):
-        return leaves[node.op]
-    if node.op == "const":
-        return float(node.data)
-    if node.op == "fill":
-        return like.new_full(node.shape, node.data)
-    if node.op == "eye":
-        return torch.eye(node.shape[-1], dtype=like.dtype, device=like.device).expand(node.shape)
-    if node.op == "drop":  # in the weight there is nothing to drop: it acts on an update's input
-        return args[0]
+    row = operation(node)
+    if row.evaluate is not None:
+        return row.evaluate(node, args, leaves)
     if all(isinstance(a, float) for a in args):
         args = [like.new_tensor(a) for a in args]
-    return PRIMITIVES[node.op].value(node.data, args, like)
+    return row.value(node.data, args, like)

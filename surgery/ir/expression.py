@@ -182,6 +182,11 @@ class Formula:
     claims: tuple[Claim, ...] = ()
     parts: tuple[Part, ...] = ()
 
+    @property
+    def changes_bias(self) -> bool:
+        """Whether b' is anything but b."""
+        return self.bias.op != "bias"
+
 
 def walk(*exprs: Expr) -> Iterator[Expr]:
     """Every distinct node below and including `exprs`, arguments first."""

@@ -1,22 +1,21 @@
-"""The table of primitives: for each its arity, shape rule and dense meaning, in one row.
+"""The operations of the language on matrices, and the compiler's own cores of structured maps: a row each.
 
-Elementwise rows broadcast scalars alone. Those that move entries or take a matrix apart are in `arrange`.
+Elementwise rows broadcast scalars alone. Those that move entries or take a matrix apart are in `primitives_indexing`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+from surgery.ir import derivatives, flop_rules
 from surgery.ir.expression import Expr, Shape
-from surgery.ir.primitives_fourier import TRANSFORMS
-from surgery.ir.primitives_indexing import ARRANGEMENTS
-from surgery.ir.primitives_row_products import DOTS
+from surgery.ir.notation_forms import ATOM, ENTRYWISE, PRODUCT, SUM, around, entrywise_product, infix
+from surgery.ir.notation_forms import product as product_notation
 from surgery.ir.shape_rules import (
-    Primitive,
     ShapeError,
     elementwise,
-    entrywise_product,
     exactly,
     matrix,
     product,
@@ -25,9 +24,23 @@ from surgery.ir.shape_rules import (
     square,
     vector,
 )
-
-__all__ = ["FUNCTIONS", "OPERATORS", "PRIMITIVES", "Primitive", "ShapeError", "constant", "eye", "is_whole", "make",
-           "ones", "shape_text", "undecided"]
+from surgery.ir.shape_rules import entrywise_product as product_shape
+from surgery.ir.table import (
+    ADDCMUL,
+    ADDMM,
+    CORE,
+    MUL,
+    SUGAR,
+    Added,
+    Form,
+    InPlace,
+    Linear,
+    Memory,
+    Operation,
+    Orthogonal,
+    Transpose,
+    When,
+)
 
 # ---------------------------------------------------------------------------------------------- shape rules
 
@@ -212,97 +225,114 @@ def _extreme(name: str) -> Callable[[Any, Any], Any]:
     return choose
 
 
-_ROWS = [
-    Primitive("neg", 1, same, lambda a: -a, "-a"),
-    Primitive("add", 2, elementwise, lambda a, b: a + b, "a + b"),
-    Primitive("sub", 2, elementwise, lambda a, b: a - b, "a - b"),
-    Primitive("mul", 2, entrywise_product, lambda a, b: a * b, "a * b, entry by entry"),
-    Primitive("div", 2, elementwise, divided, "a / b, entry by entry; 0 where b is 0"),
-    Primitive("min", 2, elementwise, _extreme("minimum"), "the smaller of each pair of entries"),
-    Primitive("max", 2, elementwise, _extreme("maximum"), "the larger of each pair of entries"),
-    Primitive("exp", 1, same, lambda a: a.exp(), "e^a, entry by entry"),
-    Primitive("cos", 1, same, lambda a: a.cos(), "cos a, entry by entry"),
-    Primitive("sin", 1, same, lambda a: a.sin(), "sin a, entry by entry"),
-    Primitive("sqrt", 1, same, lambda a: a.sqrt(), "√a, entry by entry"),
-    Primitive("abs", 1, same, lambda a: a.abs(), "|a|, entry by entry"),
-    Primitive("sigmoid", 1, same, lambda a: a.sigmoid(), "1 / (1 + e^-a), entry by entry"),
-    Primitive("tanh", 1, same, lambda a: a.tanh(), "tanh a, entry by entry"),
-    Primitive("detach", 1, same, lambda a: a.detach(), "a, through which no gradient flows"),
-    Primitive("norm", 1, lambda a: (), _norm, "√Σ a², the Frobenius norm"),
-    Primitive("row_norm", 1, lambda a: matrix(a)[:-1], lambda a: a.norm(dim=-1), "the norm of each row: [m, n] -> [m]"),
-    Primitive("col_norm", 1, lambda a: matrix(a)[:-2] + a[-1:], lambda a: a.norm(dim=-2),
+# ------------------------------------------------------------------------------------------------- what rows share
+
+
+def _entrywise(name: str, number: Callable[[float], float], doc: str, **more: Any) -> Operation:
+    """A function of each entry that torch has as a method by the same name."""
+    return Operation(name, 1, same, lambda a: getattr(a, name)(), f"{doc}, entry by entry", number=number,
+                     transpose=Transpose.INSIDE, text=f"{{}}.{name}()", **more)
+
+
+def _are_matrices(node: Expr) -> bool:
+    return all(len(a.shape) == 2 for a in node.args)
+
+
+def _are_alike(node: Expr) -> bool:
+    return all(a.shape == node.shape for a in node.args)
+
+
+def _scaled_activation(node: Expr) -> tuple[Expr, ...]:
+    """What a scalar times an activation may be written over."""
+    scalar, a = node.args
+    return (a,) if not scalar.shape and a.shape == node.shape else ()
+
+
+ROWS = [
+    Operation("neg", 1, same, lambda a: -a, "-a", stage=SUGAR, sign="-", linear=Linear.TOGETHER,
+              notation=around("-", "", PRODUCT, SUM)),
+    Operation("add", 2, elementwise, lambda a, b: a + b, "a + b", sign="+", linear=Linear.TOGETHER,
+              transpose=Transpose.INSIDE, number=lambda a, b: a + b, text="{} + {}", memory=Memory.NEW, is_unkept=True,
+              derivative=derivatives.add, notation=infix("+", SUM, SUM, ENTRYWISE)),
+    Operation("sub", 2, elementwise, lambda a, b: a - b, "a - b", stage=SUGAR, sign="-", linear=Linear.TOGETHER,
+              notation=infix("-", SUM, SUM, ENTRYWISE)),
+    Operation("mul", 2, product_shape, lambda a, b: a * b, "a * b, entry by entry", sign="*", linear=Linear.EACH,
+              transpose=Transpose.INSIDE, number=lambda a, b: a * b, text="{} * {}", memory=Memory.NEW,
+              in_place=InPlace(MUL, _scaled_activation),
+              # autograd makes a matrix more for the gradient of `addcmul`
+              added=Added(ADDCMUL, fits=_are_alike, when=When.WITHOUT_GRADIENT),
+              derivative=derivatives.mul, notation=entrywise_product),
+    Operation("div", 2, elementwise, divided, "a / b, entry by entry; 0 where b is 0", sign="/",
+              transpose=Transpose.INSIDE, number=lambda a, b: a / b,
+              notation=infix("/", ENTRYWISE, ENTRYWISE, ATOM)),
+    Operation("min", 2, elementwise, _extreme("minimum"), "the smaller of each pair of entries",
+              transpose=Transpose.INSIDE, number=min),
+    Operation("max", 2, elementwise, _extreme("maximum"), "the larger of each pair of entries",
+              transpose=Transpose.INSIDE, number=max),
+    _entrywise("exp", math.exp, "e^a"),
+    _entrywise("cos", math.cos, "cos a"),
+    _entrywise("sin", math.sin, "sin a"),
+    _entrywise("sqrt", math.sqrt, "√a"),
+    _entrywise("abs", abs, "|a|", notation=around("|", "|")),
+    _entrywise("sigmoid", lambda a: 1 / (1 + math.exp(-a)), "1 / (1 + e^-a)"),
+    _entrywise("tanh", math.tanh, "tanh a"),
+    Operation("detach", 1, same, lambda a: a.detach(), "a, through which no gradient flows", stops_gradient=True,
+              transpose=Transpose.INSIDE, number=lambda a: a, text="{}.detach()", memory=Memory.VIEW),
+    Operation("norm", 1, lambda a: (), _norm, "√Σ a², the Frobenius norm", notation=around("‖", "‖")),
+    Operation("row_norm", 1, lambda a: matrix(a)[:-1], lambda a: a.norm(dim=-1), "the norm of each row: [m, n] -> [m]"),
+    Operation("col_norm", 1, lambda a: matrix(a)[:-2] + a[-1:], lambda a: a.norm(dim=-2),
               "the norm of each column: [m, n] -> [n]"),
-    Primitive("matmul", 2, product, lambda a, b: a @ b, "a @ b, the matrix product"),
-    Primitive("T", 1, lambda a: matrix(a)[:-2] + (a[-1], a[-2]), lambda a: a.mT, "aᵀ, of the last two axes"),
-    Primitive("diag", 1, lambda a: vector(a) + a[-1:], lambda a: a.diag_embed(), "the diagonal matrix of a vector"),
-    Primitive("block_diag", 1, _block_diag_shape, _block_diag, "a stack [b, k, k] along the diagonal of [b k, b k]"),
-    Primitive("kron", 2, _kron_shape, _kron, "a ⊗ b, the Kronecker product of two matrices or two vectors"),
-    Primitive("skew", 1, square, _skew, "a - aᵀ"),
-    Primitive("cayley", 1, square, _cayley, "(I - a/2)⁻¹ (I + a/2), orthogonal when a is skew"),
-    Primitive("expm", 1, square, _expm, "e^a of a matrix, orthogonal when a is skew"),
-    Primitive("reflect", 1, _reflect_shape, _reflect, "Π (I - 2 u uᵀ / uᵀu) over the columns u, first column leftmost"),
-    Primitive("side_by_side", 2, _side_by_side_shape, _side_by_side, "[a, b], the columns of both"),
+    Operation("matmul", 2, product, lambda a, b: a @ b, "a @ b, the matrix product", sign="@", linear=Linear.EACH,
+              transpose=Transpose.KNOWN, orthogonal=Orthogonal.OF_ORTHOGONAL, text="{} @ {}", memory=Memory.NEW,
+              is_unkept=True, is_matmul=True, added=Added(ADDMM, fits=_are_matrices, is_product=True),
+              flops=flop_rules.product, derivative=derivatives.matmul, notation=product_notation),
+    Operation("T", 1, lambda a: matrix(a)[:-2] + (a[-1], a[-2]), lambda a: a.mT, "aᵀ, of the last two axes", sign=".T",
+              linear=Linear.TOGETHER, transpose=Transpose.KNOWN, orthogonal=Orthogonal.OF_ORTHOGONAL, text="{}.mT",
+              memory=Memory.VIEW, derivative=derivatives.turned, notation=around("", "ᵀ", ATOM)),
+    Operation("diag", 1, lambda a: vector(a) + a[-1:], lambda a: a.diag_embed(), "the diagonal matrix of a vector",
+              linear=Linear.TOGETHER, transpose=Transpose.KNOWN, is_structured=True, text="{}.diag_embed()"),
+    Operation("block_diag", 1, _block_diag_shape, _block_diag, "a stack [b, k, k] along the diagonal of [b k, b k]",
+              linear=Linear.TOGETHER, transpose=Transpose.INSIDE, orthogonal=Orthogonal.OF_ORTHOGONAL,
+              is_structured=True),
+    Operation("kron", 2, _kron_shape, _kron, "a ⊗ b, the Kronecker product of two matrices or two vectors",
+              linear=Linear.EACH, transpose=Transpose.INSIDE, orthogonal=Orthogonal.OF_ORTHOGONAL, is_structured=True),
+    Operation("skew", 1, square, _skew, "a - aᵀ", linear=Linear.TOGETHER, transpose=Transpose.KNOWN),
+    Operation("cayley", 1, square, _cayley, "(I - a/2)⁻¹ (I + a/2), orthogonal when a is skew",
+              transpose=Transpose.INSIDE, orthogonal=Orthogonal.OF_SKEW, flops=flop_rules.cubic(10)),
+    Operation("expm", 1, square, _expm, "e^a of a matrix, orthogonal when a is skew",
+              transpose=Transpose.INSIDE, orthogonal=Orthogonal.OF_SKEW, flops=flop_rules.cubic(40)),
+    Operation("reflect", 1, _reflect_shape, _reflect, "Π (I - 2 u uᵀ / uᵀu) over the columns u, first column leftmost",
+              orthogonal=Orthogonal.ALWAYS, flops=flop_rules.each(4, 0, 1)),
+    Operation("side_by_side", 2, _side_by_side_shape, _side_by_side, "[a, b], the columns of both",
+              linear=Linear.TOGETHER, memory=Memory.NEW, derivative=derivatives.side_by_side),
     # For the compiler alone: the small cores of structured maps, and maps on the last axis of activations.
-    Primitive("frame", 1, lambda a: 2 * exactly(2, "a matrix", a)[1:], _frame, "L with L Lᵀ ≈ aᵀa, and no gradient",
-              public=False),
-    Primitive("framed", 2, lambda a, frame: elementwise(a, a), _framed,
-              "a L⁻ᵀ, nearly orthonormal for the L of a", public=False),
-    Primitive("resolvent", 1, square, _resolvent, "(I - a/2)⁻¹", public=False),
-    Primitive("phi", 1, square, _phi, "(e^a - I) a⁻¹", public=False),
-    Primitive("mirrored", 1, lambda a: exactly(2, "a matrix whose columns are the mirrors", a)[::-1], _mirrored,
-              "V with reflect(U) = I - 2 U V", public=False),
-    Primitive("reversed", 1, matrix, lambda a: a.flip(-1), "the columns in reverse order", public=False),
-    Primitive("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]",
-              public=False),
-    Primitive("root", 1, same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0",
-              public=False),
-    Primitive("total", 1, lambda a: (), lambda a: a.sum(), "Σ a over all entries", public=False),
-    Primitive("scale", 2, _scale_shape, lambda a, d: a * d, "a diag(d): each column of a times its d", public=False),
-    Primitive("stacked", 1, lambda a: (a[1] // a[0], a[0], a[0]),
+    Operation("frame", 1, lambda a: 2 * exactly(2, "a matrix", a)[1:], _frame, "L with L Lᵀ ≈ aᵀa, and no gradient",
+              stage=CORE, stops_gradient=True),
+    Operation("framed", 2, lambda a, frame: elementwise(a, a), _framed, "a L⁻ᵀ, nearly orthonormal for the L of a",
+              stage=CORE),
+    Operation("resolvent", 1, square, _resolvent, "(I - a/2)⁻¹", stage=CORE, flops=flop_rules.cubic(10)),
+    Operation("phi", 1, square, _phi, "(e^a - I) a⁻¹", stage=CORE, flops=flop_rules.cubic(320)),
+    Operation("mirrored", 1, lambda a: exactly(2, "a matrix whose columns are the mirrors", a)[::-1], _mirrored,
+              "V with reflect(U) = I - 2 U V", stage=CORE, flops=flop_rules.mirrored),
+    Operation("reversed", 1, matrix, lambda a: a.flip(-1), "the columns in reverse order", stage=CORE,
+              linear=Linear.TOGETHER),
+    Operation("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]",
+              stage=CORE, linear=Linear.EACH),
+    Operation("root", 1, same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0",
+              stage=CORE),
+    Operation("total", 1, lambda a: (), lambda a: a.sum(), "Σ a over all entries", stage=CORE, linear=Linear.TOGETHER,
+              text="{}.sum()"),
+    Operation("scale", 2, _scale_shape, lambda a, d: a * d, "a diag(d): each column of a times its d", stage=CORE,
+              linear=Linear.EACH, text="{} * {}", memory=Memory.NEW, is_unkept=True, passes=1,
+              in_place=InPlace(MUL, lambda node: node.args[:1]), added=Added(ADDCMUL, when=When.WITHOUT_GRADIENT),
+              derivative=derivatives.scale),
+    Operation("stacked", 1, lambda a: (a[1] // a[0], a[0], a[0]),
               lambda a: a.unflatten(-1, (-1, len(a))).transpose(0, 1),
-              "k rows of b blocks as a stack: [k, b k] -> [b, k, k]", public=False),
-    Primitive("blocks", 2, _blocks_shape, _blocks, "a block_diag(s)", public=False),
+              "k rows of b blocks as a stack: [k, b k] -> [b, k, k]", stage=CORE, linear=Linear.TOGETHER,
+              memory=Memory.VIEW),
+    Operation("blocks", 2, _blocks_shape, _blocks, "a block_diag(s)", stage=CORE, linear=Linear.EACH,
+              step_kernel="kernels.blocks", memory=Memory.NEW, is_unkept=True,
+              added=Added(Form("add_blocks", kernel="kernels.add_blocks"), fits=lambda z: len(z.shape) == 2,
+                          when=When.IN_STEP, is_product=True),
+              flops=flop_rules.each(2, 1, 1), derivative=derivatives.blocks),
 ]
-PRIMITIVES: dict[str, Primitive] = {row.name: row for row in (*_ROWS, *ARRANGEMENTS, *TRANSFORMS, *DOTS)}
-
-# What a spec may call; the rest are operators.
-OPERATORS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "@": "matmul"}
-_PUBLIC = {name for name, row in PRIMITIVES.items() if row.public}
-FUNCTIONS = _PUBLIC - set(OPERATORS.values()) - {"neg", "T", "literal"} | {"I", "ones"}
-
-
-def make(op: str, *args: Expr, data: Any = None) -> Expr:
-    """The node of a primitive on its arguments, `data` its sizes. Raises: ShapeError."""
-    row = PRIMITIVES[op]
-    if any(a.op == "undecided" for a in args):
-        return undecided(args, (op, data))
-    for i, argument in enumerate(args):
-        if is_whole(argument) is not (i in row.places):
-            what = "places of entries (`sample`, `integers`, `top`)" if i in row.places else "a tensor of real numbers"
-            raise ShapeError(f"argument {i + 1} of `{op}` must be {what}")
-    return Expr(op, args, data, row.shape_of(data, tuple(a.shape for a in args)))
-
-
-def is_whole(node: Expr) -> bool:
-    """Whether a node's values are whole numbers: places of entries, with which nothing is computed."""
-    return node.op == "places" or node.op in PRIMITIVES and PRIMITIVES[node.op].whole
-
-
-def undecided(args: tuple[Expr, ...], data: Any, shape: Shape = ()) -> Expr:
-    """What has no shape as long as a condition on sizes is not decided: an `if` (its text) or an operation on one."""
-    return Expr("undecided", args, data, shape)
-
-
-def ones(*shape: Any) -> Expr:
-    """A tensor of ones."""
-    return Expr("fill", (), 1.0, shape)
-
-
-def constant(value: Any) -> Expr:
-    """A scalar known at compile time."""
-    return Expr("const", (), value, ())
-
-
-def eye(n: Any) -> Expr:
-    """The identity matrix [n, n]."""
-    return Expr("eye", (), None, (n, n))

@@ -1,4 +1,4 @@
-"""Primitives for the compiler alone: a product with circulant blocks, taken apart into products of matrices.
+"""Operations for the compiler alone: a product with circulant blocks, taken apart into products of matrices.
 
 A circulant block is diagonal in the Fourier basis. For blocks of moderate size a transform is a product with a basis
 [2 f, b] (f = b // 2 + 1 cosines, then as many sines; orthonormal up to the weights of the frequencies), which leaves
@@ -14,8 +14,10 @@ from __future__ import annotations
 from math import pi
 from typing import Any
 
+from surgery.ir import derivatives, flop_rules
 from surgery.ir.expression import Shape
-from surgery.ir.shape_rules import Primitive, ShapeError, exactly, shape_text, vector
+from surgery.ir.shape_rules import ShapeError, exactly, shape_text, vector
+from surgery.ir.table import CORE, Linear, Memory, Operation
 
 BY_PRODUCTS = 128  # the largest block for which a transform by a product is cheaper than a fast one with its copies
 
@@ -104,11 +106,16 @@ def _mixed(x: Any, kernel: Any) -> Any:
     return parts.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-TRANSFORMS = [
-    Primitive("fourier", 0, _basis_shape, _basis, "the Fourier basis of b numbers: [2 f, b]", public=False,
-              sizes=("b",)),
-    Primitive("spectrum", 2, _spectrum_shape, _spectrum, "the Fourier transform of each slice", public=False),
-    Primitive("waves", 2, _waves_shape, _waves, "the transpose of `spectrum`", public=False),
-    Primitive("kernel", 2, _kernel_shape, _kernel, "the spectrum of the first rows of circulant blocks", public=False),
-    Primitive("mixed", 2, _mixed_shape, _mixed, "x k̄ at each frequency, summed over the blocks", public=False),
+ROWS = [
+    Operation("fourier", 0, _basis_shape, _basis, "the Fourier basis of b numbers: [2 f, b]", stage=CORE, sizes=("b",)),
+    Operation("spectrum", 2, _spectrum_shape, _spectrum, "the Fourier transform of each slice", stage=CORE,
+              linear=Linear.EACH, memory=Memory.NEW, passes=1, flops=flop_rules.each(2, 1, 1),
+              derivative=derivatives.spectrum),
+    Operation("waves", 2, _waves_shape, _waves, "the transpose of `spectrum`", stage=CORE, linear=Linear.EACH,
+              memory=Memory.NEW, flops=flop_rules.each(2, 1, 0), derivative=derivatives.waves),
+    Operation("kernel", 2, _kernel_shape, _kernel, "the spectrum of the first rows of circulant blocks", stage=CORE,
+              linear=Linear.EACH),
+    Operation("mixed", 2, _mixed_shape, _mixed, "x k̄ at each frequency, summed over the blocks", stage=CORE,
+              linear=Linear.EACH, step_kernel="kernels.mixed", memory=Memory.NEW, flops=flop_rules.each(4, 1, 2),
+              derivative=derivatives.mixed),
 ]

@@ -1,4 +1,4 @@
-"""Primitives that move entries, place them, or take a matrix apart. Most take sizes,
+"""Operations that move entries, place them, or take a matrix apart. Most take sizes,
 whole numbers known at compile time."""
 
 from __future__ import annotations
@@ -6,9 +6,12 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from surgery.ir import derivatives, flop_rules
 from surgery.ir.expression import Shape
-from surgery.ir.shape_rules import Primitive, ShapeError, exactly, matrix, shape_text, vector
+from surgery.ir.notation_forms import rows_of_numbers
+from surgery.ir.shape_rules import ShapeError, exactly, matrix, shape_text, vector
 from surgery.ir.sizes import Dim
+from surgery.ir.table import CORE, Added, Form, Linear, Memory, Operation, Orthogonal, Transpose
 
 Sizes = tuple[Any, ...]
 
@@ -158,34 +161,36 @@ def _circulate_shape(a: Shape, c: Shape) -> Shape:
     return a[:-1] + (rows,)
 
 
-ARRANGEMENTS = [
-    Primitive("reshape", 1, _reshape_shape, lambda sizes, a: a.reshape(sizes),
-              "the entries of a, row by row, in another shape",
-              sizes=("*sizes",)),
-    Primitive("columns", 1, _columns_shape, lambda sizes, a: a[..., :sizes[0]], "the first k columns: [m, n] -> [m, k]",
-              sizes=("k",)),
-    Primitive("shuffle", 0, _shuffle_shape, _shuffle,
+ROWS = [
+    Operation("reshape", 1, _reshape_shape, lambda sizes, a: a.reshape(sizes),
+              "the entries of a, row by row, in another shape", sizes=("*sizes",), linear=Linear.TOGETHER,
+              text="{}.reshape({data})", memory=Memory.VIEW),
+    Operation("columns", 1, _columns_shape, lambda sizes, a: a[..., :sizes[0]], "the first k columns: [m, n] -> [m, k]",
+              sizes=("k",), linear=Linear.TOGETHER, text="{}[..., :{data[0]}]", memory=Memory.VIEW),
+    Operation("shuffle", 0, _shuffle_shape, _shuffle,
               "the permutation [p q, p q] that takes a ⊗ b, a [p], b [q], to b ⊗ a",
-              sizes=("p", "q")),
-    Primitive("literal", 0, _literal_shape, lambda rows, like: like.new_tensor(rows), "a matrix of numbers",
-              sizes=("*rows",)),
-    Primitive("circulant", 1, _circulant_shape, _circulant,
-              "circulant blocks by their first rows: [p, q, b] -> [p b, q b]"),
-    Primitive("scatter", 2, _scatter_shape, _scatter, "values at their places (row by row) in a [m, n] of zeros",
-              sizes=("m", "n"), places=(1,)),
-    Primitive("take", 2, lambda a, places: places, lambda a, places: a.flatten()[places],
-              "the entries of a at the places",
-              places=(1,)),
-    Primitive("top", 1, _top_shape, _top, "the places of the k largest entries, row by row", sizes=("k",), whole=True),
-    Primitive("top_softmax", 1, _mix_shape, _top_softmax,
-              "the softmax over the k largest entries of each row, 0 elsewhere",
+              sizes=("p", "q"), transpose=Transpose.KNOWN, orthogonal=Orthogonal.ALWAYS, is_structured=True),
+    Operation("literal", 0, _literal_shape, lambda rows, like: like.new_tensor(rows), "a matrix of numbers", sign="[]",
+              sizes=("*rows",), transpose=Transpose.KNOWN, notation=rows_of_numbers),
+    Operation("circulant", 1, _circulant_shape, _circulant,
+              "circulant blocks by their first rows: [p, q, b] -> [p b, q b]", linear=Linear.TOGETHER),
+    Operation("scatter", 2, _scatter_shape, _scatter, "values at their places (row by row) in a [m, n] of zeros",
+              sizes=("m", "n"), places=(1,), into=lambda node: node.shape, linear=Linear.TOGETHER,
+              added=Added(Form("put", kernel="kernels_permute.put", writes=False), scales=False)),
+    Operation("take", 2, lambda a, places: places, lambda a, places: a.flatten()[places],
+              "the entries of a at the places", places=(1,), into=lambda node: node.args[0].shape,
+              linear=Linear.TOGETHER),
+    Operation("top", 1, _top_shape, _top, "the places of the k largest entries, row by row", sizes=("k",), whole=True,
+              into=lambda node: node.args[0].shape, stops_gradient=True),
+    Operation("top_softmax", 1, _mix_shape, _top_softmax,
+              "the softmax over the k largest entries of each row, 0 elsewhere", sizes=("k",)),
+    Operation("top_mix", 2, _top_mix_shape, _top_mix, "the rows of b that the softmax over the k largest entries mixes",
+              stage=CORE, sizes=("k",), flops=flop_rules.mixed_rows),
+    Operation("left_singular", 1, _left_shape, _left_singular, "the first k left singular vectors: [m, n] -> [m, k]",
               sizes=("k",)),
-    Primitive("top_mix", 2, _top_mix_shape, _top_mix,
-              "the rows of b that the softmax over the k largest entries mixes", sizes=("k",), public=False),
-    Primitive("left_singular", 1, _left_shape, _left_singular, "the first k left singular vectors: [m, n] -> [m, k]",
-              sizes=("k",)),
-    Primitive("qr", 1, _qr_shape, _qr, "the orthonormal Q of a = Q R: [m, n] -> [m, n]"),
-    Primitive("ifft2", 1, lambda a: exactly(2, "a matrix", a), _ifft2,
-              "the real part of the inverse Fourier transform"),
-    Primitive("circulate", 2, _circulate_shape, _circulate, "a circulant(c)ᵀ, by Fourier transforms", public=False),
+    Operation("qr", 1, _qr_shape, _qr, "the orthonormal Q of a = Q R: [m, n] -> [m, n]"),
+    Operation("ifft2", 1, lambda a: exactly(2, "a matrix", a), _ifft2, "the real part of the inverse Fourier transform",
+              linear=Linear.TOGETHER, flops=flop_rules.transformed),
+    Operation("circulate", 2, _circulate_shape, _circulate, "a circulant(c)ᵀ, by Fourier transforms", stage=CORE,
+              linear=Linear.EACH, memory=Memory.NEW, flops=flop_rules.circulate, derivative=derivatives.circulate),
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from surgery.ir import flop_rules
 from surgery.ir.expression import Shape
-from surgery.ir.shape_rules import Primitive, ShapeError, elementwise, exactly, shape_text
+from surgery.ir.shape_rules import ShapeError, elementwise, exactly, shape_text
+from surgery.ir.table import CORE, Linear, Operation
 
 
 def _gram_shape(sizes: tuple[Any, ...], a: Shape, b: Shape) -> Shape:
@@ -31,9 +33,11 @@ def _row_dot(a: Any, b: Any) -> Any:
     return a.norm(dim=-1).square() if a is b and not a.requires_grad else (a * b).sum(-1)
 
 
-DOTS = [
-    Primitive("row_dot", 2, lambda a, b: elementwise(a, b)[:-1], _row_dot, "Σ a b over each row", public=False),
-    Primitive("gram", 2, _gram_shape, _gram, "a bᵀ of each k rows: [m, n], [m, n] -> [m / k, k, k]", public=False,
-              sizes=("k",)),
-    Primitive("weighted_dot", 3, _weighted_shape, lambda a, b, d: (a * b) @ d, "Σ a b d over each row", public=False),
+ROWS = [
+    Operation("row_dot", 2, lambda a, b: elementwise(a, b)[:-1], _row_dot, "Σ a b over each row", stage=CORE,
+              linear=Linear.EACH),
+    Operation("gram", 2, _gram_shape, _gram, "a bᵀ of each k rows: [m, n], [m, n] -> [m / k, k, k]", stage=CORE,
+              sizes=("k",), linear=Linear.EACH, flops=flop_rules.each(2, 0, -1)),
+    Operation("weighted_dot", 3, _weighted_shape, lambda a, b, d: (a * b) @ d, "Σ a b d over each row", stage=CORE,
+              linear=Linear.EACH, kernel="kernels_row_sums.weighted_dot", flops=flop_rules.each_read(3)),
 ]

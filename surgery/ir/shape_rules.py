@@ -1,51 +1,15 @@
-"""What a primitive is: its arity, shape rule and dense meaning in one row, and the parts that shape rules are made of.
-
-Shape rules work on symbolic sizes and raise `ShapeError`; dense meanings take and give torch tensors (torch is imported
-when one runs, so that checking a text needs none).
-"""
+"""The parts that shape rules are made of: they work on symbolic sizes and raise `ShapeError`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from surgery.ir.expression import Shape
 
 
 class ShapeError(Exception):
-    """Shapes that a primitive cannot take; the message says why."""
-
-
-@dataclass(frozen=True)
-class Primitive:
-    """`shape(*shapes)` gives the result's shape; `dense(*tensors)` its value; `doc` is its one line of maths.
-
-    `sizes` are the names of the whole numbers that a call gives after its tensors (the last with `*` for any number of
-    them); with them, `shape` and `dense` take their tuple first, and a `dense` without a tensor takes one whose dtype
-    and device the result gets. `places` says which arguments are whole numbers, places of entries; `whole` whether the
-    result is. A row that is not `public` is for the compiler: a spec cannot call it.
-    """
-
-    name: str
-    arity: int
-    shape: Callable[..., Shape]
-    dense: Callable[..., Any]
-    doc: str
-    public: bool = True
-    sizes: tuple[str, ...] = ()
-    places: tuple[int, ...] = ()
-    whole: bool = False
-
-    def shape_of(self, data: Any, shapes: tuple[Shape, ...]) -> Shape:
-        """The shape of the result for a node's data and its arguments' shapes. Raises: ShapeError."""
-        return self.shape(data, *shapes) if self.sizes else self.shape(*shapes)
-
-    def value(self, data: Any, args: list, like: Any) -> Any:
-        """The value for a node's data and its arguments' values; `like` has the dtype and device of what has none."""
-        if not self.sizes:
-            return self.dense(*args)
-        return self.dense(data, *(args or [like]))
+    """Shapes that an operation cannot take; the message says why."""
 
 
 def shape_text(shape: Shape) -> str:
@@ -108,4 +72,13 @@ def square(a: Shape) -> Shape:
 def exactly(rank: int, what: str, a: Shape) -> Shape:
     if len(a) != rank:
         raise ShapeError(f"needs {what}, not {shape_text(a)}")
+    return a
+
+
+def dropped(mask: Any, a: Shape) -> Shape:
+    """The shape of an argument; `mask` is the share of it that is dropped, and the step whose mask it is."""
+    if not isinstance(mask, tuple) or len(mask) != 2 or not isinstance(mask[1], str):
+        raise ShapeError("needs a share and a step")
+    if not isinstance(mask[0], float) or not 0 < mask[0] < 1:
+        raise ShapeError("needs a share between 0 and 1")
     return a

@@ -93,6 +93,9 @@ def symbol(name: str, is_real: bool = False) -> Dim:
     return Dim({((_Real(name) if is_real else name, 1),): Fraction(1)})
 
 
+TOKENS = symbol("tokens")  # how many rows of activations there are: known when a program runs
+
+
 def real(value: Number | Dim) -> float | Dim:
     """The value as one of a float parameter: it is no dimension, even if it should happen to be whole."""
     if not isinstance(value, Dim):

@@ -71,7 +71,7 @@ def changed_biases(surgeon: Surgeon) -> dict[str, Tensor]:
     with surgeon.disabled(), torch.no_grad():
         for placed in surgeon.plan.placed:
             name = f"{placed.site.name}.bias"
-            if placed.formula.bias.op != "bias" and placed.site.has_bias:
+            if placed.formula.changes_bias and placed.site.has_bias:
                 values = {**frozen_leaves(placed), **surgeon.adapters[placed.site.name].tensors()}
                 own = {"bias": trained[name]} if name in trained else {}
                 found[name] = dense(placed.formula.bias, {**values, **own})

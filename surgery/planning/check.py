@@ -86,7 +86,7 @@ def _miscompiled(trial: Trial) -> Iterator[Diagnostic]:
     """A program that can run for the target and is not proven to compute what the formula means: our mistake."""
     formula, kind = trial.formula, supposed(trial.target.kind)
     for training in (True, False):
-        plans = candidates(formula, kind, training, formula.bias.op != "bias")
+        plans = candidates(formula, kind, training, formula.changes_bias)
         for plan in dict.fromkeys((plans[0], *((plan for _, plan in by_tokens(plans)) if training else ()))):
             faults = program_faults(program_text(plan), plan.outputs)
             step = step_text(plan.written, plan.needs) if training and kind.is_product else None

@@ -13,11 +13,11 @@ from functools import cached_property
 from surgery.codegen.apply_to_activations import turned
 from surgery.codegen.candidates import Candidate, candidates, frozen_alone
 from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost
-from surgery.codegen.operation_counts import MADE_ELSEWHERE, flops
+from surgery.codegen.operation_counts import flops
 from surgery.diagnostics import Diagnostic
 from surgery.ir.expression import Expr, Formula, walk
 from surgery.ir.notation import brief
-from surgery.ir.primitives import shape_text
+from surgery.ir.operations import operation, shape_text
 from surgery.language.tree import Target
 from surgery.layers.kinds import LayerKind
 
@@ -43,7 +43,7 @@ class Estimate:
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The programs, the one that runs first."""
-        has_bias = self.formula.bias.op != "bias"
+        has_bias = self.formula.changes_bias
         return candidates(self.formula, self.kind, self.training, has_bias, self.tokens)
 
     @cached_property
@@ -80,7 +80,7 @@ def large_matrices(candidate: Candidate, side: int) -> tuple[Expr, ...]:
     """What the set-up makes anew at every step and is no thin matrix beside a weight whose shorter side is `side`."""
     fixed = set(walk(*candidate.fixed))
     nodes = list(walk(*candidate.values))
-    large = [n for n in nodes if n not in fixed and n.op not in MADE_ELSEWHERE and len(n.shape) > 1
+    large = [n for n in nodes if n not in fixed and not operation(n).is_free and len(n.shape) > 1
              and 2 * min(n.shape[-2:]) > side]
     return tuple(sorted(large, key=lambda node: -flops(node, 0)))
 

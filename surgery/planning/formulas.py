@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from surgery.diagnostics import Collector
 from surgery.ir.expression import Draw, Expr, Formula, Leaf, walk
-from surgery.ir.notation import Maths, number_text, parts_to_name
-from surgery.ir.primitives import shape_text
+from surgery.ir.notation import Maths, parts_to_name
+from surgery.ir.notation_forms import number_text
+from surgery.ir.operations import operation, shape_text
+from surgery.ir.table import Source
 from surgery.language.formatter import expression_text
 from surgery.language.library import library
 from surgery.language.tree import Spec, Step, Target
@@ -73,7 +75,7 @@ class Page:
 
     def _name_leaves(self, expr: Expr) -> None:
         for node in walk(expr):
-            if node.op in ("param", "places") and node not in self.symbols:
+            if operation(node).source is Source.ADAPTER and node not in self.symbols:
                 self.symbols[node] = self._free(node.data.rpartition(".")[2])
 
     def _wishes(self, made: Made) -> list[str]:
@@ -87,7 +89,7 @@ class Page:
 
     def _free(self, *wishes: str) -> str:
         """The first wish that is not taken, else the first one numbered."""
-        taken = {*_RESERVED, *self.symbols.values(), *(["b"] if self.formula.bias.op != "bias" else [])}
+        taken = {*_RESERVED, *self.symbols.values(), *(["b"] if self.formula.changes_bias else [])}
         numbered = (_numbered(wishes[0], i) for i in range(1, len(taken) + 2))
         return next(s for s in (*wishes, *numbered) if s not in taken)
 
@@ -101,7 +103,7 @@ class Page:
         """The equations, then `where` with what each symbol stands for."""
         first = Maths({**self.symbols, **(self.operand_symbols if self.parts else {})})
         equations = [f"W' = {first.text(self.formula.weight)}"]
-        if self.formula.bias.op != "bias":
+        if self.formula.changes_bias:
             equations.append(f"b' = {first.text(self.formula.bias)}")
         rows = [*self._operand_rows(), *self._step_rows(), *self._part_rows(),
                 *map(self._leaf_row, self.formula.leaves)]

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 
+from surgery.ir.builders import eye, scaled, summands, times, total, value_of
 from surgery.ir.expression import Exhausted, Expr, at_most, walk
-from surgery.ir.primitives import make
+from surgery.ir.operations import make
 from surgery.ir.sizes import Dim
-from surgery.rewrite.builders import eye, scaled, summands, times, total, value_of
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.low_rank import Factors, factors, is_thin, low_rank_turn, stacked_rows
 from surgery.rewrite.normal_form import RULES, opposed, simplify

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from surgery.ir.builders import eye, fill, scaled, summands, times, total, value_of
 from surgery.ir.expression import Expr, Shape
-from surgery.ir.primitives import constant, make
-from surgery.rewrite.builders import eye, fill, scaled, summands, times, total, value_of
+from surgery.ir.operations import constant, make
 from surgery.rewrite.engine import Rule
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from surgery.ir.builders import fill, is_zero, scaled, summands, times, total
 from surgery.ir.expression import Expr
-from surgery.ir.primitives import make
+from surgery.ir.operations import make
 from surgery.ir.sizes import Dim
-from surgery.rewrite.builders import fill, is_zero, scaled, summands, times, total
 
 Factors = tuple[Expr, Expr]
 

@@ -6,30 +6,21 @@ front of products, and structured products joined (diag · diag, block_diag · b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 
+from surgery.ir.builders import eye, fill, is_zero, scaled, summands, times, total, value_of
 from surgery.ir.expression import Expr
-from surgery.ir.primitives import constant, make
-from surgery.rewrite.builders import eye, fill, is_zero, scaled, summands, times, total, value_of
+from surgery.ir.operations import constant, make, operation
+from surgery.ir.table import Orthogonal, Transpose
 from surgery.rewrite.diagonal_and_block import SHAPED
 from surgery.rewrite.engine import Rule, rewrite, table
-
-_NUMBER: dict[str, Callable[..., float]] = {
-    "add": lambda a, b: a + b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b, "min": min, "max": max,
-    "exp": math.exp, "sqrt": math.sqrt, "abs": abs, "cos": math.cos, "sin": math.sin, "tanh": math.tanh,
-    "sigmoid": lambda a: 1 / (1 + math.exp(-a)), "detach": lambda a: a,
-}
-# Those whose transpose is theirs of the transposed arguments.
-_COMMUTES_WITH_T = {"add", "mul", "div", "min", "max", "kron", "block_diag", "cayley", "expm", "exp", "abs", "tanh",
-                    "sigmoid", "sqrt", "cos", "sin", "detach"}
 
 
 def _fold(node: Expr) -> Expr | None:
     values = [value_of(a) for a in node.args]
     try:
-        return None if None in values else fill(_NUMBER[node.op](*values), node.shape)
+        return None if None in values else fill(operation(node).number(*values), node.shape)
     except (ArithmeticError, ValueError):
         return None
 
@@ -166,7 +157,7 @@ def _turn(node: Expr) -> Expr | None:
         return make("literal", data=tuple(zip(*inner.data)))
     if inner.op == "matmul":
         return _turned_product(inner)
-    if inner.op in _COMMUTES_WITH_T:
+    if operation(inner).transpose is Transpose.INSIDE:
         return make(inner.op, *(make("T", a) if a.shape else a for a in inner.args))
     return Expr("drop", (make("T", inner.args[0]),), inner.data, node.shape) if inner.op == "drop" else None
 
@@ -268,10 +259,7 @@ def transposed(node: Expr) -> Expr:
 @lru_cache(maxsize=4096)
 def is_orthogonal(node: Expr) -> bool:
     """x xᵀ = I, for a matrix or each of a stack."""
-    if node.op in ("eye", "reflect", "shuffle"):
-        return True
-    if node.op in ("cayley", "expm"):
+    known = operation(node).orthogonal
+    if known is Orthogonal.OF_SKEW:
         return is_skew(node.args[0])
-    if node.op in ("T", "block_diag", "kron", "matmul"):
-        return all(map(is_orthogonal, node.args))
-    return False
+    return known is Orthogonal.ALWAYS or known is Orthogonal.OF_ORTHOGONAL and all(map(is_orthogonal, node.args))

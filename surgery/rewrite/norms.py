@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from surgery.ir.builders import fill, scaled, summands, times, total
 from surgery.ir.expression import Expr
-from surgery.ir.primitives import make
+from surgery.ir.operations import make
 from surgery.ir.sizes import Dim
-from surgery.rewrite.builders import fill, scaled, summands, times, total
 from surgery.rewrite.engine import Rule
 from surgery.rewrite.low_rank import factors
 from surgery.rewrite.normal_form import is_orthogonal, simplify

@@ -3,8 +3,10 @@ every start is put in and W' comes out as W."""
 
 from __future__ import annotations
 
+from surgery.ir.builders import fill, value_of
 from surgery.ir.expression import Expr, Formula, rebuild, walk
-from surgery.rewrite.builders import fill, value_of
+from surgery.ir.operations import operation
+from surgery.ir.table import Linear
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.normal_form import RULES
 
@@ -39,11 +41,6 @@ def starts_as_weight(formula: Formula, generic: bool = True) -> bool:
     return weight.op == "weight" and bias.op == "bias"
 
 
-# In each of their arguments, and W' in a parameter that it reaches through them alone and in one place.
-_LINEAR = {"add", "sub", "neg", "mul", "matmul", "T", "diag", "block_diag", "kron", "reshape", "columns",
-           "side_by_side", "circulant", "scatter", "ifft2", "drop"}
-
-
 def surely_trains(formula: Formula) -> bool:
     """Whether W' or b' is linear in a parameter where the others start, with a factor that is not zero, so that it has
     a gradient there. False means not proven."""
@@ -61,10 +58,15 @@ def surely_trains(formula: Formula) -> bool:
 
 
 def _is_linear(expr: Expr, free: Expr) -> bool:
+    """Whether only linear operations stand between them, with one argument that holds `free` where they are linear in
+    each by itself."""
     holding = {free}
     for node in walk(expr):
         if holders := [a for a in node.args if a in holding]:
-            if node.op not in _LINEAR or len(holders) > 1 and node.op != "add":
+            linear = operation(node).linear
+            if linear is Linear.NOT or len(holders) > 1 and linear is not Linear.TOGETHER:
+                return False
+            if node.op == "skew":  # linear, and 0 where a matrix has one entry
                 return False
             holding.add(node)
     return expr in holding

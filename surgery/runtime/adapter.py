@@ -264,7 +264,7 @@ def _reading(name: str, owner: str) -> property:
         running = _CALLS.running.get(id(module), {})
         if name in running:
             return running[name]
-        if name == "bias" and adapter.formula.bias.op == "bias":
+        if name == "bias" and not adapter.formula.changes_bias:
             return was
         if torch.compiler.is_compiling():  # which leaves out what is not used
             return _made(adapter, module, name)

@@ -14,7 +14,7 @@ from typing import Any
 
 from surgery.diagnostics import Collector, Span, did_you_mean, fail
 from surgery.ir.expression import DEEPEST_FORMULA, Draw, Expr, Leaf
-from surgery.ir.primitives import is_whole, shape_text, undecided
+from surgery.ir.operations import is_undecided, is_whole, shape_text, undecided
 from surgery.ir.sizes import Dim, Size
 from surgery.language.parser import parse_expression
 from surgery.language.tree import Argument, Call, Definition, Expression, Let, Param
@@ -57,7 +57,7 @@ class Instance:
         if not isinstance(result, Expr):
             raise fail("wrong-type", f"{self.definition.name} must return a tensor, not {describe(result)}", span)
         wanted = self._wanted()
-        if result.op == "undecided":
+        if is_undecided(result):
             return undecided(result.args, result.data, wanted)
         if result.shape != wanted:
             raise fail("shape-mismatch", f"{self.definition.name} returns {shape_text(result.shape)}, and "

@@ -14,7 +14,7 @@ from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.ir.expression import DEEPEST_FORMULA, Claim, Expr, Formula, Leaf, Part
-from surgery.ir.primitives import make
+from surgery.ir.operations import make
 from surgery.ir.sizes import Size
 from surgery.language.library import Library
 from surgery.language.tree import Definition, Step, Target

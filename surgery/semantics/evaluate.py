@@ -15,7 +15,7 @@ from typing import Any
 
 from surgery.diagnostics import fail
 from surgery.ir.expression import Expr
-from surgery.ir.primitives import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, ones, undecided
+from surgery.ir.operations import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, ones, undecided
 from surgery.ir.sizes import Dim, divide, has_few_digits, is_real, symbol, tidy
 from surgery.language import tree
 from surgery.language.formatter import expression_text

@@ -10,23 +10,21 @@ from math import prod
 
 from surgery.diagnostics import fail
 from surgery.ir.expression import Expr, Leaf, walk
-from surgery.ir.primitives import is_whole
+from surgery.ir.operations import is_undecided, is_whole, operation
 from surgery.ir.sizes import Dim, Size
-
-_INTO = {"take": lambda node: node.args[0].shape, "scatter": lambda node: node.shape}
-
 
 def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf]) -> None:
     """Raises: SurgeryError (bad-value), if a parameter may hold a place beyond the last entry of what it points
     into."""
     known = {leaf.key: leaf for leaf in leaves}
     nodes = list(walk(*exprs))
-    if any(node.op == "undecided" for node in nodes):
+    if any(map(is_undecided, nodes)):
         return
-    for node in (n for n in nodes if n.op in _INTO):
-        entries, places = prod(_INTO[node.op](node)), below(node.args[1], known)
+    for node in (n for n in nodes if operation(n).places):
+        (at,) = operation(node).places
+        entries, places = prod(operation(node).into(node)), below(node.args[at], known)
         if not isinstance(entries, Dim) and not isinstance(places, Dim) and places > entries:
-            leaf = known.get(node.args[1].data)
+            leaf = known.get(node.args[at].data)
             what = f"`{leaf.key.rpartition('.')[2]}` holds" if leaf else "these are"
             raise fail("bad-value", f"{what} places among {places:g} entries, and `{node.op}` is given {entries:g}",
                        leaf and leaf.span)
@@ -34,8 +32,8 @@ def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf]) -> None:
 
 def below(places: Expr, known: Mapping[str, Leaf]) -> Size:
     """How many entries there are among which an expression's places lie."""
-    if places.op == "top":
-        return prod(places.args[0].shape)
+    if (into := operation(places).into) is not None:
+        return prod(into(places))
     leaf = known[places.data]
     return below(leaf.init, known) if leaf.init is not None else leaf.draw.arguments[0][1]
 

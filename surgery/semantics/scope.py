@@ -9,7 +9,7 @@ from typing import Any
 from surgery.diagnostics import Span, SurgeryError, did_you_mean, fail
 from surgery.ir import sizes
 from surgery.ir.expression import Expr
-from surgery.ir.primitives import is_whole, shape_text
+from surgery.ir.operations import is_whole, shape_text
 from surgery.ir.sizes import Dim
 
 UNDECIDED = object()  # a truth value or a text that is not known yet

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from surgery.analysis.spectra.orthogonality import Defect, defects
 from surgery.codegen.program import weights
+from surgery.ir.builders import scaled, summands, times, total
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Expr, without_dropout
 from surgery.layers.survey import Site
 from surgery.matching.name_ranges import module_type
 from surgery.planning.compile import Placed
-from surgery.rewrite.builders import scaled, summands, times, total
 from surgery.rewrite.cheaper_forms import cheapest
 from surgery.rewrite.low_rank import Factors, factors
 from surgery.rewrite.normal_form import simplify

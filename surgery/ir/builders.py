@@ -1,4 +1,4 @@
-"""Building blocks of rules: constants, tensors of one value, scalings and sums, in their one normal form."""
+"""Building blocks of expressions: constants, tensors of one value, scalings and sums, in their one normal form."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from surgery.ir.expression import UNFOLDED, Expr, Shape
-from surgery.ir.primitives import constant, make
+from surgery.ir.table import constant, make
 
 
 def fill(value: float, shape: Shape) -> Expr:

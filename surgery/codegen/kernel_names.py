@@ -1,0 +1,29 @@
+"""What emitted text calls by name: the kernels that rows of the table of operations name, and dense meanings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from surgery.codegen import kernels, kernels_permute, kernels_row_sums
+from surgery.ir.operations import OPERATIONS
+
+_MODULES = {"kernels": kernels, "kernels_permute": kernels_permute, "kernels_row_sums": kernels_row_sums}
+
+
+def names_called(in_step: bool) -> dict[str, Any]:
+    """Functions by the names that a program's text calls, or a step's, of which autograd takes no gradient."""
+    names: dict[str, Any] = {"torch": torch}
+    for name, row in OPERATIONS.items():
+        kernel = in_step and row.step_kernel or row.kernel
+        if kernel or row.dense is not None:
+            names[name] = _kernel(kernel) if kernel else row.dense
+        if row.added is not None and row.added.form.kernel:
+            names[row.added.form.name] = _kernel(row.added.form.kernel)
+    return names
+
+
+def _kernel(name: str) -> Any:
+    module, _, function = name.partition(".")
+    return getattr(_MODULES[module], function)

@@ -1,0 +1,62 @@
+"""What operations cost in multiplications and additions: the parts that rows of the table are made of.
+
+A rule takes a node and `count`, which gives how many numbers a node's value has (for some number of tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log2
+
+from surgery.ir.expression import Expr
+
+Count = Callable[[Expr], float]
+Flops = Callable[[Expr, Count], float]
+FACTORISED = 5e5  # what a factorisation of a small matrix costs beside its arithmetic
+
+
+def product(node: Expr, count: Count) -> float:
+    """Over the last axis of the first argument: `a m`, or the layer's own map."""
+    return 2 * count(node) * float(node.args[0].shape[-1])
+
+
+def each(factor: float, argument: int, axis: int) -> Flops:
+    """So many, and a size of an argument, for each number of the result."""
+    return lambda node, count: factor * count(node) * float(node.args[argument].shape[axis])
+
+
+def each_read(factor: float, axis: int | None = None) -> Flops:
+    """So many, and a size of the result, for each number of the first argument."""
+    return lambda node, count: factor * count(node.args[0]) * (1.0 if axis is None else float(node.shape[axis]))
+
+
+def cubic(factor: float) -> Flops:
+    """For each square matrix of a stack."""
+    return lambda node, count: count(node) * factor * node.shape[-1] + FACTORISED * count(node) / node.shape[-1] ** 2
+
+
+def mirrored(node: Expr, count: Count) -> float:
+    return FACTORISED + 3 * count(node) * node.shape[0]
+
+
+def mixed_rows(node: Expr, count: Count) -> float:
+    """A softmax over each row, and the few rows that it weighs."""
+    return count(node.args[0]) + 2 * count(node) * node.data[0]
+
+
+def fourier(numbers: float) -> float:
+    """A fast transform of so many numbers."""
+    return 5 * numbers * log2(max(numbers, 2))
+
+
+def transformed(node: Expr, count: Count) -> float:
+    return fourier(count(node))
+
+
+def circulate(node: Expr, count: Count) -> float:
+    return fourier(count(node.args[0])) + fourier(count(node)) + 4 * count(node) * node.args[1].shape[1]
+
+
+def circulate_dot(node: Expr, count: Count) -> float:
+    a, g, c = node.args
+    return fourier(count(a)) + fourier(count(g)) + 4 * count(a) * c.shape[0]

@@ -1,0 +1,94 @@
+"""How rows of the table of operations say the maths of a node: signs between, around and in front of its arguments.
+
+A form takes a writer (`notation.Maths`) and a node; it gives a text and how tightly that binds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from surgery.ir.expression import Expr
+
+# How tightly a text binds: a sum, a product entry by entry, a product, what never needs parentheses.
+SUM, ENTRYWISE, PRODUCT, ATOM = range(4)
+Text = tuple[str, int]
+Notation = Callable[[Any, Expr], Text]
+
+
+def infix(sign: str, binding: int, left: int, right: int) -> Notation:
+    """`a + b`, each side in parentheses where it binds less than `left` and `right`."""
+    def rule(maths: Any, expr: Expr) -> Text:
+        a, b = expr.args
+        return f"{maths.at_least(a, left)} {sign} {maths.at_least(b, right)}", binding
+
+    return rule
+
+
+def around(before: str, after: str, least: int = SUM, binding: int = ATOM) -> Notation:
+    """`‖a‖`, `aᵀ`, `-a`."""
+    return lambda maths, expr: (f"{before}{maths.at_least(expr.args[0], least)}{after}", binding)
+
+
+def as_its_argument(maths: Any, expr: Expr) -> Text:
+    return maths.named(expr.args[0])
+
+
+def product(maths: Any, expr: Expr) -> Text:
+    """`a b`."""
+    return _side_by_side(maths, *expr.args)
+
+
+def entrywise_product(maths: Any, expr: Expr) -> Text:
+    """`a ∘ b`, or a scalar in front of what it scales."""
+    a, b = expr.args
+    if a.shape and b.shape:
+        return infix("∘", ENTRYWISE, ENTRYWISE, PRODUCT)(maths, expr)
+    return _side_by_side(maths, *((b, a) if a.shape else (a, b)))
+
+
+def _side_by_side(maths: Any, a: Expr, b: Expr) -> Text:
+    left, right = maths.at_least(a, PRODUCT), maths.at_least(b, PRODUCT)
+    return f"{left} {'· ' if right[0].isdigit() else ''}{right}", PRODUCT
+
+
+# ---------------------------------------------------------------------------------------------------------- leaves
+
+
+def symbol(text: str) -> Notation:
+    return lambda maths, expr: (text, ATOM)
+
+
+def last_name(maths: Any, expr: Expr) -> Text:
+    """`m` of `post_magnitude.m`."""
+    return expr.data.rpartition(".")[2], ATOM
+
+
+def number(maths: Any, expr: Expr) -> Text:
+    text = number_text(expr.data)
+    if text.startswith("-"):
+        return text, SUM
+    is_whole = isinstance(expr.data, (int, float)) or isinstance(expr.data, Fraction) and expr.data.denominator == 1
+    return text, ATOM if is_whole or text.isidentifier() else SUM
+
+
+def ones(maths: Any, expr: Expr) -> Text:
+    return f"ones({', '.join(map(str, expr.shape))})", ATOM
+
+
+def rows_of_numbers(maths: Any, expr: Expr) -> Text:
+    return f"[{'; '.join(' '.join(map(number_text, row)) for row in expr.data)}]", ATOM
+
+
+def undecided(maths: Any, expr: Expr) -> Text:
+    """An `if` as its text, an operation on one as that operation."""
+    if isinstance(expr.data, str):
+        return f"({expr.data})", ATOM
+    op, data = expr.data
+    return maths.written(Expr(op, expr.args, data, ()))
+
+
+def number_text(value: Any) -> str:
+    """A compile-time value: `2`, `0.5`, `2/3`, `out / 2`."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

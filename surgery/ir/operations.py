@@ -1,0 +1,43 @@
+"""The table of operations: a row for each, of the language and of activations alike.
+
+A row says all that is known about its operation (`table.Operation` says what that is), and every stage asks the row:
+adding an operation is adding a row, to one of the modules that are put together here.
+"""
+
+from __future__ import annotations
+
+from surgery.ir import (
+    activations,
+    gradient_operations,
+    leaves,
+    primitives,
+    primitives_fourier,
+    primitives_indexing,
+    primitives_row_products,
+)
+from surgery.ir.activations import is_ids
+from surgery.ir.shape_rules import ShapeError, shape_text
+from surgery.ir.table import (
+    OPERATIONS,
+    Operation,
+    constant,
+    eye,
+    is_undecided,
+    is_whole,
+    make,
+    ones,
+    operation,
+    undecided,
+)
+
+__all__ = ["FUNCTIONS", "OPERATIONS", "OPERATORS", "PRIMITIVES", "Operation", "ShapeError", "constant", "eye", "is_ids",
+           "is_undecided", "is_whole", "make", "ones", "operation", "shape_text", "undecided"]
+
+_ON_MATRICES = (*primitives.ROWS, *primitives_indexing.ROWS, *primitives_fourier.ROWS, *primitives_row_products.ROWS)
+OPERATIONS.update(
+    {row.name: row for row in (*leaves.ROWS, *_ON_MATRICES, *activations.ROWS, *gradient_operations.ROWS)})
+
+# What a spec can say, and the cores that rules make of it.
+PRIMITIVES: dict[str, Operation] = {row.name: row for row in _ON_MATRICES}
+OPERATORS = {row.sign: row.name for row in _ON_MATRICES if row.sign and row.arity == 2}
+FUNCTIONS = {row.name for row in _ON_MATRICES if row.public and not row.sign} | {"I", "ones"}
