@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
     from surgery.experiments.bench import bench
     from surgery.experiments.comparison import compare
     from surgery.language.library import load, parse, shipped
-    from surgery.language.tree import Spec, Target, add, post, pre
+    from surgery.language.tree import Parameter, Spec, Target, add, post, pre
     from surgery.matching.module_tree import modules
     from surgery.matching.selection import explain
     from surgery.models.loading import load as load_model
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
 
 _HOMES = {
     "Diagnostic": "diagnostics", "SurgeryError": "diagnostics",
-    "Spec": "language.tree", "Target": "language.tree",
+    "Spec": "language.tree", "Target": "language.tree", "Parameter": "language.tree",
     "pre": "language.tree", "add": "language.tree", "post": "language.tree",
     "parse": "language.library", "load": "language.library", "shipped": "language.library",
     "check": "planning.check", "Plan": "planning.compile", "plan": "planning.compile", "Report": "planning.figures",
@@ -53,8 +53,8 @@ _SPELT = {"plan": "compile", "load_model": "load"}
 
 __all__ = [
     "__version__", "add", "apply", "attach", "bench", "check", "compare", "Diagnostic", "explain", "export_peft",
-    "Exported", "import_peft", "load", "load_model", "modules", "parse", "Plan", "plan", "post", "pre", "Report",
-    "report_page", "save_merged", "shipped", "Spec", "Spectra", "spectrum", "Spectrum", "Surgeon", "Surgeries",
+    "Exported", "import_peft", "load", "load_model", "modules", "Parameter", "parse", "Plan", "plan", "post", "pre",
+    "Report", "report_page", "save_merged", "shipped", "Spec", "Spectra", "spectrum", "Spectrum", "Surgeon", "Surgeries",
     "SurgeryError", "Target",
 ]
 

@@ -17,6 +17,7 @@ PIPELINE = {
     "package": "",
     "text": "text",
     "files": "files",
+    "html": "html",
     "diagnostics": "diagnostics",
     "ir": "ir",
     "layers": "layers",

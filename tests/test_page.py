@@ -14,7 +14,7 @@ from torch import nn
 
 import surgery
 from surgery.analysis.page import charts, training_curves
-from surgery.analysis.page.html import Markup, table, tag
+from surgery.html import Markup, table, tag
 from surgery.analysis.spectra.curves import Curve
 from surgery.cli.main import main
 from surgery.layers.survey import Survey

@@ -6,7 +6,7 @@ import click
 
 from surgery.cli.options import command, trust_option
 from surgery.cli.output import Output
-from surgery.cli.spectra_options import asked, base_option, squared_option, summary_line, tracked
+from surgery.cli.spectra_options import asked, base_option, squared_option, tracked
 
 
 @command(click.argument("folder", metavar="DIR"), base_option,
@@ -22,6 +22,6 @@ def report(output: Output, folder: str, base: str | None, out: str, squared: boo
     from surgery.analysis.page import report_page
 
     written = report_page(folder, out, base=base, squared=squared, asked=asked(output), measured=tracked(output))
-    output.say(f"{summary_line(written.spectra)}\nsaved     {out}")
+    output.say(f"{written.spectra.summary}\nsaved     {out}")
     output.data(adapter=folder, base=written.base, out=out, training=written.training and str(written.training),
                 **written.spectra.to_json())

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli.output import Output
-from surgery.text import counted, figure_text
 
 if TYPE_CHECKING:
     from surgery.analysis.saved_weights import Asked
-    from surgery.analysis.spectra import Spectra, Track
+    from surgery.analysis.spectra import Track
 
 base_option = click.option("--base", metavar="MODEL",
                            help="The adapter's base model, if not the one that it was saved for.")
@@ -29,13 +28,3 @@ def asked(output: Output) -> Asked:
 
 def tracked(output: Output) -> Track:
     return lambda weights: output.track(weights, "measuring")
-
-
-def summary_line(spectra: Spectra) -> str:
-    changed = len(spectra.rows) - len(spectra.unchanged)
-    if not changed:
-        return f"{counted(len(spectra.rows), 'weight')}, none of them changed"
-    means = spectra.total.means
-    entropy, stable, effective = (figure_text(means[f]) for f in ("entropy", "stable_rank", "effective_rank"))
-    return (f"{counted(changed, 'changed weight')}: entropy {entropy}, {means['normalised_entropy']:.0%} of the "
-            f"possible; stable rank {stable}; effective rank {effective} (means)")

@@ -12,7 +12,7 @@ import click
 
 from surgery.cli.options import command, trust_option
 from surgery.cli.output import Output, aligned
-from surgery.cli.spectra_options import asked, base_option, squared_option, summary_line, tracked
+from surgery.cli.spectra_options import asked, base_option, squared_option, tracked
 from surgery.diagnostics import did_you_mean, fail
 from surgery.text import counted, figure_text, plain, sides_text, some
 
@@ -100,7 +100,7 @@ def _say(output: Output, spectra: Spectra, left_out: Sequence[str]) -> None:
         output.say("\n".join([*aligned(_module_table(spectra, shown)), ""]))
         for title, groups in (("module type (mean)", spectra.types), ("layer (mean)", spectra.layers)):
             output.say("\n".join([*aligned(_group_table(title, groups, shown)), ""]))
-    output.say(summary_line(spectra))
+    output.say(spectra.summary)
     if spectra.unchanged:
         output.note(f"unchanged: {_weights(spectra.unchanged)}")
     if left_out:

@@ -5,16 +5,28 @@ Takes a tree; gives source text. Promises: running it leaves an equal spec in `s
 
 from __future__ import annotations
 
+import json
 from keyword import iskeyword
 from typing import Any
 
 from surgery.language.formatter import expression_text
 from surgery.language.json_fields import Pattern, Reference
-from surgery.language.tree import Argument, Expression, Node, Spec, Step, Target
+from surgery.language.tree import (
+    Argument,
+    Boolean,
+    Expression,
+    Node,
+    Number,
+    Parameter,
+    Spec,
+    Step,
+    Target,
+    as_expression,
+)
 
 WIDTH = 100
 _CLAUSES = ("on", "with_bias", "dropout")
-_PUBLIC = ("Spec", "Target", "add", "post", "pre")
+_PUBLIC = ("Parameter", "Spec", "Target", "add", "post", "pre")
 
 
 def python_text(spec: Spec) -> str:
@@ -30,22 +42,39 @@ def python_text(spec: Spec) -> str:
 def _code(value: Any, depth: int, used: set[str]) -> str:
     """An expression of Python for a node, an expression of the language, a selector, a tuple or a plain value."""
     if isinstance(value, Expression):
-        return repr(expression_text(value))
+        return _expression(value)
     if isinstance(value, Pattern):
-        return repr(value.text)
+        return _quoted(value.text)
     if isinstance(value, Reference):
         used.add("Reference")
-        return f"Reference({value.name!r})"
+        return f"Reference({_quoted(value.name)})"
     if isinstance(value, tuple):
         return _laid_out("[", [_code(v, depth + 1, used) for v in value], "]", depth)
-    return _node(value, depth, used) if isinstance(value, Node) else repr(value)
+    if isinstance(value, Node):
+        return _node(value, depth, used)
+    return _quoted(value) if isinstance(value, str) else repr(value)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _expression(value: Expression) -> str:
+    """A plain number or boolean as Python writes it, anything else as its text."""
+    if isinstance(value, (Number, Boolean)) and as_expression(value.value) == value:
+        return repr(value.value)
+    return _quoted(expression_text(value))
 
 
 def _node(node: Node, depth: int, used: set[str]) -> str:
-    if isinstance(node, Step) and all(map(_is_keyword, node.call.arguments)):
+    if isinstance(node, Step) and all(map(_has_python_name, node.call.arguments)):
         return _short_step(node, used)
     used.add(type(node).__name__)
     parts = [f"{name}={_code(value, depth + 1, used)}" for name, value in _fields(node).items()]
+    if isinstance(node, Parameter):  # its name, its type and what it is if nobody says otherwise
+        parts = [_code(v, depth + 1, used) for v in (node.name, node.type, node.default) if v is not None]
+    if isinstance(node, Spec) and node.name is not None:
+        parts[0] = _quoted(node.name)
     if isinstance(node, Target):
         places = [*node.selectors, *node.steps]
         kept = {n: v for n, v in _fields(node).items() if n not in ("selectors", "steps")}
@@ -54,9 +83,9 @@ def _node(node: Node, depth: int, used: set[str]) -> str:
     return _laid_out(f"{type(node).__name__}(", parts, ")", depth)
 
 
-def _is_keyword(argument: Argument) -> bool:
-    """Whether `pre`, `add` and `post` can take the argument by its name."""
-    return argument.name is not None and not iskeyword(argument.name) and argument.name not in _CLAUSES
+def _has_python_name(argument: Argument) -> bool:
+    """Whether `pre`, `add` and `post` can take the argument: one without a name, or by a name that is free there."""
+    return argument.name is None or not iskeyword(argument.name) and argument.name not in _CLAUSES
 
 
 def _fields(node: Node) -> dict[str, Any]:
@@ -67,13 +96,13 @@ def _fields(node: Node) -> dict[str, Any]:
 
 
 def _short_step(step: Step, used: set[str]) -> str:
-    """`pre("diagonal", on="in")`."""
+    """`pre("diagonal", on="in")`, `add("low_rank", "rank", "alpha", dropout=0.05)`."""
     used.add(step.placement)
-    clauses = {"on": "'in'" if step.side == "in" else None, "with_bias": "True" if step.bias else None,
-               "dropout": repr(expression_text(step.dropout)) if step.dropout is not None else None}
+    clauses = {"on": '"in"' if step.side == "in" else None, "with_bias": "True" if step.bias else None,
+               "dropout": _expression(step.dropout) if step.dropout is not None else None}
+    arguments = [f"{a.name}={_expression(a.value)}" if a.name else _expression(a.value) for a in step.call.arguments]
     said = [f"{name}={text}" for name, text in clauses.items() if text]
-    arguments = [f"{a.name}={expression_text(a.value)!r}" for a in step.call.arguments]
-    return f"{step.placement}({', '.join([repr(step.call.function), *said, *arguments])})"
+    return f"{step.placement}({', '.join([_quoted(step.call.function), *arguments, *said])})"
 
 
 def _laid_out(before: str, parts: list[str], after: str, depth: int) -> str:

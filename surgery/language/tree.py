@@ -138,11 +138,16 @@ class Node(BaseModel):
 
 
 class Parameter(Node):
-    """A formal parameter: `rank: int = 8`."""
+    """A formal parameter: `rank: int = 8`. In Python: `Parameter("rank", "int", 8)`."""
 
     name: str
     type: Literal["int", "float", "bool", "str"]
     default: Expr | None = None
+
+    def __init__(self, *parts: Any, **fields: Any):
+        super().__init__(**dict(zip(("name", "type", "default"), parts)), **fields)
+
+    __init__.__pydantic_base_init__ = True
 
 
 class Check(Node):
@@ -213,24 +218,24 @@ class Step(Node):
     dropout: Expr | None = None
 
 
-def _step(placement: str, definition: str, on: str, with_bias: bool, dropout: Any, arguments: dict) -> Step:
-    call = Call(definition, tuple(Argument(k, as_expression(v)) for k, v in arguments.items()))
-    return Step(placement=placement, call=call, side=on, bias=with_bias, dropout=dropout)
+def _call(definition: str, values: tuple[Any, ...], named: dict[str, Any]) -> Call:
+    pairs = [*((None, value) for value in values), *named.items()]
+    return Call(definition, tuple(Argument(name, as_expression(value)) for name, value in pairs))
 
 
-def pre(definition: str, /, *, on: str = "out", with_bias: bool = False, **arguments: Any) -> Step:
-    """`pre definition(arguments) on SIDE [with bias]`. A string argument is an expression: `rank="2 * rank"`."""
-    return _step("pre", definition, on, with_bias, None, arguments)
+def pre(definition: str, /, *values: Any, on: str = "out", with_bias: bool = False, **named: Any) -> Step:
+    """`pre definition(values, name = value) on SIDE [with bias]`. A text is an expression: `rank="2 * rank"`."""
+    return Step(placement="pre", call=_call(definition, values, named), side=on, bias=with_bias)
 
 
-def post(definition: str, /, *, on: str = "out", with_bias: bool = False, **arguments: Any) -> Step:
-    """`post definition(arguments) on SIDE [with bias]`."""
-    return _step("post", definition, on, with_bias, None, arguments)
+def post(definition: str, /, *values: Any, on: str = "out", with_bias: bool = False, **named: Any) -> Step:
+    """`post definition(values, name = value) on SIDE [with bias]`. A text is an expression: `rank="2 * rank"`."""
+    return Step(placement="post", call=_call(definition, values, named), side=on, bias=with_bias)
 
 
-def add(definition: str, /, *, dropout: Any = None, **arguments: Any) -> Step:
-    """`add definition(arguments) [dropout(p)]`."""
-    return _step("add", definition, "out", False, dropout, arguments)
+def add(definition: str, /, *values: Any, dropout: Any = None, **named: Any) -> Step:
+    """`add definition(values, name = value) [dropout(p)]`. A text is an expression: `rank="2 * rank"`."""
+    return Step(placement="add", call=_call(definition, values, named), dropout=dropout)
 
 
 class Target(Node):
@@ -256,6 +261,18 @@ class Target(Node):
                          **fields)
 
     __init__.__pydantic_base_init__ = True
+
+    def __repr__(self) -> str:
+        """`<target linear { add low_rank(8) }>`."""
+        return f"<{' '.join(Spec(targets=(self,)).to_surg().split())}>"
+
+
+def _place(selector: Pattern | Reference) -> str:
+    return f'"{selector.text}"' if isinstance(selector, Pattern) else selector.name
+
+
+def _places(target: Target) -> str:
+    return ", ".join(map(_place, target.selectors))
 
 
 class Train(Node):
@@ -287,6 +304,17 @@ class Spec(Node):
 
         check_spec(self).raise_errors()
         return self
+
+    def __str__(self) -> str:
+        return self.to_surg()
+
+    def __repr__(self) -> str:
+        """`<Spec dora(rank, alpha): target linear>`."""
+        held = [f"{len(self.definitions)} definition{'s' * (len(self.definitions) != 1)}"] * bool(self.definitions)
+        held += [f"target {' '.join(filter(None, [t.kind, _places(t)]))}" for t in self.targets]
+        held += [f"train {', '.join(map(_place, t.patterns))}" for t in self.train]
+        return (f"<Spec {self.name or 'without a name'}({', '.join(p.name for p in self.params)}): "
+                f"{'; '.join(held) or 'empty'}>")
 
     def to_surg(self) -> str:
         """The spec as formatted `.surg` text; `parse` of it gives an equal spec."""

@@ -26,7 +26,7 @@ from surgery.matching.selection import Selection, select
 from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import names_in
 from surgery.semantics.lint import lint, spec_values
-from surgery.text import listed
+from surgery.text import counted, listed
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Placed:
         return prod(leaf.shape) * (self.site.stack if self.site.stack and leaf.group is None else 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a spec does to a model: the operated weights in module order, what is unfrozen, what was left out.
 
@@ -58,6 +58,16 @@ class Plan:
     selection: Selection
     warnings: tuple[Diagnostic, ...]
     total: int
+
+    def __repr__(self) -> str:
+        model = type(self.selection.survey.model).__name__
+        return (f"<Plan of {_title(self.spec)} for {model}: {counted(len(self.placed), 'weight')} operated on, "
+                f"{counted(self.trainable, 'adapter parameter')} train>")
+
+    def _repr_html_(self) -> str:
+        from surgery.planning.figures import Report
+
+        return Report(self)._repr_html_()
 
     @property
     def train(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from surgery.diagnostics import Diagnostic
+from surgery.html import table, tag
 from surgery.language.tree import Target
 from surgery.layers import opaque_linear
 from surgery.layers.opaque_linear import SUFFIX
@@ -46,7 +47,7 @@ class Row(NamedTuple):
         return sides_text(*self.shape, self.stack)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The figures of a plan; `str()` is a table of plain text. `dtype` is that of the adapter's parameters."""
 
@@ -135,6 +136,16 @@ class Report:
                 "percent": self.percent, "dtype": dtype_text(self.dtype), "bytes": self.bytes,
                 "step_ratio": self.step_ratio}
 
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        """The operated weights as a table, for notebooks; those that differ in their index alone are one row."""
+        rows = [(ranged([row.name for row in same]), len(same), same[0].sides, same[0].formula,
+                 f"{sum(row.parameters for row in same):,}", f"{same[0].step_ratio:.2f} x")
+                for same in _alike(self.rows)]
+        return table(("weights", "", "[out, in]", "formula", "parameters", "step"), rows) + tag("p", self.summary)
+
     def __str__(self) -> str:
         parts = [line for index, rows in groupby(sorted(self.rows, key=lambda r: r.target), lambda r: r.target)
                  for line in _block(self.plan.spec.targets[index], list(rows))]
@@ -176,12 +187,17 @@ def _block(target: Target, rows: Sequence[Row]) -> Iterable[str]:
     """The lines of one target: modules that differ only in their index, and in nothing shown, are one line."""
     place = f" at {target.span.source.name}:{target.span.line}" if target.span else ""
     yield f"target {target.kind}{place}"
-    found: dict[tuple, list[Row]] = {}
-    for row in rows:
-        found.setdefault((starred(row.name), row.sides, row.formula, row.parameters), []).append(row)
     yield from _table((f"  {ranged([r.name for r in same])}", f"{len(same)} x", same[0].sides, same[0].formula,
                        counted(sum(r.parameters for r in same), "parameter"), f"step {same[0].step_ratio:.2f} x")
-                      for same in found.values())
+                      for same in _alike(rows))
+
+
+def _alike(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows in groups that differ only in an index of their names, and in nothing shown."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.target, starred(row.name), row.sides, row.formula, row.parameters), []).append(row)
+    return list(groups.values())
 
 
 def _compressed(sizes: dict[str, int]) -> Iterable[tuple[str, int]]:

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from surgery.diagnostics import Diagnostic
 from surgery.ir.dense import dense, in_dtype
-from surgery.ir.expression import Leaf, walk
+from surgery.ir.expression import Leaf
 from surgery.language.tree import Target
 from surgery.layers.survey import Site
 from surgery.planning.compile import Placed

@@ -20,6 +20,7 @@ import torch.nn as nn
 from surgery.codegen.program import Program, activations, weights
 from surgery.ir.dense import in_dtype
 from surgery.ir.expression import Formula
+from surgery.ir.notation import Maths, brief, parts_to_name
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout, is_direct
 from surgery.layers.opaque_linear import (
@@ -33,6 +34,8 @@ from surgery.runtime.effective_weight import effective_weight, holds_parameters
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.serving import Serving, fingerprint
+
+_LONGEST = 120  # characters of a formula in `repr`
 
 
 class StepTensors(nn.Module):
@@ -49,6 +52,9 @@ class StepTensors(nn.Module):
 
     def forward(self) -> tuple[torch.Tensor, ...]:
         return tuple([getattr(self, name) for name in self.names])
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in self.names)
 
 
 class Adapter(nn.Module):
@@ -185,7 +191,13 @@ class Adapter(nn.Module):
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        return f"{self.parameter}{'' if self.active else ', inactive'}"
+        """`weight' = W + 2 B A`, with each tensor by its own name."""
+        symbols = {leaf.expr: leaf.key.rpartition(".")[2] for leaf in self.formula.leaves}
+        weight = self.formula.weight
+        # where parts are shared, written out they could be longer than memory
+        formula = brief(weight) if parts_to_name((weight,), symbols) else Maths(symbols).text(weight)
+        shown = formula if len(formula) <= _LONGEST else f"{formula[:_LONGEST]} …"
+        return f"{self.parameter}' = {shown}{'' if self.active else ', inactive'}"
 
     def __getstate__(self) -> dict:
         """Programs are code: they are compiled again where the adapter comes to. A promise is not copied."""

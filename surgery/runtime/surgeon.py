@@ -218,6 +218,9 @@ class Surgeon:
         self._tied = {**self._tied, placed.site.weight_name: module._parameters[name]}
         module._parameters[name] = nn.Parameter(module._parameters[name].detach().clone())
 
+    def __repr__(self) -> str:
+        return f"<Surgeon of {type(self.model).__name__}, {_SAID[self._mode]}: {Report(self.plan, self.dtype).summary}>"
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train: the adapters' and those of `train`."""
         return (p for p in self.model.parameters() if p.requires_grad)

@@ -15,12 +15,12 @@ from pathlib import Path
 from surgery import __version__
 from surgery.analysis.page import training_curves
 from surgery.analysis.page.charts import chart, legend
-from surgery.analysis.page.html import Markup, folded, table, tag
 from surgery.analysis.page.model_tree import ModelTree
 from surgery.analysis.saved_weights import Asked, opened_adapter
 from surgery.analysis.spectra import Group, Spectra, Track, gathered
 from surgery.analysis.spectra.curves import Curve, across_layers, distributions
 from surgery.codegen.cost_model import TOKENS_SUPPOSED
+from surgery.html import Markup, folded, table, tag
 from surgery.language.tree import Spec
 from surgery.planning.figures import Report
 from surgery.planning.formulas import formula_lines, formulas

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from surgery.analysis.page.html import Markup, tag
 from surgery.analysis.spectra.curves import Curve
+from surgery.html import Markup, tag
 
 WIDTH, HEIGHT = 420, 270
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 26, 38

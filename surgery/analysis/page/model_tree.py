@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from surgery.analysis.page.html import Markup, joined, tag
 from surgery.analysis.spectra import Group, Spectra
 from surgery.analysis.spectra.summary import Row as Measured
+from surgery.html import Markup, joined, tag
 from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.survey import Site
 from surgery.matching.module_tree import Node, outline

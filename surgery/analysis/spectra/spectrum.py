@@ -21,7 +21,7 @@ _SMALL = 256  # up to this many rows or columns an SVD with vectors costs nothin
 _STEPS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spectrum:
     """The singular values σ₁ ≥ σ₂ ≥ ... > 0 of a matrix of `shape` [m, n], and the distribution that they make:
 
@@ -81,6 +81,10 @@ class Spectrum:
     def norm(self) -> float:
         """‖A‖_F."""
         return math.hypot(*self.values)
+
+    def __repr__(self) -> str:
+        return (f"<Spectrum of a matrix [{', '.join(map(str, self.shape))}]: rank {self.numerical_rank}, entropy "
+                f"{self.entropy:.4g}, stable rank {self.stable_rank:.4g}, effective rank {self.effective_rank:.4g}>")
 
     def to_json(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "entropy": self.entropy, "normalised_entropy": self.normalised_entropy,

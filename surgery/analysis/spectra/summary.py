@@ -17,6 +17,8 @@ from surgery.analysis.spectra.orthogonality import Defect
 from surgery.analysis.spectra.spectrum import Directions, Spectrum, leading, of_factors, overlap
 from surgery.analysis.spectra.updates import Update
 from surgery.diagnostics import fail
+from surgery.html import table, tag
+from surgery.text import counted, figure_text, sides_text
 
 TOP = 8
 
@@ -86,7 +88,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return (known[0] if len({*known}) == 1 else fmean(known)) if known else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Spectra:
     """The rows of a model in module order. `squared` says which distribution the entropies are of, `top` how many
     directions of W the overlaps are with."""
@@ -120,6 +122,27 @@ class Spectra:
         for row in self.rows:
             found.setdefault(key(row), []).append(row)
         return tuple(Group.of(str(name), rows) for name, rows in found.items() if name is not None)
+
+    @property
+    def summary(self) -> str:
+        """The means in one line."""
+        changed = len(self.rows) - len(self.unchanged)
+        if not changed:
+            return f"{counted(len(self.rows), 'weight')}, none of them changed"
+        means = self.total.means
+        entropy, stable, effective = (figure_text(means[f]) for f in ("entropy", "stable_rank", "effective_rank"))
+        return (f"{counted(changed, 'changed weight')}: entropy {entropy}, {means['normalised_entropy']:.0%} of the "
+                f"possible; stable rank {stable}; effective rank {effective} (means)")
+
+    def __repr__(self) -> str:
+        return f"<Spectra of {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        """A row for each weight that changed, for notebooks."""
+        figures = [figure for figure in FIGURES if self.top or "overlap" not in figure]
+        rows = [(row.name, sides_text(*row.spectrum.shape), *(figure_text(FIGURES[f](row)) for f in figures))
+                for row in self.rows if row.changed]
+        return table(("weight", "[out, in]", *(f.replace("_", " ") for f in figures)), rows) + tag("p", self.summary)
 
     def to_json(self) -> dict[str, Any]:
         return {"squared": self.squared, "top": self.top, "modules": [row.to_json() for row in self.rows],
