@@ -35,10 +35,10 @@ def test_a_spec_is_in_order_and_can_be_applied(spec: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
 def test_the_sentiment_example(spec: Path, sentiment, tmp_path: Path, capsys) -> None:
-    words = [str(spec), "--limit", "100", "--epochs", "1", "--out", str(tmp_path / "out")]
+    words = [str(spec), "--limit", "20", "--epochs", "1", "--out", str(tmp_path / "out")]
     assert sentiment.main(words) == 0
     said = capsys.readouterr().out
-    assert "training on 80 texts, holding out 20" in said and "accuracy on held-out texts" in said
+    assert "training on 16 texts, holding out 4" in said and "accuracy on held-out texts" in said
     assert (tmp_path / "out" / "adapter.safetensors").is_file()
 
 
