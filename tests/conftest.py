@@ -3,10 +3,11 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from workers import piece
+from workers import is_fast, is_of_zoo, is_slow, piece
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,9 +19,19 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file of which nothing is asked for is not even imported."""
+    wanted, file = config.getoption("markexpr"), collection_path.name
+    return wanted == "fast" and is_slow(file) or wanted in ("fast", "not gpu") and file == "test_gpu.py" or None
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The pieces of the zoo come last: they are short, so that at the end no worker waits long for the other."""
-    items.sort(key=lambda item: piece(item.nodeid).startswith("zoo: "))
+    items.sort(key=lambda item: is_of_zoo(item.nodeid))
+    for item in items:
+        if is_fast(item.nodeid):
+            item.add_marker("fast")
 
 
 def pytest_collection_finish() -> None:

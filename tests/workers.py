@@ -1,6 +1,19 @@
-"""Which of the workers that run side by side a test goes to."""
+"""Which tests are `fast`, and which of the workers that run side by side a test goes to."""
 
 _OF_ZOO = ("test_zoo", "test_as_cuda", "test_step", "test_verify")  # the last parameter of their tests is a case
+# What takes more than a few seconds, trains, or starts Python again and again. A new file is fast until it stands here.
+_SLOW = {
+    "test_activate.py", "test_bench.py", "test_called.py", "test_called_life.py", "test_check_fuzz.py", "test_cli.py",
+    "test_cli_operating.py", "test_compare.py", "test_effective.py", "test_examples.py", "test_folders.py",
+    "test_gpu.py", "test_grammar_fuzz.py", "test_imports.py", "test_invented.py", "test_large.py", "test_layout.py",
+    "test_matrix_free.py", "test_minilm.py", "test_minilm_peft.py", "test_peft_export.py", "test_peft_import.py",
+    "test_peft_parity.py", "test_peft_trips.py", "test_plan_memory.py", "test_printer.py", "test_proof.py",
+    "test_random_specs.py", "test_reference.py", "test_rules.py", "test_spectra.py", "test_spectrum_cli.py",
+    "test_standing.py", "test_store.py", "test_sums.py", "test_tasks.py", "test_transactions.py", "test_validate.py",
+    "test_wheel.py", "test_wrappers.py", "test_zero_rows.py",
+}
+_FAST_CASES = {"lora", "dora", "sora", "oft"}  # of the zoo
+_ZOO = "zoo: "
 
 
 def piece(nodeid: str) -> str:
@@ -11,5 +24,19 @@ def piece(nodeid: str) -> str:
     """
     file, _, test = nodeid.partition("::")
     if file.rpartition("/")[2].startswith(_OF_ZOO) and test.endswith("]"):
-        return f"zoo: {test[:-1].partition('[')[2].rpartition('-')[2]}"
+        return f"{_ZOO}{test[:-1].partition('[')[2].rpartition('-')[2]}"
     return file
+
+
+def is_of_zoo(nodeid: str) -> bool:
+    return piece(nodeid).startswith(_ZOO)
+
+
+def is_slow(file: str) -> bool:
+    """Whether no test of a file is fast."""
+    return file in _SLOW
+
+
+def is_fast(nodeid: str) -> bool:
+    file, place = nodeid.partition("::")[0].rpartition("/")[2], piece(nodeid)
+    return place.removeprefix(_ZOO) in _FAST_CASES if place.startswith(_ZOO) else not is_slow(file)
