@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import peft
@@ -40,7 +41,7 @@ class Layer:
     def __str__(self) -> str:
         return self.name
 
-    @property
+    @cached_property
     def place(self) -> Place:
         return place_of(self.build())
 
