@@ -51,6 +51,8 @@ LAYOUTS = {layout.name: layout for layout in (
     Layout("Conv2d 12x18", lambda: nn.Conv2d(2, 12, 3), lambda: torch.randn(2, 2, 4, 5), o.convolution, _kernels),
     Layout("Conv1d 12x12", lambda: nn.Conv1d(4, 12, 3, bias=False), lambda: torch.randn(2, 4, 5), o.convolution,
            _kernels),
+    Layout("Conv2d 12x18 in 2 groups", lambda: nn.Conv2d(4, 12, 3, groups=2), lambda: torch.randn(2, 4, 4, 5),
+           o.in_groups(2), _kernels),
     Layout("Embedding 18x12", lambda: nn.Embedding(18, 12), lambda: torch.randint(18, (2, 4)), o.embedding),
 )}
 LINEARS = [layout for name, layout in LAYOUTS.items() if name.startswith("linear")]

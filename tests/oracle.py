@@ -6,6 +6,7 @@ is made of differentiable steps: its gradients are the oracle's too. Slow on pur
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from math import factorial
 
@@ -135,6 +136,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def embedding(ids: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = torch.stack([weight[int(i)] for i in ids.flatten()])
     return rows.reshape(*ids.shape, -1)
+
+
+def in_groups(groups: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """A convolution whose channels are as many equal parts, each with its own run of the rows of W."""
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        parts = zip(x.chunk(groups, 1), weight.chunk(groups), [None] * groups if bias is None else bias.chunk(groups))
+        return torch.cat([convolution(*part) for part in parts], 1)
+
+    return run
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, kernel: int = 3) -> Tensor:

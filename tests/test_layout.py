@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +17,7 @@ import surgery
 from surgery.language.tree import Target
 from surgery.layers import kinds
 from surgery.layers.kinds import KINDS, supposed
-from surgery.layers.layouts import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, TRANSPOSED_EXPERTS, weights
+from surgery.layers.layouts import CONV, CONV1D, EMBEDDING, EXPERTS, GROUPED, LINEAR, TRANSPOSED_EXPERTS, weights
 from surgery.layers.survey import sites, unsupported
 from surgery.models.demo import load_demo
 
@@ -42,6 +43,8 @@ LAYOUTS = [
     (lambda: nn.Conv1d(7, 5, 3), CONV, (5, 21), None),
     (lambda: nn.Conv2d(7, 5, (3, 2)), CONV, (5, 42), None),
     (lambda: nn.Conv3d(2, 5, 3), CONV, (5, 54), None),
+    (lambda: nn.Conv2d(6, 4, 3, groups=2), replace(GROUPED, kind=kinds.GROUPED), (4, 27), None),
+    (lambda: nn.Conv1d(6, 12, 5, groups=6), replace(GROUPED, kind=replace(kinds.GROUPED, groups=6)), (12, 5), None),
     (lambda: nn.Embedding(11, 4), EMBEDDING, (11, 4), None),
     (lambda: Experts(False), EXPERTS, (5, 7), 3),
     (lambda: Experts(True), TRANSPOSED_EXPERTS, (7, 5), 3),
@@ -81,7 +84,6 @@ def test_a_convolution_in_channels_last_has_the_same_matrix():
 
 
 REFUSED = [
-    (lambda: nn.Conv2d(4, 4, 1, groups=2), "m", "groups"),
     (lambda: nn.Embedding(4, 4, max_norm=1.0), "m", "max_norm"),
     (lambda: nn.Embedding(4, 4, sparse=True), "m", "sparse"),
     (lambda: nn.Embedding(4, 4, scale_grad_by_freq=True), "m", "frequency"),

@@ -44,7 +44,7 @@ MODELS = {name: load_demo(name) for name in demo_names()}
 
 def torch_encoder() -> nn.Module:
     return nn.ModuleDict({"layers": nn.ModuleList([nn.TransformerEncoderLayer(4, 2, 8)]), "out_proj": nn.Linear(4, 4),
-                          "grouped": nn.Conv1d(4, 4, 1, groups=2)})
+                          "normed": nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 1))})
 
 
 def spec_of(header: str) -> Spec:
@@ -267,7 +267,7 @@ def test_failures(model, header, code, words, advice):
     ('target linear "**.self_attn.out_proj" {}', "nn.MultiheadAttention reads its weight directly"),
     ('target linear "**.out_proj" {}', "nn.MultiheadAttention reads its weight directly"),
     ('target linear "out_proj", "**.linear1" {}', "fast path"),
-    ('target conv "grouped" {}', "groups"),
+    ('target conv "normed" {}', "a parametrisation"),
     ('target any "**.self_attn" {}', "MultiheadAttention is not"),
 ])
 def test_a_module_that_cannot_be_operated_on_and_is_named_is_an_error(header, words):
@@ -284,7 +284,7 @@ def test_a_name_that_a_layer_and_a_foreign_module_share_takes_the_layer():
 
 def test_a_kind_of_which_all_are_refused_says_so():
     (found,) = failure(torch_encoder(), "target conv {}").diagnostics
-    assert found.code == "no-match" and "that can be taken" in found.message and "groups" in found.notes[0]
+    assert found.code == "no-match" and "that can be taken" in found.message and "a parametrisation" in found.notes[0]
 
 
 @pytest.mark.parametrize("header",
@@ -293,7 +293,7 @@ def test_one_that_is_only_covered_is_left_out_with_the_reason(header):
     chosen = run(torch_encoder(), header)
     assert list(chosen.targets) == ["out_proj"]
     left_out = {name: reason for name, reason, site in chosen.left_out}
-    assert "reads its weight directly" in left_out["layers.0.self_attn.out_proj"] and "groups" in left_out["grouped"]
+    assert "reads its weight directly" in left_out["layers.0.self_attn.out_proj"] and "a parametrisation" in left_out["normed"]
 
 
 def test_every_error_is_found_at_once():

@@ -12,7 +12,6 @@ from torch import nn
 
 from surgery.layers.survey import Site
 from surgery.matching.module_tree import Node, outline
-from surgery.text import sides_text
 
 
 def tree(model: nn.Module, names: set[str], every: bool) -> Tree:
@@ -32,4 +31,4 @@ def _taken(site: Site | None) -> str:
     if site is None:
         return ""
     head = " (output head)" if site.is_head else ""
-    return f"  {site.kind} {sides_text(site.out, site.in_, site.stack)}{head}"
+    return f"  {site.kind} {site.sides}{head}"

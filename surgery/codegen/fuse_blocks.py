@@ -35,7 +35,7 @@ def blockwise(expr: Expr) -> Expr:
 def _joined(node: Expr) -> Expr | None:
     """A product of the factors that are left, if some were joined."""
     factors = list(_factors(node))
-    runs = [list(run) for _, run in groupby(factors, key=lambda factor: _size(factor) is None)]
+    runs = [list(run) for _, run in groupby(factors, key=lambda factor: block_size(factor) is None)]
     parts = [part for run in runs for part in _one(run)]
     if len(parts) == len(factors):
         return None
@@ -55,7 +55,7 @@ def _factors(node: Expr) -> Iterator[Expr]:
         yield node
 
 
-def _size(factor: Expr) -> int | None:
+def block_size(factor: Expr) -> int | None:
     """The size of the blocks that a square matrix keeps to; None for one that mixes all entries, or none."""
     if factor.op == "block_diag" and factor.args[0].shape[1] == factor.args[0].shape[2]:
         return factor.args[0].shape[1]
@@ -69,7 +69,7 @@ def _size(factor: Expr) -> int | None:
 
 def _one(run: list[Expr]) -> list[Expr]:
     """One matrix in the place of a run of factors, if their blocks have a common size that is small."""
-    sizes = list(map(_size, run))
+    sizes = list(map(block_size, run))
     if None in sizes or len(run) < 2 or any(isinstance(size, Dim) for size in sizes):
         return run
     size, width = lcm(*sizes), run[0].shape[0]

@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from surgery.codegen.apply_to_activations import apply, dropped, matrix, turned
+from surgery.codegen.fuse_blocks import block_size
 from surgery.ir.builders import scaled, times, total
 from surgery.ir.expression import Expr, walk, without_dropout
-from surgery.ir.operations import is_ids, make
+from surgery.ir.operations import is_ids, make, ones
 from surgery.layers.kinds import LayerKind
-from surgery.rewrite.low_rank import factors
+from surgery.rewrite.low_rank import factors, is_thin, low_rank_turn
 from surgery.rewrite.normal_form import simplify
 
 
 def spread(expr: Expr, x: Expr, kind: LayerKind) -> Expr:
     """x Eᵀ with E acting on the activations factor by factor."""
-    return (apply if kind.acts_by_rows else enter_in_parts)(expr, x)
+    return apply(expr, x) if kind.acts_by_rows else enter_in_parts(expr, x, kind.groups)
 
 
 def built(expr: Expr, x: Expr, kind: LayerKind) -> Expr:
@@ -32,31 +33,31 @@ def built(expr: Expr, x: Expr, kind: LayerKind) -> Expr:
     return total(parts, x.shape[:-1] + expr.shape[:1])
 
 
-def enter_in_parts(expr: Expr, x: Expr) -> Expr:
+def enter_in_parts(expr: Expr, x: Expr, groups: int = 1) -> Expr:
     """`enter`, each update with dropout on its own: the entries of the layer's input are what it drops."""
     kept, dropping = split_dropout(expr)
     if not dropping:
-        return enter(expr, x)
-    parts = [enter(kept, x)] if kept is not None else []
+        return enter(expr, x, groups)
+    parts = [enter(kept, x, groups)] if kept is not None else []
     for part in dropping:
         drop = next(node for node in walk(part) if node.op == "drop")
-        parts.append(enter(without_dropout(part), dropped(drop, x)))
+        parts.append(enter(without_dropout(part), dropped(drop, x), groups))
     return total(parts, parts[0].shape)
 
 
-def enter(expr: Expr, x: Expr) -> Expr:
+def enter(expr: Expr, x: Expr, groups: int = 1) -> Expr:
     """x Eᵀ where x is a layer's own kind of input (an image, token ids): the layer's map runs with the first factor in
-    its weight's place, and the rest acts on what comes out."""
+    its weight's place, and the rest acts on what comes out. `groups`: each run of E's rows sees its part of x alone."""
     if is_weight(expr):
         return Expr("frozen", (x,), None, x.shape[:-1] + expr.shape[:1])
     if expr.is_large:
         return run(expr, x)
     if expr.op == "add":
-        return make("add", *(enter(term, x) for term in expr.args))
+        return make("add", *(enter(term, x, groups) for term in expr.args))
     if expr.op == "mul" and scaled(expr)[0] is not None:
-        return times(scaled(expr)[0], enter(scaled(expr)[1], x))
+        return times(scaled(expr)[0], enter(scaled(expr)[1], x, groups))
     if expr.op == "matmul":
-        return _enter_product(expr, x)
+        return _enter_product(expr, x) if groups == 1 else _enter_groups(expr, x, groups)
     return run(expr, x)
 
 
@@ -97,6 +98,40 @@ def _looked_up(left: Expr, gains: Expr, x: Expr) -> Expr:
     ids = x.args[0] if x.op == "dropout" else x
     row = make("reshape", gains.args[0], data=(1, gains.shape[0]))
     return make("face", enter(left, x), run(row, ids))
+
+
+def _enter_groups(expr: Expr, x: Expr, groups: int) -> Expr:
+    """A product L R where row i of R sees the part of x that its group has: what comes out of R is only what L needs if
+    L, too, makes row i of rows of that group. A thin R has no rows of a group: it runs once for each."""
+    left, right = expr.args
+    if _keeps_to(left, expr.shape[0] // groups):
+        return apply(left, enter(right, x, groups))
+    if (found := factors(expr)) is not None:
+        return _thin_in_groups(*found, x, groups)
+    turn = low_rank_turn(left)
+    if turn is not None and is_thin(turn[0].shape[1], *expr.shape):  # (I + U V) R = R + U (V R)
+        update = simplify(make("matmul", turn[1], right))
+        return make("add", enter(right, x, groups), _thin_in_groups(turn[0], update, x, groups))
+    return run(expr, x)
+
+
+def _thin_in_groups(u: Expr, v: Expr, x: Expr, groups: int) -> Expr:
+    """x (U V)ᵀ: what V [r, n] makes of each group's part of x, [tokens, groups · r], and each run of U's rows on its
+    own r of those."""
+    (out, rank), copies = u.shape, make("kron", ones(groups, 1), matrix(v))
+    runs = make("reshape", matrix(u), data=(groups, out // groups, rank))
+    return make("blocks", make("run", x, copies), make("T", runs))
+
+
+def _keeps_to(expr: Expr, size: int) -> bool:
+    """Whether a square matrix makes each run of `size` rows of the same run of its operand's."""
+    scalar, rest = scaled(expr)
+    if scalar is not None:
+        return _keeps_to(rest, size)
+    if expr.op in ("add", "mul", "matmul", "T"):
+        return all(_keeps_to(part, size) for part in expr.args)
+    block = 1 if expr.op == "eye" else block_size(expr)
+    return block is not None and size % block == 0
 
 
 def split_dropout(expr: Expr) -> tuple[Expr | None, list[Expr]]:

@@ -17,7 +17,8 @@ class LayerKind:
     `acts_by_rows`: its input is rows of `in` features and its map x Wᵀ, so that a matrix can act on them before W does.
     Elsewhere a matrix stands in W's place or acts on what comes out. `takes_ids`: its input is token ids, which look rows
     of W up: the map is Wᵀ, and nothing has a gradient there. `is_called`: W is not stored, and is what calls of the module
-    say. `groups`: row i of W sees the i-th of as many parts of the input as there are groups, and no other.
+    say. `groups`: the rows of W are as many equal runs, and those of each run see their own part of the input alone: W is
+    [out, in], with `in` what one row sees.
     """
 
     name: str
@@ -33,9 +34,10 @@ class LayerKind:
         """Whether its map is a product with a W at hand: then a body and its gradients run as one node of autograd."""
         return self.acts_by_rows and not self.is_called
 
-    def narrow_side(self, out: int, in_: int) -> int:
-        """The shorter side of the map's matrix over the whole input, beside which a matrix counts as large."""
-        return min(out, self.groups * in_)
+    def is_large(self, shape: tuple[int, ...], out: int, in_: int) -> bool:
+        """Whether a matrix of that shape is no thin one beside the map's own, over the whole input. W' of a layer in
+        groups is that map's matrix without its zeros, and never large."""
+        return 2 * min(shape) > min(out, self.groups * in_) and (self.groups == 1 or {*shape} != {out, in_})
 
     @property
     def note(self) -> str:
@@ -47,7 +49,8 @@ LINEAR = LayerKind("linear", "linear", "linear layer", acts_by_rows=True)
 CALLED = replace(LINEAR, name="called linear", is_called=True)
 CONV = LayerKind("convolution", "conv", "convolution")
 EMBEDDING = LayerKind("embedding", "embedding", "embedding", takes_ids=True)
-KINDS = (LINEAR, CALLED, CONV, EMBEDDING)
+GROUPED = replace(CONV, name="grouped convolution", groups=2)  # of a module, with as many as it has
+KINDS = (LINEAR, CALLED, CONV, GROUPED, EMBEDDING)
 NOUNS = {kind.word: kind.noun for kind in KINDS} | {"any": "layer"}
 
 

@@ -8,7 +8,7 @@ A layer whose weight is no plain matrix is called and not read: its sides are th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -66,6 +66,7 @@ LINEAR = Layout("linear", kinds.LINEAR, _as_stored, _as_stored)
 CALLED = Layout("linear", kinds.CALLED, _as_stored, _as_stored)
 CONV1D = Layout("transposed linear", kinds.LINEAR, _transposed, _transposed)
 CONV = Layout("convolution", kinds.CONV, _kernels, Tensor.reshape)
+GROUPED = Layout("grouped convolution", kinds.GROUPED, _kernels, Tensor.reshape)
 EMBEDDING = Layout("embedding", kinds.EMBEDDING, _as_stored, _as_stored)
 EXPERTS = Layout("experts", kinds.LINEAR, _as_stored, _as_stored)
 TRANSPOSED_EXPERTS = Layout("transposed experts", kinds.LINEAR, _transposed, _transposed)
@@ -129,6 +130,11 @@ _UNREADABLE: Faults = (
 )
 
 
+def _convolution(module: nn.Module) -> Layout:
+    groups = module.groups
+    return CONV if groups == 1 else replace(GROUPED, kind=replace(kinds.GROUPED, groups=groups))
+
+
 class Family(NamedTuple):
     """The modules that `fits` says, how their weight is seen, and why one of them cannot be operated on all the same."""
 
@@ -141,10 +147,7 @@ FAMILIES = (
     Family(_is_called, lambda module: CALLED, ()),
     Family(_is_linear, lambda module: LINEAR),
     Family(_is_conv1d, lambda module: CONV1D),
-    Family(_is_conv, lambda module: CONV, (
-        *_UNREADABLE,
-        (lambda m: m.groups != 1, "it has groups, so its weight is not one matrix"),
-    )),
+    Family(_is_conv, _convolution),
     Family(_is_embedding, lambda module: EMBEDDING, (
         *_UNREADABLE,
         (lambda m: m.max_norm is not None, "max_norm rescales its weight in every forward pass"),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from surgery.layers import linearity_probe, opaque_linear
 from surgery.layers.layouts import Layout, refusal, weights
 from surgery.layers.wrappers import bare, named_modules
+from surgery.text import sides_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,11 @@ class Site:
     def kind(self) -> str:
         """The word that a target says for such a layer: `linear`, `conv`, `embedding`."""
         return self.layout.kind.word
+
+    @property
+    def sides(self) -> str:
+        """Its sides in words: `12 x 18`, `8 of 64 x 128` of a stack, `12 x 9 in 12 groups`."""
+        return f"{sides_text(self.out, self.in_, self.stack)} {self.layout.kind.note}".rstrip()
 
     @property
     def weight(self) -> nn.Parameter:

@@ -114,7 +114,7 @@ class _Outline:
 
     def form(self, branch: _Branch) -> tuple:
         site = self.sites.get(branch.name)
-        own = (type(branch.module).__name__, site and (site.kind, site.out, site.in_, site.stack),
+        own = (type(branch.module).__name__, site and (site.layout.kind, site.out, site.in_, site.stack),
                self.mark(branch.name))
         return own, tuple((child.step, self.form(child)) for child in self.children(branch))
 

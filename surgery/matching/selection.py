@@ -60,7 +60,7 @@ class Selection:
         site = next((s for s in self.survey.sites if name in (s.name, *s.aliases)), None)
         if site is None:
             return self._explain_other(name)
-        kind = f"`{name}` ({site.kind}, {site.out} x {site.in_}{f', a stack of {site.stack}' if site.stack else ''})"
+        kind = f"`{name}` ({site.kind}, {site.sides})"
         taken = self.targets.get(site.name)
         return "\n".join([kind, *(self._why(site, taken) if taken else self._why_not(site)), *self._trained(name)])
 

@@ -207,6 +207,11 @@ def _lora(surgeon: Surgeon, rank: int | None) -> _Form:
     rank = min(rank, largest) if rank else _least(surgeon)  # beyond, there is nothing more to write
     config = {"peft_type": "LORA", **method.config({"rank": rank, "alpha": rank, "dropout": 0.0})}
     places = {p.site.name: Place.of(p.site) for p in surgeon.plan.placed}
+    foreign = [name for name, place in places.items() if not method.is_on(config, place)]
+    if foreign:
+        layouts = listed(dict.fromkeys(f"a {places[name].layout}" for name in foreign))
+        raise fail("no-peft-form", f"PEFT's LoRA is no update of the weight of {layouts}: {listed(foreign)}",
+                   helps=("merge the surgery, and save the merged model",))
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     inexact: list[str] = []

@@ -132,6 +132,10 @@ def _title(spec: Spec) -> str:
     return f"`{spec.name}`" if spec.name else spec.span.source.name if spec.span else "the spec"
 
 
+def _with_sides(site: Site) -> str:
+    return f"{site.name} [{site.out}, {site.in_}] {site.layout.kind.note}".rstrip()
+
+
 class _Formulas:
     """Elaborates each target once per distinct shape (and position, where the target asks for it)."""
 
@@ -160,4 +164,4 @@ class _Formulas:
     def faults(self) -> Iterator[Diagnostic]:
         """What is wrong, each with the modules that it is wrong for."""
         for fault, sites in self.faulty.items():
-            yield replace(fault, notes=(*fault.notes, f"for {listed(f'{s.name} [{s.out}, {s.in_}]' for s in sites)}"))
+            yield replace(fault, notes=(*fault.notes, f"for {listed(_with_sides(s) for s in sites)}"))

@@ -66,7 +66,7 @@ class Estimate:
     def built(self) -> tuple[Expr, ...]:
         """The matrices as large as a side of the weight that the most structured program makes at every step, the
         costliest first; none if the formula has a cheap program."""
-        return min((large_matrices(c, self.kind.narrow_side(*self.sides)) for c in self.candidates), key=len)
+        return min((large_matrices(c, self.kind, *self.sides) for c in self.candidates), key=len)
 
     @property
     def cost_text(self) -> str:
@@ -76,12 +76,12 @@ class Estimate:
                 f"layer's: {amount(cost.flops, 'FLOP')}, {amount(FLOAT * cost.moved, 'B')} moved in float32")
 
 
-def large_matrices(candidate: Candidate, side: int) -> tuple[Expr, ...]:
-    """What the set-up makes anew at every step and is no thin matrix beside a weight whose shorter side is `side`."""
+def large_matrices(candidate: Candidate, kind: LayerKind, out: int, in_: int) -> tuple[Expr, ...]:
+    """What the set-up makes anew at every step and is no thin matrix beside a weight [out, in]."""
     fixed = set(walk(*candidate.fixed))
     nodes = list(walk(*candidate.values))
     large = [n for n in nodes if n not in fixed and not operation(n).is_free and len(n.shape) > 1
-             and 2 * min(n.shape[-2:]) > side]
+             and kind.is_large(n.shape[-2:], out, in_)]
     return tuple(sorted(large, key=lambda node: -flops(node, 0)))
 
 

@@ -116,7 +116,8 @@ class FrozenLinear(Frozen):
 
 
 class FrozenConv(Frozen):
-    """nn.Conv1d, 2d, 3d: x [batch, channels, ...]; a matrix [m, in · kernel] is m kernels."""
+    """nn.Conv1d, 2d, 3d: x [batch, channels, ...]; a matrix [m, in · kernel] is m kernels. In groups, `in` is what one
+    group sees, and a matrix is as many equal runs of kernels as there are groups, one for each."""
 
     def enter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x.to(dtype)
@@ -171,4 +172,5 @@ class FrozenEmbedding(Frozen):
 
 
 # The map of each kind of layer with a stored weight, by the kind's name.
-MAPS: dict[str, type[Frozen]] = {"linear": FrozenLinear, "convolution": FrozenConv, "embedding": FrozenEmbedding}
+MAPS: dict[str, type[Frozen]] = {"linear": FrozenLinear, "convolution": FrozenConv, "grouped convolution": FrozenConv,
+                                 "embedding": FrozenEmbedding}

@@ -15,7 +15,6 @@ from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.survey import Site
 from surgery.matching.module_tree import Node, outline
 from surgery.planning.figures import Report, Row
-from surgery.text import sides_text
 
 _OPEN = 150  # nodes: of a larger tree, only the first levels are open
 _LEVELS = 3
@@ -52,7 +51,7 @@ class ModelTree:
 
     def _notes(self, node: Node) -> list[object]:
         row, site = self.operated.get(node.names[0]), node.site
-        notes: list[object] = [f" {sides_text(site.out, site.in_, site.stack)}"] if site else []
+        notes: list[object] = [f" {site.sides}"] if site else []
         if row:
             figures = self._figures([m for name in node.names for m in self._rows(name, site)])
             notes += [" ", tag("span", f"target {row.target + 1}", class_="tag"),
