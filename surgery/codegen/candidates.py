@@ -16,7 +16,7 @@ from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost, has_gra
 from surgery.codegen.emit import without_gradient
 from surgery.codegen.fuse_blocks import blockwise
 from surgery.codegen.fuse_low_rank import thinly
-from surgery.codegen.images_and_ids import built, is_weight, spread
+from surgery.codegen.images_and_ids import alone, built, is_weight, spread
 from surgery.codegen.operation_counts import size
 from surgery.codegen.setup_order import made, solved_once
 from surgery.codegen.split_products import apart
@@ -116,7 +116,7 @@ def _found(formula: Formula, kind: LayerKind, training: bool, has_bias: bool) ->
     # last to first: of two ways to one program the first has the name
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
     ways = {name: _output(name, operand, x, kind, trained) for name in reversed(STRATEGIES)}
-    outputs = {_with_bias(y, bias, kind): name for name, y in ways.items() if y is not None}
+    outputs = {alone(_with_bias(y, bias, kind)): name for name, y in ways.items() if y is not None}
     outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
                   for output, name in outputs.items()}, **outputs}
     return tuple(candidate((output,), unread, name, trained, kind.is_called) for output, name in reversed(outputs.items()))

@@ -71,6 +71,14 @@ def run(expr: Expr, x: Expr) -> Expr:
     return make("run", x, matrix(expr))
 
 
+def alone(output: Expr) -> Expr:
+    """The same output, but where the layer's map with one matrix in W's place, and a bias, is all that makes it: then
+    the layer takes both, as it takes its own, and its output is not turned to rows and back."""
+    ran, bias = (output.args[0], output.args[1:]) if output.op == "add_bias" else (output, ())
+    fits = ran.op == "run" and not is_ids(ran.args[0])
+    return Expr("run_alone", (*ran.args, *bias), None, output.shape) if fits else output
+
+
 def _enters(expr: Expr) -> bool:
     """Whether the layer can run it as it is: the weight, a thin matrix, sums of those, a product that ends in one."""
     if expr.op == "add":

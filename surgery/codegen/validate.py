@@ -19,12 +19,12 @@ from typing import Any
 from surgery.ir.expression import Expr, walk
 
 # Functions that give memory of their own. (Any other may give a view of what it takes.)
-_ALLOCATE = {"+", "*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "put", "blocks", "masked", "mix",
+_ALLOCATE = {"+", "*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "layer.run_alone", "put", "blocks", "masked", "mix",
              "spectrum", "waves", "mixed", "mixed_back", "mixed_dot", "circulate", "circulate_back", "circulate_dot",
              "column_dot", "column_sum", "block_dot", "side_by_side", "zeros_like"}
 # What autograd keeps for a gradient: nothing of these, the operands of those; of any other both, operands and result.
 _KEEP_NOTHING = {"+", "put", "T", "unflatten", "flatten", "reshape", "index", "detach", "to", "clone"}
-_KEEP_OPERANDS = {"*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "blocks"}
+_KEEP_OPERANDS = {"*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "layer.run_alone", "blocks"}
 _VIEWS = {"unflatten", "flatten", "reshape"}  # methods; they may copy, and are then held to what holds for a view
 _METHODS = {"exp", "sqrt", "abs", "tanh", "sigmoid", "cos", "sin", "sum", "diag_embed"}
 _SAME_MAP = {"frozen": "frozen", "frozen_flat": "frozen", "frozen_rows": "frozen", "frozen_biased": "frozen_biased",
@@ -119,7 +119,7 @@ _MEANINGS: dict[str, _Rule] = {
     "fill": lambda symbols, node, args: symbols.of("layer.fill", tuple(node.shape), node.data),
     "eye": lambda symbols, node, args: symbols.of("layer.eye", tuple(node.shape)),
     "frozen": lambda symbols, node, args: symbols.of("frozen_biased" if node.data == "biased" else "frozen", *args),
-    "run": _as("layer.run"), "x": _as("x"), "grad": _as("grad"), "value": _with_data("value", lambda data: (data,)),
+    "run": _as("layer.run"), "run_alone": _as("layer.run_alone"), "x": _as("x"), "grad": _as("grad"), "value": _with_data("value", lambda data: (data,)),
     "swap": _with_data("swap", lambda data: (data,)), "mix": _with_data("mix", lambda data: (data,)),
 }
 
@@ -269,7 +269,7 @@ class Run:
             meaning = self.symbols.of(name, *(p.meaning if isinstance(p, Held) else p for p in parts))
         if self.without_gradient:
             meaning = self.symbols.constant(meaning)
-        is_call = name in _SAME_MAP or name == "layer.run"
+        is_call = name in (*_SAME_MAP, "layer.run", "layer.run_alone")
         own = name in _ALLOCATE and (self.owns_calls or not is_call)
         result = self._placed(meaning, owned=own)
         if not own:

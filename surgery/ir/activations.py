@@ -45,6 +45,18 @@ def _run_shape(a: Shape, m: Shape) -> Shape:
     return a[:-1] + m[:1]
 
 
+def _fits_alone(node: Expr) -> bool:
+    if len(node.args) not in (2, 3) or node.data is not None:
+        return False
+    a, m, *biases = (argument.shape for argument in node.args)
+    return a[-1:] == m[-1:] and node.shape == a[:-1] + m[:1] and all(bias == m[:1] for bias in biases)
+
+
+def _run_alone(node: Expr, args: list, leaves: Mapping[str, Any]) -> Any:
+    x, m, *biases = args
+    return sum(biases, x @ m.mT)
+
+
 def _split_shape(sizes: tuple, a: Shape) -> Shape:
     if len(sizes) != 2 or prod(sizes) != a[-1]:
         raise ShapeError(f"{shape_text(a)} does not end in {sizes}")
@@ -83,6 +95,11 @@ ROWS = [
     Operation("run", 2, _run_shape, lambda x, m: x @ m.mT, "an input through the layer with a matrix in W's place",
               stage=ON_INPUT, linear=Linear.EACH, text="layer.run({}, {})", memory=Memory.OF_LAYER, is_unkept=True,
               flops=flop_rules.each(2, 1, -1)),
+    # In the layer's own form, and not as rows.
+    Operation("run_alone", None, None, None, "all of a layer's output, with a matrix and a bias in the place of its own",
+              stage=ON_INPUT, law=Law("an input, a matrix in W's place, and a bias or none", _fits_alone),
+              evaluate=_run_alone, text=lambda node, args: f"layer.run_alone({', '.join(args)})",
+              memory=Memory.OF_LAYER, flops=flop_rules.each(2, 1, -1)),
     # Its dense meaning is that of evaluation, which drops nothing.
     Operation("dropout", 1, dropped, lambda mask, a: a, "x through dropout", stage=ON_INPUT, sizes=("share", "step"),
               text="layer.dropout({}, {data[0]!r})"),

@@ -119,11 +119,20 @@ class FrozenConv(Frozen):
     """nn.Conv1d, 2d, 3d: x [batch, channels, ...]; a matrix [m, in · kernel] is m kernels. In groups, `in` is what one
     group sees, and a matrix is as many equal runs of kernels as there are groups, one for each."""
 
+    is_alone = False
+
     def enter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x.to(dtype)
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
+        if self.is_alone:
+            return y
         return y.reshape(*self.shape, y.shape[-1]).movedim(-1, self.channels)
+
+    def run_alone(self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """All that the layer gives, with a matrix and a bias in the place of its own, in the layer's form: not rows."""
+        self.is_alone = True
+        return self.module._conv_forward(x, matrix.reshape(self.stored.shape), bias)
 
     def run(self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y = self.module._conv_forward(x, matrix.reshape(-1, *self.stored.shape[1:]), bias)
