@@ -22,8 +22,9 @@ from surgery.codegen.setup_order import made, solved_once
 from surgery.codegen.split_products import apart
 from surgery.ir.builders import summands
 from surgery.ir.expression import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
-from surgery.ir.operations import make
+from surgery.ir.operations import is_ids, make, names, operation
 from surgery.ir.sizes import TOKENS
+from surgery.ir.table import Source
 from surgery.layers.kinds import LayerKind
 from surgery.rewrite.cheaper_forms import MOST_NODES, cheapest
 from surgery.rewrite.low_rank import is_thin
@@ -60,7 +61,7 @@ class Candidate:
         fixed, stack, seen = set(self.fixed), list(self.values), set()
         while stack:
             node = stack.pop()
-            if node.op == "weight":
+            if operation(node).of_layer and operation(node).is_leaf:
                 return True
             if node not in fixed and node not in seen:
                 seen.add(node)
@@ -70,12 +71,13 @@ class Candidate:
     @cached_property
     def rests_on_layer(self) -> bool:
         """Whether the set-up depends on the frozen layer's tensors."""
-        return any(value.has(*_ON_WEIGHT, "bias") for value in self.values)
+        on_layer = names(lambda row: row.of_layer or row.source is Source.LAYER)
+        return any(value.has(*on_layer) for value in self.values)
 
     @cached_property
     def needs(self) -> tuple[bool, ...]:
         """Which of the input and the values take a gradient in training: those that a trained parameter reaches."""
-        has_ids = any(node.op == "x" and node.data == "ids" for node in walk(self.outputs[0]))
+        has_ids = any(map(is_ids, walk(self.outputs[0])))
         return (not has_ids, *self.reached(self.trained))
 
     def reached(self, trained: frozenset[str]) -> tuple[bool, ...]:
@@ -249,11 +251,10 @@ def _frontier(outputs: Sequence[Expr]) -> tuple[Expr, ...]:
     for node in walk(*outputs):
         if node.has("x"):
             read = map(_unturned, (a for a in node.args if not a.has("x")))
-            found.update(dict.fromkeys(a for a in read if a.op != "const"))
+            found.update(dict.fromkeys(a for a in read if not operation(a).is_inline))
     return tuple(found)
 
 
-_ON_WEIGHT = {"weight", "frozen", "frozen_back"}
 _SMALL = 2**15  # numbers of a constant that is held rather than made at every step
 
 
@@ -264,6 +265,8 @@ def _unturned(node: Expr) -> Expr:
 def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
     """The largest parts of the set-up that depend on the frozen weight alone and are smaller than it, or on nothing and
     are small."""
+    on_weight = names(lambda row: row.of_layer)
+    others = names(lambda row: row.source is not None and not row.of_layer)
     found: dict[Expr, None] = {}
     stack, seen = list(reversed(values)), set()
     while stack:
@@ -271,10 +274,10 @@ def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
         if node in seen:
             continue
         seen.add(node)
-        is_known = not node.has("param", "places", "bias")
+        is_known = not node.has(*others)
         is_of_weight = node.has("weight") and is_known
-        is_smaller = node.op != "weight" and (len(node.shape) < 2 or node.op == "gram")
-        is_constant = is_known and not node.has(*_ON_WEIGHT) and node.op != "const"
+        is_smaller = not operation(node).is_leaf and (len(node.shape) < 2 or node.op == "gram")
+        is_constant = is_known and not node.has(*on_weight) and not operation(node).is_inline
         if is_of_weight and is_smaller or is_constant and size(node, 0) <= _SMALL:
             found[node] = None
         else:

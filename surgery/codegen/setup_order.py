@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from surgery.codegen.apply_to_activations import matrix, turned
 from surgery.ir.expression import Expr, substituted, walk
+from surgery.ir.operations import operation
 from surgery.ir.sizes import TOKENS
+from surgery.ir.table import Transpose
 
 
 def made(expr: Expr) -> Expr:
@@ -34,9 +36,14 @@ def _is_matrices(product: Expr) -> bool:
     return all(len(a.shape) == 2 and TOKENS not in a.shape for a in product.args)
 
 
+def _is_solve(node: Expr) -> bool:
+    """Whether it is costly, and its transpose is itself of the transposed argument."""
+    return operation(node).is_solve and operation(node).transpose is Transpose.INSIDE
+
+
 def solved_once(outputs: tuple[Expr, ...]) -> tuple[Expr, ...]:
     """The outputs with f(x) turned in the place of f(xᵀ), where there are both: one solve in the place of two."""
-    solves = dict.fromkeys(node for node in walk(*outputs) if node.op in ("cayley", "expm"))
+    solves = dict.fromkeys(node for node in walk(*outputs) if _is_solve(node))
     again: dict[Expr, Expr] = {}
     for node in solves:
         other = turned(node)

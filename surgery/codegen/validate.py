@@ -1,7 +1,8 @@
 """Translation validation: emitted text is run on symbols, and what it returns must be what its expressions mean.
 
 Takes the text of a program or of a step, and the expressions that it was made of; gives what is wrong with it, in words
-(nothing for a proof). Promises: it knows nothing of how text is made, and has tables of its own. Each name stands for a
+(nothing for a proof). Promises: it knows nothing of how text is made, and has tables of its own. (From the table of
+operations it would hear what the emitter heard: a row that is wrong would prove itself right.) Each name stands for a
 symbol and the memory in which that lies; a line that writes over memory makes every other name for it unreadable; only
 memory that the function itself has allocated may be written over, and, where autograd looks on, only what no gradient
 needs. Sums and products are commutative, and a fused operation is the sum that it computes; nothing else is rewritten.

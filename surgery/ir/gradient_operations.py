@@ -84,7 +84,8 @@ def _mixed_back(g: Any, k: Any) -> Any:
     return OPERATIONS["mixed"].dense(g, torch.stack([k[0].mT, -k[1].mT]))
 
 
-def _in_step(name: str, arity: int, shape: Callable[..., Shape], dense: Callable[..., Any], doc: str, **more: Any) -> Operation:
+def _in_step(name: str, arity: int, shape: Callable[..., Shape], dense: Callable[..., Any], doc: str,
+             **more: Any) -> Operation:
     """What a backward pass computes by a kernel of its name."""
     return Operation(name, arity, shape, dense, doc, stage=IN_STEP, memory=Memory.NEW, step_kernel=f"kernels.{name}",
                      **more)

@@ -1,7 +1,10 @@
 """The table of operations: a row for each, of the language and of activations alike.
 
-A row says all that is known about its operation (`table.Operation` says what that is), and every stage asks the row:
-adding an operation is adding a row, to one of the modules that are put together here.
+A row says all that is known about its operation (`table.Operation` says what that is), and every stage asks the row.
+So a new operation is a new row: of the language in `primitives` or beside it, on activations in `activations`, of
+backward passes in `gradient_operations`. A kernel that is faster than the dense meaning is a function in one of
+codegen's `kernels` modules, and the row names it. What has memory of its own to be written over, or a text other than a
+call by its name, `codegen.validate` must be told too: it asks no row.
 """
 
 from __future__ import annotations
@@ -25,13 +28,14 @@ from surgery.ir.table import (
     is_undecided,
     is_whole,
     make,
+    names,
     ones,
     operation,
     undecided,
 )
 
 __all__ = ["FUNCTIONS", "OPERATIONS", "OPERATORS", "PRIMITIVES", "Operation", "ShapeError", "constant", "eye", "is_ids",
-           "is_undecided", "is_whole", "make", "ones", "operation", "shape_text", "undecided"]
+           "is_undecided", "is_whole", "make", "names", "ones", "operation", "shape_text", "undecided"]
 
 _ON_MATRICES = (*primitives.ROWS, *primitives_indexing.ROWS, *primitives_fourier.ROWS, *primitives_row_products.ROWS)
 OPERATIONS.update(

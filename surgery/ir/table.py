@@ -160,7 +160,7 @@ class Operation:
 
     What is known of the map: `linear`, `transpose`, `orthogonal`; `number(*numbers)`, what it makes of known numbers;
     `is_structured`, whether acting with it is cheaper than building it; `is_transparent`, whether its value is its
-    argument's; `stops_gradient`.
+    argument's; `is_solve`, whether it factorises a matrix, so that it pays to do so once; `stops_gradient`.
 
     How it is computed: `text`, a template of its arguments, `data` and `shape`, or a function of the node and the
     arguments' texts. Without one it is called by its name: by the function `kernel` ("module.name" of codegen) or, in
@@ -197,6 +197,7 @@ class Operation:
     number: Callable[..., float] | None = None
     is_structured: bool = False
     is_transparent: bool = False
+    is_solve: bool = False
     stops_gradient: bool = False
     text: str | Callable[[Expr, list[str]], str] = ""
     kernel: str = ""
@@ -269,6 +270,11 @@ OPERATIONS: dict[str, Operation] = {}
 def operation(node: Expr) -> Operation:
     """The row of a node."""
     return OPERATIONS[node.op]
+
+
+def names(is_such: Callable[[Operation], bool]) -> tuple[str, ...]:
+    """The operations whose rows are such: what `Expr.has` is asked for."""
+    return tuple(name for name, row in OPERATIONS.items() if is_such(row))
 
 
 # --------------------------------------------------------------------------------------------------- making nodes

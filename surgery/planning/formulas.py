@@ -36,12 +36,12 @@ class Made:
 
     @property
     def dropout(self) -> float:
-        return self.expr.data[0] if self.expr.op == "drop" else 0.0
+        return self.expr.data[0] if operation(self.expr).is_transparent else 0.0
 
     @property
     def plain(self) -> Expr:
         """The expression without dropout."""
-        return self.expr.args[0] if self.expr.op == "drop" else self.expr
+        return self.expr.args[0] if operation(self.expr).is_transparent else self.expr
 
 
 # ------------------------------------------------------------------------------------------------------ symbols
@@ -95,7 +95,7 @@ class Page:
 
     def _reads(self, made: Made) -> bool:
         """Whether a step names an operand that is not the frozen weight."""
-        return made.operand.op != "weight" and any(n is made.operand for n in walk(made.expr))
+        return operation(made.operand).source is not Source.LAYER and any(n is made.operand for n in walk(made.expr))
 
     # ---------------------------------------------------------------------------------------------------- lines
 
@@ -155,7 +155,7 @@ def formula_lines(target: Target, formula: Formula) -> list[str]:
 
 def _is_written_out(made: Made) -> bool:
     is_short = made.plain.unfolded <= 2 * _SHORT and len(Maths({}).text(made.plain)) <= _SHORT
-    return made.plain.op == "param" or made.step.placement == "add" and is_short
+    return operation(made.plain).source is Source.ADAPTER or made.step.placement == "add" and is_short
 
 
 def _step_text(step: Step) -> str:
