@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from lark import Token, Tree
 
-from surgery.language.grammar import pattern_of
+from surgery.language.grammar import extent, pattern_of
 from surgery.language.tree import Trivia
 
 FILE = -1
@@ -40,9 +40,9 @@ class Place:
     def around(self, offset: int) -> tuple[Place | None, Place | None]:
         """The last part that ends before an offset, and the first that starts after it, on its side of the brace."""
         index = bisect_right(self.parts, offset, key=lambda part: part.start)
-        before, after = self.parts[max(index - 1, 0):index], self.parts[index:index + 1]
-        return tuple(part[0] if part and self.in_block(part[0].start) == self.in_block(offset) else None
-                     for part in (before, after))
+        before, after = (part[0] if part and self.in_block(part[0].start) == self.in_block(offset) else None
+                         for part in (self.parts[max(index - 1, 0):index], self.parts[index:index + 1]))
+        return before, after
 
     def part_at(self, offset: int) -> Place | None:
         """The part that an offset lies in."""
@@ -58,7 +58,7 @@ class Place:
 
 def trivia_of(text: str, root: Tree, tokens: list[Token]) -> dict[int, Trivia]:
     """The trivia of every statement that has any, by the offset of its start."""
-    whole = _places(root, [t.start_pos for t in tokens if t.type == "LBRACE"])
+    whole = _places(root, [extent(t)[0] for t in tokens if t.type == "LBRACE"])
     for match in _STRING_OR_COMMENT.finditer(text):
         if match[1]:
             _give(text, whole, match.span())

@@ -139,8 +139,8 @@ def _as_text(value: Expression) -> str:
     return expression_text(value)
 
 
-def _field(kind: type[Expression]) -> Any:
-    """A field that holds an expression of a kind, and is its text in JSON."""
+def _reader(kind: type[Expression]) -> PlainValidator:
+    """Checks that a field holds an expression of a kind, or the number, boolean or text that means one."""
 
     def read(value: Any) -> Expression:
         try:
@@ -151,8 +151,9 @@ def _field(kind: type[Expression]) -> Any:
             return expression
         raise ValueError(f"must be a {kind.__name__.lower()}")
 
-    return Annotated[kind, PlainValidator(read), PlainSerializer(_as_text), WithJsonSchema({"type": "string"})]
+    return PlainValidator(read)
 
 
-Expr = _field(Expression)
-CallExpr = _field(Call)
+# Fields that hold an expression, and are its text in JSON.
+Expr = Annotated[Expression, _reader(Expression), PlainSerializer(_as_text), WithJsonSchema({"type": "string"})]
+CallExpr = Annotated[Call, _reader(Call), PlainSerializer(_as_text), WithJsonSchema({"type": "string"})]

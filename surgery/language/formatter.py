@@ -196,8 +196,9 @@ def _simple(node: tree.Node) -> str:
 def _param(node: tree.Param) -> str:
     flags = "frozen " * node.frozen + "shared " * node.shared
     dims = f"[{', '.join(map(expression_text, node.dims))}]" if node.dims else ""
-    start = f"~ {expression_text(node.draw)}" if node.draw is not None else f"= {expression_text(node.init)}"
-    return f"{flags}param {node.name}{dims} {start}"
+    start = [f"~ {expression_text(node.draw)}"] if node.draw is not None else []
+    start += [f"= {expression_text(node.init)}"] if node.init is not None else []  # the one or the other, never both
+    return " ".join([f"{flags}param {node.name}{dims}", *start])
 
 
 def _listed(selectors: tuple) -> list[str]:

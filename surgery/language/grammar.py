@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from lark import Lark
+from lark import Lark, Token
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from surgery.language.resources import folder
@@ -25,11 +25,18 @@ WORDS: dict[str, tuple[str, ...]] = {
 
 def pattern_of(terminal: str) -> str:
     """The regular expression of a terminal."""
-    return re.search(rf"^{terminal}(?:\.\d+)?: /(.*)/$", GRAMMAR, re.MULTILINE)[1].replace(r"\/", "/")
+    return _only(rf"^{terminal}(?:\.\d+)?: /(.*)/$", GRAMMAR).replace(r"\/", "/")
+
+
+def _only(pattern: str, text: str) -> str:
+    """The group of a pattern that the grammar file is known to have: it ships with the package."""
+    match = re.search(pattern, text, re.MULTILINE)
+    assert match is not None, f"the grammar has nothing of the form {pattern}"
+    return match[1]
 
 
 #: Reserved: never a name.
-KEYWORDS = frozenset(re.match(r"\(\?!\(([a-z|]+)\)", pattern_of("NAME"))[1].split("|"))
+KEYWORDS = frozenset(_only(r"^\(\?!\(([a-z|]+)\)", pattern_of("NAME")).split("|"))
 #: Special in their place only: a parameter may be called `dropout`.
 SOFT_WORDS = frozenset(word for words in WORDS.values() for word in words) - KEYWORDS
 
@@ -42,6 +49,13 @@ def is_name(text: str) -> bool:
 @cache
 def _lark() -> Lark:
     return Lark(GRAMMAR, parser="lalr", start=["file", "expression"], propagate_positions=True, maybe_placeholders=True)
+
+
+def extent(token: Token) -> tuple[int, int]:
+    """Where a token starts and ends in its text."""
+    # The lexer gives both to every token; lark leaves them out of tokens that are made by hand alone.
+    assert token.start_pos is not None and token.end_pos is not None
+    return token.start_pos, token.end_pos
 
 
 def machine(text: str, start: str) -> InteractiveParser:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from surgery.diagnostics import Diagnostic, SurgeryError
 
@@ -28,16 +29,16 @@ def told_of(root: str) -> Iterator[None]:
         raise misfits(error, root) from None
 
 
-def _diagnostics(root: str, error: dict) -> list[Diagnostic]:
+def _diagnostics(root: str, error: ErrorDetails) -> list[Diagnostic]:
     cause = getattr(error.get("ctx", {}).get("error"), "__cause__", None)
     if isinstance(cause, SurgeryError):
         return [replace(d, notes=(*d.notes, f"in {_path(root, error['loc'])}")) for d in cause.diagnostics]
     return [Diagnostic("bad-value", _message(root, error))]
 
 
-def _message(root: str, error: dict) -> str:
+def _message(root: str, error: ErrorDetails) -> str:
     if error["type"] == "json_invalid":
-        return f"this is not JSON: {error['ctx']['error']}"
+        return f"this is not JSON: {error.get('ctx', {}).get('error')}"
     if error["type"].startswith("union_tag"):
         return f"{_path(root, error['loc'])}.what must be 'param' or 'let'"
     *owner, last = error["loc"] or ("",)

@@ -6,7 +6,7 @@ Gives the types that `tree` builds its models from. Promises: JSON can neither g
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
@@ -73,13 +73,10 @@ def _selector_json(value: Pattern | Reference) -> Any:
 
 _SELECTOR_SCHEMA = {"anyOf": [{"type": "string"},
                               {"type": "object", "properties": {"select": {"type": "string"}}, "required": ["select"]}]}
-Selector = Annotated[Any, PlainValidator(_as_selector), PlainSerializer(_selector_json),
+Selector = Annotated[Pattern | Reference, PlainValidator(_as_selector), PlainSerializer(_selector_json),
                      WithJsonSchema(_SELECTOR_SCHEMA)]
 
-
-def many(kind: Any) -> Any:
-    """A tuple field that takes a list too (JSON and Python users write lists)."""
-    return Annotated[tuple[kind, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
-
-
-Selectors = many(Selector)
+_Kind = TypeVar("_Kind")
+#: A tuple field that takes a list too (JSON and Python users write lists): `Many[Step]`.
+Many = Annotated[tuple[_Kind, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+Selectors = Many[Selector]

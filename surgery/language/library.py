@@ -183,7 +183,8 @@ def bind(spec: Spec, arguments: Iterable[Argument]) -> Spec:
         values[argument.name] = argument.value
         if argument.name not in known:
             report.error("unknown-parameter", f"{who} has no parameter `{argument.name}`", argument.name_span,
-                         label=did_you_mean(argument.name, known), notes=(f"{who} takes {', '.join(known) or 'none'}",))
+                         label=did_you_mean(argument.name or "", known),
+                         notes=(f"{who} takes {', '.join(known) or 'none'}",))
     report.raise_errors()
     params = tuple(p.model_copy(update={"default": values[p.name]}) if p.name in values else p for p in spec.params)
     return spec.model_copy(update={"params": params})

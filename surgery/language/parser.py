@@ -7,13 +7,14 @@ whatever the text, the only error is `SurgeryError`; after a syntax error it goe
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from lark import Token, Tree
-from lark.exceptions import UnexpectedCharacters, UnexpectedInput
+from lark.exceptions import UnexpectedCharacters, UnexpectedToken
 
 from surgery.diagnostics import Collector, Diagnostic, Source, SurgeryError
 from surgery.language.comments import trivia_of
-from surgery.language.grammar import item_words, machine
+from surgery.language.grammar import extent, item_words, machine
 from surgery.language.json_errors import told_of
 from surgery.language.syntax_errors import explain
 from surgery.language.tree import Expression, Node, Spec
@@ -47,21 +48,27 @@ def parse_expression(text: str, name: str = "<expression>", begin: int = 0) -> E
     return expression
 
 
+class _Stopped(NamedTuple):
+    """What is wrong with a text, and where."""
+
+    diagnostic: Diagnostic
+    offset: int
+
+
 def _parse(source: Source, start: str, found: Collector, begin: int = 0) -> tuple[Tree, list[Token]]:
     """The parse tree; on errors, reads on after each and raises them all."""
     text, resume = " " * begin + source.text[begin:], 0
-    while resume is not None and len(found.found) < MAX_ERRORS:
-        result = _run(source, text, start)
-        if not isinstance(result[0], Diagnostic):
-            break
-        found.add(result[0])
-        resume = _next_item(text, resume, result[1]) if start == "file" else None
-        text = re.sub(r"[^\n]", " ", text[:resume]) + text[resume:] if resume else text
+    while isinstance(result := _run(source, text, start), _Stopped):
+        found.add(result.diagnostic)
+        resume = _next_item(text, resume, result.offset) if start == "file" else None
+        if resume is None or len(found.found) >= MAX_ERRORS:
+            raise SurgeryError(found.found)
+        text = re.sub(r"[^\n]", " ", text[:resume]) + text[resume:]
     found.raise_errors()
     return result
 
 
-def _run(source: Source, text: str, start: str) -> tuple[Tree, list[Token]] | tuple[Diagnostic, int]:
+def _run(source: Source, text: str, start: str) -> tuple[Tree, list[Token]] | _Stopped:
     """The parse tree and its tokens, or what is wrong and where."""
     parser, tokens = machine(text, start), []
     try:
@@ -69,10 +76,11 @@ def _run(source: Source, text: str, start: str) -> tuple[Tree, list[Token]] | tu
             parser.feed_token(token)
             tokens.append(token)
         return parser.feed_eof(tokens[-1] if tokens else None), tokens
-    except UnexpectedInput as error:
-        bad = error if isinstance(error, UnexpectedCharacters) else error.token
-        offset = bad.pos_in_stream if isinstance(bad, UnexpectedCharacters) else bad.start_pos
-        return explain(source, parser, tokens, bad), len(text) if getattr(bad, "type", "") == "$END" else offset
+    except UnexpectedCharacters as error:
+        return _Stopped(explain(source, parser, tokens, error), error.pos_in_stream)
+    except UnexpectedToken as error:
+        offset = len(text) if error.token.type == "$END" else extent(error.token)[0]
+        return _Stopped(explain(source, parser, tokens, error.token), offset)
 
 
 def _next_item(text: str, start: int, error: int) -> int | None:
@@ -84,5 +92,7 @@ def _next_item(text: str, start: int, error: int) -> int | None:
 
 def from_json(text: str, name: str = "<json>") -> Spec:
     """The spec that `Spec.model_dump_json` wrote. Raises: SurgeryError for whatever does not fit."""
-    with told_of(name):
-        return super(Node, Spec).model_validate_json(text)
+    with told_of(name):  # pydantic's own, since a node's tells of itself by the name of its class
+        spec = super(Node, Spec).model_validate_json(text)
+        assert isinstance(spec, Spec)  # which a checker does not see through `super` of a class
+        return spec

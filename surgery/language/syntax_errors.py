@@ -12,7 +12,7 @@ from lark.exceptions import UnexpectedCharacters
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from surgery.diagnostics import Diagnostic, Source, Span, did_you_mean
-from surgery.language.grammar import KEYWORDS, WORDS, item_words
+from surgery.language.grammar import KEYWORDS, WORDS, extent, item_words
 
 #: Sets of terminals that read as one thing; the first that the grammar allows in full replaces its members.
 OPERAND = {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "LSQB", "MINUS"}
@@ -68,7 +68,7 @@ class Stop:
     @property
     def after(self) -> Span:
         """Where something is missing: at the end of the last token."""
-        end = self.tokens[-1].end_pos if self.tokens else 0
+        end = extent(self.tokens[-1])[1] if self.tokens else 0
         return Span(self.source, end, end)
 
     @property
@@ -127,7 +127,7 @@ def _no_token(source: Source, offset: int) -> Diagnostic:
 
 
 def _span(source: Source, token: Token) -> Span:
-    return Span(source, token.start_pos, token.end_pos)
+    return Span(source, *extent(token))
 
 
 def _expected(accepted: set[str]) -> list[str]:

@@ -8,7 +8,8 @@ its `doc`.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -36,7 +37,7 @@ from surgery.language.expressions import (
     as_expression,
 )
 from surgery.language.json_errors import told_of
-from surgery.language.json_fields import Comments, Pattern, Place, Reference, Selectors, Trivia, many
+from surgery.language.json_fields import Comments, Many, Pattern, Place, Reference, Selectors, Trivia
 
 __all__ = [
     "Argument",
@@ -48,6 +49,7 @@ __all__ = [
     "Expression",
     "If",
     "Let",
+    "Many",
     "Matrix",
     "Name",
     "Node",
@@ -68,10 +70,19 @@ __all__ = [
     "Use",
     "add",
     "as_expression",
-    "many",
     "post",
     "pre",
 ]
+
+Placement = Literal["pre", "add", "post"]
+Side = Literal["out", "in"]
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+def _by_fields(init: _Init) -> _Init:
+    """So marked, an `__init__` is for users: pydantic reads a nested node by its fields, and not through it."""
+    init.__dict__["__pydantic_base_init__"] = True
+    return init
 
 
 def _with_doc(schema: dict[str, Any]) -> None:
@@ -88,11 +99,10 @@ class Node(BaseModel):
     name_span: Place | None = Field(default=None, exclude=True, repr=False)
     trivia: Comments = Field(default=Trivia(), exclude=True, repr=False)
 
+    @_by_fields
     def __init__(self, **fields: Any):
         with told_of(type(self).__name__):
             super().__init__(**fields)
-
-    __init__.__pydantic_base_init__ = True  # so that pydantic reads a nested node by its fields, not through __init__
 
     @classmethod
     def model_validate(cls, *arguments: Any, **how: Any) -> Self:
@@ -147,8 +157,6 @@ class Parameter(Node):
     def __init__(self, *parts: Any, **fields: Any):
         super().__init__(**dict(zip(("name", "type", "default"), parts)), **fields)
 
-    __init__.__pydantic_base_init__ = True
-
 
 class Check(Node):
     """`check rank >= 1`."""
@@ -174,7 +182,7 @@ class Param(Node):
 
     what: Literal["param"] = "param"
     name: str
-    dims: many(Expr) = ()
+    dims: Many[Expr] = ()
     init: Expr | None = None
     draw: CallExpr | None = None
     frozen: bool = False
@@ -197,12 +205,12 @@ class Definition(Node):
 
     kind: Literal["transform", "update"]
     name: str
-    params: many(Parameter) = ()
+    params: Many[Parameter] = ()
     dim: str | None = None
     bias: bool = False
-    claims: many(str) = ()
-    checks: many(Check) = ()
-    body: many(Annotated[Param | Let, Field(discriminator="what")]) = ()
+    claims: Many[str] = ()
+    checks: Many[Check] = ()
+    body: Many[Annotated[Param | Let, Field(discriminator="what")]] = ()
     result: Expr
     result_trivia: Comments = Field(default=Trivia(), exclude=True, repr=False)
     claims_spans: tuple[Place, ...] = Field(default=(), exclude=True, repr=False)
@@ -211,9 +219,9 @@ class Definition(Node):
 class Step(Node):
     """One line of a target: `pre diagonal() on out with bias`, `add low_rank(rank) dropout(p)`, `post orthogonal()`."""
 
-    placement: Literal["pre", "add", "post"]
+    placement: Placement
     call: CallExpr
-    side: Literal["out", "in"] = "out"
+    side: Side = "out"
     bias: bool = False
     dropout: Expr | None = None
 
@@ -223,12 +231,12 @@ def _call(definition: str, values: tuple[Any, ...], named: dict[str, Any]) -> Ca
     return Call(definition, tuple(Argument(name, as_expression(value)) for name, value in pairs))
 
 
-def pre(definition: str, /, *values: Any, on: str = "out", with_bias: bool = False, **named: Any) -> Step:
+def pre(definition: str, /, *values: Any, on: Side = "out", with_bias: bool = False, **named: Any) -> Step:
     """`pre definition(values, name = value) on SIDE [with bias]`. A text is an expression: `rank="2 * rank"`."""
     return Step(placement="pre", call=_call(definition, values, named), side=on, bias=with_bias)
 
 
-def post(definition: str, /, *values: Any, on: str = "out", with_bias: bool = False, **named: Any) -> Step:
+def post(definition: str, /, *values: Any, on: Side = "out", with_bias: bool = False, **named: Any) -> Step:
     """`post definition(values, name = value) on SIDE [with bias]`. A text is an expression: `rank="2 * rank"`."""
     return Step(placement="post", call=_call(definition, values, named), side=on, bias=with_bias)
 
@@ -252,15 +260,14 @@ class Target(Node):
     override: bool = False
     shifted: bool = False
     untie: bool = False
-    steps: many(Step) = ()
+    steps: Many[Step] = ()
 
+    @_by_fields
     def __init__(self, *parts: str | Pattern | Reference | Step, **fields: Any):
         steps = tuple(p for p in parts if isinstance(p, Step))
         selectors = tuple(p for p in parts if not isinstance(p, Step))
         super().__init__(**({"selectors": selectors} if selectors else {}), **({"steps": steps} if steps else {}),
                          **fields)
-
-    __init__.__pydantic_base_init__ = True
 
     def __repr__(self) -> str:
         """`<target linear { add low_rank(8) }>`."""
@@ -285,18 +292,17 @@ class Spec(Node):
     """A whole file: its signature, its definitions and what it does to a model. `name` is None for a library file."""
 
     name: str | None = None
-    params: many(Parameter) = ()
-    uses: many(Use) = ()
-    checks: many(Check) = ()
-    selects: many(Select) = ()
-    definitions: many(Definition) = ()
-    targets: many(Target) = ()
-    train: many(Train) = ()
+    params: Many[Parameter] = ()
+    uses: Many[Use] = ()
+    checks: Many[Check] = ()
+    selects: Many[Select] = ()
+    definitions: Many[Definition] = ()
+    targets: Many[Target] = ()
+    train: Many[Train] = ()
 
+    @_by_fields
     def __init__(self, name: str | None = None, **fields: Any):
         super().__init__(name=name, **fields)
-
-    __init__.__pydantic_base_init__ = True
 
     @model_validator(mode="after")
     def _well_formed(self) -> Spec:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from lark import Token, Tree
 
 from surgery.diagnostics import Collector, Source, Span
 from surgery.language import tree
 from surgery.language.comments import FILE
+from surgery.language.grammar import extent
 from surgery.language.well_formed import check_clause
 
 FLAGS = {"FROZEN": "frozen", "SHARED": "shared", "SHIFTED": "shifted", "UNTIE": "untie"}
@@ -35,7 +36,7 @@ class Builder:
         return built[id(root)]
 
     def _at(self, token: Token) -> Span:
-        return Span(self.source, token.start_pos, token.end_pos)
+        return Span(self.source, *extent(token))
 
     def _place(self, span: Span, name: Token | None = None) -> dict[str, Any]:
         """The fields of a node that say where it stands."""
@@ -82,7 +83,8 @@ class Builder:
         return parameters
 
     def parameter(self, span: Span, name: Token, kind: Token, default: tree.Expression | None) -> tree.Parameter:
-        return tree.Parameter(name=str(name), type=str(kind), default=default, **self._place(span, name))
+        fields: dict[str, Any] = {"type": str(kind), **self._place(span, name)}
+        return tree.Parameter(name=str(name), default=default, **fields)
 
     # ------------------------------------------------------------------------------------------- definitions
 
@@ -97,8 +99,8 @@ class Builder:
     def on_bias(self, span: Span) -> bool:
         return True
 
-    def _definition(self, kind: str, span: Span, name: Token, params: tuple | None, claims: tuple | None, body: tuple,
-                    **place: Any) -> tree.Definition:
+    def _definition(self, kind: Literal["transform", "update"], span: Span, name: Token, params: tuple | None,
+                    claims: tuple | None, body: tuple, **place: Any) -> tree.Definition:
         *statements, (result, result_trivia) = body
         return tree.Definition(
             kind=kind, name=str(name), params=params or (), **place, claims=tuple(map(str, claims or ())),
@@ -143,11 +145,11 @@ class Builder:
         return {"kind": str(kind), "ancestor": ancestor and str(ancestor)}
 
     def step(self, span: Span, placement: Token, call: tree.Call, *clauses: tuple) -> tree.Step:
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = {"placement": str(placement)}
         for field, word, value, place in clauses:
             if check_clause(self.found, str(placement), word, place, again=field in fields):
                 fields[field] = value
-        return tree.Step(placement=str(placement), call=call, **fields, **self._place(span))
+        return tree.Step(call=call, **fields, **self._place(span))
 
     def on(self, span: Span, side: Token) -> tuple:
         return "side", "on", str(side), span
