@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from surgery.ir.expression import UNFOLDED, Expr, Shape
 from surgery.ir.table import constant, make
+
+
+_Part = TypeVar("_Part")
+
+
+def every(parts: Iterable[_Part | None]) -> list[_Part] | None:
+    """All the parts, or None where one of them is None."""
+    parts = list(parts)
+    given = [part for part in parts if part is not None]
+    return given if len(given) == len(parts) else None
 
 
 def fill(value: float, shape: Shape) -> Expr:

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from surgery.diagnostics import Span
-from surgery.ir.sizes import Size
+from surgery.ir.sizes import Dim, Size
 
 Shape = tuple[Size, ...]
 _interned: WeakValueDictionary[tuple, Expr] = WeakValueDictionary()
@@ -124,7 +124,7 @@ class Draw:
     """A distribution and its arguments, e.g. `kaiming_uniform(a = 2.2)`."""
 
     distribution: str
-    arguments: tuple[tuple[str, float | str], ...] = ()
+    arguments: tuple[tuple[str, Dim | float | str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ symbol named by its text, equal to itself alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
-from typing import Union
+from typing import TypeVar, Union
 
 # What a size of a real spec never comes near: beyond, a chain of `let`s could make it twice as long in each of them.
 _MOST_TERMS, _LONGEST_NAME, _MOST_BITS, _HIGHEST_POWER = 100, 1000, 256, 64
@@ -33,26 +34,26 @@ class Dim:
     def __hash__(self) -> int:
         return hash(self.terms)
 
-    def __add__(self, other: Size) -> Size:
+    def __add__(self, other: Size | float) -> Size:
         return _collect([*_terms(self), *_terms(other)])
 
-    def __mul__(self, other: Size) -> Size:
-        return _collect([(_times(m, k), a * b) for m, a in _terms(self) for k, b in _terms(other)])
+    def __mul__(self, other: Size | float) -> Size:
+        return _product(self, other)
 
     def __neg__(self) -> Size:
         return self * -1
 
-    def __sub__(self, other: Size) -> Size:
+    def __sub__(self, other: Size | float) -> Size:
         return self + (-1 * other)
 
-    def __rsub__(self, other: Size) -> Size:
-        return -self + other
+    def __rsub__(self, other: Size | float) -> Size:
+        return _collect([*_terms(-self), *_terms(other)])
 
-    def __truediv__(self, other: Size) -> Size:
-        return self * _reciprocal(other)
+    def __truediv__(self, other: Size | float) -> Size:
+        return _product(self, _reciprocal(other))
 
-    def __rtruediv__(self, other: Size) -> Size:
-        return _reciprocal(self) * other
+    def __rtruediv__(self, other: Size | float) -> Size:
+        return _product(_reciprocal(self), other)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -71,6 +72,7 @@ class Dim:
 
 
 Size = Union[int, Fraction, Dim]
+_Value = TypeVar("_Value", bound=Union[Number, Dim])
 
 
 def _is_short(term: tuple[Monomial, Fraction]) -> bool:
@@ -82,6 +84,17 @@ def _is_short(term: tuple[Monomial, Fraction]) -> bool:
 def has_few_digits(value: int | Fraction) -> bool:
     """Whether an exact number is short enough to go on computing with."""
     return max(value.numerator.bit_length(), value.denominator.bit_length()) <= _MOST_BITS
+
+
+def known(size: Size) -> int:
+    """A size as a plain number, where the module is known: a symbol there is a mistake of the caller."""
+    assert isinstance(size, int), f"the size {size} is not known"
+    return size
+
+
+def known_shape(shape: Iterable[Size]) -> tuple[int, ...]:
+    """A shape as plain numbers, where the module is known."""
+    return tuple(map(known, shape))
 
 
 class _Real(str):
@@ -109,11 +122,12 @@ def is_real(value: object) -> bool:
 
 def divide(a: Number | Dim, b: Number | Dim) -> Number | Dim:
     """a / b, exact unless a float takes part. Raises: ZeroDivisionError."""
-    exact = isinstance(a, (int, Fraction)) and isinstance(b, (int, Fraction))
-    return tidy(Fraction(a) / Fraction(b)) if exact else a / b
+    if isinstance(a, (int, Fraction)) and isinstance(b, (int, Fraction)):
+        return tidy(Fraction(a) / Fraction(b))
+    return a / b
 
 
-def tidy(value: Number | Dim) -> Number | Dim:
+def tidy(value: _Value) -> _Value | int:
     """A whole Fraction as an int, anything else as it is."""
     return int(value) if isinstance(value, Fraction) and value.denominator == 1 else value
 
@@ -130,6 +144,10 @@ def _collect(terms: list[tuple[Monomial, Fraction]]) -> Size:
     return tidy(total.get((), Fraction(0))) if set(total) <= {()} else Dim(total)
 
 
+def _product(a: Size | float, b: Size | float) -> Size:
+    return _collect([(_times(m, k), x * y) for m, x in _terms(a) for k, y in _terms(b)])
+
+
 def _times(a: Monomial, b: Monomial) -> Monomial:
     powers = dict(a)
     for name, power in b:
@@ -140,9 +158,9 @@ def _times(a: Monomial, b: Monomial) -> Monomial:
 def _reciprocal(value: Size | float) -> Size:
     if not isinstance(value, Dim):
         return 1 / Fraction(value)
-    if len(value.terms) > 1:  # 1 / (a + b) is opaque
+    (monomial, coefficient), *others = value.terms
+    if others:  # 1 / (a + b) is opaque
         return Dim({((f"({value})", -1),): Fraction(1)})
-    ((monomial, coefficient),) = value.terms
     return Dim({tuple((n, -p) for n, p in monomial): 1 / coefficient})
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 
-from surgery.ir.builders import eye, scaled, summands, times, total, value_of
+from surgery.ir.builders import every, eye, scaled, summands, times, total, value_of
 from surgery.ir.expression import Exhausted, Expr, at_most, walk
 from surgery.ir.operations import make
-from surgery.ir.sizes import Dim
+from surgery.ir.sizes import Dim, known
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.low_rank import Factors, factors, is_thin, low_rank_turn, stacked_rows
 from surgery.rewrite.normal_form import RULES, opposed, simplify
@@ -45,7 +45,9 @@ def _centred(node: Expr) -> Factors | None:
         return None
     x, y = pair[0], simplify(make("T", pair[1]))
     less, more = simplify(make("sub", x, y)), simplify(make("add", x, y))
-    half = 0.5 if scalar is None else 0.5 * value_of(scalar)
+    value = 1.0 if scalar is None else value_of(scalar)
+    assert value is not None  # `opposed` compared it
+    half = 0.5 * value
     columns = make("side_by_side", less, times(-1, more))
     return times(half, columns), make("T", make("side_by_side", more, less))
 
@@ -86,14 +88,14 @@ def _work(node: Expr) -> float:
     if node.op != "matmul" or any(isinstance(size, Dim) for a in node.args for size in a.shape):
         return 0
     left, right = node.args
-    inner = 1 if "diag" in (left.op, right.op) else left.shape[1]
-    return _work(left) + _work(right) + left.shape[0] * inner * right.shape[1]
+    inner = 1 if "diag" in (left.op, right.op) else known(left.shape[1])
+    return _work(left) + _work(right) + known(left.shape[0]) * inner * known(right.shape[1])
 
 
 def _turn_pair(node: Expr) -> Expr | None:
     """One low-rank update in the place of two: fewer passes over the activations."""
-    turns = [low_rank_turn(a) if len(a.shape) == 2 else None for a in node.args]
-    if None in turns:
+    turns = every(low_rank_turn(a) if len(a.shape) == 2 else None for a in node.args)
+    if turns is None:
         return None
     (u, v), (p, q) = turns
     if not is_thin(u.shape[1] + p.shape[1], node.shape[0]):
@@ -122,7 +124,7 @@ def _apart(node: Expr) -> Expr | None:
 def _is_whole(node: Expr) -> bool:
     """Whether a matrix with few rows or columns is no factor but an operand: as large as the weight, or low-rank."""
     weights = (each for each in walk(node) if each.op == "weight")
-    return factors(node) is not None or any(prod(node.shape) >= prod(each.shape) for each in weights)
+    return factors(node) is not None or any(known(prod(node.shape)) >= known(prod(each.shape)) for each in weights)
 
 
 def _is_cheap(term: Expr) -> bool:
@@ -225,8 +227,9 @@ def _of_best(a: Expr, b: Expr) -> Expr | None:
 
 def _scaled_circulant(node: Expr) -> Expr | None:
     scalar, inner = scaled(node)
-    fits = scalar is not None and inner.op == "circulant"
-    return make("circulant", make("mul", scalar, inner.args[0])) if fits else None
+    if scalar is None or inner.op != "circulant":
+        return None
+    return make("circulant", make("mul", scalar, inner.args[0]))
 
 
 # Before the cheap forms, which would take each factor for itself.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from surgery.ir.builders import eye, fill, scaled, summands, times, total, value_of
+from surgery.ir.builders import every, eye, fill, scaled, summands, times, total, value_of
 from surgery.ir.expression import Expr, Shape
 from surgery.ir.operations import constant, make
 from surgery.rewrite.engine import Rule
@@ -30,8 +30,8 @@ def _kron_of_identities(node: Expr) -> Expr | None:
 
 
 def _kron_of_diagonals(node: Expr) -> Expr | None:
-    parts = [_as_diag(a) for a in node.args]
-    return None if None in parts else make("diag", make("kron", *parts))
+    parts = every(map(_as_diag, node.args))
+    return None if parts is None else make("diag", make("kron", *parts))
 
 
 def _diagonals(node: Expr) -> Expr | None:
@@ -41,7 +41,7 @@ def _diagonals(node: Expr) -> Expr | None:
     if len(found) < 2 or any(t.shape != node.shape for t in terms):
         return None
     vectors = [each if scalar is None else times(scalar, each) for scalar, each in
-               ((scaled(t)[0], _as_diag(scaled(t)[1])) for t in found)]
+               ((scaled(t)[0], _as_diag(scaled(t)[1])) for t in found) if each is not None]
     return total([make("diag", total(vectors, node.shape[:1])), *(t for t in terms if t not in found)], node.shape)
 
 
@@ -49,9 +49,11 @@ def _blocks(node: Expr) -> Expr | None:
     """The terms of a sum that keep to square blocks of one size, diagonal ones too, as one."""
     terms = list(summands(node))
     stacks = dict.fromkeys(s.args[0].shape for _, s in map(scaled, terms) if s.op == "block_diag")
-    shape = next(iter(stacks), ())
     found = [t for t in terms if scaled(t)[1].op == "block_diag" or _as_diag(scaled(t)[1]) is not None]
-    if len(stacks) != 1 or len(found) < 2 or shape[1] != shape[2]:
+    if len(stacks) != 1 or len(found) < 2:
+        return None
+    (shape,) = stacks
+    if shape[1] != shape[2]:
         return None
     parts = [each if scalar is None else times(scalar, each) for scalar, each in
              ((scaled(t)[0], _as_stack(scaled(t)[1], shape)) for t in found)]
@@ -66,8 +68,8 @@ def _as_stack(node: Expr, shape: Shape) -> Expr:
 
 
 def _product_of_diagonals(node: Expr) -> Expr | None:
-    parts = [_as_diag(a) if len(a.shape) == 2 else None for a in node.args]
-    return None if None in parts else make("diag", make("mul", *parts))
+    parts = every(_as_diag(a) if len(a.shape) == 2 else None for a in node.args)
+    return None if parts is None else make("diag", make("mul", *parts))
 
 
 def _of_diagonal(function: Callable[[Expr], Expr]) -> Callable[[Expr], Expr | None]:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from surgery.ir.builders import fill, is_zero, scaled, summands, times, total
+from surgery.ir.builders import every, fill, is_zero, scaled, summands, times, total
 from surgery.ir.expression import Expr
 from surgery.ir.operations import make
-from surgery.ir.sizes import Dim
+from surgery.ir.sizes import Dim, Size
 
 Factors = tuple[Expr, Expr]
 
 
-def is_thin(inner: object, *outer: object) -> bool:
+def is_thin(inner: Size, *outer: Size) -> bool:
     """Whether a product over `inner` is cheaper than the matrix it makes (unknown sizes count as large)."""
     known = [o for o in outer if not isinstance(o, Dim)]
     return not isinstance(inner, Dim) and all(2 * inner <= o for o in known)
@@ -54,8 +54,8 @@ def _of_product(node: Expr) -> Factors | None:
 
 
 def _of_sum(node: Expr) -> Factors | None:
-    parts = [factors(term) for term in node.args]
-    if None in parts:
+    parts = every(map(factors, node.args))
+    if parts is None:
         return None
     (u, v), (p, q) = parts
     return make("side_by_side", u, p), stacked_rows(v, q)
@@ -63,8 +63,8 @@ def _of_sum(node: Expr) -> Factors | None:
 
 def _of_hadamard(node: Expr) -> Factors | None:
     """(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ."""
-    parts = [factors(a) for a in node.args] if node.args[0].shape else [None]
-    if None in parts:
+    parts = every(map(factors, node.args)) if node.args[0].shape else None
+    if parts is None:
         return None
     (u, v), (p, q) = parts
     return make("face", u, p), make("T", make("face", make("T", v), make("T", q)))
@@ -77,19 +77,17 @@ def _of_fill(node: Expr) -> Factors:
 
 def _of_neighbours(node: Expr) -> Factors | None:
     """[U V, P Q] = [U, P] [V, 0; 0, Q], and [U V, U Q] = U [V, Q]."""
-    parts = [(None, a) if is_zero(a) else factors(a) for a in node.args]
-    if None in parts:
+    (left, right), parts = node.args, [None if is_zero(a) else factors(a) for a in node.args]
+    if any(part is None and not is_zero(a) for a, part in zip(node.args, parts)):
         return None
-    (u, v), (p, q) = parts
-    widths = [a.shape[1] for a in node.args]
-    if u is p and u is not None:
-        return u, make("side_by_side", v, q)
-    rows = [make("side_by_side", v, fill(0, (v.shape[0], widths[1]))) if u is not None else None,
-            make("side_by_side", fill(0, (q.shape[0], widths[0])), q) if p is not None else None]
-    if None in rows:
-        kept = 0 if rows[1] is None else 1
-        return (u, p)[kept], rows[kept]
-    return make("side_by_side", u, p), stacked_rows(*rows)
+    first, second = parts
+    if first and second and first[0] is second[0]:
+        return first[0], make("side_by_side", first[1], second[1])
+    upper = first and (first[0], make("side_by_side", first[1], fill(0, (first[1].shape[0], right.shape[1]))))
+    lower = second and (second[0], make("side_by_side", fill(0, (second[1].shape[0], left.shape[1])), second[1]))
+    if upper and lower:
+        return make("side_by_side", upper[0], lower[0]), stacked_rows(upper[1], lower[1])
+    return upper or lower  # beside zeros
 
 
 def stacked_rows(v: Expr, q: Expr) -> Expr:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-from surgery.ir.builders import eye, fill, is_zero, scaled, summands, times, total, value_of
+from surgery.ir.builders import every, eye, fill, is_zero, scaled, summands, times, total, value_of
 from surgery.ir.expression import Expr
 from surgery.ir.operations import constant, make, operation
 from surgery.ir.table import Orthogonal, Transpose
@@ -18,9 +18,9 @@ from surgery.rewrite.engine import Rule, rewrite, table
 
 
 def _fold(node: Expr) -> Expr | None:
-    values = [value_of(a) for a in node.args]
+    values = every(map(value_of, node.args))
     try:
-        return None if None in values else fill(operation(node).number(*values), node.shape)
+        return None if values is None else fill(operation(node).number(*values), node.shape)
     except (ArithmeticError, ValueError):
         return None
 
@@ -247,8 +247,8 @@ def is_skew(node: Expr) -> bool:
 def opposed(a: Expr, b: Expr) -> bool:
     """a = -bᵀ."""
     (p, left), (q, right) = scaled(a), scaled(b)
-    values = [1.0 if s is None else value_of(s) for s in (p, q)]
-    return None not in values and values[0] == -values[1] and transposed(left) is right
+    values = every(1.0 if s is None else value_of(s) for s in (p, q))
+    return values is not None and values[0] == -values[1] and transposed(left) is right
 
 
 def transposed(node: Expr) -> Expr:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from surgery.ir.builders import fill, scaled, summands, times, total
 from surgery.ir.expression import Expr
 from surgery.ir.operations import make
-from surgery.ir.sizes import Dim
+from surgery.ir.sizes import Dim, known
 from surgery.rewrite.engine import Rule
 from surgery.rewrite.low_rank import factors
 from surgery.rewrite.normal_form import is_orthogonal, simplify
@@ -89,7 +89,7 @@ def _of_blocks(q: Expr, x: Expr, b: Expr, k: int, gains: Expr | None) -> Expr:
     """(Q x) bᵀ = Q (x bᵀ) on each block; of its diagonal alone, Σ Q (b xᵀ) over each row."""
     if k > 1:
         return make("matmul", q, dots(x, b, k, gains))
-    return make("reshape", make("row_dot", q, dots(b, x, q.shape[1], gains)), data=x.shape[:1])
+    return make("reshape", make("row_dot", q, dots(b, x, known(q.shape[1]), gains)), data=x.shape[:1])
 
 
 def _left_blocks(node: Expr) -> Expr | None:
@@ -112,7 +112,7 @@ def _of_thin(u: Expr, w: Expr, k: int) -> Expr:
 
 
 def _in_blocks(a: Expr, k: int) -> Expr:
-    return make("reshape", a, data=(a.shape[0] // k, k, *a.shape[1:]))
+    return make("reshape", a, data=(known(a.shape[0]) // k, k, *a.shape[1:]))
 
 
 def _of_sum(a: Expr, b: Expr, k: int, gains: Expr | None) -> Expr:

@@ -66,8 +66,8 @@ class Instance:
         return result
 
     def _wanted(self) -> tuple[Size, ...]:
-        n = self.values.get(self.definition.dim or "")
         if self.definition.kind == "transform":
+            n = self.values[self.definition.dim or ""]
             return (n, n)
         return (self.values["out"],) if self.definition.bias else (self.values["out"], self.values["in"])
 
@@ -78,38 +78,37 @@ class Instance:
 
     def _param(self, param: Param) -> Expr:
         shape = tuple(size(evaluate(d, self.values), d, self.values) for d in param.dims)
-        init = self._init(param, shape) if param.init is not None else None
-        law = self._draw(param, shape) if param.draw is not None else None
+        init = self._init(param, param.init, shape) if param.init is not None else None
+        law = self._draw(param, param.draw, shape) if param.draw is not None else None
         key = f"{self.prefix}.{param.name}"
         group = f"{self.group}.{key}" if param.shared else None
-        whole = DISTRIBUTIONS[law.distribution].whole if law else is_whole(init)
+        whole = DISTRIBUTIONS[law.distribution].whole if law else init is not None and is_whole(init)
         if whole and not param.frozen:
             raise fail("wrong-type", f"`{param.name}` holds whole numbers, which cannot be trained",
                        param.name_span or param.span, helps=(f"say `frozen param {param.name}`",))
         self.leaves.append(Leaf(key, shape, init, law, param.frozen, group, param.name_span or param.span, whole))
         return self.leaves[-1].expr
 
-    def _init(self, param: Param, shape: tuple[Size, ...]) -> Expr:
-        value = evaluate(param.init, self.values)
+    def _init(self, param: Param, init: Expression, shape: tuple[Size, ...]) -> Expr:
+        value = evaluate(init, self.values)
         if isinstance(value, bool) or not isinstance(value, (*NUMBERS, Expr)):
             raise fail("wrong-type", f"`{param.name}` must start at a number or a tensor, not {describe(value)}",
-                       param.init.span)
-        start = self._start(value, param)
+                       init.span)
+        start = self._start(value, param.name, init.span)
         if start.shape not in ((), shape):
             raise fail("shape-mismatch",
                        f"`{param.name}` is {shape_text(shape)} but starts at {shape_text(start.shape)}",
-                       param.init.span or param.span, notes=self._sizes())
+                       init.span or param.span, notes=self._sizes())
         return start
 
-    def _start(self, value: Any, param: Param) -> Expr:
+    def _start(self, value: Any, name: str, span: Span | None) -> Expr:
         try:
             return tensor(value)
         except OverflowError:
-            raise fail("bad-value", f"`{param.name}` starts at {describe(value)}, which float32 cannot hold",
-                       param.init.span) from None
+            raise fail("bad-value", f"`{name}` starts at {describe(value)}, which float32 cannot hold", span) from None
 
-    def _draw(self, param: Param, shape: tuple[Size, ...]) -> Draw:
-        call, place = param.draw, param.draw.name_span or param.draw.span
+    def _draw(self, param: Param, call: Call, shape: tuple[Size, ...]) -> Draw:
+        place = call.name_span or call.span
         if call.function not in DISTRIBUTIONS:
             raise unknown("unknown-distribution", "distribution", call.function, DISTRIBUTIONS, place)
         law = DISTRIBUTIONS[call.function]

@@ -52,7 +52,9 @@ def draw(law: Draw, shape: tuple[int, ...], *names: object) -> Any:
     row = DISTRIBUTIONS[law.distribution]
     generator = torch.Generator().manual_seed(_seed(names))
     if row.whole:
-        return _WHOLE[row.init](int(law.arguments[0][1]), shape, generator)
+        most = law.arguments[0][1]
+        assert isinstance(most, (int, float))  # a real module's sizes are known, and so is a number made of them
+        return _WHOLE[row.init](int(most), shape, generator)
     init: Callable = getattr(torch.nn.init, row.init)
     arguments = {_TORCH_NAMES.get(k, k): v for k, v in law.arguments}
     return init(torch.empty(shape, dtype=torch.float32, device="cpu"), generator=generator, **arguments).detach()

@@ -95,7 +95,8 @@ class _Builder:
                 part = made if step.placement != "add" or definition.bias else self._dropped(made, dropout, name)
                 self.parts.append(Part(index, part, operand))
                 self._put(step, definition, part, made)
-                not_too_deep(self.x, step.span), not_too_deep(self.bias, step.span)
+                not_too_deep(self.x, step.span)
+                not_too_deep(self.bias, step.span)
 
     def _instance(self, step: Step, name: str, definition: Definition, operand: Expr) -> Expr | None:
         before = len(self.report.errors)

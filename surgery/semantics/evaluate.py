@@ -110,7 +110,8 @@ def _binary(node: tree.Binary, names: Mapping[str, Any]) -> Any:
         return _logic(node, left, right)
     if node.op in _ORDER or node.op in ("==", "!="):
         return _compare(node, left, right)
-    _numeric(left, node.left), _numeric(right, node.right)
+    _numeric(left, node.left)
+    _numeric(right, node.right)
     if isinstance(left, Expr) or isinstance(right, Expr):
         if node.op == "/" and isinstance(right, NUMBERS) and not isinstance(right, Dim) and right == 0:
             raise ZeroDivisionError  # of a tensor it is 0, but nobody writes that down
@@ -136,7 +137,8 @@ def _compare(node: tree.Binary, left: Any, right: Any) -> Any:
         return UNDECIDED
     if node.op in ("==", "!="):
         return (left == right) == (node.op == "==") if not _open(left, right) or left == right else UNDECIDED
-    _numeric(left, node.left), _numeric(right, node.right)
+    _numeric(left, node.left)
+    _numeric(right, node.right)
     return UNDECIDED if _open(left, right) else _ORDER[node.op](left, right)
 
 

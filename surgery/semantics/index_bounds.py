@@ -30,15 +30,20 @@ def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf]) -> None:
                        leaf and leaf.span)
 
 
-def below(places: Expr, known: Mapping[str, Leaf]) -> Size:
+def below(places: Expr, known: Mapping[str, Leaf]) -> Size | float:
     """How many entries there are among which an expression's places lie."""
     if (into := operation(places).into) is not None:
         return prod(into(places))
     leaf = known[places.data]
-    return below(leaf.init, known) if leaf.init is not None else leaf.draw.arguments[0][1]
+    if leaf.init is not None:
+        return below(leaf.init, known)
+    assert leaf.draw is not None  # a leaf is drawn where it has no expression to start at
+    most = leaf.draw.arguments[0][1]
+    assert not isinstance(most, str)  # the first argument of a draw of whole numbers is one
+    return most
 
 
-def bounds(leaves: Iterable[Leaf]) -> dict[str, Size]:
+def bounds(leaves: Iterable[Leaf]) -> dict[str, Size | float]:
     """How many entries each leaf of whole numbers lies among, by its key."""
     known = {leaf.key: leaf for leaf in leaves}
     return {key: below(leaf.expr, known) for key, leaf in known.items() if is_whole(leaf.expr)}
