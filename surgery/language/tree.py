@@ -154,6 +154,7 @@ class Parameter(Node):
     type: Literal["int", "float", "bool", "str"]
     default: Expr | None = None
 
+    @_by_fields
     def __init__(self, *parts: Any, **fields: Any):
         super().__init__(**dict(zip(("name", "type", "default"), parts)), **fields)
 
