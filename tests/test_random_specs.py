@@ -126,7 +126,7 @@ def meant(op: Operated, dtype: torch.dtype, run: torch.dtype) -> Results:
     (adapter,) = op.surgeon.adapters.values()
     leaves = {key: t.detach().to(dtype if t.is_floating_point() else t.dtype).requires_grad_(t.requires_grad)
               for key, t in adapter.tensors().items()}
-    return results(op, lambda x, tensors: op.dense(x, tensors, dtype, run), leaves, run)
+    return results(op, lambda x, tensors: op.dense(x, adapter.shaped(tensors), dtype, run), leaves, run)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -163,7 +163,7 @@ def test_the_operated_weight_is_what_the_text_says(operation):
     ((adapter,), (placed,)), module = (op.surgeon.adapters.values(), op.surgeon.plan.placed), op.surgeon.model.layers[0]
     is_stack = placed.site.stack is not None
     own = {leaf.key for leaf in placed.formula.leaves if is_stack and not leaf.group}
-    tensors = {key: (t[-1] if key in own else t).detach().numpy().copy() for key, t in adapter.tensors().items()}
+    tensors = {key: (t[-1] if key in own else t).detach().numpy().copy() for key, t in adapter.values().items()}
     matrix = placed.site.layout.matrix(op.base.weight.detach())
     bias = None if placed.site.bias is None else op.base.bias.detach().numpy()
     reading = Reading(text)
@@ -185,7 +185,7 @@ def test_the_operated_weight_is_what_the_text_says(operation):
         taking = {key: t for key, t in adapter.tensors().items() if t.requires_grad}
         if taking and total.requires_grad:
             raw = torch.autograd.grad(total, list(taking.values()), allow_unused=True)
-            grads = {key: (g[-1] if key in own else g).numpy() for key, g in zip(taking, raw) if g is not None}
+            grads = {key: (g[-1] if key in own else g).reshape(tensors[key].shape).numpy() for key, g in zip(taking, raw) if g is not None}
             assume(all(np.isfinite(g).all() for g in grads.values()))
             compare_gradients(reading, lambda moved: sum((v * d).sum() for v, d in zip(meant(moved), directions)),
                               tensors, grads, 1)

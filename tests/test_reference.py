@@ -59,20 +59,21 @@ def test_a_spec_is_what_its_text_says(path):
             return reading.operated(weight, bias, tensors, index, {"layer": 0, "depth": 0.0}, starts)
 
         starts: dict[str, np.ndarray] = {}
-        operated(numpy_of(adapter.tensors()), starts)
+        operated(numpy_of(adapter.values()), starts)
         for key, start in starts.items():
-            found = adapter.tensors()[key]
+            found = adapter.values()[key]
             if "left_singular" in text:  # whose columns have no sign of their own
                 found, start = found.abs(), abs(start)
             assert off(found, start) <= EXACT, f"the start of {key}"
 
         perturb(model)
         y, direction = model(x.double()), torch.randn(5, OUT).double()
-        tensors = numpy_of(adapter.tensors())
+        tensors = numpy_of(adapter.values())
         wanted = operated(tensors)
         assert off(y, x.numpy() @ wanted[0].T + wanted[1]) <= EXACT
         trained = {key: t for key, t in adapter.tensors().items() if t.requires_grad}
         found = dict(zip(trained, torch.autograd.grad((y * direction).sum(), list(trained.values()))))
+        found = {key: g.reshape(tensors[key].shape) for key, g in found.items()}
 
         def scalar(tensors):
             w, b = operated(tensors)
@@ -117,9 +118,9 @@ def test_precedence_order_and_scope():
     for size in (0.0, 0.3):
         perturb(surgeon.model, size)
         starts: dict[str, np.ndarray] = {}
-        wanted = Reading(PRECEDENCE).operated(weight, bias, numpy_of(adapter.tensors()), starts=starts)
+        wanted = Reading(PRECEDENCE).operated(weight, bias, numpy_of(adapter.values()), starts=starts)
         assert all(off(found, value) <= EXACT for found, value in zip(adapter.weights(layer), wanted))
-        assert size or all(off(adapter.tensors()[key], start) <= EXACT for key, start in starts.items())
+        assert size or all(off(adapter.values()[key], start) <= EXACT for key, start in starts.items())
     assert set(starts) == {"post_mix.g", "post_mix.M", "add_own.A", "pre_mix.g", "pre_mix.M", "add_own_2.A",
                            "add_lift.v",
                            "pre_mix_2.g", "pre_mix_2.M"}

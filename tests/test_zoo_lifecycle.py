@@ -160,11 +160,12 @@ VERA = next(case for case in CASES if case.name == "own vera")
 def test_a_shared_parameter_is_one_tensor_for_equal_shapes():
     model = Tower(nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 18)).double()
     surgeon = apply(model, VERA.spec("layers.*"), dtype=torch.float64)
-    first, second, other = (dict(layer.named_parameters()) for layer in model.layers)
-    a, b = "weight_surgery.add_own.A", "weight_surgery.add_own.b"
+    first, second, other = (surgeon.adapters[f"layers.{i}"].tensors() for i in range(3))
+    a, b = "add_own.A", "add_own.b"
     assert first[a] is second[a] and first[b] is not second[b]
     assert other[a] is first[a]  # [2, in] is the same shape there
-    assert other["weight_surgery.add_own.B"] is not first["weight_surgery.add_own.B"]
+    assert other["add_own.B"] is not first["add_own.B"]
+    assert len(list(model.parameters())) == len(list(model.named_parameters(remove_duplicate=False)))
     assert surgeon.plan.trainable == 12 + 2 + 12 + 2 + 18 + 2
 
 

@@ -71,9 +71,9 @@ class OpenedAdapter:
 
     @property
     def leaves(self) -> Callable[[Placed], Mapping[str, Tensor]]:
-        names = {id(tensor): name for name, tensor in self.surgeon.named_tensors().items()}
-        return lambda placed: {key: self.saved.tensors[names[id(tensor)]]
-                               for key, tensor in self.surgeon.adapters[placed.site.name].tensors().items()}
+        saved = self.surgeon.as_named(self.saved.tensors)
+        return lambda placed: {key: saved[self.surgeon.name_of(placed, key)].reshape(value.shape)
+                               for key, value in self.surgeon.adapters[placed.site.name].values().items()}
 
     def updates(self) -> list[Pending]:
         """What the adapter does to each weight, read when it is measured."""

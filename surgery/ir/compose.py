@@ -24,9 +24,11 @@ def _mapped(formula: Formula, table: Mapping[Expr, Expr]) -> Formula:
 
 
 def named(formula: Formula, name: str) -> Formula:
-    """The formula with each leaf's key led by a name: `style:add_low_rank.A`."""
-    return _mapped(formula,
-                   {leaf.expr: Expr(leaf.expr.op, (), f"{name}:{leaf.key}", leaf.shape) for leaf in formula.leaves})
+    """The formula with each leaf's key led by a name: `style:add_low_rank.A`, and its group, if it is shared."""
+    found = _mapped(formula,
+                    {leaf.expr: Expr(leaf.expr.op, (), f"{name}:{leaf.key}", leaf.shape) for leaf in formula.leaves})
+    leaves = tuple(replace(leaf, group=leaf.group and f"{name}:{leaf.group}") for leaf in found.leaves)
+    return replace(found, leaves=leaves)
 
 
 def stacked(first: Formula, second: Formula) -> Formula:

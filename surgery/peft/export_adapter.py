@@ -146,7 +146,7 @@ def _taken(surgeon: Surgeon, found: Match, config: Config, number: int) -> Taken
     site = surgeon.plan.placed[number].site
     method, place = found.methods[site.name], Place.of(site, number)
     here = at(config, method, site.name)
-    ours = {key: t.detach() for key, t in surgeon.adapters[site.name].tensors().items()}
+    ours = {key: t.detach() for key, t in surgeon.adapters[site.name].values().items()}
     return Taken(site.name, site.weight_name, method, place, here, method.map(here, place).to_peft(ours, place))
 
 

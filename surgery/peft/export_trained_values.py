@@ -72,7 +72,7 @@ def changed_biases(surgeon: Surgeon) -> dict[str, Tensor]:
         for placed in surgeon.plan.placed:
             name = f"{placed.site.name}.bias"
             if placed.formula.changes_bias and placed.site.has_bias:
-                values = {**frozen_leaves(placed), **surgeon.adapters[placed.site.name].tensors()}
+                values = {**frozen_leaves(placed), **surgeon.adapters[placed.site.name].values()}
                 own = {"bias": trained[name]} if name in trained else {}
                 found[name] = dense(placed.formula.bias, {**values, **own})
     return found

@@ -93,8 +93,8 @@ class _Reader:
                       tuple(f"{t.name}." for t in whole))
         surgeon = self._prepared(self._spec(weights, said.trained))
         self._raise(*self._misshapen(surgeon, weights), *said.faults)
-        ours = {name: tensor for t in weights for name, tensor in self._ours(t).items()}
-        known = surgeon.named_tensors()  # a shared tensor has the name of its first module alone
+        ours = surgeon.as_named({name: tensor for t in weights for name, tensor in self._ours(t).items()})
+        known = surgeon.named_tensors()
         self._raise(*self._faults(), *_of_another_kind(ours, known))
         return Imported(surgeon, {**{n: t for n, t in ours.items() if n in known}, **said.trained},
                         (*self.report.warnings, *surgeon.plan.warnings))
@@ -213,7 +213,7 @@ class _Reader:
 
     def _misshapen(self, surgeon: Surgeon, taken: Sequence[Taken]) -> list[Diagnostic]:
         """The tensors must be the ones that PEFT has for these modules, in shape too."""
-        both = [each.shapes(surgeon.adapters[each.name].tensors()) for each in taken]
+        both = [each.shapes(surgeon.adapters[each.name].values()) for each in taken]
         saved, wanted = ({name: shape for pair in both for name, shape in pair[side].items()} for side in (0, 1))
         report = Collector()
         compare(saved, wanted, "adapter_config.json", report, TENSORS)

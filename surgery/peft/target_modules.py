@@ -23,7 +23,7 @@ from surgery.diagnostics import fail
 from surgery.layers.layouts import weights
 from surgery.layers.survey import output_embedding
 from surgery.peft.table.method import Config, Family
-from surgery.runtime.adapter import Adapter
+from surgery.runtime.adapter import Adapter, StepTensors
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIERS = ("score", "classifier")  # what the head of a text classifier is called
@@ -44,7 +44,7 @@ def named(config: Config, model: nn.Module) -> list[str]:
 def modules(model: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """The model's own modules by name, in module order, under all their names if `aliases`; those of adapters are not
     its own."""
-    ours = {id(inner) for m in model.modules() if isinstance(m, Adapter) for inner in m.modules()}
+    ours = {id(inner) for m in model.modules() if isinstance(m, (Adapter, StepTensors)) for inner in m.modules()}
     return ((name, m) for name, m in model.named_modules(remove_duplicate=not aliases) if id(m) not in ours)
 
 

@@ -20,22 +20,22 @@ from surgery.planning.compile import Placed
 from surgery.semantics.distributions import draw
 from surgery.text import counted
 
-Shared = dict[tuple[str, tuple[int, ...]], nn.Parameter]
+Shared = dict[tuple[str, tuple[int, ...]], torch.Tensor]
 IDENTITY_TOLERANCE = 1e-5
 
 
-def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> dict[str, nn.Parameter]:
-    """The starting tensors of one module. `shared` holds the tensors that modules of a target have in common,
+def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> dict[str, torch.Tensor]:
+    """The starting tensors of one module, parameters but for whole numbers. `shared` holds the tensors that modules of a target have in common,
     and grows."""
     values = frozen_leaves(placed, _starts_from_weight(placed))
     known: dict = {}
-    made: dict[str, nn.Parameter] = {}
+    made: dict[str, torch.Tensor] = {}
     for leaf in placed.formula.leaves:
         key = (leaf.group, leaf.shape)
         if leaf.group and key in shared:
             made[leaf.key] = shared[key]
         else:
-            made[leaf.key] = _parameter(_start(placed, leaf, values, seed, known), leaf, dtype)
+            made[leaf.key] = _held(_start(placed, leaf, values, seed, known), leaf, dtype)
         if leaf.group:
             shared[key] = made[leaf.key]
         values[leaf.key] = in_dtype(made[leaf.key].detach(), values["weight"].dtype)
@@ -61,8 +61,9 @@ def _starts_from_weight(placed: Placed) -> bool:
     return any(start.has("weight") for start in starts)
 
 
-def _parameter(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(in_dtype(value, dtype).contiguous().clone(), requires_grad=not leaf.frozen)
+def _held(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> torch.Tensor:
+    value = in_dtype(value, dtype).contiguous().clone()
+    return nn.Parameter(value, requires_grad=not leaf.frozen) if value.is_floating_point() else value
 
 
 def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: int, known: dict) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from surgery.codegen.program import Program, activations, weights
 from surgery.ir.dense import in_dtype
-from surgery.ir.expression import Formula
+from surgery.ir.expression import Formula, Leaf
 from surgery.ir.notation import Maths, brief, parts_to_name
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout, is_direct
@@ -36,18 +36,30 @@ from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.serving import Serving, fingerprint
 
 _LONGEST = 120  # characters of a formula in `repr`
+SHARED = f"shared{SUFFIX}"  # the module of a model's root that holds what several adapters read
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # to their users, each child is one of the layers
 
 
 class StepTensors(nn.Module):
-    """The tensors of one step. It is called for them, so that what hangs on a module's call (offloading, pruning, a
-    hook of the user's) runs before they are read."""
+    """The tensors of one step, or those that adapters share. It is called for them, so that what hangs on a module's
+    call (offloading, pruning, a hook of the user's) runs before they are read.
+
+    What shards and flattens a model's tensors takes parameters alone that are real numbers and have an axis: so whole
+    numbers (places) are a buffer, and a number [] is held as [1]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: tuple[str, ...] = ()
 
-    def add(self, name: str, tensor: nn.Parameter) -> None:
-        self.register_parameter(name, tensor)
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self.names:
+            return
+        if not tensor.is_floating_point():
+            self.register_buffer(name, tensor.detach())
+        elif tensor.ndim:
+            self.register_parameter(name, tensor)
+        else:
+            self.register_parameter(name, nn.Parameter(tensor.detach().reshape(1), tensor.requires_grad))
         self.names += (name,)
 
     def forward(self) -> tuple[torch.Tensor, ...]:
@@ -56,40 +68,83 @@ class StepTensors(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in self.names)
 
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
+        for name in self.names:  # a checkpoint of before held a number as []
+            if (saved := state.get(prefix + name)) is not None and not saved.ndim:
+                state[prefix + name] = saved.reshape(1)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+class SharedTensors(StepTensors):
+    """The tensors that the adapters of a model share, each held once: a second name for a parameter is a crash in
+    safetensors and a second, diverging copy for what shards a model by layers."""
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
+        """A checkpoint of the base model, or one of before, has none under these names: they stay, or the adapters
+        that they belonged to then hand them over."""
+        for name in self.names:
+            state.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def shared_name(leaf: Leaf) -> str:
+    """What a leaf that modules share is called: those of one group may be of several shapes."""
+    return f"{leaf.group}.{'x'.join(map(str, leaf.shape))}".replace(".", "_")
+
 
 class Adapter(nn.Module):
     """The tensors and the programs of one operated weight. `active` is False while disabled or merged; `serving` holds
     its set-ups while a user promises that no tensor changes."""
 
     def __init__(self, formula: Formula, layout: Layout, parameter: str, stack: int | None,
-                 tensors: Mapping[str, nn.Parameter], gives_gradient: bool = True):
+                 tensors: Mapping[str, torch.Tensor], common: SharedTensors, gives_gradient: bool = True):
         super().__init__()
         self.gives_gradient = gives_gradient
         self.formula, self.layout, self.parameter, self.stack, self.active = formula, layout, parameter, stack, True
         self.prepared: tuple[bool, bool] | None = None
         self.serving: Serving | None = None
-        self.shared = frozenset(leaf.key for leaf in formula.leaves if leaf.group)
-        self._paths = tuple((leaf.key, *leaf.key.split(".")) for leaf in formula.leaves)
+        self.shared = {leaf.key: shared_name(leaf) for leaf in formula.leaves if leaf.group}
+        self._numbers = frozenset(leaf.key for leaf in formula.leaves if not leaf.shape and (leaf.group or not stack))
         self._programs: dict[bool | None, Program] = {}
         self._of_calls: dict[tuple, tuple[list, Any]] = {}
-        for key, tensor in tensors.items():
-            step, name = key.split(".")
+        object.__setattr__(self, "common", common)  # held by the model's root: here it is only read
+        for leaf in formula.leaves:
+            step, name = leaf.key.split(".")
+            if leaf.group:
+                common.add(self.shared[leaf.key], tensors[leaf.key])
+                continue
             if step not in self._modules:
                 self.add_module(step, StepTensors())
-            self._modules[step].add(name, tensor)
+            self._modules[step].add(name, tensors[leaf.key])
+        self._paths = tuple((leaf.key, *self._place(leaf.key)) for leaf in formula.leaves)
+
+    def _place(self, key: str) -> tuple[str | None, str]:
+        """The step's module and the name in it; None for the shared tensors'."""
+        return (None, self.shared[key]) if key in self.shared else tuple(key.split("."))
 
     def frozen(self, module: nn.Module) -> Frozen:
         """The module's frozen map, as programs call it."""
         return frozen(module, self.layout, self.parameter, self.gives_gradient)
 
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """The adapter's tensors by key (`post_magnitude.m`)."""
-        return {key: getattr(self._modules[step], name) for key, step, name in self._paths}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors by key (`post_magnitude.m`), as they are held: a number as [1]."""
+        return {key: getattr(self._modules[step] if step else self.common, name) for key, step, name in self._paths}
 
-    def _called(self) -> dict[str, torch.Tensor]:
+    def values(self) -> dict[str, torch.Tensor]:
+        """The adapter's tensors by key, in the shapes that the formula has for them."""
+        return self.shaped(self.tensors())
+
+    def _called(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The adapter's tensors by key, as each step's module gives them when it is called."""
-        given = {step: dict(zip(part.names, part())) for step, part in self._modules.items()}
+        given = {step: dict(zip(part.names, part())) for step, part in self._modules.items()
+                 if not isinstance(part, SharedTensors)}
+        if self.shared:  # one copy for layers that may be on several devices
+            given[None] = {name: t.to(device) for name, t in zip(self.common.names, self.common())}
         return {key: given[step][name] for key, step, name in self._paths}
+
+    def shaped(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors by key as they are held, in the shapes that the formula has for them."""
+        return {key: t.reshape(()) if key in self._numbers else t for key, t in held.items()}
 
     def prepare(self, has_bias: bool, is_direct: bool = True) -> None:
         """Compile the programs of W' (`None`) and, for a module whose map is known, of its output in training and in
@@ -103,18 +158,20 @@ class Adapter(nn.Module):
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
         dtype = layer.dtype_of(x)
-        entered, tensors = layer.enter(x, dtype), self._called()
+        entered, held = layer.enter(x, dtype), self._called(layer.device)
+        tensors = self.shaped(held)
         program = self._programs[layer.module.training].at(layer.tokens(entered))
         fixed: list[tuple] = []  # what rests on the frozen weight alone is made once in a call, its backward included
 
         def make(given: Iterable[torch.Tensor]) -> tuple:
-            return self._values(program, layer, dict(zip(tensors, given)), dtype, fixed)
+            return self._values(program, layer, dict(zip(tensors, given)), dtype, fixed, held)
 
         return layer.leave(program.run(layer, entered, make, tensors))
 
     def _values(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
-                fixed: list[tuple]) -> tuple:
-        """The set-up of a program: what does not depend on the input. Small solves stay in float32 under autocast."""
+                fixed: list[tuple], held: Mapping[str, torch.Tensor]) -> tuple:
+        """The set-up of a program: what does not depend on the input. Small solves stay in float32 under autocast.
+        `held`: the tensors that the leaves are views of."""
         dtype = reduce(torch.promote_types, (t.dtype for t in leaves.values() if t.is_floating_point()), layer.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
 
@@ -132,7 +189,7 @@ class Adapter(nn.Module):
         with torch.autocast(layer.device.type, enabled=False):
             if cast is None:
                 return setup()
-            on = (*leaves.values(), *(layer.held if program.rests_on_layer else ()))
+            on = (*held.values(), *(layer.held if program.rests_on_layer else ()))
             return self._kept((program, dtype, cast, layer.device), on, setup)
 
     def _kept(self, key: tuple, on: Sequence[torch.Tensor], compute: Callable[[], tuple]) -> tuple:
@@ -156,20 +213,20 @@ class Adapter(nn.Module):
         """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider."""
         layer = self.frozen(module)
         program = self._programs.get(None) or weights(self.formula, layer.bias is not None)
+        leaves = self.shaped(self._called(layer.device))
         if self.stack is None:
-            return self._values(program, layer, self._called(), None, [])
-        return self._stacked(program, layer)
+            return self._values(program, layer, leaves, None, [], {})
+        return self._stacked(program, layer, leaves)
 
-    def _stacked(self, program: Program, layer: Frozen) -> tuple[torch.Tensor, ...]:
-        leaves = self._called()
+    def _stacked(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         axes = {key: None if key in self.shared else 0 for key in leaves}
 
         def one(weight: torch.Tensor, each: dict[str, torch.Tensor]) -> tuple:
             single = copy(layer)
             single.weight = weight
-            return self._values(program, single, each, None, [])
+            return self._values(program, single, each, None, [], {})
 
-        return torch.vmap(one, in_dims=(0, axes))(layer.weight, leaves)
+        return torch.vmap(one, in_dims=(0, axes))(layer.weight, dict(leaves))
 
     def substitutes(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """W' (and b') as the module stores them, by parameter name."""
@@ -181,7 +238,7 @@ class Adapter(nn.Module):
             made[self.parameter] = self.layout.unmatrix(made[self.parameter], layer.stored.shape)
             return tuple(made[name].to(was.dtype) for name, was in zip(names, layer.held))
 
-        on = (*self._called().values(), *layer.held)
+        on = (*self._called(layer.device).values(), *layer.held)
         return dict(zip(names, self._kept(("weights", layer.device), on, compute)))
 
     def train(self, mode: bool = True) -> Adapter:
@@ -209,9 +266,13 @@ class Adapter(nn.Module):
             self.prepare(*self.prepared)
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
-        """A checkpoint of the base model has nothing for us: not an error, the adapter is then given what it has."""
+        """A checkpoint of the base model has nothing for us: not an error, the adapter is then given what it has. In
+        one of before, each adapter had the shared tensors under names of its own."""
+        for key, name in self.shared.items():
+            if (saved := state.pop(prefix + key, None)) is not None:
+                self.common._load_from_state_dict({name: saved}, "", *rest)
         if not any(key.startswith(prefix) for key in state):
-            state.update({prefix + name: tensor for name, tensor in self.named_parameters(remove_duplicate=False)})
+            state.update({prefix + name: tensor for name, tensor in (*self.named_parameters(), *self.named_buffers())})
         super()._load_from_state_dict(state, prefix, *rest)
 
 
@@ -323,6 +384,15 @@ def install(module: nn.Module, adapter: Adapter) -> None:
     module.add_module(adapter.parameter + SUFFIX, adapter)
     module.__class__ = operated_class(base, names, kind)
     put_forward_aside(module)
+
+
+def hold_common(root: nn.Module, adapter: Adapter) -> None:
+    """Put what the adapters share where what moves, saves or shards the model finds it once: at the model's root, whose
+    tensors are there as long as any layer runs; in one `adapter` where each child of the root is a layer."""
+    if isinstance(root, CONTAINERS):
+        adapter.add_module(SHARED, adapter.common)
+    else:
+        root.add_module(SHARED, adapter.common)
 
 
 def uninstall(module: nn.Module) -> None:

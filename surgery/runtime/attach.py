@@ -27,7 +27,8 @@ def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
     The adapter's tensors keep the dtype that they were saved in; a `train` tensor takes that of the model's.
     """
     saved = Saved(Path(folder))
-    return fitted(model, saved).operate(saved.tensors)
+    surgeon = fitted(model, saved)
+    return surgeon.operate(surgeon.as_named(saved.tensors))
 
 
 def fitted(model: nn.Module, saved: Saved) -> Surgeon:
@@ -40,10 +41,11 @@ def fitted(model: nn.Module, saved: Saved) -> Surgeon:
                           most=held)
     except SurgeryError as error:
         raise _does_not_fit(model, saved, error.diagnostics) from None
-    compare(shapes(saved.tensors), shapes(surgeon.named_tensors()), f"this {type(model).__name__}", report)
+    tensors = surgeon.as_named(saved.tensors)
+    compare(shapes(tensors), shapes(surgeon.named_tensors()), f"this {type(model).__name__}", report)
     if not report.errors:
-        _assert_kinds(surgeon, saved.tensors, report)
-        _assert_places(surgeon, saved.tensors, report)
+        _assert_kinds(surgeon, tensors, report)
+        _assert_places(surgeon, tensors, report)
     if report.errors:
         raise _does_not_fit(model, saved, report.found)
     return surgeon
@@ -59,10 +61,9 @@ def _assert_kinds(surgeon: Surgeon, tensors: Mapping[str, torch.Tensor], report:
 
 def _assert_places(surgeon: Surgeon, tensors: Mapping[str, torch.Tensor], report: Collector) -> None:
     """Report saved places that do not exist."""
-    names = {id(tensor): name for name, tensor in surgeon.named_tensors().items()}
-    for adapter in surgeon.adapters.values():
-        for key, count in bounds(adapter.formula.leaves).items():
-            found = tensors[name := names[id(adapter.tensors()[key])]]
+    for placed in surgeon.plan.placed:
+        for key, count in bounds(placed.formula.leaves).items():
+            found = tensors[name := surgeon.name_of(placed, key)]
             if found.is_floating_point() or not ((0 <= found) & (found < count)).all():
                 report.error("bad-adapter", f"{TENSORS}: {name} must hold whole numbers from 0 to {count - 1:g}")
 

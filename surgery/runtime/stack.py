@@ -25,10 +25,10 @@ from surgery.language.grammar import is_name
 from surgery.language.tree import Spec, Target
 from surgery.layers.wrappers import bare
 from surgery.planning.compile import Placed, Plan
-from surgery.runtime.adapter import Adapter
+from surgery.runtime.adapter import SharedTensors
 from surgery.runtime.attach import attach
 from surgery.runtime.save import save
-from surgery.runtime.surgeon import Surgeon, prepare
+from surgery.runtime.surgeon import Surgeon, adapter_of, prepare
 from surgery.runtime.transaction import Scope, all_or_nothing
 
 
@@ -192,7 +192,8 @@ def _together(model: nn.Module, known: Mapping[str, Known],
     train = tuple(dict.fromkeys(name for plan in plans for name in plan.train))
     spec = Spec("_then_".join(known), targets=tuple(targets.values()))
     plan = Plan(spec, tuple(placed), replace(plans[0].selection, train=train), (), plans[0].total)
-    adapters = {p.site.name: _adapter(p, known) for p in placed}
+    common = SharedTensors()
+    adapters = {p.site.name: adapter_of(p, _tensors(p, known), common) for p in placed}
     return Surgeon(model, plan, adapters, seed=0)
 
 
@@ -208,9 +209,6 @@ def _placed(site: str, known: Mapping[str, Known], compose: Callable[[dict[str, 
     return Placed(next(iter(mine.values())).site, targets[key], formula)
 
 
-def _adapter(placed: Placed, known: Mapping[str, Known]) -> Adapter:
-    tensors = {f"{name}:{key}": tensor for name, each in known.items() if placed.site.name in each.surgeon.adapters
-               for key, tensor in each.surgeon.adapters[placed.site.name].tensors().items()}
-    site = placed.site
-    adapter = Adapter(placed.formula, site.layout, site.parameter, site.stack, tensors, site.answer.gives_gradient)
-    return adapter.train(site.module.training)
+def _tensors(placed: Placed, known: Mapping[str, Known]) -> dict[str, torch.Tensor]:
+    return {f"{name}:{key}": tensor for name, each in known.items() if placed.site.name in each.surgeon.adapters
+            for key, tensor in each.surgeon.adapters[placed.site.name].tensors().items()}

@@ -26,7 +26,7 @@ from surgery.planning.figures import Report
 from surgery.planning.fitness import dense_copies, unfit
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
 from surgery.rewrite.prove_identity import starts_as_weight
-from surgery.runtime.adapter import Adapter, install, uninstall
+from surgery.runtime.adapter import CONTAINERS, SHARED, Adapter, SharedTensors, hold_common, install, uninstall
 from surgery.runtime.merge import merged, refuse_called
 from surgery.runtime.proof import Proof, Subject
 from surgery.runtime.save import save
@@ -79,12 +79,16 @@ def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: 
                    f"holds {most:,}")
     plan = replace(plan, warnings=tuple(report.warnings))
     shared: Shared = {}
-    return Surgeon(model, plan, {p.site.name: _adapter(p, tensors(p, seed, dtype, shared)) for p in plan.placed}, seed)
+    common = SharedTensors()
+    adapters = {p.site.name: adapter_of(p, tensors(p, seed, dtype, shared), common) for p in plan.placed}
+    return Surgeon(model, plan, adapters, seed)
 
 
-def _adapter(placed: Placed, values: dict[str, nn.Parameter]) -> Adapter:
+def adapter_of(placed: Placed, values: Mapping[str, torch.Tensor], common: SharedTensors) -> Adapter:
+    """The adapter of one operated weight, with those tensors by key; `common` grows by what adapters share."""
     site = placed.site
-    adapter = Adapter(placed.formula, site.layout, site.parameter, site.stack, values, site.answer.gives_gradient)
+    adapter = Adapter(placed.formula, site.layout, site.parameter, site.stack, values, common,
+                      site.answer.gives_gradient)
     return adapter.train(site.module.training)
 
 
@@ -119,8 +123,8 @@ class Surgeon:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the adapter's parameters (float32 where there is none)."""
-        parameters = (p for adapter in self.adapters.values() for p in adapter.parameters())
-        return next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+        held = (t for adapter in self.adapters.values() for t in adapter.tensors().values())
+        return next((t.dtype for t in held if t.is_floating_point()), torch.float32)
 
     @property
     def untied(self) -> tuple[str, ...]:
@@ -155,10 +159,12 @@ class Surgeon:
         for placed in self.plan.placed:
             if placed.target.untie and not placed.site.layout.is_called:
                 self._untie(placed)
-            for tensor in self.adapters[placed.site.name].parameters():  # the model may have moved since
+            for tensor in self.adapters[placed.site.name].tensors().values():  # the model may have moved since
                 tensor.data = tensor.data.to(placed.site.device)
             install(placed.site.module, self.adapters[placed.site.name])
-        frozen = {id(adapter.get_parameter(leaf.key)) for adapter in self.adapters.values()
+        for adapter in [a for a in self.adapters.values() if a.shared][:1]:
+            hold_common(self.model, adapter)
+        frozen = {id(adapter.tensors()[leaf.key]) for adapter in self.adapters.values()
                   for leaf in adapter.formula.leaves if leaf.frozen}
         trained = {id(p) for p in self.named_tensors().values()} - frozen
         for parameter in self.model.parameters():
@@ -225,13 +231,32 @@ class Surgeon:
         """The parameters that train: the adapters' and those of `train`."""
         return (p for p in self.model.parameters() if p.requires_grad)
 
-    def named_tensors(self) -> dict[str, nn.Parameter]:
-        """Every adapter tensor and every `train` tensor by its name in the model, shared ones once."""
-        found = {f"{p.site.weight_name}{SUFFIX}.{key}": tensor for p in self.plan.placed
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """Every adapter tensor and every `train` tensor by its name in the model, shared ones once. A number [] is held
+        as [1]."""
+        found = {self.name_of(p, key): tensor for p in self.plan.placed
                  for key, tensor in self.adapters[p.site.name].tensors().items()}
-        found |= {name: self._spots[name].tensor for name in self.plan.train}
-        first = {id(tensor): name for name, tensor in reversed(found.items())}
-        return {name: tensor for name, tensor in found.items() if first[id(tensor)] == name}
+        return found | {name: self._spots[name].tensor for name in self.plan.train}
+
+    def name_of(self, placed: Placed, key: str) -> str:
+        """What the tensor of an adapter's key is called in the model."""
+        adapter = self.adapters[placed.site.name]
+        if key not in adapter.shared:
+            return f"{placed.site.weight_name}{SUFFIX}.{key}"
+        if not isinstance(self.model, CONTAINERS):
+            return f"{SHARED}.{adapter.shared[key]}"
+        first = next(p for p in self.plan.placed if self.adapters[p.site.name].shared)
+        return f"{first.site.weight_name}{SUFFIX}.{SHARED}.{adapter.shared[key]}"
+
+    def as_named(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Values that are called as once, when a shared tensor went by the name that it had in its first
+        module and a number was held as [], under the names and in the shapes of `named_tensors`."""
+        now = {f"{p.site.weight_name}{SUFFIX}.{key}": self.name_of(p, key) for p in self.plan.placed
+               for key in self.adapters[p.site.name].shared}
+        found: dict[str, torch.Tensor] = {}
+        for name, value in values.items():
+            found.setdefault(now.get(name, name), value if value.ndim else value.reshape(1))
+        return found
 
     def state(self) -> dict[str, torch.Tensor]:
         """The values of `named_tensors` as trained, in every mode."""
@@ -246,6 +271,7 @@ class Surgeon:
         that they come in, those of `train` the model's. Raises: SurgeryError (bad-value, wrong-mode)."""
         self._must_be("operated", "load")
         self._assert_standing()
+        state = self.as_named(state)
         missing = [name for name in self.named_tensors() if name not in state]
         if missing:
             raise fail("bad-value", f"the state lacks {listed(missing)}",
@@ -352,6 +378,8 @@ class Surgeon:
                 uninstall(module)
         for placed in self.plan.placed:
             placed.site.module._modules.pop(placed.site.parameter + SUFFIX, None)
+            self.adapters[placed.site.name]._modules.pop(SHARED, None)
+        self.model._modules.pop(SHARED, None)
         for name, tied in self._tied.items():
             spot = self._spots[name]
             if name not in lost:
@@ -373,7 +401,7 @@ class Surgeon:
         own = [p for placed in self.plan.placed if not placed.site.layout.is_called
                for p in placed.site.module._parameters.values() if p is not None]
         written = [spot.tensor for spot in self._spots.values() if spot.placed is None and spot.tensor is not None]
-        adapters = [p for adapter in self.adapters.values() for p in adapter.parameters()]
+        adapters = [t for adapter in self.adapters.values() for t in adapter.tensors().values()]
         return Scope([self], [self.model, *modules, *self.adapters.values()], [*own, *written, *adapters])
 
     @property
@@ -438,7 +466,8 @@ class Kept:
 
 def _tolerance(adapter: Adapter) -> float:
     """1e-5, or the rounding of the adapter's own dtype where that is coarser."""
-    return max([IDENTITY_TOLERANCE, *(torch.finfo(p.dtype).eps for p in adapter.parameters() if p.is_floating_point())])
+    held = adapter.tensors().values()
+    return max([IDENTITY_TOLERANCE, *(torch.finfo(t.dtype).eps for t in held if t.is_floating_point())])
 
 
 @torch.no_grad()

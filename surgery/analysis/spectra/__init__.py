@@ -65,7 +65,7 @@ def gathered(pending: Sequence[Pending], squared: bool = False, top: int = TOP, 
 
 def pending_of(surgeon: Surgeon) -> list[Pending]:
     """The updates of an operated model that has its base weights in place (inside `disabled()`)."""
-    return of_surgeon(surgeon, Site.read, lambda placed: surgeon.adapters[placed.site.name].tensors())
+    return of_surgeon(surgeon, Site.read, lambda placed: surgeon.adapters[placed.site.name].values())
 
 
 __all__ = ["Group", "Pending", "Row", "Spectra", "Spectrum", "gathered", "pending_of", "row_of", "spectrum"]

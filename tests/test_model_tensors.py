@@ -1,0 +1,145 @@
+"""An operated model's tensors are what torch's and Hugging Face's tools take: each held once, real parameters with an
+axis, whole numbers as buffers; and what was saved before they were held so still loads."""
+
+from __future__ import annotations
+
+import io
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from models import perturbed
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaForCausalLM
+
+import surgery
+from surgery.models.demo import demo_config, demo_inputs
+from surgery.runtime.saved_format import META, TENSORS
+
+ONE_NUMBER = """spec one()
+update gained(rank: int = 2) {
+  shared frozen param A[rank, in] ~ kaiming_uniform()
+  shared param g = 1
+  param B[out, rank] = 0
+  param s = 1
+  return g * s * (B @ A)
+}
+target linear "**.{q,k}_proj" { add gained() }"""
+
+
+def small() -> nn.Module:
+    """A model that every shipped spec fits."""
+    config = demo_config("llama:num_hidden_layers=2")
+    config.num_key_value_heads, config.attention_bias = config.num_attention_heads, True
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**demo_inputs(model)).logits
+
+
+@pytest.mark.parametrize("name", surgery.shipped())
+def test_each_tensor_is_held_once_and_can_be_sharded(name: str) -> None:
+    model = small()
+    before = {id(p) for p in model.parameters()}
+    surgeon = surgery.apply(model, name, check=False)
+    found = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in before]
+    assert len({id(p) for _, p in found}) == len(found)
+    assert all(p.is_floating_point() and p.ndim for _, p in found)
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(held[n] is tensor for n, tensor in surgeon.named_tensors().items())
+    whole = [n for n, b in model.named_buffers() if n in surgeon.named_tensors()]
+    assert all(not held[n].is_floating_point() for n in whole) and set(whole) <= set(model.state_dict())
+    assert all("." not in own for m in model.modules() for own in (*m._parameters, *m._buffers))
+
+
+def as_before(surgeon: surgery.Surgeon, tensors: dict[str, torch.Tensor], every: bool) -> dict[str, torch.Tensor]:
+    """Tensors as they were called and shaped when each module held the shared ones (`every`, or the first alone)."""
+    found = {n: t for n, t in tensors.items() if not n.startswith("shared_surgery.")}
+    for placed in surgeon.plan.placed:
+        adapter = surgeon.adapters[placed.site.name]
+        for key, value in adapter.values().items():
+            shared = surgeon.name_of(placed, key) if key in adapter.shared else None
+            if shared is None or every or shared not in (done := as_before.__dict__.setdefault("done", set())):
+                found[f"{placed.site.weight_name}_surgery.{key}"] = value.detach().clone()
+            if shared is not None and not every:
+                done.add(shared)
+
+    return found
+
+
+@pytest.mark.parametrize("name", ["vera", "unilora", "delora", "fourierft", "one number"])
+def test_what_was_saved_before_still_loads(name: str, tmp_path: Path) -> None:
+    spec = surgery.parse(ONE_NUMBER) if name == "one number" else name
+    model = small()
+    surgeon = perturbed(model, spec, check=False)
+    surgeon.save(tmp_path / "a")
+    tensors = as_before(surgeon, load_file(tmp_path / "a" / TENSORS), every=False)
+    assert any("shared_surgery" in n or not t.ndim for n, t in surgeon.named_tensors().items()) <= (tensors != {})
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "a" / TENSORS)
+    about = json.loads((tmp_path / "a" / META).read_text())
+    about["tensors"] = {n: {"shape": list(t.shape), "dtype": str(t.dtype)[6:]} for n, t in tensors.items()}
+    (tmp_path / "a" / META).write_text(json.dumps({**about, "format_version": "1.0"}))
+    other = small()
+    surgery.attach(other, tmp_path / "a")
+    assert torch.equal(logits(other), logits(model))
+    whole = as_before(surgeon, dict(model.state_dict()), every=True)
+    third = small()
+    surgery.apply(third, spec, check=False)
+    third.load_state_dict(whole)  # a checkpoint of the whole operated model
+    assert torch.equal(logits(third), logits(model))
+
+
+@pytest.mark.parametrize("copy", ["deepcopy", "pickle"])
+def test_a_copy_shares_with_itself_alone(copy: str) -> None:
+    model = small()
+    surgeon = perturbed(model, "unilora", check=False)
+    kept = logits(model)
+    if copy == "pickle":
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+    other = deepcopy(model) if copy == "deepcopy" else torch.load(file, weights_only=False)
+    assert torch.equal(logits(other), kept)
+    with torch.no_grad():
+        theta = next(p for n, p in surgeon.named_tensors().items() if n.startswith("shared_surgery") and
+                     p.requires_grad)
+        theta.add_(1.0)
+    assert torch.equal(logits(other), kept) and not torch.equal(logits(model), kept)
+    ours = [p for n, p in other.named_parameters() if n.startswith("shared_surgery") and p.requires_grad]
+    with torch.no_grad():
+        ours[0].add_(1.0)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_the_children_of_a_container_are_its_layers() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    x = torch.randn(3, 8)
+    surgeon = surgery.apply(model, surgery.load("unilora").retarget("**"))
+    assert len(model) == 3
+    with torch.no_grad():
+        for p in surgeon.parameters():
+            p += 0.1
+    y, held = model(x), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(held[n] is t for n, t in surgeon.named_tensors().items())
+    surgeon.load({n: t.clone() for n, t in surgeon.state().items()})
+    assert torch.equal(model(x), y)
+    surgeon.remove()
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def test_two_surgeries_share_nothing_with_each_other() -> None:
+    model = small()
+    surgeries = surgery.Surgeries(model)
+    surgeries.add("a", "unilora", seed=1)
+    surgeries.add("b", "unilora", seed=2)
+    both = surgeries.use("a", "b")
+    names = [n for n in both.named_tensors() if n.startswith("shared_surgery")]
+    assert {n.partition(":")[0] for n in names} == {"shared_surgery.a", "shared_surgery.b"}
+    assert len({id(both.named_tensors()[n]) for n in names}) == len(names)
+    surgeries.remove()
+    assert not any("surgery" in n for n in model.state_dict())
