@@ -20,7 +20,7 @@ from surgery.planning.compile import compile
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.figures import Report
 from surgery.semantics.elaborate import Context, elaborate
-from surgery.semantics.lint import spec_values
+from surgery.semantics.resolved_spec import spec_values
 
 OUT, IN = 512, 1024
 # What no structure of the compiler's makes cheap: entry-by-entry products, a full solve.

@@ -14,9 +14,9 @@ from torch import nn
 
 import surgery
 from surgery.analysis.page import charts, training_curves
-from surgery.html import Markup, table, tag
 from surgery.analysis.spectra.curves import Curve
 from surgery.cli.main import main
+from surgery.html import Markup, table, tag
 from surgery.layers.survey import Survey
 from surgery.matching.module_tree import outline
 from surgery.models.demo import load_demo

@@ -36,7 +36,7 @@ from surgery.layers.kinds import CONV, EMBEDDING, LINEAR
 from surgery.rewrite.cheaper_forms import cheapest
 from surgery.rewrite.normal_form import simplify
 from surgery.semantics.elaborate import Context, elaborate
-from surgery.semantics.lint import IN, OUT, PLACES, spec_values
+from surgery.semantics.resolved_spec import IN, OUT, PLACES, spec_values
 
 SIZES = ((96, 192), (192, 96), (64, 128), (12, 18))
 PLACE = {"layer": 1, "depth": 0.5}
@@ -162,7 +162,7 @@ def fault(node: Expr, form: Stage) -> str:
     return next(broken, "")
 
 
-def refuses(expr: Expr, form: Laws, what: str) -> None:
+def refuses(expr: Expr, form: Stage, what: str) -> None:
     with pytest.raises(Malformed, match=what):
         verify(expr, form)
 

@@ -9,14 +9,11 @@ from surgery.cli.output import Output, aligned
 from surgery.codegen.autograd_node import step
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.program import Program, activations
-from surgery.diagnostics import Collector
 from surgery.ir.expression import Formula
-from surgery.language.library import library
-from surgery.language.tree import Spec, Target
+from surgery.language.tree import Spec
 from surgery.layers.kinds import supposed
 from surgery.planning.cost_estimates import FLOAT, Estimate, amount
-from surgery.semantics.elaborate import Context, elaborate
-from surgery.semantics.lint import spec_values
+from surgery.semantics.resolved_spec import resolved
 
 _FIRST = {"layer": 0, "depth": 0.0}  # where a target that asks for it stands
 
@@ -24,20 +21,12 @@ _FIRST = {"layer": 0, "depth": 0.0}  # where a target that asks for it stands
 def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int) -> None:
     """Print the programs of a spec. Raises: SurgeryError where the shape does not fit."""
     found = [(target, formula, Estimate(formula, supposed(target.kind), tokens))
-             for target, formula in _formulas(spec, out, in_)]
+             for target, formula in resolved(spec).formulas(out, in_, _FIRST)]
     text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(formula, estimate)])
                        for target, formula, estimate in found)
     output.raw(f"{text}\n")
     output.data(spec=spec.model_dump(mode="json"), emit="program", text=text,
                 programs=[{"shape": [out, in_], "tokens": tokens, "candidates": _rows(e)} for _, _, e in found])
-
-
-def _formulas(spec: Spec, out: int, in_: int) -> list[tuple[Target, Formula]]:
-    scope, report = library(spec), Collector()
-    values = {**spec_values(spec, report), **_FIRST}
-    found = [(target, elaborate(target, Context(scope, values), out, in_, report)) for target in spec.targets]
-    report.raise_errors()
-    return found
 
 
 def _page(formula: Formula, estimate: Estimate) -> Iterator[str]:

@@ -10,11 +10,10 @@ Activations are expressions over the leaf `x`; `frozen(a)` is the frozen layer's
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from math import prod
 
 from surgery.ir.builders import scaled, summands, times, total
-from surgery.ir.expression import Expr, rebuild, walk
+from surgery.ir.expression import Expr, rebuild
 from surgery.ir.operations import make, operation
 from surgery.ir.primitives_fourier import BY_PRODUCTS
 from surgery.rewrite.low_rank import Factors, factors, is_thin, low_rank_turn

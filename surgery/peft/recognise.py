@@ -16,7 +16,6 @@ from typing import Any
 
 from surgery.diagnostics import Collector, SurgeryError
 from surgery.ir.expression import Formula
-from surgery.language.library import library
 from surgery.language.tree import Spec
 from surgery.peft.recognise_parameters import proposals
 from surgery.peft.table.method import Family, Method
@@ -24,9 +23,8 @@ from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import resolved
 from surgery.peft.tensor_mapping import Place
 from surgery.planning.compile import Placed, Plan
-from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import nodes
-from surgery.semantics.lint import spec_values
+from surgery.semantics.resolved_spec import ResolvedSpec
 
 
 @dataclass(frozen=True)
@@ -134,10 +132,10 @@ def _meaning(formula: Formula) -> tuple:
 
 def _formulas(spec: Spec, placed: Placed) -> Iterator[Formula]:
     """What each target of a spec makes of a module."""
-    report = Collector()
-    context = Context(library(spec), spec_values(spec, report))
+    site, report = placed.site, Collector()
+    resolved = ResolvedSpec(spec, report)
     for target in spec.targets:
-        formula = elaborate(target, context, placed.site.out, placed.site.in_, report, placed.site.has_bias)
+        formula = resolved.formula(target, report, site.out, site.in_, {}, site.has_bias)
         if formula is not None:
             yield formula
 

@@ -15,7 +15,7 @@ from surgery.language.library import Library, library
 from surgery.language.tree import Call, Spec, Step, Target
 from surgery.planning.compile import Placed
 from surgery.semantics.evaluate import evaluate, names_in
-from surgery.semantics.lint import spec_values
+from surgery.semantics.resolved_spec import spec_values
 
 Pairs = Iterator[tuple[str, Expression]]
 _NO_DROPOUT = Number(0)

@@ -7,26 +7,26 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain, islice
 from math import prod
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgery.codegen.candidates import by_tokens, candidates
 from surgery.codegen.program_text import program_text, step_text
 from surgery.codegen.validate import program_faults, step_faults
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.language.expressions import Argument, Call, as_expression
-from surgery.language.library import Library, library, load
+from surgery.language.library import load
 from surgery.language.tree import Definition, Parameter, Spec, Step, Target
 from surgery.layers.kinds import supposed
 from surgery.matching.selectors import selector_faults
 from surgery.planning.cost_estimates import Estimate, fallback
 from surgery.planning.trial_sizes import Trial, first_that_fits, numbers_named, places_of, sizes_to_try, trials_of
 from surgery.rewrite.prove_identity import starts_as_weight, surely_trains
-from surgery.semantics.elaborate import Context
-from surgery.semantics.lint import lint, spec_values
+from surgery.semantics.lint import lint
+from surgery.semantics.resolved_spec import ResolvedSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,11 +40,10 @@ def check(spec: Spec | str | PathLike, model: nn.Module | None = None) -> list[D
     report = Collector()
     try:
         spec = spec if isinstance(spec, Spec) else load(spec)
-        scope = library(spec)
-        values = spec_values(spec, report)
-        report.add(*lint(spec, scope), *selector_faults(spec, scope.selects))
+        resolved = ResolvedSpec(spec, report)
+        report.add(*lint(resolved), *selector_faults(spec, resolved.library.selects))
         if not report.errors:
-            report.add(*_tried(spec, scope, values))
+            report.add(*_tried(resolved))
     except SurgeryError as error:
         report.add(*error.diagnostics)
     if model is None or report.errors:
@@ -64,12 +63,12 @@ def _on_model(spec: Spec, model: nn.Module) -> tuple[Diagnostic, ...]:
     return *plan.warnings, *Report(plan).fallbacks
 
 
-def _tried(spec: Spec, scope: Library, values: Mapping[str, Any]) -> list[Diagnostic]:
+def _tried(resolved: ResolvedSpec) -> list[Diagnostic]:
     report = Collector()
-    targets = {t: list(trials_of(t, scope, values, report)) for t in spec.targets}
+    targets = {t: list(trials_of(t, resolved, report)) for t in resolved.spec.targets}
     unproven = [t for trials in targets.values() for t in trials
                 if not t.target.shifted and not starts_as_weight(t.formula)]
-    unused = [t for target in _unplaced(spec) for t in trials_of(target, scope, values, report)]
+    unused = [t for target in _unplaced(resolved.spec) for t in trials_of(target, resolved, report)]
     claiming = [t for t in (*sum(targets.values(), []), *unused) if t.formula.claims]
     idle = [trials for trials in targets.values() if trials and not any(surely_trains(t.formula) for t in trials)]
     if unproven or claiming or idle:
@@ -78,7 +77,7 @@ def _tried(spec: Spec, scope: Library, values: Mapping[str, Any]) -> list[Diagno
         report.add(*try_starts(unproven), *try_claims(claiming), *try_gradients(idle))
     for trials in targets.values():
         report.add(*islice(chain.from_iterable(map(_miscompiled, trials)), 1))
-    report.add(*_dense(spec, scope, values))
+    report.add(*_dense(resolved))
     return report.found
 
 
@@ -99,12 +98,11 @@ def _miscompiled(trial: Trial) -> Iterator[Diagnostic]:
                                  helps=("this is a mistake of surgery's, and not of the spec: please report it",))
 
 
-def _dense(spec: Spec, scope: Library, values: Mapping[str, Any]) -> Iterator[Diagnostic]:
+def _dense(resolved: ResolvedSpec) -> Iterator[Diagnostic]:
     """A warning for each target without a cheap program on a large weight."""
-    for target in spec.targets:
-        shapes = sorted(chain(*sizes_to_try(numbers_named(target, scope, values))), key=prod, reverse=True)
-        contexts = [Context(scope, {**values, **place}) for place in places_of(target)]
-        largest = [first_that_fits(target, context, shapes, Collector()) for context in contexts]
+    for target in resolved.spec.targets:
+        shapes = sorted(chain(*sizes_to_try(numbers_named(target, resolved))), key=prod, reverse=True)
+        largest = [first_that_fits(target, resolved, place, shapes, Collector()) for place in places_of(target)]
         estimates = [Estimate(trial.formula, supposed(target.kind)) for trial in largest if trial]
         yield from filter(None, [fallback(target, estimates)])
 

@@ -8,24 +8,22 @@ of the spec against this model is reported in one error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch.nn as nn
 
 from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.ir.expression import Formula, Leaf
-from surgery.language.library import Library, library, load
+from surgery.language.library import Library, load
 from surgery.language.tree import Spec, Target
 from surgery.layers.survey import Site
 from surgery.matching.selection import Selection, select
-from surgery.semantics.elaborate import Context, elaborate
-from surgery.semantics.evaluate import names_in
-from surgery.semantics.lint import lint, spec_values
+from surgery.semantics.lint import lint
+from surgery.semantics.resolved_spec import ResolvedSpec
 from surgery.text import counted, listed
 
 
@@ -95,20 +93,19 @@ def compile(model: nn.Module, spec: Spec | str | Path, strict: bool = False) -> 
     Raises: SurgeryError with all that is wrong; under `strict`, warnings too.
     """
     spec = spec if isinstance(spec, Spec) else load(spec)
-    scope = library(spec)
     report = Collector()
-    values = spec_values(spec, report)
-    report.add(*lint(spec, scope))
+    resolved = ResolvedSpec(spec, report)
+    report.add(*lint(resolved))
     report.raise_errors()
     if not (spec.targets or spec.train):
         raise fail("no-match", f"{_title(spec)} has no target and no `train`, so there is nothing to do to a model",
                    helps=("write `target linear { ... }`, or `use` this file in a spec that has one",))
-    selection = select(model, spec, scope.selects)
+    selection = select(model, spec, resolved.library.selects)
     report.add(*selection.warnings)
-    formulas = _Formulas(scope, values)
-    placed = [(site, target, formulas.of(site, index, target)) for site, index, target in selection.targets.values()]
+    formulas = _Formulas(resolved)
+    placed = [(site, target, formulas.of(site, target)) for site, _, target in selection.targets.values()]
     report.add(*formulas.faults())
-    report.add(*_unbiased(spec, scope, [row[:2] for row in selection.targets.values()]))
+    report.add(*_unbiased(spec, resolved.library, [row[:2] for row in selection.targets.values()]))
     report.raise_errors(strict)
     total = sum(p.numel() for p in model.parameters())
     return Plan(spec, tuple(Placed(*row) for row in placed), selection, tuple(report.warnings), total)
@@ -137,29 +134,18 @@ def _with_sides(site: Site) -> str:
 
 
 class _Formulas:
-    """Elaborates each target once per distinct shape (and position, where the target asks for it)."""
+    """The formula of each site, and what is wrong with any of them."""
 
-    def __init__(self, scope: Library, values: Mapping[str, Any]):
-        self.scope, self.values = scope, values
-        self.known: dict[tuple, tuple[Formula | None, list[Diagnostic]]] = {}
+    def __init__(self, resolved: ResolvedSpec):
+        self.resolved = resolved
         self.faulty: dict[Diagnostic, list[Site]] = {}
 
-    def of(self, site: Site, index: int, target: Target) -> Formula | None:
-        place = {"layer": site.layer, "depth": site.depth} if names_in(target).keys() & {"layer", "depth"} else {}
-        key = (index, site.out, site.in_, site.has_bias, *place.values())
-        if key not in self.known:
-            self.known[key] = self._elaborate(site, index, target, place)
-        formula, faults = self.known[key]
-        for fault in faults:
+    def of(self, site: Site, target: Target) -> Formula | None:
+        report, place = Collector(), {"layer": site.layer, "depth": site.depth}
+        formula = self.resolved.formula(target, report, site.out, site.in_, place, site.has_bias)
+        for fault in report.found:
             self.faulty.setdefault(fault, []).append(site)
         return formula
-
-    def _elaborate(self, site: Site, index: int, target: Target,
-                   place: dict[str, Any]) -> tuple[Formula | None, list[Diagnostic]]:
-        report = Collector()
-        known = {name: value for name, value in place.items() if value is not None}
-        context = Context(self.scope, {**self.values, **known}, str(index))
-        return elaborate(target, context, site.out, site.in_, report, site.has_bias), report.found
 
     def faults(self) -> Iterator[Diagnostic]:
         """What is wrong, each with the modules that it is wrong for."""

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surgery.diagnostics import Collector
 from surgery.ir.expression import Draw, Expr, Formula, Leaf, walk
 from surgery.ir.notation import Maths, parts_to_name
 from surgery.ir.notation_forms import number_text
 from surgery.ir.operations import operation, shape_text
 from surgery.ir.table import Source
 from surgery.language.formatter import expression_text
-from surgery.language.library import library
 from surgery.language.tree import Spec, Step, Target
-from surgery.semantics.elaborate import Context, elaborate
-from surgery.semantics.lint import IN, OUT, PLACES, spec_values
+from surgery.semantics.resolved_spec import resolved
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 _RESERVED = ("W", "I", "X")
@@ -141,11 +138,7 @@ class Page:
 
 def formulas(spec: Spec) -> list[tuple[Target, Formula]]:
     """Each target with its formula for a weight of any size. Raises: SurgeryError with all that is wrong."""
-    scope, report = library(spec), Collector()
-    values = spec_values(spec, report)
-    found = [(t, elaborate(t, Context(scope, {**values, **PLACES}), OUT, IN, report)) for t in spec.targets]
-    report.raise_errors()
-    return found
+    return resolved(spec).formulas()
 
 
 def formula_lines(target: Target, formula: Formula) -> list[str]:

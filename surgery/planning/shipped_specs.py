@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from surgery.diagnostics import Collector
-from surgery.ir.expression import Formula
-from surgery.language.library import library, read, shipped
+from surgery.language.library import read, shipped
 from surgery.language.tree import Spec
 from surgery.layers.kinds import LINEAR
 from surgery.planning.cost_estimates import Estimate
-from surgery.semantics.elaborate import Context, elaborate
-from surgery.semantics.lint import spec_values
+from surgery.semantics.resolved_spec import resolved
 
 OUT, IN = 1024, 4096
 _PAPER = re.compile(r"arXiv \d{4}\.\d{4,5}")
@@ -51,17 +48,8 @@ def _entry(name: str, spec: Spec) -> Entry:
     known = (name, spec.doc.partition("\n")[0], found and found[0])
     if not spec.targets:
         return Entry(*known, None, "the model's own parameters", None)
-    formula = _formula(spec)
+    formula = resolved(spec).formulas(OUT, IN)[0][1]
     estimate = Estimate(formula, LINEAR)
     program = "dense" if estimate.built else estimate.candidates[0].strategy
     trained = sum(prod(leaf.shape) for leaf in formula.leaves if not leaf.frozen)
     return Entry(*known, trained, program, estimate.ratio())
-
-
-def _formula(spec: Spec) -> Formula:
-    """The first target's formula. Raises: SurgeryError."""
-    report = Collector()
-    context = Context(library(spec), spec_values(spec, report))
-    formula = elaborate(spec.targets[0], context, OUT, IN, report)
-    report.raise_errors()
-    return formula

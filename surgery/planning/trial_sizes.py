@@ -10,10 +10,9 @@ from typing import Any
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.ir.expression import Formula
 from surgery.language.expressions import Number
-from surgery.language.library import Library
 from surgery.language.tree import Target
-from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import names_in, nodes
+from surgery.semantics.resolved_spec import ResolvedSpec
 
 # Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
 _SIDES = ((96, 64), (192, 128), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))
@@ -33,13 +32,13 @@ class Trial:
     formula: Formula
 
 
-def trials_of(target: Target, scope: Library, values: Mapping[str, Any], report: Collector) -> Iterator[Trial]:
+def trials_of(target: Target, resolved: ResolvedSpec, report: Collector) -> Iterator[Trial]:
     """The target at the first wide, tall and square sizes that fit, at each end of the model if it asks where it
     stands."""
-    sizes = sizes_to_try(numbers_named(target, scope, values))
+    sizes = sizes_to_try(numbers_named(target, resolved))
     for place in places_of(target):
-        context, faults = Context(scope, {**values, **place}), Collector()
-        found = [first_that_fits(target, context, sides, faults) for sides in sizes]
+        faults = Collector()
+        found = [first_that_fits(target, resolved, place, sides, faults) for sides in sizes]
         yield from filter(None, found)
         if not any(found):
             report.add(_untested(target, faults))
@@ -49,11 +48,11 @@ def places_of(target: Target) -> Iterable[Mapping[str, Any]]:
     return _PLACES if names_in(target).keys() & {"layer", "depth"} else ({},)
 
 
-def first_that_fits(target: Target, context: Context, sides: Iterable[tuple[int, int]],
-                    faults: Collector) -> Trial | None:
+def first_that_fits(target: Target, resolved: ResolvedSpec, place: Mapping[str, Any],
+                    sides: Iterable[tuple[int, int]], faults: Collector) -> Trial | None:
     for out, in_ in sides:
         local = Collector()
-        formula = elaborate(target, context, out, in_, local)
+        formula = resolved.formula(target, local, out, in_, place)
         numbers = sum(prod(leaf.shape) for leaf in formula.leaves) if formula is not None else 0
         if formula is not None and numbers <= _MOST_NUMBERS:
             return Trial(target, out, in_, formula)
@@ -72,11 +71,11 @@ def sizes_to_try(numbers: set[int]) -> list[list[tuple[int, int]]]:
     return [[(short, long) for long, short in sides], sides, [(n, n) for n in squares]]
 
 
-def numbers_named(target: Target, scope: Library, values: Mapping[str, Any]) -> set[int]:
+def numbers_named(target: Target, resolved: ResolvedSpec) -> set[int]:
     """The whole numbers that can be a block's size: those of the spec's parameters, the target and its definitions."""
-    named = [scope.definitions[step.call.function] for step in target.steps]
+    named = [resolved.library.definitions[step.call.function] for step in target.steps]
     literals = [n.value for part in (target, *named) for n in nodes(part) if isinstance(n, Number)]
-    return {n for n in (*values.values(), *literals) if type(n) is int and n > 1}
+    return {n for n in (*resolved.values.values(), *literals) if type(n) is int and n > 1}
 
 
 def _untested(target: Target, faults: Collector) -> Diagnostic:

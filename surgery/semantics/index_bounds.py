@@ -13,6 +13,7 @@ from surgery.ir.expression import Expr, Leaf, walk
 from surgery.ir.operations import is_undecided, is_whole, operation
 from surgery.ir.sizes import Dim, Size
 
+
 def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf]) -> None:
     """Raises: SurgeryError (bad-value), if a parameter may hold a place beyond the last entry of what it points
     into."""

@@ -1,6 +1,6 @@
 """Checks that need a spec's text alone: every definition and target with symbolic sizes, and names that are never used.
 
-Takes a spec and its library; gives diagnostics. Promises: no model and no torch.
+Takes a resolved spec; gives diagnostics. Promises: no model and no torch.
 """
 
 from __future__ import annotations
@@ -8,51 +8,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from surgery.diagnostics import Collector, Diagnostic, fail
-from surgery.ir import sizes
+from surgery.diagnostics import Collector, Diagnostic
 from surgery.ir.expression import Expr
-from surgery.language.library import Library
-from surgery.language.tree import Definition, Param, Parameter, Spec
-from surgery.semantics.arguments import assert_checks, defaults, unknowns
+from surgery.language.tree import Definition, Param, Spec
+from surgery.semantics.arguments import unknowns
 from surgery.semantics.definitions import Instance
-from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import names_in
+from surgery.semantics.resolved_spec import IN, OUT, ResolvedSpec
 from surgery.semantics.scope import unknown
 
 CLAIMS = ("orthogonal", "diagonal", "symmetric")
-OUT, IN = sizes.symbol("out"), sizes.symbol("in")
-PLACES = {"layer": sizes.symbol("layer"), "depth": sizes.symbol("depth")}
 
 
-def spec_values(spec: Spec, report: Collector) -> dict[str, Any]:
-    """The values of a spec's parameters. Reports a missing value, a wrong type, a `check` that is not met."""
-    values = defaults(spec.params, {}, {}, report, _no_value)
-    assert_checks(spec.checks, values, report)
-    return values
-
-
-def _no_value(parameter: Parameter) -> Any:
-    raise fail("missing-argument", f"the spec's parameter `{parameter.name}` has no value", parameter.name_span,
-               helps=(f"give it a default, or --set {parameter.name}=...",))
-
-
-def lint(spec: Spec, scope: Library) -> list[Diagnostic]:
+def lint(resolved: ResolvedSpec) -> list[Diagnostic]:
     """What is wrong with a spec whatever the model: definitions, targets, claims, unused names."""
-    report = Collector()
+    spec, report = resolved.spec, Collector()
     for definition in spec.definitions:
         report.add(*_definition(definition))
-    values = spec_values(spec, Collector())
-    report.add(*_of_targets(spec, Context(scope, {**values, **PLACES}), {(d.code, d.span) for d in report.found}))
+    told = {(d.code, d.span) for d in report.found}
+    of_steps = Collector()
+    for target in spec.targets:
+        resolved.formula(target, of_steps)
+    # a mistake of a definition's own is told once, and not again for each step that calls it
+    report.add(*(d for d in of_steps.found if d.span is None or (d.code, d.span) not in told))
     report.add(*([] if report.errors else _unused(spec)))  # a misspelt name would make the one that was meant unused
     return report.found
-
-
-def _of_targets(spec: Spec, context: Context, told: set) -> list[Diagnostic]:
-    """Mistakes of the steps, less those of definitions at places already told."""
-    report = Collector()
-    for target in spec.targets:
-        elaborate(target, context, OUT, IN, report)
-    return [d for d in report.found if d.span is None or (d.code, d.span) not in told]
 
 
 def _definition(definition: Definition) -> list[Diagnostic]:

@@ -1,0 +1,76 @@
+"""From a spec's tree to expressions: its names resolved, and the formula of each target for any weight.
+
+Takes a spec; gives a `ResolvedSpec`. Promises: this is the one place where steps become expressions; whoever wants a
+formula (a model, a trial, a page, a method of PEFT's) asks it, and it elaborates each once. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.diagnostics import Collector, Diagnostic, fail
+from surgery.ir import sizes
+from surgery.ir.expression import Formula
+from surgery.ir.sizes import Size
+from surgery.language.library import library
+from surgery.language.tree import Parameter, Spec, Target
+from surgery.semantics.arguments import assert_checks, defaults
+from surgery.semantics.elaborate import Context, elaborate
+from surgery.semantics.evaluate import names_in
+
+OUT, IN = sizes.symbol("out"), sizes.symbol("in")
+PLACES = {"layer": sizes.symbol("layer"), "depth": sizes.symbol("depth")}
+
+
+def spec_values(spec: Spec, report: Collector) -> dict[str, Any]:
+    """The values of a spec's parameters. Reports a missing value, a wrong type, a `check` that is not met."""
+    values = defaults(spec.params, {}, {}, report, _no_value)
+    assert_checks(spec.checks, values, report)
+    return values
+
+
+def _no_value(parameter: Parameter) -> Any:
+    raise fail("missing-argument", f"the spec's parameter `{parameter.name}` has no value", parameter.name_span,
+               helps=(f"give it a default, or --set {parameter.name}=...",))
+
+
+class ResolvedSpec:
+    """A spec with its `library` (the definitions and selects in scope) and the `values` of its parameters."""
+
+    def __init__(self, spec: Spec, report: Collector):
+        """Reports what is wrong with the values. Raises: SurgeryError, for files that it uses and cannot read."""
+        self.spec, self.library, self.values = spec, library(spec), spec_values(spec, report)
+        self._groups = {id(target): str(index) for index, target in enumerate(spec.targets)}
+        self._known: dict[tuple, tuple[Formula | None, list[Diagnostic]]] = {}
+
+    def formula(self, target: Target, report: Collector, out: Size = OUT, in_: Size = IN,
+                place: Mapping[str, Any] = PLACES, has_bias: bool = True) -> Formula | None:
+        """The formula of a target for a weight [out, in], which stands at a `place` (its `layer` and `depth`; what is
+        None is not known there); None when a mistake was reported. Without more, of a weight of any size anywhere."""
+        asked = {name: value for name, value in place.items() if value is not None}
+        asked = asked if names_in(target).keys() & PLACES.keys() else {}
+        key = (id(target), out, in_, has_bias, *asked.items())
+        if key not in self._known:
+            faults = Collector()
+            context = Context(self.library, {**self.values, **asked}, self._groups.get(id(target), "0"))
+            self._known[key] = elaborate(target, context, out, in_, faults, has_bias), faults.found
+        formula, found = self._known[key]
+        report.add(*found)
+        return formula
+
+    def formulas(self, out: Size = OUT, in_: Size = IN,
+                 place: Mapping[str, Any] = PLACES) -> list[tuple[Target, Formula]]:
+        """Each target with its formula. Raises: SurgeryError with all that is wrong with any."""
+        report = Collector()
+        pairs = [(target, self.formula(target, report, out, in_, place)) for target in self.spec.targets]
+        report.raise_errors()
+        return [(target, formula) for target, formula in pairs if formula is not None]
+
+
+def resolved(spec: Spec) -> ResolvedSpec:
+    """The spec with its names resolved. Raises: SurgeryError for what is wrong with its values or the files it uses."""
+    report = Collector()
+    found = ResolvedSpec(spec, report)
+    report.raise_errors()
+    return found
