@@ -4,12 +4,15 @@ all that a new operation needs."""
 from __future__ import annotations
 
 import ast
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from layers import assert_close
+from operands import every_call, tensors
 from torch import Tensor
 
 import surgery
@@ -18,8 +21,9 @@ from surgery.codegen.cost_model import body_cost
 from surgery.codegen.gradients import gradients
 from surgery.codegen.kernel_names import names_called
 from surgery.codegen.operation_counts import flops, moved
+from surgery.ir.builders import fill
 from surgery.ir.dense import dense
-from surgery.ir.expression import Expr, rebuild
+from surgery.ir.expression import Expr, Formula, Leaf, rebuild
 from surgery.ir.notation import Maths
 from surgery.ir.notation_forms import around
 from surgery.ir.operations import OPERATIONS, Operation, make, operation
@@ -27,10 +31,11 @@ from surgery.ir.shape_rules import vector
 from surgery.ir.sizes import TOKENS
 from surgery.ir.table import ACTING, Linear, Memory
 from surgery.ir.verifier import LOWERED, STEP, Malformed, verify
+from surgery.rewrite.prove_identity import surely_trains
 
 ROWS = 5
 X = (TOKENS, 6)
-# A call of each operation that has a derivative or a kernel: its data, and the shapes of its arguments.
+# A call of each operation that a spec cannot say: its data, and the shapes of its arguments.
 CALLS: dict[str, tuple[Any, tuple[tuple, ...]]] = {
     "add": (None, (X, X)), "add_bias": (None, (X, (6,))), "matmul": (None, (X, (6, 4))), "mul": (None, ((), X)),
     "mul of entries": (None, (X, X)), "matmul of a stack": (None, ((3, 4), (TOKENS, 4, 2))),
@@ -44,6 +49,11 @@ CALLS: dict[str, tuple[Any, tuple[tuple, ...]]] = {
     "mixed_back": (None, ((2, 2, TOKENS, 4), (2, 2, 3, 4))),
     "mixed_dot": (None, ((2, 2, TOKENS, 3), (2, 2, TOKENS, 4))),
     "masked": (None, (X, X)), "spectrum": (None, (X, (4, 3))), "waves": (None, ((2, 2, TOKENS, 2), (4, 3))),
+    "reversed": (None, (X,)), "face": (None, (X, (TOKENS, 2))), "total": (None, (X,)), "stacked": (None, ((3, 12),)),
+    "kernel": (None, ((2, 3, 3), (4, 3))), "row_dot": (None, (X, X)), "gram": ((2,), ((4, 6), (4, 6))),
+    "flat": (None, ((TOKENS, 2, 3),)), "between": ((1, 4), (X,)), "outer": (None, (X, (TOKENS, 4))),
+    "run": (None, (X, (4, 6))), "run_alone": (None, (X, (6, 6))), "frame": (None, ((9, 2),)), "zeros": (None, (X,)),
+    "drop": ((0.5, "step"), (X,)), "mask": ((0.5, "step"), (X,)),
 }
 DRAWN = {"mask"}  # its dense meaning is that of evaluation
 
@@ -75,26 +85,88 @@ def test_a_derivative_is_that_of_the_dense_meaning(name):
         assert_close(dense(verify(verified, STEP), {**leaves, "grad": grad}), wanted, 1e-12)
 
 
+def by_kernel(node: Expr, args: list, in_step: bool) -> Tensor:
+    """What the function gives that emitted text calls, its data where that has it."""
+    data = [] if node.data is None else [node.data]
+    into = [*args, *data] if "{data}" in str(operation(node).text) else [*data, *args]
+    return names_called(in_step)[node.op](*into)
+
+
 @pytest.mark.parametrize("in_step", [True, False])
 def test_a_kernel_computes_the_dense_meaning(in_step):
-    rows = {name: row for name, row in OPERATIONS.items() if row.kernel or in_step and row.step_kernel}
-    assert rows.keys() - DRAWN <= CALLS.keys()
-    for name in rows.keys() - DRAWN:
-        node, leaves = call(name)
+    named = {name for name, row in OPERATIONS.items() if row.kernel or in_step and row.step_kernel}
+    assert named - DRAWN <= CALLS.keys()
+    for node, leaves in map(call, named - DRAWN):
         args = [leaves[f"value {a.data}"] for a in node.args]
-        data = [] if node.data is None else [node.data]
-        into = [*args, *data] if "{data}" in str(rows[name].text) else [*data, *args]
-        assert_close(names_called(in_step)[name](*into), dense(node, leaves), 1e-12)
+        assert_close(by_kernel(node, args, in_step), dense(node, leaves), 1e-12, node.op)
+
+
+@lru_cache
+def examples() -> tuple[tuple[Expr, list[Tensor], Any], ...]:
+    """Calls of all operations on tensors: a few of each that a spec can say, and each of `CALLS`."""
+    said: dict[str, list[Expr]] = {}
+    for node in every_call():
+        said.setdefault(node.op, []).append(node)
+    values = {key: value.detach() for key, value in tensors(seed=2).items()}
+    spoken = [(node, [dense(a, values) for a in node.args], values) for nodes in said.values() for node in nodes[::9]]
+    called = [(node, [leaves[f"value {a.data}"] for a in node.args], leaves) for node, leaves in map(call, CALLS)]
+    return (*spoken, *called)
+
+
+def computed(node: Expr, args: list, leaves: Any) -> Tensor:
+    row = operation(node)
+    return row.evaluate(node, args, leaves) if row.evaluate else row.value(node.data, args, leaves["weight"])
+
+
+def test_what_is_said_to_be_linear_is():
+    """So that nothing is held for its gradient which needs none."""
+    for node, args, leaves in examples():
+        linear, floats = operation(node).linear, [i for i, a in enumerate(args) if a.is_floating_point()]
+        other = [torch.randn_like(a) if i in floats else a for i, a in enumerate(args)]
+        for at in {Linear.NOT: [], Linear.TOGETHER: [floats], Linear.EACH: [[i] for i in floats]}[linear]:
+            ways = ([with_(a, b) if i in at else a for i, (a, b) in enumerate(zip(args, other))]
+                    for with_ in (lambda a, b: a, lambda a, b: b, lambda a, b: a + b))
+            a, b, both = (computed(node, way, leaves) for way in ways)
+            assert_close(both, a + b, 1e-10, str(node))
+    assert {name for name, row in OPERATIONS.items() if row.linear is not Linear.NOT} <= {e[0].op for e in examples()}
+
+
+def test_what_is_said_of_memory_is_so():
+    for node, args, leaves in examples():
+        row, ways = operation(node), [computed(node, args, leaves)]
+        if row.kernel or row.step_kernel and node.op not in DRAWN:
+            ways.append(by_kernel(node, args, in_step=bool(row.step_kernel)))
+        for result in ways:
+            shown = {a.untyped_storage().data_ptr() for a in args} & {result.untyped_storage().data_ptr()}
+            assert not (shown and row.memory in (Memory.NEW, Memory.OF_LAYER)), node
+            assert shown or not row.is_view, node
+    told = {name for name, row in OPERATIONS.items() if row.memory not in (Memory.EITHER, Memory.GIVEN)}
+    assert told <= {node.op for node, _, _ in examples()}
+
+
+def test_what_is_said_to_stop_a_gradient_does():
+    for node, args, leaves in examples():
+        trained = [a.clone().requires_grad_() if a.is_floating_point() else a for a in args]
+        if trained and any(a.requires_grad for a in trained):
+            assert computed(node, trained, leaves).requires_grad is not operation(node).stops_gradient, node
+
+
+def test_a_linear_map_that_may_be_zero_proves_no_gradient():
+    """W' = W + skew(A), of a weight with one entry, trains nothing; one entry of A that is taken does."""
+    for size in (1, 6):
+        weight, a = Expr("weight", (), None, (size, size)), Leaf("own.A", (size, size), fill(0.0, (size, size)), None)
+        at = Expr("places", (), "own.at", (1,))
+        for update, trains in ((make("skew", a.expr), False), (a.expr, True), (make("take", a.expr, at), True)):
+            added = update if update.shape == weight.shape else make("mul", make("total", update), weight)
+            formula = Formula(make("add", weight, added), Expr("bias", (), None, (size,)), (a,))
+            assert surely_trains(formula) is trains, (size, update)
 
 
 def test_every_node_that_is_made_has_a_row():
     """So that no question about a node is answered by a default that nobody chose."""
-    made = set()
-    for path in Path(surgery.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Expr", "make"):
-                made |= {node.args[0].value} if node.args and isinstance(node.args[0], ast.Constant) else set()
-    assert made and made <= OPERATIONS.keys()
+    texts = (path.read_text(encoding="utf-8") for path in Path(surgery.__file__).parent.rglob("*.py"))
+    made = {name for text in texts for name in re.findall(r'\b(?:Expr|make)\("(\w+)"', text)}
+    assert len(made) > 50 and made <= OPERATIONS.keys()
 
 
 def test_the_checker_of_texts_asks_no_row():

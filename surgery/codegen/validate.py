@@ -20,9 +20,9 @@ from typing import Any
 from surgery.ir.expression import Expr, walk
 
 # Functions that give memory of their own. (Any other may give a view of what it takes.)
-_ALLOCATE = {"+", "*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "layer.run_alone", "put", "blocks", "masked", "mix",
-             "spectrum", "waves", "mixed", "mixed_back", "mixed_dot", "circulate", "circulate_back", "circulate_dot",
-             "column_dot", "column_sum", "block_dot", "side_by_side", "zeros_like"}
+_ALLOCATE = {"+", "*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "layer.run_alone", "put", "blocks",
+             "masked", "mix", "spectrum", "waves", "mixed", "mixed_back", "mixed_dot", "circulate", "circulate_back",
+             "circulate_dot", "column_dot", "column_sum", "block_dot", "side_by_side", "zeros_like"}
 # What autograd keeps for a gradient: nothing of these, the operands of those; of any other both, operands and result.
 _KEEP_NOTHING = {"+", "put", "T", "unflatten", "flatten", "reshape", "index", "detach", "to", "clone"}
 _KEEP_OPERANDS = {"*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "layer.run_alone", "blocks"}
@@ -120,7 +120,8 @@ _MEANINGS: dict[str, _Rule] = {
     "fill": lambda symbols, node, args: symbols.of("layer.fill", tuple(node.shape), node.data),
     "eye": lambda symbols, node, args: symbols.of("layer.eye", tuple(node.shape)),
     "frozen": lambda symbols, node, args: symbols.of("frozen_biased" if node.data == "biased" else "frozen", *args),
-    "run": _as("layer.run"), "run_alone": _as("layer.run_alone"), "x": _as("x"), "grad": _as("grad"), "value": _with_data("value", lambda data: (data,)),
+    "run": _as("layer.run"), "run_alone": _as("layer.run_alone"), "x": _as("x"), "grad": _as("grad"),
+    "value": _with_data("value", lambda data: (data,)),
     "swap": _with_data("swap", lambda data: (data,)), "mix": _with_data("mix", lambda data: (data,)),
 }
 
