@@ -1,4 +1,5 @@
-"""Wrappers that run a model and are none: what torch.compile, DataParallel and DistributedDataParallel put around it.
+"""Wrappers that run a model and are none: what torch.compile, DataParallel, DistributedDataParallel and
+FullyShardedDataParallel put around it.
 
 Takes a model that they may be around, or around parts of; gives its modules and parameters under the names that they
 have without wrappers. Promises: nothing is changed, and nothing is imported that torch has not.
@@ -6,6 +7,7 @@ have without wrappers. Promises: nothing is changed, and nothing is imported tha
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 from torch import nn
@@ -13,12 +15,17 @@ from torch import nn
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
+def _flattening() -> type[nn.Module] | tuple[()]:
+    """FullyShardedDataParallel, where somebody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+
+
 def bare(module: nn.Module) -> nn.Module:
     """The module inside of all wrappers."""
     while True:
         if "_orig_mod" in module._modules:  # an OptimizedModule, whose class is slow to import
             module = module._modules["_orig_mod"]
-        elif isinstance(module, _PARALLEL):
+        elif isinstance(module, (*_PARALLEL, _flattening())):
             module = module.module
         else:
             return module

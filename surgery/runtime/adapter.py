@@ -34,6 +34,7 @@ from surgery.runtime.effective_weight import effective_weight, holds_parameters
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.serving import Serving, fingerprint
+from surgery.runtime.sharding import whole
 
 _LONGEST = 120  # characters of a formula in `repr`
 SHARED = f"shared{SUFFIX}"  # the module of a model's root that holds what several adapters read
@@ -211,9 +212,9 @@ class Adapter(nn.Module):
 
     def weights(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
         """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider."""
-        layer = self.frozen(module)
+        layer = self.frozen(module).whole()
         program = self._programs.get(None) or weights(self.formula, layer.bias is not None)
-        leaves = self.shaped(self._called(layer.device))
+        leaves = self.shaped({key: whole(t) for key, t in self._called(layer.device).items()})
         if self.stack is None:
             return self._values(program, layer, leaves, None, [], {})
         return self._stacked(program, layer, leaves)

@@ -17,6 +17,7 @@ from surgery.codegen.kernels import mask, masked
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout
 from surgery.layers.opaque_linear import stored
+from surgery.runtime.sharding import is_part, whole
 
 
 class Frozen:
@@ -37,6 +38,15 @@ class Frozen:
         self.dtype, self.device = self.weight.dtype, self.weight.device
         # as the module holds them, whatever this view of it is cast to
         self.held: tuple[torch.Tensor, ...] = (self.stored,) if self.bias is None else (self.stored, self.bias)
+
+    def whole(self) -> Frozen:
+        """Itself, with all of each tensor where this process holds a part."""
+        if not any(map(is_part, self.held)):
+            return self
+        other = copy(self)
+        other.stored, other.bias = whole(self.stored), None if self.bias is None else whole(self.bias)
+        other.weight = self.layout.matrix(other.stored)
+        return other
 
     def dtype_of(self, x: torch.Tensor) -> torch.dtype:
         """The dtype of the activations for an input: the layer's own, or that of an autocast."""

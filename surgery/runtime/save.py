@@ -22,9 +22,10 @@ from torch import nn
 from surgery import __version__
 from surgery.diagnostics import fail
 from surgery.language.library import inlined
-from surgery.runtime.adapter import Adapter
-from surgery.runtime.atomic_folders import Kind, replacing
+from surgery.runtime.adapter import Adapter, SharedTensors
+from surgery.runtime.atomic_folders import Kind, refuse_taken, replacing
 from surgery.runtime.saved_format import ADAPTER, FORMAT, META, SPEC, TENSORS
+from surgery.runtime.sharding import is_first, on_first, whole
 from surgery.text import dtype_text
 
 if TYPE_CHECKING:
@@ -45,10 +46,14 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
     about = {"format_version": FORMAT, "surgery_version": __version__, "base_model": base_model, "revision": revision,
              "model_class": type(surgeon.model).__name__, "seed": surgeon.seed, "dtype": dtype_text(surgeon.dtype),
              "tensors": {n: {"shape": list(t.shape), "dtype": dtype_text(t.dtype)} for n, t in tensors.items()}, **more}
-    with replacing(Path(folder), ADAPTER, force) as new:
-        (new / TENSORS).write_bytes(to_bytes(tensors))
-        (new / SPEC).write_text(inlined(surgeon.spec).to_surg(), encoding="utf-8")
-        (new / META).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def write() -> None:
+        with replacing(Path(folder), ADAPTER, force) as new:
+            (new / TENSORS).write_bytes(to_bytes(tensors))
+            (new / SPEC).write_text(inlined(surgeon.spec).to_surg(), encoding="utf-8")
+            (new / META).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    on_first(surgeon.part, write)
 
 
 def _whole(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -70,19 +75,39 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
         raise fail("bad-output",
                    f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
                    helps=("merge() and save its state_dict() yourself",))
-    with replacing(Path(folder), MODEL, force) as new, _merged(surgeon), _untied(surgeon):
-        try:
-            model.save_pretrained(new, state_dict=_plain(model))
-        except SafetensorError as error:  # which is what it makes of an error of the system's
-            raise OSError(str(error)) from error
-        for extra in extras:
-            extra.save_pretrained(new)
+    on_first(surgeon.part, lambda: refuse_taken(Path(folder), MODEL, force))
+    with _merged(surgeon), _untied(surgeon):
+        tensors = _gathered(plain(model, model.state_dict()), surgeon.part)
+
+        def write() -> None:
+            with replacing(Path(folder), MODEL, force) as new:
+                try:
+                    model.save_pretrained(new, state_dict=tensors)
+                except SafetensorError as error:  # which is what it makes of an error of the system's
+                    raise OSError(str(error)) from error
+                for extra in extras:
+                    extra.save_pretrained(new)
+
+        on_first(surgeon.part, write)
 
 
-def _plain(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors without those of adapters."""
-    ours = tuple(f"{name}." for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapter))
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(ours)}
+def plain(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's tensors by name without those of adapters."""
+    ours = tuple(f"{name}." for name, m in model.named_modules(remove_duplicate=False)
+                 if isinstance(m, (Adapter, SharedTensors)))
+    return {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
+
+
+def _gathered(state: Mapping[str, torch.Tensor], like: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The tensors, each whole; of a sharded model, in the memory of the first process alone."""
+    if like is None:
+        return dict(state)
+    found = {}
+    for name, tensor in state.items():
+        every = whole(tensor)  # which all processes take part in
+        if is_first(like):
+            found[name] = every.cpu()
+    return found
 
 
 @contextmanager

@@ -31,13 +31,25 @@ from surgery.runtime.merge import merged, refuse_called
 from surgery.runtime.proof import Proof, Subject
 from surgery.runtime.save import save
 from surgery.runtime.serving import serving
+from surgery.runtime.sharding import (
+    gather_up,
+    is_part,
+    joined,
+    numbers,
+    part,
+    refuse_flattened,
+    refuse_sharded,
+    whole,
+)
 from surgery.runtime.standing import Spot, Standing, changed
-from surgery.runtime.transaction import Scope, all_or_nothing
+from surgery.runtime.transaction import Scope, all_or_nothing, put
 from surgery.text import listed
 
 _SAID = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
 _WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first",
              "base": "leave the block of disabled() first", "removed": "apply the spec again, or attach what was saved"}
+_UNSHARDED = {"prove": "prove() before sharding it", "serving": "merge() it, or attach what was saved to a whole model",
+              "remove": "disabled() is the base model; save() writes the adapter, and a whole model takes it"}
 _REST = "remove(partly=True) gives back what still stands; then apply the spec to the model as it is now"
 
 
@@ -62,6 +74,7 @@ def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: 
     """A surgeon with everything at hand and the model not yet touched. `most`: how many numbers a saved adapter holds;
     one whose spec asks for more than that and the model together is refused before any is made. Raises: SurgeryError.
     """
+    refuse_sharded(model)
     if any(isinstance(m, Adapter) for m in model.modules()):
         raise fail("already-operated", f"this {type(bare(model)).__name__} carries a surgery already",
                    helps=("remove() the first one, or put both in one spec",))
@@ -156,6 +169,7 @@ class Surgeon:
         self._assert_standing()
         self._assert_numbers()
         self._assert_averaged()
+        refuse_sharded(self._given)
         for placed in self.plan.placed:
             if placed.target.untie and not placed.site.layout.is_called:
                 self._untie(placed)
@@ -192,6 +206,7 @@ class Surgeon:
         Cost: five forward passes and one backward pass, and a second copy of the operated weights meanwhile.
         Raises: SurgeryError (dead-adapter; bad-value where no batch is given and none can be made up)."""
         self._must_be("operated", "prove")
+        self._refuse_parts("prove")
         self._assert_standing()
         return self._subject().prove(example, starts=False, in_full=True)
 
@@ -210,6 +225,19 @@ class Surgeon:
             raise fail("unsupported-module", f"{listed(empty)} {'have' if len(empty) > 1 else 'has'} no numbers yet "
                        "(the meta device)",
                        helps=("load the weights first, without offloading them; `surgery.plan` needs none",))
+
+    @property
+    def part(self) -> torch.Tensor | None:
+        """A tensor of the surgery of which this process holds a part, if the model is sharded."""
+        gather_up(self.model)
+        held = (*self.named_tensors().values(), *(spot.tensor for spot in self._spots.values()))
+        return next(filter(is_part, held), None)
+
+    def _refuse_parts(self, verb: str) -> None:
+        """Raises: SurgeryError (unsupported-module) for what is not done to a sharded model."""
+        if self.part is not None:
+            raise fail("unsupported-module", f"{verb}() is for a model that this process holds as a whole, and this one "
+                       "is sharded", helps=(_UNSHARDED[verb],))
 
     def _assert_averaged(self) -> None:
         """Gradients of parameters that come after it are averaged by no DistributedDataParallel: each process would
@@ -261,9 +289,10 @@ class Surgeon:
     def state(self) -> dict[str, torch.Tensor]:
         """The values of `named_tensors` as trained, in every mode."""
         self._assert_standing()
-        tuned = {name: kept.form("operated") for name, kept in self._kept.items()
-                 if self._mode != "operated" and "operated" in kept.forms}
-        return {name: tuned.get(name, tensor.detach()) for name, tensor in self.named_tensors().items()}
+        tuned = {name: joined(kept.form("operated"), kept.parameter) for name, kept in self._kept.items()
+                 if name in self.plan.train and self._mode != "operated" and "operated" in kept.forms}
+        return {name: tuned[name] if name in tuned else whole(tensor.detach())
+                for name, tensor in self.named_tensors().items()}
 
     @all_or_nothing
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -286,8 +315,8 @@ class Surgeon:
             raise fail("bad-value", f"this surgery has no tensor of that name and shape: {listed(wrong)}")
         for name, value in values.items():
             tensor = tensors[name]
-            dtype = tensor.dtype if name in self.plan.train else value.dtype
-            tensor.data = value.detach().to(tensor.device, dtype, copy=True)
+            dtype = tensor.dtype if name in self.plan.train or is_part(tensor) else value.dtype
+            put(tensor, value.detach().to(tensor.device, dtype, copy=True))
 
     def report(self) -> Report:
         """What was operated on; prints as a table."""
@@ -323,6 +352,7 @@ class Surgeon:
         Raises: SurgeryError (wrong-mode), in training mode or at `train()`; (changed-tensor), if a tensor that was
         computed from is another one bit for bit: at the next forward pass where torch tells, and at the end always.
         """
+        self._refuse_parts("serving")
         if any(placed.site.module.training for placed in self.plan.placed):
             raise fail("wrong-mode", "this model is in training mode, and serving() is for one that is evaluated",
                        helps=("call model.eval() first",))
@@ -338,17 +368,21 @@ class Surgeon:
         self._must_be("operated", "merge")
         self._assert_standing()
         refuse_called(self.plan.placed)
-        made = {p.site.name: merged(p, self.adapters[p.site.name]) for p in self.plan.placed}
-        kept = dict(self._kept)
+        errors, kept = {}, dict(self._kept)
         for placed in self.plan.placed:
-            for name, tensor in made[placed.site.name].tensors.items():
+            made = merged(placed, self.adapters[placed.site.name])
+            errors[placed.site.name] = made.error
+            for name, tensor in made.tensors.items():
                 full = placed.site.weight_name.removesuffix(placed.site.parameter) + name
-                now = placed.site.module._parameters[name].data
+                parameter = placed.site.module._parameters[name]
+                now = numbers(parameter)
                 before = kept[full].forms if full in kept else {"base": now}
-                kept[full] = Kept(placed.site.module, name, {**before, "operated": now, "merged": tensor})
+                # the part alone: that of the whole model would not fit here
+                forms = {**before, "operated": now, "merged": part(tensor, parameter)}
+                kept[full] = Kept(placed.site.module, name, forms)
         self._kept = kept
         self._enter("merged")
-        return {name: each.error for name, each in made.items()}
+        return errors
 
     @all_or_nothing
     def unmerge(self) -> None:
@@ -367,6 +401,7 @@ class Surgeon:
         """
         if self._mode == "removed":
             return self._given
+        self._refuse_parts("remove")
         lost = self._standing.faults(operated=True)
         if lost and not partly:
             raise changed(lost, _REST)
@@ -396,7 +431,8 @@ class Surgeon:
     # -------------------------------------------------------------------------------------------------------- modes
 
     def scope(self) -> Scope:
-        """What verbs may change."""
+        """What verbs may change, with every part of a sharded model in its place."""
+        gather_up(self.model)
         modules = [p.site.module for p in self.plan.placed]
         own = [p for placed in self.plan.placed if not placed.site.layout.is_called
                for p in placed.site.module._parameters.values() if p is not None]
@@ -415,7 +451,9 @@ class Surgeon:
                        helps=(_WAY_BACK[self._mode],))
 
     def _assert_standing(self) -> None:
-        """Raises: SurgeryError (changed-model)."""
+        """Raises: SurgeryError (changed-model; unsupported-module for a flattened model)."""
+        gather_up(self.model)
+        refuse_flattened((name, spot.tensor) for name, spot in self._spots.items())
         lost = self._standing.faults(self._is_on) if self._mode != "removed" else {}
         if lost:
             raise changed(lost, _REST if self._is_on else "apply the spec to the model as it is now")
@@ -431,7 +469,7 @@ class Surgeon:
         """Which tensors stand in place, but `without` some, and whether the adapters run."""
         kept = {name: each.holding(self._mode) for name, each in self._kept.items() if name not in without}
         for each in kept.values():
-            each.parameter.data = each.form(mode)
+            put(each.parameter, each.form(mode))
         for adapter in self.adapters.values():
             adapter.active = mode == "operated"
         self._kept, self._mode = kept, mode
@@ -458,7 +496,7 @@ class Kept:
 
     def holding(self, mode: str) -> Kept:
         """With what stands there now as the form of this mode."""
-        return replace(self, forms={**self.forms, self._known(mode): self.parameter.data})
+        return replace(self, forms={**self.forms, self._known(mode): numbers(self.parameter)})
 
     def _known(self, mode: str) -> str:
         return "operated" if mode == "merged" and mode not in self.forms else mode

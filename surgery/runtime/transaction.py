@@ -2,7 +2,8 @@
 
 Takes a method whose object says what it may change; gives one that puts everything back when it does not come to its
 end: an error, or a KeyboardInterrupt at any line. Promises: nothing is copied but references, so a verb must not write
-into a tensor in place: it puts another one there.
+into a tensor in place: it puts another one there. Where that cannot be, because a sharding knows the memory, `put`
+copies what it is about to write over.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from surgery.runtime.sharding import held, is_part, is_written_in_place, numbers, part
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -24,6 +27,9 @@ class Scope:
     objects: Iterable[object]
     roots: Iterable[nn.Module]
     parameters: Iterable[nn.Parameter]
+
+
+_OPEN: list[Snapshot] = []  # of the verbs that run, the outermost first
 
 
 class Scoped(Protocol):
@@ -39,7 +45,13 @@ class Snapshot:
         # The dictionaries are named by themselves: half way back a module has no attributes to find them by.
         self._dicts = [(d, dict(d)) for owner in (*scope.objects, *modules) for d in _dicts(owner)]
         self._flags = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
-        self._numbers = [(p, p.data) for p in {id(p): p for p in scope.parameters}.values()]
+        self._numbers = [(p, p.data) for p in {id(p): p for p in scope.parameters}.values() if not is_part(p)]
+        self._parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(self, parameter: torch.Tensor) -> None:
+        """Remember a part as it is, before it is first written over."""
+        if id(parameter) not in self._parts:
+            self._parts[id(parameter)] = parameter, numbers(parameter)
 
     def restore(self) -> None:
         for live, before in self._dicts:
@@ -51,6 +63,8 @@ class Snapshot:
                 module.__class__ = kind
         for parameter, data in self._numbers:
             parameter.data = data
+        for parameter, data in self._parts.values():
+            held(parameter).copy_(data)
         for parameter, flag in self._flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
@@ -68,13 +82,27 @@ def all_or_nothing(verb: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(verb)
     def run(self: Scoped, *args: Any, **kwargs: Any) -> Any:
         before = Snapshot(self.scope())
+        _OPEN.append(before)
         try:
             return verb(self, *args, **kwargs)
         except BaseException:  # a KeyboardInterrupt too
             finish(before.restore)
             raise
+        finally:
+            _OPEN.remove(before)
 
     return run
+
+
+def put(parameter: torch.Tensor, data: torch.Tensor) -> None:
+    """Have a parameter hold these numbers: of a part, what this process holds, or the whole tensor that it is cut
+    from."""
+    if not is_written_in_place(parameter) or data.dtype != parameter.dtype:
+        parameter.data = data
+        return
+    for verb in _OPEN:
+        verb.keep(parameter)
+    held(parameter).copy_(part(data, parameter))
 
 
 def finish(work: Callable[[], Any]) -> None:

@@ -1,0 +1,134 @@
+"""Models of whose parameters each process holds a part: whole tensors of parts, parts of whole tensors.
+
+Takes parameters as `torch.distributed.fsdp.fully_shard` and other users of DTensor leave them; gives their numbers.
+Promises: a plain tensor goes through as it is, and nothing of torch.distributed is imported for it. To make a whole
+tensor takes all processes: each of them has to ask, in the same order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.diagnostics import SurgeryError, fail
+
+
+def _loaded(module: str, name: str) -> type | tuple[()]:
+    """A class of torch's, for `isinstance`; of a module that nobody has imported there is no object."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def is_part(tensor: Any) -> bool:
+    """Whether this process holds a part of the tensor, which knows of the others."""
+    return isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor"))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, with its gradient."""
+    return tensor.full_tensor() if is_part(tensor) else tensor
+
+
+def is_written_in_place(parameter: Tensor) -> bool:
+    """Whether other code may know the memory of a parameter, and not the parameter: it holds a part, or, in a run of
+    several processes, may be a view of a flat tensor (FullyShardedDataParallel's). What is put in its place is then
+    lost without a word."""
+    distributed = torch.distributed
+    return is_part(parameter) or distributed.is_available() and distributed.is_initialized()
+
+
+@torch.no_grad()
+def held(parameter: Tensor) -> Tensor:
+    """The tensor that this process holds of a parameter."""
+    return parameter.to_local() if is_part(parameter) else parameter.data
+
+
+def numbers(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter, to be kept: a copy, if it is written over in place."""
+    return held(parameter).clone() if is_written_in_place(parameter) else parameter.data
+
+
+@torch.no_grad()
+def part(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a tensor, given whole or as that already, where `like` is what it is divided as."""
+    if not is_part(like) or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local().clone()
+
+
+@torch.no_grad()
+def joined(own: Tensor, like: Tensor) -> Tensor:
+    """The whole tensor of which this process holds so much (or all), where `like` is what it is divided as."""
+    if not is_part(like):
+        return own
+    from torch.distributed.tensor import DTensor
+
+    # By what one process holds it cannot tell whether the others hold all of it: so all of them ask.
+    parts = DTensor.from_local(part(own, like), like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return parts.full_tensor()
+
+
+def gather_up(model: nn.Module) -> None:
+    """Have each unit of FSDP2 hold its parts again: after a forward pass the outermost still holds whole tensors, in
+    the dtype of its mixed precision, and what is written into those is lost."""
+    unit = _loaded("torch.distributed.fsdp", "FSDPModule")
+    for module in model.modules() if unit else ():
+        if isinstance(module, unit):
+            module.reshard()
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raises: SurgeryError (unsupported-module) for a model that is in parts: what shards it averages the gradients of
+    the parameters that it found, and each process would train an adapter of its own."""
+    units = (_loaded("torch.distributed.fsdp", "FSDPModule"),
+             _loaded("torch.distributed.fsdp", "FullyShardedDataParallel"))
+    if any(isinstance(m, units) for m in model.modules()) or any(is_part(p) for p in model.parameters()):
+        raise fail("unsupported-module", "this model is sharded over processes, which hold and average the parameters "
+                   "that it had then, and no adapter's", helps=("operate on the model first, then shard it",))
+
+
+def refuse_flattened(parameters: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raises: SurgeryError (unsupported-module) for parameters that FullyShardedDataParallel has put into one."""
+    for name, parameter in parameters:
+        if getattr(parameter, "_fsdp_flattened", False) and parameter.ndim < 2 and not parameter.is_meta:
+            raise fail("unsupported-module", f"{name} is a piece of a flat tensor of FullyShardedDataParallel, and this "
+                       "process has not all of it",
+                       helps=("call it inside `with FullyShardedDataParallel.summon_full_params(wrapped):`",
+                              "or shard with torch.distributed.fsdp.fully_shard, which needs no more"))
+
+
+def is_first(like: Tensor | None) -> bool:
+    """Whether this is the first of the processes that a tensor is divided among; where none is divided, it is."""
+    return like is None or torch.distributed.get_rank() == int(like.device_mesh.mesh.flatten()[0])
+
+
+def on_first(like: Tensor | None, work: Callable[[], None]) -> None:
+    """`work()`, on the first of the processes that a tensor is divided among; its error is one on each of them. Where
+    no tensor is divided (None), on this one."""
+    if like is None:
+        return work()
+    import torch.distributed as dist
+
+    mesh = like.device_mesh
+    first, group = int(mesh.mesh.flatten()[0]), mesh.get_group() if mesh.ndim == 1 else None
+    outcome: list[Any] = [None]
+    try:
+        if is_first(like):
+            outcome = ["it was interrupted"]
+            work()
+            outcome = [None]
+    except BaseException as error:
+        outcome = [error.diagnostics if isinstance(error, SurgeryError) else f"{type(error).__name__}: {error}"]
+        raise
+    finally:
+        dist.broadcast_object_list(outcome, src=first, group=group)
+    if isinstance(outcome[0], str):
+        raise fail("bad-output", f"the first process, which writes for all, failed: {outcome[0]}")
+    if outcome[0]:
+        raise SurgeryError(outcome[0])

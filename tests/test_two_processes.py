@@ -1,0 +1,111 @@
+"""A model whose parameters two processes share out (gloo, on the CPU): every verb gathers by itself and gives what it
+gives on a whole model, or refuses before anything changes; what either layout saves the other takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import perturbed
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import load as dcp_load
+from transformers import LlamaForCausalLM
+from two_processes import CHECKPOINTED, MERGED, SPECS, apart, fresh, logits, spec_of
+
+import surgery
+
+HERE = Path(__file__).parent
+Seen = tuple[Path, list[dict]]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """What each of two processes saw, and the folder that they wrote into: all the cases in one run."""
+    folder = tmp_path_factory.mktemp("two")
+    perturbed(fresh(), "vera", check=False).save(folder / "of one process")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    runs = [subprocess.Popen([sys.executable, HERE / "two_processes.py", str(rank), folder], env=environment,
+                             stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    try:
+        errors = [run.communicate(timeout=300)[1] for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert all(run.returncode == 0 for run in runs), "\n".join(error[-3000:] for error in errors)
+    return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_every_verb_of_a_sharded_model_is_that_of_a_whole_one(name: str, seen: Seen) -> None:
+    for found in (process[name] for process in seen[1]):
+        exact = ("state", "state while disabled", "operated again", "merged weights", "unmerged", "loaded")
+        assert {what: found[what] for what in exact} == dict.fromkeys(exact, True)
+        assert found["forward"] <= 1e-6 and found["disabled"] <= 1e-6 and found["merged"] <= 1e-6
+        assert found["merging changes"] > 1e-3 and found["error of merging"] < 1e-6
+        assert found["trained"] <= 1e-6 < 1e-5 < found["training changes"]
+        assert found["report"]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_two_processes_save_one_attaches(name: str, seen: Seen, tmp_path: Path) -> None:
+    ours, other = fresh(), fresh()
+    surgeon = perturbed(ours, spec_of(name), check=False)
+    attached = surgery.attach(other, seen[0] / name)
+    assert all(torch.equal(t, surgeon.state()[n]) for n, t in attached.state().items())
+    assert apart(logits(ours), logits(other)) <= 1e-6
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_what_two_processes_merge_and_save_is_a_plain_model(name: str, seen: Seen) -> None:
+    model = fresh()
+    perturbed(model, spec_of(name), check=False).merge()
+    found = LlamaForCausalLM.from_pretrained(seen[0] / f"{name} merged")
+    assert found.state_dict().keys() == fresh().state_dict().keys() and apart(logits(model), logits(found)) <= 1e-6
+
+
+def test_a_distributed_checkpoint_loads_in_one_process(seen: Seen) -> None:
+    ours, other = fresh(), fresh()
+    perturbed(ours, spec_of(CHECKPOINTED), check=False)
+    surgery.apply(other, spec_of(CHECKPOINTED), check=False)
+    state = other.state_dict()
+    dcp_load(state, storage_reader=FileSystemReader(seen[0] / "dcp"))
+    other.load_state_dict(state)
+    assert apart(logits(ours), logits(other)) <= 1e-6
+
+
+def test_what_one_process_saves_two_attach(seen: Seen) -> None:
+    assert all(process["attached"]["forward"] <= 1e-6 for process in seen[1])
+
+
+def test_what_is_refused_is_said_before_anything_changes(seen: Seen) -> None:
+    for found in (process["refusals"] for process in seen[1]):
+        assert all("operate on the model first, then shard it" in found[verb] for verb in ("apply", "attach"))
+        assert all("sharded" in found[verb] for verb in ("prove", "remove", "serving"))
+        assert found["untouched"] and found["unchanged"]
+
+
+def test_a_verb_that_fails_leaves_all_as_it_was_everywhere(seen: Seen) -> None:
+    for found in (process["failures"] for process in seen[1]):
+        assert "error[bad-output]" in found["a file"]
+        assert found["interrupted"] == 5 and found["put back"] and found["and goes on"]
+
+
+def test_a_flattened_model_is_refused_but_where_it_is_whole(seen: Seen) -> None:
+    for found in (process["flattened"] for process in seen[1]):
+        assert all("summon_full_params" in found[verb] for verb in ("merge", "save"))
+        assert "operate on the model first" in found["apply"] and found["state"]
+        assert max(found[what] for what in ("forward", "merged", "unmerged")) <= 1e-6
+        assert found["merging changes"] > 1e-3
+    surgery.attach(fresh(), seen[0] / "flat")
+
+
+def test_nothing_is_left_beside_what_was_saved(seen: Seen) -> None:
+    names = {path.name for path in seen[0].iterdir()}
+    assert names == {*SPECS, *(f"{name} merged" for name in MERGED), "0.json", "1.json", "dcp", "a file", "flat", "group",
+                     "of one process"} - ({"group"} - names)
+    assert not any(path.is_dir() and not any(path.iterdir()) for path in seen[0].rglob("*"))

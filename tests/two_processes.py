@@ -1,0 +1,229 @@
+"""What one of two processes does for tests/test_two_processes.py: `python two_processes.py RANK FOLDER`. It writes what
+it saw into FOLDER/RANK.json, by case and name; the processes run the same cases in the same order."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from models import perturbed
+from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as Flat
+from torch.distributed.fsdp import fully_shard
+
+import surgery
+from surgery.models.demo import demo_inputs, load_demo
+from surgery.runtime import surgeon as surgeon_module
+from surgery.runtime.save import save_merged
+
+SMALL = "llama:num_hidden_layers=2,hidden_size=32,intermediate_size=64"
+EVERY_KIND = """spec every_kind(rank: int = 2)
+update common(rank: int = 2) {
+  shared frozen param A[rank, in] ~ kaiming_uniform()
+  shared param d[rank] = 0.1
+  param B[out, rank] = 0
+  param s = 1
+  return s * (B @ diag(d) @ A)
+}
+target linear "**.{q,k,o}_proj" { add common(rank) post magnitude() }
+train "**.*norm.weight", "**.embed_tokens.weight"
+"""
+SPECS = ["lora", "vera", "unilora", "delora", "fourierft", "sora", "every kind"]  # each holds its tensors in another way
+SIZES = {"fourierft": {"count": 20}}
+MERGED, CHECKPOINTED = ("lora", "vera"), "unilora"  # saved as whole models
+
+
+def spec_of(name: str) -> surgery.Spec:
+    """The spec on two layers of each block, so that the run is short."""
+    if name == "every kind":
+        return surgery.parse(EVERY_KIND)
+    return surgery.load(name, **SIZES.get(name, {})).retarget("**.{q,up}_proj")
+
+
+def fresh() -> nn.Module:
+    return load_demo(SMALL)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=MESH)
+    return fully_shard(model, mesh=MESH)
+
+
+def flat(model: nn.Module) -> nn.Module:
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = Flat(layer, **options)
+    return Flat(model, **options)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**demo_inputs(SMALL)).logits
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t.clone()
+            for name, t in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+def stepped(model: nn.Module, surgeon: surgery.Surgeon) -> None:
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batch = demo_inputs(SMALL)
+    torch.manual_seed(0)  # dropout
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def refused(verb: Callable[[], object]) -> str:
+    try:
+        verb()
+    except surgery.SurgeryError as error:
+        return str(error)
+    return ""
+
+
+def verbs(name: str) -> dict:
+    """Every verb on a sharded model, beside the same on a whole one."""
+    model = fresh()
+    base = logits(model)
+    surgeon, seen = perturbed(model, spec_of(name), check=False), {}
+    whole = deepcopy(model)
+    operated, state, before = logits(model), {n: t.clone() for n, t in surgeon.state().items()}, gathered(model)
+    surgeon.merge()
+    merged, merged_weights = logits(model), gathered(model)
+    surgeon.unmerge()
+    sharded(model)
+    seen["forward"] = apart(logits(model), operated)
+    seen["state"] = same(surgeon.state(), state)
+    surgeon.save(FOLDER / name)
+    with surgeon.disabled():
+        seen["disabled"], seen["state while disabled"] = apart(logits(model), base), same(surgeon.state(), state)
+    seen["operated again"] = same(gathered(model), before)
+    seen["error of merging"] = max(surgeon.merge().values())
+    seen["merged"], seen["merging changes"] = apart(logits(model), merged), apart(merged, base)
+    seen["merged weights"] = same(gathered(model), merged_weights)
+    if name in MERGED:
+        save_merged(surgeon, FOLDER / f"{name} merged")
+    seen["report"] = str(surgeon.report()).splitlines()[0]
+    surgeon.unmerge()
+    seen["unmerged"] = same(gathered(model), before)
+    surgeon.load({n: t * 2 if t.is_floating_point() else t for n, t in state.items()})
+    seen["loaded"] = all(torch.equal(t, 2 * state[n]) for n, t in surgeon.state().items() if t.is_floating_point())
+    surgeon.load(state)
+    stepped(model.train(), surgeon)
+    stepped(whole.train(), surgeon)
+    found = gathered(whole)
+    seen["trained"] = max(apart(t, found[n]) for n, t in gathered(model).items() if t.is_floating_point())
+    seen["training changes"] = max(apart(t, before[n]) for n, t in found.items() if t.is_floating_point())
+    if name == CHECKPOINTED:
+        surgeon.load(state)
+        dcp_save(model.state_dict(), storage_writer=FileSystemWriter(FOLDER / "dcp"))
+    return seen
+
+
+def refusals() -> dict:
+    """What is not done, said before anything changes."""
+    model = sharded(fresh())
+    seen = {"apply": refused(lambda: surgery.apply(model, "lora")),
+            "attach": refused(lambda: surgery.attach(model, FOLDER / "lora")),
+            "untouched": not any("surgery" in n for n in model.state_dict())}
+    model = fresh()
+    surgeon = perturbed(model, "lora", check=False)
+    before = gathered(sharded(model))
+    seen["prove"], seen["remove"] = refused(surgeon.prove), refused(surgeon.remove)
+    seen["serving"] = refused(lambda: surgeon.serving().__enter__())
+    seen["unchanged"] = same(gathered(model), before) and not surgeon.merged
+    return seen
+
+
+def failures() -> dict:
+    """A verb that fails leaves everything as it was, on each process; one that cannot write says so on each."""
+    model, seen = fresh(), {}
+    surgeon = perturbed(model, "lora", check=False)
+    before = gathered(sharded(model))
+    file = FOLDER / "a file"
+    file.write_text("")
+    seen["a file"] = refused(lambda: surgeon.save(file / "adapter"))
+    real, calls = surgeon_module.put, []
+
+    def failing(parameter: nn.Parameter, data: torch.Tensor) -> None:
+        calls.append(1)
+        real(parameter, data)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    surgeon_module.put = failing
+    try:
+        surgeon.merge()
+    except KeyboardInterrupt:
+        seen["interrupted"] = len(calls)
+    surgeon_module.put = real
+    seen["put back"] = same(gathered(model), before) and not surgeon.merged
+    surgeon.merge()
+    surgeon.unmerge()
+    seen["and goes on"] = same(gathered(model), before)
+    return seen
+
+
+def flattened() -> dict:
+    """FullyShardedDataParallel: refused outside of summon_full_params, right inside."""
+    model, seen = fresh(), {}
+    base = logits(model)
+    surgeon = perturbed(model, "vera", check=False)
+    operated, state = logits(model), {n: t.clone() for n, t in surgeon.state().items()}
+    wrapped = flat(model)
+    seen["forward"] = apart(logits(wrapped), operated)
+    seen["merge"], seen["save"] = refused(surgeon.merge), refused(lambda: surgeon.save(FOLDER / "flat"))
+    seen["apply"] = refused(lambda: surgery.apply(flat(fresh()), "lora"))
+    with Flat.summon_full_params(wrapped):
+        seen["state"] = same(surgeon.state(), state)
+        surgeon.save(FOLDER / "flat")
+        surgeon.merge()
+    seen["merged"], seen["merging changes"] = apart(logits(wrapped), operated), apart(operated, base)
+    with Flat.summon_full_params(wrapped):
+        surgeon.unmerge()
+    seen["unmerged"] = apart(logits(wrapped), operated)
+    return seen
+
+
+def attached() -> dict:
+    """What one process saved, attached and then sharded."""
+    model = fresh()
+    surgery.attach(model, FOLDER / "of one process")
+    operated = logits(model)
+    return {"forward": apart(logits(sharded(model)), operated)}
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    RANK, FOLDER = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{FOLDER}/group", rank=RANK, world_size=2)
+    MESH = init_device_mesh("cpu", (2,))
+    cases = {**{name: lambda name=name: verbs(name) for name in SPECS}, "refusals": refusals, "failures": failures,
+             "flattened": flattened, "attached": attached}
+    found = {}
+    for case in sys.argv[3:] or cases:
+        found[case] = cases[case]()
+        (FOLDER / f"{RANK}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
