@@ -1,6 +1,7 @@
 """The pipeline of imports: a stage knows those before it and none after it; what needs no torch imports none."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,3 +160,16 @@ def test_a_public_name(name: str) -> None:
 def test_a_name_that_is_not_public() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         surgery.nope
+
+
+# ------------------------------------------------------------------------------------------------------------ documents
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_files_that_a_document_names_are_there(name: str) -> None:
+    text = (ROOT.parent / name).read_text(encoding="utf-8")
+    named = re.findall(r"[`(]((?:surgery|tests|docs|specs|examples|grammar)/[\w./*-]*)[`)]", text)
+    # the architecture names modules from the package on: `runtime/surgeon.apply`
+    modules = re.findall(r"`((?:%s)/\w+)[.`]" % "|".join(map(part, MODULES)), text)
+    named += [f"surgery/{module}.py" for module in modules]
+    assert named and [path for path in named if not list(ROOT.parent.glob(path.rstrip("/")))] == []
