@@ -4,7 +4,9 @@ all that a new operation needs."""
 from __future__ import annotations
 
 import ast
+import copy
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ from surgery.ir.dense import dense
 from surgery.ir.expression import Expr, Formula, Leaf, rebuild
 from surgery.ir.notation import Maths
 from surgery.ir.notation_forms import around
-from surgery.ir.operations import OPERATIONS, Operation, make, operation
-from surgery.ir.shape_rules import vector
+from surgery.ir.operations import FUNCTIONS, OPERATIONS, PRIMITIVES, Operation, make, operation
+from surgery.ir.shape_rules import same, vector
 from surgery.ir.sizes import TOKENS
 from surgery.ir.table import ACTING, Linear, Memory
 from surgery.ir.verifier import LOWERED, STEP, Malformed, verify
+from surgery.language.library import parse
 from surgery.rewrite.prove_identity import surely_trains
 
 ROWS = 5
@@ -229,3 +232,40 @@ def test_a_row_is_emitted_and_differentiated(rolled):
     assert_close(y, wanted, 1e-12)
     for gradient, tensor in zip(of, torch.autograd.grad(wanted, [tensors["x"], tensors["value 0"]], grad)):
         assert_close(gradient, tensor, 1e-12)
+
+
+# ------------------------------------------------------------------------------------------- a new primitive is a row
+
+
+@pytest.fixture
+def cube(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A language in which a spec can say `cube(a)`."""
+    row = Operation("cube", 1, same, lambda a: a * a * a, "a³, entry by entry")
+    monkeypatch.setitem(OPERATIONS, "cube", row)
+    monkeypatch.setitem(PRIMITIVES, "cube", row)
+    FUNCTIONS.add("cube")
+    yield
+    FUNCTIONS.remove("cube")
+
+
+CUBED = """update cubed() {
+  param A[out, in] ~ normal(std = 0.5)
+  return cube(A)
+}
+target linear "0" shifted {
+  add cubed()
+}
+"""
+
+
+def test_a_primitive_is_trained_and_merged(cube):
+    """Its program is proven too: by `conftest`, as all are that a test runs."""
+    model, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(ROWS, 6)
+    plain = copy.deepcopy(model)
+    surgeon = surgery.apply(model, parse(CUBED))
+    a = next(p for name, p in model.named_parameters() if name.endswith("A"))
+    wanted = plain(x) + x @ (a * a * a).mT
+    assert_close(model(x), wanted, 1e-5)
+    assert_close(*(torch.autograd.grad(y.square().sum(), a)[0] for y in (model(x), wanted)), 1e-5)
+    surgeon.merge()
+    assert_close(model(x), wanted, 1e-5)
