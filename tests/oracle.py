@@ -108,6 +108,30 @@ def reflect(u: Tensor) -> Tensor:
     return result
 
 
+def inverse(a: Tensor) -> Tensor:
+    return _each(lambda m: solve(m, eye(len(m))), a)
+
+
+def singular_parts(a: Tensor, k: int, sweeps: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+    """(U, s, Vᵀ) of the k largest singular values, by Jacobi's rotations of pairs of columns until all are
+    perpendicular; the largest entry of each left vector is positive."""
+    is_wide = a.shape[1] > a.shape[0]
+    columns, turned = [*a.unbind(0 if is_wide else 1)], [*eye(min(a.shape))]
+    for _, i, j in product(range(sweeps), range(len(columns)), range(len(columns))):
+        off = (columns[i] * columns[j]).sum()
+        if i < j and off.item():
+            angle = torch.atan2(2 * off, (columns[i] * columns[i]).sum() - (columns[j] * columns[j]).sum()) / 2
+            for each in (columns, turned):
+                each[i], each[j] = (angle.cos() * each[i] + angle.sin() * each[j],
+                                    angle.cos() * each[j] - angle.sin() * each[i])
+    best = sorted(range(len(columns)), key=lambda i: -norm(columns[i]).item())[:k]
+    s = torch.stack([norm(columns[i]) for i in best])
+    sides = torch.stack([columns[i] / norm(columns[i]) for i in best]), torch.stack([turned[i] for i in best])
+    u, v = sides[::-1] if is_wide else sides
+    signs = torch.stack([row[row.abs().argmax()].sign() for row in u])
+    return t(u * signs[:, None]), s, v * signs[:, None]
+
+
 def norm(a: Tensor) -> Tensor:
     return (a * a).sum().sqrt()
 

@@ -46,13 +46,14 @@ LETTERS = {"n, n": "AB", "n, 2": "PQ", "n, 1": "pq", "n": "de", "n / 3, 3, 3": "
 # What keeps a primitive away from its poles, whatever it is given.
 TAMED = {"div": "({0} / (2 + abs({1})))", "sqrt": "sqrt(1 + abs({0}))", "exp": "exp(tanh({0}))",
          "reflect": "reflect(1.5 + tanh({0}))",
-         "cayley": "cayley(skew({0}))", "expm": "expm(skew({0}))"}
-OPERANDS_TAMED = {"reflect": "(1.5 + tanh({0}))", "cayley": "(tanh({0}) / 4)", "expm": "(tanh({0}) / 4)"}
-# With poles where singular values or entries are equal, which random formulas meet; the zoo has them.
-UNTAMED = {"left_singular", "qr", "top_softmax"}
+         "cayley": "cayley(skew({0}))", "expm": "expm(skew({0}))", "inverse": "inverse(expm(tanh({0}) / 4))"}
+OPERANDS_TAMED = {"reflect": "(1.5 + tanh({0}))", "cayley": "(tanh({0}) / 4)", "expm": "(tanh({0}) / 4)",
+                  "inverse": "(tanh({0}) / 8)"}
+# With poles where singular values or entries are equal, or a jump at 0, which random formulas meet; the zoo has them.
+UNTAMED = {"left_singular", "singular", "right_singular", "qr", "top_softmax", "sign"}
 SIZES = ("2", "3", "2, 3", "3, 2")  # beside the shapes in scope, for primitives that take sizes
 ENTRYWISE = {"neg", "add", "sub", "mul", "div", "min", "max", "exp", "sqrt", "abs", "sigmoid", "tanh", "cos", "sin",
-             "detach"}
+             "relu", "clamp", "detach"}
 # Ways to write a tensor with numbers and conditions, over any shape.
 DRESSED = ("(2 * {0})", "({0} / 4)", "({0} - 0.5)", "(1 - {0})", "(0 * {0})", "(if r >= 2 then {0} else 3 * {0})",
            "({0} + {0})",

@@ -264,6 +264,13 @@ def scatter(values, places, m, n):
     return result.reshape(m, n)
 
 
+def singular_parts(a):
+    """The largest entry of each left vector is positive."""
+    u, s, v = np.linalg.svd(a, full_matrices=False)
+    signs = np.sign(u[np.abs(u).argmax(0), range(len(s))])
+    return u * signs, s, v * signs[:, None]
+
+
 def top(a, k):
     return np.sort(np.argsort(-a.ravel(), kind="stable")[:k])
 
@@ -305,7 +312,12 @@ FUNCTIONS = {
     "expm": expm, "reflect": reflect, "side_by_side": lambda a, b: np.concatenate([a, b], -1),
     "reshape": lambda a, *sizes: a.reshape(sizes), "columns": lambda a, k: a[..., :k], "shuffle": shuffle,
     "circulant": circulant, "scatter": scatter, "take": lambda a, places: a.ravel()[places], "top": top,
-    "top_softmax": top_softmax, "left_singular": lambda a, k: np.linalg.svd(a, full_matrices=False)[0][:, :k],
+    "top_softmax": top_softmax, "left_singular": lambda a, k: singular_parts(a)[0][:, :k],
+    "singular": lambda a, k: singular_parts(a)[1][:k], "right_singular": lambda a, k: singular_parts(a)[2][:k],
+    "inverse": lambda a: np.linalg.solve(a, np.broadcast_to(np.eye(a.shape[-1]), a.shape)),
+    "stacked": lambda a, b: np.concatenate([a, b], -2), "relu": on_numbers(lambda a: max(a, 0), lambda a: a * (a > 0)),
+    "sign": on_numbers(lambda a: int(a > 0) - int(a < 0), np.sign),
+    "clamp": on_numbers(lambda a, b, c: min(max(a, b), c), lambda a, b, c: np.minimum(np.maximum(a, b), c)),
     "qr": lambda a: np.linalg.qr(a)[0], "ifft2": lambda a: np.fft.ifft2(a).real,
 }
 
@@ -377,7 +389,7 @@ class Reading:
         if kind == "value":
             return parts[0]
         if kind == "name":
-            return scope[parts[0]]
+            return scope.get(parts[0], math.pi) if parts[0] == "pi" else scope[parts[0]]
         if kind == "if":
             return self.value(parts[1 if self.value(parts[0], scope) else 2], scope)
         if kind == "rows":

@@ -236,6 +236,12 @@ UPDATES = (
     update("a full update", lambda w, F: F.abs() - F, lambda m, n: m * n, "param F[out, in] = 0", "abs(F) - F"),
     update("rows and columns", lambda w, b, c: w * o.mul(b, c), lambda m, n: m + n, "param b[out, 1] = 0",
            "param c[1, in] = 1", "W * (b @ c)"),
+    replace(update("the singular values of a product", lambda w, A, B2: _singular_of(o.mul(B2, A) + w), pair, A, B3,
+                   "let M = B2 @ A + W", "left_singular(M, 2) @ diag(singular(M, 2) - 1) @ right_singular(M, 3 - 1)"),
+            shifted=True),
+    update("rows in their place", lambda w, A, B: o.mul(B, torch.cat([A[0:1], A[0:1] * A[1:2]])), pair,
+           "param A[2, in] ~ normal()", "param B[out, 2] = 0", "let first = reshape(columns(A.T, 1), 1, in)",
+           "(if r == 2 then B else 0 * B) @ stacked(first, first * reshape([[0, 1]] @ A, 1, in))"),
     update("let and if", lambda w, A, B: 4 * o.mul(B, A), pair, A, B, "let product = B @ A",
            "let twice = product + product", "if r >= 2 and not (r == 3) then 2 * twice else product"),
 )
@@ -314,6 +320,15 @@ TRANSFORMS = (
               "param M[n, r] = 0", "param v[r] ~ normal()", "diag(1 + M @ v)"),
     transform("a scalar between matrices", lambda w, g, X: o.cayley(g * o.skew(X)) * (g / 2 + 0.5), lambda n: n * n + 1,
               "param g = 1", "param X[n, n] = 0", "cayley(g * skew(X)) * (g / 2 + 0.5)"),
+    transform("the inverse of a low-rank map", lambda w, C, D: o.inverse(o.eye(len(w)) + o.mul(C, o.t(C - D))),
+              thin, C, D, "inverse(I(n) + C @ (C - D).T)"),
+    transform("a full inverse on in", lambda w, X: o.inverse(o.eye(w.shape[1]) + X / 4), lambda n: n * n,
+              "param X[n, n] = 0", "inverse(I(n) + X / 4)", side="in"),
+    transform("blocks between and their inverse", lambda w, Q: o.block_diag(o.inverse(o.expm(Q))), lambda n: 3 * n,
+              "param Q[n / 3, 3, 3] = 0", "inverse(block_diag(expm(Q)))"),
+    transform("a gain with corners", lambda w, a, b: o.diag(_cornered(a, b)), lambda n: 2 * n,
+              "param a[n] ~ normal()", "param b[n] = 0",
+              "diag(1 + sign(a) * b * relu(a) + clamp(b, -abs(a), sin(pi / 2)))"),
     transform("a gain and a skew part", lambda w, d, X: o.diag(d) + o.skew(X), lambda n: n * n + n,
               "param d[n] = 1", "param X[n, n] = 0", "diag(d) + skew(X)"),
 )
@@ -322,6 +337,17 @@ TRANSFORMS = (
 def _busy(a, b):
     larger, smaller = a.where(a > b, b), a.clamp(max=0.1)
     return (1 + a.abs()).sqrt() * b.tanh().exp() - a / (1 + (-b).exp()) + larger * smaller + a
+
+
+def _cornered(a, b):
+    zero = torch.zeros_like(a)
+    lower = b.where(b > -a.abs(), -a.abs())
+    return 1 + a.detach().sign() * b * a.where(a > 0, zero) + lower.where(lower < 1, zero + 1)
+
+
+def _singular_of(m):
+    u, s, v = o.singular_parts(m, 2)
+    return o.chain(u, o.diag(s - 1), v)
 
 
 CASES = SHIPPED + PLACED + UPDATES + TRANSFORMS

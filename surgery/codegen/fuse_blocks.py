@@ -76,4 +76,4 @@ def _one(run: list[Expr]) -> list[Expr]:
     if size == 1 or width % size or not is_thin(size, width):
         return run
     rows = apply(reduce(_product, run), make("kron", fill(1, (1, width // size)), eye(size)))
-    return [make("block_diag", make("T", make("stacked", rows)))]
+    return [make("block_diag", make("T", make("block_stack", rows)))]

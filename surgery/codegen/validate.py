@@ -27,7 +27,7 @@ _ALLOCATE = {"+", "*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run
 _KEEP_NOTHING = {"+", "put", "T", "unflatten", "flatten", "reshape", "index", "detach", "to", "clone"}
 _KEEP_OPERANDS = {"*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "layer.run_alone", "blocks"}
 _VIEWS = {"unflatten", "flatten", "reshape"}  # methods; they may copy, and are then held to what holds for a view
-_METHODS = {"exp", "sqrt", "abs", "tanh", "sigmoid", "cos", "sin", "sum", "diag_embed"}
+_METHODS = {"exp", "sqrt", "abs", "tanh", "sigmoid", "cos", "sin", "relu", "sign", "sum", "diag_embed"}
 _SAME_MAP = {"frozen": "frozen", "frozen_flat": "frozen", "frozen_rows": "frozen", "frozen_biased": "frozen_biased",
              "frozen_back": "frozen_back"}
 _DRAWS = {"dropout", "mask"}
@@ -109,6 +109,7 @@ _MEANINGS: dict[str, _Rule] = {
     "add": _as("+"), "add_bias": _as("+"), "mul": _as("*"), "scale": _as("*"), "matmul": _as("@"),
     "outer": lambda symbols, node, args: symbols.of("@", symbols.of("T", args[0]), args[1]),
     "detach": lambda symbols, node, args: symbols.constant(args[0]),
+    "sign": lambda symbols, node, args: symbols.of("sign", symbols.constant(args[0])),
     "split": _with_data("unflatten", lambda data: (-1, data)),
     "join": _as("flatten", -2), "flat": _as("flatten", 0, -2),
     "between": _with_data("index", lambda data: (f":, {data[0]}:{data[1]}",)),

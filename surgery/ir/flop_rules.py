@@ -35,6 +35,11 @@ def cubic(factor: float) -> Flops:
     return lambda node, count: count(node) * factor * node.shape[-1] + FACTORISED * count(node) / node.shape[-1] ** 2
 
 
+def decomposed(node: Expr, count: Count) -> float:
+    """The singular value decomposition of the argument."""
+    return FACTORISED + 20 * count(node.args[0]) * min(node.args[0].shape)
+
+
 def mirrored(node: Expr, count: Count) -> float:
     return FACTORISED + 3 * count(node) * node.shape[0]
 

@@ -47,6 +47,11 @@ def resolvent(m: Tensor) -> Tensor:
     return _solved(m, 1.0, -0.5, 0.0)
 
 
+def inverse(a: Tensor) -> Tensor:
+    """a⁻¹, of each matrix in [..., n, n]; not finite where there is none."""
+    return _solved(a, 0.0, 1.0, 0.0)
+
+
 def _solved(a: Tensor, start: float, factor: float, end: float) -> Tensor:
     """(start I + factor a)⁻¹ + end I, or those of a stack."""
     if not is_traced():

@@ -71,6 +71,15 @@ def _side_by_side_shape(a: Shape, b: Shape) -> Shape:
     return a[:-1] + (a[-1] + b[-1],)
 
 
+def _stacked_shape(a: Shape, b: Shape) -> Shape:
+    _fitting(len(a) > 1 and len(a) == len(b) and (*a[:-2], a[-1]) == (*b[:-2], b[-1]), "as many columns in both", a, b)
+    return (*a[:-2], a[-2] + b[-2], a[-1])
+
+
+def _clamp_shape(a: Shape, lowest: Shape, highest: Shape) -> Shape:
+    return elementwise(elementwise(a, lowest), highest)
+
+
 def _face_shape(a: Shape, b: Shape) -> Shape:
     _fitting(() not in (a, b) and a[:-1] == b[:-1], "as many rows in both", a, b)
     return a[:-1] + (a[-1] * b[-1],)
@@ -163,6 +172,12 @@ def _framed(u: Any, frame: Any) -> Any:
     return torch.linalg.solve_triangular(frame.mT, u, upper=True, left=False)
 
 
+def _inverse(a: Any) -> Any:
+    from surgery.ir.orthogonal_maps import inverse
+
+    return inverse(a)
+
+
 def _resolvent(m: Any) -> Any:
     from surgery.ir.orthogonal_maps import resolvent
 
@@ -194,6 +209,12 @@ def _side_by_side(a: Any, b: Any) -> Any:
     return torch.cat([a, b], dim=-1)
 
 
+def _stacked(a: Any, b: Any) -> Any:
+    import torch
+
+    return torch.cat([a, b], dim=-2)
+
+
 def _face(a: Any, b: Any) -> Any:
     return (a[..., :, None] * b[..., None, :]).flatten(-2)
 
@@ -223,6 +244,15 @@ def _extreme(name: str) -> Callable[[Any, Any], Any]:
         return getattr(torch, name)(*both)
 
     return choose
+
+
+def _clamp(a: Any, lowest: Any, highest: Any) -> Any:
+    """torch takes both bounds as tensors or both as numbers, and has no gradient for a number between matrices."""
+    import torch
+
+    like = next(x for x in (a, lowest, highest) if isinstance(x, torch.Tensor))
+    three = (x if isinstance(x, torch.Tensor) else like.new_full((), x) for x in (a, lowest, highest))
+    return torch.clamp(*torch.broadcast_tensors(*three))
 
 
 # ------------------------------------------------------------------------------------------------- what rows share
@@ -276,6 +306,12 @@ ROWS = [
     _entrywise("abs", abs, "|a|", notation=around("|", "|")),
     _entrywise("sigmoid", lambda a: 1 / (1 + math.exp(-a)), "1 / (1 + e^-a)"),
     _entrywise("tanh", math.tanh, "tanh a"),
+    _entrywise("relu", lambda a: max(a, 0), "max(a, 0), with no gradient at 0"),
+    Operation("sign", 1, same, lambda a: a.detach().sign(), "1, 0 or -1, entry by entry, with no gradient",
+              stops_gradient=True, transpose=Transpose.INSIDE, number=lambda a: (a > 0) - (a < 0),
+              text="{}.detach().sign()"),
+    Operation("clamp", 3, _clamp_shape, _clamp, "min(max(a, b), c), at b and c with the gradient of a",
+              transpose=Transpose.INSIDE, number=lambda a, b, c: min(max(a, b), c)),
     Operation("detach", 1, same, lambda a: a.detach(), "a, through which no gradient flows", stops_gradient=True,
               transpose=Transpose.INSIDE, number=lambda a: a, text="{}.detach()", memory=Memory.VIEW),
     Operation("norm", 1, lambda a: (), _norm, "√Σ a², the Frobenius norm", notation=around("‖", "‖")),
@@ -301,10 +337,14 @@ ROWS = [
               transpose=Transpose.INSIDE, orthogonal=Orthogonal.OF_SKEW, is_solve=True, flops=flop_rules.cubic(10)),
     Operation("expm", 1, square, _expm, "e^a of a matrix, orthogonal when a is skew",
               transpose=Transpose.INSIDE, orthogonal=Orthogonal.OF_SKEW, is_solve=True, flops=flop_rules.cubic(40)),
+    Operation("inverse", 1, square, _inverse, "a⁻¹; not finite where there is none", transpose=Transpose.INSIDE,
+              orthogonal=Orthogonal.OF_ORTHOGONAL, is_solve=True, flops=flop_rules.cubic(10)),
     Operation("reflect", 1, _reflect_shape, _reflect, "Π (I - 2 u uᵀ / uᵀu) over the columns u, first column leftmost",
               orthogonal=Orthogonal.ALWAYS, flops=flop_rules.each(4, 0, 1)),
     Operation("side_by_side", 2, _side_by_side_shape, _side_by_side, "[a, b], the columns of both",
               linear=Linear.TOGETHER, memory=Memory.NEW, derivative=derivatives.side_by_side),
+    Operation("stacked", 2, _stacked_shape, _stacked, "the rows of a above those of b", stage=SUGAR,
+              linear=Linear.TOGETHER),
     # For the compiler alone: the small cores of structured maps, and maps on the last axis of activations.
     Operation("frame", 1, lambda a: 2 * exactly(2, "a matrix", a)[1:], _frame, "L with L Lᵀ ≈ aᵀa, and no gradient",
               stage=CORE, stops_gradient=True),
@@ -326,7 +366,7 @@ ROWS = [
               linear=Linear.EACH, text="{} * {}", memory=Memory.NEW, is_unkept=True, passes=1,
               in_place=InPlace(MUL, lambda node: node.args[:1]), added=Added(ADDCMUL, when=When.WITHOUT_GRADIENT),
               derivative=derivatives.scale),
-    Operation("stacked", 1, lambda a: (a[1] // a[0], a[0], a[0]),
+    Operation("block_stack", 1, lambda a: (a[1] // a[0], a[0], a[0]),
               lambda a: a.unflatten(-1, (-1, len(a))).transpose(0, 1),
               "k rows of b blocks as a stack: [k, b k] -> [b, k, k]", stage=CORE, linear=Linear.TOGETHER,
               memory=Memory.VIEW),

@@ -63,11 +63,10 @@ def _mix_shape(sizes: Sizes, a: Shape) -> Shape:
     return a
 
 
-def _left_shape(sizes: Sizes, a: Shape) -> Shape:
-    rows, columns = exactly(2, "a matrix", a)
-    _at_most(sizes[0], rows, "singular vectors")
-    _at_most(sizes[0], columns, "singular vectors")
-    return (rows, sizes[0])
+def _singular_shape(sizes: Sizes, a: Shape) -> Shape:
+    for side in exactly(2, "a matrix", a):
+        _at_most(sizes[0], side, "singular values")
+    return sizes
 
 
 def _qr_shape(a: Shape) -> Shape:
@@ -123,9 +122,21 @@ def _top_mix(sizes: Sizes, a: Any, b: Any) -> Any:
 
 
 def _left_singular(sizes: Sizes, a: Any) -> Any:
-    import torch
+    return _singular_parts(a)[0][..., :sizes[0]]
 
-    return torch.linalg.svd(a, full_matrices=False).U[..., :sizes[0]]
+
+def _singular(sizes: Sizes, a: Any) -> Any:
+    return _singular_parts(a)[1][..., :sizes[0]]
+
+
+def _right_singular(sizes: Sizes, a: Any) -> Any:
+    return _singular_parts(a)[2][..., :sizes[0], :]
+
+
+def _singular_parts(a: Any) -> Any:
+    from surgery.ir.singular_values import singular_parts
+
+    return singular_parts(a)
 
 
 def _qr(a: Any) -> Any:
@@ -186,8 +197,13 @@ ROWS = [
               "the softmax over the k largest entries of each row, 0 elsewhere", sizes=("k",)),
     Operation("top_mix", 2, _top_mix_shape, _top_mix, "the rows of b that the softmax over the k largest entries mixes",
               stage=CORE, sizes=("k",), flops=flop_rules.mixed_rows),
-    Operation("left_singular", 1, _left_shape, _left_singular, "the first k left singular vectors: [m, n] -> [m, k]",
-              sizes=("k",)),
+    Operation("left_singular", 1, lambda sizes, a: a[:1] + _singular_shape(sizes, a), _left_singular,
+              "the first k left singular vectors: [m, n] -> [m, k]", sizes=("k",), flops=flop_rules.decomposed),
+    Operation("singular", 1, _singular_shape, _singular, "the k largest singular values: [m, n] -> [k]",
+              sizes=("k",), flops=flop_rules.decomposed),
+    Operation("right_singular", 1, lambda sizes, a: _singular_shape(sizes, a) + a[1:], _right_singular,
+              "the first k right singular vectors, as rows: [m, n] -> [k, n]", sizes=("k",),
+              flops=flop_rules.decomposed),
     Operation("qr", 1, _qr_shape, _qr, "the orthonormal Q of a = Q R: [m, n] -> [m, n]"),
     Operation("ifft2", 1, lambda a: exactly(2, "a matrix", a), _ifft2, "the real part of the inverse Fourier transform",
               linear=Linear.TOGETHER, flops=flop_rules.transformed),

@@ -27,8 +27,7 @@ def _by_core(core: str) -> Callable[[Expr], Expr | None]:
     def change(node: Expr) -> Expr | None:
         if (found := _centred(node.args[0]) or factors(node.args[0])) is None:
             return None
-        frame = make("frame", found[0])
-        u, v = make("framed", found[0], frame), make("matmul", make("T", frame), found[1])
+        u, v = _framed(*found)
         small = make(core, make("matmul", v, u))
         return make("add", eye(node.shape), make("matmul", u, make("matmul", small, v)))
 
@@ -50,6 +49,20 @@ def _centred(node: Expr) -> Factors | None:
     half = 0.5 * value
     columns = make("side_by_side", less, times(-1, more))
     return times(half, columns), make("T", make("side_by_side", more, less))
+
+
+def _framed(u: Expr, v: Expr) -> Factors:
+    """U L⁻ᵀ and Lᵀ V, whose product is U V."""
+    frame = make("frame", u)
+    return make("framed", u, frame), make("matmul", make("T", frame), v)
+
+
+def _inverse(node: Expr) -> Expr | None:
+    if len(node.shape) != 2 or (found := low_rank_turn(node.args[0])) is None:
+        return None
+    u, v = _framed(*found)
+    small = make("resolvent", times(-2, make("matmul", v, u)))
+    return make("add", eye(node.shape), times(-1, make("matmul", u, make("matmul", small, v))))
 
 
 def _reflect(node: Expr) -> Expr | None:
@@ -240,6 +253,7 @@ JOINED = (
 CHEAP = (
     Rule("cayley(U V) = I + U (I - V U / 2)⁻¹ V", "cayley", _by_core("resolvent"), "cayley(P @ Q.T - Q @ P.T)"),
     Rule("e^(U V) = I + U φ(V U) V, φ(x) = (e^x - I) x⁻¹", "expm", _by_core("phi"), "expm(P @ Q.T - Q @ P.T)"),
+    Rule("(I + U V)⁻¹ = I - U (I + V U)⁻¹ V", "inverse", _inverse, "inverse(I(n) + P @ Q.T)"),
     Rule("reflect(U) = I - 2 U V, V the triangle of UᵀU solved for Uᵀ", "reflect", _reflect, "reflect(P)"),
     Rule("(x y) z = x (y z), whichever is cheaper", "matmul", _associate, "(P @ Q.T) @ P"),
     Rule("(x + y) z = x z + y z for a thin z", "matmul", _apart, "(A + P @ Q.T) @ p"),

@@ -125,6 +125,22 @@ def _orthogonal_pair(node: Expr) -> Expr | None:
     return eye(node.shape) if is_orthogonal(a) and transposed(a) is b else None
 
 
+def _as_neighbours(node: Expr) -> Expr:
+    return make("T", make("side_by_side", *(make("T", a) for a in node.args)))
+
+
+def _turned_back(node: Expr) -> Expr | None:
+    return make("T", node.args[0]) if is_orthogonal(node.args[0]) else None
+
+
+def _inside(node: Expr) -> Expr | None:
+    """The inverse of a structured map is that of its parts, where each has one."""
+    inner = node.args[0]
+    if inner.op not in ("block_diag", "kron") or any(a.shape[-1] != a.shape[-2] for a in inner.args):
+        return None
+    return make(inner.op, *(make("inverse", a) for a in inner.args))
+
+
 def _joined(inner: str, op: str) -> Callable[[Expr], Expr | None]:
     """f(a) f(b) = f(a op b) for a structured f."""
     def join(node: Expr) -> Expr | None:
@@ -186,11 +202,13 @@ def _turned_skew(node: Expr) -> Expr | None:
 RULES = (
     Rule("-x = -1 x", "neg", lambda n: times(-1, n.args[0]), "-A"),
     Rule("x - y = x + -1 y", "sub", lambda n: make("add", n.args[0], times(-1, n.args[1])), "A - B"),
+    Rule("the rows of both = [xᵀ, yᵀ]ᵀ", "stacked", _as_neighbours, "stacked(A, B)"),
     *(Rule("numbers are computed", op, _fold, example) for op, example in {
         "add": "2 + 0 * g", "mul": "2 * (3 + 0 * g)", "div": "(3 + 0 * g) / 4", "min": "min(2, 3 + 0 * g)",
         "max": "max(2, 3 + 0 * g)", "exp": "exp(3 + 0 * g)", "sqrt": "sqrt(3 + 0 * g)", "abs": "abs(-3 + 0 * g)",
         "cos": "cos(3 + 0 * g)", "sin": "sin(3 + 0 * g)",
-        "tanh": "tanh(3 + 0 * g)", "sigmoid": "sigmoid(3 + 0 * g)", "detach": "detach(3 + 0 * g)"}.items()),
+        "tanh": "tanh(3 + 0 * g)", "sigmoid": "sigmoid(3 + 0 * g)", "relu": "relu(3 + 0 * g)",
+        "sign": "sign(3 + 0 * g)", "clamp": "clamp(3 + 0 * g, 0, 1)", "detach": "detach(3 + 0 * g)"}.items()),
     *(Rule("f(0, 0, ...) = 0 for what moves entries", op, _moved_zero, example) for op, example in {
         "scatter": "scatter(0 * d, at, n, n)",
         "take": "take(0 * A, at)", "circulant": "circulant(0 * S)", "ifft2": "ifft2(0 * A)"}.items()),
@@ -220,6 +238,8 @@ RULES = (
     Rule("cayley(0) = I", "cayley", _of_value(0, lambda n: eye(n.shape)), "cayley(0 * A)"),
     Rule("nothing dropped of 0", "drop", _of_value(0, lambda n: n.args[0]), "N"),
     Rule("e^0 = I", "expm", _of_value(0, lambda n: eye(n.shape)), "expm(0 * A)"),
+    Rule("R⁻¹ = Rᵀ for an orthogonal R", "inverse", _turned_back, "inverse(expm(skew(A)))"),
+    Rule("(x ⊗ y)⁻¹ = x⁻¹ ⊗ y⁻¹, and of blocks along a diagonal", "inverse", _inside, "inverse(block_diag(S))"),
     *SHAPED,
 )
 ALGEBRA = table(*RULES)

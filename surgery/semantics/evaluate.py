@@ -25,10 +25,9 @@ from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, descri
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": divide}
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-_SCALAR = {"sqrt": math.sqrt, "exp": math.exp, "abs": abs, "tanh": math.tanh, "min": min, "max": max,
-           "sigmoid": lambda x: 1 / (1 + math.exp(-x)), "cos": math.cos, "sin": math.sin}
 _LARGEST_DIVIDED = 2**40
-_KEEP_WHOLE = ("abs", "min", "max")
+_KEEP_WHOLE = ("abs", "min", "max", "relu", "sign", "clamp")
+_CONSTANT_NAMES = {"pi": math.pi}  # where nothing else is called so
 
 
 def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
@@ -89,6 +88,8 @@ def nodes(node: Any) -> Iterator[Any]:
 
 
 def _name(node: tree.Name, names: Mapping[str, Any]) -> Any:
+    if node.id not in names and node.id in _CONSTANT_NAMES:
+        return _CONSTANT_NAMES[node.id]
     if node.id not in names:
         raise unknown("unknown-name", "name", node.id, names, node.span)
     if names[node.id] is POISON:
@@ -230,12 +231,13 @@ def _assert_count(node: tree.Call, arity: int, sizes: tuple[str, ...]) -> None:
 def _apply(node: tree.Call, values: list, sizes: tuple) -> Any:
     if sizes or any(isinstance(v, Expr) for v in values):
         return make(node.function, *map(tensor, values), data=sizes or None)
-    if node.function not in _SCALAR:
+    of_numbers = PRIMITIVES[node.function].number
+    if of_numbers is None:
         raise fail("wrong-type", f"`{node.function}` needs a tensor, not {describe(values[0])}", node.span)
     if _open(*values):
         becomes_real = node.function not in _KEEP_WHOLE or any(map(is_real, values))
         return symbol(f"{node.function}({', '.join(map(str, values))})", becomes_real)
-    return _SCALAR[node.function](*values)
+    return of_numbers(*values)
 
 
 _CONSTANTS = {"I": (0, ("n",), eye), "ones": (0, ("*sizes",), ones)}
