@@ -88,11 +88,13 @@ def _leads(node: Expr, leaves: frozenset[Expr]) -> bool:
 
 
 def _counted(nodes: Iterable[Expr], tokens: int, times: Callable[[Expr], int]) -> Cost:
-    total = Cost()
+    work = traffic = calls = 0.0
     for node in nodes:
-        n, free = times(node), operation(node).is_free
-        total += Cost(n * flops(node, tokens), 0.0, n * moved(node, tokens), 0.0 if free else float(n))
-    return total
+        n = times(node)
+        work += n * flops(node, tokens)
+        traffic += n * moved(node, tokens)
+        calls += 0.0 if operation(node).is_free else n
+    return Cost(work, 0.0, traffic, calls)
 
 
 def setup_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost:
@@ -111,6 +113,7 @@ def _made(values: Sequence[Expr], fixed: Sequence[Expr]) -> list[Expr]:
     return [node for node in walk(*values) if node not in once]
 
 
+@lru_cache(maxsize=2**14)
 def _once(node: Expr) -> Cost:
     """Of making a node of a set-up."""
     return Cost(0.0, flops(node, 0), moved(node, 0), 0.0 if operation(node).is_free else 2.0)

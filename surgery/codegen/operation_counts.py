@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from math import prod
 
 from surgery.ir.builders import scaled, value_of
@@ -44,13 +45,12 @@ def moved(node: Expr, tokens: int) -> float:
 
 def size(node: Expr, tokens: int) -> float:
     """How many numbers a node's value has."""
-    return float(prod(_known(s, tokens) for s in node.shape))
+    return float(prod(_known(s, tokens) if isinstance(s, Dim) else s for s in node.shape))
 
 
-def _known(value: object, tokens: int) -> float:
+@lru_cache(maxsize=1024)
+def _known(value: Dim, tokens: int) -> float:
     """A dimension with the number of tokens put in."""
-    if not isinstance(value, Dim):
-        return float(value)
     return float(sum((c * tokens ** sum(power for _, power in monomial) for monomial, c in value.terms), Fraction(0)))
 
 

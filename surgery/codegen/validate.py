@@ -15,7 +15,7 @@ import ast
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, permutations, product
-from typing import Any
+from typing import Any, NamedTuple
 
 from surgery.ir.expression import Expr, walk
 
@@ -39,8 +39,7 @@ class Fault(Exception):
     """What is wrong with a text."""
 
 
-@dataclass(frozen=True)
-class Meaning:
+class Meaning(NamedTuple):
     """Symbols of a value: as a number, and as a function of what takes a gradient (what is detached is a constant)."""
 
     value: int

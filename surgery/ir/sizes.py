@@ -21,18 +21,22 @@ class Dim:
     """A sum of monomials; build with `symbol`, combine with operators. Raises: OverflowError for one that grows too
     long."""
 
-    __slots__ = ("terms",)
+    __slots__ = ("terms", "_hash")
 
     def __init__(self, terms: dict[Monomial, Fraction]):
         self.terms = tuple(sorted((m, c) for m, c in terms.items() if c))
         if len(self.terms) > _MOST_TERMS or not all(map(_is_short, self.terms)):
             raise OverflowError
+        self._hash = hash(self.terms)
+
+    def __reduce__(self) -> tuple:
+        return Dim, (dict(self.terms),)  # strings have another hash in another process
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Dim) and self.terms == other.terms
+        return self is other or isinstance(other, Dim) and self.terms == other.terms
 
     def __hash__(self) -> int:
-        return hash(self.terms)
+        return self._hash
 
     def __add__(self, other: Size | float) -> Size:
         return _collect([*_terms(self), *_terms(other)])
