@@ -104,14 +104,15 @@ def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool
                tokens: int = TOKENS_SUPPOSED) -> tuple[Candidate, ...]:
     """The programs of a layer's output, the cheapest for so many tokens first; of a called layer, which has no weight
     to read, those that read it come last."""
-    found = _found(formula, kind, training, has_bias)
+    # without dropout, training and evaluation run the same programs, found once
+    found = _found(formula, kind, training and formula.weight.has("drop"), has_bias)
     return tuple(sorted(found, key=lambda each: (kind.is_called and each.reads_weight, each.cost(tokens).seconds)))
 
 
 @lru_cache(maxsize=None)
-def _found(formula: Formula, kind: LayerKind, training: bool, has_bias: bool) -> tuple[Candidate, ...]:
-    """The programs that there are, in no order."""
-    weight = cheapest(formula.weight if training else without_dropout(formula.weight))
+def _found(formula: Formula, kind: LayerKind, drops: bool, has_bias: bool) -> tuple[Candidate, ...]:
+    """The programs that there are, with the formula's dropout or without, in no order."""
+    weight = cheapest(formula.weight if drops else without_dropout(formula.weight))
     operand = turned(weight) if kind.takes_ids else weight
     x, bias = _input(operand.shape[1], kind), cheapest(formula.bias) if has_bias else None
     unread = partial(_unread, always=kind.is_called)
