@@ -10,6 +10,9 @@ import pytest
 from workers import is_fast, is_of_zoo, is_slow, piece
 
 
+pytest.register_assert_rewrite("formatting", "interrupted")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):

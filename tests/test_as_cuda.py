@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from as_cuda import AsCuda, Refused
+from dropout import METHODS
 from layers import LAYOUTS, Tower, assert_close, operated
 from packed import Int8Linear
-from test_zoo_dropout import METHODS
 from torch import Tensor, nn
 from zoo import CASES
 

@@ -7,7 +7,8 @@ from copy import deepcopy
 import oracle as o
 import pytest
 import torch
-from case import Case, Parameters
+from called import IN, OUT, named, operated
+from case import Parameters
 from layers import Tower, assert_close, gradients, perturb
 from packed import Int4Linear, Int8Linear, Sealed, SealedLinear
 from torch import nn
@@ -16,24 +17,12 @@ from zoo import CASES
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import parse
 from surgery.layers.opaque_linear import through
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.surgeon import apply
 
 EXACT = 1e-10
-OUT, IN = 12, 18
 LAYERS = [Int8Linear, Int4Linear]
 # What reads every number of the weight at each step: a copy of it is kept.
 READ = {"hira", "glora", "miss_bat"}
-
-
-def operated(case: Case, layer: nn.Module, **settings: torch.dtype) -> tuple[Tower, Surgeon]:
-    model = Tower(layer)
-    surgeon = apply(model, case.spec(), seed=3, **{"dtype": torch.float64, **settings})
-    perturb(model)
-    return model, surgeon
-
-
-def named(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
 
 
 def numbers(layer: nn.Module) -> torch.Tensor:

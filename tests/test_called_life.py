@@ -7,9 +7,9 @@ from copy import deepcopy
 
 import pytest
 import torch
+from called import IN, OUT, named, operated
 from layers import Tower, assert_close, perturb
 from packed import Int4Linear, Int8Linear
-from test_called import IN, OUT, named, operated
 from torch import nn
 
 from surgery.analysis.spectra import spectrum

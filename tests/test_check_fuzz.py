@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 
+from dense_formula import some
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from random_specs import specs
-from test_random_specs import some
 from torch.nn import Linear
 
 from surgery.diagnostics import SurgeryError

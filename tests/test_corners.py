@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_formula import Experts
 from layers import Tower, assert_close, gradients, perturb
-from test_random_specs import Experts
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D

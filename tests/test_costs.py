@@ -7,22 +7,18 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from formulas import IN, OUT, formula
 
 from surgery.cli.main import main
 from surgery.codegen.candidates import by_tokens, frozen_alone
 from surgery.codegen.cost_model import Cost, body_cost
-from surgery.diagnostics import Collector
-from surgery.ir.expression import Formula
-from surgery.language.library import library, load, parse, shipped
+from surgery.language.library import load, parse, shipped
 from surgery.layers.kinds import EMBEDDING, LINEAR, LayerKind
 from surgery.models.demo import load_demo
 from surgery.planning.compile import compile
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.figures import Report
-from surgery.semantics.elaborate import Context, elaborate
-from surgery.semantics.resolved_spec import spec_values
 
-OUT, IN = 512, 1024
 # What no structure of the compiler's makes cheap: entry-by-entry products, a full solve.
 DENSE = {
     "an entrywise gate": "update own() {\n param G[out, in] = 0\n return W * G\n}\ntarget linear {\n add own()\n}",
@@ -33,14 +29,6 @@ DENSE = {
 CHEAP = ("lora", "dora", "pre_diag", "post_diag", "sora", "sora_reference", "oft", "loha", "lokr", "hra", "boft", "ia3")
 OF_STD = ("householder(4)", "orthogonal(4)", "block_orthogonal(32)", "diagonal()", "magnitude()", "scale()",
           "skew_rotation(4)")
-
-
-def formula(spec, out: int = OUT, in_: int = IN) -> Formula:
-    """The formula of a spec's first target."""
-    report = Collector()
-    found = elaborate(spec.targets[0], Context(library(spec), spec_values(spec, report)), out, in_, report)
-    report.raise_errors()
-    return found
 
 
 def estimate(text: str, tokens: int = 1024, kind: LayerKind = LINEAR) -> Estimate:

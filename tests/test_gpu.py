@@ -14,10 +14,10 @@ from itertools import product
 
 import pytest
 import torch
+from dropout import METHODS, P, by_hand, shipped
 from layers import LAYOUTS, Layout, Operated, assert_close, gradients, operated
 from models import perturbed
 from packed import Int8Linear
-from test_zoo_dropout import METHODS, P, by_hand, shipped
 from torch import Tensor, nn
 from zoo import CASES
 

@@ -2,12 +2,12 @@
 
 import json
 
+from formatting import SHIPPED, assert_same_after_formatting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.lark import from_lark
 from lark import Lark
 from spec_strategies import names
-from test_printer import SHIPPED, assert_same_after_formatting
 
 from surgery.diagnostics import SurgeryError
 from surgery.language.grammar import GRAMMAR, WORDS

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dense_formula import error, lowered, meant, operated
+from formulas import formula
 from invented import INVENTED, spec
-from test_costs import formula
-from test_matrix_free import ALLOWED, IN, OUT, largest
-from test_random_specs import error, lowered, meant, operated
+from watched import ALLOWED, IN, OUT, largest
 
 import surgery
 from surgery.codegen.program import activations

@@ -4,15 +4,9 @@ every tensor is watched."""
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from watched import ALLOWED, IN, OUT, largest
 
 import surgery
-
-OUT, IN, TOKENS, RANK = 1280, 1536, 24, 4
-ALLOWED = max(TOKENS, 4 * RANK) * max(OUT, IN)  # numbers; a matrix of the weight's size has fifty times as many
 
 STEPS = {
     "kron on out": "post group_gain()", "householder on out": "post householder(2)",
@@ -39,32 +33,6 @@ def specs() -> dict[str, surgery.Spec]:
     own = {name: surgery.parse(f'{GROUPS}\nspec own()\ntarget linear "0" {{ {steps} }}')
            for name, steps in STEPS.items()}
     return own | {name: surgery.load(name, **settings).retarget("0") for name, settings in SHIPPED.items()}
-
-
-class Watch(TorchDispatchMode):
-    """The sizes of all tensors that are made; views of the frozen weight are not made."""
-
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        self.weight, self.made = weight.untyped_storage().data_ptr(), {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() != self.weight:
-                self.made[f"{func} {tuple(tensor.shape)}"] = tensor.untyped_storage().nbytes() // tensor.itemsize
-        return result
-
-
-def largest(spec: surgery.Spec) -> tuple[str, int]:
-    """The largest tensor that a step makes, a second one."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(IN, OUT))
-    surgery.apply(model, spec)
-    for _ in range(2):
-        with Watch(model[0].get_parameter("weight")) as watch:
-            model(torch.randn(TOKENS, IN, requires_grad=True)).square().sum().backward()
-    return max(watch.made.items(), key=lambda item: item[1])
 
 
 @pytest.mark.parametrize("name, spec", specs().items(), ids=list(specs()))

@@ -1,32 +1,17 @@
 """Text, tree and JSON are the same spec; the formatter changes the layout only, and once."""
 
-import re
-
 import pytest
+from formatting import SHIPPED, assert_same_after_formatting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from spec_strategies import expressions, specs
 
 from surgery.language.formatter import expression_text, format_text, spec_text
-from surgery.language.grammar import machine, pattern_of
+from surgery.language.grammar import machine
 from surgery.language.parser import from_json, parse_expression, parse_text
-from surgery.language.resources import folder
 from surgery.language.tree import Binary, Name, Number, Parameter, Spec, Target, Unary, add, post, pre
 
-SHIPPED = sorted(folder("specs").glob("*.surg"))
 random_specs = settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-def comments_of(text: str) -> list[str]:
-    found = re.findall(f"{pattern_of('STRING')}|({pattern_of('COMMENT')})", text)
-    return sorted(comment.rstrip() for comment in found if comment)
-
-
-def assert_same_after_formatting(text: str) -> None:
-    formatted = format_text(text)
-    assert parse_text(formatted) == parse_text(text)
-    assert comments_of(formatted) == comments_of(text)
-    assert format_text(formatted) == formatted
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -8,7 +8,7 @@ import random
 import numpy
 import pytest
 import torch
-from test_transactions import LORA, interrupted_everywhere, looks
+from interrupted import LORA, interrupted_everywhere, looks
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -3,8 +3,8 @@
 import logging
 
 import pytest
+from diagnosed import errors_of, underlined
 from lark import Lark
-from test_syntax_errors import errors_of, underlined
 
 from surgery.language.grammar import GRAMMAR, KEYWORDS, SOFT_WORDS, WORDS, is_name
 from surgery.language.parser import parse_expression, parse_text

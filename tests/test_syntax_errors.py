@@ -1,22 +1,12 @@
 """What is said of text, Python and JSON that are no spec."""
 
 import pytest
+from diagnosed import errors_of, underlined
 
 from surgery.diagnostics import SurgeryError
 from surgery.language.grammar import KEYWORDS
-from surgery.language.parser import MAX_ERRORS, from_json, parse_expression, parse_text
+from surgery.language.parser import MAX_ERRORS, from_json, parse_expression
 from surgery.language.tree import Argument, Binary, Boolean, Name, Number, Parameter, Spec, Target, Unary, add, pre
-
-
-def errors_of(text: str, parse=parse_text) -> list:
-    with pytest.raises(SurgeryError) as caught:
-        parse(text)
-    return list(caught.value.diagnostics)
-
-
-def underlined(diagnostic) -> str:
-    span = diagnostic.span
-    return span.source.text[span.start : span.end]
 
 
 @pytest.mark.parametrize(("text", "message", "place"), [
