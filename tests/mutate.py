@@ -184,7 +184,8 @@ def main() -> int:
     say.add_argument("--count", type=int, default=40)
     say.add_argument("--seed", type=int, default=0)
     say.add_argument("--seconds", type=float, default=float("inf"), help="begin no new mistake after so many")
-    say.add_argument("--tests", nargs="+", default=[f"tests/{name}" for name in TESTS])
+    say.add_argument("--tests", nargs="+", default=[f"{path.relative_to(ROOT)}" for name in TESTS
+                                                  for path in (ROOT / "tests").rglob(name)])
     given = say.parse_args()
     if not hasattr(os, "fork"):
         return print("a system that can fork is needed", file=sys.stderr) or 2

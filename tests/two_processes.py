@@ -1,5 +1,5 @@
-"""What one of two processes does for tests/test_two_processes.py: `python two_processes.py RANK FOLDER`. It writes what
-it saw into FOLDER/RANK.json, by case and name; the processes run the same cases in the same order."""
+"""What one of two processes does for tests/runtime/test_two_processes.py: `python two_processes.py RANK FOLDER`. It
+writes what it saw into FOLDER/RANK.json, by case and name; the processes run the same cases in the same order."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from surgery.ir.dense import dense
 from surgery.language.library import parse
 from surgery.runtime.surgeon import apply
 
-CASES = sorted((Path(__file__).parent / "data" / "sums").glob("*.surg"))
+CASES = sorted((Path(__file__).parents[1] / "data" / "sums").glob("*.surg"))
 # What the suite runs: eighteen seeds, and eighteen of the week. SURGERY_EXAMPLES=3000 runs so many others.
 EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", 0))
 WEEK = 1000 * (date.today().toordinal() // 7)

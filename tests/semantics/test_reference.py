@@ -15,7 +15,7 @@ from torch import nn
 from surgery.language.library import load, parse, retarget
 from surgery.runtime.surgeon import apply
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 OUT, IN = 32, 64
 FILES = [path for path in sorted([*(HERE.parent / "specs").glob("*.surg"), *(HERE / "methods").glob("*.surg")])
          if "target " in path.read_text(encoding="utf-8")]

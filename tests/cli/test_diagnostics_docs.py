@@ -2,7 +2,7 @@
 
 A page is Markdown. A line `file: NAME` names the block after it; a ```console block holds commands, each followed by
 what it writes to stderr: `$ surgery ...`, or `$ python FILE`, of whose traceback the last part is shown. `python
-tests/test_diagnostics_docs.py` writes those outputs anew, to be read before they are committed.
+tests/cli/test_diagnostics_docs.py` writes those outputs anew, to be read before they are committed.
 """
 
 import os
@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from surgery.cli.main import main
 from surgery.diagnostics import CODES, SurgeryError
 
-PAGES = sorted(Path(__file__).with_name("diagnostics").glob("*.md"))
+PAGES = sorted((Path(__file__).parents[1] / "diagnostics").glob("*.md"))
 FILE = re.compile(r"^file: (\S+)\n+```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CONSOLE = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ ((?:surgery|python) .*)$", re.MULTILINE)

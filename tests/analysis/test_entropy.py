@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from surgery.analysis.spectra import Spectrum
 
-FOLDER = Path(__file__).parents[1] / "examples" / "entropy"
+FOLDER = Path(__file__).parents[2] / "examples" / "entropy"
 
 
 def module():

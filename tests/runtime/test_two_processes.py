@@ -19,7 +19,7 @@ from two_processes import CHECKPOINTED, MERGED, SPECS, apart, fresh, logits, spe
 
 import surgery
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 Seen = tuple[Path, list[dict]]
 
 

