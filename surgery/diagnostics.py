@@ -17,6 +17,7 @@ from surgery.text import plain
 
 CODES: dict[str, str] = {
     "syntax": "the text is not a spec: the parser met something that cannot stand there",
+    "newer-language": "a spec says that it is written in a version of the language that is not known here",
     "unknown-name": "an expression uses a name that is not a parameter, a dimension, a `param`, a `let` or a primitive",
     "unknown-argument": "a call passes an argument that the definition does not take",
     "unknown-definition": "a step names a transform or an update that is not defined",

@@ -91,7 +91,8 @@ def specs(draw):
     name = draw(st.none() | names)
     signature = draw(tuples(parameters, max_size=2, unique_by=lambda p: p.name)) if name else ()
     return tree.Spec(
-        name, params=signature, uses=draw(tuples(st.builds(tree.Use, path=texts, trivia=leaf_trivia), max_size=1)),
+        name, language=draw(st.sampled_from([None, None, 1])), params=signature,
+        uses=draw(tuples(st.builds(tree.Use, path=texts, trivia=leaf_trivia), max_size=1)),
         checks=draw(tuples(checks, max_size=1)), definitions=draw(tuples(definitions(), max_size=2)),
         selects=draw(tuples(st.builds(tree.Select, name=selector_names, patterns=selectors, trivia=leaf_trivia),
                             max_size=1)),

@@ -17,8 +17,8 @@ from surgery.language.grammar import extent, pattern_of
 from surgery.language.tree import Trivia
 
 FILE = -1
-STATEMENTS = {"use", "header", "check", "select", "train", "parameter", "transform", "update", "param", "let", "result",
-              "target", "step"}
+STATEMENTS = {"language", "use", "header", "check", "select", "train", "parameter", "transform",
+              "update", "param", "let", "result", "target", "step"}
 _STRING_OR_COMMENT = re.compile(f"{pattern_of('STRING')}|({pattern_of('COMMENT')})")
 
 

@@ -117,6 +117,8 @@ def spec_text(spec: tree.Spec) -> str:
     blocks = [_item(item) for item in placed or items]
     if placed is None:
         blocks = [[("", ""), *block] if block[0] != ("", "") else block for block in blocks]
+    first = [_plain(spec.language_trivia, [f"language {spec.language}"], 0)] if spec.language is not None else []
+    blocks = [*first, *blocks]
     lines = [line for block in blocks for line in block] + _comments(spec.trivia.inside, 0)
     return _joined(lines[1:] if lines[:1] == [("", "")] else lines)
 

@@ -66,4 +66,5 @@ def machine(text: str, start: str) -> InteractiveParser:
 @cache
 def item_words() -> tuple[str, ...]:
     """The words that begin a statement at the top of a file."""
-    return tuple(word for terminal in machine("", "file").accepts() for word in WORDS.get(terminal, ()))
+    first = machine("", "file").accepts() - {"_LANGUAGE"}  # which stands above them all
+    return tuple(word for terminal in first for word in WORDS.get(terminal, ()))

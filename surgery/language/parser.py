@@ -12,22 +12,26 @@ from typing import NamedTuple
 from lark import Token, Tree
 from lark.exceptions import UnexpectedCharacters, UnexpectedToken
 
-from surgery.diagnostics import Collector, Diagnostic, Source, SurgeryError
+from surgery.diagnostics import Collector, Diagnostic, Source, Span, SurgeryError
 from surgery.language.comments import trivia_of
 from surgery.language.grammar import extent, item_words, machine
 from surgery.language.json_errors import told_of
 from surgery.language.syntax_errors import explain
 from surgery.language.tree import Expression, Node, Spec
-from surgery.language.tree_builder import Builder
-from surgery.language.well_formed import check_expression
+from surgery.language.tree_builder import Builder, read_number
+from surgery.language.well_formed import check_expression, check_language
 
 MAX_ERRORS = 20
+_VERSION = re.compile(r"(?:\s|#[^\r\n]*[\r\n])*language\s+([0-9]+)(?![\w.%])")
 
 
 def parse_text(text: str, name: str = "<text>") -> Spec:
     """The spec that a whole file says. Raises: SurgeryError with as many syntax errors as can be told apart."""
     source = Source(name, text.removeprefix("\ufeff"))
     found = Collector()
+    if version := _VERSION.match(source.text):  # before anything that a newer language may write in another way
+        check_language(found, read_number(version[1]), Span(source, *version.span(1)))
+        found.raise_errors()
     root, tokens = _parse(source, "file", found)
     try:
         spec = Builder(source, trivia_of(source.text, root, tokens), found).build(root)

@@ -290,9 +290,12 @@ class Train(Node):
 
 
 class Spec(Node):
-    """A whole file: its signature, its definitions and what it does to a model. `name` is None for a library file."""
+    """A whole file: its signature, its definitions and what it does to a model. `name` is None for a library file;
+    `language` the version of the language that it says it is written in, if it does."""
 
     name: str | None = None
+    language: int | None = None
+    language_trivia: Comments = Field(default=Trivia(), exclude=True, repr=False)
     params: Many[Parameter] = ()
     uses: Many[Use] = ()
     checks: Many[Check] = ()

@@ -46,14 +46,22 @@ class Builder:
     # ------------------------------------------------------------------------------------ statements of a file
 
     def file(self, span: Span, *items: Any) -> tree.Spec:
+        version, *items = items
         header, *again = [i for i in items if isinstance(i, dict)] or [{"span": Span(self.source, 0, 0)}]
         for other in again:
             self.found.error("syntax", "a file has one `spec` header", other["span"], label="this is the second",
                              related=((header["span"], "the first is here"),))
         header["trivia"] = replace(header.get("trivia", tree.Trivia()), inside=self.trivia[FILE].inside)
-        return tree.Spec(**header, uses=_all(items, tree.Use), checks=_all(items, tree.Check),
+        return tree.Spec(**header, **(version or {}), uses=_all(items, tree.Use), checks=_all(items, tree.Check),
                          selects=_all(items, tree.Select), definitions=_all(items, tree.Definition),
                          targets=_all(items, tree.Target), train=_all(items, tree.Train))
+
+    def language(self, span: Span, number: Token) -> dict[str, Any]:
+        value = read_number(number)
+        if not isinstance(value, int):
+            self.found.error("syntax", "a version of the language is a whole number", span)
+            return {}
+        return {"language": value, "language_trivia": self._place(span)["trivia"]}
 
     def header(self, span: Span, name: Token, params: tuple | None) -> dict[str, Any]:
         return {"name": str(name), "params": params or (), **self._place(span, name)}

@@ -14,6 +14,7 @@ from surgery.diagnostics import Collector, Span
 from surgery.language import tree
 from surgery.language.grammar import KEYWORDS, WORDS, is_name
 
+LANGUAGE = 1  # the version of the language that this is
 MAX_DEPTH = 100
 MAX_INT = 2**63 - 1
 
@@ -105,7 +106,19 @@ def _target(found: Collector, target: tree.Target) -> None:
     _selectors(found, target.selectors + target.exclude)
 
 
+def check_language(found: Collector, version: float, span: Span | None = None) -> None:
+    """Whether this version of the language is one that is known here."""
+    if version > LANGUAGE:
+        found.error("newer-language", f"this spec is written in language {version}, and this surgery knows language "
+                    f"{LANGUAGE}", span, helps=("install a newer version of surgery",
+                                                f"or say `language {LANGUAGE}`, if it uses nothing newer"))
+    elif version < 1:
+        found.error("syntax", "versions of the language are counted from 1", span)
+
+
 def _spec(found: Collector, spec: tree.Spec) -> None:
+    if spec.language is not None:
+        check_language(found, spec.language)
     _name(found, spec.name, spec.name_span)
     _once(found, "parameter", [(p.name, p.name_span) for p in spec.params])
     if spec.name is None and spec.params:

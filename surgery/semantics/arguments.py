@@ -13,7 +13,7 @@ from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fai
 from surgery.ir import sizes
 from surgery.ir.sizes import Dim
 from surgery.language.formatter import expression_text
-from surgery.language.tree import Argument, Call, Check, Definition, Parameter
+from surgery.language.tree import Argument, Binary, Call, Check, Definition, Name, Parameter
 from surgery.semantics.evaluate import evaluate, here
 from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
 
@@ -117,6 +117,20 @@ def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Co
                 raise fail("check-failed", f"`check {expression_text(check.condition)}` is not met", check.span,
                            notes=here(check.condition, values))
     return len(report.errors) == before
+
+
+def says_square(checks: Iterable[Check]) -> bool:
+    """Whether `check out == in` stands among them: then what is square alone makes sense for any sizes."""
+    stack = [check.condition for check in checks]
+    while stack:
+        condition = stack.pop()
+        if isinstance(condition, Binary) and condition.op == "and":
+            stack += (condition.left, condition.right)
+        elif isinstance(condition, Binary) and condition.op == "==":
+            sides = (condition.left, condition.right)
+            if {side.id for side in sides if isinstance(side, Name)} == {"out", "in"}:
+                return True
+    return False
 
 
 def unknowns(symbolic: Iterable[Parameter]) -> dict[str, Any]:

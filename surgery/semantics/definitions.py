@@ -7,12 +7,12 @@ every shape is checked; the mistakes of all its statements are reported at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
 
-from surgery.diagnostics import Collector, Span, did_you_mean, fail
+from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean, fail
 from surgery.ir.expression import DEEPEST_FORMULA, Draw, Expr, Leaf
 from surgery.ir.operations import is_undecided, is_whole, shape_text, undecided
 from surgery.ir.sizes import Dim, Size
@@ -151,6 +151,18 @@ def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) 
     of, count = given.get("of"), prod(shape)
     if of is not None and not isinstance(of, Dim) and not isinstance(count, Dim) and count > of:
         raise fail("bad-value", f"{count} different places are asked for, and there are {of:g}", call.span)
+
+
+def told_of_definitions(diagnostic: Diagnostic, known: Mapping[str, Definition]) -> Diagnostic:
+    """What is wrong with a definition's body; where it calls another definition, with what is so."""
+    name = diagnostic.message.split("`")[1] if diagnostic.code == "unknown-primitive" else ""
+    if name not in known:
+        return diagnostic
+    kind = known[name].kind
+    where = "add" if kind == "update" else "pre` or `post"
+    return replace(diagnostic, label=f"{with_article(kind)}, which a target places", notes=(), helps=(
+        f"place it with `{where}`, beside what else the target does",
+        "or write what it computes here, its parameters too: a definition calls primitives alone"))
 
 
 @lru_cache(maxsize=None)

@@ -19,7 +19,7 @@ from surgery.ir.sizes import Size
 from surgery.language.library import Library
 from surgery.language.tree import Definition, Step, Target
 from surgery.semantics.arguments import bind_call, guard
-from surgery.semantics.definitions import Instance, not_too_deep, with_article
+from surgery.semantics.definitions import Instance, not_too_deep, told_of_definitions, with_article
 from surgery.semantics.evaluate import evaluate
 from surgery.semantics.scope import describe, unknown
 
@@ -109,7 +109,8 @@ class _Builder:
         instance = Instance(definition, name, {**values, **self.sizes, **side, "W": operand}, within,
                             self.context.group)
         result = instance.run()
-        self.report.add(*(_placed(d, step) for d in within.found))
+        known = self.context.library.definitions
+        self.report.add(*(_placed(told_of_definitions(d, known), step) for d in within.found))
         self.leaves += instance.leaves
         if result is not None:
             spans = definition.claims_spans or (definition.name_span,) * len(definition.claims)

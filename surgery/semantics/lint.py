@@ -11,8 +11,8 @@ from typing import Any
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.ir.expression import Expr
 from surgery.language.tree import Definition, Param, Spec
-from surgery.semantics.arguments import unknowns
-from surgery.semantics.definitions import Instance
+from surgery.semantics.arguments import says_square, unknowns
+from surgery.semantics.definitions import Instance, told_of_definitions
 from surgery.semantics.evaluate import names_in
 from surgery.semantics.resolved_spec import IN, OUT, ResolvedSpec
 from surgery.semantics.scope import unknown
@@ -24,7 +24,7 @@ def lint(resolved: ResolvedSpec) -> list[Diagnostic]:
     """What is wrong with a spec whatever the model: definitions, targets, claims, unused names."""
     spec, report = resolved.spec, Collector()
     for definition in spec.definitions:
-        report.add(*_definition(definition))
+        report.add(*(told_of_definitions(d, resolved.library.definitions) for d in _definition(definition)))
     told = {(d.code, d.span) for d in report.found}
     of_steps = Collector()
     for target in spec.targets:
@@ -47,9 +47,10 @@ def _definition(definition: Definition) -> list[Diagnostic]:
 
 
 def _abstract(definition: Definition, n: Any) -> list[Diagnostic]:
-    report = Collector()
+    report, in_ = Collector(), OUT if says_square(definition.checks) else IN
+    n = OUT if in_ is OUT else n
     side = {definition.dim: n} if definition.dim else {"b": Expr("bias", (), None, (OUT,))} if definition.bias else {}
-    values = {**unknowns(definition.params), "out": OUT, "in": IN, **side, "W": Expr("weight", (), None, (OUT, IN))}
+    values = {**unknowns(definition.params), "out": OUT, "in": in_, **side, "W": Expr("weight", (), None, (OUT, in_))}
     Instance(definition, definition.name, values, report).run()
     return report.found
 

@@ -15,7 +15,7 @@ from surgery.ir.expression import Formula
 from surgery.ir.sizes import Size
 from surgery.language.library import library
 from surgery.language.tree import Parameter, Spec, Target
-from surgery.semantics.arguments import assert_checks, defaults
+from surgery.semantics.arguments import assert_checks, defaults, says_square
 from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import names_in
 
@@ -48,6 +48,7 @@ class ResolvedSpec:
                 place: Mapping[str, Any] = PLACES, has_bias: bool = True) -> Formula | None:
         """The formula of a target for a weight [out, in], which stands at a `place` (its `layer` and `depth`; what is
         None is not known there); None when a mistake was reported. Without more, of a weight of any size anywhere."""
+        in_ = OUT if out is OUT and in_ is IN and self._is_square(target) else in_
         asked = {name: value for name, value in place.items() if value is not None}
         asked = asked if names_in(target).keys() & PLACES.keys() else {}
         key = (id(target), out, in_, has_bias, *asked.items())
@@ -58,6 +59,12 @@ class ResolvedSpec:
         formula, found = self._known[key]
         report.add(*found)
         return formula
+
+    def _is_square(self, target: Target) -> bool:
+        """Whether a definition that the target places is for square weights alone."""
+        known = self.library.definitions
+        return any(says_square(known[step.call.function].checks) for step in target.steps
+                   if step.call.function in known)
 
     def formulas(self, out: Size = OUT, in_: Size = IN,
                  place: Mapping[str, Any] = PLACES) -> list[tuple[Target, Formula]]:
