@@ -53,6 +53,18 @@ def fresh() -> nn.Module:
     return load_demo(SMALL)
 
 
+class Outer(nn.Module):
+    """A module of a user's that holds the operated one."""
+
+    def __init__(self, held: nn.Module):
+        super().__init__()
+        self.held = held
+
+    @torch.no_grad()
+    def forward(self, **batch: torch.Tensor) -> object:
+        return self.held(**batch)
+
+
 def sharded(model: nn.Module) -> nn.Module:
     for layer in model.model.layers:
         fully_shard(layer, mesh=MESH)
@@ -181,6 +193,13 @@ def failures() -> dict:
     surgeon.merge()
     surgeon.unmerge()
     seen["and goes on"] = same(gathered(model), before)
+    inner = fresh()
+    surgeon, operated = perturbed(inner, "vera", check=False), logits(inner)
+    outer = fully_shard(Outer(inner), mesh=MESH)  # which no verb knows of, and which holds whole tensors after this:
+    outer(**demo_inputs(SMALL))
+    seen["unseen"] = refused(surgeon.merge)
+    outer.reshard()
+    seen["unseen, forward"] = apart(outer(**demo_inputs(SMALL)).logits, operated)
     return seen
 
 

@@ -13,11 +13,11 @@ import torch.nn as nn
 
 from surgery.diagnostics import Diagnostic
 from surgery.ir.dense import dense, in_dtype
-from surgery.ir.expression import Leaf
+from surgery.ir.expression import Leaf, walk
 from surgery.language.tree import Target
 from surgery.layers.survey import Site
 from surgery.planning.compile import Placed
-from surgery.semantics.distributions import draw
+from surgery.semantics.distributions import DISTRIBUTIONS, draw
 from surgery.text import counted
 
 Shared = dict[tuple[str, tuple[int, ...]], torch.Tensor]
@@ -40,6 +40,16 @@ def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> di
             shared[key] = made[leaf.key]
         values[leaf.key] = in_dtype(made[leaf.key].detach(), values["weight"].dtype)
     return made
+
+
+def starts_around_zero(leaf: Leaf) -> bool:
+    """Whether a leaf starts at 0, or is drawn from a distribution around 0."""
+    if leaf.draw is not None:
+        law = {**DISTRIBUTIONS[leaf.draw.distribution].arguments, **dict(leaf.draw.arguments)}
+        return law.get("mean", 0) == 0 and law.get("low", 0) + law.get("high", 0) == 0
+    if any(node.op in ("weight", "bias", "param", "places") for node in walk(leaf.init)):
+        return False
+    return not dense(leaf.init, {"weight": torch.zeros(1, 1)}).any()  # which says the dtype and the device
 
 
 def frozen_leaves(placed: Placed, reads: bool = True) -> dict[str, torch.Tensor]:

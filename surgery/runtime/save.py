@@ -17,16 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
-from torch import nn
 
-from surgery import __version__
 from surgery.diagnostics import fail
-from surgery.language.library import inlined
-from surgery.runtime.adapter import Adapter, SharedTensors
 from surgery.runtime.atomic_folders import Kind, refuse_taken, replacing
-from surgery.runtime.saved_format import ADAPTER, FORMAT, META, SPEC, TENSORS
+from surgery.runtime.checkpoints import on_cpu, plain
+from surgery.runtime.saved_format import ADAPTER, META, SPEC, TENSORS
 from surgery.runtime.sharding import is_first, on_first, whole
-from surgery.text import dtype_text
 
 if TYPE_CHECKING:
     from surgery.runtime.surgeon import Surgeon
@@ -42,26 +38,16 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
 
     Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
     """
-    tensors = {name: _whole(name, tensor) for name, tensor in (state or surgeon.state()).items()}
-    about = {"format_version": FORMAT, "surgery_version": __version__, "base_model": base_model, "revision": revision,
-             "model_class": type(surgeon.model).__name__, "seed": surgeon.seed, "dtype": dtype_text(surgeon.dtype),
-             "tensors": {n: {"shape": list(t.shape), "dtype": dtype_text(t.dtype)} for n, t in tensors.items()}, **more}
+    tensors = {name: on_cpu(name, tensor) for name, tensor in (state or surgeon.state()).items()}
+    about = surgeon.record.meta(surgeon.model, tensors, base_model=base_model, revision=revision, **more)
 
     def write() -> None:
         with replacing(Path(folder), ADAPTER, force) as new:
             (new / TENSORS).write_bytes(to_bytes(tensors))
-            (new / SPEC).write_text(inlined(surgeon.spec).to_surg(), encoding="utf-8")
+            (new / SPEC).write_text(surgeon.record.text(), encoding="utf-8")
             (new / META).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
     on_first(surgeon.part, write)
-
-
-def _whole(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on the CPU. A shard, or a tensor without data, would be saved as a part that looks like a whole."""
-    if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():
-        raise fail("bad-output", f"{name} is not here as a whole (it is sharded or on the meta device)",
-                   helps=("gather the model's parameters before saving",))
-    return tensor.cpu().contiguous()
 
 
 def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] = (), force: bool = False) -> None:
@@ -76,7 +62,7 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
                    f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
                    helps=("merge() and save its state_dict() yourself",))
     on_first(surgeon.part, lambda: refuse_taken(Path(folder), MODEL, force))
-    with _merged(surgeon), _untied(surgeon):
+    with _merged(surgeon):
         tensors = _gathered(plain(model, model.state_dict()), surgeon.part)
 
         def write() -> None:
@@ -89,13 +75,6 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
                     extra.save_pretrained(new)
 
         on_first(surgeon.part, write)
-
-
-def plain(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's tensors by name without those of adapters."""
-    ours = tuple(f"{name}." for name, m in model.named_modules(remove_duplicate=False)
-                 if isinstance(m, (Adapter, SharedTensors)))
-    return {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
 
 
 def _gathered(state: Mapping[str, torch.Tensor], like: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -120,15 +99,3 @@ def _merged(surgeon: Surgeon) -> Iterator[None]:
             yield
         finally:
             surgeon.unmerge()
-
-
-@contextmanager
-def _untied(surgeon: Surgeon) -> Iterator[None]:
-    """Inside, the configuration says that what `untie` parted is not tied, so that a reload keeps both weights."""
-    config = surgeon.model.config
-    before = getattr(config, "tie_word_embeddings", False)
-    config.tie_word_embeddings = before and not surgeon.untied
-    try:
-        yield
-    finally:
-        config.tie_word_embeddings = before

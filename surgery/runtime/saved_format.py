@@ -24,6 +24,7 @@ from surgery.runtime.atomic_folders import Kind
 from surgery.text import counted, dtype_text
 
 FORMAT = "1.0"
+CHECKPOINT = "model.safetensors"  # holds the tensors where `save_pretrained` wrote, which the Trainer looks for
 TENSORS, SPEC, META = FILES = ("adapter.safetensors", "adapter.surg", "meta.json")
 ADAPTER = Kind("a saved adapter", earlier=frozenset(FILES))
 _SHOWN = 8
@@ -89,6 +90,7 @@ class Saved:
             raise fail("missing-file", f"there is no folder {folder}", helps=(_NAME_ONE,))
         if not any((folder / name).exists() for name in FILES):
             raise fail("bad-adapter", f"{folder} is not a saved adapter", helps=(_NAME_ONE,))
+        self.file = TENSORS if (folder / TENSORS).exists() or not (folder / CHECKPOINT).exists() else CHECKPOINT
         self.tensors, self.meta, self.spec = self._tensors(), self._meta(), self._spec()
         if self.meta is not None and self.tensors is not None:
             self._agree()
@@ -105,11 +107,11 @@ class Saved:
     def _agree(self) -> None:
         """The tensors must be the ones that the file beside them lists."""
         listed = {name: form["shape"] for name, form in self.meta["tensors"].items()}
-        compare(shapes(self.tensors), listed, META, self.report)
+        compare(shapes(self.tensors), listed, META, self.report, self.file)
         wrong = [n for n in listed if n in self.tensors
                  and dtype_text(self.tensors[n].dtype) != self.meta["tensors"][n]["dtype"]]
         if wrong:
-            self._fault(f"{META} gives another dtype than {TENSORS} for {_listed(wrong)}")
+            self._fault(f"{META} gives another dtype than {self.file} for {_listed(wrong)}")
 
     def _meta(self) -> dict | None:
         try:
@@ -147,16 +149,16 @@ class Saved:
 
     def _tensors(self) -> dict[str, torch.Tensor] | None:
         try:
-            refuse_irregular(self.folder / TENSORS)
-            found = load_file(self.folder / TENSORS)
+            refuse_irregular(self.folder / self.file)
+            found = load_file(self.folder / self.file)
         except (OSError, SafetensorError) as error:
-            return self._fault(f"cannot read {TENSORS}: {getattr(error, 'strerror', None) or error}")
+            return self._fault(f"cannot read {self.file}: {getattr(error, 'strerror', None) or error}")
         odd = [f"{n} ({dtype_text(t.dtype)})" for n, t in found.items() if t.dtype not in DTYPES]
         if odd:
-            return self._fault(f"{TENSORS} holds dtypes that no adapter is trained in: {_listed(odd)}")
+            return self._fault(f"{self.file} holds dtypes that no adapter is trained in: {_listed(odd)}")
         broken = [name for name, tensor in found.items() if not tensor.isfinite().all()]
         if broken:
-            self._fault(f"{TENSORS} holds what is not finite: {_listed(broken)}", "the training that made it diverged")
+            self._fault(f"{self.file} holds what is not finite: {_listed(broken)}", "the training that made it diverged")
         return found
 
 

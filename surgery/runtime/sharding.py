@@ -8,8 +8,9 @@ tensor takes all processes: each of them has to ask, in the same order.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,18 @@ def refuse_flattened(parameters: Iterable[tuple[str, Tensor | None]]) -> None:
                        "process has not all of it",
                        helps=("call it inside `with FullyShardedDataParallel.summon_full_params(wrapped):`",
                               "or shard with torch.distributed.fsdp.fully_shard, which needs no more"))
+
+
+def refuse_unseen(now: Mapping[str, Tensor], before: Mapping[str, ref[Tensor]]) -> None:
+    """Raises: SurgeryError (unsupported-module) where a plain parameter was put in another's place in a run of several
+    processes: a module outside of the model, which no verb can ask, may have gathered it for a moment."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for name, tensor in now.items():
+        if isinstance(tensor, nn.Parameter) and name in before and before[name]() is not tensor and not is_part(tensor):
+            raise fail("unsupported-module", f"{name} is another tensor than when the model was operated on: a module "
+                       "around the model that is sharded may hold its parts",
+                       helps=("operate on the module that is sharded last, the outermost",))
 
 
 def is_first(like: Tensor | None) -> bool:

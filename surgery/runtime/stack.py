@@ -194,7 +194,9 @@ def _together(model: nn.Module, known: Mapping[str, Known],
     plan = Plan(spec, tuple(placed), replace(plans[0].selection, train=train), (), plans[0].total)
     common = SharedTensors()
     adapters = {p.site.name: adapter_of(p, _tensors(p, known), common) for p in placed}
-    return Surgeon(model, plan, adapters, seed=0)
+    surgeon = Surgeon(model, plan, adapters, seed=0)
+    surgeon.saves_as = "surgeries.save(name, folder) writes each of the surgeries in use"
+    return surgeon
 
 
 def _placed(site: str, known: Mapping[str, Known], compose: Callable[[dict[str, Formula]], Formula],

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn as nn
@@ -24,9 +25,28 @@ from surgery.layers.wrappers import bare
 from surgery.planning.compile import Placed, Plan, compile
 from surgery.planning.figures import Report
 from surgery.planning.fitness import dense_copies, unfit
-from surgery.planning.initial_values import IDENTITY_TOLERANCE, Shared, departure, frozen_leaves, not_identity, tensors
+from surgery.planning.initial_values import (
+    IDENTITY_TOLERANCE,
+    Shared,
+    departure,
+    frozen_leaves,
+    not_identity,
+    starts_around_zero,
+    tensors,
+)
 from surgery.rewrite.prove_identity import starts_as_weight
-from surgery.runtime.adapter import CONTAINERS, SHARED, Adapter, SharedTensors, hold_common, install, uninstall
+from surgery.runtime.adapter import (
+    CONTAINERS,
+    SHARED,
+    Adapter,
+    Operated,
+    SharedTensors,
+    hold_common,
+    install,
+    operated_class,
+    uninstall,
+)
+from surgery.runtime.checkpoints import SavesAdapter, Surgery
 from surgery.runtime.merge import merged, refuse_called
 from surgery.runtime.proof import Proof, Subject
 from surgery.runtime.save import save
@@ -39,6 +59,7 @@ from surgery.runtime.sharding import (
     part,
     refuse_flattened,
     refuse_sharded,
+    refuse_unseen,
     whole,
 )
 from surgery.runtime.standing import Spot, Standing, changed
@@ -48,7 +69,8 @@ from surgery.text import listed
 _SAID = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
 _WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first",
              "base": "leave the block of disabled() first", "removed": "apply the spec again, or attach what was saved"}
-_UNSHARDED = {"prove": "prove() before sharding it", "serving": "merge() it, or attach what was saved to a whole model",
+_UNSHARDED = {"merge_and_remove": "merge(), and save_merged(surgeon, folder) writes the plain model",
+              "prove": "prove() before sharding it", "serving": "merge() it, or attach what was saved to a whole model",
               "remove": "disabled() is the base model; save() writes the adapter, and a whole model takes it"}
 _REST = "remove(partly=True) gives back what still stands; then apply the spec to the model as it is now"
 
@@ -126,6 +148,8 @@ class Surgeon:
         self._kept = {n: Kept(self._spots[n].module, self._spots[n].parameter,
                               {"base": self._spots[n].tensor.detach().clone()}) for n in plan.train}
         self._tied: dict[str, nn.Parameter] = {}
+        self._objects: dict[str, ref[torch.Tensor]] = {}  # the tensors that were there when it was operated on
+        self.saves_as = ""  # how, where it is no surgery of one spec
         self.proof = Proof(skipped="not tried")
 
     @property
@@ -183,7 +207,12 @@ class Surgeon:
         trained = {id(p) for p in self.named_tensors().values()} - frozen
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
+        # The root itself may be an operated layer, which nothing saves as a model.
+        if hasattr(type(self.model), "save_pretrained") and not isinstance(self.model, Operated):
+            self.model.__class__ = operated_class(type(self.model), (), SavesAdapter)
         self._mode, self._is_on = "operated", True
+        self._objects = {name: ref(tensor) for name, tensor in self._written.items()}
+        self._note()
         self._put(values or {})
         return self
 
@@ -227,6 +256,12 @@ class Surgeon:
                        helps=("load the weights first, without offloading them; `surgery.plan` needs none",))
 
     @property
+    def _written(self) -> dict[str, torch.Tensor]:
+        """The tensors that verbs write into, as they stand now."""
+        spots = {name: spot.tensor for name, spot in self._spots.items() if spot.shape and spot.tensor is not None}
+        return {**spots, **self.named_tensors()}
+
+    @property
     def part(self) -> torch.Tensor | None:
         """A tensor of the surgery of which this process holds a part, if the model is sharded."""
         gather_up(self.model)
@@ -258,6 +293,36 @@ class Surgeon:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train: the adapters' and those of `train`."""
         return (p for p in self.model.parameters() if p.requires_grad)
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.0, **rates: float) -> list[dict[str, Any]]:
+        """What trains, as an optimiser's groups: `AdamW(surgeon.parameter_groups(lr=1e-4, lr_B=1.6e-3,
+        weight_decay=0.01))`. `lr_NAME` is the rate of every `param NAME` of the spec (LoRA+ has a larger one for B).
+
+        Decay pulls to 0, so it is given to what starts at 0, or is drawn around 0, and to the matrices of `train`; a
+        gain that starts at 1, or factors and norms of W, it would pull away from W.
+
+        Of a sharded model, ask after sharding. Raises: SurgeryError (bad-value).
+        """
+        self._assert_standing()
+        given = {name.removeprefix("lr_"): rate for name, rate in rates.items()}
+        tensors, groups = self.named_tensors(), {}
+        decays = {name: tensors[name].ndim > 1 for name in self.plan.train}
+        names = dict.fromkeys(self.plan.train, "")
+        for placed in self.plan.placed:
+            for leaf in placed.formula.leaves:
+                if not leaf.frozen:
+                    name = self.name_of(placed, leaf.key)
+                    names[name], decays[name] = leaf.key.rpartition(".")[2], starts_around_zero(leaf)
+        known = {own for own in names.values() if own}
+        wrong = [name for name in rates if not name.startswith("lr_") or name.removeprefix("lr_") not in known]
+        if wrong or not all(rate >= 0 for rate in (lr, weight_decay, *rates.values())):
+            raise fail("bad-value", f"`{wrong[0]}` names no parameter that trains" if wrong else
+                       "rates and decay are numbers from 0 on",
+                       notes=(f"there are: {', '.join(f'lr_{name}' for name in sorted(known))}",) if wrong else ())
+        for name, own in names.items():
+            key = given.get(own, lr), weight_decay if decays[name] else 0.0
+            groups.setdefault(key, []).append(tensors[name])
+        return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """Every adapter tensor and every `train` tensor by its name in the model, shared ones once. A number [] is held
@@ -406,6 +471,34 @@ class Surgeon:
         if lost and not partly:
             raise changed(lost, _REST)
         self._switch("base", lost)
+        for name, tied in self._tied.items():
+            spot = self._spots[name]
+            if name not in lost:
+                # Where nothing else holds the tied tensor any more, a change of dtype or device has not reached it.
+                tied.data = tied.data.to(spot.tensor.device, spot.tensor.dtype)
+                spot.module._parameters[spot.parameter] = tied
+        return self._take_out()
+
+    @all_or_nothing
+    def merge_and_remove(self) -> nn.Module:
+        """Merge, unless it is merged, and take the adapters out for good: what is left is a plain model with each W' in
+        the place of W, of its own class and with its own tensors, and its parameters train or not as before `apply`.
+        What `untie` parted stays apart, and the model's configuration then says so.
+
+        Memory: as `merge`; what it kept is let go. Raises: SurgeryError (merge-error), and then nothing is merged.
+        """
+        self._refuse_parts("merge_and_remove")
+        if self._mode != "merged":
+            self.merge()
+        self._assert_standing()
+        self._kept = {}
+        config = getattr(self.model, "config", None)
+        if self._tied and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+        return self._take_out()
+
+    def _take_out(self) -> nn.Module:
+        """The adapters out, whatever numbers stand in the model."""
         for placed in self.plan.placed:  # what a module has lost is put there, to be taken out like the others
             placed.site.module._modules.setdefault(placed.site.parameter + SUFFIX, self.adapters[placed.site.name])
         for module in {id(p.site.module): p.site.module for p in self.plan.placed}.values():
@@ -415,12 +508,9 @@ class Surgeon:
             placed.site.module._modules.pop(placed.site.parameter + SUFFIX, None)
             self.adapters[placed.site.name]._modules.pop(SHARED, None)
         self.model._modules.pop(SHARED, None)
-        for name, tied in self._tied.items():
-            spot = self._spots[name]
-            if name not in lost:
-                # Where nothing else holds the tied tensor any more, a change of dtype or device has not reached it.
-                tied.data = tied.data.to(spot.tensor.device, spot.tensor.dtype)
-                spot.module._parameters[spot.parameter] = tied
+        if isinstance(self.model, SavesAdapter):
+            self.model.__class__ = type(self.model).base
+            del self.model._surgery
         for module, flags in self._required:
             for name, flag in flags.items():
                 if module._parameters.get(name) is not None:
@@ -454,6 +544,7 @@ class Surgeon:
         """Raises: SurgeryError (changed-model; unsupported-module for a flattened model)."""
         gather_up(self.model)
         refuse_flattened((name, spot.tensor) for name, spot in self._spots.items())
+        refuse_unseen(self._written, self._objects)
         lost = self._standing.faults(self._is_on) if self._mode != "removed" else {}
         if lost:
             raise changed(lost, _REST if self._is_on else "apply the spec to the model as it is now")
@@ -473,6 +564,17 @@ class Surgeon:
         for adapter in self.adapters.values():
             adapter.active = mode == "operated"
         self._kept, self._mode = kept, mode
+        self._note()
+
+    def _note(self) -> None:
+        """Have the model itself know of its surgery, for what is saved of it."""
+        if isinstance(self.model, SavesAdapter):
+            self.model._surgery = replace(self.record, mode=self._mode)
+
+    @property
+    def record(self) -> Surgery:
+        """What a saved adapter says of the surgery, beside its tensors."""
+        return Surgery(self.spec, self.seed, self.dtype, tuple(self.named_tensors()), self.untied, saves_as=self.saves_as)
 
 def _form(kept: Mapping[str, torch.Tensor], mode: str) -> str:
     return "operated" if mode == "merged" and mode not in kept else mode

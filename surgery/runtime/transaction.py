@@ -82,14 +82,17 @@ def all_or_nothing(verb: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(verb)
     def run(self: Scoped, *args: Any, **kwargs: Any) -> Any:
         before = Snapshot(self.scope())
-        _OPEN.append(before)
         try:
-            return verb(self, *args, **kwargs)
+            _OPEN.append(before)
+            try:
+                return verb(self, *args, **kwargs)
+            finally:  # within the outer block: an interrupt here undoes the verb too
+                _OPEN.remove(before)
         except BaseException:  # a KeyboardInterrupt too
             finish(before.restore)
+            if before in _OPEN:
+                _OPEN.remove(before)
             raise
-        finally:
-            _OPEN.remove(before)
 
     return run
 

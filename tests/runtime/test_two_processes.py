@@ -93,6 +93,7 @@ def test_a_verb_that_fails_leaves_all_as_it_was_everywhere(seen: Seen) -> None:
     for found in (process["failures"] for process in seen[1]):
         assert "error[bad-output]" in found["a file"]
         assert found["interrupted"] == 5 and found["put back"] and found["and goes on"]
+        assert "operate on the module that is sharded last" in found["unseen"] and found["unseen, forward"] <= 1e-6
 
 
 def test_a_flattened_model_is_refused_but_where_it_is_whole(seen: Seen) -> None:

@@ -1,0 +1,142 @@
+"""What `save_pretrained` of an operated model writes, and with it the Trainer's checkpoints: the adapter alone.
+
+Mixed into the class of an operated model that has `save_pretrained`. Promises: the folder is one that `attach` reads;
+its tensors lie in `model.safetensors`, under their names in the model, which the Trainer looks for and gives to
+`load_state_dict`; merged or switched off, the model is saved as the plain one that it then is.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import nn
+
+from surgery import __version__
+from surgery.diagnostics import fail
+from surgery.language.library import inlined
+from surgery.language.tree import Spec
+from surgery.runtime.adapter import Adapter, Operated, SharedTensors
+from surgery.runtime.atomic_folders import replacing_file
+from surgery.runtime.saved_format import CHECKPOINT, FORMAT, META, SPEC, TENSORS
+from surgery.runtime.sharding import gather_up, is_part, on_first, whole
+from surgery.text import dtype_text, listed
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What a model knows of the surgery that it carries: enough to save it, in a copy of the model too. `names` are
+    those of its tensors in the model; `saves_as`: how else to save it, where the model alone cannot."""
+
+    spec: Spec
+    seed: int
+    dtype: torch.dtype
+    names: tuple[str, ...]
+    untied: tuple[str, ...]
+    mode: str = "operated"
+    saves_as: str = ""
+
+    def meta(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], **more: Any) -> dict[str, Any]:
+        """What `meta.json` says."""
+        forms = {n: {"shape": list(t.shape), "dtype": dtype_text(t.dtype)} for n, t in tensors.items()}
+        return {"format_version": FORMAT, "surgery_version": __version__, "base_model": None, "revision": None,
+                "model_class": type(model).__name__.removeprefix("FSDP"), "seed": self.seed,
+                "dtype": dtype_text(self.dtype), "tensors": forms, **more}
+
+    def text(self) -> str:
+        """The spec on its own."""
+        return inlined(self.spec).to_surg()
+
+
+def on_cpu(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on the CPU. A shard, or a tensor without data, would be saved as a part that looks like a whole."""
+    if tensor.is_meta or is_part(tensor) or not tensor.numel():
+        raise fail("bad-output", f"{name} is not here as a whole (it is sharded or on the meta device)",
+                   helps=("gather the model's parameters before saving",))
+    return tensor.detach().cpu().contiguous()
+
+
+def plain(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's tensors by name without those of adapters."""
+    ours = tuple(f"{name}." for name, m in model.named_modules(remove_duplicate=False)
+                 if isinstance(m, (Adapter, SharedTensors)))
+    return {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
+
+
+class SavesAdapter(Operated):
+    """Mixed into the class of an operated model of transformers."""
+
+    _surgery: Surgery
+
+    def save_pretrained(self, save_directory: str | PathLike, is_main_process: bool = True,
+                        state_dict: Mapping[str, torch.Tensor] | None = None, **options: Any) -> None:
+        """Write the adapter into a folder, beside what lies there, as `surgery.attach` reads it; a model that is merged
+        or switched off, as the plain model that it then is. Of a sharded model every process calls this.
+
+        Raises: SurgeryError (bad-output)."""
+        gather_up(self)
+        state = self.state_dict() if state_dict is None else state_dict
+        if self._surgery.mode != "operated":
+            with told_untied(self.config, self._surgery.untied):
+                super().save_pretrained(save_directory, is_main_process=is_main_process,
+                                        state_dict=plain(self, state), **options)
+        elif is_main_process or any(map(is_part, state.values())):
+            _write(self, Path(save_directory), state, **options)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As ever; a state that holds the adapter alone, as a checkpoint does, does not lack the base model."""
+        if not state_dict or not set(state_dict) <= set(self._surgery.names):
+            return super().load_state_dict(state_dict, strict, assign)
+        found = super().load_state_dict(state_dict, False, assign)
+        missing = [name for name in self._surgery.names if name not in state_dict]
+        if missing and strict:
+            raise RuntimeError(f"the state lacks {listed(missing)}")
+        return type(found)(missing, found.unexpected_keys)
+
+
+def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor], push_to_hub: bool = False,
+           **options: Any) -> None:
+    surgery = model._surgery
+    missing = [name for name in surgery.names if name not in state]
+    if surgery.saves_as or push_to_hub or missing:
+        what = f"the state_dict that was given lacks {listed(missing)}" if missing else (
+            surgery.saves_as or "an adapter is not pushed to the hub from here: save it, and upload the folder")
+        raise fail("bad-output", f"this operated model cannot be saved so: {what}")
+    like = next(filter(is_part, state.values()), None)
+    tensors = {name: on_cpu(name, whole(state[name].detach())) for name in surgery.names}
+    about = surgery.meta(model, tensors, base_model=getattr(model.config, "_name_or_path", None) or None,
+                         revision=getattr(model.config, "_commit_hash", None))
+
+    def write() -> None:
+        if (folder / TENSORS).exists():
+            raise fail("bad-output", f"{folder} holds an adapter that save() wrote", helps=("name another folder",))
+        if (folder / "config.json").exists():
+            warnings.warn(f"{folder} holds the config.json of another save: from_pretrained would take the adapter that "
+                          "is written there for a whole model, and start its weights at random; surgery.attach(model, "
+                          "folder) reads it", stacklevel=2)
+        # The list comes last: of an interrupted save, it does not agree with the rest.
+        for name, content in ((CHECKPOINT, to_bytes(tensors)), (SPEC, surgery.text().encode()),
+                              (META, (json.dumps(about, indent=2) + "\n").encode())):
+            with replacing_file(folder / name) as new:
+                new.write_bytes(content)
+
+    on_first(like, write)
+
+
+@contextmanager
+def told_untied(config: Any, untied: tuple[str, ...]) -> Iterator[None]:
+    """Inside, the configuration says that what `untie` parted is not tied, so that a reload keeps both weights."""
+    before = getattr(config, "tie_word_embeddings", False)
+    config.tie_word_embeddings = before and not untied
+    try:
+        yield
+    finally:
+        config.tie_word_embeddings = before
