@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,15 +43,16 @@ def opened_weights(name: str, asked: Asked = Asked(), saved: Saved | None = None
 
     Raises: SurgeryError (unknown-model)."""
     with asked.step(f"opening {name}"):
-        weights = (Weights(load(name)) if name.startswith(DEMO)
-                   else Weights(skeleton(name, asked.trust), of_folder(folder_of(name))))
+        model = load(name) if name.startswith(DEMO) else skeleton(name, asked.trust)
+        weights = Weights(model, None if name.startswith(DEMO) else of_folder(folder_of(name)))
     if not weights.complete:
         asked.note(f"{name} is loaded whole: its files do not hold every weight under the model's own names")
         with asked.step(f"loading {name}"):
-            weights = Weights(load(name, trust=asked.trust))
+            model = load(name, trust=asked.trust)
+            weights = Weights(model)
     if saved is None:
         return weights
-    return Weights(with_saved_head(name, weights.survey.model, saved, asked.trust), weights.tensors)
+    return Weights(with_saved_head(name, model, saved, asked.trust), weights.tensors)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class OpenedAdapter:
         return of_surgeon(self.surgeon, self.read, self.leaves)
 
 
-def opened_adapter(folder: str | Path, base: str | None = None, asked: Asked = Asked()) -> OpenedAdapter:
+def opened_adapter(folder: str | PathLike, base: str | None = None, asked: Asked = Asked()) -> OpenedAdapter:
     """A saved adapter on its base model, or on another. Raises: SurgeryError with all that does not fit."""
     saved = Saved(Path(folder))
     name = base_name(folder, base, saved.meta.get("base_model"), "--base names it")

@@ -188,9 +188,16 @@ def _table(rows: Sequence[Row]) -> Table:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(row.method, *(_mean(row.scores.get(m)) for m in metrics), f"{row.rate:g}", f"{row.trained:,}",
-                      f"{1000 * row.step_seconds:.0f} ms, {row.step_ratio:.2f} x", size_text(row.peak_bytes),
+                      _step(row), size_text(row.peak_bytes),
                       _mean(row.entropy))
     return table
+
+
+def _step(row: Row) -> str:
+    """The time of a step, where steps were timed."""
+    if row.step_seconds is None or row.step_ratio is None:
+        return ""
+    return f"{1000 * row.step_seconds:.0f} ms, {row.step_ratio:.2f} x"
 
 
 def _mean(mean: Mean | None) -> str:

@@ -90,7 +90,8 @@ def _wrong_use(output: Output) -> Iterator[None]:
         yield
     except click.ClickException as error:
         output.data(error=error.format_message())
-        error.message = plain(error.message)  # it may quote an argument
+        # It may quote an argument. Click declares the message final, and prints what stands there.
+        error.message = plain(error.message)  # pyright: ignore[reportAttributeAccessIssue]
         raise
 
 

@@ -34,6 +34,7 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
         for i, each in enumerate((folder, *after)):
             surgeries.add(f"number_{i + 1}", Path(each))
         surgeon = surgeries.use(*surgeries.names)
+        assert surgeon is not None  # it is None where no name is given
         errors = surgeon.merge()
     with output.busy(f"saving {out}"):
         save_merged(surgeon, out, preprocessors(base, output.trust), force)

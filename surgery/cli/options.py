@@ -71,13 +71,13 @@ class Pair(click.ParamType):
 
     name = "N,N"
 
-    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, int]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
         parts = value.split(",")
         digits = [p.strip() for p in parts]
         if len(parts) != 2 or not all(d.isdecimal() and len(d) <= _MOST_DIGITS and int(d) > 0 for d in digits):
-            self.fail(f"'{value[:40]}' is not two whole numbers such as 4,128", param, context)
+            self.fail(f"'{value[:40]}' is not two whole numbers such as 4,128", param, ctx)
         return int(parts[0]), int(parts[1])
 
 
@@ -121,7 +121,9 @@ def _retargeted(spec: Spec, texts: Iterable[str]) -> Spec:
 
     said: dict[int | None, list[str]] = {}
     for text in texts:
-        number, pattern = _NUMBERED.fullmatch(text).groups()
+        match = _NUMBERED.fullmatch(text)
+        assert match is not None  # any text is a pattern for that
+        number, pattern = match.groups()
         said.setdefault(int(number) if number else None, []).append(pattern)
     for number, patterns in said.items():
         spec = retarget(spec, *patterns, at=number)
@@ -151,7 +153,7 @@ def _refuse_unknown(sets: Iterable[str], known: Sequence[str]) -> None:
     for text in (text for text in sets if _name(text) not in known):
         name = assignment(text).name
         raise fail("unknown-parameter", f"none of these specs has a parameter `{name}`",
-                   helps=tuple(filter(None, [did_you_mean(name, known)])))
+                   helps=tuple(filter(None, [did_you_mean(name or "", known)])))
 
 
 def _name(text: str) -> str:

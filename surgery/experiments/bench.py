@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from surgery.diagnostics import fail
 from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
@@ -38,7 +39,7 @@ from surgery.runtime.surgeon import prepare
 PHASES = ("step", "forward")
 _WARM_UP = 2
 # Models that take turns are many versions of one function.
-_NO_LIMIT = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
+_NO_LIMIT: dict[str, Any] = {"recompile_limit": 1 << 16, "accumulated_recompile_limit": 1 << 16}
 
 
 @dataclass
@@ -55,7 +56,11 @@ class Subject:
     @cached_property
     def runs(self) -> nn.Module:
         """The model, or what the compiler makes of it."""
-        return torch.compile(self.model, dynamic=False) if self.is_compiled else self.model
+        if not self.is_compiled:
+            return self.model
+        compiled = torch.compile(self.model, dynamic=False)
+        assert isinstance(compiled, nn.Module)  # as of a module; of a function it makes a function
+        return compiled
 
     def forward(self) -> Tensor:
         return _output(self.runs, self.batch)
@@ -92,7 +97,7 @@ class Contender:
 class Bench:
     """The frozen model and the specs' models, ready to take turns."""
 
-    def __init__(self, model: nn.Module, specs: Mapping[str, Spec], tokens: tuple[int, int], against_peft: bool = False,
+    def __init__(self, model: PreTrainedModel, specs: Mapping[str, Spec], tokens: tuple[int, int], against_peft: bool = False,
                  compiled: bool = False):
         """`model` gives up its gradients; `tokens`: batch and length; `compiled`: all run as torch.compile makes them.
 
@@ -143,7 +148,7 @@ class Bench:
 
     def run(self, repeat: int) -> Iterator[str]:
         """Take turns for `repeat` rounds of each phase. Says what runs next; may be stopped at any time."""
-        with torch._dynamo.config.patch(**_NO_LIMIT) if self.compiled else nullcontext():
+        with torch._dynamo.config.patch(_NO_LIMIT) if self.compiled else nullcontext():
             for phase in PHASES:
                 yield from self._warm_up(phase)
                 for number in range(repeat):
@@ -184,14 +189,14 @@ class Bench:
         return {**found, "peak_bytes": subject.peak if subject else None}
 
 
-def bench(model: nn.Module, specs: Iterable[Spec | str | PathLike] | Mapping[str, Spec],
+def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mapping[str, Spec],
           tokens: tuple[int, int] = (4, 128), *, repeat: int = 10, against_peft: bool = False,
           compiled: bool = False) -> list[dict[str, Any]]:
     """What specs cost on a model: the rows of `Bench.rows()` after `repeat` rounds of each measurement.
 
     `specs` by names of their own, or files and shipped names; `tokens`: rows, and tokens a row (of images: how many).
     Cost: `2 repeat` forward passes and as many steps of every spec. Raises: SurgeryError."""
-    named = specs if isinstance(specs, Mapping) else dict(map(_named, specs))
+    named = {str(name): spec for name, spec in specs.items()} if isinstance(specs, Mapping) else dict(map(_named, specs))
     ready = Bench(model, named, tokens, against_peft, compiled)
     for _ in ready.run(repeat):
         pass
@@ -215,7 +220,7 @@ def spread(values: Sequence[float]) -> float | None:
 # ----------------------------------------------------------------------------------------------- models and batches
 
 
-def _batch(model: nn.Module, tokens: tuple[int, int]) -> dict[str, Tensor]:
+def _batch(model: PreTrainedModel, tokens: tuple[int, int]) -> dict[str, Tensor]:
     """A random batch on the model's device, such that a backward pass reaches every layer."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and tokens[1] > longest:
@@ -223,9 +228,13 @@ def _batch(model: nn.Module, tokens: tuple[int, int]) -> dict[str, Tensor]:
     first = next(model.parameters())
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings == getattr(model.config, "vocab_size", None):
-            module.register_forward_hook(lambda module, args, output: _awake(output))
+            module.register_forward_hook(_awaken)
     batch = {name: value.to(first.device) for name, value in demo_inputs(model, 0, *tokens).items()}
     return {name: _awake(v.to(first.dtype)) if v.is_floating_point() else v for name, v in batch.items()}
+
+
+def _awaken(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return _awake(output)
 
 
 def _awake(x: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ class Comparison:
     @cached_property
     def parts(self) -> tuple[Task, Task, Task]:
         """To learn from, to choose the learning rate on, to take the score on: the same for all seeds."""
-        return self.task.parts(1 - VALIDATION - TEST, VALIDATION)
+        learned, validation, test = self.task.parts(1 - VALIDATION - TEST, VALIDATION)
+        return learned, validation, test
 
     def runs(self, folder: Path, starting: Starting = lambda what: nullcontext(),
              ended: Callable[[str, Run, bool], None] = lambda what, run, is_new: None) -> list[Run]:
@@ -151,9 +152,10 @@ class Comparison:
         surgeon = apply(model, with_head(spec, model), seed=seed) if spec else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         train(model, self.words, learned, setting, callbacks=[clock])
-        found = [self._scores(model, part) for part in (validation, test)]
-        update = self._update(model, surgeon) if None not in found else {}
-        return Run(asked, *found, trained, update, clock.seconds, step_bytes(model, self._longest(model)), machine())
+        chosen_by, scored = self._scores(model, validation), self._scores(model, test)
+        update = self._update(model, surgeon) if chosen_by is not None and scored is not None else {}
+        return Run(asked, chosen_by, scored, trained, update, clock.seconds, step_bytes(model, self._longest(model)),
+                   machine())
 
     def time(self) -> Steps:
         """The time of a step of every method, side by side."""

@@ -61,7 +61,7 @@ def _row(method: str, runs: Sequence[Run], steps: Steps | None) -> Row:
     best = max(rates, key=lambda rate: fmean(r.chosen_by for r in _at(rate, runs)))
     chosen = _at(best, runs)
     tests = [r.test for r in chosen if r.test is not None]
-    entropies = [r.update["entropy"] for r in chosen if r.update.get("entropy") is not None]
+    entropies = [entropy for r in chosen if (entropy := r.update.get("entropy")) is not None]
     found = {name: Mean.of([test[name] for test in tests]) for name in tests[0]} if len(tests) == len(chosen) else {}
     return Row(method, best, _edge(best, rates) if found else None, len(chosen), found, chosen[0].trained,
                steps and steps.seconds(method), steps and steps.ratio(method), max(r.peak_bytes for r in runs),

@@ -127,11 +127,13 @@ def _listed(columns: Sequence[str]) -> str:
 
 def _labelled(file: Path, texts: Sequence[str], labels: Sequence[str], kind: Kind | None,
               threshold: float | None) -> Task:
-    numbers = [_number(each) for each in labels]
-    if threshold is None and kind != "regression" and (None in numbers or kind or all(n.is_integer() for n in numbers)):
+    read = [_number(each) for each in labels]
+    numbers = [number for number in read if number is not None]
+    odd = len(numbers) < len(read)
+    if threshold is None and kind != "regression" and (odd or kind or all(n.is_integer() for n in numbers)):
         return _classified(file, texts, labels)
-    if None in numbers:
-        raise fail("bad-data", f"{file} has labels that are no numbers, such as `{labels[numbers.index(None)]}`",
+    if odd:
+        raise fail("bad-data", f"{file} has labels that are no numbers, such as `{labels[read.index(None)]}`",
                    helps=("such labels can only be classes",))
     if threshold is None:
         return Task(file.stem, tuple(texts), tuple(numbers))
@@ -142,7 +144,7 @@ def _labelled(file: Path, texts: Sequence[str], labels: Sequence[str], kind: Kin
 def _classified(file: Path, texts: Sequence[str], labels: Sequence[str]) -> Task:
     classes = tuple(sorted(set(labels)))
     if len(classes) < 2:
-        raise fail("bad-data", f"every text of {file} has the label `{classes[0]}`",
+        raise fail("bad-data", f"every text of {file} has the label `{labels[0]}`",
                    helps=("there is nothing to tell apart",))
     index = {name: float(i) for i, name in enumerate(classes)}
     return Task(file.stem, tuple(texts), tuple(index[each] for each in labels), classes)

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -101,7 +104,7 @@ def turned(items: list, number: int) -> list:
     return items[at:] + items[:at]
 
 
-def sharing(model: nn.Module, apart: Sequence[str] = ()) -> nn.Module:
+def sharing(model: _Model, apart: Sequence[str] = ()) -> _Model:
     """A copy of the model's structure with the same tensors in it; the parameters named are copied."""
     own = {id(model.get_parameter(name)) for name in apart}
     shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}

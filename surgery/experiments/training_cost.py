@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from surgery.experiments.timing import peak_bytes, seconds, turned
 
@@ -41,7 +41,7 @@ class Clock(TrainerCallback):
         return median(self._times[WARM_UP:] or self._times)
 
 
-def side_by_side(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> dict[str, list[float]]:
+def side_by_side(models: Mapping[str, PreTrainedModel], batch: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """The seconds of a step of AdamW on a batch that has labels, for each model in each of `ROUNDS` rounds. In a round
     all take their turn, so that a machine's moods fall on all of them. The models are left in training mode."""
     steps = [(name, _step(model.train(), batch)[0]) for name, model in models.items()]
@@ -66,7 +66,7 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Callable[[], N
     return step, optimizer
 
 
-def step_bytes(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+def step_bytes(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> int:
     """The most bytes held at once in a step of AdamW on a batch that has labels: weights, gradients, the optimizer's
     state and activations. The model is then as it was."""
     mode = model.training

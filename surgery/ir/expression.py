@@ -146,6 +146,12 @@ class Leaf:
     whole: bool = False
 
     @property
+    def law(self) -> Draw:
+        """How it is drawn: where it has no expression to start at."""
+        assert self.draw is not None, f"{self.key} is not drawn"
+        return self.draw
+
+    @property
     def expr(self) -> Expr:
         """The leaf as formulas name it."""
         return Expr("places" if self.whole else "param", (), self.key, self.shape)

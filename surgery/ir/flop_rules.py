@@ -9,6 +9,7 @@ from collections.abc import Callable
 from math import log2
 
 from surgery.ir.expression import Expr
+from surgery.ir.sizes import known
 
 Count = Callable[[Expr], float]
 Flops = Callable[[Expr, Count], float]
@@ -17,22 +18,26 @@ FACTORISED = 5e5  # what a factorisation of a small matrix costs beside its arit
 
 def product(node: Expr, count: Count) -> float:
     """Over the last axis of the first argument: `a m`, or the layer's own map."""
-    return 2 * count(node) * float(node.args[0].shape[-1])
+    return 2 * count(node) * known(node.args[0].shape[-1])
 
 
 def each(factor: float, argument: int, axis: int) -> Flops:
     """So many, and a size of an argument, for each number of the result."""
-    return lambda node, count: factor * count(node) * float(node.args[argument].shape[axis])
+    return lambda node, count: factor * count(node) * known(node.args[argument].shape[axis])
 
 
 def each_read(factor: float, axis: int | None = None) -> Flops:
     """So many, and a size of the result, for each number of the first argument."""
-    return lambda node, count: factor * count(node.args[0]) * (1.0 if axis is None else float(node.shape[axis]))
+    return lambda node, count: factor * count(node.args[0]) * (1.0 if axis is None else known(node.shape[axis]))
 
 
 def cubic(factor: float) -> Flops:
     """For each square matrix of a stack."""
-    return lambda node, count: count(node) * factor * node.shape[-1] + FACTORISED * count(node) / node.shape[-1] ** 2
+    def flops(node: Expr, count: Count) -> float:
+        side = known(node.shape[-1])
+        return count(node) * factor * side + FACTORISED * count(node) / side**2
+
+    return flops
 
 
 def decomposed(node: Expr, count: Count) -> float:
@@ -41,7 +46,7 @@ def decomposed(node: Expr, count: Count) -> float:
 
 
 def mirrored(node: Expr, count: Count) -> float:
-    return FACTORISED + 3 * count(node) * node.shape[0]
+    return FACTORISED + 3 * count(node) * known(node.shape[0])
 
 
 def mixed_rows(node: Expr, count: Count) -> float:
@@ -59,9 +64,9 @@ def transformed(node: Expr, count: Count) -> float:
 
 
 def circulate(node: Expr, count: Count) -> float:
-    return fourier(count(node.args[0])) + fourier(count(node)) + 4 * count(node) * node.args[1].shape[1]
+    return fourier(count(node.args[0])) + fourier(count(node)) + 4 * count(node) * known(node.args[1].shape[1])
 
 
 def circulate_dot(node: Expr, count: Count) -> float:
     a, g, c = node.args
-    return fourier(count(a)) + fourier(count(g)) + 4 * count(a) * c.shape[0]
+    return fourier(count(a)) + fourier(count(g)) + 4 * count(a) * known(c.shape[0])

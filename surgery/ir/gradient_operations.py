@@ -9,6 +9,7 @@ from typing import Any
 from surgery.ir import derivatives, flop_rules
 from surgery.ir.expression import Expr, Shape
 from surgery.ir.shape_rules import ShapeError, dropped, elementwise, exactly, matrix, same, shape_text
+from surgery.ir.sizes import known_shape
 from surgery.ir.table import IN_STEP, OPERATIONS, Added, Form, Linear, Memory, Operation, When
 
 _NARROW = 8  # how much wider the other side is than one with few columns
@@ -23,7 +24,8 @@ def _mask(mask: tuple, a: Any) -> Any:
 def _outer_text(node: Expr, args: list[str]) -> str:
     """aᵀ g, a side with few columns in front: it is read in order, and so is the other."""
     a, g = args
-    return f"({g}.mT @ {a}).mT" if node.shape[0] > _NARROW * node.shape[1] else f"{a}.mT @ {g}"
+    rows, columns = known_shape(node.shape)
+    return f"({g}.mT @ {a}).mT" if rows > _NARROW * columns else f"{a}.mT @ {g}"
 
 
 def _columns_shape(a: Shape, g: Shape) -> Shape:
@@ -61,7 +63,7 @@ def _block_dot(a: Any, g: Any, s: Any) -> Any:
 
 
 def _circulate_back(g: Any, c: Any) -> Any:
-    return g @ OPERATIONS["circulant"].dense(c)
+    return g @ OPERATIONS["circulant"].value(None, [c], c)
 
 
 def _circulate_dot(a: Any, g: Any, c: Any) -> Any:
@@ -75,13 +77,13 @@ def _circulate_dot(a: Any, g: Any, c: Any) -> Any:
 
 
 def _mixed_dot(x: Any, g: Any) -> Any:
-    return OPERATIONS["mixed"].dense(x.flatten(2, -2).mT, g.flatten(2, -2))
+    return OPERATIONS["mixed"].value(None, [x.flatten(2, -2).mT, g.flatten(2, -2)], x)
 
 
 def _mixed_back(g: Any, k: Any) -> Any:
     import torch
 
-    return OPERATIONS["mixed"].dense(g, torch.stack([k[0].mT, -k[1].mT]))
+    return OPERATIONS["mixed"].value(None, [g, torch.stack([k[0].mT, -k[1].mT])], g)
 
 
 def _in_step(name: str, arity: int, shape: Callable[..., Shape], dense: Callable[..., Any], doc: str,

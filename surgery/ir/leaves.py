@@ -10,7 +10,7 @@ from surgery.ir.expression import Expr
 from surgery.ir.notation_forms import as_its_argument, last_name, number, ones, symbol
 from surgery.ir.notation_forms import undecided as undecided_notation
 from surgery.ir.shape_rules import dropped, exactly, same
-from surgery.ir.sizes import Dim
+from surgery.ir.sizes import Dim, known_shape
 from surgery.ir.table import (
     IN_STEP,
     OF_A_SPEC,
@@ -38,7 +38,8 @@ def _eye(node: Expr, args: list, leaves: Mapping[str, Any]) -> Any:
     import torch
 
     like = leaves["weight"]
-    return torch.eye(node.shape[-1], dtype=like.dtype, device=like.device).expand(node.shape)
+    shape = known_shape(node.shape)
+    return torch.eye(shape[-1], dtype=like.dtype, device=like.device).expand(shape)
 
 
 def _leaf(name: str, doc: str, says: str, holds: Callable[[Expr], bool], **more: Any) -> Operation:

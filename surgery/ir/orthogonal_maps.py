@@ -32,7 +32,8 @@ class _Skew(torch.autograd.Function):
         return a - a.mT
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (g,) = grad_outputs
         return skew(g)
 
 
@@ -83,7 +84,7 @@ class _Solved(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (result,) = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (result,), (g,) = ctx.saved_tensors, grad_outputs
         turned = (_shifted(result.clone(), -ctx.end) if ctx.end else result).mT
         return turned @ (-ctx.factor * g) @ turned, None, None, None

@@ -17,6 +17,7 @@ from typing import Any
 from surgery.ir import derivatives, flop_rules
 from surgery.ir.expression import Shape
 from surgery.ir.shape_rules import ShapeError, exactly, shape_text, vector
+from surgery.ir.sizes import known, known_shape
 from surgery.ir.table import CORE, Linear, Memory, Operation
 
 BY_PRODUCTS = 128  # the largest block for which a transform by a product is cheaper than a fast one with its copies
@@ -38,14 +39,15 @@ def _fits(basis: Shape, size: Any) -> Any:
     """The number of frequencies. Raises: ShapeError."""
     if exactly(2, "a Fourier basis", basis)[1] != size:
         raise ShapeError(f"needs a basis of {size}, not {shape_text(basis)}")
-    return basis[0] // 2
+    return known(basis[0]) // 2
 
 
 def _spectrum_shape(a: Shape, basis: Shape) -> Shape:
-    size = exactly(2, "a Fourier basis", basis)[1]
-    if vector(a)[-1] % size:
+    twice, size = known_shape(exactly(2, "a Fourier basis", basis))
+    width = known(vector(a)[-1])
+    if width % size:
         raise ShapeError(f"needs slices of {size}, not {shape_text(a)}")
-    return (2, basis[0] // 2, *a[:-1], a[-1] // size)
+    return (2, twice // 2, *a[:-1], width // size)
 
 
 def _waves_shape(y: Shape, basis: Shape) -> Shape:

@@ -41,7 +41,7 @@ def entrywise_product(a: Shape, b: Shape) -> Shape:
 def product(a: Shape, b: Shape) -> Shape:
     if not a or not b:
         raise ShapeError(f"`@` needs matrices, not {shape_text(a)} and {shape_text(b)}; use `*` to scale")
-    inner_a, inner_b = a[-1], b[-2] if len(b) > 1 else b[0]
+    inner_a, inner_b = a[-1], b[-2:][0]  # of a vector its only side
     if inner_a != inner_b:
         raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the inner dimensions {inner_a} and {inner_b} differ")
     stack_a, stack_b = a[:-2], b[:-2]

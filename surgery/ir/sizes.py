@@ -91,8 +91,9 @@ def has_few_digits(value: int | Fraction) -> bool:
 
 
 def known(size: Size) -> int:
-    """A size as a plain number, where the module is known: a symbol there is a mistake of the caller."""
-    assert isinstance(size, int), f"the size {size} is not known"
+    """A size as a plain number, where the module is known. Raises: TypeError for a symbol."""
+    if not isinstance(size, int):
+        raise TypeError(f"the size {size} is not known")
     return size
 
 

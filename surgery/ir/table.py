@@ -240,10 +240,12 @@ class Operation:
 
     def shape_of(self, data: Any, shapes: tuple[Shape, ...]) -> Shape:
         """The shape of the result for a node's data and its arguments' shapes. Raises: ShapeError."""
+        assert self.shape is not None, f"the shape of `{self.name}` is given, and does not follow"
         return self.shape(data, *shapes) if self.sizes else self.shape(*shapes)
 
     def value(self, data: Any, args: list, like: Any) -> Any:
         """The value for a node's data and its arguments' values; `like` has the dtype and device of what has none."""
+        assert self.dense is not None, f"the value of `{self.name}` is given, and does not follow"
         if not self.sizes:
             return self.dense(*args)
         return self.dense(data, *(args or [like]))

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ def shipped() -> dict[str, Path]:
     return {p.stem: p for p in sorted(resources.folder("specs").glob("*.surg")) if p.stem != PRELUDE}
 
 
-def load(spec: str | Path, /, **parameters: Any) -> Spec:
+def load(spec: str | PathLike, /, **parameters: Any) -> Spec:
     """The spec of a path or of a shipped name, its parameters set: `load("sora", rank=8)`. Raises: SurgeryError."""
     return bind(read(locate(spec)), keywords(parameters))
 
 
-def locate(spec: str | Path) -> Path:
+def locate(spec: str | PathLike) -> Path:
     """The file that a path, a shipped name or that of the prelude means. Raises: SurgeryError (unknown-spec,
     no-weight)."""
     path, ours = Path(spec), {**shipped(), PRELUDE: resources.folder("specs") / f"{PRELUDE}.surg"}

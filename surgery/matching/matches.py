@@ -61,8 +61,8 @@ class Reach:
 
     index: int
     target: Target
-    takes: Mapping[Matcher, Hits]
-    drops: Mapping[Matcher, Hits]
+    takes: Mapping[Matcher, Hits[Site]]
+    drops: Mapping[Matcher, Hits[Site]]
     sites: Mapping[Site, Matcher | None] = field(repr=False)
 
     def __str__(self) -> str:

@@ -106,7 +106,9 @@ class _Reader:
         return tuple(parts)
 
     def token(self) -> Token:
-        start, piece = self.at, _PIECE.match(self.text, self.at)[0]
+        start, match = self.at, _PIECE.match(self.text, self.at)
+        assert match is not None  # whatever the character, a piece begins with it
+        piece = match[0]
         self.at += len(piece)
         if piece == ",":
             raise _bad(self.pattern, start, self.at, "a `,` outside braces",

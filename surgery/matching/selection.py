@@ -28,10 +28,10 @@ from surgery.text import listed
 
 
 class Taken(NamedTuple):
-    """A site, and the target that takes it with its index in the spec."""
+    """A site, and the target that takes it with its number in the spec, from 0."""
 
     site: Site
-    index: int
+    number: int
     target: Target
 
 
@@ -65,7 +65,7 @@ class Selection:
         return "\n".join([kind, *(self._why(site, taken) if taken else self._why_not(site)), *self._trained(name)])
 
     def _why(self, site: Site, taken: Taken) -> list[str]:
-        owner = self.reaches[taken.index]
+        owner = self.reaches[taken.number]
         matcher = owner.sites[site]
         through = f"through {matcher}" if matcher else f"as every `{taken.target.kind}` (it has no pattern)"
         place = f" at {matcher.selector.span}" if matcher and matcher.selector.span else ""

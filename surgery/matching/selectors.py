@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
 from surgery.language.tree import Pattern, Reference, Select, Spec
 from surgery.matching.patterns import Alternative, Glob, compile_pattern
 
-Hits = Mapping[object, tuple[Alternative, ...]]
+_Item = TypeVar("_Item")
+Hits = Mapping[_Item, tuple[Alternative, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +27,15 @@ class Matcher:
     defined: Select | None = None
 
     def __str__(self) -> str:
-        return f'pattern "{self.selector.text}"' if not self.portable else f"selector `{self.selector.name}`"
+        selector = self.selector
+        return f'pattern "{selector.text}"' if isinstance(selector, Pattern) else f"selector `{selector.name}`"
 
     @property
     def portable(self) -> bool:
         """Whether its alternatives may be dead: those of a `select` are."""
         return isinstance(self.selector, Reference)
 
-    def hits(self, marked_names: Mapping[object, tuple[str, ...]], items: Iterable[object]) -> Hits:
+    def hits(self, marked_names: Mapping[Any, tuple[str, ...]], items: Iterable[_Item]) -> Hits[_Item]:
         """The items that it takes, each with the alternatives that do."""
         found = {i: tuple(a for g in self.globs for n in marked_names[i] for a in g.live(n)) for i in items}
         return {i: live for i, live in found.items() if live}

@@ -23,6 +23,7 @@ from surgery.matching.suggestions import Population
 from surgery.text import counted, listed, some
 
 MOST_NAMES = 12
+_NAMED_END = re.compile(r"([^.]*[^.\d][^.]*(?:\.\d+)*)?$")
 _HEAD_ALONE = "it leaves the output head out, and there is no other", ('a pattern takes the head too: `"**"`',)
 
 
@@ -147,8 +148,8 @@ def _lists(glob: Glob, catalogue: Catalogue) -> tuple[str, ...]:
 
 def _named(target: Target, catalogue: Catalogue) -> str:
     """The names that the layers of the kind do have."""
-    last = dict.fromkeys(re.search(r"([^.]*[^.\d][^.]*(?:\.\d+)*)?$", s.name)[0] for s in catalogue.candidates(target))
-    names = [n for n in last if n]
+    ends = (_NAMED_END.search(s.name) for s in catalogue.candidates(target))
+    names = list(dict.fromkeys(end[0] for end in ends if end and end[0]))
     kind = f"{wanted(target)}s".replace("layer in a", "layers in a")
     return f"{catalogue.title} has {kind} named {some(names, MOST_NAMES)}"
 

@@ -29,7 +29,8 @@ DEMO, PACKAGE = "demo:", "package:"
 class Trained(Protocol):
     """An adapter: its tensors by the names of the model's parameters, and the class of the model it was trained on."""
 
-    tensors: Mapping[str, torch.Tensor]
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]: ...
 
     @property
     def model_class(self) -> str | None: ...
@@ -240,7 +241,7 @@ def _class(name: str, config: PreTrainedConfig, trust: bool) -> type[PreTrainedM
         if isinstance(reference, str) and reference.rpartition(".")[2] in saved_as:
             return _asked(name, lambda: of_folder(reference, place(name)))
     named = [getattr(transformers, each, None) for each in saved_as]
-    found = next(filter(None, named), None) or transformers.MODEL_MAPPING.get(type(config), None)
+    found = next(filter(None, named), None) or _mapped(transformers.MODEL_MAPPING, config)
     if found is None:
         raise fail("unknown-model", f"{name} is of a class that transformers does not have: {some(saved_as) or 'none'}")
     return found
@@ -268,12 +269,18 @@ def _class_of(config: PreTrainedConfig, saved: Trained, own: type[PreTrainedMode
     if said is not None:
         named = getattr(transformers, said, None)
         choices = getattr(named, "_model_mapping", None)  # of a class that stands for one of each family
-        found = choices.get(type(config), None) if choices else named
-        return found if isinstance(config, getattr(found, "config_class", None) or ()) else own
+        found = _mapped(choices, config) if choices else named
+        is_one = isinstance(config, getattr(found, "config_class", None) or ())
+        return found if is_one and found is not None else own
     modules = {tensor.partition(".")[0] for tensor in saved.tensors}
-    is_base = own is transformers.MODEL_MAPPING.get(type(config), None)
-    headed = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    is_base = own is _mapped(transformers.MODEL_MAPPING, config)
+    headed = _mapped(transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, config)
     return headed if headed and is_base and own.base_model_prefix in modules else own
+
+
+def _mapped(table: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that one of transformers' tables has for a configuration."""
+    return table.get(type(config), None)
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -283,7 +290,8 @@ def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def _dtype(config: PreTrainedConfig) -> torch.dtype:
     import torch
 
-    return config.dtype or torch.float32
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _torch_dtype(name: str | None) -> torch.dtype | None:

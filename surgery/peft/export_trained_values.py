@@ -112,7 +112,8 @@ def _kept(surgeon: Surgeon, modules: Iterable[str], values: Tensors) -> dict[str
     found: dict[str, Tensor] = {}
     for name in modules:
         state = surgeon.model.get_submodule(name).state_dict(keep_vars=True)
-        found |= {f"{name}.{key}": trained.get(id(t), t.detach()) for key, t in state.items()}
+        for key, tensor in state.items():
+            found[f"{name}.{key}"] = trained[id(tensor)] if id(tensor) in trained else tensor.detach()
     return found
 
 

@@ -30,7 +30,7 @@ class Group:
 
     @property
     def values(self) -> Values:
-        return {p.name: p.default for p in self.spec.params}
+        return {p.name: p.default for p in self.spec.params if p.default is not None}
 
 
 def one_spec(groups: Sequence[Group], train: Iterable[str] = ()) -> Spec:

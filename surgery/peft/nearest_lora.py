@@ -62,8 +62,9 @@ def _updates(surgeon: Surgeon) -> Iterator[Update]:
 
 def _spectrum(update: Update) -> Spectrum:
     _refuse_unfinite(update)
-    thin = isinstance(update.delta, tuple)
-    return of_factors(*update.delta)[0] if thin else Spectrum.of(update.delta, update.rounding)
+    if isinstance(update.delta, tuple):
+        return of_factors(*update.delta)[0]
+    return Spectrum.of(update.delta, update.rounding)
 
 
 def _refuse_unfinite(update: Update) -> None:

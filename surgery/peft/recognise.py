@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from surgery.diagnostics import Collector, SurgeryError
+from surgery.ir.builders import every
 from surgery.ir.expression import Formula
 from surgery.language.tree import Spec
 from surgery.peft.recognise_parameters import proposals
@@ -57,7 +58,8 @@ def match_targets(plan: Plan) -> Match | None:
     found = [_told(plan.spec, placed, number, known) for number, placed in enumerate(plan.placed)]
     kinds = dict.fromkeys(told.kind for told in found[0]) if found else ()
     alike = ([next((t for t in each if t.kind == kind), None) for each in found] for kind in kinds)
-    return next(filter(None, (_combined(chosen) for chosen in alike if None not in chosen)), None)
+    whole = (told for each in alike if (told := every(each)) is not None)
+    return next(filter(None, map(_combined, whole)), None)
 
 
 # --------------------------------------------------------------------------------------------------- one module

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class Place:
 def _is_uneven(module: nn.Module, kernel: tuple[int, ...]) -> bool:
     if not kernel:
         return False
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))  # no other layout has a kernel
     gaps, plain = set(module.dilation) != {1}, module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return gaps or not plain or any(len(set(sides)) > 1 for sides in (kernel, module.stride, module.padding))
 
@@ -62,12 +63,16 @@ class Correspondence(Protocol):
     def to_peft(self, ours: Tensors, place: Place) -> dict[str, Tensor]: ...
 
 
+_Seen = TypeVar("_Seen", bound=Tensor | tuple[Tensor, ...])
+_Kept = TypeVar("_Kept", bound=Tensor | tuple[Tensor, ...])
+
+
 @dataclass(frozen=True)
-class View:
+class View(Generic[_Seen, _Kept]):
     """Tensors of PEFT's as ours, and back: each takes the tensors and the place, and gives one tensor or several."""
 
-    to_ours: Callable[..., Tensor | tuple[Tensor, ...]]
-    to_peft: Callable[..., Tensor | tuple[Tensor, ...]]
+    to_ours: Callable[..., _Seen]
+    to_peft: Callable[..., _Kept]
 
 
 @dataclass(frozen=True)

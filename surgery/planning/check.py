@@ -39,17 +39,18 @@ def check(spec: Spec | str | PathLike, model: nn.Module | None = None) -> list[D
     where it has no error and a model is given (on the meta device too), on that model. What is wrong is not raised."""
     report = Collector()
     try:
-        spec = spec if isinstance(spec, Spec) else load(spec)
-        resolved = ResolvedSpec(spec, report)
-        report.add(*lint(resolved), *selector_faults(spec, resolved.library.selects))
+        read = spec if isinstance(spec, Spec) else load(spec)
+        resolved = ResolvedSpec(read, report)
+        report.add(*lint(resolved), *selector_faults(read, resolved.library.selects))
         if not report.errors:
             report.add(*_tried(resolved))
     except SurgeryError as error:
         report.add(*error.diagnostics)
+        return report.found
     if model is None or report.errors:
         return report.found
     # what runs dense is told once: on the sizes of the model
-    return [*(d for d in report.found if d.code != "fallback"), *_on_model(spec, model)]
+    return [*(d for d in report.found if d.code != "fallback"), *_on_model(read, model)]
 
 
 def _on_model(spec: Spec, model: nn.Module) -> tuple[Diagnostic, ...]:

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from pathlib import Path
+from os import PathLike
 
 import torch.nn as nn
 
 from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.ir.expression import Formula, Leaf
+from surgery.ir.sizes import known
 from surgery.language.library import Library, load
 from surgery.language.tree import Spec, Target
 from surgery.layers.survey import Site
@@ -41,7 +42,7 @@ class Placed:
         return sum(self.count(leaf) for leaf in self.formula.leaves if not leaf.frozen)
 
     def count(self, leaf: Leaf) -> int:
-        return prod(leaf.shape) * (self.site.stack if self.site.stack and leaf.group is None else 1)
+        return known(prod(leaf.shape)) * (self.site.stack if self.site.stack and leaf.group is None else 1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,10 +85,10 @@ class Plan:
     def _count(self, frozen: bool) -> int:
         found = [(p, leaf) for p in self.placed for leaf in p.formula.leaves if leaf.frozen == frozen]
         shared = {(leaf.group, leaf.shape) for _, leaf in found if leaf.group}
-        return sum(p.count(leaf) for p, leaf in found if not leaf.group) + sum(prod(shape) for _, shape in shared)
+        return sum(p.count(leaf) for p, leaf in found if not leaf.group) + sum(known(prod(shape)) for _, shape in shared)
 
 
-def compile(model: nn.Module, spec: Spec | str | Path, strict: bool = False) -> Plan:
+def compile(model: nn.Module, spec: Spec | str | PathLike, strict: bool = False) -> Plan:
     """The plan of `spec` (a spec, a file's path or a shipped name) on `model`.
 
     Raises: SurgeryError with all that is wrong; under `strict`, warnings too.
@@ -108,7 +109,9 @@ def compile(model: nn.Module, spec: Spec | str | Path, strict: bool = False) -> 
     report.add(*_unbiased(spec, resolved.library, [row[:2] for row in selection.targets.values()]))
     report.raise_errors(strict)
     total = sum(p.numel() for p in model.parameters())
-    return Plan(spec, tuple(Placed(*row) for row in placed), selection, tuple(report.warnings), total)
+    operated = tuple(Placed(site, target, formula) for site, target, formula in placed
+                     if formula is not None)  # what has no formula was an error
+    return Plan(spec, operated, selection, tuple(report.warnings), total)
 
 
 def _unbiased(spec: Spec, scope: Library, taken: list[tuple[Site, int]]) -> Iterator[Diagnostic]:

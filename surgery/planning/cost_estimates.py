@@ -18,6 +18,7 @@ from surgery.diagnostics import Diagnostic
 from surgery.ir.expression import Expr, Formula, walk
 from surgery.ir.notation import brief
 from surgery.ir.operations import operation, shape_text
+from surgery.ir.sizes import known_shape
 from surgery.language.tree import Target
 from surgery.layers.kinds import LayerKind
 
@@ -38,7 +39,8 @@ class Estimate:
 
     @property
     def sides(self) -> tuple[int, int]:
-        return self.formula.weight.shape
+        out, in_ = known_shape(self.formula.weight.shape)
+        return out, in_
 
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -81,7 +83,7 @@ def large_matrices(candidate: Candidate, kind: LayerKind, out: int, in_: int) ->
     fixed = set(walk(*candidate.fixed))
     nodes = list(walk(*candidate.values))
     large = [n for n in nodes if n not in fixed and not operation(n).is_free and len(n.shape) > 1
-             and kind.is_large(n.shape[-2:], out, in_)]
+             and kind.is_large(known_shape(n.shape[-2:]), out, in_)]
     return tuple(sorted(large, key=lambda node: -flops(node, 0)))
 
 

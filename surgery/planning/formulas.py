@@ -126,7 +126,7 @@ class Page:
     def _leaf_row(self, leaf: Leaf) -> Row:
         maths = Maths({**self.symbols, **self.operand_symbols})
         shape = f" {shape_text(leaf.shape)}" if leaf.shape else ""
-        start = f"= {maths.short(leaf.init)}" if leaf.init is not None else f"~ {_draw_text(leaf.draw)}"
+        start = f"= {maths.short(leaf.init)}" if leaf.init is not None else f"~ {_draw_text(leaf.law)}"
         notes = ["frozen"] * leaf.frozen + ["shared by the modules of the target"] * bool(leaf.group)
         return f"{self.symbols[leaf.expr]}{shape} {start}", ", ".join(notes)
 

@@ -14,13 +14,14 @@ import torch.nn as nn
 from surgery.diagnostics import Diagnostic
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Leaf, walk
+from surgery.ir.sizes import known_shape
 from surgery.language.tree import Target
 from surgery.layers.survey import Site
 from surgery.planning.compile import Placed
 from surgery.semantics.distributions import DISTRIBUTIONS, draw
 from surgery.text import counted
 
-Shared = dict[tuple[str, tuple[int, ...]], torch.Tensor]
+Shared = dict[tuple[str | None, tuple[int, ...]], torch.Tensor]
 IDENTITY_TOLERANCE = 1e-5
 
 
@@ -31,7 +32,7 @@ def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> di
     known: dict = {}
     made: dict[str, torch.Tensor] = {}
     for leaf in placed.formula.leaves:
-        key = (leaf.group, leaf.shape)
+        key = (leaf.group, known_shape(leaf.shape))
         if leaf.group and key in shared:
             made[leaf.key] = shared[key]
         else:
@@ -78,26 +79,29 @@ def _held(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> torch.Tensor:
 
 def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: int, known: dict) -> torch.Tensor:
     weight, stack, name = values["weight"], placed.site.stack, placed.site.name
+    shape = known_shape(leaf.shape)
     if weight.is_meta:
-        shape = leaf.shape if leaf.group or not stack else (stack, *leaf.shape)
-        return torch.empty(shape, device="meta", dtype=torch.int64 if leaf.whole else None)
+        whole_shape = shape if leaf.group or not stack else (stack, *shape)
+        return torch.empty(whole_shape, device="meta", dtype=torch.int64 if leaf.whole else None)
     if leaf.draw is None:
         return _over_stack(placed, values, leaf, known)
     if leaf.group:
-        return draw(leaf.draw, leaf.shape, seed, leaf.group, leaf.shape).to(weight.device)
+        return draw(leaf.draw, shape, seed, leaf.group, shape).to(weight.device)
     if stack is None:
-        return draw(leaf.draw, leaf.shape, seed, name, leaf.key).to(weight.device)
-    return torch.stack([draw(leaf.draw, leaf.shape, seed, f"{name}.{i}", leaf.key)
+        return draw(leaf.draw, shape, seed, name, leaf.key).to(weight.device)
+    return torch.stack([draw(leaf.draw, shape, seed, f"{name}.{i}", leaf.key)
                         for i in range(stack)]).to(weight.device)
 
 
 def _over_stack(placed: Placed, values: dict[str, torch.Tensor], leaf: Leaf, known: dict) -> torch.Tensor:
     """A leaf's start; for a stack, that of each of its matrices. What leaves have in common is computed once."""
+    init, shape = leaf.init, known_shape(leaf.shape)
+    assert init is not None  # a leaf that is not drawn starts at an expression
     if placed.site.stack is None or leaf.group:
-        return dense(leaf.init, values, known).expand(leaf.shape)
+        return dense(init, values, known).expand(shape)
     groups = {other.key for other in placed.formula.leaves if other.group}
     axes = {key: None if key in groups else 0 for key in values}
-    return torch.vmap(lambda each: dense(leaf.init, each).expand(leaf.shape), in_dims=(axes,))(values)
+    return torch.vmap(lambda each: dense(init, each).expand(shape), in_dims=(axes,))(values)
 
 
 def departure(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from surgery.diagnostics import Diagnostic
 from surgery.ir.dense import dense
 from surgery.ir.expression import Claim
+from surgery.ir.sizes import known_shape
 from surgery.layers.survey import sites
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
@@ -85,8 +86,8 @@ def _has_gradient(trial: Trial) -> bool:
               for name, value in _start(_placed(trial)).items()}
     trained = [values[key].requires_grad_() for key in _trained(trial)]
     generator = torch.Generator().manual_seed(2)
-    made = (dense(expr, values) for expr in (trial.formula.weight, trial.formula.bias))
-    loss = sum((torch.randn(m.shape, generator=generator, dtype=torch.float64) * m).sum() for m in made)
+    made = [dense(expr, values) for expr in (trial.formula.weight, trial.formula.bias)]
+    loss = torch.stack([(torch.randn(m.shape, generator=generator, dtype=torch.float64) * m).sum() for m in made]).sum()
     if not loss.requires_grad:
         return False
     found = torch.autograd.grad(loss, trained, allow_unused=True)
@@ -160,7 +161,7 @@ def _defects(trial: Trial) -> Iterator[tuple[Claim, float]]:
 def _moved(trial: Trial, start: dict[str, Tensor], distance: float) -> dict[str, Tensor]:
     """The parameters that train, moved from their start at random."""
     generator = torch.Generator().manual_seed(1)
-    moved = {leaf.key: start[leaf.key] + distance * _noise(leaf.shape, generator)
+    moved = {leaf.key: start[leaf.key] + distance * _noise(known_shape(leaf.shape), generator)
              for leaf in trial.formula.leaves if not leaf.frozen}
     return {**start, **moved}
 

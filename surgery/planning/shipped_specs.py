@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from surgery.ir.sizes import known
 from surgery.language.library import read, shipped
 from surgery.language.tree import Spec
 from surgery.layers.kinds import LINEAR
@@ -45,11 +46,11 @@ def catalogue() -> list[Entry]:
 
 def _entry(name: str, spec: Spec) -> Entry:
     found = _PAPER.search(spec.doc)
-    known = (name, spec.doc.partition("\n")[0], found and found[0])
+    about = (name, spec.doc.partition("\n")[0], found and found[0])
     if not spec.targets:
-        return Entry(*known, None, "the model's own parameters", None)
+        return Entry(*about, None, "the model's own parameters", None)
     formula = resolved(spec).formulas(OUT, IN)[0][1]
     estimate = Estimate(formula, LINEAR)
     program = "dense" if estimate.built else estimate.candidates[0].strategy
-    trained = sum(prod(leaf.shape) for leaf in formula.leaves if not leaf.frozen)
-    return Entry(*known, trained, program, estimate.ratio())
+    trained = sum(known(prod(leaf.shape)) for leaf in formula.leaves if not leaf.frozen)
+    return Entry(*about, trained, program, estimate.ratio())

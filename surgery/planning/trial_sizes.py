@@ -9,6 +9,7 @@ from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.ir.expression import Formula
+from surgery.ir.sizes import known
 from surgery.language.expressions import Number
 from surgery.language.tree import Target
 from surgery.semantics.evaluate import names_in, nodes
@@ -53,7 +54,7 @@ def first_that_fits(target: Target, resolved: ResolvedSpec, place: Mapping[str, 
     for out, in_ in sides:
         local = Collector()
         formula = resolved.formula(target, local, out, in_, place)
-        numbers = sum(prod(leaf.shape) for leaf in formula.leaves) if formula is not None else 0
+        numbers = sum(known(prod(leaf.shape)) for leaf in formula.leaves) if formula is not None else 0
         if formula is not None and numbers <= _MOST_NUMBERS:
             return Trial(target, out, in_, formula)
         if formula is not None:

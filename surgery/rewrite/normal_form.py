@@ -18,9 +18,9 @@ from surgery.rewrite.engine import Rule, rewrite, table
 
 
 def _fold(node: Expr) -> Expr | None:
-    values = every(map(value_of, node.args))
+    values, number = every(map(value_of, node.args)), operation(node).number
     try:
-        return None if values is None else fill(operation(node).number(*values), node.shape)
+        return None if values is None or number is None else fill(number(*values), node.shape)
     except (ArithmeticError, ValueError):
         return None
 

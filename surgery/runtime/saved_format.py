@@ -82,6 +82,8 @@ class Saved:
     """A saved adapter: its `spec`, `tensors` and `meta`, read and checked. Raises: SurgeryError (bad-adapter,
     syntax)."""
 
+    tensors: dict[str, torch.Tensor]
+    meta: dict[str, Any]
     spec: Spec
 
     def __init__(self, folder: Path):
@@ -91,10 +93,12 @@ class Saved:
         if not any((folder / name).exists() for name in FILES):
             raise fail("bad-adapter", f"{folder} is not a saved adapter", helps=(_NAME_ONE,))
         self.file = TENSORS if (folder / TENSORS).exists() or not (folder / CHECKPOINT).exists() else CHECKPOINT
-        self.tensors, self.meta, self.spec = self._tensors(), self._meta(), self._spec()
-        if self.meta is not None and self.tensors is not None:
-            self._agree()
+        tensors, meta, spec = self._tensors(), self._meta(), self._spec()
+        if meta is not None and tensors is not None:
+            self._agree(tensors, meta)
         self.report.raise_errors()
+        assert tensors is not None and meta is not None and spec is not None  # what is None was reported
+        self.tensors, self.meta, self.spec = tensors, meta, spec
 
     @property
     def model_class(self) -> str | None:
@@ -104,12 +108,11 @@ class Saved:
     def _fault(self, message: str, *helps: str) -> None:
         self.report.error("bad-adapter", f"{self.folder}: {message}", helps=helps)
 
-    def _agree(self) -> None:
+    def _agree(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """The tensors must be the ones that the file beside them lists."""
-        listed = {name: form["shape"] for name, form in self.meta["tensors"].items()}
-        compare(shapes(self.tensors), listed, META, self.report, self.file)
-        wrong = [n for n in listed if n in self.tensors
-                 and dtype_text(self.tensors[n].dtype) != self.meta["tensors"][n]["dtype"]]
+        listed = {name: form["shape"] for name, form in meta["tensors"].items()}
+        compare(shapes(tensors), listed, META, self.report, self.file)
+        wrong = [n for n in listed if n in tensors and dtype_text(tensors[n].dtype) != meta["tensors"][n]["dtype"]]
         if wrong:
             self._fault(f"{META} gives another dtype than {self.file} for {_listed(wrong)}")
 

@@ -13,7 +13,7 @@ from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fai
 from surgery.ir import sizes
 from surgery.ir.sizes import Dim
 from surgery.language.formatter import expression_text
-from surgery.language.tree import Argument, Binary, Call, Check, Definition, Name, Parameter
+from surgery.language.tree import Argument, Binary, Call, Check, Definition, Name, Parameter, Spec
 from surgery.semantics.evaluate import evaluate, here
 from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
 
@@ -88,7 +88,7 @@ def _formal(argument: Argument, position: int, definition: Definition, call: Cal
                label=did_you_mean(argument.name or "", names), notes=_defined(definition))
 
 
-def signature(definition: Definition) -> str:
+def signature(definition: Definition | Spec) -> str:
     """`low_rank(rank: int = 8, alpha: float = 16)`."""
     parts = [f"{p.name}: {p.type}" + (f" = {expression_text(p.default)}" if p.default else "")
              for p in definition.params]

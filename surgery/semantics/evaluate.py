@@ -211,7 +211,9 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
 
 
 def _signature(function: str) -> tuple[int, tuple[str, ...]]:
-    return PRIMITIVES[function].arity, PRIMITIVES[function].sizes
+    arity = PRIMITIVES[function].arity
+    assert arity is not None  # what a spec can call takes so many tensors
+    return arity, PRIMITIVES[function].sizes
 
 
 def _assert_count(node: tree.Call, arity: int, sizes: tuple[str, ...]) -> None:

@@ -22,8 +22,9 @@ def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf]) -> None:
     if any(map(is_undecided, nodes)):
         return
     for node in (n for n in nodes if operation(n).places):
-        (at,) = operation(node).places
-        entries, places = prod(operation(node).into(node)), below(node.args[at], known)
+        (at,), into = operation(node).places, operation(node).into
+        assert into is not None  # a row with places says what they point into
+        entries, places = prod(into(node)), below(node.args[at], known)
         if not isinstance(entries, Dim) and not isinstance(places, Dim) and places > entries:
             leaf = known.get(node.args[at].data)
             what = f"`{leaf.key.rpartition('.')[2]}` holds" if leaf else "these are"
@@ -38,8 +39,7 @@ def below(places: Expr, known: Mapping[str, Leaf]) -> Size | float:
     leaf = known[places.data]
     if leaf.init is not None:
         return below(leaf.init, known)
-    assert leaf.draw is not None  # a leaf is drawn where it has no expression to start at
-    most = leaf.draw.arguments[0][1]
+    most = leaf.law.arguments[0][1]
     assert not isinstance(most, str)  # the first argument of a draw of whole numbers is one
     return most
 

@@ -374,7 +374,7 @@ def test_an_overlap_of_targets_without_patterns(header):
 
 
 def _owners(header: str) -> dict[str, int]:
-    return {name.removeprefix("model.layers."): t.index for name, t in run("llama", header).targets.items()}
+    return {name.removeprefix("model.layers."): t.number for name, t in run("llama", header).targets.items()}
 
 
 def test_an_override_takes_a_strict_subset():

@@ -107,10 +107,10 @@ class Page:
                  (f"{report.trainable:,}",
                   f"parameters train, {report.percent:.3g}\N{NO-BREAK SPACE}% of {report.total:,}"),
                  (size_text(report.bytes), "the adapter")]
-        if means["entropy"] is not None:
-            possible = f"{100 * means['normalised_entropy']:.0f}\N{NO-BREAK SPACE}% of the possible"
-            facts += [(f"{means['entropy']:.2f}", f"entropy of ΔW, {possible} (mean)"),
-                      (f"{means['stable_rank']:.1f}", "stable rank of ΔW (mean)")]
+        entropy, share, rank = means["entropy"], means["normalised_entropy"], means["stable_rank"]
+        if entropy is not None and share is not None and rank is not None:  # they are known together
+            facts += [(f"{entropy:.2f}", f"entropy of ΔW, {100 * share:.0f}\N{NO-BREAK SPACE}% of the possible (mean)"),
+                      (f"{rank:.1f}", "stable rank of ΔW (mean)")]
         return tag("ul", *(tag("li", tag("strong", big), tag("span", small)) for big, small in facts), class_="facts")
 
     # ---------------------------------------------------------------------------------------------------- formulas

@@ -13,6 +13,7 @@ Hu et al., arXiv 2106.09685, equation 4 (overlap of subspaces).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import overload
 
 from torch import Tensor, nn
 
@@ -28,6 +29,15 @@ from surgery.runtime.surgeon import Surgeon
 Track = Callable[[Sequence[Pending]], Iterable[Pending]]
 
 
+@overload
+def spectrum(subject: Tensor, tuned: Tensor | None = None, *, squared: bool = False, top: int = TOP) -> Spectrum: ...
+
+
+@overload
+def spectrum(subject: Surgeon | nn.Module, tuned: nn.Module | None = None, *, squared: bool = False,
+             top: int = TOP) -> Spectra: ...
+
+
 def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | None = None, *, squared: bool = False,
              top: int = TOP) -> Spectra | Spectrum:
     """The spectra of what a surgeon does to its model, in any mode; of `tuned - subject` for two models; the `Spectrum`
@@ -37,12 +47,13 @@ def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | 
     Raises: SurgeryError (bad-value) for models that have no weight in common, or one that is operated on, and for what
     is no matrix of finite numbers.
     """
-    if isinstance(subject, Tensor):
+    if isinstance(subject, Tensor) and not isinstance(tuned, nn.Module):
         return Spectrum.of(_matrix(subject if tuned is None else tuned - subject), squared=squared)
     if isinstance(subject, Surgeon):
         with subject.disabled():
             return gathered(pending_of(subject), squared, top)
-    if tuned is None or any(isinstance(m, Adapter) and m.active for m in tuned.modules()):
+    if not isinstance(subject, nn.Module) or not isinstance(tuned, nn.Module) or any(
+            isinstance(m, Adapter) and m.active for m in tuned.modules()):
         raise fail("bad-value", "a model is measured against another one, with its weights changed or merged",
                    helps=("of an operated model, give the surgeon",))
     found = pairs(Weights(subject), Weights(tuned))

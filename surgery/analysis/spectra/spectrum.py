@@ -38,7 +38,8 @@ class Spectrum:
     @classmethod
     def of(cls, matrix: Tensor, rounding: float = 0.0, squared: bool = False) -> Spectrum:
         """The spectrum of a matrix [m, n]. Cost: an eigenvalue problem of min(m, n)."""
-        return cls(tuple(matrix.shape), _kept(singular_values(matrix, rounding), matrix.shape, rounding), squared)
+        m, n = matrix.shape
+        return cls((m, n), _kept(singular_values(matrix, rounding), matrix.shape, rounding), squared)
 
     @property
     def possible(self) -> int:

@@ -58,11 +58,13 @@ def _quadrants(row: torch.Tensor, column: torch.Tensor, place: Place) -> tuple[t
 
 
 def _own_places(at: torch.Tensor, place: Place) -> torch.Tensor:
-    return ROW_AND_COLUMN.to_ours(torch.stack(_quadrants(*at, place)), place)
+    row, column = at
+    return ROW_AND_COLUMN.to_ours(torch.stack(_quadrants(row, column, place)), place)
 
 
 def _pefts_places(at: torch.Tensor, place: Place) -> torch.Tensor:
-    return torch.stack(_quadrants(*ROW_AND_COLUMN.to_peft(at, place), place))
+    row, column = ROW_AND_COLUMN.to_peft(at, place)
+    return torch.stack(_quadrants(row, column, place))
 
 
 def _odd(config: Config, place: Place) -> str:
