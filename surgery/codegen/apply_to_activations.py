@@ -16,6 +16,7 @@ from surgery.ir.builders import scaled, summands, times, total
 from surgery.ir.expression import Expr, rebuild
 from surgery.ir.operations import make, operation
 from surgery.ir.primitives_fourier import BY_PRODUCTS
+from surgery.ir.sizes import Size, known, known_shape
 from surgery.rewrite.low_rank import Factors, factors, is_thin, low_rank_turn
 from surgery.rewrite.normal_form import simplify
 
@@ -56,9 +57,9 @@ def _product(expr: Expr, a: Expr) -> Expr:
 def _is_small(expr: Expr) -> bool:
     """Whether a product of parameters is a thin matrix, no larger than a factor, and little work: then it is made once,
     not for every token."""
-    left, right = expr.args
-    thin = is_thin(min(expr.shape), max(expr.shape)) and prod(expr.shape) <= max(prod(a.shape) for a in expr.args)
-    little = min(prod(left.shape), prod(right.shape)) <= max(expr.shape)
+    shape, (left, right) = known_shape(expr.shape), (known(prod(a.shape)) for a in expr.args)
+    thin = is_thin(min(shape), max(shape)) and prod(shape) <= max(left, right)
+    little = min(left, right) <= max(shape)
     return thin and little and not expr.has("weight", "drop")
 
 
@@ -102,7 +103,7 @@ def dropped(drop: Expr, a: Expr) -> Expr:
     return make("dropout", a, data=drop.data)
 
 
-def permutation(expr: Expr) -> tuple[int, int, int, int] | None:
+def permutation(expr: Expr) -> tuple[Size, int, int, Size] | None:
     """(g, p, q, r) of I[g] ⊗ shuffle(p, q) ⊗ I[r]."""
     if expr.op == "shuffle":
         return (1, *expr.data, 1)
@@ -110,9 +111,9 @@ def permutation(expr: Expr) -> tuple[int, int, int, int] | None:
         return None
     left, right = expr.args
     if left.op == "eye" and (inner := permutation(right)) is not None:
-        return (left.shape[0] * inner[0], *inner[1:])
+        return left.shape[0] * inner[0], *inner[1:]
     if right.op == "eye" and (inner := permutation(left)) is not None:
-        return (*inner[:3], inner[3] * right.shape[0])
+        return *inner[:3], inner[3] * right.shape[0]
     return None
 
 
@@ -137,7 +138,7 @@ def _kron(expr: Expr, a: Expr) -> Expr:
 def _circulant(expr: Expr, a: Expr) -> Expr:
     """A diagonal matrix between two Fourier transforms: products with their basis or, for large blocks, fast ones."""
     rows = expr.args[0]
-    if rows.shape[-1] > BY_PRODUCTS:
+    if known(rows.shape[-1]) > BY_PRODUCTS:
         return make("circulate", a, rows)
     basis = make("fourier", data=rows.shape[-1:])
     return make("waves", make("mixed", make("spectrum", a, basis), make("kernel", rows, basis)), basis)

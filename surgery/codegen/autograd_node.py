@@ -58,9 +58,9 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
         _, *kept = ctx.saved_tensors
-        return None, None, *ctx.step.backward(ctx.layer, grad, *kept)
+        return None, None, *ctx.step.backward(ctx.layer, *grad_outputs, *kept)
 
 
 def run(body: Expr, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ from surgery.codegen.split_products import apart
 from surgery.ir.builders import summands
 from surgery.ir.expression import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
 from surgery.ir.operations import is_ids, make, names, operation
-from surgery.ir.sizes import TOKENS
+from surgery.ir.sizes import TOKENS, known
 from surgery.ir.table import Source
 from surgery.layers.kinds import LayerKind
 from surgery.rewrite.cheaper_forms import MOST_NODES, cheapest
@@ -114,7 +114,7 @@ def _found(formula: Formula, kind: LayerKind, drops: bool, has_bias: bool) -> tu
     """The programs that there are, with the formula's dropout or without, in no order."""
     weight = cheapest(formula.weight if drops else without_dropout(formula.weight))
     operand = turned(weight) if kind.takes_ids else weight
-    x, bias = _input(operand.shape[1], kind), cheapest(formula.bias) if has_bias else None
+    x, bias = _input(known(operand.shape[1]), kind), cheapest(formula.bias) if has_bias else None
     unread = partial(_unread, always=kind.is_called)
     # last to first: of two ways to one program the first has the name
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)

@@ -13,10 +13,10 @@ from itertools import groupby
 from math import lcm
 
 from surgery.codegen.apply_to_activations import apply, permutation
-from surgery.ir.builders import fill
+from surgery.ir.builders import every, fill
 from surgery.ir.expression import Expr
 from surgery.ir.operations import eye, make
-from surgery.ir.sizes import Dim
+from surgery.ir.sizes import Dim, Size, known, known_shape
 from surgery.rewrite.low_rank import is_thin
 
 
@@ -55,7 +55,7 @@ def _factors(node: Expr) -> Iterator[Expr]:
         yield node
 
 
-def block_size(factor: Expr) -> int | None:
+def block_size(factor: Expr) -> Size | None:
     """The size of the blocks that a square matrix keeps to; None for one that mixes all entries, or none."""
     if factor.op == "block_diag" and factor.args[0].shape[1] == factor.args[0].shape[2]:
         return factor.args[0].shape[1]
@@ -69,10 +69,10 @@ def block_size(factor: Expr) -> int | None:
 
 def _one(run: list[Expr]) -> list[Expr]:
     """One matrix in the place of a run of factors, if their blocks have a common size that is small."""
-    sizes = list(map(block_size, run))
-    if None in sizes or len(run) < 2 or any(isinstance(size, Dim) for size in sizes):
+    sizes = every(map(block_size, run))
+    if sizes is None or len(run) < 2 or any(isinstance(size, Dim) for size in sizes):
         return run
-    size, width = lcm(*sizes), run[0].shape[0]
+    size, width = lcm(*known_shape(sizes)), known(run[0].shape[0])
     if size == 1 or width % size or not is_thin(size, width):
         return run
     rows = apply(reduce(_product, run), make("kron", fill(1, (1, width // size)), eye(size)))

@@ -14,6 +14,7 @@ from surgery.codegen.fuse_blocks import block_size
 from surgery.ir.builders import scaled, times, total
 from surgery.ir.expression import Expr, walk, without_dropout
 from surgery.ir.operations import is_ids, make, ones
+from surgery.ir.sizes import known
 from surgery.layers.kinds import LayerKind
 from surgery.rewrite.low_rank import factors, is_thin, low_rank_turn
 from surgery.rewrite.normal_form import simplify
@@ -87,7 +88,7 @@ def _enters(expr: Expr) -> bool:
         return _enters(scaled(expr)[1])
     if expr.op == "matmul":
         return _enters(expr.args[1])
-    return is_weight(expr) or expr.shape[0] < expr.shape[1]
+    return is_weight(expr) or known(expr.shape[0]) < known(expr.shape[1])
 
 
 def _enter_product(expr: Expr, x: Expr) -> Expr:
@@ -96,7 +97,7 @@ def _enter_product(expr: Expr, x: Expr) -> Expr:
         return _looked_up(left, right, x)
     if right.op == "add" and not _enters(right):  # x (L (p + q))ᵀ = x (L p)ᵀ + x (L q)ᵀ
         return make("add", *(enter(simplify(make("matmul", left, term)), x) for term in right.args))
-    if (found := factors(right)) is not None and right.shape[0] > left.shape[0]:
+    if (found := factors(right)) is not None and known(right.shape[0]) > known(left.shape[0]):
         return make("matmul", enter(found[1], x), matrix(turned(make("matmul", left, found[0]))))
     return apply(left, enter(right, x)) if _enters(right) else run(expr, x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -32,11 +33,11 @@ class _WeightedDot(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, d = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (a, b, d), (grad,) = ctx.saved_tensors, grad_outputs
         of_a, of_b, of_d = ctx.needs_input_grad
         return (grad[:, None] * b * d if of_a else None, grad[:, None] * a * d if of_b else None,
-                sum(rows.mT @ g for rows, g in zip(_products(a, b), _parts(grad))) if of_d else None)
+                reduce(torch.add, (rows.mT @ g for rows, g in zip(_products(a, b), _parts(grad)))) if of_d else None)
 
 
 def weighted_dot(a: Tensor, b: Tensor, d: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from math import prod
 from surgery.ir.builders import scaled, value_of
 from surgery.ir.expression import Expr
 from surgery.ir.operations import is_ids, operation
-from surgery.ir.sizes import Dim
+from surgery.ir.sizes import Dim, Size, known
 
 
 def is_taken_in(node: Expr, reads: Mapping[Expr, Sequence[Expr]]) -> bool:
@@ -39,7 +39,7 @@ def moved(node: Expr, tokens: int) -> float:
         return 2 * size(node, tokens)
     if node.op == "add" and any(is_product(scaled(a)[1]) for a in node.args):
         return size(node, tokens)
-    weight = float(node.shape[-1] * node.args[0].shape[-1]) if operation(node).of_layer else 0.0
+    weight = float(known(node.shape[-1]) * known(node.args[0].shape[-1])) if operation(node).of_layer else 0.0
     return size(node, tokens) + weight + sum(size(a, tokens) for a in node.args)
 
 

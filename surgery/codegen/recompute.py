@@ -37,8 +37,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        saved = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        saved, (grad,) = ctx.saved_tensors, grad_outputs
         needs = ctx.needs_input_grad[4:]
         tensors = [t.detach().requires_grad_(need) for t, need in zip(saved, needs)]
         with torch.enable_grad():

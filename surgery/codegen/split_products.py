@@ -11,15 +11,17 @@ from collections.abc import Callable
 
 from surgery.ir.expression import Expr, rebuild
 from surgery.ir.operations import make
-from surgery.ir.sizes import TOKENS
+from surgery.ir.sizes import TOKENS, known_shape
 from surgery.rewrite.low_rank import is_thin
 
 
 def apart(body: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
     """The body with such products taken apart (itself where there is none)."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
-        acts = node.op == "matmul" and TOKENS in node.args[0].shape
-        return _acted(*args, is_trained) if acts else node.with_args(args)
+        if node.op != "matmul" or TOKENS not in node.args[0].shape:
+            return node.with_args(args)
+        a, matrix = args
+        return _acted(a, matrix, is_trained)
 
     return rebuild(body, change)
 
@@ -36,8 +38,10 @@ def _pair(matrix: Expr) -> tuple[Expr, Expr] | None:
     """The factors of a product that is made in the set-up, with no more columns between them than it has itself."""
     if matrix.op == "T" and (turned := _pair(matrix.args[0])) is not None:
         return _turn(turned[1]), _turn(turned[0])
-    fits = matrix.op == "matmul" and all(len(part.shape) == 2 for part in matrix.args)
-    return matrix.args if fits and is_thin(matrix.args[0].shape[1], max(matrix.shape)) else None
+    if matrix.op != "matmul" or any(len(part.shape) != 2 for part in matrix.args):
+        return None
+    left, right = matrix.args
+    return (left, right) if is_thin(left.shape[1], max(known_shape(matrix.shape))) else None
 
 
 def _turn(matrix: Expr) -> Expr:

@@ -178,6 +178,7 @@ class Run:
         if missing := set(names) - {*arguments, "layer", *_DTYPES, "leaves"}:
             raise Fault(f"`{function.name}` takes {', '.join(sorted(missing))}, which nothing gives")
         self.names = {name: self._given(arguments[name]) for name in names if name in arguments}
+        result = None
         for statement in function.body:
             result = self._statement(statement)
         return result
@@ -206,7 +207,7 @@ class Run:
                     for inner in body:
                         self._statement(inner)
                     self.without_gradient = False
-                case ast.Return(value=value):
+                case ast.Return(value=ast.expr() as value):
                     return self._returned(value)
                 case _:
                     raise Fault("is no line that a program has")
@@ -235,7 +236,7 @@ class Run:
                 return held
             case ast.Constant(value=int() | float() as number):
                 return Held(self.symbols.number(number))
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=number)):
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
                 return Held(self.symbols.number(-number))
             case ast.Subscript(value=ast.Name(id="leaves"), slice=ast.Constant(value=key)):
                 return self._placed(self.symbols.of("leaf", key), owned=False)

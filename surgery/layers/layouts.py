@@ -45,8 +45,8 @@ class Layout:
     def shape(self, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         """(out, in) of the module's weight, read off its shape alone; of a called layer, the sides that it says."""
         if self.is_called:
-            return opaque_linear.sides(module)
-        out, in_ = self.matrix(opaque_linear.stored(module, parameter).to("meta")).shape[-2:]
+            return opaque_linear.said_sides(module)
+        out, in_ = self.matrix(opaque_linear.stored_weight(module, parameter).to("meta")).shape[-2:]
         return out, in_
 
 
@@ -131,6 +131,7 @@ _UNREADABLE: Faults = (
 
 
 def _convolution(module: nn.Module) -> Layout:
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))  # as `_is_conv` says
     groups = module.groups
     return CONV if groups == 1 else replace(GROUPED, kind=replace(kinds.GROUPED, groups=groups))
 
@@ -150,7 +151,7 @@ FAMILIES = (
     Family(_is_conv, _convolution),
     Family(_is_embedding, lambda module: EMBEDDING, (
         *_UNREADABLE,
-        (lambda m: m.max_norm is not None, "max_norm rescales its weight in every forward pass"),
+        (lambda m: getattr(m, "max_norm") is not None, "max_norm rescales its weight in every forward pass"),
         (_is_true("sparse"), "it asks for sparse gradients"),
         (_is_true("scale_grad_by_freq"), "it scales its gradients by frequency"),
     )),

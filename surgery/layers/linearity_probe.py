@@ -43,7 +43,7 @@ def ask(module: nn.Module) -> Answer:
 def _answer(module: nn.Module) -> Answer:
     name, rows = type(module).__name__, _rows(module)
     whole, alone = opaque_linear.forward_of(module)(rows), opaque_linear.forward_of(module)(rows[None, 2:3])
-    wanted = (len(rows), opaque_linear.sides(module)[0])
+    wanted = (len(rows), opaque_linear.said_sides(module)[0])
     if tuple(whole.shape) != wanted or tuple(alone.shape) != (1, 1, wanted[1]):
         return Answer(f"{name} gives {list(whole.shape)} for {list(rows.shape)}")
     fault = _fault(module, whole.detach().double(), alone.detach().double()[0, 0])
@@ -57,7 +57,7 @@ def _answer(module: nn.Module) -> Answer:
 def _rows(module: nn.Module) -> Tensor:
     """x, y, a x + b y and 0."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, opaque_linear.sides(module)[1], generator=generator, dtype=torch.float32, device="cpu")
+    x, y = torch.randn(2, opaque_linear.said_sides(module)[1], generator=generator, dtype=torch.float32, device="cpu")
     y = 3 * y
     rows = torch.stack([x, y, _SHARE * x + _OTHER * y, torch.zeros_like(x)])
     return opaque_linear.asking(rows.to(opaque_linear.device(module), opaque_linear.taken_dtype(module, torch.float32)))

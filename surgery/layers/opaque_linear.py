@@ -30,8 +30,18 @@ _HOOKED = "_old_forward"  # what a hook of accelerate's on the instance runs bet
 
 def sides(module: nn.Module) -> tuple[int, int] | None:
     """(out, in), if the module says them."""
-    found = (tuple(getattr(module, name, None) for name in names) for names in _SIDES)
-    return next((pair for pair in found if all(isinstance(side, int) and side > 0 for side in pair)), None)
+    for names in _SIDES:
+        out, in_ = (getattr(module, name, None) for name in names)
+        if isinstance(out, int) and isinstance(in_, int) and out > 0 and in_ > 0:
+            return out, in_
+    return None
+
+
+def said_sides(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a called layer, which is one that says them."""
+    found = sides(module)
+    assert found is not None, f"{type(module).__name__} does not say its sides"
+    return found
 
 
 def is_plain(tensor: Tensor | None) -> bool:
@@ -72,11 +82,22 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
                helps=("remove() the surgery, change the layer, and apply the surgery again",))
 
 
+def stored_weight(module: nn.Module, name: str) -> Tensor:
+    """The tensor of a weight, which a layer that has a layout holds. Raises: SurgeryError (unsupported-module)."""
+    found = stored(module, name)
+    assert found is not None, f"{type(module).__name__} has no {name}"
+    return found
+
+
 def bias(module: nn.Module) -> Tensor | None:
     """b [out]: its tensor, or what its method of that name gives."""
     own = module._parameters if "bias" in module._parameters else vars(module)
-    found = own["bias"] if "bias" in own else getattr(module, "bias", None)
-    return found() if callable(found) and not isinstance(found, Tensor) else found
+    return _read(own["bias"] if "bias" in own else getattr(module, "bias", None))
+
+
+def _read(bias: Any) -> Tensor | None:
+    """A bias, or what the method gives that stands in its place."""
+    return bias() if callable(bias) and not isinstance(bias, Tensor) else bias
 
 
 def pieces(module: nn.Module) -> tuple[Tensor, ...]:
@@ -89,8 +110,8 @@ def pieces(module: nn.Module) -> tuple[Tensor, ...]:
 
 def size(tensor: Tensor) -> int:
     """The bytes of a tensor; of one that is made of others, theirs."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(size(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    if (flatten := getattr(tensor, "__tensor_flatten__", None)) is not None:
+        return sum(size(getattr(tensor, name)) for name in flatten()[0])
     return tensor.numel() * tensor.element_size()
 
 
@@ -181,7 +202,7 @@ def back(module: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _ones(module: nn.Module, rows: Tensor) -> Tensor:
-    return rows.new_ones(len(rows), sides(module)[1])
+    return rows.new_ones(len(rows), said_sides(module)[1])
 
 
 class _Back(torch.autograd.Function):
@@ -196,14 +217,15 @@ class _Back(torch.autograd.Function):
             return torch.autograd.grad(y, x, rows.detach().to(y.dtype))[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grad_outputs
         return through(ctx.module, grad), None
 
 
 @torch.no_grad()
 def matrix(module: nn.Module, wanted: torch.dtype) -> Tensor:
     """W [out, in] in the dtype that is wanted, from the images of the identity in one that the layer takes."""
-    (out, in_), module = sides(module), twin(module)
+    (out, in_), module = said_sides(module), twin(module)
     taken = taken_dtype(module, wanted)
     found = torch.empty(out, in_, dtype=wanted, device=device(module))
     columns = torch.arange(in_, device=found.device)
@@ -221,7 +243,7 @@ def taken_dtype(module: nn.Module, wanted: torch.dtype) -> torch.dtype:
     failures: list[Exception] = []
     for each in choices:
         try:
-            forward_of(module)(asking(torch.ones(1, sides(module)[1], dtype=each, device=device(module))))
+            forward_of(module)(asking(torch.ones(1, said_sides(module)[1], dtype=each, device=device(module))))
             return each
         except Exception as failure:  # a third party's layer raises whatever it likes
             failures.append(failure)

@@ -57,9 +57,9 @@ class Site:
         return f"{sides_text(self.out, self.in_, self.stack)} {self.layout.kind.note}".rstrip()
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The parameter, as the module stores it. A called layer has none."""
-        return opaque_linear.stored(self.module, self.parameter)
+        return opaque_linear.stored_weight(self.module, self.parameter)
 
     @property
     def held(self) -> tuple[Tensor, ...]:

@@ -23,8 +23,8 @@ def _flattening() -> type[nn.Module] | tuple[()]:
 def bare(module: nn.Module) -> nn.Module:
     """The module inside of all wrappers."""
     while True:
-        if "_orig_mod" in module._modules:  # an OptimizedModule, whose class is slow to import
-            module = module._modules["_orig_mod"]
+        if (inner := module._modules.get("_orig_mod")) is not None:  # of an OptimizedModule, a class slow to import
+            module = inner
         elif isinstance(module, (*_PARALLEL, _flattening())):
             module = module.module
         else:
@@ -65,4 +65,14 @@ def parameter(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter of a name. Raises: KeyError."""
     path, _, own = name.rpartition(".")
     owner = submodule(model, path)
-    return (owner._parameters if owner is not None else {})[own]
+    if owner is None:
+        raise KeyError(name)
+    return own_parameter(owner, own)
+
+
+def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that stands on a module itself. Raises: KeyError."""
+    found = module._parameters[name]
+    if found is None:
+        raise KeyError(name)
+    return found

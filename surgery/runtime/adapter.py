@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import lru_cache, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import torch
 import torch.nn as nn
@@ -69,23 +69,23 @@ class StepTensors(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in self.names)
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
         for name in self.names:  # a checkpoint of before held a number as []
-            if (saved := state.get(prefix + name)) is not None and not saved.ndim:
-                state[prefix + name] = saved.reshape(1)
-        super()._load_from_state_dict(state, prefix, *rest)
+            if (saved := state_dict.get(prefix + name)) is not None and not saved.ndim:
+                state_dict[prefix + name] = saved.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 
 class SharedTensors(StepTensors):
     """The tensors that the adapters of a model share, each held once: a second name for a parameter is a crash in
     safetensors and a second, diverging copy for what shards a model by layers."""
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
         """A checkpoint of the base model, or one of before, has none under these names: they stay, or the adapters
         that they belonged to then hand them over."""
         for name in self.names:
-            state.setdefault(prefix + name, getattr(self, name))
-        super()._load_from_state_dict(state, prefix, *rest)
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 
 def shared_name(leaf: Leaf) -> str:
@@ -96,6 +96,8 @@ def shared_name(leaf: Leaf) -> str:
 class Adapter(nn.Module):
     """The tensors and the programs of one operated weight. `active` is False while disabled or merged; `serving` holds
     its set-ups while a user promises that no tensor changes."""
+
+    _modules: dict[str, StepTensors]  # pyright: ignore[reportIncompatibleVariableOverride]  # it has no other children
 
     def __init__(self, formula: Formula, layout: Layout, parameter: str, stack: int | None,
                  tensors: Mapping[str, torch.Tensor], common: SharedTensors, gives_gradient: bool = True):
@@ -151,10 +153,10 @@ class Adapter(nn.Module):
         """Compile the programs of W' (`None`) and, for a module whose map is known, of its output in training and in
         evaluation, before any forward pass: no compiler of torch's can trace that."""
         self.prepared = has_bias, is_direct
-        layout, found = self.layout, {None: weights(self.formula, has_bias)}
+        programs: dict[bool | None, Program] = {None: weights(self.formula, has_bias)}
         for training in (True, False) if is_direct else ():
-            found[training] = activations(self.formula, layout.kind, training, has_bias)
-        self._programs = found
+            programs[training] = activations(self.formula, self.layout.kind, training, has_bias)
+        self._programs = programs
 
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
@@ -266,15 +268,15 @@ class Adapter(nn.Module):
         if self.prepared is not None:
             self.prepare(*self.prepared)
 
-    def _load_from_state_dict(self, state: dict, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
         """A checkpoint of the base model has nothing for us: not an error, the adapter is then given what it has. In
         one of before, each adapter had the shared tensors under names of its own."""
         for key, name in self.shared.items():
-            if (saved := state.pop(prefix + key, None)) is not None:
-                self.common._load_from_state_dict({name: saved}, "", *rest)
-        if not any(key.startswith(prefix) for key in state):
-            state.update({prefix + name: tensor for name, tensor in (*self.named_parameters(), *self.named_buffers())})
-        super()._load_from_state_dict(state, prefix, *rest)
+            if (saved := state_dict.pop(prefix + key, None)) is not None:
+                self.common._load_from_state_dict({name: saved}, "", *rest, **more)
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update({prefix + name: tensor for name, tensor in (*self.named_parameters(), *self.named_buffers())})
+        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 
 class _Calls(threading.local):
@@ -286,21 +288,33 @@ class _Calls(threading.local):
 _CALLS = _Calls()
 
 
-class Operated:
-    """Mixed into the class of an operated module."""
+if TYPE_CHECKING:  # what it is mixed into
+    _Mixin = nn.Module
+else:
+    _Mixin = object
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+
+class Operated(_Mixin):
+    """Mixed into the class of an operated module: `base`, whose parameters `names` are operated on."""
+
+    base: ClassVar[type[nn.Module]]
+    names: ClassVar[tuple[str, ...]]
+    kind: ClassVar[type[Operated]]
+
+    def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple:
         operated = type(self)
         return _blank, (operated.base, operated.names, operated.kind), self.__dict__
 
 
-def _blank(base: type, names: tuple[str, ...], kind: type[Operated]) -> nn.Module:
+def _blank(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> nn.Module:
     cls = operated_class(base, names, kind)
     return cls.__new__(cls)
 
 
 class Direct(Operated):
     """A module whose map is known: the program takes the input itself."""
+
+    weight_surgery: Adapter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         adapter = self.weight_surgery
@@ -333,7 +347,7 @@ def _reading(name: str, owner: str) -> property:
         if not any(name in held for held in (module._parameters, module.__dict__, module._buffers)):
             raise AttributeError(name)  # which nn.Module then words
         was, adapter = stored(module, name), module._modules.get(owner + SUFFIX)
-        if was is None or adapter is None or not adapter.active:
+        if was is None or not isinstance(adapter, Adapter) or not adapter.active:
             return was
         running = _CALLS.running.get(id(module), {})
         if name in running:
@@ -366,7 +380,7 @@ def _made(adapter: Adapter, module: nn.Module, name: str) -> torch.Tensor:
 
 
 @lru_cache(maxsize=None)
-def operated_class(base: type, names: tuple[str, ...], kind: type[Operated]) -> type:
+def operated_class(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> type[Operated]:
     """The class of operated modules of the class `base`, whose parameters `names` are operated on."""
     known = {"base": base, "names": names, "kind": kind,
              "__module__": base.__module__, "__qualname__": base.__qualname__}
@@ -399,6 +413,7 @@ def hold_common(root: nn.Module, adapter: Adapter) -> None:
 def uninstall(module: nn.Module) -> None:
     """Give `module` its own class back and drop its adapters."""
     operated = type(module)
+    assert issubclass(operated, Operated)  # `install` made it one
     for name in operated.names:
         delattr(module, name + SUFFIX)
     module.__class__ = operated.base

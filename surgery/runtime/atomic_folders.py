@@ -279,9 +279,10 @@ def _held(staging: Path, name: str) -> Iterator[Path]:
     with (staging / "unlocked").open("xb", buffering=0) as lock:
         try:
             with suppress(OSError, AttributeError):  # a system without such locks: what is left there stays
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                lock.write(json.dumps({"surgery": "writes", "target": name}).encode())
-                os.rename(staging / "unlocked", staging / _LOCK)
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock.write(json.dumps({"surgery": "writes", "target": name}).encode())
+                    os.rename(staging / "unlocked", staging / _LOCK)
             yield staging
         finally:
             _remove(staging)
@@ -289,7 +290,9 @@ def _held(staging: Path, name: str) -> Iterator[Path]:
 
 def _clear_up(folder: Path) -> None:
     """Remove what runs that were killed have left in a folder. Only what was ours and has no living writer goes."""
-    for staging in folder.glob(f"{_STAGING}*") if fcntl else ():
+    if fcntl is None:
+        return
+    for staging in folder.glob(f"{_STAGING}*"):
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # whatever is odd about one, it stays
             if staging.is_symlink() or staging.lstat().st_uid != os.geteuid():
                 continue

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from surgery.codegen.kernels import mask, masked
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout
-from surgery.layers.opaque_linear import stored
+from surgery.layers.opaque_linear import stored, stored_weight
 from surgery.runtime.sharding import is_part, whole
 
 
@@ -30,9 +30,9 @@ class Frozen:
 
     def __init__(self, module: nn.Module, layout: Layout, parameter: str, gives_gradient: bool = True):
         self.layout, self.module = layout, module
-        self.stored = stored(module, parameter)
+        self.stored = stored_weight(module, parameter)
         self.weight = layout.matrix(self.stored)
-        self.bias = None
+        self.bias: torch.Tensor | None = None
         if parameter == "weight" and ("bias" in module._parameters or hasattr(module, "bias")):
             self.bias = stored(module, "bias")
         self.dtype, self.device = self.weight.dtype, self.weight.device
@@ -65,6 +65,7 @@ class Frozen:
 
     def offset(self, dtype: torch.dtype) -> torch.Tensor:
         """b as [out]."""
+        assert self.bias is not None  # a program that asks for it is of a layer that has one
         return self.bias.to(dtype)
 
     def fill(self, shape: tuple[int, ...], value: float, dtype: torch.dtype) -> torch.Tensor:
@@ -81,9 +82,9 @@ class Frozen:
         """A few rows [r, in] through the map: [r, out]. The weight is read in order, as the larger one."""
         return (self.weight @ rows.to(self.weight.dtype).mT).mT.to(rows.dtype)
 
-    def frozen_flat(self, a: torch.Tensor) -> torch.Tensor:
+    def frozen_flat(self, x: torch.Tensor) -> torch.Tensor:
         """Activations [tokens, in] inside of the program through the map: [tokens, out]."""
-        return F.linear(a, self.weight)
+        return F.linear(x, self.weight)
 
     def frozen_back(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [r, out] through the transposed map: [r, in]."""
@@ -95,6 +96,22 @@ class Frozen:
     def tokens(self, x: Any) -> int | None:
         """How many rows an input is for the map, where that is known before it runs."""
         return None
+
+    def read(self, dtype: torch.dtype) -> torch.Tensor:
+        """W as [out, in], made anew where the layer holds none."""
+        return self.matrix(dtype)
+
+    def as_dtype(self, dtype: torch.dtype) -> Frozen:
+        """The layer with its tensors in another dtype."""
+        raise NotImplementedError
+
+    def enter(self, x: torch.Tensor, dtype: torch.dtype) -> Any:
+        """The layer's own input as what the program reads."""
+        raise NotImplementedError
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        """The program's output as the layer's own."""
+        raise NotImplementedError
 
 
 class FrozenLinear(Frozen):
@@ -130,6 +147,7 @@ class FrozenConv(Frozen):
     group sees, and a matrix is as many equal runs of kernels as there are groups, one for each."""
 
     is_alone = False
+    module: nn.Conv2d  # pyright: ignore[reportIncompatibleVariableOverride]  # or one of 1 or 3 axes, with the same forward
 
     def enter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x.to(dtype)
@@ -162,6 +180,7 @@ class FrozenEmbedding(Frozen):
     """nn.Embedding: token ids of any shape are one-hot rows [tokens, vocabulary]; its map is Wᵀ."""
 
     follows_autocast = False
+    module: nn.Embedding  # pyright: ignore[reportIncompatibleVariableOverride]  # a narrower type of what `Frozen` sets
 
     def enter(self, x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, None]:
         self.shape, self.ids = x.shape, x.reshape(-1)

@@ -34,7 +34,7 @@ class FrozenCalled(FrozenLinear):
         return opaque_linear.device(self.module)
 
     @property
-    def held(self) -> tuple[torch.Tensor, ...]:
+    def held(self) -> tuple[torch.Tensor, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]  # looked up anew
         """The tensors that W and b are made of."""
         loose = (t for t in vars(self.module).values() if isinstance(t, torch.Tensor))
         return (*opaque_linear.pieces(self.module), *loose, *(() if self.bias is None else (self.bias,)))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.diagnostics import fail
+from surgery.layers.wrappers import own_parameter
 from surgery.planning.compile import Placed
 from surgery.runtime.adapter import Adapter
 from surgery.text import listed
@@ -45,7 +46,7 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
     site, module = placed.site, placed.site.module
     exact = dict(zip((site.parameter, "bias"), adapter.weights(module)))
     exact[site.parameter] = site.layout.unmatrix(exact[site.parameter], site.weight.shape)
-    stored = {name: value.to(module._parameters[name].dtype).contiguous() for name, value in exact.items()}
+    stored = {name: value.to(own_parameter(module, name).dtype).contiguous() for name, value in exact.items()}
     errors = {name: _rounding_error(stored[name], exact[name]) for name in exact}
     for name, error in errors.items():  # a bias may have a dtype of its own
         bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps

@@ -16,13 +16,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import Diagnostic, SurgeryError, fail
 from surgery.layers.layouts import weights
+from surgery.layers.wrappers import own_parameter
 from surgery.models.demo import demo_inputs
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure
@@ -30,6 +31,9 @@ from surgery.runtime.adapter import Adapter
 from surgery.runtime.merge import merged
 from surgery.runtime.transaction import Scope, Snapshot, finish
 from surgery.text import counted, listed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LARGEST = 10**9  # parameters of a model that is also run backwards, and merged
 _ROUNDINGS = 4  # at the start a half dtype may be off by so many units in the last place
@@ -86,7 +90,7 @@ class Subject:
             batch, base, why = self._first(example)
             if batch is None and in_full:
                 raise fail("bad-value", why, helps=("give a batch: example=dict(...), a tuple, or a tensor",))
-            if batch is None:
+            if batch is None or base is None:
                 return Proof(skipped=why)
             self._switch(on=True)
             start, allowed = self._started(base, self._run(batch), starts)
@@ -229,7 +233,7 @@ class Subject:
 
     def _difference(self, batch: Any, operated: Tensor, placed: Sequence[Placed]) -> float:
         """How far the outputs are off with some of the weights merged. (After an error the trial puts them back.)"""
-        made = [(each.site.module._parameters[name], value) for each in placed
+        made = [(own_parameter(each.site.module, name), value) for each in placed
                 for name, value in merged(each, self.adapters[each.site.name]).tensors.items()]
         before = [(parameter, parameter.data) for parameter, _ in made]
         for parameter, value in made:
@@ -280,7 +284,7 @@ def _batches(model: nn.Module) -> list[Callable[[], Any]]:
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
         return []
-    draw = torch.Generator().manual_seed(0)
+    draw, known = torch.Generator().manual_seed(0), cast("PreTrainedModel", model)  # as what has both is
 
     def spectrogram() -> dict[str, Tensor]:
         shape = (1, config.num_mel_bins, 2 * config.max_source_positions)
@@ -288,7 +292,7 @@ def _batches(model: nn.Module) -> list[Callable[[], Any]]:
         return {main: torch.randn(shape, generator=draw), **ids}
 
     by_name = {"input_values": lambda: {main: torch.randn(2, _SOUND, generator=draw)}, "input_features": spectrogram}
-    return [by_name.get(main, lambda: demo_inputs(model)), lambda: dict(model.dummy_inputs)]
+    return [by_name.get(main, lambda: demo_inputs(known)), lambda: dict(known.dummy_inputs)]
 
 
 def _moved(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -57,7 +57,8 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
     The model is afterwards as it was before. Raises: SurgeryError (bad-output, merge-error).
     """
     model = surgeon.model
-    if not hasattr(model, "save_pretrained"):
+    save_pretrained = getattr(model, "save_pretrained", None)
+    if save_pretrained is None:
         raise fail("bad-output",
                    f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
                    helps=("merge() and save its state_dict() yourself",))
@@ -68,7 +69,7 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
         def write() -> None:
             with replacing(Path(folder), MODEL, force) as new:
                 try:
-                    model.save_pretrained(new, state_dict=tensors)
+                    save_pretrained(new, state_dict=tensors)
                 except SafetensorError as error:  # which is what it makes of an error of the system's
                     raise OSError(str(error)) from error
                 for extra in extras:

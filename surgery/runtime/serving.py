@@ -134,11 +134,11 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors of torch's own class that hold a tensor's numbers."""
     if tensor.is_meta:
         return
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
+    if (flatten := getattr(tensor, "__tensor_flatten__", None)) is not None:
+        for name in flatten()[0]:
             yield from _plain(getattr(tensor, name))
-    elif hasattr(tensor, "to_local"):
-        yield from _plain(tensor.to_local())
+    elif (to_local := getattr(tensor, "to_local", None)) is not None:
+        yield from _plain(to_local())
     else:
         plain = tensor.detach().as_subclass(Tensor)
         yield plain.int_repr() if plain.is_quantized else plain

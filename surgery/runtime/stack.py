@@ -14,6 +14,7 @@ from math import isfinite
 from numbers import Real
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,13 +72,15 @@ class Surgeries:
                        helps=("a surgery's name is made of letters, digits and `_`, and is its own",))
         again = self._again
         self._leave()
-        is_saved = isinstance(what, PathLike) or (isinstance(what, str) and Path(what).is_dir())
-        surgeon = attach(self._given, what) if is_saved else self._fresh(what, seed, dtype)
+        if isinstance(what, PathLike) or (isinstance(what, str) and Path(what).is_dir()):
+            surgeon = attach(self._given, what)
+        else:
+            surgeon = self._fresh(what, seed, dtype)
         self._known = {**self._known, name: Known(surgeon, _trained(surgeon))}
         surgeon.remove()
         again()
 
-    def _fresh(self, what: Spec | str | PathLike, seed: int, dtype: torch.dtype) -> Surgeon:
+    def _fresh(self, what: Spec | str, seed: int, dtype: torch.dtype) -> Surgeon:
         surgeon = prepare(self._given, what, seed=seed, dtype=dtype)
         surgeon.check_identity()
         return surgeon.operate()
@@ -105,12 +108,13 @@ class Surgeries:
                            helps=("use() runs surgeries of any kind one after the other",))
         return self._operate(tuple(shares), lambda formulas: mixed({f: shares[name] for name, f in formulas.items()}))
 
-    def save(self, name: str, folder: str | PathLike, **about: str | None) -> None:
+    def save(self, name: str, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
+             force: bool = True, **about: Any) -> None:
         """Write one surgery's adapter as it is now, which `attach` puts on a model by itself. Raises: SurgeryError."""
         known = self._of(name)
         self._keep_trained()
         surgeon = known.surgeon
-        save(surgeon, folder, state={**surgeon.state(), **known.trained}, **about)
+        save(surgeon, folder, base_model, revision, {**surgeon.state(), **known.trained}, force, **about)
 
     @all_or_nothing
     def remove(self, partly: bool = False) -> nn.Module:

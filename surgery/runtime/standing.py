@@ -13,7 +13,7 @@ from torch import nn
 
 from surgery.diagnostics import SurgeryError, fail
 from surgery.layers.opaque_linear import SUFFIX
-from surgery.layers.wrappers import named_modules, submodule
+from surgery.layers.wrappers import named_modules, own_parameter, submodule
 from surgery.planning.compile import Placed, Plan
 from surgery.runtime.adapter import Adapter
 
@@ -36,6 +36,11 @@ class Spot:
         """The parameter that stands there now."""
         return self.module._parameters.get(self.parameter)
 
+    @property
+    def present(self) -> nn.Parameter:
+        """The parameter, where one stands there. Raises: KeyError."""
+        return own_parameter(self.module, self.parameter)
+
 
 class Standing:
     """What stood where in a model, to be looked for again."""
@@ -50,7 +55,7 @@ class Standing:
         for name in plan.train:
             path, _, own = name.rpartition(".")
             owner = plan.selection.survey.modules[path]
-            self.spots[name] = Spot(name, owner, own, tuple(owner._parameters[own].shape))
+            self.spots[name] = Spot(name, owner, own, tuple(own_parameter(owner, own).shape))
 
     def faults(self, operated: bool) -> dict[str, str]:
         """By the name of each parameter that does not stand as it did, what is so. `operated`: adapters must be on."""

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 from weakref import ref
 
@@ -21,7 +20,7 @@ import torch.nn as nn
 from surgery.diagnostics import Collector, fail
 from surgery.language.tree import Spec, Target
 from surgery.layers.opaque_linear import SUFFIX
-from surgery.layers.wrappers import bare
+from surgery.layers.wrappers import bare, own_parameter
 from surgery.planning.compile import Placed, Plan, compile
 from surgery.planning.figures import Report
 from surgery.planning.fitness import dense_copies, unfit
@@ -75,7 +74,7 @@ _UNSHARDED = {"merge_and_remove": "merge(), and save_merged(surgeon, folder) wri
 _REST = "remove(partly=True) gives back what still stands; then apply the spec to the model as it is now"
 
 
-def apply(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
+def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
           strict: bool = False, check: bool = True, example: Any = None) -> Surgeon:
     """Operate on `model` in place as `spec` (a spec, a file's path or a shipped name) says; `dtype` is the adapter's.
 
@@ -91,7 +90,7 @@ def apply(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: to
     return surgeon.begin(example, check, strict)
 
 
-def prepare(model: nn.Module, spec: Spec | str | Path, *, seed: int = 0, dtype: torch.dtype = torch.float32,
+def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
             strict: bool = False, most: int | None = None) -> Surgeon:
     """A surgeon with everything at hand and the model not yet touched. `most`: how many numbers a saved adapter holds;
     one whose spec asks for more than that and the model together is refused before any is made. Raises: SurgeryError.
@@ -146,7 +145,7 @@ class Surgeon:
                           for module in self.model.modules()]
         self._is_on = False  # whether the adapters are in
         self._kept = {n: Kept(self._spots[n].module, self._spots[n].parameter,
-                              {"base": self._spots[n].tensor.detach().clone()}) for n in plan.train}
+                              {"base": self._spots[n].present.detach().clone()}) for n in plan.train}
         self._tied: dict[str, nn.Parameter] = {}
         self._objects: dict[str, ref[torch.Tensor]] = {}  # the tensors that were there when it was operated on
         self.saves_as = ""  # how, where it is no surgery of one spec
@@ -249,7 +248,7 @@ class Surgeon:
     def _assert_numbers(self) -> None:
         """A tensor on the meta device has none: what starts from it, and what is put beside it, would be NaN later."""
         empty = [spot.name for spot in self._spots.values()
-                 if (spot.placed.site.is_meta if spot.placed else spot.tensor.is_meta)]
+                 if (spot.placed.site.is_meta if spot.placed else spot.present.is_meta)]
         if empty:
             raise fail("unsupported-module", f"{listed(empty)} {'have' if len(empty) > 1 else 'has'} no numbers yet "
                        "(the meta device)",
@@ -284,8 +283,9 @@ class Surgeon:
 
     def _untie(self, placed: Placed) -> None:
         module, name = placed.site.module, placed.site.parameter
-        self._tied = {**self._tied, placed.site.weight_name: module._parameters[name]}
-        module._parameters[name] = nn.Parameter(module._parameters[name].detach().clone())
+        tied = own_parameter(module, name)
+        self._tied = {**self._tied, placed.site.weight_name: tied}
+        module._parameters[name] = nn.Parameter(tied.detach().clone())
 
     def __repr__(self) -> str:
         return f"<Surgeon of {type(self.model).__name__}, {_SAID[self._mode]}: {Report(self.plan, self.dtype).summary}>"
@@ -329,7 +329,7 @@ class Surgeon:
         as [1]."""
         found = {self.name_of(p, key): tensor for p in self.plan.placed
                  for key, tensor in self.adapters[p.site.name].tensors().items()}
-        return found | {name: self._spots[name].tensor for name in self.plan.train}
+        return found | {name: self._spots[name].present for name in self.plan.train}
 
     def name_of(self, placed: Placed, key: str) -> str:
         """What the tensor of an adapter's key is called in the model."""
@@ -439,7 +439,7 @@ class Surgeon:
             errors[placed.site.name] = made.error
             for name, tensor in made.tensors.items():
                 full = placed.site.weight_name.removesuffix(placed.site.parameter) + name
-                parameter = placed.site.module._parameters[name]
+                parameter = own_parameter(placed.site.module, name)
                 now = numbers(parameter)
                 before = kept[full].forms if full in kept else {"base": now}
                 # the part alone: that of the whole model would not fit here
@@ -513,8 +513,8 @@ class Surgeon:
             del self.model._surgery
         for module, flags in self._required:
             for name, flag in flags.items():
-                if module._parameters.get(name) is not None:
-                    module._parameters[name].requires_grad_(flag)
+                if (parameter := module._parameters.get(name)) is not None:
+                    parameter.requires_grad_(flag)
         self._mode, self._is_on = "removed", False
         return self._given
 
@@ -590,7 +590,7 @@ class Kept:
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.module._parameters[self.name]
+        return own_parameter(self.module, self.name)
 
     def form(self, mode: str) -> torch.Tensor:
         """The numbers for a mode, in the dtype and on the device that the model has moved the parameter to."""

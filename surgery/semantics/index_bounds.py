@@ -11,40 +11,41 @@ from math import prod
 from surgery.diagnostics import fail
 from surgery.ir.expression import Expr, Leaf, walk
 from surgery.ir.operations import is_undecided, is_whole, operation
-from surgery.ir.sizes import Dim, Size
+from surgery.ir.sizes import Dim, Size, known
 
 
 def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf]) -> None:
     """Raises: SurgeryError (bad-value), if a parameter may hold a place beyond the last entry of what it points
     into."""
-    known = {leaf.key: leaf for leaf in leaves}
+    by_key = {leaf.key: leaf for leaf in leaves}
     nodes = list(walk(*exprs))
     if any(map(is_undecided, nodes)):
         return
     for node in (n for n in nodes if operation(n).places):
         (at,), into = operation(node).places, operation(node).into
         assert into is not None  # a row with places says what they point into
-        entries, places = prod(into(node)), below(node.args[at], known)
+        entries, places = prod(into(node)), below(node.args[at], by_key)
         if not isinstance(entries, Dim) and not isinstance(places, Dim) and places > entries:
-            leaf = known.get(node.args[at].data)
+            leaf = by_key.get(node.args[at].data)
             what = f"`{leaf.key.rpartition('.')[2]}` holds" if leaf else "these are"
             raise fail("bad-value", f"{what} places among {places:g} entries, and `{node.op}` is given {entries:g}",
                        leaf and leaf.span)
 
 
-def below(places: Expr, known: Mapping[str, Leaf]) -> Size | float:
+def below(places: Expr, leaves: Mapping[str, Leaf]) -> Size | float:
     """How many entries there are among which an expression's places lie."""
     if (into := operation(places).into) is not None:
         return prod(into(places))
-    leaf = known[places.data]
+    leaf = leaves[places.data]
     if leaf.init is not None:
-        return below(leaf.init, known)
+        return below(leaf.init, leaves)
     most = leaf.law.arguments[0][1]
     assert not isinstance(most, str)  # the first argument of a draw of whole numbers is one
     return most
 
 
-def bounds(leaves: Iterable[Leaf]) -> dict[str, Size | float]:
-    """How many entries each leaf of whole numbers lies among, by its key."""
-    known = {leaf.key: leaf for leaf in leaves}
-    return {key: below(leaf.expr, known) for key, leaf in known.items() if is_whole(leaf.expr)}
+def bounds(leaves: Iterable[Leaf]) -> dict[str, float]:
+    """How many entries each leaf of whole numbers of a known module lies among, by its key."""
+    by_key = {leaf.key: leaf for leaf in leaves}
+    counts = {key: below(leaf.expr, by_key) for key, leaf in by_key.items() if is_whole(leaf.expr)}
+    return {key: count if isinstance(count, float) else known(count) for key, count in counts.items()}
