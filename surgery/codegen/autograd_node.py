@@ -58,7 +58,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's decorator hides the name of `ctx`
+            ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
         _, *kept = ctx.saved_tensors
         return None, None, *ctx.step.backward(ctx.layer, *grad_outputs, *kept)
 

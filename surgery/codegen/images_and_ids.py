@@ -14,7 +14,7 @@ from surgery.codegen.fuse_blocks import block_size
 from surgery.ir.builders import scaled, times, total
 from surgery.ir.expression import Expr, walk, without_dropout
 from surgery.ir.operations import is_ids, make, ones
-from surgery.ir.sizes import known
+from surgery.ir.sizes import known, known_shape
 from surgery.layers.kinds import LayerKind
 from surgery.rewrite.low_rank import factors, is_thin, low_rank_turn
 from surgery.rewrite.normal_form import simplify
@@ -113,7 +113,7 @@ def _enter_groups(expr: Expr, x: Expr, groups: int) -> Expr:
     """A product L R where row i of R sees the part of x that its group has: what comes out of R is only what L needs if
     L, too, makes row i of rows of that group. A thin R has no rows of a group: it runs once for each."""
     left, right = expr.args
-    if _keeps_to(left, expr.shape[0] // groups):
+    if _keeps_to(left, known(expr.shape[0]) // groups):
         return apply(left, enter(right, x, groups))
     if (found := factors(expr)) is not None:
         return _thin_in_groups(*found, x, groups)
@@ -127,7 +127,7 @@ def _enter_groups(expr: Expr, x: Expr, groups: int) -> Expr:
 def _thin_in_groups(u: Expr, v: Expr, x: Expr, groups: int) -> Expr:
     """x (U V)ᵀ: what V [r, n] makes of each group's part of x, [tokens, groups · r], and each run of U's rows on its
     own r of those."""
-    (out, rank), copies = u.shape, make("kron", ones(groups, 1), matrix(v))
+    (out, rank), copies = known_shape(u.shape), make("kron", ones(groups, 1), matrix(v))
     runs = make("reshape", matrix(u), data=(groups, out // groups, rank))
     return make("blocks", make("run", x, copies), make("T", runs))
 
@@ -140,7 +140,7 @@ def _keeps_to(expr: Expr, size: int) -> bool:
     if expr.op in ("add", "mul", "matmul", "T"):
         return all(_keeps_to(part, size) for part in expr.args)
     block = 1 if expr.op == "eye" else block_size(expr)
-    return block is not None and size % block == 0
+    return block is not None and size % known(block) == 0
 
 
 def split_dropout(expr: Expr) -> tuple[Expr | None, list[Expr]]:

@@ -87,6 +87,7 @@ class Program:
         if y is not None:
             return y
         with nullcontext() if layer.follows_autocast else torch.autocast(layer.device.type, enabled=False):
+            assert self.body is not None  # a program of W' alone has none, and is not run
             return self.body(layer, x, *values)
 
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:

@@ -37,7 +37,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's decorator hides the name of `ctx`
+            ctx: Any, *grad_outputs: Tensor) -> tuple:
         saved, (grad,) = ctx.saved_tensors, grad_outputs
         needs = ctx.needs_input_grad[4:]
         tensors = [t.detach().requires_grad_(need) for t, need in zip(saved, needs)]

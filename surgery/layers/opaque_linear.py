@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ def bias(module: nn.Module) -> Tensor | None:
 
 def _read(bias: Any) -> Tensor | None:
     """A bias, or what the method gives that stands in its place."""
-    return bias() if callable(bias) and not isinstance(bias, Tensor) else bias
+    return bias if isinstance(bias, Tensor) or not callable(bias) else cast("Tensor | None", bias())
 
 
 def pieces(module: nn.Module) -> tuple[Tensor, ...]:

@@ -58,6 +58,7 @@ class StepTensors(nn.Module):
         if not tensor.is_floating_point():
             self.register_buffer(name, tensor.detach())
         elif tensor.ndim:
+            assert isinstance(tensor, nn.Parameter)  # the real numbers of an adapter are
             self.register_parameter(name, tensor)
         else:
             self.register_parameter(name, nn.Parameter(tensor.detach().reshape(1), tensor.requires_grad))
@@ -98,6 +99,7 @@ class Adapter(nn.Module):
     its set-ups while a user promises that no tensor changes."""
 
     _modules: dict[str, StepTensors]  # pyright: ignore[reportIncompatibleVariableOverride]  # it has no other children
+    common: SharedTensors
 
     def __init__(self, formula: Formula, layout: Layout, parameter: str, stack: int | None,
                  tensors: Mapping[str, torch.Tensor], common: SharedTensors, gives_gradient: bool = True):
@@ -123,7 +125,8 @@ class Adapter(nn.Module):
 
     def _place(self, key: str) -> tuple[str | None, str]:
         """The step's module and the name in it; None for the shared tensors'."""
-        return (None, self.shared[key]) if key in self.shared else tuple(key.split("."))
+        step, name = key.split(".")
+        return (None, self.shared[key]) if key in self.shared else (step, name)
 
     def frozen(self, module: nn.Module) -> Frozen:
         """The module's frozen map, as programs call it."""
@@ -139,8 +142,9 @@ class Adapter(nn.Module):
 
     def _called(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The adapter's tensors by key, as each step's module gives them when it is called."""
-        given = {step: dict(zip(part.names, part())) for step, part in self._modules.items()
-                 if not isinstance(part, SharedTensors)}
+        given: dict[str | None, dict[str, torch.Tensor]] = {
+            step: dict(zip(part.names, part())) for step, part in self._modules.items()
+            if not isinstance(part, SharedTensors)}
         if self.shared:  # one copy for layers that may be on several devices
             given[None] = {name: t.to(device) for name, t in zip(self.common.names, self.common())}
         return {key: given[step][name] for key, step, name in self._paths}
@@ -382,11 +386,12 @@ def _made(adapter: Adapter, module: nn.Module, name: str) -> torch.Tensor:
 @lru_cache(maxsize=None)
 def operated_class(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> type[Operated]:
     """The class of operated modules of the class `base`, whose parameters `names` are operated on."""
-    known = {"base": base, "names": names, "kind": kind,
+    known: dict[str, Any] = {"base": base, "names": names, "kind": kind,
              "__module__": base.__module__, "__qualname__": base.__qualname__}
     owners = {name: name for name in names} | ({"bias": "weight"} if "weight" in names else {})
     readings = {} if kind is Called else {name: _reading(name, owner) for name, owner in owners.items()}
-    return type(base.__name__, (kind, base), {**known, **readings})
+    made: type = type(base.__name__, (kind, base), {**known, **readings})
+    return made
 
 
 def install(module: nn.Module, adapter: Adapter) -> None:

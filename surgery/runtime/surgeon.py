@@ -277,7 +277,8 @@ class Surgeon:
         """Gradients of parameters that come after it are averaged by no DistributedDataParallel: each process would
         train an adapter of its own."""
         parallel = nn.parallel.DistributedDataParallel
-        if any(isinstance(m, parallel) and m.process_group.size() > 1 for m in self._given.modules()):
+        groups = (m.process_group for m in self._given.modules() if isinstance(m, parallel))
+        if any(group is not None and group.size() > 1 for group in groups):
             raise fail("unsupported-module", "DistributedDataParallel averages the gradients of those parameters alone "
                        "that the model had when it was wrapped", helps=("operate on the model first, then wrap it",))
 

@@ -26,7 +26,7 @@ class Scope:
 
     objects: Iterable[object]
     roots: Iterable[nn.Module]
-    parameters: Iterable[nn.Parameter]
+    parameters: Iterable[torch.Tensor]
 
 
 _OPEN: list[Snapshot] = []  # of the verbs that run, the outermost first
