@@ -1,5 +1,5 @@
 """From a bare clone, with nothing but Python 3.11: `python3 dev.py demo`, `python3 dev.py test [pytest's arguments]` or
-`python3 dev.py gpu [pytest's arguments]`.
+`python3 dev.py gpu [pytest's arguments]`; `python3 dev.py lint` checks types and style.
 
 Makes `.venv` and installs the project into it (only when pyproject.toml has changed since),
 then runs the demo, the tests that need no GPU (`-m fast`: those that answer within a minute), or those that need one
@@ -28,6 +28,7 @@ COMMANDS = {
     "mutate": ["python", "tests/mutate.py"],
     "house": ["python", "tests/house.py"],
 }
+LINT = (["ruff", "check", "."], ["pyright"])
 
 
 def set_up() -> None:
@@ -39,7 +40,7 @@ def set_up() -> None:
     if not BIN.exists():
         venv.create(VENV, with_pip=True)
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for what in ([TORCH], ["-e", ".[test]"]):
+    for what in ([TORCH], ["-e", ".[test,lint]"]):
         print(f"installing {what[-1]} into {VENV.name} ...", file=sys.stderr, flush=True)
         subprocess.run([*pip, *what], cwd=ROOT, check=True)
     stamp.write_text(wanted)
@@ -53,8 +54,8 @@ def environment() -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in COMMANDS:
-        print(f"{__doc__}\nsay one of: {', '.join(COMMANDS)}", file=sys.stderr)
+    if not arguments or arguments[0] not in (*COMMANDS, "lint"):
+        print(f"{__doc__}\nsay one of: {', '.join(COMMANDS)}, lint", file=sys.stderr)
         return 2
     if sys.version_info < (3, 11):
         print(f"Surgery needs Python 3.11 or newer, and this is {sys.version.split()[0]}", file=sys.stderr)
@@ -64,6 +65,9 @@ def main(arguments: list[str]) -> int:
     except subprocess.CalledProcessError as error:
         print(f"the installation failed: {' '.join(map(str, error.cmd))}", file=sys.stderr)
         return 2
+    if arguments[0] == "lint":  # both are run, whatever the first says
+        codes = [subprocess.run([BIN / program, *fixed], cwd=ROOT).returncode for program, *fixed in LINT]
+        return max(map(abs, codes))
     program, *fixed = COMMANDS[arguments[0]]
     return subprocess.run([BIN / program, *fixed, *arguments[1:]], cwd=ROOT, env=environment()).returncode
 

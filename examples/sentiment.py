@@ -16,7 +16,7 @@ from pathlib import Path
 
 import surgery
 from surgery.cli.options import opened
-from surgery.experiments.text_tasks import Task, read, scores
+from surgery.experiments.text_tasks import read, scores
 from surgery.experiments.training import Setting, outputs, train, with_head
 from surgery.models.loading import load_with_head, quiet_libraries, tokenizer
 

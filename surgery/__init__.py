@@ -54,7 +54,8 @@ _SPELT = {"plan": "compile", "load_model": "load"}
 __all__ = [
     "__version__", "add", "apply", "attach", "bench", "check", "compare", "Diagnostic", "explain", "export_peft",
     "Exported", "import_peft", "load", "load_model", "modules", "Parameter", "parse", "Plan", "plan", "post", "pre",
-    "Report", "report_page", "save_merged", "shipped", "Spec", "Spectra", "spectrum", "Spectrum", "Surgeon", "Surgeries",
+    "Report", "report_page", "save_merged", "shipped", "Spec", "Spectra", "spectrum", "Spectrum", "Surgeon",
+    "Surgeries",
     "SurgeryError", "Target",
 ]
 

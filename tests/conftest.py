@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from workers import is_fast, is_of_zoo, is_slow, piece
 
-
 pytest.register_assert_rewrite("formatting", "interrupted")
 
 

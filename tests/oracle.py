@@ -313,8 +313,8 @@ def haar(s: Tensor) -> Tensor:
 
 def random_bases(p, rank: int, alpha: float, is_wide: bool, step: str = "add_random_bases") -> Tensor:
     """s Σ_n B_n diag(l_n) A diag(g_n), turned for a weight that is wider than tall (arXiv 2502.00987, equation 4)."""
-    a, b, l, g = (p[step, name] for name in ("A", "B", "l", "g"))
-    parts = [chain(b[:, k * rank:(k + 1) * rank], diag(l[k]), a, diag(g[k])) for k in range(len(l))]
+    a, b, left, g = (p[step, name] for name in ("A", "B", "l", "g"))
+    parts = [chain(b[:, k * rank:(k + 1) * rank], diag(left[k]), a, diag(g[k])) for k in range(len(left))]
     return alpha / rank * (t(sum(parts)) if is_wide else sum(parts))
 
 

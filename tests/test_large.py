@@ -153,7 +153,7 @@ def test_comments_between_parameters_and_statements_stay():
 @pytest.mark.parametrize(("pattern", "name", "takes"), [
     ("**." * 40 + "zz", "a." * 40 + "z", False), ("**." * 40 + "z", "a." * 20 + "z", True),
     ("*." * 30 + "z", "a." * 30 + "z", True),
-   
+
     ("**.*." * 20 + "z", "a." * 20 + "z", True), ("**.*." * 20 + "z", "a." * 19 + "z", False),
     ("*a" * 30, "a" * 60, True), ("*a" * 30 + "b", "a" * 4000, False), ("*{1..20}*a" * 8, "1a" * 100, True),
     ("*{1000..1001,0}?" * 5 + "*", "1000" * 30, True), ("a?*?*?*b", "axyb", False), ("a?*?*?*b", "axyzb", True),

@@ -28,7 +28,7 @@ def turned(expr: Expr) -> Expr:
 
 def apply(expr: Expr, a: Expr) -> Expr:
     """a Eᵀ: [..., n] to [..., m] for E [m, n]."""
-    if expr.is_large and not expr.has("drop"):  # factor by factor, a shared one would act once for each place where it is
+    if expr.is_large and not expr.has("drop"):  # factor by factor, a shared one would act once for each of its places
         return _dense(expr, a)
     return _APPLY.get(expr.op, _dense)(expr, a)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Step:
     backward: Callable[..., tuple]
 
 
-@lru_cache(maxsize=None)
+@cache
 def step(body: Expr, needs: tuple[bool, ...]) -> Step | None:
     """The step of a body where x and its values take gradients as `needs` says; None for a body without such code."""
     text = step_text(body, needs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial, reduce
+from functools import cache, cached_property, lru_cache, partial, reduce
 from math import inf
 
 from surgery.codegen.apply_to_activations import apply, turned
@@ -99,7 +99,7 @@ class Candidate:
         return setup_cost(self.values, self.fixed) + (self.made_again or Cost())
 
 
-@lru_cache(maxsize=None)
+@cache
 def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool,
                tokens: int = TOKENS_SUPPOSED) -> tuple[Candidate, ...]:
     """The programs of a layer's output, the cheapest for so many tokens first; of a called layer, which has no weight
@@ -109,7 +109,7 @@ def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool
     return tuple(sorted(found, key=lambda each: (kind.is_called and each.reads_weight, each.cost(tokens).seconds)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _found(formula: Formula, kind: LayerKind, drops: bool, has_bias: bool) -> tuple[Candidate, ...]:
     """The programs that there are, with the formula's dropout or without, in no order."""
     weight = cheapest(formula.weight if drops else without_dropout(formula.weight))
@@ -122,7 +122,8 @@ def _found(formula: Formula, kind: LayerKind, drops: bool, has_bias: bool) -> tu
     outputs = {alone(_with_bias(y, bias, kind)): name for name, y in ways.items() if y is not None}
     outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
                   for output, name in outputs.items()}, **outputs}
-    return tuple(candidate((output,), unread, name, trained, kind.is_called) for output, name in reversed(outputs.items()))
+    return tuple(candidate((output,), unread, name, trained, kind.is_called)
+                 for output, name in reversed(outputs.items()))
 
 
 def _output(strategy: str, operand: Expr, x: Expr, kind: LayerKind, trained: frozenset[str]) -> Expr | None:

@@ -10,7 +10,7 @@ from math import prod
 from surgery.ir.builders import scaled, value_of
 from surgery.ir.expression import Expr
 from surgery.ir.operations import is_ids, operation
-from surgery.ir.sizes import Dim, Size, known
+from surgery.ir.sizes import Dim, known
 
 
 def is_taken_in(node: Expr, reads: Mapping[Expr, Sequence[Expr]]) -> bool:

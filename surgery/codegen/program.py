@@ -4,8 +4,8 @@
     setup  what depends on the adapter's parameters, in float32 or wider, then cast to the activations' dtype
     body   what depends on the input (`step` has its gradients written out)
 
-Takes a formula and the kind of its layer; gives a `Program`. Promises: the same values and gradients as the dense formula, to
-dtype tolerance; the frozen layer is called and not read unless `reads_weight` says otherwise.
+Takes a formula and the kind of its layer; gives a `Program`. Promises: values and gradients are those of the dense
+formula, to dtype tolerance; the frozen layer is called and not read unless `reads_weight` says otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -95,18 +95,19 @@ class Program:
         return self.plan.cost(tokens)
 
 
-@lru_cache(maxsize=None)
+@cache
 def activations(formula: Formula, kind: LayerKind, training: bool, has_bias: bool,
                 tokens: int = TOKENS_SUPPOSED) -> Program:
     """The program of a layer's output, the cheapest of those known for so many tokens; of a called layer one that reads
     no weight, if there is one."""
     plans = candidates(formula, kind, training, has_bias, tokens)
     best, others = _compile(plans[0]), plans[1:]
-    up_to = by_tokens(plans) if training and not kind.is_called else ()  # of a called layer the user was told what it runs
+    # of a called layer the user was told what it runs
+    up_to = by_tokens(plans) if training and not kind.is_called else ()
     return replace(best, others=others, up_to=tuple((end, _compile(plan)) for end, plan in up_to))
 
 
-@lru_cache(maxsize=None)
+@cache
 def weights(formula: Formula, has_bias: bool) -> Program:
     """The program of W' (and b') themselves: for merging, and for layers that only their own forward knows."""
     outputs = (matrix(cheapest(without_dropout(formula.weight))),)
@@ -125,7 +126,7 @@ def _read(expr: Expr) -> Expr:
     return rebuild(expr, change)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compile(plan: Candidate) -> Program:
     text = program_text(plan)
     scope = names_called(in_step=False)

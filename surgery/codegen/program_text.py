@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from surgery.codegen.aliases import Memory
 from surgery.codegen.candidates import Candidate
@@ -78,7 +78,7 @@ class StepText:
     held: tuple[Expr, ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def step_text(body: Expr, needs: tuple[bool, ...]) -> StepText | None:
     """The text of a body where x and its values take gradients as `needs` says; None where an operation of it has no
     gradient in the table."""

@@ -131,10 +131,10 @@ def _term_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction 
     way = operation(z).added
     if factor is None or way is None or not way.fits(z) or not way.scales and factor != 1.0:
         return None
-    if way.when is not When.ALWAYS and region.memory.looked_on:
-        # autograd does not see through a kernel of ours
-        if way.when is When.IN_STEP or z not in region.gradless:
-            return None
+    # autograd does not see through a kernel of ours
+    unseen = way.when is When.IN_STEP or z not in region.gradless
+    if way.when is not When.ALWAYS and region.memory.looked_on and unseen:
+        return None
     inside = way.takes(z)
     if not region.is_once(*{term, z}, *inside):
         return None

@@ -97,8 +97,8 @@ class Contender:
 class Bench:
     """The frozen model and the specs' models, ready to take turns."""
 
-    def __init__(self, model: PreTrainedModel, specs: Mapping[str, Spec], tokens: tuple[int, int], against_peft: bool = False,
-                 compiled: bool = False):
+    def __init__(self, model: PreTrainedModel, specs: Mapping[str, Spec], tokens: tuple[int, int],
+                 against_peft: bool = False, compiled: bool = False):
         """`model` gives up its gradients; `tokens`: batch and length; `compiled`: all run as torch.compile makes them.
 
         Raises: SurgeryError."""
@@ -196,7 +196,8 @@ def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mappi
 
     `specs` by names of their own, or files and shipped names; `tokens`: rows, and tokens a row (of images: how many).
     Cost: `2 repeat` forward passes and as many steps of every spec. Raises: SurgeryError."""
-    named = {str(name): spec for name, spec in specs.items()} if isinstance(specs, Mapping) else dict(map(_named, specs))
+    named = ({str(name): spec for name, spec in specs.items()} if isinstance(specs, Mapping)
+             else dict(map(_named, specs)))
     ready = Bench(model, named, tokens, against_peft, compiled)
     for _ in ready.run(repeat):
         pass

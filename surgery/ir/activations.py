@@ -96,7 +96,8 @@ ROWS = [
               stage=ON_INPUT, linear=Linear.EACH, text="layer.run({}, {})", memory=Memory.OF_LAYER, is_unkept=True,
               flops=flop_rules.each(2, 1, -1)),
     # In the layer's own form, and not as rows.
-    Operation("run_alone", None, None, None, "all of a layer's output, with a matrix and a bias in the place of its own",
+    Operation("run_alone", None, None, None,
+              "all of a layer's output, with a matrix and a bias in the place of its own",
               stage=ON_INPUT, law=Law("an input, a matrix in W's place, and a bias or none", _fits_alone),
               evaluate=_run_alone, text=lambda node, args: f"layer.run_alone({', '.join(args)})",
               memory=Memory.OF_LAYER, flops=flop_rules.each(2, 1, -1)),

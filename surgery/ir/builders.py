@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from surgery.ir.expression import UNFOLDED, Expr, Shape
 from surgery.ir.table import constant, make
 
-
 _Part = TypeVar("_Part")
 
 

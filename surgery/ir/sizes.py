@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import TypeVar, Union
+from typing import TypeVar
 
 # What a size of a real spec never comes near: beyond, a chain of `let`s could make it twice as long in each of them.
 _MOST_TERMS, _LONGEST_NAME, _MOST_BITS, _HIGHEST_POWER = 100, 1000, 256, 64
-Number = Union[int, Fraction, float]
+Number = int | Fraction | float
 Monomial = tuple[tuple[str, int], ...]
 
 
@@ -75,8 +75,8 @@ class Dim:
     __repr__ = __str__
 
 
-Size = Union[int, Fraction, Dim]
-_Value = TypeVar("_Value", bound=Union[Number, Dim])
+Size = int | Fraction | Dim
+_Value = TypeVar("_Value", bound=Number | Dim)
 
 
 def _is_short(term: tuple[Monomial, Fraction]) -> bool:

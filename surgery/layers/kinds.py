@@ -1,8 +1,8 @@
 """Kinds of layers: what programs, estimates and messages ask of a layer, whatever module it is.
 
 A row says what a layer's input is and how its map meets it. Promises: no torch, so that `check` can ask too. A further
-kind is a row here, a view of its weight in `layouts` and a frozen map in `runtime.frozen_layers`; no other code compares
-kinds.
+kind is a row here, a view of its weight in `layouts` and a frozen map in `runtime.frozen_layers`; no other code
+compares kinds.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ class LayerKind:
     """One kind of layer. `word` is what a target says for it, and `noun` what messages call one.
 
     `acts_by_rows`: its input is rows of `in` features and its map x Wᵀ, so that a matrix can act on them before W does.
-    Elsewhere a matrix stands in W's place or acts on what comes out. `takes_ids`: its input is token ids, which look rows
-    of W up: the map is Wᵀ, and nothing has a gradient there. `is_called`: W is not stored, and is what calls of the module
-    say. `groups`: the rows of W are as many equal runs, and those of each run see their own part of the input alone: W is
-    [out, in], with `in` what one row sees.
+    Elsewhere a matrix stands in W's place or acts on what comes out. `takes_ids`: its input is token ids, which look
+    rows of W up: the map is Wᵀ, and nothing has a gradient there. `is_called`: W is not stored, and is what calls of
+    the module say. `groups`: the rows of W are as many equal runs, and those of each run see their own part of the
+    input alone: W is [out, in], with `in` what one row sees.
     """
 
     name: str

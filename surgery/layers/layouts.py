@@ -137,7 +137,7 @@ def _convolution(module: nn.Module) -> Layout:
 
 
 class Family(NamedTuple):
-    """The modules that `fits` says, how their weight is seen, and why one of them cannot be operated on all the same."""
+    """The modules that `fits` says, how their weight is seen, and why one of them cannot be operated on even so."""
 
     fits: Callable[[nn.Module], bool]
     layout: Callable[[nn.Module], Layout]
@@ -151,7 +151,7 @@ FAMILIES = (
     Family(_is_conv, _convolution),
     Family(_is_embedding, lambda module: EMBEDDING, (
         *_UNREADABLE,
-        (lambda m: getattr(m, "max_norm") is not None, "max_norm rescales its weight in every forward pass"),
+        (lambda m: getattr(m, "max_norm", None) is not None, "max_norm rescales its weight in every forward pass"),
         (_is_true("sparse"), "it asks for sparse gradients"),
         (_is_true("scale_grad_by_freq"), "it scales its gradients by frequency"),
     )),

@@ -185,8 +185,8 @@ class Survey:
     def _refused(self, module: nn.Module, name: str, reason: str) -> Refused:
         found = weights(module)
         matrix = bool(found) or any(p.ndim > 1 for p in module.parameters(recurse=False))
-        return Refused(name, module, found[0].layout.kind.word if found else "", reason or _foreign(module, matrix), matrix,
-                       self._ancestors(name))
+        word = found[0].layout.kind.word if found else ""
+        return Refused(name, module, word, reason or _foreign(module, matrix), matrix, self._ancestors(name))
 
     def _above(self, name: str) -> list[str]:
         """The names of the modules that hold this one, outermost first."""

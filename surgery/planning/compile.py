@@ -85,7 +85,8 @@ class Plan:
     def _count(self, frozen: bool) -> int:
         found = [(p, leaf) for p in self.placed for leaf in p.formula.leaves if leaf.frozen == frozen]
         shared = {(leaf.group, leaf.shape) for _, leaf in found if leaf.group}
-        return sum(p.count(leaf) for p, leaf in found if not leaf.group) + sum(known(prod(shape)) for _, shape in shared)
+        own = sum(p.count(leaf) for p, leaf in found if not leaf.group)
+        return own + sum(known(prod(shape)) for _, shape in shared)
 
 
 def compile(model: nn.Module, spec: Spec | str | PathLike, strict: bool = False) -> Plan:

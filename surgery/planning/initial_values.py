@@ -26,8 +26,8 @@ IDENTITY_TOLERANCE = 1e-5
 
 
 def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> dict[str, torch.Tensor]:
-    """The starting tensors of one module, parameters but for whole numbers. `shared` holds the tensors that modules of a target have in common,
-    and grows."""
+    """The starting tensors of one module, parameters but for whole numbers. `shared` holds the tensors that modules of
+    a target have in common, and grows."""
     values = frozen_leaves(placed, _starts_from_weight(placed))
     known: dict = {}
     made: dict[str, torch.Tensor] = {}

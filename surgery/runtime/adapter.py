@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from functools import lru_cache, reduce
+from functools import cache, reduce
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import torch
@@ -279,7 +279,8 @@ class Adapter(nn.Module):
             if (saved := state_dict.pop(prefix + key, None)) is not None:
                 self.common._load_from_state_dict({name: saved}, "", *rest, **more)
         if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + name: tensor for name, tensor in (*self.named_parameters(), *self.named_buffers())})
+            own = (*self.named_parameters(), *self.named_buffers())
+            state_dict.update({prefix + name: tensor for name, tensor in own})
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 
@@ -383,7 +384,7 @@ def _made(adapter: Adapter, module: nn.Module, name: str) -> torch.Tensor:
         raise RuntimeError(f"the {name} of an operated {type(module).__name__} cannot be computed") from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def operated_class(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> type[Operated]:
     """The class of operated modules of the class `base`, whose parameters `names` are operated on."""
     known: dict[str, Any] = {"base": base, "names": names, "kind": kind,

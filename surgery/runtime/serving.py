@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from threading import RLock
 from typing import Any
 
@@ -162,7 +162,7 @@ def _hash(tensor: Tensor) -> Tensor:
     return flat.sum()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _factors(level: int, device: str) -> Tensor:
     """Random odd numbers of 64 bits: an odd factor gives different numbers for different ones."""
     draw = torch.Generator().manual_seed(level)

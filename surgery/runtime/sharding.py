@@ -71,7 +71,8 @@ def joined(own: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     # By what one process holds it cannot tell whether the others hold all of it: so all of them ask.
-    parts = DTensor.from_local(part(own, like), like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    parts = DTensor.from_local(part(own, like), like.device_mesh, like.placements, shape=like.shape,
+                               stride=like.stride())
     return parts.full_tensor()
 
 
@@ -98,8 +99,8 @@ def refuse_flattened(parameters: Iterable[tuple[str, Tensor | None]]) -> None:
     """Raises: SurgeryError (unsupported-module) for parameters that FullyShardedDataParallel has put into one."""
     for name, parameter in parameters:
         if getattr(parameter, "_fsdp_flattened", False) and parameter.ndim < 2 and not parameter.is_meta:
-            raise fail("unsupported-module", f"{name} is a piece of a flat tensor of FullyShardedDataParallel, and this "
-                       "process has not all of it",
+            raise fail("unsupported-module", f"{name} is a piece of a flat tensor of FullyShardedDataParallel, and "
+                       "this process has not all of it",
                        helps=("call it inside `with FullyShardedDataParallel.summon_full_params(wrapped):`",
                               "or shard with torch.distributed.fsdp.fully_shard, which needs no more"))
 

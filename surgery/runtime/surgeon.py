@@ -270,8 +270,8 @@ class Surgeon:
     def _refuse_parts(self, verb: str) -> None:
         """Raises: SurgeryError (unsupported-module) for what is not done to a sharded model."""
         if self.part is not None:
-            raise fail("unsupported-module", f"{verb}() is for a model that this process holds as a whole, and this one "
-                       "is sharded", helps=(_UNSHARDED[verb],))
+            raise fail("unsupported-module", f"{verb}() is for a model that this process holds as a whole, and this "
+                       "one is sharded", helps=(_UNSHARDED[verb],))
 
     def _assert_averaged(self) -> None:
         """Gradients of parameters that come after it are averaged by no DistributedDataParallel: each process would

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -165,7 +165,7 @@ def told_of_definitions(diagnostic: Diagnostic, known: Mapping[str, Definition])
         "or write what it computes here, its parameters too: a definition calls primitives alone"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parsed(check: str) -> Expression:
     """A distribution's own check, parsed once."""
     return parse_expression(check)

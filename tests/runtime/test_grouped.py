@@ -33,7 +33,6 @@ import surgery
 from surgery.diagnostics import SurgeryError
 from surgery.ir.dense import dense
 from surgery.language.library import parse
-from surgery.layers.kinds import replace
 from surgery.layers.survey import sites
 from surgery.models.demo import demo_inputs
 from surgery.planning.compile import compile

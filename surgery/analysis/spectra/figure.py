@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 GRID, MARK = "#e5e5e5", "#2a6fbb"
 _INK = "#333333"
-_STYLE: dict[RcKeyType, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999",
+_STYLE: dict[RcKeyType, Any] = {
+          "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999",
           "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
           "legend.frameon": False, "svg.hashsalt": "surgery", "svg.fonttype": "path"}
 # A date in the file would make it another one every day.

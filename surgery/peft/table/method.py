@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, Protocol
 
 from surgery.language.library import bind, keywords, load, parse
@@ -73,7 +73,7 @@ class Family:
     biases: str = ""
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read(spec: str, name: str) -> Spec:
     return parse(spec, name) if "\n" in spec else load(spec)
 
