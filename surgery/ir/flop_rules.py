@@ -9,7 +9,7 @@ from collections.abc import Callable
 from math import log2
 
 from surgery.ir.expression import Expr
-from surgery.ir.sizes import known
+from surgery.ir.sizes import known, known_shape
 
 Count = Callable[[Expr], float]
 Flops = Callable[[Expr, Count], float]
@@ -42,7 +42,7 @@ def cubic(factor: float) -> Flops:
 
 def decomposed(node: Expr, count: Count) -> float:
     """The singular value decomposition of the argument."""
-    return FACTORISED + 20 * count(node.args[0]) * min(node.args[0].shape)
+    return FACTORISED + 20 * count(node.args[0]) * min(known_shape(node.args[0].shape))
 
 
 def mirrored(node: Expr, count: Count) -> float:

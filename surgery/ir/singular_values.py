@@ -34,8 +34,8 @@ class _SingularParts(torch.autograd.Function):
         ctx.save_for_backward(*output)
 
     @staticmethod
-    def backward(ctx: Any, gu: Tensor, gs: Tensor, gv: Tensor) -> Tensor:
-        u, s, v = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (u, s, v), (gu, gs, gv) = ctx.saved_tensors, grad_outputs
         # what rounding leaves of a difference, and of a singular value, that is zero
         least = torch.finfo(s.dtype).eps * max(u.shape[-2], v.shape[-1]) * s[..., :1]
         columns, rows = s[..., None, :], s[..., :, None]

@@ -45,8 +45,7 @@ class Builder:
 
     # ------------------------------------------------------------------------------------ statements of a file
 
-    def file(self, span: Span, *items: Any) -> tree.Spec:
-        version, *items = items
+    def file(self, span: Span, version: Any, *items: Any) -> tree.Spec:
         header, *again = [i for i in items if isinstance(i, dict)] or [{"span": Span(self.source, 0, 0)}]
         for other in again:
             self.found.error("syntax", "a file has one `spec` header", other["span"], label="this is the second",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import cast
 
 from torch import nn
 
@@ -26,7 +27,7 @@ def bare(module: nn.Module) -> nn.Module:
         if (inner := module._modules.get("_orig_mod")) is not None:  # of an OptimizedModule, a class slow to import
             module = inner
         elif isinstance(module, (*_PARALLEL, _flattening())):
-            module = module.module
+            module = cast(nn.Module, module.module)
         else:
             return module
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 from weakref import ref
 
 import torch
@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from surgery.diagnostics import SurgeryError, fail
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 
 def _loaded(module: str, name: str) -> type | tuple[()]:
     """A class of torch's, for `isinstance`; of a module that nobody has imported there is no object."""
     return getattr(sys.modules.get(module), name, ())
 
 
-def is_part(tensor: Any) -> bool:
+def is_part(tensor: Any) -> TypeGuard[DTensor]:
     """Whether this process holds a part of the tensor, which knows of the others."""
     return isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor"))
 
@@ -82,7 +85,7 @@ def gather_up(model: nn.Module) -> None:
     unit = _loaded("torch.distributed.fsdp", "FSDPModule")
     for module in model.modules() if unit else ():
         if isinstance(module, unit):
-            module.reshard()
+            cast(Any, module).reshard()  # a unit of FSDP2 has it, whatever else its class is
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -98,7 +101,9 @@ def refuse_sharded(model: nn.Module) -> None:
 def refuse_flattened(parameters: Iterable[tuple[str, Tensor | None]]) -> None:
     """Raises: SurgeryError (unsupported-module) for parameters that FullyShardedDataParallel has put into one."""
     for name, parameter in parameters:
-        if getattr(parameter, "_fsdp_flattened", False) and parameter.ndim < 2 and not parameter.is_meta:
+        if parameter is None or not getattr(parameter, "_fsdp_flattened", False):
+            continue
+        if parameter.ndim < 2 and not parameter.is_meta:
             raise fail("unsupported-module", f"{name} is a piece of a flat tensor of FullyShardedDataParallel, and "
                        "this process has not all of it",
                        helps=("call it inside `with FullyShardedDataParallel.summon_full_params(wrapped):`",
@@ -119,7 +124,7 @@ def refuse_unseen(now: Mapping[str, Tensor], before: Mapping[str, ref[Tensor]]) 
 
 def is_first(like: Tensor | None) -> bool:
     """Whether this is the first of the processes that a tensor is divided among; where none is divided, it is."""
-    return like is None or torch.distributed.get_rank() == int(like.device_mesh.mesh.flatten()[0])
+    return like is None or torch.distributed.get_rank() == int(cast("DTensor", like).device_mesh.mesh.flatten()[0])
 
 
 def on_first(like: Tensor | None, work: Callable[[], None]) -> None:
@@ -129,7 +134,7 @@ def on_first(like: Tensor | None, work: Callable[[], None]) -> None:
         return work()
     import torch.distributed as dist
 
-    mesh = like.device_mesh
+    mesh = cast("DTensor", like).device_mesh
     first, group = int(mesh.mesh.flatten()[0]), mesh.get_group() if mesh.ndim == 1 else None
     outcome: list[Any] = [None]
     try:
