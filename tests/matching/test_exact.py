@@ -26,7 +26,7 @@ def test_patterns(names: list[str], wanted: list[str]) -> None:
     assert list(patterns(names)) == wanted
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.sets(st.sampled_from(ALL), max_size=40))
 def test_they_match_the_names_and_no_other(names: set[str]) -> None:
     globs = [compile_pattern(text) for text in patterns(sorted(names))]
