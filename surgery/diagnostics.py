@@ -76,6 +76,7 @@ CODES: dict[str, str] = {
 }
 
 
+_SIMILAR = 0.7  # the share of letters that a misspelt word keeps; below, `cat` would be `scatter` and `det` `detach`
 _LONGEST_LINE = 200  # columns of a line of a source that are shown
 
 
@@ -115,11 +116,21 @@ class Span:
     def column(self) -> int:
         return self.source.position(self.start)[1]
 
+    @property
+    def end_line(self) -> int:
+        return self.source.position(self.end)[0]
+
+    @property
+    def end_column(self) -> int:
+        """The column after the last character."""
+        return self.source.position(self.end)[1]
+
     def __str__(self) -> str:
         return f"{self.source.name}:{self.line}:{self.column}"
 
     def to_json(self) -> dict[str, str | int]:
-        return {"file": self.source.name, "line": self.line, "column": self.column}
+        return {"file": self.source.name, "line": self.line, "column": self.column, "end_line": self.end_line,
+                "end_column": self.end_column}
 
 
 @dataclass(frozen=True)
@@ -232,10 +243,13 @@ class Collector:
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
-    """The choices that a misspelt word most likely meant, best first (empty if none is near)."""
+    """The choices that a misspelt word most likely meant, best first (empty if none is near): those that differ in
+    case, then one of similar letters, then those that are a part of it between `_`, or it of them."""
     choices = list(dict.fromkeys(choices))
     same = [c for c in choices if c.lower() == word.lower()]
-    return list(dict.fromkeys(same + difflib.get_close_matches(word, choices, n=count, cutoff=0.6)))[:count]
+    parts = [c for c in choices if f"_{c}_" in f"_{word}_" or f"_{word}_" in f"_{c}_"]
+    similar = difflib.get_close_matches(word, choices, n=count, cutoff=_SIMILAR)
+    return list(dict.fromkeys(same + similar[:1] + parts + similar))[:count]
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

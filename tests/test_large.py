@@ -228,6 +228,23 @@ def test_odd_arguments(arguments):
     assert len(result.stderr) < 8000
 
 
+@pytest.mark.parametrize("text", [
+    "target linear { add low_rank(9223372036854775807) }", "target linear { add low_rank(1152921504606846977) }",
+    "update u { return 0 * I(4611686018427387904) } target linear { add u() }",
+    "update u { let many = ones(4294967296, 4294967296) return 0 * norm(many) * W } target linear { add u() }",
+])
+def test_more_numbers_than_there_can_be(text):
+    found = check(parse(text))
+    assert found and all(d.code == "bad-value" and "more numbers than there can be" in d.message for d in found)
+
+
+@pytest.mark.parametrize("arguments", [["plan", "lora", "demo:llama", "--set", "rank=9223372036854775807"],
+                                       ["plan", "lora", "demo:llama", "--set", f"rank={2**58}"]])
+def test_a_plan_of_more_numbers_than_there_can_be(arguments):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and result.stderr.startswith("error[bad-value]: a tensor [")
+
+
 # ------------------------------------------------------------------------------------------------- diagnostics
 
 

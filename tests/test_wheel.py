@@ -39,13 +39,15 @@ def test_what_a_wheel_holds(installed: Path) -> None:
     assert names(installed / "surgery", "*.py") == names(ROOT / "surgery", "*.py")
     assert names(installed / "surgery/specs", "*") == names(ROOT / "specs", "*.surg")
     assert names(installed / "surgery/grammar", "*") == {"surg.lark"}
+    assert names(installed / "surgery/diagnostics_pages", "*") == names(ROOT / "surgery/diagnostics_pages", "*.md")
     (about,) = installed.glob("*.dist-info")
     assert about.name == f"surgery-{surgery.__version__}.dist-info"
     assert "surgery = surgery.cli.main:main" in (about / "entry_points.txt").read_text()
     assert {path.name for path in installed.iterdir()} == {"surgery", about.name}
 
 
-@pytest.mark.parametrize("command, said", [(["specs"], "sora_reference  "), (["check", "sora"], "sora: ok\n")])
+@pytest.mark.parametrize("command, said", [(["specs"], "sora_reference  "), (["check", "sora"], "sora: ok\n"),
+                                           (["help", "syntax"], "# The text is not a spec")])
 def test_it_finds_its_grammar_and_specs(installed: Path, tmp_path: Path, command: list[str], said: str) -> None:
     result = subprocess.run([*RUN, str(installed), *command], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "") and said in result.stdout

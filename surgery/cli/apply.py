@@ -27,11 +27,13 @@ from surgery.text import counted
 if TYPE_CHECKING:
     from surgery.runtime.surgeon import Surgeon
 
+_LARGEST_SEED = (1 << 64) - 1  # that torch takes
+
 
 @command(spec_argument, model_argument, click.option("-o", "--out", metavar="DIR", help="Save the adapter here."),
          sets, targets,
          click.option("--merge", is_flag=True, help="Save the merged model instead of the adapter."),
-         click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+         click.option("--seed", type=click.IntRange(0, _LARGEST_SEED), default=0, show_default=True,
                       help="Seed of the drawn parameters."),
          dtype_option, force_option, strict_option, trust_option,
          example="surgery apply sora demo:llama -o out --set rank=8")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from surgery.cli.options import command
+from surgery.cli.options import command, files_below
 from surgery.cli.output import Output
 from surgery.diagnostics import Collector, fail
 from surgery.files import SPEC_BYTES, read_bytes
@@ -24,12 +24,12 @@ from surgery.text import counted
 def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) -> None:
     """Format specs in place.
 
-    A FILE `-` is read from stdin and written to stdout. A file with a syntax error is left alone.
+    A FILE that is a folder is every .surg file below it; `-` is read from stdin and written to stdout. A file with a syntax error is left alone.
     """
     from surgery.semantics.arguments import guard
 
     report, found = Collector(), {}
-    for name in files:
+    for name in files_below(files):
         with guard(report):
             found[name] = _formatted(output, name, only_check or diff, diff)
     changed, unchanged = ([name for name, new in found.items() if new is which] for which in (True, False))

@@ -23,10 +23,11 @@ from surgery.cli.compare import compare
 from surgery.cli.explain import explain
 from surgery.cli.export import export
 from surgery.cli.fmt import fmt
+from surgery.cli.help import help
 from surgery.cli.import_ import import_
 from surgery.cli.merge import merge
 from surgery.cli.modules import modules
-from surgery.cli.options import HELP, common
+from surgery.cli.options import HELP, asked_format, common
 from surgery.cli.output import Output, abandon_stdout, echo, settle_streams, told_apart
 from surgery.cli.plan import plan
 from surgery.cli.report import report
@@ -44,14 +45,30 @@ _OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-
 _NO_MEMORY = re.compile(r"allocate memory|out of memory|Storage size calculation overflowed")
 
 
+# The commands as `surgery --help` shows them.
+GROUPS: dict[str, tuple[click.Command, ...]] = {
+    "Specs": (check, fmt, specs, show, help),
+    "A spec on a model": (modules, explain, plan, apply, merge),
+    "Adapters of PEFT": (import_, export),
+    "Measuring": (bench, compare, spectrum, report),
+}
+
+
 class Surgery(click.Group):
     """The group of commands; turns every error into words and a status."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(str(each.name), each.get_short_help_str(limit=80)) for each in commands])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         settle_streams()
         output = ctx.ensure_object(Output)
         words = args[: args.index("--")] if "--" in args else args
-        output.as_json = "--json" in words  # before the rest of the line, which may be wrong
+        # Before the rest of the line, which may be wrong: whether stdout is for one object.
+        output.format = asked_format(words)
+        output.as_json = "--json" in words or output.format == "json"
         with _wrong_use(output):
             return super().parse_args(ctx, args)
 
@@ -135,6 +152,5 @@ def main() -> None:
     """
 
 
-for each in (check, fmt, specs, show, plan, explain, modules, apply, merge, import_, export, compare, bench, spectrum,
-             report):
+for each in (command for commands in GROUPS.values() for command in commands):
     main.add_command(each)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.output import Output
+from surgery.cli.output import FORMATS, Output
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +45,14 @@ _COMMON = (
 )
 
 
+def asked_format(words: Sequence[str]) -> str:
+    """What `--output-format` says on a command line, `full` where it says nothing."""
+    said = [after if word == "--output-format" else word.partition("=")[2]
+            for word, after in zip(words, [*words[1:], ""])
+            if word == "--output-format" or word.startswith("--output-format=")]
+    return said[-1] if said and said[-1] in FORMATS else "full"
+
+
 def common(function: Callable) -> Callable:
     """Adds `--json -q -v --color --debug`."""
     for option in reversed(_COMMON):
@@ -52,16 +60,32 @@ def common(function: Callable) -> Callable:
     return function
 
 
+class Command(click.Command):
+    """A command whose help shows its own options first, and then those that every command has."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        shared = {"--json", "--quiet", "--verbose", "--color", "--debug", "--help"}
+        rows: dict[str, list[tuple[str, str]]] = {"Options": [], "Common options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                rows["Common options" if shared & {*parameter.opts} else "Options"].append(record)
+        for title, records in rows.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
 def command(*options: Callable, example: str) -> Callable[[Callable], click.Command]:
     """A command with the shared options; its help ends with an example."""
 
     def make(function: Callable) -> click.Command:
+        wrapped = common(click.pass_obj(function))
         for option in reversed(options):
-            function = option(function)
+            wrapped = option(wrapped)
         name = function.__name__.rstrip("_")
-        wrapped = click.pass_obj(common(function))
         wrapped.__doc__ = function.__doc__
-        return click.command(name, context_settings=HELP, epilog=f"Example:  {example}")(wrapped)
+        return click.command(name, Command, context_settings=HELP, epilog=f"Example:  {example}")(wrapped)
 
     return make
 
@@ -165,6 +189,33 @@ def _called(spec: str, among: Iterable[str]) -> str:
     stem = Path(spec).stem
     is_alone = [Path(other).stem for other in among].count(stem) == 1
     return stem if is_alone else spec.replace(os.sep, "_")
+
+
+def files_below(names: Iterable[str], not_folders: Container[str] = ()) -> list[str]:
+    """The files that names of files and folders mean: of a folder all the `.surg` files below, but for those in hidden
+    folders; a name of `not_folders` stands for itself. Raises: SurgeryError (missing-file) for a folder with none."""
+    from surgery.diagnostics import fail
+
+    found: dict[str, None] = {}
+    for name in names:
+        if name in not_folders or not os.path.isdir(name):
+            found[name] = None
+            continue
+        below = [os.path.join(folder, file) for folder in _visible_folders(name) for file in sorted(os.listdir(folder))
+                 if file.endswith(".surg") and os.path.isfile(os.path.join(folder, file))]
+        if not below:
+            raise fail("missing-file", f"there is no .surg file below {name}")
+        found |= dict.fromkeys(below)
+    return list(found)
+
+
+def _visible_folders(top: str) -> Iterator[str]:
+    def report(error: OSError) -> None:
+        raise error
+
+    for folder, inner, _ in os.walk(top, onerror=report):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield folder
 
 
 def skeleton_of(output: Output, model: str) -> nn.Module:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 FORMAT = "1.0"
+FORMATS = ("full", "concise", "github", "sarif", "json")  # of diagnostics
 T = TypeVar("T")
 _PATIENCE = 0.5  # seconds before a bar shows
 _WIDE = 200  # columns where there is no terminal to fit
@@ -57,9 +58,9 @@ def settle_streams() -> None:
 
 @contextmanager
 def told_apart(output: Output) -> Iterator[None]:
-    """Under `--json`, what anything else prints goes to stderr, so that stdout holds one JSON object."""
+    """Where stdout holds one JSON object, what anything else prints goes to stderr."""
     output.answers = sys.stdout
-    with redirect_stdout(sys.stderr) if output.as_json else nullcontext():
+    with redirect_stdout(sys.stderr) if output.is_one_object else nullcontext():
         yield
 
 
@@ -83,10 +84,16 @@ class Output:
     verbosity: int = 0
     color: str = "auto"
     debug: bool = False
-    shown: list[Diagnostic] = field(default_factory=list)
     answered: bool = False
     trust: bool = False
     answers: TextIO | None = None
+    format: str = "full"  # of diagnostics: one of FORMATS
+    about: dict[Diagnostic, str] = field(default_factory=dict)  # the spec that a diagnostic is about
+
+    @property
+    def is_one_object(self) -> bool:
+        """Whether stdout holds one JSON object and nothing else."""
+        return self.as_json or self.format == "sarif"
 
     # ------------------------------------------------------------------------------------------------ streams
 
@@ -117,17 +124,17 @@ class Output:
 
     def say(self, what: str | RenderableType = "") -> None:
         """A part of the result, for people."""
-        if not self.as_json:
+        if not self.is_one_object:
             self.stdout.print(_plain(what), soft_wrap=isinstance(what, str))
 
     def raw(self, text: str) -> None:
         """A part of the result that is a file's text: byte for byte, but on a terminal."""
-        if not self.as_json:
+        if not self.is_one_object:
             sys.stdout.write(plain(text, keep="\n\t") if sys.stdout.isatty() else text)
 
     def note(self, text: str) -> None:
         """What is good to know and no result."""
-        if not self.as_json and self.verbosity >= 0:
+        if not self.is_one_object and self.verbosity >= 0:
             self.stderr.print(_plain(text), soft_wrap=True)
 
     def detail(self, text: str) -> None:
@@ -135,28 +142,42 @@ class Output:
         if self.verbosity > 0:
             self.note(text)
 
-    def diagnostics(self, found: Iterable[Diagnostic]) -> None:
-        """Diagnostics not yet shown; under `--json` they wait for `data`. `-q` leaves warnings out."""
-        for diagnostic in (d for d in found if d not in self.shown):
-            if not self.as_json and (self.verbosity >= 0 or diagnostic.severity == "error"):
-                if self.shown:
-                    self.stderr.print()
-                self.stderr.print(coloured(diagnostic.render()), soft_wrap=True)
-            self.shown.append(diagnostic)
+    def diagnostics(self, found: Iterable[Diagnostic], about: str = "") -> None:
+        """Diagnostics not yet shown, `about` a spec; where stdout holds one object they wait for `data`. `-q` leaves
+        warnings out."""
+        for diagnostic in (d for d in found if d not in self.about):
+            if not self.is_one_object and (self.verbosity >= 0 or diagnostic.severity == "error"):
+                self._show(diagnostic, about)
+            self.about[diagnostic] = about
+
+    def _show(self, diagnostic: Diagnostic, about: str) -> None:
+        from surgery.cli import diagnostic_formats
+
+        if self.format in ("concise", "github"):
+            return print(getattr(diagnostic_formats, self.format)(diagnostic, about))
+        if self.about:
+            self.stderr.print()
+        self.stderr.print(coloured(diagnostic.render()), soft_wrap=True)
 
     def data(self, **fields: Any) -> None:
         """The result for programs: the one JSON object of the run, the first that is given."""
-        if self.as_json and not self.answered:
-            self.answered = True
-            found = {"format_version": FORMAT, **fields, "diagnostics": [d.to_json() for d in self.shown]}
-            # In ASCII, which every stream can write and which holds no control character of a name's.
-            print(json.dumps(_finite(found), indent=2, allow_nan=False), file=self.answers or sys.stdout)
+        if not self.is_one_object or self.answered:
+            return
+        self.answered = True
+        if self.format == "sarif":
+            from surgery.cli.diagnostic_formats import sarif
+
+            told = sarif(self.about.items(), fields.get("error"))
+        else:
+            told = {"format_version": FORMAT, **fields, "diagnostics": [d.to_json() for d in self.about]}
+        # In ASCII, which every stream can write and which holds no control character of a name's.
+        print(json.dumps(_finite(told), indent=2, allow_nan=False), file=self.answers or sys.stdout)
 
     # ------------------------------------------------------------------------------------------------- progress
 
     @property
     def animated(self) -> bool:
-        return sys.stderr.isatty() and self.verbosity >= 0 and not self.as_json
+        return sys.stderr.isatty() and self.verbosity >= 0 and not self.is_one_object
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:

@@ -290,7 +290,7 @@ def make(op: str, *args: Expr, data: Any = None) -> Expr:
     for i, argument in enumerate(args):
         if is_whole(argument) is not (i in row.places):
             what = "places of entries (`sample`, `integers`, `top`)" if i in row.places else "a tensor of real numbers"
-            raise ShapeError(f"argument {i + 1} of `{op}` must be {what}")
+            raise ShapeError(f"needs {what} as its argument {i + 1}")
     return Expr(op, args, data, row.shape_of(data, tuple(a.shape for a in args)))
 
 

@@ -161,7 +161,7 @@ def _target(node: tree.Target) -> list[Line]:
                      *excluded,
                      *flags, "{"])
     width = max(len(step.placement) for step in node.steps)
-    steps = [line for step in node.steps for line in _plain(step.trivia, [_step(step, width)], 1)]
+    steps = [line for step in node.steps for line in _plain(step.trivia, [step_text(step, width)], 1)]
     return _statement(node.trivia, head, steps)
 
 
@@ -172,7 +172,8 @@ def _kind(node: tree.Target) -> list[str]:
     return [node.kind] if node.kind != "any" or not node.selectors else []
 
 
-def _step(step: tree.Step, width: int) -> str:
+def step_text(step: tree.Step, width: int = 0) -> str:
+    """A step as a spec says it, without comments; `width`: that of the widest placement beside it."""
     side = " on in" if step.side == "in" else ""
     bias = " with bias" if step.bias else ""
     dropout = f" dropout({expression_text(step.dropout)})" if step.dropout is not None else ""

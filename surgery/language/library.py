@@ -19,6 +19,8 @@ from typing import Any
 from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest
 from surgery.files import SPEC_BYTES, read_bytes
 from surgery.language import resources
+from surgery.language.formatter import step_text
+from surgery.language.other_languages import instead_of_argument
 from surgery.language.parser import parse_expression, parse_text
 from surgery.language.tree import Argument, Definition, Pattern, Reference, Select, Spec, Use, as_expression
 from surgery.language.unsupported_methods import refusal
@@ -44,6 +46,23 @@ def parse(text: str, name: str = "<text>") -> Spec:
 def shipped() -> dict[str, Path]:
     """The specs that come with the package, by name."""
     return {p.stem: p for p in sorted(resources.folder("specs").glob("*.surg")) if p.stem != PRELUDE}
+
+
+def instead_of_step(name: str) -> tuple[str, ...]:
+    """What to write where a step calls a spec, which is no definition: the steps of a spec that ships."""
+    if why := refusal(name):
+        return (why.diagnostics[0].message,)
+    if name not in shipped():
+        return ()
+    spec = read(shipped()[name])
+    steps = dict.fromkeys(step for target in spec.targets for step in target.steps)
+    if not steps:
+        return (f"`{name}` is a spec that ships, and has no step that could be placed",)
+    said = f"`{name}` is a spec, which has targets of its own; write its steps: " + ", ".join(
+        f"`{step_text(step)}`" for step in steps)
+    own = {step.call.function for step in steps} & {definition.name for definition in spec.definitions}
+    where = f"`surgery show {name} --emit spec` prints it, with the definition of {' and '.join(sorted(own))}"
+    return said, *([where] if own else [])
 
 
 def load(spec: str | PathLike, /, **parameters: Any) -> Spec:
@@ -183,9 +202,9 @@ def bind(spec: Spec, arguments: Iterable[Argument]) -> Spec:
     for argument in arguments:
         values[argument.name] = argument.value
         if argument.name not in known:
+            label, helps = instead_of_argument(argument.name or "", known)
             report.error("unknown-parameter", f"{who} has no parameter `{argument.name}`", argument.name_span,
-                         label=did_you_mean(argument.name or "", known),
-                         notes=(f"{who} takes {', '.join(known) or 'none'}",))
+                         label=label, notes=(f"{who} takes {', '.join(known) or 'none'}",), helps=helps)
     report.raise_errors()
     params = tuple(p.model_copy(update={"default": values[p.name]}) if p.name in values else p for p in spec.params)
     return spec.model_copy(update={"params": params})

@@ -7,6 +7,7 @@ whatever the text, the only error is `SurgeryError`; after a syntax error it goe
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import NamedTuple
 
 from lark import Token, Tree
@@ -14,7 +15,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedToken
 
 from surgery.diagnostics import Collector, Diagnostic, Source, Span, SurgeryError
 from surgery.language.comments import trivia_of
-from surgery.language.grammar import extent, item_words, machine
+from surgery.language.grammar import WORDS, extent, item_words, machine
 from surgery.language.json_errors import told_of
 from surgery.language.syntax_errors import explain
 from surgery.language.tree import Expression, Node, Spec
@@ -23,6 +24,9 @@ from surgery.language.well_formed import check_expression, check_language
 
 MAX_ERRORS = 20
 _VERSION = re.compile(r"(?:\s|#[^\r\n]*[\r\n])*language\s+([0-9]+)(?![\w.%])")
+#: What begins a statement of a body; `check` may stand in a file too.
+BODY_WORDS = tuple(word for terminal in ("FROZEN", "SHARED", "_PARAM", "_LET", "_CHECK", "_RETURN", "PLACEMENT")
+                   for word in WORDS[terminal])
 
 
 def parse_text(text: str, name: str = "<text>") -> Spec:
@@ -53,23 +57,46 @@ def parse_expression(text: str, name: str = "<expression>", begin: int = 0) -> E
 
 
 class _Stopped(NamedTuple):
-    """What is wrong with a text, and where."""
+    """What is wrong with a text, and where; `is_due`: a statement of a body was, and something else stands there."""
 
     diagnostic: Diagnostic
     offset: int
+    is_due: bool
 
 
 def _parse(source: Source, start: str, found: Collector, begin: int = 0) -> tuple[Tree, list[Token]]:
     """The parse tree; on errors, reads on after each and raises them all."""
     text, resume = " " * begin + source.text[begin:], 0
     while isinstance(result := _run(source, text, start), _Stopped):
+        is_new = result.diagnostic not in found.found
         found.add(result.diagnostic)
-        resume = _next_item(text, resume, result.offset) if start == "file" else None
-        if resume is None or len(found.found) >= MAX_ERRORS:
+        rest = _without_statement(text, result) if start == "file" else None
+        if rest is None:
+            resume = _next_item(text, resume, result.offset) if start == "file" else None
+            rest = re.sub(r"[^\n]", " ", text[:resume]) + text[resume:] if resume is not None else None
+        if rest is None or not is_new or len(found.found) >= MAX_ERRORS:
             raise SurgeryError(found.found)
-        text = re.sub(r"[^\n]", " ", text[:resume]) + text[resume:]
+        text = rest
     found.raise_errors()
     return result
+
+
+def _without_statement(text: str, stopped: _Stopped) -> str | None:
+    """The text with blanks for the statement of a body that is wrong, where another one begins on a later line; else
+    None. A definition's last statement is the one that it needs: without it, its `}` would be taken for a mistake."""
+    span = stopped.diagnostic.span
+    assert span is not None  # of a text, each error has a place
+    at = stopped.offset if stopped.is_due else max(span.start - (span.start == span.end), 0)
+    begins = [(match.start("word"), match["word"]) for match in _begins().finditer(text)]
+    before = [begin for begin in begins if begin[0] <= at]
+    after, word = next((begin for begin in begins if begin[0] > at), (len(text), ""))
+    if not before or not (stopped.is_due or before[-1][1] in BODY_WORDS):
+        return None
+    item = next((word for _, word in reversed(before) if word not in BODY_WORDS), "")
+    if word not in BODY_WORDS and (word != "}" or item not in ("target", "override")):
+        return None
+    start = at if stopped.is_due else before[-1][0]
+    return text[:start] + re.sub(r"[^\n]", " ", text[start:after]) + text[after:]
 
 
 def _run(source: Source, text: str, start: str) -> tuple[Tree, list[Token]] | _Stopped:
@@ -81,10 +108,17 @@ def _run(source: Source, text: str, start: str) -> tuple[Tree, list[Token]] | _S
             tokens.append(token)
         return parser.feed_eof(tokens[-1] if tokens else None), tokens
     except UnexpectedCharacters as error:
-        return _Stopped(explain(source, parser, tokens, error), error.pos_in_stream)
+        bad, offset = error, error.pos_in_stream
     except UnexpectedToken as error:
-        offset = len(text) if error.token.type == "$END" else extent(error.token)[0]
-        return _Stopped(explain(source, parser, tokens, error.token), offset)
+        bad, offset = error.token, len(text) if error.token.type == "$END" else extent(error.token)[0]
+    is_due = not parser.accepts().isdisjoint({"_LET", "PLACEMENT"})
+    return _Stopped(explain(source, parser, tokens, bad), offset, is_due)
+
+
+@cache
+def _begins() -> re.Pattern[str]:
+    """What a line begins with that begins or ends a statement of a body or of a file, as `word`."""
+    return re.compile(rf"^[ \t]*(?P<word>(?:{'|'.join((*BODY_WORDS, *item_words()))})\b|\}})", re.MULTILINE)
 
 
 def _next_item(text: str, start: int, error: int) -> int | None:

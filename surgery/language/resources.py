@@ -1,4 +1,5 @@
-"""Where the grammar and the shipped specs lie: inside the package in a wheel, beside it in a checkout."""
+"""Where the grammar, the shipped specs and the pages of diagnostics lie: inside the package in a wheel; in a checkout
+the first two beside it."""
 
 from pathlib import Path
 
@@ -6,6 +7,6 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def folder(name: str) -> Path:
-    """The folder `grammar` or `specs`."""
+    """The folder `grammar`, `specs` or `diagnostics_pages`."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name

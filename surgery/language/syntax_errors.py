@@ -13,6 +13,7 @@ from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from surgery.diagnostics import Diagnostic, Source, Span, did_you_mean
 from surgery.language.grammar import KEYWORDS, WORDS, extent, item_words
+from surgery.language.other_languages import SYMBOLS, instead_of_statement, instead_of_symbols
 
 #: Sets of terminals that read as one thing; the first that the grammar allows in full replaces its members.
 OPERAND = {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "LSQB", "MINUS"}
@@ -31,16 +32,6 @@ PLAIN = {"NAME": "a name", "STRING": "a \"string\"", "NUMBER": "a number",
          "LBRACE": "`{`", "RBRACE": "`}`", "LPAR": "`(`", "RPAR": "`)`", "LSQB": "`[`", "RSQB": "`]`", "COMMA": "`,`",
          "COLON": "`:`", "EQUAL": "`=`", "TILDE": "`~`", "OPERATOR": "an operator", "$END": "the end of the text"}
 BRACKETS = {"LBRACE": "RBRACE", "LPAR": "RPAR", "LSQB": "RSQB"}
-
-#: What people write who know another language.
-HINTS = {
-    "'": "a string stands in double quotes", ";": "a statement ends where the next one begins: leave the `;` out",
-    "&": "write `and`", "|": "write `or`", "!": "write `not`", "%": "a percentage has no space: `5%`",
-    ".": "a number has digits on both sides of its point; of a value, only `.T` can be asked",
-    "_IF": "put `if ... then ... else ...` in parentheses here",
-    "COMPARE": "comparisons do not chain: join two of them with `and`",
-    "EQUAL": "to compare, write `==`",
-}
 
 
 def explain(source: Source, stopped: InteractiveParser, tokens: list[Token],
@@ -76,22 +67,36 @@ class Stop:
         return bool(self.tokens) and not self.at_end and "\n" in self.source.text[self.after.end : self.bad.start_pos]
 
     @property
+    def is_forgotten(self) -> bool:
+        """Whether something is missing before `bad`, which then begins or ends something else; where `bad` is a word or
+        a sign that means nothing there, it is the mistake itself."""
+        means_nothing = self.bad.type in ("NAME", "TIMES", "PLUS", "EQUAL")
+        return self.at_end or "NUMBER" in self.accepted or (self.on_another_line and not means_nothing)
+
+    @property
     def is_reserved_name(self) -> bool:
         """Whether a name was due, and no expression, and this is a name but for the language."""
         name_due = "NAME" in self.accepted and "NUMBER" not in self.accepted
         return name_due and self.bad in KEYWORDS and not self.on_another_line
 
     @property
-    def unclosed(self) -> Token | None:
-        """The innermost open bracket, if `bad` shows that its end was forgotten."""
+    def innermost(self) -> Token | None:
+        """The innermost bracket that is open before `bad`."""
         opened: list[Token] = []
         for token in self.tokens:
             if token.type in BRACKETS:
                 opened.append(token)
             elif token.type in BRACKETS.values():
                 opened.pop()
-        ends = self.at_end or self.bad.type in BRACKETS.values() or self.bad in item_words()
-        return opened[-1] if opened and ends and BRACKETS[opened[-1].type] != self.bad.type else None
+        return opened[-1] if opened else None
+
+    @property
+    def unclosed(self) -> Token | None:
+        """The innermost open bracket, if `bad` shows that its end was forgotten: `=` does, which `[` has no place for."""
+        bracket = self.innermost
+        ends = self.at_end or self.bad.type in BRACKETS.values() or self.bad in item_words() or (
+            self.bad.type == "EQUAL" and bracket is not None and bracket.type == "LSQB")
+        return bracket if bracket and ends and BRACKETS[bracket.type] != self.bad.type else None
 
 
 def _reserved(stop: Stop) -> Diagnostic:
@@ -105,13 +110,36 @@ def _unexpected(stop: Stop) -> Diagnostic:
     expected = _expected(closer & stop.accepted or stop.accepted)
     after = f" after `{_short(stop.tokens[-1])}`" if stop.tokens else ""
     found = "the end of the text" if stop.at_end else f"`{_short(stop.bad)}`"
-    meant = did_you_mean(str(stop.bad), _words(stop.accepted)) if stop.bad.type == "NAME" else ""
-    missing = not meant and (stop.at_end or "an expression" in expected or stop.on_another_line)
-    hint = HINTS.get(stop.bad.type) if stop.tokens else None
+    hint = _hint(stop)
+    meant = did_you_mean(str(stop.bad), _words(stop.accepted)) if stop.bad.type == "NAME" and not hint else ""
     return Diagnostic("syntax", f"expected {_choice(expected)}{after}, found {found}",
-                      stop.after if missing else _span(stop.source, stop.bad), label=meant,
+                      stop.after if stop.is_forgotten and not meant else _span(stop.source, stop.bad), label=meant,
                       helps=(hint,) if hint else (),
                       related=((_span(stop.source, bracket), f"this `{bracket}` is not closed"),) if bracket else ())
+
+
+def _hint(stop: Stop) -> str:
+    """What to write instead, where what was written is how another language says it."""
+    bad, text = stop.bad, stop.source.text
+    if stop.at_end:
+        return ""
+    last = stop.tokens[-1].type if stop.tokens else ""
+    begin, end = extent(bad)
+    rest = text[end:]
+    if bad.type == "NAME" and "PLACEMENT" in stop.accepted and rest.lstrip().startswith("("):
+        return f"say where it acts: `add {bad}(...)`, or `pre` or `post` for a transform"
+    if bad.type == "NAME" and stop.accepted & {"_TARGET", "_LET"}:
+        return instead_of_statement(str(bad), rest, in_file="_TARGET" in stop.accepted)
+    if last == "_TARGET" and bad.type == "LSQB":
+        return "patterns stand without brackets: `target \"**.q_proj\", \"**.v_proj\" { ... }`"
+    if stop.accepted == {"LSQB"} and last == "LSQB":
+        listed = bad.type == "STRING"
+        return ("there are no lists of texts; patterns stand in the head of a target: `target \"**.q_proj\" { ... }`"
+                if listed else "a matrix stands in two brackets, one for each row: `[[1, 2]]`")
+    value_due = "NUMBER" in stop.accepted
+    means_nothing = not stop.tokens or (value_due and bad.type != "_IF") or (bad.type == "EQUAL" and stop.unclosed)
+    hint = "" if means_nothing else SYMBOLS.get(bad.type, "")
+    return instead_of_symbols(text[:begin], str(bad), rest, value_due) or hint
 
 
 def _no_token(source: Source, offset: int) -> Diagnostic:
@@ -120,8 +148,8 @@ def _no_token(source: Source, offset: int) -> Diagnostic:
         end = offset + len(source.text[offset:].split("\n")[0].rstrip())
         return Diagnostic("syntax", "this string is not closed", Span(source, offset, end),
                           helps=("a string ends on its line with `\"`",))
-    hint = HINTS.get(character) or ("a name is made of the letters a to z, digits and `_`"
-                                    if character.isalpha() else "")
+    hint = (instead_of_symbols(source.text[:offset], character, "", False) or SYMBOLS.get(character)
+            or ("a name is made of the letters a to z, digits and `_`" if character.isalpha() else ""))
     return Diagnostic("syntax", f"{character!r} cannot stand here", Span(source, offset, offset + 1),
                       helps=(hint,) if hint else ())
 

@@ -20,6 +20,7 @@ from surgery.layers.survey import Site, Survey
 from surgery.layers.wrappers import named_parameters
 from surgery.matching.conflicts import owners, report_tied
 from surgery.matching.matches import Catalogue, Reach, reach
+from surgery.matching.name_ranges import alike, ranged
 from surgery.matching.patterns import Glob, marked
 from surgery.matching.selectors import Matcher, matchers
 from surgery.matching.suggestions import Population
@@ -86,9 +87,17 @@ class Selection:
             return "\n".join([f"`{name}`", f"  cannot be taken: {what}", *self._trained(name)])
         if name in dict(named_parameters(self.survey.model)):
             return "\n".join([f"`{name}` is a parameter", *(self._trained(name) or ["  no `train` unfreezes it"])])
-        near = did_you_mean(name, [*(s.name for s in self.survey.sites), *self.survey.modules])
         raise fail("no-match", f"{type(self.survey.model).__name__} has no module `{name}`",
-                   helps=(near,) if near else ())
+                   helps=tuple(filter(None, [self._meant(name)])))
+
+    def _meant(self, name: str) -> str:
+        """Which module a name that is none may mean: one that ends so, or one that is spelt nearly so."""
+        known = list(dict.fromkeys([*(s.name for s in self.survey.sites), *self.survey.modules]))
+        endings = [other for other in known if other.endswith(f".{name}")]
+        if endings:
+            others = listed(map(ranged, alike(endings)))
+            return f"did you mean `{endings[0]}`?" + (f" So end {others}" if len(endings) > 1 else "")
+        return did_you_mean(name, known)
 
 
 def explain(model: nn.Module, spec: Spec | str | Path, name: str) -> str:

@@ -27,6 +27,7 @@ FORMAT = "1.0"
 CHECKPOINT = "model.safetensors"  # holds the tensors where `save_pretrained` wrote, which the Trainer looks for
 TENSORS, SPEC, META = FILES = ("adapter.safetensors", "adapter.surg", "meta.json")
 ADAPTER = Kind("a saved adapter", earlier=frozenset(FILES))
+SEEDS = (-(1 << 63), (1 << 64) - 1)  # the least and the largest that a generator of torch takes
 _SHOWN = 8
 _NAME_ONE = "name what `surgery apply -o` or `save()` wrote"
 
@@ -59,7 +60,7 @@ class _Meta(BaseModel):
     base_model: Name | None = None
     revision: Name | None = None
     model_class: Name | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]  # those that a generator of torch takes
+    seed: Annotated[int, Field(ge=SEEDS[0], le=SEEDS[1])]
     dtype: Literal["float16", "bfloat16", "float32", "float64"]
     tensors: dict[str, _Form]
     peft: dict[str, Any] | None = None

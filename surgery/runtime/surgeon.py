@@ -49,6 +49,7 @@ from surgery.runtime.checkpoints import SavesAdapter, Surgery
 from surgery.runtime.merge import merged, refuse_called
 from surgery.runtime.proof import Proof, Subject
 from surgery.runtime.save import save
+from surgery.runtime.saved_format import SEEDS
 from surgery.runtime.serving import serving
 from surgery.runtime.sharding import (
     gather_up,
@@ -102,8 +103,8 @@ def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dty
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise fail("bad-value", f"an adapter's parameters cannot be {dtype}",
                    helps=("give a floating dtype, such as torch.float32",))
-    if not isinstance(seed, int):
-        raise fail("bad-value", f"a seed is a whole number, not {seed!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not SEEDS[0] <= seed <= SEEDS[1]:
+        raise fail("bad-value", f"a seed is a whole number from -2^63 to 2^64 - 1, not {seed!r}")
     plan = compile(model, spec, strict)
     report = Collector()
     report.add(*plan.warnings, *unfit(plan), *dense_copies(plan))

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
+from surgery.diagnostics import Collector, Span, SurgeryError, fail
 from surgery.ir import sizes
 from surgery.ir.sizes import Dim
 from surgery.language.formatter import expression_text
+from surgery.language.other_languages import instead_of_argument
 from surgery.language.tree import Argument, Binary, Call, Check, Definition, Name, Parameter, Spec
 from surgery.semantics.evaluate import evaluate, here
 from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
@@ -84,8 +85,9 @@ def _formal(argument: Argument, position: int, definition: Definition, call: Cal
         return definition.params[position]
     most = f"takes at most {len(names)} argument{'s' * (len(names) > 1)}" if names else "takes no arguments"
     what = f"has no argument `{argument.name}`" if argument.name else most
+    label, helps = instead_of_argument(argument.name or "", names)
     raise fail("unknown-argument", f"{definition.name} {what}", argument.name_span or argument.value.span,
-               label=did_you_mean(argument.name or "", names), notes=_defined(definition))
+               label=label, notes=_defined(definition), helps=helps)
 
 
 def signature(definition: Definition | Spec) -> str:

@@ -21,8 +21,8 @@ from surgery.language.tree import Argument, Call, Definition, Expression, Let, P
 from surgery.semantics import index_bounds
 from surgery.semantics.arguments import assert_checks, guard
 from surgery.semantics.distributions import DISTRIBUTIONS, choices
-from surgery.semantics.evaluate import evaluate, here, size, tensor
-from surgery.semantics.scope import NUMBERS, UNDECIDED, describe, unknown
+from surgery.semantics.evaluate import assert_can_exist, evaluate, here, size, tensor
+from surgery.semantics.scope import NUMBERS, UNDECIDED, assert_is_free, describe, unknown
 
 
 @dataclass
@@ -38,6 +38,8 @@ class Instance:
 
     def run(self) -> Expr | None:
         """The expression that the definition returns (None when a mistake was reported)."""
+        if self._takes_a_name():
+            return None
         if not assert_checks(self.definition.checks, self.values, self.report):
             return None
         for statement in self.definition.body:
@@ -50,6 +52,16 @@ class Instance:
             index_bounds.assert_exist([*starts, result], self.leaves)
             return result
         return None
+
+    def _takes_a_name(self) -> bool:
+        """Whether the definition calls something by a name that has a meaning in its body, which is reported."""
+        before, definition = len(self.report.errors), self.definition
+        for node in (*definition.params, *definition.body):
+            assert_is_free(node.name, ("out", "in", "W", *(["b"] if definition.bias else [])), node.name_span,
+                           self.report)
+        if definition.dim:
+            assert_is_free(definition.dim, ("out", "in", "W"), definition.name_span, self.report)
+        return len(self.report.errors) > before
 
     def _result(self) -> Expr:
         span = self.definition.result.span or self.definition.span
@@ -78,6 +90,7 @@ class Instance:
 
     def _param(self, param: Param) -> Expr:
         shape = tuple(size(evaluate(d, self.values), d, self.values) for d in param.dims)
+        assert_can_exist(shape, param.name_span or param.span)
         init = self._init(param, param.init, shape) if param.init is not None else None
         law = self._draw(param, param.draw, shape) if param.draw is not None else None
         key = f"{self.prefix}.{param.name}"

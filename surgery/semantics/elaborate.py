@@ -16,7 +16,7 @@ from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.ir.expression import DEEPEST_FORMULA, Claim, Expr, Formula, Leaf, Part
 from surgery.ir.operations import make
 from surgery.ir.sizes import Size
-from surgery.language.library import Library
+from surgery.language.library import Library, instead_of_step
 from surgery.language.tree import Definition, Step, Target
 from surgery.semantics.arguments import bind_call, guard
 from surgery.semantics.definitions import Instance, not_too_deep, told_of_definitions, with_article
@@ -122,7 +122,7 @@ class _Builder:
         kind, place = _KINDS[step.placement], call.name_span or call.span or step.span
         if call.function not in known:
             fitting = [n for n, d in known.items() if d.kind == kind]
-            raise unknown("unknown-definition", kind, call.function, fitting, place)
+            raise unknown("unknown-definition", kind, call.function, fitting, place, instead_of_step(call.function))
         if known[call.function].kind != kind:
             other = "add" if kind == "transform" else "pre` or `post"
             raise fail("wrong-kind", f"`{step.placement}` needs {with_article(kind)}, and {call.function} is "

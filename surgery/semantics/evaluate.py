@@ -9,19 +9,31 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-from surgery.diagnostics import fail
+from surgery.diagnostics import Span, fail
 from surgery.ir.expression import Expr
-from surgery.ir.operations import FUNCTIONS, OPERATORS, PRIMITIVES, ShapeError, constant, eye, make, ones, undecided
-from surgery.ir.sizes import Dim, divide, has_few_digits, is_real, symbol, tidy
+from surgery.ir.operations import (
+    FUNCTIONS,
+    OPERATORS,
+    PRIMITIVES,
+    ShapeError,
+    constant,
+    eye,
+    make,
+    ones,
+    shape_text,
+    undecided,
+)
+from surgery.ir.sizes import Dim, Size, divide, has_few_digits, is_real, symbol, tidy
 from surgery.language import tree
 from surgery.language.formatter import expression_text
 from surgery.language.well_formed import MAX_INT
 from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe, text, unknown
 
+MAX_NUMBERS = 2**60  # of a tensor: torch counts its bytes in 63 bits
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": divide}
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -33,7 +45,10 @@ _CONSTANT_NAMES = {"pi": math.pi}  # where nothing else is called so
 def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
     """The value of `node` where `names` are in scope. Raises: SurgeryError, Poisoned."""
     try:
-        return _within_bounds(_RULES[type(node)](node, names))
+        value = _within_bounds(_RULES[type(node)](node, names))
+        if isinstance(value, Expr):
+            assert_can_exist(value.shape, node.span)
+        return value
     except ShapeError as error:
         raise fail("shape-mismatch", f"{_callee(node)}{error}", node.span, notes=_where(node)) from None
     except ZeroDivisionError:
@@ -51,6 +66,13 @@ def _within_bounds(value: Any) -> Any:
     if is_endless or isinstance(value, (int, Fraction)) and abs(value) > MAX_INT:
         raise OverflowError
     return value
+
+
+def assert_can_exist(shape: Iterable[Size], span: Span | None) -> None:
+    """Raises: SurgeryError (bad-value), for a shape of more numbers than a tensor can hold."""
+    shape = tuple(shape)
+    if math.prod(n for n in shape if isinstance(n, int)) > MAX_NUMBERS:
+        raise fail("bad-value", f"a tensor {shape_text(shape)} holds more numbers than there can be", span)
 
 
 def _callee(node: tree.Expression) -> str:

@@ -18,6 +18,7 @@ from surgery.language.tree import Parameter, Spec, Target
 from surgery.semantics.arguments import assert_checks, defaults, says_square
 from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import names_in
+from surgery.semantics.scope import assert_is_free
 
 OUT, IN = sizes.symbol("out"), sizes.symbol("in")
 PLACES = {"layer": sizes.symbol("layer"), "depth": sizes.symbol("depth")}
@@ -25,6 +26,8 @@ PLACES = {"layer": sizes.symbol("layer"), "depth": sizes.symbol("depth")}
 
 def spec_values(spec: Spec, report: Collector) -> dict[str, Any]:
     """The values of a spec's parameters. Reports a missing value, a wrong type, a `check` that is not met."""
+    for parameter in spec.params:
+        assert_is_free(parameter.name, ("out", "in", *PLACES), parameter.name_span, report)
     values = defaults(spec.params, {}, {}, report, _no_value)
     assert_checks(spec.checks, values, report)
     return values

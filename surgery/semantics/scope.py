@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
-from surgery.diagnostics import Span, SurgeryError, did_you_mean, fail
+from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
 from surgery.ir import sizes
 from surgery.ir.expression import Expr
 from surgery.ir.operations import is_whole, shape_text
 from surgery.ir.sizes import Dim
+from surgery.language.other_languages import instead_of
 
 UNDECIDED = object()  # a truth value or a text that is not known yet
 POISON = object()  # the value of a name whose own statement failed and was reported
@@ -39,8 +40,23 @@ def text(value: Any) -> str:
     return written if len(written) <= _LONGEST else f"{written[:_LONGEST - 3]}..."
 
 
-def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | None) -> SurgeryError:
-    """The error for a name that is not among the known ones."""
+def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | None,
+            helps: tuple[str, ...] = ()) -> SurgeryError:
+    """The error for a name that is not among the known ones. `helps` say what to write instead where that is known, as
+    it is of what other languages call a thing; then nothing is guessed."""
     known = sorted(known)
-    return fail(code, f"unknown {what} `{name}`", span, label=did_you_mean(name, known),
-                notes=(f"known here: {', '.join(known)}",) if known else ())
+    if instead := instead_of(name, drawn=code == "unknown-distribution"):
+        helps = (*helps, instead)
+    return fail(code, f"unknown {what} `{name}`", span, label="" if helps else did_you_mean(name, known),
+                notes=(f"known here: {', '.join(known)}",) if known and not helps else (), helps=helps)
+
+
+_MEANINGS = {"out": "the number of rows of W", "in": "the number of columns of W", "W": "the weight", "b": "the bias",
+             "layer": "the module's index in its list of layers", "depth": "how deep the module's layer lies, 0 to 1"}
+
+
+def assert_is_free(name: str, taken: Iterable[str], span: Span | None, report: Collector) -> None:
+    """Report a name that something is given and that means something already where it would be read."""
+    if name in taken:
+        report.error("duplicate-name", f"`{name}` is {_MEANINGS[name]} here, and cannot name anything else", span,
+                     helps=("give it another name",))

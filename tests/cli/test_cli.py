@@ -30,7 +30,7 @@ TIDY = "spec lora()\n\ntarget linear {\n  add low_rank(8)\n}\n"
 DONE = {
     "check": ["check", "lora"], "specs": ["specs"], "show": ["show", "sora"],
     "modules": ["modules", "demo:llama", "**.mlp.*"], "explain": ["explain", "sora", "demo:llama", Q_PROJ],
-    "plan": ["plan", "sora", "demo:llama"], "apply": ["apply", "lora", "demo:llama"],
+    "help": ["help", "no-match"], "plan": ["plan", "sora", "demo:llama"], "apply": ["apply", "lora", "demo:llama"],
 }
 # Runs that fail: the arguments, the status, the code of the diagnostic.
 FAILED = [
@@ -52,8 +52,9 @@ FAILED = [
 EACH_FAILURE = pytest.mark.parametrize("arguments, status, code", FAILED,
                                        ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 WRONG_USE = [["apply"], ["apply", "lora"], ["nope"], ["apply", "--nope", "x"], ["check"],
-             ["show", "lora", "--emit", "x"], ["apply", "lora", "demo:llama", "--merge"],
-             ["apply", "lora", "demo:llama", "--dtype", "int8"]]
+             ["help"], ["help", "nope"], ["check", "lora", "--output-format", "x"], ["show", "lora", "--emit", "x"], ["apply", "lora", "demo:llama", "--merge"],
+             ["apply", "lora", "demo:llama", "--dtype", "int8"],
+             ["apply", "lora", "demo:llama", "--seed", "1" + "0" * 30], ["apply", "lora", "demo:llama", "--seed", "-1"]]
 
 
 def run(*arguments: str, stdin: str | bytes = "", **environment: str) -> Result:
@@ -187,6 +188,21 @@ def test_help_has_an_example_that_can_be_typed(name: str) -> None:
     main.commands[command].make_context(command, arguments)
 
 
+@pytest.mark.parametrize("name", main.commands)
+def test_help_shows_the_command_s_own_options_first(name: str) -> None:
+    _, options, common = run(name, "--help").stdout.replace("Common options:", "Options:").split("Options:") \
+        if "\nOptions:" in run(name, "--help").stdout else ("", "", run(name, "--help").stdout)
+    own = [p for p in main.commands[name].params if isinstance(p, click.Option) and p.opts[0] not in common]
+    assert all(f"  {p.opts[0]}" in options for p in own) and "--json" not in options and "--debug" in common
+
+
+def test_help_groups_the_commands() -> None:
+    said = run("--help").stdout
+    assert said.index("Specs:") < said.index("  fmt ") < said.index("A spec on a model:") < said.index("  merge ")
+    assert sorted(line.split()[0] for line in said.partition("Specs:")[2].splitlines()
+                  if line.startswith("  ") and "Example" not in line) == sorted(main.commands)
+
+
 def test_help_and_version() -> None:
     assert all(name in run("--help").stdout for name in main.commands)
     assert run("--version").stdout.startswith("surgery, version ")
@@ -257,6 +273,106 @@ def test_fmt_leaves_a_broken_file_alone_and_does_the_others() -> None:
     assert (told(result)["changed"], told(result)["unchanged"], result.exit_code) == (["untidy.surg"], [], 1)
     assert (Path("broken.surg").read_text(), Path("untidy.surg").read_text()) == (BROKEN, TIDY)
     assert {p.name for p in Path().iterdir()} == {"broken.surg", "untidy.surg"}
+
+
+def test_fmt_of_a_folder() -> None:
+    """Every .surg file below it; not what lies in a hidden folder, and not the same file twice."""
+    for name in ("specs/a.surg", "specs/deep/b.surg", "specs/.hidden/c.surg", "specs/d.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(UNTIDY)
+    found = told(run("fmt", "specs", "specs/a.surg", "--json"))
+    assert (found["changed"], found["unchanged"]) == (["specs/a.surg", "specs/deep/b.surg"], [])
+    assert Path("specs/.hidden/c.surg").read_text() == UNTIDY == Path("specs/d.txt").read_text()
+
+
+def test_check_of_a_folder() -> None:
+    Path("specs/deep").mkdir(parents=True)
+    Path("specs/good.surg").write_text(TIDY)
+    Path("specs/deep/bad.surg").write_text(BROKEN)
+    result = run("check", "specs")
+    assert (result.exit_code, result.stdout) == (1, "specs/good.surg: ok\nspecs/deep/bad.surg: 1 error\n")
+    Path("lora").mkdir()  # the name of a spec that ships outweighs it
+    assert run("check", "lora").stdout == "lora: ok\n"
+
+
+@pytest.mark.parametrize("command", ["check", "fmt"])
+def test_a_folder_without_specs(command: str) -> None:
+    Path("empty").mkdir()
+    result = run(command, "empty")
+    assert result.exit_code == 2 and result.stderr == "error[missing-file]: there is no .surg file below empty\n"
+
+
+# ------------------------------------------------------------------------------------------------- forms of diagnostics
+
+WRONG = "spec wrong(rank: int = 8)\n\ntarget linear {\n  add low_rank(r = rank)\n  add low_rank(0)\n}\n"
+
+
+@pytest.fixture
+def wrong(folder: Path) -> str:
+    Path("my specs").mkdir()
+    Path("my specs/wrong.surg").write_text(WRONG)
+    return "my specs/wrong.surg"
+
+
+def test_an_end_is_the_place_after_the_last_character(wrong: str) -> None:
+    first, second = told(run("check", wrong, "--json"))["diagnostics"]
+    assert [first[key] for key in ("line", "column", "end_line", "end_column")] == [4, 16, 4, 17]
+    assert second["related"][0]["end_column"] == second["related"][0]["column"] + len("low_rank(0)")
+
+
+def test_concise(wrong: str) -> None:
+    result = run("check", wrong, "--output-format=concise")
+    first, second = result.stdout.splitlines()
+    assert first == ("my specs/wrong.surg:4:16: error[unknown-argument] low_rank has no argument `r` "
+                     "(did you mean `rank`?)")
+    assert second.startswith("std.surg:") and (result.exit_code, result.stderr) == (1, "")
+    assert run("check", "lora", "--output-format", "concise").stdout == ""
+
+
+def test_github(wrong: str) -> None:
+    """A mistake in a shipped definition is annotated where the user's file places it."""
+    first, second = run("check", wrong, "--output-format=github").stdout.splitlines()
+    assert first == ("::error file=my specs/wrong.surg,line=4,endLine=4,col=16,endColumn=17,title=unknown-argument::"
+                     "low_rank has no argument `r`%0Adid you mean `rank`?%0Alow_rank(rank: int = 8, alpha: float = 16) "
+                     "is defined at std.surg:64")
+    assert second.startswith("::error file=my specs/wrong.surg,line=5,endLine=5,col=7,endColumn=18,title=check-failed::")
+    Path("a,100%:b.surg").write_text("train 5")
+    for name in ("a,100%:b.surg", str(Path("a,100%:b.surg").resolve())):
+        assert run("check", name, "--output-format=github").stdout.startswith(
+            "::error file=a%2C100%25%3Ab.surg,line=1,endLine=1,col=7,endColumn=8,title=syntax::expected")
+
+
+def test_sarif(wrong: str) -> None:
+    Path("100%.surg").write_text("train 5%%\n")
+    result = run("check", wrong, "100%.surg", "--output-format", "sarif")
+    log = json.loads(result.stdout)
+    (run_,) = log["runs"]
+    rules, results = run_["tool"]["driver"]["rules"], run_["results"]
+    assert (log["version"], result.exit_code, result.stderr) == ("2.1.0", 1, "") and "sarif-2.1.0" in log["$schema"]
+    assert [rule["id"] for rule in rules] == ["check-failed", "syntax", "unknown-argument"]
+    assert all(rule[field]["text"] for rule in rules for field in ("shortDescription", "fullDescription", "help"))
+    assert [(r["ruleId"], rules[r["ruleIndex"]]["id"], r["level"]) for r in results] == [
+        (code, code, "error") for code in ("unknown-argument", "check-failed", "syntax")]
+    places = [place["physicalLocation"] for r in results for place in r["locations"]]
+    assert [place["artifactLocation"]["uri"] for place in places] == [
+        "my%20specs/wrong.surg", "my%20specs/wrong.surg", "100%25.surg"]
+    assert places[0]["region"] == {"startLine": 4, "startColumn": 16, "endLine": 4, "endColumn": 17}
+    assert run_["invocations"][0]["executionSuccessful"] is True and run_["columnKind"] == "unicodeCodePoints"
+
+
+def test_sarif_of_what_is_in_order_and_of_what_was_not_checked() -> None:
+    (done,) = json.loads(run("check", "lora", "--output-format=sarif").stdout)["runs"]
+    assert (done["results"], done["invocations"]) == ([], [{"executionSuccessful": True}])
+    for arguments in (["lora", "--model", "demo:nope"], ["lora", "--nope"]):
+        (failed,) = json.loads(run("check", *arguments, "--output-format=sarif").stdout)["runs"]
+        assert failed["results"] == [] and failed["invocations"][0]["executionSuccessful"] is False
+        assert "nope" in failed["invocations"][0]["toolExecutionNotifications"][0]["message"]["text"]
+
+
+def test_json_by_either_name(wrong: str) -> None:
+    assert run("check", wrong, "--output-format=json").stdout == run("check", wrong, "--json").stdout
+    result = run("check", wrong, "--json", "--output-format=github")
+    assert result.exit_code == 2 and "two forms" in told(result)["error"]
 
 
 # ------------------------------------------------------------------------------------------------------- interruptions

@@ -1,10 +1,11 @@
-"""The pages of tests/diagnostics: each holds files, commands and what they say, and is a test of it.
+"""The pages of surgery/diagnostics_pages, which `surgery help` shows: each holds files, commands and what they say, and is a test of it.
 
 A page is Markdown. A line `file: NAME` names the block after it; a ```console block holds commands, each followed by
 what it writes to stderr: `$ surgery ...`, or `$ python FILE`, of whose traceback the last part is shown. `python
 tests/cli/test_diagnostics_docs.py` writes those outputs anew, to be read before they are committed.
 """
 
+import json
 import os
 import re
 import shlex
@@ -17,8 +18,9 @@ from click.testing import CliRunner
 
 from surgery.cli.main import main
 from surgery.diagnostics import CODES, SurgeryError
+from surgery.language.resources import folder
 
-PAGES = sorted((Path(__file__).parents[1] / "diagnostics").glob("*.md"))
+PAGES = sorted(folder("diagnostics_pages").glob("*.md"))
 FILE = re.compile(r"^file: (\S+)\n+```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CONSOLE = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ ((?:surgery|python) .*)$", re.MULTILINE)
@@ -77,15 +79,39 @@ def test_pages_show_only_codes_that_exist():
     assert codes_on_pages() <= set(CODES)
 
 
-def test_every_code_has_a_page():
+def test_every_code_has_a_page_that_shows_it():
     assert codes_on_pages() == set(CODES)
+    assert set(CODES) <= {path.stem for path in PAGES}
+    assert [code for code in CODES if code not in SHOWN.findall((folder("diagnostics_pages") / f"{code}.md").read_text())
+            ] == []
 
 
-@pytest.mark.parametrize("code", CODES)
-def test_every_code_is_explained(code):
-    result = CliRunner().invoke(main, ["check", "--explain", code])
-    assert result.exit_code == 0
-    assert result.stdout == f"{code}: {CODES[code]}\n"
+@pytest.mark.parametrize("command", [["help"], ["check", "--explain"]], ids=" ".join)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_every_page_is_shown(path, command):
+    result = CliRunner().invoke(main, [*command, path.stem])
+    page = path.read_text(encoding="utf-8")
+    assert (result.exit_code, result.stderr) == (0, "") and page in result.stdout
+    assert path.stem not in CODES or result.stdout.startswith(f"{path.stem}: {CODES[path.stem]}\n")
+
+
+def test_the_page_of_a_code_names_the_others_that_show_it():
+    told = json.loads(CliRunner().invoke(main, ["help", "syntax", "--json"]).stdout)
+    assert {"unclosed-bracket", "other-languages"} <= set(told["more"]) and told["meaning"] == CODES["syntax"]
+
+
+def test_the_codes_are_listed():
+    listed = CliRunner().invoke(main, ["help", "--list"]).stdout.splitlines()
+    assert [line.split()[0] for line in listed] == list(CODES)
+    assert len(json.loads(CliRunner().invoke(main, ["help", "--list", "--json"]).stdout)["codes"]) == len(CODES)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [(["help", "sintax"], "Did you mean `syntax`?"),
+                                                  (["help"], "surgery help --list"),
+                                                  (["check", "--explain", "nope"], "No diagnostic")])
+def test_a_code_that_there_is_not(arguments, words):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and words in result.stderr
 
 
 if __name__ == "__main__":

@@ -92,12 +92,14 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 
 @pytest.mark.parametrize(("said", "call"), [
-    ("a seed is a whole number, not 1.5", lambda: surgery.apply(Linear(4, 4), "lora", seed=1.5)),
+    ("2^64 - 1, not 1.5", lambda: surgery.apply(Linear(4, 4), "lora", seed=1.5)),
+    ("2^64 - 1, not 1000", lambda: surgery.apply(Linear(4, 4), "lora", seed=10**30)),
+    ("2^64 - 1, not True", lambda: surgery.apply(Linear(4, 4), "lora", seed=True)),
     ("parameters cannot be float32", lambda: surgery.apply(Linear(4, 4), "lora", dtype="float32")),
     ("parameters cannot be torch.int8", lambda: surgery.apply(Linear(4, 4), "lora", dtype=torch.int8)),
     ("a matrix of finite numbers, not of [3]", lambda: surgery.spectrum(torch.ones(3))),
     ("a matrix of finite numbers, not of [2, 2]", lambda: surgery.spectrum(torch.full((2, 2), float("inf")))),
-], ids=["seed", "dtype by name", "int8", "vector", "infinite"])
+], ids=["seed", "large seed", "true seed", "dtype by name", "int8", "vector", "infinite"])
 def test_values_that_cannot_be_used_are_told(said: str, call) -> None:
     assert said in failed(call)
 

@@ -1,12 +1,20 @@
-"""What is said of text, Python and JSON that are no spec."""
+"""What is said of text, Python and JSON that are no spec, and of words that another language has."""
+
+import re
+from itertools import chain
 
 import pytest
 from diagnosed import errors_of, underlined
 
-from surgery.diagnostics import SurgeryError
+from surgery.diagnostics import SurgeryError, nearest
+from surgery.ir.operations import FUNCTIONS
+from surgery.language import other_languages
 from surgery.language.grammar import KEYWORDS
-from surgery.language.parser import MAX_ERRORS, from_json, parse_expression
+from surgery.language.parser import MAX_ERRORS, from_json, parse_expression, parse_text
+from surgery.language.library import load
 from surgery.language.tree import Argument, Binary, Boolean, Name, Number, Parameter, Spec, Target, Unary, add, pre
+from surgery.planning.check import check
+from surgery.semantics.distributions import DISTRIBUTIONS
 
 
 @pytest.mark.parametrize(("text", "message", "place"), [
@@ -43,9 +51,116 @@ def test_syntax_errors(text, message, place):
     ("check !a", "`not`"),
     ("check 5 %", "`5%`"), ("check .5", "both sides"), ("check a.shape", "`.T`"), ("check a < b < c", "`and`"),
     ("check a = b", "`==`"), ("check 1 + if a then b else c", "parentheses"),
+    ("check a ** 2", "`x * x`"), ("check a ^ 2", "`x * x`"), ("check a += 1", "once"), ("check a' @ a", "`A.T`"),
+    ("check a[0] > 1", "no index"), ("check f(a)[0, 1]", "no index"), ("check f([1, 2])", "`[[1, 2]]`"),
+    ("check a // 2", "`floor(a / b)`"), ("check a // a comment", "`#`"), ("// a comment\nspec a", "`#`"),
+    ("update u {\n  // a comment\n  return W\n}", "`#`"), ("/* a comment */ spec a", "`#`"),
+    ("update u { for i return W }", "no loop"), ("check a for b", "no loop"), ("import a", "`use"),
+    ("update u { a = 3 return a }", "`let a = ...`"), ("r = 8", "`spec name(rank: int = 8)`"),
+    ("spec a\nr: int = 8", "`spec name(rank: int = 8)`"), ("target_modules = [\"q\"]", "head of a target"),
+    ("target linear { add f(target_modules = [\"q\"]) }", "head of a target"),
+    ("target [\"q\"] { add f() }", "without brackets"), ("target linear { lora(8) }", "`add lora(...)`"),
 ])
 def test_hints_for_what_other_languages_write(text, hint):
-    assert hint in " ".join(errors_of(text)[0].helps)
+    (first, *_) = errors_of(text)
+    assert hint in " ".join(first.helps) and not first.label
+
+
+def told_of(text: str) -> list:
+    return check(parse_text(text))
+
+
+@pytest.mark.parametrize(("expression", "hint"), [
+    ("gelu(W)", "sigmoid"), ("zeros(out, in)", "`0 * ones(m, n)`"), ("eye(out) @ W", "`I(n)`"),
+    ("concat(W, W)", "side_by_side"), ("cat(W, W)", "side_by_side"), ("transpose(W)", "`A.T`"),
+    ("sum(W)", "`A @ ones(n)`"), ("clip(W, 0, 1)", "`clamp(x, low, high)`"), ("stack(W, W)", "an axis more"),
+    ("det(W)", "no determinant"), ("svd(W)", "`left_singular(A, k)`"), ("inv(W)", "`inverse(A)`"), ("for", "no loop"),
+    ("True", "`true`"),
+])
+def test_hints_for_functions_of_other_languages(expression, hint):
+    (error,) = told_of(f"update u {{ return {expression} }}")
+    assert hint in " ".join(error.helps) and not error.label and not error.notes
+
+
+def test_a_function_is_named_once():
+    (error,) = told_of("update u { return scatter(W, W, 1, 1) }")
+    assert error.message.count("`scatter`") == 1 and error.message.endswith("as its argument 2")
+
+
+@pytest.mark.parametrize(("draw", "hint"), [("zeros()", "= 0"), ("ones()", "= 1"), ("randn()", "`normal()`")])
+def test_hints_for_draws_of_other_languages(draw, hint):
+    assert hint in " ".join(told_of(f"update u {{ param A[out, in] ~ {draw} return A }}")[0].helps)
+
+
+@pytest.mark.parametrize(("argument", "label", "hint"), [
+    ("r = 8", "did you mean `rank`?", ""), ("lora_alpha = 8", "did you mean `alpha`?", ""),
+    ("lora_dropout = 5%", "", "dropout stands after the step"), ("dropout = 5%", "", "dropout stands after the step"),
+    ("target_modules = 1", "", "head of a target"), ("use_dora = true", "", "`post magnitude()`"),
+    ("modules_to_save = 1", "", "`train"),
+])
+def test_hints_for_the_words_of_peft(argument, label, hint):
+    (error,) = told_of(f"target linear {{ add low_rank({argument}) }}")
+    assert error.label == label and hint in " ".join(error.helps)
+
+
+def test_hints_for_the_words_of_peft_as_parameters():
+    told = {name: errors_of(name, lambda name: load("lora", **{name: 1}))[0]
+            for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
+    assert [error.label for error in told.values()] == [
+        "did you mean `rank`?", "did you mean `alpha`?", "did you mean `dropout`?", ""]
+    assert "head of a target" in told["target_modules"].helps[0]
+
+
+@pytest.mark.parametrize(("step", "hints"), [
+    ("add lora()", ["`add low_rank(rank, alpha) dropout(dropout)`"]),
+    ("pre sora()", ["`pre diagonal()`", "`post orthogonal("]),
+    ("add vera()", ["`surgery show vera --emit spec`"]), ("add prompt_tuning()", ["no single W'"]),
+])
+def test_a_spec_is_no_update(step, hints):
+    (error,) = told_of(f"target linear {{ {step} }}")
+    assert error.code == "unknown-definition" and not error.label
+    assert all(hint in " ".join(error.helps) for hint in hints)
+
+
+def test_what_the_language_has_is_met_with_no_hint():
+    """A function that the language comes to have leaves the table."""
+    assert {name for name in FUNCTIONS | {*DISTRIBUTIONS, "pi"} if other_languages.instead_of(name)} == set()
+
+
+def hints() -> list[str]:
+    tables = [vars(other_languages)[name] for name in ("_NAMES", "_DRAWS", "_ARGUMENTS", "SYMBOLS")]
+    return sorted(set(chain.from_iterable(table.values() for table in tables)))
+
+
+@pytest.mark.parametrize("hint", hints())
+def test_a_hint_quotes_what_can_be_written(hint):
+    """Each quoted piece of text is an expression, an argument, a step, or a statement of a body or of a file, whole;
+    words and signs aside."""
+    wrappers = ("check {}", "check f({})", "{}", "update u {{ {} return 1 }}", "target linear {{ {} }}")
+
+    def can_be_written(quoted: str) -> bool:
+        text = quoted.replace("...", "add f()" if quoted.startswith("target") else "q")
+        is_short = text in KEYWORDS or len(text) <= 2 or text in ("frozen param", "docs/language.md", "surgery specs")
+        return is_short or any(parses(wrapper.format(text)) for wrapper in wrappers)
+
+    assert [quoted for quoted in re.findall("`(.*?)`", hint) if not can_be_written(quoted)] == []
+
+
+def parses(text: str) -> bool:
+    try:
+        parse_text(text)
+    except SurgeryError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("word", "choices", "meant"), [
+    ("cat", ["scatter"], []), ("stack", ["take"], []), ("det", ["detach"], []), ("trace", ["take"], []),
+    ("lora", ["low_rank"], []), ("lora_alpha", ["alpha"], ["alpha"]), ("alhpa", ["alpha"], ["alpha"]),
+    ("kaiming", ["kaiming_normal"], ["kaiming_normal"]), ("LORA", ["flora", "lora"], ["lora"]),
+])
+def test_what_is_near_enough_to_be_meant(word, choices, meant):
+    assert nearest(word, choices) == meant
 
 
 @pytest.mark.parametrize("text", ["spec target", "spec a(let: int)", "update use { return 1 }",
@@ -71,15 +186,49 @@ def test_misspelt_words(text, meant):
 @pytest.mark.parametrize(("text", "bracket"), [
     ("target linear {\n  add x()\n\ntrain \"a\"", "1:15"), ("spec a(\n\ntarget linear { add x() }", "1:7"),
     ("update u { param d[f(1] = 1 return 1 }", "1:21"), ("check f(g(1)", "1:8"), ("check f(1, 2", "1:8"),
+    ("update u {\n  param d[out = 1\n  return d\n}", "2:10"),
 ])
 def test_an_open_bracket_is_shown(text, bracket):
     assert [str(span) for span, label in errors_of(text)[0].related if "not closed" in label] == [f"<text>:{bracket}"]
+
+
+@pytest.mark.parametrize(("text", "place"), [
+    ("update u {\n  d = 1\n  return d\n}", "2:3"), ("spec a\nr = 8", "2:1"), ("update u {\n  // no\n}", "2:3"),
+    ("target linear {\n  lora()\n}", "2:3"), ("update u {\n  let d = 1\n  e = 2\n}", "3:3"),
+])
+def test_a_word_that_means_nothing_is_the_mistake_and_not_the_line_before(text, place):
+    assert str(errors_of(text)[0].span) == f"<text>:{place}"
 
 
 def test_all_the_errors_of_a_file_are_told():
     text = "spec a(\n\ntarget linear {\n  add x(\n}\n\nupdate u {\n  return\n}\n\ntrain 5\n"
     assert [str(e.span) for e in errors_of(text)] == ["<text>:1:8", "<text>:4:9", "<text>:8:9", "<text>:11:7"]
     assert len(errors_of("train 5\n" * 1000)) == MAX_ERRORS
+
+
+@pytest.mark.parametrize(("text", "places"), [
+    ("update u {\n  let a = )\n  let b = 2 +\n  param c[ = 1\n  return a\n}\n\n"
+     "target linear {\n  add u(\n  post m() on inn\n}\n", ["2:10", "3:14", "4:11", "9:9", "10:15"]),
+    ("update u {\n  foo = 3\n  let b = (1\n  return a +\n}\n", ["2:3", "3:13", "4:13"]),
+    ("target linear {\n  lora()\n  add low_rank(r = )\n}", ["2:3", "3:19"]),
+    ("update u {\n  let a = 'x'\n  let b = A[0]\n  return b ^ 2\n}\n", ["2:11", "3:12", "4:12"]),
+    ("update u {\n  for i in 3\n  let a = ^\n  return 1 }", ["2:3", "3:11"]),
+    ("update u {\n  let a = \"x\n  return )\n}", ["2:11", "3:9"]),
+    ("check 1 +\ncheck 2 +\n", ["1:10", "2:10"]),
+])
+def test_two_errors_in_one_body_are_both_told(text, places):
+    assert [str(error.span) for error in errors_of(text)] == [f"<text>:{place}" for place in places]
+
+
+@pytest.mark.parametrize("text", [
+    "update u {\n  let a = 1\n  retrun a\n}", "update u(\n  5: int\n) {\n  let a = 1\n  return a\n}",
+    "update u {\n  let a = (1\n     + 2\n  param p = 1\n  return 2\n}", "update u {\n  return 1\n  return 2\n}",
+    "update u {\n let a = 1\n", "target linear {\n  add x() dropout 5%\n}\n",
+    "update u {\n  return (1\n}\ntrain \"a\"", "transform t on n {\n  let a = 1 2\n  check a > 1\n  return I(n)\n}",
+    "spec a\nr = 8\ntarget linear {\n  add f()\n}",
+])
+def test_one_error_makes_no_second_one(text):
+    assert len(errors_of(text)) == 1
 
 
 @pytest.mark.parametrize(("text", "code", "place"), [

@@ -498,6 +498,15 @@ def test_explain_a_name_that_is_not_there():
         run("llama", EXPLAINED).explain("model.layers.1.self_attn.q_porj")
 
 
+@pytest.mark.parametrize(("name", "words"), [
+    ("q_proj", "did you mean `model.layers.0.self_attn.q_proj`? So end `model.layers.{0..3}.self_attn.q_proj`"),
+    ("layers.2.mlp", "did you mean `model.layers.2.mlp`?"), ("roj", "")])
+def test_explain_a_name_that_others_end_with(name, words):
+    with pytest.raises(SurgeryError) as caught:
+        run("llama", EXPLAINED).explain(name)
+    assert caught.value.diagnostics[0].helps == ((words,) if words else ())
+
+
 def test_left_out_says_why():
     left_out = {name: (reason, site) for name, reason, site in run("mixtral", "target linear {}").left_out}
     assert "output head" in left_out["lm_head"][0] and left_out["lm_head"][1].is_head

@@ -86,6 +86,26 @@ def test_a_description_is_text(doc):
 # ------------------------------------------------------------------------------------------------------- draws
 
 
+@pytest.mark.parametrize(("text", "name"), [
+    ("update u { param in[4] = 0 return 0 * W }", "in"), ("update u { let out = 3 return 0 * W }", "out"),
+    ("update u { let W = 0 return W }", "W"), ("update u on bias { param b[out] = 0 return b }", "b"),
+    ("update u(in: int = 3) { param A[out, in] = 0 return A }", "in"),
+    ("transform t on in { return I(in) }", "in"), ("transform t on n { param out[n] = 1 return diag(out) }", "out"),
+    ("spec a(in: int = 3) target linear { add low_rank(in) }", "in"),
+    ("spec a(layer: int = 3) target linear { add low_rank(layer) }", "layer"),
+])
+def test_a_name_that_has_a_meaning_is_given_to_nothing_else(text, name):
+    """The meaning outweighed what a spec said, or the other way round, and nobody was told."""
+    (error,) = check(parse(text))
+    assert error.code == "duplicate-name" and error.message.startswith(f"`{name}` is the ") and error.span
+
+
+@pytest.mark.parametrize("text", ["update u { param b[out] = 0 return diag(b) @ W }", "transform t on b { return I(b) }",
+                                  "spec a(W: int = 3, b: int = 2) target linear { add low_rank(W + b) }"])
+def test_a_name_without_a_meaning_there_is_free(text):
+    assert [d for d in check(parse(text)) if d.severity == "error"] == []
+
+
 @pytest.mark.parametrize(("draw", "is_told"), [
     ("normal(0.02)", True), ("uniform(0)", True), ("kaiming_uniform(2)", True), ("normal(0, 0.02)", False),
     ("normal(std = 0.02)", False), ("normal()", False), ("xavier_normal(2)", False), ("normal(mean = 1)", False)])

@@ -1,0 +1,135 @@
+"""What people write who know PyTorch, NumPy, C or PEFT, and what a spec writes instead.
+
+Tables of words; gives sentences that a diagnostic shows as help. Promises: where a word has a row here, nothing is
+guessed from how it is spelt (`det` is not `detach`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from surgery.diagnostics import did_you_mean
+
+_CONCAT = "`side_by_side(A, B)` joins columns, and `stacked(A, B)` rows"
+_STACK = ("`stacked(A, B)` puts the rows of B below those of A; a stack of matrices is one parameter with an axis more: "
+          "`param A[blocks, m, n] = 0`")
+_ZEROS = "a parameter of zeros is `param A[out, in] = 0`; in an expression, write `0 * ones(m, n)`"
+_IDENTITY = "the identity is `I(n)`"
+_POWER = "a power is a product, `x * x`, or `sqrt(x)`; e^x is `exp(x)`"
+_TRANSPOSE = "the transpose is `A.T`"
+_SUM = "the sum over each row is `A @ ones(n)`, n the number of columns; √Σ a² is `norm(A)`"
+_MEAN = "the mean over each row is `A @ ones(n) / n`, n the number of columns"
+_PRODUCT = "the product of matrices is `A @ B`"
+_INVERSE = "write `inverse(A)`; of an orthogonal matrix it is `A.T`"
+_RANDOM = "what is random is a parameter: `param A[m, n] ~ normal(std = 0.02)`, `frozen param` if it is not trained"
+_DRAWN_ZEROS = "a value that is not drawn stands after `=`: `param A[m, n] = 0`"
+_LOOP = "there is no loop: write out each step, or give a parameter an axis more, `param A[blocks, m, n] = 0`"
+_CONDITION = "write `if condition then a else b`"
+_NO_FUNCTION = "there is no function of that kind; `docs/language.md` lists what can be called"
+
+#: By the name of a function, a value or a distribution.
+_NAMES: dict[str, str] = {
+    "silu": "write `x * sigmoid(x)`", "swish": "write `x * sigmoid(x)`",
+    "gelu": "there is no gelu; near it is `x * sigmoid(1.702 * x)`",
+    "softmax": "the softmax over the k largest entries of each row is `top_softmax(x, k)`",
+    "zeros": _ZEROS, "zeros_like": _ZEROS, "ones_like": "a tensor of ones is `ones(m, n)`",
+    "full": "a constant tensor is a number times ones: `3 * ones(m, n)`",
+    "eye": _IDENTITY, "identity": _IDENTITY,
+    "concat": _CONCAT, "cat": _CONCAT, "concatenate": _CONCAT, "hstack": _CONCAT, "vstack": _CONCAT, "stack": _STACK,
+    "transpose": _TRANSPOSE, "t": _TRANSPOSE, "permute": _TRANSPOSE, "swapaxes": _TRANSPOSE,
+    "sum": _SUM, "mean": _MEAN, "trace": "there is no trace; " + _SUM, "len": "sizes are `out`, `in` and parameters",
+    "clip": "write `clamp(x, low, high)`", "minimum": "write `min(a, b)`", "maximum": "write `max(a, b)`",
+    "pow": _POWER, "power": _POWER, "square": "write `x * x`", "log": "there is no logarithm; the inverse, e^x, is `exp`",
+    "sgn": "write `sign(x)`", "det": "there is no determinant",
+    "inv": _INVERSE, "pinv": _INVERSE,
+    "svd": "its parts are `left_singular(A, k)`, `singular(A, k)` and `right_singular(A, k)`", "matrix_exp": "write `expm(A)`",
+    "matmul": _PRODUCT, "mm": _PRODUCT, "bmm": _PRODUCT, "dot": _PRODUCT, "einsum": _PRODUCT,
+    "outer": "the outer product of two vectors is `reshape(a, m, 1) @ reshape(b, 1, n)`",
+    "rand": _RANDOM, "randn": _RANDOM, "random": _RANDOM, "randint": _RANDOM, "dropout": (
+        "dropout stands after the step that adds the update: `add low_rank(8) dropout(5%)`"),
+    "gaussian": "write `normal(std = ...)`", "constant": _DRAWN_ZEROS,
+    "round": "`floor(x)` makes a number whole", "ceil": "write `-floor(-x)`", "int": "`floor(x)` makes a number whole",
+    "view": "write `reshape(A, m, n)`", "flatten": "write `reshape(A, n)`", "topk": "write `top(A, k)`",
+    "gather": "write `take(A, places)`", "where": _CONDITION + "; on entries, multiply by a mask of ones and zeros",
+    "stop_gradient": "write `detach(x)`", "no_grad": "write `detach(x)`",
+    "tril": _NO_FUNCTION, "triu": _NO_FUNCTION,
+    "for": _LOOP, "while": _LOOP, "range": _LOOP,
+    "None": "leave it out", "True": "write `true`", "False": "write `false`",
+    "lambda": "a function of one's own is an `update` or a `transform`",
+    "def": "a definition is `update name() { return ... }`, or `transform name() on n { return ... }`",
+    "import": "write `use \"file.surg\"`", "class": "a definition is an `update` or a `transform`",
+    "elif": _CONDITION, "const": "write `let name = value`", "var": "write `let name = value`",
+}
+_DRAWS = {"zeros": _DRAWN_ZEROS, "ones": "a value that is not drawn stands after `=`: `param A[m, n] = 1`", "eye": "an identity is `param A[n, n] = I(n)`",
+          "randn": "write `normal()`", "rand": "write `uniform()`"}
+
+_WHICH = "which modules are taken stands in the head of a target: `target \"**.{q,v}_proj\" { ... }`"
+_ARGUMENT_NAMES = {"r": "rank", "lora_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+_ARGUMENTS = {
+    "dropout": "dropout stands after the step: `add low_rank(8) dropout(5%)`",
+    "target_modules": _WHICH, "target_parameters": _WHICH, "layers_to_transform": (
+        "layers stand in the pattern: `target \"**.layers.{0..3}.**.q_proj\" { ... }`"),
+    "exclude_modules": "what is left out stands in the head of a target: `target linear except \"**.k_proj\" { ... }`",
+    "modules_to_save": "what is trained besides stands in a statement of its own: `train \"**.norm.*\"`",
+    "init_lora_weights": "how a parameter starts stands in its definition; `surgery specs` lists other starts of LoRA",
+    "use_dora": "DoRA is `post magnitude()` after the update", "use_rslora": (
+        "for rank-stabilised LoRA pass `alpha = alpha * sqrt(rank)`"),
+    "bias": "a bias is trained with `train \"**.bias\"`",
+}
+
+#: By a character that is in no token of the language, or a terminal that cannot stand where it does.
+SYMBOLS = {
+    "'": "a string stands in double quotes", ";": "a statement ends where the next one begins: leave the `;` out",
+    "&": "write `and`", "|": "write `or`", "!": "write `not`", "%": "a percentage has no space: `5%`",
+    ".": "a number has digits on both sides of its point; of a value, only `.T` can be asked",
+    "^": _POWER, "?": _CONDITION, "\\": "a statement may go on in the next line: leave the `\\` out",
+    "_IF": "put `if ... then ... else ...` in parentheses here",
+    "COMPARE": "comparisons do not chain: join two of them with `and`",
+    "EQUAL": "to compare, write `==`",
+}
+
+
+def instead_of(name: str, drawn: bool = False) -> str:
+    """What a spec writes instead of a function or a word of another language; empty for one that is not known here."""
+    return (_DRAWS.get(name) if drawn else None) or _NAMES.get(name, "")
+
+
+def instead_of_argument(name: str, known: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """(label, helps) for an argument, or a spec's parameter, that is not among the `known` ones."""
+    known = list(known)
+    meant = _ARGUMENT_NAMES.get(name, name)
+    if meant in known:
+        return f"did you mean `{meant}`?", ()
+    if meant in _ARGUMENTS:
+        return "", (_ARGUMENTS[meant],)
+    return did_you_mean(name, known), ()
+
+
+def instead_of_statement(word: str, text: str, in_file: bool) -> str:
+    """What to write where a statement is due and there is a word that begins none; `text` is what stands after it."""
+    if word in _ARGUMENTS:
+        return _ARGUMENTS[word]
+    if re.match(r"\s*(:\s*\w+\s*)?=(?!=)", text):
+        meant = _ARGUMENT_NAMES.get(word, word)
+        return (f"a spec's parameters stand in its header: `spec name({meant}: int = 8)`" if in_file else
+                f"`let {word} = ...` gives a name to a value, `param {word} = ...` is trained")
+    return instead_of(word)
+
+
+def instead_of_symbols(before: str, symbol: str, after: str, value_due: bool) -> str:
+    """What to write instead of a symbol that cannot stand where it does, between the texts before and after it;
+    `value_due`: an operand was due there."""
+    last = before[-1:]
+    if symbol == "*" and last == "*":
+        return _POWER
+    if symbol == "/" and (last == "/" or after[:1] in ("/", "*")):
+        return "a comment begins with `#`; a quotient made whole is `floor(a / b)`"
+    if symbol == "=" and last in tuple("+-*/@"):
+        return "a name is given its value once: `let sum = a + b`"
+    if symbol == "'" and re.match(r"[\w)\]]", last):
+        return _TRANSPOSE
+    if symbol == "[" and not value_due:
+        return ("a tensor has no index: `columns(A, k)` are its first k columns, `take(A, places)` are entries of it, "
+                "and a part that is trained alone is a `param` of its own")
+    return ""
