@@ -53,7 +53,8 @@ class ResolvedSpec:
         None is not known there); None when a mistake was reported. Without more, of a weight of any size anywhere."""
         in_ = OUT if out is OUT and in_ is IN and self._is_square(target) else in_
         asked = {name: value for name, value in place.items() if value is not None}
-        asked = asked if names_in(target).keys() & PLACES.keys() else {}
+        # a place that nothing reads makes no other formula; what may be read anywhere is said of an unknown name
+        asked = asked if place is PLACES or names_in(target).keys() & PLACES.keys() else {}
         key = (id(target), out, in_, has_bias, *asked.items())
         if key not in self._known:
             faults = Collector()
