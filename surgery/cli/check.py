@@ -17,8 +17,8 @@ from surgery.text import counted
          click.option("--model", help="Check against this model too (its configuration is enough)."), sets,
          strict_option, trust_option,
          click.option("--output-format", "form", type=click.Choice(FORMATS), default="full", show_default=True,
-                      help="How to show what is wrong: with the source, a line each, as GitHub's annotations, or as one "
-                           "object of SARIF or JSON."),
+                      help="How to show what is wrong: with the source, a line each, as GitHub's annotations, or as "
+                           "one object of SARIF or JSON."),
          click.option("--explain", metavar="CODE", help="The same as `surgery help CODE`."),
          example="surgery check specs/sora.surg --model demo:llama --set rank=8")
 def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple[str, ...], strict: bool,

@@ -1,7 +1,7 @@
 """Diagnostics for programs: a line each for editors, GitHub's annotations, and SARIF for code scanning.
 
-Takes diagnostics, each with the file that was asked about; gives text. Promises: lines and columns count from 1, columns
-in characters; an end is the place after the last character.
+Takes diagnostics, each with the file that was asked about; gives text. Promises: lines and columns count from 1,
+columns in characters; an end is the place after the last character.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def concise(diagnostic: Diagnostic, about: str) -> str:
     """`FILE:LINE:COLUMN: error[CODE] message`, with what to do."""
     where = str(diagnostic.span) if diagnostic.span else about or "surgery"
     advice = "; ".join(filter(None, [diagnostic.label, *diagnostic.helps]))
-    told = f"{where}: {diagnostic.severity}[{diagnostic.code}] {diagnostic.message}" + (f" ({advice})" if advice else "")
+    told = f"{where}: {diagnostic.severity}[{diagnostic.code}] {diagnostic.message}{f' ({advice})' if advice else ''}"
     return plain(" ".join(told.split("\n")))
 
 

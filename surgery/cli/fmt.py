@@ -24,7 +24,8 @@ from surgery.text import counted
 def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) -> None:
     """Format specs in place.
 
-    A FILE that is a folder is every .surg file below it; `-` is read from stdin and written to stdout. A file with a syntax error is left alone.
+    A FILE that is a folder is every .surg file below it; `-` is read from stdin and written to stdout.
+    A file with a syntax error is left alone.
     """
     from surgery.semantics.arguments import guard
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from surgery.diagnostics import did_you_mean
 
 _CONCAT = "`side_by_side(A, B)` joins columns, and `stacked(A, B)` rows"
-_STACK = ("`stacked(A, B)` puts the rows of B below those of A; a stack of matrices is one parameter with an axis more: "
-          "`param A[blocks, m, n] = 0`")
+_STACK = ("`stacked(A, B)` puts the rows of B below those of A; a stack of matrices is one parameter with an axis "
+          "more: `param A[blocks, m, n] = 0`")
 _ZEROS = "a parameter of zeros is `param A[out, in] = 0`; in an expression, write `0 * ones(m, n)`"
 _IDENTITY = "the identity is `I(n)`"
 _POWER = "a power is a product, `x * x`, or `sqrt(x)`; e^x is `exp(x)`"
@@ -40,10 +40,12 @@ _NAMES: dict[str, str] = {
     "transpose": _TRANSPOSE, "t": _TRANSPOSE, "permute": _TRANSPOSE, "swapaxes": _TRANSPOSE,
     "sum": _SUM, "mean": _MEAN, "trace": "there is no trace; " + _SUM, "len": "sizes are `out`, `in` and parameters",
     "clip": "write `clamp(x, low, high)`", "minimum": "write `min(a, b)`", "maximum": "write `max(a, b)`",
-    "pow": _POWER, "power": _POWER, "square": "write `x * x`", "log": "there is no logarithm; the inverse, e^x, is `exp`",
+    "pow": _POWER, "power": _POWER, "square": "write `x * x`",
+    "log": "there is no logarithm; the inverse, e^x, is `exp`",
     "sgn": "write `sign(x)`", "det": "there is no determinant",
     "inv": _INVERSE, "pinv": _INVERSE,
-    "svd": "its parts are `left_singular(A, k)`, `singular(A, k)` and `right_singular(A, k)`", "matrix_exp": "write `expm(A)`",
+    "svd": "its parts are `left_singular(A, k)`, `singular(A, k)` and `right_singular(A, k)`",
+    "matrix_exp": "write `expm(A)`",
     "matmul": _PRODUCT, "mm": _PRODUCT, "bmm": _PRODUCT, "dot": _PRODUCT, "einsum": _PRODUCT,
     "outer": "the outer product of two vectors is `reshape(a, m, 1) @ reshape(b, 1, n)`",
     "rand": _RANDOM, "randn": _RANDOM, "random": _RANDOM, "randint": _RANDOM, "dropout": (
@@ -61,7 +63,8 @@ _NAMES: dict[str, str] = {
     "import": "write `use \"file.surg\"`", "class": "a definition is an `update` or a `transform`",
     "elif": _CONDITION, "const": "write `let name = value`", "var": "write `let name = value`",
 }
-_DRAWS = {"zeros": _DRAWN_ZEROS, "ones": "a value that is not drawn stands after `=`: `param A[m, n] = 1`", "eye": "an identity is `param A[n, n] = I(n)`",
+_DRAWS = {"zeros": _DRAWN_ZEROS, "ones": "a value that is not drawn stands after `=`: `param A[m, n] = 1`",
+          "eye": "an identity is `param A[n, n] = I(n)`",
           "randn": "write `normal()`", "rand": "write `uniform()`"}
 
 _WHICH = "which modules are taken stands in the head of a target: `target \"**.{q,v}_proj\" { ... }`"

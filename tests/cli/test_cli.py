@@ -52,7 +52,8 @@ FAILED = [
 EACH_FAILURE = pytest.mark.parametrize("arguments, status, code", FAILED,
                                        ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 WRONG_USE = [["apply"], ["apply", "lora"], ["nope"], ["apply", "--nope", "x"], ["check"],
-             ["help"], ["help", "nope"], ["check", "lora", "--output-format", "x"], ["show", "lora", "--emit", "x"], ["apply", "lora", "demo:llama", "--merge"],
+             ["help"], ["help", "nope"], ["check", "lora", "--output-format", "x"], ["show", "lora", "--emit", "x"],
+             ["apply", "lora", "demo:llama", "--merge"],
              ["apply", "lora", "demo:llama", "--dtype", "int8"],
              ["apply", "lora", "demo:llama", "--seed", "1" + "0" * 30], ["apply", "lora", "demo:llama", "--seed", "-1"]]
 
@@ -335,7 +336,8 @@ def test_github(wrong: str) -> None:
     assert first == ("::error file=my specs/wrong.surg,line=4,endLine=4,col=16,endColumn=17,title=unknown-argument::"
                      "low_rank has no argument `r`%0Adid you mean `rank`?%0Alow_rank(rank: int = 8, alpha: float = 16) "
                      "is defined at std.surg:64")
-    assert second.startswith("::error file=my specs/wrong.surg,line=5,endLine=5,col=7,endColumn=18,title=check-failed::")
+    assert second.startswith("::error file=my specs/wrong.surg,line=5,endLine=5,col=7,endColumn=18,"
+                             "title=check-failed::")
     Path("a,100%:b.surg").write_text("train 5")
     for name in ("a,100%:b.surg", str(Path("a,100%:b.surg").resolve())):
         assert run("check", name, "--output-format=github").stdout.startswith(
