@@ -17,9 +17,10 @@ from surgery.language.other_languages import SYMBOLS, instead_of_statement, inst
 
 #: Sets of terminals that read as one thing; the first that the grammar allows in full replaces its members.
 OPERAND = {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "LSQB", "MINUS"}
+STATEMENT = {"_USE", "_SPEC", "_CHECK", "_SELECT", "_TRAIN", "_TRANSFORM", "_UPDATE", "OVERRIDE", "_TARGET", "$END"}
 GROUPS = (
-    ("a statement",
-     {"_USE", "_SPEC", "_CHECK", "_SELECT", "_TRAIN", "_TRANSFORM", "_UPDATE", "OVERRIDE", "_TARGET", "$END"}),
+    ("a statement", STATEMENT | {"_LANGUAGE"}),
+    ("a statement", STATEMENT),
     ("an expression", OPERAND | {"NOT", "_IF"}),
     ("an expression", OPERAND | {"NOT"}),
     ("an expression", OPERAND),
