@@ -72,8 +72,9 @@ def _parse(source: Source, start: str, found: Collector, begin: int = 0) -> tupl
         found.add(result.diagnostic)
         rest = _without_statement(text, result) if start == "file" else None
         if rest is None:
-            resume = _next_item(text, resume, result.offset) if start == "file" else None
-            rest = re.sub(r"[^\n]", " ", text[:resume]) + text[resume:] if resume is not None else None
+            item = _next_item(text, resume, result.offset) if start == "file" else None
+            resume = resume if item is None else item
+            rest = None if item is None else re.sub(r"[^\n]", " ", text[:item]) + text[item:]
         if rest is None or not is_new or len(found.found) >= MAX_ERRORS:
             raise SurgeryError(found.found)
         text = rest

@@ -93,7 +93,7 @@ class Stop:
 
     @property
     def unclosed(self) -> Token | None:
-        """The innermost open bracket, if `bad` shows that its end was forgotten: `=` does, which `[` has no place for."""
+        """The innermost open bracket, if `bad` shows that its end was forgotten, as `=` does after `[`."""
         bracket = self.innermost
         ends = self.at_end or self.bad.type in BRACKETS.values() or self.bad in item_words() or (
             self.bad.type == "EQUAL" and bracket is not None and bracket.type == "LSQB")

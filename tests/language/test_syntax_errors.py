@@ -10,8 +10,8 @@ from surgery.diagnostics import SurgeryError, nearest
 from surgery.ir.operations import FUNCTIONS
 from surgery.language import other_languages
 from surgery.language.grammar import KEYWORDS
-from surgery.language.parser import MAX_ERRORS, from_json, parse_expression, parse_text
 from surgery.language.library import load
+from surgery.language.parser import MAX_ERRORS, from_json, parse_expression, parse_text
 from surgery.language.tree import Argument, Binary, Boolean, Name, Number, Parameter, Spec, Target, Unary, add, pre
 from surgery.planning.check import check
 from surgery.semantics.distributions import DISTRIBUTIONS
