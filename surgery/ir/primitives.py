@@ -71,9 +71,13 @@ def _side_by_side_shape(a: Shape, b: Shape) -> Shape:
     return a[:-1] + (a[-1] + b[-1],)
 
 
+def _have_as_many_columns(a: Shape, b: Shape) -> bool:
+    return len(a) > 1 and len(a) == len(b) and (*a[:-2], a[-1]) == (*b[:-2], b[-1])
+
+
 def _stacked_shape(a: Shape, b: Shape) -> Shape:
-    _fitting(len(a) > 1 and len(a) == len(b) and (*a[:-2], a[-1]) == (*b[:-2], b[-1]), "as many columns in both", a, b)
-    return (*a[:-2], a[-2:][0] + b[-2], *a[-1:])
+    _fitting(_have_as_many_columns(a, b), "as many columns in both", a, b)
+    return (*a[:-2], a[-2] + b[-2], a[-1])
 
 
 def _clamp_shape(a: Shape, lowest: Shape, highest: Shape) -> Shape:

@@ -48,6 +48,7 @@ def starts_around_zero(leaf: Leaf) -> bool:
     if leaf.draw is not None:
         law = {**DISTRIBUTIONS[leaf.draw.distribution].arguments, **dict(leaf.draw.arguments)}
         return law.get("mean", 0) == 0 and law.get("low", 0) + law.get("high", 0) == 0
+    assert leaf.init is not None  # a leaf that is not drawn starts at an expression
     if any(node.op in ("weight", "bias", "param", "places") for node in walk(leaf.init)):
         return False
     return not dense(leaf.init, {"weight": torch.zeros(1, 1)}).any()  # which says the dtype and the device

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -86,8 +86,8 @@ class SavesAdapter(Operated):
         state = self.state_dict() if state_dict is None else state_dict
         if self._surgery.mode != "operated":
             with told_untied(self.config, self._surgery.untied):
-                super().save_pretrained(save_directory, is_main_process=is_main_process,
-                                        state_dict=plain(self, state), **options)
+                cast(Any, super()).save_pretrained(  # that of the model of transformers that this is mixed into
+                    save_directory, is_main_process=is_main_process, state_dict=plain(self, state), **options)
         elif is_main_process or any(map(is_part, state.values())):
             _write(self, Path(save_directory), state, **options)
 
@@ -119,9 +119,9 @@ def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor],
         if (folder / TENSORS).exists():
             raise fail("bad-output", f"{folder} holds an adapter that save() wrote", helps=("name another folder",))
         if (folder / "config.json").exists():
-            warnings.warn(f"{folder} holds the config.json of another save: from_pretrained would take the adapter that "
-                          "is written there for a whole model, and start its weights at random; surgery.attach(model, "
-                          "folder) reads it", stacklevel=2)
+            warnings.warn(f"{folder} holds the config.json of another save: from_pretrained would take the adapter "
+                          "that is written there for a whole model, and start its weights at random; "
+                          "surgery.attach(model, folder) reads it", stacklevel=2)
         # The list comes last: of an interrupted save, it does not agree with the rest.
         for name, content in ((CHECKPOINT, to_bytes(tensors)), (SPEC, surgery.text().encode()),
                               (META, (json.dumps(about, indent=2) + "\n").encode())):

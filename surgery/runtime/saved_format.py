@@ -162,7 +162,8 @@ class Saved:
             return self._fault(f"{self.file} holds dtypes that no adapter is trained in: {_listed(odd)}")
         broken = [name for name, tensor in found.items() if not tensor.isfinite().all()]
         if broken:
-            self._fault(f"{self.file} holds what is not finite: {_listed(broken)}", "the training that made it diverged")
+            self._fault(f"{self.file} holds what is not finite: {_listed(broken)}",
+                        "the training that made it diverged")
         return found
 
 

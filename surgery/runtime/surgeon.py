@@ -477,7 +477,7 @@ class Surgeon:
             spot = self._spots[name]
             if name not in lost:
                 # Where nothing else holds the tied tensor any more, a change of dtype or device has not reached it.
-                tied.data = tied.data.to(spot.tensor.device, spot.tensor.dtype)
+                tied.data = tied.data.to(spot.present.device, spot.present.dtype)
                 spot.module._parameters[spot.parameter] = tied
         return self._take_out()
 
@@ -495,7 +495,7 @@ class Surgeon:
         self._assert_standing()
         self._kept = {}
         config = getattr(self.model, "config", None)
-        if self._tied and getattr(config, "tie_word_embeddings", False):
+        if self._tied and config is not None and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
         return self._take_out()
 
@@ -510,8 +510,9 @@ class Surgeon:
             placed.site.module._modules.pop(placed.site.parameter + SUFFIX, None)
             self.adapters[placed.site.name]._modules.pop(SHARED, None)
         self.model._modules.pop(SHARED, None)
-        if isinstance(self.model, SavesAdapter):
-            self.model.__class__ = type(self.model).base
+        kind = type(self.model)
+        if issubclass(kind, SavesAdapter):
+            self.model.__class__ = kind.base
             del self.model._surgery
         for module, flags in self._required:
             for name, flag in flags.items():
@@ -576,7 +577,8 @@ class Surgeon:
     @property
     def record(self) -> Surgery:
         """What a saved adapter says of the surgery, beside its tensors."""
-        return Surgery(self.spec, self.seed, self.dtype, tuple(self.named_tensors()), self.untied, saves_as=self.saves_as)
+        return Surgery(self.spec, self.seed, self.dtype, tuple(self.named_tensors()), self.untied,
+                       saves_as=self.saves_as)
 
 def _form(kept: Mapping[str, torch.Tensor], mode: str) -> str:
     return "operated" if mode == "merged" and mode not in kept else mode
