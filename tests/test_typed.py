@@ -14,20 +14,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PYRIGHT = shutil.which("pyright", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-# The block in the README supposes a model and a batch.
+# The blocks in the README suppose a model and a batch.
 SUPPOSED = "from typing import Any, cast\nmodel, batch = cast(Any, None), cast('dict[str, Any]', {})\n"
 
 
 @pytest.mark.skipif(PYRIGHT is None, reason="pyright is not installed: the extra `lint` brings it")
 def test_a_users_file_is_checked_against_the_signatures(tmp_path: Path) -> None:
-    block = re.search(r"```python\n(import surgery\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert block is not None
-    (tmp_path / "readme.py").write_text(SUPPOSED + block[1], encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert "import surgery\n" in blocks[0]
+    (tmp_path / "readme.py").write_text(SUPPOSED + "".join(blocks), encoding="utf-8")
     (tmp_path / "users.py").write_text(
         f"{SUPPOSED}import surgery\nsurgery.apply(model, 'lora', sed=1)\nsurgery.aply(model, 'lora')\n"
         "reveal_type(surgery.apply)\nreveal_type(surgery.spectrum(surgery.apply(model, 'lora')))\n", encoding="utf-8")
     (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(ROOT)]}), encoding="utf-8")
-    done = subprocess.run([PYRIGHT, "--outputjson", "--pythonpath", sys.executable, "-p", tmp_path], capture_output=True,
+    done = subprocess.run([str(PYRIGHT), "--outputjson", "--pythonpath", sys.executable, "-p", tmp_path], capture_output=True,
                           text=True, check=False)
     told = {name: [(d["severity"], d["message"]) for d in json.loads(done.stdout)["generalDiagnostics"]
                    if Path(d["file"]).name == name] for name in ("readme.py", "users.py")}
