@@ -58,7 +58,7 @@ class Surgery:
 
 def on_cpu(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on the CPU. A shard, or a tensor without data, would be saved as a part that looks like a whole."""
-    if tensor.is_meta or is_part(tensor) or not tensor.numel():
+    if tensor.is_meta or hasattr(tensor, "placements") or not tensor.numel():  # of other classes than DTensor too
         raise fail("bad-output", f"{name} is not here as a whole (it is sharded or on the meta device)",
                    helps=("gather the model's parameters before saving",))
     return tensor.detach().cpu().contiguous()
