@@ -580,9 +580,6 @@ class Surgeon:
         return Surgery(self.spec, self.seed, self.dtype, tuple(self.named_tensors()), self.untied,
                        saves_as=self.saves_as)
 
-def _form(kept: Mapping[str, torch.Tensor], mode: str) -> str:
-    return "operated" if mode == "merged" and mode not in kept else mode
-
 
 @dataclass(frozen=True)
 class Kept:
