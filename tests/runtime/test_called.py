@@ -22,7 +22,7 @@ from surgery.runtime.surgeon import apply
 EXACT = 1e-10
 LAYERS = [Int8Linear, Int4Linear]
 # What reads every number of the weight at each step: a copy of it is kept.
-READ = {"hira", "glora", "miss_bat"}
+READ = {"hira", "glora", "miss_bat", "the singular values of a product"}
 
 
 def numbers(layer: nn.Module) -> torch.Tensor:
