@@ -77,6 +77,7 @@ CODES: dict[str, str] = {
 
 
 _SIMILAR = 0.7  # the share of letters that a misspelt word keeps; below, `cat` would be `scatter` and `det` `detach`
+_SIMILAR_IF_SHORT = 0.6
 _LONGEST_LINE = 200  # columns of a line of a source that are shown
 
 
@@ -248,7 +249,9 @@ def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
     choices = list(dict.fromkeys(choices))
     same = [c for c in choices if c.lower() == word.lower()]
     parts = [c for c in choices if f"_{c}_" in f"_{word}_" or f"_{word}_" in f"_{c}_"]
-    similar = difflib.get_close_matches(word, choices, n=count, cutoff=_SIMILAR)
+    # a letter too many or too few is much of a short word
+    cutoff = _SIMILAR if len(word) > 2 else _SIMILAR_IF_SHORT
+    similar = difflib.get_close_matches(word, choices, n=count, cutoff=cutoff)
     return list(dict.fromkeys(same + similar[:1] + parts + similar))[:count]
 
 

@@ -125,9 +125,14 @@ class Pair:
         assert tensors.keys() <= self.ours().keys()
         assert all(key in tensors for key, tensor in self.ours().items() if tensor.requires_grad)
         mine = {f"layer.weight_surgery.{key}": value.detach().clone() for key, value in tensors.items()}
-        self.surgeon.load({**self.surgeon.state(), **mine})
+        self.surgeon.load({**self.surgeon.state(), **self.surgeon.as_named(mine)})
 
     def ours(self) -> dict[str, Tensor]:
+        """Our tensors by key, in the shapes of the formula."""
+        return self.surgeon.adapters["layer"].values()
+
+    def held(self) -> dict[str, Tensor]:
+        """Our tensors as the layer holds them, for their gradients."""
         return self.surgeon.adapters["layer"].tensors()
 
 
@@ -226,7 +231,8 @@ def compare(both: Pair) -> Compared:
     perturb(both.theirs.parameters())
     saved = both.saved()
     both.take(both.map.to_ours({**both.again(), **saved}, both.place))
-    y, mine = run(both.mine, both.x, both.ours())
+    y, mine = run(both.mine, both.x, both.held())
+    mine = {key: value.reshape(both.ours()[key].shape) if key in both.ours() else value for key, value in mine.items()}
     wanted, theirs = run(both.theirs, both.x, {name: t for name, t in saved.items() if t.requires_grad})
     inputs = {"x": mine.pop("x")} if "x" in mine else {}
     found = {"the output": y, **inputs, **pulled_back(both, saved, mine)}

@@ -102,7 +102,8 @@ def test_what_modules_share_is_shared(name):
         own = {key.removeprefix(f"base_model.model.{module}."): tensor for key, tensor in saved.items()}
         ours = method.map(plain, place).to_ours({**again, **own}, place)
         found |= {f"{module}.weight_surgery.{key}": tensor for key, tensor in ours.items()}
-    surgeon.load({**surgeon.state(), **{key: t for key, t in found.items() if key in surgeon.named_tensors()}})
+    named = surgeon.as_named(found)
+    surgeon.load({**surgeon.state(), **{key: t for key, t in named.items() if key in surgeon.named_tensors()}})
     assert_close(model(x), theirs(x), 1e-5)
 
 

@@ -94,7 +94,10 @@ def test_only_declared_parameters_train_and_all_of_them_do(case):
     frozen = {leaf.key for leaf in op.adapter.formula.leaves if leaf.frozen}
     for name, parameter in op.model.named_parameters():
         key = name.removeprefix("layers.0.weight_surgery.")
-        if key == name or key in frozen:
+        # what modules share stands at the root, under names of its own
+        shared = {s for key, s in op.adapter.shared.items() if key not in frozen}
+        is_ours = key != name or name.rpartition("shared_surgery.")[2] in shared
+        if not is_ours or key in frozen:
             assert not parameter.requires_grad and parameter.grad is None, name
         else:
             assert parameter.grad.isfinite().all() and parameter.grad.norm() > 1e-6, name
