@@ -10,10 +10,10 @@ from torch import Tensor
 
 def singular_parts(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(U, s, Vᵀ) with a = U diag(s) Vᵀ, the largest first: of [..., m, n], [..., m, r], [..., r] and [..., r, n], r the
-    smaller side. The signs of each pair of vectors are torch's own: PEFT's methods start from those, and a rotation that
-    was trained in one basis means another in a basis of other signs. Of one tensor they are the same at every call, so
-    that the three agree wherever one is computed by itself. Where singular values are equal or zero, the gradient leaves
-    out what would divide by their difference."""
+    smaller side. The signs of each pair of vectors are torch's own: PEFT's methods start from those, and a rotation
+    that was trained in one basis means another in a basis of other signs. Of one tensor they are the same at every
+    call, so that the three agree wherever one is computed by itself. Where singular values are equal or zero, the
+    gradient leaves out what would divide by their difference."""
     wide = torch.promote_types(a.dtype, torch.float32)
     u, s, v = _SingularParts.apply(a.to(wide))
     return u.to(a.dtype), s.to(a.dtype), v.to(a.dtype)
