@@ -90,8 +90,9 @@ class SharedTensors(StepTensors):
 
 
 def shared_name(leaf: Leaf) -> str:
-    """What a leaf that modules share is called: those of one group may be of several shapes."""
-    return f"{leaf.group}.{'x'.join(map(str, leaf.shape))}".replace(".", "_")
+    """What a leaf that modules share is called: those of one group may be of several shapes. No name of a spec's has a
+    hyphen, so that two groups have two names."""
+    return f"{leaf.group}.{'x'.join(map(str, leaf.shape))}".replace(".", "-")
 
 
 class Adapter(nn.Module):

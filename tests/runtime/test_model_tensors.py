@@ -141,3 +141,22 @@ def test_two_surgeries_share_nothing_with_each_other() -> None:
     assert len({id(both.named_tensors()[n]) for n in names}) == len(names)
     surgeries.remove()
     assert not any("surgery" in n for n in model.state_dict())
+
+
+def test_shared_parameters_whose_names_join_to_one_stay_two() -> None:
+    """`x` with `y_z` and `x_y` with `z`, of one shape: both are held, start and train by themselves."""
+    spec = surgery.parse("""update x() { shared param y_z[out, in] = 0 return y_z }
+update x_y() { shared param z[out, in] = 0 return 2 * z }
+target linear "**" { add x() add x_y() }""")
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
+    weights = [layer.weight.detach().clone() for layer in model]
+    surgeon = surgery.apply(model, spec)
+    assert len(surgeon.named_tensors()) == 2
+    first, second = surgeon.named_tensors().values()
+    with torch.no_grad():
+        first += 0.1
+        second += 0.3
+    wanted = x
+    for layer, weight in zip(model, weights):
+        wanted = nn.functional.linear(wanted, weight + 0.1 + 2 * 0.3, layer.bias)
+    assert torch.allclose(model(x), wanted, atol=1e-5)
