@@ -6,61 +6,56 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from surgery.cli.output import Output, aligned
-from surgery.codegen.autograd_node import step
 from surgery.codegen.candidates import Candidate
-from surgery.codegen.program import Program, activations
-from surgery.ir.expression import Formula
+from surgery.codegen.compiled import Compiled
+from surgery.codegen.program_text import program_text, step_text
 from surgery.language.tree import Spec
-from surgery.layers.kinds import supposed
 from surgery.planning.cost_estimates import FLOAT, Estimate, amount
 from surgery.semantics.resolved_spec import resolved
 
-_FIRST = {"layer": 0, "depth": 0.0}  # where a target that asks for it stands
+FIRST = {"layer": 0, "depth": 0.0}  # where a target that asks for it stands
 
 
 def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int) -> None:
     """Print the programs of a spec. Raises: SurgeryError where the shape does not fit."""
-    found = [(target, formula, Estimate(formula, supposed(target.kind), tokens))
-             for target, formula in resolved(spec).formulas(out, in_, _FIRST)]
-    text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(formula, estimate)])
-                       for target, formula, estimate in found)
+    estimates = [(target, Estimate(Compiled.supposed(formula, target.kind), tokens))
+                 for target, formula in resolved(spec).formulas(out, in_, FIRST)]
+    text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(estimate)])
+                       for target, estimate in estimates)
     output.raw(f"{text}\n")
     output.data(spec=spec.model_dump(mode="json"), emit="program", text=text,
-                programs=[{"shape": [out, in_], "tokens": tokens, "candidates": _rows(e)} for _, _, e in found])
+                programs=[{"shape": [out, in_], "tokens": tokens, "candidates": _rows(e)} for _, e in estimates])
 
 
-def _page(formula: Formula, estimate: Estimate) -> Iterator[str]:
+def _page(estimate: Estimate) -> Iterator[str]:
     """The costs, then the code in training and in evaluation."""
     out, in_ = estimate.sides
     yield f"  for a {estimate.kind.word} weight [{out}, {in_}], a step of {estimate.tokens:,} tokens, by estimate:"
     yield from (f"    {line}" for line in _costs(estimate))
-    train, evaluate = (_functions(_program(formula, estimate, mode)) for mode in (True, False))
-    yield from ("", "  in training", *_code(train), *_gradients(estimate, _program(formula, estimate, True)))
+    runs, at_rest = (estimate.compiled.candidates(training, estimate.tokens)[0] for training in (True, False))
+    train, evaluate = map(_functions, (runs, at_rest))
+    yield from ("", "  in training", *_code(train), *_gradients(estimate, runs))
     others = [text for text in evaluate if text not in train]
     rest = "this differs" if others else "the rest is the same"
     yield f"\n  in evaluation the set-up is kept until a tensor changes, and {rest}"
     yield from _code(others)
 
 
-def _program(formula: Formula, estimate: Estimate, training: bool) -> Program:
-    return activations(formula, estimate.kind, training, formula.changes_bias, tokens=estimate.tokens)
-
-
-def _functions(program: Program) -> list[str]:
+def _functions(plan: Candidate) -> list[str]:
     """The functions of a program that compute something."""
-    return [text for text in program.source.split("\n\n") if not text.endswith(":\n    return ()")]
+    return [text for text in program_text(plan).split("\n\n") if not text.endswith(":\n    return ()")]
 
 
 def _code(functions: Iterable[str]) -> Iterator[str]:
     return (f"    {line}".rstrip() for line in "\n\n".join(functions).splitlines())
 
 
-def _gradients(estimate: Estimate, program: Program) -> Iterator[str]:
+def _gradients(estimate: Estimate, plan: Candidate) -> Iterator[str]:
     """The body with its gradients written out, where one node of autograd runs it."""
-    found = step(program.plan.written, program.plan.needs) if estimate.kind.is_product else None
-    if found is not None:
+    text = step_text(plan.written, plan.needs) if estimate.kind.is_product else None
+    if text is not None:
         yield "\n  and the body in training, as one node of autograd"
-        yield from _code([found.source])
+        yield from _code([text.source])
 
 
 # -------------------------------------------------------------------------------------------------------- costs

@@ -12,32 +12,38 @@ from surgery.cli.output import Output
 if TYPE_CHECKING:
     from surgery.language.tree import Spec
 
+_STAGES = ("ir", "normal-form", "cheapest", "lowered")  # as `codegen.compiled` has them, which takes long to import
+
 
 @command(spec_argument, sets,
-         click.option("--emit", type=click.Choice(["formula", "spec", "json", "python", "ir"]), default="formula",
+         click.option("--emit", type=click.Choice(["formula", "spec", "json", "python", *_STAGES]), default="formula",
                       show_default=True,
-                      help="What to show: the formula with parameter shapes, the spec as text, as JSON or "
-                      "as Python, or the compiler's expressions."),
+                      help="What to show: the formula with parameter shapes, the spec as text, as JSON or as "
+                      "Python, or the compiler's expressions: as written (ir), in normal form, in the cheapest form, "
+                      "over activations (lowered)."),
          click.option("--program", is_flag=True,
                       help="Show the program that runs, its cost, and what it was chosen over."),
          click.option("--tokens", type=click.IntRange(1),
-                      help="How many tokens a step has, for --program. Default: 1024."),
+                      help="How many tokens a step has, for --program and --emit lowered. Default: 1024."),
          click.option("--shape", type=PAIR, metavar="OUT,IN",
-                      help="The weight's shape, for --program. Default: 1024,4096."),
+                      help="The weight's shape, for --program and the compiler's expressions. "
+                      "Default: 1024,4096; ir and normal-form are of any shape."),
          example="surgery show sora --set rank=8")
 def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: bool, tokens: int | None,
          shape: tuple[int, int] | None) -> None:
     """Show the formula of a spec, or another form."""
     from surgery.language.library import inlined
 
-    if (tokens or shape) and not program:
-        raise click.UsageError("--tokens and --shape go with --program.")
+    if shape and not (program or emit in _STAGES):
+        raise click.UsageError("--shape goes with --program, or with --emit and one of the compiler's expressions.")
+    if tokens and not (program or emit == "lowered"):
+        raise click.UsageError("--tokens goes with --program or --emit lowered.")
     resolved = inlined(opened(spec, sets))
     if program:
         from surgery.cli.program_view import shown
 
         return shown(output, resolved, *(shape or (1024, 4096)), tokens or 1024)
-    text = _EMITTED[emit](resolved)
+    text = _stage(resolved, emit, shape, tokens or 1024) if emit in _STAGES else _EMITTED[emit](resolved)
     output.raw(text if text.endswith("\n") else f"{text}\n")
     output.data(spec=resolved.model_dump(mode="json"), emit=emit, text=text)
 
@@ -53,11 +59,17 @@ def _pages(spec: Spec) -> str:
     return "\n\n".join(["\n".join(heads), *pages])
 
 
-def _programs(spec: Spec) -> str:
-    from surgery.planning.formulas import formulas, program_lines
+def _stage(spec: Spec, stage: str, shape: tuple[int, int] | None, tokens: int) -> str:
+    """Each target with its expressions as they are after a stage of the compiler."""
+    from surgery.cli.program_view import FIRST
+    from surgery.codegen.compiled import Compiled
+    from surgery.semantics.resolved_spec import resolved
 
-    return "\n\n".join("\n".join([_block(target), *(f"  {line}" for line in program_lines(formula.weight))])
-                       for target, formula in formulas(spec))
+    # rules of the normal form hold for any size; what is cheapest depends on the sizes
+    any_size = shape is None and stage in ("ir", "normal-form")
+    formulas = resolved(spec).formulas(*(() if any_size else (*(shape or (1024, 4096)), FIRST)))
+    lines = [(target, Compiled.supposed(formula, target.kind).lines(stage, tokens)) for target, formula in formulas]
+    return "\n\n".join("\n".join([_block(target), *(f"  {line}" for line in own)]) for target, own in lines)
 
 
 def _block(target: Any) -> str:
@@ -72,5 +84,5 @@ def _python(spec: Spec) -> str:
     return python_text(spec)
 
 
-_EMITTED = {"formula": _pages, "ir": _programs, "spec": lambda spec: spec.to_surg(),
+_EMITTED = {"formula": _pages, "spec": lambda spec: spec.to_surg(),
             "json": lambda spec: spec.model_dump_json(indent=2), "python": _python}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial, reduce
 from math import inf
 
-from surgery.codegen.apply_to_activations import apply, turned
+from surgery.codegen.apply_to_activations import apply, matrix, turned
 from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost, has_gradients, made_again, setup_cost
 from surgery.codegen.emit import without_gradient
 from surgery.codegen.fuse_blocks import blockwise
@@ -180,6 +180,25 @@ def _is_reached(value: Expr, trained: frozenset[str]) -> bool:
     """Whether a parameter that trains is reached without passing a `detach`."""
     gradless = without_gradient(value)
     return any(node.op == "param" and node.data in trained and node not in gradless for node in walk(value))
+
+
+@cache
+def weights(formula: Formula, has_bias: bool) -> Candidate:
+    """The program of W' (and b') themselves, whatever the layer."""
+    outputs = (matrix(cheapest(without_dropout(formula.weight))),)
+    return candidate(outputs + ((offset(cheapest(formula.bias)),) if has_bias else ()), _read)
+
+
+def _read(expr: Expr) -> Expr:
+    """The frozen layer's calls as products with its weight, in the dtype of the set-up: a merge rounds once."""
+    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        if node.op == "frozen":
+            return make("matmul", args[0], make("T", Expr("weight", (), None, (node.shape[-1], args[0].shape[-1]))))
+        if node.op == "frozen_back":
+            return make("matmul", args[0], Expr("weight", (), None, (args[0].shape[-1], node.shape[-1])))
+        return node.with_args(args)
+
+    return rebuild(expr, change)
 
 
 # ---------------------------------------------------------------------------------------------------- strategies

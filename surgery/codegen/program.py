@@ -4,8 +4,8 @@
     setup  what depends on the adapter's parameters, in float32 or wider, then cast to the activations' dtype
     body   what depends on the input (`step` has its gradients written out)
 
-Takes a formula and the kind of its layer; gives a `Program`. Promises: values and gradients are those of the dense
-formula, to dtype tolerance; the frozen layer is called and not read unless `reads_weight` says otherwise.
+Takes a candidate; gives a `Program`. Promises: values and gradients are those of the dense formula, to dtype
+tolerance; the frozen layer is called and not read unless `reads_weight` says otherwise.
 """
 
 from __future__ import annotations
@@ -19,16 +19,12 @@ from typing import Any
 import torch
 
 from surgery.codegen import autograd_node, recompute
-from surgery.codegen.apply_to_activations import matrix
-from surgery.codegen.candidates import Candidate, by_tokens, candidate, candidates, offset
+from surgery.codegen.candidates import Candidate
 from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost
 from surgery.codegen.kernel_names import names_called
 from surgery.codegen.program_text import program_text
-from surgery.ir.expression import Expr, Formula, rebuild, without_dropout
-from surgery.ir.operations import make
+from surgery.ir.expression import Expr
 from surgery.ir.orthogonal_maps import is_traced
-from surgery.layers.kinds import LayerKind
-from surgery.rewrite.cheaper_forms import cheapest
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,34 +92,10 @@ class Program:
 
 
 @cache
-def activations(formula: Formula, kind: LayerKind, training: bool, has_bias: bool,
-                tokens: int = TOKENS_SUPPOSED) -> Program:
-    """The program of a layer's output, the cheapest of those known for so many tokens; of a called layer one that reads
-    no weight, if there is one."""
-    plans = candidates(formula, kind, training, has_bias, tokens)
-    best, others = _compile(plans[0]), plans[1:]
-    # of a called layer the user was told what it runs
-    up_to = by_tokens(plans) if training and not kind.is_called else ()
-    return replace(best, others=others, up_to=tuple((end, _compile(plan)) for end, plan in up_to))
-
-
-@cache
-def weights(formula: Formula, has_bias: bool) -> Program:
-    """The program of W' (and b') themselves: for merging, and for layers that only their own forward knows."""
-    outputs = (matrix(cheapest(without_dropout(formula.weight))),)
-    return _compile(candidate(outputs + ((offset(cheapest(formula.bias)),) if has_bias else ()), _read))
-
-
-def _read(expr: Expr) -> Expr:
-    """The frozen layer's calls as products with its weight, in the dtype of the set-up: a merge rounds once."""
-    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
-        if node.op == "frozen":
-            return make("matmul", args[0], make("T", Expr("weight", (), None, (node.shape[-1], args[0].shape[-1]))))
-        if node.op == "frozen_back":
-            return make("matmul", args[0], Expr("weight", (), None, (args[0].shape[-1], node.shape[-1])))
-        return node.with_args(args)
-
-    return rebuild(expr, change)
+def compiled(plan: Candidate, others: tuple[Candidate, ...] = (),
+             up_to: tuple[tuple[float, Candidate], ...] = ()) -> Program:
+    """The code of a candidate, which was chosen over `others` and gives way to those of `up_to`."""
+    return replace(_compile(plan), others=others, up_to=tuple((end, _compile(other)) for end, other in up_to))
 
 
 @cache

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from surgery.ir.expression import Expr, walk
 from surgery.ir.notation_forms import ATOM, SUM, Text, number_text
-from surgery.ir.operations import operation
+from surgery.ir.operations import operation, shape_text
 
 _LONG, _DEEP = 400, 50  # nodes of a text, and nodes within nodes, up to which nothing needs a symbol
 _BRIEF = 6  # nodes within nodes of a text that will be cut anyway
@@ -73,6 +73,17 @@ def parts_to_name(roots: Iterable[Expr], symbols: Mapping[Expr, str]) -> list[Ex
         if node.args and node not in symbols and node not in roots and (reads[node] > 1 or depth[node] > _DEEP):
             named[node] = None
     return list(named)
+
+
+def listing(*exprs: Expr) -> list[str]:
+    """The expressions with one distinct node a line, arguments first: `%3 = matmul %1 %2 : [out, in]`."""
+    names = {node: f"%{i}" for i, node in enumerate(walk(*exprs))}
+    return [f"{name} = {' '.join([node.op, *_data(node), *(names[a] for a in node.args)])} : {shape_text(node.shape)}"
+            for node, name in names.items()]
+
+
+def _data(node: Expr) -> list[str]:
+    return [] if node.data is None else [number_text(node.data)]
 
 
 def brief(expr: Expr) -> str:

@@ -13,14 +13,13 @@ from math import prod
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from surgery.codegen.candidates import by_tokens, candidates
+from surgery.codegen.compiled import Compiled
 from surgery.codegen.program_text import program_text, step_text
 from surgery.codegen.validate import program_faults, step_faults
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.language.expressions import Argument, Call, as_expression
 from surgery.language.library import load
 from surgery.language.tree import Definition, Parameter, Spec, Step, Target
-from surgery.layers.kinds import supposed
 from surgery.matching.selectors import selector_faults
 from surgery.planning.cost_estimates import Estimate, fallback
 from surgery.planning.trial_sizes import Trial, first_that_fits, numbers_named, places_of, sizes_to_try, trials_of
@@ -84,12 +83,12 @@ def _tried(resolved: ResolvedSpec) -> list[Diagnostic]:
 
 def _miscompiled(trial: Trial) -> Iterator[Diagnostic]:
     """A program that can run for the target and is not proven to compute what the formula means: our mistake."""
-    formula, kind = trial.formula, supposed(trial.target.kind)
+    compiled = Compiled.supposed(trial.formula, trial.target.kind)
     for training in (True, False):
-        plans = candidates(formula, kind, training, formula.changes_bias)
-        for plan in dict.fromkeys((plans[0], *((plan for _, plan in by_tokens(plans)) if training else ()))):
+        best = compiled.candidates(training)[0]
+        for plan in dict.fromkeys((best, *(plan for _, plan in compiled.by_tokens(training)))):
             faults = program_faults(program_text(plan), plan.outputs)
-            step = step_text(plan.written, plan.needs) if training and kind.is_product else None
+            step = step_text(plan.written, plan.needs) if training and compiled.kind.is_product else None
             if step is not None:
                 faults += step_faults(step.source, step.body, step.gradients, step.forwarded)
             if faults:
@@ -104,7 +103,7 @@ def _dense(resolved: ResolvedSpec) -> Iterator[Diagnostic]:
     for target in resolved.spec.targets:
         shapes = sorted(chain(*sizes_to_try(numbers_named(target, resolved))), key=prod, reverse=True)
         largest = [first_that_fits(target, resolved, place, shapes, Collector()) for place in places_of(target)]
-        estimates = [Estimate(trial.formula, supposed(target.kind)) for trial in largest if trial]
+        estimates = [Estimate(Compiled.supposed(trial.formula, target.kind)) for trial in largest if trial]
         yield from filter(None, [fallback(target, estimates)])
 
 

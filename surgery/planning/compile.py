@@ -1,9 +1,10 @@
-"""The compiler, front to back: a spec and a model in, the formula of each operated module out.
+"""The compiler, front to back: a spec and a model in, the programs of each operated weight out.
 
-    text -> spec -> library -> values -> selection -> formulas
+    text -> spec -> library -> values -> selection -> formulas -> normal form -> candidates -> programs
 
-Takes a model (on any device, meta included) and a spec; gives a `Plan`. Promises: the model is only read; every mistake
-of the spec against this model is reported in one error.
+Takes a model (on any device, meta included) and a spec; gives a `Plan`: the formulas, each with the rest of its way
+(`Placed.compiled`) still to go, since a report needs no code and a page no costs. Promises: the model is only read;
+every mistake of the spec against this model is reported in one error.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from os import PathLike
 
 import torch.nn as nn
 
+from surgery.codegen.compiled import Compiled
 from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.ir.expression import Formula, Leaf
 from surgery.ir.sizes import known
@@ -35,6 +37,11 @@ class Placed:
     site: Site
     target: Target
     formula: Formula
+
+    @cached_property
+    def compiled(self) -> Compiled:
+        """The formula on its way to programs for this layer: report, adapter, merge and spectra ask this object."""
+        return Compiled(self.formula, self.site.layout.kind, self.site.has_bias)
 
     @property
     def parameters(self) -> int:

@@ -1,7 +1,7 @@
 """What an operated weight costs by the cost model: a step over the frozen layer's own, and what is built for it.
 
-Takes a formula, the kind of its layer and the number of tokens; gives an `Estimate`. Promises: counted from shapes and
-not measured (`surgery bench` measures); no torch.
+Takes a formula compiled for a kind of layer, and the number of tokens; gives an `Estimate`. Promises: counted from
+shapes and not measured (`surgery bench` measures); no torch.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from surgery.codegen.apply_to_activations import turned
-from surgery.codegen.candidates import Candidate, candidates, frozen_alone
+from surgery.codegen.candidates import Candidate, frozen_alone
+from surgery.codegen.compiled import Compiled
 from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost
 from surgery.codegen.operation_counts import flops
 from surgery.diagnostics import Diagnostic
-from surgery.ir.expression import Expr, Formula, walk
+from surgery.ir.expression import Expr, walk
 from surgery.ir.notation import brief
 from surgery.ir.operations import operation, shape_text
 from surgery.ir.sizes import known_shape
@@ -31,22 +32,24 @@ class Estimate:
     """The costs of one weight's programs. `stack`: how many matrices are built for a layer that only its own forward
     knows, which then runs with them (the tokens are spread over them); None for a layer that programs stand in for."""
 
-    formula: Formula
-    kind: LayerKind
+    compiled: Compiled
     tokens: int = TOKENS_SUPPOSED
     stack: int | None = None
     training: bool = True
 
     @property
+    def kind(self) -> LayerKind:
+        return self.compiled.kind
+
+    @property
     def sides(self) -> tuple[int, int]:
-        out, in_ = known_shape(self.formula.weight.shape)
+        out, in_ = known_shape(self.compiled.formula.weight.shape)
         return out, in_
 
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The programs, the one that runs first."""
-        has_bias = self.formula.changes_bias
-        return candidates(self.formula, self.kind, self.training, has_bias, self.tokens)
+        return self.compiled.candidates(self.training, self.tokens)
 
     @cached_property
     def frozen(self) -> Cost:

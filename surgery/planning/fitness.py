@@ -17,7 +17,7 @@ def estimated(placed: Placed) -> Estimate:
     site = placed.site
     runs_programs = site.stack is None and is_direct(site.module, site.layout)
     stack = None if runs_programs else site.stack or 1
-    return Estimate(placed.formula, site.layout.kind, stack=stack)
+    return Estimate(placed.compiled, stack=stack)
 
 
 def unfit(plan: Plan) -> Iterator[Diagnostic]:

@@ -166,17 +166,3 @@ def _draw_text(law: Draw) -> str:
 def _aligned(rows: list[Row]) -> list[str]:
     width = min(max((len(left) for left, _ in rows), default=0), 64)
     return [f"{left:{width}}   {right}".rstrip() for left, right in rows]
-
-
-# ------------------------------------------------------------------------------------------------------ program
-
-
-def program_lines(expr: Expr) -> list[str]:
-    """The expression, one distinct node a line: `%3 = matmul %1 %2 : [out, in]`."""
-    names = {node: f"%{i}" for i, node in enumerate(walk(expr))}
-    return [f"{name} = {' '.join([node.op, *_data(node), *(names[a] for a in node.args)])} : {shape_text(node.shape)}"
-            for node, name in names.items()]
-
-
-def _data(node: Expr) -> list[str]:
-    return [] if node.data is None else [number_text(node.data)]

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from surgery.codegen.compiled import Compiled
 from surgery.ir.sizes import known
 from surgery.language.library import read, shipped
 from surgery.language.tree import Spec
-from surgery.layers.kinds import LINEAR
 from surgery.planning.cost_estimates import Estimate
 from surgery.semantics.resolved_spec import resolved
 
@@ -50,7 +50,7 @@ def _entry(name: str, spec: Spec) -> Entry:
     if not spec.targets:
         return Entry(*about, None, "the model's own parameters", None)
     formula = resolved(spec).formulas(OUT, IN)[0][1]
-    estimate = Estimate(formula, LINEAR)
+    estimate = Estimate(Compiled.supposed(formula))
     program = "dense" if estimate.built else estimate.candidates[0].strategy
     trained = sum(known(prod(leaf.shape)) for leaf in formula.leaves if not leaf.frozen)
     return Entry(*about, trained, program, estimate.ratio())

@@ -1,7 +1,7 @@
 """The one adapter layer: it runs any program in the place of a frozen layer's map.
 
-Takes a module, a formula and its tensors; makes the module an operated one in place. Promises: the module keeps its
-class (`isinstance` holds), its name and its parameters; the adapter's tensors stand beside the weight, in
+Takes a module, a compiled formula and its tensors; makes the module an operated one in place. Promises: the module
+keeps its class (`isinstance` holds), its name and its parameters; the adapter's tensors stand beside the weight, in
 `weight_surgery`; a checkpoint of the base model still loads; `deepcopy`, pickle and `torch.compile` work; a forward
 pass computes from the tensors as they are then, and leaves nothing on the module; reading `module.weight` gives W'.
 """
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 import torch
 import torch.nn as nn
 
-from surgery.codegen.program import Program, activations, weights
+from surgery.codegen.compiled import Compiled
+from surgery.codegen.program import Program
 from surgery.ir.dense import in_dtype
 from surgery.ir.expression import Formula, Leaf
 from surgery.ir.notation import Maths, brief, parts_to_name
@@ -96,18 +97,20 @@ def shared_name(leaf: Leaf) -> str:
 
 
 class Adapter(nn.Module):
-    """The tensors and the programs of one operated weight. `active` is False while disabled or merged; `serving` holds
-    its set-ups while a user promises that no tensor changes."""
+    """The tensors and the programs of one operated weight. The programs are received: `compiled` is what the compiler
+    made of the weight's formula, and is asked for the program of each mode. `active` is False while disabled or merged;
+    `serving` holds its set-ups while a user promises that no tensor changes."""
 
     _modules: dict[str, StepTensors]  # pyright: ignore[reportIncompatibleVariableOverride]  # it has no other children
     common: SharedTensors
 
-    def __init__(self, formula: Formula, layout: Layout, parameter: str, stack: int | None,
+    def __init__(self, compiled: Compiled, layout: Layout, parameter: str, stack: int | None,
                  tensors: Mapping[str, torch.Tensor], common: SharedTensors, gives_gradient: bool = True):
         super().__init__()
         self.gives_gradient = gives_gradient
-        self.formula, self.layout, self.parameter, self.stack, self.active = formula, layout, parameter, stack, True
-        self.prepared: tuple[bool, bool] | None = None
+        self.compiled, self.layout, self.parameter, self.stack, self.active = compiled, layout, parameter, stack, True
+        self.prepared: bool | None = None  # for a module whose output programs give (True), or W' alone; None: not yet
+        formula = compiled.formula
         self.serving: Serving | None = None
         self.shared = {leaf.key: shared_name(leaf) for leaf in formula.leaves if leaf.group}
         self._numbers = frozenset(leaf.key for leaf in formula.leaves if not leaf.shape and (leaf.group or not stack))
@@ -128,6 +131,11 @@ class Adapter(nn.Module):
         """The step's module and the name in it; None for the shared tensors'."""
         step, name = key.split(".")
         return (None, self.shared[key]) if key in self.shared else (step, name)
+
+    @property
+    def formula(self) -> Formula:
+        """W' and b' over the adapter's tensors."""
+        return self.compiled.formula
 
     def frozen(self, module: nn.Module) -> Frozen:
         """The module's frozen map, as programs call it."""
@@ -154,14 +162,12 @@ class Adapter(nn.Module):
         """Tensors by key as they are held, in the shapes that the formula has for them."""
         return {key: t.reshape(()) if key in self._numbers else t for key, t in held.items()}
 
-    def prepare(self, has_bias: bool, is_direct: bool = True) -> None:
-        """Compile the programs of W' (`None`) and, for a module whose map is known, of its output in training and in
+    def prepare(self, is_direct: bool = True) -> None:
+        """Have the code made of W' (`None`) and, for a module whose map is known, of its output in training and in
         evaluation, before any forward pass: no compiler of torch's can trace that."""
-        self.prepared = has_bias, is_direct
-        programs: dict[bool | None, Program] = {None: weights(self.formula, has_bias)}
-        for training in (True, False) if is_direct else ():
-            programs[training] = activations(self.formula, self.layout.kind, training, has_bias)
-        self._programs = programs
+        self.prepared = is_direct
+        modes = (True, False) if is_direct else ()
+        self._programs = {None: self.compiled.weights, **{mode: self.compiled.program(mode) for mode in modes}}
 
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
@@ -220,7 +226,7 @@ class Adapter(nn.Module):
     def weights(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
         """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider."""
         layer = self.frozen(module).whole()
-        program = self._programs.get(None) or weights(self.formula, layer.bias is not None)
+        program = self.compiled.weights
         leaves = self.shaped({key: whole(t) for key, t in self._called(layer.device).items()})
         if self.stack is None:
             return self._values(program, layer, leaves, None, [], {})
@@ -239,7 +245,7 @@ class Adapter(nn.Module):
     def substitutes(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """W' (and b') as the module stores them, by parameter name."""
         layer = self.frozen(module)
-        names = (self.parameter, "bias")[:1 + (layer.bias is not None)]
+        names = (self.parameter, "bias")[:1 + self.compiled.has_bias]
 
         def compute() -> tuple:
             made = dict(zip(names, self.weights(module)))
@@ -271,7 +277,7 @@ class Adapter(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         if self.prepared is not None:
-            self.prepare(*self.prepared)
+            self.prepare(self.prepared)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
         """A checkpoint of the base model has nothing for us: not an error, the adapter is then given what it has. In
@@ -399,7 +405,9 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...], kind: type[Ope
 def install(module: nn.Module, adapter: Adapter) -> None:
     """Make `module` an operated one: nothing is copied."""
     direct = is_direct(module, adapter.layout)
-    adapter.prepare(adapter.frozen(module).bias is not None, direct)
+    # a program without the bias that the layer has would leave it out
+    assert not direct or adapter.compiled.has_bias == (adapter.frozen(module).bias is not None)
+    adapter.prepare(direct)
     names = (*getattr(type(module), "names", ()), adapter.parameter)
     base = getattr(type(module), "base", type(module))
     kind = Called if adapter.layout.is_called else Direct if direct else Substituted

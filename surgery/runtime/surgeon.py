@@ -122,7 +122,7 @@ def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dty
 def adapter_of(placed: Placed, values: Mapping[str, torch.Tensor], common: SharedTensors) -> Adapter:
     """The adapter of one operated weight, with those tensors by key; `common` grows by what adapters share."""
     site = placed.site
-    adapter = Adapter(placed.formula, site.layout, site.parameter, site.stack, values, common,
+    adapter = Adapter(placed.compiled, site.layout, site.parameter, site.stack, values, common,
                       site.answer.gives_gradient)
     return adapter.train(site.module.training)
 

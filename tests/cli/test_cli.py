@@ -12,14 +12,17 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from torch import nn
 
 import surgery
 from surgery.cli import output as output_module
 from surgery.cli.main import main
 from surgery.cli.options import opened_together
+from surgery.codegen.compiled import STAGES
 from surgery.diagnostics import SurgeryError
-from surgery.language.library import shipped
+from surgery.language.library import load, shipped
 from surgery.models.demo import demo_config
+from surgery.planning.compile import compile
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 BROKEN = "spec lora(\n"
@@ -226,10 +229,27 @@ def test_target_of_several_and_among_several() -> None:
         opened_together(["bitfit"], (), ("**.q_proj",))
 
 
-@pytest.mark.parametrize("emit", ["formula", "spec", "json", "python", "ir"])
+@pytest.mark.parametrize("emit", ["formula", "spec", "json", "python", *STAGES])
 def test_show(emit: str) -> None:
     result = run("show", "sora", "--emit", emit)
-    assert result.exit_code == 0 and "sora" in result.stdout or emit == "ir" and "cayley" in result.stdout
+    assert result.exit_code == 0 and "sora" in result.stdout or emit in STAGES and " = matmul " in result.stdout
+
+
+def test_each_stage_of_the_compiler_shows_what_it_is_to_make() -> None:
+    ir, normal, cheapest, lowered = (run("show", "sora", "--emit", stage).stdout for stage in STAGES)
+    assert "cayley" in ir and "cayley" in normal
+    assert " = sub " in ir and " = sub " not in normal  # a sign is a multiple by -1
+    assert "[1024, 4096]" in cheapest and "[out, in]" not in cheapest
+    assert " = frozen " in lowered and "[tokens, 4096]" in lowered
+    asked = run("show", "sora", "--emit", "ir", "--shape", "96,64").stdout
+    assert "[96, 64]" in asked and "[out, in]" not in asked
+
+
+def test_lines_of_a_stage_are_those_that_the_plan_has_for_a_layer_of_that_shape() -> None:
+    (placed,) = compile(nn.Sequential(nn.Linear(64, 96, bias=False)), load("sora")).placed
+    for stage in ("cheapest", "lowered"):
+        shown = run("show", "sora", "--emit", stage, "--shape", "96,64").stdout.splitlines()
+        assert shown[5:] == [f"  {line}" for line in placed.compiled.lines(stage)]
 
 
 def test_explain() -> None:

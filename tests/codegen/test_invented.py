@@ -10,8 +10,8 @@ from invented import INVENTED, spec
 from watched import ALLOWED, IN, OUT, largest
 
 import surgery
-from surgery.codegen.program import activations
-from surgery.layers.kinds import EMBEDDING, LINEAR
+from surgery.codegen.compiled import Compiled
+from surgery.layers.kinds import LINEAR
 from surgery.planning.check import check
 from surgery.planning.cost_estimates import Estimate
 
@@ -21,7 +21,7 @@ on_each = pytest.mark.parametrize("name", INVENTED)
 @on_each
 def test_it_is_in_order_and_has_a_cheap_program(name):
     assert {d.code for d in check(spec(name))} <= {"unused"}
-    estimate = Estimate(formula(spec(name), OUT, IN), LINEAR)
+    estimate = Estimate(Compiled.supposed(formula(spec(name), OUT, IN)))
     assert not estimate.built and estimate.candidates[0].strategy != "built weight"
 
 
@@ -33,12 +33,12 @@ def test_no_large_matrix_is_made(name):
 
 @pytest.mark.parametrize("name", ["dora", "pre_diag", "post_diag"])
 def test_gains_of_a_vocabulary_are_looked_up(name):
-    assert not Estimate(formula(surgery.load(name), 4 * OUT, IN), EMBEDDING).built
+    assert not Estimate(Compiled.supposed(formula(surgery.load(name), 4 * OUT, IN), "embedding")).built
 
 
 def test_a_rotation_and_its_transpose_are_one_solve():
     found = formula(spec("gains in a turned basis"), OUT, IN)
-    assert activations(found, LINEAR, True, True).source.count("cayley(") == 1
+    assert Compiled(found, LINEAR, True).program().source.count("cayley(") == 1
 
 
 @on_each

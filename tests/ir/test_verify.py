@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from zoo import CASES
 
-from surgery.codegen.candidates import candidates
-from surgery.codegen.program import Program, activations, weights
+from surgery.codegen.compiled import Compiled
+from surgery.codegen.program import Program
 from surgery.codegen.program_text import step_text
 from surgery.diagnostics import Collector
 from surgery.ir.builders import fill
@@ -66,10 +66,10 @@ def test_every_stage_keeps_its_laws(spec):
 
 def programs(formula: Formula) -> Iterator[Program]:
     for has_bias in (True, False):
-        yield weights(formula, has_bias)
+        yield Compiled(formula, LINEAR, has_bias).weights
         for kind in (LINEAR, CONV, EMBEDDING):
             for training in (True, False):
-                best = activations(formula, kind, training, has_bias and not kind.takes_ids)
+                best = Compiled(formula, kind, has_bias and not kind.takes_ids).program(training)
                 yield from (best, *best.over)
 
 
@@ -83,7 +83,7 @@ def test_symbolic_sizes_keep_the_laws(spec):
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_gradients_keep_the_laws(spec):
     for formula in formulas(spec, (96, 192), (64, 128)):
-        plan = candidates(formula, LINEAR, True, True)[0]
+        plan = Compiled(formula, LINEAR, True).candidates()[0]
         text = step_text(plan.written, plan.needs) if plan.has_body and any(plan.needs) else None
         for expr in (text.body, *filter(None, text.gradients), *text.forwarded) if text is not None else ():
             verify(expr, STEP)

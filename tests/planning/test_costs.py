@@ -11,6 +11,7 @@ from formulas import IN, OUT, formula
 
 from surgery.cli.main import main
 from surgery.codegen.candidates import by_tokens, frozen_alone
+from surgery.codegen.compiled import Compiled
 from surgery.codegen.cost_model import Cost, body_cost
 from surgery.language.library import load, parse, shipped
 from surgery.layers.kinds import EMBEDDING, LINEAR, LayerKind
@@ -32,7 +33,8 @@ OF_STD = ("householder(4)", "orthogonal(4)", "block_orthogonal(32)", "diagonal()
 
 
 def estimate(text: str, tokens: int = 1024, kind: LayerKind = LINEAR) -> Estimate:
-    return Estimate(formula(load(text) if text in shipped() else parse(text)), kind, tokens)
+    found = formula(load(text) if text in shipped() else parse(text))
+    return Estimate(Compiled(found, kind, found.changes_bias), tokens)
 
 
 @pytest.mark.parametrize("name", CHEAP)
@@ -44,7 +46,7 @@ def test_a_structured_spec_has_a_cheap_program(name):
 @pytest.mark.parametrize("transform", OF_STD)
 def test_so_has_every_transform_of_the_library_on_either_side(transform, side):
     spec = parse(f"target linear {{\n add low_rank(8)\n post {transform} on {side}\n}}")
-    assert not Estimate(formula(spec, IN, IN), LINEAR).built
+    assert not Estimate(Compiled.supposed(formula(spec, IN, IN))).built
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -111,13 +113,14 @@ def test_what_carries_no_gradient_is_computed_once():
 
 @pytest.mark.parametrize("spec", ["lora", "dora", "sora", "oft"])
 def test_a_large_layer_costs_little_more(spec):
-    found = Estimate(formula(load(spec), 4096, 4096), LINEAR, 4096)
+    found = Estimate(Compiled.supposed(formula(load(spec), 4096, 4096)), 4096)
     assert 1 < found.ratio() < 1.2
 
 
 def test_a_stack_is_built_for_every_matrix():
-    one, many = (Estimate(formula(load("lora")), LINEAR, 64, stack=n).ratio() for n in (1, 8))
-    assert Estimate(formula(load("lora")), LINEAR, 64).ratio() < one < many
+    lora = Compiled.supposed(formula(load("lora")))
+    one, many = (Estimate(lora, 64, stack=n).ratio() for n in (1, 8))
+    assert Estimate(lora, 64).ratio() < one < many
 
 
 # ------------------------------------------------------------------------------------------------- where it is shown

@@ -36,7 +36,6 @@ from surgery.language.library import parse
 from surgery.layers.survey import sites
 from surgery.models.demo import demo_inputs
 from surgery.planning.compile import compile
-from surgery.planning.cost_estimates import Estimate
 from surgery.planning.figures import Report
 from surgery.runtime.surgeon import apply
 
@@ -194,7 +193,7 @@ def test_dropout_drops_entries_of_the_input_for_every_program():
 def test_a_thin_update_runs_by_its_factors_where_groups_are_wide_and_is_built_where_they_are_narrow():
     def strategy(module: nn.Module) -> str:
         (placed,) = compile(Tower(module), parse('target conv "layers.0" { add low_rank(4) }')).placed
-        return Estimate(placed.formula, placed.site.layout.kind).candidates[0].strategy
+        return placed.compiled.candidates()[0].strategy
 
     assert strategy(nn.Conv2d(256, 256, 3, groups=2)) != "built weight"
     assert strategy(nn.Conv2d(256, 256, 3, groups=256)) == "built weight"

@@ -9,21 +9,20 @@ it stays one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from surgery.analysis.spectra.orthogonality import Defect, defects
-from surgery.codegen.program import weights
+from surgery.codegen.compiled import Compiled
 from surgery.ir.builders import scaled, summands, times, total
 from surgery.ir.dense import dense, in_dtype
-from surgery.ir.expression import Expr, without_dropout
+from surgery.ir.expression import Expr
 from surgery.layers.survey import Site
 from surgery.matching.name_ranges import module_type
 from surgery.planning.compile import Placed
-from surgery.rewrite.cheaper_forms import cheapest
 from surgery.rewrite.low_rank import Factors, factors
 from surgery.rewrite.normal_form import simplify
 from surgery.rewrite.norms import spread
@@ -135,7 +134,7 @@ def _coarsest(leaves: Leaves) -> float:
 
 def _delta(placed: Placed, values: Leaves) -> tuple[Tensor | tuple[Tensor, Tensor], float]:
     """ΔW and the rounding of float64 in it."""
-    expr, thin = change(placed.formula.weight)
+    expr, thin = change(placed.compiled)
     if thin is not None:
         return (dense(thin[0], values), dense(thin[1], values)), 0.0
     delta = _built(placed, expr, values)
@@ -144,7 +143,7 @@ def _delta(placed: Placed, values: Leaves) -> tuple[Tensor | tuple[Tensor, Tenso
 
 def _built(placed: Placed, expr: Expr, values: Leaves) -> Tensor:
     """An expression of a site's weight and its adapter's tensors, by the program that merging would run."""
-    program = weights(replace(placed.formula, weight=expr), False)
+    program = placed.compiled.of_weight(expr).weights
     layer = frozen(placed.site.module, placed.site.layout, placed.site.parameter)
     layer.weight = values["weight"]
     leaves = {key: t for key, t in values.items() if key != "weight"}
@@ -152,11 +151,11 @@ def _built(placed: Placed, expr: Expr, values: Leaves) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def change(weight: Expr) -> tuple[Expr, Factors | None]:
-    """W' - W of a formula's W' in normal form, and its thin factors where it has some."""
-    terms = list(_terms(cheapest(without_dropout(weight))))
+def change(compiled: Compiled) -> tuple[Expr, Factors | None]:
+    """W' - W in normal form, and its thin factors where it has some."""
+    weight = compiled.merged_form.weight
     frozen = Expr("weight", (), None, weight.shape)
-    delta = simplify(total([*terms, times(-1, frozen)], weight.shape))
+    delta = simplify(total([*_terms(weight), times(-1, frozen)], weight.shape))
     return delta, factors(delta)
 
 
