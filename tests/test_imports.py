@@ -20,6 +20,7 @@ PIPELINE = {
     "files": "files",
     "html": "html",
     "diagnostics": "diagnostics",
+    "extras": "extras",
     "ir": "ir",
     "layers": "layers",
     "language": "language",

@@ -17,7 +17,7 @@ from surgery.analysis.spectra.checkpoint import Weights, of_folder
 from surgery.analysis.spectra.updates import Pending, of_surgeon
 from surgery.diagnostics import fail
 from surgery.layers.survey import Site
-from surgery.models.loading import DEMO, base_name, folder_of, load, skeleton, with_saved_head
+from surgery.models.loading import base_name, folder_of, load, only_whole, skeleton, with_saved_head
 from surgery.runtime.attach import fitted
 from surgery.runtime.saved_format import Saved
 
@@ -43,8 +43,9 @@ def opened_weights(name: str, asked: Asked = Asked(), saved: Saved | None = None
 
     Raises: SurgeryError (unknown-model)."""
     with asked.step(f"opening {name}"):
-        model = load(name) if name.startswith(DEMO) else skeleton(name, asked.trust)
-        weights = Weights(model, None if name.startswith(DEMO) else of_folder(folder_of(name)))
+        is_whole = only_whole(name)
+        model = load(name) if is_whole else skeleton(name, asked.trust)
+        weights = Weights(model, None if is_whole else of_folder(folder_of(name)))
     if not weights.complete:
         asked.note(f"{name} is loaded whole: its files do not hold every weight under the model's own names")
         with asked.step(f"loading {name}"):

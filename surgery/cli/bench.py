@@ -44,7 +44,7 @@ def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int,
     what is known by then.
     """
     if against:
-        from surgery.experiments.training import need
+        from surgery.extras import need
 
         need("peft", "peft", "--against peft")
     named = opened_together(specs, sets, targets)

@@ -90,7 +90,7 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     """
     from surgery.experiments.comparison import comparison_of
     from surgery.experiments.text_tasks import read
-    from surgery.experiments.training import need
+    from surgery.extras import need
     from surgery.models.loading import quiet_libraries
     from surgery.runtime.atomic_folders import refuse_file
 

@@ -63,7 +63,7 @@ def _ready(table: str | None, picture: str | None) -> None:
     for file in filter(None, (table, picture)):
         refuse_file(Path(file))
     if picture:
-        from surgery.experiments.training import need
+        from surgery.extras import need
 
         need("matplotlib", "plot", "a plot")
         from surgery.analysis.spectra.plot import FORMATS

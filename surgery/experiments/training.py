@@ -7,7 +7,6 @@ the batch that a text is in but for rounding. Needs the extra `train`.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from surgery.diagnostics import fail
 from surgery.experiments.text_tasks import Task
+from surgery.extras import need
 from surgery.language.json_fields import Pattern
 from surgery.language.tree import Spec, Train
 
@@ -37,13 +36,6 @@ class Setting:
     batch: int = 32
     seed: int = 0
     length: int = 128
-
-
-def need(package: str, extra: str, what: str) -> None:
-    """Raises: SurgeryError (missing-extra) unless the package is installed."""
-    if importlib.util.find_spec(package) is None:
-        raise fail("missing-extra", f"{what} needs {package}, which is not installed",
-                   helps=(f"pip install 'surgery[{extra}]'",))
 
 
 def with_head(spec: Spec, model: PreTrainedModel) -> Spec:

@@ -1,4 +1,5 @@
-"""MODEL on the command line: a hub id, a local folder, `package:NAME`, what a Python package carries, or `demo:NAME`.
+"""MODEL on the command line: a hub id, a local folder or GGUF file, `package:NAME`, what a Python package carries, or
+`demo:NAME`.
 
 Takes that text; gives a skeleton on the meta device (from the configuration alone), the model with its weights, or the
 pretrained model with a new head for a text task. Promises: the class is the one that the model was saved as, unless a
@@ -8,22 +9,25 @@ code that lies in a model's folder runs only where the caller says `trust`, and 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stderr
+from io import StringIO
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.diagnostics import SurgeryError, fail
+from surgery.extras import need
+from surgery.models.packages import GGUF, PACKAGE, in_package
 from surgery.text import some
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DEMO, PACKAGE = "demo:", "package:"
+DEMO = "demo:"
 
 
 class Trained(Protocol):
@@ -38,7 +42,7 @@ class Trained(Protocol):
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TRUST = "read the Python files in its folder, and say --trust-remote-code if they may run"
-_MODELS = "a model is a hub id, a local folder, package:NAME, or a demo such as demo:llama"
+_MODELS = "a model is a hub id, a local folder or GGUF file, package:NAME, or a demo such as demo:llama"
 
 
 def quiet_libraries(bars: bool) -> None:
@@ -92,9 +96,9 @@ def load_with_head(name: str, outputs: int, seed: int = 0, trust: bool = False, 
     shape.update({"num_labels": outputs, **config})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _asked(name, lambda: Headed.from_config(shape, trust_remote_code=trust) if name.startswith(DEMO)
-                      else Headed.from_pretrained(place(name), config=shape, dtype=torch.float32,
-                                                  trust_remote_code=trust)).eval()
+        if name.startswith(DEMO):
+            return _asked(name, lambda: Headed.from_config(shape, trust_remote_code=trust)).eval()
+        return _from_files(name, Headed, config=shape, dtype=torch.float32, trust_remote_code=trust).eval()
 
 
 def with_saved_head(name: str, model: PreTrainedModel, saved: Trained, trust: bool = False) -> PreTrainedModel:
@@ -125,8 +129,8 @@ def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None, tr
 def _pretrained(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig,
                 dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, list[int]]]:
     """The model with its weights as a class, and the parameters that its files do not hold in this shape."""
-    model, info = _asked(name, lambda: kind.from_pretrained(
-        place(name), config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True, output_loading_info=True))
+    model, info = _from_files(name, kind, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True,
+                              output_loading_info=True)
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     return model.eval(), {key: list(p.shape) for key, p in model.named_parameters() if key in new}
 
@@ -159,7 +163,7 @@ def tokenizer(name: str, trust: bool = False) -> PreTrainedTokenizerBase:
     if name.startswith(DEMO):
         raise fail("unknown-model", f"{name} has no tokenizer, so it cannot read text",
                    helps=("a pretrained model can: a hub id, a local folder or package:NAME",))
-    found = _asked(name, lambda: AutoTokenizer.from_pretrained(place(name), trust_remote_code=trust))
+    found = _asked(name, lambda: AutoTokenizer.from_pretrained(**_source(name), trust_remote_code=trust))
     if found.pad_token is None:
         found.pad_token = found.eos_token
     return found
@@ -171,34 +175,54 @@ def preprocessors(name: str, trust: bool = False) -> list[Any]:
 
     for kind in (AutoProcessor, AutoTokenizer) if not name.startswith(DEMO) else ():
         try:
-            return [kind.from_pretrained(place(name), trust_remote_code=trust)]
+            return [kind.from_pretrained(**_source(name), trust_remote_code=trust)]
         except Exception:  # whatever a third party's tokenizer raises, the weights are what was asked for
             continue
     return []
 
 
 def place(name: str) -> str:
-    """What transformers knows a model by. The folder of `package:NAME` or `package:NAME/FOLDER` is found without
-    importing the package. Raises: SurgeryError (unknown-model)."""
-    if not name.startswith(PACKAGE):
-        return name
-    package, _, inside = name.removeprefix(PACKAGE).partition("/")
-    found = importlib.util.find_spec(module) if (module := package.replace("-", "_")).isidentifier() else None
-    if found is None:
-        raise fail("unknown-model", f"no installed Python package is called `{package}`",
-                   helps=(f"pip install {package}",))
-    return str(_model_folder(name, [Path(p) / inside for p in found.submodule_search_locations or ()]))
+    """What transformers knows a model by: a hub id, or the path of a folder or of a GGUF file, which that of
+    `package:NAME`, `package:NAME/FOLDER` or `package:NAME/FILE.gguf` is found without importing the package.
+
+    Raises: SurgeryError (unknown-model)."""
+    return str(in_package(name)) if name.startswith(PACKAGE) else name
 
 
-def _model_folder(name: str, roots: Iterable[Path]) -> Path:
-    """The folder with a config.json that lies least deep."""
-    found = sorted(path.parent for root in roots for path in root.rglob("config.json"))
-    nearest = [p for p in found if len(p.parts) == min(len(p.parts) for p in found)]
-    if len(nearest) == 1:
-        return nearest[0]
-    some = f": {', '.join(p.name for p in nearest)}" if nearest else ""
-    raise fail("unknown-model", f"{name} holds {len(nearest) or 'no'} model's folder{'s' if nearest else ''}{some}",
-               helps=("name the one you mean: package:NAME/FOLDER",) if nearest else ())
+def only_whole(name: str) -> bool:
+    """Whether a model's weights cannot be read one at a time: a demo's, and those of a GGUF file."""
+    return name.startswith(DEMO) or Path(place(name)).suffix == GGUF
+
+
+def _source(name: str) -> dict[str, Any]:
+    """What every `from_pretrained` is told of where a model lies: the folder and, in it, the GGUF file.
+    Raises: SurgeryError (unknown-model; missing-extra)."""
+    where = Path(place(name))
+    if where.suffix != GGUF or not where.is_file():
+        return {"pretrained_model_name_or_path": place(name)}
+    need("gguf", "gguf", "reading a GGUF file")
+    return {"pretrained_model_name_or_path": str(where.parent), "gguf_file": where.name}
+
+
+def _from_files(name: str, kind: Any, **options: Any) -> Any:
+    """What a class of transformers makes of a model's files; GGUF weights become plain numbers.
+    Raises: SurgeryError (unknown-model; missing-extra)."""
+    import transformers
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    source = _source(name)
+    if "gguf_file" not in source:
+        return _asked(name, lambda: kind.from_pretrained(**source, **options))
+    if packs := getattr(transformers, "GgufConfig", None):  # else later versions may keep the weights packed
+        options["quantization_config"] = packs(dequantize=True)
+    # Its bar for these files is one that nothing turns off.
+    with nullcontext() if is_progress_bar_enabled() else redirect_stderr(StringIO()):
+        found = _asked(name, lambda: kind.from_pretrained(**source, **options))
+    model = found[0] if isinstance(found, tuple) else found
+    if hasattr(model.config, "quantization_config"):  # it would not be saved, though nothing is packed any more
+        del model.config.quantization_config, model.hf_quantizer
+        model.is_quantized = False
+    return found
 
 
 def _config(name: str, trust: bool = False) -> PreTrainedConfig:
@@ -209,13 +233,16 @@ def _config(name: str, trust: bool = False) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     exists = bool(name) and Path(name).exists()
-    if exists and not (Path(name) / "config.json").is_file():
+    if exists and Path(name).suffix != GGUF and not (Path(name) / "config.json").is_file():
         what = "has no config.json" if Path(name).is_dir() else "is a file"
         raise fail("unknown-model", f"{name} {what}, so it is not a model's folder", helps=_near(name))
     if not (exists or name.startswith(PACKAGE) or _HUB_ID.fullmatch(name)):
         raise fail("unknown-model", f"there is no folder `{name}`, and it is no id of the hub (OWNER/NAME)",
                    helps=(_MODELS,))
-    found = _asked(name, lambda: AutoConfig.from_pretrained(place(name), trust_remote_code=trust))
+    source = _source(name)
+    found = _asked(name, lambda: AutoConfig.from_pretrained(**source, trust_remote_code=trust))
+    if "gguf_file" in source:  # which does not say its class
+        found.architectures = _generator(found)
     # OWNER/NAME is code too: a kernel that transformers would fetch from the hub and run.
     parts = [found, *(getattr(found, part, None) for part in getattr(found, "sub_configs", None) or ())]
     kernels = [k for part in parts if isinstance(k := getattr(part, "_attn_implementation", None), str) and "/" in k]
@@ -223,6 +250,14 @@ def _config(name: str, trust: bool = False) -> PreTrainedConfig:
         raise fail("unknown-model", f"{name} asks for attention by code from elsewhere: {some(kernels)}",
                    helps=("say --trust-remote-code if it may run",))
     return found
+
+
+def _generator(config: PreTrainedConfig) -> list[str]:
+    """The class of a configuration's models that give the next token, which is what GGUF files hold."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    tables = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+    return [kind.__name__ for table in tables if (kind := _mapped(table, config))][:1]
 
 
 def _near(name: str) -> tuple[str, ...]:

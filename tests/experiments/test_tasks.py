@@ -10,7 +10,8 @@ from small_text import words
 
 import surgery
 from surgery.experiments.text_tasks import Task, read, scores, spearman
-from surgery.experiments.training import Setting, need, outputs, train, with_head
+from surgery.experiments.training import Setting, outputs, train, with_head
+from surgery.extras import need
 from surgery.models.demo import load_demo
 from surgery.models.loading import load_with_head, place, skeleton, tokenizer
 
@@ -178,6 +179,6 @@ def test_numbers_are_regressed_on() -> None:
 
 def test_a_missing_extra_says_what_to_install(monkeypatch) -> None:
     nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr("surgery.experiments.training.importlib", nothing)
+    monkeypatch.setattr("surgery.extras.importlib", nothing)
     assert "pip install 'surgery[train]'" in refusal(train, None, None, VOWELS, Setting())
     assert "missing-extra" in refusal(need, "accelerate", "train", "training")
