@@ -56,8 +56,10 @@ parameters = st.builds(tree.Parameter, name=names, type=st.sampled_from(["int", 
 checks = st.builds(tree.Check, condition=expressions, trivia=leaf_trivia)
 selectors = tuples(st.one_of(patterns.map(tree.Pattern), selector_names.map(tree.Reference)), min_size=1, max_size=3)
 values = st.fixed_dictionaries({"init": expressions}) | st.fixed_dictionaries({"draw": step_calls})
-params = st.builds(lambda value, **more: tree.Param(**value, **more), values, name=names,
-                   dims=tuples(expressions, max_size=2), frozen=st.booleans(), shared=st.booleans(), trivia=leaf_trivia)
+clauses = st.fixed_dictionaries({"frozen": st.just(True)}) | st.fixed_dictionaries(
+    {"rate": st.none() | expressions, "decay": st.booleans(), "manifold": st.sampled_from([None, "stiefel"])})
+params = st.builds(lambda value, clauses, **more: tree.Param(**value, **clauses, **more), values, clauses, name=names,
+                   dims=tuples(expressions, max_size=2), shared=st.booleans(), trivia=leaf_trivia)
 lets = st.builds(tree.Let, name=names, value=expressions, trivia=leaf_trivia)
 
 

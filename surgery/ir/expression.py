@@ -133,7 +133,8 @@ class Leaf:
 
     `init` is an expression over the weight and earlier leaves; otherwise `draw` says how it is drawn. `group` is the
     same for every module of a target that shares the tensor (with equal shapes), and None when it is the module's own.
-    `whole` numbers are places of entries, never trained.
+    `whole` numbers are places of entries, never trained. How it trains: at `rate` times the learning rate, without
+    weight decay unless it `decays`, and kept on a `manifold` (a row of `manifolds.MANIFOLDS`).
     """
 
     key: str
@@ -144,6 +145,9 @@ class Leaf:
     group: str | None = None
     span: Span | None = None
     whole: bool = False
+    rate: Dim | float = 1.0
+    decays: bool = True
+    manifold: str | None = None
 
     @property
     def law(self) -> Draw:

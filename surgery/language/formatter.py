@@ -201,7 +201,9 @@ def _param(node: tree.Param) -> str:
     dims = f"[{', '.join(map(expression_text, node.dims))}]" if node.dims else ""
     start = [f"~ {expression_text(node.draw)}"] if node.draw is not None else []
     start += [f"= {expression_text(node.init)}"] if node.init is not None else []  # the one or the other, never both
-    return " ".join([f"{flags}param {node.name}{dims}", *start])
+    clauses = [f"rate {expression_text(node.rate)}"] if node.rate is not None else []
+    clauses += ["no decay"] * (not node.decay) + [f"on {node.manifold}"] * bool(node.manifold)
+    return " ".join([f"{flags}param {node.name}{dims}", *start, *clauses])
 
 
 def _listed(selectors: tuple) -> list[str]:

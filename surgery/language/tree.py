@@ -179,7 +179,8 @@ class Select(Node):
 
 
 class Param(Node):
-    """`[frozen] [shared] param NAME[dims] = init` or `~ draw`."""
+    """`[frozen] [shared] param NAME[dims] = init` or `~ draw`, then how it trains: `rate 16`, `no decay`, `on stiefel`.
+    """
 
     what: Literal["param"] = "param"
     name: str
@@ -188,6 +189,9 @@ class Param(Node):
     draw: CallExpr | None = None
     frozen: bool = False
     shared: bool = False
+    rate: Expr | None = None
+    decay: bool = True
+    manifold: Literal["stiefel"] | None = None
 
 
 class Let(Node):

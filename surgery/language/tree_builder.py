@@ -117,8 +117,23 @@ class Builder:
     def claims(self, span: Span, *names: Token) -> tuple:
         return names
 
-    def param(self, span: Span, flags: dict | None, name: Token, dims: tuple | None, start: dict) -> tree.Param:
-        return tree.Param(name=str(name), dims=dims or (), **start, **(flags or {}), **self._place(span, name))
+    def param(self, span: Span, flags: dict | None, name: Token, dims: tuple | None, start: dict,
+              *clauses: tuple) -> tree.Param:
+        fields: dict[str, Any] = {**start, **(flags or {})}
+        for field, word, value, place in clauses:
+            if field in fields:
+                self.found.error("syntax", f"`{word}` stands twice", place)
+            fields[field] = value
+        return tree.Param(name=str(name), dims=dims or (), **fields, **self._place(span, name))
+
+    def rate(self, span: Span, value: tree.Expression) -> tuple:
+        return "rate", "rate", value, span
+
+    def no_decay(self, span: Span) -> tuple:
+        return "decay", "no decay", False, span
+
+    def on_manifold(self, span: Span, manifold: Token) -> tuple:
+        return "manifold", f"on {manifold}", str(manifold), span
 
     def param_flags(self, span: Span, *flags: Token) -> dict[str, bool]:
         return {FLAGS[flag.type]: True for flag in flags}

@@ -143,6 +143,11 @@ def _param(found: Collector, param: tree.Param) -> None:
     if (param.init is None) is (param.draw is None):
         found.error("syntax", f"param `{param.name}` starts at a value (`=`) or at a draw (`~`), one of the two",
                     param.span)
+    said = [*(["rate"] if param.rate is not None else []), *["no decay"] * (not param.decay),
+            *[f"on {param.manifold}"] * bool(param.manifold)]
+    if param.frozen and said:
+        found.error("syntax", f"`{said[0]}` says how a parameter trains, and `{param.name}` is frozen", param.span,
+                    helps=("leave out the one or the other",))
 
 
 def _named(found: Collector, node: Any) -> None:

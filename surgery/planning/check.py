@@ -68,12 +68,16 @@ def _tried(resolved: ResolvedSpec) -> list[Diagnostic]:
     targets = {t: list(trials_of(t, resolved, report)) for t in resolved.spec.targets}
     unproven = [t for trials in targets.values() for t in trials
                 if not t.target.shifted and not starts_as_weight(t.formula)]
+    unplaced = [t for trials in targets.values() for t in trials if any(leaf.manifold for leaf in t.formula.leaves)]
     unused = [t for target in _unplaced(resolved.spec) for t in trials_of(target, resolved, report)]
     claiming = [t for t in (*sum(targets.values(), []), *unused) if t.formula.claims]
     idle = [trials for trials in targets.values() if trials and not any(surely_trains(t.formula) for t in trials)]
-    if unproven or claiming or idle:
-        from surgery.planning.numeric_check import try_claims, try_gradients, try_starts
+    if unproven or claiming or idle or unplaced:
+        from surgery.planning.numeric_check import try_claims, try_gradients, try_manifolds, try_starts
 
+        report.add(*(faults := try_manifolds(unplaced)))
+        if faults:  # what does not start where it says starts nowhere in particular
+            return report.found
         report.add(*try_starts(unproven), *try_claims(claiming), *try_gradients(idle))
     for trials in targets.values():
         report.add(*islice(chain.from_iterable(map(_miscompiled, trials)), 1))

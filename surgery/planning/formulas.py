@@ -128,6 +128,8 @@ class Page:
         shape = f" {shape_text(leaf.shape)}" if leaf.shape else ""
         start = f"= {maths.short(leaf.init)}" if leaf.init is not None else f"~ {_draw_text(leaf.law)}"
         notes = ["frozen"] * leaf.frozen + ["shared by the modules of the target"] * bool(leaf.group)
+        notes += [f"rate {number_text(leaf.rate)}"] * (leaf.rate != 1) + ["no decay"] * (not leaf.decays)
+        notes += [f"kept on {leaf.manifold}"] * bool(leaf.manifold)
         return f"{self.symbols[leaf.expr]}{shape} {start}", ", ".join(notes)
 
     def _dropout_lines(self) -> list[str]:

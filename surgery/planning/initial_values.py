@@ -11,9 +11,10 @@ from collections.abc import Mapping
 import torch
 import torch.nn as nn
 
-from surgery.diagnostics import Diagnostic
+from surgery.diagnostics import Diagnostic, fail
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import Leaf, walk
+from surgery.ir.manifolds import MANIFOLDS
 from surgery.ir.sizes import known_shape
 from surgery.language.tree import Target
 from surgery.layers.survey import Site
@@ -23,6 +24,7 @@ from surgery.text import counted
 
 Shared = dict[tuple[str | None, tuple[int, ...]], torch.Tensor]
 IDENTITY_TOLERANCE = 1e-5
+MANIFOLD_TOLERANCE = 1e-4  # what float32 leaves of W's singular vectors and of what is drawn is a tenth of it
 
 
 def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> dict[str, torch.Tensor]:
@@ -36,11 +38,26 @@ def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> di
         if leaf.group and key in shared:
             made[leaf.key] = shared[key]
         else:
-            made[leaf.key] = _held(_start(placed, leaf, values, seed, known), leaf, dtype)
+            start = _start(placed, leaf, values, seed, known)
+            assert_on_manifold(leaf, start, placed.site.name)
+            made[leaf.key] = _held(start, leaf, dtype)
         if leaf.group:
             shared[key] = made[leaf.key]
         values[leaf.key] = in_dtype(made[leaf.key].detach(), values["weight"].dtype)
     return made
+
+
+def assert_on_manifold(leaf: Leaf, start: torch.Tensor, module: str) -> None:
+    """Raises: SurgeryError (off-manifold), for a leaf that is kept on a manifold and starts elsewhere. To move it there
+    would be to start from another W' than the one that is checked and proven."""
+    if leaf.manifold is None or start.is_meta:
+        return
+    manifold = MANIFOLDS[leaf.manifold]
+    if not (defect := manifold.defect(start)) <= MANIFOLD_TOLERANCE:
+        name = leaf.key.rpartition(".")[2]
+        raise fail("off-manifold", f"`{name}` is kept `on {leaf.manifold}`, and does not start there in {module}",
+                   leaf.span, notes=(f"{manifold.maths} is {defect:.1e}; allowed is {MANIFOLD_TOLERANCE:.0e}",),
+                   helps=(f"start it at {manifold.starts}",))
 
 
 def starts_around_zero(leaf: Leaf) -> bool:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from surgery.diagnostics import Diagnostic
+from surgery.diagnostics import Diagnostic, SurgeryError
 from surgery.ir.dense import dense
 from surgery.ir.expression import Claim
+from surgery.ir.manifolds import MANIFOLDS
 from surgery.ir.sizes import known_shape
 from surgery.layers.survey import sites
 from surgery.planning.compile import Placed
@@ -64,6 +65,17 @@ def _departure(placed: Placed) -> float:
     values, formula = _start(placed), placed.formula
     return max(departure(values["weight"], dense(formula.weight, values)),
                departure(values["bias"], dense(formula.bias, values)))
+
+
+def try_manifolds(trials: Iterable[Trial]) -> list[Diagnostic]:
+    """One diagnostic for each parameter that is kept on a manifold and does not start there."""
+    told: dict[tuple, Diagnostic] = {}
+    for trial in trials:
+        try:
+            _start(_placed(trial))
+        except SurgeryError as error:
+            told |= {(d.code, d.span): d for d in error.diagnostics}
+    return [*told.values()]
 
 
 # ---------------------------------------------------------------------------------------------------- gradients
@@ -163,7 +175,10 @@ def _moved(trial: Trial, start: dict[str, Tensor], distance: float) -> dict[str,
     generator = torch.Generator().manual_seed(1)
     moved = {leaf.key: start[leaf.key] + distance * _noise(known_shape(leaf.shape), generator)
              for leaf in trial.formula.leaves if not leaf.frozen}
-    return {**start, **moved}
+    # what is kept on a manifold never leaves it, and a claim may rest on that
+    kept = {leaf.key: MANIFOLDS[leaf.manifold].retract(moved[leaf.key]) for leaf in trial.formula.leaves
+            if leaf.manifold}
+    return {**start, **moved, **kept}
 
 
 def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -34,6 +34,7 @@ from surgery.layers.opaque_linear import (
 from surgery.runtime.effective_weight import effective_weight, holds_parameters
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.frozen_opaque import frozen
+from surgery.runtime.retraction import watch
 from surgery.runtime.serving import Serving, fingerprint
 from surgery.runtime.sharding import whole
 
@@ -126,6 +127,7 @@ class Adapter(nn.Module):
                 self.add_module(step, StepTensors())
             self._modules[step].add(name, tensors[leaf.key])
         self._paths = tuple((leaf.key, *self._place(leaf.key)) for leaf in formula.leaves)
+        watch(self)
 
     def _place(self, key: str) -> tuple[str | None, str]:
         """The step's module and the name in it; None for the shared tensors'."""
@@ -276,6 +278,7 @@ class Adapter(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        watch(self)
         if self.prepared is not None:
             self.prepare(self.prepared)
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn as nn
 
 from surgery.diagnostics import Collector, fail
+from surgery.ir.sizes import Dim
 from surgery.language.tree import Spec, Target
 from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.wrappers import bare, own_parameter
@@ -48,6 +49,7 @@ from surgery.runtime.adapter import (
 from surgery.runtime.checkpoints import SavesAdapter, Surgery
 from surgery.runtime.merge import merged, refuse_called
 from surgery.runtime.proof import Proof, Subject
+from surgery.runtime.retraction import retract
 from surgery.runtime.save import save
 from surgery.runtime.saved_format import SEEDS
 from surgery.runtime.serving import serving
@@ -298,10 +300,12 @@ class Surgeon:
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.0, **rates: float) -> list[dict[str, Any]]:
         """What trains, as an optimiser's groups: `AdamW(surgeon.parameter_groups(lr=1e-4, lr_B=1.6e-3,
-        weight_decay=0.01))`. `lr_NAME` is the rate of every `param NAME` of the spec (LoRA+ has a larger one for B).
+        weight_decay=0.01))`. `lr_NAME` is the rate of every `param NAME` of the spec (LoRA+ has a larger one for B);
+        without one, a parameter that says `rate 16` has 16 times `lr`.
 
         Decay pulls to 0, so it is given to what starts at 0, or is drawn around 0, and to the matrices of `train`; a
-        gain that starts at 1, or factors and norms of W, it would pull away from W.
+        gain that starts at 1, or factors and norms of W, it would pull away from W. What says `no decay`, or is kept on
+        a manifold, has none.
 
         Of a sharded model, ask after sharding. Raises: SurgeryError (bad-value).
         """
@@ -309,12 +313,14 @@ class Surgeon:
         given = {name.removeprefix("lr_"): rate for name, rate in rates.items()}
         tensors, groups = self.named_tensors(), {}
         decays = {name: tensors[name].ndim > 1 for name in self.plan.train}
-        names = dict.fromkeys(self.plan.train, "")
+        names, factors = dict.fromkeys(self.plan.train, ""), dict.fromkeys(self.plan.train, 1.0)
         for placed in self.plan.placed:
             for leaf in placed.formula.leaves:
                 if not leaf.frozen:
                     name = self.name_of(placed, leaf.key)
-                    names[name], decays[name] = leaf.key.rpartition(".")[2], starts_around_zero(leaf)
+                    assert not isinstance(leaf.rate, Dim)  # a real module's sizes are known
+                    names[name], factors[name] = leaf.key.rpartition(".")[2], leaf.rate
+                    decays[name] = leaf.decays and not leaf.manifold and starts_around_zero(leaf)
         known = {own for own in names.values() if own}
         wrong = [name for name in rates if not name.startswith("lr_") or name.removeprefix("lr_") not in known]
         if wrong or not all(rate >= 0 for rate in (lr, weight_decay, *rates.values())):
@@ -322,9 +328,17 @@ class Surgeon:
                        "rates and decay are numbers from 0 on",
                        notes=(f"there are: {', '.join(f'lr_{name}' for name in sorted(known))}",) if wrong else ())
         for name, own in names.items():
-            key = given.get(own, lr), weight_decay if decays[name] else 0.0
+            key = given.get(own, lr * factors[name]), weight_decay if decays[name] else 0.0
             groups.setdefault(key, []).append(tensors[name])
         return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+    def retract(self) -> None:
+        """Move what the spec keeps on a manifold (`param X[out, rank] ~ orthogonal() on stiefel`) to the nearest point
+        of it. After the step of an optimiser of torch's this happens by itself: call it after steps of your own.
+
+        Of a sharded model, on every process. Raises: SurgeryError (unsupported-module)."""
+        self._assert_standing()
+        retract(self.adapters.values())
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """Every adapter tensor and every `train` tensor by its name in the model, shared ones once. A number [] is held

@@ -99,8 +99,23 @@ class Instance:
         if whole and not param.frozen:
             raise fail("wrong-type", f"`{param.name}` holds whole numbers, which cannot be trained",
                        param.name_span or param.span, helps=(f"say `frozen param {param.name}`",))
-        self.leaves.append(Leaf(key, shape, init, law, param.frozen, group, param.name_span or param.span, whole))
+        if param.manifold and len(shape) < 2:
+            raise fail("shape-mismatch", f"`on {param.manifold}` is for matrices, and `{param.name}` is "
+                       f"{shape_text(shape)}", param.name_span or param.span)
+        rate = self._rate(param, param.rate) if param.rate is not None else 1.0
+        self.leaves.append(Leaf(key, shape, init, law, param.frozen, group, param.name_span or param.span, whole, rate,
+                                param.decay, param.manifold))
         return self.leaves[-1].expr
+
+    def _rate(self, param: Param, rate: Expression) -> Dim | float:
+        value = evaluate(rate, self.values)
+        if isinstance(value, bool) or not isinstance(value, NUMBERS):
+            raise fail("wrong-type", f"the rate of `{param.name}` must be a number known at compile time, not "
+                       f"{describe(value)}", rate.span)
+        if not isinstance(value, Dim) and not value > 0:
+            raise fail("bad-value", f"the rate of `{param.name}` must be more than 0, not {float(value):g}", rate.span,
+                       helps=(f"say `frozen param {param.name}` for what does not train",))
+        return value if isinstance(value, Dim) else float(value)
 
     def _init(self, param: Param, init: Expression, shape: tuple[Size, ...]) -> Expr:
         value = evaluate(init, self.values)
