@@ -41,6 +41,20 @@ def used_once() -> list[str]:
     ]
 
 
+def rows(tree: ast.AST) -> set[str]:
+    """The names that stand as values outside all functions: in a table of rules, mostly."""
+    values, nodes = set(), [tree]
+    while nodes:
+        node = nodes.pop()
+        # what a call at the top of a module calls is no value: `_TABLE = _read()`
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            nodes += [*node.args, *(keyword.value for keyword in node.keywords)]
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            nodes += ast.iter_child_nodes(node)
+            values |= {node.id} if isinstance(node, ast.Name) else set()
+    return values
+
+
 def imported(tree: ast.AST) -> set[str]:
     """The modules of the package that a tree imports when it runs, wherever in it."""
     found = set()
@@ -111,27 +125,30 @@ def main() -> None:
     # the package itself finds its public names when they are asked for, and everybody may read its version
     folders.pop("", None)
     once = used_once()
+    values = {f"{module}.{name}" for module, tree in TREES.items() for name in rows(tree)}
+    called = [name for name in once if name not in values]
     top = [p for p in PACKAGE.iterdir() if p.suffix == ".py" and not p.name.startswith("__")]
-    rows = {
+    figures = {
         "files at the top": len(top),
         "folders at the top": len([p for p in PACKAGE.iterdir() if (p / "__init__.py").exists()]),
         "circles of modules": len(circles(modules)),
         "circles of folders": len(circles(folders)),
         "functions": len(lengths),
         "private helpers used once": f"{len(once)} ({100 * len(once) / len(lengths):.0f} %)",
+        "of these, called (not rows of a table)": f"{len(called)} ({100 * len(called) / len(lengths):.0f} %)",
         "function length, median / 90 %": f"{median(lengths):.0f} / {quantiles(lengths, n=10)[-1]:.0f}",
         "functions over 40 lines": sum(n > 40 for n in lengths),
         "comments per 100 lines": f"{comments():.1f}",
         "ruff": findings("ruff", "check", "--output-format", "json", "."),
         "pyright": findings("pyright", "--outputjson", "surgery"),
     }
-    width = max(map(len, rows))
-    for name, value in rows.items():
+    width = max(map(len, figures))
+    for name, value in figures.items():
         print(f"{name:<{width}}  {value}")
     for group in (*circles(modules), *circles(folders)):
         print("circle:", ", ".join(sorted(group)))
     if "--once" in sys.argv:
-        print(*once, sep="\n")
+        print(*(f"{name}{' (row)' * (name in values)}" for name in once), sep="\n")
 
 
 if __name__ == "__main__":

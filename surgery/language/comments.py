@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from lark import Token, Tree
 
 from surgery.language.grammar import extent, pattern_of
-from surgery.language.tree import Trivia
+from surgery.language.json_fields import Trivia
 
 FILE = -1
 STATEMENTS = {"language", "use", "header", "check", "select", "train", "parameter", "transform",

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from surgery.diagnostics import Span, SurgeryError, fail
+from surgery.language.registry import Registered
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,13 @@ def as_expression(value: Any) -> Expression:
         number = int(value) if isinstance(value, Integral) else float(value)
         return Unary("-", Number(-number)) if math.copysign(1, number) < 0 else Number(number)
     if isinstance(value, str):
-        from surgery.language.parser import parse_expression
-
-        return parse_expression(value)
+        return Registered.parse_expression(value)
     raise fail("bad-value", f"{str(value)[:60]!r} is not an expression",
                notes=("give a number, a boolean, or the text of an expression",))
 
 
 def _as_text(value: Expression) -> str:
-    from surgery.language.formatter import expression_text
-
-    return expression_text(value)
+    return Registered.expression_text(value)
 
 
 def _reader(kind: type[Expression]) -> PlainValidator:

@@ -38,6 +38,7 @@ from surgery.language.expressions import (
 )
 from surgery.language.json_errors import told_of
 from surgery.language.json_fields import Comments, Many, Pattern, Place, Reference, Selectors, Trivia
+from surgery.language.registry import Registered
 
 __all__ = [
     "Argument",
@@ -314,9 +315,7 @@ class Spec(Node):
 
     @model_validator(mode="after")
     def _well_formed(self) -> Spec:
-        from surgery.language.well_formed import check_spec
-
-        check_spec(self).raise_errors()
+        Registered.check_spec(self).raise_errors()
         return self
 
     def __str__(self) -> str:
@@ -332,13 +331,9 @@ class Spec(Node):
 
     def to_surg(self) -> str:
         """The spec as formatted `.surg` text; `parse` of it gives an equal spec."""
-        from surgery.language.formatter import spec_text
-
-        return spec_text(self)
+        return Registered.spec_text(self)
 
     def retarget(self, *patterns: str, at: int | None = None) -> Spec:
         """The spec with a target's patterns replaced, which is what `--target` does: of its only target, or of number
         `at`, from 1. A bare name is a selector."""
-        from surgery.language.library import retarget
-
-        return retarget(self, *patterns, at=at)
+        return Registered.retarget(self, *patterns, at=at)

@@ -25,6 +25,7 @@ from surgery.language.library import Library, load
 from surgery.language.tree import Spec, Target
 from surgery.layers.survey import Site
 from surgery.matching.selection import Selection, select
+from surgery.planning.figures import Report
 from surgery.semantics.lint import lint
 from surgery.semantics.resolved_spec import ResolvedSpec
 from surgery.text import counted, listed
@@ -71,8 +72,6 @@ class Plan:
                 f"{counted(self.trainable, 'adapter parameter')} train>")
 
     def _repr_html_(self) -> str:
-        from surgery.planning.figures import Report
-
         return Report(self)._repr_html_()
 
     @property

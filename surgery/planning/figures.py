@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,11 +22,13 @@ from surgery.layers import opaque_linear
 from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.wrappers import parameter
 from surgery.matching.name_ranges import alike, ranged, starred
-from surgery.planning.compile import Placed, Plan
 from surgery.planning.cost_estimates import Estimate, fallback
 from surgery.planning.fitness import copy_size, dense_copies, estimated
 from surgery.planning.formulas import formula_lines
 from surgery.text import counted, dtype_text, sides_text, size_text
+
+if TYPE_CHECKING:  # `compile` imports this module, so that a plan shows its own figures in a notebook
+    from surgery.planning.compile import Placed, Plan
 
 
 class Row(NamedTuple):

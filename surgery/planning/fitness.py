@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from surgery.diagnostics import Diagnostic
 from surgery.layers import opaque_linear
 from surgery.layers.layouts import is_direct
-from surgery.planning.compile import Placed, Plan
 from surgery.planning.cost_estimates import Estimate
 from surgery.text import listed, size_text
+
+if TYPE_CHECKING:
+    from surgery.planning.compile import Placed, Plan
 
 
 def estimated(placed: Placed) -> Estimate:
