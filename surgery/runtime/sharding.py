@@ -98,6 +98,16 @@ def refuse_sharded(model: nn.Module) -> None:
                    "that it had then, and no adapter's", helps=("operate on the model first, then shard it",))
 
 
+def refuse_replicated(model: nn.Module) -> None:
+    """Raises: SurgeryError (unsupported-module) for a DistributedDataParallel of several processes: gradients of
+    parameters that come after it are averaged by nothing, and each process would train an adapter of its own."""
+    parallel = nn.parallel.DistributedDataParallel
+    groups = (m.process_group for m in model.modules() if isinstance(m, parallel))
+    if any(group is not None and group.size() > 1 for group in groups):
+        raise fail("unsupported-module", "DistributedDataParallel averages the gradients of those parameters alone "
+                   "that the model had when it was wrapped", helps=("operate on the model first, then wrap it",))
+
+
 def refuse_flattened(parameters: Iterable[tuple[str, Tensor | None]]) -> None:
     """Raises: SurgeryError (unsupported-module) for parameters that FullyShardedDataParallel has put into one."""
     for name, parameter in parameters:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 from weakref import ref
@@ -18,25 +18,17 @@ import torch
 import torch.nn as nn
 
 from surgery.diagnostics import Collector, fail
-from surgery.ir.sizes import Dim
-from surgery.language.tree import Spec, Target
+from surgery.language.tree import Spec
 from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.wrappers import bare, own_parameter
 from surgery.planning.compile import Placed, Plan, compile
 from surgery.planning.figures import Report
 from surgery.planning.fitness import dense_copies, unfit
 from surgery.planning.initial_values import (
-    IDENTITY_TOLERANCE,
     Shared,
-    departure,
-    frozen_leaves,
-    not_identity,
-    starts_around_zero,
     tensors,
 )
-from surgery.rewrite.prove_identity import starts_as_weight
 from surgery.runtime.adapter import (
-    CONTAINERS,
     SHARED,
     Adapter,
     Operated,
@@ -47,7 +39,10 @@ from surgery.runtime.adapter import (
     uninstall,
 )
 from surgery.runtime.checkpoints import SavesAdapter, Surgery
-from surgery.runtime.merge import merged, refuse_called
+from surgery.runtime.identity_check import assert_identity
+from surgery.runtime.kept_weights import Kept, with_merged
+from surgery.runtime.merge import refuse_called
+from surgery.runtime.optimiser_groups import parameter_groups
 from surgery.runtime.proof import Proof, Subject
 from surgery.runtime.retraction import retract
 from surgery.runtime.save import save
@@ -57,14 +52,14 @@ from surgery.runtime.sharding import (
     gather_up,
     is_part,
     joined,
-    numbers,
-    part,
     refuse_flattened,
+    refuse_replicated,
     refuse_sharded,
     refuse_unseen,
     whole,
 )
 from surgery.runtime.standing import Spot, Standing, changed
+from surgery.runtime.tensor_names import TensorNames
 from surgery.runtime.transaction import Scope, all_or_nothing, put
 from surgery.text import listed
 
@@ -142,7 +137,7 @@ class Surgeon:
     def __init__(self, model: nn.Module, plan: Plan, adapters: dict[str, Adapter], seed: int):
         self.model, self.plan, self.adapters, self.seed = bare(model), plan, adapters, seed
         self._given = model
-        self._standing = Standing(self.model, plan, adapters)
+        self._standing, self._names = Standing(self.model, plan, adapters), TensorNames(self.model, plan, adapters)
         self._mode = "base"
         self._required = [(module, {name: p.requires_grad for name, p in module._parameters.items() if p is not None})
                           for module in self.model.modules()]
@@ -176,32 +171,21 @@ class Surgeon:
 
     def check_identity(self) -> None:
         """Raises: SurgeryError (not-identity) with each target's modules that start elsewhere, and how far off."""
-        report = Collector()
-        for target in self.spec.targets:
-            report.add(*not_identity(target, self._departures(target)))
-        report.raise_errors()
-
-    def _departures(self, target: Target) -> dict[str, float]:
-        """The modules of a target whose weight does not start as it was, each with the relative change."""
-        mine = [p for p in self.plan.placed if p.target is target and not target.shifted and not p.site.is_meta
-                and not (p.site.layout.is_called and starts_as_weight(p.formula))]
-        found = {p.site.name: _start_error(p, self.adapters[p.site.name]) for p in mine}
-        return {name: change for name, change in found.items() if not change <= _tolerance(self.adapters[name])}
+        assert_identity(self.spec.targets, self.plan.placed, self.adapters)
 
     @all_or_nothing
     def operate(self, values: Mapping[str, torch.Tensor] | None = None) -> Surgeon:
         """Put the adapters in, with other `values` for some of their tensors; everything but them and what `train`
         names is frozen. Raises: SurgeryError (unsupported-module) for weights that have no numbers yet."""
-        self._assert_standing()
-        self._assert_numbers()
-        self._assert_averaged()
-        refuse_sharded(self._given)
+        self._assert_operable()
         for placed in self.plan.placed:
-            if placed.target.untie and not placed.site.layout.is_called:
-                self._untie(placed)
+            module, name = placed.site.module, placed.site.parameter
+            if placed.target.untie and not placed.site.layout.is_called:  # a called layer's tensors are not replaced
+                self._tied = {**self._tied, placed.site.weight_name: own_parameter(module, name)}
+                module._parameters[name] = nn.Parameter(own_parameter(module, name).detach().clone())
             for tensor in self.adapters[placed.site.name].tensors().values():  # the model may have moved since
                 tensor.data = tensor.data.to(placed.site.device)
-            install(placed.site.module, self.adapters[placed.site.name])
+            install(module, self.adapters[placed.site.name])
         for adapter in [a for a in self.adapters.values() if a.shared][:1]:
             hold_common(self.model, adapter)
         frozen = {id(adapter.tensors()[leaf.key]) for adapter in self.adapters.values()
@@ -223,7 +207,8 @@ class Surgeon:
         """Operate, and prove it if asked to. Raises: SurgeryError."""
         self.operate()
         if check:
-            self.proof = self._subject().prove(example, self._starts)
+            starts = not any(target.shifted for target in self.spec.targets)
+            self.proof = self._subject().prove(example, starts)
             report = Collector()
             report.add(*self.proof.warnings)
             report.raise_errors(strict)
@@ -244,18 +229,18 @@ class Surgeon:
     def _subject(self) -> Subject:
         return Subject(self.model, self.plan.placed, self.adapters, self.scope())
 
-    @property
-    def _starts(self) -> bool:
-        return not any(target.shifted for target in self.spec.targets)
-
-    def _assert_numbers(self) -> None:
-        """A tensor on the meta device has none: what starts from it, and what is put beside it, would be NaN later."""
+    def _assert_operable(self) -> None:
+        """Raises: SurgeryError (changed-model, unsupported-module), where adapters cannot be put in now."""
+        self._assert_standing()
+        # what starts from a tensor on the meta device, and what is put beside one, would be NaN later
         empty = [spot.name for spot in self._spots.values()
                  if (spot.placed.site.is_meta if spot.placed else spot.present.is_meta)]
         if empty:
             raise fail("unsupported-module", f"{listed(empty)} {'have' if len(empty) > 1 else 'has'} no numbers yet "
                        "(the meta device)",
                        helps=("load the weights first, without offloading them; `surgery.plan` needs none",))
+        refuse_replicated(self._given)
+        refuse_sharded(self._given)
 
     @property
     def _written(self) -> dict[str, torch.Tensor]:
@@ -276,21 +261,6 @@ class Surgeon:
             raise fail("unsupported-module", f"{verb}() is for a model that this process holds as a whole, and this "
                        "one is sharded", helps=(_UNSHARDED[verb],))
 
-    def _assert_averaged(self) -> None:
-        """Gradients of parameters that come after it are averaged by no DistributedDataParallel: each process would
-        train an adapter of its own."""
-        parallel = nn.parallel.DistributedDataParallel
-        groups = (m.process_group for m in self._given.modules() if isinstance(m, parallel))
-        if any(group is not None and group.size() > 1 for group in groups):
-            raise fail("unsupported-module", "DistributedDataParallel averages the gradients of those parameters alone "
-                       "that the model had when it was wrapped", helps=("operate on the model first, then wrap it",))
-
-    def _untie(self, placed: Placed) -> None:
-        module, name = placed.site.module, placed.site.parameter
-        tied = own_parameter(module, name)
-        self._tied = {**self._tied, placed.site.weight_name: tied}
-        module._parameters[name] = nn.Parameter(tied.detach().clone())
-
     def __repr__(self) -> str:
         return f"<Surgeon of {type(self.model).__name__}, {_SAID[self._mode]}: {Report(self.plan, self.dtype).summary}>"
 
@@ -303,34 +273,13 @@ class Surgeon:
         weight_decay=0.01))`. `lr_NAME` is the rate of every `param NAME` of the spec (LoRA+ has a larger one for B);
         without one, a parameter that says `rate 16` has 16 times `lr`.
 
-        Decay pulls to 0, so it is given to what starts at 0, or is drawn around 0, and to the matrices of `train`; a
-        gain that starts at 1, or factors and norms of W, it would pull away from W. What says `no decay`, or is kept on
-        a manifold, has none.
+        Decay is given to what starts at 0, or is drawn around 0, and to the matrices of `train`. What says `no decay`,
+        or is kept on a manifold, has none.
 
         Of a sharded model, ask after sharding. Raises: SurgeryError (bad-value).
         """
         self._assert_standing()
-        given = {name.removeprefix("lr_"): rate for name, rate in rates.items()}
-        tensors, groups = self.named_tensors(), {}
-        decays = {name: tensors[name].ndim > 1 for name in self.plan.train}
-        names, factors = dict.fromkeys(self.plan.train, ""), dict.fromkeys(self.plan.train, 1.0)
-        for placed in self.plan.placed:
-            for leaf in placed.formula.leaves:
-                if not leaf.frozen:
-                    name = self.name_of(placed, leaf.key)
-                    assert not isinstance(leaf.rate, Dim)  # a real module's sizes are known
-                    names[name], factors[name] = leaf.key.rpartition(".")[2], leaf.rate
-                    decays[name] = leaf.decays and not leaf.manifold and starts_around_zero(leaf)
-        known = {own for own in names.values() if own}
-        wrong = [name for name in rates if not name.startswith("lr_") or name.removeprefix("lr_") not in known]
-        if wrong or not all(rate >= 0 for rate in (lr, weight_decay, *rates.values())):
-            raise fail("bad-value", f"`{wrong[0]}` names no parameter that trains" if wrong else
-                       "rates and decay are numbers from 0 on",
-                       notes=(f"there are: {', '.join(f'lr_{name}' for name in sorted(known))}",) if wrong else ())
-        for name, own in names.items():
-            key = given.get(own, lr * factors[name]), weight_decay if decays[name] else 0.0
-            groups.setdefault(key, []).append(tensors[name])
-        return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+        return parameter_groups(self.plan, self.named_tensors(), self.name_of, lr, weight_decay, rates)
 
     def retract(self) -> None:
         """Move what the spec keeps on a manifold (`param X[out, rank] ~ orthogonal() on stiefel`) to the nearest point
@@ -343,29 +292,16 @@ class Surgeon:
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """Every adapter tensor and every `train` tensor by its name in the model, shared ones once. A number [] is held
         as [1]."""
-        found = {self.name_of(p, key): tensor for p in self.plan.placed
-                 for key, tensor in self.adapters[p.site.name].tensors().items()}
-        return found | {name: self._spots[name].present for name in self.plan.train}
+        return self._names.tensors() | {name: self._spots[name].present for name in self.plan.train}
 
     def name_of(self, placed: Placed, key: str) -> str:
         """What the tensor of an adapter's key is called in the model."""
-        adapter = self.adapters[placed.site.name]
-        if key not in adapter.shared:
-            return f"{placed.site.weight_name}{SUFFIX}.{key}"
-        if not isinstance(self.model, CONTAINERS):
-            return f"{SHARED}.{adapter.shared[key]}"
-        first = next(p for p in self.plan.placed if self.adapters[p.site.name].shared)
-        return f"{first.site.weight_name}{SUFFIX}.{SHARED}.{adapter.shared[key]}"
+        return self._names.of(placed, key)
 
     def as_named(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Values that are called as once, when a shared tensor went by the name that it had in its first
-        module and a number was held as [], under the names and in the shapes of `named_tensors`."""
-        now = {f"{p.site.weight_name}{SUFFIX}.{key}": self.name_of(p, key) for p in self.plan.placed
-               for key in self.adapters[p.site.name].shared}
-        found: dict[str, torch.Tensor] = {}
-        for name, value in values.items():
-            found.setdefault(now.get(name, name), value if value.ndim else value.reshape(1))
-        return found
+        """Values that were saved by this version or an earlier one, under the names and in the shapes of
+        `named_tensors`."""
+        return self._names.translated(values)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The values of `named_tensors` as trained, in every mode."""
@@ -449,19 +385,7 @@ class Surgeon:
         self._must_be("operated", "merge")
         self._assert_standing()
         refuse_called(self.plan.placed)
-        errors, kept = {}, dict(self._kept)
-        for placed in self.plan.placed:
-            made = merged(placed, self.adapters[placed.site.name])
-            errors[placed.site.name] = made.error
-            for name, tensor in made.tensors.items():
-                full = placed.site.weight_name.removesuffix(placed.site.parameter) + name
-                parameter = own_parameter(placed.site.module, name)
-                now = numbers(parameter)
-                before = kept[full].forms if full in kept else {"base": now}
-                # the part alone: that of the whole model would not fit here
-                forms = {**before, "operated": now, "merged": part(tensor, parameter)}
-                kept[full] = Kept(placed.site.module, name, forms)
-        self._kept = kept
+        self._kept, errors = with_merged(self._kept, self.plan.placed, self.adapters)
         self._enter("merged")
         return errors
 
@@ -593,40 +517,3 @@ class Surgeon:
         """What a saved adapter says of the surgery, beside its tensors."""
         return Surgery(self.spec, self.seed, self.dtype, tuple(self.named_tensors()), self.untied,
                        saves_as=self.saves_as)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What stands in the place of a parameter, by mode; one without a `merged` form is then as when operated."""
-
-    module: nn.Module
-    name: str
-    forms: Mapping[str, torch.Tensor]
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return own_parameter(self.module, self.name)
-
-    def form(self, mode: str) -> torch.Tensor:
-        """The numbers for a mode, in the dtype and on the device that the model has moved the parameter to."""
-        return self.forms[self._known(mode)].to(self.parameter.device, self.parameter.dtype)
-
-    def holding(self, mode: str) -> Kept:
-        """With what stands there now as the form of this mode."""
-        return replace(self, forms={**self.forms, self._known(mode): numbers(self.parameter)})
-
-    def _known(self, mode: str) -> str:
-        return "operated" if mode == "merged" and mode not in self.forms else mode
-
-
-def _tolerance(adapter: Adapter) -> float:
-    """1e-5, or the rounding of the adapter's own dtype where that is coarser."""
-    held = adapter.tensors().values()
-    return max([IDENTITY_TOLERANCE, *(torch.finfo(t.dtype).eps for t in held if t.is_floating_point())])
-
-
-@torch.no_grad()
-def _start_error(placed: Placed, adapter: Adapter) -> float:
-    before = frozen_leaves(placed)
-    after = adapter.weights(placed.site.module)
-    return max(departure(old, new) for old, new in zip(before.values(), after))

@@ -1,0 +1,51 @@
+"""What trains, as the parameter groups of an optimiser: a learning rate for each parameter of the spec, and decay only
+where it does no harm.
+
+Takes an operated model's named tensors and its plan; gives groups for `torch.optim`. Promises: each tensor is in one
+group; a rate that names nothing that trains is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from surgery.diagnostics import fail
+from surgery.ir.sizes import Dim
+from surgery.planning.compile import Placed, Plan
+from surgery.planning.initial_values import starts_around_zero
+
+
+def parameter_groups(plan: Plan, tensors: Mapping[str, torch.Tensor], name_of: Callable[[Placed, str], str], lr: float,
+                     weight_decay: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The groups of one rate and one decay each. `rates`: by `lr_NAME`, the rate of every `param NAME` of the spec,
+    whatever its own `rate` says; a parameter without one has `lr` times its `rate`.
+
+    Raises: SurgeryError (bad-value)."""
+    # Decay pulls to 0. A gain that starts at 1 it would pull away from W, so it is given to what starts around 0, and
+    # to the matrices of `train`, as trainers do (a bias or a norm gets none). On a manifold there is no way to 0.
+    decays = {name: tensors[name].ndim > 1 for name in plan.train}
+    own_names = dict.fromkeys(plan.train, "")  # of each tensor, its name in the spec
+    factors = dict.fromkeys(plan.train, 1.0)  # and what `rate` says
+    for placed in plan.placed:
+        for leaf in placed.formula.leaves:
+            if not leaf.frozen:
+                name = name_of(placed, leaf.key)
+                assert not isinstance(leaf.rate, Dim)  # a real module's sizes are known
+                own_names[name], factors[name] = leaf.key.rpartition(".")[2], leaf.rate
+                decays[name] = leaf.decays and not leaf.manifold and starts_around_zero(leaf)
+    known = {own for own in own_names.values() if own}
+    given = {name.removeprefix("lr_"): rate for name, rate in rates.items()}
+    unknown = [name for name in rates if not name.startswith("lr_") or name.removeprefix("lr_") not in known]
+    if unknown:
+        raise fail("bad-value", f"`{unknown[0]}` names no parameter that trains",
+                   notes=(f"there are: {', '.join(f'lr_{name}' for name in sorted(known))}",))
+    if not all(rate >= 0 for rate in (lr, weight_decay, *rates.values())):  # a NaN is not either
+        raise fail("bad-value", "rates and decay are numbers from 0 on")
+    groups: dict[tuple[float, float], list[torch.Tensor]] = {}
+    for name, own in own_names.items():
+        key = given.get(own, lr * factors[name]), weight_decay if decays[name] else 0.0
+        groups.setdefault(key, []).append(tensors[name])
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
