@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,9 +23,6 @@ from surgery.cli.options import (
 from surgery.cli.output import Output
 from surgery.text import counted
 
-if TYPE_CHECKING:
-    from surgery.runtime.surgeon import Surgeon
-
 _LARGEST_SEED = (1 << 64) - 1  # that torch takes
 
 
@@ -43,48 +39,33 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
 
     The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged.
     """
-    from surgery.runtime.save import MODEL
+    from surgery.models.loading import preprocessors
+    from surgery.runtime.save import MODEL, save_merged
     from surgery.runtime.saved_format import ADAPTER
+    from surgery.runtime.surgeon import apply as operate
 
     if merge and out is None:
         raise click.UsageError("--merge needs -o DIR.")
-    if out is not None:
+    if out is not None:  # refused now, since loading may take minutes
         free(out, force, MODEL if merge else ADAPTER)
     asked = opened(spec, sets, targets)
     subject = loaded(output, model, dtype)
-    surgeon = _operate(output, subject, asked, seed, strict)
+    with output.busy("operating"):
+        surgeon = operate(subject, asked, seed=seed, strict=strict)
+    output.diagnostics(surgeon.plan.warnings)
     if out is not None:
-        _save(output, surgeon, model, out, merge, force)
+        with output.busy(f"saving {out}"):
+            if merge:
+                save_merged(surgeon, out, preprocessors(model, output.trust), force)
+            else:
+                surgeon.save(out, base_model=model, force=force)
     report = surgeon.report()
     output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{report}\n"
                f"start     {surgeon.proof}")
     if out is not None:
-        _say_saved(output, out, merge)
+        # A command to paste, so its paths are quoted as a shell reads them.
+        saved, merged = shlex.quote(out), shlex.quote(f"{Path(out)}-merged")
+        following = f"surgery modules {saved}" if merge else f"surgery merge {saved} -o {merged}"
+        output.say(f"saved     {out}\nnext      {following}")
     output.data(source=spec, model=model, out=out, merged=merge, seed=seed, logits_change=surgeon.proof.start,
                 **report.to_json())
-
-
-def _operate(output: Output, model: Any, spec: Any, seed: int, strict: bool) -> Surgeon:
-    from surgery.runtime.surgeon import apply
-
-    with output.busy("operating"):
-        surgeon = apply(model, spec, seed=seed, strict=strict)
-    output.diagnostics(surgeon.plan.warnings)
-    return surgeon
-
-
-def _save(output: Output, surgeon: Surgeon, model: str, out: str, merged: bool, force: bool) -> None:
-    from surgery.models.loading import preprocessors
-    from surgery.runtime.save import save_merged
-
-    with output.busy(f"saving {out}"):
-        if merged:
-            save_merged(surgeon, out, preprocessors(model, output.trust), force)
-        else:
-            surgeon.save(out, base_model=model, force=force)
-
-
-def _say_saved(output: Output, out: str, merged: bool) -> None:
-    saved, beside = shlex.quote(out), shlex.quote(f"{Path(out)}-merged")
-    following = f"surgery modules {saved}" if merged else f"surgery merge {saved} -o {beside}"
-    output.say(f"saved     {out}\nnext      {following}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
     from surgery.experiments.bench import Bench
-    from surgery.language.tree import Spec
 
 
 @command(click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),
@@ -43,47 +40,36 @@ def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int,
     frozen. All take turns in one process. A parameter that --set names is set in every spec that has it. Ctrl-C shows
     what is known by then.
     """
+    import torch
+
+    from surgery.experiments.bench import Bench
+
     if against:
         from surgery.extras import need
 
         need("peft", "peft", "--against peft")
     named = opened_together(specs, sets, targets)
-    with _memory(device):
-        ready = _ready(output, model, dtype, device, named, tokens, bool(against), compiled)
+    try:
+        subject = loaded(output, model, dtype).to(_device(device))
+        with output.busy("operating"):
+            ready = Bench(subject, named, tokens, bool(against), compiled)
         try:
             with output.progress() as say:
                 for what in ready.run(repeat):
                     say(what)
-        finally:
+        finally:  # whatever stops the rounds, those that are done are shown
             _show(output, ready, model, tokens)
-
-
-@contextmanager
-def _memory(device: str) -> Iterator[None]:
-    """A device that is too small for the block is the user's to know, not our mistake."""
-    import torch
-
-    try:
-        yield
     except torch.OutOfMemoryError:
+        # A device that is too small is the user's to know, not our mistake.
         raise fail("bad-value", f"this does not fit into the memory of {device}",
                    helps=("fewer --tokens, fewer specs at a time, or a smaller --dtype",)) from None
-
-
-def _ready(output: Output, model: str, dtype: str | None, device: str, specs: Mapping[str, Spec],
-           tokens: tuple[int, int], against: bool, compiled: bool) -> Bench:
-    from surgery.experiments.bench import Bench
-
-    place = _device(device)
-    subject = loaded(output, model, dtype).to(place)
-    with output.busy("operating"):
-        return Bench(subject, specs, tokens, against, compiled)
 
 
 def _device(name: str) -> torch.device:
     import torch
 
     try:
+        # torch knows more names than it has devices: only a tensor there shows that one exists
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say that there is none
@@ -95,7 +81,16 @@ def _device(name: str) -> torch.device:
 
 def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int]) -> None:
     """The rows as a table, those that know nothing yet too."""
-    rows, machine = ready.rows(), _machine(ready)
+    import platform
+
+    import torch
+
+    dtype = dtype_text(next(ready.model.parameters()).dtype)
+    processor = (torch.cuda.get_device_name(ready.device) if ready.device.type == "cuda"
+                 else f"{platform.machine()}, {torch.get_num_threads()} threads")
+    machine = f"{dtype}{', compiled,' * ready.compiled} on {ready.device} ({processor}, torch {torch.__version__})"
+    rows = ready.rows()
+    # Ctrl-C may have cut the rounds short: the table says how many its medians rest on.
     rounds = {phase: len(times) for phase, times in ready.frozen.times.items()}
     passes, steps = rounds["forward"], rounds["step"]
     output.say("\n".join([
@@ -109,41 +104,25 @@ def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int]) -> 
     output.data(model=model, tokens=list(tokens), machine=machine, rounds=rounds, rows=rows)
 
 
-def _machine(ready: Bench) -> str:
-    """`float32 on cpu (x86_64, 2 threads, torch 2.13.0)`."""
-    import platform
-
-    import torch
-
-    dtype = dtype_text(next(ready.model.parameters()).dtype)
-    what = (torch.cuda.get_device_name(ready.device) if ready.device.type == "cuda"
-            else f"{platform.machine()}, {torch.get_num_threads()} threads")
-    return f"{dtype}{', compiled,' * ready.compiled} on {ready.device} ({what}, torch {torch.__version__})"
-
-
 _HEAD = ["", "parameters", "forward", "step", "peak"]
 _PEFT_HEAD = ["PEFT: forward", "step", "peak", "our step / PEFT's"]
 
 
 def _table(rows: list[dict[str, Any]], against_peft: bool) -> list[str]:
+    """The frozen model's row in milliseconds, then every spec's as multiples of it."""
     frozen, *specs = rows
-    return aligned([[*_HEAD, *_PEFT_HEAD[: 4 * against_peft]], _frozen_line(frozen),
-                    *(_line(row) + (_peft_cells(row) if against_peft else []) for row in specs)])
-
-
-def _frozen_line(row: dict[str, Any]) -> list[str]:
-    times = [row[f"{phase}_seconds"] for phase in ("forward", "step")]
-    return ["frozen", "0", *("-" if t is None else f"{1000 * t:.4g} ms" for t in times), _peak(row["peak_bytes"])]
-
-
-def _line(row: dict[str, Any]) -> list[str]:
-    return [row["name"], f"{row['trained']:,}", _ratio(row, "forward"), _ratio(row, "step"), _peak(row["peak_bytes"])]
-
-
-def _peft_cells(row: dict[str, Any]) -> list[str]:
-    over = row["step_over_peft"]
-    return [_ratio(row, "peft_forward"), _ratio(row, "peft_step"), _peak(row["peft_peak_bytes"]),
-            "-" if over is None else f"{over:.2f}"]
+    times = [frozen[f"{phase}_seconds"] for phase in ("forward", "step")]
+    lines = [[*_HEAD, *_PEFT_HEAD[: 4 * against_peft]],
+             ["frozen", "0", *("-" if t is None else f"{1000 * t:.4g} ms" for t in times), _peak(frozen["peak_bytes"])]]
+    for row in specs:
+        cells = [row["name"], f"{row['trained']:,}", _ratio(row, "forward"), _ratio(row, "step"),
+                 _peak(row["peak_bytes"])]
+        if against_peft:
+            over = row["step_over_peft"]
+            cells += [_ratio(row, "peft_forward"), _ratio(row, "peft_step"), _peak(row["peft_peak_bytes"]),
+                      "-" if over is None else f"{over:.2f}"]
+        lines.append(cells)
+    return aligned(lines)
 
 
 def _ratio(row: dict[str, Any], of: str) -> str:

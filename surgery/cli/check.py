@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
-from surgery.cli.help import told_of_code
+from surgery.cli.help import explain_code
 from surgery.cli.options import command, files_below, opened, sets, skeleton_of, strict_option, trust_option
 from surgery.cli.output import FORMATS, Output
 from surgery.diagnostics import Collector, SurgeryError
@@ -29,39 +27,30 @@ def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple
     is every .surg file below it.
     """
     from surgery.language.library import shipped
+    from surgery.planning.check import check as findings_of
+    from surgery.semantics.arguments import guard
 
     if explain:
-        return told_of_code(output, explain)
+        return explain_code(output, explain)
     if not specs:
         raise click.UsageError("Missing argument 'SPEC...'.")
     if output.as_json and form not in ("full", "json"):
         raise click.UsageError(f"--json and --output-format={form} are two forms.")
-    names = files_below(specs, shipped())
-    skeleton = skeleton_of(output, model) if model else None
-    results = {spec: _checked(output, spec, sets, skeleton) for spec in names}
-    failed = [spec for spec, found in results.items() if found.errors or (strict and found.found)]
-    for spec, found in results.items():
+    skeleton, results = (skeleton_of(output, model) if model else None), {}
+    for name in files_below(specs, shipped()):
+        results[name] = findings = Collector()
+        # One spec that does not parse must not keep the others from being checked.
+        with guard(findings):
+            read = opened(name, sets)
+            with output.busy("checking"):
+                findings.add(*findings_of(read, skeleton))
+        output.diagnostics(findings.found, name)
+    failed = [name for name, findings in results.items() if findings.errors or (strict and findings.found)]
+    for name, findings in results.items():
+        counts = [counted(len(part), noun)
+                  for part, noun in ((findings.errors, "error"), (findings.warnings, "warning")) if part]
         if form == "full":
-            output.say(f"{spec}: {_verdict(found, spec not in failed)}")
-    output.data(specs=[{"spec": spec, "ok": spec not in failed} for spec in results])
+            output.say(f"{name}: {', '.join([*(['ok'] if name not in failed else []), *counts])}")
+    output.data(specs=[{"spec": name, "ok": name not in failed} for name in results])
     if failed:
-        raise SurgeryError(d for found in results.values() for d in found.found)
-
-
-def _checked(output: Output, name: str, sets: tuple[str, ...], skeleton: Any) -> Collector:
-    """What is wrong with a spec; it is shown."""
-    from surgery.planning.check import check as findings
-    from surgery.semantics.arguments import guard
-
-    found = Collector()
-    with guard(found):
-        spec = opened(name, sets)
-        with output.busy("checking"):
-            found.add(*findings(spec, skeleton))
-    output.diagnostics(found.found, name)
-    return found
-
-
-def _verdict(found: Collector, ok: bool) -> str:
-    counts = [counted(len(part), noun) for part, noun in ((found.errors, "error"), (found.warnings, "warning")) if part]
-    return ", ".join([*(["ok"] if ok else []), *counts])
+        raise SurgeryError(d for findings in results.values() for d in findings.found)

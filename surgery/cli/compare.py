@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,11 @@ _BEYOND = {"top": "higher", "bottom": "lower"}
 def _above_zero(texts: Iterable[Any]) -> tuple[float, ...]:
     """The numbers above 0 that all the texts are; none where one is something else."""
     try:
-        found = tuple(map(float, texts))
+        numbers = tuple(map(float, texts))
     except ValueError:
         return ()
-    return found if all(0 < number < float("inf") for number in found) else ()
+    # float() reads `nan` and `inf` too, which are no rates; NaN fails both comparisons
+    return numbers if all(0 < number < float("inf") for number in numbers) else ()
 
 
 class Rates(click.ParamType):
@@ -40,8 +41,8 @@ class Rates(click.ParamType):
     name = "NUMBERS"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        if found := _above_zero(value.split(",")):
-            return tuple(dict.fromkeys(found))
+        if rates := _above_zero(value.split(",")):
+            return tuple(dict.fromkeys(rates))  # a rate that is written twice is trained with once
         self.fail(f"{value} is not a list such as 1e-4,1e-3")
 
 
@@ -51,8 +52,8 @@ class Amount(click.ParamType):
     name = "NUMBER"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        if found := _above_zero([value]):
-            return found[0]
+        if numbers := _above_zero([value]):
+            return numbers[0]
         self.fail(f"{value} is not a number above 0")
 
 
@@ -94,6 +95,7 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     from surgery.models.loading import quiet_libraries
     from surgery.runtime.atomic_folders import refuse_file
 
+    # All that can be refused without a model, before hours of training.
     need("accelerate", "train", "training")
     need("matplotlib", "plot", "the plot")
     refuse_file(Path(out) / TABLE)
@@ -116,6 +118,7 @@ def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) 
 
     named = opened_together([spec for spec in specs if spec != FULL], sets, targets)
     full: dict[str, Spec | None] = {FULL: None} if FULL in specs else {}
+    # a user's file full.surg must not be taken for full fine-tuning, whose runs lie under `full`
     return full | {f"{FULL}.surg" if name == FULL else name: spec for name, spec in named.items()}
 
 
@@ -123,18 +126,15 @@ def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) 
 
 
 def _runs(output: Output, comparison: Comparison, folder: Path) -> list[Run]:
-    """Every run, each told when it is done."""
+    """Every run, each reported when it ends: those of an earlier call only to who asks for details."""
     def ended(what: str, run: Run, is_new: bool) -> None:
+        scores = ", ".join(f"{metric} {value:.4f}" for metric, value in (run.test or {}).items()) or "diverged"
         if is_new:
-            output.note(f"{what}  {_scores(run.test)}")
+            output.note(f"{what}  {scores}")
         else:
-            output.detail(f"{what}  {_scores(run.test)}, done before")
+            output.detail(f"{what}  {scores}, done before")
 
     return comparison.runs(folder, output.busy, ended)
-
-
-def _scores(scores: Mapping[str, float] | None) -> str:
-    return "diverged" if scores is None else ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -146,36 +146,33 @@ def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: 
     from surgery.experiments.comparison_table import rows
     from surgery.runtime.atomic_folders import replacing_file
 
-    found, about = rows(runs, steps), _about(comparison, runs, steps)
-    data = {**about, "rows": [row.to_json() for row in found]}
+    table_rows, texts = rows(runs, steps), [len(part) for part in comparison.parts]
+    data = {"model": comparison.model, "task": comparison.task.name, "kind": comparison.task.kind, "texts": texts,
+            "epochs": comparison.epochs, "batch": comparison.batch, "rates": list(comparison.rates),
+            "seeds": comparison.seeds, "machines": sorted({run.machine for run in runs}),
+            "steps_machine": steps.machine, "rows": [row.to_json() for row in table_rows]}
     title = f"{comparison.task.name}, {comparison.task.kind}"
-    learned, validation, test = about["texts"]
-    output.say(f"{title}: {learned} texts to learn from, {validation} to choose the learning rate on, "
-               f"{test} to score on\n")
-    output.say(_table(found))
-    for line in _edges(found):
+    output.say(f"{title}: {texts[0]} texts to learn from, {texts[1]} to choose the learning rate on, {texts[2]} to "
+               "score on\n")
+    output.say(_table(table_rows))
+    for line in _edges(table_rows):
         output.say(line)
+    # Both files appear together or not at all: a table must not lie beside the plot of an earlier run.
     with replacing_file(folder / TABLE) as table, replacing_file(folder / PLOT) as plot:
         table.write_text(json.dumps({"format_version": FORMAT, **data}, indent=1) + "\n", encoding="utf-8")
-        draw(found, plot, title)
+        draw(table_rows, plot, title)
     output.say(f"saved     {folder / TABLE}, {folder / PLOT}")
     output.data(**data, out=str(folder))
 
 
 def _edges(rows: Sequence[Row]) -> list[str]:
-    """Where a better learning rate may lie beyond those that were tried."""
-    at = {(row.rate, row.edge): [r.method for r in rows if (r.rate, r.edge) == (row.rate, row.edge)] for row in rows
-          if row.edge}
+    """Where a better learning rate may lie beyond those that were tried; methods that share one share a line."""
+    at_edge: dict[tuple[float, str], list[str]] = {}
+    for row in rows:
+        if row.edge:
+            at_edge.setdefault((row.rate, row.edge), []).append(row.method)
     return [f"{', '.join(methods)}: {rate:g} is the {edge} of the grid: try {_BEYOND[edge]}"
-            for (rate, edge), methods in at.items()]
-
-
-def _about(comparison: Comparison, runs: Sequence[Run], steps: Steps) -> dict[str, Any]:
-    """What was compared on what: all that the rows do not say themselves."""
-    return {"model": comparison.model, "task": comparison.task.name, "kind": comparison.task.kind,
-            "texts": [len(part) for part in comparison.parts], "epochs": comparison.epochs, "batch": comparison.batch,
-            "rates": list(comparison.rates), "seeds": comparison.seeds,
-            "machines": sorted({run.machine for run in runs}), "steps_machine": steps.machine}
+            for (rate, edge), methods in at_edge.items()]
 
 
 def _table(rows: Sequence[Row]) -> Table:
@@ -183,21 +180,16 @@ def _table(rows: Sequence[Row]) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    # The metrics are those of the task; a method whose every run diverged has none.
     metrics = next((list(row.scores) for row in rows if row.scores), [])
     for name in ("method", *metrics, "lr", "trained", "step", "memory", "entropy"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
+        is_timed = row.step_seconds is not None and row.step_ratio is not None
+        step = f"{1000 * row.step_seconds:.0f} ms, {row.step_ratio:.2f} x" if is_timed else ""
         table.add_row(row.method, *(_mean(row.scores.get(m)) for m in metrics), f"{row.rate:g}", f"{row.trained:,}",
-                      _step(row), size_text(row.peak_bytes),
-                      _mean(row.entropy))
+                      step, size_text(row.peak_bytes), _mean(row.entropy))
     return table
-
-
-def _step(row: Row) -> str:
-    """The time of a step, where steps were timed."""
-    if row.step_seconds is None or row.step_ratio is None:
-        return ""
-    return f"{1000 * row.step_seconds:.0f} ms, {row.step_ratio:.2f} x"
 
 
 def _mean(mean: Mean | None) -> str:

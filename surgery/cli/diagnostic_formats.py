@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from surgery import __version__
-from surgery.cli.help import pages
+from surgery.cli.diagnostic_pages import pages
 from surgery.diagnostics import CODES, Diagnostic, Span
 from surgery.text import plain
 
@@ -24,8 +24,8 @@ def concise(diagnostic: Diagnostic, about: str) -> str:
     """`FILE:LINE:COLUMN: error[CODE] message`, with what to do."""
     where = str(diagnostic.span) if diagnostic.span else about or "surgery"
     advice = "; ".join(filter(None, [diagnostic.label, *diagnostic.helps]))
-    told = f"{where}: {diagnostic.severity}[{diagnostic.code}] {diagnostic.message}{f' ({advice})' if advice else ''}"
-    return plain(" ".join(told.split("\n")))
+    text = f"{where}: {diagnostic.severity}[{diagnostic.code}] {diagnostic.message}{f' ({advice})' if advice else ''}"
+    return plain(" ".join(text.split("\n")))  # editors read one line to a diagnostic
 
 
 def github(diagnostic: Diagnostic, about: str) -> str:
@@ -48,9 +48,10 @@ def sarif(found: Iterable[tuple[Diagnostic, str]], failure: str | None = None) -
     """A log of SARIF 2.1.0 with a rule, and its page as help, for each code that occurs. What is about no file, and
     `failure`, why there was no check at all, is told of the run."""
     given = list(found)
-    found = [(diagnostic, about) for diagnostic, about in given if about or _place(diagnostic)]
+    # A result of SARIF must have a place in a file; an unknown model, say, has none.
+    placed = [(diagnostic, about) for diagnostic, about in given if about or _place(diagnostic)]
     failures = [_in_words(d) for d, about in given if not (about or _place(d))] + ([failure] if failure else [])
-    codes = sorted({diagnostic.code for diagnostic, _ in found})
+    codes = sorted({diagnostic.code for diagnostic, _ in placed})
     texts = pages()
     rules = [{"id": code, "name": "".join(map(str.capitalize, code.split("-"))),
               "shortDescription": {"text": CODES[code]}, "fullDescription": {"text": CODES[code]},
@@ -61,7 +62,7 @@ def sarif(found: Iterable[tuple[Diagnostic, str]], failure: str | None = None) -
     if failures:
         ending["toolExecutionNotifications"] = [{"level": "error", "message": {"text": text}} for text in failures]
     run = {"tool": {"driver": driver}, "columnKind": "unicodeCodePoints", "invocations": [ending],
-           "results": [_result(diagnostic, about, codes) for diagnostic, about in found]}
+           "results": [_result(diagnostic, about, codes) for diagnostic, about in placed]}
     return {"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}
 
 
@@ -79,8 +80,10 @@ def _location(span: Span | None, about: str) -> dict[str, Any]:
     """A place of a file; that of a spec as a whole is its first line."""
     region = {"startLine": 1} if span is None else {
         "startLine": span.line, "startColumn": span.column, "endLine": span.end_line, "endColumn": span.end_column}
-    uri = _uri(span.source.name if span else about)
-    base: Mapping[str, str] = {} if uri.startswith("file:") else {"uriBaseId": "%SRCROOT%"}
+    path = _path(span.source.name if span else about)
+    uri = path.as_uri() if path.is_absolute() else quote(path.as_posix())
+    # A relative address says what it is relative to, or a scanner takes it for a path of its own.
+    base: Mapping[str, str] = {} if path.is_absolute() else {"uriBaseId": "%SRCROOT%"}
     return {"physicalLocation": {"artifactLocation": {"uri": uri, **base}, "region": region}}
 
 
@@ -98,11 +101,6 @@ def _path(name: str) -> Path:
     """A path as others find it: relative to the working folder, if it lies in there."""
     path = Path(os.path.normpath(name))
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _uri(name: str) -> str:
-    path = _path(name)
-    return path.as_uri() if path.is_absolute() else quote(path.as_posix())
 
 
 def _in_words(diagnostic: Diagnostic) -> str:

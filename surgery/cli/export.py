@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from surgery.cli.model_options import base_of, free, say_errors
 from surgery.cli.options import command, dtype_option, force_option, trust_option
 from surgery.cli.output import Output
 from surgery.text import counted
-
-if TYPE_CHECKING:
-    from surgery.peft.export_adapter import Exported
 
 
 @command(click.argument("folder", metavar="DIR"), click.argument("model", required=False),
@@ -35,17 +30,16 @@ def export(output: Output, folder: str, model: str | None, form: str, out: str, 
     free(out, force, ADAPTER)
     subject, base, meta = base_of(output, folder, model, dtype)
     with output.busy("exporting"):
-        found = export_peft(attach(subject, folder), out, rank=rank, base_model=base, like=meta.get("peft"),
-                            force=force)
-    _say(output, found)
+        exported = export_peft(attach(subject, folder), out, rank=rank, base_model=base, like=meta.get("peft"),
+                               force=force)
+    if exported.rank is None:
+        output.say(f"{exported.peft_type}, in PEFT's own form")
+    else:
+        # A LoRA in the place of another method may lose some of it: how much, module by module.
+        nearest = f"of {counted(len(exported.inexact), 'module')} only the nearest update of that rank"
+        loss = "nothing of the updates left out" if exported.exact else nearest
+        output.say(f"LoRA of rank {exported.rank}: {loss}\n")
+        say_errors(output, exported.errors, lambda names: "" if set(names) & set(exported.inexact) else "  exact")
     output.say(f"saved     {out}\nnext      PeftModel.from_pretrained(model, {out!r})")
-    output.data(adapter=folder, model=base, out=out, to=form, peft_type=found.peft_type, rank=found.rank,
-                exact=found.exact, relative_errors=dict(found.errors))
-
-
-def _say(output: Output, found: Exported) -> None:
-    if found.rank is None:
-        return output.say(f"{found.peft_type}, in PEFT's own form")
-    nearest = f"of {counted(len(found.inexact), 'module')} only the nearest update of that rank"
-    output.say(f"LoRA of rank {found.rank}: {'nothing of the updates left out' if found.exact else nearest}\n")
-    say_errors(output, found.errors, lambda names: "" if set(names) & set(found.inexact) else "  exact")
+    output.data(adapter=folder, model=base, out=out, to=form, peft_type=exported.peft_type, rank=exported.rank,
+                exact=exported.exact, relative_errors=dict(exported.errors))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -29,23 +28,19 @@ def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) ->
     """
     from surgery.semantics.arguments import guard
 
-    report, found = Collector(), {}
+    report, is_changed, is_dry = Collector(), {}, only_check or diff
     for name in files_below(files):
-        with guard(report):
-            found[name] = _formatted(output, name, only_check or diff, diff)
-    changed, unchanged = ([name for name, new in found.items() if new is which] for which in (True, False))
+        with guard(report):  # a file with a syntax error keeps no other from being formatted
+            is_changed[name] = _formatted(output, name, is_dry, diff)
+    changed, unchanged = ([name for name, new in is_changed.items() if new is which] for which in (True, False))
     output.diagnostics(report.found)
-    if found:
-        output.note(_summary(len(changed), len(unchanged), only_check or diff))
+    if is_changed:
+        output.note(f"{counted(len(changed), 'file')} {'would be changed' if is_dry else 'changed'}, "
+                    f"{counted(len(unchanged), 'file')} left unchanged")
     output.data(changed=changed, unchanged=unchanged)
     report.raise_errors()
     if only_check and changed:
         raise click.exceptions.Exit(1)
-
-
-def _summary(changed: int, unchanged: int, dry: bool) -> str:
-    done = "would be changed" if dry else "changed"
-    return f"{counted(changed, 'file')} {done}, {counted(unchanged, 'file')} left unchanged"
 
 
 def _formatted(output: Output, name: str, dry: bool, diff: bool) -> bool:
@@ -57,7 +52,10 @@ def _formatted(output: Output, name: str, dry: bool, diff: bool) -> bool:
     before = _text(name, title)
     after = format_text(before, title)
     if diff:
-        output.raw("".join(_difference(title, before, after)))
+        lines = (text.splitlines(keepends=True) for text in (before, after))
+        for line in difflib.unified_diff(*lines, fromfile=title, tofile=f"{title} (formatted)"):
+            # difflib joins a last line that has no newline to the next one: `patch` knows this remark
+            output.raw(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n")
     elif name == "-" and not dry:
         output.raw(after)
     elif dry and after != before:
@@ -68,14 +66,10 @@ def _formatted(output: Output, name: str, dry: bool, diff: bool) -> bool:
     return after != before
 
 
-def _difference(name: str, before: str, after: str) -> Iterator[str]:
-    lines = (text.splitlines(keepends=True) for text in (before, after))
-    for line in difflib.unified_diff(*lines, fromfile=name, tofile=f"{name} (formatted)"):
-        yield line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
-
-
 def _text(name: str, title: str) -> str:
+    """A file's text, or stdin's. Raises: SurgeryError (missing-file) where it cannot be read or is not UTF-8."""
     try:
+        # bytes, since universal newlines would hide the carriage returns that formatting takes away
         data = sys.stdin.buffer.read() if name == "-" else read_bytes(Path(name), SPEC_BYTES, any_kind=True)
         return data.decode("utf-8")
     except OSError as error:

@@ -6,30 +6,21 @@ import re
 
 import click
 
+from surgery.cli.diagnostic_pages import pages
 from surgery.cli.options import command
 from surgery.cli.output import Output
 from surgery.diagnostics import CODES, did_you_mean
 
 
-def page_of(name: str) -> str | None:
-    """The page of a code, or another page, by its name; in Markdown."""
-    return pages().get(name)
-
-
-def pages() -> dict[str, str]:
-    """Every page by its name: one for each code, and some for a kind of mistake of a code that has many."""
-    from surgery.language.resources import folder
-
-    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder("diagnostics_pages").glob("*.md"))}
-
-
-def told_of_code(output: Output, code: str) -> None:
+def explain_code(output: Output, code: str) -> None:
     """Say what a code means and show its page. Raises: UsageError, for a word that is neither code nor page."""
-    page = page_of(code)
+    by_name = pages()
+    page = by_name.get(code)
     if page is None:
-        near = did_you_mean(code, pages()).capitalize()
-        raise click.UsageError(f"No diagnostic has the code '{code}'. {near}".rstrip())
-    others = [name for name, text in pages().items() if name != code and re.search(rf"(error|warning)\[{code}\]", text)]
+        suggestion = did_you_mean(code, by_name).capitalize()
+        raise click.UsageError(f"No diagnostic has the code '{code}'. {suggestion}".rstrip())
+    # A code that covers many mistakes has a page for each kind; they are told by what their examples print.
+    others = [name for name, text in by_name.items() if name != code and re.search(rf"(error|warning)\[{code}\]", text)]
     if code in CODES:
         output.say(f"{code}: {CODES[code]}\n")
     output.raw(page)
@@ -48,7 +39,7 @@ def help(output: Output, code: str | None, as_list: bool) -> None:
     what to do.
     """
     if code and not as_list:
-        return told_of_code(output, code)
+        return explain_code(output, code)
     if not as_list:
         raise click.UsageError("Missing argument 'CODE'; `surgery help --list` lists the codes.")
     output.say("\n".join(f"{name:{max(map(len, CODES))}}  {meaning}" for name, meaning in CODES.items()))

@@ -34,7 +34,7 @@ from surgery.cli.report import report
 from surgery.cli.show import show
 from surgery.cli.specs import specs
 from surgery.cli.spectrum import spectrum
-from surgery.diagnostics import Diagnostic, SurgeryError
+from surgery.diagnostics import SurgeryError
 from surgery.text import plain
 
 # Codes of what is wrong with how the program is used, with the world around it or with us, and not with a spec or a
@@ -82,13 +82,14 @@ class Surgery(click.Group):
         except SurgeryError as error:
             output.diagnostics(error.diagnostics)
             output.data()
-            status = 2 if _errors(error) and all(map(_is_outside, _errors(error))) else 1
+            status = _status(error)
         except KeyboardInterrupt:
             output.note("interrupted")
             output.data(error="interrupted")
             status = 130
         except OSError as error:
             if error.errno == errno.EPIPE:
+                # `surgery ... | head`: click ends the program quietly, if no later flush fails
                 abandon_stdout()
                 raise
             where = f": {error.filename}" if error.filename else ""
@@ -96,13 +97,18 @@ class Surgery(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            status = _failed(output, _no_diagnostic(error))
+            # No stage has foreseen this one: the machine is too small, or we are at fault.
+            message = (f"error: this is a bug in surgery: {type(error).__name__}: {error}\n"
+                       "Please report it with the output of the same command and --debug.")
+            if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+                message = f"error: not enough memory: {str(error) or type(error).__name__}"
+            status = _failed(output, message)
         ctx.exit(status)
 
 
 @contextmanager
 def _wrong_use(output: Output) -> Iterator[None]:
-    """A wrong command line is told by click, and to programs too."""
+    """Let click report a wrong command line, and report it to programs too."""
     try:
         yield
     except click.ClickException as error:
@@ -112,26 +118,16 @@ def _wrong_use(output: Output) -> Iterator[None]:
         raise
 
 
-def _no_diagnostic(error: Exception) -> str:
-    """What an error that no stage has foreseen means."""
-    if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
-        return f"error: not enough memory: {str(error) or type(error).__name__}"
-    return (f"error: this is a bug in surgery: {type(error).__name__}: {error}\n"
-            "Please report it with the output of the same command and --debug.")
-
-
-def _errors(error: SurgeryError) -> list[Diagnostic]:
-    return [d for d in error.diagnostics if d.severity == "error"]
-
-
-def _is_outside(diagnostic: Diagnostic) -> bool:
-    """A file that a spec fails to `use` is the spec's fault."""
-    named_in_spec = diagnostic.code == "missing-file" and diagnostic.span is not None
-    return diagnostic.code in _OUTSIDE and not named_in_spec
+def _status(error: SurgeryError) -> int:
+    """2 where every error is about the program's use or the world around it, 1 where a spec or model is wrong."""
+    errors = [d for d in error.diagnostics if d.severity == "error"]
+    # A file that is missing is the user's word on the command line, unless a spec names it in a `use`.
+    outside = [d.code in _OUTSIDE and not (d.code == "missing-file" and d.span is not None) for d in errors]
+    return 2 if errors and all(outside) else 1
 
 
 def _failed(output: Output, message: str) -> int:
-    """Say what went wrong outside of any diagnostic."""
+    """Report an error that is no diagnostic; the exit status."""
     if output.debug:
         echo(traceback.format_exc())
     echo(message)

@@ -10,7 +10,6 @@ from rich.text import Text
 from rich.tree import Tree
 from torch import nn
 
-from surgery.layers.survey import Site
 from surgery.matching.module_tree import Node, outline
 
 
@@ -23,12 +22,7 @@ def tree(model: nn.Module, names: set[str], every: bool) -> Tree:
 
 def _grow(tree: Tree, above: Node) -> None:
     for node in above.children:
-        _grow(tree.add(Text.assemble((node.step, "bold"), (f"  {node.cls}", "dim"), (_taken(node.site), "cyan"))), node)
-
-
-def _taken(site: Site | None) -> str:
-    """The kind and shape of what a spec can take."""
-    if site is None:
-        return ""
-    head = " (output head)" if site.is_head else ""
-    return f"  {site.kind} {site.sides}{head}"
+        label = Text.assemble((node.step, "bold"), (f"  {node.cls}", "dim"))
+        if node.site is not None:  # a spec can take it: its kind and shape
+            label.append(f"  {node.site.kind} {node.site.sides}{' (output head)' * node.site.is_head}", "cyan")
+        _grow(tree.add(label), node)

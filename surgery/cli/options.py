@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ def _keep(field: str, change: Callable[[Any, Any], Any]) -> Callable[[click.Cont
 
     def callback(context: click.Context, parameter: click.Parameter, value: Any) -> None:
         output = context.ensure_object(Output)
+        # The group and its command both have the option: the one that was not given must not undo the other.
         if value not in (None, False, 0):
             setattr(output, field, change(getattr(output, field), value))
 
@@ -47,15 +48,16 @@ _COMMON = (
 
 def asked_format(words: Sequence[str]) -> str:
     """What `--output-format` says on a command line, `full` where it says nothing."""
-    said = [after if word == "--output-format" else word.partition("=")[2]
+    # Click's own parsing comes later, and an error in it must already be written in this format.
+    formats = [after if word == "--output-format" else word.partition("=")[2]
             for word, after in zip(words, [*words[1:], ""])
             if word == "--output-format" or word.startswith("--output-format=")]
-    return said[-1] if said and said[-1] in FORMATS else "full"
+    return formats[-1] if formats and formats[-1] in FORMATS else "full"
 
 
 def common(function: Callable) -> Callable:
     """Adds `--json -q -v --color --debug`."""
-    for option in reversed(_COMMON):
+    for option in reversed(_COMMON):  # the decorator that is applied last shows first
         function = option(function)
     return function
 
@@ -67,6 +69,7 @@ class Command(click.Command):
         shared = {"--json", "--quiet", "--verbose", "--color", "--debug", "--help"}
         rows: dict[str, list[tuple[str, str]]] = {"Options": [], "Common options": []}
         for parameter in self.get_params(ctx):
+            # an argument has its place in the usage line, not here; a hidden option has no record
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
                 rows["Common options" if shared & {*parameter.opts} else "Options"].append(record)
@@ -83,7 +86,7 @@ def command(*options: Callable, example: str) -> Callable[[Callable], click.Comm
         wrapped = common(click.pass_obj(function))
         for option in reversed(options):
             wrapped = option(wrapped)
-        name = function.__name__.rstrip("_")
+        name = function.__name__.rstrip("_")  # `import_` is named so for Python's sake
         wrapped.__doc__ = function.__doc__
         return click.command(name, Command, context_settings=HELP, epilog=f"Example:  {example}")(wrapped)
 
@@ -96,7 +99,7 @@ class Pair(click.ParamType):
     name = "N,N"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        if isinstance(value, tuple):
+        if isinstance(value, tuple):  # click converts a default that is converted already
             return value
         parts = value.split(",")
         digits = [p.strip() for p in parts]
@@ -118,8 +121,6 @@ strict_option = click.option("--strict", is_flag=True, help="A warning is an err
 dtype_option = click.option("--dtype", type=click.Choice(DTYPES),
                             help="Load the model in this dtype. Default: the one it was saved in.")
 force_option = click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
-
-
 trust_option = click.option("--trust-remote-code", is_flag=True, expose_value=False,
                             callback=_keep("trust", lambda old, new: True),
                             help="Run the Python code that lies in the model's folder.")
@@ -128,30 +129,25 @@ trust_option = click.option("--trust-remote-code", is_flag=True, expose_value=Fa
 def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> Spec:
     """The spec of a path or shipped name, changed by `--set` and `--target`. Raises: SurgeryError."""
     from surgery.diagnostics import Collector
-    from surgery.language.library import assignment, bind, locate, read
+    from surgery.language.library import assignment, bind, locate, read, retarget
     from surgery.semantics.arguments import guard
 
     report, arguments = Collector(), []
     for text in sets:
         with guard(report):
             arguments.append(assignment(text))
-    report.raise_errors()
-    return _retargeted(bind(read(locate(spec)), arguments), targets)
-
-
-def _retargeted(spec: Spec, texts: Iterable[str]) -> Spec:
-    """The spec with what `--target PATTERN` and `--target N=PATTERN` say."""
-    from surgery.language.library import retarget
-
-    said: dict[int | None, list[str]] = {}
-    for text in texts:
+    report.raise_errors()  # every wrong --set in one run
+    changed = bind(read(locate(spec)), arguments)
+    # The patterns for one target replace its own together, so they are gathered before the spec changes.
+    patterns: dict[int | None, list[str]] = {}
+    for text in targets:
         match = _NUMBERED.fullmatch(text)
         assert match is not None  # any text is a pattern for that
         number, pattern = match.groups()
-        said.setdefault(int(number) if number else None, []).append(pattern)
-    for number, patterns in said.items():
-        spec = retarget(spec, *patterns, at=number)
-    return spec
+        patterns.setdefault(int(number) if number else None, []).append(pattern)
+    for number, of_target in patterns.items():
+        changed = retarget(changed, *of_target, at=number)
+    return changed
 
 
 def opened_together(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) -> dict[str, Spec]:
@@ -159,36 +155,30 @@ def opened_together(specs: Sequence[str], sets: Sequence[str], targets: Sequence
     those that have a target.
 
     Raises: SurgeryError, for a setting that none of them has a parameter for too."""
-    plain = {spec: opened(spec) for spec in dict.fromkeys(specs)}
-    known = {spec: [p.name for p in read.params] for spec, read in plain.items()}
-    _refuse_unknown(sets, [name for names in known.values() for name in names])
-    has_target = {spec: bool(read.targets) or not any(r.targets for r in plain.values())
-                  for spec, read in plain.items()}
-    mine = {spec: [text for text in sets if _name(text) in known[spec]] for spec in plain}
-    return {_called(spec, plain): opened(spec, texts, targets if has_target[spec] else ())
-            for spec, texts in mine.items()}
-
-
-def _refuse_unknown(sets: Iterable[str], known: Sequence[str]) -> None:
-    """Raises: SurgeryError (unknown-parameter, bad-set) for a setting of none of the `known` parameters."""
     from surgery.diagnostics import did_you_mean, fail
     from surgery.language.library import assignment
 
-    for text in (text for text in sets if _name(text) not in known):
-        name = assignment(text).name
+    plain = {spec: opened(spec) for spec in dict.fromkeys(specs)}
+    known = {spec: [p.name for p in read.params] for spec, read in plain.items()}
+    of_any = [name for names in known.values() for name in names]
+    for text in (text for text in sets if _name(text) not in of_any):
+        name = assignment(text).name  # a text that is no setting at all is refused as that
         raise fail("unknown-parameter", f"none of these specs has a parameter `{name}`",
-                   helps=tuple(filter(None, [did_you_mean(name or "", known)])))
+                   helps=tuple(filter(None, [did_you_mean(name or "", of_any)])))
+    # Where no spec has a target, --target goes to all of them, and each then says that it has none to change.
+    no_targets = not any(read.targets for read in plain.values())
+    stems, together = [Path(spec).stem for spec in plain], {}
+    for spec, read in plain.items():
+        mine = [text for text in sets if _name(text) in known[spec]]
+        # Results are shown and kept under these names: two files of one name are told apart by their paths.
+        stem = Path(spec).stem
+        name = stem if stems.count(stem) == 1 else spec.replace(os.sep, "_")
+        together[name] = opened(spec, mine, targets if read.targets or no_targets else ())
+    return together
 
 
 def _name(text: str) -> str:
     return text.partition("=")[0].strip()
-
-
-def _called(spec: str, among: Iterable[str]) -> str:
-    """The name of a spec's file; where another has that name, the whole path of a file."""
-    stem = Path(spec).stem
-    is_alone = [Path(other).stem for other in among].count(stem) == 1
-    return stem if is_alone else spec.replace(os.sep, "_")
 
 
 def files_below(names: Iterable[str], not_folders: Container[str] = ()) -> list[str]:
@@ -196,26 +186,24 @@ def files_below(names: Iterable[str], not_folders: Container[str] = ()) -> list[
     folders; a name of `not_folders` stands for itself. Raises: SurgeryError (missing-file) for a folder with none."""
     from surgery.diagnostics import fail
 
-    found: dict[str, None] = {}
+    def report(error: OSError) -> None:
+        raise error  # os.walk passes over a folder that it cannot read, and its specs would count as right
+
+    files: dict[str, None] = {}
     for name in names:
         if name in not_folders or not os.path.isdir(name):
-            found[name] = None
+            files[name] = None
             continue
-        below = [os.path.join(folder, file) for folder in _visible_folders(name) for file in sorted(os.listdir(folder))
-                 if file.endswith(".surg") and os.path.isfile(os.path.join(folder, file))]
+        below: list[str] = []
+        for folder, inner, others in os.walk(name, onerror=report):
+            # Written in place, where os.walk reads which folders to enter and in what order.
+            inner[:] = sorted(each for each in inner if not each.startswith("."))
+            paths = (os.path.join(folder, file) for file in sorted(others) if file.endswith(".surg"))
+            below += filter(os.path.isfile, paths)
         if not below:
             raise fail("missing-file", f"there is no .surg file below {name}")
-        found |= dict.fromkeys(below)
-    return list(found)
-
-
-def _visible_folders(top: str) -> Iterator[str]:
-    def report(error: OSError) -> None:
-        raise error
-
-    for folder, inner, _ in os.walk(top, onerror=report):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        yield folder
+        files |= dict.fromkeys(below)
+    return list(files)
 
 
 def skeleton_of(output: Output, model: str) -> nn.Module:

@@ -48,6 +48,7 @@ _STYLES: tuple[tuple[re.Pattern[str], str], ...] = (
 
 def settle_streams() -> None:
     """A stream that is closed takes all and keeps nothing; a character that a stream cannot write is escaped."""
+    # Python sets a stream to None where the parent process closed it, and the first print would fail.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -100,12 +101,15 @@ class Output:
     def _console(self, stderr: bool) -> Console:
         from rich.console import Console
 
+        # Names of files and modules are anybody's: what they hold of control characters is escaped in the last step,
+        # after rich has laid the text out, so that no path to the stream can miss it.
         class Plain(Console):
             def render(self, *arguments: Any, **more: Any) -> Iterator[Segment]:
                 for segment in super().render(*arguments, **more):
                     yield segment if segment.control else segment._replace(text=plain(segment.text, keep="\n"))
 
         stream = sys.stderr if stderr else sys.stdout
+        # rich reads NO_COLOR too, but an explicit --color always is stronger than it
         bare = self.color == "never" or (self.color == "auto" and "NO_COLOR" in os.environ)
         width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
         return Plain(file=stream, width=width, highlight=False, markup=False, emoji=False,
@@ -145,33 +149,32 @@ class Output:
     def diagnostics(self, found: Iterable[Diagnostic], about: str = "") -> None:
         """Diagnostics not yet shown, `about` a spec; where stdout holds one object they wait for `data`. `-q` leaves
         warnings out."""
-        for diagnostic in (d for d in found if d not in self.about):
-            if not self.is_one_object and (self.verbosity >= 0 or diagnostic.severity == "error"):
-                self._show(diagnostic, about)
-            self.about[diagnostic] = about
-
-    def _show(self, diagnostic: Diagnostic, about: str) -> None:
         from surgery.cli import diagnostic_formats
 
-        if self.format in ("concise", "github"):
-            return print(getattr(diagnostic_formats, self.format)(diagnostic, about))
-        if self.about:
-            self.stderr.print()
-        self.stderr.print(coloured(diagnostic.render()), soft_wrap=True)
+        in_a_line = {"concise": diagnostic_formats.concise, "github": diagnostic_formats.github}.get(self.format)
+        for diagnostic in (d for d in found if d not in self.about):
+            is_shown = not self.is_one_object and (self.verbosity >= 0 or diagnostic.severity == "error")
+            if is_shown and in_a_line:
+                print(in_a_line(diagnostic, about))  # on stdout: there these lines are the result
+            elif is_shown:
+                if self.about:  # an empty line between two that are shown with their source
+                    self.stderr.print()
+                self.stderr.print(coloured(diagnostic.render()), soft_wrap=True)
+            self.about[diagnostic] = about
 
     def data(self, **fields: Any) -> None:
         """The result for programs: the one JSON object of the run, the first that is given."""
         if not self.is_one_object or self.answered:
             return
         self.answered = True
-        if self.format == "sarif":
+        if self.format == "sarif":  # whose schema has no room for our own fields
             from surgery.cli.diagnostic_formats import sarif
 
-            told = sarif(self.about.items(), fields.get("error"))
+            result = sarif(self.about.items(), fields.get("error"))
         else:
-            told = {"format_version": FORMAT, **fields, "diagnostics": [d.to_json() for d in self.about]}
+            result = {"format_version": FORMAT, **fields, "diagnostics": [d.to_json() for d in self.about]}
         # In ASCII, which every stream can write and which holds no control character of a name's.
-        print(json.dumps(_finite(told), indent=2, allow_nan=False), file=self.answers or sys.stdout)
+        print(json.dumps(_finite(result), indent=2, allow_nan=False), file=self.answers or sys.stdout)
 
     # ------------------------------------------------------------------------------------------------- progress
 
@@ -224,13 +227,14 @@ class Output:
 @contextmanager
 def _patiently(shown: Status | Progress) -> Iterator[None]:
     """What is to be shown while the block runs, once it has run for a while."""
+    # A bar that flashes up for a moment is noise; most blocks end before the timer does.
     timer = threading.Timer(_PATIENCE, shown.start)
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
-        timer.join()
+        timer.join()  # or it could start the bar after it was stopped
         shown.stop()
 
 
@@ -238,13 +242,13 @@ def _plain(what: str | RenderableType) -> str | RenderableType:
     return plain(what, keep="\n") if isinstance(what, str) else what
 
 
-def _finite(found: Any) -> Any:
+def _finite(data: Any) -> Any:
     """Data as JSON has it: without NaN and infinity, in whose place null stands."""
-    if isinstance(found, Mapping):
-        return {key: _finite(value) for key, value in found.items()}
-    if isinstance(found, (list, tuple)):
-        return [_finite(value) for value in found]
-    return None if isinstance(found, float) and not isfinite(found) else found
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not isfinite(data) else data
 
 
 def coloured(text: str) -> Text:
@@ -264,6 +268,7 @@ def coloured(text: str) -> Text:
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table: names to the left, figures to the right; a row may end early. No line is cut to a narrow
     terminal: a figure cut short is a lie."""
+    # Made plain first: an escaped character is wider than the one that it stands for.
     rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]

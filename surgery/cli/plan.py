@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from surgery.cli.options import (
     command,
     model_argument,
@@ -18,20 +16,6 @@ from surgery.cli.options import (
 from surgery.cli.output import Output
 from surgery.text import counted, size_text
 
-if TYPE_CHECKING:
-    from surgery.language.tree import Spec
-    from surgery.planning.compile import Plan
-
-
-def _plan(output: Output, spec: Spec, model: str, strict: bool = False) -> Plan:
-    from surgery.planning.compile import compile
-
-    skeleton = skeleton_of(output, model)
-    with output.busy("planning"):
-        plan = compile(skeleton, spec, strict)
-    output.diagnostics(plan.warnings)
-    return plan
-
 
 @command(spec_argument, model_argument, sets, targets, strict_option, trust_option,
          example="surgery plan sora demo:llama --set rank=8 --target '**.q_proj'")
@@ -40,14 +24,19 @@ def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: 
 
     Modules, parameters and memory, from the model's configuration alone: no weight is read.
     """
+    from surgery.planning.compile import compile
     from surgery.planning.figures import Report
 
-    found = _plan(output, opened(spec, sets, targets), model, strict)
-    report = Report(found)
-    output.say(f"{spec} on {model}: {counted(len(found.placed), 'weight')}\n")
+    asked, skeleton = opened(spec, sets, targets), skeleton_of(output, model)
+    with output.busy("planning"):
+        planned = compile(skeleton, asked, strict)
+    output.diagnostics(planned.warnings)
+    report = Report(planned)
+    output.say(f"{spec} on {model}: {counted(len(planned.placed), 'weight')}\n")
     output.say(str(report))
-    if getattr(found.selection.survey.model.config, "quantization_config", None):
+    # The skeleton has the layers of the configuration's class, not those that a quantiser puts in their place.
+    if getattr(planned.selection.survey.model.config, "quantization_config", None):
         output.note(f"{model} is quantised, and is planned with plain weights: its base model takes less memory than "
                     "that")
     output.say("memory: " + ", ".join(f"{name} {size_text(size)}" for name, size in report.memory.items()))
-    output.data(source=spec, model=model, memory_bytes=report.memory, changes=len(found.placed), **report.to_json())
+    output.data(source=spec, model=model, memory_bytes=report.memory, changes=len(planned.placed), **report.to_json())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from surgery.cli.options import command
 from surgery.cli.output import Output
 
@@ -18,14 +16,13 @@ def specs(output: Output) -> None:
     from surgery.planning.shipped_specs import catalogue
 
     entries = catalogue()
-    rows = [("spec", "trains", "runs", "step", "formula"), *map(_row, entries)]
+    rows = [("spec", "trains", "runs", "step", "formula")]
+    for entry in entries:
+        # a library of definitions trains nothing itself and has no step
+        trains = f"{entry.parameters:,}" if entry.parameters is not None else ""
+        step = f"{entry.step_ratio:.2f} x" if entry.step_ratio is not None else ""
+        rows.append((entry.name, trains, entry.program, step, entry.description))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         output.say("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip())
     output.data(specs=[entry.to_json() for entry in entries])
-
-
-def _row(entry: Any) -> tuple[str, ...]:
-    trains = f"{entry.parameters:,}" if entry.parameters is not None else ""
-    step = f"{entry.step_ratio:.2f} x" if entry.step_ratio is not None else ""
-    return entry.name, trains, entry.program, step, entry.description

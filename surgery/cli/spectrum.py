@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from surgery.diagnostics import did_you_mean, fail
 from surgery.text import counted, figure_text, plain, sides_text, some
 
 if TYPE_CHECKING:
-    from surgery.analysis.spectra import Group, Spectra
+    from surgery.analysis.spectra import Spectra
     from surgery.analysis.spectra.updates import Pending
 
 _TITLES = {"numerical_rank": "rank", "entropy": "entropy", "normalised_entropy": "of max", "stable_rank": "stable rank",
@@ -83,23 +83,25 @@ def _of_models(output: Output, base: str, tuned: str) -> tuple[list[Pending], li
     from surgery.analysis.spectra.updates import of_models
 
     one, other = (opened_weights(name, asked(output)) for name in (base, tuned))
-    found = pairs(one, other)
-    if not found:
+    both = pairs(one, other)
+    if not both:
         raise fail("bad-value", f"{base} and {tuned} have no weight in common")
-    taken = {id(tensor) for site in found for tensor in site.held}
-    left_out = [s.name for s in other.survey.sites if taken.isdisjoint(map(id, s.held)) and one.of(s) is None]
-    return of_models(found), left_out
+    # By the tensor, since a tied weight is compared under one of its names and must not be reported under another.
+    compared = {id(tensor) for site in both for tensor in site.held}
+    left_out = [s.name for s in other.survey.sites if compared.isdisjoint(map(id, s.held)) and one.of(s) is None]
+    return of_models(both), left_out
 
 
 # ------------------------------------------------------------------------------------------------------------ words
 
 
 def _say(output: Output, spectra: Spectra, left_out: Sequence[str]) -> None:
-    shown = _shown(spectra)
-    if len(spectra.unchanged) < len(spectra.rows):
-        output.say("\n".join([*aligned(_module_table(spectra, shown)), ""]))
+    titles = {figure: title for figure, title in _TITLES.items() if spectra.top or "overlap" not in figure}
+    if len(spectra.unchanged) < len(spectra.rows):  # figures of no change at all would be rows of dashes
+        output.say("\n".join([*aligned(_module_table(spectra, titles)), ""]))
         for title, groups in (("module type (mean)", spectra.types), ("layer (mean)", spectra.layers)):
-            output.say("\n".join([*aligned(_group_table(title, groups, shown)), ""]))
+            rows = [[g.name, str(g.count), *(figure_text(g.means[figure]) for figure in titles)] for g in groups]
+            output.say("\n".join([*aligned([[title, "weights", *titles.values()], *rows]), ""]))
     output.say(spectra.summary)
     if spectra.unchanged:
         output.note(f"unchanged: {_weights(spectra.unchanged)}")
@@ -107,26 +109,17 @@ def _say(output: Output, spectra: Spectra, left_out: Sequence[str]) -> None:
         output.note(f"not compared, since the base has no such weight: {_weights(left_out)}")
 
 
-def _shown(spectra: Spectra) -> dict[str, str]:
-    """The figures to show, with their titles."""
-    return {figure: title for figure, title in _TITLES.items() if spectra.top or "overlap" not in figure}
-
-
-def _module_table(spectra: Spectra, shown: Mapping[str, str]) -> list[list[str]]:
+def _module_table(spectra: Spectra, titles: Mapping[str, str]) -> list[list[str]]:
     from surgery.analysis.spectra.summary import FIGURES
 
+    # The column of rotations stands only where some update holds one.
     is_turned = any(row.orthogonality for row in spectra.rows)
-    table = [["module", "shape", *shown.values(), *([_DEFECT] if is_turned else [])]]
+    table = [["module", "shape", *titles.values(), *([_DEFECT] if is_turned else [])]]
     for row in spectra.rows:
         worst = [row.worst_defect] if is_turned else []
-        figures = [FIGURES[figure](row) if row.changed else None for figure in shown]
+        figures = [FIGURES[figure](row) if row.changed else None for figure in titles]
         table.append([row.name, sides_text(*row.spectrum.shape), *map(figure_text, [*figures, *worst])])
     return table
-
-
-def _group_table(title: str, groups: Iterable[Group], shown: Mapping[str, str]) -> list[list[str]]:
-    rows = [[g.name, str(g.count), *(figure_text(g.means[figure]) for figure in shown)] for g in groups]
-    return [[title, "weights", *shown.values()], *rows]
 
 
 def _weights(names: Sequence[str]) -> str:
@@ -156,7 +149,7 @@ def _csv(spectra: Spectra) -> str:
     text = io.StringIO()
     fields = ["name", "type", "layer", "out", "in", *_TITLES, "norm", "orthogonality"]
     table = csv.DictWriter(text, fields, lineterminator="\n", extrasaction="ignore")
-    table.writeheader()
+    table.writeheader()  # with the same columns for every adapter, so that files can be joined
     for row in spectra.rows:
         out, in_ = row.spectrum.shape
         cells = {**row.to_json(), "out": out, "in": in_, "orthogonality": row.worst_defect}
