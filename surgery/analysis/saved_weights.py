@@ -42,6 +42,7 @@ def opened_weights(name: str, asked: Asked = Asked(), saved: Saved | None = None
     """The weights of a model; for a saved adapter, of the model with the head that was trained beside it, if one was.
 
     Raises: SurgeryError (unknown-model)."""
+    # A skeleton first: a checkpoint of many gigabytes is then read one weight at a time.
     with asked.step(f"opening {name}"):
         is_whole = only_whole(name)
         model = load(name) if is_whole else skeleton(name, asked.trust)
@@ -66,14 +67,15 @@ class OpenedAdapter:
     weights: Weights
 
     def read(self, site: Site) -> Tensor:
-        found = self.weights.of(site)
-        if found is None:
+        stored = self.weights.of(site)
+        if stored is None:
             shape = list(site.stored_shape)
             raise fail("unknown-model", f"{self.base} has no weight {site.weight_name} of the shape {shape}")
-        return found.read()
+        return stored.read()
 
     @property
     def leaves(self) -> Callable[[Placed], Mapping[str, Tensor]]:
+        # By the names that this surgeon gives them: the adapter was saved by another one.
         saved = self.surgeon.as_named(self.saved.tensors)
         return lambda placed: {key: saved[self.surgeon.name_of(placed, key)].reshape(value.shape)
                                for key, value in self.surgeon.adapters[placed.site.name].values().items()}

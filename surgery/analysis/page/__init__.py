@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import reduce
 from os import PathLike
 from pathlib import Path
 
@@ -42,6 +42,7 @@ def report_page(folder: str | PathLike, out: str | PathLike = "report.html", *, 
     curves are in it where the state of a Trainer lies in the folder or beside it. One weight is read at a time.
 
     Raises: SurgeryError (bad-output, bad-adapter, unknown-model, ...); then what stood at `out` still does."""
+    # What can fail at once does so before the model is opened and its weights are measured.
     refuse_file(Path(out))
     state = training_curves.found_state(Path(folder))
     training = training_curves.charts(state) if state else {}
@@ -78,31 +79,26 @@ class Page:
         """The whole file."""
         style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
         head = tag("head", Markup('<meta charset="utf-8">'),
+                   # The page shows names that others chose: whatever slips in among them, nothing runs or is fetched.
                    Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
                    Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
                    tag("title", f"{self.title}: {self.spec.name}"), tag("style", Markup(style)))
-        return f"<!doctype html>\n{tag('html', head, tag('body', *self._sections()), lang='en')}\n"
+        tree = ModelTree(self.report, self.spectra).markup()
+        sections = [self._top(), *section("Formulas", self._formulas()), *section("Model", [tree]),
+                    *section("Parameters and cost", self._costs()),
+                    *section("What it did to the weights", self._spectra()), *section("Training", self._training()),
+                    tag("footer", f"Written by surgery {__version__}.")]
+        return f"<!doctype html>\n{tag('html', head, tag('body', *sections), lang='en')}\n"
 
     @property
     def spec(self) -> Spec:
         return self.report.plan.spec
 
-    def _sections(self) -> list[Markup]:
-        return [self._top(), *section("Formulas", self._formulas()), *section("Model", [self._tree()]),
-                *section("Parameters and cost", self._costs()), *section("What it did to the weights", self._spectra()),
-                *section("Training", self._training()), tag("footer", f"Written by surgery {__version__}.")]
-
-    # --------------------------------------------------------------------------------------------------------- top
+    # ------------------------------------------------------------------------- the sections, from the top of the page
 
     def _top(self) -> Markup:
-        spec = self.spec
-        heading = tag("h1", spec.name or self.title)
-        doc = tag("p", spec.doc.partition("\n")[0]) if spec.doc else None
-        where = tag("p", "the adapter ", tag("code", self.title), " on ", tag("code", self.base), class_="soft")
-        return tag("header", heading, doc, where, self._facts())
-
-    def _facts(self) -> Markup:
-        report, means = self.report, self.spectra.total.means
+        """The names, and the few figures that a reader wants before all others."""
+        spec, report, means = self.spec, self.report, self.spectra.total.means
         facts = [(f"{len(report.rows)}", "weights operated on"),
                  (f"{report.trainable:,}",
                   f"parameters train, {report.percent:.3g}\N{NO-BREAK SPACE}% of {report.total:,}"),
@@ -111,9 +107,11 @@ class Page:
         if entropy is not None and share is not None and rank is not None:  # they are known together
             facts += [(f"{entropy:.2f}", f"entropy of ΔW, {100 * share:.0f}\N{NO-BREAK SPACE}% of the possible (mean)"),
                       (f"{rank:.1f}", "stable rank of ΔW (mean)")]
-        return tag("ul", *(tag("li", tag("strong", big), tag("span", small)) for big, small in facts), class_="facts")
-
-    # ---------------------------------------------------------------------------------------------------- formulas
+        items = (tag("li", tag("strong", figure), tag("span", meaning)) for figure, meaning in facts)
+        return tag("header", tag("h1", spec.name or self.title),
+                   tag("p", spec.doc.partition("\n")[0]) if spec.doc else None,
+                   tag("p", "the adapter ", tag("code", self.title), " on ", tag("code", self.base), class_="soft"),
+                   tag("ul", *items, class_="facts"))
 
     def _formulas(self) -> Iterable[Markup]:
         for number, (target, formula) in enumerate(formulas(self.spec), start=1):
@@ -121,75 +119,51 @@ class Page:
             yield tag("pre", "\n".join(formula_lines(target, formula)))
             yield folded("as it stands in the spec", tag("pre", Spec(targets=(target,)).to_surg().strip()))
 
-    def _tree(self) -> Markup:
-        return ModelTree(self.report, self.spectra).markup()
-
-    # ------------------------------------------------------------------------------------------------------- costs
-
     def _costs(self) -> Iterable[Markup]:
-        header = ["target", "weights", "parameters", "a step (estimate)"]
-        yield table(header, [*self._target_rows(), *self._train_rows()])
+        report, targets = self.report, []
+        for number in sorted({row.target for row in report.rows}):
+            rows = [row for row in report.rows if row.target == number]
+            ratio = report.step_ratio_of(self.spec.targets[number])
+            targets.append((f"{number + 1}: {rows[0].formula}", len(rows), f"{sum(r.parameters for r in rows):,}",
+                            f"{ratio:.2f} x frozen"))
+        if report.unfrozen:  # what trains as it is costs a step nothing that the frozen model's does not
+            targets.append(("train", len(report.unfrozen), f"{sum(report.unfrozen.values()):,}", "-"))
+        yield table(["target", "weights", "parameters", "a step (estimate)"], targets)
         yield tag("p", f"A step, forward and backward, is counted for {TOKENS_SUPPOSED:,} tokens and not measured, ",
                   "over that of the same layers frozen.", class_="soft")
-        yield table(["memory", "size"], [(name, size_text(size)) for name, size in self.report.memory.items()])
-        left_out = self.report.left_out
-        if left_out:
-            yield folded(f"{sum(map(len, left_out.values()))} modules with weights are left out",
-                         table(["reason", "modules"],
-                               [(self._told(why), len(names)) for why, names in left_out.items()]))
-
-    def _told(self, reason: str) -> str:
-        """A reason that names a place in the spec, without the folders of this machine."""
-        for file in {target.span.source.name for target in self.spec.targets if target.span}:
-            reason = reason.replace(file, Path(file).name)
-        return reason
-
-    def _target_rows(self) -> Iterable[Sequence[object]]:
-        for number in sorted({row.target for row in self.report.rows}):
-            rows = [row for row in self.report.rows if row.target == number]
-            ratio = self.report.step_ratio_of(self.spec.targets[number])
-            yield (f"{number + 1}: {rows[0].formula}", len(rows), f"{sum(r.parameters for r in rows):,}",
-                   f"{ratio:.2f} x frozen")
-
-    def _train_rows(self) -> Iterable[Sequence[object]]:
-        unfrozen = self.report.unfrozen
-        if unfrozen:
-            yield "train", len(unfrozen), f"{sum(unfrozen.values()):,}", "-"
-
-    # ----------------------------------------------------------------------------------------------------- spectra
+        yield table(["memory", "size"], [(name, size_text(size)) for name, size in report.memory.items()])
+        if reasons := {why: len(names) for why, names in report.left_out.items()}:
+            # A reason may name a place in the spec: without the folders of this machine, which are nobody's business.
+            files = {target.span.source.name for target in self.spec.targets if target.span}
+            rows = [(reduce(lambda text, file: text.replace(file, Path(file).name), files, why), count)
+                    for why, count in reasons.items()]
+            yield folded(f"{sum(reasons.values())} modules with weights are left out",
+                         table(["reason", "modules"], rows))
 
     def _spectra(self) -> Iterable[Markup]:
-        if len(self.spectra.unchanged) == len(self.spectra.rows):
+        spectra, named = self.spectra, {self.title: self.spectra}
+        if len(spectra.unchanged) == len(spectra.rows):
             yield tag("p", "Nothing yet: W' = W for every weight, as at the start.")
             return
-        share = "σ² / Σ σ²" if self.spectra.squared else "σ / Σ σ"
+        share = "σ² / Σ σ²" if spectra.squared else "σ / Σ σ"
         yield tag("p", f"ΔW = W' - W; p = {share} over its singular values; entropy -Σ p log p; stable rank ‖ΔW‖",
                   tag("sub", "F"), "² / ‖ΔW‖", tag("sub", "2"),
                   "²; effective rank exp(entropy); overlap of its ",
-                  f"{self.spectra.top} strongest directions with those of W.", class_="soft")
-        labels = [curve.label for curve in distributions(self._named)]
-        yield tag("div", *self._spectra_charts(labels), class_="charts")
+                  f"{spectra.top} strongest directions with those of W.", class_="soft")
+        # Every line has a distribution; a figure across layers may have fewer lines, which keep their colours.
+        spread = distributions(named)
+        labels = [curve.label for curve in spread]
+        layered = [(title, across_layers(named, figure)) for figure, title in
+                   (("entropy", "entropy of ΔW (nats)"), ("stable_rank", "stable rank of ΔW"))]
+        charts = [chart(title, curves, "layer", labels=labels, whole=True) for title, curves in layered if curves]
+        charts.append(chart("share p of the i-th singular value", spread, "i", labels=labels, is_log=True))
+        yield tag("div", *charts, class_="charts")
         yield legend(labels)
-        yield _groups("module type", self.spectra.types)
-        yield folded("by layer", _groups("layer", self.spectra.layers)) if self.spectra.layers else Markup()
-        yield folded("every weight", self._every_weight())
-
-    @cached_property
-    def _named(self) -> dict[str, Spectra]:
-        return {self.title: self.spectra}
-
-    def _spectra_charts(self, labels: Sequence[str]) -> Iterable[Markup]:
-        for figure, title in (("entropy", "entropy of ΔW (nats)"), ("stable_rank", "stable rank of ΔW")):
-            if curves := across_layers(self._named, figure):
-                yield chart(title, curves, "layer", labels=labels, whole=True)
-        yield chart("share p of the i-th singular value", distributions(self._named), "i", labels=labels, is_log=True)
-
-    def _every_weight(self) -> Markup:
+        yield _groups("module type", spectra.types)
+        yield folded("by layer", _groups("layer", spectra.layers)) if spectra.layers else Markup()
         rows = [(row.name, sides_text(*row.spectrum.shape), *_cells(Group.of("", [row]).means),
-                 figure_text(row.worst_defect)) for row in self.spectra.rows]
-        return table(["weight", "shape", *_FIGURES.values(), "‖RRᵀ - I‖ / √n"], rows)
-
-    # ---------------------------------------------------------------------------------------------------- training
+                 figure_text(row.worst_defect)) for row in spectra.rows]
+        yield folded("every weight", table(["weight", "shape", *_FIGURES.values(), "‖RRᵀ - I‖ / √n"], rows))
 
     def _training(self) -> Iterable[Markup]:
         if self.training:

@@ -37,6 +37,7 @@ class Axis:
         low, high = min(values), max(values)
         if is_log:
             return cls(low / 1.1, high * 1.1, start, end, True)
+        # A constant curve has no extent of its own, and an axis without one maps all values to a division by zero.
         margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.5
         return cls(low - margin, high + margin, start, end, whole=whole)
 
@@ -46,24 +47,21 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        return (self._powers() if self.is_log else []) or self._even()
-
-    def _powers(self) -> list[float]:
-        """Powers of ten; with their doubles and halves where that is few; none where that is too few."""
-        powers = [10.0**e for e in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)]
-        found, between = ([p * digit for p in powers for digit in digits if self.low <= p * digit <= self.high]
-                          for digits in ((1,), (1, 2, 5)))
-        return found if len(found) > 2 else between if len(between) > 1 else []
-
-    def _even(self) -> list[float]:
-        step = self._step((self.high - self.low) / 6)
-        return [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-
-    def _step(self, rough: float) -> float:
-        """The number 1, 2 or 5 times a power of ten that is next above."""
+        """Round numbers within the range: powers of ten on a logarithmic axis, else about six at even distances."""
+        if self.is_log:
+            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for digits, enough in (((1,), 3), ((1, 2, 5), 2)):  # halves and doubles where powers of ten are too few
+                ticks = [10.0**e * digit for e in exponents for digit in digits]
+                ticks = [tick for tick in ticks if self.low <= tick <= self.high]
+                if len(ticks) >= enough:
+                    return ticks
+        # The step is the number 1, 2 or 5 times a power of ten that is next above; a layer or step of training has no
+        # half. A logarithmic axis so short that it holds no two of the above is nearly even.
+        rough = (self.high - self.low) / 6
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * digit for digit in (1, 2, 5, 10) if power * digit >= rough)
-        return max(1.0, step) if self.whole else step
+        step = max(1.0, step) if self.whole else step
+        return [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
 
 
 def chart(title: str, curves: Sequence[Curve], across: str, *, labels: Sequence[str] = (), whole: bool = False,
@@ -71,6 +69,7 @@ def chart(title: str, curves: Sequence[Curve], across: str, *, labels: Sequence[
     """One chart. `labels` are those of the page's legend, in order; `is_log` makes both axes logarithmic."""
     x = Axis.around([v for c in curves for v in c.x], LEFT, WIDTH - RIGHT, is_log, whole)
     y = Axis.around([v for c in curves for v in c.y], HEIGHT - BOTTOM, TOP, is_log)
+    # The colour of a curve is its label's place in the legend, so that it is the same in every chart of the page.
     order = list(labels) or [c.label for c in curves]
     return tag("figure", tag(
         "svg", tag("text", title, x=LEFT - 44, y=14, class_="title"), *_grid(x, y),
@@ -89,6 +88,7 @@ def _grid(x: Axis, y: Axis) -> list[Markup]:
 
 
 def _line(curve: Curve, x: Axis, y: Axis, number: int) -> Markup:
+    # Each dot carries its value as a title, which browsers show when pointed at, without any script.
     places = [(_place(x.at(a)), _place(y.at(b))) for a, b in zip(curve.x, curve.y)]
     path = tag("polyline", points=" ".join(f"{a},{b}" for a, b in places))
     dots = [tag("circle", tag("title", f"{curve.label}: {_short(v)} at {_short(at)}"), cx=a, cy=b, r=2.5)

@@ -6,13 +6,11 @@ branch is open where something below it was operated on or trained, and the tree
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from surgery.analysis.spectra import Group, Spectra
-from surgery.analysis.spectra.summary import Row as Measured
 from surgery.html import Markup, joined, tag
 from surgery.layers.opaque_linear import SUFFIX
-from surgery.layers.survey import Site
 from surgery.matching.module_tree import Node, outline
 from surgery.planning.figures import Report, Row
 
@@ -30,6 +28,7 @@ class ModelTree:
         self.measured = {row.name: row for row in spectra.rows}
 
     def markup(self) -> Markup:
+        # A called layer has inner parameters of ours under SUFFIX, which are no modules of the user's.
         names = {name.rpartition(".")[0] for name, _ in self.model.named_parameters(remove_duplicate=False)
                  if f"{SUFFIX}." not in name}
         root = outline(self.model, names | set(self.operated), mark=self._mark)
@@ -50,23 +49,18 @@ class ModelTree:
         return tag("details", tag("summary", line), *below, open="open" if touched and levels > 0 else None)
 
     def _notes(self, node: Node) -> list[object]:
+        # The names of a node are those of layers that are alike, so the first one's row holds for each of them.
         row, site = self.operated.get(node.names[0]), node.site
         notes: list[object] = [f" {site.sides}"] if site else []
         if row:
-            figures = self._figures([m for name in node.names for m in self._rows(name, site)])
+            # the matrices of a stack are measured one by one, by their number
+            measured = [f"{name}.{i}" for name in node.names for i in range(site.stack)] if site and site.stack \
+                else node.names
+            means = Group.of("", [self.measured[name] for name in measured if name in self.measured]).means
+            figures = (", unchanged" if means["entropy"] is None else
+                       f", entropy {means['entropy']:.2f}, stable rank {means['stable_rank']:.1f}")
             notes += [" ", tag("span", f"target {row.target + 1}", class_="tag"),
                       tag("span", f" {row.parameters * len(node.names):,} parameters{figures}", class_="figures")]
         if node.names[0] in self.trained:
             notes += [" ", tag("span", "trained", class_="tag trained")]
         return notes
-
-    def _rows(self, name: str, site: Site | None) -> list[Measured]:
-        """The measured matrices of a module: those of a stack by their number."""
-        names = [f"{name}.{i}" for i in range(site.stack)] if site and site.stack else [name]
-        return [self.measured[n] for n in names if n in self.measured]
-
-    def _figures(self, rows: Sequence[Measured]) -> str:
-        means = Group.of("", rows).means
-        if means["entropy"] is None:
-            return ", unchanged"
-        return f", entropy {means['entropy']:.2f}, stable rank {means['stable_rank']:.1f}"

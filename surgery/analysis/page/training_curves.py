@@ -7,7 +7,6 @@ title of their chart. Promises: a run without a state is no error, a state that 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +31,26 @@ def found_state(folder: Path) -> Path | None:
 
 def charts(state: Path) -> dict[str, list[Curve]]:
     """The curves over the steps of training. Raises: SurgeryError (bad-data)."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    by_title: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for entry in _state(state)["log_history"]:
-        for name, value in _numbers(entry):
+        for name, value in entry.items():
+            # no times, no totals of the whole run, nothing infinite
+            is_curve = name not in _NOT_CURVES and not name.startswith("train_") and not name.endswith(_TIMES)
+            if not (is_curve and _is_number(value)):
+                continue
+            # Training and evaluation are two curves of one chart, where a gap between them shows.
             title = _TITLES.get(name, name.removeprefix("eval_").replace("_", " "))
-            found.setdefault(title, {}).setdefault(_label(name), []).append((float(entry["step"]), value))
-    known = [title for title in found if any(len(points) > 1 for points in found[title].values())]
-    return {title: [Curve(label, *map(tuple, zip(*points))) for label, points in found[title].items()]
-            for title in sorted(known, key=_rank)}
+            label = "evaluation" if name.startswith("eval_") else "training"
+            by_title.setdefault(title, {}).setdefault(label, []).append((float(entry["step"]), float(value)))
 
+    def order(title: str) -> int:
+        # The loss comes first, then what a task scores, then how the training was run.
+        return 0 if title == "loss" else 2 if title in _TITLES.values() else 1
 
-def _rank(title: str) -> int:
-    """The loss comes first, then what a task scores, then how the training was run."""
-    return 0 if title == "loss" else 2 if title in _TITLES.values() else 1
-
-
-def _label(name: str) -> str:
-    return "evaluation" if name.startswith("eval_") else "training"
-
-
-def _numbers(entry: Mapping[str, Any]) -> Iterable[tuple[str, float]]:
-    """What an entry logs that a curve can show: no times, no totals of the whole run, nothing infinite."""
-    for name, value in entry.items():
-        is_curve = name not in _NOT_CURVES and not name.startswith("train_") and not name.endswith(_TIMES)
-        if is_curve and _is_number(value):
-            yield name, float(value)
+    # One point alone is no curve: a figure that is logged once says nothing about a course.
+    shown = [title for title, curves in by_title.items() if any(len(points) > 1 for points in curves.values())]
+    return {title: [Curve(label, *map(tuple, zip(*points))) for label, points in by_title[title].items()]
+            for title in sorted(shown, key=order)}
 
 
 def _is_number(value: Any) -> bool:
@@ -66,9 +60,9 @@ def _is_number(value: Any) -> bool:
 
 def _state(file: Path) -> dict[str, Any]:
     try:
-        found = read_json(file, allow_nan=True)  # where a loss was none, the Trainer writes NaN
-        if all(_is_number(entry["step"]) for entry in found["log_history"]):
-            return found
+        state = read_json(file, allow_nan=True)  # where a loss was none, the Trainer writes NaN
+        if all(_is_number(entry["step"]) for entry in state["log_history"]):
+            return state
         reason = "a step of its log is no finite number"
     except OSError as error:
         reason = error.strerror or str(error)

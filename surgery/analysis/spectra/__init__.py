@@ -48,25 +48,24 @@ def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | 
     is no matrix of finite numbers.
     """
     if isinstance(subject, Tensor) and not isinstance(tuned, nn.Module):
-        return Spectrum.of(_matrix(subject if tuned is None else tuned - subject), squared=squared)
+        delta = subject if tuned is None else tuned - subject
+        if delta.ndim != 2 or not delta.isfinite().all():
+            others = " with others in it" if delta.ndim == 2 else ""
+            raise fail("bad-value", f"a spectrum is of a matrix of finite numbers, not of {list(delta.shape)}{others}")
+        return Spectrum.of(delta, squared=squared)
     if isinstance(subject, Surgeon):
+        # A merged model holds W': W must be in its place, and is put there for as long as weights are read.
         with subject.disabled():
             return gathered(pending_of(subject), squared, top)
+    # An operated model's weights are still W: measured as a second model it would seem unchanged.
     if not isinstance(subject, nn.Module) or not isinstance(tuned, nn.Module) or any(
             isinstance(m, Adapter) and m.active for m in tuned.modules()):
         raise fail("bad-value", "a model is measured against another one, with its weights changed or merged",
                    helps=("of an operated model, give the surgeon",))
-    found = pairs(Weights(subject), Weights(tuned))
-    if not found:
+    both = pairs(Weights(subject), Weights(tuned))
+    if not both:
         raise fail("bad-value", f"{type(subject).__name__} and {type(tuned).__name__} have no weight in common")
-    return gathered(of_models(found), squared, top)
-
-
-def _matrix(delta: Tensor) -> Tensor:
-    if delta.ndim == 2 and delta.isfinite().all():
-        return delta
-    others = " with others in it" if delta.ndim == 2 else ""
-    raise fail("bad-value", f"a spectrum is of a matrix of finite numbers, not of {list(delta.shape)}{others}")
+    return gathered(of_models(both), squared, top)
 
 
 def gathered(pending: Sequence[Pending], squared: bool = False, top: int = TOP, track: Track = iter) -> Spectra:

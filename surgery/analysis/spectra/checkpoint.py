@@ -6,7 +6,7 @@ held by the reader only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,21 +42,28 @@ def of_model(model: nn.Module) -> Tensors:
 
 def of_folder(folder: Path) -> Tensors:
     """The tensors in a model's safetensors files; none without such files. Raises: SurgeryError (unknown-model)."""
-    found: dict[str, Stored] = {}
+    def read(file: Path, name: str) -> Tensor:
+        # Opened anew for each tensor, so that no file stays open while the weights are measured.
+        with safe_open(file, "pt") as opened:
+            return opened.get_tensor(name)
+
+    stored: dict[str, Stored] = {}
     for file in _files(folder):
         try:
             with safe_open(file, "pt") as opened:
-                found |= {name: Stored(tuple(opened.get_slice(name).get_shape()), partial(_read, file, name))
-                          for name in opened.keys()}
+                stored |= {name: Stored(tuple(opened.get_slice(name).get_shape()), partial(read, file, name))
+                           for name in opened.keys()}
         except (OSError, SafetensorError) as error:
             raise fail("unknown-model", f"cannot read {file}: {error}") from None
-    return found
+    return stored
 
 
 def _files(folder: Path) -> Iterable[Path]:
+    """The safetensors files of a model: those that its index lists, or the one of a model without an index."""
     if (folder / _INDEX).is_file():
         try:
             listed = list(dict.fromkeys(read_json(folder / _INDEX)["weight_map"].values()))
+            # An index may come from anybody: it must not lead out of its folder.
             if all(Path(name).name == name and (folder / name).is_file() for name in listed):
                 return [folder / name for name in listed]
             reason = "it names what is no file beside it"
@@ -64,11 +71,6 @@ def _files(folder: Path) -> Iterable[Path]:
             reason = getattr(error, "strerror", None) or "it is no list of a model's files"
         raise fail("unknown-model", f"cannot read {folder / _INDEX}: {reason}")
     return [folder / _WHOLE] if (folder / _WHOLE).is_file() else []
-
-
-def _read(file: Path, name: str) -> Tensor:
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name)
 
 
 # --------------------------------------------------------------------------------------------- the weights of sites
@@ -87,15 +89,13 @@ class Weights:
     def of(self, site: Site) -> Stored | None:
         """The tensor of a site of this model, or of one that has its modules; None for one of another shape. Of a
         called layer it is what the calls of the loaded model say, whatever lies in files under its name."""
-        found = next((self.tensors[n] for n in self._spelt(site.weight_name) if n in self.tensors), None)
-        found = self._called.get(site.name, found)
-        return found if found is not None and found.shape == site.stored_shape else None
-
-    def _spelt(self, name: str) -> Iterator[str]:
-        """A base model's own checkpoint leaves out the prefix that its tensors have in a task model; what is tied is
-        stored once."""
-        for known in (name, *self._tied.get(name, ())):
-            yield from (known, f"{self._prefix}.{known}", known.removeprefix(f"{self._prefix}."))
+        # What is tied is stored once, under any of its names; and a base model's own checkpoint leaves out the prefix
+        # that its tensors have in a task model.
+        spelt = (spelling for known in (site.weight_name, *self._tied.get(site.weight_name, ()))
+                 for spelling in (known, f"{self._prefix}.{known}", known.removeprefix(f"{self._prefix}.")))
+        stored = next((self.tensors[name] for name in spelt if name in self.tensors), None)
+        stored = self._called.get(site.name, stored)
+        return stored if stored is not None and stored.shape == site.stored_shape else None
 
     @property
     def complete(self) -> bool:
@@ -109,9 +109,10 @@ def pairs(base: Weights, tuned: Weights) -> dict[Site, tuple[Read, Read]]:
     for site in tuned.survey.sites:
         one, other = base.of(site), tuned.of(site)
         if one and other:
+            # A tied weight is the same `Stored` at each of its sites: it changed once, and is measured once.
             first.setdefault((id(one), id(other)), (site, one, other))
     return {site: (_reader(one), _reader(other)) for site, one, other in first.values()}
 
 
-def _reader(found: Stored) -> Read:
-    return lambda site: found.read()
+def _reader(stored: Stored) -> Read:
+    return lambda site: stored.read()

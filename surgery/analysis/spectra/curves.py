@@ -6,7 +6,7 @@ for each label; where a figure is not known there is no point.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import fmean
@@ -27,33 +27,33 @@ class Curve:
 
 def _by_line(spectra: Mapping[str, Spectra]) -> dict[str, list[Row]]:
     """The changed rows of each line."""
-    found: dict[str, list[Row]] = {}
+    lines: dict[str, list[Row]] = {}
     for label, each in spectra.items():
         for row in filter(lambda row: row.changed, each.rows):
-            found.setdefault(label if len(spectra) > 1 else row.type, []).append(row)
-    return found
+            lines.setdefault(label if len(spectra) > 1 else row.type, []).append(row)
+    return lines
 
 
 def across_layers(spectra: Mapping[str, Spectra], figure: str) -> list[Curve]:
     """The mean of a figure (see `summary.FIGURES`) in each layer."""
-    return [curve for label, rows in _by_line(spectra).items() if (curve := _layered(label, rows, figure)).x]
-
-
-def _layered(label: str, rows: Iterable[Row], figure: str) -> Curve:
-    values: dict[int, list[float]] = {}
-    for row in rows:
-        if row.layer is not None and (value := FIGURES[figure](row)) is not None:
-            values.setdefault(row.layer, []).append(value)
-    return Curve(label, tuple(sorted(values)), tuple(fmean(values[layer]) for layer in sorted(values)))
+    curves = []
+    for label, rows in _by_line(spectra).items():
+        values: dict[int, list[float]] = {}
+        for row in rows:
+            if row.layer is not None and (value := FIGURES[figure](row)) is not None:
+                values.setdefault(row.layer, []).append(value)
+        if values:  # an output head stands in no layer, and has no curve across them
+            layers = sorted(values)
+            curves.append(Curve(label, tuple(layers), tuple(fmean(values[layer]) for layer in layers)))
+    return curves
 
 
 def distributions(spectra: Mapping[str, Spectra]) -> list[Curve]:
     """The mean of p_i over the rows of a line, for i from 1: how the update is spread over its directions."""
-    return [_distribution(label, rows) for label, rows in _by_line(spectra).items()]
-
-
-def _distribution(label: str, rows: Sequence[Row]) -> Curve:
-    """A row that has no i-th singular value has p_i = 0 in the mean."""
-    means = [sum(column) / len(rows) for column in zip_longest(*(row.spectrum.p for row in rows), fillvalue=0.0)]
-    kept = sorted({round(len(means) ** (i / POINTS)) for i in range(POINTS + 1)})
-    return Curve(label, tuple(map(float, kept)), tuple(means[i - 1] for i in kept))
+    curves = []
+    for label, rows in _by_line(spectra).items():
+        # A row that has no i-th singular value has p_i = 0 in the mean, or means of few rows would rise at the end.
+        means = [sum(column) / len(rows) for column in zip_longest(*(row.spectrum.p for row in rows), fillvalue=0.0)]
+        kept = sorted({round(len(means) ** (i / POINTS)) for i in range(POINTS + 1)})
+        curves.append(Curve(label, tuple(map(float, kept)), tuple(means[i - 1] for i in kept)))
+    return curves

@@ -28,9 +28,11 @@ def draw(spectra: Mapping[str, Spectra], file: Path, title: str = "") -> None:
         _lines(first, across_layers(spectra, "entropy"), "layer", "entropy of ΔW (nats)")
         _lines(second, across_layers(spectra, "stable_rank"), "layer", "stable rank of ΔW")
         _lines(third, distributions(spectra), "i", "p_i, the share of the i-th singular value")
+        # Both axes: a spread over a few directions and one over all differ by orders of magnitude.
         third.set(xscale="log", yscale="log")
         for axes in (first, second):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        # The three panels have the same lines, so one legend stands for all of them.
         if (labels := first.get_legend_handles_labels())[0]:
             figure.legend(*labels, loc="outside right upper")
 

@@ -5,7 +5,7 @@ Takes updates; gives plain data. Promises: a row holds numbers and no tensor; me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from surgery.analysis.spectra.orthogonality import Defect
-from surgery.analysis.spectra.spectrum import Directions, Spectrum, leading, of_factors, overlap
+from surgery.analysis.spectra.spectrum import Spectrum, leading, of_factors, overlap
 from surgery.analysis.spectra.updates import Update
 from surgery.diagnostics import fail
 from surgery.html import table, tag
@@ -75,17 +75,16 @@ class Group:
 
     @classmethod
     def of(cls, name: str, rows: Sequence[Row]) -> Group:
-        changed = [row for row in rows if row.changed]
-        return cls(name, len(rows), {figure: _mean(map(of, changed)) for figure, of in FIGURES.items()})
+        # An unchanged weight has no directions: an entropy of 0 for it would say that it has one.
+        changed, means = [row for row in rows if row.changed], {}
+        for figure, of in FIGURES.items():
+            known = [value for row in changed if (value := of(row)) is not None]
+            # of equal ones that value, so that ranks that are all 8 have the mean 8, a count
+            means[figure] = (known[0] if len({*known}) == 1 else fmean(known)) if known else None
+        return cls(name, len(rows), means)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "count": self.count, **self.means}
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """The mean of the known values; of equal ones that value, so that ranks that are all 8 have the mean 8, a count."""
-    known = [v for v in values if v is not None]
-    return (known[0] if len({*known}) == 1 else fmean(known)) if known else None
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,10 +117,10 @@ class Spectra:
         return tuple(row.name for row in self.rows if not row.changed)
 
     def _groups(self, key: Callable[[Row], Any]) -> tuple[Group, ...]:
-        found: dict[Any, list[Row]] = {}
+        groups: dict[Any, list[Row]] = {}
         for row in self.rows:
-            found.setdefault(key(row), []).append(row)
-        return tuple(Group.of(str(name), rows) for name, rows in found.items() if name is not None)
+            groups.setdefault(key(row), []).append(row)
+        return tuple(Group.of(str(name), rows) for name, rows in groups.items() if name is not None)
 
     @property
     def summary(self) -> str:
@@ -160,20 +159,17 @@ def row_of(update: Update, squared: bool = False, top: int = TOP) -> Row:
     if not all(bool(t.isfinite().all()) for t in (update.weight, *parts)):
         raise fail("bad-value", f"{update.name} or its update is not finite",
                    helps=("the training that made it diverged",))
-    found, directions = _spectrum(update, squared, top)
-    shared = _overlaps(leading(update.weight, top), directions) if found.values and top else (None, None)
-    size = float(update.weight.norm())
-    relative = found.norm / size if size else None
-    return Row(update.name, update.type, update.layer, found, relative, *shared, update.defects)
-
-
-def _spectrum(update: Update, squared: bool, top: int) -> tuple[Spectrum, Directions]:
     if isinstance(update.delta, tuple):
-        found, directions = of_factors(*update.delta, squared)
-        return found, directions.first(top)
-    found = Spectrum.of(update.delta, update.rounding, squared)
-    return found, leading(update.delta, min(top, found.numerical_rank))
-
-
-def _overlaps(of_weight: Directions, of_update: Directions) -> tuple[float, float]:
-    return overlap(of_weight.out, of_update.out), overlap(of_weight.in_, of_update.in_)
+        spectrum, directions = of_factors(*update.delta, squared)
+        directions = directions.first(top)
+    else:
+        # The values come without vectors, which would cost several times as much: of those only the first are read.
+        spectrum = Spectrum.of(update.delta, update.rounding, squared)
+        directions = leading(update.delta, min(top, spectrum.numerical_rank))
+    overlap_out = overlap_in = None
+    if spectrum.values and top:
+        strongest = leading(update.weight, top)
+        overlap_out, overlap_in = overlap(strongest.out, directions.out), overlap(strongest.in_, directions.in_)
+    size = float(update.weight.norm())
+    relative = spectrum.norm / size if size else None
+    return Row(update.name, update.type, update.layer, spectrum, relative, overlap_out, overlap_in, update.defects)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -65,11 +65,11 @@ class Pending:
 
 def _each(site: Site, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     """Stored tensors of a site as pairs of a name and matrices: those of a stack by their number."""
-    found = [site.layout.matrix(t.detach()) for t in tensors]
+    matrices = [site.layout.matrix(t.detach()) for t in tensors]
     if site.stack is None:
-        yield site.name, tuple(found)
+        yield site.name, tuple(matrices)
     else:
-        yield from ((f"{site.name}.{i}", tuple(m[i] for m in found)) for i in range(site.stack))
+        yield from ((f"{site.name}.{i}", tuple(m[i] for m in matrices)) for i in range(site.stack))
 
 
 # ------------------------------------------------------------------------------------------------------ two models
@@ -77,14 +77,14 @@ def _each(site: Site, *tensors: Tensor) -> Iterator[tuple[str, tuple[Tensor, ...
 
 def of_models(pairs: Mapping[Site, tuple[Read, Read]]) -> list[Pending]:
     """The updates between two models: for each site, how W and W' are read."""
-    return [Pending(site.name, lambda site=site, read=read: _between(site, *read)) for site, read in pairs.items()]
+    def between(site: Site, base: Read, tuned: Read) -> Iterator[Update]:
+        for name, (w, changed) in _each(site, base(site), tuned(site)):
+            wide = w.to(WIDE)
+            delta = changed.to(wide.device, WIDE) - wide
+            # Only W' brings a rounding in: W counts as exact, and two equal weights differ by exactly nothing.
+            yield Update(name, site.layer, wide, delta, rounding(changed) if delta.any() else 0.0)
 
-
-def _between(site: Site, base: Read, tuned: Read) -> Iterator[Update]:
-    for name, (w, changed) in _each(site, base(site), tuned(site)):
-        wide = w.to(WIDE)
-        delta = changed.to(wide.device, WIDE) - wide
-        yield Update(name, site.layer, wide, delta, rounding(changed) if delta.any() else 0.0)
+    return [Pending(site.name, partial(between, site, *read)) for site, read in pairs.items()]
 
 
 def rounding(stored: Tensor) -> float:
@@ -117,19 +117,17 @@ def of_surgeon(surgeon: Surgeon, read: Read, leaves: Callable[[Placed], Leaves])
 
 def _operated(surgeon: Surgeon, placed: Placed, stored: Tensor, leaves: Leaves) -> Iterator[Update]:
     adapter, site = surgeon.adapters[placed.site.name], placed.site
-    narrow = torch.promote_types(stored.dtype, torch.float32)
+    narrow = torch.promote_types(stored.dtype, torch.float32)  # in which the transforms run
     for i, (name, (w,)) in enumerate(_each(site, stored)):
+        # a parameter that all matrices of a stack share has no axis for them
         own = {key: t if key in adapter.shared or site.stack is None else t[i] for key, t in leaves.items()}
         values = {"weight": w.to(WIDE), **{key: in_dtype(t.detach().to(w.device), WIDE) for key, t in own.items()}}
         delta, noise = _delta(placed, values)
-        if isinstance(delta, Tensor) and delta.norm() <= _coarsest(own) * values["weight"].norm():
+        coarsest = max((torch.finfo(t.dtype).eps for t in own.values() if t.is_floating_point()), default=0.0)
+        if isinstance(delta, Tensor) and delta.norm() <= coarsest * values["weight"].norm():
             noise = float("inf")  # no larger than the rounding of the parameters themselves
-        found = defects(placed.formula, {key: in_dtype(t, narrow) for key, t in values.items()})
-        yield Update(name, site.layer, values["weight"], delta, noise, found)
-
-
-def _coarsest(leaves: Leaves) -> float:
-    return max((torch.finfo(t.dtype).eps for t in leaves.values() if t.is_floating_point()), default=0.0)
+        yield Update(name, site.layer, values["weight"], delta, noise,
+                     defects(placed.formula, {key: in_dtype(t, narrow) for key, t in values.items()}))
 
 
 def _delta(placed: Placed, values: Leaves) -> tuple[Tensor | tuple[Tensor, Tensor], float]:
@@ -137,23 +135,20 @@ def _delta(placed: Placed, values: Leaves) -> tuple[Tensor | tuple[Tensor, Tenso
     expr, thin = change(placed.compiled)
     if thin is not None:
         return (dense(thin[0], values), dense(thin[1], values)), 0.0
-    delta = _built(placed, expr, values)
-    return delta, max(delta.shape) * torch.finfo(WIDE).eps * float(values["weight"].norm() + delta.norm())
-
-
-def _built(placed: Placed, expr: Expr, values: Leaves) -> Tensor:
-    """An expression of a site's weight and its adapter's tensors, by the program that merging would run."""
+    # By the program that merging would run: what is measured is what a merged model would hold, in float64.
     program = placed.compiled.of_weight(expr).weights
     layer = frozen(placed.site.module, placed.site.layout, placed.site.parameter)
     layer.weight = values["weight"]
     leaves = {key: t for key, t in values.items() if key != "weight"}
-    return program.setup(layer, leaves, program.once(layer, WIDE), WIDE, WIDE)[0]
+    delta = program.setup(layer, leaves, program.once(layer, WIDE), WIDE, WIDE)[0]
+    return delta, max(delta.shape) * torch.finfo(WIDE).eps * float(values["weight"].norm() + delta.norm())
 
 
 @lru_cache(maxsize=1024)
 def change(compiled: Compiled) -> tuple[Expr, Factors | None]:
     """W' - W in normal form, and its thin factors where it has some."""
     weight = compiled.merged_form.weight
+    # W is taken away as one more term, so that the normal form cancels it: a difference of numbers would round.
     frozen = Expr("weight", (), None, weight.shape)
     delta = simplify(total([*_terms(weight), times(-1, frozen)], weight.shape))
     return delta, factors(delta)
