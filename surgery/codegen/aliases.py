@@ -36,12 +36,13 @@ class Memory:
 def read_by(reads: Sequence[tuple[Expr, Sequence[Expr]]], memory: Memory) -> dict[Expr, frozenset[int]]:
     """For each value the instructions that read its memory, be it through views, by number; `reads` has what each gives
     and reads, operands before what reads them."""
-    found: dict[Expr, frozenset[int]] = {}
+    readers: dict[Expr, frozenset[int]] = {}
+    # from the last to the first, so that all who read a view are known when what it shows is met
     for i, (node, operands) in reversed(list(enumerate(reads))):
-        through = frozenset() if memory.is_own(node) else found.get(node, frozenset())
+        through = frozenset() if memory.is_own(node) else readers.get(node, frozenset())
         for operand in operands:
-            found[operand] = found.get(operand, frozenset()) | {i} | through
-    return found
+            readers[operand] = readers.get(operand, frozenset()) | {i} | through
+    return readers
 
 
 def held_by(outputs: Iterable[Expr], operands: Mapping[Expr, Sequence[Expr]], memory: Memory) -> set[Expr]:

@@ -17,7 +17,7 @@ from surgery.ir.expression import Expr, rebuild
 from surgery.ir.operations import make, operation
 from surgery.ir.primitives_fourier import BY_PRODUCTS
 from surgery.ir.sizes import Size, known, known_shape
-from surgery.rewrite.low_rank import Factors, factors, is_thin, low_rank_turn
+from surgery.rewrite.low_rank import factors, is_thin, low_rank_turn
 from surgery.rewrite.normal_form import simplify
 
 
@@ -46,28 +46,20 @@ def _sum(expr: Expr, a: Expr) -> Expr:
 
 
 def _product(expr: Expr, a: Expr) -> Expr:
+    """a (L R)ᵀ = (a Rᵀ) Lᵀ, unless the product is better made, or a turn of a sum taken in."""
     left, right = expr.args
-    if _is_small(expr):
+    shape, sizes = known_shape(expr.shape), [known(prod(factor.shape)) for factor in expr.args]
+    is_small = is_thin(min(shape), max(shape)) and prod(shape) <= max(sizes) and min(sizes) <= max(shape)
+    if is_small and not expr.has("weight", "drop"):
+        # a thin matrix, no larger than a factor, and little work: made once in the set-up, not for every token
         return _dense(expr, a)
     if right.op == "add" and (turn := low_rank_turn(left)) is not None:
-        return _turned_sum(turn, right, a)
+        # (I + U V) (p + q) = p + q + U (V p + V q): V meets each term where it is thin, and the sum, an activation as
+        # wide as the output, is not kept for V's gradient
+        u, v = turn
+        inner = [_led_by(v, term, a) for term in summands(right)]
+        return make("add", apply(right, a), apply(u, total(inner, inner[0].shape)))
     return apply(left, apply(right, a))
-
-
-def _is_small(expr: Expr) -> bool:
-    """Whether a product of parameters is a thin matrix, no larger than a factor, and little work: then it is made once,
-    not for every token."""
-    shape, (left, right) = known_shape(expr.shape), (known(prod(a.shape)) for a in expr.args)
-    thin = is_thin(min(shape), max(shape)) and prod(shape) <= max(left, right)
-    little = min(left, right) <= max(shape)
-    return thin and little and not expr.has("weight", "drop")
-
-
-def _turned_sum(turn: Factors, right: Expr, a: Expr) -> Expr:
-    """(I + U V) (p + q) = p + q + U (V p + V q): V meets each term where it is thin, and the sum is not kept for it."""
-    u, v = turn
-    inner = [_led_by(v, term, a) for term in summands(right)]
-    return make("add", apply(right, a), apply(u, total(inner, inner[0].shape)))
 
 
 def _led_by(v: Expr, term: Expr, a: Expr) -> Expr:
@@ -126,7 +118,7 @@ def _kron(expr: Expr, a: Expr) -> Expr:
     if permutation(expr) is not None:
         return _permuted(expr, a)
     left, right = expr.args
-    n, q = left.shape[1], right.shape[1]
+    n, q = left.shape[1], right.shape[1]  # A ⊗ B itself, [m p, n q], is never made
     h = apply(right, make("split", a, data=(n, q)))
     if left.op == "literal":
         h = make("mix", h, data=left.data)
@@ -146,8 +138,8 @@ def _circulant(expr: Expr, a: Expr) -> Expr:
 
 def _fill(expr: Expr, a: Expr) -> Expr:
     """x (c 1 1ᵀ)ᵀ, by way of the sum of each row of x."""
-    found = factors(expr)
-    return _dense(expr, a) if found is None else make("matmul", make("matmul", a, turned(found[1])), turned(found[0]))
+    pair = factors(expr)
+    return _dense(expr, a) if pair is None else make("matmul", make("matmul", a, turned(pair[1])), turned(pair[0]))
 
 
 _APPLY: dict[str, Callable[[Expr, Expr], Expr]] = {
@@ -183,7 +175,7 @@ def is_structured(expr: Expr) -> bool:
 
 def matrix(expr: Expr) -> Expr:
     """E itself, built the cheapest way: a structured factor acts on the rows or columns of the other."""
-    if expr.is_large:
+    if expr.is_large:  # taken apart, a shared part would be made once for each of its places
         return rebuild(expr, lambda node, args: args[0] if operation(node).is_transparent else node.with_args(args))
     if expr.op == "matmul" and len(expr.args[0].shape) == len(expr.args[1].shape) == 2:
         left, right = expr.args

@@ -104,15 +104,16 @@ def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool
                tokens: int = TOKENS_SUPPOSED) -> tuple[Candidate, ...]:
     """The programs of a layer's output, the cheapest for so many tokens first; of a called layer, which has no weight
     to read, those that read it come last."""
-    # without dropout, training and evaluation run the same programs, found once
-    found = _found(formula, kind, training and formula.weight.has("drop"), has_bias)
-    return tuple(sorted(found, key=lambda each: (kind.is_called and each.reads_weight, each.cost(tokens).seconds)))
+    # without dropout, training and evaluation run the same programs, which are made once
+    distinct = _distinct(formula, kind, training and formula.weight.has("drop"), has_bias)
+    return tuple(sorted(distinct, key=lambda each: (kind.is_called and each.reads_weight, each.cost(tokens).seconds)))
 
 
 @cache
-def _found(formula: Formula, kind: LayerKind, drops: bool, has_bias: bool) -> tuple[Candidate, ...]:
-    """The programs that there are, with the formula's dropout or without, in no order."""
+def _distinct(formula: Formula, kind: LayerKind, drops: bool, has_bias: bool) -> tuple[Candidate, ...]:
+    """The different programs that the strategies give, with the formula's dropout or without, in no order."""
     weight = cheapest(formula.weight if drops else without_dropout(formula.weight))
+    # token ids look rows of W up, so that what acts on an embedding's output is W'ᵀ
     operand = turned(weight) if kind.takes_ids else weight
     x, bias = _input(known(operand.shape[1]), kind), cheapest(formula.bias) if has_bias else None
     unread = partial(_unread, always=kind.is_called)
@@ -142,17 +143,19 @@ def _output(strategy: str, operand: Expr, x: Expr, kind: LayerKind, trained: fro
 
 def by_tokens(programs: Sequence[Candidate]) -> tuple[tuple[float, Candidate], ...]:
     """Which program is the cheapest up to how many tokens, in rising order: a cost is a straight line over them."""
+    # The lower envelope of those lines: from the cheapest for no token on, always to the line that is flatter and met
+    # first. (Sorting by slope alone would keep lines that are nowhere the lowest.)
     start = {each: each.cost(0).seconds for each in programs}
     slope = {each: (each.cost(TOKENS_SUPPOSED).seconds - start[each]) / TOKENS_SUPPOSED for each in programs}
-    at, now, found = 0.0, min(programs, key=lambda each: (start[each], slope[each])), []
+    at, now, ranges = 0.0, min(programs, key=lambda each: (start[each], slope[each])), []
     while flatter := [each for each in programs if slope[each] < slope[now]]:
         ends = {each: (start[each] - start[now]) / (slope[now] - slope[each]) for each in flatter}
         following = min(flatter, key=lambda each: (ends[each], slope[each]))
         if ends[following] > at:
             at = ends[following]
-            found.append((at, now))
+            ranges.append((at, now))
         now = following
-    return (*found, (inf, now))
+    return (*ranges, (inf, now))
 
 
 def _input(width: int, kind: LayerKind) -> Expr:
@@ -170,8 +173,17 @@ def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strate
               trained: frozenset[str] = frozenset(), is_called: bool = False) -> Candidate:
     """The program that gives `outputs`, after a last change to each."""
     outputs = solved_once(tuple(prepare(made(output)) for output in outputs))
-    has_body = outputs[0].has("x")
-    values = _frontier(outputs) if has_body else outputs
+    has_body, values = outputs[0].has("x"), outputs
+    if has_body:
+        # What the body reads that does not depend on the input, in order; numbers are written into it. A matrix that it
+        # reads turned is the matrix itself, so that the gradient of it lies in memory as it does.
+        reads: dict[Expr, None] = {}
+        for arg in (a for node in walk(*outputs) if node.has("x") for a in node.args if not a.has("x")):
+            while arg.op == "T":
+                arg = arg.args[0]
+            if not operation(arg).is_inline:
+                reads[arg] = None
+        values = tuple(reads)
     return Candidate(strategy, outputs, values, _fixed(values), has_body, trained, is_called)
 
 
@@ -265,22 +277,7 @@ def _called(weight: Expr, rows: Expr) -> Expr:
 # -------------------------------------------------------------------------------------------------------- regions
 
 
-def _frontier(outputs: Sequence[Expr]) -> tuple[Expr, ...]:
-    """What the body reads that does not depend on the input, in order (numbers are written into it). A matrix that it
-    reads turned is the matrix itself, so that the gradient of it lies in memory as it does."""
-    found: dict[Expr, None] = {}
-    for node in walk(*outputs):
-        if node.has("x"):
-            read = map(_unturned, (a for a in node.args if not a.has("x")))
-            found.update(dict.fromkeys(a for a in read if not operation(a).is_inline))
-    return tuple(found)
-
-
 _SMALL = 2**15  # numbers of a constant that is held rather than made at every step
-
-
-def _unturned(node: Expr) -> Expr:
-    return _unturned(node.args[0]) if node.op == "T" else node
 
 
 def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
@@ -288,7 +285,7 @@ def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
     are small."""
     on_weight = names(lambda row: row.of_layer)
     others = names(lambda row: row.source is not None and not row.of_layer)
-    found: dict[Expr, None] = {}
+    fixed: dict[Expr, None] = {}
     stack, seen = list(reversed(values)), set()
     while stack:
         node = stack.pop()
@@ -300,7 +297,7 @@ def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
         is_smaller = not operation(node).is_leaf and (len(node.shape) < 2 or node.op == "gram")
         is_constant = is_known and not node.has(*on_weight) and not operation(node).is_inline
         if is_of_weight and is_smaller or is_constant and size(node, 0) <= _SMALL:
-            found[node] = None
+            fixed[node] = None
         else:
             stack += reversed(node.args)
-    return tuple(found)
+    return tuple(fixed)

@@ -58,10 +58,12 @@ class Cost:
 @lru_cache(maxsize=4096)
 def body_cost(body: Expr, needs: tuple[bool, ...], tokens: int = TOKENS_SUPPOSED) -> Cost:
     """Of a body over `x` and `value` leaves, of which those take a gradient that `needs` says (x first)."""
-    leaves, found = _leaves(body, needs), _gradients(body, needs)
-    if found is None:
-        return _counted(walk(body), tokens, lambda node: 1 + sum(_leads(a, frozenset(leaves)) for a in node.args))
-    outputs = (body, *found.of)
+    leaves, known = _leaves(body, needs), _gradients(body, needs)
+    if known is None:
+        # autograd runs it backwards: as much again for each argument that a gradient goes through
+        led = {node for node in walk(body) if not is_ids(node) and any(below in leaves for below in walk(node))}
+        return _counted(walk(body), tokens, lambda node: 1 + sum(a in led for a in node.args))
+    outputs = (body, *known.of)
     reads, nodes = readers(*outputs), list(walk(*outputs))
     total = _counted([node for node in nodes if not is_taken_in(node, reads)], tokens, lambda node: 1)
     return total + Cost(moved=-sum(size(node, tokens) for node in nodes if is_accumulated(node, reads)))
@@ -81,10 +83,6 @@ def has_gradients(body: Expr, needs: tuple[bool, ...]) -> bool:
 @lru_cache(maxsize=4096)
 def _gradients(body: Expr, needs: tuple[bool, ...]) -> Gradients | None:
     return gradients(body, _leaves(body, needs))
-
-
-def _leads(node: Expr, leaves: frozenset[Expr]) -> bool:
-    return not is_ids(node) and any(below in leaves for below in walk(node))
 
 
 def _counted(nodes: Iterable[Expr], tokens: int, times: Callable[[Expr], int]) -> Cost:
@@ -122,14 +120,8 @@ def _once(node: Expr) -> Cost:
 def made_again(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
     """Of making a set-up a second time, for its backward pass; None where it is better to hold what it made."""
     made = _made(values, fixed)
-    cost = sum(map(_once, made), Cost())
-    held = sum(size(node, 0) for node in set(made) & _held(values, made) if not operation(node).is_free)
-    return cost if cost.seconds + AGAIN < HELD * held else None
-
-
-def _held(values: Sequence[Expr], made: Sequence[Expr]) -> set[Expr]:
-    """What is alive from the forward to the backward pass: the values, and what autograd needs for other gradients."""
     gradless = without_gradient(*values)
+    # alive from the forward to the backward pass: the values, and what autograd needs for other gradients
     held = set(map(_viewed, values))
     for node in made:
         row = operation(node)
@@ -140,7 +132,9 @@ def _held(values: Sequence[Expr], made: Sequence[Expr]) -> set[Expr]:
             held |= {_viewed(a) for i, a in enumerate(node.args) if any(trains[:i] + trains[i + 1:])}
         elif any(trains):
             held |= {_viewed(a) for a in (node, *node.args)}
-    return held
+    cost = sum(map(_once, made), Cost())
+    numbers = sum(size(node, 0) for node in set(made) & held if not operation(node).is_free)
+    return cost if cost.seconds + AGAIN < HELD * numbers else None
 
 
 def _viewed(node: Expr) -> Expr:

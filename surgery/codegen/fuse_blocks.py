@@ -26,20 +26,15 @@ def blockwise(expr: Expr) -> Expr:
 
     def joined(node: Expr) -> Expr:
         if node not in done:
-            done[node] = _joined(node) or node.with_args(tuple(map(joined, node.args)))
+            factors = list(_factors(node))
+            runs = [list(run) for _, run in groupby(factors, key=lambda factor: block_size(factor) is None)]
+            parts = [part for run in runs for part in _as_one(run)]
+            # a product in which nothing was joined keeps its own brackets: its factors may be runs further down
+            done[node] = node.with_args(tuple(map(joined, node.args))) if len(parts) == len(factors) else reduce(
+                _product, (joined(part) if part in factors else part for part in parts))
         return done[node]
 
     return joined(expr)
-
-
-def _joined(node: Expr) -> Expr | None:
-    """A product of the factors that are left, if some were joined."""
-    factors = list(_factors(node))
-    runs = [list(run) for _, run in groupby(factors, key=lambda factor: block_size(factor) is None)]
-    parts = [part for run in runs for part in _one(run)]
-    if len(parts) == len(factors):
-        return None
-    return reduce(_product, (blockwise(part) if part in factors else part for part in parts))
 
 
 def _product(a: Expr, b: Expr) -> Expr:
@@ -67,7 +62,7 @@ def block_size(factor: Expr) -> Size | None:
     return 1 if factor.op == "diag" else None
 
 
-def _one(run: list[Expr]) -> list[Expr]:
+def _as_one(run: list[Expr]) -> list[Expr]:
     """One matrix in the place of a run of factors, if their blocks have a common size that is small."""
     sizes = every(map(block_size, run))
     if sizes is None or len(run) < 2 or any(isinstance(size, Dim) for size in sizes):
@@ -75,5 +70,6 @@ def _one(run: list[Expr]) -> list[Expr]:
     size, width = lcm(*known_shape(sizes)), known(run[0].shape[0])
     if size == 1 or width % size or not is_thin(size, width):
         return run
+    # what the run makes of a row of identities is its blocks side by side: no square matrix is made on the way
     rows = apply(reduce(_product, run), make("kron", fill(1, (1, width // size)), eye(size)))
     return [make("block_diag", make("T", make("block_stack", rows)))]

@@ -26,40 +26,29 @@ def thinly(expr: Expr, trained: frozenset[str]) -> Expr:
     scalar, rest = scaled(expr)
     if scalar is not None and value_of(scalar) is not None:
         return times(scalar, thinly(rest, trained))
-    if (found := _thin(expr)) is not None:
-        return make("matmul", *map(_built, found))
-    if expr.op == "add":
-        return _together(expr, trained)
-    return expr.with_args(tuple(thinly(a, trained) for a in expr.args)) if expr.op in _OPEN else expr
-
-
-def _together(expr: Expr, trained: frozenset[str]) -> Expr:
-    """A sum with its low-rank terms as one: those that take a gradient, and those that need none. What the frozen
-    layer's own output goes into stays by itself."""
+    if (pair := _thin(expr)) is not None:
+        return make("matmul", *map(_built, pair))
+    if expr.op != "add":
+        return expr.with_args(tuple(thinly(a, trained) for a in expr.args)) if expr.op in _OPEN else expr
+    # The low-rank terms of a sum become one, [U, P] [V; Q]: those that take a gradient, and those that need none,
+    # whose factors would else be read for a gradient that nobody asks for.
     terms, joined = list(summands(expr)), []
     for is_trained in (True, False):
-        low = [term for term in terms if _is_low(term) and _is_trained(term, trained) is is_trained]
-        found = _thin(total(low, expr.shape)) if len(low) > 1 else None
-        if found is not None:
-            joined.append(make("matmul", *map(_built, found)))
+        low = [term for term in terms if (pair := _thin(term)) is not None
+               and not pair[1].has("weight")  # the frozen layer's own output is there already
+               and any(n.op == "param" and n.data in trained for n in walk(term)) is is_trained]
+        pair = _thin(total(low, expr.shape)) if len(low) > 1 else None
+        if pair is not None:
+            joined.append(make("matmul", *map(_built, pair)))
             terms = [term for term in terms if term not in low]
     return total([*(thinly(term, trained) for term in terms), *joined], expr.shape)
-
-
-def _is_low(term: Expr) -> bool:
-    found = _thin(term)
-    return found is not None and not found[1].has("weight")
-
-
-def _is_trained(term: Expr, trained: frozenset[str]) -> bool:
-    return any(node.op == "param" and node.data in trained for node in walk(term))
 
 
 def _thin(expr: Expr) -> Factors | None:
     """The factors of a low-rank matrix, if the set-up makes them: not those that act faster than their numbers, nor of
     what is dropped."""
-    found = factors(expr)
-    return None if found is None or any(is_structured(f) or f.has("drop") for f in found) else found
+    pair = factors(expr)
+    return None if pair is None or any(is_structured(f) or f.has("drop") for f in pair) else pair
 
 
 def _built(factor: Expr) -> Expr:

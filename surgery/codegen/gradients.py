@@ -27,47 +27,33 @@ class Gradients:
 
 def gradients(output: Expr, leaves: Sequence[Expr]) -> Gradients | None:
     """The gradients of <output, grad>; None where an operation has no row in the table."""
-    found = _parts(output, leaves)
-    if found is None:
-        return None
-    raw = [_of_leaf(found.get(leaf, []), leaf) for leaf in leaves]
-    return _keeping(raw)
-
-
-def _parts(output: Expr, leaves: Sequence[Expr]) -> dict[Expr, list[Expr]] | None:
-    """For each node between the output and the leaves the terms of its gradient."""
     order, leads = list(walk(output)), set(leaves)
     for node in order:  # arguments stand before what they are in
         if not operation(node).stops_gradient and any(a in leads for a in node.args):
             leads.add(node)
-    parts = {output: [Expr("grad", (), None, output.shape)]}
+    # of each node between the output and the leaves, the terms of its gradient
+    terms = {output: [Expr("grad", (), None, output.shape)]}
     for node in reversed(order):
         if node.args and node in leads:
             derivative = operation(node).derivative
             if derivative is None:
                 return None
-            gradient = _sum(parts.get(node, []), node.shape)
-            terms = () if is_zero(gradient) else derivative(node, gradient)
-            for arg, term in zip(node.args, terms):
+            gradient = _sum(terms.get(node, []), node.shape)
+            for arg, term in zip(node.args, () if is_zero(gradient) else derivative(node, gradient)):
                 if arg in leads:
-                    parts.setdefault(arg, []).append(term)
-    return parts
-
-
-def _of_leaf(terms: list[Expr], leaf: Expr) -> Expr:
-    """The gradient of a leaf; where its terms cancel, zeros of its size, which only the leaf itself knows."""
-    gradient = _sum(terms, leaf.shape)
-    return make("zeros", leaf) if is_zero(gradient) else gradient
+                    terms.setdefault(arg, []).append(term)
+    sums = [_sum(terms.get(leaf, []), leaf.shape) for leaf in leaves]
+    # where terms cancel the gradient is zeros of the leaf's size, which with a number of tokens only the leaf knows
+    return _keeping([make("zeros", leaf) if is_zero(sum_) else sum_ for leaf, sum_ in zip(leaves, sums)])
 
 
 def _sum(terms: list[Expr], shape: Shape) -> Expr:
     """The sum of the terms, products last: those are accumulated into what stands before them."""
-    return simplify(total(sorted(map(simplify, terms), key=_is_product), shape))
+    def is_accumulated(term: Expr) -> bool:
+        rest = scaled(term)[1]
+        return is_product(rest.args[0] if rest.op == "masked" else rest)
 
-
-def _is_product(term: Expr) -> bool:
-    rest = scaled(term)[1]
-    return is_product(rest.args[0] if rest.op == "masked" else rest)
+    return simplify(total(sorted(map(simplify, terms), key=is_accumulated), shape))
 
 
 def _keeping(raw: list[Expr]) -> Gradients:
@@ -75,6 +61,7 @@ def _keeping(raw: list[Expr]) -> Gradients:
     wanted = {node.data for node in walk(*raw) if node.op == "forward"}
     kept: dict[Expr, Expr] = {}
 
+    # What one pass makes of something that is kept anyway is made again: a pass over it costs less than holding more.
     def recall(node: Expr) -> Expr:
         return node if operation(node).is_leaf else again(node) if is_cheap(node, 1) else keep(node)
 

@@ -94,19 +94,15 @@ def _enters(expr: Expr) -> bool:
 def _enter_product(expr: Expr, x: Expr) -> Expr:
     left, right = expr.args
     if right.op == "diag" and is_ids(x):
-        return _looked_up(left, right, x)
+        # x (L diag(d))ᵀ for rows with a single 1: each row of x Lᵀ times the d of its id, which is looked up too
+        ids = x.args[0] if x.op == "dropout" else x
+        gains = make("reshape", right.args[0], data=(1, right.shape[0]))
+        return make("face", enter(left, x), run(gains, ids))
     if right.op == "add" and not _enters(right):  # x (L (p + q))ᵀ = x (L p)ᵀ + x (L q)ᵀ
         return make("add", *(enter(simplify(make("matmul", left, term)), x) for term in right.args))
-    if (found := factors(right)) is not None and known(right.shape[0]) > known(left.shape[0]):
-        return make("matmul", enter(found[1], x), matrix(turned(make("matmul", left, found[0]))))
+    if (pair := factors(right)) is not None and known(right.shape[0]) > known(left.shape[0]):
+        return make("matmul", enter(pair[1], x), matrix(turned(make("matmul", left, pair[0]))))
     return apply(left, enter(right, x)) if _enters(right) else run(expr, x)
-
-
-def _looked_up(left: Expr, gains: Expr, x: Expr) -> Expr:
-    """x (L diag(d))ᵀ for rows with a single 1: each row of x Lᵀ times the d of its id."""
-    ids = x.args[0] if x.op == "dropout" else x
-    row = make("reshape", gains.args[0], data=(1, gains.shape[0]))
-    return make("face", enter(left, x), run(row, ids))
 
 
 def _enter_groups(expr: Expr, x: Expr, groups: int) -> Expr:
@@ -115,8 +111,8 @@ def _enter_groups(expr: Expr, x: Expr, groups: int) -> Expr:
     left, right = expr.args
     if _keeps_to(left, known(expr.shape[0]) // groups):
         return apply(left, enter(right, x, groups))
-    if (found := factors(expr)) is not None:
-        return _thin_in_groups(*found, x, groups)
+    if (pair := factors(expr)) is not None:
+        return _thin_in_groups(*pair, x, groups)
     turn = low_rank_turn(left)
     if turn is not None and is_thin(turn[0].shape[1], *expr.shape):  # (I + U V) R = R + U (V R)
         update = simplify(make("matmul", turn[1], right))

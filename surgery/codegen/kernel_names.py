@@ -16,6 +16,7 @@ def names_called(in_step: bool) -> dict[str, Any]:
     """Functions by the names that a program's text calls, or a step's, of which autograd takes no gradient."""
     names: dict[str, Any] = {"torch": torch}
     for name, row in OPERATIONS.items():
+        # a step's own kernel is faster, and autograd would not see what it does: only where it takes no gradient
         kernel = in_step and row.step_kernel or row.kernel
         if kernel or row.dense is not None:
             names[name] = _kernel(kernel) if kernel else row.dense

@@ -128,14 +128,10 @@ def mixed_dot(x: Tensor, g: Tensor) -> Tensor:
 def mask(a: Tensor, p: float) -> Tensor:
     """What dropout takes out of an activation, each entry with the chance p: on a CPU the places of those entries,
     counted along it (they are few, and their gaps are quickly drawn); elsewhere True for each, [*a.shape]."""
-    if on_cpu(a):
-        return _places(a.numel(), p)
-    return torch.empty_like(a, dtype=torch.bool).bernoulli_(p)
-
-
-def _places(count: int, p: float) -> Tensor:
-    """Which of `count` entries chance takes: the gaps between them are geometric. (More than are drawn here would be
-    taken once in 1e15.)"""
+    if not on_cpu(a):
+        return torch.empty_like(a, dtype=torch.bool).bernoulli_(p)
+    count = a.numel()
+    # The gaps between entries that chance takes are geometric. More than are drawn here would be taken once in 1e15.
     draws = int(count * p + 8 * (count * p) ** 0.5) + 8
     rolled = torch.rand(draws, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
     gaps = rolled.neg_().log1p_().mul_(1 / log1p(-p)).to(torch.int64).add_(1)

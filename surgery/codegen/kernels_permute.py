@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,19 +16,18 @@ def swap(a: Tensor, sizes: tuple[int, int, int, int]) -> Tensor:
 def mix(a: Tensor, rows: Rows) -> Tensor:
     """L a for a matrix L of known numbers: [..., n, q] -> [..., m, q]. A 0 costs nothing."""
     parts = a.unbind(-2)
-    return torch.stack([_weighted(row, parts) for row in rows], -2)
-
-
-def _weighted(row: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
-    """Σ c x over the c that are not 0."""
-    terms = [(c, x) for c, x in zip(row, parts) if c]
-    if not terms:
-        return torch.zeros_like(parts[0])
-    (first, x), *rest = terms
-    found = x if first == 1 else x * first
-    for c, x in rest:
-        found = found.add(x, alpha=c)
-    return found
+    sums = []
+    for row in rows:
+        terms = [(c, x) for c, x in zip(row, parts) if c]
+        if not terms:
+            sums.append(torch.zeros_like(parts[0]))
+            continue
+        (first, x), *rest = terms
+        sum_ = x if first == 1 else x * first
+        for c, x in rest:
+            sum_ = sum_.add(x, alpha=c)  # one pass for each, and no multiple of x beside it
+        sums.append(sum_)
+    return torch.stack(sums, -2)
 
 
 def put(a: Tensor, values: Tensor, places: Tensor) -> Tensor:

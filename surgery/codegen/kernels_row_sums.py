@@ -36,6 +36,7 @@ class _WeightedDot(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (a, b, d), (grad,) = ctx.saved_tensors, grad_outputs
         of_a, of_b, of_d = ctx.needs_input_grad
+        # the products are made again: held, they would be a matrix as large as the weight
         return (grad[:, None] * b * d if of_a else None, grad[:, None] * a * d if of_b else None,
                 reduce(torch.add, (rows.mT @ g for rows, g in zip(_products(a, b), _parts(grad)))) if of_d else None)
 

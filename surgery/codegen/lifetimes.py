@@ -39,6 +39,7 @@ def written_over(region: Region, schedule: Sequence[Instruction], alive: Lifetim
     def ends(base: Expr, at: int) -> bool:
         is_own = base in reads and base not in alive.stay and region.memory.may_end(base)
         places = alive.readers[base]
+        # where autograd looks on, an earlier reader may need the value again, for a gradient: one reader alone ends it
         return is_own and (places == {at} if region.memory.looked_on else max(places) == at)
 
     def is_read_beside(base: Expr, each: Instruction) -> bool:

@@ -39,6 +39,7 @@ def moved(node: Expr, tokens: int) -> float:
         return 2 * size(node, tokens)
     if node.op == "add" and any(is_product(scaled(a)[1]) for a in node.args):
         return size(node, tokens)
+    # the layer's own map reads W too, which is none of the node's arguments
     weight = float(known(node.shape[-1]) * known(node.args[0].shape[-1])) if operation(node).of_layer else 0.0
     return size(node, tokens) + weight + sum(size(a, tokens) for a in node.args)
 

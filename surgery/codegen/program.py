@@ -73,6 +73,7 @@ class Program:
         """The body on the values that `make` makes of the adapter's tensors: as one node of autograd where the layer's
         map and its transpose are products with a weight at hand; the set-up too where it is better made again than
         held."""
+        # what `train` has unfrozen takes a gradient that autograd finds, and the nodes below do not give
         known = layer.layout.kind.is_product and not (is_traced() or layer.is_trained)
         if known and self.plan.made_again is not None and torch.is_grad_enabled():
             y = recompute.run(self.plan, layer.as_dtype(x.dtype), x, make, tensors)

@@ -31,7 +31,16 @@ def program_text(plan: Candidate) -> str:
     known = {node: f"known[{i}]" for i, node in enumerate(plan.fixed)}
     functions = [_prepared("once", "layer, dtype", plan.fixed, {}, "k"),
                  _prepared("setup", "layer, leaves, known, dtype, cast", plan.values, known, "s", ".to(cast)")]
-    return "\n\n".join([*functions, *([_body(plan)] if plan.has_body else [])])
+    if plan.has_body:
+        output = plan.outputs[0]
+        x = next(node for node in walk(output) if operation(node).source is Source.INPUT)
+        names = {**{node: f"a{i}" for i, node in enumerate(plan.values)}, x: "x"}
+        region = Region((output,), names.keys(), Memory(writes=True, is_called=plan.is_called))
+        text = emitted(region, names, "y")
+        arguments = "".join(f", a{i}" for i in range(len(plan.values)))
+        functions.append(_function(f"body(layer, x{arguments})", [line for _, line in text.lines],
+                                   text.results[output]))
+    return "\n\n".join(functions)
 
 
 def _prepared(name: str, arguments: str, results: Sequence[Expr], names: dict[Expr, str], prefix: str,
@@ -46,16 +55,6 @@ def _prepared(name: str, arguments: str, results: Sequence[Expr], names: dict[Ex
         lines.append(("    " if gradless else "") + line)
     returned = "".join(text.results[r] + ("" if operation(r).is_inline else cast) + ", " for r in results)
     return _function(f"{name}({arguments})", lines, f"({returned})")
-
-
-def _body(plan: Candidate) -> str:
-    output = plan.outputs[0]
-    x = next(node for node in walk(output) if operation(node).source is Source.INPUT)
-    names = {**{node: f"a{i}" for i, node in enumerate(plan.values)}, x: "x"}
-    region = Region((output,), names.keys(), Memory(writes=True, is_called=plan.is_called))
-    text = emitted(region, names, "y")
-    arguments = "".join(f", a{i}" for i in range(len(plan.values)))
-    return _function(f"body(layer, x{arguments})", [line for _, line in text.lines], text.results[output])
 
 
 def _function(head: str, lines: Sequence[str], result: str) -> str:
@@ -82,7 +81,13 @@ class StepText:
 def step_text(body: Expr, needs: tuple[bool, ...]) -> StepText | None:
     """The text of a body where x and its values take gradients as `needs` says; None where an operation of it has no
     gradient in the table."""
-    body = _with_masks(body)
+    def masked(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        if node.op != "dropout":
+            return node.with_args(args)
+        return times(1 / (1 - node.data[0]), make("masked", *args, make("mask", *args, data=node.data)))
+
+    # dropout as a mask, which the backward pass reads again, and a scaling that simplifying gives to a thin factor
+    body = simplify(rebuild(body, masked))
     leaves = {node.data: node for node in walk(body) if operation(node).is_step_input}
     inputs = [leaves[key] for key in (None, *range(len(needs) - 1))]
     found = gradients(body, [leaf for leaf, need in zip(inputs, needs) if need])
@@ -94,17 +99,6 @@ def step_text(body: Expr, needs: tuple[bool, ...]) -> StepText | None:
     kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(found.kept)]
     source = f"{_forward(body, inputs, (*used, *found.kept))}\n\n{_backward(wanted, (*used, *kept))}"
     return StepText(source, body, wanted, found.kept, (*used, *found.kept))
-
-
-def _with_masks(body: Expr) -> Expr:
-    """Dropout as a mask, and a scaling that goes to a thin factor."""
-    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
-        if node.op != "dropout":
-            return node.with_args(args)
-        masked = make("masked", *args, make("mask", *args, data=node.data))
-        return times(1 / (1 - node.data[0]), masked)
-
-    return simplify(rebuild(body, change))
 
 
 _OWN = Memory(looked_on=False, writes=True)

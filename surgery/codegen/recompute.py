@@ -47,17 +47,12 @@ class _Node(torch.autograd.Function):
         kept = iter(saved[len(needs):])
         of_x, *of_values = ctx.step.backward(
             ctx.layer, grad, *(next(kept) if i is None else values[i].detach() for i in ctx.step.values))
-        return None, None, None, of_x, *_through(values, of_values, tensors)
-
-
-def _through(values: Sequence[Tensor], gradients: Sequence[Tensor | None],
-             tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of the tensors from those of the values that are made of them."""
-    taken = [i for i, gradient in enumerate(gradients) if gradient is not None and values[i].requires_grad]
-    outputs, of_outputs = [values[i] for i in taken], [gradients[i] for i in taken]
-    wanted = [t for t in tensors if t.requires_grad]
-    found = iter(torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True))
-    return [next(found) if t.requires_grad else None for t in tensors]
+        # from the gradients of the values to those of the tensors that they are made of
+        taken = [i for i, gradient in enumerate(of_values) if gradient is not None and values[i].requires_grad]
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        of_tensors = iter(torch.autograd.grad([values[i] for i in taken], wanted, [of_values[i] for i in taken],
+                                              allow_unused=True))
+        return None, None, None, of_x, *(next(of_tensors) if t.requires_grad else None for t in tensors)
 
 
 def run(plan: Candidate, layer: Any, x: Tensor, make: Make, tensors: Mapping[str, Tensor]) -> Tensor | None:

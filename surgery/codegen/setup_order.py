@@ -20,10 +20,11 @@ def made(expr: Expr) -> Expr:
     done: dict[Expr, Expr] = {}
     ways: dict[Expr, Expr] = {}
     stack = [expr]
-    while stack:
+    while stack:  # no recursion: a formula may be deeper than Python's stack
         node = stack[-1]
         if node not in ways:
-            ways[node] = matrix(node) if node.op == "matmul" and _is_matrices(node) else node
+            of_matrices = all(len(a.shape) == 2 and TOKENS not in a.shape for a in node.args)
+            ways[node] = matrix(node) if node.op == "matmul" and of_matrices else node
         if waiting := [a for a in ways[node].args if a not in done]:
             stack += reversed(waiting)
         else:
@@ -32,18 +33,11 @@ def made(expr: Expr) -> Expr:
     return done[expr]
 
 
-def _is_matrices(product: Expr) -> bool:
-    return all(len(a.shape) == 2 and TOKENS not in a.shape for a in product.args)
-
-
-def _is_solve(node: Expr) -> bool:
-    """Whether it is costly, and its transpose is itself of the transposed argument."""
-    return operation(node).is_solve and operation(node).transpose is Transpose.INSIDE
-
-
 def solved_once(outputs: tuple[Expr, ...]) -> tuple[Expr, ...]:
     """The outputs with f(x) turned in the place of f(xᵀ), where there are both: one solve in the place of two."""
-    solves = dict.fromkeys(node for node in walk(*outputs) if _is_solve(node))
+    # costly, and its transpose is itself of the transposed argument
+    solves = dict.fromkeys(node for node in walk(*outputs)
+                           if operation(node).is_solve and operation(node).transpose is Transpose.INSIDE)
     again: dict[Expr, Expr] = {}
     for node in solves:
         other = turned(node)

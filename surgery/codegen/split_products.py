@@ -29,6 +29,7 @@ def apart(body: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
 def _acted(a: Expr, matrix: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
     """a M, M taken apart as far as that is of use."""
     pair = _pair(matrix)
+    # where both train, or neither, nothing is gained: one product with the activations is less than two
     if pair is None or is_trained(pair[0]) == is_trained(pair[1]):
         return make("matmul", a, matrix)
     return _acted(_acted(a, pair[0], is_trained), pair[1], is_trained)
@@ -36,7 +37,7 @@ def _acted(a: Expr, matrix: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
 
 def _pair(matrix: Expr) -> tuple[Expr, Expr] | None:
     """The factors of a product that is made in the set-up, with no more columns between them than it has itself."""
-    if matrix.op == "T" and (turned := _pair(matrix.args[0])) is not None:
+    if matrix.op == "T" and (turned := _pair(matrix.args[0])) is not None:  # (L R)ᵀ = Rᵀ Lᵀ
         return _turn(turned[1]), _turn(turned[0])
     if matrix.op != "matmul" or any(len(part.shape) != 2 for part in matrix.args):
         return None

@@ -1,8 +1,7 @@
 """Translation validation: emitted text is run on symbols, and what it returns must be what its expressions mean.
 
 Takes the text of a program or of a step, and the expressions that it was made of; gives what is wrong with it, in words
-(nothing for a proof). Promises: it knows nothing of how text is made, and has tables of its own. (From the table of
-operations it would hear what the emitter heard: a row that is wrong would prove itself right.) Each name stands for a
+(nothing for a proof). Promises: it knows nothing of how text is made, and has tables of its own. Each name stands for a
 symbol and the memory in which that lies; a line that writes over memory makes every other name for it unreadable; only
 memory that the function itself has allocated may be written over, and, where autograd looks on, only what no gradient
 needs. Sums and products are commutative, and a fused operation is the sum that it computes; nothing else is rewritten.
@@ -12,11 +11,12 @@ No torch.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, permutations, product
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
+from surgery.codegen.validate_meanings import DRAWS, Meaning, Symbols, meanings, orders
 from surgery.ir.expression import Expr, walk
 
 # Functions that give memory of their own. (Any other may give a view of what it takes.)
@@ -30,20 +30,11 @@ _VIEWS = {"unflatten", "flatten", "reshape"}  # methods; they may copy, and are 
 _METHODS = {"exp", "sqrt", "abs", "tanh", "sigmoid", "cos", "sin", "relu", "sign", "sum", "diag_embed"}
 _SAME_MAP = {"frozen": "frozen", "frozen_flat": "frozen", "frozen_rows": "frozen", "frozen_biased": "frozen_biased",
              "frozen_back": "frozen_back"}
-_DRAWS = {"dropout", "mask"}
-_MOST_ORDERS = 1000  # in which draws of one kind are tried
 _DTYPES = {"dtype", "cast"}
 
 
 class Fault(Exception):
     """What is wrong with a text."""
-
-
-class Meaning(NamedTuple):
-    """Symbols of a value: as a number, and as a function of what takes a gradient (what is detached is a constant)."""
-
-    value: int
-    live: int
 
 
 @dataclass(frozen=True)
@@ -54,107 +45,6 @@ class Held:
     meaning: Meaning
     memory: frozenset[tuple[int, int]] = frozenset()
     owned: bool = False
-
-
-class Symbols:
-    """Terms by number, so that equal ones are equal numbers and a shared part is written once."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[tuple, int] = {}
-        self.names: list[str] = []  # of the operation that each comes of
-        self.shapes: dict[int, tuple] = {}  # of values that the expressions name
-
-    def _number(self, *key: Any) -> int:
-        if key not in self.numbers:
-            self.names.append(key[0])
-        return self.numbers.setdefault(key, len(self.numbers))
-
-    def of(self, name: str, *parts: Any) -> Meaning:
-        """An operation on meanings and on known data."""
-        if name in ("+", "*"):
-            return Meaning(*(self._number(name, *sorted(getattr(part, way) for part in parts))
-                             for way in ("value", "live")))
-        return Meaning(*(self._number(name, *(getattr(part, way) if isinstance(part, Meaning) else f"{part!r}"
-                                              for part in parts)) for way in ("value", "live")))
-
-    def number(self, value: Any) -> Meaning:
-        return self.of("number", float(value))
-
-    def times(self, factor: Any, a: Meaning) -> Meaning:
-        """c a; a factor of 1 is none."""
-        known = not isinstance(factor, Meaning)
-        return a if known and factor == 1 else self.of("*", self.number(factor) if known else factor, a)
-
-    def constant(self, a: Meaning) -> Meaning:
-        """Without a gradient."""
-        return Meaning(a.value, self._number("constant", a.value))
-
-
-# ------------------------------------------------------------------------------------------- what expressions mean
-
-_Rule = Callable[[Symbols, Expr, list[Meaning]], Meaning]
-
-
-def _as(name: str, *data: Any) -> _Rule:
-    return lambda symbols, node, args: symbols.of(name, *args, *data)
-
-
-def _with_data(name: str, wrap: Callable[[Any], tuple]) -> _Rule:
-    return lambda symbols, node, args: symbols.of(name, *args, *wrap(node.data))
-
-
-_MEANINGS: dict[str, _Rule] = {
-    "const": lambda symbols, node, args: symbols.number(node.data),
-    "add": _as("+"), "add_bias": _as("+"), "mul": _as("*"), "scale": _as("*"), "matmul": _as("@"),
-    "outer": lambda symbols, node, args: symbols.of("@", symbols.of("T", args[0]), args[1]),
-    "detach": lambda symbols, node, args: symbols.constant(args[0]),
-    "sign": lambda symbols, node, args: symbols.of("sign", symbols.constant(args[0])),
-    "split": _with_data("unflatten", lambda data: (-1, data)),
-    "join": _as("flatten", -2), "flat": _as("flatten", 0, -2),
-    "between": _with_data("index", lambda data: (f":, {data[0]}:{data[1]}",)),
-    "columns": _with_data("index", lambda data: (f"..., :{data[0]}",)),
-    "reshape": _with_data("reshape", lambda data: (data,)),
-    "diag": _as("diag_embed"), "total": _as("sum"), "zeros": _as("zeros_like"),
-    "param": _with_data("leaf", lambda data: (data,)), "places": _with_data("leaf", lambda data: (data,)),
-    "weight": _as("layer.matrix"), "bias": _as("layer.offset"),
-    "fill": lambda symbols, node, args: symbols.of("layer.fill", tuple(node.shape), node.data),
-    "eye": lambda symbols, node, args: symbols.of("layer.eye", tuple(node.shape)),
-    "frozen": lambda symbols, node, args: symbols.of("frozen_biased" if node.data == "biased" else "frozen", *args),
-    "run": _as("layer.run"), "run_alone": _as("layer.run_alone"), "x": _as("x"), "grad": _as("grad"),
-    "value": _with_data("value", lambda data: (data,)),
-    "swap": _with_data("swap", lambda data: (data,)), "mix": _with_data("mix", lambda data: (data,)),
-}
-
-
-def _meanings(symbols: Symbols, outputs: Collection[Expr], given: Mapping[Expr, Meaning],
-              turns: Mapping[Expr, int]) -> dict[Expr, Meaning]:
-    """What each node means; `turns` says which of several draws of one kind a node is."""
-    found = dict(given)
-    for node in walk(*outputs):
-        if node in found:
-            continue
-        args = [found[a] for a in node.args]
-        if node in turns:
-            found[node] = symbols.of(node.op, *args, node.data[0], turns[node])
-        elif node.op in _MEANINGS:
-            found[node] = _MEANINGS[node.op](symbols, node, args)
-        else:
-            sizes = [] if node.data is None else [node.data]
-            found[node] = symbols.of(node.op, *sizes, *(args or [symbols.of("like")]))
-        symbols.shapes.setdefault(found[node].value, tuple(node.shape))
-    return found
-
-
-def _orders(outputs: Collection[Expr]) -> Iterator[dict[Expr, int]]:
-    """The ways in which draws from the same chance can be numbered: which of them comes first is all the same."""
-    alike: dict[tuple, list[Expr]] = {}
-    for node in walk(*outputs):
-        if node.op in _DRAWS:
-            alike.setdefault((node.op, node.args, node.data[0]), []).append(node)
-    first = (islice(permutations(range(len(group))), _MOST_ORDERS) for group in alike.values())
-    ways = product(*first)  # which holds all that it is given
-    for _, way in zip(range(_MOST_ORDERS), ways):
-        yield {node: turn for group, turns in zip(alike.values(), way) for node, turn in zip(group, turns)}
 
 
 # ----------------------------------------------------------------------------------------------------- running text
@@ -302,25 +192,22 @@ class Run:
 
     def _call(self, node: ast.Call) -> Held:
         name = ast.unparse(node.func)
-        factor, = self._factor(node.keywords) or (1.0,)
+        if any(keyword.arg not in ("alpha", "value") for keyword in node.keywords):
+            raise Fault("has an argument by a name that none has")
+        factor, = [float(ast.literal_eval(keyword.value)) for keyword in node.keywords] or [1.0]
         if name.startswith("torch."):
             return self._sum(name.removeprefix("torch."), [*map(self._value, node.args)], factor)
         if name.startswith("layer."):
             return self._of_layer(name.removeprefix("layer."), node.args)
         if isinstance(node.func, ast.Attribute):
             return self._method(self._value(node.func.value), node.func.attr, node.args, factor)
-        if name in _DRAWS:
+        if name in DRAWS:
             return self._drawn(name, *node.args)
         # sizes are tuples: a number by itself is a value
         parts = [self._data(a) if isinstance(a, ast.Tuple) else self._value(a) for a in node.args]
         if name in ("add_blocks", "add_masked", "put"):
             return self._sum(name, parts, factor)
         return self._computed(name, *parts)
-
-    def _factor(self, keywords: list[ast.keyword]) -> tuple[float, ...]:
-        if any(keyword.arg not in ("alpha", "value") for keyword in keywords):
-            raise Fault("has an argument by a name that none has")
-        return tuple(map(float, (ast.literal_eval(keyword.value) for keyword in keywords)))
 
     def _data(self, node: ast.expr) -> Any:
         """What is known: numbers and their tuples."""
@@ -345,7 +232,8 @@ class Run:
         means = [term.meaning for term in terms]
         match name.removesuffix("_"), means:
             case "add", [z]:
-                if self.looked_on and factor != 1 and self._is_product(z):
+                is_product = symbols.names[z.value] in ("@", "frozen", "frozen_biased", "frozen_back")
+                if self.looked_on and factor != 1 and is_product:
                     raise Fault("takes a multiple of a product, of which a compiler forgets the factor")
                 added = z
             case "addmm", [a, b]:
@@ -368,9 +256,6 @@ class Run:
         if name.endswith("_") or name in ("add_blocks", "add_masked"):
             return self._written(base, symbols.constant(meaning) if self.without_gradient else meaning, *terms)
         return self._computed("put" if name == "put" else "+", *parts, meaning=meaning)
-
-    def _is_product(self, meaning: Meaning) -> bool:
-        return self.symbols.names[meaning.value] in ("@", "frozen", "frozen_biased", "frozen_back")
 
     def _of_layer(self, name: str, arguments: list[ast.expr]) -> Held:
         if name == "dropout":
@@ -426,7 +311,7 @@ def step_faults(source: str, body: Expr, gradients: Sequence[Expr | None], kept:
     """What is wrong with `forward` and `backward`, the second run on what the first keeps: they must give the body and
     its gradients, in which a leaf `kept` stands for one of `kept`."""
     functions, symbols = _functions(source), Symbols()
-    first = next(_orders((body, *kept)))
+    first = next(orders((body, *kept)))
     wanted = tuple(gradient for gradient in gradients if gradient is not None)
 
     def run() -> list[Meaning]:
@@ -440,7 +325,7 @@ def step_faults(source: str, body: Expr, gradients: Sequence[Expr | None], kept:
         return [y, *(g for g in found if g is not None)]
 
     leaves = {node: kept[node.data] for node in walk(*wanted) if node.op == "kept"}
-    _meanings(symbols, (body, *kept), {}, first)
+    meanings(symbols, (body, *kept), {}, first)
     return _compared(symbols, run, (body, *wanted), leaves)
 
 
@@ -450,22 +335,22 @@ def _functions(source: str) -> dict[str, ast.FunctionDef]:
 
 def _compared(symbols: Symbols, run: Callable[[], list[Meaning]], outputs: Sequence[Expr],
               leaves: Mapping[Expr, Expr]) -> list[str]:
-    def meanings(turns: Mapping[Expr, int]) -> dict[Expr, Meaning]:
-        of_kept = _meanings(symbols, leaves.values(), {}, turns)
-        return _meanings(symbols, outputs, {leaf: of_kept[expr] for leaf, expr in leaves.items()}, turns)
+    def means_with(turns: Mapping[Expr, int]) -> dict[Expr, Meaning]:
+        of_kept = meanings(symbols, leaves.values(), {}, turns)
+        return meanings(symbols, outputs, {leaf: of_kept[expr] for leaf, expr in leaves.items()}, turns)
 
-    orders = _orders((*outputs, *leaves.values()))
-    first = meanings(next(orders))  # before the text runs: `put` asks for the shapes
+    ways = orders((*outputs, *leaves.values()))
+    first = means_with(next(ways))  # before the text runs: `put` asks for the shapes
     try:
-        found = run()
+        results = run()
     except Fault as fault:
         return [str(fault)]
     wrong: list[str] = []
-    for means in chain([first], map(meanings, orders)):
+    for means in chain([first], map(means_with, ways)):
         wrong = [f"result {i} is not what its expression means" for i, output in enumerate(outputs)
-                 if i >= len(found) or found[i] != means[output]]
-        if len(found) != len(outputs):
-            wrong.append(f"{len(found)} results are given, and not {len(outputs)}")
+                 if i >= len(results) or results[i] != means[output]]
+        if len(results) != len(outputs):
+            wrong.append(f"{len(results)} results are given, and not {len(outputs)}")
         if not wrong:
             break
     return wrong

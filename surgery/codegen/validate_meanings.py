@@ -1,0 +1,126 @@
+"""What expressions mean, as terms of symbols that the text of a program is compared with.
+
+Takes expressions; gives for each node the number of a term, and of one for its gradient. Promises: equal terms are
+equal numbers; sums and products are commutative, and nothing else is rewritten. The table is its own on purpose: from
+the table of operations `validate` would hear what the emitter heard, and a row that is wrong would prove itself right.
+No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import islice, permutations, product
+from typing import Any, NamedTuple
+
+from surgery.ir.expression import Expr, walk
+
+DRAWS = {"dropout", "mask"}
+_MOST_ORDERS = 1000  # in which draws of one kind are tried
+
+
+class Meaning(NamedTuple):
+    """Symbols of a value: as a number, and as a function of what takes a gradient (what is detached is a constant)."""
+
+    value: int
+    live: int
+
+
+class Symbols:
+    """Terms by number, so that equal ones are equal numbers and a shared part is written once."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple, int] = {}
+        self.names: list[str] = []  # of the operation that each comes of
+        self.shapes: dict[int, tuple] = {}  # of values that the expressions name
+
+    def _number(self, *key: Any) -> int:
+        if key not in self.numbers:
+            self.names.append(key[0])
+        return self.numbers.setdefault(key, len(self.numbers))
+
+    def of(self, name: str, *parts: Any) -> Meaning:
+        """An operation on meanings and on known data."""
+        if name in ("+", "*"):
+            return Meaning(*(self._number(name, *sorted(getattr(part, way) for part in parts))
+                             for way in ("value", "live")))
+        return Meaning(*(self._number(name, *(getattr(part, way) if isinstance(part, Meaning) else f"{part!r}"
+                                              for part in parts)) for way in ("value", "live")))
+
+    def number(self, value: Any) -> Meaning:
+        return self.of("number", float(value))
+
+    def times(self, factor: Any, a: Meaning) -> Meaning:
+        """c a; a factor of 1 is none."""
+        known = not isinstance(factor, Meaning)
+        return a if known and factor == 1 else self.of("*", self.number(factor) if known else factor, a)
+
+    def constant(self, a: Meaning) -> Meaning:
+        """Without a gradient."""
+        return Meaning(a.value, self._number("constant", a.value))
+
+
+# ------------------------------------------------------------------------------------------- what expressions mean
+
+_Rule = Callable[[Symbols, Expr, list[Meaning]], Meaning]
+
+
+def _as(name: str, *data: Any) -> _Rule:
+    return lambda symbols, node, args: symbols.of(name, *args, *data)
+
+
+def _with_data(name: str, wrap: Callable[[Any], tuple]) -> _Rule:
+    return lambda symbols, node, args: symbols.of(name, *args, *wrap(node.data))
+
+
+_MEANINGS: dict[str, _Rule] = {
+    "const": lambda symbols, node, args: symbols.number(node.data),
+    "add": _as("+"), "add_bias": _as("+"), "mul": _as("*"), "scale": _as("*"), "matmul": _as("@"),
+    "outer": lambda symbols, node, args: symbols.of("@", symbols.of("T", args[0]), args[1]),
+    "detach": lambda symbols, node, args: symbols.constant(args[0]),
+    "sign": lambda symbols, node, args: symbols.of("sign", symbols.constant(args[0])),
+    "split": _with_data("unflatten", lambda data: (-1, data)),
+    "join": _as("flatten", -2), "flat": _as("flatten", 0, -2),
+    "between": _with_data("index", lambda data: (f":, {data[0]}:{data[1]}",)),
+    "columns": _with_data("index", lambda data: (f"..., :{data[0]}",)),
+    "reshape": _with_data("reshape", lambda data: (data,)),
+    "diag": _as("diag_embed"), "total": _as("sum"), "zeros": _as("zeros_like"),
+    "param": _with_data("leaf", lambda data: (data,)), "places": _with_data("leaf", lambda data: (data,)),
+    "weight": _as("layer.matrix"), "bias": _as("layer.offset"),
+    "fill": lambda symbols, node, args: symbols.of("layer.fill", tuple(node.shape), node.data),
+    "eye": lambda symbols, node, args: symbols.of("layer.eye", tuple(node.shape)),
+    "frozen": lambda symbols, node, args: symbols.of("frozen_biased" if node.data == "biased" else "frozen", *args),
+    "run": _as("layer.run"), "run_alone": _as("layer.run_alone"), "x": _as("x"), "grad": _as("grad"),
+    "value": _with_data("value", lambda data: (data,)),
+    "swap": _with_data("swap", lambda data: (data,)), "mix": _with_data("mix", lambda data: (data,)),
+}
+
+
+def meanings(symbols: Symbols, outputs: Collection[Expr], given: Mapping[Expr, Meaning],
+              turns: Mapping[Expr, int]) -> dict[Expr, Meaning]:
+    """What each node means; `turns` says which of several draws of one kind a node is."""
+    means = dict(given)
+    for node in walk(*outputs):
+        if node in means:
+            continue
+        args = [means[a] for a in node.args]
+        if node in turns:
+            means[node] = symbols.of(node.op, *args, node.data[0], turns[node])
+        elif node.op in _MEANINGS:
+            means[node] = _MEANINGS[node.op](symbols, node, args)
+        else:
+            sizes = [] if node.data is None else [node.data]
+            means[node] = symbols.of(node.op, *sizes, *(args or [symbols.of("like")]))
+        symbols.shapes.setdefault(means[node].value, tuple(node.shape))
+    return means
+
+
+def orders(outputs: Collection[Expr]) -> Iterator[dict[Expr, int]]:
+    """The ways in which draws from the same chance can be numbered: which of them comes first is all the same."""
+    alike: dict[tuple, list[Expr]] = {}
+    for node in walk(*outputs):
+        if node.op in DRAWS:
+            alike.setdefault((node.op, node.args, node.data[0]), []).append(node)
+    first = (islice(permutations(range(len(group))), _MOST_ORDERS) for group in alike.values())
+    ways = product(*first)  # which holds all that it is given
+    for _, way in zip(range(_MOST_ORDERS), ways):
+        yield {node: turn for group, turns in zip(alike.values(), way) for node, turn in zip(group, turns)}
