@@ -61,7 +61,7 @@ def _inverse(node: Expr) -> Expr | None:
     if len(node.shape) != 2 or (found := low_rank_turn(node.args[0])) is None:
         return None
     u, v = _framed(*found)
-    small = make("resolvent", times(-2, make("matmul", v, u)))
+    small = make("resolvent", times(-2, make("matmul", v, u)))  # the resolvent of m is (I - m / 2)⁻¹
     return make("add", eye(node.shape), times(-1, make("matmul", u, make("matmul", small, v))))
 
 
@@ -121,6 +121,7 @@ def _skew(node: Expr) -> Expr | None:
     inner = node.args[0]
     if len(inner.shape) != 2 or factors(inner) is None:
         return None
+    # of rank 2 r, which `factors` sees in a sum and not through `skew`
     return make("add", inner, times(-1, simplify(make("T", inner))))
 
 
@@ -129,15 +130,15 @@ def _apart(node: Expr) -> Expr | None:
     for i, x in enumerate(node.args):
         thin, terms = node.args[1 - i], list(summands(x))
         fits = len(thin.shape) == 2 and len(terms) > 1 and all(len(t.shape) == 2 for t in terms)
-        if fits and is_thin(node.shape[1 - i], *x.shape) and not _is_whole(thin) and any(map(_is_cheap, terms)):
+        if not fits or not is_thin(node.shape[1 - i], *x.shape) or not any(map(_is_cheap, terms)):
+            continue
+        # one that is as large as the weight in it, or low-rank itself, is no factor but an operand
+        weights = (each for each in walk(thin) if each.op == "weight")
+        is_operand = factors(thin) is not None or any(
+            known(prod(thin.shape)) >= known(prod(each.shape)) for each in weights)
+        if not is_operand:
             return total([make("matmul", *((thin, t) if i else (t, thin))) for t in terms], node.shape)
     return None
-
-
-def _is_whole(node: Expr) -> bool:
-    """Whether a matrix with few rows or columns is no factor but an operand: as large as the weight, or low-rank."""
-    weights = (each for each in walk(node) if each.op == "weight")
-    return factors(node) is not None or any(known(prod(node.shape)) >= known(prod(each.shape)) for each in weights)
 
 
 def _is_cheap(term: Expr) -> bool:
@@ -178,21 +179,19 @@ def _detached(node: Expr) -> Expr | None:
     inner = node.args[0]
     if factors(inner) is None or inner.op not in ("matmul", "add", "mul"):
         return None
-    return make(inner.op, *(make("detach", a) for a in inner.args))
+    return make(inner.op, *(make("detach", a) for a in inner.args))  # so that its factors are seen
 
 
 def _gains(node: Expr) -> Expr | None:
     """The weight, entry by entry with a matrix of rank one, has a gain for each row and each column."""
     for x, y in (node.args, node.args[::-1]):
         found = factors(y) if len(x.shape) == len(y.shape) == 2 else None
-        if found is not None and found[0].shape[1] == 1 and _is_called(x):
+        is_called = x.op in ("weight", "circulant", "block_diag", "kron") or x.op == "T" and x.args[0].op == "weight"
+        if found is not None and found[0].shape[1] == 1 and is_called:
+            # what is not made to be multiplied by activations gains nothing: its entries are multiplied where they lie
             rows, columns = (make("diag", make("reshape", f, data=(size,))) for f, size in zip(found, node.shape))
             return make("matmul", rows, make("matmul", x, columns))
     return None
-
-
-def _is_called(node: Expr) -> bool:
-    return node.op in ("weight", "circulant", "block_diag", "kron") or node.op == "T" and node.args[0].op == "weight"
 
 
 def _thin_blocks(node: Expr) -> Expr | None:
@@ -290,6 +289,7 @@ def cheapest(expr: Expr) -> Expr:
         return plain
     try:
         with at_most(MOST_NODES):
+            # in two passes: while one still joins reflections, another would have taken each apart already
             return rewrite(rewrite(plain, JOINING), LOWERING)
     except Exhausted:
         return plain

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from surgery.ir.builders import every, eye, fill, scaled, summands, times, total, value_of
-from surgery.ir.expression import Expr, Shape
+from surgery.ir.expression import Expr
 from surgery.ir.operations import constant, make
 from surgery.rewrite.engine import Rule
 
 
 def _diag_of_fill(node: Expr) -> Expr | None:
     value = value_of(node.args[0])
+    # 0 I is written as zeros, which the rules of sums and products know
     return None if value is None else fill(0, node.shape) if value == 0 else times(value, eye(node.shape))
 
 
@@ -53,18 +54,14 @@ def _blocks(node: Expr) -> Expr | None:
     if len(stacks) != 1 or len(found) < 2:
         return None
     (shape,) = stacks
-    if shape[1] != shape[2]:
+    if shape[1] != shape[2]:  # a diagonal matrix has no part in blocks that are not square
         return None
-    parts = [each if scalar is None else times(scalar, each) for scalar, each in
-             ((scaled(t)[0], _as_stack(scaled(t)[1], shape)) for t in found)]
+    parts = []
+    for scalar, each in map(scaled, found):  # each as the stack of its blocks
+        blocks = each.args[0] if each.op == "block_diag" else eye(shape) if each.op == "eye" else make(
+            "diag", make("reshape", each.args[0], data=shape[:2]))
+        parts.append(blocks if scalar is None else times(scalar, blocks))
     return total([make("block_diag", total(parts, shape)), *(t for t in terms if t not in found)], node.shape)
-
-
-def _as_stack(node: Expr, shape: Shape) -> Expr:
-    """The blocks of a matrix that is block-diagonal or diagonal."""
-    if node.op == "block_diag":
-        return node.args[0]
-    return eye(shape) if node.op == "eye" else make("diag", make("reshape", node.args[0], data=shape[:2]))
 
 
 def _product_of_diagonals(node: Expr) -> Expr | None:
@@ -88,10 +85,6 @@ def _through_kron(node: Expr) -> Expr | None:
     if len(others) != 1 or others[0].shape[0] != others[0].shape[1]:
         return None
     return make("kron", *(a if a.op == "eye" else make(node.op, a) for a in inner.args))
-
-
-def _blocks_of(inner: str) -> Callable[[Expr], Expr | None]:
-    return lambda node: eye(node.shape) if node.args[0].op == inner else None
 
 
 def _through_blocks(node: Expr) -> Expr | None:
@@ -120,7 +113,8 @@ SHAPED = (
     Rule("the columns of x y, x + y, c x, I", "columns", _columns, "columns(A @ B + 2 * I(n), 2)"),
     Rule("I ⊗ I = I", "kron", _kron_of_identities, "kron(I(2), I(3))"),
     Rule("diag(d) ⊗ diag(e) = diag(d ⊗ e)", "kron", _kron_of_diagonals, "kron(diag(d), I(3))"),
-    Rule("block_diag(I, I, ...) = I", "block_diag", _blocks_of("eye"), "block_diag(cayley(0 * S))"),
+    Rule("block_diag(I, I, ...) = I", "block_diag", lambda node: eye(node.shape) if node.args[0].op == "eye" else None,
+         "block_diag(cayley(0 * S))"),
     Rule("f(block_diag(s)) = block_diag(f(s))", "cayley", _through_blocks, "cayley(block_diag(S))"),
     Rule("f(block_diag(s)) = block_diag(f(s))", "expm", _through_blocks, "expm(block_diag(S))"),
     Rule("f(block_diag(s)) = block_diag(f(s))", "skew", _through_blocks, "skew(block_diag(S))"),

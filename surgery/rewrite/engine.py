@@ -46,6 +46,7 @@ def rewrite(expr: Expr, rules: Table) -> Expr:
         if node in done:
             stack.pop()
         elif node in better:
+            # what a rule made may hold nodes that no rule has seen: it is rewritten itself before it counts
             if better[node] in done:
                 done[node] = done[better[node]]
             else:
@@ -66,6 +67,6 @@ def first(rules: Iterable[Rule], node: Expr) -> Expr | None:
     """What the first rule that fits makes of a node."""
     for rule in rules:
         better = rule.change(node)
-        if better is not None and better is not node:
+        if better is not None and better is not node:  # a rule may find a form in place already
             return better
     return None

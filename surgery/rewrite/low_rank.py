@@ -24,20 +24,16 @@ def is_thin(inner: Size, *outer: Size) -> bool:
 @lru_cache(maxsize=4096)
 def factors(node: Expr) -> Factors | None:
     """(U, V) with node = U V and fewer columns in U than half of either side; None for what is not low-rank."""
-    found = _factors(node)
-    if found is None or not is_thin(found[0].shape[-1], *node.shape):
-        return None
-    return found
-
-
-def _factors(node: Expr) -> Factors | None:
     scalar, rest = scaled(node)
     if scalar is not None:
         inner = factors(rest)
-        return inner and (times(scalar, inner[0]), inner[1])
-    rule = {"matmul": _of_product, "add": _of_sum, "mul": _of_hadamard, "T": _of_transpose, "fill": _of_fill,
-            "side_by_side": _of_neighbours}.get(node.op)
-    return rule(node) if rule and len(node.shape) == 2 else None
+        pair = inner and (times(scalar, inner[0]), inner[1])
+    else:
+        rule = {"matmul": _of_product, "add": _of_sum, "mul": _of_hadamard, "T": _of_transpose, "fill": _of_fill,
+                "side_by_side": _of_neighbours}.get(node.op)
+        pair = rule(node) if rule and len(node.shape) == 2 else None
+    # a sum of thin terms need not be thin itself
+    return pair if pair is not None and is_thin(pair[0].shape[-1], *node.shape) else None
 
 
 def _of_product(node: Expr) -> Factors | None:
@@ -46,6 +42,7 @@ def _of_product(node: Expr) -> Factors | None:
         return None
     if is_thin(left.shape[1], *node.shape):
         return left, right
+    # a thin factor makes the whole thin, and the other factor goes into its inner side
     if (inner := factors(left)) is not None:
         return inner[0], make("matmul", inner[1], right)
     if (inner := factors(right)) is not None:
@@ -57,7 +54,7 @@ def _of_sum(node: Expr) -> Factors | None:
     parts = every(map(factors, node.args))
     if parts is None:
         return None
-    (u, v), (p, q) = parts
+    (u, v), (p, q) = parts  # as many columns as both have: `factors` asks whether that is few enough
     return make("side_by_side", u, p), stacked_rows(v, q)
 
 
@@ -81,7 +78,7 @@ def _of_neighbours(node: Expr) -> Factors | None:
     if any(part is None and not is_zero(a) for a, part in zip(node.args, parts)):
         return None
     first, second = parts
-    if first and second and first[0] is second[0]:
+    if first and second and first[0] is second[0]:  # one U for both halves the rank
         return first[0], make("side_by_side", first[1], second[1])
     upper = first and (first[0], make("side_by_side", first[1], fill(0, (first[1].shape[0], right.shape[1]))))
     lower = second and (second[0], make("side_by_side", fill(0, (second[1].shape[0], left.shape[1])), second[1]))

@@ -21,7 +21,7 @@ def _fold(node: Expr) -> Expr | None:
     values, number = every(map(value_of, node.args)), operation(node).number
     try:
         return None if values is None or number is None else fill(number(*values), node.shape)
-    except (ArithmeticError, ValueError):
+    except (ArithmeticError, ValueError):  # the program computes it, and gives what floats give: inf or NaN
         return None
 
 
@@ -35,12 +35,13 @@ def _moved_number(node: Expr) -> Expr | None:
 
 
 def _div_by_number(node: Expr) -> Expr | None:
-    divisor = value_of(node.args[1])
+    divisor = value_of(node.args[1])  # by 0 it stays a division, which the program gives inf or NaN for
     return times(1 / divisor, node.args[0]) if divisor and node.args[0].shape == node.shape else None
 
 
 def _div_by_scalar(node: Expr) -> Expr | None:
     x, scalar = node.args
+    # a scalar in front moves out of products and into thin factors, and a divisor is stuck
     return times(make("div", constant(1.0), scalar), x) if x.shape and not scalar.shape else None
 
 
@@ -53,6 +54,7 @@ def _add_zero(node: Expr) -> Expr | None:
 def _spread_scalar(node: Expr) -> Expr | None:
     if len(node.shape) != 2 or node.args[0].shape == node.args[1].shape:
         return None
+    # c 1 1ᵀ has rank one, so that what follows can keep it in factors
     return make("add", *(a if a.shape else times(a, fill(1, node.shape)) for a in node.args))
 
 
@@ -89,14 +91,12 @@ def _mul_sum(node: Expr) -> Expr | None:
         if len(x.shape) == len(other.shape) == 2 and numbers and len(terms) > 1:
             rest = [t for t in terms if t not in numbers]
             kept = [make("mul", x, total(rest, x.shape))] if rest else []
-            return total([*(times(_scalar(t), x) for t in numbers), *kept], x.shape)
+            multiples = []
+            for scalar, ones in map(scaled, numbers):  # c 1, a matrix of one number
+                c = constant(value_of(ones)) if scalar is None else times(value_of(ones), scalar)
+                multiples.append(times(c, x))
+            return total([*multiples, *kept], x.shape)
     return None
-
-
-def _scalar(multiple: Expr) -> Expr:
-    """The scalar c of c 1, a matrix of one number."""
-    scalar, ones = scaled(multiple)
-    return constant(value_of(ones)) if scalar is None else times(value_of(ones), scalar)
 
 
 def _product_of_identity(node: Expr) -> Expr | None:
@@ -172,15 +172,12 @@ def _turn(node: Expr) -> Expr | None:
     if inner.op == "literal":
         return make("literal", data=tuple(zip(*inner.data)))
     if inner.op == "matmul":
-        return _turned_product(inner)
+        a, b = inner.args
+        # of a stack times a vector there is no product the other way round
+        return make("matmul", make("T", b), make("T", a)) if len(a.shape) > 1 and len(b.shape) > 1 else None
     if operation(inner).transpose is Transpose.INSIDE:
         return make(inner.op, *(make("T", a) if a.shape else a for a in inner.args))
     return Expr("drop", (make("T", inner.args[0]),), inner.data, node.shape) if inner.op == "drop" else None
-
-
-def _turned_product(inner: Expr) -> Expr | None:
-    a, b = inner.args
-    return make("matmul", make("T", b), make("T", a)) if len(a.shape) > 1 and len(b.shape) > 1 else None
 
 
 def _of_value(wanted: float, result: Callable[[Expr], Expr]) -> Callable[[Expr], Expr | None]:
@@ -199,6 +196,7 @@ def _turned_skew(node: Expr) -> Expr | None:
     return times(-1, inner) if is_skew(inner) else None
 
 
+# For each operation they are tried in this order, so that numbers are computed before anything is moved.
 RULES = (
     Rule("-x = -1 x", "neg", lambda n: times(-1, n.args[0]), "-A"),
     Rule("x - y = x + -1 y", "sub", lambda n: make("add", n.args[0], times(-1, n.args[1])), "A - B"),

@@ -63,9 +63,9 @@ def _part(a: Expr, b: Expr, k: int, gains: Expr | None) -> Expr | None:
         return _of_sum(a, b, k, gains)
     if a.op == "matmul" and (part := _of_product(a, b, k, gains)) is not None:
         return part
-    if (found := factors(a)) is not None:
-        u, v = found
-        return _of_thin(u, simplify(make("matmul", _gained(b, gains), make("T", v))), k)
+    if (pair := factors(a)) is not None:  # (U V) bᵀ: the rows of U with those of b Vᵀ, which are as short
+        u, w = pair[0], simplify(make("matmul", _gained(b, gains), make("T", pair[1])))
+        return make("row_dot", u, w) if k == 1 else make("matmul", _in_blocks(u, k), make("T", _in_blocks(w, k)))
     return None
 
 
@@ -77,19 +77,17 @@ def _of_product(a: Expr, b: Expr, k: int, gains: Expr | None) -> Expr | None:
     if right.op == "diag":
         return dots(left, b, k, right.args[0] if gains is None else make("mul", gains, right.args[0]))
     if (blocks := _left_blocks(left)) is not None and k in (1, blocks.shape[1]):
-        return _of_blocks(blocks, right, b, k, gains)
+        # (Q x) bᵀ = Q (x bᵀ) on each block; of its diagonal alone, Σ Q (b xᵀ) over each row
+        if k > 1:
+            return make("matmul", blocks, dots(right, b, k, gains))
+        rows = make("row_dot", blocks, dots(b, right, known(blocks.shape[1]), gains))
+        return make("reshape", rows, data=right.shape[:1])
     if gains is None and b.op == "matmul" and right is b.args[1] and is_orthogonal(right):
         return dots(left, b.args[0], k)
-    if (apart := spread(a) or _spread_thin(a)) is not None:
+    # (x + U V) y = x y + U V y too, though not for whoever asks `spread`: only here are thin terms cheap by themselves
+    if (apart := spread(a) or _spread(a, lambda term: factors(term) is not None)) is not None:
         return dots(apart, apart if a is b else b, k, gains)
     return None
-
-
-def _of_blocks(q: Expr, x: Expr, b: Expr, k: int, gains: Expr | None) -> Expr:
-    """(Q x) bᵀ = Q (x bᵀ) on each block; of its diagonal alone, Σ Q (b xᵀ) over each row."""
-    if k > 1:
-        return make("matmul", q, dots(x, b, k, gains))
-    return make("reshape", make("row_dot", q, dots(b, x, known(q.shape[1]), gains)), data=x.shape[:1])
 
 
 def _left_blocks(node: Expr) -> Expr | None:
@@ -102,13 +100,6 @@ def _left_blocks(node: Expr) -> Expr | None:
         count, block = node.args[0].shape[0], node.args[1]
         return make("reshape", make("kron", fill(1, (count, 1)), block), data=(count, *block.shape))
     return None
-
-
-def _of_thin(u: Expr, w: Expr, k: int) -> Expr:
-    """The rows of u with those of w."""
-    if k == 1:
-        return make("row_dot", u, w)
-    return make("matmul", _in_blocks(u, k), make("T", _in_blocks(w, k)))
 
 
 def _in_blocks(a: Expr, k: int) -> Expr:
@@ -133,11 +124,6 @@ def _added(parts: list[Expr]) -> Expr:
 def spread(a: Expr) -> Expr | None:
     """(I + L) y = y + L y, and y (I + L) = y + y L."""
     return _spread(a, lambda term: term.op == "eye")
-
-
-def _spread_thin(a: Expr) -> Expr | None:
-    """(x + U V) y = x y + U V y, and y (x + U V) = y x + y U V."""
-    return _spread(a, lambda term: factors(term) is not None)
 
 
 def _spread(a: Expr, is_apart: Callable[[Expr], bool]) -> Expr | None:

@@ -53,7 +53,7 @@ def surely_trains(formula: Formula) -> bool:
         free = Expr("param", (), f"{leaf.key}*", leaf.shape)
         for expr in () if leaf.frozen else (formula.weight, formula.bias):
             if _is_linear(rewrite(_put(expr, {**starts, leaf.key: free}), _STRICT), free):
-                return True
+                return True  # one is enough: the others move once it does
     return False
 
 
