@@ -40,7 +40,7 @@ def is_zero(node: Expr) -> bool:
 
 def times(scalar: Any, node: Expr) -> Expr:
     """scalar * node, the scalar (a number or a scalar expression) in front; numbers are multiplied out."""
-    factor = scalar if isinstance(scalar, Expr) else constant(float(scalar))
+    factor = scalar if isinstance(scalar, Expr) else constant(float(scalar))  # one float type: 2 and 2.0 are one node
     if value_of(factor) == 1.0:
         return node
     if node.op == "mul" and value_of(factor) is not None and node.args[0].op == "const":
@@ -60,7 +60,7 @@ def summands(node: Expr) -> Iterator[Expr]:
     stack = [node]
     while stack:
         term = stack.pop()
-        if term.op == "add" and term.unfolded <= UNFOLDED:
+        if term.op == "add" and term.unfolded <= UNFOLDED:  # a chain of x + x has 2^n terms
             stack += reversed(term.args)
         else:
             yield term

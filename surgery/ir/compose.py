@@ -13,6 +13,7 @@ from surgery.ir.table import constant, make
 
 
 def _mapped(formula: Formula, table: Mapping[Expr, Expr]) -> Formula:
+    # everything that names a leaf must name it by its new key: starts, claims and parts too
     def put(expr: Expr) -> Expr:
         return substituted(expr, table)
 
@@ -46,7 +47,7 @@ def stacked(first: Formula, second: Formula) -> Formula:
 def mixed(shares: Mapping[Formula, float]) -> Formula:
     """W' = W + Σ share · Δ of formulas that only add to the weight and to the bias."""
     (first, *_), parts = shares, [(share, part) for formula, share in shares.items() for part in formula.parts]
-    sums = {1: _leaf("bias", first), 2: _leaf("weight", first)}
+    sums = {1: _leaf("bias", first), 2: _leaf("weight", first)}  # by rank: what is added to a bias is a vector
     made = []
     for i, (share, part) in enumerate(parts):
         update = part.expr if share == 1 else make("mul", constant(float(share)), part.expr)

@@ -31,16 +31,13 @@ def dense(expr: Expr, leaves: Leaves, known: dict[Expr, torch.Tensor | float] | 
     like = leaves["weight"]
     values = {} if known is None else known
     for node in walk(expr):
-        if node not in values:
-            values[node] = _value(node, [values[a] for a in node.args], leaves, like)
+        if node in values:
+            continue
+        row, args = operation(node), [values[a] for a in node.args]
+        if row.evaluate is not None:
+            values[node] = row.evaluate(node, args, leaves)
+        else:  # numbers are plain ones until an operation must have tensors, so that they round in no dtype
+            tensors = [like.new_tensor(a) for a in args] if all(isinstance(a, float) for a in args) else args
+            values[node] = row.value(node.data, tensors, like)
     result = values[expr]
     return result if isinstance(result, torch.Tensor) else like.new_tensor(result)
-
-
-def _value(node: Expr, args: list, leaves: Leaves, like: torch.Tensor) -> torch.Tensor | float:
-    row = operation(node)
-    if row.evaluate is not None:
-        return row.evaluate(node, args, leaves)
-    if all(isinstance(a, float) for a in args):
-        args = [like.new_tensor(a) for a in args]
-    return row.value(node.data, args, like)

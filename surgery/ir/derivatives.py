@@ -39,8 +39,6 @@ def _times(scalar: Expr | None, product: Expr) -> Expr:
     return product if scalar is None else times(scalar, product)
 
 
-
-
 # ------------------------------------------------------------------------------------------------------ the rules
 
 
@@ -55,7 +53,7 @@ def add_bias(node: Expr, g: Expr) -> Terms:
 def matmul(node: Expr, g: Expr) -> Terms:
     """y = a m:  g mᵀ  and  aᵀ g.  The other way round, y = m a is yᵀ = aᵀ mᵀ."""
     a, m = node.args
-    if not isinstance(a.shape[0], Dim):
+    if not isinstance(a.shape[0], Dim):  # the activation is the factor whose rows are tokens
         return make("T", _outer(make("T", forward(m)), make("T", g))), make("matmul", make("T", a), g)
     return make("matmul", g, make("T", m)), _outer(forward(a), g)
 
@@ -70,6 +68,7 @@ def mul(node: Expr, g: Expr) -> Terms:
     c, a = node.args
     if c.shape:
         return make("mul", g, forward(a)), make("mul", forward(c), g)
+    # of a scalar: the sum over all entries, column by column first, since that is summed in float32
     return make("total", make("column_dot", _flat(g), _flat(forward(a)))), make("mul", c, g)
 
 

@@ -26,10 +26,6 @@ from surgery.ir.table import (
 )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, Fraction, Dim)) and not isinstance(value, bool)
-
-
 def _is_key(node: Expr) -> bool:
     return isinstance(node.data, str) and node.data.count(".") == 1
 
@@ -59,7 +55,8 @@ LEAVES = [
     _leaf("places", "places of entries, never trained", "a key: step.name", _is_key, whole=True,
           text="leaves[{data!r}]", source=Source.ADAPTER, evaluate=lambda node, args, leaves: leaves[node.data],
           notation=last_name),
-    _leaf("const", "a number", "one number", lambda n: not n.shape and _is_number(n.data), is_inline=True,
+    _leaf("const", "a number", "one number", lambda n: not n.shape and isinstance(n.data, (int, float, Fraction, Dim))
+          and not isinstance(n.data, bool), is_inline=True,
           text=lambda node, args: repr(float(node.data)), evaluate=lambda node, args, leaves: float(node.data),
           notation=number),
     _leaf("eye", "the identity, or a stack of them", "square, and no data",

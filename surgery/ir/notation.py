@@ -44,13 +44,11 @@ class Maths:
     def written(self, expr: Expr) -> Text:
         """Its text, with how tightly that binds."""
         rule = operation(expr).notation
-        return rule(self, expr) if rule else (f"{expr.op}({', '.join(self._arguments(expr))})", ATOM)
-
-    def _arguments(self, expr: Expr) -> list[str]:
-        return [*map(self._argument, expr.args), *map(number_text, expr.data or ())]
-
-    def _argument(self, expr: Expr) -> str:
-        return f"I[{expr.shape[-1]}]" if expr.op == "eye" else self.short(expr)
+        if rule:
+            return rule(self, expr)
+        # an identity alone does not say its size, which a function of it may depend on
+        arguments = [f"I[{a.shape[-1]}]" if a.op == "eye" else self.short(a) for a in expr.args]
+        return f"{expr.op}({', '.join([*arguments, *map(number_text, expr.data or ())])})", ATOM
 
 
 def parts_to_name(roots: Iterable[Expr], symbols: Mapping[Expr, str]) -> list[Expr]:
@@ -78,12 +76,12 @@ def parts_to_name(roots: Iterable[Expr], symbols: Mapping[Expr, str]) -> list[Ex
 def listing(*exprs: Expr) -> list[str]:
     """The expressions with one distinct node a line, arguments first: `%3 = matmul %1 %2 : [out, in]`."""
     names = {node: f"%{i}" for i, node in enumerate(walk(*exprs))}
-    return [f"{name} = {' '.join([node.op, *_data(node), *(names[a] for a in node.args)])} : {shape_text(node.shape)}"
-            for node, name in names.items()]
-
-
-def _data(node: Expr) -> list[str]:
-    return [] if node.data is None else [number_text(node.data)]
+    lines = []
+    for node, name in names.items():
+        data = [] if node.data is None else [number_text(node.data)]
+        words = " ".join([node.op, *data, *(names[a] for a in node.args)])
+        lines.append(f"{name} = {words} : {shape_text(node.shape)}")
+    return lines
 
 
 def brief(expr: Expr) -> str:

@@ -44,7 +44,7 @@ def product(a: Shape, b: Shape) -> Shape:
     inner_a, inner_b = a[-1], b[-2:][0]  # of a vector its only side
     if inner_a != inner_b:
         raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the inner dimensions {inner_a} and {inner_b} differ")
-    stack_a, stack_b = a[:-2], b[:-2]
+    stack_a, stack_b = a[:-2], b[:-2]  # one matrix meets each of a stack; two stacks pair up
     if stack_a and stack_b and stack_a != stack_b:
         stacks = f"{shape_text(stack_a)} and {shape_text(stack_b)}"
         raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the stacks {stacks} differ")

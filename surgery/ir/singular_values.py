@@ -14,7 +14,7 @@ def singular_parts(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     that was trained in one basis means another in a basis of other signs. Of one tensor they are the same at every
     call, so that the three agree wherever one is computed by itself. Where singular values are equal or zero, the
     gradient leaves out what would divide by their difference."""
-    wide = torch.promote_types(a.dtype, torch.float32)
+    wide = torch.promote_types(a.dtype, torch.float32)  # torch has no decomposition in half precision
     u, s, v = _SingularParts.apply(a.to(wide))
     return u.to(a.dtype), s.to(a.dtype), v.to(a.dtype)
 

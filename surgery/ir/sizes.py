@@ -150,14 +150,15 @@ def _collect(terms: list[tuple[Monomial, Fraction]]) -> Size:
 
 
 def _product(a: Size | float, b: Size | float) -> Size:
-    return _collect([(_times(m, k), x * y) for m, x in _terms(a) for k, y in _terms(b)])
-
-
-def _times(a: Monomial, b: Monomial) -> Monomial:
-    powers = dict(a)
-    for name, power in b:
-        powers[name] = powers.get(name, 0) + power
-    return tuple(sorted((n, p) for n, p in powers.items() if p))
+    products = []
+    for left, x in _terms(a):
+        for right, y in _terms(b):
+            powers = dict(left)
+            for name, power in right:
+                powers[name] = powers.get(name, 0) + power
+            # sorted and without powers of 0, so that equal monomials are equal tuples
+            products.append((tuple(sorted((n, p) for n, p in powers.items() if p)), x * y))
+    return _collect(products)
 
 
 def _reciprocal(value: Size | float) -> Size:

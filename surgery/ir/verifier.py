@@ -7,7 +7,7 @@ needs, and is the one object that stands for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from surgery.ir.expression import Expr, Formula, walk
 from surgery.ir.operations import OPERATIONS, operation
@@ -22,10 +22,6 @@ class Malformed(AssertionError):
 # ------------------------------------------------------------------------------------------------------ the laws
 
 
-def _is_scaled(node: Expr) -> bool:
-    return node.op == "mul" and not node.args[0].shape and bool(node.args[1].shape)
-
-
 def _stays_turned(node: Expr) -> bool:
     """Whether a transpose of it is no simpler. (Of a stack times a vector there is no product the other way round.)"""
     is_of_vectors = node.op == "matmul" and any(len(a.shape) < 2 for a in node.args)
@@ -38,7 +34,8 @@ NORMAL: dict[str, tuple[Law, ...]] = {
             Law("numbers multiplied out", lambda n: n.args[1].op != "mul" or n.args[1].args[0].op != "const"
                 or n.args[0].op != "const")),
     "T": (Law("transposes only at what cannot be taken apart", lambda n: _stays_turned(n.args[0])),),
-    "matmul": (Law("scalars in front of products", lambda n: not any(_is_scaled(a) for a in n.args)),
+    "matmul": (Law("scalars in front of products", lambda n: not any(
+                   a.op == "mul" and not a.args[0].shape and a.args[1].shape for a in n.args)),
                Law("nothing times I", lambda n: not any(a.op == "eye" and a.shape == n.shape for a in n.args))),
     "add": (Law("nothing plus 0", lambda n: not any(a.op == "fill" and a.data == 0 for a in n.args)),),
 }
@@ -56,9 +53,13 @@ def laws(row: Operation, form: Stage) -> tuple[Law, ...]:
 
 def verify(expr: Expr, form: Stage) -> Expr:
     """The expression, if every node of it keeps the laws of the form. Raises: Malformed."""
+    shapes: dict[tuple, tuple] = {}
     for node in walk(expr):
         _verify_node(node, form)
-    _verify_leaves(expr)
+        # a name has one shape, and the layer's own map has the weight's
+        source, name = operation(node).source, node.op if node.data is None else node.data
+        if source is not None and (known := shapes.setdefault((source, name), node.shape)) != node.shape:
+            raise Malformed(f"{name} is {list(known)} and {list(node.shape)}")
     return expr
 
 
@@ -66,7 +67,7 @@ def _verify_node(node: Expr, form: Stage) -> None:
     row = OPERATIONS.get(node.op)
     if row is None or form not in row.stage:
         raise Malformed(f"`{node.op}` has no place here: {node} {list(node.shape)}")
-    if Expr(node.op, node.args, node.data, node.shape) is not node:
+    if Expr(node.op, node.args, node.data, node.shape) is not node:  # and then `is` would not compare formulas
         raise Malformed(f"another node is equal to {node} {list(node.shape)}")
     if not all(isinstance(s, Dim) or type(s) is int and s > 0 for s in node.shape):
         raise Malformed(f"{node} has a size that is not a whole number: {list(node.shape)}")
@@ -74,15 +75,6 @@ def _verify_node(node: Expr, form: Stage) -> None:
         if not law.holds(node):
             shapes = [list(a.shape) for a in node.args]
             raise Malformed(f"{node} {list(node.shape)} of {shapes} breaks a law: {law.says}")
-
-
-def _verify_leaves(expr: Expr) -> None:
-    """A name has one shape, and the layer's own map has the weight's."""
-    shapes: dict[tuple, tuple] = {}
-    for node in walk(expr):
-        source, name = operation(node).source, node.op if node.data is None else node.data
-        if source is not None and (known := shapes.setdefault((source, name), node.shape)) != node.shape:
-            raise Malformed(f"{name} is {list(known)} and {list(node.shape)}")
 
 
 def verify_formula(formula: Formula, form: Stage = ELABORATED) -> Formula:
@@ -101,10 +93,7 @@ def verify_formula(formula: Formula, form: Stage = ELABORATED) -> Formula:
 
 
 def _verify_known(expr: Expr, known: Mapping[str, tuple]) -> None:
-    for node in _parameters(expr):
+    for node in (each for each in walk(expr) if operation(each).source is Source.ADAPTER):
         if known.get(node.data) != node.shape:
             raise Malformed(f"{node.data} {list(node.shape)} is not a leaf of that shape here")
 
-
-def _parameters(expr: Expr) -> Iterable[Expr]:
-    return (node for node in walk(expr) if operation(node).source is Source.ADAPTER)

@@ -89,12 +89,12 @@ def _is(*classes: type[nn.Module]) -> Callable[[nn.Module], bool]:
     return lambda module: isinstance(module, classes)
 
 
-def _is_named(qualified: str) -> Callable[[nn.Module], bool]:
-    """Whether a class of that full name is among the module's, without importing it."""
-    return lambda module: any(f"{c.__module__}.{c.__qualname__}" == qualified for c in type(module).__mro__)
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether transformers' class is among the module's: by its full name, since it may not be installed."""
+    return any(f"{c.__module__}.{c.__qualname__}" == TRANSFORMERS_CONV1D for c in type(module).__mro__)
 
 
-_is_linear, _is_conv1d = _is(nn.Linear), _is_named(TRANSFORMERS_CONV1D)
+_is_linear = _is(nn.Linear)
 _is_conv, _is_embedding = _is(nn.Conv1d, nn.Conv2d, nn.Conv3d), _is(nn.Embedding)
 
 
@@ -166,11 +166,9 @@ def weights(module: nn.Module) -> tuple[Weight, ...]:
     """The weights of a module that are seen as matrices: its own one (a called layer's is named `weight` too), or each
     parameter of a stack of experts."""
     family = _family(module)
-    return _expert_weights(module) if family is None else (Weight(family.layout(module), "weight"),)
-
-
-def _expert_weights(module: nn.Module) -> tuple[Weight, ...]:
-    """Every 3-D parameter of a module with transformers' interface of fused experts."""
+    if family is not None:
+        return (Weight(family.layout(module), "weight"),)
+    # transformers' interface of fused experts: every 3-D parameter is a stack
     if not all(hasattr(module, mark) for mark in ("num_experts", "is_transposed", "has_bias")):
         return ()
     layout = TRANSPOSED_EXPERTS if module.is_transposed else EXPERTS

@@ -41,29 +41,34 @@ def ask(module: nn.Module) -> Answer:
 
 
 def _answer(module: nn.Module) -> Answer:
-    name, rows = type(module).__name__, _rows(module)
+    name = type(module).__name__
+    # four rows: x, y, a x + b y and 0, always the same ones
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, opaque_linear.said_sides(module)[1], generator=generator, dtype=torch.float32, device="cpu")
+    y = 3 * y
+    rows = torch.stack([x, y, _SHARE * x + _OTHER * y, torch.zeros_like(x)])
+    rows = opaque_linear.asking(rows.to(opaque_linear.device(module), opaque_linear.taken_dtype(module, torch.float32)))
     whole, alone = opaque_linear.forward_of(module)(rows), opaque_linear.forward_of(module)(rows[None, 2:3])
     wanted = (len(rows), opaque_linear.said_sides(module)[0])
     if tuple(whole.shape) != wanted or tuple(alone.shape) != (1, 1, wanted[1]):
         return Answer(f"{name} gives {list(whole.shape)} for {list(rows.shape)}")
     fault = _fault(module, whole.detach().double(), alone.detach().double()[0, 0])
+    if fault:
+        return Answer(f"{name} {fault}")
+    # Wᵀ of an image W row: against the row it is the square of the image, whatever W is
     image, row = (whole[2] - whole[3]).detach(), rows[2:3].detach()
-    gradient = None if fault else _gradient(module, row, image)
+    again = row.clone().requires_grad_()
+    output = opaque_linear.forward_of(module)(again)
+    gradient = None
+    if output.requires_grad:
+        (gradient,) = torch.autograd.grad(output, again, image[None].to(output.dtype), allow_unused=True)
     if gradient is not None and not _near((gradient.double() * row).sum(), image.double().square().sum()):
         fault = f"the gradient that {name} gives is not that of its map"
-    return Answer(f"{name} {fault}" if fault.startswith("is") else fault, gradient is not None)
-
-
-def _rows(module: nn.Module) -> Tensor:
-    """x, y, a x + b y and 0."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, opaque_linear.said_sides(module)[1], generator=generator, dtype=torch.float32, device="cpu")
-    y = 3 * y
-    rows = torch.stack([x, y, _SHARE * x + _OTHER * y, torch.zeros_like(x)])
-    return opaque_linear.asking(rows.to(opaque_linear.device(module), opaque_linear.taken_dtype(module, torch.float32)))
+    return Answer(fault, gradient is not None)
 
 
 def _fault(module: nn.Module, whole: Tensor, alone: Tensor) -> str:
+    """Why the images of the four rows are none of a linear map; empty if they may be."""
     first, second, together, zero = whole
     bias = opaque_linear.bias(module)
     size = (together - zero).norm()
@@ -80,10 +85,3 @@ def _fault(module: nn.Module, whole: Tensor, alone: Tensor) -> str:
 
 def _near(a: Tensor, b: Tensor, size: Tensor | None = None) -> bool:
     return bool((a - b).norm() <= TOLERANCE * (b.norm() if size is None else size))
-
-
-def _gradient(module: nn.Module, row: Tensor, image: Tensor) -> Tensor | None:
-    """Wᵀ of an image; None if the layer gives no gradient to its input."""
-    x = row.clone().requires_grad_()
-    y = opaque_linear.forward_of(module)(x)
-    return torch.autograd.grad(y, x, image[None].to(y.dtype), allow_unused=True)[0] if y.requires_grad else None

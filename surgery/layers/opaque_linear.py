@@ -92,12 +92,9 @@ def stored_weight(module: nn.Module, name: str) -> Tensor:
 def bias(module: nn.Module) -> Tensor | None:
     """b [out]: its tensor, or what its method of that name gives."""
     own = module._parameters if "bias" in module._parameters else vars(module)
-    return _read(own["bias"] if "bias" in own else getattr(module, "bias", None))
-
-
-def _read(bias: Any) -> Tensor | None:
-    """A bias, or what the method gives that stands in its place."""
-    return bias if isinstance(bias, Tensor) or not callable(bias) else cast("Tensor | None", bias())
+    held = own["bias"] if "bias" in own else getattr(module, "bias", None)
+    # torch's own quantised layers have a method in the attribute's place
+    return held if isinstance(held, Tensor) or not callable(held) else cast("Tensor | None", held())
 
 
 def pieces(module: nn.Module) -> tuple[Tensor, ...]:

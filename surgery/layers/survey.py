@@ -157,6 +157,7 @@ class Survey:
 
     @cached_property
     def _entries(self) -> list[list[Site | Refused]]:
+        # what a called layer is made of (a packed weight's own modules) is no place of its own
         return [list(self._entry(names)) for key, names in self.names.items() if key not in self._parts]
 
     @cached_property
@@ -166,44 +167,42 @@ class Survey:
         return frozenset(id(inner) for layer in layers for inner in layer.modules() if inner is not layer)
 
     def _entry(self, names: list[str]) -> Iterator[Site | Refused]:
-        module = self.modules[names[0]]
-        reason = refusal(module, self._parent(names[0]))
-        if weights(module) and not reason:
-            yield from self._sites(module, names)
-        elif reason or any(p is not None for p in module._parameters.values()):
-            yield self._refused(module, names[0], reason)
-
-    def _sites(self, module: nn.Module, names: list[str]) -> Iterator[Site]:
-        for layout, parameter, stack in weights(module):
+        """The sites of a module, or what is refused of it; nothing of one without parameters of its own."""
+        module, held, above = self.modules[names[0]], weights(self.modules[names[0]]), self._above(names[0])
+        reason = refusal(module, self.modules[above[-1]] if above else None)
+        for layout, parameter, stack in held if not reason else ():
+            # each parameter of a stack of experts is a site, and goes by its own name
             spelt = names if stack is None else [f"{name}.{parameter}".lstrip(".") for name in names]
             layer, count = self._layer(spelt[0])
             yield Site(
                 spelt[0], module, layout, parameter, *layout.shape(module, parameter), stack,
                 layer, layer / max(count - 1, 1) if layer is not None else None,
                 self._ancestors(spelt[0]), id(module) in self.heads, tuple(spelt[1:]))
-
-    def _refused(self, module: nn.Module, name: str, reason: str) -> Refused:
-        found = weights(module)
-        matrix = bool(found) or any(p.ndim > 1 for p in module.parameters(recurse=False))
-        word = found[0].layout.kind.word if found else ""
-        return Refused(name, module, word, reason or _foreign(module, matrix), matrix, self._ancestors(name))
+        if held and not reason:
+            return
+        if reason or any(p is not None for p in module._parameters.values()):
+            matrix = bool(held) or any(p.ndim > 1 for p in module.parameters(recurse=False))
+            word = held[0].layout.kind.word if held else ""
+            what = "is not a linear layer, a convolution or an embedding" if matrix else "has no weight matrix"
+            own = ", ".join(name for name, _ in module.named_parameters(recurse=False))
+            reason = reason or f"{type(module).__name__} {what} (it holds {own})"
+            yield Refused(names[0], module, word, reason, matrix, self._ancestors(names[0]))
 
     def _above(self, name: str) -> list[str]:
         """The names of the modules that hold this one, outermost first."""
         parts = name.split(".") if name else []
         return [".".join(parts[:i]) for i in range(len(parts))]
 
-    def _parent(self, name: str) -> nn.Module | None:
-        above = self._above(name)
-        return self.modules[above[-1]] if above else None
-
     def _ancestors(self, name: str) -> tuple[str, ...]:
-        found = [_class_names(self.modules[above]) for above in self._above(name)]
-        return tuple(dict.fromkeys(c for names in found for c in names))
+        """The names of the classes above, and of their own base classes, each once."""
+        classes = (c for above in self._above(name)
+                   for c in takewhile(lambda c: c is not nn.Module, type(self.modules[above]).__mro__))
+        return tuple(dict.fromkeys(c.__name__ for c in classes))
 
     def _layer(self, name: str) -> tuple[int | None, int]:
         """The index in the outermost ModuleList (or else the outermost Sequential) and how long that list is."""
         steps = [(self.modules[above], name[len(above):].lstrip(".").split(".")[0]) for above in self._above(name)]
+        # a list of layers is a ModuleList; a Sequential is one only where a model has no such list
         for kind in (nn.ModuleList, nn.Sequential):
             for module, step in steps:
                 if isinstance(module, kind) and step.isdecimal():
@@ -219,16 +218,6 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
 def unsupported(model: nn.Module) -> dict[str, str]:
     """The modules with parameters that no spec can take, and why."""
     return {r.name: r.reason for r in Survey(model).refused}
-
-
-def _class_names(module: nn.Module) -> list[str]:
-    return [c.__name__ for c in takewhile(lambda c: c is not nn.Module, type(module).__mro__)]
-
-
-def _foreign(module: nn.Module, matrix: bool) -> str:
-    held = ", ".join(name for name, _ in module.named_parameters(recurse=False))
-    what = "is not a linear layer, a convolution or an embedding" if matrix else "has no weight matrix"
-    return f"{type(module).__name__} {what} (it holds {held})"
 
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:

@@ -16,17 +16,14 @@ from torch import nn
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
-def _flattening() -> type[nn.Module] | tuple[()]:
-    """FullyShardedDataParallel, where somebody has imported it."""
-    return getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
-
-
 def bare(module: nn.Module) -> nn.Module:
     """The module inside of all wrappers."""
+    # where nobody has imported FullyShardedDataParallel there is no object of it, and importing it takes a second
+    flattening = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     while True:
         if (inner := module._modules.get("_orig_mod")) is not None:  # of an OptimizedModule, a class slow to import
             module = inner
-        elif isinstance(module, (*_PARALLEL, _flattening())):
+        elif isinstance(module, (*_PARALLEL, flattening)):
             module = cast(nn.Module, module.module)
         else:
             return module
@@ -53,13 +50,13 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def submodule(model: nn.Module, path: str) -> nn.Module | None:
     """The module of a name, None if there is none."""
-    found: nn.Module | None = bare(model)
+    module: nn.Module | None = bare(model)
     for name in path.split(".") if path else ():
-        found = found._modules.get(name)
-        if found is None:
+        module = module._modules.get(name)
+        if module is None:
             return None
-        found = bare(found)
-    return found
+        module = bare(module)
+    return module
 
 
 def parameter(model: nn.Module, name: str) -> nn.Parameter:
@@ -73,7 +70,7 @@ def parameter(model: nn.Module, name: str) -> nn.Parameter:
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """The parameter that stands on a module itself. Raises: KeyError."""
-    found = module._parameters[name]
-    if found is None:
+    parameter = module._parameters[name]
+    if parameter is None:  # a name that a module keeps for none
         raise KeyError(name)
-    return found
+    return parameter
