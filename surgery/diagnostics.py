@@ -95,10 +95,11 @@ class Source:
 
     def position(self, offset: int) -> tuple[int, int]:
         """(line, column) of an offset, both from 1."""
-        line = bisect_right(self.line_starts, offset)
+        line = bisect_right(self.line_starts, offset)  # each of a hundred diagnostics asks for its line
         return line, offset - self.line_starts[line - 1] + 1
 
     def line(self, number: int) -> str:
+        # not by `splitlines`, which ends lines at characters that `line_starts` does not count
         return self.text.split("\n")[number - 1].rstrip("\r")
 
 
@@ -174,24 +175,18 @@ def _excerpt(span: Span, label: str) -> list[str]:
     line, column = span.source.position(span.start)
     text = span.source.line(line)
     width = max(1, min(span.end, span.start + len(text) - column + 1) - span.start)
-    text, column, width = _window(text, column, width)
+    if len(text) > _LONGEST_LINE:  # the part around the place: a file may be one line of megabytes
+        start = max(0, column - 1 - _LONGEST_LINE // 3)
+        end = min(len(text), start + _LONGEST_LINE)
+        cut, after = "..." * (start > 0), "..." * (end < len(text))
+        column, text = column + len(cut) - start, cut + text[start:end] + after
+        width = max(1, min(width, len(text) - column + 1))
     before, marked = (plain(part, keep="\t") for part in (text[: column - 1], text[column - 1 : column - 1 + width]))
     gutter = " " * len(str(line))
+    # a tab stays one, since only the terminal knows how wide it is
     pad = "".join("\t" if c == "\t" else " " for c in before)
     return [f"{gutter} --> {plain(str(span))}", f"{gutter}  |", f"{line}  | {plain(text, keep=chr(9))}",
             f"{gutter}  | {pad}{'^' * max(1, len(marked))}{' ' + plain(label) if label else ''}"]
-
-
-def _window(text: str, column: int, width: int) -> tuple[str, int, int]:
-    """The part of a line that is shown of a long one, with where the place stands in it and how wide it is there."""
-    if len(text) <= _LONGEST_LINE:
-        return text, column, width
-    start = max(0, column - 1 - _LONGEST_LINE // 3)
-    end = min(len(text), start + _LONGEST_LINE)
-    before, after = "..." * (start > 0), "..." * (end < len(text))
-    column += len(before) - start
-    shown = before + text[start:end] + after
-    return shown, column, max(1, min(width, len(shown) - column + 1))
 
 
 class SurgeryError(Exception):

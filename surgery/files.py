@@ -41,10 +41,10 @@ def read_bytes(path: Path, limit: int, any_kind: bool = False) -> bytes:
     with os.fdopen(handle, "rb") as file:
         if not any_kind:
             refuse_irregular(file.fileno())
-        found = file.read(limit + 1)  # and not by the size that the system tells, which is 0 for a pipe
-    if len(found) > limit:
+        content = file.read(limit + 1)  # and not by the size that the system tells, which is 0 for a pipe
+    if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {size_text(limit)}", str(path))
-    return found
+    return content
 
 
 def read_json(path: Path, limit: int = JSON_BYTES, allow_nan: bool = False) -> Any:

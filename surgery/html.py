@@ -23,6 +23,7 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
 
 def joined(children: Iterable[object]) -> Markup:
     """Children one after the other."""
+    # what is Markup was escaped when it was made: twice, `&` would be `&amp;amp;`
     return Markup("".join(str(c) if isinstance(c, Markup) else escape(str(c)) for c in children if c is not None))
 
 
@@ -31,6 +32,7 @@ def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> Markup:
     the others figures."""
     head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
     body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows]
+    # focusable, so that its own box scrolls by keyboard too
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="wide", tabindex="0")
 
 

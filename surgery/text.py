@@ -16,12 +16,14 @@ def plain(text: str, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in keep else _numbered(c) for c in text)
-
-
-def _numbered(character: str) -> str:
-    units = character.encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
+    shown = []
+    for character in text:
+        if character.isprintable() or character in keep:
+            shown.append(character)
+        else:  # beyond 16 bits it is two numbers, as JSON writes it; half of such a pair is one
+            units = character.encode("utf-16-be", "surrogatepass")
+            shown += [f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2)]
+    return "".join(shown)
 
 
 def counted(number: int, noun: str) -> str:

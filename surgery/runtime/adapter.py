@@ -126,13 +126,11 @@ class Adapter(nn.Module):
             if step not in self._modules:
                 self.add_module(step, StepTensors())
             self._modules[step].add(name, tensors[leaf.key])
-        self._paths = tuple((leaf.key, *self._place(leaf.key)) for leaf in formula.leaves)
+        # of each key the step's module and the name in it; None for the module of the shared tensors
+        self._paths: tuple[tuple[str, str | None, str], ...] = tuple(
+            (key, None, self.shared[key]) if key in self.shared else (key, *key.split("."))
+            for key in (leaf.key for leaf in formula.leaves))
         watch(self)
-
-    def _place(self, key: str) -> tuple[str | None, str]:
-        """The step's module and the name in it; None for the shared tensors'."""
-        step, name = key.split(".")
-        return (None, self.shared[key]) if key in self.shared else (step, name)
 
     @property
     def formula(self) -> Formula:
@@ -232,17 +230,15 @@ class Adapter(nn.Module):
         leaves = self.shaped({key: whole(t) for key, t in self._called(layer.device).items()})
         if self.stack is None:
             return self._values(program, layer, leaves, None, [], {})
-        return self._stacked(program, layer, leaves)
-
-    def _stacked(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        axes = {key: None if key in self.shared else 0 for key in leaves}
 
         def one(weight: torch.Tensor, each: dict[str, torch.Tensor]) -> tuple:
             single = copy(layer)
             single.weight = weight
             return self._values(program, single, each, None, [], {})
 
-        return torch.vmap(one, in_dims=(0, axes))(layer.weight, dict(leaves))
+        # of a stack of E matrices each tensor has E parts, but one that modules share, which every matrix reads
+        axes = {key: None if key in self.shared else 0 for key in leaves}
+        return torch.vmap(one, in_dims=(0, axes))(layer.weight, leaves)
 
     def substitutes(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """W' (and b') as the module stores them, by parameter name."""

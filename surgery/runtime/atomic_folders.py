@@ -48,24 +48,19 @@ class Kind:
     def foreign(self, folder: Path) -> list[str]:
         """What a folder holds that is not a file of this kind as we wrote it: nothing, of an empty one. Raises:
         OSError."""
-        digests, names = self._digests(folder), sorted(os.listdir(folder))
+        digests, names = None, sorted(os.listdir(folder))
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a list that is none of ours tells nothing
+            manifest = read_json(folder / MANIFEST)
+            digests = dict(manifest["files"]) if manifest["kind"] == self.title else None
         if digests is None:
             is_earlier = self.earlier and all(name in names and _digest(folder / name) for name in self.earlier)
             return [name for name in names if not is_earlier or name not in self.earlier]
         wrote = {MANIFEST, *digests, *(str(above) for name in digests for above in Path(name).parents)}
-        found = _names(folder)
-        changed = [f"{n} (changed since)" for n in found if n in digests and _digest(folder / n) != digests[n]]
-        if _names(folder) != found:  # it takes a while to read a large model, and somebody was at work there
+        present = _names(folder)
+        changed = [f"{n} (changed since)" for n in present if n in digests and _digest(folder / n) != digests[n]]
+        if _names(folder) != present:  # it takes a while to read a large model, and somebody was at work there
             return self.foreign(folder)
-        return [name for name in found if name not in wrote] + changed
-
-    def _digests(self, folder: Path) -> dict[str, str] | None:
-        """What the folder's list says; None where there is none of this kind."""
-        try:
-            found = read_json(folder / MANIFEST)
-            return dict(found["files"]) if found["kind"] == self.title else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return [name for name in present if name not in wrote] + changed
 
     def sign(self, folder: Path) -> None:
         """Write the list of what the folder holds into it."""
@@ -103,8 +98,19 @@ def refuse_taken(folder: Path, kind: Kind, force: bool) -> None:
     for any that is not empty."""
     for tries in range(_TRIES):
         seen = _identity(folder)
+        if seen is None:
+            return
         try:
-            return _refuse(folder, kind, force) if seen else None
+            if not folder.is_dir():
+                what = "a file" if folder.exists() else "a link to nothing"
+                raise fail("bad-output", f"{folder} is {what}", helps=("name a folder",))
+            if foreign := kind.foreign(folder):
+                raise fail("bad-output", f"{folder} is not {kind.title} as surgery wrote it, so it is not replaced: "
+                           f"it holds {some(foreign)}", helps=("name a new folder",))
+            if not force and os.listdir(folder):
+                raise fail("bad-output", f"{folder} exists already",
+                           helps=("--force replaces it; in Python, force=True",))
+            return
         except (SurgeryError, OSError):
             # Another writer may have put a new folder there while we looked at an old one.
             if _identity(folder) == seen or tries == _TRIES - 1:
@@ -115,20 +121,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
     """What tells one folder at a path from the next; None where there is nothing."""
     if os.path.lexists(path):
         with suppress(FileNotFoundError):
-            found = path.stat() if path.exists() else path.lstat()
-            return found.st_ino, found.st_ctime_ns
-
-
-def _refuse(folder: Path, kind: Kind, force: bool) -> None:
-    if not folder.is_dir():
-        what = "a file" if folder.exists() else "a link to nothing"
-        raise fail("bad-output", f"{folder} is {what}", helps=("name a folder",))
-    foreign = kind.foreign(folder)
-    if foreign:
-        raise fail("bad-output", f"{folder} is not {kind.title} as surgery wrote it, so it is not replaced: it holds "
-                   f"{some(foreign)}", helps=("name a new folder",))
-    if not force and os.listdir(folder):
-        raise fail("bad-output", f"{folder} exists already", helps=("--force replaces it; in Python, force=True",))
+            state = path.stat() if path.exists() else path.lstat()
+            return state.st_ino, state.st_ctime_ns  # an inode's number alone may be given out again
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -300,9 +294,14 @@ def _clear_up(folder: Path) -> None:
             with (staging / _LOCK).open("r+b") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 about = json.loads(lock.read(1 << 16))
-                if about["surgery"] == "writes":
-                    _put_back(staging, folder / Path(about["target"]).name)
-                    _remove(staging)
+                if about["surgery"] != "writes":
+                    continue
+                # where the system cannot exchange two folders at once, the old one may have been away at that moment
+                target = folder / Path(about["target"]).name
+                for aside in staging.glob("old*/folder"):
+                    if not target.exists():
+                        aside.rename(target)
+                _remove(staging)
 
 
 def _remove(staging: Path) -> None:
@@ -311,10 +310,3 @@ def _remove(staging: Path) -> None:
         if path.name != _LOCK:
             shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(staging, ignore_errors=True)
-
-
-def _put_back(staging: Path, target: Path) -> None:
-    """Where the system could not exchange two folders at once, the old one may have been away when the run ended."""
-    for aside in staging.glob("old*/folder"):
-        if not target.exists():
-            aside.rename(target)

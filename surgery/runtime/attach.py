@@ -6,7 +6,7 @@ and then the model is left as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
@@ -35,6 +35,7 @@ def fitted(model: nn.Module, saved: Saved) -> Surgeon:
     """A surgeon for a saved adapter, whose tensors fit; the model (a skeleton will do) is not touched.
 
     Raises: SurgeryError with all that does not fit."""
+    # a spec that asks for more numbers than the adapter holds is refused before any is made
     report, held = Collector(), sum(tensor.numel() for tensor in saved.tensors.values())
     try:
         surgeon = prepare(model, saved.spec, seed=saved.meta["seed"], dtype=getattr(torch, saved.meta["dtype"]),
@@ -43,29 +44,22 @@ def fitted(model: nn.Module, saved: Saved) -> Surgeon:
         raise _does_not_fit(model, saved, error.diagnostics) from None
     tensors = surgeon.as_named(saved.tensors)
     compare(shapes(tensors), shapes(surgeon.named_tensors()), f"this {type(model).__name__}", report)
-    if not report.errors:
-        _assert_kinds(surgeon, tensors, report)
-        _assert_places(surgeon, tensors, report)
+    if report.errors:
+        raise _does_not_fit(model, saved, report.found)
+    # names and shapes fit: now the numbers, since whole ones would be read as real ones, and a place that does not
+    # exist is met by the device, later and without a word of what is wrong
+    whole = [name for name, own in surgeon.named_tensors().items()
+             if own.is_floating_point() and not tensors[name].is_floating_point()]
+    if whole:
+        report.error("bad-adapter", f"{TENSORS} holds whole numbers where real ones are: {listed(whole)}")
+    for placed in surgeon.plan.placed:
+        for key, count in bounds(placed.formula.leaves).items():
+            places = tensors[name := surgeon.name_of(placed, key)]
+            if places.is_floating_point() or not ((0 <= places) & (places < count)).all():
+                report.error("bad-adapter", f"{TENSORS}: {name} must hold whole numbers from 0 to {count - 1:g}")
     if report.errors:
         raise _does_not_fit(model, saved, report.found)
     return surgeon
-
-
-def _assert_kinds(surgeon: Surgeon, tensors: Mapping[str, torch.Tensor], report: Collector) -> None:
-    """Report whole numbers that stand for real ones, which would be read as such."""
-    wrong = [n for n, own in surgeon.named_tensors().items() if own.is_floating_point() and not
-             tensors[n].is_floating_point()]
-    if wrong:
-        report.error("bad-adapter", f"{TENSORS} holds whole numbers where real ones are: {listed(wrong)}")
-
-
-def _assert_places(surgeon: Surgeon, tensors: Mapping[str, torch.Tensor], report: Collector) -> None:
-    """Report saved places that do not exist."""
-    for placed in surgeon.plan.placed:
-        for key, count in bounds(placed.formula.leaves).items():
-            found = tensors[name := surgeon.name_of(placed, key)]
-            if found.is_floating_point() or not ((0 <= found) & (found < count)).all():
-                report.error("bad-adapter", f"{TENSORS}: {name} must hold whole numbers from 0 to {count - 1:g}")
 
 
 def _does_not_fit(model: nn.Module, saved: Saved, why: Iterable[Diagnostic]) -> SurgeryError:

@@ -52,7 +52,7 @@ class EffectiveWeight(Tensor):
                        helps=("take `layer.weight.clone()` to read it; merge() to have it stored",))
         if not isinstance(first, cls):
             return func(*_values(args), **_values(kwargs))
-        if name == "requires_grad.__get__":
+        if name == "requires_grad.__get__":  # W' may take a gradient where the stored weight is frozen
             return first._trains
         if name in _ASKED:
             return func(first._stored, *args[1:], **kwargs)

@@ -40,6 +40,7 @@ class FrozenCalled(FrozenLinear):
         return (*opaque_linear.pieces(self.module), *loose, *(() if self.bias is None else (self.bias,)))
 
     def dtype_of(self, x: torch.Tensor) -> torch.dtype:
+        # only the layer knows which dtypes it takes, so that it is called in its input's
         self.dtype, self.device = x.dtype, x.device
         return super().dtype_of(x)
 
@@ -70,7 +71,7 @@ class FrozenCalled(FrozenLinear):
 
     def frozen(self, x: torch.Tensor) -> torch.Tensor:
         y = self.frozen_biased(x)
-        return y if self.bias is None else y - self.bias.to(y.dtype)
+        return y if self.bias is None else y - self.bias.to(y.dtype)  # the layer adds it whatever is asked
 
     frozen_flat = frozen
 

@@ -44,21 +44,18 @@ def refuse_called(placed: Sequence[Placed]) -> None:
 def merged(placed: Placed, adapter: Adapter) -> Merged:
     """W' and b' of one operated module, in the dtype and layout that it stores. Raises: SurgeryError (merge-error)."""
     site, module = placed.site, placed.site.module
+    # in float32 or wider, so that W + ΔW is rounded once, to the stored dtype
     exact = dict(zip((site.parameter, "bias"), adapter.weights(module)))
     exact[site.parameter] = site.layout.unmatrix(exact[site.parameter], site.weight.shape)
     stored = {name: value.to(own_parameter(module, name).dtype).contiguous() for name, value in exact.items()}
-    errors = {name: _rounding_error(stored[name], exact[name]) for name in exact}
-    for name, error in errors.items():  # a bias may have a dtype of its own
-        bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps
-        if not error <= bound:
+    errors: list[float] = []
+    for name, value in exact.items():
+        size, change = value.double().norm(), float((stored[name].double() - value.double()).norm())
+        errors.append(error := change / float(size) if size > 0 else change)
+        bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps  # a bias may have a dtype of its own
+        if not error <= bound:  # so that a NaN is refused too
             raise fail("merge-error",
                        f"{site.name} does not fit {str(stored[name].dtype).removeprefix('torch.')} after merging: "
                        f"the relative error is {error:.1e}, and rounding allows {bound:.1e}", placed.target.span,
                        helps=("load the model in a wider dtype, then merge",))
-    return Merged(stored, max(errors.values()))
-
-
-def _rounding_error(rounded: torch.Tensor, exact: torch.Tensor) -> float:
-    size = exact.double().norm()
-    change = float((rounded.double() - exact.double()).norm())
-    return change / float(size) if size > 0 else change
+    return Merged(stored, max(errors))

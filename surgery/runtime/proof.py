@@ -93,7 +93,15 @@ class Subject:
             if batch is None or base is None:
                 return Proof(skipped=why)
             self._switch(on=True)
-            start, allowed = self._started(base, self._run(batch), starts)
+            if not base.isfinite().all():
+                raise fail("not-identity",
+                           "the logits of the base model are not finite, so there is nothing to compare with",
+                           helps=("`check=False` operates all the same",))
+            allowed, change = max(IDENTITY_TOLERANCE, _ROUNDINGS * self._eps), departure(base, self._run(batch))
+            if starts and not change <= allowed:
+                raise fail("not-identity", f"the logits change by {change:.1e}, relative; {allowed:.0e} is allowed",
+                           helps=("nothing was saved",))
+            start = change if starts else None
             size = sum(p.numel() for p in self.model.parameters())
             if size > LARGEST and not in_full:
                 return Proof(start, allowed, skipped=f"{size:,} parameters are too many to be run backwards unasked: "
@@ -146,7 +154,9 @@ class Subject:
         failures = []
         for make in _batches(self.model):
             try:
-                batch = _moved(make(), self.model)
+                like = next(p for p in self.model.parameters() if p.is_floating_point())
+                batch = {name: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype)
+                         for name, t in make().items()}
                 return batch, self._run(batch), ""
             except Exception as error:  # a model that wants another kind of batch fails in its own way
                 failures.append(type(error).__name__)
@@ -162,18 +172,6 @@ class Subject:
         with torch.no_grad():
             return self._call(batch)
 
-    def _started(self, base: Tensor, now: Tensor, starts: bool) -> tuple[float | None, float]:
-        if not base.isfinite().all():
-            raise fail("not-identity",
-                       "the logits of the base model are not finite, so there is nothing to compare with",
-                       helps=("`check=False` operates all the same",))
-        allowed = max(IDENTITY_TOLERANCE, _ROUNDINGS * self._eps)
-        change = departure(base, now)
-        if starts and not change <= allowed:
-            raise fail("not-identity", f"the logits change by {change:.1e}, relative; {allowed:.0e} is allowed",
-                       helps=("nothing was saved",))
-        return (change if starts else None), allowed
-
     @property
     def _eps(self) -> float:
         return max((torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()), default=0.0)
@@ -182,7 +180,7 @@ class Subject:
 
     def _move(self) -> None:
         draw = torch.Generator().manual_seed(0)
-        moved: set[int] = set()
+        moved: set[int] = set()  # what modules share is moved once
         for tensor in (t for own in self._trained().values() for t in own):
             if id(tensor) not in moved:
                 moved.add(id(tensor))
@@ -220,6 +218,7 @@ class Subject:
                 leaf.requires_grad_(True)
             with torch.enable_grad():
                 y = self._call(batch)
+                # a random direction: along a plain sum, what a norm follows has no gradient
                 direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
                 found = torch.autograd.grad(y, leaves, direction.to(y.device), allow_unused=True)
         except SurgeryError as error:  # a layer that gives no gradient to its input
@@ -253,6 +252,7 @@ class Subject:
         names, waiting = [], [list(placed)]
         while waiting and len(names) < _SHOWN:
             part = waiting.pop()
+            # one pass for each half, and not one for each weight of the model
             if not self._difference(batch, operated, part) <= bound:
                 half = len(part) // 2
                 names += [part[0].site.weight_name] if not half else []
@@ -293,9 +293,3 @@ def _batches(model: nn.Module) -> list[Callable[[], Any]]:
 
     by_name = {"input_values": lambda: {main: torch.randn(2, _SOUND, generator=draw)}, "input_features": spectrogram}
     return [by_name.get(main, lambda: demo_inputs(known)), lambda: dict(known.dummy_inputs)]
-
-
-def _moved(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A batch on the model's device and in its dtype."""
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    return {name: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype) for name, t in batch.items()}

@@ -64,7 +64,11 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
                    helps=("merge() and save its state_dict() yourself",))
     on_first(surgeon.part, lambda: refuse_taken(Path(folder), MODEL, force))
     with _merged(surgeon):
-        tensors = _gathered(plain(model, model.state_dict()), surgeon.part)
+        like, tensors = surgeon.part, {}
+        for name, tensor in plain(model, model.state_dict()).items():
+            every = tensor if like is None else whole(tensor)  # which all processes take part in
+            if like is None or is_first(like):  # of a sharded model, in the memory of the first process alone
+                tensors[name] = every if like is None else every.cpu()
 
         def write() -> None:
             with replacing(Path(folder), MODEL, force) as new:
@@ -76,18 +80,6 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
                     extra.save_pretrained(new)
 
         on_first(surgeon.part, write)
-
-
-def _gathered(state: Mapping[str, torch.Tensor], like: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """The tensors, each whole; of a sharded model, in the memory of the first process alone."""
-    if like is None:
-        return dict(state)
-    found = {}
-    for name, tensor in state.items():
-        every = whole(tensor)  # which all processes take part in
-        if is_first(like):
-            found[name] = every.cpu()
-    return found
 
 
 @contextmanager

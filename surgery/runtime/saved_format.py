@@ -95,8 +95,12 @@ class Saved:
             raise fail("bad-adapter", f"{folder} is not a saved adapter", helps=(_NAME_ONE,))
         self.file = TENSORS if (folder / TENSORS).exists() or not (folder / CHECKPOINT).exists() else CHECKPOINT
         tensors, meta, spec = self._tensors(), self._meta(), self._spec()
-        if meta is not None and tensors is not None:
-            self._agree(tensors, meta)
+        if meta is not None and tensors is not None:  # the tensors must be those that the file beside them lists
+            listed = {name: form["shape"] for name, form in meta["tensors"].items()}
+            compare(shapes(tensors), listed, META, self.report, self.file)
+            wrong = [n for n in listed if n in tensors and dtype_text(tensors[n].dtype) != meta["tensors"][n]["dtype"]]
+            if wrong:
+                self._fault(f"{META} gives another dtype than {self.file} for {_listed(wrong)}")
         self.report.raise_errors()
         assert tensors is not None and meta is not None and spec is not None  # what is None was reported
         self.tensors, self.meta, self.spec = tensors, meta, spec
@@ -109,32 +113,21 @@ class Saved:
     def _fault(self, message: str, *helps: str) -> None:
         self.report.error("bad-adapter", f"{self.folder}: {message}", helps=helps)
 
-    def _agree(self, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-        """The tensors must be the ones that the file beside them lists."""
-        listed = {name: form["shape"] for name, form in meta["tensors"].items()}
-        compare(shapes(tensors), listed, META, self.report, self.file)
-        wrong = [n for n in listed if n in tensors and dtype_text(tensors[n].dtype) != meta["tensors"][n]["dtype"]]
-        if wrong:
-            self._fault(f"{META} gives another dtype than {self.file} for {_listed(wrong)}")
-
     def _meta(self) -> dict | None:
         try:
-            found = read_json(self.folder / META)
+            meta = read_json(self.folder / META)
         except OSError as error:
             return self._fault(f"cannot read {META}: {error.strerror or error}")
         except ValueError as error:
             return self._fault(f"{META} is not JSON: {error}")
-        return found if self._known(found) else None
-
-    def _known(self, meta: Any) -> bool:
+        # the version first: another one's fields may be others, and to list them as missing would mislead
         version = meta.get("format_version") if isinstance(meta, dict) else None
         if not isinstance(version, str) or version.split(".")[0] != FORMAT.split(".")[0]:
-            self._fault(f"{META} has the format version {version!r}, and this surgery {__version__} reads {FORMAT}")
-            return False
-        wrong = misfits(_Meta, meta)
-        if wrong:
-            self._fault(f"{META} lacks, or has wrongly: {', '.join(wrong)}")
-        return not wrong
+            return self._fault(
+                f"{META} has the format version {version!r}, and this surgery {__version__} reads {FORMAT}")
+        if wrong := misfits(_Meta, meta):
+            return self._fault(f"{META} lacks, or has wrongly: {', '.join(wrong)}")
+        return meta
 
     def _spec(self) -> Spec | None:
         try:

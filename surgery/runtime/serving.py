@@ -61,7 +61,8 @@ class Serving:
         elif len(on) != len(kept.on) or any(a is not b for a, b in zip(on, kept.on)):
             return compute()  # of other tensors for this call, as under functional_call: no promise was made of those
         elif (hints := _hints(on)) != kept.hints:
-            self._assert_same(adapter, kept)
+            if fingerprint(kept.on) != kept.bits:
+                raise _changed([self.names[adapter]])
             kept.hints = hints  # it was written over with what it was
         return kept.values
 
@@ -78,10 +79,6 @@ class Serving:
             module.training = mode
         raise fail("wrong-mode", "this model is serving, and train() is for one whose tensors may change",
                    helps=("leave the block of serving() first",))
-
-    def _assert_same(self, adapter: nn.Module, kept: _Kept) -> None:
-        if fingerprint(kept.on) != kept.bits:
-            raise _changed([self.names[adapter]])
 
 
 def _changed(names: Mapping[str, None] | list[str]) -> SurgeryError:

@@ -62,7 +62,7 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    tensor = tensor.to(like.device)
+    tensor = tensor.to(like.device)  # no rank sends: each has the whole tensor and cuts its own part
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to_local().clone()
 
 

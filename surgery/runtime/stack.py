@@ -71,19 +71,18 @@ class Surgeries:
             raise fail("bad-value", f"`{name}` is taken" if name in self._known else f"`{name}` is not a name",
                        helps=("a surgery's name is made of letters, digits and `_`, and is its own",))
         again = self._again
-        self._leave()
+        self._leave()  # it is fitted to the base model, and what was in use is then put in again
         if isinstance(what, PathLike) or (isinstance(what, str) and Path(what).is_dir()):
             surgeon = attach(self._given, what)
         else:
-            surgeon = self._fresh(what, seed, dtype)
-        self._known = {**self._known, name: Known(surgeon, _trained(surgeon))}
+            surgeon = prepare(self._given, what, seed=seed, dtype=dtype)
+            surgeon.check_identity()
+            surgeon.operate()
+        state = surgeon.state()
+        trained = {key: state[key].clone() for key in surgeon.plan.train}  # removing gives the model's own back
+        self._known = {**self._known, name: Known(surgeon, trained)}
         surgeon.remove()
         again()
-
-    def _fresh(self, what: Spec | str, seed: int, dtype: torch.dtype) -> Surgeon:
-        surgeon = prepare(self._given, what, seed=seed, dtype=dtype)
-        surgeon.check_identity()
-        return surgeon.operate()
 
     def use(self, *names: str) -> Surgeon | None:
         """Operate with these: the first acts on the frozen weights, each further one on what the ones before made of
@@ -145,10 +144,17 @@ class Surgeries:
         known = {name: self._of(name) for name in names}
         if len(known) < len(names):
             raise fail("bad-value", "a surgery runs once, and one is named twice")
-        _assert_apart(known)
+        owner: dict[str, str] = {}
+        for name, each in known.items():
+            for parameter in each.trained:
+                if owner.setdefault(parameter, name) != name:
+                    raise fail("bad-value",
+                               f"`{owner[parameter]}` and `{name}` both train {parameter}, which has one value",
+                               helps=("use one of them at a time",))
         self._leave()
         if known:
-            self.surgeon = _together(self._given, known, compose).operate(_all_trained(known))
+            trained = {key: value for each in known.values() for key, value in each.trained.items()}
+            self.surgeon = _together(self._given, known, compose).operate(trained)
         self.active, self._again = names, lambda: self._operate(names, compose)
         return self.surgeon
 
@@ -166,26 +172,6 @@ class Surgeries:
             known.trained = {key: values[key].clone() for key in known.trained}
 
 
-def _assert_apart(known: Mapping[str, Known]) -> None:
-    """Raises: SurgeryError, if two surgeries train the same parameter of the model."""
-    owner: dict[str, str] = {}
-    for name, each in known.items():
-        for parameter in each.trained:
-            if owner.setdefault(parameter, name) != name:
-                raise fail("bad-value",
-                           f"`{owner[parameter]}` and `{name}` both train {parameter}, which has one value",
-                           helps=("use one of them at a time",))
-
-
-def _all_trained(known: Mapping[str, Known]) -> dict[str, torch.Tensor]:
-    return {key: value for each in known.values() for key, value in each.trained.items()}
-
-
-def _trained(surgeon: Surgeon) -> dict[str, torch.Tensor]:
-    state = surgeon.state()
-    return {name: state[name].clone() for name in surgeon.plan.train}
-
-
 def _together(model: nn.Module, known: Mapping[str, Known],
               compose: Callable[[dict[str, Formula]], Formula]) -> Surgeon:
     """The surgeon of several surgeries at once, on the tensors that each has."""
@@ -196,8 +182,12 @@ def _together(model: nn.Module, known: Mapping[str, Known],
     train = tuple(dict.fromkeys(name for plan in plans for name in plan.train))
     spec = Spec("_then_".join(known), targets=tuple(targets.values()))
     plan = Plan(spec, tuple(placed), replace(plans[0].selection, train=train), (), plans[0].total)
-    common = SharedTensors()
-    adapters = {p.site.name: adapter_of(p, _tensors(p, known), common) for p in placed}
+    common, adapters = SharedTensors(), {}
+    for each in placed:  # the very tensors that each surgery has, by keys that `named` gave its leaves
+        site = each.site.name
+        values = {f"{name}:{key}": tensor for name, of in known.items() if site in of.surgeon.adapters
+                  for key, tensor in of.surgeon.adapters[site].tensors().items()}
+        adapters[site] = adapter_of(each, values, common)
     surgeon = Surgeon(model, plan, adapters, seed=0)
     surgeon.saves_as = "surgeries.save(name, folder) writes each of the surgeries in use"
     return surgeon
@@ -213,8 +203,3 @@ def _placed(site: str, known: Mapping[str, Known], compose: Callable[[dict[str, 
         targets[key] = Target(*steps, untie=any(p.target.untie for p in mine.values()), shifted=True)
     formula = compose({name: named(p.formula, name) for name, p in mine.items()})
     return Placed(next(iter(mine.values())).site, targets[key], formula)
-
-
-def _tensors(placed: Placed, known: Mapping[str, Known]) -> dict[str, torch.Tensor]:
-    return {f"{name}:{key}": tensor for name, each in known.items() if placed.site.name in each.surgeon.adapters
-            for key, tensor in each.surgeon.adapters[placed.site.name].tensors().items()}

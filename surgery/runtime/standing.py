@@ -59,7 +59,7 @@ class Standing:
 
     def faults(self, operated: bool) -> dict[str, str]:
         """By the name of each parameter that does not stand as it did, what is so. `operated`: adapters must be on."""
-        owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        owners: dict[int, list[tuple[nn.Module, str]]] = {}  # by the parameter's id: all the places where it stands
         for path, module in named_modules(self.model):
             for name, parameter in module._parameters.items():
                 owners.setdefault(id(parameter), []).append((module, f"{path}.{name}".lstrip(".")))

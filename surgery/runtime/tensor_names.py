@@ -43,7 +43,7 @@ class TensorNames:
         first module that read it, and a number was held as []."""
         now = {f"{p.site.weight_name}{SUFFIX}.{key}": self.of(p, key) for p in self.plan.placed
                for key in self.adapters[p.site.name].shared}
-        named: dict[str, torch.Tensor] = {}
+        named: dict[str, torch.Tensor] = {}  # of a shared tensor's several old copies the first counts
         for name, value in values.items():
             named.setdefault(now.get(name, name), value if value.ndim else value.reshape(1))
         return named
