@@ -253,5 +253,5 @@ def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`did you mean `x`?` or an empty string."""
-    found = nearest(word, choices)
-    return f"did you mean `{found[0]}`?" if found else ""
+    near = nearest(word, choices)
+    return f"did you mean `{near[0]}`?" if near else ""

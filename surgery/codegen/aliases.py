@@ -1,4 +1,4 @@
-"""Which values may lie in the same memory, and which have memory of their own: what may ever be written over.
+"""Alias analysis: which values may share memory, and which have memory of their own that may be written over.
 
 Takes instructions; gives facts about memory that hold in whatever order they run. Promises: an operation that is not
 known to allocate is taken to give a view of each of its operands.
@@ -24,18 +24,18 @@ class Memory:
     is_called: bool = False
 
     def is_own(self, node: Expr) -> bool:
-        """Whether a value that is computed has memory that nothing else had before."""
+        """True if computing this node allocates memory that no other value shares."""
         lies = operation(node).memory
         return lies is Lies.NEW or lies is Lies.OF_LAYER and not self.is_called
 
     def may_end(self, node: Expr) -> bool:
-        """Whether a computed value may be written over when it has been read for the last time."""
+        """True if this value may be overwritten after its last read."""
         return self.writes and self.is_own(node) and (not self.looked_on or operation(node).is_unkept)
 
 
 def read_by(reads: Sequence[tuple[Expr, Sequence[Expr]]], memory: Memory) -> dict[Expr, frozenset[int]]:
-    """For each value the instructions that read its memory, be it through views, by number; `reads` has what each gives
-    and reads, operands before what reads them."""
+    """For each value, the numbers of the instructions that read its memory, directly or through a view. `reads` lists
+    what each instruction computes and what it reads, operands before their readers."""
     readers: dict[Expr, frozenset[int]] = {}
     # from the last to the first, so that all who read a view are known when what it shows is met
     for i, (node, operands) in reversed(list(enumerate(reads))):
@@ -46,7 +46,7 @@ def read_by(reads: Sequence[tuple[Expr, Sequence[Expr]]], memory: Memory) -> dic
 
 
 def held_by(outputs: Iterable[Expr], operands: Mapping[Expr, Sequence[Expr]], memory: Memory) -> set[Expr]:
-    """The values that outputs are, or may be views of."""
+    """The outputs, and every value that an output may be a view of."""
     held: set[Expr] = set()
     stack = list(outputs)
     while stack:

@@ -1,4 +1,4 @@
-"""A body with its gradients written out: one node of autograd in the place of many.
+"""The body and its gradients as one node of autograd instead of many.
 
 Takes the expression of a body over `x` and `value` leaves, and which of them take a gradient; gives a `Step`. Promises:
 the values and gradients of the plain body; an activation is kept only where a gradient needs it, written over where
@@ -36,7 +36,8 @@ class Step:
 
 @cache
 def step(body: Expr, needs: tuple[bool, ...]) -> Step | None:
-    """The step of a body where x and its values take gradients as `needs` says; None for a body without such code."""
+    """The compiled step of a body where x and its values take gradients as `needs` says; None if an operation has no
+    gradient in the table."""
     text = step_text(body, needs)
     if text is None:
         return None
@@ -47,7 +48,7 @@ def step(body: Expr, needs: tuple[bool, ...]) -> Step | None:
 
 
 class _Node(torch.autograd.Function):
-    """The step as autograd sees it."""
+    """The autograd.Function that runs a step."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, layer: Any, x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
@@ -65,10 +66,10 @@ class _Node(torch.autograd.Function):
 
 
 def run(body: Expr, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor | None:
-    """The body's value, with its step as its gradient; None where autograd must see the parts."""
+    """Run the body as one node of autograd; None where autograd must see its parts."""
     needs = tuple(torch.is_grad_enabled() and a.requires_grad for a in (x, *values))
-    found = step(body, needs)
-    if found is None:
+    known = step(body, needs)
+    if known is None:
         return None
     with torch.autocast(x.device.type, enabled=False):
-        return _Node.apply(found, layer, x, *values) if any(needs) else found.forward(layer, x, *values)[0]
+        return _Node.apply(known, layer, x, *values) if any(needs) else known.forward(layer, x, *values)[0]

@@ -1,4 +1,4 @@
-"""Which program: the equal programs of a formula as expressions over activations, the cheapest first.
+"""Candidate programs of a formula: equal expressions over activations, the cheapest first.
 
 Takes a formula and the kind of its layer; gives candidates, from which `program` makes code. Promises: no torch, so
 that `check` can ask what a spec will cost; all candidates have the values and gradients of the formula.
@@ -52,12 +52,12 @@ class Candidate:
 
     @cached_property
     def calls_back(self) -> bool:
-        """Whether it runs the frozen layer's transposed map."""
+        """True if it needs the frozen layer's transposed map."""
         return any(output.has("frozen_back") for output in self.outputs)
 
     @cached_property
     def reads_weight(self) -> bool:
-        """Whether the set-up reads the frozen weight itself at every step."""
+        """True if the set-up reads every number of the frozen weight at every step."""
         fixed, stack, seen = set(self.fixed), list(self.values), set()
         while stack:
             node = stack.pop()
@@ -86,7 +86,7 @@ class Candidate:
 
     @cached_property
     def made_again(self) -> Cost | None:
-        """What it costs to make the set-up again in the backward pass, if that is better than to hold it until then."""
+        """The cost of recomputing the set-up in the backward pass; None if holding it is cheaper."""
         fits = self.has_body and has_gradients(self.written, self.needs)
         return made_again(self.values, self.fixed) if fits else None
 
@@ -128,8 +128,8 @@ def _distinct(formula: Formula, kind: LayerKind, drops: bool, has_bias: bool) ->
 
 
 def _output(strategy: str, operand: Expr, x: Expr, kind: LayerKind, trained: frozenset[str]) -> Expr | None:
-    """What a strategy makes of the input; None where it would write too much out. What is built as a matrix is computed
-    node by node, so that there is always that one."""
+    """The output by one strategy; None if it would make too many nodes. "built weight" is computed node by node, so
+    that there is always one."""
     if strategy == "built weight":
         return STRATEGIES[strategy](operand, x, kind, trained)
     if operand.is_large:
@@ -142,7 +142,7 @@ def _output(strategy: str, operand: Expr, x: Expr, kind: LayerKind, trained: fro
 
 
 def by_tokens(programs: Sequence[Candidate]) -> tuple[tuple[float, Candidate], ...]:
-    """Which program is the cheapest up to how many tokens, in rising order: a cost is a straight line over them."""
+    """Which program is the cheapest up to how many tokens, in rising order. A cost is linear in the tokens."""
     # The lower envelope of those lines: from the cheapest for no token on, always to the line that is flatter and met
     # first. (Sorting by slope alone would keep lines that are nowhere the lowest.)
     start = {each: each.cost(0).seconds for each in programs}
@@ -164,14 +164,14 @@ def _input(width: int, kind: LayerKind) -> Expr:
 
 
 def frozen_alone(kind: LayerKind, out: int, in_: int) -> Expr:
-    """What the frozen layer itself gives, for a weight [out, in]."""
+    """The output of the frozen layer alone, for a weight [out, in]."""
     width, height = (out, in_) if kind.takes_ids else (in_, out)
     return Expr("frozen", (_input(width, kind),), None, (TOKENS, height))
 
 
 def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights",
               trained: frozenset[str] = frozenset(), is_called: bool = False) -> Candidate:
-    """The program that gives `outputs`, after a last change to each."""
+    """The candidate that computes `outputs`; `prepare` is the last change to each of them."""
     outputs = solved_once(tuple(prepare(made(output)) for output in outputs))
     has_body, values = outputs[0].has("x"), outputs
     if has_body:
@@ -202,7 +202,8 @@ def weights(formula: Formula, has_bias: bool) -> Candidate:
 
 
 def _read(expr: Expr) -> Expr:
-    """The frozen layer's calls as products with its weight, in the dtype of the set-up: a merge rounds once."""
+    """Replace calls of the frozen layer by products with its weight, in the dtype of the set-up, so that a merge rounds
+    once."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         if node.op == "frozen":
             return make("matmul", args[0], make("T", Expr("weight", (), None, (node.shape[-1], args[0].shape[-1]))))
@@ -254,7 +255,8 @@ def _with_bias(y: Expr, bias: Expr | None, kind: LayerKind) -> Expr:
 
 
 def _unread(expr: Expr, always: bool = False) -> Expr:
-    """W M as the frozen layer run on the rows of Mᵀ, for a thin M (or `always`), so that the weight is not read."""
+    """Replace W M for a thin M (or `always`) by the frozen layer run on the rows of Mᵀ, so that the weight is not
+    read."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         new = node.with_args(args)
         if node.op != "matmul" or len(node.shape) != 2 or TOKENS in node.shape:
@@ -270,7 +272,7 @@ def _unread(expr: Expr, always: bool = False) -> Expr:
 
 
 def _called(weight: Expr, rows: Expr) -> Expr:
-    """A few rows times W or Wᵀ."""
+    """Rows times W or Wᵀ, by the layer itself."""
     return Expr("frozen_back" if weight.op == "weight" else "frozen", (rows,), None, (rows.shape[0], weight.shape[1]))
 
 
@@ -281,8 +283,8 @@ _SMALL = 2**15  # numbers of a constant that is held rather than made at every s
 
 
 def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
-    """The largest parts of the set-up that depend on the frozen weight alone and are smaller than it, or on nothing and
-    are small."""
+    """What a set-up computes once: its largest parts that depend on the frozen weight alone and are smaller than it, or
+    that are small constants."""
     on_weight = names(lambda row: row.of_layer)
     others = names(lambda row: row.source is not None and not row.of_layer)
     fixed: dict[Expr, None] = {}

@@ -1,4 +1,4 @@
-"""What a program costs: operations and memory traffic from shapes and the number of tokens, to choose by.
+"""Cost model: operations and memory traffic of a training step, from shapes and the number of tokens.
 
 Takes the expressions of a program; gives a `Cost` of one training step. Promises: counted and not measured; `seconds`
 is only meant for comparing programs of the same formula. Where the gradients of a body are known as expressions they
@@ -30,8 +30,8 @@ AGAIN = 10 * CALL  # what making a set-up again costs beside making it
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one step, forward and backward: `flops` that grow with the tokens and those of the set-up, numbers `moved`,
-    and the `calls` of an operation."""
+    """The cost of one step, forward and backward: `flops` that grow with the tokens and those of the set-up, numbers
+    `moved`, and `calls` of an operation."""
 
     body_flops: float = 0.0
     setup_flops: float = 0.0
@@ -57,7 +57,7 @@ class Cost:
 
 @lru_cache(maxsize=4096)
 def body_cost(body: Expr, needs: tuple[bool, ...], tokens: int = TOKENS_SUPPOSED) -> Cost:
-    """Of a body over `x` and `value` leaves, of which those take a gradient that `needs` says (x first)."""
+    """The cost of a body over leaves `x` and `value`; `needs` says which of them take a gradient (x first)."""
     leaves, known = _leaves(body, needs), _gradients(body, needs)
     if known is None:
         # autograd runs it backwards: as much again for each argument that a gradient goes through
@@ -76,7 +76,7 @@ def _leaves(body: Expr, needs: tuple[bool, ...]) -> list[Expr]:
 
 
 def has_gradients(body: Expr, needs: tuple[bool, ...]) -> bool:
-    """Whether its gradients are known as expressions."""
+    """True if every operation of the body has a gradient in the table."""
     return _gradients(body, needs) is not None
 
 
@@ -96,7 +96,8 @@ def _counted(nodes: Iterable[Expr], tokens: int, times: Callable[[Expr], int]) -
 
 
 def setup_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost:
-    """Of a set-up that gives `values`; what is `fixed` is computed once for many steps and costs nothing."""
+    """The cost of a set-up that computes `values`; what is `fixed` is computed once for many steps and costs
+    nothing."""
     gradless = without_gradient(*values)
     total = Cost()
     for node in _made(values, fixed):
@@ -106,19 +107,19 @@ def setup_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost:
 
 
 def _made(values: Sequence[Expr], fixed: Sequence[Expr]) -> list[Expr]:
-    """What a set-up makes in every step."""
+    """The nodes that a set-up computes at every step."""
     once = set(walk(*fixed)) - {node for root in fixed for node in root.args}
     return [node for node in walk(*values) if node not in once]
 
 
 @lru_cache(maxsize=2**14)
 def _once(node: Expr) -> Cost:
-    """Of making a node of a set-up."""
+    """The cost of computing a node of a set-up."""
     return Cost(0.0, flops(node, 0), moved(node, 0), 0.0 if operation(node).is_free else 2.0)
 
 
 def made_again(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
-    """Of making a set-up a second time, for its backward pass; None where it is better to hold what it made."""
+    """The cost of recomputing a set-up in its backward pass; None if holding what it computed is cheaper."""
     made = _made(values, fixed)
     gradless = without_gradient(*values)
     # alive from the forward to the backward pass: the values, and what autograd needs for other gradients
@@ -138,5 +139,5 @@ def made_again(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
 
 
 def _viewed(node: Expr) -> Expr:
-    """What a view shows."""
+    """The value whose memory this view shows."""
     return _viewed(node.args[0]) if operation(node).is_view else node

@@ -48,7 +48,7 @@ def emitted(region: Region, names: Mapping[Expr, str], prefix: str,
 
 
 def _text(each: Instruction, base: Expr | None, known: Mapping[Expr, str]) -> str:
-    """An instruction's expression, in the place of a base or beside it."""
+    """The right-hand side of an instruction, in place into `base` if there is one."""
     args, form = [known[operand] for operand in each.reads], each.form
     if form is None:
         return _plain(each.node, args)
@@ -63,7 +63,7 @@ def _text(each: Instruction, base: Expr | None, known: Mapping[Expr, str]) -> st
 
 
 def _plain(node: Expr, args: list[str]) -> str:
-    """A node's own operation: its row's text, or a call by its name."""
+    """The text of a node's own operation: its row's template, or a call by its name."""
     if args and all(operation(a).is_inline for a in node.args):  # a number is no tensor yet
         args = [f"layer.fill((), {number}, dtype)" for number in args]
     text = operation(node).text
@@ -77,15 +77,15 @@ def _plain(node: Expr, args: list[str]) -> str:
 
 def readers(*outputs: Expr) -> dict[Expr, list[Expr]]:
     """The nodes that read each node's value, as often as they do."""
-    found: dict[Expr, list[Expr]] = {}
+    reads: dict[Expr, list[Expr]] = {}
     for node in walk(*outputs):
         for arg in node.args:
-            found.setdefault(arg, []).append(node)
-    return found
+            reads.setdefault(arg, []).append(node)
+    return reads
 
 
 def without_gradient(*outputs: Expr) -> frozenset[Expr]:
-    """The nodes that are reached through `detach` and its like alone."""
+    """The nodes that no gradient reaches: every way to them passes a `detach` or its like."""
     live: set[Expr] = set()
     stack = list(outputs)
     while stack:

@@ -1,4 +1,4 @@
-"""Products of block-diagonal matrices as one: rotations of neighbouring entries, and the shuffles between them, joined.
+"""Fuse runs of block-diagonal factors (rotations of neighbouring entries, and the shuffles between them) into one.
 
 Takes a weight expression in the lowering's form; gives an equal one in which every run of factors that keep to blocks
 of a common size is one `block_diag`, its small blocks made in the set-up: an activation then passes once in the place
@@ -63,7 +63,8 @@ def block_size(factor: Expr) -> Size | None:
 
 
 def _as_one(run: list[Expr]) -> list[Expr]:
-    """One matrix in the place of a run of factors, if their blocks have a common size that is small."""
+    """The run of factors as one block-diagonal matrix, if their blocks have a small common size; else the run as it
+    is."""
     sizes = every(map(block_size, run))
     if sizes is None or len(run) < 2 or any(isinstance(size, Dim) for size in sizes):
         return run

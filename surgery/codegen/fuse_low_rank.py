@@ -1,4 +1,4 @@
-"""Low-rank terms by two thin matrices that the set-up makes: once, and not for every token.
+"""Compute the two thin factors of each low-rank term once in the set-up, and not for every token.
 
 Takes a weight expression in the lowering's form; gives an equal one in which every low-rank matrix is a product U V of
 two that are `built`, and those that are added up are one, [U, P] [V; Q]: what else stands in them (gains, rotations,
@@ -45,8 +45,8 @@ def thinly(expr: Expr, trained: frozenset[str]) -> Expr:
 
 
 def _thin(expr: Expr) -> Factors | None:
-    """The factors of a low-rank matrix, if the set-up makes them: not those that act faster than their numbers, nor of
-    what is dropped."""
+    """The factors of a low-rank matrix if the set-up may compute them: not where a factor acts faster than it is built,
+    nor below dropout."""
     pair = factors(expr)
     return None if pair is None or any(is_structured(f) or f.has("drop") for f in pair) else pair
 

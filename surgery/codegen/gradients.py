@@ -57,7 +57,8 @@ def _sum(terms: list[Expr], shape: Shape) -> Expr:
 
 
 def _keeping(raw: list[Expr]) -> Gradients:
-    """The expressions with a leaf `kept` for each value of the forward pass that they are left with."""
+    """The gradients with each value of the forward pass replaced by a leaf `kept`, or recomputed from what is kept
+    where one pass does it."""
     wanted = {node.data for node in walk(*raw) if node.op == "forward"}
     kept: dict[Expr, Expr] = {}
 
@@ -66,7 +67,7 @@ def _keeping(raw: list[Expr]) -> Gradients:
         return node if operation(node).is_leaf else again(node) if is_cheap(node, 1) else keep(node)
 
     def is_cheap(node: Expr, passes: int) -> bool:
-        """Whether so many passes make it of leaves and of what is wanted too."""
+        """True if `passes` passes over memory compute it from leaves and values that are kept anyway."""
         row = operation(node)
         needed = 0 if row.is_view else row.passes
         left = passes - needed if needed is not None else -1

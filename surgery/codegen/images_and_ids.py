@@ -68,7 +68,7 @@ def is_weight(expr: Expr) -> bool:
 
 
 def run(expr: Expr, x: Expr) -> Expr:
-    """The layer's map with E, built, in its weight's place."""
+    """The layer's map with the matrix E, built, in place of its weight."""
     return make("run", x, matrix(expr))
 
 
@@ -81,7 +81,8 @@ def alone(output: Expr) -> Expr:
 
 
 def _enters(expr: Expr) -> bool:
-    """Whether the layer can run it as it is: the weight, a thin matrix, sums of those, a product that ends in one."""
+    """True if the layer can run it without more work: the weight, a matrix with few rows, sums of those, a product that
+    ends in one."""
     if expr.op == "add":
         return all(map(_enters, expr.args))
     if expr.op == "mul" and scaled(expr)[0] is not None:
@@ -129,7 +130,7 @@ def _thin_in_groups(u: Expr, v: Expr, x: Expr, groups: int) -> Expr:
 
 
 def _keeps_to(expr: Expr, size: int) -> bool:
-    """Whether a square matrix makes each run of `size` rows of the same run of its operand's."""
+    """True if a square matrix maps each run of `size` rows to the same run."""
     scalar, rest = scaled(expr)
     if scalar is not None:
         return _keeps_to(rest, size)
@@ -140,7 +141,8 @@ def _keeps_to(expr: Expr, size: int) -> bool:
 
 
 def split_dropout(expr: Expr) -> tuple[Expr | None, list[Expr]]:
-    """What sees the whole input (None for nothing), and each part that sees it through dropout: E is linear in them."""
+    """Split E into the part that sees the whole input (None for nothing) and the parts that see it through dropout; E
+    is linear in them."""
     if expr.op == "drop":
         return None, [expr]
     if expr.op == "mul" and scaled(expr)[0] is not None:

@@ -1,4 +1,5 @@
-"""What emitted text calls by name: the kernels that rows of the table of operations name, and dense meanings."""
+"""The functions that emitted text calls by name: the kernels that rows of the table of operations name, and dense
+meanings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step does in one pass over activations, and autograd in several: for code that no gradient is taken of.
+"""Kernels that do in one pass over activations what autograd needs several for. No gradient is taken through them.
 
 Each takes and gives matrices [tokens, features]; where a shape is given the doc has it. Promises: any float dtype, any
 device, no copy of an activation.
@@ -16,7 +16,7 @@ TILE = 32  # columns of the blocks whose diagonal a device takes for a sum of pr
 
 
 def on_cpu(a: Tensor) -> bool:
-    """Whether a CPU computes it: then a cacheful at a time, and its dropout by the places of what is dropped."""
+    """True on a CPU, where kernels work on a cacheful at a time and dropout draws the indices of what is dropped."""
     return a.device.type == "cpu"
 
 
@@ -126,8 +126,8 @@ def mixed_dot(x: Tensor, g: Tensor) -> Tensor:
 
 
 def mask(a: Tensor, p: float) -> Tensor:
-    """What dropout takes out of an activation, each entry with the chance p: on a CPU the places of those entries,
-    counted along it (they are few, and their gaps are quickly drawn); elsewhere True for each, [*a.shape]."""
+    """A dropout mask, each entry dropped with probability p: on a CPU the indices of dropped entries (they are few, and
+    their gaps are quickly drawn); elsewhere True for each dropped entry, [*a.shape]."""
     if not on_cpu(a):
         return torch.empty_like(a, dtype=torch.bool).bernoulli_(p)
     count = a.numel()

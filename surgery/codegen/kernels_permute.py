@@ -1,4 +1,4 @@
-"""What moves and mixes the entries of activations along their last axes, with autograd looking on or not."""
+"""Kernels that permute or linearly mix the last axes of activations, differentiable or not."""
 
 from __future__ import annotations
 

@@ -14,19 +14,19 @@ from surgery.ir.sizes import Dim, known
 
 
 def is_taken_in(node: Expr, reads: Mapping[Expr, Sequence[Expr]]) -> bool:
-    """Whether it is no pass of its own: a multiple by a number goes into the sum or the product that reads it."""
+    """True if this multiple by a number is fused into its only reader, and so costs no pass over memory."""
     return node.op == "mul" and value_of(node.args[0]) is not None and len(reads.get(node, ())) == 1
 
 
 def is_accumulated(node: Expr, reads: Mapping[Expr, Sequence[Expr]]) -> bool:
-    """Whether it is a product that a sum takes in: written by the sum, into its other term."""
+    """True if this product is accumulated by the sum that reads it, into the sum's other term."""
     over = reads.get(node, ())
     over = reads.get(over[0], ()) if len(over) == 1 and is_taken_in(over[0], reads) else over
     return is_product(node) and len(over) == 1 and over[0].op == "add"
 
 
 def is_product(node: Expr) -> bool:
-    """Whether a sum that reads it writes it into its other term."""
+    """True if a sum can accumulate this product into its other term."""
     added = operation(node).added
     return added is not None and added.is_product
 

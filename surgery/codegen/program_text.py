@@ -90,15 +90,15 @@ def step_text(body: Expr, needs: tuple[bool, ...]) -> StepText | None:
     body = simplify(rebuild(body, masked))
     leaves = {node.data: node for node in walk(body) if operation(node).is_step_input}
     inputs = [leaves[key] for key in (None, *range(len(needs) - 1))]
-    found = gradients(body, [leaf for leaf, need in zip(inputs, needs) if need])
-    if found is None:
+    derived = gradients(body, [leaf for leaf, need in zip(inputs, needs) if need])
+    if derived is None:
         return None
-    used = dict.fromkeys(n for n in walk(*found.of) if operation(n).is_step_input)
-    of = iter(found.of)
+    used = dict.fromkeys(n for n in walk(*derived.of) if operation(n).is_step_input)
+    of = iter(derived.of)
     wanted = tuple(next(of) if need else None for need in needs)
-    kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(found.kept)]
-    source = f"{_forward(body, inputs, (*used, *found.kept))}\n\n{_backward(wanted, (*used, *kept))}"
-    return StepText(source, body, wanted, found.kept, (*used, *found.kept))
+    kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(derived.kept)]
+    source = f"{_forward(body, inputs, (*used, *derived.kept))}\n\n{_backward(wanted, (*used, *kept))}"
+    return StepText(source, body, wanted, derived.kept, (*used, *derived.kept))
 
 
 _OWN = Memory(looked_on=False, writes=True)

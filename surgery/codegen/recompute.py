@@ -1,4 +1,4 @@
-"""A set-up that is made a second time in the backward pass, in the place of being held from the forward pass on.
+"""Recompute the set-up in the backward pass instead of holding it from the forward pass on (activation checkpointing).
 
 Takes a program's body with its gradients (`step`) and what makes its values from an adapter's tensors; gives the output
 as one node of autograd around both. Promises: the values and gradients of the program; between the passes nothing of
@@ -59,8 +59,8 @@ def run(plan: Candidate, layer: Any, x: Tensor, make: Make, tensors: Mapping[str
     """The output of a program, its values made of the tensors by `make`; None where no tensor takes a gradient, or
     autograd must see the parts."""
     trained = frozenset(key for key, tensor in tensors.items() if tensor.requires_grad)
-    found = step(plan.written, (x.requires_grad, *plan.reached(trained))) if trained else None
-    if found is None:
+    known = step(plan.written, (x.requires_grad, *plan.reached(trained))) if trained else None
+    if known is None:
         return None
     with torch.autocast(x.device.type, enabled=False):
-        return _Node.apply(found, layer, make, x, *tensors.values())
+        return _Node.apply(known, layer, make, x, *tensors.values())

@@ -1,4 +1,4 @@
-"""What a set-up makes, in the cheapest way: products of matrices factor by factor, and a solve once.
+"""Choose the multiplication order of the set-up's products, and solve f(X) and f(Xᵀ) once.
 
 Takes the outputs of a program; gives equal ones. Activations are left as they are.
 """

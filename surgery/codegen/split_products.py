@@ -1,8 +1,7 @@
-"""Products of a trained matrix with one that is not, taken apart where activations meet them.
+"""Reassociate x (T F) as (x T) F where only T is trained, so that T's gradient is computed at T's rank.
 
-Takes the expression of a body, and what takes a gradient; gives an equal one. x (T F) with a trained T and a frozen F
-is (x T) F, and x (F T) is (x F) T: the gradient of T is then taken where the activations are as thin as T is, the
-product needs none, and of x F only what T sees is kept.
+Takes the expression of a body, and what takes a gradient; gives an equal one. Likewise x (F T) becomes (x F) T. The
+product T F, as wide as the weight, then needs no gradient, and of x F only what T reads is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from surgery.rewrite.low_rank import is_thin
 
 
 def apart(body: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
-    """The body with such products taken apart (itself where there is none)."""
+    """The body with such products reassociated (itself where there is none)."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         if node.op != "matmul" or TOKENS not in node.args[0].shape:
             return node.with_args(args)
@@ -27,7 +26,7 @@ def apart(body: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
 
 
 def _acted(a: Expr, matrix: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
-    """a M, M taken apart as far as that is of use."""
+    """a M, factor by factor as far as one of two factors trains and the other does not."""
     pair = _pair(matrix)
     # where both train, or neither, nothing is gained: one product with the activations is less than two
     if pair is None or is_trained(pair[0]) == is_trained(pair[1]):

@@ -319,10 +319,10 @@ def step_faults(source: str, body: Expr, gradients: Sequence[Expr | None], kept:
         values = {name: symbols.of("value", int(name[1:])) for name in names if name.startswith("a")}
         y, held = Run(symbols, False).results(functions["forward"], {"x": symbols.of("x"), **values})
         named = {"grad": symbols.of("grad"), **{f"k{i}": value for i, value in enumerate(held)}}
-        found = Run(symbols, False).results(functions["backward"], named)
-        if [g is None for g in found] != [g is None for g in gradients]:
+        given = Run(symbols, False).results(functions["backward"], named)
+        if [g is None for g in given] != [g is None for g in gradients]:
             raise Fault("`backward` gives gradients of other things")
-        return [y, *(g for g in found if g is not None)]
+        return [y, *(g for g in given if g is not None)]
 
     leaves = {node: kept[node.data] for node in walk(*wanted) if node.op == "kept"}
     meanings(symbols, (body, *kept), {}, first)

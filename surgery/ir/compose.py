@@ -26,10 +26,10 @@ def _mapped(formula: Formula, table: Mapping[Expr, Expr]) -> Formula:
 
 def named(formula: Formula, name: str) -> Formula:
     """The formula with each leaf's key led by a name: `style:add_low_rank.A`, and its group, if it is shared."""
-    found = _mapped(formula,
+    renamed = _mapped(formula,
                     {leaf.expr: Expr(leaf.expr.op, (), f"{name}:{leaf.key}", leaf.shape) for leaf in formula.leaves})
-    leaves = tuple(replace(leaf, group=leaf.group and f"{name}:{leaf.group}") for leaf in found.leaves)
-    return replace(found, leaves=leaves)
+    leaves = tuple(replace(leaf, group=leaf.group and f"{name}:{leaf.group}") for leaf in renamed.leaves)
+    return replace(renamed, leaves=leaves)
 
 
 def stacked(first: Formula, second: Formula) -> Formula:

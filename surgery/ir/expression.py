@@ -66,19 +66,19 @@ class Expr:
             if left[0] < 0:
                 raise Exhausted
         key = (op, tuple(map(id, args)), type(data), data, shape)
-        found = _interned.get(key)
-        if found is None:
-            found = object.__new__(cls)
-            found.op, found.args, found.data, found.shape = op, args, data, shape
-            found.depth = 1 + max((a.depth for a in args), default=0)
-            if left is not None and found.depth > _DEEPEST:
+        node = _interned.get(key)
+        if node is None:
+            node = object.__new__(cls)
+            node.op, node.args, node.data, node.shape = op, args, data, shape
+            node.depth = 1 + max((a.depth for a in args), default=0)
+            if left is not None and node.depth > _DEEPEST:
                 raise Exhausted
-            found.unfolded = min(1 + sum(a.unfolded for a in args), 2**60)
-            found._ops = _bits.setdefault(op, 1 << len(_bits))
+            node.unfolded = min(1 + sum(a.unfolded for a in args), 2**60)
+            node._ops = _bits.setdefault(op, 1 << len(_bits))
             for a in args:
-                found._ops |= a._ops
-            _interned[key] = found
-        return found
+                node._ops |= a._ops
+            _interned[key] = node
+        return node
 
     def __reduce__(self) -> tuple:
         if self.depth <= _NESTED_IN_PICKLE:

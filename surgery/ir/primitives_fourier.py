@@ -81,8 +81,8 @@ def _basis(sizes: tuple, like: Any) -> Any:
 
 def _spectrum(a: Any, basis: Any) -> Any:
     size = basis.shape[1]
-    found = basis @ a.reshape(-1, size).mT
-    return found.reshape(2, len(basis) // 2, *a.shape[:-1], a.shape[-1] // size)
+    transformed = basis @ a.reshape(-1, size).mT
+    return transformed.reshape(2, len(basis) // 2, *a.shape[:-1], a.shape[-1] // size)
 
 
 def _waves(y: Any, basis: Any) -> Any:

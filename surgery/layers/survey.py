@@ -87,7 +87,7 @@ class Site:
         return torch.promote_types(own, torch.float32)
 
     def read(self) -> Tensor:
-        """W as the module stores it; of a called layer, as its calls say, [out, in], in a wide dtype."""
+        """The stored weight; of a called layer, a dense W [out, in] that calls of it give, in float32 or wider."""
         return opaque_linear.matrix(self.module, self.wide) if self.layout.is_called else self.weight.detach()
 
     @cached_property
@@ -137,10 +137,10 @@ class Survey:
     @cached_property
     def names(self) -> dict[int, list[str]]:
         """All the names of each module object, by its id, in module order."""
-        found: dict[int, list[str]] = {}
+        names: dict[int, list[str]] = {}
         for name, module in self.modules.items():
-            found.setdefault(id(module), []).append(name)
-        return found
+            names.setdefault(id(module), []).append(name)
+        return names
 
     @cached_property
     def heads(self) -> frozenset[int]:
@@ -149,11 +149,11 @@ class Survey:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        return tuple(s for found in self._entries for s in found if isinstance(s, Site))
+        return tuple(s for entries in self._entries for s in entries if isinstance(s, Site))
 
     @cached_property
     def refused(self) -> tuple[Refused, ...]:
-        return tuple(r for found in self._entries for r in found if isinstance(r, Refused))
+        return tuple(r for entries in self._entries for r in entries if isinstance(r, Refused))
 
     @cached_property
     def _entries(self) -> list[list[Site | Refused]]:

@@ -25,9 +25,9 @@ def _by_core(core: str) -> Callable[[Expr], Expr | None]:
     gradient are the same, and with nearly orthonormal columns in front the core is well conditioned and nothing
     cancels."""
     def change(node: Expr) -> Expr | None:
-        if (found := _centred(node.args[0]) or factors(node.args[0])) is None:
+        if (pair := _centred(node.args[0]) or factors(node.args[0])) is None:
             return None
-        u, v = _framed(*found)
+        u, v = _framed(*pair)
         small = make(core, make("matmul", v, u))
         return make("add", eye(node.shape), make("matmul", u, make("matmul", small, v)))
 
@@ -58,9 +58,9 @@ def _framed(u: Expr, v: Expr) -> Factors:
 
 
 def _inverse(node: Expr) -> Expr | None:
-    if len(node.shape) != 2 or (found := low_rank_turn(node.args[0])) is None:
+    if len(node.shape) != 2 or (turn := low_rank_turn(node.args[0])) is None:
         return None
-    u, v = _framed(*found)
+    u, v = _framed(*turn)
     small = make("resolvent", times(-2, make("matmul", v, u)))  # the resolvent of m is (I - m / 2)⁻¹
     return make("add", eye(node.shape), times(-1, make("matmul", u, make("matmul", small, v))))
 
@@ -159,15 +159,15 @@ def _scaled_sum(node: Expr) -> Expr | None:
 def _ones_in_a_row(node: Expr) -> Expr | None:
     """A matrix of one number is taken apart where it meets another."""
     for i, a in enumerate(node.args):
-        if a.op == "fill" and len(node.args[1 - i].shape) == 2 and (found := factors(a)) is not None:
-            (u, v), (left, right) = found, node.args
+        if a.op == "fill" and len(node.args[1 - i].shape) == 2 and (pair := factors(a)) is not None:
+            (u, v), (left, right) = pair, node.args
             return make("matmul", make("matmul", left, u), v) if i else make("matmul", u, make("matmul", v, right))
     return None
 
 
 def _neighbours(node: Expr) -> Expr | None:
-    found = factors(node) if len(node.shape) == 2 and not all(map(_is_made, node.args)) else None
-    return found and make("matmul", *found)
+    pair = factors(node) if len(node.shape) == 2 and not all(map(_is_made, node.args)) else None
+    return pair and make("matmul", *pair)
 
 
 def _is_made(node: Expr) -> bool:
@@ -185,11 +185,11 @@ def _detached(node: Expr) -> Expr | None:
 def _gains(node: Expr) -> Expr | None:
     """The weight, entry by entry with a matrix of rank one, has a gain for each row and each column."""
     for x, y in (node.args, node.args[::-1]):
-        found = factors(y) if len(x.shape) == len(y.shape) == 2 else None
+        pair = factors(y) if len(x.shape) == len(y.shape) == 2 else None
         is_called = x.op in ("weight", "circulant", "block_diag", "kron") or x.op == "T" and x.args[0].op == "weight"
-        if found is not None and found[0].shape[1] == 1 and is_called:
+        if pair is not None and pair[0].shape[1] == 1 and is_called:
             # what is not made to be multiplied by activations gains nothing: its entries are multiplied where they lie
-            rows, columns = (make("diag", make("reshape", f, data=(size,))) for f, size in zip(found, node.shape))
+            rows, columns = (make("diag", make("reshape", f, data=(size,))) for f, size in zip(pair, node.shape))
             return make("matmul", rows, make("matmul", x, columns))
     return None
 
@@ -203,8 +203,8 @@ def _thin_blocks(node: Expr) -> Expr | None:
 
 
 def _hadamard(node: Expr) -> Expr | None:
-    found = factors(node) if len(node.shape) == 2 and all(len(a.shape) == 2 for a in node.args) else None
-    return found and make("matmul", *found)
+    pair = factors(node) if len(node.shape) == 2 and all(len(a.shape) == 2 for a in node.args) else None
+    return pair and make("matmul", *pair)
 
 
 def _khatri_rao(node: Expr) -> Expr | None:
@@ -219,15 +219,15 @@ def _khatri_rao(node: Expr) -> Expr | None:
 
 def _khatri_rao_turned(node: Expr) -> Expr | None:
     kinds = {a.op for a in node.args}
-    found = _khatri_rao(simplify(make("T", node))) if kinds == {"kron"} and len(node.shape) == 2 else None
-    return found and make("T", found)
+    product = _khatri_rao(simplify(make("T", node))) if kinds == {"kron"} and len(node.shape) == 2 else None
+    return product and make("T", product)
 
 
 def _mixed_rows(node: Expr) -> Expr | None:
     a, b = node.args
     if b.op == "T" and len(a.shape) == 2:  # x yᵀ = (y xᵀ)ᵀ
-        found = _of_best(b.args[0], make("T", a))
-        return found and make("T", found)
+        mixed = _of_best(b.args[0], make("T", a))
+        return mixed and make("T", mixed)
     return _of_best(a, b)
 
 

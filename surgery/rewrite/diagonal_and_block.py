@@ -38,30 +38,30 @@ def _kron_of_diagonals(node: Expr) -> Expr | None:
 def _diagonals(node: Expr) -> Expr | None:
     """The diagonal terms of a sum, the identity too, as one matrix."""
     terms = list(summands(node))
-    found = [t for t in terms if scaled(t)[1].op in ("diag", "eye")] if len(node.shape) == 2 else []
-    if len(found) < 2 or any(t.shape != node.shape for t in terms):
+    diagonal = [t for t in terms if scaled(t)[1].op in ("diag", "eye")] if len(node.shape) == 2 else []
+    if len(diagonal) < 2 or any(t.shape != node.shape for t in terms):
         return None
     vectors = [each if scalar is None else times(scalar, each) for scalar, each in
-               ((scaled(t)[0], _as_diag(scaled(t)[1])) for t in found) if each is not None]
-    return total([make("diag", total(vectors, node.shape[:1])), *(t for t in terms if t not in found)], node.shape)
+               ((scaled(t)[0], _as_diag(scaled(t)[1])) for t in diagonal) if each is not None]
+    return total([make("diag", total(vectors, node.shape[:1])), *(t for t in terms if t not in diagonal)], node.shape)
 
 
 def _blocks(node: Expr) -> Expr | None:
     """The terms of a sum that keep to square blocks of one size, diagonal ones too, as one."""
     terms = list(summands(node))
     stacks = dict.fromkeys(s.args[0].shape for _, s in map(scaled, terms) if s.op == "block_diag")
-    found = [t for t in terms if scaled(t)[1].op == "block_diag" or _as_diag(scaled(t)[1]) is not None]
-    if len(stacks) != 1 or len(found) < 2:
+    in_blocks = [t for t in terms if scaled(t)[1].op == "block_diag" or _as_diag(scaled(t)[1]) is not None]
+    if len(stacks) != 1 or len(in_blocks) < 2:
         return None
     (shape,) = stacks
     if shape[1] != shape[2]:  # a diagonal matrix has no part in blocks that are not square
         return None
     parts = []
-    for scalar, each in map(scaled, found):  # each as the stack of its blocks
+    for scalar, each in map(scaled, in_blocks):  # each as the stack of its blocks
         blocks = each.args[0] if each.op == "block_diag" else eye(shape) if each.op == "eye" else make(
             "diag", make("reshape", each.args[0], data=shape[:2]))
         parts.append(blocks if scalar is None else times(scalar, blocks))
-    return total([make("block_diag", total(parts, shape)), *(t for t in terms if t not in found)], node.shape)
+    return total([make("block_diag", total(parts, shape)), *(t for t in terms if t not in in_blocks)], node.shape)
 
 
 def _product_of_diagonals(node: Expr) -> Expr | None:

@@ -55,11 +55,11 @@ def rewrite(expr: Expr, rules: Table) -> Expr:
             stack += reversed(waiting)
         else:
             plain = node.with_args(tuple(done[a] for a in node.args))
-            found = first(rules.get(plain.op, ()), plain)
-            if found is None:
+            changed = first(rules.get(plain.op, ()), plain)
+            if changed is None:
                 done[node] = plain
             else:
-                better[node] = found
+                better[node] = changed
     return done[expr]
 
 

@@ -84,7 +84,7 @@ def _mul_number(node: Expr) -> Expr:
 
 
 def _mul_sum(node: Expr) -> Expr | None:
-    """What stays of x needs no product of its entries."""
+    """Distribute x ∘ (y + c 1) as c x + x ∘ y, so that the constant part needs no entrywise product."""
     for x, other in (node.args, node.args[::-1]):
         terms = list(summands(other))
         numbers = [t for t in terms if value_of(scaled(t)[1]) is not None]

@@ -127,9 +127,11 @@ class Adapter(nn.Module):
                 self.add_module(step, StepTensors())
             self._modules[step].add(name, tensors[leaf.key])
         # of each key the step's module and the name in it; None for the module of the shared tensors
-        self._paths: tuple[tuple[str, str | None, str], ...] = tuple(
-            (key, None, self.shared[key]) if key in self.shared else (key, *key.split("."))
-            for key in (leaf.key for leaf in formula.leaves))
+        paths: list[tuple[str, str | None, str]] = []
+        for key in (leaf.key for leaf in formula.leaves):
+            step, name = key.split(".")
+            paths.append((key, None, self.shared[key]) if key in self.shared else (key, step, name))
+        self._paths = tuple(paths)
         watch(self)
 
     @property

@@ -95,11 +95,11 @@ class SavesAdapter(Operated):
         """As ever; a state that holds the adapter alone, as a checkpoint does, does not lack the base model."""
         if not state_dict or not set(state_dict) <= set(self._surgery.names):
             return super().load_state_dict(state_dict, strict, assign)
-        found = super().load_state_dict(state_dict, False, assign)  # not strict: it has none of the base model's
+        loaded = super().load_state_dict(state_dict, False, assign)  # not strict: it has none of the base model's
         missing = [name for name in self._surgery.names if name not in state_dict]
         if missing and strict:
             raise RuntimeError(f"the state lacks {listed(missing)}")
-        return type(found)(missing, found.unexpected_keys)
+        return type(loaded)(missing, loaded.unexpected_keys)
 
 
 def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor], push_to_hub: bool = False,

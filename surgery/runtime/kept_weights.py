@@ -1,4 +1,4 @@
-"""What stands in the place of a parameter in each mode of an operated model: W, what training made of it, W'.
+"""The numbers of a parameter in each mode of an operated model: W, what training made of it, W'.
 
 Takes a module and a parameter's name; keeps numbers by mode. Promises: they are given back in the dtype and on the
 device that the model has moved the parameter to; of a sharded model each process keeps its part alone.

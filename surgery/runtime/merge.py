@@ -31,11 +31,11 @@ class Merged:
 
 def refuse_called(placed: Sequence[Placed]) -> None:
     """Raises: SurgeryError (merge-error), if there is a weight that nothing can be written into."""
-    found = [p for p in placed if p.site.layout.is_called]
-    if found:
-        names = listed(f"{p.site.name} ({type(p.site.module).__name__})" for p in found)
+    called = [p for p in placed if p.site.layout.is_called]
+    if called:
+        names = listed(f"{p.site.name} ({type(p.site.module).__name__})" for p in called)
         raise fail("merge-error", f"W' cannot be written into {names}: no plain weight stands there",
-                   found[0].target.span,
+                   called[0].target.span,
                    helps=("save the adapter, attach it to the model with plain weights (not quantised, no "
                           "parametrisation), and merge that",))
 

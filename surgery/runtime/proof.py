@@ -45,9 +45,9 @@ _SOUND, _SHOWN = 4000, 8
 
 @dataclass(frozen=True)
 class Proof:
-    """What was seen. `start`: the relative change of the outputs by the operation; `merged`: between operated and
-    merged, with moved values; each None where it was not measured, and `skipped` says why. `silent`: the weights whose
-    adapters change nothing in this batch."""
+    """What the trial measured. `start`: the relative change of the outputs by the operation; `merged`: between operated
+    and merged, with moved values; each None where it was not measured, and `skipped` says why. `silent`: the weights
+    whose adapters change nothing in this batch."""
 
     start: float | None = None
     allowed: float = IDENTITY_TOLERANCE
@@ -74,7 +74,7 @@ class Proof:
 
 
 class Subject:
-    """An operated model while it is tried."""
+    """An operated model that is tried by forward passes."""
 
     def __init__(self, model: nn.Module, placed: Sequence[Placed], adapters: Mapping[str, Adapter], scope: Scope):
         self.model, self.placed, self.adapters, self.scope = model, placed, adapters, scope
@@ -113,7 +113,7 @@ class Subject:
 
     @contextmanager
     def _trial(self) -> Iterator[None]:
-        """Inside, the model is in evaluation, and may be changed: everything is put back."""
+        """Inside, the model is in evaluation mode and may be changed; at the end everything is restored."""
         # What a layer packs its weight into is as large as the model, and no state that a pass goes on with.
         packed = {id(b) for m in self.model.modules() if any(w.layout.is_called for w in weights(m))
                   for b in m.buffers()}
@@ -148,7 +148,7 @@ class Subject:
             adapter.active = on
 
     def _first(self, example: Any) -> tuple[Any, Tensor | None, str]:
-        """A batch that the base model takes, what it gives for it, and else why there is none."""
+        """(a batch that the base model accepts, its output, ""), or (None, None, why there is no batch)."""
         if example is not None:
             return example, self._run(example), ""
         failures = []
@@ -164,9 +164,9 @@ class Subject:
 
     def _call(self, batch: Any) -> Tensor:
         torch.manual_seed(0)  # what draws, draws the same each time
-        found = (self.model(**batch) if isinstance(batch, Mapping) else
+        output = (self.model(**batch) if isinstance(batch, Mapping) else
                  self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch))
-        return torch.cat([t.flatten().double() for t in _floats(found)])
+        return torch.cat([t.flatten().double() for t in _floats(output)])
 
     def _run(self, batch: Any) -> Tensor:
         with torch.no_grad():
@@ -189,12 +189,12 @@ class Subject:
 
     def _trained(self) -> dict[str, list[nn.Parameter]]:
         """The tensors of each adapter that are trained."""
-        found = {}
+        trained = {}
         for placed in self.placed:
             tensors = self.adapters[placed.site.name].tensors()
-            found[placed.site.name] = [tensors[leaf.key] for leaf in placed.formula.leaves
+            trained[placed.site.name] = [tensors[leaf.key] for leaf in placed.formula.leaves
                                        if not leaf.frozen and tensors[leaf.key].is_floating_point()]
-        return found
+        return trained
 
     def _compared(self, batch: Any, base: Tensor, start: float | None, allowed: float) -> Proof:
         trained, skipped = {name: own for name, own in self._trained().items() if own}, []
@@ -211,7 +211,7 @@ class Subject:
 
     def _silent(self, batch: Any, trained: Mapping[str, list[nn.Parameter]],
                 skipped: list[str]) -> tuple[Tensor, list[str]]:
-        """What the moved model gives, and the adapters that no gradient reaches."""
+        """The output of the moved model, and the names of the adapters that no gradient reaches."""
         leaves = list({id(t): t for own in trained.values() for t in own}.values())
         try:
             for leaf in leaves:
@@ -220,18 +220,19 @@ class Subject:
                 y = self._call(batch)
                 # a random direction: along a plain sum, what a norm follows has no gradient
                 direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
-                found = torch.autograd.grad(y, leaves, direction.to(y.device), allow_unused=True)
+                gradients = torch.autograd.grad(y, leaves, direction.to(y.device), allow_unused=True)
         except SurgeryError as error:  # a layer that gives no gradient to its input
             skipped.append(f"no backward pass: {error.diagnostics[0].message}")
             return self._run(batch), []
         except RuntimeError as error:
             skipped.append(f"no backward pass ({str(error).splitlines()[0]})")
             return self._run(batch), []
-        reached = {id(leaf) for leaf, gradient in zip(leaves, found) if gradient is not None and gradient.any()}
+        reached = {id(leaf) for leaf, gradient in zip(leaves, gradients) if gradient is not None and gradient.any()}
         return y.detach(), [name for name, own in trained.items() if not any(id(t) in reached for t in own)]
 
     def _difference(self, batch: Any, operated: Tensor, placed: Sequence[Placed]) -> float:
-        """How far the outputs are off with some of the weights merged. (After an error the trial puts them back.)"""
+        """The relative change of the outputs when some of the weights are merged. (After an error the trial puts them
+        back.)"""
         made = [(own_parameter(each.site.module, name), value) for each in placed
                 for name, value in merged(each, self.adapters[each.site.name]).tensors.items()]
         before = [(parameter, parameter.data) for parameter, _ in made]
@@ -268,15 +269,15 @@ def _without(model: nn.Module, *why: str) -> str:
     return f"no batch for a {type(model).__name__}{''.join(f' ({each})' for each in why)}: not compared"
 
 
-def _floats(found: Any) -> Iterator[Tensor]:
+def _floats(output: Any) -> Iterator[Tensor]:
     """The tensors of numbers that an output holds."""
-    if isinstance(found, Tensor):
-        if found.is_floating_point():
-            yield found
-    elif isinstance(found, Mapping):
-        yield from (t for value in found.values() for t in _floats(value))
-    elif isinstance(found, (tuple, list)):
-        yield from (t for value in found for t in _floats(value))
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        yield from (t for value in output.values() for t in _floats(value))
+    elif isinstance(output, (tuple, list)):
+        yield from (t for value in output for t in _floats(value))
 
 
 def _batches(model: nn.Module) -> list[Callable[[], Any]]:

@@ -1,4 +1,4 @@
-"""A saved adapter as it lies on the disk: what its folder holds, and everything that is wrong with it.
+"""The format of a saved adapter: what its folder holds, and everything that is wrong with it.
 
 Takes a folder; gives its spec, tensors and `meta.json`. Promises: nothing is believed before it is checked, all the
 faults come in one error, nothing is unpickled.
@@ -66,10 +66,10 @@ class _Meta(BaseModel):
     peft: dict[str, Any] | None = None
 
 
-def misfits(kind: type[BaseModel], found: Any) -> list[str]:
-    """The fields of a file's values that lack or that hold what they cannot."""
+def misfits(kind: type[BaseModel], values: Any) -> list[str]:
+    """The names of missing or invalid fields."""
     try:
-        kind.model_validate(found)
+        kind.model_validate(values)
     except ValidationError as error:
         return list(dict.fromkeys(str(fault["loc"][0]) for fault in error.errors(include_input=False)))
     return []
@@ -132,32 +132,32 @@ class Saved:
     def _spec(self) -> Spec | None:
         try:
             text = read_bytes(self.folder / SPEC, SPEC_BYTES).decode("utf-8")
-            found = parse(text, str(self.folder / SPEC))
+            spec = parse(text, str(self.folder / SPEC))
         except OSError as error:
             return self._fault(f"cannot read {SPEC}: {error.strerror or error}")
         except UnicodeDecodeError as error:
             return self._fault(f"{SPEC} is not UTF-8 at byte {error.start}")
         except SurgeryError as error:
             return self.report.add(*error.diagnostics)
-        if found.uses:  # another's files on this machine: what lies there is not what the adapter was made with
+        if spec.uses:  # another's files on this machine: what lies there is not what the adapter was made with
             self.report.error("bad-adapter", "a saved spec stands on its own, and this one uses another file",
-                              found.uses[0].span, helps=("save() writes what a spec uses into it",))
-        return found
+                              spec.uses[0].span, helps=("save() writes what a spec uses into it",))
+        return spec
 
     def _tensors(self) -> dict[str, torch.Tensor] | None:
         try:
             refuse_irregular(self.folder / self.file)
-            found = load_file(self.folder / self.file)
+            tensors = load_file(self.folder / self.file)
         except (OSError, SafetensorError) as error:
             return self._fault(f"cannot read {self.file}: {getattr(error, 'strerror', None) or error}")
-        odd = [f"{n} ({dtype_text(t.dtype)})" for n, t in found.items() if t.dtype not in DTYPES]
+        odd = [f"{n} ({dtype_text(t.dtype)})" for n, t in tensors.items() if t.dtype not in DTYPES]
         if odd:
             return self._fault(f"{self.file} holds dtypes that no adapter is trained in: {_listed(odd)}")
-        broken = [name for name, tensor in found.items() if not tensor.isfinite().all()]
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if broken:
             self._fault(f"{self.file} holds what is not finite: {_listed(broken)}",
                         "the training that made it diverged")
-        return found
+        return tensors
 
 
 def compare(saved: Shapes, wanted: Shapes, where: str, report: Collector, file: str = TENSORS) -> None:

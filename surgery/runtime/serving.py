@@ -1,4 +1,4 @@
-"""What set-ups gave, kept while a user promises that no tensor changes, and the check that none did.
+"""Keep the values of set-ups while a user promises that no tensor changes, and check that none did.
 
 Takes the adapters of a model; keeps what they compute from their tensors alone. Promises: nothing is kept outside of
 `serving`; what is kept is of the very tensors that it was made of, and that their bits are the same at the end is
@@ -30,7 +30,7 @@ _LOCK = RLock()
 
 @dataclass
 class _Kept:
-    """What was computed, the tensors that it rests on, what their bits were, and what torch said of them."""
+    """A kept value: what it was computed from, the fingerprint of that, and torch's hints about it (see `_hints`)."""
 
     on: tuple[Tensor, ...]
     bits: list[tuple]
@@ -47,7 +47,7 @@ class Serving:
         self._training = [(module, module.training) for module in model.modules()]
 
     def get(self, adapter: nn.Module, key: tuple, on: Sequence[Tensor], compute: Callable[[], tuple]) -> tuple:
-        """`compute()`, which rests on those tensors; as it was, where they are the tensors that they were.
+        """The value of `compute()`, which depends on the tensors `on` alone; computed once for the same tensors.
 
         Raises: SurgeryError (changed-tensor).
         """
@@ -67,7 +67,8 @@ class Serving:
         return kept.values
 
     def verify(self) -> None:
-        """Raises: SurgeryError (changed-tensor), if a bit of what is kept rests on other bits than at its start."""
+        """Raises: SurgeryError (changed-tensor), if a tensor that a kept value depends on has other bits than when it
+        was computed."""
         changed = {self.names[adapter]: None for (adapter, *_), kept in self._kept.items()
                    if fingerprint(kept.on) != kept.bits}
         if changed:
@@ -112,8 +113,8 @@ def serving(model: nn.Module, adapters: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _hints(tensors: Sequence[Tensor]) -> tuple:
-    """What changes with most writes, and for nothing. A tensor of inference mode has no counter; one of a class of its
-    own may have no address."""
+    """Cheap signs of a change, which most writes change and nothing else does. A tensor of inference mode has no
+    counter; one of a class of its own may have no address."""
     return tuple((t.device, t.dtype, t.data_ptr(), 0 if t.is_inference() else t._version)
                  for t in tensors if type(t) in (Tensor, nn.Parameter))
 
@@ -124,7 +125,7 @@ def fingerprint(tensors: Sequence[Tensor]) -> list[tuple]:
     over it. A change of a single number is always seen. Any device, any dtype, a tensor that is made of others too."""
     parts = [part for tensor in tensors for part in _plain(tensor)]
     hashes = [_hash(part) for part in parts]  # all queued before the first is waited for
-    return [(part.shape, part.dtype, part.device, int(found)) for part, found in zip(parts, hashes)]
+    return [(part.shape, part.dtype, part.device, int(number)) for part, number in zip(parts, hashes)]
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Models of whose parameters each process holds a part: whole tensors of parts, parts of whole tensors.
+"""Sharded models, of whose parameters each process holds a part: whole tensors from parts, parts of whole tensors.
 
 Takes parameters as `torch.distributed.fsdp.fully_shard` and other users of DTensor leave them; gives their numbers.
 Promises: a plain tensor goes through as it is, and nothing of torch.distributed is imported for it. To make a whole
@@ -32,7 +32,7 @@ def is_part(tensor: Any) -> TypeGuard[DTensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, with its gradient."""
+    """The whole tensor, gathered with its gradient."""
     return tensor.full_tensor() if is_part(tensor) else tensor
 
 
@@ -46,18 +46,18 @@ def is_written_in_place(parameter: Tensor) -> bool:
 
 @torch.no_grad()
 def held(parameter: Tensor) -> Tensor:
-    """The tensor that this process holds of a parameter."""
+    """The local tensor of a parameter."""
     return parameter.to_local() if is_part(parameter) else parameter.data
 
 
 def numbers(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter, to be kept: a copy, if it is written over in place."""
+    """The local numbers of a parameter, to be kept: a copy if the parameter is written over in place."""
     return held(parameter).clone() if is_written_in_place(parameter) else parameter.data
 
 
 @torch.no_grad()
 def part(tensor: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of a tensor, given whole or as that already, where `like` is what it is divided as."""
+    """The local part of a tensor, which is given whole or as that part already; `like` says how it is sharded."""
     if not is_part(like) or tensor.shape != like.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -68,7 +68,7 @@ def part(tensor: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def joined(own: Tensor, like: Tensor) -> Tensor:
-    """The whole tensor of which this process holds so much (or all), where `like` is what it is divided as."""
+    """The whole tensor from this process's part `own` (or from all of it); `like` says how it is sharded."""
     if not is_part(like):
         return own
     from torch.distributed.tensor import DTensor

@@ -35,8 +35,8 @@ from surgery.runtime.transaction import Scope, all_or_nothing
 
 @dataclass
 class Known:
-    """A surgery that is at hand: its surgeon, which has left the model,
-    and what it trained of the model's own parameters."""
+    """A named surgery that can be used: its surgeon, which has left the model, and its values of the model's own
+    parameters."""
 
     surgeon: Surgeon
     trained: dict[str, torch.Tensor]
@@ -174,7 +174,7 @@ class Surgeries:
 
 def _together(model: nn.Module, known: Mapping[str, Known],
               compose: Callable[[dict[str, Formula]], Formula]) -> Surgeon:
-    """The surgeon of several surgeries at once, on the tensors that each has."""
+    """The surgeon of several surgeries at once, on the very tensors of each."""
     plans = [each.surgeon.plan for each in known.values()]
     targets: dict[tuple[int, ...], Target] = {}
     placed = [_placed(site, known, compose, targets)
@@ -195,7 +195,7 @@ def _together(model: nn.Module, known: Mapping[str, Known],
 
 def _placed(site: str, known: Mapping[str, Known], compose: Callable[[dict[str, Formula]], Formula],
             targets: dict[tuple[int, ...], Target]) -> Placed:
-    """What the surgeries that take a site make of it together."""
+    """The composition of the surgeries that operate on one site."""
     mine = {name: placed for name, each in known.items() if (placed := each.placed(site)) is not None}
     key = tuple(id(p.target) for p in mine.values())
     if key not in targets:

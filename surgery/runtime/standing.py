@@ -1,4 +1,4 @@
-"""Whether what a surgery operates on still stands in the model.
+"""Detect changes of the model: what a surgery operates on must still be there.
 
 Takes the plan of a surgery and its adapters; gives, in words, what was replaced, resized, tied or taken out since.
 Promises: the model is only looked at; names are looked up in the model as it is now.
@@ -43,7 +43,7 @@ class Spot:
 
 
 class Standing:
-    """What stood where in a model, to be looked for again."""
+    """The parameters that a surgery operates on, and where each was."""
 
     def __init__(self, model: nn.Module, plan: Plan, adapters: Mapping[str, Adapter]):
         self.model, self.adapters = model, adapters
@@ -58,13 +58,13 @@ class Standing:
             self.spots[name] = Spot(name, owner, own, tuple(own_parameter(owner, own).shape))
 
     def faults(self, operated: bool) -> dict[str, str]:
-        """By the name of each parameter that does not stand as it did, what is so. `operated`: adapters must be on."""
+        """By the name of each parameter that was changed, what changed. `operated`: adapters must be on."""
         owners: dict[int, list[tuple[nn.Module, str]]] = {}  # by the parameter's id: all the places where it stands
         for path, module in named_modules(self.model):
             for name, parameter in module._parameters.items():
                 owners.setdefault(id(parameter), []).append((module, f"{path}.{name}".lstrip(".")))
-        found = {name: next(self._faults(spot, owners, operated), "") for name, spot in self.spots.items()}
-        return {name: fault for name, fault in found.items() if fault}
+        faults = {name: next(self._faults(spot, owners, operated), "") for name, spot in self.spots.items()}
+        return {name: fault for name, fault in faults.items() if fault}
 
     def _faults(self, spot: Spot, owners: Mapping[int, list[tuple[nn.Module, str]]], operated: bool) -> Iterator[str]:
         path = spot.name.rpartition(".")[0]
@@ -90,7 +90,7 @@ class Standing:
 
 
 def changed(faults: Mapping[str, str], *helps: str) -> SurgeryError:
-    """The error of a verb that would act on what does not stand any more."""
+    """The error of a verb that would act on a changed model."""
     first, *rest = dict.fromkeys(faults.values())
     more = [f"and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else []
     return fail("changed-model", f"the model was changed after it was operated on: {first}",

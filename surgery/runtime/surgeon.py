@@ -90,9 +90,8 @@ def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype
 
 def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
             strict: bool = False, most: int | None = None) -> Surgeon:
-    """A surgeon with everything at hand and the model not yet touched. `most`: how many numbers a saved adapter holds;
-    one whose spec asks for more than that and the model together is refused before any is made. Raises: SurgeryError.
-    """
+    """A surgeon whose model is not yet touched. `most`: how many numbers a saved adapter holds; a spec that asks for
+    more than that and the model together is refused before any is made. Raises: SurgeryError."""
     refuse_sharded(model)
     if any(isinstance(m, Adapter) for m in model.modules()):
         raise fail("already-operated", f"this {type(bare(model)).__name__} carries a surgery already",
@@ -125,7 +124,7 @@ def adapter_of(placed: Placed, values: Mapping[str, torch.Tensor], common: Share
 
 
 class Surgeon:
-    """The hand on an operated model: report, switch, merge, save, remove. Made by `apply` and `attach`.
+    """Operates a model: report, switch, merge, save, remove. Made by `apply` and `attach`.
 
     The model is in one of these modes: `operated` (adapters run), `merged` (W' stands in W's place), `base` (as it
     was), `removed` (no more ours). `model` is the one inside of wrappers.
@@ -250,7 +249,7 @@ class Surgeon:
 
     @property
     def part(self) -> torch.Tensor | None:
-        """A tensor of the surgery of which this process holds a part, if the model is sharded."""
+        """A sharded tensor of the surgery; None if the model is not sharded."""
         gather_up(self.model)
         held = (*self.named_tensors().values(), *(spot.tensor for spot in self._spots.values()))
         return next(filter(is_part, held), None)
@@ -508,7 +507,7 @@ class Surgeon:
         self._note()
 
     def _note(self) -> None:
-        """Have the model itself know of its surgery, for what is saved of it."""
+        """Record the surgery and its mode on the model, for `save_pretrained`."""
         if isinstance(self.model, SavesAdapter):
             self.model._surgery = replace(self.record, mode=self._mode)
 

@@ -1,4 +1,4 @@
-"""Verbs that happen as a whole or not at all, whatever interrupts them.
+"""Transactions: a verb happens as a whole or not at all, whatever interrupts it.
 
 Takes a method whose object says what it may change; gives one that puts everything back when it does not come to its
 end: an error, or a KeyboardInterrupt at any line. Promises: nothing is copied but references, so a verb must not write
@@ -37,7 +37,7 @@ class Scoped(Protocol):
 
 
 class Snapshot:
-    """Everything in a scope as it is when this is made. `restore` may be run again and again."""
+    """The state of everything in a scope. `restore` may run again and again."""
 
     def __init__(self, scope: Scope):
         modules = list({id(m): m for root in scope.roots for m in root.modules()}.values())
@@ -49,7 +49,7 @@ class Snapshot:
         self._parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(self, parameter: torch.Tensor) -> None:
-        """Remember a part as it is, before it is first written over."""
+        """Copy a local part before it is first written over."""
         if id(parameter) not in self._parts:
             self._parts[id(parameter)] = parameter, numbers(parameter)
 
@@ -77,7 +77,7 @@ def _dicts(owner: object) -> Iterator[dict]:
 
 
 def all_or_nothing(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that leaves everything in `self.scope()` as it was, unless it comes to its end."""
+    """Decorator of a method: everything in `self.scope()` is restored unless the method returns."""
 
     @wraps(verb)
     def run(self: Scoped, *args: Any, **kwargs: Any) -> Any:
@@ -98,8 +98,7 @@ def all_or_nothing(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def put(parameter: torch.Tensor, data: torch.Tensor) -> None:
-    """Have a parameter hold these numbers: of a part, what this process holds, or the whole tensor that it is cut
-    from."""
+    """Write numbers into a parameter. `data`: the local part, or the whole tensor that it is a part of."""
     if not is_written_in_place(parameter) or data.dtype != parameter.dtype:
         parameter.data = data
         return
@@ -109,7 +108,7 @@ def put(parameter: torch.Tensor, data: torch.Tensor) -> None:
 
 
 def finish(work: Callable[[], Any]) -> None:
-    """Run to its end what can be run again: one who interrupts meanwhile waits for it, and is then obeyed."""
+    """Run `work`, which can be repeated, to its end: a KeyboardInterrupt meanwhile is raised afterwards."""
     interrupt = None
     while True:
         try:

@@ -8,6 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 from formulas import IN, OUT, formula
+from torch import nn
 
 from surgery.cli.main import main
 from surgery.codegen.candidates import by_tokens, frozen_alone
@@ -19,6 +20,7 @@ from surgery.models.demo import load_demo
 from surgery.planning.compile import compile
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.figures import Report
+from surgery.runtime.surgeon import apply
 
 # What no structure of the compiler's makes cheap: entry-by-entry products, a full solve.
 DENSE = {
@@ -115,6 +117,13 @@ def test_what_carries_no_gradient_is_computed_once():
 def test_a_large_layer_costs_little_more(spec):
     found = Estimate(Compiled.supposed(formula(load(spec), 4096, 4096)), 4096)
     assert 1 < found.ratio() < 1.2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_a_report_counts_is_the_program_that_the_adapter_runs(bias):
+    surgeon = apply(nn.Sequential(nn.Linear(64, 96, bias=bias)), "sora", check=False)
+    (estimate,), (adapter,) = surgeon.report().estimates, surgeon.adapters.values()
+    assert estimate.candidates[0] is adapter._programs[True].plan
 
 
 def test_a_stack_is_built_for_every_matrix():
