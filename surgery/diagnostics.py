@@ -190,7 +190,15 @@ def _excerpt(span: Span, label: str) -> list[str]:
 
 
 class SurgeryError(Exception):
-    """The one error for a user's mistake: carries every diagnostic of the run in `.diagnostics`."""
+    """The one error for a user's mistake: carries every diagnostic of the run in `.diagnostics`.
+
+    >>> import surgery
+    >>> try:
+    ...     surgery.load("lroa")
+    ... except surgery.SurgeryError as error:
+    ...     print(error.diagnostics[0].code)
+    unknown-spec
+    """
 
     def __init__(self, diagnostics: Iterable[Diagnostic]):
         self.diagnostics = tuple(diagnostics)

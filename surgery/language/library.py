@@ -39,12 +39,22 @@ class Library:
 
 
 def parse(text: str, name: str = "<text>") -> Spec:
-    """The spec that a text says; `name` stands for it in diagnostics. Raises: SurgeryError."""
+    """The spec that a text says; `name` stands for it in diagnostics. Raises: SurgeryError.
+
+    >>> import surgery
+    >>> surgery.parse('spec small(rank: int = 4) target "**.q_proj" { add low_rank(rank) }')
+    <Spec small(rank): target any "**.q_proj">
+    """
     return parse_text(text, name)
 
 
 def shipped() -> dict[str, Path]:
-    """The specs that come with the package, by name."""
+    """The specs that come with the package, by name.
+
+    >>> import surgery
+    >>> surgery.shipped()["dora"].name
+    'dora.surg'
+    """
     return {p.stem: p for p in sorted(resources.folder("specs").glob("*.surg")) if p.stem != PRELUDE}
 
 
@@ -66,7 +76,12 @@ def instead_of_step(name: str) -> tuple[str, ...]:
 
 
 def load(spec: str | PathLike, /, **parameters: Any) -> Spec:
-    """The spec of a path or of a shipped name, its parameters set: `load("sora", rank=8)`. Raises: SurgeryError."""
+    """The spec of a path or of a shipped name, its parameters set. Raises: SurgeryError.
+
+    >>> import surgery
+    >>> surgery.load("lora", rank=4).params[0].default
+    Number(value=4)
+    """
     return bind(read(locate(spec)), keywords(parameters))
 
 

@@ -238,7 +238,15 @@ def _call(definition: str, values: tuple[Any, ...], named: dict[str, Any]) -> Ca
 
 
 def pre(definition: str, /, *values: Any, on: Side = "out", with_bias: bool = False, **named: Any) -> Step:
-    """`pre definition(values, name = value) on SIDE [with bias]`. A text is an expression: `rank="2 * rank"`."""
+    """`pre definition(values, name = value) on SIDE [with bias]`. A text is an expression: `rank="2 * rank"`.
+
+    >>> import surgery
+    >>> print(surgery.Spec(targets=[surgery.Target("**.q_proj", surgery.pre("diagonal", on="in"))]))
+    target "**.q_proj" {
+      pre diagonal() on in
+    }
+    <BLANKLINE>
+    """
     return Step(placement="pre", call=_call(definition, values, named), side=on, bias=with_bias)
 
 
@@ -248,7 +256,12 @@ def post(definition: str, /, *values: Any, on: Side = "out", with_bias: bool = F
 
 
 def add(definition: str, /, *values: Any, dropout: Any = None, **named: Any) -> Step:
-    """`add definition(values, name = value) [dropout(p)]`. A text is an expression: `rank="2 * rank"`."""
+    """`add definition(values, name = value) [dropout(p)]`. A text is an expression: `rank="2 * rank"`.
+
+    >>> import surgery
+    >>> surgery.Target(surgery.add("low_rank", rank=8), kind="linear")
+    <target linear { add low_rank(rank = 8) }>
+    """
     return Step(placement="add", call=_call(definition, values, named), dropout=dropout)
 
 
@@ -330,10 +343,21 @@ class Spec(Node):
                 f"{'; '.join(held) or 'empty'}>")
 
     def to_surg(self) -> str:
-        """The spec as formatted `.surg` text; `parse` of it gives an equal spec."""
+        """The spec as formatted `.surg` text; `parse` of it gives an equal spec.
+
+        >>> import surgery
+        >>> spec = surgery.load("sora")
+        >>> surgery.parse(spec.to_surg()) == spec
+        True
+        """
         return Registered.spec_text(self)
 
     def retarget(self, *patterns: str, at: int | None = None) -> Spec:
         """The spec with a target's patterns replaced, which is what `--target` does: of its only target, or of number
-        `at`, from 1. A bare name is a selector."""
+        `at`, from 1. A bare name is a selector.
+
+        >>> import surgery
+        >>> surgery.load("lora").retarget("**.q_proj", "**.v_proj")
+        <Spec lora(rank, alpha, dropout): target linear "**.q_proj", "**.v_proj">
+        """
         return Registered.retarget(self, *patterns, at=at)

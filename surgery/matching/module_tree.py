@@ -25,7 +25,13 @@ def modules(model: nn.Module, pattern: str | None = None) -> list[dict[str, Any]
     """The modules of a model (on the meta device too) as plain data in order: `name` and `class`; and of what a spec
     can take `kind`, `shape` [out, in] and `stack`, how many such matrices one weight holds (None for a single one).
 
-    `pattern`: those alone that it matches. Raises: SurgeryError (no-match), if it matches none."""
+    `pattern`: those alone that it matches. Raises: SurgeryError (no-match), if it matches none.
+
+    >>> import surgery
+    >>> found = surgery.modules(surgery.load_model("demo:llama"), "**.k_proj")
+    >>> found[0]["name"], found[0]["kind"], found[0]["shape"]
+    ('model.layers.0.self_attn.k_proj', 'linear', [32, 64])
+    """
     names, sites = matching_names(model, pattern), {site.name: site for site in Survey(model).sites}
     listed = dict.fromkeys([*dict(model.named_modules()), *sites])
     return [_entry(name, model, sites.get(name)) for name in listed if name in names]

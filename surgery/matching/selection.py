@@ -104,7 +104,14 @@ def explain(model: nn.Module, spec: Spec | str | Path, name: str) -> str:
     """Which line of a spec (or of a file, or of a shipped one by its name) takes the module `name` of a model, or why
     none does. The model may be on the meta device.
 
-    Raises: SurgeryError, for a module that the model has not, and for a spec that is wrong for it."""
+    Raises: SurgeryError, for a module that the model has not, and for a spec that is wrong for it.
+
+    >>> import surgery
+    >>> print(surgery.explain(surgery.load_model("demo:llama"), "lora", "lm_head"))  # doctest: +ELLIPSIS
+    `lm_head` (linear, 256 x 64)
+      is not taken
+      it is the output head, which the target at ...lora.surg:4 leaves out since it has no pattern
+    """
     spec = spec if isinstance(spec, Spec) else load(spec)
     return select(model, spec, library(spec).selects).explain(name)
 

@@ -35,7 +35,15 @@ _EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
 
 def check(spec: Spec | str | PathLike, model: nn.Module | None = None) -> list[Diagnostic]:
     """All that is wrong with a spec (or a file, or a shipped spec by its name), warnings too: whatever the model; and,
-    where it has no error and a model is given (on the meta device too), on that model. What is wrong is not raised."""
+    where it has no error and a model is given (on the meta device too), on that model. What is wrong is not raised.
+
+    >>> import surgery
+    >>> surgery.check("lora")
+    []
+    >>> spec = surgery.parse('spec mine target "**.q_proj" { add low_rnk(8) }')
+    >>> [(found.code, found.message) for found in surgery.check(spec)]
+    [('unknown-definition', 'unknown update `low_rnk`')]
+    """
     report = Collector()
     try:
         read = spec if isinstance(spec, Spec) else load(spec)

@@ -99,6 +99,13 @@ def compile(model: nn.Module, spec: Spec | str | PathLike, strict: bool = False)
     """The plan of `spec` (a spec, a file's path or a shipped name) on `model`.
 
     Raises: SurgeryError with all that is wrong; under `strict`, warnings too.
+
+    >>> import surgery
+    >>> plan = surgery.plan(surgery.load_model("demo:llama"), surgery.load("lora", rank=4))
+    >>> plan
+    <Plan of `lora` for LlamaForCausalLM: 28 weights operated on, 16,384 adapter parameters train>
+    >>> plan.placed[0].site.name, plan.placed[0].parameters
+    ('model.layers.0.self_attn.q_proj', 512)
     """
     spec = spec if isinstance(spec, Spec) else load(spec)
     report = Collector()

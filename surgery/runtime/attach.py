@@ -25,6 +25,12 @@ def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
     the model is then as it was.
 
     The adapter's tensors keep the dtype that they were saved in; a `train` tensor takes that of the model's.
+
+    >>> import surgery
+    >>> surgery.apply(surgery.load_model("demo:llama"), "lora").save("trained")
+    >>> surgeon = surgery.attach(surgery.load_model("demo:llama"), "trained")
+    >>> surgeon.spec.name
+    'lora'
     """
     saved = Saved(Path(folder))
     surgeon = fitted(model, saved)

@@ -82,6 +82,13 @@ def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype
 
     Raises: SurgeryError, and then the model is as it was. A W' that does not start as W is such an error, unless the
     target says `shifted`.
+
+    >>> import surgery
+    >>> model = surgery.load_model("demo:llama")
+    >>> surgeon = surgery.apply(model, surgery.load("lora", rank=4).retarget("**.q_proj"))
+    >>> sum(parameter.numel() for parameter in surgeon.parameters())
+    2048
+    >>> surgeon.save("out")  # the adapter alone
     """
     surgeon = prepare(model, spec, seed=seed, dtype=dtype, strict=strict)
     surgeon.check_identity()
@@ -380,6 +387,13 @@ class Surgeon:
         """Put each W' in the place of W, which is kept; gives the relative rounding error of each module.
 
         Memory: a second copy of the operated weights. Raises: SurgeryError (merge-error); then nothing is merged.
+
+        >>> import surgery
+        >>> surgeon = surgery.apply(surgery.load_model("demo:llama"), "lora")
+        >>> errors = surgeon.merge()
+        >>> errors["model.layers.0.self_attn.q_proj"]  # B starts at 0, and W + BA is W
+        0.0
+        >>> surgeon.unmerge()
         """
         self._must_be("operated", "merge")
         self._assert_standing()

@@ -46,6 +46,10 @@ def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | 
     `squared`: the entropies are of p = σ² / Σ σ². `top`: how many directions of W overlaps are with, 0 for none.
     Raises: SurgeryError (bad-value) for models that have no weight in common, or one that is operated on, and for what
     is no matrix of finite numbers.
+
+    >>> import surgery, torch
+    >>> surgery.spectrum(torch.eye(4))  # its entropy is log 4
+    <Spectrum of a matrix [4, 4]: rank 4, entropy 1.386, stable rank 4, effective rank 4>
     """
     if isinstance(subject, Tensor) and not isinstance(tuned, nn.Module):
         delta = subject if tuned is None else tuned - subject
