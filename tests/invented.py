@@ -59,6 +59,11 @@ INVENTED = {
     "thin blocks": _update("param P[2, out / 2, 1] = 0\n"
                            " param Q[2, 1, in / 2] ~ normal(std = 0.1)\n return block_diag(P @ Q)"),
     "half of it detached": _update(f"{FACTORS}\n return detach(B @ A) / 2 + B @ A / 2"),
+    "a part between chosen rows and columns": _update(
+        "frozen param i[2] ~ sample(of = out)\n frozen param j[2] ~ sample(of = in)\n param M[2, 2] = 0\n"
+        " return columns(I(out), i) @ M @ rows(I(in), j)"),
+    "a turn of a few rows": _transform("param Q[2, 2] = 0\n let S = rows(I(n), range(1, 3))\n"
+                                       " return I(n) + S.T @ (cayley(skew(Q)) - I(2)) @ S"),
     # functions of matrices
     "an exponential series": _transform("param P[n, 1] ~ normal(std = 0.1)\n param Q[n, 1] = P\n"
                                         " let K = skew(P @ Q.T)\n"

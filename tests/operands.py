@@ -55,6 +55,10 @@ MIXED = (
     "W @ (P @ Q.T) + g * (diag(d) @ P @ Q.T @ block_diag(S))",
     "skew(P @ Q.T) @ skew(P @ Q.T) @ W + W", "(I(n) + ones(n, n) / n) @ (W + p @ q.T + g)",
     "P @ ((W + P @ Q.T) @ Q).T @ W", "W * (1 + p @ q.T)", "columns(cayley(P @ Q.T), 2) @ Q.T",
+    # places
+    "columns(I(n), at) @ A @ rows(I(n), at) + W", "(W + P @ Q.T) @ columns(I(n), range(3, 5)) @ Q.T",
+    "rows(diag(d) @ W + P @ Q.T, at)", "columns(block_diag(S) @ W, range(2, 6)) @ rows(kron(K, L), range(2, 6))",
+    "diag(row_norm(W + P @ rows(I(n), range(4, 6))))", "rows(diag(d), at) @ columns(diag(e), at)",
     "detach(P @ Q.T) + P @ Q.T", "W @ P @ (g * Q.T) + A @ P @ Q.T",
 )
 
@@ -68,7 +72,7 @@ def expression(text: str) -> Expr:
 def every_call() -> tuple[Expr, ...]:
     """Each primitive that a spec can use, on every choice of shapes that it takes."""
     spec_can = {name for name, row in PRIMITIVES.items() if row.public}
-    assert spec_can == FUNCTIONS - {"I", "ones"} | set(OPERATORS.values()) | {"neg", "T", "literal"}
+    assert spec_can == FUNCTIONS - {"I", "ones", "indices"} | set(OPERATORS.values()) | {"neg", "T", "literal"}
     return tuple(call for name in sorted(spec_can) for call in _calls(name))
 
 
@@ -78,12 +82,12 @@ def _calls(name: str) -> Iterator[Expr]:
     first, other = ([NAMES[each] for each in names] + [eye(n)] for names in ("AFGPdSHKLMg", "BFGQeZHKLMhW"))
     places = [[PLACES] if i in row.places else values for i, values in enumerate([first, other, other][:row.arity])]
     for *chosen, sizes in product(*places, _sizes(name)):
-        if PLACES in chosen and min(prod(chosen[0].shape), prod(sizes or (n,))) < n:
-            continue  # there are not so many places
         try:
-            yield make(name, *chosen, data=sizes)
+            call = make(name, *chosen, data=sizes)
         except ShapeError:
             continue
+        if PLACES not in chosen or prod(row.into(call)) >= n:  # there are so many places
+            yield call
 
 
 def _sizes(name: str) -> list[tuple | None]:

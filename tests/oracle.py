@@ -294,6 +294,13 @@ def scattered(values: Tensor, places: Tensor, rows: int, columns: int) -> Tensor
     return torch.stack([torch.stack([entries.get(i * columns + j, zero) for j in range(columns)]) for i in range(rows)])
 
 
+def in_their_columns(c: Tensor, places: Tensor, columns: int) -> Tensor:
+    """Column k of c stands at place k among columns of zeros, several at one place added up."""
+    zero = c.new_zeros(len(c))
+    return torch.stack([sum((c[:, k] for k, place in enumerate(places) if int(place) == j), zero)
+                        for j in range(columns)], 1)
+
+
 def spectrum(s: Tensor) -> Tensor:
     """The real part of the inverse Fourier transform: Σ s_uv cos(2π (u i / m + v j / n)) / (m n)."""
     m, n = s.shape

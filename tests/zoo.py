@@ -242,6 +242,13 @@ UPDATES = (
     update("rows in their place", lambda w, A, B: o.mul(B, torch.cat([A[0:1], A[0:1] * A[1:2]])), pair,
            "param A[2, in] ~ normal()", "param B[out, 2] = 0", "let first = reshape(columns(A.T, 1), 1, in)",
            "(if r == 2 then B else 0 * B) @ stacked(first, first * reshape([[0, 1]] @ A, 1, in))"),
+    update("columns at random places", lambda w, C, at: o.in_their_columns(C, at, w.shape[1]), lambda m, n: 2 * m,
+           "frozen param at[r] ~ sample(of = in)", "param C[out, r] = 0", "C @ rows(I(in), at)"),
+    update("rows at places that W says", lambda w, R: o.t(o.in_their_columns(o.t(R), _longest_rows(w), len(w))),
+           lambda m, n: 2 * n, "param R[r, in] = 0", "columns(I(out), top(row_norm(W), r)) @ R"),
+    update("columns and rows of W", lambda w, U, at: o.chain(w[:, 1:3], U, torch.stack([w[int(i)] for i in at])),
+           lambda m, n: 4, "frozen param at[r] ~ integers(below = out)", "param U[2, r] = 0",
+           "columns(W, range(1, 3)) @ U @ rows(W, at)"),
     update("let and if", lambda w, A, B: 4 * o.mul(B, A), pair, A, B, "let product = B @ A",
            "let twice = product + product", "if r >= 2 and not (r == 3) then 2 * twice else product"),
 )
@@ -249,6 +256,10 @@ UPDATES = (
 # ----------------------------------------------------------------------------------------- transforms of a user's own
 
 C, D = "param C[n, r] ~ kaiming_uniform()", "param D[n, r] = C"
+
+
+def _longest_rows(w: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(sorted(sorted(range(len(w)), key=lambda i: -float(o.norm(w[i])))[:2]))
 
 
 def thin(n: int) -> int:

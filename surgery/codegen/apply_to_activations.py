@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import prod
 
-from surgery.ir.builders import scaled, summands, times, total
+from surgery.ir.builders import scaled, selection, summands, times, total
 from surgery.ir.expression import Expr, rebuild
-from surgery.ir.operations import make, operation
+from surgery.ir.operations import eye, make, operation
 from surgery.ir.primitives_fourier import BY_PRODUCTS
 from surgery.ir.sizes import Size, known, known_shape
 from surgery.rewrite.low_rank import factors, is_thin, low_rank_turn
@@ -50,7 +50,7 @@ def _product(expr: Expr, a: Expr) -> Expr:
     left, right = expr.args
     shape, sizes = known_shape(expr.shape), [known(prod(factor.shape)) for factor in expr.args]
     is_small = is_thin(min(shape), max(shape)) and prod(shape) <= max(sizes) and min(sizes) <= max(shape)
-    if is_small and not expr.has("weight", "drop"):
+    if is_small and not expr.has("weight", "drop") and not any(map(_selects, expr.args)):
         # a thin matrix, no larger than a factor, and little work: made once in the set-up, not for every token
         return _dense(expr, a)
     if right.op == "add" and (turn := low_rank_turn(left)) is not None:
@@ -60,6 +60,11 @@ def _product(expr: Expr, a: Expr) -> Expr:
         inner = [_led_by(v, term, a) for term in summands(right)]
         return make("add", apply(right, a), apply(u, total(inner, inner[0].shape)))
     return apply(left, apply(right, a))
+
+
+def _selects(expr: Expr) -> bool:
+    """Whether it is columns of an identity matrix, or those turned: acting with it moves what is there."""
+    return selection(expr.args[0] if expr.op == "T" else expr) is not None
 
 
 def _led_by(v: Expr, term: Expr, a: Expr) -> Expr:
@@ -83,6 +88,8 @@ def _turned(expr: Expr, a: Expr) -> Expr:
     inner = expr.args[0]
     if inner.op == "weight":
         return Expr("frozen_back", (a,), None, a.shape[:-1] + expr.shape[:1])
+    if (places := selection(inner)) is not None:
+        return make("columns", a, places)
     return make("matmul", a, matrix(inner))  # a transpose is left only at what has no structure
 
 
@@ -136,6 +143,12 @@ def _circulant(expr: Expr, a: Expr) -> Expr:
     return make("waves", make("mixed", make("spectrum", a, basis), make("kernel", rows, basis)), basis)
 
 
+def _columns(expr: Expr, a: Expr) -> Expr:
+    """x [e_i, e_j, ...]ᵀ: the entries of x at their places."""
+    places = selection(expr)
+    return _dense(expr, a) if places is None else make("placed", a, places, data=expr.shape[:1])
+
+
 def _fill(expr: Expr, a: Expr) -> Expr:
     """x (c 1 1ᵀ)ᵀ, by way of the sum of each row of x."""
     pair = factors(expr)
@@ -155,6 +168,7 @@ _APPLY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "block_diag": lambda expr, a: make("blocks", a, simplify(make("T", expr.args[0]))),
     "shuffle": _permuted,
     "circulant": _circulant,
+    "columns": _columns,
     "fill": _fill,
 }
 
@@ -170,18 +184,20 @@ def is_structured(expr: Expr) -> bool:
         return factors(expr) is not None or all(map(is_structured, expr.args))
     if expr.op == "add":
         return all(map(is_structured, summands(expr)))
-    return operation(expr).is_structured
+    return operation(expr).is_structured or _selects(expr)
 
 
 def matrix(expr: Expr) -> Expr:
     """E itself, built the cheapest way: a structured factor acts on the rows or columns of the other."""
     if expr.is_large:  # taken apart, a shared part would be made once for each of its places
         return rebuild(expr, lambda node, args: args[0] if operation(node).is_transparent else node.with_args(args))
+    if (places := selection(expr)) is not None:  # not from an identity matrix of its rows
+        return make("T", make("placed", eye(places.shape[0]), places, data=expr.shape[:1]))
     if expr.op == "matmul" and len(expr.args[0].shape) == len(expr.args[1].shape) == 2:
         left, right = expr.args
-        if is_structured(left) and factors(expr) is None:
+        if _selects(left) or is_structured(left) and factors(expr) is None:
             return make("T", apply(left, make("T", matrix(right))))
-        if is_structured(right) and factors(expr) is None:
+        if _selects(right) or is_structured(right) and factors(expr) is None:
             return apply(turned(right), matrix(left))
     if operation(expr).is_transparent:
         return matrix(expr.args[0])

@@ -22,7 +22,7 @@ from surgery.codegen.setup_order import made, solved_once
 from surgery.codegen.split_products import apart
 from surgery.ir.builders import summands
 from surgery.ir.expression import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
-from surgery.ir.operations import is_ids, make, names, operation
+from surgery.ir.operations import eye, is_ids, is_whole, make, names, operation
 from surgery.ir.sizes import TOKENS, known
 from surgery.ir.table import Source
 from surgery.layers.kinds import LayerKind
@@ -47,7 +47,8 @@ class Candidate:
     @cached_property
     def written(self) -> Expr:
         """The body over leaves `value` in the place of the set-up's values."""
-        leaves = {node: Expr("value", (), i, node.shape) for i, node in enumerate(self.values)}
+        leaves = {node: Expr("value_at" if is_whole(node) else "value", (), i, node.shape)
+                  for i, node in enumerate(self.values)}
         return substituted(self.outputs[0], leaves)
 
     @cached_property
@@ -259,6 +260,10 @@ def _unread(expr: Expr, always: bool = False) -> Expr:
     read."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         new = node.with_args(args)
+        if always and node.op in ("columns", "between") and is_weight(args[0]):
+            places = args[1] if node.op == "columns" else make("range", data=node.data)
+            rows = make("placed", eye(node.shape[1]), places, data=args[0].shape[1:])
+            return make("T", _called(turned(args[0]), rows))
         if node.op != "matmul" or len(node.shape) != 2 or TOKENS in node.shape:
             return new
         left, right = args

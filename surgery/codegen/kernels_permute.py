@@ -30,6 +30,11 @@ def mix(a: Tensor, rows: Rows) -> Tensor:
     return torch.stack(sums, -2)
 
 
+def add_placed(y: Tensor, a: Tensor, places: Tensor, alpha: float = 1.0) -> Tensor:
+    """y + alpha a at its places, written into y: [t, n], [t, k], [k]."""
+    return y.index_add_(-1, places, a, alpha=alpha)
+
+
 def put(a: Tensor, values: Tensor, places: Tensor) -> Tensor:
     """a + scatter(values, places): [m, n], [k], [k] -> [m, n], in one copy."""
     return a.flatten().scatter_add(0, places, values).view(a.shape)

@@ -18,7 +18,7 @@ from surgery.codegen.operation_counts import size
 from surgery.codegen.schedule import Region
 from surgery.ir.builders import times
 from surgery.ir.expression import Expr, rebuild, walk
-from surgery.ir.operations import make, operation
+from surgery.ir.operations import is_whole, make, operation
 from surgery.ir.sizes import Dim
 from surgery.ir.table import Source
 from surgery.rewrite.normal_form import simplify
@@ -53,7 +53,8 @@ def _prepared(name: str, arguments: str, results: Sequence[Expr], names: dict[Ex
         if gradless and (not lines or not lines[-1].startswith("  ")):
             lines.append("with torch.no_grad():")
         lines.append(("    " if gradless else "") + line)
-    returned = "".join(text.results[r] + ("" if operation(r).is_inline else cast) + ", " for r in results)
+    as_they_are = {r for r in results if operation(r).is_inline or is_whole(r)}
+    returned = "".join(text.results[r] + ("" if r in as_they_are else cast) + ", " for r in results)
     return _function(f"{name}({arguments})", lines, f"({returned})")
 
 

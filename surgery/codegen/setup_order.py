@@ -6,6 +6,7 @@ Takes the outputs of a program; gives equal ones. Activations are left as they a
 from __future__ import annotations
 
 from surgery.codegen.apply_to_activations import matrix, turned
+from surgery.ir.builders import selection
 from surgery.ir.expression import Expr, substituted, walk
 from surgery.ir.operations import operation
 from surgery.ir.sizes import TOKENS
@@ -24,7 +25,8 @@ def made(expr: Expr) -> Expr:
         node = stack[-1]
         if node not in ways:
             of_matrices = all(len(a.shape) == 2 and TOKENS not in a.shape for a in node.args)
-            ways[node] = matrix(node) if node.op == "matmul" and of_matrices else node
+            fits = node.op == "matmul" and of_matrices or selection(node) is not None
+            ways[node] = matrix(node) if fits else node
         if waiting := [a for a in ways[node].args if a not in done]:
             stack += reversed(waiting)
         else:

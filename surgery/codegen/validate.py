@@ -22,7 +22,8 @@ from surgery.ir.expression import Expr, walk
 # Functions that give memory of their own. (Any other may give a view of what it takes.)
 _ALLOCATE = {"+", "*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "layer.run_alone", "put", "blocks",
              "masked", "mix", "spectrum", "waves", "mixed", "mixed_back", "mixed_dot", "circulate", "circulate_back",
-             "circulate_dot", "column_dot", "column_sum", "block_dot", "side_by_side", "zeros_like"}
+             "circulate_dot", "column_dot", "column_sum", "block_dot", "side_by_side", "zeros_like", "columns",
+             "placed"}
 # What autograd keeps for a gradient: nothing of these, the operands of those; of any other both, operands and result.
 _KEEP_NOTHING = {"+", "put", "T", "unflatten", "flatten", "reshape", "index", "detach", "to", "clone"}
 _KEEP_OPERANDS = {"*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "layer.run_alone", "blocks"}
@@ -205,7 +206,10 @@ class Run:
             return self._drawn(name, *node.args)
         # sizes are tuples: a number by itself is a value
         parts = [self._data(a) if isinstance(a, ast.Tuple) else self._value(a) for a in node.args]
-        if name in ("add_blocks", "add_masked", "put"):
+        if name == "top":  # places take no gradient, whether autograd sees what they are of or not
+            data, a = parts
+            return self._computed(name, data, replace(a, meaning=self.symbols.constant(a.meaning)))
+        if name in ("add_blocks", "add_masked", "add_placed", "put"):
             return self._sum(name, parts, factor)
         return self._computed(name, *parts)
 
@@ -244,6 +248,8 @@ class Run:
                 added = symbols.of("blocks", a, s)
             case "add_masked", [a, b, mask]:
                 added = symbols.of("masked", symbols.of("@", a, b), mask)
+            case "add_placed", [a, places]:
+                added = symbols.of("placed", tuple(symbols.shapes.get(base.meaning.value, ())[-1:]), a, places)
             case "put", [values, places]:
                 added = symbols.of("scatter", symbols.shapes.get(base.meaning.value), values, places)
             case _:
@@ -251,9 +257,9 @@ class Run:
         meaning = symbols.of("+", base.meaning, symbols.times(factor, added))
         if name in ("addmm", "addcmul", "addmm_", "addcmul_"):
             self._keep(*terms)
-        elif name in ("add_blocks", "add_masked"):
+        elif name in ("add_blocks", "add_masked", "add_placed"):
             self._keep(base, *terms)  # autograd does not see into them
-        if name.endswith("_") or name in ("add_blocks", "add_masked"):
+        if name.endswith("_") or name in ("add_blocks", "add_masked", "add_placed"):
             return self._written(base, symbols.constant(meaning) if self.without_gradient else meaning, *terms)
         return self._computed("put" if name == "put" else "+", *parts, meaning=meaning)
 

@@ -72,16 +72,22 @@ def _with_data(name: str, wrap: Callable[[Any], tuple]) -> _Rule:
     return lambda symbols, node, args: symbols.of(name, *args, *wrap(node.data))
 
 
+def _some_columns(node: Expr) -> str:
+    """As an index says them, of a matrix or of anything else."""
+    first, end = node.data
+    return f"{':' if len(node.shape) == 2 else '...'}, {first}:{end}"
+
+
 _MEANINGS: dict[str, _Rule] = {
     "const": lambda symbols, node, args: symbols.number(node.data),
     "add": _as("+"), "add_bias": _as("+"), "mul": _as("*"), "scale": _as("*"), "matmul": _as("@"),
     "outer": lambda symbols, node, args: symbols.of("@", symbols.of("T", args[0]), args[1]),
     "detach": lambda symbols, node, args: symbols.constant(args[0]),
     "sign": lambda symbols, node, args: symbols.of("sign", symbols.constant(args[0])),
+    "top": lambda symbols, node, args: symbols.of("top", node.data, symbols.constant(args[0])),
     "split": _with_data("unflatten", lambda data: (-1, data)),
     "join": _as("flatten", -2), "flat": _as("flatten", 0, -2),
-    "between": _with_data("index", lambda data: (f":, {data[0]}:{data[1]}",)),
-    "columns": _with_data("index", lambda data: (f"..., :{data[0]}",)),
+    "between": lambda symbols, node, args: symbols.of("index", *args, _some_columns(node)),
     "reshape": _with_data("reshape", lambda data: (data,)),
     "diag": _as("diag_embed"), "total": _as("sum"), "zeros": _as("zeros_like"),
     "param": _with_data("leaf", lambda data: (data,)), "places": _with_data("leaf", lambda data: (data,)),
@@ -90,7 +96,7 @@ _MEANINGS: dict[str, _Rule] = {
     "eye": lambda symbols, node, args: symbols.of("layer.eye", tuple(node.shape)),
     "frozen": lambda symbols, node, args: symbols.of("frozen_biased" if node.data == "biased" else "frozen", *args),
     "run": _as("layer.run"), "run_alone": _as("layer.run_alone"), "x": _as("x"), "grad": _as("grad"),
-    "value": _with_data("value", lambda data: (data,)),
+    "value": _with_data("value", lambda data: (data,)), "value_at": _with_data("value", lambda data: (data,)),
     "swap": _with_data("swap", lambda data: (data,)), "mix": _with_data("mix", lambda data: (data,)),
 }
 

@@ -55,6 +55,12 @@ def scaled(node: Expr) -> tuple[Expr | None, Expr]:
     return None, node
 
 
+def selection(node: Expr) -> Expr | None:
+    """The places i, j, ... of [e_i, e_j, ...], the columns of an identity matrix."""
+    is_of_identity = node.op == "columns" and node.args[0].op == "eye" and len(node.shape) == 2
+    return node.args[1] if is_of_identity else None
+
+
 def summands(node: Expr) -> Iterator[Expr]:
     """The terms of a sum, left to right; a part that would be endless when written out is one term."""
     stack = [node]

@@ -102,6 +102,16 @@ def side_by_side(node: Expr, g: Expr) -> Terms:
     return make("between", g, data=(0, cut)), make("between", g, data=(cut, end))
 
 
+def columns(node: Expr, g: Expr) -> Terms:
+    """Each column's gradient goes back to its place; places take none."""
+    a, places = node.args
+    return (make("placed", g, places, data=a.shape[-1:]),)
+
+
+def placed(node: Expr, g: Expr) -> Terms:
+    return (make("columns", g, node.args[1]),)
+
+
 def split(node: Expr, g: Expr) -> Terms:
     return (make("join", g),)
 

@@ -44,4 +44,4 @@ OPERATIONS.update(
 # What a spec can say, and the cores that rules make of it.
 PRIMITIVES: dict[str, Operation] = {row.name: row for row in _ON_MATRICES}
 OPERATORS = {row.sign: row.name for row in _ON_MATRICES if row.sign and row.arity == 2}
-FUNCTIONS = {row.name for row in _ON_MATRICES if row.public and not row.sign} | {"I", "ones"}
+FUNCTIONS = {row.name for row in _ON_MATRICES if row.public and not row.sign} | {"I", "ones", "indices"}

@@ -7,11 +7,23 @@ from math import prod
 from typing import Any
 
 from surgery.ir import derivatives, flop_rules
-from surgery.ir.expression import Shape
+from surgery.ir.expression import Expr, Shape
 from surgery.ir.notation_forms import rows_of_numbers
 from surgery.ir.shape_rules import ShapeError, exactly, matrix, shape_text, vector
-from surgery.ir.sizes import Dim
-from surgery.ir.table import CORE, Added, Form, Linear, Memory, Operation, Orthogonal, Transpose
+from surgery.ir.sizes import Dim, tidy
+from surgery.ir.table import (
+    CORE,
+    SUGAR,
+    Added,
+    Form,
+    Linear,
+    Memory,
+    Operation,
+    Orthogonal,
+    Stage,
+    Transpose,
+    When,
+)
 
 Sizes = tuple[Any, ...]
 
@@ -24,8 +36,33 @@ def _reshape_shape(sizes: Sizes, a: Shape) -> Shape:
     return sizes
 
 
-def _columns_shape(sizes: Sizes, a: Shape) -> Shape:
-    _at_most(sizes[0], matrix(a)[-1], "columns")
+def _columns_shape(a: Shape, places: Shape) -> Shape:
+    return matrix(a)[:-1] + _listed(places)
+
+
+def _rows_shape(a: Shape, places: Shape) -> Shape:
+    return matrix(a)[:-2] + _listed(places) + a[-1:]
+
+
+def _listed(places: Shape) -> Shape:
+    return exactly(1, "a vector of places", places)
+
+
+def _range_shape(ends: Sizes) -> Shape:
+    first, end = ends
+    if isinstance(first, int) and isinstance(end, int) and first >= end:
+        raise ShapeError(f"from {first} up to {end} there is no place")
+    return (tidy(end - first),)
+
+
+def _between_shape(ends: Sizes, a: Shape) -> Shape:
+    _at_most(ends[1], vector(a)[-1], "columns")
+    return a[:-1] + _range_shape(ends)
+
+
+def _placed_shape(sizes: Sizes, a: Shape, places: Shape) -> Shape:
+    if vector(a)[-1:] != places:
+        raise ShapeError(f"{shape_text(a)} and {shape_text(places)} places do not agree")
     return a[:-1] + sizes
 
 
@@ -94,6 +131,16 @@ def _circulant(c: Any) -> Any:
     at = torch.arange(b, device=c.device)
     blocks = c[:, :, (at[None, :] - at[:, None]) % b]
     return blocks.transpose(1, 2).reshape(p * b, q * b)
+
+
+def _range(ends: Sizes, like: Any) -> Any:
+    import torch
+
+    return torch.arange(*ends, device=like.device)
+
+
+def _placed(sizes: Sizes, a: Any, places: Any) -> Any:
+    return a.new_zeros(*a.shape[:-1], *sizes).index_add(-1, places, a)
 
 
 def _scatter(sizes: Sizes, values: Any, places: Any) -> Any:
@@ -172,12 +219,32 @@ def _circulate_shape(a: Shape, c: Shape) -> Shape:
     return a[:-1] + (rows,)
 
 
+def _between_text(node: Expr, args: list[str]) -> str:
+    first, end = node.data
+    return f"{args[0]}[{':' if len(node.shape) == 2 else '...'}, {first}:{end}]"
+
+
 ROWS = [
     Operation("reshape", 1, _reshape_shape, lambda sizes, a: a.reshape(sizes),
               "the entries of a, row by row, in another shape", sizes=("*sizes",), linear=Linear.TOGETHER,
               text="{}.reshape({data})", memory=Memory.VIEW),
-    Operation("columns", 1, _columns_shape, lambda sizes, a: a[..., :sizes[0]], "the first k columns: [m, n] -> [m, k]",
-              sizes=("k",), linear=Linear.TOGETHER, text="{}[..., :{data[0]}]", memory=Memory.VIEW),
+    Operation("rows", 2, _rows_shape, lambda a, places: a.index_select(-2, places),
+              "the rows of a at the places b, or its first b rows", stage=SUGAR, places=(1,), counts=True,
+              into=lambda node: node.args[0].shape[-2:-1], linear=Linear.TOGETHER),
+    Operation("columns", 2, _columns_shape, lambda a, places: a.index_select(-1, places),
+              "the columns of a at the places b, or its first b columns", places=(1,), counts=True,
+              into=lambda node: node.args[0].shape[-1:], linear=Linear.TOGETHER, memory=Memory.NEW,
+              derivative=derivatives.columns),
+    Operation("range", 0, _range_shape, _range, "the places from i up to j, without j", sizes=("i", "j"), whole=True,
+              into=lambda node: node.data[1:], stops_gradient=True),
+    Operation("between", 1, _between_shape, lambda ends, a: a[..., ends[0]:ends[1]], "some columns side by side",
+              stage=Stage.SIMPLIFIED | CORE, sizes=("first", "end"), linear=Linear.TOGETHER, text=_between_text,
+              memory=Memory.VIEW),
+    Operation("placed", 2, _placed_shape, _placed, "the columns of a at their places among n of zeros", stage=CORE,
+              sizes=("n",), places=(1,), into=lambda node: node.shape[-1:], linear=Linear.TOGETHER, memory=Memory.NEW,
+              added=Added(Form("add_placed", kernel="kernels_permute.add_placed"), fits=lambda z: len(z.shape) == 2,
+                          when=When.IN_STEP),
+              derivative=derivatives.placed),
     Operation("shuffle", 0, _shuffle_shape, _shuffle,
               "the permutation [p q, p q] that takes a ⊗ b, a [p], b [q], to b ⊗ a",
               sizes=("p", "q"), transpose=Transpose.KNOWN, orthogonal=Orthogonal.ALWAYS, is_structured=True),

@@ -153,7 +153,8 @@ class Operation:
     `sizes` are the names of what a call gives after its tensors (the last with `*` for any number of them), a tuple
     that is the node's `data`; with them, `shape` and `dense` take it first, and a `dense` without a tensor takes one
     whose dtype and device the result gets. `places` says which arguments are whole numbers, places of entries, and
-    `into(node)` the shape of what those point into; `whole` whether the result is. `sign`: how the language writes it
+    `into(node)` the shape of what those point into; `whole` whether the result is; `counts` whether a spec may say a
+    number k for the first k places. `sign`: how the language writes it
     where that is no call. An operation whose shape does not follow from its arguments has a `law`, and is made as an
     `Expr`; a leaf whose tensor is given has a `source`. Where the value needs the node, or the leaves' tensors:
     `evaluate(node, args, leaves)`.
@@ -187,6 +188,7 @@ class Operation:
     places: tuple[int, ...] = ()
     into: Callable[[Expr], Shape] | None = None
     whole: bool = False
+    counts: bool = False
     sign: str = ""
     law: Law | None = None
     source: Source | None = None
@@ -288,9 +290,11 @@ def make(op: str, *args: Expr, data: Any = None) -> Expr:
     if any(map(is_undecided, args)):
         return undecided(args, (op, data))
     for i, argument in enumerate(args):
-        if is_whole(argument) is not (i in row.places):
-            what = "places of entries (`sample`, `integers`, `top`)" if i in row.places else "a tensor of real numbers"
-            raise ShapeError(f"needs {what} as its argument {i + 1}")
+        if is_whole(argument) and i not in row.places:
+            raise ShapeError("cannot compute with places, which say what rows, columns or entries are meant")
+        if i in row.places and not is_whole(argument):
+            known = "`range`, `indices`, `top`, `sample`, `integers`"
+            raise ShapeError(f"needs places (of {known}) as its argument {i + 1}")
     return Expr(op, args, data, row.shape_of(data, tuple(a.shape for a in args)))
 
 

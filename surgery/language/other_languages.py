@@ -26,6 +26,7 @@ _RANDOM = "what is random is a parameter: `param A[m, n] ~ normal(std = 0.02)`, 
 _DRAWN_ZEROS = "a value that is not drawn stands after `=`: `param A[m, n] = 0`"
 _LOOP = "there is no loop: write out each step, or give a parameter an axis more, `param A[blocks, m, n] = 0`"
 _CONDITION = "write `if condition then a else b`"
+_SELECTED = "write `rows(A, range(i, j))` or `columns(A, range(i, j))`"
 _NO_FUNCTION = "there is no function of that kind; `docs/language.md` lists what can be called"
 
 #: By the name of a function, a value or a distribution.
@@ -53,10 +54,13 @@ _NAMES: dict[str, str] = {
     "gaussian": "write `normal(std = ...)`", "constant": _DRAWN_ZEROS,
     "round": "`floor(x)` makes a number whole", "ceil": "write `-floor(-x)`", "int": "`floor(x)` makes a number whole",
     "view": "write `reshape(A, m, n)`", "flatten": "write `reshape(A, n)`", "topk": "write `top(A, k)`",
-    "gather": "write `take(A, places)`", "where": _CONDITION + "; on entries, multiply by a mask of ones and zeros",
+    "gather": "write `take(A, places)`", "index_select": _SELECTED, "slice": _SELECTED, "narrow": _SELECTED,
+    "arange": "write `range(i, j)`", "row": _SELECTED, "column": _SELECTED,
+    "index_add": "what stands at places of rows is `columns(I(n), places) @ A`",
+    "where": _CONDITION + "; on entries, multiply by a mask of ones and zeros",
     "stop_gradient": "write `detach(x)`", "no_grad": "write `detach(x)`",
     "tril": _NO_FUNCTION, "triu": _NO_FUNCTION,
-    "for": _LOOP, "while": _LOOP, "range": _LOOP,
+    "for": _LOOP, "while": _LOOP,
     "None": "leave it out", "True": "write `true`", "False": "write `false`",
     "lambda": "a function of one's own is an `update` or a `transform`",
     "def": "a definition is `update name() { return ... }`, or `transform name() on n { return ... }`",
@@ -133,6 +137,6 @@ def instead_of_symbols(before: str, symbol: str, after: str, value_due: bool) ->
     if symbol == "'" and re.match(r"[\w)\]]", last):
         return _TRANSPOSE
     if symbol == "[" and not value_due:
-        return ("a tensor has no index: `columns(A, k)` are its first k columns, `take(A, places)` are entries of it, "
-                "and a part that is trained alone is a `param` of its own")
+        return ("a tensor has no index: write `rows(A, range(i, j))`, `columns(A, range(i, j))`, or `take(A, places)` "
+                "for entries of it; a part that is trained alone is a `param` of its own")
     return ""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 
-from surgery.ir.builders import every, eye, scaled, summands, times, total, value_of
+from surgery.ir.builders import every, eye, scaled, selection, summands, times, total, value_of
 from surgery.ir.expression import Exhausted, Expr, at_most, walk
 from surgery.ir.operations import make
 from surgery.ir.sizes import Dim, known
@@ -97,11 +97,13 @@ def _associate(node: Expr) -> Expr | None:
 
 @lru_cache(maxsize=4096)
 def _work(node: Expr) -> float:
-    """Multiplications of a product whose factors may be products (unknown sizes are let be, a diagonal is cheap)."""
+    """Multiplications of a product whose factors may be products (unknown sizes are let be; a diagonal, or places,
+    are cheap)."""
     if node.op != "matmul" or any(isinstance(size, Dim) for a in node.args for size in a.shape):
         return 0
     left, right = node.args
-    inner = 1 if "diag" in (left.op, right.op) else known(left.shape[1])
+    is_light = "diag" in (left.op, right.op) or selection(left) or right.op == "T" and selection(right.args[0])
+    inner = 1 if is_light else known(left.shape[1])
     return _work(left) + _work(right) + known(left.shape[0]) * inner * known(right.shape[1])
 
 

@@ -93,15 +93,31 @@ def _through_blocks(node: Expr) -> Expr | None:
 
 
 def _columns(node: Expr) -> Expr | None:
-    """The first columns of a product, a sum or a multiple are those of its last factor, its terms, of what it is of."""
-    inner, width = node.args[0], node.shape[-1]
+    """Some columns of a product, a sum or a multiple are those of its last factor, its terms, of what it is of."""
+    inner = node.args[0]
+
+    def same(a: Expr) -> Expr:
+        return make(node.op, a, *node.args[1:], data=node.data)
+
     if inner.op == "matmul" and len(inner.args[1].shape) > 1:
-        return make("matmul", inner.args[0], make("columns", inner.args[1], data=node.data))
+        return make("matmul", inner.args[0], same(inner.args[1]))
     if inner.op in ("add", "mul"):
-        return make(inner.op, *(make("columns", a, data=node.data) if a.shape else a for a in inner.args))
-    if inner.op == "eye" and inner.shape[0] != width and len(inner.shape) == 2:
-        return make("T", make("side_by_side", eye((width, width)), fill(0, (width, inner.shape[0] - width))))
-    return inner if inner.shape == node.shape else None
+        return make(inner.op, *(same(a) if a.shape else a for a in inner.args))
+    if inner.op == "eye" and len(inner.shape) == 2 and node.op == "between":
+        return make("columns", inner, make("range", data=node.data))
+    if inner.op == "diag" and len(inner.shape) == 2 and node.op == "columns":  # e_i d_i is d_i e_i
+        return make("matmul", same(eye(inner.shape)), make("diag", make("take", inner.args[0], node.args[1])))
+    return fill(inner.data, node.shape) if inner.op == "fill" else None
+
+
+def _side_by_side_columns(node: Expr) -> Expr | None:
+    """Columns that stand side by side are a part of the matrix, or all of it; of I they stay places."""
+    a, places = node.args
+    if places.op != "range":
+        return None
+    if places.data == (0, a.shape[-1]):
+        return a
+    return None if a.op == "eye" and len(a.shape) == 2 else make("between", a, data=places.data)
 
 
 SHAPED = (
@@ -110,7 +126,9 @@ SHAPED = (
          "block_diag(S) + g * block_diag(Z) + diag(d)"),
     Rule("diag(d) diag(e) = diag(d e), entry by entry", "mul", _product_of_diagonals, "diag(d) * diag(e)"),
     Rule("diag(c, c, ...) = c I", "diag", _diag_of_fill, "diag(0 * d + 2)"),
-    Rule("the columns of x y, x + y, c x, I", "columns", _columns, "columns(A @ B + 2 * I(n), 2)"),
+    Rule("some columns side by side, or all", "columns", _side_by_side_columns, "columns(A, range(2, 5))"),
+    Rule("the columns of x y, x + y, c x, diag(d)", "columns", _columns, "columns(A @ B + 2 * I(n) + diag(d), at)"),
+    Rule("the columns of x y, x + y, c x, side by side", "between", _columns, "columns(A @ B + 2 * A, 2)"),
     Rule("I ⊗ I = I", "kron", _kron_of_identities, "kron(I(2), I(3))"),
     Rule("diag(d) ⊗ diag(e) = diag(d ⊗ e)", "kron", _kron_of_diagonals, "kron(diag(d), I(3))"),
     Rule("block_diag(I, I, ...) = I", "block_diag", lambda node: eye(node.shape) if node.args[0].op == "eye" else None,

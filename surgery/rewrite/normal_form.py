@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-from surgery.ir.builders import every, eye, fill, is_zero, scaled, summands, times, total, value_of
+from surgery.ir.builders import every, eye, fill, is_zero, scaled, selection, summands, times, total, value_of
 from surgery.ir.expression import Expr
 from surgery.ir.operations import constant, make, operation
 from surgery.ir.table import Orthogonal, Transpose
@@ -125,6 +125,21 @@ def _orthogonal_pair(node: Expr) -> Expr | None:
     return eye(node.shape) if is_orthogonal(a) and transposed(a) is b else None
 
 
+def _as_columns(node: Expr) -> Expr:
+    a, places = node.args
+    return make("T", make("columns", make("T", a), places))
+
+
+def _selected(node: Expr) -> Expr | None:
+    """A product with columns of I selects those of the other factor."""
+    a, b = node.args
+    if (places := selection(b)) is not None and len(a.shape) > 1:
+        return make("columns", a, places)
+    if a.op == "T" and (places := selection(a.args[0])) is not None and len(b.shape) > 1:
+        return make("T", make("columns", make("T", b), places))
+    return None
+
+
 def _as_neighbours(node: Expr) -> Expr:
     return make("T", make("side_by_side", *(make("T", a) for a in node.args)))
 
@@ -201,6 +216,8 @@ RULES = (
     Rule("-x = -1 x", "neg", lambda n: times(-1, n.args[0]), "-A"),
     Rule("x - y = x + -1 y", "sub", lambda n: make("add", n.args[0], times(-1, n.args[1])), "A - B"),
     Rule("the rows of both = [xᵀ, yᵀ]ᵀ", "stacked", _as_neighbours, "stacked(A, B)"),
+    Rule("the rows of x = the columns of xᵀ, turned", "rows", _as_columns, "rows(A, at)"),
+    Rule("x [e_i, e_j, ...] = the columns i, j, ... of x", "matmul", _selected, "A @ columns(I(n), at)"),
     *(Rule("numbers are computed", op, _fold, example) for op, example in {
         "add": "2 + 0 * g", "mul": "2 * (3 + 0 * g)", "div": "(3 + 0 * g) / 4", "min": "min(2, 3 + 0 * g)",
         "max": "max(2, 3 + 0 * g)", "exp": "exp(3 + 0 * g)", "sqrt": "sqrt(3 + 0 * g)", "abs": "abs(-3 + 0 * g)",
@@ -211,7 +228,7 @@ RULES = (
         "scatter": "scatter(0 * d, at, n, n)",
         "take": "take(0 * A, at)", "circulant": "circulant(0 * S)", "ifft2": "ifft2(0 * A)"}.items()),
     *(Rule("the entries of c 1 are all c", op, _moved_number, example) for op, example in {
-        "reshape": "reshape(ones(n, n), n * n)", "columns": "columns(ones(n, n), 2)"}.items()),
+        "reshape": "reshape(ones(n, n), n * n)"}.items()),
     Rule("x / c = 1/c x", "div", _div_by_number, "A / 3"),
     Rule("x / c = 1/c x for a scalar c that is computed", "div", _div_by_scalar, "A / norm(B)"),
     Rule("x + 0 = x", "add", _add_zero, "A + 0 * B"),

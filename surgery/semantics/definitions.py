@@ -49,7 +49,7 @@ class Instance:
         with guard(self.report):
             result = self._result()
             starts = [leaf.init for leaf in self.leaves if leaf.init is not None]
-            index_bounds.assert_exist([*starts, result], self.leaves)
+            index_bounds.assert_exist([*starts, result], self.leaves, self.definition.result.span)
             return result
         return None
 

@@ -228,8 +228,23 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
     values = [evaluate(a.value, names) for a in node.arguments]
     for value, argument in zip(values, node.arguments):
         _numeric(value, argument.value)
-    given = tuple(size(v, a.value, names) for v, a in zip(values[arity:], node.arguments[arity:]))
-    return _CONSTANTS[node.function][2](*given) if node.function in _CONSTANTS else _apply(node, values[:arity], given)
+    least = 0 if node.function == "range" else 1
+    given = tuple(size(v, a.value, names, least) for v, a in zip(values[arity:], node.arguments[arity:]))
+    if node.function in _CONSTANTS:
+        return _CONSTANTS[node.function][2](*given)
+    return _apply(node, _with_first_places(node, values[:arity], names), given)
+
+
+def _with_first_places(node: tree.Call, values: list, names: Mapping[str, Any]) -> list:
+    """The values of a call's tensors: a number in the place of places is the first so many, where that can be said."""
+    row = PRIMITIVES[node.function]
+    return [_places_below(size(value, argument.value, names))
+            if row.counts and i in row.places and not isinstance(value, Expr) else value
+            for i, (value, argument) in enumerate(zip(values, node.arguments))]
+
+
+def _places_below(n: Size) -> Expr:
+    return make("range", data=(0, n))
 
 
 def _signature(function: str) -> tuple[int, tuple[str, ...]]:
@@ -264,7 +279,7 @@ def _apply(node: tree.Call, values: list, sizes: tuple) -> Any:
     return of_numbers(*values)
 
 
-_CONSTANTS = {"I": (0, ("n",), eye), "ones": (0, ("*sizes",), ones)}
+_CONSTANTS = {"I": (0, ("n",), eye), "ones": (0, ("*sizes",), ones), "indices": (0, ("n",), _places_below)}
 
 
 def _at_compile_time(node: tree.Call, names: Mapping[str, Any]) -> Any:
@@ -294,16 +309,19 @@ def _number(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
     return value
 
 
-def size(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
-    """The value of `node` as a dimension. Raises: SurgeryError (wrong-type, not-divisible, bad-value)."""
+def size(value: Any, node: tree.Expression, names: Mapping[str, Any], least: int = 1) -> Any:
+    """The value of `node` as a dimension, or as a place (`least` 0). Raises: SurgeryError (wrong-type, not-divisible,
+    bad-value)."""
     if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)) or is_real(value):
         raise fail("wrong-type", f"a dimension must be a whole number, not {describe(value)}", node.span)
     if isinstance(value, Fraction):
         raise fail("not-divisible", f"the dimension `{expression_text(node)}` is {value}, which is not whole",
                    node.span,
                    label=f"is {value}", notes=here(node, names), helps=("choose a size that divides it",))
-    if isinstance(value, int) and value < 1:
-        raise fail("bad-value", f"the dimension `{expression_text(node)}` is {value}; it must be at least 1", node.span,
+    if isinstance(value, int) and value < least:
+        what = "dimension" if least else "place"
+        raise fail("bad-value", f"the {what} `{expression_text(node)}` is {value}; it must be at least {least}",
+                   node.span,
                    notes=here(node, names))
     return value
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import prod
 
-from surgery.diagnostics import fail
+from surgery.diagnostics import Span, fail
 from surgery.ir.expression import Expr, Leaf, walk
 from surgery.ir.operations import is_undecided, is_whole, operation
 from surgery.ir.sizes import Dim, Size, known
 
 
-def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf]) -> None:
-    """Raises: SurgeryError (bad-value), if a parameter may hold a place beyond the last entry of what it points
-    into."""
+def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf], span: Span | None) -> None:
+    """Raises: SurgeryError (bad-value), if a parameter may hold a place beyond the last entry of what it points into,
+    or an expression's own places do (told at `span`)."""
     by_key = {leaf.key: leaf for leaf in leaves}
     nodes = list(walk(*exprs))
     if any(map(is_undecided, nodes)):
@@ -25,11 +25,16 @@ def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf]) -> None:
         (at,), into = operation(node).places, operation(node).into
         assert into is not None  # a row with places says what they point into
         entries, places = prod(into(node)), below(node.args[at], by_key)
-        if not isinstance(entries, Dim) and not isinstance(places, Dim) and places > entries:
+        beyond = places - entries  # a number, where both are or the same unknown stands in both
+        if not isinstance(beyond, Dim) and beyond > 0:
             leaf = by_key.get(node.args[at].data)
             what = f"`{leaf.key.rpartition('.')[2]}` holds" if leaf else "these are"
-            raise fail("bad-value", f"{what} places among {places:g} entries, and `{node.op}` is given {entries:g}",
-                       leaf and leaf.span)
+            raise fail("bad-value", f"{what} places among {_text(places)} entries, and `{node.op}` is given "
+                       f"{_text(entries)}", leaf.span if leaf else span)
+
+
+def _text(count: Size | float) -> str:
+    return str(count) if isinstance(count, Dim) else f"{count:g}"
 
 
 def below(places: Expr, leaves: Mapping[str, Leaf]) -> Size | float:

@@ -12,12 +12,23 @@ STEPS = {
     "kron on out": "post group_gain()", "householder on out": "post householder(2)",
     "block rotation on out": "post block_orthogonal(8)",
     "rotation on in": "pre orthogonal(4) on in",
+    "columns at places": "add chosen(4)", "a part at places": "add part(4)",
     "both sides": "pre diagonal()  pre diagonal() on in  add low_rank(4)  post householder(2)",
 }
 GROUPS = """
 transform group_gain() on n : diagonal {
   param g[8] = 0
   return kron(diag(exp(g)), I(n / 8))
+}
+
+update chosen(k: int) {
+  param C[out, k] = 0
+  return C @ rows(I(in), top(col_norm(W), k))
+}
+
+update part(k: int) {
+  param M[k, k] = 0
+  return columns(I(out), k) @ M @ rows(I(in), range(in - k, in))
 }
 """
 SHIPPED = {

@@ -57,7 +57,7 @@ CALLS: dict[str, tuple[Any, tuple[tuple, ...]]] = {
     "kernel": (None, ((2, 3, 3), (4, 3))), "row_dot": (None, (X, X)), "gram": ((2,), ((4, 6), (4, 6))),
     "flat": (None, ((TOKENS, 2, 3),)), "between": ((1, 4), (X,)), "outer": (None, (X, (TOKENS, 4))),
     "run": (None, (X, (4, 6))), "run_alone": (None, (X, (6, 6))), "frame": (None, ((9, 2),)), "zeros": (None, (X,)),
-    "drop": ((0.5, "step"), (X,)), "mask": ((0.5, "step"), (X,)),
+    "columns": (None, (X, (4,))), "placed": ((9,), (X, (6,))), "drop": ((0.5, "step"), (X,)), "mask": ((0.5, "step"), (X,)),
 }
 DRAWN = {"mask"}  # its dense meaning is that of evaluation
 
@@ -65,14 +65,16 @@ DRAWN = {"mask"}  # its dense meaning is that of evaluation
 def call(name: str) -> tuple[Expr, dict[str, Tensor]]:
     """The node on values of the set-up, and tensors for those."""
     op, (data, shapes) = name.split(" ")[0], CALLS[name]
-    args = tuple(Expr("value", (), i, shape) for i, shape in enumerate(shapes))
     row = OPERATIONS[op]
+    args = tuple(Expr("value_at" if i in row.places else "value", (), i, shape) for i, shape in enumerate(shapes))
     node = make(op, *args, data=data) if row.shape else Expr(op, args, data, (*shapes[0][:-1], 6))
     generator = torch.Generator().manual_seed(0)
     sizes = [[ROWS if size is TOKENS else size for size in shape] for shape in (*shapes, (6, 6))]
     *values, weight = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
     if op == "masked":
         values[1] = values[1] > 0
+    for i in row.places:  # one of them twice
+        values[i] = torch.randperm(sizes[i][0], generator=generator).clamp(min=1)
     return node, {"weight": weight, **{f"value {i}": value for i, value in enumerate(values)}}
 
 
