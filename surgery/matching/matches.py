@@ -31,9 +31,10 @@ class Catalogue:
     def marked(self) -> dict[object, tuple[str, ...]]:
         """The marked names of sites, refused modules, and (by name) of every module."""
         counts = self.survey.counts
-        found: dict[object, tuple[str, ...]] = {name: (marked(name, counts),) for name in self.survey.modules}
-        found |= {s: tuple(marked(n, counts) for n in (s.name, *s.aliases)) for s in self.survey.sites}
-        return found | {r: found[r.name] for r in self.survey.refused}
+        names: dict[object, tuple[str, ...]] = {name: (marked(name, counts),) for name in self.survey.modules}
+        # a module that stands at several names may be meant by any of them
+        names |= {s: tuple(marked(n, counts) for n in (s.name, *s.aliases)) for s in self.survey.sites}
+        return names | {r: names[r.name] for r in self.survey.refused}
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -98,5 +99,7 @@ def reach(index: int, target: Target, catalogue: Catalogue, selects: Mapping[str
     first = {s: next((m for m, hits in takes.items() if s in hits), None) for s in candidates}
     taken = [s for s in candidates if first[s] or not target.selectors]
     drops = {m: m.hits(catalogue.marked, taken) for m in matchers(target.exclude, selects, report)}
+    # A target without a pattern leaves the output head alone: few methods train it, and it is often tied to the
+    # embedding. A pattern that matches it asks for it.
     kept = [s for s in taken if not any(s in hits for hits in drops.values()) and (target.selectors or not s.is_head)]
     return Reach(index, target, takes, drops, {s: first[s] for s in kept})

@@ -32,9 +32,16 @@ def modules(model: nn.Module, pattern: str | None = None) -> list[dict[str, Any]
     >>> found[0]["name"], found[0]["kind"], found[0]["shape"]
     ('model.layers.0.self_attn.k_proj', 'linear', [32, 64])
     """
-    names, sites = matching_names(model, pattern), {site.name: site for site in Survey(model).sites}
-    listed = dict.fromkeys([*dict(model.named_modules()), *sites])
-    return [_entry(name, model, sites.get(name)) for name in listed if name in names]
+    matching, sites = matching_names(model, pattern), {site.name: site for site in Survey(model).sites}
+    rows = []
+    # a fused weight is a site and no module: it comes after the modules, whose order is the model's own
+    for name in dict.fromkeys([*dict(model.named_modules()), *sites]):
+        if name in matching:
+            site = sites.get(name)
+            module = site.module if site else model.get_submodule(name)
+            operable = {"kind": site.kind, "shape": [site.out, site.in_], "stack": site.stack} if site else {}
+            rows.append({"name": name, "class": type(module).__name__, **operable})
+    return rows
 
 
 def matching_names(model: nn.Module, pattern: str | None) -> set[str]:
@@ -48,11 +55,6 @@ def matching_names(model: nn.Module, pattern: str | None) -> set[str]:
         raise fail("no-match", f'pattern "{pattern}" matches no module of {type(model).__name__}',
                    helps=(f'did you mean "{near[0]}"?',) if near else ())
     return matching
-
-
-def _entry(name: str, model: nn.Module, site: Site | None) -> dict[str, Any]:
-    kind = {"kind": site.kind, "shape": [site.out, site.in_], "stack": site.stack} if site else {}
-    return {"name": name, "class": type(site.module if site else model.get_submodule(name)).__name__, **kind}
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,11 @@ class _Outline:
         children = []
         for _, run in groupby(self.children(first), key=self.likeness):
             inner = list(run)
+            # the same steps below every one of the branches, so that a node knows all the names that it stands for
             below = [_Branch(f"{name}{child.name[len(first.name):]}".lstrip("."), child.module, child.is_weight)
                      for name in names for child in inner]
-            children.append(self.node(_range([b.step for b in inner]), below))
+            steps = inner[0].step if len(inner) == 1 else f"{{{inner[0].step}..{inner[-1].step}}}"
+            children.append(self.node(steps, below))
         return Node(step, names, type(first.module).__name__, self.sites.get(first.name), tuple(children))
 
     def children(self, branch: _Branch) -> Iterator[_Branch]:
@@ -123,7 +127,3 @@ class _Outline:
         own = (type(branch.module).__name__, site and (site.layout.kind, site.out, site.in_, site.stack),
                self.mark(branch.name))
         return own, tuple((child.step, self.form(child)) for child in self.children(branch))
-
-
-def _range(steps: list[str]) -> str:
-    return steps[0] if len(steps) == 1 else f"{{{steps[0]}..{steps[-1]}}}"

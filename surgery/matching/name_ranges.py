@@ -20,10 +20,10 @@ def starred(name: str) -> str:
 
 def alike(names: Iterable[str]) -> list[list[str]]:
     """The names, those that differ in their numbers alone together."""
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(starred(name), []).append(name)
-    return list(found.values())
+        groups.setdefault(starred(name), []).append(name)
+    return list(groups.values())
 
 
 def ranged(names: Sequence[str]) -> str:

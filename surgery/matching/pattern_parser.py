@@ -132,29 +132,28 @@ class _Reader:
         return _Brace(tuple(items))
 
     def item(self) -> tuple[Choice, tuple[Token | _Brace, ...]]:
-        start, found = self.at, _RANGE.match(self.text, self.at)
-        meant = None if found else _DOTS.match(self.text, self.at)
-        if meant:
-            raise _bad(self.pattern, *meant.span(), f"`{meant[0]}` is no range of layers", "`{0..11}` is from 0 to 11")
-        parts = (self.range(found),) if found else self.sequence(nested=True)
+        start, numbers = self.at, _RANGE.match(self.text, self.at)
+        mistaken = None if numbers else _DOTS.match(self.text, self.at)  # `a..b`: two dots are never part of a name
+        if mistaken:
+            raise _bad(self.pattern, *mistaken.span(), f"`{mistaken[0]}` is no range of layers",
+                       "`{0..11}` is from 0 to 11")
+        parts = (self.range(numbers),) if numbers else self.sequence(nested=True)
         return Choice(self.text[start:self.at], start, self.at), parts
 
-    def range(self, found: re.Match) -> Token:
-        low, high = (int(found[i] or found[3]) for i in (1, 2))
-        self.at = found.end()
-        why = _range_fault(low, high)
-        if why:
-            raise _bad(self.pattern, *found.span(), f"`{found[0]}` {why}", "`{4..-1}` is from 4 to the last")
-        return Token("range", found.start(), f"{{{found[0]}}}", low, high)
-
-
-def _range_fault(low: int, high: int) -> str:
-    if low < 0 <= high:
-        return "starts from the end and stops from the start"
-    if (low < 0) == (high < 0) and low > high:
-        return "runs backwards"
-    widest = high - low if low < 0 or high >= 0 else max(low, -high)
-    return f"spans more than {LONGEST_RANGE} numbers" if widest >= LONGEST_RANGE else ""
+    def range(self, match: re.Match) -> Token:
+        low, high = (int(match[i] or match[3]) for i in (1, 2))  # a negative index alone is a range of one
+        self.at = match.end()
+        fault = ""
+        if low < 0 <= high:
+            fault = "starts from the end and stops from the start"
+        elif (low < 0) == (high < 0) and low > high:
+            fault = "runs backwards"
+        # each number becomes an alternative of a regular expression; `4..-1` has those that it leaves out instead
+        elif (high - low if low < 0 or high >= 0 else max(low, -high)) >= LONGEST_RANGE:
+            fault = f"spans more than {LONGEST_RANGE} numbers"
+        if fault:
+            raise _bad(self.pattern, *match.span(), f"`{match[0]}` {fault}", "`{4..-1}` is from 4 to the last")
+        return Token("range", match.start(), f"{{{match[0]}}}", low, high)
 
 
 def _width(parts: tuple[Token | _Brace, ...]) -> int:
@@ -162,15 +161,17 @@ def _width(parts: tuple[Token | _Brace, ...]) -> int:
 
 
 def _expand(parts: tuple[Token | _Brace, ...]) -> Iterator[tuple[tuple[Token, ...], tuple[Choice, ...]]]:
-    for combination in itertools.product(*map(_ways, parts)):
-        yield tuple(t for tokens, _ in combination for t in tokens), tuple(c for _, chosen in combination
-                                                                           for c in chosen)
-
-
-def _ways(part: Token | _Brace) -> list[tuple[tuple[Token, ...], tuple[Choice, ...]]]:
-    if isinstance(part, Token):
-        return [((part,), ())]
-    return [(tokens, (choice, *chosen)) for choice, inner in part.items for tokens, chosen in _expand(inner)]
+    """Each way of choosing one item in every brace: the tokens that are left, and the choices."""
+    ways_of_parts = []
+    for part in parts:
+        if isinstance(part, Token):
+            ways_of_parts.append([((part,), ())])
+        else:
+            ways_of_parts.append([(tokens, (choice, *chosen)) for choice, inner in part.items
+                                  for tokens, chosen in _expand(inner)])
+    for combination in itertools.product(*ways_of_parts):
+        yield (tuple(token for tokens, _ in combination for token in tokens),
+               tuple(choice for _, chosen in combination for choice in chosen))
 
 
 def _segments(pattern: Pattern, tokens: tuple[Token, ...]) -> Segments:
@@ -178,6 +179,7 @@ def _segments(pattern: Pattern, tokens: tuple[Token, ...]) -> Segments:
     alone."""
     segments: list[list[Token]] = [[]]
     dot = 0
+    # A dot is put behind the last segment, so that the end is checked like any other dot.
     for token in (*tokens, Token(".", max(len(pattern.text) - 1, 0), ".")):
         if token.kind != ".":
             segments[-1].append(token)
@@ -187,13 +189,10 @@ def _segments(pattern: Pattern, tokens: tuple[Token, ...]) -> Segments:
         else:
             raise _bad(pattern, min(dot, token.at), token.at + 1, "an empty segment",
                        "`**.name` is `name` at any depth" if tokens else _GLOB_HELP)
-    return tuple(_alone(pattern, tuple(segment)) for segment in segments[:-1])
-
-
-def _alone(pattern: Pattern, segment: tuple[Token, ...]) -> tuple[Token, ...]:
-    for token in segment:
-        if len(segment) > 1 and (token.kind == "**" or token.from_end):
+    # `a**` could be read in more than one way, and what is counted from the end of a list is a whole segment.
+    for token in (token for segment in segments if len(segment) > 1 for token in segment):
+        if token.kind == "**" or token.from_end:
             raise _bad(pattern, token.at, token.end, f"`{token.text}` must be a segment of its own",
                        "`*` is any text within a segment"
                        if token.kind == "**" else "an index from the end has no prefix")
-    return segment
+    return tuple(map(tuple, segments[:-1]))

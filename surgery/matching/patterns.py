@@ -58,6 +58,8 @@ class Alternative:
     def matches(self, marked_name: str) -> bool:
         if self._is_plain:
             return self.regex.fullmatch(marked_name) is not None
+        # Segment by segment, all places in the pattern at once: what a regular expression would try one way after the
+        # other, and take a time that grows with a power of the name's length.
         reached, end = self._onward({0}), len(self.segments)
         for part in marked_name.split(".")[:-1]:
             stays = {at for at in reached if at < end and self.segments[at][0].kind == "**"}
@@ -67,13 +69,13 @@ class Alternative:
 
     def _onward(self, reached: set[int]) -> set[int]:
         """The segments that may come next, each `**` standing for none too."""
-        found: set[int] = set()
+        onward: set[int] = set()
         for at in reached:
-            found.add(at)
-            while at < len(self.segments) and self.segments[at][0].kind == "**" and at + 1 not in found:
+            onward.add(at)
+            while at < len(self.segments) and self.segments[at][0].kind == "**" and at + 1 not in onward:
                 at += 1
-                found.add(at)
-        return found
+                onward.add(at)
+        return onward
 
 
 @dataclass(frozen=True)
@@ -120,25 +122,31 @@ def compile_pattern(pattern: Pattern | str) -> Glob:
 
 
 def marked(name: str, counts: Mapping[str, int]) -> str:
-    """The name as `Alternative.matches` takes it: each segment closed by a dot,
-    each index with its place from the end."""
+    """The name as `Alternative.matches` takes it: each segment closed by a dot, each index of a list followed by its
+    place from the end. `layers.2.q` in a list of 12 is `layers.2\\0-10.q.`, so that `{-10..-1}` needs no look-up."""
     parts = name.split(".") if name else []
     prefixes = itertools.accumulate(parts[:-1], lambda a, b: f"{a}.{b}" if a else b, initial="")
-    return "".join(part + _from_end(part, counts.get(prefix)) + "." for part, prefix in zip(parts, prefixes))
-
-
-def _from_end(part: str, count: int | None) -> str:
-    return f"\0-{max(count - int(part), 0)}" if count is not None and part.isascii() and part.isdecimal() else ""
+    segments = []
+    for part, prefix in zip(parts, prefixes):
+        count = counts.get(prefix)  # None: what holds it is no list, and `2` is a name like any other
+        is_index = count is not None and part.isascii() and part.isdecimal()
+        segments.append(f"{part}\0-{max(count - int(part), 0)}." if is_index else f"{part}.")
+    return "".join(segments)
 
 
 # ---------------------------------------------------------------------------------------------- as expressions
 
 
 def _segment_regex(segment: tuple[Token, ...]) -> str:
-    if segment[0].kind == "**":
+    first = segment[0]
+    if first.kind == "**":
         return r"(?:[^.]+\.)*"
-    if segment[0].from_end:
-        return _from_end_regex(segment[0].low, segment[0].high) + r"\."
+    if first.from_end and first.low < 0:
+        return rf"\d+\0-{_one_of(-first.high, -first.low)}\."
+    if first.from_end:
+        # From 4 to the last but one: how long the list is, is not known here, so it is said by what it leaves out.
+        before, behind = _one_of(0, first.low - 1), _one_of(0, -first.high - 1)
+        return rf"(?!{before}\0)\d+\0-(?!{behind}\.)\d+\."
     return "".join(map(_token_regex, segment)) + r"(?:\0-\d+)?\."
 
 
@@ -169,11 +177,6 @@ def _token_regex(token: Token) -> str:
     return {"*": r"[^.\0]*", "?": r"[^.\0]"}.get(token.kind) or re.escape(token.text)
 
 
-def _from_end_regex(low: int, high: int) -> str:
-    if low < 0:
-        return rf"\d+\0-{_one_of(-high, -low)}"
-    return rf"(?!{_one_of(0, low - 1)}\0)\d+\0-(?!{_one_of(0, -high - 1)}\.)\d+"
-
-
 def _one_of(low: int, high: int) -> str:
+    # an empty range matches nothing, where empty parentheses would match the empty text
     return f"(?:{'|'.join(map(str, range(low, high + 1)))})" if high >= low else "(?!)"

@@ -16,14 +16,28 @@ _PLAIN = re.compile(r"[\w-]+")
 
 def patterns(names: Iterable[str]) -> tuple[str, ...]:
     """The patterns of some names, in the order in which the names first need them."""
+    # Only names with numbers at the same places can share a pattern with a range there.
     shapes: dict[tuple, list[tuple[str, ...]]] = {}
     for name in dict.fromkeys(names):
         parts = tuple(name.split("."))
         shapes.setdefault(tuple("0" if p.isdecimal() else p for p in parts), []).append(parts)
     boxes = [box for alike in shapes.values() for box in _boxes(alike)]
+    # Boxes that differ at one position alone, and have words there, become one. The last position goes first: names
+    # mostly differ in their last segment (`q_proj`, `v_proj`), and only boxes that are equal elsewhere can be joined.
     for position in reversed(range(max((len(b) for b in boxes), default=0))):
-        boxes = _joined(boxes, position)
-    return tuple(".".join(map(_segment, box)) for box in boxes)
+        joined: dict[tuple, list[Box]] = {}
+        for box in boxes:
+            words = position < len(box) and all(_PLAIN.fullmatch(p) and not p.isdecimal() for p in box[position])
+            joined.setdefault((box[:position], box[position + 1:], len(box)) if words else (box,), []).append(box)
+        boxes = [same[0] if len(same) == 1 else
+                 (*same[0][:position], tuple(dict.fromkeys(w for b in same for w in b[position])),
+                  *same[0][position + 1:]) for same in joined.values()]
+    texts = []
+    for box in boxes:
+        segments = [choices[0] if len(choices) == 1 else number_range(map(int, choices)) if choices[0].isdecimal()
+                    else f"{{{','.join(choices)}}}" for choices in box]
+        texts.append(".".join(segments))
+    return tuple(texts)
 
 
 def _boxes(rows: Sequence[tuple[str, ...]]) -> Iterator[Box]:
@@ -39,28 +53,6 @@ def _boxes(rows: Sequence[tuple[str, ...]]) -> Iterator[Box]:
         alike.setdefault(tuple(sorted(rests)), []).append(first)
     for firsts in alike.values():
         yield from ((tuple(firsts), *box) for box in _boxes(list(following[firsts[0]])))
-
-
-def _joined(boxes: Iterable[Box], position: int) -> list[Box]:
-    """Boxes that differ at one position alone, and have words there, become one."""
-    found: dict[tuple, list[Box]] = {}
-    for box in boxes:
-        words = position < len(box) and all(_PLAIN.fullmatch(p) and not p.isdecimal() for p in box[position])
-        found.setdefault((box[:position], box[position + 1:], len(box)) if words else (box,), []).append(box)
-    return [_union(same, position) for same in found.values()]
-
-
-def _union(boxes: Sequence[Box], position: int) -> Box:
-    if len(boxes) == 1:
-        return boxes[0]
-    words = tuple(dict.fromkeys(word for box in boxes for word in box[position]))
-    return (*boxes[0][:position], words, *boxes[0][position + 1:])
-
-
-def _segment(choices: tuple[str, ...]) -> str:
-    if len(choices) == 1:
-        return choices[0]
-    return number_range([int(c) for c in choices]) if choices[0].isdecimal() else f"{{{','.join(choices)}}}"
 
 
 def number_range(numbers: Iterable[int]) -> str:

@@ -6,7 +6,7 @@ only looked at; every error of the spec against this model is found before one i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from surgery.matching.conflicts import owners, report_tied
 from surgery.matching.matches import Catalogue, Reach, reach
 from surgery.matching.name_ranges import alike, ranged
 from surgery.matching.patterns import Glob, marked
-from surgery.matching.selectors import Matcher, matchers
+from surgery.matching.selectors import matchers
 from surgery.matching.suggestions import Population
 from surgery.matching.unmatched import report_dead, suggestion
 from surgery.text import listed
@@ -61,43 +61,40 @@ class Selection:
         site = next((s for s in self.survey.sites if name in (s.name, *s.aliases)), None)
         if site is None:
             return self._explain_other(name)
-        kind = f"`{name}` ({site.kind}, {site.sides})"
-        taken = self.targets.get(site.name)
-        return "\n".join([kind, *(self._why(site, taken) if taken else self._why_not(site)), *self._trained(name)])
-
-    def _why(self, site: Site, taken: Taken) -> list[str]:
-        owner = self.reaches[taken.number]
-        matcher = owner.sites[site]
-        through = f"through {matcher}" if matcher else f"as every `{taken.target.kind}` (it has no pattern)"
-        place = f" at {matcher.selector.span}" if matcher and matcher.selector.span else ""
-        return [f"  is taken by {owner}, {through}{place}",
-                *(f"  which overrides {r}" for r in self.reaches if site in r.sites and r is not owner)]
-
-    def _why_not(self, site: Site) -> list[str]:
-        return ["  is not taken", *(f"  {r.why_not(site)}" for r in self.reaches)]
+        lines = [f"`{name}` ({site.kind}, {site.sides})"]
+        if taken := self.targets.get(site.name):
+            owner = self.reaches[taken.number]
+            matcher = owner.sites[site]
+            through = f"through {matcher}" if matcher else f"as every `{taken.target.kind}` (it has no pattern)"
+            place = f" at {matcher.selector.span}" if matcher and matcher.selector.span else ""
+            lines.append(f"  is taken by {owner}, {through}{place}")
+            # the site has one owner: whatever else reaches it has been overridden, or there would be an error
+            lines += [f"  which overrides {r}" for r in self.reaches if site in r.sites and r is not owner]
+        else:
+            lines += ["  is not taken", *(f"  {r.why_not(site)}" for r in self.reaches)]
+        return "\n".join([*lines, *self._trained(name)])
 
     def _trained(self, name: str) -> list[str]:
         names = [p for p in self.train if p == name or p.startswith(f"{name}.")]
         return [f"  `train` unfreezes {listed(names)}"] if names else []
 
     def _explain_other(self, name: str) -> str:
+        """The same for what is no site: a module without a weight of its own, or a parameter."""
         refused = next((r for r in self.survey.refused if r.name == name), None)
         if name in self.survey.modules:
             what = refused.reason if refused else f"{type(self.survey.modules[name]).__name__} only holds other modules"
             return "\n".join([f"`{name}`", f"  cannot be taken: {what}", *self._trained(name)])
         if name in dict(named_parameters(self.survey.model)):
             return "\n".join([f"`{name}` is a parameter", *(self._trained(name) or ["  no `train` unfreezes it"])])
-        raise fail("no-match", f"{type(self.survey.model).__name__} has no module `{name}`",
-                   helps=tuple(filter(None, [self._meant(name)])))
-
-    def _meant(self, name: str) -> str:
-        """Which module a name that is none may mean: one that ends so, or one that is spelt nearly so."""
+        # People write `q_proj` for a full name: a name that ends so is a better guess than one that is spelt nearly so.
         known = list(dict.fromkeys([*(s.name for s in self.survey.sites), *self.survey.modules]))
         endings = [other for other in known if other.endswith(f".{name}")]
+        meant = did_you_mean(name, known)
         if endings:
-            others = listed(map(ranged, alike(endings)))
-            return f"did you mean `{endings[0]}`?" + (f" So end {others}" if len(endings) > 1 else "")
-        return did_you_mean(name, known)
+            others = f" So end {listed(map(ranged, alike(endings)))}" if len(endings) > 1 else ""
+            meant = f"did you mean `{endings[0]}`?{others}"
+        raise fail("no-match", f"{type(self.survey.model).__name__} has no module `{name}`",
+                   helps=(meant,) if meant else ())
 
 
 def explain(model: nn.Module, spec: Spec | str | Path, name: str) -> str:
@@ -119,27 +116,29 @@ def explain(model: nn.Module, spec: Spec | str | Path, name: str) -> str:
 def select(model: nn.Module, spec: Spec, selects: Mapping[str, Select]) -> Selection:
     """What the spec takes of the model. Raises: SurgeryError with all that is wrong with it for this model."""
     report, catalogue = Collector(), Catalogue(model)
+    sites = catalogue.survey.sites
+    # First what each target reaches by itself, then which one owns a site: no target's meaning hangs on another's.
     reaches = tuple(reach(i, t, catalogue, selects, report) for i, t in enumerate(spec.targets))
-    for found in reaches:
-        report_dead(found, catalogue, report)
+    for one in reaches:
+        report_dead(one, catalogue, report)
     owned = owners(reaches, report)
     report_tied(owned, catalogue.survey, report)
+    # A target promises that its weight stays frozen, so `train` may not unfreeze it. Parameters are compared by
+    # identity: a tied one has several names.
     train = _train(spec, catalogue, selects, report)
-    _report_trained_twice(owned, train, report)
+    trained = set(map(id, train.values()))
+    both = [s for s in owned if not trained.isdisjoint(map(id, s.held))]
+    if both:
+        report.error("overlap", f"`train` and a target take the same weight: {listed(s.weight_name for s in both)}",
+                     owned[both[0]].place(both[0]),
+                     helps=("a target keeps its weight frozen: leave it out of one of the two",))
     report.raise_errors()
-    targets = {s.name: Taken(s, owned[s].index, owned[s].target) for s in catalogue.survey.sites if s in owned}
-    return Selection(targets, tuple(train), tuple(report.warnings), tuple(_left_out(catalogue.survey, owned, reaches)),
-                     reaches, catalogue.survey)
-
-
-def _left_out(survey: Survey, owned: Mapping[Site, Reach], reaches: Iterable[Reach]) -> Iterable[LeftOut]:
-    for site in survey.sites:
-        if site not in owned:
-            yield LeftOut(site.name, next(filter(None, (r.leaves_out(site) for r in reaches)), "no target asks for it"),
-                          site)
-    for refused in survey.refused:
-        if refused.matrix:
-            yield LeftOut(refused.name, refused.reason, None)
+    targets = {s.name: Taken(s, owned[s].index, owned[s].target) for s in sites if s in owned}
+    no_reason = "no target asks for it"
+    left_out = [LeftOut(s.name, next(filter(None, (r.leaves_out(s) for r in reaches)), no_reason), s)
+                for s in sites if s not in owned]
+    left_out += [LeftOut(r.name, r.reason, None) for r in catalogue.survey.refused if r.matrix]
+    return Selection(targets, tuple(train), tuple(report.warnings), tuple(left_out), reaches, catalogue.survey)
 
 
 # ----------------------------------------------------------------------------------------------------------- train
@@ -147,36 +146,25 @@ def _left_out(survey: Survey, owned: Mapping[Site, Reach], reaches: Iterable[Rea
 
 def _train(spec: Spec, catalogue: Catalogue, selects: Mapping[str, Select],
            report: Collector) -> dict[str, nn.Parameter]:
-    """The parameters that `train` names, each once, under its first name."""
+    """The parameters that `train` names, each once, under its first name. A pattern, or one choice in its braces, that
+    matches none is a warning."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in named_parameters(catalogue.survey.model):
         names.setdefault(parameter, []).append(name)
     marks = {p: tuple(marked(n, catalogue.survey.counts) for n in names[p]) for p in names}
-    chosen: set[nn.Parameter] = set()
-    for matcher in (m for train in spec.train for m in matchers(train.patterns, selects, report)):
-        hits = matcher.hits(marks, names)
-        chosen |= hits.keys()
-        _report_dead_train(matcher, hits, Population(marks.values()), catalogue, report)
-    return {names[p][0]: p for p in names if p in chosen}
+    population = Population(marks.values())
 
-
-def _report_dead_train(matcher: Matcher, hits: Mapping, population: Population, catalogue: Catalogue,
-                       report: Collector) -> None:
     def warn(what: str, glob: Glob, span: Span | None) -> None:
         report.warn("dead-name", f"{what} matches no parameter of {catalogue.title}", span,
                     helps=suggestion(population, glob, "parameter"))
 
-    if not hits and matcher.globs:
-        warn(str(matcher), matcher.globs[0], matcher.selector.span)
-    live = {a for found in hits.values() for a in found}
-    for choice in () if matcher.portable or not hits else matcher.globs[0].dead(live):
-        warn(f"{choice} in {matcher}", matcher.globs[0].making(choice), matcher.globs[0].place(choice))
-
-
-def _report_trained_twice(owned: Mapping[Site, Reach], train: Mapping[str, nn.Parameter], report: Collector) -> None:
-    ids = {id(p) for p in train.values()}
-    both = [s for s in owned if not ids.isdisjoint(map(id, s.held))]
-    if both:
-        report.error("overlap", f"`train` and a target take the same weight: {listed(s.weight_name for s in both)}",
-                     owned[both[0]].place(both[0]),
-                     helps=("a target keeps its weight frozen: leave it out of one of the two",))
+    chosen: set[nn.Parameter] = set()
+    for matcher in (m for train in spec.train for m in matchers(train.patterns, selects, report)):
+        hits = matcher.hits(marks, names)
+        chosen |= hits.keys()
+        if not hits and matcher.globs:  # without globs the pattern could not be read, which is reported already
+            warn(str(matcher), matcher.globs[0], matcher.selector.span)
+        live = {alternative for taken_by in hits.values() for alternative in taken_by}
+        for choice in () if matcher.portable or not hits else matcher.globs[0].dead(live):
+            warn(f"{choice} in {matcher}", matcher.globs[0].making(choice), matcher.globs[0].place(choice))
+    return {names[p][0]: p for p in names if p in chosen}

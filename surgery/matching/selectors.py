@@ -6,7 +6,7 @@ formed, a name that no `select` has) is reported at its place, from the text alo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,59 +37,45 @@ class Matcher:
 
     def hits(self, marked_names: Mapping[Any, tuple[str, ...]], items: Iterable[_Item]) -> Hits[_Item]:
         """The items that it takes, each with the alternatives that do."""
-        found = {i: tuple(a for g in self.globs for n in marked_names[i] for a in g.live(n)) for i in items}
-        return {i: live for i, live in found.items() if live}
+        taken_by = {i: tuple(a for g in self.globs for n in marked_names[i] for a in g.live(n)) for i in items}
+        return {i: live for i, live in taken_by.items() if live}
 
 
 def matchers(selectors: Iterable[Pattern | Reference], selects: Mapping[str, Select],
              report: Collector) -> list[Matcher]:
     """The selectors compiled; what is wrong with one is reported."""
-    return [Matcher(s, tuple(_globs(s, selects, report)), _definition(s, selects)) for s in selectors]
-
-
-def _definition(selector: Pattern | Reference, selects: Mapping[str, Select]) -> Select | None:
-    return selects.get(selector.name) if isinstance(selector, Reference) else None
+    return [Matcher(s, tuple(_globs(s, selects, report)), selects.get(s.name) if isinstance(s, Reference) else None)
+            for s in selectors]
 
 
 def _globs(selector: Pattern | Reference, selects: Mapping[str, Select], report: Collector) -> list[Glob]:
     """The globs that a selector stands for, those of a `select` that is named twice once; what is wrong is reported."""
-    found: list[Glob] = []
+    globs: list[Glob] = []
     read: set[str] = set()
     within: dict[str, None] = {}  # the selects that the next one is named in
+    # A stack and no recursion, as a file may hold a chain of selects that is longer than Python's own stack.
     stack: list[Pattern | Reference | str] = [selector]  # a text: the end of a select of that name
     while stack:
         each = stack.pop()
         if isinstance(each, str):
             del within[each]
         elif isinstance(each, Pattern):
-            found += _compiled(each, report)
-        elif each.name not in selects or each.name in within:
-            report.add(*_unknown(each, selects, within).diagnostics)
+            # one wrong pattern is reported and the others are still read, so that a run finds all mistakes
+            try:
+                globs.append(compile_pattern(each))
+            except SurgeryError as error:
+                report.add(*error.diagnostics)
+        elif each.name in within:
+            report.error("unknown-selector", f"the selector `{each.name}` is made of itself", each.span)
+        elif each.name not in selects:
+            report.error("unknown-selector", f"no selector is called `{each.name}`", each.span,
+                         notes=(f"known selectors: {', '.join(selects) or 'none'}",),
+                         helps=(did_you_mean(each.name, selects) or f'a pattern stands in quotes: "**.{each.name}"',))
         elif each.name not in read:
             read.add(each.name)
             within[each.name] = None
             stack += [each.name, *reversed(selects[each.name].patterns)]
-    return found
-
-
-def _compiled(pattern: Pattern, report: Collector) -> list[Glob]:
-    try:
-        return [compile_pattern(pattern)]
-    except SurgeryError as error:
-        report.add(*error.diagnostics)
-        return []
-
-
-def _unknown(selector: Reference, selects: Mapping[str, Select], within: Collection[str]) -> SurgeryError:
-    report = Collector()
-    if selector.name in within:
-        report.error("unknown-selector", f"the selector `{selector.name}` is made of itself", selector.span)
-    else:
-        report.error("unknown-selector", f"no selector is called `{selector.name}`", selector.span,
-                     notes=(f"known selectors: {', '.join(selects) or 'none'}",),
-                     helps=(did_you_mean(selector.name, selects) or f'a pattern stands in quotes: "**.{selector.name}"',
-                            ))
-    return SurgeryError(report.found)
+    return globs
 
 
 def selector_faults(spec: Spec, selects: Mapping[str, Select]) -> list[Diagnostic]:

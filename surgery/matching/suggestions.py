@@ -10,13 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import product
 
 from surgery.diagnostics import nearest
 from surgery.matching.pattern_parser import Token
 from surgery.matching.patterns import Alternative, Glob, compile_pattern
 
-Names = tuple[str, ...]
 _MOST_SEGMENTS = 20  # of a pattern whose shape is mended
 
 
@@ -29,8 +27,8 @@ class Population:
     @cached_property
     def segments(self) -> dict[str, None]:
         """Every segment of every name, in order."""
-        found = dict.fromkeys(s.split("\0")[0] for names in self.items for name in names for s in name.split("."))
-        return {s: None for s in found if re.fullmatch(r"[\w-]+", s)}
+        every = dict.fromkeys(s.split("\0")[0] for names in self.items for name in names for s in name.split("."))
+        return {s: None for s in every if re.fullmatch(r"[\w-]+", s)}
 
     @cached_property
     def words(self) -> dict[str, None]:
@@ -42,51 +40,36 @@ class Population:
 
     def suggest(self, glob: Glob) -> tuple[str, int] | None:
         """(pattern, how many it matches) nearest to what was written, or None."""
-        texts = dict.fromkeys([*_opened(glob), *(t for a in glob.alternatives() for t in self._mended(a))])
-        counted = ((text, self.count(compile_pattern(text))) for text in texts if text)
-        return next((found for found in counted if found[1]), None)
+        texts = [text for alternative in glob.alternatives() for text in self._mended(alternative)]
+        if len(glob.alternatives()) > 1:
+            # a pattern with braces may be right as a whole: tried first at any depth, and as all that is below it
+            texts = [f"**.{glob.text}", f"{glob.text}.*", f"{glob.text}.**", *texts]
+        counted = ((text, self.count(compile_pattern(text))) for text in dict.fromkeys(texts) if text)
+        return next((suggested for suggested in counted if suggested[1]), None)
 
     def _mended(self, alternative: Alternative) -> Iterator[str]:
-        bases = product((alternative.segments, _without_parameter(alternative.segments)), (_as_written, self._spelt))
-        for names in dict.fromkeys(mend(segments) for segments, mend in bases):
-            yield from map(".".join, _shapes(names))
-
-    def _spelt(self, segments: tuple[tuple[Token, ...], ...]) -> Names:
-        return tuple(map(self._spelt_segment, segments))
+        """Patterns near an alternative: as it is written, then with its spelling mended, each in several shapes."""
+        # Who asks for `q_proj.weight` means the module: the name of the parameter is tried left out.
+        segments = alternative.segments
+        modules = segments[:-1] if segments[-1][0].text in ("weight", "bias") else segments
+        bases = [names for each in (segments, modules)
+                 for names in (Alternative(each, ()).names, tuple(map(self._spelt_segment, each)))]
+        for names in dict.fromkeys(bases):
+            shapes = [names]
+            if len(names) <= _MOST_SEGMENTS:  # a long pattern would have too many shapes to try
+                # `**` for every `*`, then one more segment left open at each place, then at both ends
+                shapes += [tuple("**" if n == "*" else n for n in names), ("**", *names)]
+                shapes += [(*names[:at], "**", *names[at:]) for at in range(len(names) - 1, 0, -1)]
+                shapes += [(*names, "*"), (*names, "**"), ("**", *names, "*"), ("**", *names, "**")]
+            yield from map(".".join, shapes)
 
     def _spelt_segment(self, segment: tuple[Token, ...]) -> str:
+        """A segment with the spelling of the nearest one that the names have."""
         text = "".join(t.text for t in segment)
         one = Alternative((segment,), ())
         if any(t.kind in ("**", "range") for t in segment) or any(one.matches(s + ".") for s in self.segments):
             return text
         if one.literal_end:
             return (nearest(text, self.segments) or [text])[0]
+        # with a `*` in it the whole segment is near nothing: the words between the signs are mended instead
         return re.sub(r"[A-Za-z]+", lambda m: (nearest(m[0], self.words) or [m[0]])[0], text)
-
-
-def _opened(glob: Glob) -> tuple[str, ...]:
-    """A pattern with braces, kept whole: at any depth, or everything below it."""
-    return (f"**.{glob.text}", f"{glob.text}.*", f"{glob.text}.**") if len(glob.alternatives()) > 1 else ()
-
-
-def _as_written(segments: tuple[tuple[Token, ...], ...]) -> Names:
-    return Alternative(segments, ()).names
-
-
-def _without_parameter(segments: tuple[tuple[Token, ...], ...]) -> tuple[tuple[Token, ...], ...]:
-    return segments[:-1] if segments[-1][0].text in ("weight", "bias") else segments
-
-
-def _shapes(names: Names) -> Iterator[Names]:
-    """The names as they are, with `**` for every `*`, and with one more segment left open at each place."""
-    yield names
-    if len(names) > _MOST_SEGMENTS:
-        return
-    yield tuple("**" if n == "*" else n for n in names)
-    yield ("**", *names)
-    for at in range(len(names) - 1, 0, -1):
-        yield (*names[:at], "**", *names[at:])
-    yield (*names, "*")
-    yield (*names, "**")
-    yield ("**", *names, "*")
-    yield ("**", *names, "**")

@@ -31,12 +31,28 @@ def report_dead(found: Reach, catalogue: Catalogue, report: Collector) -> None:
     """What is dead in a target. A pattern that could not be read is not looked at again."""
     if any(not m.globs for m in (*found.takes, *found.drops)):
         return
-    named = [_report_unsupported(m, hits, found.target, catalogue, report) for m, hits in found.takes.items()]
-    if catalogue.candidates(found.target):
-        _report_selectors(found, named, catalogue, report)
-        _report_except(found, catalogue, report)
-    elif not any(named):
-        report.add(_nothing_there(found.target, catalogue))
+    target = found.target
+    named = [_report_unsupported(m, hits, target, catalogue, report) for m, hits in found.takes.items()]
+    if not catalogue.candidates(target):
+        if not any(named):  # which is why there is nothing, and has been reported
+            report.add(_nothing_there(target, catalogue))
+        return
+    # A target that takes nothing is a mistake; one dead name among live ones may be meant for another model.
+    takes_none = found.takes and not any(found.takes.values())
+    for (matcher, hits), unsupported in zip(found.takes.items(), named):
+        if not hits and not unsupported:
+            _report_matcher(matcher, target, catalogue, report, "no-match" if takes_none else "dead-name")
+        if hits and not matcher.portable:
+            _report_choices(matcher, hits, target, catalogue, report)
+    if not found.sites and not takes_none:
+        why, helps = ("`except` leaves all of them out", ()) if any(found.drops.values()) else _HEAD_ALONE
+        report.error("no-match", f"{found} takes no {wanted(target)} of {catalogue.title}: {why}", target.span,
+                     helps=helps)
+    for matcher, hits in found.drops.items():
+        if not hits:
+            _report_matcher(matcher, target, catalogue, report, "dead-name", "leaves out no")
+        elif not matcher.portable:
+            _report_choices(matcher, hits, target, catalogue, report)
 
 
 def wanted(target: Target) -> str:
@@ -46,8 +62,8 @@ def wanted(target: Target) -> str:
 
 def suggestion(population: Population, glob: Glob, noun: str) -> tuple[str, ...]:
     """The help that offers the nearest pattern, if there is one."""
-    found = population.suggest(glob)
-    return (f'did you mean "{found[0]}" ({counted(found[1], noun)})?',) if found else ()
+    suggested = population.suggest(glob)
+    return (f'did you mean "{suggested[0]}" ({counted(suggested[1], noun)})?',) if suggested else ()
 
 
 # --------------------------------------------------------------------------------------------- a target as a whole
@@ -58,43 +74,16 @@ def _nothing_there(target: Target, catalogue: Catalogue) -> Diagnostic:
     refused = [f"`{r.name}` cannot be taken: {r.reason}" for r in catalogue.survey.refused if fits(r, target)]
     near = did_you_mean(target.ancestor, catalogue.classes) if target.ancestor not in (None, *catalogue.classes) else ""
     message = f"{catalogue.title} has no {wanted(target)}" + (" that can be taken" if refused else "")
-    return Diagnostic("no-match", message, _ancestor_span(target), notes=tuple(refused[:3]),
-                      helps=(near,) if near else ())
+    place = target.span
+    if place is not None and target.ancestor is not None:
+        # the tree keeps no place for the ancestor's name, so it is looked for in the target's text
+        text = place.source.text[place.start:place.end]
+        if word := re.search(rf"\bin\s+({re.escape(target.ancestor)})\b", text):
+            place = Span(place.source, place.start + word.start(1), place.start + word.end(1))
+    return Diagnostic("no-match", message, place, notes=tuple(refused[:3]), helps=(near,) if near else ())
 
 
-def _ancestor_span(target: Target) -> Span | None:
-    """Where the target names its ancestor, or the target."""
-    where = target.span
-    if where is None or target.ancestor is None:
-        return where
-    word = re.search(rf"\bin\s+({re.escape(target.ancestor)})\b", where.source.text[where.start:where.end])
-    return Span(where.source, where.start + word.start(1), where.start + word.end(1)) if word else where
-
-
-def _report_selectors(found: Reach, named: list[bool], catalogue: Catalogue, report: Collector) -> None:
-    none = found.takes and not any(found.takes.values())
-    for (matcher, hits), unsupported in zip(found.takes.items(), named):
-        if not hits and not unsupported:
-            _report_matcher(matcher, found.target, catalogue, report, "no-match" if none else "dead-name")
-        if hits and not matcher.portable:
-            _report_choices(matcher, hits, found.target, catalogue, report)
-    if not found.sites and not none:
-        why, what = ("`except` leaves all of them out", ()) if any(found.drops.values()) else _HEAD_ALONE
-        report.error("no-match", f"{found} takes no {wanted(found.target)} of {catalogue.title}: {why}",
-                     found.target.span,
-                     helps=what)
-
-
-def _report_except(found: Reach, catalogue: Catalogue, report: Collector) -> None:
-    for matcher, hits in found.drops.items():
-        if not hits:
-            _report_matcher(matcher, found.target, catalogue, report, "dead-name", "leaves out no")
-        elif not matcher.portable:
-            _report_choices(matcher, hits, found.target, catalogue, report)
-
-
-# ------------------------------------------------------------------------------------------ a selector,
-# or a part of one
+# ------------------------------------------------------------------------------- a selector, or a part of one
 
 
 def _report_matcher(matcher: Matcher, target: Target, catalogue: Catalogue, report: Collector, code: str,
@@ -106,7 +95,7 @@ def _report_matcher(matcher: Matcher, target: Target, catalogue: Catalogue, repo
 
 
 def _report_choices(matcher: Matcher, hits: Mapping, target: Target, catalogue: Catalogue, report: Collector) -> None:
-    live = {a for found in hits.values() for a in found}
+    live = {alternative for taken_by in hits.values() for alternative in taken_by}
     for glob in matcher.globs:
         for choice in glob.dead(live):
             notes, helps = _advice([glob.making(choice)], target, catalogue)
@@ -162,23 +151,22 @@ def _report_unsupported(matcher: Matcher, hits: Mapping, target: Target, catalog
     """Reports what a pattern names (its last segment spelt out) and no spec can take; whether there is any."""
     if matcher.portable:
         return False
-    live = {a for found in hits.values() for a in found}
-    named = [(a, r) for a in (a for g in matcher.globs for a in g.alternatives()) if a.literal_end
-             for r in catalogue.survey.refused if _means(a, r, a in live, target, catalogue)]
-    for reason in dict.fromkeys(r.reason for _, r in named):
-        names = [r.name for _, r in named if r.reason == reason]
-        report.error("unsupported-module", f"{matcher} names {listed(names)}, which cannot be operated on: {reason}",
-                     matcher.selector.span, helps=_instead([r for _, r in named if r.reason == reason]))
+    live = {alternative for taken_by in hits.values() for alternative in taken_by}
+
+    def means(alternative: Alternative, refused: Refused) -> bool:
+        # A layer of the target's kind is always meant. A foreign module is meant only by a name that takes nothing
+        # else: `**.attention` may pass over a container on its way.
+        if not any(alternative.matches(name) for name in catalogue.marked[refused]):
+            return False
+        holds_sites = any(s.name.startswith(f"{refused.name}.") for s in catalogue.survey.sites)
+        return fits(refused, target) or (refused.kind == "" and alternative not in live and not holds_sites)
+
+    alternatives = [a for glob in matcher.globs for a in glob.alternatives() if a.literal_end]
+    named = [r for a in alternatives for r in catalogue.survey.refused if means(a, r)]
+    for reason in dict.fromkeys(r.reason for r in named):
+        alike = [r for r in named if r.reason == reason]
+        helps = () if any(r.matrix for r in alike) else (f'`train "{alike[0].name}.*"` unfreezes its parameters',)
+        report.error("unsupported-module",
+                     f"{matcher} names {listed(r.name for r in alike)}, which cannot be operated on: {reason}",
+                     matcher.selector.span, helps=helps)
     return bool(named)
-
-
-def _means(alternative: Alternative, refused: Refused, live: bool, target: Target, catalogue: Catalogue) -> bool:
-    """A refused layer of the kind is always meant; a foreign module only by a name that takes nothing else."""
-    if not any(alternative.matches(name) for name in catalogue.marked[refused]):
-        return False
-    holds_sites = any(s.name.startswith(f"{refused.name}.") for s in catalogue.survey.sites)
-    return fits(refused, target) or (refused.kind == "" and not live and not holds_sites)
-
-
-def _instead(refused: list[Refused]) -> tuple[str, ...]:
-    return () if any(r.matrix for r in refused) else (f'`train "{refused[0].name}.*"` unfreezes its parameters',)
