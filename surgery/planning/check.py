@@ -19,7 +19,7 @@ from surgery.codegen.validate import program_faults, step_faults
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.language.expressions import Argument, Call, as_expression
 from surgery.language.library import load
-from surgery.language.tree import Definition, Parameter, Spec, Step, Target
+from surgery.language.tree import Spec, Step, Target
 from surgery.matching.selectors import selector_faults
 from surgery.planning.cost_estimates import Estimate, fallback
 from surgery.planning.trial_sizes import Trial, first_that_fits, numbers_named, places_of, sizes_to_try, trials_of
@@ -56,40 +56,45 @@ def check(spec: Spec | str | PathLike, model: nn.Module | None = None) -> list[D
         return report.found
     if model is None or report.errors:
         return report.found
-    # what runs dense is told once: on the sizes of the model
-    return [*(d for d in report.found if d.code != "fallback"), *_on_model(read, model)]
-
-
-def _on_model(spec: Spec, model: nn.Module) -> tuple[Diagnostic, ...]:
+    # Imported here: these need torch, which a check of the text alone does without.
     from surgery.planning.compile import compile
     from surgery.planning.figures import Report
 
     try:
-        plan = compile(model, spec)
+        plan = compile(model, read)
     except SurgeryError as error:
-        return error.diagnostics
-    return *plan.warnings, *Report(plan).fallbacks
+        on_model = error.diagnostics
+    else:
+        on_model = (*plan.warnings, *Report(plan).fallbacks)
+    # what runs dense is told once: on the sizes of the model
+    return [*(d for d in report.found if d.code != "fallback"), *on_model]
 
 
 def _tried(resolved: ResolvedSpec) -> list[Diagnostic]:
+    """What shows at concrete sizes alone. Algebra goes first: only what it cannot prove is computed in numbers."""
     report = Collector()
     targets = {t: list(trials_of(t, resolved, report)) for t in resolved.spec.targets}
     unproven = [t for trials in targets.values() for t in trials
                 if not t.target.shifted and not starts_as_weight(t.formula)]
-    unplaced = [t for trials in targets.values() for t in trials if any(leaf.manifold for leaf in t.formula.leaves)]
+    on_manifolds = [t for trials in targets.values() for t in trials if any(leaf.manifold for leaf in t.formula.leaves)]
     unused = [t for target in _unplaced(resolved.spec) for t in trials_of(target, resolved, report)]
     claiming = [t for t in (*sum(targets.values(), []), *unused) if t.formula.claims]
     idle = [trials for trials in targets.values() if trials and not any(surely_trains(t.formula) for t in trials)]
-    if unproven or claiming or idle or unplaced:
+    if unproven or claiming or idle or on_manifolds:
         from surgery.planning.numeric_check import try_claims, try_gradients, try_manifolds, try_starts
 
-        report.add(*(faults := try_manifolds(unplaced)))
+        report.add(*(faults := try_manifolds(on_manifolds)))
         if faults:  # what does not start where it says starts nowhere in particular
             return report.found
         report.add(*try_starts(unproven), *try_claims(claiming), *try_gradients(idle))
     for trials in targets.values():
-        report.add(*islice(chain.from_iterable(map(_miscompiled, trials)), 1))
-    report.add(*_dense(resolved))
+        report.add(*islice(chain.from_iterable(map(_miscompiled, trials)), 1))  # our mistake: one a target is enough
+    for target in resolved.spec.targets:
+        # A cheap program pays on large weights: whether a target runs dense is asked of the largest that fits.
+        shapes = sorted(chain(*sizes_to_try(numbers_named(target, resolved))), key=prod, reverse=True)
+        largest = [first_that_fits(target, resolved, place, shapes, Collector()) for place in places_of(target)]
+        estimates = [Estimate(Compiled.supposed(trial.formula, target.kind)) for trial in largest if trial]
+        report.add(*filter(None, [fallback(target, estimates)]))
     return report.found
 
 
@@ -110,27 +115,14 @@ def _miscompiled(trial: Trial) -> Iterator[Diagnostic]:
                                  helps=("this is a mistake of surgery's, and not of the spec: please report it",))
 
 
-def _dense(resolved: ResolvedSpec) -> Iterator[Diagnostic]:
-    """A warning for each target without a cheap program on a large weight."""
-    for target in resolved.spec.targets:
-        shapes = sorted(chain(*sizes_to_try(numbers_named(target, resolved))), key=prod, reverse=True)
-        largest = [first_that_fits(target, resolved, place, shapes, Collector()) for place in places_of(target)]
-        estimates = [Estimate(Compiled.supposed(trial.formula, target.kind)) for trial in largest if trial]
-        yield from filter(None, [fallback(target, estimates)])
-
-
 def _unplaced(spec: Spec) -> Iterator[Target]:
-    """A target for each definition with a claim that no target of the spec uses."""
+    """A target for each definition with a claim that no target of the spec uses, so that the claim is tried as well."""
     placed = {step.call.function for target in spec.targets for step in target.steps}
     for definition in spec.definitions:
         if definition.claims and definition.name not in placed:
-            yield Target(steps=(_example(definition),), span=definition.name_span)
-
-
-def _example(definition: Definition) -> Step:
-    call = Call(definition.name, tuple(_argument(p) for p in definition.params if p.default is None))
-    return Step(placement="pre" if definition.kind == "transform" else "add", call=call)
-
-
-def _argument(parameter: Parameter) -> Argument:
-    return Argument(parameter.name, as_expression(_EXAMPLES[parameter.type]))
+            # what has no default gets some value of its type: a claim must hold for every one
+            arguments = [Argument(p.name, as_expression(_EXAMPLES[p.type])) for p in definition.params
+                         if p.default is None]
+            step = Step(placement="pre" if definition.kind == "transform" else "add",
+                        call=Call(definition.name, tuple(arguments)))
+            yield Target(steps=(step,), span=definition.name_span)

@@ -134,6 +134,8 @@ def _unbiased(spec: Spec, scope: Library, taken: list[tuple[Site, int]]) -> Iter
         sites = [site for site, owner in taken if owner == index]
         without = [site for site in sites if not site.has_bias]
         shifts = [step for step in target.steps if scope.definitions[step.call.function].bias]
+        # Some models have a bias in a few layers only, and one pattern may take them all: that is worth a warning. A
+        # target of which nothing is left is a mistake.
         nothing_left = len(without) == len(sites) and len(shifts) == len(target.steps)
         for step in shifts if without else ():
             some = f"{len(without)} of the {len(sites)} modules have none ({without[0].name}, ...)"
@@ -144,10 +146,6 @@ def _unbiased(spec: Spec, scope: Library, taken: list[tuple[Site, int]]) -> Iter
 
 def _title(spec: Spec) -> str:
     return f"`{spec.name}`" if spec.name else spec.span.source.name if spec.span else "the spec"
-
-
-def _with_sides(site: Site) -> str:
-    return f"{site.name} [{site.out}, {site.in_}] {site.layout.kind.note}".rstrip()
 
 
 class _Formulas:
@@ -167,4 +165,6 @@ class _Formulas:
     def faults(self) -> Iterator[Diagnostic]:
         """What is wrong, each with the modules that it is wrong for."""
         for fault, sites in self.faulty.items():
-            yield replace(fault, notes=(*fault.notes, f"for {listed(_with_sides(s) for s in sites)}"))
+            # with their sizes, which are mostly why it is wrong for these and not for others
+            modules = [f"{s.name} [{s.out}, {s.in_}] {s.layout.kind.note}".rstrip() for s in sites]
+            yield replace(fault, notes=(*fault.notes, f"for {listed(modules)}"))

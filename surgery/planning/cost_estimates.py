@@ -64,6 +64,7 @@ class Estimate:
         """The time of a step in the cost model's units."""
         if self.stack is None:
             return (candidate or self.candidates[0]).cost(self.tokens).seconds
+        # Every matrix of the stack is built, whichever tokens reach it: only one of them is charged with the tokens.
         built = next(c for c in self.candidates if c.strategy == "built weight")
         return built.cost(self.tokens).seconds + (self.stack - 1) * built.cost(0).seconds
 
@@ -96,14 +97,12 @@ def fallback(target: Target, estimates: Iterable[Estimate]) -> Diagnostic | None
     if not dense:
         return None
     worst = max(dense, key=Estimate.ratio)
-    return Diagnostic("fallback", "this target has no cheap program and runs dense", target.span, severity="warning",
-                      notes=(f"every step makes {_written(worst.built[0])}", worst.cost_text))
-
-
-def _written(matrix: Expr) -> str:
-    """A matrix as maths, with its shape; or its transpose where that is shorter."""
+    # A program may make the transpose of what the spec wrote, which can be much longer: the shorter one is shown.
+    matrix = worst.built[0]
     text, shape = min(((brief(m), m.shape) for m in (matrix, turned(matrix))), key=lambda pair: len(pair[0]))
-    return f"{text if len(text) <= _LONGEST else f'{text[:_LONGEST - 3]}...'}, {shape_text(shape)}"
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST - 3]}..."
+    return Diagnostic("fallback", "this target has no cheap program and runs dense", target.span, severity="warning",
+                      notes=(f"every step makes {text}, {shape_text(shape)}", worst.cost_text))
 
 
 def amount(number: float, unit: str) -> str:

@@ -7,7 +7,7 @@ total.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -28,7 +28,7 @@ from surgery.planning.formulas import formula_lines
 from surgery.text import counted, dtype_text, sides_text, size_text
 
 if TYPE_CHECKING:  # `compile` imports this module, so that a plan shows its own figures in a notebook
-    from surgery.planning.compile import Placed, Plan
+    from surgery.planning.compile import Plan
 
 
 class Row(NamedTuple):
@@ -60,9 +60,11 @@ class Report:
     def rows(self) -> tuple[Row, ...]:
         """The operated weights in module order."""
         targets = {id(target): i for i, target in enumerate(self.plan.spec.targets)}
+        # Layers of one size share their formula, whose text takes long: each is written once.
         first = {id(p.formula): p for p in self.plan.placed}
         formulas = {key: formula_lines(p.target, p.formula)[0] for key, p in first.items()}
-        return tuple(_row(p, targets[id(p.target)], formulas[id(p.formula)], estimate.ratio())
+        return tuple(Row(p.site.name, targets[id(p.target)], p.site.kind, (p.site.out, p.site.in_), p.site.stack,
+                         formulas[id(p.formula)], p.parameters, estimate.ratio())
                      for p, estimate in zip(self.plan.placed, self.estimates))
 
     @cached_property
@@ -116,7 +118,9 @@ class Report:
         """Bytes of the base model, of dense copies of its weights, of the adapter, and what AdamW adds (a gradient and
         two moments of each trained number)."""
         survey = self.plan.selection.survey
-        packed = [t for site in survey.sites if site.layout.is_called for t in site.held]  # buffers too
+        # A quantised layer keeps its numbers in buffers, or in tensors that are no parameters of the model: they are
+        # asked of the layer, and by identity, since a tied weight stands at several names.
+        packed = [t for site in survey.sites if site.layout.is_called for t in site.held]
         plain = (p for name, p in survey.model.named_parameters() if f"{SUFFIX}." not in name)
         base = {id(t): opaque_linear.size(t) for t in (*packed, *plain)}
         copies = sum(map(copy_size, self.plan.placed))
@@ -126,10 +130,10 @@ class Report:
     @cached_property
     def left_out(self) -> dict[str, list[str]]:
         """The modules with a weight that no target takes, by reason."""
-        found: dict[str, list[str]] = {}
+        by_reason: dict[str, list[str]] = {}
         for name, reason, _ in self.plan.selection.left_out:
-            found.setdefault(reason, []).append(name)
-        return found
+            by_reason.setdefault(reason, []).append(name)
+        return by_reason
 
     def to_json(self) -> dict[str, Any]:
         """All the figures, for `--json`."""
@@ -149,20 +153,30 @@ class Report:
         return table(("weights", "", "[out, in]", "formula", "parameters", "step"), rows) + tag("p", self.summary)
 
     def __str__(self) -> str:
-        parts = [line for index, rows in groupby(sorted(self.rows, key=lambda r: r.target), lambda r: r.target)
-                 for line in _block(self.plan.spec.targets[index], list(rows))]
+        lines = []
+        for index, of_target in groupby(sorted(self.rows, key=lambda r: r.target), lambda r: r.target):
+            target = self.plan.spec.targets[index]
+            place = f" at {target.span.source.name}:{target.span.line}" if target.span else ""
+            # weights that differ only in their index, and in nothing shown, are one line: a model has dozens of layers
+            rows = [(f"  {ranged([r.name for r in same])}", f"{len(same)} x", same[0].sides, same[0].formula,
+                     counted(sum(r.parameters for r in same), "parameter"), f"step {same[0].step_ratio:.2f} x")
+                    for same in _alike(of_target)]
+            lines += [f"target {target.kind}{place}", *_table(rows)]
         if self.unfrozen:
-            parts += ["train",
-                      *_table((f"  {name}", counted(n, "parameter")) for name, n in _compressed(self.unfrozen))]
+            sizes = [(ranged(names), sum(self.unfrozen[name] for name in names)) for names in alike(self.unfrozen)]
+            lines += ["train", *_table((f"  {names}", counted(size, "parameter")) for names, size in sizes)]
         if self.left_out:
-            parts += ["left out", *_table((f"  {_some(names)}", counted(len(names), "module"), reason)
-                                          for reason, names in self.left_out.items())]
-        return "\n".join([*parts, self.summary, *self._cost_lines()])
-
-    def _cost_lines(self) -> Iterator[str]:
+            rows = []
+            for reason, names in self.left_out.items():
+                kinds = list(dict.fromkeys(map(starred, names)))  # the first few say what it is about
+                some = ", ".join(kinds[:3]) + (", ..." if len(kinds) > 3 else "")
+                rows.append((f"  {some}", counted(len(names), "module"), reason))
+            lines += ["left out", *_table(rows)]
+        lines.append(self.summary)
         if self.estimates:
-            yield (f"a step of them with {self.estimates[0].tokens:,} tokens costs {self.step_ratio:.2f} x what it "
-                   "costs frozen, by estimate")
+            lines.append(f"a step of them with {self.estimates[0].tokens:,} tokens costs {self.step_ratio:.2f} x what "
+                         "it costs frozen, by estimate")
+        return "\n".join(lines)
 
     @property
     def summary(self) -> str:
@@ -173,25 +187,11 @@ class Report:
                 f"the adapter takes {size_text(self.bytes)} in {dtype_text(self.dtype)}")
 
 
-def _row(placed: Placed, target: int, formula: str, ratio: float) -> Row:
-    site = placed.site
-    return Row(site.name, target, site.kind, (site.out, site.in_), site.stack, formula, placed.parameters, ratio)
-
-
 def _ratio(estimates: Sequence[Estimate]) -> float:
     return sum(e.seconds() for e in estimates) / sum(e.frozen.seconds for e in estimates) if estimates else 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------- text
-
-
-def _block(target: Target, rows: Sequence[Row]) -> Iterable[str]:
-    """The lines of one target: modules that differ only in their index, and in nothing shown, are one line."""
-    place = f" at {target.span.source.name}:{target.span.line}" if target.span else ""
-    yield f"target {target.kind}{place}"
-    yield from _table((f"  {ranged([r.name for r in same])}", f"{len(same)} x", same[0].sides, same[0].formula,
-                       counted(sum(r.parameters for r in same), "parameter"), f"step {same[0].step_ratio:.2f} x")
-                      for same in _alike(rows))
 
 
 def _alike(rows: Iterable[Row]) -> list[list[Row]]:
@@ -200,15 +200,6 @@ def _alike(rows: Iterable[Row]) -> list[list[Row]]:
     for row in rows:
         groups.setdefault((row.target, starred(row.name), row.sides, row.formula, row.parameters), []).append(row)
     return list(groups.values())
-
-
-def _compressed(sizes: dict[str, int]) -> Iterable[tuple[str, int]]:
-    return ((ranged(names), sum(sizes[n] for n in names)) for names in alike(sizes))
-
-
-def _some(names: Sequence[str]) -> str:
-    kinds = list(dict.fromkeys(map(starred, names)))
-    return ", ".join(kinds[:3]) + (", ..." if len(kinds) > 3 else "")
 
 
 def _table(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -25,21 +25,18 @@ def estimated(placed: Placed) -> Estimate:
 
 def unfit(plan: Plan) -> Iterator[Diagnostic]:
     """The called layers that are not what they must be, those of a target with the same fault together."""
-    found: dict[tuple[int, str], list[Placed]] = {}
+    faulty: dict[tuple[int, str], list[Placed]] = {}
     for placed in plan.placed:
-        if fault := placed.site.answer.fault or _missing_transpose(placed):
-            found.setdefault((id(placed.target), fault), []).append(placed)
-    for (_, fault), same in found.items():
+        fault, answer = placed.site.answer.fault, placed.site.answer
+        # Wᵀ M is the gradient of the layer's input: a layer that gives none can still be asked for W M.
+        if not fault and not answer.gives_gradient and estimated(placed).candidates[0].calls_back:
+            fault = (f"the formula multiplies W from the left, and {type(placed.site.module).__name__} gives no "
+                     "gradient to its input")
+        if fault:
+            faulty.setdefault((id(placed.target), fault), []).append(placed)
+    for (_, fault), same in faulty.items():
         yield Diagnostic("unsupported-module", f"{listed(p.site.name for p in same)} cannot be operated on: {fault}",
                          same[0].target.span, helps=("`except` leaves such a layer out",))
-
-
-def _missing_transpose(placed: Placed) -> str:
-    """Why a layer cannot be asked for Wᵀ M, where the formula does; empty if it can, or need not."""
-    if placed.site.answer.gives_gradient or not estimated(placed).candidates[0].calls_back:
-        return ""
-    name = type(placed.site.module).__name__
-    return f"the formula multiplies W from the left, and {name} gives no gradient to its input"
 
 
 def dense_copies(plan: Plan) -> Iterator[Diagnostic]:

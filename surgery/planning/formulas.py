@@ -51,10 +51,12 @@ class Page:
         self.formula = formula
         self.steps = [Made(target.steps[part.index], part.expr, part.operand) for part in formula.parts]
         self.symbols: dict[Expr, str] = {}
-        self.written_out = [made for made in self.steps if _is_written_out(made)]
-        self._name_all()
-
-    def _name_all(self) -> None:
+        # A short update (`s B A`) says more in the first line than a symbol that stands for it. A transform never
+        # stands there in full: the line would no longer show what is multiplied with what.
+        self.written_out = [
+            made for made in self.steps if operation(made.plain).source is Source.ADAPTER
+            or made.step.placement == "add" and made.plain.unfolded <= 2 * _SHORT
+            and len(Maths({}).text(made.plain)) <= _SHORT]
         for made in self.written_out:
             self._name_leaves(made.plain)
         for made in self.steps:
@@ -64,6 +66,7 @@ class Page:
             self._name_leaves(expr)
         self.operands = list(dict.fromkeys(m.operand for m in self.steps if self._reads(m)))
         self.operand_symbols = {o: _numbered("X", i) for i, o in enumerate(self.operands)}
+        # What several lines have in common gets a symbol last, when it is known how the lines are written.
         starts = (leaf.init for leaf in self.formula.leaves if leaf.init is not None)
         written = (self.formula.weight, self.formula.bias, *self.operands, *(m.plain for m in self.steps), *starts)
         self.parts = parts_to_name(written, {**self.symbols, **self.operand_symbols})
@@ -97,31 +100,26 @@ class Page:
     # ---------------------------------------------------------------------------------------------------- lines
 
     def lines(self) -> list[str]:
-        """The equations, then `where` with what each symbol stands for."""
-        first = Maths({**self.symbols, **(self.operand_symbols if self.parts else {})})
+        """The equations, and below them what each symbol stands for."""
+        operands = Maths(self.symbols)  # the W of a step is written out, and not with the symbol that it gives itself
+        maths = Maths({**self.symbols, **self.operand_symbols})
+        first = maths if self.parts else operands
         equations = [f"W' = {first.text(self.formula.weight)}"]
         if self.formula.changes_bias:
             equations.append(f"b' = {first.text(self.formula.bias)}")
-        rows = [*self._operand_rows(), *self._step_rows(), *self._part_rows(),
-                *map(self._leaf_row, self.formula.leaves)]
-        return [*equations, *(f"  {line}" for line in _aligned(rows)), *self._dropout_lines()]
-
-    def _operand_rows(self) -> list[Row]:
-        maths = Maths(self.symbols)
+        # Reversed, so that of the steps that read an operand the first one is named.
         readers = {m.operand: f"the W of {_step_text(m.step)}" for m in reversed(self.steps) if self._reads(m)}
-        return [(f"{self.operand_symbols[o]} = {maths.text(o)}", readers[o]) for o in self.operands]
-
-    def _step_rows(self) -> list[Row]:
-        maths = Maths({**self.symbols, **self.operand_symbols})
-        return [(f"{self.symbols[m.plain]} = {maths.text(m.plain)}", self._step_note(m))
-                for m in self.steps if m not in self.written_out]
-
-    def _part_rows(self) -> list[Row]:
-        maths = Maths({**self.symbols, **self.operand_symbols})
-        return [(f"{self.symbols[part]} = {maths.text(part)}", "") for part in reversed(self.parts)]
-
-    def _step_note(self, made: Made) -> str:
-        return ", ".join([_step_text(made.step), *self._claims(made)])
+        rows = [(f"{self.operand_symbols[o]} = {operands.text(o)}", readers[o]) for o in self.operands]
+        rows += [(f"{self.symbols[m.plain]} = {maths.text(m.plain)}",
+                  ", ".join([_step_text(m.step), *self._claims(m)]))
+                 for m in self.steps if m not in self.written_out]
+        rows += [(f"{self.symbols[part]} = {maths.text(part)}", "") for part in reversed(self.parts)]
+        rows += map(self._leaf_row, self.formula.leaves)
+        width = min(max((len(left) for left, _ in rows), default=0), 64)  # a very long line moves no other note
+        dropouts = [f"{operands.short(m.plain)} reads its input with dropout {number_text(100 * m.dropout)}%"
+                    for m in self.steps if m.dropout]
+        lines = [f"{left:{width}}   {right}".rstrip() for left, right in rows]
+        return [*equations, *(f"  {line}" for line in (*lines, *dropouts))]
 
     def _leaf_row(self, leaf: Leaf) -> Row:
         maths = Maths({**self.symbols, **self.operand_symbols})
@@ -131,11 +129,6 @@ class Page:
         notes += [f"rate {number_text(leaf.rate)}"] * (leaf.rate != 1) + ["no decay"] * (not leaf.decays)
         notes += [f"kept on {leaf.manifold}"] * bool(leaf.manifold)
         return f"{self.symbols[leaf.expr]}{shape} {start}", ", ".join(notes)
-
-    def _dropout_lines(self) -> list[str]:
-        maths = Maths(self.symbols)
-        return [f"  {maths.short(m.plain)} reads its input with dropout {number_text(100 * m.dropout)}%"
-                for m in self.steps if m.dropout]
 
 
 def formulas(spec: Spec) -> list[tuple[Target, Formula]]:
@@ -148,11 +141,6 @@ def formula_lines(target: Target, formula: Formula) -> list[str]:
     return Page(target, formula).lines()
 
 
-def _is_written_out(made: Made) -> bool:
-    is_short = made.plain.unfolded <= 2 * _SHORT and len(Maths({}).text(made.plain)) <= _SHORT
-    return operation(made.plain).source is Source.ADAPTER or made.step.placement == "add" and is_short
-
-
 def _step_text(step: Step) -> str:
     return f"{step.placement} {expression_text(step.call)}"
 
@@ -163,8 +151,3 @@ def _numbered(symbol: str, index: int) -> str:
 
 def _draw_text(law: Draw) -> str:
     return f"{law.distribution}({', '.join(f'{name} = {number_text(value)}' for name, value in law.arguments)})"
-
-
-def _aligned(rows: list[Row]) -> list[str]:
-    width = min(max((len(left) for left, _ in rows), default=0), 64)
-    return [f"{left:{width}}   {right}".rstrip() for left, right in rows]

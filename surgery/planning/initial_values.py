@@ -17,7 +17,6 @@ from surgery.ir.expression import Leaf, walk
 from surgery.ir.manifolds import MANIFOLDS
 from surgery.ir.sizes import known_shape
 from surgery.language.tree import Target
-from surgery.layers.survey import Site
 from surgery.planning.compile import Placed
 from surgery.semantics.distributions import DISTRIBUTIONS, draw
 from surgery.text import counted
@@ -75,14 +74,13 @@ def frozen_leaves(placed: Placed, reads: bool = True) -> dict[str, torch.Tensor]
     """The frozen weight (as a matrix or a stack) and bias of a site, in float32 or wider. Where nothing `reads` it, the
     weight of a called layer is not called for: NaNs that take no memory stand in its place."""
     site = placed.site
-    is_known = reads and not site.is_meta or not site.layout.is_called
-    weight = site.layout.matrix(site.read()) if is_known else _unknown(site)
+    if reads and not site.is_meta or not site.layout.is_called:
+        weight = site.layout.matrix(site.read())
+    else:
+        # NaN and no zeros: whatever reads it after all is seen, and does not start at a number that is silently wrong
+        weight = torch.full((), torch.nan, dtype=site.wide, device=site.device).expand(site.out, site.in_)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return {"weight": weight.to(dtype), **({"bias": site.bias.detach().to(dtype)} if site.bias is not None else {})}
-
-
-def _unknown(site: Site) -> torch.Tensor:
-    return torch.full((), torch.nan, dtype=site.wide, device=site.device).expand(site.out, site.in_)
 
 
 def _starts_from_weight(placed: Placed) -> bool:

@@ -45,37 +45,33 @@ def _start(placed: Placed) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------------------- start
 
 
+@torch.no_grad()
 def try_starts(trials: Iterable[Trial]) -> list[Diagnostic]:
     """One diagnostic for each target whose W' or b' does not start as W or b, with the largest departure."""
     worst: dict[int, tuple[float, Trial]] = {}
     for trial in trials:
-        relative, key = _departure(_placed(trial)), id(trial.target)
-        if not relative <= max(IDENTITY_TOLERANCE, worst.get(key, (0.0,))[0]):
+        values, key = _start(_placed(trial)), id(trial.target)
+        relative = max(departure(values["weight"], dense(trial.formula.weight, values)),
+                       departure(values["bias"], dense(trial.formula.bias, values)))
+        if not relative <= max(IDENTITY_TOLERANCE, worst.get(key, (0.0,))[0]):  # so written, a NaN is a departure too
             worst[key] = relative, trial
-    return [found for relative, trial in worst.values()
-            for found in not_identity(trial.target, {_title(trial): relative})]
+    return [diagnostic for relative, trial in worst.values()
+            for diagnostic in not_identity(trial.target, {_title(trial): relative})]
 
 
 def _title(trial: Trial) -> str:
     return f"a random weight [{trial.out}, {trial.in_}]"
 
 
-@torch.no_grad()
-def _departure(placed: Placed) -> float:
-    values, formula = _start(placed), placed.formula
-    return max(departure(values["weight"], dense(formula.weight, values)),
-               departure(values["bias"], dense(formula.bias, values)))
-
-
 def try_manifolds(trials: Iterable[Trial]) -> list[Diagnostic]:
     """One diagnostic for each parameter that is kept on a manifold and does not start there."""
-    told: dict[tuple, Diagnostic] = {}
+    by_place: dict[tuple, Diagnostic] = {}  # the same at every size of the weight
     for trial in trials:
         try:
             _start(_placed(trial))
         except SurgeryError as error:
-            told |= {(d.code, d.span): d for d in error.diagnostics}
-    return [*told.values()]
+            by_place |= {(d.code, d.span): d for d in error.diagnostics}
+    return [*by_place.values()]
 
 
 # ---------------------------------------------------------------------------------------------------- gradients
@@ -84,8 +80,16 @@ def try_manifolds(trials: Iterable[Trial]) -> list[Diagnostic]:
 def try_gradients(targets: Iterable[Iterable[Trial]]) -> list[Diagnostic]:
     """One diagnostic for each target in which no parameter has a gradient at the start, whatever the loss is: there a
     step of training changes nothing, and so none ever does."""
-    return [_never_trains(trials[0]) for trials in map(list, targets)
-            if _trained(trials[0]) and not any(map(_has_gradient, trials))]
+    diagnostics = []
+    for trials in map(list, targets):
+        names = listed(key.rpartition(".")[2] for key in _trained(trials[0]))
+        if names and not any(map(_has_gradient, trials)):
+            diagnostics.append(Diagnostic(
+                "never-trains", "nothing in this target can train: where its parameters start, W' changes with none of "
+                "them", trials[0].target.span, severity="warning",
+                notes=(f"the gradients of {names} are all zero, whatever the loss, and so they stay",),
+                helps=("let a factor start at something other than 0, for example `~ kaiming_uniform()`",)))
+    return diagnostics
 
 
 def _trained(trial: Trial) -> list[str]:
@@ -97,21 +101,15 @@ def _has_gradient(trial: Trial) -> bool:
     values = {name: value.detach().double() if value.is_floating_point() else value
               for name, value in _start(_placed(trial)).items()}
     trained = [values[key].requires_grad_() for key in _trained(trial)]
+    # A random loss stands for every loss: where a gradient is zero for it, it is zero for all, but by chance.
     generator = torch.Generator().manual_seed(2)
-    made = [dense(expr, values) for expr in (trial.formula.weight, trial.formula.bias)]
-    loss = torch.stack([(torch.randn(m.shape, generator=generator, dtype=torch.float64) * m).sum() for m in made]).sum()
+    results = [dense(expr, values) for expr in (trial.formula.weight, trial.formula.bias)]
+    loss = torch.stack([(torch.randn(r.shape, generator=generator, dtype=torch.float64) * r).sum()
+                        for r in results]).sum()
     if not loss.requires_grad:
         return False
-    found = torch.autograd.grad(loss, trained, allow_unused=True)
-    return any(g is not None and bool((g != 0).any()) for g in found)
-
-
-def _never_trains(trial: Trial) -> Diagnostic:
-    names = listed(key.rpartition(".")[2] for key in _trained(trial))
-    return Diagnostic("never-trains", "nothing in this target can train: where its parameters start, W' changes with "
-                      "none of them", trial.target.span, severity="warning",
-                      notes=(f"the gradients of {names} are all zero, whatever the loss, and so they stay",),
-                      helps=("let a factor start at something other than 0, for example `~ kaiming_uniform()`",))
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    return any(g is not None and bool((g != 0).any()) for g in gradients)
 
 
 # ------------------------------------------------------------------------------------------------------- claims
@@ -150,13 +148,22 @@ PROPERTIES = {
 
 def try_claims(trials: Iterable[Trial]) -> list[Diagnostic]:
     """One diagnostic for each claim of a definition that random parameters refute, with the largest defect."""
-    worst: dict[tuple, tuple[float, Diagnostic]] = {}
+    worst: dict[tuple, tuple[float, Claim]] = {}
     for trial in trials:
         for claim, defect in _defects(trial):
             key = claim.owner, claim.name, claim.span
             if not defect <= max(CLAIM_TOLERANCE, worst.get(key, (0.0,))[0]):
-                worst[key] = defect, _false_claim(claim, defect)
-    return [diagnostic for _, diagnostic in worst.values()]
+                worst[key] = defect, claim
+    diagnostics = []
+    for defect, claim in worst.values():
+        rows, columns = claim.expr.shape
+        finite = f"{PROPERTIES[claim.name].maths} is {defect:.1e}"
+        measured = finite if defect < float("inf") else "the matrix is never square and finite"
+        diagnostics.append(Diagnostic(
+            "false-claim", f"`{claim.owner}` is not {claim.name}", claim.span, label="random parameters refute this",
+            notes=(f"{measured} at [{rows}, {columns}]; allowed is {CLAIM_TOLERANCE:.0e}",),
+            helps=("leave the claim out, or mend the definition",)))
+    return diagnostics
 
 
 @torch.no_grad()
@@ -164,39 +171,19 @@ def _defects(trial: Trial) -> Iterator[tuple[Claim, float]]:
     """Each claim with its largest defect (infinite if it never has one). Where a matrix is not finite,
     it says nothing."""
     start = {name: value.detach().double() for name, value in _start(_placed(trial)).items()}
-    points = [_moved(trial, start, distance) for distance in _DISTANCES]
-    for claim in dict.fromkeys(trial.formula.claims):
-        found = [_defect(claim, values) for values in points]
-        yield claim, max((d for d in found if d is not None), default=float("inf"))
-
-
-def _moved(trial: Trial, start: dict[str, Tensor], distance: float) -> dict[str, Tensor]:
-    """The parameters that train, moved from their start at random."""
-    generator = torch.Generator().manual_seed(1)
-    moved = {leaf.key: start[leaf.key] + distance * _noise(known_shape(leaf.shape), generator)
-             for leaf in trial.formula.leaves if not leaf.frozen}
-    # what is kept on a manifold never leaves it, and a claim may rest on that
-    kept = {leaf.key: MANIFOLDS[leaf.manifold].retract(moved[leaf.key]) for leaf in trial.formula.leaves
-            if leaf.manifold}
-    return {**start, **moved, **kept}
-
-
-def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-
-def _defect(claim: Claim, values: dict[str, Tensor]) -> float | None:
-    matrix = dense(claim.expr, values)
-    if not matrix.isfinite().all() or matrix.shape[-1] != matrix.shape[-2]:
-        return None
-    return float(PROPERTIES[claim.name].defect(matrix))
-
-
-def _false_claim(claim: Claim, defect: float) -> Diagnostic:
-    rows, columns = claim.expr.shape
-    finite = f"{PROPERTIES[claim.name].maths} is {defect:.1e}"
-    measured = finite if defect < float("inf") else "the matrix is never square and finite"
-    return Diagnostic("false-claim", f"`{claim.owner}` is not {claim.name}", claim.span,
-                      label="random parameters refute this",
-                      notes=(f"{measured} at [{rows}, {columns}]; allowed is {CLAIM_TOLERANCE:.0e}",),
-                      helps=("leave the claim out, or mend the definition",))
+    defects: dict[Claim, list[float]] = {claim: [] for claim in trial.formula.claims}
+    for distance in _DISTANCES:
+        # Away from the start, where most transforms are the identity and every claim would hold.
+        generator, values = torch.Generator().manual_seed(1), dict(start)
+        for leaf in trial.formula.leaves:
+            if not leaf.frozen:
+                noise = torch.randn(known_shape(leaf.shape), generator=generator, dtype=torch.float64, device="cpu")
+                values[leaf.key] = start[leaf.key] + distance * noise
+            # what is kept on a manifold never leaves it, and a claim may rest on that
+            if leaf.manifold:
+                values[leaf.key] = MANIFOLDS[leaf.manifold].retract(values[leaf.key])
+        for claim, sizes in defects.items():
+            matrix = dense(claim.expr, values)
+            if matrix.isfinite().all() and matrix.shape[-1] == matrix.shape[-2]:
+                sizes.append(float(PROPERTIES[claim.name].defect(matrix)))
+    yield from ((claim, max(sizes, default=float("inf"))) for claim, sizes in defects.items())

@@ -14,7 +14,6 @@ from typing import Any
 from surgery.codegen.compiled import Compiled
 from surgery.ir.sizes import known
 from surgery.language.library import read, shipped
-from surgery.language.tree import Spec
 from surgery.planning.cost_estimates import Estimate
 from surgery.semantics.resolved_spec import resolved
 
@@ -41,16 +40,17 @@ class Entry:
 
 def catalogue() -> list[Entry]:
     """The shipped specs in the order of their names."""
-    return [_entry(name, read(path)) for name, path in shipped().items()]
-
-
-def _entry(name: str, spec: Spec) -> Entry:
-    found = _PAPER.search(spec.doc)
-    about = (name, spec.doc.partition("\n")[0], found and found[0])
-    if not spec.targets:
-        return Entry(*about, None, "the model's own parameters", None)
-    formula = resolved(spec).formulas(OUT, IN)[0][1]
-    estimate = Estimate(Compiled.supposed(formula))
-    program = "dense" if estimate.built else estimate.candidates[0].strategy
-    trained = sum(known(prod(leaf.shape)) for leaf in formula.leaves if not leaf.frozen)
-    return Entry(*about, trained, program, estimate.ratio())
+    entries = []
+    for name, path in shipped().items():
+        spec = read(path)
+        paper = _PAPER.search(spec.doc)
+        about = (name, spec.doc.partition("\n")[0], paper and paper[0])
+        if not spec.targets:  # it only unfreezes what the model has
+            entries.append(Entry(*about, None, "the model's own parameters", None))
+            continue
+        formula = resolved(spec).formulas(OUT, IN)[0][1]
+        estimate = Estimate(Compiled.supposed(formula))
+        program = "dense" if estimate.built else estimate.candidates[0].strategy
+        trained = sum(known(prod(leaf.shape)) for leaf in formula.leaves if not leaf.frozen)
+        entries.append(Entry(*about, trained, program, estimate.ratio()))
+    return entries

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import lcm, prod
 from typing import Any
 
-from surgery.diagnostics import Collector, Diagnostic
+from surgery.diagnostics import Collector
 from surgery.ir.expression import Formula
 from surgery.ir.sizes import known
 from surgery.language.expressions import Number
@@ -39,10 +39,13 @@ def trials_of(target: Target, resolved: ResolvedSpec, report: Collector) -> Iter
     sizes = sizes_to_try(numbers_named(target, resolved))
     for place in places_of(target):
         faults = Collector()
-        found = [first_that_fits(target, resolved, place, sides, faults) for sides in sizes]
-        yield from filter(None, found)
-        if not any(found):
-            report.add(_untested(target, faults))
+        trials = [first_that_fits(target, resolved, place, sides, faults) for sides in sizes]
+        yield from filter(None, trials)
+        if not any(trials):
+            # No error: a spec may well be for sizes that nobody would guess. But it must not pass for tested.
+            report.warn("untested", "no size of weight that `check` tries fits this target, so its start and its "
+                        "claims are not tested", target.span, notes=tuple(f.message for f in faults.found[:1]),
+                        helps=("`surgery apply` tests the start on a model",))
 
 
 def places_of(target: Target) -> Iterable[Mapping[str, Any]]:
@@ -51,13 +54,14 @@ def places_of(target: Target) -> Iterable[Mapping[str, Any]]:
 
 def first_that_fits(target: Target, resolved: ResolvedSpec, place: Mapping[str, Any],
                     sides: Iterable[tuple[int, int]], faults: Collector) -> Trial | None:
+    """The target at the first of the sizes that its checks and shapes allow; `faults` get what the others met."""
     for out, in_ in sides:
         local = Collector()
         formula = resolved.formula(target, local, out, in_, place)
         numbers = sum(known(prod(leaf.shape)) for leaf in formula.leaves) if formula is not None else 0
         if formula is not None and numbers <= _MOST_NUMBERS:
             return Trial(target, out, in_, formula)
-        if formula is not None:
+        if formula is not None:  # a spec of a line can ask for more memory than there is
             local.warn("untested",
                        f"its parameters hold {numbers:,} numbers at [{out}, {in_}], which are too many to try")
         faults.add(*local.found)
@@ -77,10 +81,3 @@ def numbers_named(target: Target, resolved: ResolvedSpec) -> set[int]:
     named = [resolved.library.definitions[step.call.function] for step in target.steps]
     literals = [n.value for part in (target, *named) for n in nodes(part) if isinstance(n, Number)]
     return {n for n in (*resolved.values.values(), *literals) if type(n) is int and n > 1}
-
-
-def _untested(target: Target, faults: Collector) -> Diagnostic:
-    return Diagnostic("untested",
-                      "no size of weight that `check` tries fits this target, so its start and its claims are "
-                      "not tested", target.span, severity="warning", notes=tuple(f.message for f in faults.found[:1]),
-                      helps=("`surgery apply` tests the start on a model",))
