@@ -111,24 +111,23 @@ def _demo(name: str) -> Demo:
 
 def _sized(demo: Demo, text: str) -> Demo:
     """The demo with other sizes: `hidden_size=1024,num_hidden_layers=8`."""
-    given = dict(map(_size, text.split(","))) if text else {}
+    given: dict[str, int] = {}
+    for size in text.split(",") if text else ():
+        name, _, value = size.partition("=")
+        if not value.isdecimal() or int(value) < 1:
+            raise fail("unknown-model", f"`{size}` is not a size of a demo",
+                       helps=("for example demo:llama:hidden_size=1024",))
+        given[name] = int(value)
     if given:
         import transformers
 
+        # a configuration takes whatever name it is given: a misspelt one would change nothing
         known = getattr(transformers, demo.config)(**demo.sizes)
         for name in given:
             if not isinstance(getattr(known, name, None), int):
                 near = did_you_mean(name, [*demo.sizes, *(k for k, v in vars(known).items() if isinstance(v, int))])
                 raise fail("unknown-model", f"{demo.config} has no size `{name}`", helps=(near,) if near else ())
     return replace(demo, sizes={**demo.sizes, **given})
-
-
-def _size(text: str) -> tuple[str, int]:
-    name, _, value = text.partition("=")
-    if not value.isdecimal() or int(value) < 1:
-        raise fail("unknown-model", f"`{text}` is not a size of a demo",
-                   helps=("for example demo:llama:hidden_size=1024",))
-    return name, int(value)
 
 
 def _model_class(name: str) -> type[PreTrainedModel]:

@@ -63,8 +63,10 @@ def skeleton(name: str, trust: bool = False) -> PreTrainedModel:
 def _bare(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     import torch
 
+    dtype = config.dtype or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with torch.device("meta"):
-        model = _asked(name, lambda: kind._from_config(config, dtype=_dtype(config)))
+        model = _asked(name, lambda: kind._from_config(config, dtype=dtype))
     model.tie_weights()
     return model.eval()
 
@@ -287,7 +289,7 @@ def _form_of(name: str, saved: Trained, trust: bool) -> tuple[type[PreTrainedMod
     has."""
     config = _config(name, trust)
     kind = _class_of(config, saved, _class(name, config, trust))
-    forms = _shapes(_bare(name, kind, config))
+    forms = {tensor: tuple(p.shape) for tensor, p in _bare(name, kind, config).named_parameters()}
     for tensor, value in saved.tensors.items():
         (rows, *rest), (wanted, *others) = forms.get(tensor) or (0,), tuple(value.shape) or (0,)
         if rows == config.num_labels != wanted and rest == others:
@@ -318,17 +320,6 @@ def _mapped(table: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | Non
     return table.get(type(config), None)
 
 
-def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-
-
-def _dtype(config: PreTrainedConfig) -> torch.dtype:
-    import torch
-
-    dtype = config.dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
 def _torch_dtype(name: str | None) -> torch.dtype | None:
     import torch
 
@@ -343,10 +334,7 @@ def _asked(name: str, ask: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # transformers and the hub raise whatever they like for a model that they cannot load
         helps = (_TRUST,) if "trust_remote_code" in str(error) else (_MODELS,)
-        raise fail("unknown-model", f"cannot load `{name}`: {_first_words(error)}", helps=helps) from error
-
-
-def _first_words(error: Exception) -> str:
-    """The first line of a message, and the next where that only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+        # their messages are long: the first line, and the next where that only announces it
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        why = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
+        raise fail("unknown-model", f"cannot load `{name}`: {why}", helps=helps) from error
