@@ -6,7 +6,7 @@ place, and what rests on one is reported no second time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from surgery.diagnostics import Collector, Span, SurgeryError, fail
@@ -14,7 +14,7 @@ from surgery.ir import sizes
 from surgery.ir.sizes import Dim
 from surgery.language.formatter import expression_text
 from surgery.language.other_languages import instead_of_argument
-from surgery.language.tree import Argument, Binary, Call, Check, Definition, Name, Parameter, Spec
+from surgery.language.tree import Binary, Call, Check, Definition, Name, Parameter, Spec
 from surgery.semantics.evaluate import evaluate, here
 from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
 
@@ -32,17 +32,18 @@ def typed(value: Any, parameter: Parameter, span: Span | None) -> Any:
 
 
 def defaults(params: Iterable[Parameter], given: dict[str, Any], scope: Mapping[str, Any], report: Collector,
-             missing: Any) -> dict[str, Any]:
-    """The values of formal parameters: those given, else their defaults, else `missing(parameter)`."""
+             missing: Callable[[Parameter], SurgeryError]) -> dict[str, Any]:
+    """The values of formal parameters: those given, else their defaults; one with neither is the error `missing`."""
     values: dict[str, Any] = {}
     for p in params:
         with guard(report, values, p.name):
             if p.name in given:
                 values[p.name] = given[p.name]
             elif p.default is not None:
+                # a default may name the parameters before it: `alpha: float = 2 * rank`
                 values[p.name] = typed(evaluate(p.default, {**scope, **values}), p, p.default.span or p.span)
             else:
-                values[p.name] = missing(p)
+                raise missing(p)
     return values
 
 
@@ -65,29 +66,31 @@ class guard:
 
 def bind_call(call: Call, definition: Definition, scope: Mapping[str, Any], report: Collector) -> dict[str, Any]:
     """The values that a step's call gives to a definition's parameters."""
+    parameters = {p.name: p for p in definition.params}
+    span = definition.name_span
+    defined = signature(definition) + (f" is defined at {span.source.name}:{span.line}" if span else "")
     given: dict[str, Any] = {}
     for position, argument in enumerate(call.arguments):
+        place = argument.name_span or argument.value.span
         with guard(report):
-            parameter = _formal(argument, position, definition, call)
+            if argument.name in parameters:
+                parameter = parameters[argument.name]
+            elif argument.name is None and position < len(parameters):
+                parameter = definition.params[position]
+            else:
+                count = len(parameters)
+                most = f"at most {count} argument{'s' * (count > 1)}" if parameters else "no arguments"
+                what = f"has no argument `{argument.name}`" if argument.name else f"takes {most}"
+                label, helps = instead_of_argument(argument.name or "", parameters)
+                raise fail("unknown-argument", f"{definition.name} {what}", place, label=label, notes=(defined,),
+                           helps=helps)
             if parameter.name in given:
-                raise fail("unknown-argument", f"`{parameter.name}` is given twice",
-                           argument.name_span or argument.value.span)
+                raise fail("unknown-argument", f"`{parameter.name}` is given twice", place)
+            # a value that is wrong counts as given: that it has none would be a second report of one mistake
             with guard(report, given, parameter.name):
                 given[parameter.name] = typed(evaluate(argument.value, scope), parameter, argument.value.span)
-    return defaults(definition.params, given, {}, report, lambda p: _missing(p, call, definition))
-
-
-def _formal(argument: Argument, position: int, definition: Definition, call: Call) -> Parameter:
-    names = [p.name for p in definition.params]
-    if argument.name in names:
-        return definition.params[names.index(argument.name)]
-    if argument.name is None and position < len(names):
-        return definition.params[position]
-    most = f"takes at most {len(names)} argument{'s' * (len(names) > 1)}" if names else "takes no arguments"
-    what = f"has no argument `{argument.name}`" if argument.name else most
-    label, helps = instead_of_argument(argument.name or "", names)
-    raise fail("unknown-argument", f"{definition.name} {what}", argument.name_span or argument.value.span,
-               label=label, notes=_defined(definition), helps=helps)
+    return defaults(definition.params, given, {}, report, lambda p: fail(
+        "missing-argument", f"{definition.name} needs an argument `{p.name}: {p.type}`", call.span, notes=(defined,)))
 
 
 def signature(definition: Definition | Spec) -> str:
@@ -95,18 +98,6 @@ def signature(definition: Definition | Spec) -> str:
     parts = [f"{p.name}: {p.type}" + (f" = {expression_text(p.default)}" if p.default else "")
              for p in definition.params]
     return f"{definition.name}({', '.join(parts)})"
-
-
-def _defined(definition: Definition) -> tuple[str, ...]:
-    span = definition.name_span
-    place = f" is defined at {span.source.name}:{span.line}" if span else ""
-    return (f"{signature(definition)}{place}",)
-
-
-def _missing(parameter: Parameter, call: Call, definition: Definition) -> Any:
-    raise fail("missing-argument", f"{definition.name} needs an argument `{parameter.name}: {parameter.type}`",
-               call.span,
-               notes=_defined(definition))
 
 
 def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Collector) -> bool:

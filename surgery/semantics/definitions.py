@@ -38,8 +38,16 @@ class Instance:
 
     def run(self) -> Expr | None:
         """The expression that the definition returns (None when a mistake was reported)."""
-        if self._takes_a_name():
+        # A name that means something in the body already could be read as either: an error, before anything is read.
+        before, definition = len(self.report.errors), self.definition
+        for node in (*definition.params, *definition.body):
+            assert_is_free(node.name, ("out", "in", "W", *(["b"] if definition.bias else [])), node.name_span,
+                           self.report)
+        if definition.dim:
+            assert_is_free(definition.dim, ("out", "in", "W"), definition.name_span, self.report)
+        if len(self.report.errors) > before:
             return None
+        # Its checks say which sizes it is for: at others its body would fail at a place that explains nothing.
         if not assert_checks(self.definition.checks, self.values, self.report):
             return None
         for statement in self.definition.body:
@@ -53,35 +61,23 @@ class Instance:
             return result
         return None
 
-    def _takes_a_name(self) -> bool:
-        """Whether the definition calls something by a name that has a meaning in its body, which is reported."""
-        before, definition = len(self.report.errors), self.definition
-        for node in (*definition.params, *definition.body):
-            assert_is_free(node.name, ("out", "in", "W", *(["b"] if definition.bias else [])), node.name_span,
-                           self.report)
-        if definition.dim:
-            assert_is_free(definition.dim, ("out", "in", "W"), definition.name_span, self.report)
-        return len(self.report.errors) > before
-
     def _result(self) -> Expr:
-        span = self.definition.result.span or self.definition.span
-        result = not_too_deep(evaluate(self.definition.result, self.values), span)
+        definition, values = self.definition, self.values
+        span = definition.result.span or definition.span
+        result = not_too_deep(evaluate(definition.result, values), span)
         if not isinstance(result, Expr):
-            raise fail("wrong-type", f"{self.definition.name} must return a tensor, not {describe(result)}", span)
-        wanted = self._wanted()
+            raise fail("wrong-type", f"{definition.name} must return a tensor, not {describe(result)}", span)
+        # a transform is square, of the side that it acts on; an update is like what it is added to
+        if definition.kind == "transform":
+            wanted = (values[definition.dim or ""],) * 2
+        else:
+            wanted = (values["out"],) if definition.bias else (values["out"], values["in"])
         if is_undecided(result):
             return undecided(result.args, result.data, wanted)
         if result.shape != wanted:
-            raise fail("shape-mismatch", f"{self.definition.name} returns {shape_text(result.shape)}, and "
-                       f"{with_article(self.definition.kind)} must return {shape_text(wanted)}", span,
-                       notes=self._sizes())
+            raise fail("shape-mismatch", f"{definition.name} returns {shape_text(result.shape)}, and "
+                       f"{with_article(definition.kind)} must return {shape_text(wanted)}", span, notes=self._sizes())
         return result
-
-    def _wanted(self) -> tuple[Size, ...]:
-        if self.definition.kind == "transform":
-            n = self.values[self.definition.dim or ""]
-            return (n, n)
-        return (self.values["out"],) if self.definition.bias else (self.values["out"], self.values["in"])
 
     def _sizes(self) -> tuple[str, ...]:
         names = ["out", "in", *([self.definition.dim] if self.definition.dim else [])]
@@ -122,18 +118,16 @@ class Instance:
         if isinstance(value, bool) or not isinstance(value, (*NUMBERS, Expr)):
             raise fail("wrong-type", f"`{param.name}` must start at a number or a tensor, not {describe(value)}",
                        init.span)
-        start = self._start(value, param.name, init.span)
-        if start.shape not in ((), shape):
+        try:
+            start = tensor(value)
+        except OverflowError:
+            raise fail("bad-value", f"`{param.name}` starts at {describe(value)}, which float32 cannot hold",
+                       init.span) from None
+        if start.shape not in ((), shape):  # a number is the value of every entry
             raise fail("shape-mismatch",
                        f"`{param.name}` is {shape_text(shape)} but starts at {shape_text(start.shape)}",
                        init.span or param.span, notes=self._sizes())
         return start
-
-    def _start(self, value: Any, name: str, span: Span | None) -> Expr:
-        try:
-            return tensor(value)
-        except OverflowError:
-            raise fail("bad-value", f"`{name}` starts at {describe(value)}, which float32 cannot hold", span) from None
 
     def _draw(self, param: Param, call: Call, shape: tuple[Size, ...]) -> Draw:
         place = call.name_span or call.span

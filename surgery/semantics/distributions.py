@@ -49,8 +49,12 @@ def draw(law: Draw, shape: tuple[int, ...], *names: object) -> Any:
     that the draw depends on."""
     import torch
 
+    # A hash of the names, and no state that runs on: another module in the model, or another order, moves no draw. On
+    # the CPU, since the generators of devices give other numbers.
+    text = "\0".join(map(str, names))
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(seed)
     row = DISTRIBUTIONS[law.distribution]
-    generator = torch.Generator().manual_seed(_seed(names))
     if row.whole:
         most = law.arguments[0][1]
         assert isinstance(most, (int, float))  # a real module's sizes are known, and so is a number made of them
@@ -74,8 +78,3 @@ def _integers(below: int, shape: tuple[int, ...], generator: Any) -> Any:
 
 
 _WHOLE = {"sample": _sample, "integers": _integers}
-
-
-def _seed(names: tuple[object, ...]) -> int:
-    text = "\0".join(map(str, names))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

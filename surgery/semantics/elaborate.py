@@ -83,18 +83,21 @@ class _Builder:
 
     def place(self, index: int, step: Step, name: str) -> None:
         dropout = 0.0
-        with guard(self.report):
+        with guard(self.report):  # one of its own, so that a wrong rate hides no mistake in the call
             dropout = self._dropout(step)
         with guard(self.report):
             definition = self._definition(step)
             if definition.bias and not self.has_bias:
                 return
+            # An update sees the frozen weight, wherever it stands; a transform sees what stands before it.
             operand = self.weight if step.placement == "add" else self.plain
-            made = self._instance(step, name, definition, operand)
-            if made is not None:
-                part = made if step.placement != "add" or definition.bias else self._dropped(made, dropout, name)
+            plain = self._instance(step, name, definition, operand)
+            if plain is not None:
+                part = plain
+                if dropout and step.placement == "add" and not definition.bias:
+                    part = Expr("drop", (plain,), (dropout, name), plain.shape)
                 self.parts.append(Part(index, part, operand))
-                self._put(step, definition, part, made)
+                self._put(step, definition, part, plain)
                 not_too_deep(self.x, step.span)
                 not_too_deep(self.bias, step.span)
 
@@ -129,24 +132,25 @@ class _Builder:
                        f"{with_article(known[call.function].kind)}", place, helps=(f"place it with `{other}`",))
         return known[call.function]
 
-    def _dropped(self, update: Expr, dropout: float, name: str) -> Expr:
-        return Expr("drop", (update,), (dropout, name), update.shape) if dropout else update
-
     def _put(self, step: Step, definition: Definition, part: Expr, plain: Expr) -> None:
-        """What a step made, in its place."""
-        if step.placement != "add":
-            self._transform(step, part)
-        elif definition.bias:
-            self._shift(step, part)
-        else:
+        """What a step says is done to W' and b'; `plain`: the part without dropout."""
+        if step.placement == "add" and definition.bias:
+            if step.dropout is not None:
+                raise fail("wrong-kind",
+                           f"dropout acts on an update's input, and {step.call.function} is added to the bias",
+                           step.dropout.span)
+            self.bias = make("add", self.bias, part)
+        elif step.placement == "add":
             self.x, self.plain = make("add", self.x, part), make("add", self.plain, plain)
-
-    def _shift(self, step: Step, update: Expr) -> None:
-        if step.dropout is not None:
-            raise fail("wrong-kind",
-                       f"dropout acts on an update's input, and {step.call.function} is added to the bias",
-                       step.dropout.span)
-        self.bias = make("add", self.bias, update)
+        elif step.side == "out":
+            self.x, self.plain = make("matmul", part, self.x), make("matmul", part, self.plain)
+            if step.bias:
+                self.bias = make("matmul", part, self.bias)
+        else:
+            self.x, self.plain = make("matmul", self.x, part), make("matmul", self.plain, part)
+            if step.bias:
+                raise fail("wrong-kind", "`with bias` needs a transform `on out`: the bias is a column of the output",
+                           step.span)
 
     def _dropout(self, step: Step) -> float:
         if step.dropout is None:
@@ -158,16 +162,6 @@ class _Builder:
             raise fail("bad-value", f"dropout must be at least 0 and less than 1, not {float(p):g}", step.dropout.span,
                        helps=("write 5% or 0.05",))
         return float(p)
-
-    def _transform(self, step: Step, transform: Expr) -> None:
-        left = step.side == "out"
-        self.x, self.plain = (make("matmul", transform, x) if left else make("matmul", x, transform)
-                              for x in (self.x, self.plain))
-        if left and step.bias:
-            self.bias = make("matmul", transform, self.bias)
-        elif step.bias:
-            raise fail("wrong-kind", "`with bias` needs a transform `on out`: the bias is a column of the output",
-                       step.span)
 
 
 def _placed(diagnostic: Diagnostic, step: Step) -> Diagnostic:

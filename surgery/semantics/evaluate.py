@@ -45,12 +45,21 @@ _CONSTANT_NAMES = {"pi": math.pi}  # where nothing else is called so
 def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
     """The value of `node` where `names` are in scope. Raises: SurgeryError, Poisoned."""
     try:
-        value = _within_bounds(_RULES[type(node)](node, names))
+        value = _RULES[type(node)](node, names)
+        # No number beyond those that a spec can hold, even on the way: Python's own have no end, and a fraction whose
+        # digits double at each `let` would take all memory.
+        is_endless = (isinstance(value, float) and not math.isfinite(value)
+                      or isinstance(value, Fraction) and not has_few_digits(value))
+        if is_endless or isinstance(value, (int, Fraction)) and abs(value) > MAX_INT:
+            raise OverflowError
         if isinstance(value, Expr):
             assert_can_exist(value.shape, node.span)
         return value
     except ShapeError as error:
-        raise fail("shape-mismatch", f"{_callee(node)}{error}", node.span, notes=_where(node)) from None
+        # of an operator the place says who it is that the shapes do not fit
+        callee = node.function if isinstance(node, tree.Call) else ".T" if isinstance(node, tree.Transpose) else ""
+        raise fail("shape-mismatch", f"{f'`{callee}` ' if callee else ''}{error}", node.span,
+                   notes=() if node.span else (f"in `{expression_text(node)}`",)) from None
     except ZeroDivisionError:
         raise fail("bad-value", f"`{expression_text(node)}` divides by zero", node.span,
                    notes=here(node, names)) from None
@@ -59,29 +68,11 @@ def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
                    notes=here(node, names)) from None
 
 
-def _within_bounds(value: Any) -> Any:
-    """The value, if it is no number beyond those that a spec can hold. Raises: OverflowError."""
-    is_endless = (isinstance(value, float) and not math.isfinite(value)
-                  or isinstance(value, Fraction) and not has_few_digits(value))
-    if is_endless or isinstance(value, (int, Fraction)) and abs(value) > MAX_INT:
-        raise OverflowError
-    return value
-
-
 def assert_can_exist(shape: Iterable[Size], span: Span | None) -> None:
     """Raises: SurgeryError (bad-value), for a shape of more numbers than a tensor can hold."""
     shape = tuple(shape)
     if math.prod(n for n in shape if isinstance(n, int)) > MAX_NUMBERS:
         raise fail("bad-value", f"a tensor {shape_text(shape)} holds more numbers than there can be", span)
-
-
-def _callee(node: tree.Expression) -> str:
-    """Who says that shapes do not fit; of an operator the place says it."""
-    return f"`{node.function}` " if isinstance(node, tree.Call) else "`.T` " if isinstance(node, tree.Transpose) else ""
-
-
-def _where(node: tree.Expression) -> tuple[str, ...]:
-    return () if node.span else (f"in `{expression_text(node)}`",)
 
 
 def here(node: tree.Expression, names: Mapping[str, Any]) -> tuple[str, ...]:
@@ -130,7 +121,12 @@ def _unary(node: tree.Unary, names: Mapping[str, Any]) -> Any:
 def _binary(node: tree.Binary, names: Mapping[str, Any]) -> Any:
     left, right = evaluate(node.left, names), evaluate(node.right, names)
     if node.op in ("and", "or"):
-        return _logic(node, left, right)
+        # One true decides `or`, one false decides `and`, whatever is not known of the other side.
+        sides = [v if v is UNDECIDED else _truth(v, n) for v, n in ((left, node.left), (right, node.right))]
+        decisive = node.op == "or"
+        if decisive in [v for v in sides if v is not UNDECIDED]:
+            return decisive
+        return UNDECIDED if UNDECIDED in sides else not decisive
     if node.op in _ORDER or node.op in ("==", "!="):
         return _compare(node, left, right)
     _numeric(left, node.left)
@@ -142,14 +138,6 @@ def _binary(node: tree.Binary, names: Mapping[str, Any]) -> Any:
     if node.op == "@":
         raise ShapeError("`@` needs matrices, not two numbers; use `*`")
     return tidy(_ARITHMETIC[node.op](left, right))
-
-
-def _logic(node: tree.Binary, left: Any, right: Any) -> Any:
-    sides = [v if v is UNDECIDED else _truth(v, n) for v, n in ((left, node.left), (right, node.right))]
-    decisive = node.op == "or"  # one true decides `or`, one false decides `and`
-    if decisive in [v for v in sides if v is not UNDECIDED]:
-        return decisive
-    return UNDECIDED if UNDECIDED in sides else not decisive
 
 
 def _compare(node: tree.Binary, left: Any, right: Any) -> Any:
@@ -199,6 +187,7 @@ def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
     condition = evaluate(node.condition, names)
     if condition is not UNDECIDED:
         return evaluate(node.then if _truth(condition, node.condition) else node.otherwise, names)
+    # Both sides are read, so that mistakes in either are found before sizes are known; which one holds is not guessed.
     both = evaluate(node.then, names), evaluate(node.otherwise, names)
     if all(isinstance(v, Expr) for v in both):
         return both[0] if both[0].shape == both[1].shape else undecided(both, expression_text(node))
@@ -206,15 +195,13 @@ def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
 
 
 def _matrix(node: tree.Matrix, names: Mapping[str, Any]) -> Expr:
-    rows = tuple(tuple(_entry(e, names) for e in row) for row in node.rows)
-    return make("literal", data=rows)
+    def number(entry: tree.Expression) -> int | float:
+        value = evaluate(entry, names)
+        if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)):
+            raise fail("wrong-type", f"an entry of a matrix must be a known number, not {describe(value)}", entry.span)
+        return float(value) if isinstance(value, Fraction) else value
 
-
-def _entry(node: tree.Expression, names: Mapping[str, Any]) -> int | float:
-    value = evaluate(node, names)
-    if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)):
-        raise fail("wrong-type", f"an entry of a matrix must be a known number, not {describe(value)}", node.span)
-    return float(value) if isinstance(value, Fraction) else value
+    return make("literal", data=tuple(tuple(map(number, row)) for row in node.rows))
 
 
 def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:

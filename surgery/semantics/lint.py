@@ -25,33 +25,32 @@ def lint(resolved: ResolvedSpec) -> list[Diagnostic]:
     spec, report = resolved.spec, Collector()
     for definition in spec.definitions:
         report.add(*(told_of_definitions(d, resolved.library.definitions) for d in _definition(definition)))
-    told = {(d.code, d.span) for d in report.found}
+    reported = {(d.code, d.span) for d in report.found}
     of_steps = Collector()
     for target in spec.targets:
         resolved.formula(target, of_steps)
     # a mistake of a definition's own is told once, and not again for each step that calls it
-    report.add(*(d for d in of_steps.found if d.span is None or (d.code, d.span) not in told))
+    report.add(*(d for d in of_steps.found if d.span is None or (d.code, d.span) not in reported))
     report.add(*([] if report.errors else _unused(spec)))  # a misspelt name would make the one that was meant unused
     return report.found
 
 
 def _definition(definition: Definition) -> list[Diagnostic]:
-    """Mistakes of a definition on its own. A transform need only make sense on one side."""
+    """Mistakes of a definition on its own, at sizes and values that are not known. A transform need only make sense on
+    one side."""
     report = Collector()
     for claim, span in zip(definition.claims, definition.claims_spans or (None,) * len(definition.claims)):
         if claim not in CLAIMS:
             report.add(*unknown("unknown-claim", "claim", claim, CLAIMS, span).diagnostics)
-    sides = [_abstract(definition, n) for n in ((OUT, IN) if definition.dim else (OUT,))]
-    report.add(*([] if not all(sides) else sides[0]))
-    return report.found
-
-
-def _abstract(definition: Definition, n: Any) -> list[Diagnostic]:
-    report, in_ = Collector(), OUT if says_square(definition.checks) else IN
-    n = OUT if in_ is OUT else n
-    side = {definition.dim: n} if definition.dim else {"b": Expr("bias", (), None, (OUT,))} if definition.bias else {}
-    values = {**unknowns(definition.params), "out": OUT, "in": in_, **side, "W": Expr("weight", (), None, (OUT, in_))}
-    Instance(definition, definition.name, values, report).run()
+    in_ = OUT if says_square(definition.checks) else IN
+    of_sides: list[list[Diagnostic]] = []
+    for n in (OUT, in_) if definition.dim else (OUT,):
+        faults, side = Collector(), {"b": Expr("bias", (), None, (OUT,))} if definition.bias else {}
+        values = {**unknowns(definition.params), "out": OUT, "in": in_,
+                  **({definition.dim: n} if definition.dim else side), "W": Expr("weight", (), None, (OUT, in_))}
+        Instance(definition, definition.name, values, faults).run()
+        of_sides.append(faults.found)
+    report.add(*(of_sides[0] if all(of_sides) else []))
     return report.found
 
 

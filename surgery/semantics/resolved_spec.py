@@ -14,7 +14,7 @@ from surgery.ir import sizes
 from surgery.ir.expression import Formula
 from surgery.ir.sizes import Size
 from surgery.language.library import library
-from surgery.language.tree import Parameter, Spec, Target
+from surgery.language.tree import Spec, Target
 from surgery.semantics.arguments import assert_checks, defaults, says_square
 from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import names_in
@@ -28,14 +28,11 @@ def spec_values(spec: Spec, report: Collector) -> dict[str, Any]:
     """The values of a spec's parameters. Reports a missing value, a wrong type, a `check` that is not met."""
     for parameter in spec.params:
         assert_is_free(parameter.name, ("out", "in", *PLACES), parameter.name_span, report)
-    values = defaults(spec.params, {}, {}, report, _no_value)
+    values = defaults(spec.params, {}, {}, report, lambda p: fail(
+        "missing-argument", f"the spec's parameter `{p.name}` has no value", p.name_span,
+        helps=(f"give it a default, or --set {p.name}=...",)))
     assert_checks(spec.checks, values, report)
     return values
-
-
-def _no_value(parameter: Parameter) -> Any:
-    raise fail("missing-argument", f"the spec's parameter `{parameter.name}` has no value", parameter.name_span,
-               helps=(f"give it a default, or --set {parameter.name}=...",))
 
 
 class ResolvedSpec:
@@ -51,24 +48,23 @@ class ResolvedSpec:
                 place: Mapping[str, Any] = PLACES, has_bias: bool = True) -> Formula | None:
         """The formula of a target for a weight [out, in], which stands at a `place` (its `layer` and `depth`; what is
         None is not known there); None when a mistake was reported. Without more, of a weight of any size anywhere."""
-        in_ = OUT if out is OUT and in_ is IN and self._is_square(target) else in_
+        if out is OUT and in_ is IN:
+            # Of any size, but for a definition that says `check out == in`: then of any square one.
+            known = self.library.definitions
+            placed = [known[step.call.function] for step in target.steps if step.call.function in known]
+            in_ = OUT if any(says_square(definition.checks) for definition in placed) else in_
         asked = {name: value for name, value in place.items() if value is not None}
         # a place that nothing reads makes no other formula; what may be read anywhere is said of an unknown name
         asked = asked if place is PLACES or names_in(target).keys() & PLACES.keys() else {}
+        # A model has many layers of few sizes: each formula is made once, with its faults, which every caller is told.
         key = (id(target), out, in_, has_bias, *asked.items())
         if key not in self._known:
             faults = Collector()
             context = Context(self.library, {**self.values, **asked}, self._groups.get(id(target), "0"))
             self._known[key] = elaborate(target, context, out, in_, faults, has_bias), faults.found
-        formula, found = self._known[key]
-        report.add(*found)
+        formula, diagnostics = self._known[key]
+        report.add(*diagnostics)
         return formula
-
-    def _is_square(self, target: Target) -> bool:
-        """Whether a definition that the target places is for square weights alone."""
-        known = self.library.definitions
-        return any(says_square(known[step.call.function].checks) for step in target.steps
-                   if step.call.function in known)
 
     def formulas(self, out: Size = OUT, in_: Size = IN,
                  place: Mapping[str, Any] = PLACES) -> list[tuple[Target, Formula]]:
