@@ -59,11 +59,20 @@ class Place:
 def trivia_of(text: str, root: Tree, tokens: list[Token]) -> dict[int, Trivia]:
     """The trivia of every statement that has any, by the offset of its start."""
     whole = _places(root, [extent(t)[0] for t in tokens if t.type == "LBRACE"])
+    # Strings are matched as well, so that a `#` in one of them is passed over.
     for match in _STRING_OR_COMMENT.finditer(text):
         if match[1]:
             _give(text, whole, match.span())
-    return {place.start: trivia for parent in whole.everything() for place, trivia in _finished(text, parent)} | {
-        FILE: Trivia(inside=_lines(text, whole.inside, _last_end(whole), None))}
+    trivia = {FILE: Trivia(inside=_lines(text, whole.inside, _last_end(whole), None))}
+    for parent in whole.everything():
+        for before, part in zip([None, *parent.parts], parent.parts):
+            # what stands before the `{` ends no blank line for what stands behind it
+            same_side = before is not None and parent.in_block(before.start) == parent.in_block(part.start)
+            above = _lines(text, part.above, before.end if before and same_side else None, part.start)
+            is_blank = above[:1] == ("",)
+            trivia[part.start] = Trivia(above[is_blank:], "".join(text[a:b].rstrip() for a, b in part.beside),
+                                        _lines(text, part.inside, _last_end(part), None), is_blank)
+    return trivia
 
 
 def _places(root: Tree, braces: list[int]) -> Place:
@@ -104,17 +113,6 @@ def _give(text: str, whole: Place, comment: tuple[int, int]) -> None:
         parent.above.append(comment)
 
 
-def _finished(text: str, parent: Place) -> Iterator[tuple[Place, Trivia]]:
-    for before, part in zip([None, *parent.parts], parent.parts):
-        if before is not None and parent.in_block(before.start) != parent.in_block(part.start):
-            before = None
-        lines = _lines(text, part.above, before.end if before else None, part.start)
-        beside = "".join(text[a:b].rstrip() for a, b in part.beside)
-        trivia = Trivia(lines[lines[:1] == ("",) :], beside, _lines(text, part.inside, _last_end(part), None),
-                        lines[:1] == ("",))
-        yield part, trivia
-
-
 def _last_end(place: Place) -> int | None:
     ends = [part.end for part in place.parts if place.in_block(part.start)]
     return ends[-1] if ends else None
@@ -122,11 +120,11 @@ def _last_end(place: Place) -> int | None:
 
 def _lines(text: str, comments: list[tuple[int, int]], start: int | None, end: int | None) -> tuple[str, ...]:
     """The comments as lines, with "" where a blank line stands between two of them, before or after."""
-    found: list[str] = []
+    lines: list[str] = []
     for a, b in comments:
-        found += [""] * _blank(text, start, a) + [text[a:b].rstrip()]
+        lines += [""] * _blank(text, start, a) + [text[a:b].rstrip()]
         start = b
-    return (*found, *[""] * _blank(text, start, end))
+    return (*lines, *[""] * _blank(text, start, end))
 
 
 def _blank(text: str, start: int | None, end: int | None) -> bool:

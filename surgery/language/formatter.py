@@ -36,9 +36,39 @@ def expression_text(expression: tree.Expression) -> str:
 
 def _operand(expression: tree.Expression, least: int) -> str:
     """The text where something must stand that binds at least as tightly as `least`."""
-    needed = 1 if _binding(expression) < least else 0
-    pairs = max(expression.parens, needed)
-    return "(" * pairs + _bare(expression) + ")" * pairs
+    binding = _binding(expression)
+    match expression:
+        case tree.Number():
+            # as it was written (`5%`, `1_024`), unless a change in Python has left another value beside that text
+            is_kept = expression.text and tree.Number(read_number(expression.text)) == expression
+            text = expression.text if is_kept else repr(expression.value)
+        case tree.String():
+            text = f'"{expression.value}"'
+        case tree.Boolean():
+            text = "true" if expression.value else "false"
+        case tree.Name():
+            text = expression.id
+        case tree.Call():
+            arguments = [f"{a.name} = " * bool(a.name) + expression_text(a.value) for a in expression.arguments]
+            text = f"{expression.function}({', '.join(arguments)})"
+        case tree.Matrix():
+            rows = [f"[{', '.join(map(expression_text, row))}]" for row in expression.rows]
+            text = f"[{', '.join(rows)}]"
+        case tree.Transpose():
+            text = f"{_operand(expression.operand, POSTFIX)}.T"
+        case tree.Unary():
+            text = f"{expression.op}{' ' * (expression.op == 'not')}{_operand(expression.operand, binding)}"
+        case tree.Binary():
+            # operators group to the left: an equal one on the right needs parentheses; comparisons do not chain at all
+            left = _operand(expression.left, binding + (binding == COMPARE))
+            text = f"{left} {expression.op} {_operand(expression.right, binding + 1)}"
+        case tree.If():
+            condition, then = expression_text(expression.condition), expression_text(expression.then)
+            text = f"if {condition} then {then} else {expression_text(expression.otherwise)}"
+        case _:
+            raise AssertionError(f"no text for {type(expression).__name__}")
+    pairs = max(expression.parens, 1 if binding < least else 0)
+    return "(" * pairs + text + ")" * pairs
 
 
 def _binding(expression: tree.Expression) -> int:
@@ -52,53 +82,6 @@ def _binding(expression: tree.Expression) -> int:
         case tree.Transpose():
             return POSTFIX
     return ATOM
-
-
-def _bare(expression: tree.Expression) -> str:
-    match expression:
-        case tree.Number():
-            return _number(expression)
-        case tree.String():
-            return f'"{expression.value}"'
-        case tree.Boolean():
-            return "true" if expression.value else "false"
-        case tree.Name():
-            return expression.id
-        case tree.Call():
-            return f"{expression.function}({', '.join(map(_argument, expression.arguments))})"
-        case tree.Matrix():
-            return f"[{', '.join(map(_row, expression.rows))}]"
-        case tree.Transpose():
-            return f"{_operand(expression.operand, POSTFIX)}.T"
-        case tree.Unary():
-            space = " " if expression.op == "not" else ""
-            return f"{expression.op}{space}{_operand(expression.operand, _binding(expression))}"
-        case tree.Binary():
-            return _binary(expression)
-        case tree.If():
-            condition, then, otherwise = map(expression_text,
-                                             (expression.condition, expression.then, expression.otherwise))
-            return f"if {condition} then {then} else {otherwise}"
-    raise AssertionError(f"no text for {type(expression).__name__}")
-
-
-def _binary(expression: tree.Binary) -> str:
-    binding = _binding(expression)
-    left = _operand(expression.left, binding + (binding == COMPARE))  # comparisons do not chain
-    return f"{left} {expression.op} {_operand(expression.right, binding + 1)}"
-
-
-def _row(entries: tuple[tree.Expression, ...]) -> str:
-    return f"[{', '.join(map(expression_text, entries))}]"
-
-
-def _number(number: tree.Number) -> str:
-    kept = number.text and tree.Number(read_number(number.text)) == number
-    return number.text if kept else repr(number.value)
-
-
-def _argument(argument: tree.Argument) -> str:
-    return (f"{argument.name} = " if argument.name else "") + expression_text(argument.value)
 
 
 # -------------------------------------------------------------------------------------------------- statements
@@ -115,12 +98,18 @@ def spec_text(spec: tree.Spec) -> str:
              *spec.train]
     placed = _in_order(items)
     blocks = [_item(item) for item in placed or items]
-    if placed is None:
+    if placed is None:  # a spec that was built has no blank lines of its own: one before each statement
         blocks = [[("", ""), *block] if block[0] != ("", "") else block for block in blocks]
     first = [_plain(spec.language_trivia, [f"language {spec.language}"], 0)] if spec.language is not None else []
-    blocks = [*first, *blocks]
-    lines = [line for block in blocks for line in block] + _comments(spec.trivia.inside, 0)
-    return _joined(lines[1:] if lines[:1] == [("", "")] else lines)
+    lines = [line for block in (*first, *blocks) for line in block] + _comments(spec.trivia.inside, 0)
+    text = ""
+    # comments beside consecutive lines of one depth start in one column
+    for (beside, _), run in groupby(lines[1:] if lines[:1] == [("", "")] else lines,
+                                    key=lambda line: (bool(line[1]), len(line[0]) - len(line[0].lstrip()))):
+        rows = list(run)
+        width = max(len(left) for left, _ in rows)
+        text += "".join(f"{left:{width}}  {comment}\n" if beside else f"{left}\n" for left, comment in rows)
+    return text
 
 
 def _in_order(nodes: list) -> list | None:
@@ -155,21 +144,17 @@ def _definition(node: tree.Definition) -> list[Line]:
 
 
 def _target(node: tree.Target) -> list[Line]:
-    flags = ["shifted"] * node.shifted + ["untie"] * node.untie
-    excluded = ["except", *_listed(node.exclude)] if node.exclude else []
-    head = _wrapped(["override target" if node.override else "target", *_kind(node), *_listed(node.selectors),
-                     *excluded,
-                     *flags, "{"])
+    words = ["override target" if node.override else "target"]
+    if node.ancestor:
+        words.append(f"{node.kind} in {node.ancestor}")
+    elif node.kind != "any" or not node.selectors:
+        words.append(node.kind)  # `any` is what no kind means, but a target must say something
+    words += _listed(node.selectors)
+    words += ["except", *_listed(node.exclude)] if node.exclude else []
+    words += [*["shifted"] * node.shifted, *["untie"] * node.untie, "{"]
     width = max(len(step.placement) for step in node.steps)
     steps = [line for step in node.steps for line in _plain(step.trivia, [step_text(step, width)], 1)]
-    return _statement(node.trivia, head, steps)
-
-
-def _kind(node: tree.Target) -> list[str]:
-    """Every kind is what no kind means, unless nothing else narrows the target."""
-    if node.ancestor:
-        return [f"{node.kind} in {node.ancestor}"]
-    return [node.kind] if node.kind != "any" or not node.selectors else []
+    return _statement(node.trivia, _wrapped(words), steps)
 
 
 def step_text(step: tree.Step, width: int = 0) -> str:
@@ -252,13 +237,3 @@ def _wrapped(chunks: list[str]) -> list[Line]:
         else:
             lines.append(f"{INDENT * 2}{chunk}")
     return [(line, "") for line in lines]
-
-
-def _joined(lines: list[Line]) -> str:
-    """The text; comments beside consecutive lines of one depth start in one column."""
-    text = ""
-    for (beside, _), run in groupby(lines, key=lambda line: (bool(line[1]), len(line[0]) - len(line[0].lstrip()))):
-        rows = list(run)
-        width = max(len(left) for left, _ in rows)
-        text += "".join(f"{left:{width}}  {comment}\n" if beside else f"{left}\n" for left, comment in rows)
-    return text

@@ -17,7 +17,16 @@ from surgery.diagnostics import Diagnostic, SurgeryError
 
 def misfits(error: ValidationError, root: str) -> SurgeryError:
     """`Spec.targets[0].kind must be 'linear', 'conv', 'embedding' or 'any', not 'lin'`."""
-    return SurgeryError([diagnostic for e in error.errors() for diagnostic in _diagnostics(root, e)])
+    diagnostics: list[Diagnostic] = []
+    for details in error.errors():
+        # An expression's own error has a place in its text: it is kept, and only where it stands is added.
+        cause = getattr(details.get("ctx", {}).get("error"), "__cause__", None)
+        if isinstance(cause, SurgeryError):
+            note = f"in {_path(root, details['loc'])}"
+            diagnostics += [replace(d, notes=(*d.notes, note)) for d in cause.diagnostics]
+        else:
+            diagnostics.append(Diagnostic("bad-value", _message(root, details)))
+    return SurgeryError(diagnostics)
 
 
 @contextmanager
@@ -27,13 +36,6 @@ def told_of(root: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         raise misfits(error, root) from None
-
-
-def _diagnostics(root: str, error: ErrorDetails) -> list[Diagnostic]:
-    cause = getattr(error.get("ctx", {}).get("error"), "__cause__", None)
-    if isinstance(cause, SurgeryError):
-        return [replace(d, notes=(*d.notes, f"in {_path(root, error['loc'])}")) for d in cause.diagnostics]
-    return [Diagnostic("bad-value", _message(root, error))]
 
 
 def _message(root: str, error: ErrorDetails) -> str:

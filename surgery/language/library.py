@@ -16,13 +16,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest
+from surgery.diagnostics import Collector, Source, Span, SurgeryError, did_you_mean, fail, nearest
 from surgery.files import SPEC_BYTES, read_bytes
 from surgery.language import resources
 from surgery.language.formatter import step_text
 from surgery.language.other_languages import instead_of_argument
 from surgery.language.parser import parse_expression, parse_text
-from surgery.language.tree import Argument, Definition, Pattern, Reference, Select, Spec, Use, as_expression
+from surgery.language.tree import Argument, Definition, Pattern, Reference, Select, Spec, as_expression
 from surgery.language.unsupported_methods import refusal
 
 PRELUDE = "std"
@@ -110,8 +110,13 @@ def read(path: Path, asked: Span | None = None) -> Spec:
     try:
         text = read_bytes(path, SPEC_BYTES, any_kind=asked is None).decode("utf-8")
     except OSError as error:
+        helps = []
+        if error.errno == errno.ENOENT:  # else the file is there, and another name would be no better
+            near = nearest(path.stem, (p.stem for p in path.parent.glob("*.surg")))
+            helps = [f"did you mean `{stem}.surg`?" for stem in near]
+            helps += [f"`{path.stem}` is the name of a spec that ships"] if path.stem in shipped() else []
         raise fail("missing-file", f"cannot read {_shortened(path)}: {error.strerror or error}", asked,
-                   helps=_instead_of(path) if error.errno == errno.ENOENT else ()) from None
+                   helps=tuple(helps)) from None
     except UnicodeDecodeError as error:
         raise fail("missing-file", f"cannot read {path}: byte {error.start} is not UTF-8", asked) from None
     return _parsed(text, str(path)) if len(text) <= _KEPT else parse_text(text, str(path))
@@ -124,13 +129,6 @@ _parsed = lru_cache(maxsize=64)(parse_text)
 def _shortened(path: Path) -> str:
     """A path as a message names it: of a long one the end."""
     return text if len(text := str(path)) <= _LONGEST_PATH else f"...{text[-_LONGEST_PATH:]}"
-
-
-def _instead_of(path: Path) -> tuple[str, ...]:
-    """What may have been meant by a file that does not exist."""
-    near = nearest(path.stem, (p.stem for p in path.parent.glob("*.surg")))
-    ships = f"`{path.stem}` is the name of a spec that ships" if path.stem in shipped() else ""
-    return (*(f"did you mean `{stem}.surg`?" for stem in near), *filter(None, [ships]))
 
 
 # ---------------------------------------------------------------------------------------------------- scope
@@ -176,10 +174,13 @@ def _follow(spec: Spec, found: dict[Path, Spec], trail: tuple[tuple[Path, Span |
         path = here.parent / use.path
         if _is_no_path(str(path)):
             raise fail("missing-file", f"`{_shortened(Path(use.path))}` can be no file's name", use.span)
+        # Files are told apart by where they are, and not by how they are called: `a.surg` and `./a.surg` are one.
         place = path.resolve()
         passed = (*trail, (here, use.span))
         if place in [p for p, _ in passed]:
-            raise _cycle(use, passed)
+            earlier = tuple((span, "which is used from here") for _, span in passed[:-1] if span)
+            raise fail("import-cycle", f"`{use.path}` comes to use itself", use.span, related=earlier,
+                       helps=("move what both need into a third file",))
         if place not in found:
             file = read(_as_written(path), use.span)
             _follow(file, found, passed)
@@ -198,12 +199,6 @@ def _is_no_path(text: str) -> bool:
 def _as_written(path: Path) -> Path:
     """A path below the working directory is shown relative to it, as the user wrote the first one."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def _cycle(use: Use, passed: tuple[tuple[Path, Span | None], ...]) -> Exception:
-    earlier = tuple((span, "which is used from here") for _, span in passed[:-1] if span)
-    return fail("import-cycle", f"`{use.path}` comes to use itself", use.span, related=earlier,
-                helps=("move what both need into a third file",))
 
 
 # --------------------------------------------------------------------------------------------------- change
@@ -246,13 +241,14 @@ def retarget(spec: Spec, *patterns: str, at: int | None = None) -> Spec:
     count = len(spec.targets)
     if not 1 <= (1 if at is None and count == 1 else at or 0) <= count:
         raise _no_such_target(spec, at)
+    # `encoder` may be a module at the top of the model, too: only a name that a `select` has is a selector.
     chosen = tuple(Reference(p) if p.isidentifier() and p in library(spec).selects else Pattern(p) for p in patterns)
     targets = [*spec.targets]
     targets[(at or 1) - 1] = targets[(at or 1) - 1].model_copy(update={"selectors": chosen})
     return spec.model_copy(update={"targets": tuple(targets)})
 
 
-def _no_such_target(spec: Spec, at: int | None) -> Exception:
+def _no_such_target(spec: Spec, at: int | None) -> SurgeryError:
     """It is not clear which target is to take other modules: each is shown with its number."""
     who, count = f"`{spec.name}`" if spec.name else "a spec without a name", len(spec.targets)
     if count < 2:
@@ -260,13 +256,12 @@ def _no_such_target(spec: Spec, at: int | None) -> Exception:
                     f"{who} has no target " + (f"{at}, only one" if count else "that could take other modules"))
     which = f"has {count} targets: say which of them is to take other modules"
     message = which if at is None else f"has no target {at}"
-    places = [(t.span, f"this is {i}") for i, t in enumerate(spec.targets, start=1) if t.span]
-    return fail("bad-value", f"{who} {message}", related=tuple((_first_line(span), label) for span, label in places),
+    related = []
+    for i, span in ((i, target.span) for i, target in enumerate(spec.targets, start=1) if target.span):
+        first_line = span.source.text[span.start : span.end].split("\n")[0]  # its head says which one it is
+        related.append((replace(span, end=span.start + len(first_line)), f"this is {i}"))
+    return fail("bad-value", f"{who} {message}", related=tuple(related),
                 helps=("--target '1=PATTERN', or retarget(PATTERN, at=1); the others keep their modules",))
-
-
-def _first_line(span: Span) -> Span:
-    return replace(span, end=span.start + len(span.source.text[span.start : span.end].split("\n")[0]))
 
 
 def inlined(spec: Spec) -> Spec:

@@ -70,11 +70,15 @@ def _parse(source: Source, start: str, found: Collector, begin: int = 0) -> tupl
     while isinstance(result := _run(source, text, start), _Stopped):
         is_new = result.diagnostic not in found.found
         found.add(result.diagnostic)
+        # What is wrong is written over with blanks, so that every place stays where it is, and all is read again: first
+        # the statement alone, and where that is not possible all up to the next statement of the file.
         rest = _without_statement(text, result) if start == "file" else None
-        if rest is None:
-            item = _next_item(text, resume, result.offset) if start == "file" else None
-            resume = resume if item is None else item
-            rest = None if item is None else re.sub(r"[^\n]", " ", text[:item]) + text[item:]
+        if rest is None and start == "file":
+            words = "|".join(word for word in item_words() if word != "check")  # which may also stand in a body
+            lines = re.compile(rf"^[ \t]*(?=({words})\b)", re.MULTILINE).finditer(text, max(result.offset - 1, 0))
+            item = next((m.end() for m in lines if m.end() >= max(result.offset, resume + 1)), None)
+            if item is not None:
+                resume, rest = item, re.sub(r"[^\n]", " ", text[:item]) + text[item:]
         if rest is None or not is_new or len(found.found) >= MAX_ERRORS:
             raise SurgeryError(found.found)
         text = rest
@@ -120,13 +124,6 @@ def _run(source: Source, text: str, start: str) -> tuple[Tree, list[Token]] | _S
 def _begins() -> re.Pattern[str]:
     """What a line begins with that begins or ends a statement of a body or of a file, as `word`."""
     return re.compile(rf"^[ \t]*(?P<word>(?:{'|'.join((*BODY_WORDS, *item_words()))})\b|\}})", re.MULTILINE)
-
-
-def _next_item(text: str, start: int, error: int) -> int | None:
-    """Where the first statement of the file at or after an error begins (`check` may also stand in a body)."""
-    words = "|".join(word for word in item_words() if word != "check")
-    later = re.compile(rf"^[ \t]*(?=({words})\b)", re.MULTILINE).finditer(text, error - 1 if error else 0)
-    return next((m.end() for m in later if m.end() >= max(error, start + 1)), None)
 
 
 def from_json(text: str, name: str = "<json>") -> Spec:

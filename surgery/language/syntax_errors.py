@@ -41,7 +41,23 @@ def explain(source: Source, stopped: InteractiveParser, tokens: list[Token],
     if isinstance(bad, UnexpectedCharacters):
         return _no_token(source, bad.pos_in_stream)
     stop = Stop(source, tokens, bad, stopped.accepts() or {"$END"})
-    return _reserved(stop) if stop.is_reserved_name else _unexpected(stop)
+    place = stop.after if stop.at_end else Span(source, *extent(bad))  # the end of an empty text has no extent
+    if stop.is_reserved_name:
+        return Diagnostic("reserved-name", f"`{bad}` is a word of the language and cannot be a name", place)
+    # A bracket that was left open is the likelier mistake: then its end is what is expected, where it may stand.
+    bracket, related = stop.unclosed, ()
+    closer = {BRACKETS[bracket.type]} if bracket else set()
+    if bracket:
+        related = ((Span(source, *extent(bracket)), f"this `{bracket}` is not closed"),)
+    after = f" after `{_short(tokens[-1])}`" if tokens else ""
+    wrong = "the end of the text" if stop.at_end else f"`{_short(bad)}`"
+    # What another language says is known for certain; how a word is spelt is a guess, made only without that.
+    hint = _hint(stop)
+    words = [word for terminal in sorted(stop.accepted) for word in WORDS.get(terminal, ())]
+    meant = did_you_mean(str(bad), words) if bad.type == "NAME" and not hint else ""
+    return Diagnostic("syntax", f"expected {_expected(closer & stop.accepted or stop.accepted)}{after}, found {wrong}",
+                      stop.after if stop.is_forgotten and not meant else place, label=meant,
+                      helps=(hint,) if hint else (), related=related)
 
 
 @dataclass(frozen=True)
@@ -100,25 +116,6 @@ class Stop:
         return bracket if bracket and ends and BRACKETS[bracket.type] != self.bad.type else None
 
 
-def _reserved(stop: Stop) -> Diagnostic:
-    return Diagnostic("reserved-name", f"`{stop.bad}` is a word of the language and cannot be a name",
-                      _span(stop.source, stop.bad))
-
-
-def _unexpected(stop: Stop) -> Diagnostic:
-    bracket = stop.unclosed
-    closer = {BRACKETS[bracket.type]} if bracket else set()
-    expected = _expected(closer & stop.accepted or stop.accepted)
-    after = f" after `{_short(stop.tokens[-1])}`" if stop.tokens else ""
-    found = "the end of the text" if stop.at_end else f"`{_short(stop.bad)}`"
-    hint = _hint(stop)
-    meant = did_you_mean(str(stop.bad), _words(stop.accepted)) if stop.bad.type == "NAME" and not hint else ""
-    return Diagnostic("syntax", f"expected {_choice(expected)}{after}, found {found}",
-                      stop.after if stop.is_forgotten and not meant else _span(stop.source, stop.bad), label=meant,
-                      helps=(hint,) if hint else (),
-                      related=((_span(stop.source, bracket), f"this `{bracket}` is not closed"),) if bracket else ())
-
-
 def _hint(stop: Stop) -> str:
     """What to write instead, where what was written is how another language says it."""
     bad, text = stop.bad, stop.source.text
@@ -155,32 +152,18 @@ def _no_token(source: Source, offset: int) -> Diagnostic:
                       helps=(hint,) if hint else ())
 
 
-def _span(source: Source, token: Token) -> Span:
-    return Span(source, *extent(token))
-
-
-def _expected(accepted: set[str]) -> list[str]:
+def _expected(accepted: set[str]) -> str:
     """What may stand there, in few words."""
     # Where a complete expression ends, what may follow it matters, and not how it may go on.
     if accepted & OPERATORS and "NUMBER" not in accepted:
         accepted = accepted - OPERATORS - {"LPAR"} or {"OPERATOR"}
-    left, named = set(accepted), []
+    left, options = set(accepted), []
     for words, group in GROUPS:
         if group <= left:
-            left, named = left - group, [*named, words]
-    return named + [words for terminal in sorted(left) for words in _spelt(terminal)]
-
-
-def _spelt(terminal: str) -> list[str]:
-    return [PLAIN[terminal]] if terminal in PLAIN else [f"`{word}`" for word in WORDS.get(terminal, (terminal,))]
-
-
-def _choice(options: list[str]) -> str:
+            left, options = left - group, [*options, words]
+    for terminal in sorted(left):
+        options += [PLAIN[terminal]] if terminal in PLAIN else [f"`{w}`" for w in WORDS.get(terminal, (terminal,))]
     return " or ".join(filter(None, [", ".join(options[:-1]), options[-1]]))
-
-
-def _words(accepted: set[str]) -> list[str]:
-    return [word for terminal in sorted(accepted) for word in WORDS.get(terminal, ())]
 
 
 def _short(token: Token) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 from surgery.language.formatter import expression_text
 from surgery.language.json_fields import Pattern, Reference
 from surgery.language.tree import (
-    Argument,
     Boolean,
     Expression,
     Node,
@@ -67,7 +66,10 @@ def _expression(value: Expression) -> str:
 
 
 def _node(node: Node, depth: int, used: set[str]) -> str:
-    if isinstance(node, Step) and all(map(_has_python_name, node.call.arguments)):
+    # `pre`, `add` and `post` take arguments by Python's keywords: a name that is none, or means a clause there, cannot
+    # be given so, and the step is written out in full.
+    if isinstance(node, Step) and all(a.name is None or not iskeyword(a.name) and a.name not in _CLAUSES
+                                      for a in node.call.arguments):
         return _short_step(node, used)
     used.add(type(node).__name__)
     parts = [f"{name}={_code(value, depth + 1, used)}" for name, value in _fields(node).items()]
@@ -83,11 +85,6 @@ def _node(node: Node, depth: int, used: set[str]) -> str:
     return _laid_out(f"{type(node).__name__}(", parts, ")", depth)
 
 
-def _has_python_name(argument: Argument) -> bool:
-    """Whether `pre`, `add` and `post` can take the argument: one without a name, or by a name that is free there."""
-    return argument.name is None or not iskeyword(argument.name) and argument.name not in _CLAUSES
-
-
 def _fields(node: Node) -> dict[str, Any]:
     """The fields that say something: neither places and comments nor defaults."""
     infos = type(node).model_fields.items()
@@ -101,8 +98,8 @@ def _short_step(step: Step, used: set[str]) -> str:
     clauses = {"on": '"in"' if step.side == "in" else None, "with_bias": "True" if step.bias else None,
                "dropout": _expression(step.dropout) if step.dropout is not None else None}
     arguments = [f"{a.name}={_expression(a.value)}" if a.name else _expression(a.value) for a in step.call.arguments]
-    said = [f"{name}={text}" for name, text in clauses.items() if text]
-    return f"{step.placement}({', '.join([_quoted(step.call.function), *arguments, *said])})"
+    given = [f"{name}={text}" for name, text in clauses.items() if text]
+    return f"{step.placement}({', '.join([_quoted(step.call.function), *arguments, *given])})"
 
 
 def _laid_out(before: str, parts: list[str], after: str, depth: int) -> str:

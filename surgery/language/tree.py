@@ -297,10 +297,6 @@ def _place(selector: Pattern | Reference) -> str:
     return f'"{selector.text}"' if isinstance(selector, Pattern) else selector.name
 
 
-def _places(target: Target) -> str:
-    return ", ".join(map(_place, target.selectors))
-
-
 class Train(Node):
     """`train "**.norm.weight"`: parameters to unfreeze, by name."""
 
@@ -336,11 +332,11 @@ class Spec(Node):
 
     def __repr__(self) -> str:
         """`<Spec dora(rank, alpha): target linear>`."""
-        held = [f"{len(self.definitions)} definition{'s' * (len(self.definitions) != 1)}"] * bool(self.definitions)
-        held += [f"target {' '.join(filter(None, [t.kind, _places(t)]))}" for t in self.targets]
-        held += [f"train {', '.join(map(_place, t.patterns))}" for t in self.train]
+        parts = [f"{len(self.definitions)} definition{'s' * (len(self.definitions) != 1)}"] * bool(self.definitions)
+        parts += [f"target {t.kind} {', '.join(map(_place, t.selectors))}".rstrip() for t in self.targets]
+        parts += [f"train {', '.join(map(_place, t.patterns))}" for t in self.train]
         return (f"<Spec {self.name or 'without a name'}({', '.join(p.name for p in self.params)}): "
-                f"{'; '.join(held) or 'empty'}>")
+                f"{'; '.join(parts) or 'empty'}>")
 
     def to_surg(self) -> str:
         """The spec as formatted `.surg` text; `parse` of it gives an equal spec.

@@ -35,11 +35,11 @@ _INSTEAD = {"mixed": "import each adapter on its own, or write the steps into on
 def refusal(name: str) -> SurgeryError | None:
     """The error that says why there is no spec of that name; None for a name that is not in the table."""
     known = {_plain(each): each for each in NO_WEIGHT}
-    found = known.get(_plain(name))
-    if found is None:
+    method = known.get(_plain(name))
+    if method is None:
         return None
-    return fail("no-weight", f"{found} has no single W', so it is no surgery: {NO_WEIGHT[found]}",
-                helps=(_INSTEAD.get(found, "`surgery specs` lists the methods that change weights"),))
+    return fail("no-weight", f"{method} has no single W', so it is no surgery: {NO_WEIGHT[method]}",
+                helps=(_INSTEAD.get(method, "`surgery specs` lists the methods that change weights"),))
 
 
 def _plain(name: str) -> str:
