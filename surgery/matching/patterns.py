@@ -128,9 +128,10 @@ def marked(name: str, counts: Mapping[str, int]) -> str:
     prefixes = itertools.accumulate(parts[:-1], lambda a, b: f"{a}.{b}" if a else b, initial="")
     segments = []
     for part, prefix in zip(parts, prefixes):
-        count = counts.get(prefix)  # None: what holds it is no list, and `2` is a name like any other
-        is_index = count is not None and part.isascii() and part.isdecimal()
-        segments.append(f"{part}\0-{max(count - int(part), 0)}." if is_index else f"{part}.")
+        if prefix in counts and part.isascii() and part.isdecimal():
+            segments.append(f"{part}\0-{max(counts[prefix] - int(part), 0)}.")
+        else:  # where what holds it is no list, `2` is a name like any other
+            segments.append(f"{part}.")
     return "".join(segments)
 
 
