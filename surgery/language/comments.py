@@ -80,6 +80,7 @@ def _places(root: Tree, braces: list[int]) -> Place:
     whole = Place(FILE, 1 << 62, FILE)
     path = [whole]
     statements = [part.meta for part in root.iter_subtrees() if part.data in STATEMENTS]
+    # in the order of the text a statement that begins before the last one ended lies in it
     for meta in sorted(statements, key=lambda m: m.start_pos):
         while path[-1].end <= meta.start_pos:
             path.pop()
@@ -99,6 +100,8 @@ def _give(text: str, whole: Place, comment: tuple[int, int]) -> None:
         parent = inner
     before, after = parent.around(start)
     opens_line = parent is not whole and parent.in_block(start) and "\n" not in text[parent.brace : start]
+    # A comment is about what it stands beside, else about what follows it; one at the end of a block has nothing that
+    # follows, and is kept at that end.
     if before and "\n" not in text[before.end : start]:
         (before.inside if before.beside else before.beside).append(comment)
     elif not before and opens_line:

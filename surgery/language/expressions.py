@@ -121,9 +121,11 @@ def as_expression(value: Any) -> Expression:
     """The expression that Python and JSON mean by a number, a boolean or source text. Raises: SurgeryError."""
     if isinstance(value, Expression):
         return value
+    # before the numbers: in Python a bool is an integer
     if isinstance(value, bool):
         return Boolean(value)
     if isinstance(value, (Integral, Real)):  # NumPy's too
+        # by the sign and not by `< 0`, so that -0.0 is a minus before a number, as it is in text
         number = int(value) if isinstance(value, Integral) else float(value)
         return Unary("-", Number(-number)) if math.copysign(1, number) < 0 else Number(number)
     if isinstance(value, str):

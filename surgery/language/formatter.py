@@ -114,6 +114,7 @@ def spec_text(spec: tree.Spec) -> str:
 
 def _in_order(nodes: list) -> list | None:
     """The nodes as one source has them, or None if they do not all come from one."""
+    # Places of two texts cannot be compared: a spec that was put together in Python goes by kind of statement.
     sources = {id(node.span.source) if node.span else None for node in nodes}
     return sorted(nodes, key=lambda node: node.span.start) if len(sources) == 1 and None not in sources else None
 
@@ -230,6 +231,7 @@ def _comments(comments: tuple[str, ...], level: int) -> list[Line]:
 
 def _wrapped(chunks: list[str]) -> list[Line]:
     """The chunks with spaces between, in lines that are no longer than `WIDTH` where a break can help."""
+    # a pattern is never broken, so that a line with a long one may still be longer
     lines = [chunks[0]]
     for chunk in chunks[1:]:
         if len(lines[-1]) + 1 + len(chunk) <= WIDTH:

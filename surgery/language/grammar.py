@@ -16,6 +16,8 @@ from surgery.language.resources import folder
 
 GRAMMAR = (folder("grammar") / "surg.lark").read_text(encoding="utf-8")
 
+# The words are read from the grammar's text and not listed here a second time: the parser, the messages and the checks
+# of names can never disagree on them.
 #: The words of each terminal that is made of words: `{"PLACEMENT": ("pre", "add", "post"), ...}`.
 WORDS: dict[str, tuple[str, ...]] = {
     name: tuple(words.split("|"))
@@ -46,6 +48,7 @@ def is_name(text: str) -> bool:
     return re.fullmatch(pattern_of("NAME"), text) is not None
 
 
+# Building the tables takes longer than reading a spec: once, and only when something is parsed.
 @cache
 def _lark() -> Lark:
     return Lark(GRAMMAR, parser="lalr", start=["file", "expression"], propagate_positions=True, maybe_placeholders=True)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from surgery.diagnostics import Diagnostic, SurgeryError
 
@@ -24,8 +23,21 @@ def misfits(error: ValidationError, root: str) -> SurgeryError:
         if isinstance(cause, SurgeryError):
             note = f"in {_path(root, details['loc'])}"
             diagnostics += [replace(d, notes=(*d.notes, note)) for d in cause.diagnostics]
+            continue
+        *owner, last = details["loc"] or ("",)
+        # pydantic's kinds of error are few and have stable names; what has none here is told in its own words
+        if details["type"] == "json_invalid":
+            message = f"this is not JSON: {details.get('ctx', {}).get('error')}"
+        elif details["type"].startswith("union_tag"):
+            message = f"{_path(root, details['loc'])}.what must be 'param' or 'let'"
+        elif details["type"] == "extra_forbidden":
+            message = f"{_path(root, owner)} has no field `{last}`"
+        elif details["type"] == "missing":
+            message = f"{_path(root, owner)} needs a field `{last}`"
         else:
-            diagnostics.append(Diagnostic("bad-value", _message(root, details)))
+            must_be = details["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
+            message = f"{_path(root, [*owner, last])} {must_be}, not {str(details['input'])[:60]!r}"
+        diagnostics.append(Diagnostic("bad-value", message))
     return SurgeryError(diagnostics)
 
 
@@ -36,20 +48,6 @@ def told_of(root: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         raise misfits(error, root) from None
-
-
-def _message(root: str, error: ErrorDetails) -> str:
-    if error["type"] == "json_invalid":
-        return f"this is not JSON: {error.get('ctx', {}).get('error')}"
-    if error["type"].startswith("union_tag"):
-        return f"{_path(root, error['loc'])}.what must be 'param' or 'let'"
-    *owner, last = error["loc"] or ("",)
-    if error["type"] == "extra_forbidden":
-        return f"{_path(root, owner)} has no field `{last}`"
-    if error["type"] == "missing":
-        return f"{_path(root, owner)} needs a field `{last}`"
-    what = error["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
-    return f"{_path(root, [*owner, last])} {what}, not {str(error['input'])[:60]!r}"
 
 
 def _path(root: str, steps: Iterable[str | int]) -> str:

@@ -71,6 +71,7 @@ def _selector_json(value: Pattern | Reference) -> Any:
     return value.text if isinstance(value, Pattern) else {"select": value.name}
 
 
+# A pattern is a text, since nearly all selectors are; the name of a `select` is the one that must be told apart.
 _SELECTOR_SCHEMA = {"anyOf": [{"type": "string"},
                               {"type": "object", "properties": {"select": {"type": "string"}}, "required": ["select"]}]}
 Selector = Annotated[Pattern | Reference, PlainValidator(_as_selector), PlainSerializer(_selector_json),

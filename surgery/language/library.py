@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from surgery.diagnostics import Collector, Source, Span, SurgeryError, did_you_mean, fail, nearest
+from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest
 from surgery.files import SPEC_BYTES, read_bytes
 from surgery.language import resources
 from surgery.language.formatter import step_text
@@ -88,6 +88,8 @@ def load(spec: str | PathLike, /, **parameters: Any) -> Spec:
 def locate(spec: str | PathLike) -> Path:
     """The file that a path, a shipped name or that of the prelude means. Raises: SurgeryError (unknown-spec,
     no-weight)."""
+    # The ending decides, and not what lies there: `lora.surg` is a file even where none exists, and then said to be
+    # missing; `lora` is the shipped spec even beside a folder of that name.
     path, ours = Path(spec), {**shipped(), PRELUDE: resources.folder("specs") / f"{PRELUDE}.surg"}
     if _is_no_path(str(spec)):
         raise fail("unknown-spec", f"`{_shortened(path)}` can be no file's name, and is no shipped spec's")
@@ -143,6 +145,7 @@ def _prelude() -> Spec:
 def library(spec: Spec) -> Library:
     """All that is in scope in a spec. Raises: SurgeryError (missing-file, import-cycle, duplicate-name)."""
     report = Collector()
+    # the prelude itself uses none; all files are one scope, so that no name means one thing here and another there
     files = [*([_prelude()] if spec != _prelude() else []), *used(spec), spec]
     scope = Library(_by_name((d for f in files for d in f.definitions), report),
                     _by_name((s for f in files for s in f.selects), report))
@@ -207,6 +210,7 @@ def _as_written(path: Path) -> Path:
 def bind(spec: Spec, arguments: Iterable[Argument]) -> Spec:
     """The spec with parameters set: each value becomes the parameter's default. Raises:
     SurgeryError (unknown-parameter)."""
+    # As new defaults, so that a spec with its values is a spec like any other, which can be saved and printed.
     report, known, values = Collector(), [p.name for p in spec.params], {}
     who = f"`{spec.name}`" if spec.name else "a spec without a name"
     for argument in arguments:
@@ -238,30 +242,24 @@ def assignment(text: str, source: str = "<--set>") -> Argument:
 def retarget(spec: Spec, *patterns: str, at: int | None = None) -> Spec:
     """The spec with a target's patterns replaced, which is what `--target` does: of its only target, or of number `at`,
     from 1. A bare name is a selector. Raises: SurgeryError (bad-value)."""
-    count = len(spec.targets)
-    if not 1 <= (1 if at is None and count == 1 else at or 0) <= count:
-        raise _no_such_target(spec, at)
+    who, count = f"`{spec.name}`" if spec.name else "a spec without a name", len(spec.targets)
+    is_clear = 1 <= (1 if at is None and count == 1 else at or 0) <= count
+    if not is_clear and count < 2:
+        raise fail("bad-value",
+                   f"{who} has no target " + (f"{at}, only one" if count else "that could take other modules"))
+    if not is_clear:
+        which = f"has {count} targets: say which of them is to take other modules"
+        related = []
+        for i, span in ((i, target.span) for i, target in enumerate(spec.targets, start=1) if target.span):
+            first_line = span.source.text[span.start : span.end].split("\n")[0]  # its head says which one it is
+            related.append((replace(span, end=span.start + len(first_line)), f"this is {i}"))
+        raise fail("bad-value", f"{who} {which if at is None else f'has no target {at}'}", related=tuple(related),
+                   helps=("--target '1=PATTERN', or retarget(PATTERN, at=1); the others keep their modules",))
     # `encoder` may be a module at the top of the model, too: only a name that a `select` has is a selector.
     chosen = tuple(Reference(p) if p.isidentifier() and p in library(spec).selects else Pattern(p) for p in patterns)
     targets = [*spec.targets]
     targets[(at or 1) - 1] = targets[(at or 1) - 1].model_copy(update={"selectors": chosen})
     return spec.model_copy(update={"targets": tuple(targets)})
-
-
-def _no_such_target(spec: Spec, at: int | None) -> SurgeryError:
-    """It is not clear which target is to take other modules: each is shown with its number."""
-    who, count = f"`{spec.name}`" if spec.name else "a spec without a name", len(spec.targets)
-    if count < 2:
-        return fail("bad-value",
-                    f"{who} has no target " + (f"{at}, only one" if count else "that could take other modules"))
-    which = f"has {count} targets: say which of them is to take other modules"
-    message = which if at is None else f"has no target {at}"
-    related = []
-    for i, span in ((i, target.span) for i, target in enumerate(spec.targets, start=1) if target.span):
-        first_line = span.source.text[span.start : span.end].split("\n")[0]  # its head says which one it is
-        related.append((replace(span, end=span.start + len(first_line)), f"this is {i}"))
-    return fail("bad-value", f"{who} {message}", related=tuple(related),
-                helps=("--target '1=PATTERN', or retarget(PATTERN, at=1); the others keep their modules",))
 
 
 def inlined(spec: Spec) -> Spec:

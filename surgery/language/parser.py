@@ -31,6 +31,7 @@ BODY_WORDS = tuple(word for terminal in ("FROZEN", "SHARED", "_PARAM", "_LET", "
 
 def parse_text(text: str, name: str = "<text>") -> Spec:
     """The spec that a whole file says. Raises: SurgeryError with as many syntax errors as can be told apart."""
+    # Windows' editors put this mark before a text, and no line shows it
     source = Source(name, text.removeprefix("\ufeff"))
     found = Collector()
     if version := _VERSION.match(source.text):  # before anything that a newer language may write in another way
@@ -39,6 +40,7 @@ def parse_text(text: str, name: str = "<text>") -> Spec:
     root, tokens = _parse(source, "file", found)
     try:
         spec = Builder(source, trivia_of(source.text, root, tokens), found).build(root)
+    # a tree that is not well formed is told together with what was found before: one run shows all
     except SurgeryError as error:
         raise SurgeryError((*found.found, *error.diagnostics)) from None
     found.raise_errors()
@@ -92,6 +94,7 @@ def _without_statement(text: str, stopped: _Stopped) -> str | None:
     span = stopped.diagnostic.span
     assert span is not None  # of a text, each error has a place
     at = stopped.offset if stopped.is_due else max(span.start - (span.start == span.end), 0)
+    # Only what begins a line counts: a word within one belongs to the statement that is wrong.
     begins = [(match.start("word"), match["word"]) for match in _begins().finditer(text)]
     before = [begin for begin in begins if begin[0] <= at]
     after, word = next((begin for begin in begins if begin[0] > at), (len(text), ""))

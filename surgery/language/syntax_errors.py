@@ -99,6 +99,7 @@ class Stop:
     @property
     def innermost(self) -> Token | None:
         """The innermost bracket that is open before `bad`."""
+        # the tokens so far were accepted, so that the brackets among them match
         opened: list[Token] = []
         for token in self.tokens:
             if token.type in BRACKETS:
@@ -124,6 +125,7 @@ def _hint(stop: Stop) -> str:
     last = stop.tokens[-1].type if stop.tokens else ""
     begin, end = extent(bad)
     rest = text[end:]
+    # The most particular first: what a statement of another kind would be, then lists, then single signs.
     if bad.type == "NAME" and "PLACEMENT" in stop.accepted and rest.lstrip().startswith("("):
         return f"say where it acts: `add {bad}(...)`, or `pre` or `post` for a transform"
     if bad.type == "NAME" and stop.accepted & {"_TARGET", "_LET"}:
@@ -135,6 +137,7 @@ def _hint(stop: Stop) -> str:
         return ("there are no lists of texts; patterns stand in the head of a target: `target \"**.q_proj\" { ... }`"
                 if listed else "a matrix stands in two brackets, one for each row: `[[1, 2]]`")
     value_due = "NUMBER" in stop.accepted
+    # Where a value is due, a sign is mostly a word too many, and its own meaning says nothing.
     means_nothing = not stop.tokens or (value_due and bad.type != "_IF") or (bad.type == "EQUAL" and stop.unclosed)
     hint = "" if means_nothing else SYMBOLS.get(bad.type, "")
     return instead_of_symbols(text[:begin], str(bad), rest, value_due) or hint

@@ -87,6 +87,7 @@ def _node(node: Node, depth: int, used: set[str]) -> str:
 
 def _fields(node: Node) -> dict[str, Any]:
     """The fields that say something: neither places and comments nor defaults."""
+    # what equals its default is left out: the Python is to be read, and says no more than the text did
     infos = type(node).model_fields.items()
     return {name: getattr(node, name) for name, info in infos if not info.exclude
             and getattr(node, name) != info.default}

@@ -100,6 +100,7 @@ class Node(BaseModel):
     name_span: Place | None = Field(default=None, exclude=True, repr=False)
     trivia: Comments = Field(default=Trivia(), exclude=True, repr=False)
 
+    # A user who builds a spec in Python is told what is wrong as one who writes text is: never by pydantic's own error.
     @_by_fields
     def __init__(self, **fields: Any):
         with told_of(type(self).__name__):
@@ -123,6 +124,7 @@ class Node(BaseModel):
         """A `doc` is the comment above the statement."""
         if not isinstance(fields, dict) or not isinstance(fields.get("doc"), str):
             return fields
+        # JSON holds no comments; this one it keeps, since it is what a spec says about itself
         above = tuple(f"# {line}".rstrip() for line in re.split(r"\r\n?|\n", fields["doc"]))
         trivia = {"trivia": Trivia(above)} if fields["doc"].strip() and "trivia" not in fields else {}
         return {**{name: value for name, value in fields.items() if name != "doc"}, **trivia}
@@ -144,6 +146,7 @@ class Node(BaseModel):
     def doc(self) -> str:
         """The comment block directly above the declaration, without its `#`s."""
         lines = self.trivia.above
+        # a blank line ends the block: a comment above it is about the file, or commented-out code
         block = lines[max((i + 1 for i, line in enumerate(lines) if not line), default=0) :]
         return "\n".join(line.lstrip("#").strip() for line in block)
 
@@ -283,6 +286,7 @@ class Target(Node):
 
     @_by_fields
     def __init__(self, *parts: str | Pattern | Reference | Step, **fields: Any):
+        # told apart by their type, so that a target is written in Python in the order in which it stands in a spec
         steps = tuple(p for p in parts if isinstance(p, Step))
         selectors = tuple(p for p in parts if not isinstance(p, Step))
         super().__init__(**({"selectors": selectors} if selectors else {}), **({"steps": steps} if steps else {}),

@@ -30,6 +30,7 @@ class Builder:
     def build(self, root: Tree) -> Any:
         """The node of a parse tree, from the leaves up."""
         built: dict[int, Any] = {}
+        # lark gives the leaves first, so that the children of a part are built when it comes
         for part in root.iter_subtrees():
             span = Span(self.source, getattr(part.meta, "start_pos", 0), getattr(part.meta, "end_pos", 0))
             built[id(part)] = getattr(self, part.data)(span, *[built.get(id(c), c) for c in part.children])
@@ -46,6 +47,7 @@ class Builder:
     # ------------------------------------------------------------------------------------ statements of a file
 
     def file(self, span: Span, version: Any, *items: Any) -> tree.Spec:
+        # A file without a header is a spec all the same: it stands at its beginning, and has no name.
         header, *again = [i for i in items if isinstance(i, dict)] or [{"span": Span(self.source, 0, 0)}]
         for other in again:
             self.found.error("syntax", "a file has one `spec` header", other["span"], label="this is the second",
@@ -168,6 +170,7 @@ class Builder:
 
     def step(self, span: Span, placement: Token, call: tree.Call, *clauses: tuple) -> tree.Step:
         fields: dict[str, Any] = {"placement": str(placement)}
+        # a clause that may not stand here is reported and left out, so that the tree itself is always well formed
         for field, word, value, place in clauses:
             if check_clause(self.found, str(placement), word, place, again=field in fields):
                 fields[field] = value
@@ -215,6 +218,7 @@ class Builder:
         return span, entries
 
     def matrix(self, span: Span, *rows: tuple[Span, tuple[tree.Expression, ...]]) -> tree.Matrix:
+        # rows of unequal length are reported; the tree goes on with what makes a matrix
         columns = len(rows[0][1])
         for place, entries in rows:
             if len(entries) != columns:
@@ -240,6 +244,7 @@ def read_number(text: str) -> int | float:
     """The value of a literal; an integer of many digits is infinite, and so refused by `wellformed`."""
     if text.endswith("%"):
         return float(f"{text[:-1]}e-2")
+    # Python reads a long integer in a time that grows with the square of its digits, and refuses one of thousands.
     if set(text) <= set("0123456789_"):
         return int(text) if len(text) < 100 else math.inf
     return float(text)

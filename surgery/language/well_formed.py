@@ -38,6 +38,7 @@ def check_spec(spec: tree.Spec) -> Collector:
 
 def check_expression(found: Collector, expression: tree.Expression) -> None:
     """Depth, numbers, names, and what each call says twice."""
+    # A stack and no recursion: this is what refuses an expression that is too deep for every recursion after it.
     stack = [(expression, 0)]
     while stack:
         node, depth = stack.pop()
@@ -93,6 +94,7 @@ def check_clause(found: Collector, placement: str, clause: str, span: Span | Non
 
 
 def _step(found: Collector, step: tree.Step) -> None:
+    # `on out` is what no clause means, and a tree that was built does not say which of the two it was
     said = {"on": step.side != "out", "with bias": step.bias, "dropout": step.dropout is not None}
     for clause in (c for c, stands in said.items() if stands):
         check_clause(found, step.placement, clause, step.span)
@@ -129,6 +131,7 @@ def _definition(found: Collector, definition: tree.Definition) -> None:
     for name in (definition.name, definition.dim, *definition.claims):
         _name(found, name, definition.name_span)
     _once(found, "claim", zip(definition.claims, definition.claims_spans or [None] * len(definition.claims)))
+    # the dimension, the parameters and the statements share one scope in the body
     dim = [(definition.dim, definition.name_span)] if definition.dim else []
     _once(found, "name", dim + [(n.name, n.name_span) for n in (*definition.params, *definition.body)])
     if (definition.kind == "transform") is (definition.dim is None):
@@ -190,10 +193,12 @@ def _id(found: Collector, name: tree.Name) -> None:
 
 
 def _number(found: Collector, number: tree.Number) -> None:
+    # sizes and indices are counted in 63 bits by torch
     limit = MAX_INT if isinstance(number.value, int) else math.inf
     if not math.isfinite(number.value) or number.value > limit:
         found.error("syntax", "this number is out of range", number.span,
                     notes=(f"integers go up to {MAX_INT}, other numbers up to 1.8e308",))
+    # text has no negative literal, only a minus before one: printed and parsed again this would be another tree
     elif math.copysign(1, number.value) < 0:
         found.error("syntax", f"`Number({number.value})`: a negative number is `Unary(\"-\", Number({-number.value}))`")
 

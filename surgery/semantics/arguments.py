@@ -24,6 +24,7 @@ _TYPES = {"int": (int, Dim), "float": NUMBERS, "bool": (bool,), "str": (str,)}
 def typed(value: Any, parameter: Parameter, span: Span | None) -> Any:
     """The value, if it is of the parameter's type; a whole number is one of a float too. Raises:
     SurgeryError (wrong-type)."""
+    # In Python a bool is an int: without this, `rank = true` would pass for 1.
     is_bool = isinstance(value, bool) and parameter.type != "bool"
     is_other = is_bool or (parameter.type == "int" and sizes.is_real(value))
     if value is UNDECIDED or (isinstance(value, _TYPES[parameter.type]) and not is_other):
@@ -114,6 +115,7 @@ def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Co
 
 def says_square(checks: Iterable[Check]) -> bool:
     """Whether `check out == in` stands among them: then what is square alone makes sense for any sizes."""
+    # By its form, and not by trying sizes: what follows from other checks in a roundabout way is not looked for.
     stack = [check.condition for check in checks]
     while stack:
         condition = stack.pop()

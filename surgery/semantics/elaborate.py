@@ -43,6 +43,7 @@ def elaborate(target: Target, context: Context, out: Size, in_: Size, report: Co
     before = len(report.errors)
     builder = _Builder(context, out, in_, report, has_bias)
     names = step_names(target.steps)
+    # W' = post(pre(W) + updates), in whatever order the steps stand; of one placement, in their own order
     for placement in ("pre", "add", "post"):
         for index, (step, name) in enumerate(zip(target.steps, names)):
             if step.placement == placement and not builder.is_too_deep:  # which is told once
@@ -108,6 +109,7 @@ class _Builder:
             return None
         side = {definition.dim: self.sizes[step.side]} if definition.dim else {}
         side |= {"b": self.frozen_bias} if definition.bias else {}
+        # the mistakes of the body are gathered apart, since each is told with the step that places the definition
         within = Collector()
         instance = Instance(definition, name, {**values, **self.sizes, **side, "W": operand}, within,
                             self.context.group)

@@ -146,6 +146,7 @@ def _compare(node: tree.Binary, left: Any, right: Any) -> Any:
             raise fail("wrong-type", f"a comparison needs compile-time values, not {describe(value)}", side.span)
     if UNDECIDED in (left, right):
         return UNDECIDED
+    # What is equal stays so at every size; what differs in an unknown may be equal at one of them.
     if node.op in ("==", "!="):
         return (left == right) == (node.op == "==") if not _open(left, right) or left == right else UNDECIDED
     _numeric(left, node.left)
@@ -285,6 +286,7 @@ def _divisor(n: int, most: int | None = None) -> int:
     search would take seconds."""
     if n > _LARGEST_DIVIDED:
         raise OverflowError
+    # In pairs up to √n: the numbers beyond it are the quotients by those below.
     limit = math.isqrt(n) if most is None else most
     pairs = ((d, n // d) for d in range(1, math.isqrt(n) + 1) if n % d == 0)
     return max(d for pair in pairs for d in pair if d <= limit)

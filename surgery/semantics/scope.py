@@ -44,6 +44,7 @@ def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | 
             helps: tuple[str, ...] = ()) -> SurgeryError:
     """The error for a name that is not among the known ones. `helps` say what to write instead where that is known, as
     it is of what other languages call a thing; then nothing is guessed."""
+    # What another language calls it says for certain what was meant; how it is spelt is a guess.
     known = sorted(known)
     if instead := instead_of(name, drawn=code == "unknown-distribution"):
         helps = (*helps, instead)
