@@ -49,6 +49,7 @@ CODES: dict[str, str] = {
     "unsupported-module": "a matched module cannot be operated on",
     "not-identity": "the operated model is not the base model at initialisation",
     "off-manifold": "a parameter that is kept on a manifold does not start there",
+    "unlike-shared": "parameters that are said to be one tensor start, train or are shaped in two ways",
     "false-claim": "a definition claims a property that random parameters refute",
     "untested": "a target fits none of the sizes that `check` tries, so its start and its claims were not tested",
     "unknown-claim": "a claim after `:` is not one that can be tested",

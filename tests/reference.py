@@ -102,19 +102,24 @@ class Parser:
     def body(self, made: Definition) -> Definition:
         while self.take() != "{":
             pass
+        scope = ""
         while (word := self.take()) != "return":
             if word == "let":
                 name = self.take()
                 self.take("=")
                 made.body.append((name, None, self.expression()))
             elif word == "param":
-                name, dims = self.take(), []
+                name, dims = f"{scope}{self.take()}", []
+                scope = ""
                 while self.peek() not in "=~":
                     self.take("[", ","), dims.append(self.expression())
                     self.if_next("]")
                 made.body.append((name, dims, self.expression() if self.take("=", "~") == "=" else self.drawn()))
             elif word == "check":
                 self.expression()
+            elif word == "shared" and self.if_next("("):
+                scope = "" if self.take() == "target" else "shared."  # one tensor for all steps that say its name
+                self.take(")")
         made.result = self.expression()
         self.take("}")
         return made
@@ -379,11 +384,12 @@ class Reading:
             if dims is None:
                 scope[name] = self.value(start, scope)
             else:
-                scope[name] = tensors[f"{prefix}.{name}"]
-                shape = tuple(self.value(d, scope) for d in dims)
-                assert scope[name].shape == shape, f"{prefix}.{name} is {scope[name].shape}, not {shape}"
+                key = name if "." in name else f"{prefix}.{name}"
+                name, shape = name.rpartition(".")[2], tuple(self.value(d, scope) for d in dims)
+                scope[name] = tensors[key]
+                assert scope[name].shape == shape, f"{key} is {scope[name].shape}, not {shape}"
                 if starts is not None and start is not None:
-                    starts[f"{prefix}.{name}"] = np.broadcast_to(np.asarray(self.value(start, scope), float), shape)
+                    starts[key] = np.broadcast_to(np.asarray(self.value(start, scope), float), shape)
         return self.value(definition.result, scope)
 
     def value(self, node: tuple, scope: dict) -> Any:

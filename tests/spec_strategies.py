@@ -59,7 +59,8 @@ values = st.fixed_dictionaries({"init": expressions}) | st.fixed_dictionaries({"
 clauses = st.fixed_dictionaries({"frozen": st.just(True)}) | st.fixed_dictionaries(
     {"rate": st.none() | expressions, "decay": st.booleans(), "manifold": st.sampled_from([None, "stiefel"])})
 params = st.builds(lambda value, clauses, **more: tree.Param(**value, **clauses, **more), values, clauses, name=names,
-                   dims=tuples(expressions, max_size=2), shared=st.booleans(), trivia=leaf_trivia)
+                   dims=tuples(expressions, max_size=2),
+                   shared=st.sampled_from([False, True, "module", "layer", "model"]), trivia=leaf_trivia)
 lets = st.builds(tree.Let, name=names, value=expressions, trivia=leaf_trivia)
 
 

@@ -28,13 +28,14 @@ from surgery.runtime.save import save_merged
 SMALL = "llama:num_hidden_layers=2,hidden_size=32,intermediate_size=64"
 EVERY_KIND = """spec every_kind(rank: int = 2)
 update common(rank: int = 2) {
-  shared frozen param A[rank, in] ~ kaiming_uniform()
+  shared(model) frozen param A[rank, in] ~ kaiming_uniform()
+  shared(layer) param e[rank] = 0.5
   shared param d[rank] = 0.1
   param B[out, rank] = 0
   param s = 1
-  return s * (B @ diag(d) @ A)
+  return s * (B @ diag(d * e) @ A)
 }
-target linear "**.{q,k,o}_proj" { add common(rank) post magnitude() }
+target linear "**.{q,k,down}_proj" { add common(rank) post magnitude() }
 train "**.*norm.weight", "**.embed_tokens.weight"
 """
 SPECS = ["lora", "vera", "unilora", "delora", "fourierft", "sora", "every kind"]  # each holds its tensors in another way

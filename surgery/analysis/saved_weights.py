@@ -77,8 +77,9 @@ class OpenedAdapter:
     def leaves(self) -> Callable[[Placed], Mapping[str, Tensor]]:
         # By the names that this surgeon gives them: the adapter was saved by another one.
         saved = self.surgeon.as_named(self.saved.tensors)
-        return lambda placed: {key: saved[self.surgeon.name_of(placed, key)].reshape(value.shape)
-                               for key, value in self.surgeon.adapters[placed.site.name].values().items()}
+        names, adapters = self.surgeon.name_of, self.surgeon.adapters
+        return lambda placed: adapters[placed.site.name].shaped(
+            {leaf.key: saved[names(placed, leaf.key)] for leaf in placed.formula.leaves})
 
     def updates(self) -> list[Pending]:
         """What the adapter does to each weight, read when it is measured."""

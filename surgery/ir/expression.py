@@ -132,7 +132,9 @@ class Leaf:
     """One parameter of an adapter: its key (`post_magnitude.m`), shape and start.
 
     `init` is an expression over the weight and earlier leaves; otherwise `draw` says how it is drawn. `group` is the
-    same for every module of a target that shares the tensor (with equal shapes), and None when it is the module's own.
+    same for all that share the tensor within its `scope`, and None when it is the module's own. In the scope `target`
+    those are modules that need equal shapes; in any other one, the tensor has the size of the largest along each axis,
+    and each takes the first entries of it.
     `whole` numbers are places of entries, never trained. How it trains: at `rate` times the learning rate, without
     weight decay unless it `decays`, and kept on a `manifold` (a row of `manifolds.MANIFOLDS`).
     """
@@ -148,6 +150,16 @@ class Leaf:
     rate: Dim | float = 1.0
     decays: bool = True
     manifold: str | None = None
+    scope: str = "target"
+
+    def unlike(self, other: Leaf) -> str:
+        """In what two leaves differ that cannot where they are one tensor; empty if they can be one."""
+        said = {"the number of dimensions": (len(self.shape), len(other.shape)),
+                "`frozen`": (self.frozen, other.frozen),
+                "its start": (self.init or self.draw, other.init or other.draw),
+                "its rate": (self.rate, other.rate), "`no decay`": (self.decays, other.decays),
+                "its manifold": (self.manifold, other.manifold)}
+        return next((what for what, (one, another) in said.items() if one != another), "")
 
     @property
     def law(self) -> Draw:

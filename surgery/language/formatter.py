@@ -183,7 +183,8 @@ def _simple(node: tree.Node) -> str:
 
 
 def _param(node: tree.Param) -> str:
-    flags = "frozen " * node.frozen + "shared " * node.shared
+    scope = f"({node.shared})" if isinstance(node.shared, str) else ""
+    flags = "frozen " * node.frozen + f"shared{scope} " * bool(node.shared)
     dims = f"[{', '.join(map(expression_text, node.dims))}]" if node.dims else ""
     start = [f"~ {expression_text(node.draw)}"] if node.draw is not None else []
     start += [f"= {expression_text(node.init)}"] if node.init is not None else []  # the one or the other, never both

@@ -183,7 +183,8 @@ class Select(Node):
 
 
 class Param(Node):
-    """`[frozen] [shared] param NAME[dims] = init` or `~ draw`, then how it trains: `rate 16`, `no decay`, `on stiefel`.
+    """`[frozen] [shared(SCOPE)] param NAME[dims] = init` or `~ draw`, then how it trains: `rate 16`, `no decay`, `on
+    stiefel`. `shared`: true for the modules of a target, else the scope.
     """
 
     what: Literal["param"] = "param"
@@ -192,7 +193,7 @@ class Param(Node):
     init: Expr | None = None
     draw: CallExpr | None = None
     frozen: bool = False
-    shared: bool = False
+    shared: bool | Literal["module", "layer", "model"] = False
     rate: Expr | None = None
     decay: bool = True
     manifold: Literal["stiefel"] | None = None

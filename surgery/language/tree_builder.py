@@ -18,7 +18,7 @@ from surgery.language.comments import FILE
 from surgery.language.grammar import extent
 from surgery.language.well_formed import check_clause
 
-FLAGS = {"FROZEN": "frozen", "SHARED": "shared", "SHIFTED": "shifted", "UNTIE": "untie"}
+FLAGS = {"FROZEN": "frozen", "SHIFTED": "shifted", "UNTIE": "untie"}
 
 
 class Builder:
@@ -137,8 +137,12 @@ class Builder:
     def on_manifold(self, span: Span, manifold: Token) -> tuple:
         return "manifold", f"on {manifold}", str(manifold), span
 
-    def param_flags(self, span: Span, *flags: Token) -> dict[str, bool]:
-        return {FLAGS[flag.type]: True for flag in flags}
+    def param_flags(self, span: Span, *flags: Token | dict[str, Any]) -> dict[str, Any]:
+        return {name: value for flag in flags
+                for name, value in (flag if isinstance(flag, dict) else {FLAGS[flag.type]: True}).items()}
+
+    def shared(self, span: Span, word: Token, scope: Token | None) -> dict[str, Any]:
+        return {"shared": True if scope in (None, "target") else str(scope)}
 
     def dims(self, span: Span, *dims: tree.Expression) -> tuple:
         return dims

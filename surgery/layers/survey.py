@@ -29,8 +29,9 @@ from surgery.text import sides_text
 class Site:
     """One weight that a spec can condition. `out`, `in_`: its shape as a matrix; `stack`: how many of those, or None.
 
-    `layer` is the index in the model's list of layers (its outermost list), `depth` is that from 0 to 1; None without
-    one. `ancestors` are the class names above it (their base classes too), `aliases` its further names.
+    `layer` is the index in the model's list of layers (its outermost list), `depth` is that from 0 to 1, `layer_name`
+    the module that stands there; None without one. `ancestors` are the class names above it (their base classes too),
+    `aliases` its further names.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Site:
     ancestors: tuple[str, ...] = field(repr=False)
     is_head: bool
     aliases: tuple[str, ...] = field(default=(), repr=False)
+    layer_name: str | None = field(default=None, repr=False)
 
     @property
     def kind(self) -> str:
@@ -173,11 +175,11 @@ class Survey:
         for layout, parameter, stack in held if not reason else ():
             # each parameter of a stack of experts is a site, and goes by its own name
             spelt = names if stack is None else [f"{name}.{parameter}".lstrip(".") for name in names]
-            layer, count = self._layer(spelt[0])
+            layer, count, layer_name = self._layer(spelt[0])
             yield Site(
                 spelt[0], module, layout, parameter, *layout.shape(module, parameter), stack,
                 layer, layer / max(count - 1, 1) if layer is not None else None,
-                self._ancestors(spelt[0]), id(module) in self.heads, tuple(spelt[1:]))
+                self._ancestors(spelt[0]), id(module) in self.heads, tuple(spelt[1:]), layer_name)
         if held and not reason:
             return
         if reason or any(p is not None for p in module._parameters.values()):
@@ -199,15 +201,17 @@ class Survey:
                    for c in takewhile(lambda c: c is not nn.Module, type(self.modules[above]).__mro__))
         return tuple(dict.fromkeys(c.__name__ for c in classes))
 
-    def _layer(self, name: str) -> tuple[int | None, int]:
-        """The index in the outermost ModuleList (or else the outermost Sequential) and how long that list is."""
-        steps = [(self.modules[above], name[len(above):].lstrip(".").split(".")[0]) for above in self._above(name)]
+    def _layer(self, name: str) -> tuple[int | None, int, str | None]:
+        """The index in the outermost ModuleList (or else the outermost Sequential), how long that list is, and the name
+        of what stands there."""
+        steps = [(above, self.modules[above], name[len(above):].lstrip(".").split(".")[0])
+                 for above in self._above(name)]
         # a list of layers is a ModuleList; a Sequential is one only where a model has no such list
         for kind in (nn.ModuleList, nn.Sequential):
-            for module, step in steps:
+            for above, module, step in steps:
                 if isinstance(module, kind) and step.isdecimal():
-                    return int(step), len(module)
-        return None, 0
+                    return int(step), len(module), f"{above}.{step}".lstrip(".")
+        return None, 0, None
 
 
 def sites(model: nn.Module) -> tuple[Site, ...]:

@@ -9,8 +9,8 @@ every mistake of the spec against this model is reported in one error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from os import PathLike
@@ -26,6 +26,7 @@ from surgery.language.tree import Spec, Target
 from surgery.layers.survey import Site
 from surgery.matching.selection import Selection, select
 from surgery.planning.figures import Report
+from surgery.planning.sharing import SharedTensor, held, shared_tensors
 from surgery.semantics.lint import lint
 from surgery.semantics.resolved_spec import ResolvedSpec
 from surgery.text import counted, listed
@@ -33,11 +34,17 @@ from surgery.text import counted, listed
 
 @dataclass(frozen=True)
 class Placed:
-    """One operated weight: where it is, which target took it, and what W' is."""
+    """One operated weight: where it is, which target took it, what W' is, and by the key of a leaf the tensors that it
+    shares with more than its target."""
 
     site: Site
     target: Target
     formula: Formula
+    shared: Mapping[str, SharedTensor] = field(default_factory=dict)
+
+    def held(self, leaf: Leaf) -> SharedTensor:
+        """The one tensor that is held of a leaf that is shared."""
+        return held(self.site, leaf, self.shared)
 
     @cached_property
     def compiled(self) -> Compiled:
@@ -90,9 +97,9 @@ class Plan:
 
     def _count(self, frozen: bool) -> int:
         found = [(p, leaf) for p in self.placed for leaf in p.formula.leaves if leaf.frozen == frozen]
-        shared = {(leaf.group, leaf.shape) for _, leaf in found if leaf.group}
+        shared = {p.held(leaf).name: p.held(leaf).shape for p, leaf in found if leaf.group}
         own = sum(p.count(leaf) for p, leaf in found if not leaf.group)
-        return own + sum(known(prod(shape)) for _, shape in shared)
+        return own + sum(map(prod, shared.values()))
 
 
 def compile(model: nn.Module, spec: Spec | str | PathLike, strict: bool = False) -> Plan:
@@ -121,9 +128,10 @@ def compile(model: nn.Module, spec: Spec | str | PathLike, strict: bool = False)
     placed = [(site, target, formulas.of(site, target)) for site, _, target in selection.targets.values()]
     report.add(*formulas.faults())
     report.add(*_unbiased(spec, resolved.library, [row[:2] for row in selection.targets.values()]))
+    shared = shared_tensors(((site, formula.leaves) for site, _, formula in placed if formula), report)
     report.raise_errors(strict)
     total = sum(p.numel() for p in model.parameters())
-    operated = tuple(Placed(site, target, formula) for site, target, formula in placed
+    operated = tuple(Placed(site, target, formula, shared.get(site.name, {})) for site, target, formula in placed
                      if formula is not None)  # what has no formula was an error
     return Plan(spec, operated, selection, tuple(report.warnings), total)
 

@@ -21,6 +21,8 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 _RESERVED = ("W", "I", "X")
 _SHORT = 24  # an update whose text is no longer stands in the first line
 Row = tuple[str, str]
+_SHARERS = {"target": "the modules of the target", "module": "the steps of the module",
+            "layer": "the modules of a layer", "model": "all modules"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Page:
         maths = Maths({**self.symbols, **self.operand_symbols})
         shape = f" {shape_text(leaf.shape)}" if leaf.shape else ""
         start = f"= {maths.short(leaf.init)}" if leaf.init is not None else f"~ {_draw_text(leaf.law)}"
-        notes = ["frozen"] * leaf.frozen + ["shared by the modules of the target"] * bool(leaf.group)
+        notes = ["frozen"] * leaf.frozen + [f"shared by {_SHARERS[leaf.scope]}"] * bool(leaf.group)
         notes += [f"rate {number_text(leaf.rate)}"] * (leaf.rate != 1) + ["no decay"] * (not leaf.decays)
         notes += [f"kept on {leaf.manifold}"] * bool(leaf.manifold)
         return f"{self.symbols[leaf.expr]}{shape} {start}", ", ".join(notes)

@@ -21,29 +21,35 @@ from surgery.planning.compile import Placed
 from surgery.semantics.distributions import DISTRIBUTIONS, draw
 from surgery.text import counted
 
-Shared = dict[tuple[str | None, tuple[int, ...]], torch.Tensor]
+Shared = dict[str, torch.Tensor]
 IDENTITY_TOLERANCE = 1e-5
 MANIFOLD_TOLERANCE = 1e-4  # what float32 leaves of W's singular vectors and of what is drawn is a tenth of it
 
 
 def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> dict[str, torch.Tensor]:
-    """The starting tensors of one module, parameters but for whole numbers. `shared` holds the tensors that modules of
-    a target have in common, and grows."""
+    """The starting tensors of one module, as they are held, parameters but for whole numbers. `shared` holds those that
+    modules have in common, by name, and grows."""
     values = frozen_leaves(placed, _starts_from_weight(placed))
     known: dict = {}
     made: dict[str, torch.Tensor] = {}
     for leaf in placed.formula.leaves:
-        key = (leaf.group, known_shape(leaf.shape))
-        if leaf.group and key in shared:
-            made[leaf.key] = shared[key]
+        name = placed.held(leaf).name if leaf.group else ""
+        if name in shared:
+            made[leaf.key] = shared[name]
         else:
             start = _start(placed, leaf, values, seed, known)
             assert_on_manifold(leaf, start, placed.site.name)
             made[leaf.key] = _held(start, leaf, dtype)
         if leaf.group:
-            shared[key] = made[leaf.key]
-        values[leaf.key] = in_dtype(made[leaf.key].detach(), values["weight"].dtype)
+            shared[name] = made[leaf.key]
+        value = part_of(made[leaf.key].detach(), leaf) if leaf.group else made[leaf.key].detach()
+        values[leaf.key] = in_dtype(value, values["weight"].dtype)
     return made
+
+
+def part_of(held: torch.Tensor, leaf: Leaf) -> torch.Tensor:
+    """What a leaf reads of the tensor that is held for all who share it: the first entries of each axis, a view."""
+    return held[tuple(slice(size) for size in known_shape(leaf.shape))]
 
 
 def assert_on_manifold(leaf: Leaf, start: torch.Tensor, module: str) -> None:
@@ -96,22 +102,27 @@ def _held(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> torch.Tensor:
 def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: int, known: dict) -> torch.Tensor:
     weight, stack, name = values["weight"], placed.site.stack, placed.site.name
     shape = known_shape(leaf.shape)
+    if leaf.group and leaf.scope != "target":
+        shape, group = placed.held(leaf).shape, placed.held(leaf).identity
+    else:
+        group = leaf.group
     if weight.is_meta:
         whole_shape = shape if leaf.group or not stack else (stack, *shape)
         return torch.empty(whole_shape, device="meta", dtype=torch.int64 if leaf.whole else None)
     if leaf.draw is None:
-        return _over_stack(placed, values, leaf, known)
+        return _over_stack(placed, values, leaf, known, shape)
     if leaf.group:
-        return draw(leaf.draw, shape, seed, leaf.group, shape).to(weight.device)
+        return draw(leaf.draw, shape, seed, group, shape).to(weight.device)
     if stack is None:
         return draw(leaf.draw, shape, seed, name, leaf.key).to(weight.device)
     return torch.stack([draw(leaf.draw, shape, seed, f"{name}.{i}", leaf.key)
                         for i in range(stack)]).to(weight.device)
 
 
-def _over_stack(placed: Placed, values: dict[str, torch.Tensor], leaf: Leaf, known: dict) -> torch.Tensor:
+def _over_stack(placed: Placed, values: dict[str, torch.Tensor], leaf: Leaf, known: dict,
+                shape: tuple[int, ...]) -> torch.Tensor:
     """A leaf's start; for a stack, that of each of its matrices. What leaves have in common is computed once."""
-    init, shape = leaf.init, known_shape(leaf.shape)
+    init = leaf.init
     assert init is not None  # a leaf that is not drawn starts at an expression
     if placed.site.stack is None or leaf.group:
         return dense(init, values, known).expand(shape)

@@ -20,9 +20,10 @@ import torch.nn as nn
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program
 from surgery.ir.dense import in_dtype
-from surgery.ir.expression import Formula, Leaf
+from surgery.ir.expression import Formula
 from surgery.ir.notation import Maths, brief, parts_to_name
 from surgery.ir.orthogonal_maps import is_traced
+from surgery.ir.sizes import known_shape
 from surgery.layers.layouts import Layout, is_direct
 from surgery.layers.opaque_linear import (
     SUFFIX,
@@ -31,6 +32,7 @@ from surgery.layers.opaque_linear import (
     put_forward_back,
     stored,
 )
+from surgery.planning.initial_values import part_of
 from surgery.runtime.effective_weight import effective_weight, holds_parameters
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.frozen_opaque import frozen
@@ -91,12 +93,6 @@ class SharedTensors(StepTensors):
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 
-def shared_name(leaf: Leaf) -> str:
-    """What a leaf that modules share is called: those of one group may be of several shapes. No name of a spec's has a
-    hyphen, so that two groups have two names."""
-    return f"{leaf.group}.{'x'.join(map(str, leaf.shape))}".replace(".", "-")
-
-
 class Adapter(nn.Module):
     """The tensors and the programs of one operated weight. The programs are received: `compiled` is what the compiler
     made of the weight's formula, and is asked for the program of each mode. `active` is False while disabled or merged;
@@ -106,14 +102,18 @@ class Adapter(nn.Module):
     common: SharedTensors
 
     def __init__(self, compiled: Compiled, layout: Layout, parameter: str, stack: int | None,
-                 tensors: Mapping[str, torch.Tensor], common: SharedTensors, gives_gradient: bool = True):
+                 tensors: Mapping[str, torch.Tensor], common: SharedTensors, shared: Mapping[str, str],
+                 gives_gradient: bool = True):
         super().__init__()
         self.gives_gradient = gives_gradient
         self.compiled, self.layout, self.parameter, self.stack, self.active = compiled, layout, parameter, stack, True
         self.prepared: bool | None = None  # for a module whose output programs give (True), or W' alone; None: not yet
         formula = compiled.formula
         self.serving: Serving | None = None
-        self.shared = {leaf.key: shared_name(leaf) for leaf in formula.leaves if leaf.group}
+        self.shared = dict(shared)
+        # of what is held for the largest user, each reads its own part
+        self._parts = {leaf.key: leaf for leaf in formula.leaves
+                       if leaf.group and leaf.shape and tensors[leaf.key].shape != known_shape(leaf.shape)}
         self._numbers = frozenset(leaf.key for leaf in formula.leaves if not leaf.shape and (leaf.group or not stack))
         self._programs: dict[bool | None, Program] = {}
         self._of_calls: dict[tuple, tuple[list, Any]] = {}
@@ -162,7 +162,8 @@ class Adapter(nn.Module):
 
     def shaped(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by key as they are held, in the shapes that the formula has for them."""
-        return {key: t.reshape(()) if key in self._numbers else t for key, t in held.items()}
+        found = {key: t.reshape(()) if key in self._numbers else t for key, t in held.items()}
+        return found | {key: part_of(found[key], leaf) for key, leaf in self._parts.items()} if self._parts else found
 
     def prepare(self, is_direct: bool = True) -> None:
         """Have the code made of W' (`None`) and, for a module whose map is known, of its output in training and in

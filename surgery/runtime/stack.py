@@ -202,4 +202,6 @@ def _placed(site: str, known: Mapping[str, Known], compose: Callable[[dict[str, 
         steps = tuple(p.target.steps[part.index] for p in mine.values() for part in p.formula.parts)
         targets[key] = Target(*steps, untie=any(p.target.untie for p in mine.values()), shifted=True)
     formula = compose({name: named(p.formula, name) for name, p in mine.items()})
-    return Placed(next(iter(mine.values())).site, targets[key], formula)
+    shared = {f"{name}:{key}": replace(tensor, name=f"{name}:{tensor.name}")
+              for name, p in mine.items() for key, tensor in p.shared.items()}
+    return Placed(next(iter(mine.values())).site, targets[key], formula, shared)

@@ -125,7 +125,8 @@ def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dty
 def adapter_of(placed: Placed, values: Mapping[str, torch.Tensor], common: SharedTensors) -> Adapter:
     """The adapter of one operated weight, with those tensors by key; `common` grows by what adapters share."""
     site = placed.site
-    adapter = Adapter(placed.compiled, site.layout, site.parameter, site.stack, values, common,
+    shared = {leaf.key: placed.held(leaf).name for leaf in placed.formula.leaves if leaf.group}
+    adapter = Adapter(placed.compiled, site.layout, site.parameter, site.stack, values, common, shared,
                       site.answer.gives_gradient)
     return adapter.train(site.module.training)
 

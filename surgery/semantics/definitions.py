@@ -12,7 +12,7 @@ from functools import cache
 from math import prod
 from typing import Any
 
-from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean, fail
+from surgery.diagnostics import Collector, Diagnostic, Span, SurgeryError, did_you_mean, fail
 from surgery.ir.expression import DEEPEST_FORMULA, Draw, Expr, Leaf
 from surgery.ir.operations import is_undecided, is_whole, shape_text, undecided
 from surgery.ir.sizes import Dim, Size
@@ -35,6 +35,7 @@ class Instance:
     report: Collector
     group: str = ""
     leaves: list[Leaf] = field(default_factory=list)
+    common: list[Leaf] = field(default_factory=list)  # what steps share, whichever of them says it first
 
     def run(self) -> Expr | None:
         """The expression that the definition returns (None when a mistake was reported)."""
@@ -90,7 +91,8 @@ class Instance:
         init = self._init(param, param.init, shape) if param.init is not None else None
         law = self._draw(param, param.draw, shape) if param.draw is not None else None
         key = f"{self.prefix}.{param.name}"
-        group = f"{self.group}.{key}" if param.shared else None
+        scope = param.shared if isinstance(param.shared, str) else "target"
+        group = None if not param.shared else f"{self.group}.{key}" if scope == "target" else f"{scope}.{param.name}"
         whole = DISTRIBUTIONS[law.distribution].whole if law else init is not None and is_whole(init)
         if whole and not param.frozen:
             raise fail("wrong-type", f"`{param.name}` holds whole numbers, which cannot be trained",
@@ -99,9 +101,31 @@ class Instance:
             raise fail("shape-mismatch", f"`on {param.manifold}` is for matrices, and `{param.name}` is "
                        f"{shape_text(shape)}", param.name_span or param.span)
         rate = self._rate(param, param.rate) if param.rate is not None else 1.0
-        self.leaves.append(Leaf(key, shape, init, law, param.frozen, group, param.name_span or param.span, whole, rate,
-                                param.decay, param.manifold))
-        return self.leaves[-1].expr
+        leaf = Leaf(key, shape, init, law, param.frozen, group, param.name_span or param.span, whole, rate, param.decay,
+                    param.manifold, scope)
+        if scope != "target":
+            return self._common(leaf).expr
+        self.leaves.append(leaf)
+        return leaf.expr
+
+    def _common(self, leaf: Leaf) -> Leaf:
+        """A leaf that steps have in common, by its name: the one that stands there already, or a new one. One tensor
+        that steps need in several sizes is a leaf for each, with a number of its own behind its name."""
+        reads = leaf.init is not None and leaf.init.has("weight", "bias", "param", "places")
+        if leaf.scope != "module" and reads:
+            raise fail("wrong-kind", f"`shared({leaf.scope})` is one tensor of several modules, and this start is made "
+                       "of what each has by itself", leaf.span, helps=("start it at a number or a draw",))
+        alike = [other for other in self.common if other.group == leaf.group]
+        for other in alike:
+            if what := leaf.unlike(other):
+                raise unlike_shared(leaf, other, what)
+            if other.shape == leaf.shape:
+                return other
+        number = f"#{len(alike) + 1}" if alike else ""
+        leaf = replace(leaf, key=f"shared.{leaf.key.rpartition('.')[2]}{number}")
+        self.common.append(leaf)
+        self.leaves.append(leaf)
+        return leaf
 
     def _rate(self, param: Param, rate: Expression) -> Dim | float:
         value = evaluate(rate, self.values)
@@ -173,6 +197,14 @@ def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) 
     of, count = given.get("of"), prod(shape)
     if of is not None and not isinstance(of, Dim) and not isinstance(count, Dim) and count > of:
         raise fail("bad-value", f"{count} different places are asked for, and there are {of:g}", call.span)
+
+
+def unlike_shared(leaf: Leaf, other: Leaf, what: str) -> SurgeryError:
+    """The error for two leaves that are said to be one tensor, and cannot be."""
+    return fail("unlike-shared", f"`{leaf.group.rpartition('.')[2] if leaf.group else ''}` is one tensor wherever "
+                f"`shared({leaf.scope})` says it, and {what} is said in two ways", leaf.span,
+                related=((other.span, "the first is here"),) if other.span else (),
+                helps=("say it alike, or give one of the two another name",))
 
 
 def told_of_definitions(diagnostic: Diagnostic, known: Mapping[str, Definition]) -> Diagnostic:

@@ -72,6 +72,7 @@ class _Builder:
         self.weight = self.x = self.plain = Expr("weight", (), None, (out, in_))
         self.bias = self.frozen_bias = Expr("bias", (), None, (out,))
         self.leaves: list[Leaf] = []
+        self.common: list[Leaf] = []
         self.claims: list[Claim] = []
         self.parts: list[Part] = []
 
@@ -112,7 +113,7 @@ class _Builder:
         # the mistakes of the body are gathered apart, since each is told with the step that places the definition
         within = Collector()
         instance = Instance(definition, name, {**values, **self.sizes, **side, "W": operand}, within,
-                            self.context.group)
+                            self.context.group, common=self.common)
         result = instance.run()
         known = self.context.library.definitions
         self.report.add(*(_placed(told_of_definitions(d, known), step) for d in within.found))
