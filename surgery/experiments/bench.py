@@ -32,8 +32,8 @@ from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
 from surgery.language.library import load
 from surgery.language.tree import Spec
 from surgery.models.demo import demo_inputs
-from surgery.peft.recognise import Match, match
-from surgery.planning.compile import compile
+from surgery.peft.recognise import match
+from surgery.planning.compile import Plan, compile
 from surgery.runtime.surgeon import prepare
 
 PHASES = ("step", "forward")
@@ -105,17 +105,22 @@ class Bench:
         self.model, self.device = model.requires_grad_(False), next(model.parameters()).device
         self.against_peft, self.compiled = against_peft, compiled
         self.batch = _batch(model, tokens)
-        self.direction = _direction(model, self.batch)
+        # A fixed random gradient of the output, in the place of a loss: it costs nothing and is the same for all.
+        output = _output(model, self.batch)
+        if not output.requires_grad:
+            raise fail("unsupported-module", f"no gradient reaches the input of a {type(model).__name__}")
+        draw = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), device="cpu")
+        self.direction = (draw / output.numel()).to(output.device, output.dtype)
         self.frozen = self._subject(model)
         self.contenders = [self._contender(name, spec) for name, spec in specs.items()]
 
     @property
     def subjects(self) -> dict[str, Subject]:
         """All that take turns, by what they are called while they run."""
-        found = {"the frozen model": self.frozen}
+        subjects = {"the frozen model": self.frozen}
         for each in self.contenders:
-            found |= {each.name: each.ours, **({f"PEFT's {each.name}": each.peft} if each.peft else {})}
-        return found
+            subjects |= {each.name: each.ours, **({f"PEFT's {each.name}": each.peft} if each.peft else {})}
+        return subjects
 
     def _subject(self, model: nn.Module) -> Subject:
         return Subject(model, self.batch, self.direction, self.compiled)
@@ -125,22 +130,24 @@ class Bench:
         copied = sharing(self.model, plan.train)
         surgeon = prepare(copied, spec).operate()
         trained = sum(p.numel() for p in surgeon.parameters())
-        theirs, why = self._peft(match(plan)) if self.against_peft else (None, "")
+        theirs, why = self._peft(plan) if self.against_peft else (None, "")
         return Contender(name, trained, self._subject(copied), theirs, why)
 
-    def _peft(self, found: Match | None) -> tuple[Subject | None, str]:
-        """PEFT's model, or why there is none."""
-        if found is None:
+    def _peft(self, plan: Plan) -> tuple[Subject | None, str]:
+        """PEFT's model of the same method, or why there is none."""
+        matched = match(plan)
+        if matched is None:
             return None, "PEFT has no method with this formula"
-        if self.device.type != "cuda" and any(method.needs_cuda for method in found.methods.values()):
+        if self.device.type != "cuda" and any(method.needs_cuda for method in matched.methods.values()):
             return None, "PEFT runs it on CUDA alone, and another method here"
         import peft
 
         try:
             with warnings.catch_warnings():
+                # PEFT warns of settings that a user may regret; here they are those that make it the same method
                 warnings.simplefilter("ignore")
-                config = getattr(peft, found.family.config_class)(**found.config)
-                return self._subject(peft.get_peft_model(sharing(self.model, found.rewritten), config)), ""
+                config = getattr(peft, matched.family.config_class)(**matched.config)
+                return self._subject(peft.get_peft_model(sharing(self.model, matched.rewritten), config)), ""
         except (TypeError, ValueError) as error:  # how PEFT refuses a module
             return None, f"PEFT refuses: {error}"
 
@@ -150,43 +157,42 @@ class Bench:
         """Take turns for `repeat` rounds of each phase. Says what runs next; may be stopped at any time."""
         with torch._dynamo.config.patch(_NO_LIMIT) if self.compiled else nullcontext():
             for phase in PHASES:
-                yield from self._warm_up(phase)
+                for name, subject in self.subjects.items():
+                    yield f"{phase}, warm-up: {name}"
+                    subject.model.train(phase == "step")
+                    for _ in range(_WARM_UP):  # the first calls compile, tune and allocate
+                        subject.call(phase)()
+                    if phase == "step":  # outside of the rounds, since counting bytes takes time
+                        subject.measure_peak(self.device)
                 for number in range(repeat):
                     for name, subject in turned(list(self.subjects.items()), number):
                         yield f"{phase}, round {number + 1} of {repeat}: {name}"
                         subject.times[phase].append(seconds(subject.call(phase), self.device))
 
-    def _warm_up(self, phase: str) -> Iterator[str]:
-        for name, subject in self.subjects.items():
-            yield f"{phase}, warm-up: {name}"
-            subject.model.train(phase == "step")
-            for _ in range(_WARM_UP):
-                subject.call(phase)()
-            if phase == "step":
-                subject.measure_peak(self.device)
-
     # ------------------------------------------------------------------------------------------------------ rows
 
     def rows(self) -> list[dict[str, Any]]:
         """What is known: a row for the frozen model, and one for each spec. Times are in seconds, None if not taken."""
-        return [{"name": "frozen", "trained": 0, **self._figures(self.frozen)}, *map(self._row, self.contenders)]
-
-    def _row(self, each: Contender) -> dict[str, Any]:
-        theirs = {f"peft_{key}": value for key, value in self._figures(each.peft).items()}
-        pairs = zip(each.ours.times["step"], each.peft.times["step"] if each.peft else [])
-        over = [mine / other for mine, other in pairs]
-        return {"name": each.name, "trained": each.trained, **self._figures(each.ours), **theirs,
-                "step_over_peft": median(over) if over else None, "peft_note": each.why or None}
+        rows: list[dict[str, Any]] = [{"name": "frozen", "trained": 0, **self._figures(self.frozen)}]
+        for each in self.contenders:
+            theirs = {f"peft_{key}": value for key, value in self._figures(each.peft).items()}
+            # Round by round: a machine that slows down slows both, and their ratio stays.
+            pairs = zip(each.ours.times["step"], each.peft.times["step"] if each.peft else [])
+            over = [mine / other for mine, other in pairs]
+            rows.append({"name": each.name, "trained": each.trained, **self._figures(each.ours), **theirs,
+                         "step_over_peft": median(over) if over else None, "peft_note": each.why or None})
+        return rows
 
     def _figures(self, subject: Subject | None) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         for phase in PHASES:
+            # rounds that were cut short leave fewer times of the later models: zip pairs those of the same round
             times = subject.times[phase] if subject else []
             ratios = [t / base for t, base in zip(times, self.frozen.times[phase])]
-            found |= {f"{phase}_seconds": median(times) if times else None,
-                      f"{phase}_ratio": median(ratios) if ratios else None,
-                      f"{phase}_ratio_spread": spread(ratios)}
-        return {**found, "peak_bytes": subject.peak if subject else None}
+            figures |= {f"{phase}_seconds": median(times) if times else None,
+                        f"{phase}_ratio": median(ratios) if ratios else None,
+                        f"{phase}_ratio_spread": spread(ratios)}
+        return {**figures, "peak_bytes": subject.peak if subject else None}
 
 
 def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mapping[str, Spec],
@@ -196,18 +202,15 @@ def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mappi
 
     `specs` by names of their own, or files and shipped names; `tokens`: rows, and tokens a row (of images: how many).
     Cost: `2 repeat` forward passes and as many steps of every spec. Raises: SurgeryError."""
-    named = ({str(name): spec for name, spec in specs.items()} if isinstance(specs, Mapping)
-             else dict(map(_named, specs)))
+    if isinstance(specs, Mapping):
+        named = {str(name): spec for name, spec in specs.items()}
+    else:
+        named = {(spec.name or "spec") if isinstance(spec, Spec) else Path(spec).stem:
+                 spec if isinstance(spec, Spec) else load(spec) for spec in specs}
     ready = Bench(model, named, tokens, against_peft, compiled)
     for _ in ready.run(repeat):
         pass
     return ready.rows()
-
-
-def _named(spec: Spec | str | PathLike) -> tuple[str, Spec]:
-    if isinstance(spec, Spec):
-        return spec.name or "spec", spec
-    return Path(spec).stem, load(spec)
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -226,34 +229,22 @@ def _batch(model: PreTrainedModel, tokens: tuple[int, int]) -> dict[str, Tensor]
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and tokens[1] > longest:
         raise fail("bad-value", f"{type(model).__name__} reads at most {longest} tokens a row, not {tokens[1]}")
+    # A frozen model takes no gradient at all, and one with adapters none below its first: autograd would leave layers
+    # out that a larger model would have to pass. So the first activations ask for one, in all models alike.
     first = next(model.parameters())
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings == getattr(model.config, "vocab_size", None):
-            module.register_forward_hook(_awaken)
+            module.register_forward_hook(lambda module, args, output: _awake(output))
     batch = {name: value.to(first.device) for name, value in demo_inputs(model, 0, *tokens).items()}
     return {name: _awake(v.to(first.dtype)) if v.is_floating_point() else v for name, v in batch.items()}
-
-
-def _awaken(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return _awake(output)
 
 
 def _awake(x: Tensor) -> Tensor:
     return x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
 
 
-def _direction(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """A random gradient of the model's output. Raises: SurgeryError (unsupported-module) where none reaches the
-    input."""
-    y = _output(model, batch)
-    if not y.requires_grad:
-        raise fail("unsupported-module", f"no gradient reaches the input of a {type(model).__name__}")
-    draw = torch.Generator().manual_seed(1)
-    return (torch.randn(y.shape, generator=draw, device="cpu") / y.numel()).to(y.device, y.dtype)
-
-
 def _output(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """The model's first output with numbers in it. Nothing is kept for generation."""
     more = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
-    found = model(**batch, return_dict=True, **more)
-    return next(v for v in found.values() if isinstance(v, Tensor) and v.is_floating_point())
+    outputs = model(**batch, return_dict=True, **more)
+    return next(v for v in outputs.values() if isinstance(v, Tensor) and v.is_floating_point())

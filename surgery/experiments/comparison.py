@@ -35,7 +35,7 @@ from surgery.language.library import inlined
 from surgery.language.tree import Spec, Target, add
 from surgery.models.loading import load_with_head, tokenizer
 from surgery.planning.compile import compile
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.surgeon import apply
 
 FULL = "full"
 FIGURES = ("entropy", "normalised_entropy", "stable_rank", "effective_rank", "relative_size")
@@ -124,17 +124,17 @@ class Comparison:
              ended: Callable[[str, Run, bool], None] = lambda what, run, is_new: None) -> list[Run]:
         """Every run, from its file in `folder` or performed and kept there. `starting` stands around each that is
         performed, and `ended` is told of each; both with a line that says which it is."""
-        found, asked = [], self.asked()
+        runs, asked = [], self.asked()
         for number, each in enumerate(asked, start=1):
             what = f"{number}/{len(asked)}  {each['method']}  lr {each['rate']:g}  seed {each['seed']}"
             run = known = finished(folder / RUNS, each)
             if run is None:
                 with starting(what):
                     run = self.perform(each)
-                keep(folder / RUNS, run)
+                keep(folder / RUNS, run)  # at once: what is interrupted goes on from here
             ended(what, run, known is None)
-            found.append(run)
-        return found
+            runs.append(run)
+        return runs
 
     def steps(self, folder: Path, starting: Starting = lambda what: nullcontext()) -> Steps:
         """The times of steps, from their file in `folder` or taken and kept there."""
@@ -153,56 +153,57 @@ class Comparison:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         train(model, self.words, learned, setting, callbacks=[clock])
         chosen_by, scored = self._scores(model, validation), self._scores(model, test)
-        update = self._update(model, surgeon) if chosen_by is not None and scored is not None else {}
+        update: dict[str, float | None] = {}
+        if chosen_by is not None and scored is not None:
+            # Full fine-tuning changes everything: it is measured where the specs operate, or means would not compare.
+            spectra = spectrum(surgeon, top=0) if surgeon else spectrum(self.load(0), model, top=0)
+            means = Group.of("", [row for row in spectra.rows if surgeon or row.name in self._operated]).means
+            update = {name: means[name] for name in FIGURES}
         return Run(asked, chosen_by, scored, trained, update, clock.seconds, step_bytes(model, self._longest(model)),
                    machine())
 
     def time(self) -> Steps:
         """The time of a step of every method, side by side."""
-        model = self.load(0)
-        models = {method: self._beside(model, spec) for method, spec in self.specs.items()}
+        model, models = self.load(0), {}
+        for method, spec in self.specs.items():
+            if spec is None:  # full fine-tuning trains all of its own
+                models[method] = self.load(0)
+                continue
+            # on the weights of `model`, but for those that it trains: ten methods then need one model's memory
+            whole = with_head(spec, model)
+            models[method] = sharing(model, compile(model, whole).train)
+            apply(models[method], whole)
         return Steps(self.steps_asked, side_by_side(models, self._longest(model)), machine())
 
-    def _beside(self, model: PreTrainedModel, spec: Spec | None) -> PreTrainedModel:
-        """A method's model, on the weights of `model` that it does not train."""
-        if spec is None:
-            return self.load(0)
-        whole = with_head(spec, model)
-        copied = sharing(model, compile(model, whole).train)
-        apply(copied, whole)
-        return copied
-
     def _scores(self, model: PreTrainedModel, part: Task) -> dict[str, float] | None:
+        """The scores on a part; None where the training diverged."""
         given = outputs(model, self.words, part)
         return scores(part, given) if np.isfinite(given).all() else None
 
-    def _update(self, model: PreTrainedModel, surgeon: Surgeon | None) -> dict[str, float | None]:
-        """Means over the weights that the spec operates on; for full fine-tuning, that any of the specs operates on."""
-        found = spectrum(surgeon, top=0) if surgeon else spectrum(self.load(0), model, top=0)
-        means = Group.of("", [row for row in found.rows if surgeon or row.name in self._operated]).means
-        return {name: means[name] for name in FIGURES}
-
     @cached_property
     def _operated(self) -> frozenset[str]:
+        """The weights that any of the specs operates on; without a spec, every linear layer's."""
         model = self.load(0)
         specs = [*filter(None, self.specs.values())] or [_EVERY]
         return frozenset(p.site.name for spec in specs for p in compile(model, spec).placed)
 
     def _longest(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """The longest texts to learn from as one batch."""
+        # The most that a step can take: the memory of a usual batch would say little of what must fit.
         items = sorted(encoded(self.parts[0], self.words, Setting.length), key=lambda item: -len(item["input_ids"]))
         return {k: v.to(model.device) for k, v in self.words.pad(items[: self.batch], return_tensors="pt").items()}
 
 
 def machine() -> str:
     """The machine in words: the processor, the threads, torch."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        # `platform` knows the architecture alone: two machines of one would count as the same.
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+        except OSError:
+            lines = []
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+                    platform.machine())
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

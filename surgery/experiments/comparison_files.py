@@ -91,8 +91,9 @@ def keep(folder: Path, run: Run) -> None:
 def known_steps(file: Path, asked: Mapping[str, Any]) -> Steps | None:
     """The times in a file, if they are those that are asked for, in this order too:
     ratios are to the first method's."""
-    found = _read(file, Steps)
-    return found if found and json.dumps(found.asked) == json.dumps(asked) else None
+    steps = _read(file, Steps)
+    # compared as text, since two dicts are equal in any order
+    return steps if steps and json.dumps(steps.asked) == json.dumps(asked) else None
 
 
 def keep_steps(file: Path, steps: Steps) -> None:
@@ -103,11 +104,12 @@ def keep_steps(file: Path, steps: Steps) -> None:
 def _read(file: Path, kind: type[T]) -> T | None:
     """What a file holds; None where there is no file."""
     try:
-        found = read_json(file)
-        return TypeAdapter(kind).validate_python({n: v for n, v in found.items() if n != "format_version"})
+        fields = read_json(file)
+        return TypeAdapter(kind).validate_python({n: v for n, v in fields.items() if n != "format_version"})
     except FileNotFoundError:
         return None
     except ValidationError as error:
+        # Somebody may have edited it: training again over it would lose what it says.
         wrong = ", ".join(dict.fromkeys(str(fault["loc"][0]) for fault in error.errors(include_input=False)))
         raise fail("bad-data", f"{file} is not finished: it lacks, or has wrongly: {wrong}",
                    helps=("delete it",)) from None

@@ -7,7 +7,7 @@ is never chosen over one at which none did.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -52,27 +52,22 @@ class Row:
 
 def rows(runs: Sequence[Run], steps: Steps | None = None) -> list[Row]:
     """One row for each method, in the order of the runs."""
-    methods = dict.fromkeys(r.method for r in runs)
-    return [_row(method, [r for r in runs if r.method == method], steps) for method in methods]
-
-
-def _row(method: str, runs: Sequence[Run], steps: Steps | None) -> Row:
-    rates = dict.fromkeys(r.asked["rate"] for r in runs)
-    best = max(rates, key=lambda rate: fmean(r.chosen_by for r in _at(rate, runs)))
-    chosen = _at(best, runs)
-    tests = [r.test for r in chosen if r.test is not None]
-    entropies = [entropy for r in chosen if (entropy := r.update.get("entropy")) is not None]
-    found = {name: Mean.of([test[name] for test in tests]) for name in tests[0]} if len(tests) == len(chosen) else {}
-    return Row(method, best, _edge(best, rates) if found else None, len(chosen), found, chosen[0].trained,
-               steps and steps.seconds(method), steps and steps.ratio(method), max(r.peak_bytes for r in runs),
-               Mean.of(entropies) if len(entropies) == len(chosen) else None)
-
-
-def _edge(rate: float, rates: Iterable[float]) -> str | None:
-    """The end of several rates that one is."""
-    ends = {min(rates): "bottom", max(rates): "top"}
-    return ends.get(rate) if len(ends) > 1 else None
-
-
-def _at(rate: float, runs: Sequence[Run]) -> list[Run]:
-    return [r for r in runs if r.asked["rate"] == rate]
+    table = []
+    for method in dict.fromkeys(r.method for r in runs):
+        by_rate: dict[float, list[Run]] = {}
+        for run in (r for r in runs if r.method == method):
+            by_rate.setdefault(run.asked["rate"], []).append(run)
+        # A diverged run's score is minus infinity, and so is its mean: its rate comes last.
+        best = max(by_rate, key=lambda rate: fmean(r.chosen_by for r in by_rate[rate]))
+        chosen = by_rate[best]
+        tests = [r.test for r in chosen if r.test is not None]
+        entropies = [entropy for r in chosen if (entropy := r.update.get("entropy")) is not None]
+        # A mean over the seeds that happened not to diverge would be a better score than the method has.
+        scores = {name: Mean.of([t[name] for t in tests]) for name in tests[0]} if len(tests) == len(chosen) else {}
+        ends = {min(by_rate): "bottom", max(by_rate): "top"}
+        edge = ends.get(best) if len(ends) > 1 and scores else None
+        table.append(Row(
+            method, best, edge, len(chosen), scores, chosen[0].trained, steps and steps.seconds(method),
+            steps and steps.ratio(method), max(r.peak_bytes for each in by_rate.values() for r in each),
+            Mean.of(entropies) if len(entropies) == len(chosen) else None))
+    return table

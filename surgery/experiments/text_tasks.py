@@ -61,10 +61,10 @@ class Task:
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)
         cuts = [0, *(round(sum(shares[: i + 1]) * len(self)) for i in range(len(shares))), len(self)]
-        found = tuple(self.taken(order[a:b]) for a, b in zip(cuts, cuts[1:]))
-        if not all(map(len, found)):
-            raise fail("bad-data", f"{self.name} has {len(self)} texts, too few to be cut into {len(found)} parts")
-        return found
+        parts = tuple(self.taken(order[a:b]) for a, b in zip(cuts, cuts[1:]))
+        if not all(map(len, parts)):
+            raise fail("bad-data", f"{self.name} has {len(self)} texts, too few to be cut into {len(parts)} parts")
+        return parts
 
     def limited(self, limit: int | None, seed: int = 0) -> Task:
         """`limit` of the texts, drawn at random; all where there are not more."""
@@ -81,29 +81,24 @@ def read(path: str | PathLike, kind: Kind | None = None, threshold: float | None
     """The task in a TSV file. `threshold` makes two classes of numbers, above it or not; `label` names the column.
 
     Raises: SurgeryError (missing-file, bad-data) with every line that is wrong."""
-    file = Path(path)
-    (_, header), *rows = _lines(file)
-    at, text = _column(file, header, label), header.index(TEXT)
-    report = Collector()
-    for number, row in rows:
-        if len(row) != len(header):
-            report.error("bad-data", f"{file}:{number} has {len(row)} columns, and the header {len(header)}")
-    report.raise_errors()
-    return _labelled(file, [row[text] for _, row in rows], [row[at] for _, row in rows], kind, threshold)
-
-
-def _lines(file: Path) -> list[tuple[int, list[str]]]:
-    """The cells of each line that is not blank, with its number."""
+    file, report = Path(path), Collector()
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise fail("missing-file", f"cannot read {file}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise fail("bad-data", f"{file} is not UTF-8 at byte {error.start}") from None
-    kept = [(number, line.split("\t")) for number, line in enumerate(lines, start=1) if line.strip()]
-    if len(kept) < 2:
+    # With their numbers from the file, blank lines counted, so that a fault is found where an editor shows it.
+    cells = [(number, line.split("\t")) for number, line in enumerate(lines, start=1) if line.strip()]
+    if len(cells) < 2:
         raise fail("bad-data", f"{file} holds no text under a header line")
-    return kept
+    (_, header), *rows = cells
+    at, text = _column(file, header, label), header.index(TEXT)
+    for number, row in rows:
+        if len(row) != len(header):
+            report.error("bad-data", f"{file}:{number} has {len(row)} columns, and the header {len(header)}")
+    report.raise_errors()
+    return _labelled(file, [row[text] for _, row in rows], [row[at] for _, row in rows], kind, threshold)
 
 
 def _column(file: Path, header: Sequence[str], label: str | None) -> int:
@@ -127,13 +122,21 @@ def _listed(columns: Sequence[str]) -> str:
 
 def _labelled(file: Path, texts: Sequence[str], labels: Sequence[str], kind: Kind | None,
               threshold: float | None) -> Task:
-    read = [_number(each) for each in labels]
-    numbers = [number for number in read if number is not None]
-    odd = len(numbers) < len(read)
-    if threshold is None and kind != "regression" and (odd or kind or all(n.is_integer() for n in numbers)):
+    """The task of the kind that is asked for, or that the labels suggest."""
+    values: list[float | None] = []
+    for label in labels:
+        try:
+            value = float(label)
+        except ValueError:
+            value = float("nan")
+        values.append(value if abs(value) < float("inf") else None)  # float() reads `nan` and `inf`, which are none
+    numbers = [value for value in values if value is not None]
+    has_names = len(numbers) < len(values)
+    # Whole numbers are names of classes more often than amounts, so they are regressed on only when that is asked for.
+    if threshold is None and kind != "regression" and (has_names or kind or all(n.is_integer() for n in numbers)):
         return _classified(file, texts, labels)
-    if odd:
-        raise fail("bad-data", f"{file} has labels that are no numbers, such as `{labels[read.index(None)]}`",
+    if has_names:
+        raise fail("bad-data", f"{file} has labels that are no numbers, such as `{labels[values.index(None)]}`",
                    helps=("such labels can only be classes",))
     if threshold is None:
         return Task(file.stem, tuple(texts), tuple(numbers))
@@ -150,14 +153,6 @@ def _classified(file: Path, texts: Sequence[str], labels: Sequence[str]) -> Task
     return Task(file.stem, tuple(texts), tuple(index[each] for each in labels), classes)
 
 
-def _number(text: str) -> float | None:
-    try:
-        found = float(text)
-    except ValueError:
-        return None
-    return found if abs(found) < float("inf") else None
-
-
 # ---------------------------------------------------------------------------------------------------------- scores
 
 
@@ -170,22 +165,19 @@ def scores(task: Task, outputs: np.ndarray) -> dict[str, float]:
     labels = np.asarray(task.labels)
     if task.classes:
         return {"accuracy": float((outputs.argmax(-1) == labels).mean())}
-    found = outputs[:, 0].astype(float)
-    return {"spearman": spearman(found, labels), "mse": float(((found - labels) ** 2).mean())}
+    predicted = outputs[:, 0].astype(float)
+    return {"spearman": spearman(predicted, labels), "mse": float(((predicted - labels) ** 2).mean())}
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's rank correlation, equal values sharing their mean rank; 0 where one side is constant."""
     import numpy as np
 
-    x, y = (_ranks(v) - (len(v) - 1) / 2 for v in (a, b))
+    def centred_ranks(values: np.ndarray) -> np.ndarray:
+        # The ranks from 0, less their mean (n - 1) / 2, which ties leave as it is.
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(count) - (count + 1) / 2)[place] - (len(values) - 1) / 2
+
+    x, y = centred_ranks(a), centred_ranks(b)
     size = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / size) if size else 0.0
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value, from 0."""
-    import numpy as np
-
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count + 1) / 2)[place]

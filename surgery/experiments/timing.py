@@ -22,7 +22,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
     """How long one call takes, until the device is done."""
-    _wait(device)
+    _wait(device)  # a device works on what earlier calls asked for
     start = perf_counter()
     call()
     _wait(device)
@@ -106,5 +106,6 @@ def turned(items: list, number: int) -> list:
 def sharing(model: _Model, apart: Sequence[str] = ()) -> _Model:
     """A copy of the model's structure with the same tensors in it; the parameters named are copied."""
     own = {id(model.get_parameter(name)) for name in apart}
+    # deepcopy takes what its memo holds for copied already
     shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
     return deepcopy(model, shared)

@@ -50,25 +50,21 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Task
           bar: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> None:
     """Train what is not frozen, in place; the model ends in evaluation mode. Raises: SurgeryError (missing-extra)."""
     need("accelerate", "train", "training")
-    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
+    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
 
     model.config.pad_token_id = tokenizer.pad_token_id
     with TemporaryDirectory() as folder:  # the Trainer wants one, though it saves nothing here
+        # Texts of like length in a batch waste little on padding. Where no GPU is, pinned memory only warns.
+        arguments = TrainingArguments(
+            folder, learning_rate=setting.lr, num_train_epochs=setting.epochs, seed=setting.seed,
+            per_device_train_batch_size=setting.batch, train_sampling_strategy="group_by_length", save_strategy="no",
+            report_to="none", logging_steps=50, disable_tqdm=not bar, dataloader_pin_memory=torch.cuda.is_available())
         texts = encoded(part, tokenizer, setting.length)
-        trainer = Trainer(model, _arguments(folder, setting, bar), train_dataset=texts,
-                          data_collator=DataCollatorWithPadding(tokenizer), callbacks=list(callbacks))
-        trainer.remove_callback(PrinterCallback)
+        trainer = Trainer(model, arguments, train_dataset=texts, data_collator=DataCollatorWithPadding(tokenizer),
+                          callbacks=list(callbacks))
+        trainer.remove_callback(PrinterCallback)  # which prints on stdout, where results are
         trainer.train()
     model.eval()
-
-
-def _arguments(folder: str, setting: Setting, bar: bool) -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        folder, learning_rate=setting.lr, num_train_epochs=setting.epochs, per_device_train_batch_size=setting.batch,
-        seed=setting.seed, train_sampling_strategy="group_by_length", save_strategy="no", report_to="none",
-        logging_steps=50, disable_tqdm=not bar, dataloader_pin_memory=torch.cuda.is_available())
 
 
 def encoded(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
@@ -83,11 +79,12 @@ def outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Ta
             length: int = Setting.length) -> np.ndarray:
     """What the model gives for each text, [texts, outputs]. The model must be in evaluation mode."""
     items = encoded(task, tokenizer, length)
+    # By length, so that a batch has little padding; the outputs go back to the places of their texts.
     order = sorted(range(len(items)), key=lambda i: len(items[i]["input_ids"]))
-    found = torch.empty(len(items), task.outputs)
+    logits = torch.empty(len(items), task.outputs)
     for start in range(0, len(order), EVALUATED):
         chosen = order[start : start + EVALUATED]
         tokens = [{k: v for k, v in items[i].items() if k != "labels"} for i in chosen]
         batch = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
-        found[chosen] = model(**batch).logits.float().cpu()
-    return found.numpy()
+        logits[chosen] = model(**batch).logits.float().cpu()
+    return logits.numpy()
