@@ -17,6 +17,7 @@ def tag(name: str, *children: object, **attributes: object) -> Markup:
     """<name attributes>children</name>. A `_` at an attribute's end is dropped, another one is a hyphen; None leaves an
     attribute or a child out."""
     pairs = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None]
+    # quoted and escaped, whatever an attribute holds: a name from a model may hold quotes
     opening = "".join([f"<{name}", *(f' {key}="{escape(str(value))}"' for key, value in pairs), ">"])
     return Markup(f"{opening}{joined(children)}</{name}>")
 

@@ -18,8 +18,8 @@ from surgery.codegen.fuse_blocks import blockwise
 from surgery.codegen.fuse_low_rank import thinly
 from surgery.codegen.images_and_ids import alone, built, is_weight, spread
 from surgery.codegen.operation_counts import size
-from surgery.codegen.setup_order import made, solved_once
-from surgery.codegen.split_products import apart
+from surgery.codegen.setup_order import in_cheapest_order, solved_once
+from surgery.codegen.split_products import reassociated
 from surgery.ir.builders import summands
 from surgery.ir.expression import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
 from surgery.ir.operations import eye, is_ids, is_whole, make, names, operation
@@ -122,7 +122,7 @@ def _distinct(formula: Formula, kind: LayerKind, drops: bool, has_bias: bool) ->
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
     ways = {name: _output(name, operand, x, kind, trained) for name in reversed(STRATEGIES)}
     outputs = {alone(_with_bias(y, bias, kind)): name for name, y in ways.items() if y is not None}
-    outputs = {**{apart(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
+    outputs = {**{reassociated(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
                   for output, name in outputs.items()}, **outputs}
     return tuple(candidate((output,), unread, name, trained, kind.is_called)
                  for output, name in reversed(outputs.items()))
@@ -173,7 +173,7 @@ def frozen_alone(kind: LayerKind, out: int, in_: int) -> Expr:
 def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights",
               trained: frozenset[str] = frozenset(), is_called: bool = False) -> Candidate:
     """The candidate that computes `outputs`; `prepare` is the last change to each of them."""
-    outputs = solved_once(tuple(prepare(made(output)) for output in outputs))
+    outputs = solved_once(tuple(prepare(in_cheapest_order(output)) for output in outputs))
     has_body, values = outputs[0].has("x"), outputs
     if has_body:
         # What the body reads that does not depend on the input, in order; numbers are written into it. A matrix that it

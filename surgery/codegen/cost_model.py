@@ -120,11 +120,11 @@ def _once(node: Expr) -> Cost:
 
 def made_again(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
     """The cost of recomputing a set-up in its backward pass; None if holding what it computed is cheaper."""
-    made = _made(values, fixed)
+    computed = _made(values, fixed)
     gradless = without_gradient(*values)
     # alive from the forward to the backward pass: the values, and what autograd needs for other gradients
     held = set(map(_viewed, values))
-    for node in made:
+    for node in computed:
         row = operation(node)
         if node in gradless or row.linear is Linear.TOGETHER or row.stops_gradient:
             continue
@@ -133,8 +133,8 @@ def made_again(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
             held |= {_viewed(a) for i, a in enumerate(node.args) if any(trains[:i] + trains[i + 1:])}
         elif any(trains):
             held |= {_viewed(a) for a in (node, *node.args)}
-    cost = sum(map(_once, made), Cost())
-    numbers = sum(size(node, 0) for node in set(made) & held if not operation(node).is_free)
+    cost = sum(map(_once, computed), Cost())
+    numbers = sum(size(node, 0) for node in set(computed) & held if not operation(node).is_free)
     return cost if cost.seconds + AGAIN < HELD * numbers else None
 
 

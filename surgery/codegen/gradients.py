@@ -74,8 +74,8 @@ def _keeping(raw: list[Expr]) -> Gradients:
         return left >= 0 and all(operation(a).is_leaf or a in wanted or is_cheap(a, left) for a in node.args)
 
     def again(node: Expr) -> Expr:
-        made = (recall(a) if operation(a).is_leaf or a in wanted else again(a) for a in node.args)
-        return node.with_args(tuple(made))
+        arguments = (recall(a) if operation(a).is_leaf or a in wanted else again(a) for a in node.args)
+        return node.with_args(tuple(arguments))
 
     def keep(node: Expr) -> Expr:
         return kept.setdefault(node, Expr("kept", (), len(kept), node.shape))

@@ -48,10 +48,10 @@ class _Node(torch.autograd.Function):
         of_x, *of_values = ctx.step.backward(
             ctx.layer, grad, *(next(kept) if i is None else values[i].detach() for i in ctx.step.values))
         # from the gradients of the values to those of the tensors that they are made of
-        taken = [i for i, gradient in enumerate(of_values) if gradient is not None and values[i].requires_grad]
+        differentiable = [i for i, gradient in enumerate(of_values) if gradient is not None and values[i].requires_grad]
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
-        of_tensors = iter(torch.autograd.grad([values[i] for i in taken], wanted, [of_values[i] for i in taken],
-                                              allow_unused=True))
+        outputs, of_outputs = [values[i] for i in differentiable], [of_values[i] for i in differentiable]
+        of_tensors = iter(torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True))
         return None, None, None, of_x, *(next(of_tensors) if t.requires_grad else None for t in tensors)
 
 

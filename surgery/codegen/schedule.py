@@ -58,14 +58,14 @@ class Region:
 
 def scheduled(region: Region) -> list[Instruction]:
     """The instructions of a region in their order."""
-    made = {node: _instruction(region, node) for node in region.nodes()
+    instructions = {node: _instruction(region, node) for node in region.nodes()
             if node not in region.given and not operation(node).is_inline}
-    fused = {part for instruction in made.values() for part in instruction.parts}
-    operands = {node: instruction.reads for node, instruction in made.items() if node not in fused}
+    fused = {part for instruction in instructions.values() for part in instruction.parts}
+    operands = {node: instruction.reads for node, instruction in instructions.items() if node not in fused}
     first = list(_ordered(region.outputs, lambda node: operands.get(node, ())))
-    late = _late(region, [made[node] for node in first if node in operands], operands)
+    late = _late(region, [instructions[node] for node in first if node in operands], operands)
     order = _ordered(region.outputs, lambda node: (*operands.get(node, ()), *late.get(node, ())))
-    return [made[node] for node in order if node in operands]
+    return [instructions[node] for node in order if node in operands]
 
 
 def _ordered(roots: Sequence[Expr], below: Callable[[Expr], Sequence[Expr]]) -> Iterator[Expr]:

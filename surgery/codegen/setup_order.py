@@ -13,7 +13,7 @@ from surgery.ir.sizes import TOKENS
 from surgery.ir.table import Transpose
 
 
-def made(expr: Expr) -> Expr:
+def in_cheapest_order(expr: Expr) -> Expr:
     """The expression with each product of matrices in it built the cheapest way; where one is too large to be taken
     apart, all are left as they stand, for a part that is taken apart shares nothing with the rest."""
     if any(node.is_large for node in walk(expr) if TOKENS not in node.shape):

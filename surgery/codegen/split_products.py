@@ -14,7 +14,7 @@ from surgery.ir.sizes import TOKENS, known_shape
 from surgery.rewrite.low_rank import is_thin
 
 
-def apart(body: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
+def reassociated(body: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
     """The body with such products reassociated (itself where there is none)."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         if node.op != "matmul" or TOKENS not in node.args[0].shape:

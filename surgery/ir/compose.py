@@ -48,13 +48,13 @@ def mixed(shares: Mapping[Formula, float]) -> Formula:
     """W' = W + Σ share · Δ of formulas that only add to the weight and to the bias."""
     (first, *_), parts = shares, [(share, part) for formula, share in shares.items() for part in formula.parts]
     sums = {1: _leaf("bias", first), 2: _leaf("weight", first)}  # by rank: what is added to a bias is a vector
-    made = []
+    composed = []
     for i, (share, part) in enumerate(parts):
         update = part.expr if share == 1 else make("mul", constant(float(share)), part.expr)
         sums[len(update.shape)] = make("add", sums[len(update.shape)], update)
-        made.append(Part(i, update, part.operand))
+        composed.append(Part(i, update, part.operand))
     return Formula(sums[2], sums[1], tuple(leaf for formula in shares for leaf in formula.leaves),
-                   tuple(claim for formula in shares for claim in formula.claims), tuple(made))
+                   tuple(claim for formula in shares for claim in formula.claims), tuple(composed))
 
 
 def _leaf(op: str, formula: Formula) -> Expr:

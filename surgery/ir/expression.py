@@ -113,10 +113,10 @@ class Expr:
 
 def _from_rows(rows: list[tuple]) -> Expr:
     """The last of some nodes, each of which names its arguments by their rows."""
-    made: list[Expr] = []
+    nodes: list[Expr] = []
     for op, args, data, shape in rows:
-        made.append(Expr(op, tuple(made[i] for i in args), data, shape))
-    return made[-1]
+        nodes.append(Expr(op, tuple(nodes[i] for i in args), data, shape))
+    return nodes[-1]
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def walk(*exprs: Expr) -> Iterator[Expr]:
     """Every distinct node below and including `exprs`, arguments first."""
     entered: set[Expr] = set()  # those whose arguments are on the stack, above them
     done: set[Expr] = set()
-    stack = list(exprs[::-1])
+    stack = list(exprs[::-1])  # and no recursion: a formula may be deeper than Python's stack
     while stack:
         node = stack[-1]
         if node.args and node not in entered:
@@ -229,7 +229,7 @@ def walk(*exprs: Expr) -> Iterator[Expr]:
 
 def rebuild(expr: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr]) -> Expr:
     """The expression with `change(node, new arguments)` in place of each node, arguments first."""
-    done: dict[int, Expr] = {}
+    done: dict[int, Expr] = {}  # each distinct node once, however often it is written out
     for node in walk(expr):
         done[id(node)] = change(node, tuple(done[id(a)] for a in node.args))
     return done[id(expr)]

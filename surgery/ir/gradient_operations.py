@@ -63,6 +63,7 @@ def _block_dot(a: Any, g: Any, s: Any) -> Any:
 
 
 def _circulate_back(g: Any, c: Any) -> Any:
+    # by the matrix itself: a dense meaning is to be plainly right, and the kernel is held to it
     return g @ OPERATIONS["circulant"].value(None, [c], c)
 
 

@@ -31,17 +31,18 @@ class LayerKind:
 
     @property
     def is_product(self) -> bool:
-        """Whether its map is a product with a W at hand: then a body and its gradients run as one node of autograd."""
+        """True if the layer's map is a product with a stored W; its body and gradients then run as one node of
+        autograd."""
         return self.acts_by_rows and not self.is_called
 
     def is_large(self, shape: tuple[int, ...], out: int, in_: int) -> bool:
-        """Whether a matrix of that shape is no thin one beside the map's own, over the whole input. W' of a layer in
+        """True if a matrix of that shape is not thin beside the map's own, over the whole input. W' of a layer in
         groups is that map's matrix without its zeros, and never large."""
         return 2 * min(shape) > min(out, self.groups * in_) and (self.groups == 1 or {*shape} != {out, in_})
 
     @property
     def note(self) -> str:
-        """What a weight's two sides do not tell of it: `in 4 groups`."""
+        """A further description of the weight beside its two sides: `in 4 groups`."""
         return f"in {self.groups} groups" if self.groups > 1 else ""
 
 
@@ -55,5 +56,5 @@ NOUNS = {kind.word: kind.noun for kind in KINDS} | {"any": "layer"}
 
 
 def supposed(word: str) -> LayerKind:
-    """The kind of layer that a target's costs are told for before there is a model: a linear one where any will do."""
+    """The kind of layer that costs are estimated for before there is a model: linear where any will do."""
     return next((kind for kind in KINDS if kind.word == word), LINEAR)

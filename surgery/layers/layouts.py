@@ -31,7 +31,7 @@ class Layout:
 
     @property
     def is_called(self) -> bool:
-        """Whether there is no weight to view, and W is what the module's calls say."""
+        """True if no weight is stored that could be viewed, and W is known by calls alone."""
         return self.kind.is_called
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ _is_conv, _is_embedding = _is(nn.Conv1d, nn.Conv2d, nn.Conv3d), _is(nn.Embedding
 
 
 def _is_called(module: nn.Module) -> bool:
-    """Whether it is a linear layer without a plain weight: of the classes that are known, or by what it holds."""
+    """True for a linear layer without a plain weight: of a known class, or recognised by what it holds."""
     if opaque_linear.sides(module) is None or _is_conv(module) or _is_embedding(module):
         return False
     known = _is_linear(module) or _is_conv1d(module)
@@ -137,7 +137,8 @@ def _convolution(module: nn.Module) -> Layout:
 
 
 class Family(NamedTuple):
-    """The modules that `fits` says, how their weight is seen, and why one of them cannot be operated on even so."""
+    """A family of module classes: which modules `fits` accepts, their layout, and reasons why one of them cannot be
+    operated on."""
 
     fits: Callable[[nn.Module], bool]
     layout: Callable[[nn.Module], Layout]
@@ -185,7 +186,7 @@ _READ_BY_PARENT: tuple[tuple[type[nn.Module], str], ...] = (
 
 
 def refusal(module: nn.Module, parent: nn.Module | None) -> str:
-    """Why a module that has a layout cannot be operated on all the same; empty if it can."""
+    """The reason why a module with a layout cannot be operated on; empty if it can."""
     family = _family(module)
     if family is None:
         return ""

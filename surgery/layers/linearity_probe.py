@@ -1,5 +1,4 @@
-"""Whether a called layer is what it must be: a linear map of each row, the same at every call,
-with that map's gradient.
+"""Probe a called layer: it must be a linear map of each row, the same at every call, with that map's gradient.
 
 Takes a module with numbers in it; gives an `Answer`. Promises: a few calls on at most four random rows; what a layer
 with quantised activations rounds is let pass.
@@ -29,15 +28,15 @@ class Answer:
 
 
 def ask(module: nn.Module) -> Answer:
-    """What calls of a layer tell. Whatever it raises is a fault of its own."""
+    """Probe a layer by calls. Whatever it raises is reported as a fault."""
     try:
         device = opaque_linear.device(module).type
         with warnings.catch_warnings(), torch.enable_grad(), torch.autocast(device, enabled=False):
             warnings.simplefilter("ignore")  # torch warns that a layer has no gradient, which is what is asked
             return _answer(opaque_linear.twin(module))
     except Exception as failure:  # a third party's layer raises whatever it likes
-        said = str(failure).strip().splitlines()
-        return Answer(f"calling {type(module).__name__} fails ({said[0] if said else type(failure).__name__})")
+        lines = str(failure).strip().splitlines()
+        return Answer(f"calling {type(module).__name__} fails ({lines[0] if lines else type(failure).__name__})")
 
 
 def _answer(module: nn.Module) -> Answer:

@@ -52,7 +52,7 @@ def is_plain(tensor: Tensor | None) -> bool:
 
 
 def has_plain_weight(module: nn.Module) -> bool:
-    """Whether weight and bias stand there as plain parameters."""
+    """True if weight and bias are plain parameters."""
     held = module._parameters
     return held.get("weight") is not None and "bias" in held and is_plain(held["weight"]) and is_plain(held["bias"])
 
@@ -126,21 +126,23 @@ def device(module: nn.Module) -> torch.device:
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
-    """The forward that the module has without us: its class's, or one on the instance, as accelerate puts it."""
+    """The module's forward without surgery: its class's, or one on the instance, as accelerate puts it."""
     base = getattr(type(module), "base", None)
     known = vars(module).get(_ASIDE if base else "forward")  # what is put on an operated module runs ours
     return known or (base or type(module)).forward.__get__(module)
 
 
 def has_forward_of_its_own(module: nn.Module) -> bool:
-    """Whether what stands on the instance is another map, and no hook of accelerate's around the class's forward."""
+    """True if the instance has a forward that is another map, and no hook of accelerate's around the class's
+    forward."""
     own = vars(module)
     inner = own.get(_HOOKED) if "_hf_hook" in own else own.get("forward")
     return inner is not None and getattr(inner, "__func__", None) is not type(module).forward
 
 
 def put_forward_aside(module: nn.Module) -> None:
-    """What stands on the instance would be run in the place of ours. A hook that moves tensors stays, around ours."""
+    """Set aside a forward on the instance, which would run in place of ours. A hook that moves tensors stays, around
+    ours."""
     own = vars(module)
     if "_hf_hook" in own and _HOOKED in own:
         own[_ASIDE], own[_HOOKED] = own[_HOOKED], type(module).forward.__get__(module)
@@ -149,7 +151,7 @@ def put_forward_aside(module: nn.Module) -> None:
 
 
 def put_forward_back(module: nn.Module, ours: Callable[..., Any]) -> None:
-    """The forward as it was. A hook that was put around `ours` since then, or taken from around it, runs the layer's
+    """Restore the forward. A hook that was put around `ours` since then, or removed from around it, runs the layer's
     own."""
     own, before = vars(module), vars(module).pop(_ASIDE, None)
     for name in (_HOOKED, "forward"):
@@ -178,7 +180,7 @@ def twin(module: nn.Module) -> nn.Module:
 
 
 def asking(rows: Tensor) -> Tensor:
-    """Rows that seem to train, since a layer may repack itself for inference alone."""
+    """The rows with requires_grad, since a layer may repack itself when it runs for inference alone."""
     return rows if torch.compiler.is_compiling() else rows.requires_grad_()
 
 
@@ -225,11 +227,11 @@ def matrix(module: nn.Module, wanted: torch.dtype) -> Tensor:
 
     Cost: in / 1024 calls."""
     (out, in_), module = said_sides(module), twin(module)
-    taken = taken_dtype(module, wanted)
+    accepted = taken_dtype(module, wanted)
     weight = torch.empty(out, in_, dtype=wanted, device=device(module))
     columns = torch.arange(in_, device=weight.device)
     for part in columns.split(_SLICE):
-        weight[:, part] = through(module, asking((columns == part[:, None]).to(taken))).mT.to(wanted)
+        weight[:, part] = through(module, asking((columns == part[:, None]).to(accepted))).mT.to(wanted)
     return weight
 
 

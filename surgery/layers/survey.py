@@ -94,14 +94,14 @@ class Site:
 
     @cached_property
     def answer(self) -> linearity_probe.Answer:
-        """What a called layer answers when it is tried; a stored weight, or none at all, has no fault."""
+        """The result of probing a called layer; a stored weight, or none at all, has no fault."""
         if self.is_meta or not self.layout.is_called:
             return linearity_probe.Answer("", True)
         return linearity_probe.ask(self.module)
 
     @property
     def bias(self) -> Tensor | None:
-        """What the layer adds, where a spec can condition it."""
+        """The bias, where a spec can change it."""
         return opaque_linear.bias(self.module) if self.stack is None else None
 
     @property

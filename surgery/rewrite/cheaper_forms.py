@@ -97,8 +97,8 @@ def _associate(node: Expr) -> Expr | None:
 
 @lru_cache(maxsize=4096)
 def _work(node: Expr) -> float:
-    """Multiplications of a product whose factors may be products (unknown sizes are let be; a diagonal, or places,
-    are cheap)."""
+    """Count the multiplications of a product whose factors may be products (unknown sizes count as 0; a diagonal, or
+    places, are cheap)."""
     if node.op != "matmul" or any(isinstance(size, Dim) for a in node.args for size in a.shape):
         return 0
     left, right = node.args
@@ -108,7 +108,7 @@ def _work(node: Expr) -> float:
 
 
 def _turn_pair(node: Expr) -> Expr | None:
-    """One low-rank update in the place of two: fewer passes over the activations."""
+    """Combine two low-rank updates into one: fewer passes over the activations."""
     turns = every(low_rank_turn(a) if len(a.shape) == 2 else None for a in node.args)
     if turns is None:
         return None
@@ -128,7 +128,8 @@ def _skew(node: Expr) -> Expr | None:
 
 
 def _apart(node: Expr) -> Expr | None:
-    """A thin matrix meets each term of a sum where one has structure, or is the weight: then called and not read."""
+    """Distribute a thin factor over a sum in which a term has structure, or is the weight, which is then called and not
+    read."""
     for i, x in enumerate(node.args):
         thin, terms = node.args[1 - i], list(summands(x))
         fits = len(thin.shape) == 2 and len(terms) > 1 and all(len(t.shape) == 2 for t in terms)
@@ -144,13 +145,13 @@ def _apart(node: Expr) -> Expr | None:
 
 
 def _is_cheap(term: Expr) -> bool:
-    """Whether a product with it is cheaper than with a matrix."""
+    """True if a product with this term is cheaper than one with a general matrix."""
     rest = scaled(term)[1]
     return rest.op in ("eye", "diag", "block_diag", "weight") or factors(rest) is not None
 
 
 def _scaled_sum(node: Expr) -> Expr | None:
-    """A scalar goes to terms with structure, which take it in: c (I + U V) = c I + (c U) V."""
+    """Distribute a scalar over terms with structure, which absorb it: c (I + U V) = c I + (c U) V."""
     scalar, inner = scaled(node)
     terms = list(summands(inner))
     if scalar is None or len(terms) < 2 or not any(scaled(t)[1].op in ("eye", "diag", "block_diag") for t in terms):
@@ -159,7 +160,7 @@ def _scaled_sum(node: Expr) -> Expr | None:
 
 
 def _ones_in_a_row(node: Expr) -> Expr | None:
-    """A matrix of one number is taken apart where it meets another."""
+    """Write a constant matrix in a product as its two vectors."""
     for i, a in enumerate(node.args):
         if a.op == "fill" and len(node.args[1 - i].shape) == 2 and (pair := factors(a)) is not None:
             (u, v), (left, right) = pair, node.args
@@ -173,7 +174,7 @@ def _neighbours(node: Expr) -> Expr | None:
 
 
 def _is_made(node: Expr) -> bool:
-    """Whether it is no product: a tensor, or of one number."""
+    """True for what `factors` would find no product in: a tensor, or a constant."""
     return node.op == "fill" or factors(node) is None
 
 
@@ -185,7 +186,7 @@ def _detached(node: Expr) -> Expr | None:
 
 
 def _gains(node: Expr) -> Expr | None:
-    """The weight, entry by entry with a matrix of rank one, has a gain for each row and each column."""
+    """W ∘ u vᵀ is a gain for each row and each column of W."""
     for x, y in (node.args, node.args[::-1]):
         pair = factors(y) if len(x.shape) == len(y.shape) == 2 else None
         is_called = x.op in ("weight", "circulant", "block_diag", "kron") or x.op == "T" and x.args[0].op == "weight"
@@ -210,7 +211,7 @@ def _hadamard(node: Expr) -> Expr | None:
 
 
 def _khatri_rao(node: Expr) -> Expr | None:
-    """Nothing is repeated before it is multiplied."""
+    """Multiply before anything is repeated."""
     for a, b in (node.args, node.args[::-1]):
         if a.op == b.op == "kron" and len(node.shape) == 2:
             (ones, x), (y, others) = a.args, b.args
@@ -234,7 +235,7 @@ def _mixed_rows(node: Expr) -> Expr | None:
 
 
 def _of_best(a: Expr, b: Expr) -> Expr | None:
-    """Of the rows of a matrix only those that have a weight, where they are few."""
+    """Read only the rows of a matrix that have a weight, where they are few."""
     fits = a.op == "top_softmax" and len(b.shape) == 2 and is_thin(a.data[0], b.shape[0])
     return make("top_mix", a.args[0], b, data=a.data) if fits else None
 
@@ -284,8 +285,8 @@ JOINING, LOWERING = table(*RULES, *JOINED), table(*RULES, *CHEAP)
 
 
 def cheapest(expr: Expr) -> Expr:
-    """The expression in the form that the lowering works on; its normal form where the rules, which take sums and
-    products apart, would make too much of it."""
+    """The expression in the form that lowering starts from; its normal form where the rules, which distribute sums and
+    products, would make too many nodes."""
     plain = simplify(expr)
     if plain.is_large:
         return plain

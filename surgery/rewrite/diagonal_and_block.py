@@ -20,7 +20,7 @@ def _diag_of_fill(node: Expr) -> Expr | None:
 
 
 def _as_diag(node: Expr) -> Expr | None:
-    """The vector of a diagonal matrix."""
+    """The diagonal of a diagonal matrix, as a vector; None for another matrix."""
     if node.op == "eye" and len(node.shape) == 2:
         return fill(1, node.shape[:1])
     return node.args[0] if node.op == "diag" else None
@@ -36,7 +36,7 @@ def _kron_of_diagonals(node: Expr) -> Expr | None:
 
 
 def _diagonals(node: Expr) -> Expr | None:
-    """The diagonal terms of a sum, the identity too, as one matrix."""
+    """Combine the diagonal terms of a sum, the identity too, into one matrix."""
     terms = list(summands(node))
     diagonal = [t for t in terms if scaled(t)[1].op in ("diag", "eye")] if len(node.shape) == 2 else []
     if len(diagonal) < 2 or any(t.shape != node.shape for t in terms):
@@ -47,7 +47,7 @@ def _diagonals(node: Expr) -> Expr | None:
 
 
 def _blocks(node: Expr) -> Expr | None:
-    """The terms of a sum that keep to square blocks of one size, diagonal ones too, as one."""
+    """Combine the terms of a sum that keep to square blocks of one size, diagonal ones too."""
     terms = list(summands(node))
     stacks = dict.fromkeys(s.args[0].shape for _, s in map(scaled, terms) if s.op == "block_diag")
     in_blocks = [t for t in terms if scaled(t)[1].op == "block_diag" or _as_diag(scaled(t)[1]) is not None]
@@ -79,7 +79,7 @@ def _cayley_of_numbers(d: Expr) -> Expr:
 
 
 def _through_kron(node: Expr) -> Expr | None:
-    """Blocks that are all the same."""
+    """A function of equal blocks is the function of one block."""
     inner = node.args[0]
     others = [a for a in inner.args if a.op != "eye"] if inner.op == "kron" and len(inner.shape) == 2 else []
     if len(others) != 1 or others[0].shape[0] != others[0].shape[1]:

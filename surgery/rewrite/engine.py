@@ -64,7 +64,7 @@ def rewrite(expr: Expr, rules: Table) -> Expr:
 
 
 def first(rules: Iterable[Rule], node: Expr) -> Expr | None:
-    """What the first rule that fits makes of a node."""
+    """The result of the first rule that applies to a node; None if none does."""
     for rule in rules:
         better = rule.change(node)
         if better is not None and better is not node:  # a rule may find a form in place already

@@ -1,4 +1,4 @@
-"""What an expression is: orthogonal, skew, symmetric, low-rank with its factors. Derived by rules from the expression.
+"""Low-rank matrices: the factors of an expression, derived from its parts by rules.
 
 Takes an expression in the normal form of `algebra`. Promises: what is said holds for all values of the leaves.
 """
@@ -16,7 +16,7 @@ Factors = tuple[Expr, Expr]
 
 
 def is_thin(inner: Size, *outer: Size) -> bool:
-    """Whether a product over `inner` is cheaper than the matrix it makes (unknown sizes count as large)."""
+    """True if a product over `inner` is cheaper than the matrix that it makes (unknown sizes count as large)."""
     known = [o for o in outer if not isinstance(o, Dim)]
     return not isinstance(inner, Dim) and all(2 * inner <= o for o in known)
 
@@ -88,7 +88,7 @@ def _of_neighbours(node: Expr) -> Factors | None:
 
 
 def stacked_rows(v: Expr, q: Expr) -> Expr:
-    """The rows of both."""
+    """The rows of v above those of q."""
     return make("T", make("side_by_side", make("T", v), make("T", q)))
 
 

@@ -204,7 +204,7 @@ def _skew_of_zero(node: Expr) -> Expr | None:
 
 
 def _turned_skew(node: Expr) -> Expr | None:
-    """A view in the place of a pass, where there is a matrix to turn."""
+    """skew(x)ᵀ as skew(xᵀ), a view of x, instead of a pass over the result."""
     inner = node.args[0]
     if inner.op == "skew":
         return make("skew", make("T", inner.args[0]))

@@ -1,4 +1,4 @@
-"""Norms in parts: what a sum, a turn, gains or blocks do to the norms of rows, without the matrix that they make.
+"""Norms of rows in parts: of a sum, a turn, gains or blocks, without building the matrix.
 
 Takes matrices in normal form. `dots(a, b, 1)` is Σ a b over each row; `dots(a, b, k)` has the products of every two
 rows that stand in one block of k, [m / k, k, k], which is what a block rotation of the rows mixes. Promises: equal
@@ -35,7 +35,7 @@ def _norm(node: Expr) -> Expr | None:
 
 
 def _pays(node: Expr) -> bool:
-    """Whether a norm is cheaper in parts: something in it is low-rank or turned, and it is not a leaf already."""
+    """True if a norm is cheaper in parts: a term is low-rank, or a product."""
     return any(factors(t) is not None or t.op == "matmul" for t in summands(node)) or (
         node.op == "mul" and scaled(node)[0] is not None and _pays(scaled(node)[1]))
 

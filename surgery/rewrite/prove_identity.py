@@ -58,8 +58,8 @@ def surely_trains(formula: Formula) -> bool:
 
 
 def _is_linear(expr: Expr, free: Expr) -> bool:
-    """Whether only linear operations stand between them, with one argument that holds `free` where they are linear in
-    each by itself."""
+    """True if only linear operations lead from `free` to `expr`, with one argument that holds it where they are linear
+    in each argument by itself."""
     holding = {free}
     for node in walk(expr):
         if holders := [a for a in node.args if a in holding]:

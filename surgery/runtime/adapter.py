@@ -166,8 +166,8 @@ class Adapter(nn.Module):
         return found | {key: part_of(found[key], leaf) for key, leaf in self._parts.items()} if self._parts else found
 
     def prepare(self, is_direct: bool = True) -> None:
-        """Have the code made of W' (`None`) and, for a module whose map is known, of its output in training and in
-        evaluation, before any forward pass: no compiler of torch's can trace that."""
+        """Compile the programs of W' (`None`) and, for a module whose map is known, of its output in training and in
+        evaluation, before any forward pass: torch.compile cannot trace that."""
         self.prepared = is_direct
         modes = (True, False) if is_direct else ()
         self._programs = {None: self.compiled.weights, **{mode: self.compiled.program(mode) for mode in modes}}
@@ -210,14 +210,14 @@ class Adapter(nn.Module):
             return self._kept((program, dtype, cast, layer.device), on, setup)
 
     def _kept(self, key: tuple, on: Sequence[torch.Tensor], compute: Callable[[], tuple]) -> tuple:
-        """`compute()`, which rests on those tensors alone; made once while serving, unless a gradient is taken."""
+        """`compute()`, which depends on the tensors `on` alone; kept while serving, unless a gradient is taken."""
         if self.serving is None or torch.is_grad_enabled():
             return compute()
         return self.serving.get(self, key, on, compute)
 
     def _proven(self, layer: Frozen, key: tuple, compute: Callable[[], Any]) -> Any:
-        """`compute()`, which asks a called layer for all of W: made again only if a bit of the tensors that the layer
-        holds is another. (To look at them all costs a small part of such calls.)"""
+        """`compute()`, which makes a called layer give all of W; computed again only if a bit of the layer's tensors
+        has changed. (To read them all is a small part of the cost of such calls.)"""
         if is_traced() or not layer.held:
             return compute()
         bits, known = fingerprint(layer.held), self._of_calls.get(key)
@@ -249,9 +249,9 @@ class Adapter(nn.Module):
         names = (self.parameter, "bias")[:1 + self.compiled.has_bias]
 
         def compute() -> tuple:
-            made = dict(zip(names, self.weights(module)))
-            made[self.parameter] = self.layout.unmatrix(made[self.parameter], layer.stored.shape)
-            return tuple(made[name].to(was.dtype) for name, was in zip(names, layer.held))
+            values = dict(zip(names, self.weights(module)))
+            values[self.parameter] = self.layout.unmatrix(values[self.parameter], layer.stored.shape)
+            return tuple(values[name].to(was.dtype) for name, was in zip(names, layer.held))
 
         on = (*self._called(layer.device).values(), *layer.held)
         return dict(zip(names, self._kept(("weights", layer.device), on, compute)))
@@ -272,7 +272,7 @@ class Adapter(nn.Module):
         return f"{self.parameter}' = {shown}{'' if self.active else ', inactive'}"
 
     def __getstate__(self) -> dict:
-        """Programs are code: they are compiled again where the adapter comes to. A promise is not copied."""
+        """Programs are not copied or pickled, but compiled again; what `serving` keeps is not copied."""
         return {**self.__dict__, "_programs": {}, "serving": None, "_of_calls": {}}
 
     def __setstate__(self, state: dict) -> None:
@@ -336,7 +336,7 @@ class Direct(Operated):
 
 
 class Called(Direct):
-    """One without a plain weight. What it stores under that name is no W, so reading it gives what is stored."""
+    """A module without a plain weight. Reading `weight` gives what it stores under that name, since that is not W."""
 
 
 class Substituted(Operated):
@@ -400,8 +400,8 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...], kind: type[Ope
              "__module__": base.__module__, "__qualname__": base.__qualname__}
     owners = {name: name for name in names} | ({"bias": "weight"} if "weight" in names else {})
     readings = {} if kind is Called else {name: _reading(name, owner) for name, owner in owners.items()}
-    made: type = type(base.__name__, (kind, base), {**known, **readings})
-    return made
+    operated: type = type(base.__name__, (kind, base), {**known, **readings})
+    return operated
 
 
 def install(module: nn.Module, adapter: Adapter) -> None:

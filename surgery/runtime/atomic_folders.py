@@ -118,7 +118,7 @@ def refuse_taken(folder: Path, kind: Kind, force: bool) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells one folder at a path from the next; None where there is nothing."""
+    """The identity of what is at a path now; None where there is nothing."""
     if os.path.lexists(path):
         with suppress(FileNotFoundError):
             state = path.stat() if path.exists() else path.lstat()

@@ -1,4 +1,4 @@
-"""Putting a saved adapter on a model again.
+"""Attach a saved adapter to a model.
 
 Takes a model and the folder that `save` wrote; gives a surgeon. Promises: everything that does not fit is said at once,
 and then the model is left as it is.

@@ -45,7 +45,7 @@ class Surgery:
     saves_as: str = ""
 
     def meta(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], **more: Any) -> dict[str, Any]:
-        """What `meta.json` says."""
+        """The contents of `meta.json`."""
         forms = {n: {"shape": list(t.shape), "dtype": dtype_text(t.dtype)} for n, t in tensors.items()}
         return {"format_version": FORMAT, "surgery_version": __version__, "base_model": None, "revision": None,
                 "model_class": type(model).__name__.removeprefix("FSDP"), "seed": self.seed,

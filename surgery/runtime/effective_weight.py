@@ -1,4 +1,4 @@
-"""What reading the weight of an operated layer gives: W', computed when it is used.
+"""Reading the weight of an operated layer gives W', computed when it is used.
 
 Takes the stored tensor and how to make W'. Promises: its shape, dtype and device are answered from the stored tensor
 (models ask for those in every forward pass, and W' costs a matrix); everything that computes with it computes with W'
@@ -77,7 +77,7 @@ def effective_weight(make: Callable[[], Tensor], stored: Tensor, trains: bool) -
 
 
 def holds_parameters() -> bool:
-    """Whether the code that reads the attribute (two frames up) is such that it holds the parameter."""
+    """True if the code that reads the attribute (two frames up) is known to hold and move parameters."""
     return f"{sys._getframe(2).f_globals.get('__name__')}.".startswith(
         tuple(f"{name.removesuffix('.')}." for name in _HOLDERS))
 
@@ -92,7 +92,7 @@ def _name(func: Callable) -> str:
 
 
 def _values(given: Any) -> Any:
-    """W' in the place of what stands for it, in the arguments of a call."""
+    """Replace each EffectiveWeight in the arguments of a call by W'."""
     if isinstance(given, EffectiveWeight):
         return given._make()
     if type(given) in (tuple, list):

@@ -94,11 +94,11 @@ class Frozen:
         return F.dropout(x, p) if is_traced() else masked(x, mask(x, p)) / (1 - p)
 
     def tokens(self, x: Any) -> int | None:
-        """How many rows an input is for the map, where that is known before it runs."""
+        """The number of input rows, where it is known before the map runs."""
         return None
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
-        """W as [out, in], made anew where the layer holds none."""
+        """W as [out, in]; of a layer that stores none, recovered by calls."""
         return self.matrix(dtype)
 
     def as_dtype(self, dtype: torch.dtype) -> Frozen:

@@ -45,7 +45,7 @@ class FrozenCalled(FrozenLinear):
         return super().dtype_of(x)
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
-        """W [out, in], made of calls anew."""
+        """W [out, in], recovered by calls."""
         return opaque_linear.matrix(self.module, dtype)
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:

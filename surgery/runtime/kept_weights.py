@@ -37,7 +37,7 @@ class Kept:
         return self.forms[self._known(mode)].to(self.parameter.device, self.parameter.dtype)
 
     def holding(self, mode: str) -> Kept:
-        """With what stands there now as the form of this mode."""
+        """The same with the present numbers as the form of this mode."""
         return replace(self, forms={**self.forms, self._known(mode): numbers(self.parameter)})
 
     def _known(self, mode: str) -> str:

@@ -233,10 +233,10 @@ class Subject:
     def _difference(self, batch: Any, operated: Tensor, placed: Sequence[Placed]) -> float:
         """The relative change of the outputs when some of the weights are merged. (After an error the trial puts them
         back.)"""
-        made = [(own_parameter(each.site.module, name), value) for each in placed
+        merged_values = [(own_parameter(each.site.module, name), value) for each in placed
                 for name, value in merged(each, self.adapters[each.site.name]).tensors.items()]
-        before = [(parameter, parameter.data) for parameter, _ in made]
-        for parameter, value in made:
+        before = [(parameter, parameter.data) for parameter, _ in merged_values]
+        for parameter, value in merged_values:
             parameter.data = value
         for each in placed:
             self.adapters[each.site.name].active = False

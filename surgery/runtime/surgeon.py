@@ -63,7 +63,7 @@ from surgery.runtime.tensor_names import TensorNames
 from surgery.runtime.transaction import Scope, all_or_nothing, put
 from surgery.text import listed
 
-_SAID = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
+_MODES = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
 _WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first",
              "base": "leave the block of disabled() first", "removed": "apply the spec again, or attach what was saved"}
 _UNSHARDED = {"merge_and_remove": "merge(), and save_merged(surgeon, folder) writes the plain model",
@@ -269,7 +269,8 @@ class Surgeon:
                        "one is sharded", helps=(_UNSHARDED[verb],))
 
     def __repr__(self) -> str:
-        return f"<Surgeon of {type(self.model).__name__}, {_SAID[self._mode]}: {Report(self.plan, self.dtype).summary}>"
+        model, summary = type(self.model).__name__, Report(self.plan, self.dtype).summary
+        return f"<Surgeon of {model}, {_MODES[self._mode]}: {summary}>"
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train: the adapters' and those of `train`."""
@@ -491,9 +492,8 @@ class Surgeon:
 
     def _must_be(self, mode: str, what: str) -> None:
         if self._mode != mode:
-            said, wanted = _SAID[self._mode], _SAID[mode]
-            raise fail("wrong-mode", f"this model is {said}, and {what}() is for one that is {wanted}",
-                       helps=(_WAY_BACK[self._mode],))
+            raise fail("wrong-mode", f"this model is {_MODES[self._mode]}, and {what}() is for one that is "
+                       f"{_MODES[mode]}", helps=(_WAY_BACK[self._mode],))
 
     def _assert_standing(self) -> None:
         """Raises: SurgeryError (changed-model; unsupported-module for a flattened model)."""
