@@ -12,7 +12,7 @@ from functools import cache, cached_property, lru_cache, partial, reduce
 from math import inf
 
 from surgery.codegen.apply_to_activations import apply, matrix, turned
-from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost, has_gradients, made_again, setup_cost
+from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost, has_gradients, recompute_cost, setup_cost
 from surgery.codegen.emit import without_gradient
 from surgery.codegen.fuse_blocks import blockwise
 from surgery.codegen.fuse_low_rank import thinly
@@ -86,10 +86,10 @@ class Candidate:
         return tuple(_is_reached(value, trained) for value in self.values)
 
     @cached_property
-    def made_again(self) -> Cost | None:
+    def recompute_cost(self) -> Cost | None:
         """The cost of recomputing the set-up in the backward pass; None if holding it is cheaper."""
         fits = self.has_body and has_gradients(self.written, self.needs)
-        return made_again(self.values, self.fixed) if fits else None
+        return recompute_cost(self.values, self.fixed) if fits else None
 
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""
@@ -97,7 +97,7 @@ class Candidate:
 
     @cached_property
     def _setup_cost(self) -> Cost:
-        return setup_cost(self.values, self.fixed) + (self.made_again or Cost())
+        return setup_cost(self.values, self.fixed) + (self.recompute_cost or Cost())
 
 
 @cache

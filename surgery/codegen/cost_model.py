@@ -118,7 +118,7 @@ def _once(node: Expr) -> Cost:
     return Cost(0.0, flops(node, 0), moved(node, 0), 0.0 if operation(node).is_free else 2.0)
 
 
-def made_again(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
+def recompute_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
     """The cost of recomputing a set-up in its backward pass; None if holding what it computed is cheaper."""
     computed = _made(values, fixed)
     gradless = without_gradient(*values)

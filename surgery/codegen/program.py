@@ -75,7 +75,7 @@ class Program:
         held."""
         # what `train` has unfrozen takes a gradient that autograd finds, and the nodes below do not give
         known = layer.layout.kind.is_product and not (is_traced() or layer.is_trained)
-        if known and self.plan.made_again is not None and torch.is_grad_enabled():
+        if known and self.plan.recompute_cost is not None and torch.is_grad_enabled():
             y = recompute.run(self.plan, layer.as_dtype(x.dtype), x, make, tensors)
             if y is not None:
                 return y

@@ -69,7 +69,7 @@ def test_it_is_the_plain_body(case):
 
 @on_every_case
 def test_a_set_up_that_is_made_again(case, monkeypatch):
-    monkeypatch.setattr(Candidate, "made_again", property(lambda plan: Cost()))
+    monkeypatch.setattr(Candidate, "recompute_cost", property(lambda plan: Cost()))
     op = operated(case, WIDE)
     for x in (op.input(), {}):
         agree(op, {**x, **op.parameters}, x.get("x", op.x))
@@ -173,16 +173,16 @@ def test_a_small_trained_factor_between_frozen_ones_keeps_no_wide_activation(cor
 
 def test_nothing_of_a_set_up_is_kept_that_is_made_again(monkeypatch):
     gate = "add gate()"
-    monkeypatch.setattr(Candidate, "made_again", property(lambda plan: None))
+    monkeypatch.setattr(Candidate, "recompute_cost", property(lambda plan: None))
     assert len(saved(gate)) > 1
-    monkeypatch.setattr(Candidate, "made_again", property(lambda plan: Cost()))
+    monkeypatch.setattr(Candidate, "recompute_cost", property(lambda plan: Cost()))
     assert saved(gate) == [IN]
 
 
 def test_a_set_up_is_made_again_as_it_was_made_under_autocast(monkeypatch):
     found = []
     for cost in (None, Cost()):
-        monkeypatch.setattr(Candidate, "made_again", property(lambda plan, cost=cost: cost))
+        monkeypatch.setattr(Candidate, "recompute_cost", property(lambda plan, cost=cost: cost))
         model = Tower(nn.Linear(192, 256))
         apply(model, parse(f'spec s()\n{OWN}\ntarget linear "**" {{ add gate() post quarter_turn() }}'), seed=1)
         perturb(model)

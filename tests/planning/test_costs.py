@@ -76,8 +76,8 @@ def test_the_cheapest_program_by_the_number_of_tokens(name):
 
 
 def test_a_set_up_is_made_again_where_it_holds_much_and_takes_little():
-    assert estimate("loha").candidates[0].made_again is not None
-    assert all(estimate(name).candidates[0].made_again is None for name in ("lora", "oft", "hira", "fourierft"))
+    assert estimate("loha").candidates[0].recompute_cost is not None
+    assert all(estimate(name).candidates[0].recompute_cost is None for name in ("lora", "oft", "hira", "fourierft"))
 
 
 def test_a_small_constant_is_made_once_and_a_large_one_at_every_step():

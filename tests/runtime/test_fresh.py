@@ -144,7 +144,7 @@ def test_in_inference_mode_and_under_vmap(name):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_change_of_what_a_second_set_up_reads_is_an_error(monkeypatch, key, autocast):
     """A set-up that is made again in the backward pass reads what the forward pass read, or says so."""
-    monkeypatch.setattr(Candidate, "made_again", property(lambda plan: Cost()))
+    monkeypatch.setattr(Candidate, "recompute_cost", property(lambda plan: Cost()))
     model, _ = operated("hira", torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = model.layers[0](inputs(torch.float32))
