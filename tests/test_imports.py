@@ -125,7 +125,8 @@ def test_relative_imports_are_not_used() -> None:
 
 
 WITHOUT_TORCH = ["--help", "apply --help", "--version", "specs", "fmt lora.surg", "show sora",
-                 "show sora --emit python", "show sora --emit ir", "check lora", "check lora.surg --json",
+                 "show sora --emit python", "show sora --emit ir",
+                 "show sora --emit lowered", "show sora --program", "check lora", "check lora.surg --json",
                  "check --explain overlap", "check broken.surg"]
 
 

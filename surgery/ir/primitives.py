@@ -71,12 +71,9 @@ def _side_by_side_shape(a: Shape, b: Shape) -> Shape:
     return a[:-1] + (a[-1] + b[-1],)
 
 
-def _have_as_many_columns(a: Shape, b: Shape) -> bool:
-    return len(a) > 1 and len(a) == len(b) and (*a[:-2], a[-1]) == (*b[:-2], b[-1])
-
-
 def _stacked_shape(a: Shape, b: Shape) -> Shape:
-    _fitting(_have_as_many_columns(a, b), "as many columns in both", a, b)
+    has_as_many = len(a) > 1 and len(a) == len(b) and (*a[:-2], a[-1]) == (*b[:-2], b[-1])
+    _fitting(has_as_many, "as many columns in both", a, b)
     return (*a[:-2], a[-2] + b[-2], a[-1])
 
 
@@ -102,12 +99,6 @@ def _blocks_shape(a: Shape, s: Shape) -> Shape:
 # ------------------------------------------------------------------------------------------- dense meanings
 
 _RIDGE = 1e-6  # of the mean square of the columns
-
-
-def _eye_like(matrix: Any) -> Any:
-    import torch
-
-    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
 def _skew(a: Any) -> Any:
@@ -193,7 +184,8 @@ def _phi(m: Any) -> Any:
     import torch
 
     size = m.shape[-1]
-    top = torch.cat([m, _eye_like(m).expand_as(m)], dim=-1)
+    eye = torch.eye(size, dtype=m.dtype, device=m.device)
+    top = torch.cat([m, eye.expand_as(m)], dim=-1)
     return _expm(torch.cat([top, torch.zeros_like(top)], dim=-2))[..., :size, size:]
 
 

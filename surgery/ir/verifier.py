@@ -55,26 +55,22 @@ def verify(expr: Expr, form: Stage) -> Expr:
     """The expression, if every node of it keeps the laws of the form. Raises: Malformed."""
     shapes: dict[tuple, tuple] = {}
     for node in walk(expr):
-        _verify_node(node, form)
+        row = OPERATIONS.get(node.op)
+        if row is None or form not in row.stage:
+            raise Malformed(f"`{node.op}` has no place here: {node} {list(node.shape)}")
+        if Expr(node.op, node.args, node.data, node.shape) is not node:  # and then `is` would not compare formulas
+            raise Malformed(f"another node is equal to {node} {list(node.shape)}")
+        if not all(isinstance(s, Dim) or type(s) is int and s > 0 for s in node.shape):
+            raise Malformed(f"{node} has a size that is not a whole number: {list(node.shape)}")
+        for law in laws(row, form):
+            if not law.holds(node):
+                of = [list(a.shape) for a in node.args]
+                raise Malformed(f"{node} {list(node.shape)} of {of} breaks a law: {law.says}")
         # a name has one shape, and the layer's own map has the weight's
         source, name = operation(node).source, node.op if node.data is None else node.data
         if source is not None and (known := shapes.setdefault((source, name), node.shape)) != node.shape:
             raise Malformed(f"{name} is {list(known)} and {list(node.shape)}")
     return expr
-
-
-def _verify_node(node: Expr, form: Stage) -> None:
-    row = OPERATIONS.get(node.op)
-    if row is None or form not in row.stage:
-        raise Malformed(f"`{node.op}` has no place here: {node} {list(node.shape)}")
-    if Expr(node.op, node.args, node.data, node.shape) is not node:  # and then `is` would not compare formulas
-        raise Malformed(f"another node is equal to {node} {list(node.shape)}")
-    if not all(isinstance(s, Dim) or type(s) is int and s > 0 for s in node.shape):
-        raise Malformed(f"{node} has a size that is not a whole number: {list(node.shape)}")
-    for law in laws(row, form):
-        if not law.holds(node):
-            shapes = [list(a.shape) for a in node.args]
-            raise Malformed(f"{node} {list(node.shape)} of {shapes} breaks a law: {law.says}")
 
 
 def verify_formula(formula: Formula, form: Stage = ELABORATED) -> Formula:

@@ -60,7 +60,14 @@ def _part(a: Expr, b: Expr, k: int, gains: Expr | None) -> Expr | None:
     if scalar is not None:
         return make("mul", scalar, dots(rest, b, k, gains))
     if a.op == "add":
-        return _of_sum(a, b, k, gains)
+        terms = list(summands(a))
+        if a is not b:  # ⟨x + y, b⟩ = ⟨x, b⟩ + ⟨y, b⟩
+            return _added([dots(t, b, k, gains) for t in terms])
+        # ‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖²: each cross term is made once
+        squares = [dots(t, t, k, gains) for t in terms]
+        crossed = [dots(s, t, k, gains) for i, s in enumerate(terms) for t in terms[i + 1:]]
+        twice = [times(2, c) for c in crossed] if k == 1 else [each for c in crossed for each in (c, make("T", c))]
+        return _added([*squares, *twice])
     if a.op == "matmul" and (part := _of_product(a, b, k, gains)) is not None:
         return part
     if (pair := factors(a)) is not None:  # (U V) bᵀ: the rows of U with those of b Vᵀ, which are as short
@@ -104,17 +111,6 @@ def _left_blocks(node: Expr) -> Expr | None:
 
 def _in_blocks(a: Expr, k: int) -> Expr:
     return make("reshape", a, data=(known(a.shape[0]) // k, k, *a.shape[1:]))
-
-
-def _of_sum(a: Expr, b: Expr, k: int, gains: Expr | None) -> Expr:
-    """‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², and ⟨x + y, b⟩ = ⟨x, b⟩ + ⟨y, b⟩."""
-    terms = list(summands(a))
-    if a is not b:
-        return _added([dots(t, b, k, gains) for t in terms])
-    squares = [dots(t, t, k, gains) for t in terms]
-    crossed = [dots(s, t, k, gains) for i, s in enumerate(terms) for t in terms[i + 1:]]
-    twice = [times(2, c) for c in crossed] if k == 1 else [each for c in crossed for each in (c, make("T", c))]
-    return _added([*squares, *twice])
 
 
 def _added(parts: list[Expr]) -> Expr:

@@ -8,8 +8,8 @@ knows what it may replace. Promises: a folder appears whole or not at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,11 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
                    f"{type(model).__name__} is not a model of transformers, so there is no format to save it in",
                    helps=("merge() and save its state_dict() yourself",))
     on_first(surgeon.part, lambda: refuse_taken(Path(folder), MODEL, force))
-    with _merged(surgeon):
+    with ExitStack() as stack:
+        if not surgeon.merged:
+            # said before, so that no interrupt between the two leaves it merged; `merge` itself is whole or not at all
+            stack.callback(lambda: surgeon.unmerge() if surgeon.merged else None)
+            surgeon.merge()
         like, tensors = surgeon.part, {}
         for name, tensor in plain(model, model.state_dict()).items():
             every = tensor if like is None else whole(tensor)  # which all processes take part in
@@ -80,15 +84,3 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
                     extra.save_pretrained(new)
 
         on_first(surgeon.part, write)
-
-
-@contextmanager
-def _merged(surgeon: Surgeon) -> Iterator[None]:
-    if surgeon.merged:
-        yield
-    else:
-        surgeon.merge()
-        try:
-            yield
-        finally:
-            surgeon.unmerge()
