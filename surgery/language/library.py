@@ -68,11 +68,11 @@ def instead_of_step(name: str) -> tuple[str, ...]:
     steps = dict.fromkeys(step for target in spec.targets for step in target.steps)
     if not steps:
         return (f"`{name}` is a spec that ships, and has no step that could be placed",)
-    said = f"`{name}` is a spec, which has targets of its own; write its steps: " + ", ".join(
+    instead = f"`{name}` is a spec, which has targets of its own; write its steps: " + ", ".join(
         f"`{step_text(step)}`" for step in steps)
     own = {step.call.function for step in steps} & {definition.name for definition in spec.definitions}
     where = f"`surgery show {name} --emit spec` prints it, with the definition of {' and '.join(sorted(own))}"
-    return said, *([where] if own else [])
+    return instead, *([where] if own else [])
 
 
 def load(spec: str | PathLike, /, **parameters: Any) -> Spec:
@@ -154,24 +154,24 @@ def library(spec: Spec) -> Library:
 
 
 def _by_name(declared: Iterable, report: Collector) -> dict:
-    found: dict = {}
+    by_name: dict = {}
     for item in declared:
-        first = found.setdefault(item.name, item)
+        first = by_name.setdefault(item.name, item)
         if first is not item:
             related = ((first.name_span, "first defined here"),) if first.name_span else ()
             report.error("duplicate-name", f"`{item.name}` is defined twice", item.name_span, label="second definition",
                          related=related, helps=("give one of them another name",))
-    return found
+    return by_name
 
 
 def used(spec: Spec) -> list[Spec]:
     """The files that a spec brings in with `use`, each once, those that they use themselves first."""
-    found: dict[Path, Spec] = {}
-    _follow(spec, found, ())
-    return list(found.values())
+    files: dict[Path, Spec] = {}
+    _follow(spec, files, ())
+    return list(files.values())
 
 
-def _follow(spec: Spec, found: dict[Path, Spec], trail: tuple[tuple[Path, Span | None], ...]) -> None:
+def _follow(spec: Spec, files: dict[Path, Spec], trail: tuple[tuple[Path, Span | None], ...]) -> None:
     here = Path(spec.span.source.name).resolve() if spec.span else Path("spec").resolve()
     for use in spec.uses:
         path = here.parent / use.path
@@ -184,10 +184,10 @@ def _follow(spec: Spec, found: dict[Path, Spec], trail: tuple[tuple[Path, Span |
             earlier = tuple((span, "which is used from here") for _, span in passed[:-1] if span)
             raise fail("import-cycle", f"`{use.path}` comes to use itself", use.span, related=earlier,
                        helps=("move what both need into a third file",))
-        if place not in found:
+        if place not in files:
             file = read(_as_written(path), use.span)
-            _follow(file, found, passed)
-            found[place] = file
+            _follow(file, files, passed)
+            files[place] = file
 
 
 def _is_no_path(text: str) -> bool:

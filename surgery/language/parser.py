@@ -33,28 +33,28 @@ def parse_text(text: str, name: str = "<text>") -> Spec:
     """The spec that a whole file says. Raises: SurgeryError with as many syntax errors as can be told apart."""
     # Windows' editors put this mark before a text, and no line shows it
     source = Source(name, text.removeprefix("\ufeff"))
-    found = Collector()
+    report = Collector()
     if version := _VERSION.match(source.text):  # before anything that a newer language may write in another way
-        check_language(found, read_number(version[1]), Span(source, *version.span(1)))
-        found.raise_errors()
-    root, tokens = _parse(source, "file", found)
+        check_language(report, read_number(version[1]), Span(source, *version.span(1)))
+        report.raise_errors()
+    root, tokens = _parse(source, "file", report)
     try:
-        spec = Builder(source, trivia_of(source.text, root, tokens), found).build(root)
-    # a tree that is not well formed is told together with what was found before: one run shows all
+        spec = Builder(source, trivia_of(source.text, root, tokens), report).build(root)
+    # a tree that is not well formed is told together with what was wrong before: one run shows all
     except SurgeryError as error:
-        raise SurgeryError((*found.found, *error.diagnostics)) from None
-    found.raise_errors()
+        raise SurgeryError((*report.found, *error.diagnostics)) from None
+    report.raise_errors()
     return spec
 
 
 def parse_expression(text: str, name: str = "<expression>", begin: int = 0) -> Expression:
     """The expression that a text says from `begin` on. Raises: SurgeryError."""
     source = Source(name, text)
-    found = Collector()
-    root, _ = _parse(source, "expression", found, begin)
-    expression = Builder(source, {}, found).build(root)
-    check_expression(found, expression)
-    found.raise_errors()
+    report = Collector()
+    root, _ = _parse(source, "expression", report, begin)
+    expression = Builder(source, {}, report).build(root)
+    check_expression(report, expression)
+    report.raise_errors()
     return expression
 
 
@@ -66,12 +66,12 @@ class _Stopped(NamedTuple):
     is_due: bool
 
 
-def _parse(source: Source, start: str, found: Collector, begin: int = 0) -> tuple[Tree, list[Token]]:
+def _parse(source: Source, start: str, report: Collector, begin: int = 0) -> tuple[Tree, list[Token]]:
     """The parse tree; on errors, reads on after each and raises them all."""
     text, resume = " " * begin + source.text[begin:], 0
     while isinstance(result := _run(source, text, start), _Stopped):
-        is_new = result.diagnostic not in found.found
-        found.add(result.diagnostic)
+        is_new = result.diagnostic not in report.found
+        report.add(result.diagnostic)
         # What is wrong is written over with blanks, so that every place stays where it is, and all is read again: first
         # the statement alone, and where that is not possible all up to the next statement of the file.
         rest = _without_statement(text, result) if start == "file" else None
@@ -81,10 +81,10 @@ def _parse(source: Source, start: str, found: Collector, begin: int = 0) -> tupl
             item = next((m.end() for m in lines if m.end() >= max(result.offset, resume + 1)), None)
             if item is not None:
                 resume, rest = item, re.sub(r"[^\n]", " ", text[:item]) + text[item:]
-        if rest is None or not is_new or len(found.found) >= MAX_ERRORS:
-            raise SurgeryError(found.found)
+        if rest is None or not is_new or len(report.found) >= MAX_ERRORS:
+            raise SurgeryError(report.found)
         text = rest
-    found.raise_errors()
+    report.raise_errors()
     return result
 
 

@@ -70,7 +70,13 @@ def _node(node: Node, depth: int, used: set[str]) -> str:
     # be given so, and the step is written out in full.
     if isinstance(node, Step) and all(a.name is None or not iskeyword(a.name) and a.name not in _CLAUSES
                                       for a in node.call.arguments):
-        return _short_step(node, used)
+        used.add(node.placement)
+        clauses = {"on": '"in"' if node.side == "in" else "", "with_bias": "True" if node.bias else "",
+                   "dropout": _expression(node.dropout) if node.dropout is not None else ""}
+        parts = [_quoted(node.call.function)]
+        parts += [f"{a.name}={_expression(a.value)}" if a.name else _expression(a.value) for a in node.call.arguments]
+        parts += [f"{name}={text}" for name, text in clauses.items() if text]
+        return f"{node.placement}({', '.join(parts)})"  # on one line, as in a spec
     used.add(type(node).__name__)
     parts = [f"{name}={_code(value, depth + 1, used)}" for name, value in _fields(node).items()]
     if isinstance(node, Parameter):  # its name, its type and what it is if nobody says otherwise
@@ -91,16 +97,6 @@ def _fields(node: Node) -> dict[str, Any]:
     infos = type(node).model_fields.items()
     return {name: getattr(node, name) for name, info in infos if not info.exclude
             and getattr(node, name) != info.default}
-
-
-def _short_step(step: Step, used: set[str]) -> str:
-    """`pre("diagonal", on="in")`, `add("low_rank", "rank", "alpha", dropout=0.05)`."""
-    used.add(step.placement)
-    clauses = {"on": '"in"' if step.side == "in" else None, "with_bias": "True" if step.bias else None,
-               "dropout": _expression(step.dropout) if step.dropout is not None else None}
-    arguments = [f"{a.name}={_expression(a.value)}" if a.name else _expression(a.value) for a in step.call.arguments]
-    given = [f"{name}={text}" for name, text in clauses.items() if text]
-    return f"{step.placement}({', '.join([_quoted(step.call.function), *arguments, *given])})"
 
 
 def _laid_out(before: str, parts: list[str], after: str, depth: int) -> str:

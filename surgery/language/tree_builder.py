@@ -24,8 +24,8 @@ FLAGS = {"FROZEN": "frozen", "SHIFTED": "shifted", "UNTIE": "untie"}
 class Builder:
     """One method per rule of the grammar: the span of its text and its children, built already, give a node."""
 
-    def __init__(self, source: Source, trivia: dict[int, tree.Trivia], found: Collector):
-        self.source, self.trivia, self.found = source, trivia, found
+    def __init__(self, source: Source, trivia: dict[int, tree.Trivia], report: Collector):
+        self.source, self.trivia, self.report = source, trivia, report
 
     def build(self, root: Tree) -> Any:
         """The node of a parse tree, from the leaves up."""
@@ -50,8 +50,8 @@ class Builder:
         # A file without a header is a spec all the same: it stands at its beginning, and has no name.
         header, *again = [i for i in items if isinstance(i, dict)] or [{"span": Span(self.source, 0, 0)}]
         for other in again:
-            self.found.error("syntax", "a file has one `spec` header", other["span"], label="this is the second",
-                             related=((header["span"], "the first is here"),))
+            self.report.error("syntax", "a file has one `spec` header", other["span"], label="this is the second",
+                              related=((header["span"], "the first is here"),))
         header["trivia"] = replace(header.get("trivia", tree.Trivia()), inside=self.trivia[FILE].inside)
         return tree.Spec(**header, **(version or {}), uses=_all(items, tree.Use), checks=_all(items, tree.Check),
                          selects=_all(items, tree.Select), definitions=_all(items, tree.Definition),
@@ -60,7 +60,7 @@ class Builder:
     def language(self, span: Span, number: Token) -> dict[str, Any]:
         value = read_number(number)
         if not isinstance(value, int):
-            self.found.error("syntax", "a version of the language is a whole number", span)
+            self.report.error("syntax", "a version of the language is a whole number", span)
             return {}
         return {"language": value, "language_trivia": self._place(span)["trivia"]}
 
@@ -124,7 +124,7 @@ class Builder:
         fields: dict[str, Any] = {**start, **(flags or {})}
         for field, word, value, place in clauses:
             if field in fields:
-                self.found.error("syntax", f"`{word}` stands twice", place)
+                self.report.error("syntax", f"`{word}` stands twice", place)
             fields[field] = value
         return tree.Param(name=str(name), dims=dims or (), **fields, **self._place(span, name))
 
@@ -176,7 +176,7 @@ class Builder:
         fields: dict[str, Any] = {"placement": str(placement)}
         # a clause that may not stand here is reported and left out, so that the tree itself is always well formed
         for field, word, value, place in clauses:
-            if check_clause(self.found, str(placement), word, place, again=field in fields):
+            if check_clause(self.report, str(placement), word, place, again=field in fields):
                 fields[field] = value
         return tree.Step(call=call, **fields, **self._place(span))
 
@@ -226,8 +226,8 @@ class Builder:
         columns = len(rows[0][1])
         for place, entries in rows:
             if len(entries) != columns:
-                self.found.error("syntax",
-                                 f"the rows of a matrix are equally long: {columns} and {len(entries)} entries", place)
+                self.report.error("syntax",
+                                  f"the rows of a matrix are equally long: {columns} and {len(entries)} entries", place)
         return tree.Matrix(tuple(e for _, entries in rows for e in entries[:columns]), columns, span=span)
 
     def call(self, span: Span, function: Token, *arguments: tree.Argument) -> tree.Call:

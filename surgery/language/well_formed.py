@@ -27,16 +27,16 @@ HEAD_WORDS = {word for terminal in ("KIND", "_IN", "SHIFTED", "UNTIE") for word 
 
 def check_spec(spec: tree.Spec) -> Collector:
     """Everything that is wrong with the form of a spec."""
-    found = Collector()
+    report = Collector()
     for node in nodes_of(spec):
         for rule in RULES.get(type(node), ()):
-            rule(found, node)
+            rule(report, node)
         for expression in expressions_of(node):
-            check_expression(found, expression)
-    return found
+            check_expression(report, expression)
+    return report
 
 
-def check_expression(found: Collector, expression: tree.Expression) -> None:
+def check_expression(report: Collector, expression: tree.Expression) -> None:
     """Depth, numbers, names, and what each call says twice."""
     # A stack and no recursion: this is what refuses an expression that is too deep for every recursion after it.
     stack = [(expression, 0)]
@@ -44,11 +44,11 @@ def check_expression(found: Collector, expression: tree.Expression) -> None:
         node, depth = stack.pop()
         depth += 1 + node.parens
         if depth > MAX_DEPTH:
-            found.error("syntax", f"this expression is nested more than {MAX_DEPTH} deep", node.span,
-                        helps=("name its parts with `let`",))
+            report.error("syntax", f"this expression is nested more than {MAX_DEPTH} deep", node.span,
+                         helps=("name its parts with `let`",))
             return
         for rule in RULES.get(type(node), ()):
-            rule(found, node)
+            rule(report, node)
         stack += [(child, depth) for child in reversed(children_of(node))]
 
 
@@ -82,143 +82,144 @@ def children_of(expression: tree.Expression) -> list[tree.Expression]:
 # ------------------------------------------------------------------------------------------------------- rules
 
 
-def check_clause(found: Collector, placement: str, clause: str, span: Span | None, again: bool = False) -> bool:
+def check_clause(report: Collector, placement: str, clause: str, span: Span | None, again: bool = False) -> bool:
     """Whether a step of this placement may say this clause (once)."""
     allowed = CLAUSES[placement]
     if again:
-        found.error("syntax", f"`{clause}` stands twice", span)
+        report.error("syntax", f"`{clause}` stands twice", span)
     elif clause not in allowed:
-        found.error("syntax", f"`{clause}` cannot follow `{placement}`", span,
-                    helps=(f"`{placement}` takes {' and '.join(CLAUSE_TEXTS[c] for c in allowed)}",))
+        report.error("syntax", f"`{clause}` cannot follow `{placement}`", span,
+                     helps=(f"`{placement}` takes {' and '.join(CLAUSE_TEXTS[c] for c in allowed)}",))
     return not again and clause in allowed
 
 
-def _step(found: Collector, step: tree.Step) -> None:
+def _step(report: Collector, step: tree.Step) -> None:
     # `on out` is what no clause means, and a tree that was built does not say which of the two it was
-    said = {"on": step.side != "out", "with bias": step.bias, "dropout": step.dropout is not None}
-    for clause in (c for c, stands in said.items() if stands):
-        check_clause(found, step.placement, clause, step.span)
+    clauses = {"on": step.side != "out", "with bias": step.bias, "dropout": step.dropout is not None}
+    for clause in (c for c, stands in clauses.items() if stands):
+        check_clause(report, step.placement, clause, step.span)
 
 
-def _target(found: Collector, target: tree.Target) -> None:
+def _target(report: Collector, target: tree.Target) -> None:
     if not target.steps:
-        found.error("syntax", "a target needs at least one step", target.span,
-                    helps=("write `pre`, `add` or `post` between the braces",))
-    _name(found, target.ancestor, target.span)
-    _selectors(found, target.selectors + target.exclude)
+        report.error("syntax", "a target needs at least one step", target.span,
+                     helps=("write `pre`, `add` or `post` between the braces",))
+    _name(report, target.ancestor, target.span)
+    _selectors(report, target.selectors + target.exclude)
 
 
-def check_language(found: Collector, version: float, span: Span | None = None) -> None:
+def check_language(report: Collector, version: float, span: Span | None = None) -> None:
     """Whether this version of the language is one that is known here."""
     if version > LANGUAGE:
-        found.error("newer-language", f"this spec is written in language {version}, and this surgery knows language "
-                    f"{LANGUAGE}", span, helps=("install a newer version of surgery",
-                                                f"or say `language {LANGUAGE}`, if it uses nothing newer"))
+        report.error("newer-language", f"this spec is written in language {version}, and this surgery knows language "
+                     f"{LANGUAGE}", span, helps=("install a newer version of surgery",
+                                                 f"or say `language {LANGUAGE}`, if it uses nothing newer"))
     elif version < 1:
-        found.error("syntax", "versions of the language are counted from 1", span)
+        report.error("syntax", "versions of the language are counted from 1", span)
 
 
-def _spec(found: Collector, spec: tree.Spec) -> None:
+def _spec(report: Collector, spec: tree.Spec) -> None:
     if spec.language is not None:
-        check_language(found, spec.language)
-    _name(found, spec.name, spec.name_span)
-    _once(found, "parameter", [(p.name, p.name_span) for p in spec.params])
+        check_language(report, spec.language)
+    _name(report, spec.name, spec.name_span)
+    _once(report, "parameter", [(p.name, p.name_span) for p in spec.params])
     if spec.name is None and spec.params:
-        found.error("syntax", "a spec with parameters needs a name")
+        report.error("syntax", "a spec with parameters needs a name")
 
 
-def _definition(found: Collector, definition: tree.Definition) -> None:
+def _definition(report: Collector, definition: tree.Definition) -> None:
     for name in (definition.name, definition.dim, *definition.claims):
-        _name(found, name, definition.name_span)
-    _once(found, "claim", zip(definition.claims, definition.claims_spans or [None] * len(definition.claims)))
+        _name(report, name, definition.name_span)
+    _once(report, "claim", zip(definition.claims, definition.claims_spans or [None] * len(definition.claims)))
     # the dimension, the parameters and the statements share one scope in the body
     dim = [(definition.dim, definition.name_span)] if definition.dim else []
-    _once(found, "name", dim + [(n.name, n.name_span) for n in (*definition.params, *definition.body)])
+    _once(report, "name", dim + [(n.name, n.name_span) for n in (*definition.params, *definition.body)])
     if (definition.kind == "transform") is (definition.dim is None):
-        found.error("syntax", f"{definition.kind} `{definition.name}`: a transform names its dimension with `on`, "
-                              "an update does not", definition.name_span)
+        report.error("syntax", f"{definition.kind} `{definition.name}`: a transform names its dimension with `on`, "
+                               "an update does not", definition.name_span)
     if definition.bias and definition.kind == "transform":
-        found.error("syntax", f"transform `{definition.name}`: only an update can be `on bias`", definition.name_span)
+        report.error("syntax", f"transform `{definition.name}`: only an update can be `on bias`", definition.name_span)
 
 
-def _param(found: Collector, param: tree.Param) -> None:
-    _name(found, param.name, param.name_span)
+def _param(report: Collector, param: tree.Param) -> None:
+    _name(report, param.name, param.name_span)
     if (param.init is None) is (param.draw is None):
-        found.error("syntax", f"param `{param.name}` starts at a value (`=`) or at a draw (`~`), one of the two",
-                    param.span)
+        report.error("syntax", f"param `{param.name}` starts at a value (`=`) or at a draw (`~`), one of the two",
+                     param.span)
     said = [*(["rate"] if param.rate is not None else []), *["no decay"] * (not param.decay),
             *[f"on {param.manifold}"] * bool(param.manifold)]
     if param.frozen and said:
-        found.error("syntax", f"`{said[0]}` says how a parameter trains, and `{param.name}` is frozen", param.span,
-                    helps=("leave out the one or the other",))
+        report.error("syntax", f"`{said[0]}` says how a parameter trains, and `{param.name}` is frozen", param.span,
+                     helps=("leave out the one or the other",))
 
 
-def _named(found: Collector, node: Any) -> None:
-    _name(found, node.name, node.name_span)
+def _named(report: Collector, node: Any) -> None:
+    _name(report, node.name, node.name_span)
 
 
-def _select(found: Collector, select: tree.Select) -> None:
-    _selector_name(found, select.name, select.name_span)
-    _selectors(found, select.patterns)
+def _select(report: Collector, select: tree.Select) -> None:
+    _selector_name(report, select.name, select.name_span)
+    _selectors(report, select.patterns)
 
 
-def _train(found: Collector, train: tree.Train) -> None:
-    _selectors(found, train.patterns)
+def _train(report: Collector, train: tree.Train) -> None:
+    _selectors(report, train.patterns)
 
 
-def _use(found: Collector, use: tree.Use) -> None:
-    _text(found, use.path, use.span)
+def _use(report: Collector, use: tree.Use) -> None:
+    _text(report, use.path, use.span)
 
 
-def _selectors(found: Collector, selectors: tuple) -> None:
+def _selectors(report: Collector, selectors: tuple) -> None:
     for selector in selectors:
         if isinstance(selector, tree.Pattern):
-            _text(found, selector.text, selector.span)
+            _text(report, selector.text, selector.span)
         else:
-            _selector_name(found, selector.name, selector.span)
+            _selector_name(report, selector.name, selector.span)
 
 
-def _selector_name(found: Collector, name: str, span: Span | None) -> None:
-    _name(found, name, span)
+def _selector_name(report: Collector, name: str, span: Span | None) -> None:
+    _name(report, name, span)
     if name in HEAD_WORDS:
-        found.error("reserved-name", f"`{name}` has a meaning of its own in a target and cannot name a selector", span)
+        report.error("reserved-name", f"`{name}` has a meaning of its own in a target and cannot name a selector", span)
 
 
-def _string(found: Collector, string: tree.String) -> None:
-    _text(found, string.value, string.span)
+def _string(report: Collector, string: tree.String) -> None:
+    _text(report, string.value, string.span)
 
 
-def _id(found: Collector, name: tree.Name) -> None:
-    _name(found, name.id, name.span)
+def _id(report: Collector, name: tree.Name) -> None:
+    _name(report, name.id, name.span)
 
 
-def _number(found: Collector, number: tree.Number) -> None:
+def _number(report: Collector, number: tree.Number) -> None:
     # sizes and indices are counted in 63 bits by torch
     limit = MAX_INT if isinstance(number.value, int) else math.inf
     if not math.isfinite(number.value) or number.value > limit:
-        found.error("syntax", "this number is out of range", number.span,
-                    notes=(f"integers go up to {MAX_INT}, other numbers up to 1.8e308",))
+        report.error("syntax", "this number is out of range", number.span,
+                     notes=(f"integers go up to {MAX_INT}, other numbers up to 1.8e308",))
     # text has no negative literal, only a minus before one: printed and parsed again this would be another tree
     elif math.copysign(1, number.value) < 0:
-        found.error("syntax", f"`Number({number.value})`: a negative number is `Unary(\"-\", Number({-number.value}))`")
+        report.error("syntax",
+                     f"`Number({number.value})`: a negative number is `Unary(\"-\", Number({-number.value}))`")
 
 
-def _matrix(found: Collector, matrix: tree.Matrix) -> None:
+def _matrix(report: Collector, matrix: tree.Matrix) -> None:
     if not matrix.entries or matrix.columns < 1 or len(matrix.entries) % matrix.columns:
-        found.error("syntax", "a matrix has rows of equal length, with at least one entry", matrix.span)
+        report.error("syntax", "a matrix has rows of equal length, with at least one entry", matrix.span)
 
 
-def _call(found: Collector, call: tree.Call) -> None:
-    _name(found, call.function, call.name_span)
+def _call(report: Collector, call: tree.Call) -> None:
+    _name(report, call.function, call.name_span)
     keywords = [(a.name, a.name_span) for a in call.arguments if a.name is not None]
     for name, span in keywords:
-        _name(found, name, span)
-    _once(found, "argument", keywords)
+        _name(report, name, span)
+    _once(report, "argument", keywords)
     names = [a.name for a in call.arguments]
     for before, argument in zip(names, call.arguments[1:]):
         if before is not None and argument.name is None:
-            found.error("syntax", f"a positional argument of `{call.function}` follows the named argument `{before}`",
-                        argument.value.span, helps=("put the positional arguments first, or name this one too",))
+            report.error("syntax", f"a positional argument of `{call.function}` follows the named argument `{before}`",
+                         argument.value.span, helps=("put the positional arguments first, or name this one too",))
 
 
 RULES: dict[type, tuple] = {
@@ -232,25 +233,25 @@ RULES: dict[type, tuple] = {
 # ------------------------------------------------------------------------------------------------------- parts
 
 
-def _once(found: Collector, what: str, names: Iterable[tuple[str, Span | None]]) -> None:
+def _once(report: Collector, what: str, names: Iterable[tuple[str, Span | None]]) -> None:
     first: dict[str, Span | None] = {}
     for name, span in names:
         if name in first:
             related = ((first[name], "the first is here"),) if first[name] else ()
-            found.error("duplicate-name", f"{what} `{name}` stands twice", span, related=related)
+            report.error("duplicate-name", f"{what} `{name}` stands twice", span, related=related)
         first.setdefault(name, span)
 
 
-def _name(found: Collector, name: str | None, span: Span | None) -> None:
+def _name(report: Collector, name: str | None, span: Span | None) -> None:
     if name is None or is_name(name):
         return
     if name in KEYWORDS:
-        found.error("reserved-name", f"`{name}` is a word of the language and cannot be a name", span)
+        report.error("reserved-name", f"`{name}` is a word of the language and cannot be a name", span)
     else:
-        found.error("syntax", f"{name!r} is not a name", span, helps=("a name is made of letters, digits and `_`",))
+        report.error("syntax", f"{name!r} is not a name", span, helps=("a name is made of letters, digits and `_`",))
 
 
-def _text(found: Collector, text: str, span: Span | None) -> None:
+def _text(report: Collector, text: str, span: Span | None) -> None:
     if any(c in text for c in '"\r\n'):
-        found.error("syntax", f"the string {text!r} cannot be written in a spec", span,
-                    notes=("a string is one line without double quotes",))
+        report.error("syntax", f"the string {text!r} cannot be written in a spec", span,
+                     notes=("a string is one line without double quotes",))

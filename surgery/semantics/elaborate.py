@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from surgery.diagnostics import Collector, Diagnostic, fail
+from surgery.diagnostics import Collector, fail
 from surgery.ir.expression import DEEPEST_FORMULA, Claim, Expr, Formula, Leaf, Part
 from surgery.ir.operations import make
 from surgery.ir.sizes import Size
@@ -84,9 +84,17 @@ class _Builder:
         return Formula(self.x, self.bias, tuple(self.leaves), tuple(self.claims), tuple(self.parts))
 
     def place(self, index: int, step: Step, name: str) -> None:
-        dropout = 0.0
+        """Put a step on top of what stands; what is wrong with it is reported."""
+        rate = 0.0
         with guard(self.report):  # one of its own, so that a wrong rate hides no mistake in the call
-            dropout = self._dropout(step)
+            if step.dropout is not None:
+                p = evaluate(step.dropout, {**self.context.values, **self.sizes})
+                if isinstance(p, bool) or not isinstance(p, (int, float, Fraction)):
+                    raise fail("wrong-type", f"dropout must be a number, not {describe(p)}", step.dropout.span)
+                if not 0 <= p < 1:
+                    raise fail("bad-value", f"dropout must be at least 0 and less than 1, not {float(p):g}",
+                               step.dropout.span, helps=("write 5% or 0.05",))
+                rate = float(p)
         with guard(self.report):
             definition = self._definition(step)
             if definition.bias and not self.has_bias:
@@ -96,8 +104,8 @@ class _Builder:
             plain = self._instance(step, name, definition, operand)
             if plain is not None:
                 part = plain
-                if dropout and step.placement == "add" and not definition.bias:
-                    part = Expr("drop", (plain,), (dropout, name), plain.shape)
+                if rate and step.placement == "add" and not definition.bias:
+                    part = Expr("drop", (plain,), (rate, name), plain.shape)
                 self.parts.append(Part(index, part, operand))
                 self._put(step, definition, part, plain)
                 not_too_deep(self.x, step.span)
@@ -116,7 +124,9 @@ class _Builder:
                             self.context.group, common=self.common)
         result = instance.run()
         known = self.context.library.definitions
-        self.report.add(*(_placed(told_of_definitions(d, known), step) for d in within.found))
+        for diagnostic in (told_of_definitions(d, known) for d in within.found):
+            placed = ((step.call.span, "placed here"),) if step.call.span else ()
+            self.report.add(replace(diagnostic, related=(*diagnostic.related, *placed)))
         self.leaves += instance.leaves
         if result is not None:
             spans = definition.claims_spans or (definition.name_span,) * len(definition.claims)
@@ -154,20 +164,3 @@ class _Builder:
             if step.bias:
                 raise fail("wrong-kind", "`with bias` needs a transform `on out`: the bias is a column of the output",
                            step.span)
-
-    def _dropout(self, step: Step) -> float:
-        if step.dropout is None:
-            return 0.0
-        p = evaluate(step.dropout, {**self.context.values, **self.sizes})
-        if isinstance(p, bool) or not isinstance(p, (int, float, Fraction)):
-            raise fail("wrong-type", f"dropout must be a number, not {describe(p)}", step.dropout.span)
-        if not 0 <= p < 1:
-            raise fail("bad-value", f"dropout must be at least 0 and less than 1, not {float(p):g}", step.dropout.span,
-                       helps=("write 5% or 0.05",))
-        return float(p)
-
-
-def _placed(diagnostic: Diagnostic, step: Step) -> Diagnostic:
-    """A mistake in a definition, with the step that places it."""
-    where = step.call.span
-    return replace(diagnostic, related=(*diagnostic.related, (where, "placed here"))) if where else diagnostic

@@ -211,7 +211,11 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
     if node.function not in FUNCTIONS:
         known = FUNCTIONS | set(_COMPILE_TIME)
         raise unknown("unknown-primitive", "primitive", node.function, known, node.name_span or node.span)
-    arity, sizes = _CONSTANTS[node.function][:2] if node.function in _CONSTANTS else _signature(node.function)
+    if node.function in _CONSTANTS:
+        arity, sizes = _CONSTANTS[node.function][:2]
+    else:
+        arity, sizes = PRIMITIVES[node.function].arity, PRIMITIVES[node.function].sizes
+        assert arity is not None  # what a spec can call takes so many tensors
     _assert_count(node, arity, sizes)
     values = [evaluate(a.value, names) for a in node.arguments]
     for value, argument in zip(values, node.arguments):
@@ -220,25 +224,16 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
     given = tuple(size(v, a.value, names, least) for v, a in zip(values[arity:], node.arguments[arity:]))
     if node.function in _CONSTANTS:
         return _CONSTANTS[node.function][2](*given)
-    return _apply(node, _with_first_places(node, values[:arity], names), given)
-
-
-def _with_first_places(node: tree.Call, values: list, names: Mapping[str, Any]) -> list:
-    """The values of a call's tensors: a number in the place of places is the first so many, where that can be said."""
+    # A number in the place of places is the first so many, where that can be said.
     row = PRIMITIVES[node.function]
-    return [_places_below(size(value, argument.value, names))
-            if row.counts and i in row.places and not isinstance(value, Expr) else value
-            for i, (value, argument) in enumerate(zip(values, node.arguments))]
+    tensors = [_places_below(size(value, argument.value, names))
+               if row.counts and i in row.places and not isinstance(value, Expr) else value
+               for i, (value, argument) in enumerate(zip(values[:arity], node.arguments))]
+    return _apply(node, tensors, given)
 
 
 def _places_below(n: Size) -> Expr:
     return make("range", data=(0, n))
-
-
-def _signature(function: str) -> tuple[int, tuple[str, ...]]:
-    arity = PRIMITIVES[function].arity
-    assert arity is not None  # what a spec can call takes so many tensors
-    return arity, PRIMITIVES[function].sizes
 
 
 def _assert_count(node: tree.Call, arity: int, sizes: tuple[str, ...]) -> None:

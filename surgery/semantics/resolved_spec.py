@@ -78,6 +78,6 @@ class ResolvedSpec:
 def resolved(spec: Spec) -> ResolvedSpec:
     """The spec with its names resolved. Raises: SurgeryError for what is wrong with its values or the files it uses."""
     report = Collector()
-    found = ResolvedSpec(spec, report)
+    resolved_spec = ResolvedSpec(spec, report)
     report.raise_errors()
-    return found
+    return resolved_spec
