@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
     from surgery.planning.compile import compile as plan
     from surgery.planning.figures import Report
     from surgery.runtime.attach import attach
+    from surgery.runtime.merge_files import MergedFiles, merge_files
     from surgery.runtime.save import save_merged
     from surgery.runtime.stack import Surgeries
     from surgery.runtime.surgeon import Surgeon, apply
@@ -44,7 +45,8 @@ _HOMES = {
     "check": "planning.check", "Plan": "planning.compile", "plan": "planning.compile", "Report": "planning.figures",
     "load_model": "models.loading", "modules": "matching.module_tree", "explain": "matching.selection",
     "Surgeon": "runtime.surgeon", "apply": "runtime.surgeon", "attach": "runtime.attach",
-    "save_merged": "runtime.save", "Surgeries": "runtime.stack",
+    "save_merged": "runtime.save", "merge_files": "runtime.merge_files", "MergedFiles": "runtime.merge_files",
+    "Surgeries": "runtime.stack",
     "import_peft": "peft.import_adapter", "export_peft": "peft.export_adapter", "Exported": "peft.export_adapter",
     "spectrum": "analysis.spectra", "Spectra": "analysis.spectra", "Spectrum": "analysis.spectra",
     "report_page": "analysis.page", "bench": "experiments.bench", "compare": "experiments.comparison",
@@ -53,10 +55,9 @@ _SPELT = {"plan": "compile", "load_model": "load"}
 
 __all__ = [
     "__version__", "add", "apply", "attach", "bench", "check", "compare", "Diagnostic", "explain", "export_peft",
-    "Exported", "import_peft", "load", "load_model", "modules", "Parameter", "parse", "Plan", "plan", "post", "pre",
-    "Report", "report_page", "save_merged", "shipped", "Spec", "Spectra", "spectrum", "Spectrum", "Surgeon",
-    "Surgeries",
-    "SurgeryError", "Target",
+    "Exported", "import_peft", "load", "load_model", "merge_files", "MergedFiles", "modules", "Parameter", "parse",
+    "Plan", "plan", "post", "pre", "Report", "report_page", "save_merged", "shipped", "Spec", "Spectra", "spectrum",
+    "Spectrum", "Surgeon", "Surgeries", "SurgeryError", "Target",
 ]
 
 if not TYPE_CHECKING:  # a type checker takes a misspelt name for a mistake, and not for `Any`

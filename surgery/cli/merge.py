@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 import click
 
-from surgery.cli.model_options import base_of, free, say_errors
+from surgery.cli.model_options import free, say_errors
 from surgery.cli.options import command, dtype_option, force_option, trust_option
 from surgery.cli.output import Output
+from surgery.text import some
 
 
 @command(click.argument("folder", metavar="DIR"), click.argument("model", required=False),
          click.option("-o", "--out", metavar="OUT", required=True, help="Save the merged model here."),
          click.option("--then", "after", multiple=True, metavar="DIR",
                       help="Merge this adapter too, on what those before made."),
+         click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
+                      help="Read and write in N threads."),
          dtype_option, force_option, trust_option, example="surgery merge out -o out-merged")
-def merge(output: Output, folder: str, model: str | None, out: str, after: tuple[str, ...], dtype: str | None,
-          force: bool) -> None:
+def merge(output: Output, folder: str, model: str | None, out: str, after: tuple[str, ...], jobs: int,
+          dtype: str | None, force: bool) -> None:
     """Save a model with an adapter merged in.
 
-    DIR holds the saved adapter; MODEL is its base model unless you name another.
+    DIR holds the saved adapter; MODEL is its base model unless you name another. The model's files are rewritten one
+    weight at a time, and a merge that was killed goes on when it is run again.
     """
-    from surgery.models.loading import preprocessors
-    from surgery.runtime.save import MODEL, save_merged
-    from surgery.runtime.stack import Surgeries
+    from surgery.models.loading import quiet_libraries
+    from surgery.runtime.merge_files import merge_files
+    from surgery.runtime.save import MODEL
 
     free(out, force, MODEL)
-    subject, base, _ = base_of(output, folder, model, dtype)
-    with output.busy("merging"):
-        surgeries = Surgeries(subject)
-        for i, each in enumerate((folder, *after)):
-            surgeries.add(f"number_{i + 1}", Path(each))
-        surgeon = surgeries.use(*surgeries.names)
-        assert surgeon is not None  # it is None where no name is given
-        errors = surgeon.merge()
-    with output.busy(f"saving {out}"):
-        save_merged(surgeon, out, preprocessors(base, output.trust), force)
-    say_errors(output, errors)
+    quiet_libraries(output.animated)
+    done = merge_files(folder, out, model, then=after, dtype=dtype, jobs=jobs, force=force, trust=output.trust,
+                       step=output.busy)
+    if done.in_memory:
+        output.note(f"merged in memory: {done.in_memory}")
+    if done.left_out:
+        output.note(f"not copied, since they hold the weights as they were: {some(done.left_out)}")
+    say_errors(output, done.errors)
     output.say(f"saved     {out}\nnext      surgery modules {shlex.quote(out)}")
-    output.data(adapters=[folder, *after], model=base, out=out, relative_errors=errors)
+    output.data(adapters=[folder, *after], model=done.base, out=out, relative_errors=done.errors,
+                in_memory=done.in_memory or None, left_out=list(done.left_out), kept=done.kept)

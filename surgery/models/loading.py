@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = "demo:"
+# Where a model's folder holds its weights in other formats than the one that transformers reads first.
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".tflite")
+OTHER_FOLDERS = ("original", "metal", "onnx", "openvino", "coreml")
 
 
 class Trained(Protocol):
@@ -149,13 +152,16 @@ def base_name(folder: str | PathLike, named: str | None, said: str | None,
     raise fail("unknown-model", f"{folder} does not say which model it is for", helps=(how,))
 
 
-def folder_of(name: str) -> Path:
-    """The folder of a model's files; a hub id's is fetched first. Raises: SurgeryError (unknown-model)."""
+def folder_of(name: str, all_files: bool = False) -> Path:
+    """The folder of a model's files; a hub id's is fetched first: its weights, or `all_files` but for its weights in
+    other formats. Raises: SurgeryError (unknown-model)."""
     from huggingface_hub import snapshot_download
 
     known = Path(place(name))
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-    return known if known.is_dir() else Path(_asked(name, lambda: snapshot_download(name, allow_patterns=wanted)))
+    wanted = None if all_files else ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    others = [*(f"*{ending}" for ending in OTHER_FORMATS), *(f"{folder}/*" for folder in OTHER_FOLDERS)]
+    return known if known.is_dir() else Path(_asked(name, lambda: snapshot_download(
+        name, allow_patterns=wanted, ignore_patterns=others)))
 
 
 def tokenizer(name: str, trust: bool = False) -> PreTrainedTokenizerBase:

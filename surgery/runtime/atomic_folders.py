@@ -15,11 +15,13 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from hashlib import file_digest
+from dataclasses import dataclass, field
+from hashlib import file_digest, sha256
 from pathlib import Path
+from typing import Any
 
 from surgery.diagnostics import SurgeryError, fail
 from surgery.files import read_json, refuse_irregular
@@ -35,6 +37,7 @@ FORMAT = "1.0"
 _STAGING, _LOCK = ".surgery-", "lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _TRIES = 100  # of writers that take turns at one path
+_PAUSE = 0.01  # seconds between two tries to have an unfinished folder
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,10 @@ class Kind:
             return self.foreign(folder)
         return [name for name in present if name not in wrote] + changed
 
-    def sign(self, folder: Path) -> None:
-        """Write the list of what the folder holds into it."""
-        files = {name: _digest(folder / name) for name in _names(folder) if not (folder / name).is_dir()}
+    def sign(self, folder: Path, known: Mapping[str, str] | None = None) -> None:
+        """Write the list of what the folder holds into it; `known`: digests that are at hand."""
+        files = {name: (known or {}).get(name) or _digest(folder / name) for name in _names(folder)
+                 if not (folder / name).is_dir()}
         about = {"format_version": FORMAT, "kind": self.title, "files": files}
         (folder / MANIFEST).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -159,9 +163,9 @@ def replacing(folder: Path, kind: Kind, force: bool = True) -> Iterator[Path]:
         yield new
         kind.sign(new)
         for path in _below(new):
-            _flush(path)
+            flush(path)
         _put(new, target, kind, force)
-        _flush(target.parent)
+        flush(target.parent)
 
 
 @contextmanager
@@ -172,11 +176,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
     with _staged(path) as (target, folder):
         new = folder / path.name
         yield new
-        _flush(new)
+        flush(new)
         if target.exists():
             _keep_permissions(target, new)
         new.replace(target)
-        _flush(target.parent)
+        flush(target.parent)
 
 
 def _put(new: Path, target: Path, kind: Kind, force: bool) -> None:
@@ -236,7 +240,7 @@ def _keep_permissions(old: Path, new: Path) -> None:
     new.chmod(stat.S_IMODE(was.st_mode))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the system write a file or a folder's entries to the disk."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
@@ -244,6 +248,111 @@ def _flush(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+# ---------------------------------------------------------------------------------------------------------- resuming
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A new folder that outlives a run that is killed. `done` is what the run before has noted, `digests` those of the
+    files that need not be read again to be listed."""
+
+    new: Path
+    journal: Path
+    done: tuple[Any, ...]
+    digests: dict[str, str] = field(default_factory=dict)
+
+    def note(self, entry: Any) -> None:
+        """Have the next run know of a step that is done. One write, so that a line is whole or the last."""
+        handle = os.open(self.journal, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(handle, json.dumps(entry).encode() + b"\n")
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def resuming(folder: Path, kind: Kind, job: str, force: bool = False,
+             abandon: type[Exception] = SurgeryError) -> Iterator[Unfinished]:
+    """As `replacing`, for what takes long: after a kill, an interrupt or an error of the system the new folder stays
+    beside `folder`, hidden, and the next run of the same `job` goes on with it; one of another job begins anew.
+
+    Raises: SurgeryError (bad-output); after one of another code inside, or an error to `abandon` it, nothing stays.
+    """
+    target = Path(os.path.realpath(folder))
+    try:
+        refuse_taken(folder, kind, force)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = target.parent / f"{_STAGING}unfinished-{sha256(os.fsencode(target.name)).hexdigest()[:16]}"
+        staging.mkdir(exist_ok=True)
+        with _alone(staging, folder):
+            _put_back(staging, target)
+            unfinished = _opened(staging, job)
+            try:
+                yield unfinished
+                kind.sign(unfinished.new, unfinished.digests)
+                for path in _below(unfinished.new):
+                    flush(path)
+                _put(unfinished.new, target, kind, force)
+                flush(target.parent)
+            except (SurgeryError, abandon) as error:
+                if not _is_of_place(error):
+                    _remove(staging)
+                raise
+            _remove(staging)
+    except OSError as error:
+        raise fail("bad-output", f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def _is_of_place(error: Exception) -> bool:
+    """Whether it is the place that is at fault, and not what was to be written."""
+    return isinstance(error, SurgeryError) and all(found.code == "bad-output" for found in error.diagnostics)
+
+
+@contextmanager
+def _alone(staging: Path, folder: Path) -> Iterator[None]:
+    """Inside, the unfinished folder is this run's. Its lock says no `writes`, so that others do not clear it up."""
+    with (staging / _LOCK).open("ab", buffering=0) as lock:
+        for tries in range(_TRIES):
+            if fcntl is None:  # nothing tells that another run is at work
+                break
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if tries == _TRIES - 1:
+                    raise fail("bad-output", f"another run is writing {folder}") from None
+                time.sleep(_PAUSE)  # one that clears up holds it for a moment
+        if not os.fstat(lock.fileno()).st_size:
+            lock.write(json.dumps({"surgery": "goes on"}).encode())
+        yield
+
+
+def _opened(staging: Path, job: str) -> Unfinished:
+    """What the run before has left, if that was the same job; else an empty folder."""
+    new, journal = staging / "new", staging / "journal"
+    first, *done = _lines(journal) or [None]
+    if first != {"job": job} or not new.is_dir():
+        for path in staging.glob("*"):
+            if path.name != _LOCK:
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+        done = []
+        new.mkdir()
+    # What is noted from now on must not stand behind half a line.
+    journal.write_text("".join(json.dumps(entry) + "\n" for entry in ({"job": job}, *done)), encoding="utf-8")
+    return Unfinished(new, journal, tuple(done))
+
+
+def _lines(journal: Path) -> list[Any]:
+    """The entries of a journal up to where a kill, or a disk that ended, has cut it."""
+    found: list[Any] = []
+    with suppress(OSError, ValueError):
+        for line in journal.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            found.append(json.loads(line))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- staging
@@ -296,12 +405,15 @@ def _clear_up(folder: Path) -> None:
                 about = json.loads(lock.read(1 << 16))
                 if about["surgery"] != "writes":
                     continue
-                # where the system cannot exchange two folders at once, the old one may have been away at that moment
-                target = folder / Path(about["target"]).name
-                for aside in staging.glob("old*/folder"):
-                    if not target.exists():
-                        aside.rename(target)
+                _put_back(staging, folder / Path(about["target"]).name)
                 _remove(staging)
+
+
+def _put_back(staging: Path, target: Path) -> None:
+    """Where the system cannot exchange two folders at once, the old one may have been away when the run ended."""
+    for aside in staging.glob("old*/folder"):
+        if not target.exists():
+            aside.rename(target)
 
 
 def _remove(staging: Path) -> None:

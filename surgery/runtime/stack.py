@@ -144,17 +144,10 @@ class Surgeries:
         known = {name: self._of(name) for name in names}
         if len(known) < len(names):
             raise fail("bad-value", "a surgery runs once, and one is named twice")
-        owner: dict[str, str] = {}
-        for name, each in known.items():
-            for parameter in each.trained:
-                if owner.setdefault(parameter, name) != name:
-                    raise fail("bad-value",
-                               f"`{owner[parameter]}` and `{name}` both train {parameter}, which has one value",
-                               helps=("use one of them at a time",))
         self._leave()
         if known:
             trained = {key: value for each in known.values() for key, value in each.trained.items()}
-            self.surgeon = _together(self._given, known, compose).operate(trained)
+            self.surgeon = together(self._given, known, compose).operate(trained)
         self.active, self._again = names, lambda: self._operate(names, compose)
         return self.surgeon
 
@@ -172,9 +165,18 @@ class Surgeries:
             known.trained = {key: values[key].clone() for key in known.trained}
 
 
-def _together(model: nn.Module, known: Mapping[str, Known],
-              compose: Callable[[dict[str, Formula]], Formula]) -> Surgeon:
-    """The surgeon of several surgeries at once, on the very tensors of each."""
+def together(model: nn.Module, known: Mapping[str, Known],
+             compose: Callable[[dict[str, Formula]], Formula]) -> Surgeon:
+    """The surgeon of several surgeries at once, on the very tensors of each.
+
+    Raises: SurgeryError (bad-value), where two train the same parameter of the model."""
+    owner: dict[str, str] = {}
+    for name, each in known.items():
+        for parameter in each.trained:
+            if owner.setdefault(parameter, name) != name:
+                raise fail("bad-value",
+                           f"`{owner[parameter]}` and `{name}` both train {parameter}, which has one value",
+                           helps=("use one of them at a time",))
     plans = [each.surgeon.plan for each in known.values()]
     targets: dict[tuple[int, ...], Target] = {}
     placed = [_placed(site, known, compose, targets)

@@ -250,7 +250,7 @@ def test_never_half_a_folder(monkeypatch: pytest.MonkeyPatch, error: BaseExcepti
     def stopped(path: Path) -> None:
         raise error
 
-    monkeypatch.setattr("surgery.runtime.atomic_folders._flush", stopped)
+    monkeypatch.setattr("surgery.runtime.atomic_folders.flush", stopped)
     assert apply(*options, "--force").exit_code == apply(*options, out="other").exit_code == status
     assert contents() == before and not Path("other").exists()
 
@@ -288,3 +288,24 @@ def test_merge_refuses_what_does_not_fit() -> None:
                                                                                  "--force")
     assert other.exit_code == 1 and "it was saved for demo:llama" in other.stderr
     assert elsewhere.exit_code == 2 and "error[bad-output]" in elsewhere.stderr and not Path("merged").exists()
+
+
+# ------------------------------------------------------------------------------------------------- a model's files
+
+
+def test_merge_rewrites_the_files_of_a_model() -> None:
+    save_base("llama")
+    assert run("apply", "sora", "base", "-o", "adapter").exit_code == 0
+    Path("base/pytorch_model.bin").write_bytes(b"old")
+    result = run("merge", "adapter", "-o", "merged", "--jobs", "2")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-2:] == ["saved     merged", "next      surgery modules merged"]
+    assert result.stderr.strip() == "not copied, since they hold the weights as they were: pytorch_model.bin"
+    assert torch.equal(numbers(load("merged")), numbers(load("base")))  # sora starts as the base model
+    told = json.loads(run("merge", "adapter", "-o", "merged", "--force", "--json").stdout)
+    assert (told["in_memory"], told["left_out"], told["kept"]) == (None, ["pytorch_model.bin"], 0)
+
+
+def test_merge_says_when_it_loads_the_model() -> None:
+    assert apply().exit_code == 0
+    assert run("merge", "adapter", "-o", "merged").stderr.strip() == "merged in memory: a demo has no files"

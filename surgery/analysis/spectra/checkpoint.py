@@ -6,7 +6,7 @@ held by the reader only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from surgery.analysis.spectra.updates import Read
 from surgery.diagnostics import fail
-from surgery.files import read_json
 from surgery.layers.survey import Site, Survey
 from surgery.matching.conflicts import tied
-
-_INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
+from surgery.models.checkpoint_files import weight_files
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def of_folder(folder: Path) -> Tensors:
             return opened.get_tensor(name)
 
     stored: dict[str, Stored] = {}
-    for file in _files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, "pt") as opened:
                 stored |= {name: Stored(tuple(opened.get_slice(name).get_shape()), partial(read, file, name))
@@ -56,21 +54,6 @@ def of_folder(folder: Path) -> Tensors:
         except (OSError, SafetensorError) as error:
             raise fail("unknown-model", f"cannot read {file}: {error}") from None
     return stored
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    """The safetensors files of a model: those that its index lists, or the one of a model without an index."""
-    if (folder / _INDEX).is_file():
-        try:
-            listed = list(dict.fromkeys(read_json(folder / _INDEX)["weight_map"].values()))
-            # An index may come from anybody: it must not lead out of its folder.
-            if all(Path(name).name == name and (folder / name).is_file() for name in listed):
-                return [folder / name for name in listed]
-            reason = "it names what is no file beside it"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no list of a model's files"
-        raise fail("unknown-model", f"cannot read {folder / _INDEX}: {reason}")
-    return [folder / _WHOLE] if (folder / _WHOLE).is_file() else []
 
 
 # --------------------------------------------------------------------------------------------- the weights of sites

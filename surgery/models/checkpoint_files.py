@@ -1,0 +1,113 @@
+"""A model's safetensors files: which they are, and where in them each tensor's bytes lie.
+
+Takes a folder; gives `TensorFile`s. Promises: opening reads headers alone; a header is believed only where safetensors
+itself reads the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from surgery.diagnostics import fail
+from surgery.files import read_json, refuse_irregular
+
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+_CHUNK = 1 << 18  # bytes: larger reads are slower, since the buffer leaves the cache
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's bytes in a file: `begin` and `end` count from the file's first byte; `dtype` as safetensors spells
+    it (`BF16`)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """One file: `tensors` in the order in which their bytes lie, which begin at `start`."""
+
+    path: Path
+    start: int
+    tensors: tuple[StoredTensor, ...]
+
+    @cached_property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def bytes_of(self, tensor: StoredTensor) -> bytearray:
+        """A tensor's bytes, in memory of their own. Raises: OSError."""
+        return read_at(self.path, tensor.begin, tensor.end)
+
+
+def chunks(path: Path, begin: int, end: int) -> Iterator[memoryview]:
+    """The bytes of a file from a place to another, by so many but for the last ones, in one buffer again and again.
+    Raises: OSError, where it ends before that."""
+    buffer = memoryview(bytearray(min(_CHUNK, end - begin)))
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        for at in range(begin, end, _CHUNK):
+            wanted, have = buffer[:end - at], 0
+            while have < len(wanted):
+                count = file.readinto(wanted[have:])
+                if not count:
+                    raise OSError(f"{path} ends before byte {end}")
+                have += count
+            yield wanted
+
+
+def read_at(path: Path, begin: int, end: int) -> bytearray:
+    """The bytes of a file from a place to another. Raises: OSError, where it ends before that."""
+    found, at = bytearray(end - begin), 0
+    for chunk in chunks(path, begin, end):
+        found[at:at + len(chunk)] = chunk
+        at += len(chunk)
+    return found
+
+
+def opened_file(path: Path) -> TensorFile:
+    """Raises: SurgeryError (unknown-model) for what is no safetensors file."""
+    try:
+        refuse_irregular(path)
+        with safe_open(path, "pt"):  # which checks that no two tensors overlap, and that all bytes are some tensor's
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise fail("unknown-model", f"cannot read {path}: {error}") from None
+    header.pop("__metadata__", None)
+    found = [StoredTensor(name, about["dtype"], tuple(about["shape"]), *(8 + length + at for at in
+             about["data_offsets"])) for name, about in header.items()]
+    return TensorFile(path, 8 + length, tuple(sorted(found, key=lambda tensor: (tensor.begin, tensor.end))))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a model's weights, in the order in which transformers looks; none without such
+    files. Raises: SurgeryError (unknown-model) for an index that is none."""
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    if (folder / INDEX).is_file():
+        try:
+            listed = list(dict.fromkeys(read_json(folder / INDEX)["weight_map"].values()))
+            if all(Path(name).name == name and (folder / name).is_file() for name in listed):
+                return [folder / name for name in listed]
+            reason = "it names what is no file beside it"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no list of a model's files"
+        raise fail("unknown-model", f"cannot read {folder / INDEX}: {reason}")
+    return []

@@ -1,0 +1,279 @@
+"""Merging into a model's files: bit for bit what merging in memory gives, shard by shard, whenever it was killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from models import perturbed
+from safetensors.torch import load_file
+
+import surgery
+from surgery.diagnostics import SurgeryError
+from surgery.language.library import parse
+from surgery.models.checkpoint_files import opened_file, weight_files
+from surgery.models.demo import load_demo
+from surgery.runtime import merge_files as module
+from surgery.runtime.merge_files import merge_files
+from surgery.runtime.saved_format import Saved
+
+LOW = "{ add low_rank(rank = 2) }"
+
+
+def saved_model(model: torch.nn.Module, folder: str = "base", shards: bool = False, **options: object) -> None:
+    """A model's folder, with files beside the weights that no transformers writes."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder, max_shard_size=size // 3 if shards else size * 2, **options)
+    (Path(folder) / "modeling_own.py").write_text("code = 1\n")
+    (Path(folder) / "more").mkdir()
+    (Path(folder) / "more/LICENSE").write_bytes(b"\x00\xff")
+    (Path(folder) / "pytorch_model.bin").write_bytes(b"the weights as they were")
+
+
+def saved_adapter(spec: object, folder: str = "adapter", base: str = "base") -> None:
+    surgeon = perturbed(surgery.load_model(base), spec)
+    surgeon.save(folder, base_model=base)
+
+
+def tensors(folder: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in weight_files(Path(folder)) for name, tensor in load_file(file).items()}
+
+
+def reference(*adapters: str) -> dict[str, torch.Tensor]:
+    """What the way through a model in memory gives."""
+    folders = [Path(each) for each in adapters]
+    module._in_memory(folders, Saved(folders[0]), Path("whole"), "base", None, False, False, module._no_step, "asked")
+    return tensors("whole")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype, name
+        assert torch.equal(one[name].flatten().view(torch.uint8), other[name].flatten().view(torch.uint8)), name
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def qwen_moe() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, architectures=["Qwen2MoeForCausalLM"])).eval()
+
+
+FAMILIES = {
+    "llama": ("dora", None), "gpt2": ("sora", None), "bert": ("lora", None), "vit": ("oft", None),
+    "mixtral": ("lora", None), "qwen2-moe": ("dora", None), "t5": ("vera", None), "resnet": ("lora", "conv"),
+}
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_what_merging_in_memory_gives(family: str, shards: bool) -> None:
+    """Each family names, joins or transposes its tensors in another way."""
+    model = qwen_moe() if family == "qwen2-moe" else load_demo(family)
+    spec, kind = FAMILIES[family]
+    spec = surgery.load(spec)
+    if kind:
+        spec = spec.model_copy(update={"targets": tuple(t.model_copy(update={"kind": kind}) for t in spec.targets)})
+    saved_model(model.to(torch.bfloat16) if family in ("llama", "qwen2-moe") else model, shards=shards)
+    saved_adapter(spec)
+    done = merge_files("adapter", "merged", jobs=2 if shards else 1)
+    assert done.in_memory == "" and len(weight_files(Path("merged"))) > 2 * shards
+    assert_same(tensors("merged"), reference("adapter"))
+    assert any(not torch.equal(new, old) for new, old in zip(tensors("merged").values(), tensors("base").values()))
+
+
+def test_each_file_but_the_weights_is_copied_and_the_layout_is_kept() -> None:
+    saved_model(load_demo("llama"), shards=True)
+    saved_adapter("lora")
+    done = merge_files("adapter", "merged")
+    names = {str(p.relative_to("base")) for p in Path("base").rglob("*") if p.is_file()}
+    assert done.left_out == ("pytorch_model.bin",)
+    found = {str(p.relative_to("merged")) for p in Path("merged").rglob("*") if p.is_file()}
+    assert found == names - {"pytorch_model.bin"} | {"surgery-manifest.json"}
+    for name in sorted(found & names):
+        if name.endswith(".safetensors"):
+            assert opened_file(Path("merged", name)).tensors == opened_file(Path("base", name)).tensors
+        else:
+            assert Path("merged", name).read_bytes() == Path("base", name).read_bytes()
+    untouched = [n for n in tensors("base") if "norm" in n or "embed" in n or "lm_head" in n]
+    assert_same({n: tensors("merged")[n] for n in untouched}, {n: tensors("base")[n] for n in untouched})
+    assert module.MODEL.foreign(Path("merged")) == []
+
+
+SPECS = {
+    "biases": ("bert", "target linear { add shift() }"),
+    "an embedding": ("llama", f"target embedding {LOW}"),
+    "what was trained": ("llama", f'target linear "**.q_proj" {LOW}\ntrain "**.*norm*.weight", "lm_head.**"'),
+    "a tied tensor that was trained": ("gpt2", f'target linear "**.c_fc" {LOW}\ntrain "**.wte.weight"'),
+}
+
+
+@pytest.mark.parametrize("what", SPECS)
+def test_everything_that_a_merge_writes(what: str) -> None:
+    family, text = SPECS[what]
+    saved_model(load_demo(family), shards=True)
+    saved_adapter(parse(text))
+    assert merge_files("adapter", "merged").in_memory == ""
+    assert_same(tensors("merged"), reference("adapter"))
+
+
+def test_one_adapter_after_another() -> None:
+    saved_model(load_demo("llama"), shards=True)
+    saved_adapter("oft")
+    saved_adapter("lora", "second")
+    done = merge_files("adapter", "merged", then=["second"])
+    assert done.in_memory == ""
+    assert_same(tensors("merged"), reference("adapter", "second"))
+
+
+# --------------------------------------------------------------------------------------------- what it cannot do so
+
+
+def pickled() -> None:
+    model = load_demo("llama")
+    torch.save(model.state_dict(), "base/pytorch_model.bin")
+    Path("base/model.safetensors").unlink()
+
+
+def narrowed() -> None:
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+
+
+@pytest.mark.parametrize("change, why", [
+    (pickled, "the base model has no safetensors files"),
+    (narrowed, "is stored as F32, and loaded as BF16")])
+def test_it_says_why_the_model_is_loaded(change: object, why: str) -> None:
+    saved_model(load_demo("llama"))
+    change()
+    saved_adapter("lora")
+    done = merge_files("adapter", "merged")
+    assert why in done.in_memory
+    assert_same(tensors("merged"), reference("adapter"))
+
+
+def test_a_tensor_of_its_own_for_what_was_tied() -> None:
+    saved_model(load_demo("gpt2"))
+    saved_adapter(parse(f'target embedding "**.wte" untie {LOW}'))
+    done = merge_files("adapter", "merged")
+    assert "`untie`" in done.in_memory
+    assert_same(tensors("merged"), reference("adapter"))
+
+
+def test_the_way_back_is_tried_on_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion that does not give back what it took would write other numbers than were loaded."""
+    saved_model(load_demo("mixtral"))
+    saved_adapter("lora")
+    monkeypatch.setattr(module, "reverses", lambda *given: False)
+    done = merge_files("adapter", "merged")
+    assert "is another one when it is loaded and saved" in done.in_memory
+    assert_same(tensors("merged"), reference("adapter"))
+    assert not [*Path().glob(".surgery-*")]
+
+
+# ------------------------------------------------------------------------------------------------------ interruptions
+
+
+def test_it_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error of the system anywhere: what is there is kept, and nothing half is shown."""
+    saved_model(load_demo("llama"), shards=True)
+    saved_adapter("dora")
+    wanted, write = reference("adapter"), module._write_at
+    for stop in (3, 9, 4, 1):
+        seen = []
+
+        def failing(path: Path, begin: int, held: object) -> None:
+            seen.append(begin)
+            if len(seen) > stop:
+                raise OSError(28, "No space left on device")
+            write(path, begin, held)
+
+        monkeypatch.setattr(module, "_write_at", failing)
+        with pytest.raises(SurgeryError, match="No space left"):
+            merge_files("adapter", "merged")
+        assert not Path("merged").exists()
+    monkeypatch.setattr(module, "_write_at", write)
+    done = merge_files("adapter", "merged")
+    assert done.kept > 0 and len(done.errors) == 28
+    assert_same(tensors("merged"), wanted)
+    assert not [*Path().glob(".surgery-*")]
+
+
+def test_another_adapter_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_model(load_demo("llama"))
+    saved_adapter("lora")
+    with monkeypatch.context() as patch, pytest.raises(SurgeryError, match="it stops"):
+        patch.setattr(module._Writer, "_check", stopped)
+        merge_files("adapter", "merged")
+    saved_adapter("oft")
+    assert merge_files("adapter", "merged").kept == 0
+    assert_same(tensors("merged"), reference("adapter"))
+
+
+def stopped(*given: object) -> None:
+    raise OSError("it stops")
+
+
+def test_what_reads_back_otherwise_is_not_called_done(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A disk that loses what it was given: a computed tensor, or a run that was copied."""
+    saved_model(load_demo("llama"))
+    saved_adapter("lora")
+    for lost in (2, 30):
+        seen, write = [], module._write_at
+
+        def losing(path: Path, begin: int, held: object) -> None:
+            seen.append(begin)
+            write(path, begin, (memoryview(bytes(len(each))) for each in held) if len(seen) == lost else held)
+
+        with monkeypatch.context() as patch, pytest.raises(SurgeryError, match="reads back otherwise"):
+            patch.setattr(module, "_write_at", losing)
+            merge_files("adapter", "merged")
+        assert not Path("merged").exists()
+        for left in Path().glob(".surgery-*"):
+            shutil.rmtree(left)
+
+
+KILLED = """
+import os, signal, sys
+from surgery.runtime import merge_files as module
+stop, write, seen = int(sys.argv[1]), module._write_at, []
+def killed(path, begin, held):
+    seen.append(begin)
+    if len(seen) == stop:
+        write(path, begin, [memoryview(bytes(64))])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, begin, held)
+module._write_at = killed
+module.merge_files("adapter", "merged", jobs=2)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills a process as a POSIX system does")
+def test_killed_and_run_again() -> None:
+    """Half a tensor is written when the process is killed, at several places one after the other."""
+    saved_model(load_demo("llama"), shards=True)
+    saved_adapter("lora")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for stop in (8, 12):
+        ended = subprocess.run([sys.executable, "-c", KILLED, str(stop)], env=environment, timeout=120)
+        assert ended.returncode == -signal.SIGKILL and not Path("merged").exists()
+    last = subprocess.run([sys.executable, "-c", "from surgery.runtime.merge_files import merge_files\n"
+                           "print(merge_files('adapter', 'merged').kept)"], env=environment, capture_output=True,
+                          text=True, timeout=120)
+    assert int(last.stdout) > 0, last.stderr
+    assert not [*Path().glob(".surgery-*")]
+    assert_same(tensors("merged"), reference("adapter"))
