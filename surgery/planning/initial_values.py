@@ -26,10 +26,12 @@ IDENTITY_TOLERANCE = 1e-5
 MANIFOLD_TOLERANCE = 1e-4  # what float32 leaves of W's singular vectors and of what is drawn is a tenth of it
 
 
-def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> dict[str, torch.Tensor]:
+def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared,
+            starts: bool = True) -> dict[str, torch.Tensor]:
     """The starting tensors of one module, as they are held, parameters but for whole numbers. `shared` holds those that
-    modules have in common, by name, and grows."""
-    values = frozen_leaves(placed, _starts_from_weight(placed))
+    modules have in common, by name, and grows. Without `starts` they hold NaNs (and whole numbers -1), for values that
+    are known: a start may take the singular vectors of W."""
+    values = frozen_leaves(placed, starts and _starts_from_weight(placed))
     known: dict = {}
     made: dict[str, torch.Tensor] = {}
     for leaf in placed.formula.leaves:
@@ -37,8 +39,11 @@ def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared) -> di
         if name in shared:
             made[leaf.key] = shared[name]
         else:
-            start = _start(placed, leaf, values, seed, known)
-            assert_on_manifold(leaf, start, placed.site.name)
+            if starts:
+                start = _start(placed, leaf, values, seed, known)
+                assert_on_manifold(leaf, start, placed.site.name)
+            else:
+                start = _unset(placed, leaf, values["weight"])
             made[leaf.key] = _held(start, leaf, dtype)
         if leaf.group:
             shared[name] = made[leaf.key]
@@ -99,16 +104,25 @@ def _held(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> torch.Tensor:
     return nn.Parameter(value, requires_grad=not leaf.frozen) if value.is_floating_point() else value
 
 
+def _unset(placed: Placed, leaf: Leaf, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shape that is held, with nothing in it that could be taken for a value."""
+    shape, stack = _shape(placed, leaf), placed.site.stack
+    whole_shape = shape if leaf.group or not stack else (stack, *shape)
+    value, dtype = (-1, torch.int64) if leaf.whole else (torch.nan, weight.dtype)
+    return torch.full(whole_shape, value, device=weight.device, dtype=dtype)
+
+
+def _shape(placed: Placed, leaf: Leaf) -> tuple[int, ...]:
+    """The shape of a leaf's tensor, or of the one that it is a part of."""
+    return placed.held(leaf).shape if leaf.group and leaf.scope != "target" else known_shape(leaf.shape)
+
+
 def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: int, known: dict) -> torch.Tensor:
     weight, stack, name = values["weight"], placed.site.stack, placed.site.name
-    shape = known_shape(leaf.shape)
-    if leaf.group and leaf.scope != "target":
-        shape, group = placed.held(leaf).shape, placed.held(leaf).identity
-    else:
-        group = leaf.group
+    shape = _shape(placed, leaf)
+    group = placed.held(leaf).identity if leaf.group and leaf.scope != "target" else leaf.group
     if weight.is_meta:
-        whole_shape = shape if leaf.group or not stack else (stack, *shape)
-        return torch.empty(whole_shape, device="meta", dtype=torch.int64 if leaf.whole else None)
+        return _unset(placed, leaf, weight)
     if leaf.draw is None:
         return _over_stack(placed, values, leaf, known, shape)
     if leaf.group:

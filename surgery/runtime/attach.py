@@ -38,14 +38,15 @@ def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
 
 
 def fitted(model: nn.Module, saved: Saved) -> Surgeon:
-    """A surgeon for a saved adapter, whose tensors fit; the model (a skeleton will do) is not touched.
+    """A surgeon for a saved adapter, whose tensors fit and are to be put in; the model (a skeleton will do) is not
+    touched.
 
     Raises: SurgeryError with all that does not fit."""
     # a spec that asks for more numbers than the adapter holds is refused before any is made
     report, held = Collector(), sum(tensor.numel() for tensor in saved.tensors.values())
     try:
         surgeon = prepare(model, saved.spec, seed=saved.meta["seed"], dtype=getattr(torch, saved.meta["dtype"]),
-                          most=held)
+                          most=held, starts=False)
     except SurgeryError as error:
         raise _does_not_fit(model, saved, error.diagnostics) from None
     tensors = surgeon.as_named(saved.tensors)

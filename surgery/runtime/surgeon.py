@@ -96,9 +96,10 @@ def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype
 
 
 def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
-            strict: bool = False, most: int | None = None) -> Surgeon:
+            strict: bool = False, most: int | None = None, starts: bool = True) -> Surgeon:
     """A surgeon whose model is not yet touched. `most`: how many numbers a saved adapter holds; a spec that asks for
-    more than that and the model together is refused before any is made. Raises: SurgeryError."""
+    more than that and the model together is refused before any is made. Without `starts` the adapters hold NaNs, for
+    whoever puts values into all of their tensors. Raises: SurgeryError."""
     refuse_sharded(model)
     if any(isinstance(m, Adapter) for m in model.modules()):
         raise fail("already-operated", f"this {type(bare(model)).__name__} carries a surgery already",
@@ -118,7 +119,7 @@ def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dty
     plan = replace(plan, warnings=tuple(report.warnings))
     shared: Shared = {}
     common = SharedTensors()
-    adapters = {p.site.name: adapter_of(p, tensors(p, seed, dtype, shared), common) for p in plan.placed}
+    adapters = {p.site.name: adapter_of(p, tensors(p, seed, dtype, shared, starts), common) for p in plan.placed}
     return Surgeon(model, plan, adapters, seed)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.models.demo import demo_inputs, load_demo
+from surgery.planning import initial_values
 from surgery.runtime import atomic_folders
 from surgery.runtime.atomic_folders import MANIFEST
 from surgery.runtime.save import save_merged
@@ -95,6 +96,20 @@ def test_parameters_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None
     other = load_demo("llama")
     again = surgery.attach(other, tmp_path / "a")
     assert again.dtype == dtype and torch.equal(logits(model), logits(other))
+
+
+@pytest.mark.parametrize("spec", ["psoft", "tinylora", "shira", "vera", EVERYTHING], ids=lambda s: s[:8].strip())
+def test_attaching_computes_no_start(spec: str, tmp_path: Path, monkeypatch) -> None:
+    """Some starts are singular vectors of W; all are replaced by what was saved, so that none is made."""
+    if spec is not EVERYTHING:
+        spec = surgery.load(spec).retarget("**.q_proj")
+    model = load_demo("llama")
+    perturbed(model, spec if isinstance(spec, surgery.Spec) else surgery.parse(spec)).save(tmp_path / "a")
+    other = load_demo("llama")
+    monkeypatch.setattr(initial_values, "_start", None)
+    surgeon = surgery.attach(other, tmp_path / "a")
+    assert torch.equal(logits(model), logits(other))
+    assert not any(t.isnan().any() for t in surgeon.named_tensors().values())
 
 
 def test_the_spec_is_saved_on_its_own_with_its_parameters(tmp_path: Path) -> None:
