@@ -27,7 +27,7 @@ from surgery.layers.survey import Site
 from surgery.matching.selection import Selection, select
 from surgery.planning.figures import Report
 from surgery.planning.sharing import SharedTensor, held, shared_tensors
-from surgery.semantics.lint import lint
+from surgery.semantics.lint import linted
 from surgery.semantics.resolved_spec import ResolvedSpec
 from surgery.text import counted, listed
 
@@ -116,8 +116,7 @@ def compile(model: nn.Module, spec: Spec | str | PathLike, strict: bool = False)
     """
     spec = spec if isinstance(spec, Spec) else load(spec)
     report = Collector()
-    resolved = ResolvedSpec(spec, report)
-    report.add(*lint(resolved))
+    resolved = linted(spec, report)
     report.raise_errors()
     if not (spec.targets or spec.train):
         raise fail("no-match", f"{_title(spec)} has no target and no `train`, so there is nothing to do to a model",

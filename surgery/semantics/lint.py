@@ -6,6 +6,8 @@ Takes a resolved spec; gives diagnostics. Promises: no model and no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic
@@ -18,6 +20,38 @@ from surgery.semantics.resolved_spec import IN, OUT, ResolvedSpec
 from surgery.semantics.scope import unknown
 
 CLAIMS = ("orthogonal", "diagonal", "symmetric")
+
+
+def linted(spec: Spec, report: Collector) -> ResolvedSpec:
+    """The spec with its names resolved, and its lint reported; made once for a spec, so that one that is put on many
+    models is read once. Raises: SurgeryError, for files that it uses and cannot read."""
+    resolved, found = _linted(spec) if spec.uses else _known(_Same(spec))  # a file may have changed since
+    report.add(*found)
+    return resolved
+
+
+def _linted(spec: Spec) -> tuple[ResolvedSpec, tuple[Diagnostic, ...]]:
+    report = Collector()
+    resolved = ResolvedSpec(spec, report)
+    return resolved, (*report.found, *lint(resolved))
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """A key for this very spec, which is frozen: one that is equal may stand elsewhere, and be told of there."""
+
+    spec: Spec
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.spec is self.spec
+
+    def __hash__(self) -> int:
+        return id(self.spec)
+
+
+@lru_cache(maxsize=32)
+def _known(same: _Same) -> tuple[ResolvedSpec, tuple[Diagnostic, ...]]:
+    return _linted(same.spec)
 
 
 def lint(resolved: ResolvedSpec) -> list[Diagnostic]:
