@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from surgery.diagnostics import did_you_mean, fail
@@ -97,6 +98,7 @@ def demo_inputs(model: PreTrainedModel | str, seed: int = 0, batch: int = BATCH,
     return {n: torch.randint(3, config.vocab_size, (batch, length), generator=draw, device="cpu") for n in names}
 
 
+@cache  # to look whether a config has such sizes makes one
 def _demo(name: str) -> Demo:
     """The demo of a name, with the sizes that stand behind it."""
     family, _, sizes = name.partition(":")
