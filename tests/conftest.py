@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,28 @@ def pytest_collection_finish() -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
+    class Numbered(list):
+        """The names of all tests; where one stands is looked up, and not searched for each time one is handed out."""
+
+        def __init__(self, names: Sequence[str]):
+            super().__init__(names)
+            self.index = {name: i for i, name in enumerate(names)}.__getitem__
+
     class Pieces(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return piece(nodeid)
+
+        def add_node_collection(self, node: Any, collection: Sequence[str]) -> None:
+            super().add_node_collection(node, collection)
+            if node in self.registered_collections:
+                self.registered_collections[node] = Numbered(collection)
+
+        def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
+            """A piece that is done is let go of: what is left is counted anew for each test."""
+            work, scope = self.assigned_work[node], piece(self.registered_collections[node][item_index])
+            super().mark_test_complete(node, item_index, duration)
+            if scope in work and all(work[scope].values()):
+                del work[scope]
 
     config.option.loadscopereorder = False  # in the order in which they are collected
     return Pieces(config, log)
@@ -73,6 +92,17 @@ def _seeds() -> Iterator[None]:
         if not torch.cuda.is_available():
             patch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
         yield
+
+
+@pytest.fixture(scope="session")
+def trainer() -> None:
+    """For tests that train with the HF Trainer, which collects the garbage after each run: what it brings is imported
+    now, and no collection need look at it."""
+    from transformers import Trainer
+
+    assert Trainer
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from surgery.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("trainer")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SPECS = sorted(EXAMPLES.rglob("*.surg"))
 

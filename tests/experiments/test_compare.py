@@ -19,6 +19,8 @@ from surgery.experiments.comparison_table import rows
 from surgery.experiments.text_tasks import Task
 from surgery.models.loading import load_with_head
 
+pytestmark = pytest.mark.usefixtures("trainer")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
