@@ -44,10 +44,10 @@ def github(diagnostic: Diagnostic, about: str) -> str:
     return f"::{diagnostic.severity} {fields}::{_escaped(_in_words(diagnostic))}"
 
 
-def sarif(found: Iterable[tuple[Diagnostic, str]], failure: str | None = None) -> dict[str, Any]:
+def sarif(diagnostics: Iterable[tuple[Diagnostic, str]], failure: str | None = None) -> dict[str, Any]:
     """A log of SARIF 2.1.0 with a rule, and its page as help, for each code that occurs. What is about no file, and
     `failure`, why there was no check at all, is told of the run."""
-    given = list(found)
+    given = list(diagnostics)
     # A result of SARIF must have a place in a file; an unknown model, say, has none.
     placed = [(diagnostic, about) for diagnostic, about in given if about or _place(diagnostic)]
     failures = [_in_words(d) for d, about in given if not (about or _place(d))] + ([failure] if failure else [])

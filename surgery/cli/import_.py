@@ -30,11 +30,11 @@ def import_(output: Output, folder: str, model: str | None, out: str, dtype: str
     free(out, force, ADAPTER)
     adapter = Folder(Path(folder))
     base = base_name(folder, model, adapter.config.get("base_model_name_or_path"))
-    subject = loaded(output, base, dtype, adapter)
+    subject = loaded(output, base, dtype, adapter)  # with room for a head that the adapter brings
     with output.busy(f"importing {folder}"):
-        found = read(subject, adapter)
-        output.diagnostics(found.warnings)
-        surgeon = found.operate()
+        imported = read(subject, adapter)
+        output.diagnostics(imported.warnings)
+        surgeon = imported.operate()
     with output.busy(f"saving {out}"):
         surgeon.save(out, base_model=base, revision=adapter.config.get("revision"), peft=adapter.config, force=force)
     kind, report = adapter.config["peft_type"], surgeon.report()

@@ -20,7 +20,7 @@ def free(out: str, force: bool, kind: Kind) -> None:
 
     if not out:
         raise fail("bad-output", "-o names no folder")
-    refuse_taken(Path(out), kind, force)
+    refuse_taken(Path(out), kind, force)  # even with --force, only what an earlier run wrote is replaced
     refuse_unwritable(Path(out))
 
 
@@ -52,6 +52,7 @@ def say_errors(output: Output, errors: Mapping[str, float],
     what `note` says of them."""
     from surgery.matching.name_ranges import alike, ranged
 
+    # A model has hundreds of modules, of which layers repeat: a line for each would hide the one that is far off.
     rows = {ranged(names): f"{max(errors[n] for n in names):.1e}{note(names)}" for names in alike(errors)}
     width = max(map(len, ["module", *rows]))
     for modules, error in {"module": "largest relative error", **rows}.items():

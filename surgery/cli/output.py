@@ -146,13 +146,13 @@ class Output:
         if self.verbosity > 0:
             self.note(text)
 
-    def diagnostics(self, found: Iterable[Diagnostic], about: str = "") -> None:
+    def diagnostics(self, diagnostics: Iterable[Diagnostic], about: str = "") -> None:
         """Diagnostics not yet shown, `about` a spec; where stdout holds one object they wait for `data`. `-q` leaves
         warnings out."""
         from surgery.cli import diagnostic_formats
 
         in_a_line = {"concise": diagnostic_formats.concise, "github": diagnostic_formats.github}.get(self.format)
-        for diagnostic in (d for d in found if d not in self.about):
+        for diagnostic in (d for d in diagnostics if d not in self.about):
             is_shown = not self.is_one_object and (self.verbosity >= 0 or diagnostic.severity == "error")
             if is_shown and in_a_line:
                 print(in_a_line(diagnostic, about))  # on stdout: there these lines are the result

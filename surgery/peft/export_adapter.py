@@ -23,7 +23,7 @@ from surgery.peft.export_trained_values import Beside, changed_biases
 from surgery.peft.folder import SHARED, write, wrong_fields
 from surgery.peft.import_module import WHOLE, Taken, at, drawn_again, row
 from surgery.peft.recognise import Match, match_targets
-from surgery.peft.table.method import Config, Family
+from surgery.peft.table.method import Config
 from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import in_time, modules, named, resolved
 from surgery.peft.tensor_mapping import Place, Tensors
@@ -74,24 +74,25 @@ def export_peft(surgeon: Surgeon, folder: str | PathLike, *, rank: int | None = 
     if wrong := wrong_fields(like):
         raise fail("bad-value", "the configuration that the surgery came from has what cannot stand there as "
                    f"{', '.join(wrong)}")
-    with in_time():
-        form = _form(surgeon, rank, like)
-        beside = Beside.of(surgeon, form.names, form.biases, form.config["peft_type"], like)
-        config = {**_about(surgeon, base_model, like), **form.config, **beside.fields}
-        choice = _choice(surgeon, form, config, like)
-    write(Path(folder), {**config, **choice}, {**form.tensors, **beside.tensors}, force)
-    return form.about
-
-
-def _form(surgeon: Surgeon, rank: int | None, like: Config) -> _Form:
     stacks = [p.site.name for p in surgeon.plan.placed if p.site.stack is not None]
     if stacks:
         raise fail("no-peft-form", f"there is no form for a stack of matrices: {listed(stacks)}")
     if rank is not None and rank < 1:
         raise fail("bad-value", f"the rank of a LoRA is at least 1, not {rank}")
-    if not surgeon.plan.placed:
-        return _whole(surgeon)
-    return (None if rank else _own(surgeon, like)) or _lora(surgeon, rank)
+    model, task = type(surgeon.model), like.get("task_type")
+    known = None if task else {"base_model_class": model.__name__, "parent_library": model.__module__}
+    about = {"task_type": task, "auto_mapping": known, "revision": like.get("revision"), "inference_mode": True,
+             "base_model_name_or_path": base_model or like.get("base_model_name_or_path")}
+    with in_time():
+        if surgeon.plan.placed:
+            form = (None if rank else _own(surgeon, like)) or _lora(surgeon, rank)
+        else:
+            form = _whole(surgeon)
+        beside = Beside.of(surgeon, form.names, form.biases, form.config["peft_type"], like)
+        config = {**about, **form.config, **beside.fields}
+        choice = _choice(surgeon, form, config, like)
+    write(Path(folder), {**config, **choice}, {**form.tensors, **beside.tensors}, force)
+    return form.about
 
 
 # ------------------------------------------------------------------------------------------------- in PEFT's own form
@@ -99,64 +100,65 @@ def _form(surgeon: Surgeon, rank: int | None, like: Config) -> _Form:
 
 def _own(surgeon: Surgeon, like: Config) -> _Form | None:
     """The form that the table of methods has for the surgery; None where there is none."""
-    found = match_targets(surgeon.plan)
-    if found is None:
+    matched = match_targets(surgeon.plan)
+    if matched is None:
         return None
-    family, kind = found.family, found.family.peft_type
+    family, kind = matched.family, matched.family.peft_type
+    # A switch that counts as on where it is left out must be written.
+    switches = {name: allowed[0] for name, allowed in family.plain.items() if None not in allowed}
     own = {*_CHOICE, "bias", "modules_to_save", *family.patterns.values()}
+    # First with what the earlier configuration says beside the method, so that a round trip keeps it; where those
+    # fields would change a tensor, without them.
     for hint in ([like] if like.get("peft_type") == kind else []) + [{}]:
         kept = {n: v for n, v in hint.items() if n not in own}
-        config = {**_switches(family), **kept, "peft_type": kind, **found.fields, **_alike_lists(hint, found)}
-        tensors = _tensors(surgeon, found, config)
+        # a list of modules may be worded otherwise and say the same
+        lists = {listing: hint[listing] for listing in family.lists if hint.get(listing) and all(
+            resolved(hint, family, n)[listing] == resolved(matched.fields, family, n)[listing]
+            for n in matched.methods)}
+        config = {**switches, **kept, "peft_type": kind, **matched.fields, **lists}
+        tensors = _tensors(surgeon, matched, config)
         if tensors is not None:
-            return _Form(config, tensors, list(found.methods), Exported(kind), lists=family.lists)
+            return _Form(config, tensors, list(matched.methods), Exported(kind), lists=family.lists)
     return None
 
 
-def _alike_lists(hint: Config, found: Match) -> dict[str, Any]:
-    """The lists of modules that another configuration words otherwise and that say the same."""
-    family = found.family
-    return {listing: hint[listing] for listing in family.lists if hint.get(listing) and all(
-        resolved(hint, family, n)[listing] == resolved(found.fields, family, n)[listing] for n in found.methods)}
-
-
-def _switches(family: Family) -> dict[str, Any]:
-    """What must be said of the switches of which it counts that they are left out."""
-    return {name: allowed[0] for name, allowed in family.plain.items() if None not in allowed}
-
-
-def _tensors(surgeon: Surgeon, found: Match, config: Config) -> dict[str, Tensor] | None:
+def _tensors(surgeon: Surgeon, matched: Match, config: Config) -> dict[str, Tensor] | None:
     """The tensors of all modules by PEFT's names; None where what they share, or draw again, would not be ours."""
     try:
-        taken = [_taken(surgeon, found, config, number) for number in range(len(found.methods))]
+        taken = [_taken(surgeon, matched, config, number) for number in range(len(matched.methods))]
         again = drawn_again(taken)
     except KeyError:  # a seed that no configuration says
         return None
-    if not _still(found, config, taken):
+    if not _still(matched, config, taken):
         return None
     shared = _shared(taken)
     kept = [{n: t for n, t in each.tensors.items() if n not in (*shared, *more)} for each, more in zip(taken, again)]
-    whole = [{**shared, **own, **more} for own, more in zip(kept, again)]
-    if not all(_equal(*(t.map.to_ours(x, t.place) for x in (t.tensors, theirs))) for t, theirs in zip(taken, whole)):
-        return None
+    # As PEFT will have them: what it shares among modules, what each has, what it draws anew. They must come back as
+    # ours, bit by bit, or another adapter would be written than the one that was trained.
+    for each, own, more in zip(taken, kept, again):
+        ours = each.map.to_ours(each.tensors, each.place)
+        back = each.map.to_ours({**shared, **own, **more}, each.place)
+        if ours.keys() != back.keys() or not all(torch.equal(ours[key], back[key]) for key in ours):
+            return None
     return {**shared, **{f"{each.name}.{n}": t for each, own in zip(taken, kept) for n, t in own.items()}}
 
 
-def _taken(surgeon: Surgeon, found: Match, config: Config, number: int) -> Taken:
+def _taken(surgeon: Surgeon, matched: Match, config: Config, number: int) -> Taken:
     site = surgeon.plan.placed[number].site
-    method, place = found.methods[site.name], Place.of(site, number)
+    method, place = matched.methods[site.name], Place.of(site, number)
     here = at(config, method, site.name)
     ours = {key: t.detach() for key, t in surgeon.adapters[site.name].values().items()}
     return Taken(site.name, site.weight_name, method, place, here, method.map(here, place).to_peft(ours, place))
 
 
-def _still(found: Match, config: Config, taken: Sequence[Taken]) -> bool:
+def _still(matched: Match, config: Config, taken: Sequence[Taken]) -> bool:
     """Whether the configuration says of every module what the match proved, with whatever it was given beside."""
-    def said(each: Taken, fields: Config) -> dict[str, Any]:
+    def parameters(each: Taken, fields: Config) -> dict[str, Any]:
         return each.method.parameters.to_ours(at(fields, each.method, each.name), each.place)
 
     rows = [row(config, each.name, each.place) for each in taken]
-    return all(r and r[0] is t.method and said(t, config) == said(t, found.fields) for r, t in zip(rows, taken))
+    return all(r and r[0] is t.method and parameters(t, config) == parameters(t, matched.fields)
+               for r, t in zip(rows, taken))
 
 
 def _shared(taken: Sequence[Taken]) -> dict[str, Tensor]:
@@ -165,20 +167,14 @@ def _shared(taken: Sequence[Taken]) -> dict[str, Tensor]:
     for name, tensor in ((n, t) for each in taken for n, t in each.tensors.items() if n.startswith(SHARED)):
         parts.setdefault(name, []).append(tensor)
     sizes = taken[0].method.shared(taken[0].config, [each.place for each in taken])
-    return {name: _joined(tensors, sizes.get(name, ())) for name, tensors in parts.items()}
-
-
-def _joined(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """The tensor, at least of that shape, of which each part is the leading one."""
-    sizes = map(max, zip(*(part.shape for part in parts), *([shape] if shape else [])))
-    whole = parts[0].new_zeros(tuple(sizes))
-    for part in parts:
-        whole[tuple(map(slice, part.shape))] = part
-    return whole
-
-
-def _equal(ours: Tensors, back: Tensors) -> bool:
-    return ours.keys() == back.keys() and all(torch.equal(ours[key], back[key]) for key in ours)
+    shared = {}
+    for name, leading in parts.items():
+        # As large as the largest part in each direction; some methods want more than any module reads.
+        shape = map(max, zip(*(part.shape for part in leading), *([sizes[name]] if name in sizes else [])))
+        shared[name] = leading[0].new_zeros(tuple(shape))
+        for part in leading:
+            shared[name][tuple(map(slice, part.shape))] = part
+    return shared
 
 
 def _whole(surgeon: Surgeon) -> _Form:
@@ -204,7 +200,18 @@ def _whole(surgeon: Surgeon) -> _Form:
 def _lora(surgeon: Surgeon, rank: int | None) -> _Form:
     method = next(m for m in METHODS if m.family.peft_type == "LORA" and not m.settings)
     largest = max((min(p.site.out, p.site.in_) for p in surgeon.plan.placed), default=1)
-    rank = min(rank, largest) if rank else _least(surgeon)  # beyond, there is nothing more to write
+    if rank:
+        rank = min(rank, largest)  # beyond, there is nothing more to write
+    else:
+        # The least rank that is exact for every module, where that is worth having.
+        ranks = nearest_lora.ranks(surgeon)
+        over = [name for name, (exact, worth) in ranks.items() if exact > worth]
+        if over:
+            raise fail("no-peft-form", "PEFT has no form of its own for this surgery, and an exact LoRA would need the "
+                       f"rank {ranks[over[0]][0]} at {listed(over)}: as large as the weight itself",
+                       helps=("--rank K writes the nearest LoRA of rank K and says how far off it is",))
+        rank = max(1, *(exact for exact, _ in ranks.values()))
+    # alpha = rank, so that PEFT's scaling is 1 and B A is the update itself
     config = {"peft_type": "LORA", **method.config({"rank": rank, "alpha": rank, "dropout": 0.0})}
     places = {p.site.name: Place.of(p.site) for p in surgeon.plan.placed}
     foreign = [name for name, place in places.items() if not method.is_on(config, place)]
@@ -215,34 +222,15 @@ def _lora(surgeon: Surgeon, rank: int | None) -> _Form:
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     inexact: list[str] = []
-    for found in nearest_lora.factors(surgeon, rank):
-        theirs = method.map(config, places[found.name]).to_peft(found.leaves, places[found.name])
-        tensors |= {f"{found.name}.{n}": t for n, t in theirs.items()}
-        errors[found.name] = found.error
-        inexact += [] if found.exact else [found.name]
+    for factors in nearest_lora.factors(surgeon, rank):
+        theirs = method.map(config, places[factors.name]).to_peft(factors.leaves, places[factors.name])
+        tensors |= {f"{factors.name}.{n}": t for n, t in theirs.items()}
+        errors[factors.name] = factors.error
+        inexact += [] if factors.exact else [factors.name]
     return _Form(config, tensors, list(places), Exported("LORA", rank, errors, tuple(inexact)), changed_biases(surgeon))
 
 
-def _least(surgeon: Surgeon) -> int:
-    """The least rank that is exact for every module, where that is worth having."""
-    found = nearest_lora.ranks(surgeon)
-    over = [name for name, (rank, worth) in found.items() if rank > worth]
-    if over:
-        raise fail("no-peft-form", "PEFT has no form of its own for this surgery, and an exact LoRA would need the "
-                   f"rank {found[over[0]][0]} at {listed(over)}: as large as the weight itself",
-                   helps=("--rank K writes the nearest LoRA of rank K and says how far off it is",))
-    return max(1, *(rank for rank, _ in found.values()))
-
-
 # ------------------------------------------------------------------------------------------------ what is said beside
-
-
-def _about(surgeon: Surgeon, base_model: str | None, like: Config) -> dict[str, Any]:
-    model, task = type(surgeon.model), like.get("task_type")
-    base = base_model or like.get("base_model_name_or_path")
-    known = None if task else {"base_model_class": model.__name__, "parent_library": model.__module__}
-    return {"task_type": task, "auto_mapping": known, "base_model_name_or_path": base, "revision": like.get("revision"),
-            "inference_mode": True}
 
 
 def _choice(surgeon: Surgeon, form: _Form, config: Config, like: Config) -> dict[str, Any]:
@@ -250,12 +238,14 @@ def _choice(surgeon: Surgeon, form: _Form, config: Config, like: Config) -> dict
     names = list(form.names)
     ends = sorted({name.rpartition(".")[2] for name in names})
     ways = [{n: like[n] for n in _CHOICE if like.get(n) is not None},
-            *({"target_modules": said} for said in (ends, names, "|".join(map(re.escape, names))))]
+            *({"target_modules": way} for way in (ends, names, "|".join(map(re.escape, names))))]
+    # Ends of names are what people write, and may choose too much; a list of names is read as ends too; the regular
+    # expression means exactly these.
     chosen = {i: named({**config, **dict.fromkeys(_CHOICE), **way}, surgeon.model) for i, way in enumerate(ways)}
     # PEFT wants every name of such a list to be among the targets, word for word
     listed_too = {name for listing in form.lists for name in config.get(listing) or ()}
-    for i, found in chosen.items():
-        if found == names and listed_too <= set(ways[i].get("target_modules") or ()):
+    for i, chosen_names in chosen.items():
+        if chosen_names == names and listed_too <= set(ways[i].get("target_modules") or ()):
             return ways[i]
     left_out = listed(name for name in names if name not in chosen[3])
     raise fail("no-peft-form", f"PEFT would leave out {left_out}, which lies in a module that it saves whole for what "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.diagnostics import fail
 from surgery.ir.dense import dense
@@ -43,51 +43,39 @@ class Beside:
         values = {n: t for n, t in surgeon.state().items() if n in surgeon.plan.train} | dict(biases)
         if any(peft_type == m.family.peft_type and WHOLE in m.tensors for m in METHODS):
             return cls({}, {})  # all that is trained is adapted there
-        names = _names(surgeon.model)
+        model, names = surgeon.model, {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
         alone = {n for n in values if _is_bias_alone(n, values, adapted)} if peft_type in _BIASES else set()
+        # A tied parameter is trained under all its names, and so the modules of all of them must be saved.
         owners = list(dict.fromkeys(_owner(other, adapted) for n in values if n not in alone
-                                    for other in names[id(_parameter(surgeon, n))]))
-        saved = saved_whole(owners, surgeon.model) if owners else []
-        tensors = {**_kept(surgeon, saved, values), **{_stored_as(n, adapted): values[n] for n in alone}}
-        whole = {"modules_to_save": _said_alike(owners, like, surgeon.model)} if owners else {}
-        return cls({**whole, **({"bias": _bias(alone, adapted, peft_type, like)} if alone else {})}, tensors)
-
-
-def _said_alike(owners: list[str], like: Config, model: nn.Module) -> list[str]:
-    """The names of the modules to save, as the other configuration has them where they mean the same."""
-    other = like.get("modules_to_save")
-    return other if other and set(saved_whole(other, model)) == set(saved_whole(owners, model)) else owners
-
-
-def _bias(names: Iterable[str], adapted: Collection[str], peft_type: str, like: Config) -> str:
-    """Whose biases are trained, in PEFT's words: the adapted modules' alone where that is enough, and was before."""
-    alone = all(n.rpartition(".")[0] in adapted for n in names)
-    return _BIASES[peft_type] if alone and like.get("bias") != "all" else "all"
+                                    for other in names[id(model.get_parameter(n))]))
+        fields: dict[str, Any] = {}
+        saved = saved_whole(owners, model) if owners else []
+        if owners:  # as the other configuration words it, where that means the same
+            other = like.get("modules_to_save")
+            fields["modules_to_save"] = other if other and set(saved_whole(other, model)) == set(saved) else owners
+        if alone:  # of the adapted modules alone where that is enough, and was before
+            is_enough = all(n.rpartition(".")[0] in adapted for n in alone)
+            fields["bias"] = _BIASES[peft_type] if is_enough and like.get("bias") != "all" else "all"
+        tensors = _kept(surgeon, saved, values)
+        for name in alone:  # an adapted module is wrapped, and its own bias lies one level deeper
+            owner = name.rpartition(".")[0]
+            tensors[f"{owner}.base_layer.bias" if owner in adapted else name] = values[name]
+        return cls(fields, tensors)
 
 
 def changed_biases(surgeon: Surgeon) -> dict[str, Tensor]:
     """b' of every module whose formula changes its bias, by the bias's name. Works in every mode."""
-    trained, found = surgeon.state(), {}
+    trained, biases = surgeon.state(), {}
     with surgeon.disabled(), torch.no_grad():
         for placed in surgeon.plan.placed:
             name = f"{placed.site.name}.bias"
             if placed.formula.changes_bias and placed.site.has_bias:
                 values = {**frozen_leaves(placed), **surgeon.adapters[placed.site.name].values()}
                 own = {"bias": trained[name]} if name in trained else {}
-                found[name] = dense(placed.formula.bias, {**values, **own})
-    return found
-
-
-def _names(model: nn.Module) -> dict[int, list[str]]:
-    """All the names of each parameter, by its id."""
-    found: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(id(parameter), []).append(name)
-    return found
-
-
-def _parameter(surgeon: Surgeon, name: str) -> nn.Parameter:
-    return surgeon.model.get_parameter(name)
+                biases[name] = dense(placed.formula.bias, {**values, **own})
+    return biases
 
 
 def _is_bias_alone(name: str, values: Iterable[str], adapted: Collection[str]) -> bool:
@@ -108,15 +96,11 @@ def _owner(name: str, adapted: Collection[str]) -> str:
 
 def _kept(surgeon: Surgeon, modules: Iterable[str], values: Tensors) -> dict[str, Tensor]:
     """All the tensors of modules that are saved whole, as trained."""
-    trained = {id(_parameter(surgeon, n)): t for n, t in values.items()}
-    found: dict[str, Tensor] = {}
+    trained = {id(surgeon.model.get_parameter(n)): t for n, t in values.items()}
+    kept: dict[str, Tensor] = {}
     for name in modules:
+        # `keep_vars` gives the parameters themselves, by which a tied one is known under any name
         state = surgeon.model.get_submodule(name).state_dict(keep_vars=True)
         for key, tensor in state.items():
-            found[f"{name}.{key}"] = trained[id(tensor)] if id(tensor) in trained else tensor.detach()
-    return found
-
-
-def _stored_as(bias: str, adapted: Collection[str]) -> str:
-    owner = bias.rpartition(".")[0]
-    return f"{owner}.base_layer.bias" if owner in adapted else bias
+            kept[f"{name}.{key}"] = trained[id(tensor)] if id(tensor) in trained else tensor.detach()
+    return kept

@@ -51,13 +51,27 @@ class Folder:
     def __init__(self, path: Path):
         self.path, self.report = path, Collector()
         if not (path / CONFIG).is_file():
-            raise fail("bad-adapter", f"{path} {_lacks_a_config(path)}", helps=_instead(path))
+            # What may have been meant: PEFT keeps an adapter with a name one folder below; or it is one of ours.
+            inner = ", ".join(sorted(str(p.parent) for p in path.glob(f"*/{CONFIG}"))[:3])
+            helps = ([f"PEFT keeps further adapters in folders of their own: {inner}"] if inner else
+                     ["it is a saved surgery already"] if (path / "adapter.surg").is_file() else [])
+            what = f"has no {CONFIG}, so it is not a PEFT adapter's folder" if path.is_dir() else "is not a folder"
+            raise fail("bad-adapter", f"{path} {what}", helps=tuple(helps))
         self.config = self._config()
         self.report.raise_errors()
         self._refuse_method()
         self.tensors, self.shared = {}, {}
         for name, tensor in self._tensors().items():
-            self._file(name, tensor)
+            if tensor.dtype not in DTYPES:
+                self._fault(f"{name} is of dtype {dtype_text(tensor.dtype)}, which no adapter is trained in")
+            elif not tensor.isfinite().all():
+                self._fault(f"{name} is not finite", "the training that made it diverged")
+            elif name.startswith(MODEL):
+                self.tensors[name.removeprefix(MODEL)] = tensor
+            elif name.startswith(SHARED):  # the shorter beginning, so it is asked for after the longer one
+                self.shared[name] = tensor
+            else:
+                self._fault(f"{name} does not begin with {SHARED}, as the names of PEFT's tensors do")
         self.report.raise_errors()
 
     @property
@@ -71,18 +85,19 @@ class Folder:
 
     def _config(self) -> dict[str, Any]:
         try:
-            found = read_json(self.path / CONFIG)
+            config = read_json(self.path / CONFIG)
         except (OSError, ValueError) as error:
             return self._fault(f"cannot read {CONFIG}: {getattr(error, 'strerror', None) or error}") or {}
-        if not isinstance(found, dict) or not isinstance(found.get("peft_type"), str):
+        if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
             return self._fault(f"{CONFIG} names no `peft_type`") or {}
-        wrong = wrong_fields(found)
+        wrong = wrong_fields(config)
         if wrong:
             self._fault(f"{CONFIG} has what cannot stand there as {', '.join(wrong)}")
-        return found
+        return config
 
     def _refuse_method(self) -> None:
         kind = self.config["peft_type"]
+        # A switch of LoRA's may make it another method altogether, which has a name of its own to be refused by.
         switched = [method for switch, method in SWITCHES.items() if self.config.get(switch)]
         for name in (kind, *switched):
             if why := refusal(name):
@@ -102,19 +117,6 @@ class Folder:
         except (OSError, SafetensorError) as error:
             return self._fault(f"cannot read {TENSORS}: {getattr(error, 'strerror', None) or error}") or {}
 
-    def _file(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor where it belongs."""
-        if tensor.dtype not in DTYPES:
-            self._fault(f"{name} is of dtype {dtype_text(tensor.dtype)}, which no adapter is trained in")
-        elif not tensor.isfinite().all():
-            self._fault(f"{name} is not finite", "the training that made it diverged")
-        elif name.startswith(MODEL):
-            self.tensors[name.removeprefix(MODEL)] = tensor
-        elif name.startswith(SHARED):
-            self.shared[name] = tensor
-        else:
-            self._fault(f"{name} does not begin with {SHARED}, as the names of PEFT's tensors do")
-
 
 def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], force: bool = True) -> None:
     """Write an adapter as PEFT does, in the place of one that we wrote if `force`; names without
@@ -123,6 +125,7 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     Raises: SurgeryError (bad-output).
     """
     named = {name if name.startswith(SHARED) else MODEL + name: t for name, t in tensors.items()}
+    # safetensors refuses tensors that share memory, and stores what is contiguous
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
     with replacing(path, ADAPTER, force) as new:
         (new / TENSORS).write_bytes(save(whole, {"format": "pt"}))
@@ -130,18 +133,6 @@ def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
 
 
 # -------------------------------------------------------------------------------------------------- what is wrong
-
-
-def _lacks_a_config(path: Path) -> str:
-    return f"has no {CONFIG}, so it is not a PEFT adapter's folder" if path.is_dir() else "is not a folder"
-
-
-def _instead(path: Path) -> tuple[str, ...]:
-    """What may have been meant by a folder that is no adapter's."""
-    inner = sorted(str(p.parent) for p in path.glob(f"*/{CONFIG}"))
-    if inner:
-        return (f"PEFT keeps further adapters in folders of their own: {', '.join(inner[:3])}",)
-    return ("it is a saved surgery already",) if (path / "adapter.surg").is_file() else ()
 
 
 class _Class(BaseModel):
@@ -177,15 +168,14 @@ def wrong_fields(config: Mapping[str, Any]) -> list[str]:
     families = [m for m in METHODS if m.family.peft_type == config.get("peft_type")]
     numbers = {n for m in families for n in m.parameters.fields}
     tables = {table for m in families for table in m.family.patterns.values()}
-    return misfits(_Config, config) + sorted(
-        [n for n in numbers if n in config and not _is_number(config[n])]
-        + [n for n in tables if config.get(n) is not None and not _is_table(config[n])])
+    wrong = misfits(_Config, config) + sorted(n for n in numbers if n in config and not _is_number(config[n]))
+    for table in sorted(n for n in tables if config.get(n) is not None):
+        value = config[table]
+        if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+            wrong.append(table)
+    return wrong
 
 
 def _is_number(value: Any) -> bool:
     """True and False are none, nor is what has no float, as 1e999 and a number of a thousand digits."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))

@@ -22,7 +22,7 @@ from surgery.matching.conflicts import tied
 from surgery.peft.folder import TENSORS, Folder
 from surgery.peft.import_module import WHOLE, Taken, drawn_again, no_row, row, unheard_of
 from surgery.peft.import_spec import Group, one_spec, train_spec
-from surgery.peft.import_trained_values import values
+from surgery.peft.import_trained_values import Values, values
 from surgery.peft.table.method import Config
 from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import ends_of, fits_end, in_time, modules, named, ties
@@ -85,23 +85,59 @@ class _Reader:
 
     def imported(self) -> Imported:
         own, rest = _split(self.folder.tensors, self.names, self.model)
-        found = (self._taken(name, number, own.get(name, {})) for number, name in enumerate(self.names))
-        taken = self._with_drawn([t for t in found if t is not None])
+        taken = [t for number, name in enumerate(self.names) if (t := self._taken(name, number, own.get(name, {})))]
+        taken = self._with_drawn(taken)
         weights, whole = [t for t in taken if t.place.layout != WHOLE], [t for t in taken if t.place.layout == WHOLE]
-        self._raise(*self._faults(), *self._dead(), *self._tied_together(weights))
-        said = values({**rest, **_of_whole(whole)}, self.config, self.survey, {t.weight_name for t in weights},
-                      tuple(f"{t.name}." for t in whole))
-        surgeon = self._prepared(self._spec(weights, said.trained))
-        self._raise(*self._misshapen(surgeon, weights), *said.faults)
-        ours = surgeon.as_named({name: tensor for t in weights for name, tensor in self._ours(t).items()})
-        known = surgeon.named_tensors()
-        self._raise(*self._faults(), *_of_another_kind(ours, known))
-        return Imported(surgeon, {**{n: t for n, t in ours.items() if n in known}, **said.trained},
+        self.report.add(*self._faults(), *self._dead())
+        both = [t.weight_name for t in weights if t.weight_name in self.tied]
+        if both and ties(self.config, "target_modules"):
+            self.report.error("tied-weight", f"PEFT was told to put one adapter on `{both[0]}` and on what it is tied "
+                              "to, and a target is one weight")
+        self._raise()  # without the right modules, what follows would blame the tensors
+        # A module that is trained whole gives parameters of the model itself; a tensor that is none of them keeps its
+        # name, which nothing has, and is reported under it.
+        for each in whole:
+            used = each.map.to_peft(each.map.to_ours(each.tensors, each.place), each.place)
+            rest = {**rest, **each.ours(), **{f"{each.name}.{n}": t for n, t in each.tensors.items() if n not in used}}
+        own_values = values(rest, self.config, self.survey, {t.weight_name for t in weights},
+                            tuple(f"{t.name}." for t in whole))
+        # `most`: a configuration may name a rank of billions, and what it asks for is made before it is compared.
+        spec = self._spec(weights, own_values.trained)
+        held = (*self.folder.tensors.values(), *self.folder.shared.values())
+        try:
+            surgeon = prepare(self.model, spec, most=sum(tensor.numel() for tensor in held))
+        except SurgeryError as error:
+            raise SurgeryError((self._does_not_fit(), *error.diagnostics)) from None
+        return self._fitted(surgeon, weights, own_values)
+
+    def _fitted(self, surgeon: Surgeon, weights: Sequence[Taken], own_values: Values) -> Imported:
+        """The tensors of every module as the surgeon's, compared with those that the model needs."""
+        both = [each.shapes(surgeon.adapters[each.name].values()) for each in weights]
+        saved, wanted = ({name: shape for pair in both for name, shape in pair[side].items()} for side in (0, 1))
+        shapes = Collector()
+        compare(saved, wanted, "adapter_config.json", shapes, TENSORS)
+        self._raise(*shapes.found, *own_values.faults)
+        leaves: dict[str, Tensor] = {}
+        for each in weights:
+            try:
+                leaves |= each.ours()
+            except _IMPOSSIBLE as error:
+                self._fault(each.name, "bad-adapter", f"{TENSORS} holds what does not go together: {error}")
+        ours, known = surgeon.as_named(leaves), surgeon.named_tensors()
+        self.report.add(*self._faults())
+        # Shapes alone let pass whole numbers in the place of real ones, and parts of shared tensors that are too small.
+        wrong = [n for n, t in ours.items() if n in known and (
+            t.shape != known[n].shape or t.is_floating_point() != known[n].is_floating_point())]
+        if wrong:
+            self.report.error("bad-adapter", f"{TENSORS} holds tensors of a size or a dtype that they cannot have",
+                              notes=(f"for {listed(wrong)}",))
+        self._raise()
+        return Imported(surgeon, {**{n: t for n, t in ours.items() if n in known}, **own_values.trained},
                         (*self.report.warnings, *surgeon.plan.warnings))
 
-    def _raise(self, *found: Diagnostic) -> None:
-        """Take down what was found, and raise it if something is wrong, after saying whose adapter it is."""
-        self.report.add(*found)
+    def _raise(self, *more: Diagnostic) -> None:
+        """Add these to the report, and raise all of it if something is wrong, after saying whose adapter it is."""
+        self.report.add(*more)
         if self.report.errors:
             raise SurgeryError((self._does_not_fit(), *self.report.found))
 
@@ -117,12 +153,17 @@ class _Reader:
     def _taken(self, name: str, number: int, tensors: Tensors) -> Taken | None:
         """What is done to a module; None where a fault was found."""
         site = self.sites.get(name)
+        # A layer that a row adapts is taken as a weight; another, such as a norm, may be trained as a whole.
         places = [*([Place.of(site, number)] if site else []), Place(WHOLE, 0, 0, (), number=number)]
         try:
-            found = next(((place, *r) for place in places if (r := row(self.config, name, place))), None)
-            if found is None:
-                return self._no_row(name, places[0])
-            place, method, here = found
+            fitting = next(((place, *r) for place in places if (r := row(self.config, name, place))), None)
+            if fitting is None and site:
+                return self._fault(name, "unknown-method", no_row(self.config, site, places[0]))
+            if fitting is None:
+                why = next((r.reason for r in self.survey.refused if r.name == name), "it only holds other modules")
+                return self._fault(name, "unsupported-module",
+                                   f"PEFT's configuration names what no spec can operate on: {why}")
+            place, method, here = fitting
             weight, known = site.weight_name if site else name, {**self.folder.shared, **tensors}
             taken = Taken(name, weight, method, place, here, known)
             return taken if taken.spec else None
@@ -132,12 +173,6 @@ class _Reader:
             return self._fault(name, "bad-adapter", f"in adapter_config.json, {error.diagnostics[0].message}")
         except _IMPOSSIBLE as error:
             return self._fault(name, "bad-adapter", f"adapter_config.json says what cannot be: {error}")
-
-    def _ours(self, taken: Taken) -> Tensors:
-        try:
-            return taken.ours()
-        except _IMPOSSIBLE as error:
-            return self._fault(taken.name, "bad-adapter", f"{TENSORS} holds what does not go together: {error}") or {}
 
     def _with_drawn(self, taken: list[Taken]) -> list[Taken]:
         """The modules with the tensors that PEFT draws again, unless they are given."""
@@ -149,36 +184,30 @@ class _Reader:
             self._fault(taken[0].name, "bad-adapter", f"adapter_config.json says what cannot be: {error}")
         return taken
 
-    def _no_row(self, name: str, place: Place) -> None:
-        if place.layout != WHOLE:
-            return self._fault(name, "unknown-method", no_row(self.config, self.sites[name], place))
-        refused = next((r.reason for r in self.survey.refused if r.name == name), "it only holds other modules")
-        self._fault(name, "unsupported-module", f"PEFT's configuration names what no spec can operate on: {refused}")
-
     def _fault(self, name: str, code: str, message: str) -> None:
         self.faults.setdefault((code, message), []).append(name)
 
     def _faults(self) -> Iterator[Diagnostic]:
         for (code, message), names in self.faults.items():
             yield Diagnostic(code, message, notes=(f"for {listed(names)}",))
-        unheard = "" if self.names else unheard_of(self.config, "")
-        if unheard:
-            yield Diagnostic("unknown-method", unheard)
-        elif not self.names:
-            yield Diagnostic("no-match", f"target_modules names no module of this {type(self.model).__name__}: "
-                             f"{self.config.get('target_modules')}", helps=self._near())
-
-    def _near(self) -> tuple[str, ...]:
+        if self.names:
+            return
+        # A switch that no row knows may be why nothing is named; else the names may be misspelt.
         wanted = self.config.get("target_modules")
         ends = {name.rpartition(".")[2] for name in self.sites}
         words = [wanted] if isinstance(wanted, str) else list(wanted or ())[:_MOST_WORDS]
-        found = filter(None, (did_you_mean(word.rpartition(".")[2], ends) for word in words))
-        return tuple(islice(found, 1))
+        similar = filter(None, (did_you_mean(word.rpartition(".")[2], ends) for word in words))
+        if unheard := unheard_of(self.config, ""):
+            yield Diagnostic("unknown-method", unheard)
+        else:
+            yield Diagnostic("no-match", f"target_modules names no module of this {type(self.model).__name__}: "
+                             f"{wanted}", helps=tuple(islice(similar, 1)))
 
     def _dead(self) -> Iterator[Diagnostic]:
         """Names of the configuration that say nothing of this model."""
         wanted = self.config.get("target_modules")
         names = wanted if isinstance(wanted, list) and self.names else ()
+        # The ends of all names at once: a list of thousands against a model of thousands would be millions of matches.
         live = {end for name, _ in modules(self.model) if name for end in ends_of(name)} if names else set()
         dead = [("target_modules", each) for each in names if each not in live]
         families = (m.family for m in METHODS if m.family.peft_type == self.config["peft_type"])
@@ -188,55 +217,14 @@ class _Reader:
         for where, each in dead:
             yield Diagnostic("dead-name", f"`{each}` of {where} matches no module", severity="warning")
 
-    def _tied_together(self, taken: Sequence[Taken]) -> Iterator[Diagnostic]:
-        both = [t.weight_name for t in taken if t.weight_name in self.tied]
-        if both and ties(self.config, "target_modules"):
-            yield Diagnostic("tied-weight", f"PEFT was told to put one adapter on `{both[0]}` and on what it is tied "
-                             "to, and a target is one weight")
-
     def _spec(self, taken: Sequence[Taken], trained: Tensors) -> Spec:
+        # One target for the modules that are treated alike: a target per module would hide what the adapter is.
         alike: dict[tuple, list[Taken]] = {}
         for each in taken:
             alike.setdefault((each.method.name, each.spec.params, each.weight_name in self.tied), []).append(each)
         groups = [Group(same[0].spec, [t.name for t in same], frozenset(self.sites[t.name].kind for t in same), untie)
                   for (*_, untie), same in alike.items()]
         return one_spec(groups, trained) if groups else train_spec(self.config["peft_type"].lower(), trained)
-
-    # ------------------------------------------------------------------------------------------------- tensors
-
-    def _prepared(self, spec: Spec) -> Surgeon:
-        try:
-            held = (*self.folder.tensors.values(), *self.folder.shared.values())
-            return prepare(self.model, spec, most=sum(tensor.numel() for tensor in held))
-        except SurgeryError as error:
-            raise SurgeryError((self._does_not_fit(), *error.diagnostics)) from None
-
-    def _misshapen(self, surgeon: Surgeon, taken: Sequence[Taken]) -> list[Diagnostic]:
-        """The tensors must be the ones that PEFT has for these modules, in shape too."""
-        both = [each.shapes(surgeon.adapters[each.name].values()) for each in taken]
-        saved, wanted = ({name: shape for pair in both for name, shape in pair[side].items()} for side in (0, 1))
-        report = Collector()
-        compare(saved, wanted, "adapter_config.json", report, TENSORS)
-        return report.found
-
-
-def _of_another_kind(ours: Tensors, known: Tensors) -> Iterator[Diagnostic]:
-    """Whole numbers in the place of real ones, or the other way round; parts of shared tensors that are too small."""
-    wrong = [n for n, t in ours.items() if n in known and (
-        t.shape != known[n].shape or t.is_floating_point() != known[n].is_floating_point())]
-    if wrong:
-        yield Diagnostic("bad-adapter", f"{TENSORS} holds tensors of a size or a dtype that they cannot have",
-                         notes=(f"for {listed(wrong)}",))
-
-
-def _of_whole(taken: Sequence[Taken]) -> dict[str, Tensor]:
-    """The parameters of modules that are trained whole; what is none of theirs keeps its name, which nothing has."""
-    found: dict[str, Tensor] = {}
-    for each in taken:
-        ours = each.ours()
-        used = each.map.to_peft(each.map.to_ours(each.tensors, each.place), each.place)
-        found |= {**ours, **{f"{each.name}.{n}": t for n, t in each.tensors.items() if n not in used}}
-    return found
 
 
 def _split(tensors: Tensors, names: Sequence[str], model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], Tensors]:

@@ -74,13 +74,15 @@ def _without_shapes(tensors: Tensors) -> Shapes:
     return {name: [] if name.startswith(SHARED) else shape for name, shape in shapes(tensors).items()}
 
 
-def _named(module: str, found: Shapes) -> Shapes:
-    return {name if name.startswith(SHARED) else f"{module}.{name}": shape for name, shape in found.items()}
+def _named(module: str, shapes: Shapes) -> Shapes:
+    return {name if name.startswith(SHARED) else f"{module}.{name}": shape for name, shape in shapes.items()}
 
 
 def drawn_again(taken: Sequence[Taken]) -> list[Tensors]:
     """The tensors of each module that PEFT draws again. Raises: KeyError for a seed that the configuration lacks."""
     places = [each.place for each in taken]
+    # Some methods draw for all modules in turn from one generator, so a row is asked once for all of them. The list is
+    # searched, since configurations have no hash.
     known: list[tuple[Taken, Sequence[Tensors]]] = []
     for each in taken:
         if not any(other.method is each.method and other.config == each.config for other, _ in known):
@@ -121,8 +123,8 @@ def unheard_of(config: Config, name: str) -> str:
     """What no row knows of the switches of a configuration as it holds for a module; nothing where some row does."""
     kind = config["peft_type"]
     nearest = min((_misfits(at(config, m, name), m) for m in METHODS if m.family.peft_type == kind), key=len)
-    said = ", ".join(f"{name} = {value!r}" for name, value in nearest.items())
-    return f"no spec here says what PEFT's {kind} does with {said}" * bool(nearest)
+    switches = ", ".join(f"{name} = {value!r}" for name, value in nearest.items())
+    return f"no spec here says what PEFT's {kind} does with {switches}" * bool(nearest)
 
 
 def _misfits(config: Config, method: Method) -> dict[str, Any]:
@@ -135,5 +137,6 @@ def _unknown(config: Config, method: Method) -> Mapping[str, Any]:
     """The switches that are on and that the row has not heard of."""
     family = method.family
     known = {*_ASIDE, *family.plain, *method.settings, *family.patterns.values(), *family.lists}
+    # A newer PEFT may have a switch that changes the formula: whatever is on must be one that a row has heard of.
     on = {name: value for name, value in config.items() if value is True or (isinstance(value, dict) and value)}
     return {name: value for name, value in on.items() if name not in known and not name.startswith(_ASIDE_BEFORE)}

@@ -12,7 +12,7 @@ from typing import Any
 
 from surgery.language.expressions import Expression, Name, Number
 from surgery.language.library import inlined
-from surgery.language.tree import Argument, Call, Definition, Pattern, Spec, Step, Target, Train
+from surgery.language.tree import Argument, Call, Pattern, Spec, Target, Train
 from surgery.matching.patterns_from_names import patterns
 
 Values = Mapping[str, Expression]
@@ -35,9 +35,11 @@ class Group:
 
 def one_spec(groups: Sequence[Group], train: Iterable[str] = ()) -> Spec:
     """The spec that does to every group what its own spec says, and trains the parameters of these names."""
+    # The signature is that of the largest group, so that the spec reads as what most modules have.
     lead, *others = sorted(groups, key=lambda group: -len(group.names))
+    definitions = tuple(dict.fromkeys(d for group in groups for d in inlined(group.spec).definitions))
     return inlined(lead.spec).model_copy(update={
-        "selects": (), "definitions": _definitions(groups), "targets": tuple(_target(g, lead) for g in (lead, *others)),
+        "selects": (), "definitions": definitions, "targets": tuple(_target(g, lead) for g in (lead, *others)),
         "train": _trains(train)})
 
 
@@ -47,26 +49,22 @@ def train_spec(name: str, train: Iterable[str]) -> Spec:
 
 
 def _trains(names: Iterable[str]) -> tuple[Train, ...]:
-    found = patterns(names)
-    return (Train(patterns=tuple(map(Pattern, found))),) if found else ()
-
-
-def _definitions(groups: Sequence[Group]) -> tuple[Definition, ...]:
-    return tuple(dict.fromkeys(d for group in groups for d in inlined(group.spec).definitions))
+    globs = patterns(names)
+    return (Train(patterns=tuple(map(Pattern, globs))),) if globs else ()
 
 
 def _target(group: Group, lead: Group) -> Target:
     """The group's target: a parameter that has another value here than in the signature is written out."""
     here = {name: value for name, value in group.values.items() if lead.values.get(name) != value}
-    steps = tuple(_written_out(step, here) for step in group.spec.targets[0].steps)
+    steps = []
+    for step in group.spec.targets[0].steps:
+        dropout = step.dropout and _put(step.dropout, here)
+        # `dropout(0)` says nothing, and would stand in every imported spec
+        is_none = isinstance(dropout, Number) and dropout.value == 0
+        changed = {"call": _put(step.call, here), "dropout": None if is_none else dropout}
+        steps.append(step.model_copy(update=changed))
     kind = next(iter(group.kinds)) if len(group.kinds) == 1 else "any"
     return Target(*map(Pattern, patterns(group.names)), *steps, kind=kind, untie=group.untie)
-
-
-def _written_out(step: Step, values: Values) -> Step:
-    dropout = step.dropout and _put(step.dropout, values)
-    none = isinstance(dropout, Number) and dropout.value == 0
-    return step.model_copy(update={"call": _put(step.call, values), "dropout": None if none else dropout})
 
 
 def _put(node: Any, values: Values) -> Any:

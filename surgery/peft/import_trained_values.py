@@ -7,11 +7,11 @@ the model has no place, or that parts what the model ties, is said.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.layers.survey import Survey
@@ -40,40 +40,25 @@ def values(given: Mapping[str, Tensor], config: Config, survey: Survey, taken_we
     compare(shapes(given), wanted, f"this {type(model).__name__}", report, TENSORS)
     if report.errors:
         return Values({}, tuple(report.found))
-    asked = _asked(given, config, model, whole)
-    changed = {n: t for n, t in given.items() if n in asked or not _same(t, stored[n])}
-    together = ties(config, "modules_to_save")
-    report.add(*_of_buffers(changed, model), *_of_operated(changed, taken_weights),
-               *(() if together else _parted(changed, given, survey)))
+    # PEFT saves more than it trains (embeddings, buffers of modules that it saves whole): what the model has already is
+    # left out, unless the configuration says that it is trained; then it is, from that value on.
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    whole = (*whole, *(f"{name}." for name in saved_whole(config.get("modules_to_save"), model)))
+    biases = config.get("bias") not in (None, "none")
+    asked = {n for n in given if n.startswith(whole) or (biases and n.rpartition(".")[2] == "bias")} - buffers.keys()
+    changed = {n: t for n, t in given.items()
+               if n in asked or not torch.equal(t.to(stored[n].device, stored[n].dtype), stored[n])}
+    for name in (n for n in changed if n in buffers):
+        report.error("bad-adapter", f"the adapter holds another `{name}` than the model, and a surgery keeps "
+                     "parameters alone")
+    for name in (n for n in changed if n in taken_weights):
+        report.error("bad-adapter", f"the adapter was trained on another `{name}` than the model's",
+                     helps=("name the model that it was trained on",))
+    if not ties(config, "modules_to_save"):
+        report.add(*_parted(changed, given, survey))
     first = {id(p): n for n, p in model.named_parameters()}
     return Values({first[id(stored[n])]: t for n, t in changed.items()
                    if id(stored[n]) in first and n not in taken_weights}, tuple(report.found))
-
-
-def _same(saved: Tensor, stored: Tensor) -> bool:
-    return torch.equal(saved.to(stored.device, stored.dtype), stored)
-
-
-def _asked(given: Iterable[str], config: Config, model: nn.Module, whole: tuple[str, ...]) -> set[str]:
-    """The parameters that the configuration says are trained."""
-    whole = (*whole, *(f"{name}." for name in saved_whole(config.get("modules_to_save"), model)))
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    biases = config.get("bias") not in (None, "none")
-    asked = {n for n in given if n.startswith(whole) or (biases and n.rpartition(".")[2] == "bias")}
-    return asked - buffers.keys()
-
-
-def _of_buffers(changed: Iterable[str], model: nn.Module) -> Iterator[Diagnostic]:
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    for name in (n for n in changed if n in buffers):
-        yield Diagnostic("bad-adapter", f"the adapter holds another `{name}` than the model, and a surgery keeps "
-                         "parameters alone")
-
-
-def _of_operated(changed: Iterable[str], taken: Collection[str]) -> Iterator[Diagnostic]:
-    for name in (n for n in changed if n in taken):
-        yield Diagnostic("bad-adapter", f"the adapter was trained on another `{name}` than the model's",
-                         helps=("name the model that it was trained on",))
 
 
 def _parted(changed: Mapping[str, Tensor], given: Mapping[str, Tensor], survey: Survey) -> Iterator[Diagnostic]:

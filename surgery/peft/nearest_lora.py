@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from surgery.analysis.spectra import pending_of
-from surgery.analysis.spectra.spectrum import Directions, Spectrum, leading, of_factors
+from surgery.analysis.spectra.spectrum import Spectrum, leading, of_factors
 from surgery.analysis.spectra.updates import Update
 from surgery.diagnostics import fail
 from surgery.runtime.surgeon import Surgeon
@@ -52,7 +52,28 @@ def ranks(surgeon: Surgeon) -> dict[str, tuple[int, int]]:
 @torch.no_grad()
 def factors(surgeon: Surgeon, rank: int) -> Iterator[Factors]:
     """The factors of each module's update."""
-    yield from (_factors(update, rank) for update in _updates(surgeon))
+    for update in _updates(surgeon):
+        delta, spectrum = update.delta, _spectrum(update)
+        kept = min(rank, spectrum.numerical_rank)
+        # U √Σ and √Σ⁻¹ Uᵀ ΔW, which is the best that there is for these directions U, whatever error U has.
+        if isinstance(delta, tuple):
+            u = of_factors(*delta)[1].first(kept).out
+            onto = (u.mT @ delta[0]) @ delta[1]
+        else:
+            u = leading(delta, kept).out
+            onto = u.mT @ delta
+        # √Σ to each side: of sizes that far apart, training would move one factor and hardly the other
+        size = onto.norm(dim=1).clamp_min(torch.finfo(onto.dtype).tiny).sqrt()
+        missing = rank - kept  # PEFT has one rank for all modules: the others get zeros
+        b = torch.nn.functional.pad(u * size, (0, missing)).float()
+        a = torch.nn.functional.pad(onto / size[:, None], (0, 0, 0, missing)).float()
+        if isinstance(delta, tuple):  # ‖ΔW - B A‖ = ‖[U -B] [V; A]‖, without building the difference of what is thin
+            left, right = torch.cat([delta[0], -b.double()], dim=1), torch.cat([delta[1], a.double()])
+            difference = torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT
+        else:
+            difference = delta - b.double() @ a.double()
+        error = float(difference.norm()) / (spectrum.norm or 1.0)
+        yield Factors(update.name, b, a, spectrum.numerical_rank, error)
 
 
 def _updates(surgeon: Surgeon) -> Iterator[Update]:
@@ -61,46 +82,8 @@ def _updates(surgeon: Surgeon) -> Iterator[Update]:
 
 
 def _spectrum(update: Update) -> Spectrum:
-    _refuse_unfinite(update)
-    if isinstance(update.delta, tuple):
-        return of_factors(*update.delta)[0]
-    return Spectrum.of(update.delta, update.rounding)
-
-
-def _refuse_unfinite(update: Update) -> None:
     parts = update.delta if isinstance(update.delta, tuple) else (update.delta,)
     if not all(bool(t.isfinite().all()) for t in parts):
         raise fail("bad-value", f"the update of {update.name} is not finite",
                    helps=("the training that made it diverged",))
-
-
-def _factors(update: Update, rank: int) -> Factors:
-    found = _spectrum(update)
-    kept = min(rank, found.numerical_rank)
-    b, a = _balanced(update, _directions(update, kept))
-    b, a = (torch.nn.functional.pad(t, pad).float() for t, pad in ((b, (0, rank - kept)), (a, (0, 0, 0, rank - kept))))
-    error = _error(update, b.double(), a.double()) / (found.norm or 1.0)
-    return Factors(update.name, b, a, found.numerical_rank, error)
-
-
-def _directions(update: Update, kept: int) -> Directions:
-    if isinstance(update.delta, tuple):
-        return of_factors(*update.delta)[1].first(kept)
-    return leading(update.delta, kept)
-
-
-def _balanced(update: Update, directions: Directions) -> tuple[Tensor, Tensor]:
-    """U √Σ and √Σ⁻¹ Uᵀ ΔW, which is the best that there is for these directions U."""
-    u, delta = directions.out, update.delta
-    onto = (u.mT @ delta[0]) @ delta[1] if isinstance(delta, tuple) else u.mT @ delta
-    size = onto.norm(dim=1).clamp_min(torch.finfo(onto.dtype).tiny).sqrt()
-    return u * size, onto / size[:, None]
-
-
-def _error(update: Update, b: Tensor, a: Tensor) -> float:
-    """‖ΔW - B A‖, without building the difference of what is thin."""
-    if not isinstance(update.delta, tuple):
-        return float((update.delta - b @ a).norm())
-    u, v = update.delta
-    left, right = torch.cat([u, -b], dim=1), torch.cat([v, a])
-    return float((torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT).norm())
+    return of_factors(*parts)[0] if len(parts) == 2 else Spectrum.of(parts[0], update.rounding)

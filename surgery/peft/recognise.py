@@ -1,4 +1,4 @@
-"""Which method of PEFT's a spec is: told by its formula, whatever the spec is called.
+"""Which method of PEFT's a spec is, by its formula and whatever the spec is called.
 
 Takes a plan; gives the configuration with which PEFT does the same to the same modules, or None. Promises: a match is a
 proof: on every module the row's spec, given its parameters, has the very formula that the plan has, and the one
@@ -54,11 +54,19 @@ def match(plan: Plan) -> Match | None:
 
 def match_targets(plan: Plan) -> Match | None:
     """The one configuration of PEFT's that is all of the plan's targets, whatever it trains beside them."""
-    known: dict[tuple, tuple[_Told, ...]] = {}
-    found = [_told(plan.spec, placed, number, known) for number, placed in enumerate(plan.placed)]
-    kinds = dict.fromkeys(told.kind for told in found[0]) if found else ()
-    alike = ([next((t for t in each if t.kind == kind), None) for each in found] for kind in kinds)
-    whole = (told for each in alike if (told := every(each)) is not None)
+    known: dict[tuple, tuple[_Reading, ...]] = {}
+    readings: list[tuple[_Reading, ...]] = []
+    for number, placed in enumerate(plan.placed):
+        place = Place.of(placed.site, number)
+        # Modules of one formula and one shape are read once: a model has thousands, and a proof takes a compilation.
+        key = id(placed.formula), place.layout, place.shape
+        if key not in known:
+            known[key] = tuple(_proven(plan.spec, placed, place)) if placed.site.stack is None else ()
+        readings.append(tuple(replace(each, name=placed.site.name, place=place) for each in known[key]))
+    # One formula may be several methods: the kind that is taken must be among the readings of every module.
+    kinds = dict.fromkeys(each.kind for each in readings[0]) if readings else ()
+    alike = ([next((r for r in of_module if r.kind == kind), None) for of_module in readings] for kind in kinds)
+    whole = (of_all for each in alike if (of_all := every(each)) is not None)
     return next(filter(None, map(_combined, whole)), None)
 
 
@@ -66,8 +74,8 @@ def match_targets(plan: Plan) -> Match | None:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What one module's formula tells: a row, the values of its parameters, and PEFT's fields for them."""
+class _Reading:
+    """What one module's formula may be: a row, the values of its parameters, and PEFT's fields for them."""
 
     name: str
     place: Place
@@ -85,22 +93,22 @@ class _Told:
         return family.peft_type, tuple(sorted((k, v) for k, v in self.method.settings.items() if k not in family.lists))
 
 
-def _told(spec: Spec, placed: Placed, number: int, known: dict[tuple, tuple[_Told, ...]]) -> tuple[_Told, ...]:
-    """All that a module can be; modules of one formula and one shape are the same."""
-    place = Place.of(placed.site, number)
-    key = id(placed.formula), place.layout, place.shape
-    if key not in known:
-        known[key] = tuple(_proven(spec, placed, place)) if placed.site.stack is None else ()
-    return tuple(replace(told, name=placed.site.name, place=place) for told in known[key])
-
-
-def _proven(spec: Spec, placed: Placed, place: Place) -> Iterator[_Told]:
+def _proven(spec: Spec, placed: Placed, place: Place) -> Iterator[_Reading]:
     """The rows, each with a choice of its parameters, that give the module's formula."""
     for method, row in _rows():
         for values in proposals(row, spec, placed) if place.layout in method.tensors else ():
-            told = _Told(placed.site.name, place, method, {name: _plain(value) for name, value in values.items()})
-            if _is(told, placed):
-                yield told
+            # evaluation is exact; a configuration holds no fractions
+            parameters = {name: (int(v) if v.denominator == 1 else float(v)) if isinstance(v, Fraction) else v
+                          for name, v in values.items()}
+            reading = _Reading(placed.site.name, place, method, parameters)
+            try:
+                bound = method.of(parameters)
+                is_it = method.is_on(reading.fields, place) and _meaning(placed.formula) in map(
+                    _meaning, _formulas(bound, placed))
+            except SurgeryError:  # the values that were proposed are of no use
+                continue
+            if is_it:
+                yield reading
 
 
 @lru_cache(maxsize=1)
@@ -109,20 +117,6 @@ def _rows() -> list[tuple[Method, Spec]]:
     too."""
     rows = [(method, method.of({})) for method in METHODS]
     return sorted(rows, key=lambda row: -sum(1 for target in row[1].targets for _ in nodes(target)))
-
-
-def _plain(value: Any) -> Any:
-    """A number as a configuration can hold it."""
-    return (int(value) if value.denominator == 1 else float(value)) if isinstance(value, Fraction) else value
-
-
-def _is(told: _Told, placed: Placed) -> bool:
-    try:
-        bound = told.method.of(told.parameters)
-        known = map(_meaning, _formulas(bound, placed))
-        return told.method.is_on(told.fields, told.place) and _meaning(placed.formula) in known
-    except SurgeryError:  # the values that were proposed are of no use
-        return False
 
 
 def _meaning(formula: Formula) -> tuple:
@@ -145,38 +139,37 @@ def _formulas(spec: Spec, placed: Placed) -> Iterator[Formula]:
 # -------------------------------------------------------------------------------------------------- all modules
 
 
-def _combined(found: Sequence[_Told]) -> Match | None:
+def _combined(readings: Sequence[_Reading]) -> Match | None:
     """The configuration that says of every module what it is, if there is one."""
-    family = found[0].method.family
-    special = {**_patterns(family, found), **_lists(family, found)}
+    family = readings[0].method.family
+    lists = {listing: [r.name for r in readings if r.fields.get(listing)] for listing in family.lists}
+    special = {**_patterns(family, readings), **lists}
     own = {*family.patterns, *family.lists}
-    for told in found:
-        fields = {name: value for name, value in told.fields.items() if name not in own} | special
-        if all(_says(fields, each) for each in found):
-            return Match(family, fields, {each.name: each.method for each in found})
+    # Fields that have no exceptions must suit all modules: each module's are tried, and proven on the others.
+    for reading in readings:
+        fields = {name: value for name, value in reading.fields.items() if name not in own} | special
+        if all(_says(fields, each) for each in readings):
+            return Match(family, fields, {each.name: each.method for each in readings})
     return None
 
 
-def _patterns(family: Family, found: Sequence[_Told]) -> dict[str, Any]:
+def _patterns(family: Family, readings: Sequence[_Reading]) -> dict[str, Any]:
     """The fields that may differ between modules: the value that most have, and the others by the module's name."""
     fields: dict[str, Any] = {}
     for own, exceptions in family.patterns.items():
-        given = {told.name: told.fields[own] for told in found if own in told.fields}
+        given = {r.name: r.fields[own] for r in readings if own in r.fields}
         if given:
             fields[own] = Counter(given.values()).most_common(1)[0][0]
             others = {name: value for name, value in given.items() if value != fields[own]}
+            # PEFT takes the first pattern that fits the end of a name: a longer name must come before its own end
             fields |= {exceptions: dict(sorted(others.items(), key=lambda row: -len(row[0])))} if others else {}
     return fields
 
 
-def _lists(family: Family, found: Sequence[_Told]) -> dict[str, list[str]]:
-    return {listing: [told.name for told in found if told.fields.get(listing)] for listing in family.lists}
-
-
-def _says(fields: Mapping[str, Any], told: _Told) -> bool:
+def _says(fields: Mapping[str, Any], reading: _Reading) -> bool:
     """Whether a configuration says of a module what its formula tells."""
-    here = resolved(fields, told.method.family, told.name)
-    if any(here.get(name) != value for name, value in told.method.settings.items()):
+    here = resolved(fields, reading.method.family, reading.name)
+    if any(here.get(name) != value for name, value in reading.method.settings.items()):
         return False
-    meant = told.method.parameters.to_ours(here, told.place)
-    return all(told.parameters.get(name) == value for name, value in meant.items())
+    meant = reading.method.parameters.to_ours(here, reading.place)
+    return all(reading.parameters.get(name) == value for name, value in meant.items())

@@ -6,7 +6,7 @@ plan: whoever tries them must prove that they are right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from surgery.diagnostics import Collector, SurgeryError
@@ -27,11 +27,18 @@ def proposals(row: Spec, spec: Spec, placed: Placed) -> Iterator[dict[str, Any]]
     names, start = {p.name for p in row.params}, spec_values(row, Collector())
     mine, theirs = library(row), library(spec)
     for target in row.targets:
-        if _named(target) == _named(placed.target):
-            pairs = _pairs(target, mine, placed.target, theirs)
-            found = {name: _value(expression, values) for name, expression in pairs if name in names}
-            if found.keys() >= names & names_in(target).keys():
-                yield start | found
+        if _named(target) != _named(placed.target):
+            continue
+        proposed: dict[str, Any] = {}
+        for name, expression in _pairs(target, mine, placed.target, theirs):
+            if name in names:
+                try:
+                    proposed[name] = evaluate(expression, values)
+                except SurgeryError:  # as where it depends on a side of the weight: the proof will fail
+                    proposed[name] = None
+        # A parameter that stands in the steps must have come from them; any other keeps its default.
+        if proposed.keys() >= names & names_in(target).keys():
+            yield start | proposed
 
 
 def _named(target: Target) -> list[tuple[str, str]]:
@@ -41,13 +48,6 @@ def _named(target: Target) -> list[tuple[str, str]]:
 def _ordered(target: Target) -> list[Step]:
     """The steps in the order in which they act."""
     return [step for placement in ("pre", "add", "post") for step in target.steps if step.placement == placement]
-
-
-def _value(expression: Expression, values: Mapping[str, Any]) -> Any:
-    try:
-        return evaluate(expression, values)
-    except SurgeryError:
-        return None
 
 
 def _pairs(row: Target, mine: Library, target: Target, theirs: Library) -> Pairs:
@@ -78,7 +78,7 @@ def _under(pattern: Expression, given: Expression) -> Pairs:
 
 
 def _parts(node: Expression) -> list[Expression]:
-    found = [getattr(node, name) for name, f in node.__dataclass_fields__.items() if f.compare]
-    flat = [each for value in found for each in (value if isinstance(value, tuple) else (value,))]
+    held = [getattr(node, name) for name, f in node.__dataclass_fields__.items() if f.compare]
+    flat = [each for value in held for each in (value if isinstance(value, tuple) else (value,))]
     return [getattr(each, "value", each) if not isinstance(each, Expression) else each for each in flat
             if isinstance(each, Expression) or hasattr(each, "value")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import prod
@@ -37,8 +37,11 @@ def named(config: Config, model: nn.Module) -> list[str]:
     wanted = config.get("target_modules")
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
         wanted = all_linear(model, config.get("task_type"))
-    chosen, excluded, saved = _chooser(wanted, config), _chooser(config.get("exclude_modules")), _saver(config)
-    return [name for name, _ in modules(model) if name and chosen(name) and not (excluded(name) or saved(name))]
+    chosen, excluded = _chooser(wanted, config), _chooser(config.get("exclude_modules"))
+    # What lies in a module that is saved whole cannot be a target.
+    saved = [_Regular(rf"(^|.*\.){each}($|\..*)") for each in config.get("modules_to_save") or ()]
+    return [name for name, _ in modules(model)
+            if name and chosen(name) and not (excluded(name) or any(each.match(name) for each in saved))]
 
 
 def modules(model: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -53,48 +56,39 @@ def all_linear(model: nn.Module, task: str | None = None) -> list[str]:
     head = output_embedding(model)
     if head is None and task == "SEQ_CLS":
         head = next((getattr(model, name) for name in _CLASSIFIERS if hasattr(model, name)), None)
-    return [name for name, m in modules(model) if _is_linear(m) and m is not head]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    found = weights(module)
-    return bool(found) and found[0].stack is None and found[0].layout.kind.acts_by_rows
+    # The first weight says what a module is: a stack of experts is no linear layer to PEFT, nor is an embedding.
+    first = ((name, m, next(iter(weights(m)), None)) for name, m in modules(model))
+    return [name for name, m, weight in first
+            if weight is not None and weight.stack is None and weight.layout.kind.acts_by_rows and m is not head]
 
 
 def _chooser(wanted: str | Collection[str] | None, layers: Config | None = None) -> Callable[[str], Any]:
     """A text is a regular expression for the whole name; a list holds names, of whatever layer, and ends of names."""
     if isinstance(wanted, str):
         return _Regular(wanted).fullmatch
-    exact, in_layer = frozenset(wanted or ()), _layers(layers or {})
-    return lambda name: name in exact or (not exact.isdisjoint(ends_of(name)) and in_layer(name))
+    exact, config = frozenset(wanted or ()), layers or {}
+    counted, lists = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    if counted is None or counted == []:
+        return lambda name: not exact.isdisjoint(ends_of(name))
+    numbers = {counted} if isinstance(counted, int) else set(counted)
+    lists = [lists] if isinstance(lists, str) else lists
+    patterns = [_Regular(rf"(?:^|.*?\.){each}\.(?P<index>\d+)\.") for each in lists] or [_LAYER]
+
+    def chosen(name: str) -> bool:
+        if name in exact or exact.isdisjoint(ends_of(name)):
+            return name in exact
+        # The first pattern that matches says the layer, even if a later one would say another; a module outside of any
+        # layer is not chosen by an end of its name.
+        matched = next(filter(None, (pattern.match(name) for pattern in patterns)), None)
+        return matched is not None and int(matched["index"]) in numbers
+
+    return chosen
 
 
 def ends_of(name: str) -> list[str]:
     """A dotted name from each of its segments on: `a.b.c`, `b.c`, `c`."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def _saver(config: Config) -> Callable[[str], bool]:
-    """What lies in a module that is saved whole cannot be a target."""
-    found = [_Regular(rf"(^|.*\.){each}($|\..*)") for each in config.get("modules_to_save") or ()]
-    return lambda name: any(pattern.match(name) for pattern in found)
-
-
-def _layers(config: Config) -> Callable[[str], bool]:
-    """Whether a name lies in one of the layers that `layers_to_transform` counts. One outside of any layer does not."""
-    wanted, lists = config.get("layers_to_transform"), config.get("layers_pattern") or ()
-    if wanted is None or wanted == []:
-        return lambda name: True
-    layers = {wanted} if isinstance(wanted, int) else set(wanted)
-    lists = [lists] if isinstance(lists, str) else lists
-    patterns = [_Regular(rf"(?:^|.*?\.){each}\.(?P<index>\d+)\.") for each in lists]
-
-    def inside(name: str) -> bool:
-        found = next(filter(None, (p.match(name) for p in patterns or [_LAYER])), None)
-        return found is not None and int(found["index"]) in layers
-
-    return inside
 
 
 def saved_whole(wanted: Iterable[str] | None, model: nn.Module) -> list[str]:
@@ -107,42 +101,34 @@ def saved_whole(wanted: Iterable[str] | None, model: nn.Module) -> list[str]:
 def ties(config: Config, chooser: str) -> bool:
     """Whether PEFT keeps tied weights together that a field names, as it was told to: it looks for two names alone, and
     first among the modules to save."""
-    told = (field for field in ("modules_to_save", "target_modules") if _names_embedding(config.get(field)))
-    return bool(config.get("ensure_weight_tying")) and next(told, None) == chooser
+    def names_embedding(wanted: str | Iterable[str] | None) -> bool:
+        if isinstance(wanted, str):
+            return any(_Regular(wanted).fullmatch(name) for name in _EMBEDDINGS)
+        return any(name.rpartition(".")[2] in _EMBEDDINGS for name in wanted or ())
 
-
-def _names_embedding(wanted: str | Iterable[str] | None) -> bool:
-    if isinstance(wanted, str):
-        return any(_Regular(wanted).fullmatch(name) for name in _EMBEDDINGS)
-    return any(name.rpartition(".")[2] in _EMBEDDINGS for name in wanted or ())
+    named = (field for field in ("modules_to_save", "target_modules") if names_embedding(config.get(field)))
+    return bool(config.get("ensure_weight_tying")) and next(named, None) == chooser
 
 
 def resolved(config: Config, family: Family, name: str) -> dict[str, Any]:
     """The configuration as it holds for one module: a pattern's value in its field's place, and a field that lists
     modules says whether this is one of them."""
-    found = dict(config)
+    here = dict(config)
     for own, exceptions in family.patterns.items():
-        found |= _exception(own, config.get(exceptions) or {}, name)
+        # the first pattern that fits the end of the name, as PEFT reads them; null counts as no exception
+        fitting = (value for key, value in (config.get(exceptions) or {}).items() if fits_end(key, name))
+        if (exception := next(fitting, None)) is not None:
+            here[own] = exception
     for listing in family.lists:
-        found[listing] = _is_listed(config.get(listing), name)
-    return found
-
-
-def _exception(field: str, patterns: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The field with the value of the first pattern that fits the end of the name, if one does."""
-    fitting = (value for key, value in patterns.items() if fits_end(key, name))
-    return {field: value for value in [next(fitting, None)] if value is not None}
+        wanted = config.get(listing)
+        here[listing] = (_Regular(wanted).fullmatch(name) is not None if isinstance(wanted, str)
+                         else name.endswith(tuple(wanted or ())))
+    return here
 
 
 def fits_end(pattern: str, name: str) -> bool:
     """Whether a regular expression fits a name, or the end of it from a dot on."""
     return _Regular(rf"(.*\.)?({pattern})$").match(name) is not None
-
-
-def _is_listed(wanted: str | Iterable[str] | None, name: str) -> bool:
-    if isinstance(wanted, str):
-        return _Regular(wanted).fullmatch(name) is not None
-    return name.endswith(tuple(wanted or ()))
 
 
 # ------------------------------------------------------------------------------------------------ regular expressions
@@ -183,7 +169,7 @@ class _Regular:
                 raise ValueError(f"it repeats more than {_REPEATS:,} times")
             with warnings.catch_warnings(), self._timed():
                 warnings.simplefilter("ignore")
-                re.compile(text)
+                re.compile(text)  # refuses what PEFT could not read, though `regex` might
                 self.pattern = regex.compile(text)
         except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
             raise fail("bad-adapter",

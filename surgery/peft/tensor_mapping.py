@@ -37,22 +37,19 @@ class Place:
 
     @classmethod
     def of(cls, site: Site, number: int = 0) -> Place:
-        shape = site.stored_shape
-        uneven = _is_uneven(site.module, shape[2:])
+        shape, module, uneven = site.stored_shape, site.module, False
+        if kernel := shape[2:]:
+            assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))  # no other layout has a kernel
+            gaps = set(module.dilation) != {1}
+            plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+            uneven = gaps or not plain or any(
+                len(set(sides)) > 1 for sides in (kernel, module.stride, module.padding))
         return cls(site.layout.name, site.out, site.in_, shape, site.has_bias, number, uneven)
 
     @property
     def kernel(self) -> tuple[int, ...]:
         """The sides of a convolution's kernel; none for other layouts."""
         return self.shape[2:]
-
-
-def _is_uneven(module: nn.Module, kernel: tuple[int, ...]) -> bool:
-    if not kernel:
-        return False
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))  # no other layout has a kernel
-    gaps, plain = set(module.dilation) != {1}, module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return gaps or not plain or any(len(set(sides)) > 1 for sides in (kernel, module.stride, module.padding))
 
 
 class Correspondence(Protocol):
@@ -100,12 +97,12 @@ class Pairs:
 
 
 def _through(tensors: Tensors, place: Place, rows) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    mapped: dict[str, Tensor] = {}
     for given, wanted, see in rows:
         if all(name in tensors for name in given):
             seen = see(*(tensors[name] for name in given), place)
-            found.update(zip(wanted, seen if isinstance(seen, tuple) else (seen,), strict=True))
-    return found
+            mapped.update(zip(wanted, seen if isinstance(seen, tuple) else (seen,), strict=True))
+    return mapped
 
 
 def _named(names: tuple[str, ...], place: Place) -> tuple[str, ...]:

@@ -48,11 +48,8 @@ class Renamed:
         return {**{ours: config[theirs] for ours, theirs in self.names.items()}, **self.placed(config, place)}
 
     def to_peft(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        return {theirs: _whole(parameters[ours]) for ours, theirs in self.names.items() if ours in parameters}
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        values = {theirs: parameters[ours] for ours, theirs in self.names.items() if ours in parameters}
+        return {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class Family:
     biases: str = ""
 
 
-@cache
+@cache  # a model has hundreds of modules of one row
 def _read(spec: str, name: str) -> Spec:
     return parse(spec, name) if "\n" in spec else load(spec)
 
@@ -117,8 +114,8 @@ class Method:
 
     def map(self, config: Config, place: Place) -> Correspondence:
         """How PEFT's tensors of a module are ours."""
-        found = self.tensors[place.layout]
-        return found(config) if callable(found) else found
+        correspondence = self.tensors[place.layout]
+        return correspondence(config) if callable(correspondence) else correspondence
 
     def given(self, config: Config, place: Place) -> Spec:
         """Our spec for a module, its parameters set from PEFT's configuration. Raises: SurgeryError."""

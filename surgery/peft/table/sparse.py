@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from surgery.peft.table.additive import linears
 from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed
-from surgery.peft.tensor_mapping import PLACES, ROW_AND_COLUMN, ROW_AND_COLUMN_32, SAME, Place, Tensors, View, pairs
+from surgery.peft.tensor_mapping import PLACES, ROW_AND_COLUMN, ROW_AND_COLUMN_32, SAME, Place, View, pairs
 
 _COUNTS = {"n_frequency": "n_frequency_pattern"}
 _FOURIER = Family("FOURIERFT", "FourierFTConfig", {"bias": NO_BIAS}, patterns=_COUNTS, biases="fourier_only")
@@ -36,16 +34,13 @@ def _drawn(name: str):
     """The first places, as rows and columns, of a random order of all entries; the same in every module of one shape.
     """
 
-    def again(config: Config, places: Sequence[Place]) -> list[Tensors]:
-        return [{name: _first(config, place)} for place in places]
+    def first(config: Config, place: Place) -> torch.Tensor:
+        # On the CPU whatever the model is on: the order that a seed gives is another one on each kind of device.
+        generator = torch.Generator().manual_seed(config["random_loc_seed"])
+        at = torch.randperm(place.out * place.in_, generator=generator, device="cpu")[:config["n_frequency"]]
+        return torch.stack([at // place.in_, at % place.in_])
 
-    return again
-
-
-def _first(config: Config, place: Place) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(config["random_loc_seed"])
-    at = torch.randperm(place.out * place.in_, generator=generator, device="cpu")[:config["n_frequency"]]
-    return torch.stack([at // place.in_, at % place.in_])
+    return lambda config, places: [{name: first(config, place)} for place in places]
 
 
 def _quadrants(row: torch.Tensor, column: torch.Tensor, place: Place) -> tuple[torch.Tensor, torch.Tensor]:
