@@ -185,8 +185,9 @@ def _table(rows: Sequence[Row]) -> Table:
     for name in ("method", *metrics, "lr", "trained", "step", "memory", "entropy"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
-        is_timed = row.step_seconds is not None and row.step_ratio is not None
-        step = f"{1000 * row.step_seconds:.0f} ms, {row.step_ratio:.2f} x" if is_timed else ""
+        step = ""  # where no steps were timed
+        if row.step_seconds is not None and row.step_ratio is not None:
+            step = f"{1000 * row.step_seconds:.0f} ms, {row.step_ratio:.2f} x"
         table.add_row(row.method, *(_mean(row.scores.get(m)) for m in metrics), f"{row.rate:g}", f"{row.trained:,}",
                       step, size_text(row.peak_bytes), _mean(row.entropy))
     return table

@@ -229,12 +229,15 @@ def _batch(model: PreTrainedModel, tokens: tuple[int, int]) -> dict[str, Tensor]
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and tokens[1] > longest:
         raise fail("bad-value", f"{type(model).__name__} reads at most {longest} tokens a row, not {tokens[1]}")
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return _awake(output)
+
     # A frozen model takes no gradient at all, and one with adapters none below its first: autograd would leave layers
     # out that a larger model would have to pass. So the first activations ask for one, in all models alike.
     first = next(model.parameters())
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings == getattr(model.config, "vocab_size", None):
-            module.register_forward_hook(lambda module, args, output: _awake(output))
+            module.register_forward_hook(hook)
     batch = {name: value.to(first.device) for name, value in demo_inputs(model, 0, *tokens).items()}
     return {name: _awake(v.to(first.dtype)) if v.is_floating_point() else v for name, v in batch.items()}
 
