@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
     from surgery.diagnostics import Diagnostic, SurgeryError
     from surgery.experiments.bench import bench
     from surgery.experiments.comparison import compare
+    from surgery.experiments.evaluation import evaluate
+    from surgery.experiments.fine_tuning import Training, train
     from surgery.language.library import load, parse, shipped
     from surgery.language.tree import Parameter, Spec, Target, add, post, pre
     from surgery.matching.module_tree import modules
@@ -50,14 +52,15 @@ _HOMES = {
     "import_peft": "peft.import_adapter", "export_peft": "peft.export_adapter", "Exported": "peft.export_adapter",
     "spectrum": "analysis.spectra", "Spectra": "analysis.spectra", "Spectrum": "analysis.spectra",
     "report_page": "analysis.page", "bench": "experiments.bench", "compare": "experiments.comparison",
+    "train": "experiments.fine_tuning", "Training": "experiments.fine_tuning", "evaluate": "experiments.evaluation",
 }
 _SPELT = {"plan": "compile", "load_model": "load"}
 
 __all__ = [
-    "__version__", "add", "apply", "attach", "bench", "check", "compare", "Diagnostic", "explain", "export_peft",
-    "Exported", "import_peft", "load", "load_model", "merge_files", "MergedFiles", "modules", "Parameter", "parse",
-    "Plan", "plan", "post", "pre", "Report", "report_page", "save_merged", "shipped", "Spec", "Spectra", "spectrum",
-    "Spectrum", "Surgeon", "Surgeries", "SurgeryError", "Target",
+    "__version__", "add", "apply", "attach", "bench", "check", "compare", "Diagnostic", "evaluate", "explain",
+    "export_peft", "Exported", "import_peft", "load", "load_model", "merge_files", "MergedFiles", "modules",
+    "Parameter", "parse", "Plan", "plan", "post", "pre", "Report", "report_page", "save_merged", "shipped", "Spec",
+    "Spectra", "Spectrum", "spectrum", "Surgeon", "Surgeries", "SurgeryError", "Target", "train", "Training",
 ]
 
 if not TYPE_CHECKING:  # a type checker takes a misspelt name for a mistake, and not for `Any`

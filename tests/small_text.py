@@ -1,11 +1,13 @@
-"""A model that reads text, small enough to be trained in a test: a BERT of two layers with a tokenizer of letters."""
+"""Models that read text, small enough to be trained in a test: a BERT of two layers with a tokenizer of letters, and a
+Llama of one layer with one of bytes and pairs of them."""
 
+import random
 from functools import cache
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = {token: i for i, token in enumerate(["[PAD]", "[UNK]", *"abcdefghij"])}
 
@@ -33,3 +35,53 @@ def texts(count: int, seed: int = 0) -> list[str]:
     draw = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 9, (count,), generator=draw).tolist()
     return [" ".join("abcdefghij"[i] for i in torch.randint(0, 10, (n,), generator=draw)) for n in lengths]
+
+
+# ---------------------------------------------------------------------------------------------- a causal model
+
+
+TEMPLATE = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+@cache
+def pieces() -> PreTrainedTokenizerFast:
+    """Tokens are bytes and a few pairs of them, so that any text can be read; a word takes the space before it."""
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    found.train_from_iterator(["Question: what is the answer of a question? Answer: the answer"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=found, pad_token="<pad>", eos_token="</s>",
+                                   chat_template=TEMPLATE)
+
+
+@cache
+def causal() -> LlamaForCausalLM:
+    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, eos_token_id=1,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0,
+                         bos_token_id=None, initializer_range=0.2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def save_causal(folder: Path) -> str:
+    """The model with its tokenizer; gives the folder's name."""
+    causal().save_pretrained(folder)
+    pieces().save_pretrained(folder)
+    return str(folder)
+
+
+def questions(count: int, seed: int = 0) -> list[dict]:
+    """Which choice is of `a` alone? Choices differ in length."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        choices = ["".join(draw.choices("bcdef gh", k=draw.randint(2, 9))).strip() or "b" for _ in range(3)]
+        answer = draw.randrange(3)
+        choices[answer] = "a" * draw.randint(2, 6)
+        found.append({"question": "what is " + "".join(draw.choices("xyz ", k=draw.randint(0, 30))),
+                      "choices": choices, "answer": answer})
+    return found

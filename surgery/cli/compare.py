@@ -60,7 +60,7 @@ class Amount(click.ParamType):
 _COUNT = click.IntRange(1)
 _KINDS = click.Choice(["classification", "regression"])
 _DATA = (
-    click.option("--data", required=True, metavar="FILE.tsv", help="Labelled texts: a column `text`, one of labels."),
+    click.option("--data", required=True, metavar="FILE", help="Labelled texts: a column `text`, one of labels."),
     click.option("--task", "kind", type=_KINDS, help="Take numbers for classes, or to regress on."),
     click.option("--threshold", type=float, help="Make two classes of numbers: above this, or not."),
     click.option("--label", metavar="COLUMN", help="The column of labels, where there are several."),

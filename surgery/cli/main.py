@@ -20,6 +20,7 @@ from surgery.cli.apply import apply
 from surgery.cli.bench import bench
 from surgery.cli.check import check
 from surgery.cli.compare import compare
+from surgery.cli.eval import eval_
 from surgery.cli.explain import explain
 from surgery.cli.export import export
 from surgery.cli.fmt import fmt
@@ -34,6 +35,7 @@ from surgery.cli.report import report
 from surgery.cli.show import show
 from surgery.cli.specs import specs
 from surgery.cli.spectrum import spectrum
+from surgery.cli.train import train
 from surgery.diagnostics import SurgeryError
 from surgery.text import plain
 
@@ -49,6 +51,7 @@ _NO_MEMORY = re.compile(r"allocate memory|out of memory|Storage size calculation
 GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Specs": (check, fmt, specs, show, help),
     "A spec on a model": (modules, explain, plan, apply, merge),
+    "Fine-tuning": (train, eval_),
     "Adapters of PEFT": (import_, export),
     "Measuring": (bench, compare, spectrum, report),
 }

@@ -112,7 +112,8 @@ class Comparison:
     @cached_property
     def _digest(self) -> str:
         """Stands for the texts and labels."""
-        return digest([self.task.texts, self.task.labels, self.task.classes])
+        pairs = [self.task.seconds] if self.task.seconds else []  # runs of single texts keep the digest that they had
+        return digest([self.task.texts, self.task.labels, self.task.classes, *pairs])
 
     @cached_property
     def parts(self) -> tuple[Task, Task, Task]:

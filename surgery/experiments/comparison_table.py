@@ -17,10 +17,13 @@ from surgery.experiments.comparison_files import Run, Steps
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over seeds and its standard error, None for a single seed."""
+    """A mean (over seeds, or over the items of a task) and its standard error, None for a single one."""
 
     value: float
     error: float | None
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:

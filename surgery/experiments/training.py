@@ -7,7 +7,7 @@ the batch that a text is in but for rounding. Needs the extra `train`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,26 +23,41 @@ from surgery.language.tree import Spec, Train
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # as transformers has them
 EVALUATED = 64  # texts at a time where nothing is kept for a backward pass
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How to train: AdamW, its learning rate falling linearly to 0; batches hold texts of like length, in random order.
-    `length` is the number of tokens kept of a text."""
+    """How to train: AdamW for so many epochs, or `steps` if they are given, of `batch` items (`accumulate` batches a
+    step), of like length and in random order. The learning rate rises over `warmup` (a share of the steps; from 1 on,
+    steps) and then falls to 0 as `schedule`, of `SCHEDULES`, says. `length` is the number of tokens
+    kept of a text; `checkpointing` computes activations a second time and holds fewer of them; `bf16` computes in
+    bfloat16 and keeps the parameters as they are."""
 
     lr: float = 1e-3
     epochs: float = 2
     batch: int = 32
     seed: int = 0
     length: int = 128
+    steps: int | None = None
+    accumulate: int = 1
+    schedule: str = "linear"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    checkpointing: bool = False
+    bf16: bool = False
+
+
+def heads(model: PreTrainedModel) -> list[str]:
+    """The modules that stand beside the base model, and are new to it."""
+    first = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    return sorted(first - {model.base_model_prefix}) if model.base_model is not model else []
 
 
 def with_head(spec: Spec, model: PreTrainedModel) -> Spec:
     """The spec with `train "HEAD.**"` for each module that stands beside the base model: a new head must be trained."""
-    first = {name.partition(".")[0] for name, _ in model.named_parameters()}
-    heads = sorted(first - {model.base_model_prefix}) if model.base_model is not model else []
-    asked = tuple(Train(patterns=(Pattern(f"{name}.**"),)) for name in heads)
+    asked = tuple(Train(patterns=(Pattern(f"{name}.**"),)) for name in heads(model))
     return spec.model_copy(update={"train": (*spec.train, *asked)})
 
 
@@ -50,26 +65,49 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Task
           bar: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> None:
     """Train what is not frozen, in place; the model ends in evaluation mode. Raises: SurgeryError (missing-extra)."""
     need("accelerate", "train", "training")
-    from transformers import DataCollatorWithPadding, PrinterCallback, Trainer, TrainingArguments
+    from transformers import DataCollatorWithPadding
 
     model.config.pad_token_id = tokenizer.pad_token_id
     with TemporaryDirectory() as folder:  # the Trainer wants one, though it saves nothing here
-        # Texts of like length in a batch waste little on padding. Where no GPU is, pinned memory only warns.
-        arguments = TrainingArguments(
-            folder, learning_rate=setting.lr, num_train_epochs=setting.epochs, seed=setting.seed,
-            per_device_train_batch_size=setting.batch, train_sampling_strategy="group_by_length", save_strategy="no",
-            report_to="none", logging_steps=50, disable_tqdm=not bar, dataloader_pin_memory=torch.cuda.is_available())
-        texts = encoded(part, tokenizer, setting.length)
-        trainer = Trainer(model, arguments, train_dataset=texts, data_collator=DataCollatorWithPadding(tokenizer),
-                          callbacks=list(callbacks))
-        trainer.remove_callback(PrinterCallback)  # which prints on stdout, where results are
+        trainer = trainer_of(model, encoded(part, tokenizer, setting.length), DataCollatorWithPadding(tokenizer),
+                             arguments(folder, setting, disable_tqdm=not bar), callbacks=list(callbacks))
         trainer.train()
     model.eval()
 
 
+def trainer_of(model: PreTrainedModel, items: Sequence[Any], collator: Any, arguments: Any, kind: Any = None,
+               **more: Any) -> Any:
+    """The Trainer of transformers, or another `kind` of it, that prints nothing by itself."""
+    from transformers import PrinterCallback, Trainer
+
+    trainer = (kind or Trainer)(model, arguments, train_dataset=items, data_collator=collator, **more)
+    trainer.remove_callback(PrinterCallback)  # which prints on stdout, where results are
+    return trainer
+
+
+def arguments(folder: str, setting: Setting, **more: Any) -> Any:
+    """A setting as the Trainer has it; nothing is saved or reported unless `more` says so."""
+    from transformers import TrainingArguments
+
+    # Items of like length in a batch waste little on padding. Where no GPU is, pinned memory only warns.
+    asked = {
+        "learning_rate": setting.lr, "num_train_epochs": setting.epochs, "max_steps": setting.steps or -1,
+        "per_device_train_batch_size": setting.batch, "gradient_accumulation_steps": setting.accumulate,
+        "lr_scheduler_type": SCHEDULES[setting.schedule], "warmup_steps": setting.warmup,
+        "weight_decay": setting.weight_decay, "bf16": setting.bf16, "seed": setting.seed,
+        "use_cpu": not torch.accelerator.is_available(), "train_sampling_strategy": "group_by_length",
+        "save_strategy": "no", "report_to": "none", "logging_steps": 50, "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available()}
+    if setting.checkpointing:  # which has another name from some version on
+        name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+        asked |= {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(folder, **{**asked, **more})
+
+
 def encoded(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
     """What a model is given for each text: its tokens, at most `length`, and its label."""
-    tokens = tokenizer(list(task.texts), truncation=True, max_length=length)
+    texts = (list(task.texts), *([list(task.seconds)] if task.seconds else []))
+    tokens = tokenizer(*texts, truncation=True, max_length=length)
     labels = [int(each) for each in task.labels] if task.classes else task.labels
     return [{**{key: values[i] for key, values in tokens.items()}, "labels": label} for i, label in enumerate(labels)]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
 from os import PathLike
@@ -34,13 +34,17 @@ OTHER_FOLDERS = ("original", "metal", "onnx", "openvino", "coreml")
 
 
 class Trained(Protocol):
-    """An adapter: its tensors by the names of the model's parameters, and the class of the model it was trained on."""
+    """An adapter: its tensors by the names of the model's parameters, the class of the model it was trained on, and the
+    classes that its head tells apart."""
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]: ...
 
     @property
     def model_class(self) -> str | None: ...
+
+    @property
+    def classes(self) -> Sequence[str]: ...
 
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -300,6 +304,9 @@ def _form_of(name: str, saved: Trained, trust: bool) -> tuple[type[PreTrainedMod
         (rows, *rest), (wanted, *others) = forms.get(tensor) or (0,), tuple(value.shape) or (0,)
         if rows == config.num_labels != wanted and rest == others:
             config.num_labels = wanted
+    if len(saved.classes) == config.num_labels:
+        config.update({"id2label": dict(enumerate(saved.classes)),
+                       "label2id": {name: i for i, name in enumerate(saved.classes)}})
     return kind, config
 
 

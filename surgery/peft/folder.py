@@ -80,6 +80,11 @@ class Folder:
         known = self.config.get("auto_mapping") or {}
         return _TASKS.get(self.config.get("task_type") or "") or known.get("base_model_class")
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes of a head, which PEFT does not say."""
+        return ()
+
     def _fault(self, message: str, *helps: str) -> None:
         self.report.error("bad-adapter", f"{self.path}: {message}", helps=helps)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,10 +32,11 @@ MODEL = Kind("a saved model")
 
 
 def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
-         state: Mapping[str, torch.Tensor] | None = None, force: bool = True, **more: Any) -> None:
+         state: Mapping[str, torch.Tensor] | None = None, force: bool = True,
+         files: Mapping[str, str] = MappingProxyType({}), **more: Any) -> None:
     """Write the adapter into `folder`, in the place of one that we wrote there unless `force` is off; `state` where its
-    tensors' values are not the surgeon's own; what else is said of it goes into `meta.json`. The model may be merged or
-    disabled.
+    tensors' values are not the surgeon's own; `files` beside it, their texts by name; what else is said of it goes into
+    `meta.json`. The model may be merged or disabled.
 
     Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
     """
@@ -46,6 +48,8 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
             (new / TENSORS).write_bytes(to_bytes(tensors))
             (new / SPEC).write_text(surgeon.record.text(), encoding="utf-8")
             (new / META).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            for name, text in files.items():
+                (new / name).write_text(text, encoding="utf-8")
 
     on_first(surgeon.part, write)
 

@@ -53,6 +53,15 @@ class _Form(BaseModel):
     dtype: Literal["float16", "bfloat16", "float32", "float64", "int32", "int64"]
 
 
+class _Task(BaseModel):
+    """What an adapter was trained on: the names of the classes that its head tells apart, in the order of its
+    outputs."""
+
+    model_config = ConfigDict(strict=True)
+    kind: Name
+    classes: list[Name] = []
+
+
 class _Meta(BaseModel):
     """`meta.json`: what may stand in the fields that are read."""
 
@@ -64,6 +73,7 @@ class _Meta(BaseModel):
     dtype: Literal["float16", "bfloat16", "float32", "float64"]
     tensors: dict[str, _Form]
     peft: dict[str, Any] | None = None
+    task: _Task | None = None
 
 
 def misfits(kind: type[BaseModel], values: Any) -> list[str]:
@@ -109,6 +119,11 @@ class Saved:
     def model_class(self) -> str | None:
         """The class of the model that it was trained on, where that is said."""
         return self.meta.get("model_class")
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The names of the classes that the head which was trained with it tells apart, where that is said."""
+        return (self.meta.get("task") or {}).get("classes", ())
 
     def _fault(self, message: str, *helps: str) -> None:
         self.report.error("bad-adapter", f"{self.folder}: {message}", helps=helps)

@@ -1,0 +1,199 @@
+"""Fine-tuning: what is trained at which rate, what is saved, how a run goes on, the best checkpoint, and the three forms
+of a model that score the same."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_text import questions, save_causal, save_model, texts
+
+import surgery
+from surgery.experiments import fine_tuning
+from surgery.experiments.fine_tuning import Data, Training, groups
+from surgery.experiments.training import with_head
+from surgery.models.loading import load_with_head
+
+SHORT = Training(lr=1e-2, steps=6, batch=4, every=3, length=64, tokens=4)
+FEW = surgery.parse("""spec few()
+target linear "**.{q_proj,up_proj}", "**.query" { add low_rank(2) post diagonal() }""")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    return {"causal": save_causal(folder / "causal"), "bert": save_model(folder / "bert")}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("data")
+    for seed, name in enumerate(("train", "dev", "test")):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions(24, seed)))
+        rows = [f"{text}\t{'yes' if 'a' in text else 'no'}" for text in texts(24, seed)]
+        (folder / f"{name}.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    return {f"{path.stem}{path.suffix}": str(path) for path in folder.iterdir()}
+
+
+def choices(files: dict[str, str], dev: bool = False) -> Data:
+    return Data(files["train.jsonl"], files["dev.jsonl"] if dev else None, (files["test.jsonl"],))
+
+
+def refusal(*arguments, **options) -> str:
+    with pytest.raises(surgery.SurgeryError) as caught:
+        surgery.train(*arguments, **options)
+    return str(caught.value)
+
+
+def test_a_model_learns_choices_and_scores_the_same_reloaded_and_merged(models, files, tmp_path: Path) -> None:
+    data = Data(files["train.jsonl"], None, (files["train.jsonl"], files["test.jsonl"]))
+    found = surgery.train(FEW, models["causal"], data, tmp_path / "out", setting=replace(SHORT, lr=5e-2, steps=16, every=None))
+    base = surgery.evaluate(models["causal"], files["test.jsonl"], scoring=SHORT.scoring)
+    assert base == found.before[1] and found.steps == 16
+    assert found.after[0].scores["accuracy"].value > found.before[0].scores["accuracy"].value + 0.2
+    saved = surgery.evaluate(tmp_path / "out", files["test.jsonl"], scoring=SHORT.scoring)
+    assert saved == found.after[1]
+    found.surgeon.merge()
+    surgery.save_merged(found.surgeon, tmp_path / "merged", [fine_tuning.tokenizer(models["causal"])])
+    merged = surgery.evaluate(tmp_path / "merged", files["test.jsonl"], scoring=SHORT.scoring)
+    assert merged.scores == found.after[1].scores
+
+
+def test_what_is_saved_says_how_it_was_made(models, files, tmp_path: Path) -> None:
+    from surgery.analysis.page.training_curves import charts, found_state
+    from surgery.experiments.training_record import read, toml, versions
+
+    found = surgery.train(FEW, models["causal"], choices(files), tmp_path / "out",
+                          setting=replace(SHORT, rates={"B": 2e-2}), about={"spec": "few.surg", "set": ["rank=2"]})
+    text = (tmp_path / "out" / "training.toml").read_text()
+    known = ["spec", "model", "data", "eval", "set", "rate", "lr", "prompt", *vars(SHORT)]
+    asked = read(tmp_path / "out" / "training.toml", known)
+    assert asked["rate"] == ["B=0.02"] and asked["steps"] == 6 and asked["set"] == ["rank=2"]
+    assert asked["prompt"] == SHORT.prompt and f'torch = "{versions()["torch"]}"' in text
+    assert files["train.jsonl"] in text.partition("[data_sha256]")[2]
+    assert "loss" in charts(found_state(tmp_path / "out")) and found.loss > 0
+    odd = {"a": 'x"\\\n\x7f é', "b": [1, 2.5e-7, True], "c": None}
+    (tmp_path / "odd.toml").write_text(toml(odd, {}))
+    assert read(tmp_path / "odd.toml", "ab") == {"a": odd["a"], "b": odd["b"]}
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(models, files, tmp_path: Path, monkeypatch) -> None:
+    def run(folder: str, **more):
+        return surgery.train(FEW, models["causal"], choices(files), tmp_path / folder, setting=SHORT, **more)
+
+    whole = run("whole").surgeon.state()
+
+    def stops(self, args, state, control, **more) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tuning.Progress, "on_step_end", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run("half")
+    assert not (tmp_path / "half").exists()
+    with pytest.raises(surgery.SurgeryError, match="holds checkpoints of an earlier run"):
+        run("half")
+    with pytest.raises(surgery.SurgeryError, match="began with other settings: lr"):
+        surgery.train(FEW, models["causal"], choices(files), tmp_path / "half", setting=replace(SHORT, lr=1e-3),
+                      resume=True)
+    resumed = run("half", resume=True).surgeon.state()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    again = run("half", force=True).surgeon.state()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    with pytest.raises(surgery.SurgeryError, match="there is no run to go on with"):
+        run("none", resume=True)
+
+
+def test_the_best_checkpoint_is_the_one_that_is_saved(models, files, tmp_path: Path, monkeypatch) -> None:
+    """The scores on `dev` fall from the second checkpoint on."""
+    values, held, real = iter([0.5, 0.9, 0.4, 0.3, 0.2]), [], fine_tuning.scored
+
+    def scored(model, words, task, *more):
+        found = real(model, words, task, *more)
+        held.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+        return replace(found, scores={"accuracy": replace(found.scores["accuracy"], value=next(values))})
+
+    monkeypatch.setattr(fine_tuning, "scored", scored)
+    data = Data(files["train.jsonl"], files["dev.jsonl"])
+    found = surgery.train(FEW, models["causal"], data, tmp_path / "out",
+                          setting=replace(SHORT, steps=10, every=2, patience=2))
+    assert found.steps == 8 and len(held) == 4  # two without a better one, and it stops
+    state = found.surgeon.state()
+    assert all(torch.equal(state[name], tensor) for name, tensor in held[1].items())
+    assert any(not torch.equal(state[name], tensor) for name, tensor in held[3].items())
+
+
+def test_a_head_is_trained_and_its_classes_are_known_everywhere(models, files, tmp_path: Path) -> None:
+    data = Data(files["train.tsv"], None, (files["test.tsv"],))
+    found = surgery.train(FEW, models["bert"], data, tmp_path / "out", setting=replace(SHORT, every=None))
+    assert set(found.after[0].scores) == {"accuracy", "f1", "matthews"}
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["task"] == {
+        "kind": "classification", "classes": ["no", "yes"]}
+    assert surgery.evaluate(tmp_path / "out", files["test.tsv"], scoring=SHORT.scoring) == found.after[0]
+    # One class alone, and in another order: the head's classes are what counts.
+    rows = [f"{text}\tyes" for text in texts(24, 2) if "a" in text]
+    (tmp_path / "yes.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    alone = surgery.evaluate(tmp_path / "out", tmp_path / "yes.tsv", scoring=SHORT.scoring)
+    from surgery.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main(["merge", str(tmp_path / "out"), "-o", str(tmp_path / "merged")])
+    assert surgery.evaluate(tmp_path / "merged", tmp_path / "yes.tsv", scoring=SHORT.scoring) == alone
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
+    (tmp_path / "yes.tsv").write_text("text\tlabel\na\tmaybe\n")
+    with pytest.raises(surgery.SurgeryError, match="the model does not know: maybe"):
+        surgery.evaluate(tmp_path / "merged", tmp_path / "yes.tsv")
+    with pytest.raises(surgery.SurgeryError, match="a BertModel has no outputs for the task `classification`"):
+        surgery.evaluate(models["bert"], files["test.tsv"])
+
+
+@pytest.mark.parametrize(("name", "rows"), [
+    ("pairs.tsv", "sentence1\tsentence2\tlabel\n" + "".join(f"{t}\t{t[::-1]}\t{i}.5\n" for i, t in enumerate(texts(8)))),
+    ("chat.jsonl", '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n' * 8),
+    ("alpaca.jsonl", '{"instruction": "q", "input": "", "output": "a"}\n' * 8),
+    ("math.jsonl", '{"question": "q", "answer": "1 + 1 #### 2"}\n' * 8),
+    ("plain.txt", "what is the answer\n" * 8),
+])
+def test_every_kind_of_task_trains_and_is_scored(name: str, rows: str, models, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(rows)
+    model = models["bert" if name.endswith("tsv") else "causal"]
+    setting = replace(SHORT, steps=4, every=None, lr=0.1, schedule="cosine", warmup=0.25, weight_decay=0.1, accumulate=2,
+                      checkpointing=True, bf16=name == "chat.jsonl")
+    found = surgery.train(FEW, model, Data(str(tmp_path / name), None, (str(tmp_path / name),)), tmp_path / "out",
+                          setting=setting)
+    (before, after), main = (found.before[0], found.after[0]), next(iter(found.after[0].scores))
+    assert main == {"pairs.tsv": "spearman", "math.jsonl": "exact_match"}.get(name, "perplexity")
+    if main == "perplexity":
+        assert after.scores[main].value < 0.9 * before.scores[main].value
+
+
+def test_a_new_head_and_a_parameter_have_rates_of_their_own(models) -> None:
+    model = load_with_head(models["bert"], 2)
+    surgeon = surgery.apply(model, with_head(surgery.load("lora"), model), check=False)
+    setting = Training(lr=1e-4, head_lr=1e-3, rates={"B": 5e-3}, weight_decay=0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: group["lr"] for group in groups(surgeon, setting) for p in group["params"]}
+    assert len(found) == sum(p.requires_grad for p in model.parameters())
+    for name, rate in found.items():
+        assert rate == (1e-3 if name.startswith("classifier") else 5e-3 if name.endswith(".B") else 1e-4)
+    with pytest.raises(surgery.SurgeryError, match="lr_C"):
+        groups(surgeon, Training(rates={"C": 1.0}))
+
+
+def test_what_is_wrong_is_told_before_anything_is_trained(models, files, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("")
+    assert "is not a saved adapter" in refusal("lora", models["causal"], choices(files), tmp_path / "mine")
+    (tmp_path / "out-checkpoints").mkdir()
+    (tmp_path / "out-checkpoints" / "notes").write_text("")
+    assert "is for checkpoints, and holds notes" in refusal("lora", models["causal"], choices(files), tmp_path / "out",
+                                                            force=True)
+    (tmp_path / "out-checkpoints" / "notes").unlink()
+    assert "a BertModel has no outputs" in refusal("lora", models["bert"], choices(files), tmp_path / "out")
+    missing = Data(files["train.jsonl"], None, ("none.jsonl",))
+    assert "missing-file" in refusal("lora", models["causal"], missing, tmp_path / "out")
+    assert "no-match" in refusal(surgery.parse('target linear "**.nope" { add low_rank() }'), models["causal"],
+                                 choices(files), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
