@@ -69,7 +69,7 @@ def written(model: Any, words: Words, prompts: Sequence[str], special: bool, tok
             max_new_tokens=tokens, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
             pad_token_id=pad, eos_token_id=_ends(model, words))
         for place, row in zip(chosen, made):
-            found[place] = words.decode(row[longest:], skip_special_tokens=True)
+            found[place] = str(words.decode(row[longest:], skip_special_tokens=True))
     return found
 
 

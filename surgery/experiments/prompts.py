@@ -131,7 +131,7 @@ def rendered(words: Words, messages: Conversation, prompt: bool = False) -> str:
     said: Any = [{"role": message.role, "content": message.content} for message in messages]
     try:
         return str(words.apply_chat_template(said, tokenize=False, add_generation_prompt=prompt,
-                                             chat_template=words.chat_template or PLAIN))
+                                             chat_template=None if words.chat_template else PLAIN))
     except Exception as error:  # a template is a program, and raises what it likes for roles that it does not know
         roles = ", ".join(message.role for message in messages)
         raise fail("bad-data", f"the chat template of this model refuses a conversation of {roles or 'nobody'}: "

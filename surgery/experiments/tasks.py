@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from surgery.diagnostics import fail
 from surgery.experiments.data_files import Rows, read_rows
-from surgery.experiments.text_tasks import TEXT, TEXTS, Task, of_rows
+from surgery.experiments.text_tasks import TEXT, TEXTS, Kind, Task, of_rows
 
 GenerativeKind = Literal["choice", "chat", "answer", "language"]
 HEADED, KINDS = ("classification", "regression"), ("classification", "regression", "choice", "chat", "answer",
@@ -85,7 +85,7 @@ def read_task(path: str | PathLike, kind: str | None = None, *, label: str | Non
         raise fail("bad-data", f"{rows.file} has not the columns of {f'the task `{kind}`' if kind else 'any task'}: "
                    f"it has {', '.join(rows.columns)}", notes=tuple(_needed(kind)))
     if form is None:
-        return of_rows(rows, kind if kind in HEADED else None, threshold, label, classes)
+        return of_rows(rows, cast(Kind, kind) if kind in HEADED else None, threshold, label, classes)
     return Generative(rows.file.stem, form.kind, tuple(form.read(rows)))
 
 

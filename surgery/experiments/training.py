@@ -106,8 +106,7 @@ def arguments(folder: str, setting: Setting, **more: Any) -> Any:
 
 def encoded(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:
     """What a model is given for each text: its tokens, at most `length`, and its label."""
-    texts = (list(task.texts), *([list(task.seconds)] if task.seconds else []))
-    tokens = tokenizer(*texts, truncation=True, max_length=length)
+    tokens = tokenizer(list(task.texts), list(task.seconds) or None, truncation=True, max_length=length)
     labels = [int(each) for each in task.labels] if task.classes else task.labels
     return [{**{key: values[i] for key, values in tokens.items()}, "labels": label} for i, label in enumerate(labels)]
 
