@@ -26,7 +26,7 @@ class Parameters(dict):
         return {name: value for (owner, name), value in self.items() if owner == step}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A spec and its oracle. `claims`: how many claims its formula carries; `shifted`:
     it does not start as the base."""

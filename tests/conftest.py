@@ -40,6 +40,7 @@ def pytest_collection_finish() -> None:
     """What is there before the first test stays to the end: no collection of garbage need look at it again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 10)  # most of what a compiler makes stays or goes at once
 
 
 @pytest.hookimpl(optionalhook=True)

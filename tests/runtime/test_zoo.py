@@ -3,9 +3,12 @@ values and gradients."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import oracle as o
 import pytest
 import torch
+from each import of_each
 from layers import LAYOUTS, LINEARS, Operated, Tower, assert_close, gradients, operated, perturb
 from torch import Tensor, nn
 from zoo import CASES
@@ -16,8 +19,10 @@ from surgery.runtime.surgeon import apply
 
 EXACT = 1e-10
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
-on_every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=str)
-on_linears = pytest.mark.parametrize("layout", LINEARS, ids=str)
+on_every_layout = of_each(layout=LAYOUTS.values())
+on_linears = of_each(layout=LINEARS)
+# For tests that change nothing of it, which run one after the other for a case.
+standing = lru_cache(maxsize=len(LAYOUTS))(operated)
 
 
 def compare(o: Operated, expected: Tensor, x: dict[str, Tensor], leaves: dict[str, Tensor],
@@ -37,7 +42,7 @@ def compare(o: Operated, expected: Tensor, x: dict[str, Tensor], leaves: dict[st
 @on_every_case
 @on_every_layout
 def test_the_layer_is_the_oracles_map(case, layout):
-    op = operated(case, layout)
+    op = standing(case, layout)
     x, leaves = op.input(), op.leaves()
     compare(op, op.oracle(x["x"], leaves), x, leaves)
 
@@ -45,7 +50,7 @@ def test_the_layer_is_the_oracles_map(case, layout):
 @on_every_case
 @on_linears
 def test_the_layer_is_the_dense_formula(case, layout):
-    op = operated(case, layout)
+    op = standing(case, layout)
     x, leaves = op.input(), op.leaves()
     formula = op.adapter.formula
     frozen = {"weight": op.weight, **({"bias": op.bias} if op.bias is not None else {})}
@@ -64,7 +69,7 @@ def test_it_starts_as_the_base_layer(case, layout):
 @on_every_case
 @on_linears
 def test_the_number_of_parameters(case, layout):
-    op = operated(case, layout)
+    op = standing(case, layout)
     trained = sum(p.numel() for p in op.surgeon.parameters())
     assert trained == case.count(*op.weight.shape) == op.surgeon.plan.trainable
 
@@ -72,7 +77,7 @@ def test_the_number_of_parameters(case, layout):
 @on_every_case
 @on_linears
 def test_claims_hold_after_training(case, layout):
-    op = operated(case, layout)
+    op = standing(case, layout)
     leaves = {"weight": op.weight, **op.leaves()}
     assert len(op.adapter.formula.claims) == case.claims
     for claim in op.adapter.formula.claims:

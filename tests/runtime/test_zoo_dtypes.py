@@ -7,15 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from each import of_each
 from functorch.compile import make_boxed_func
 from layers import LAYOUTS, Operated, assert_close, gradients, operated
 from torch._dynamo.backends.common import aot_autograd
 from zoo import CASES
 
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
-on_some_layouts = pytest.mark.parametrize("layout",
-                                          [LAYOUTS[n] for n in ("linear 12x18", "Conv2d 12x18", "Embedding 18x12")],
-                                          ids=str)
 
 # Relative errors of outputs and of gradients, a few roundings of each dtype.
 TOLERANCES = {torch.float32: (5e-6, 1e-4), torch.bfloat16: (2e-2, 6e-2), torch.float16: (3e-3, 1e-2)}
@@ -35,8 +33,7 @@ def compare(op: Operated, y: torch.Tensor, mine: dict[str, torch.Tensor], tolera
 
 
 @on_every_case
-@on_some_layouts
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda d: str(d).removeprefix("torch."))
+@of_each(layout=[LAYOUTS[n] for n in ("linear 12x18", "Conv2d 12x18", "Embedding 18x12")], dtype=TOLERANCES)
 def test_a_narrow_weight_with_a_float32_adapter(case, layout, dtype):
     op = operated(case, layout, dtype, adapter=torch.float32)
     mine = op.input()

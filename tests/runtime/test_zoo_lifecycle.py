@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from case import Parameters
+from each import of_each
 from layers import LAYOUTS, Tower, assert_close, gradients, operated, perturb
 from torch import nn
 from zoo import CASES
@@ -20,7 +21,7 @@ from surgery.runtime.surgeon import apply
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
-on_every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=str)
+on_every_layout = of_each(layout=LAYOUTS.values())
 
 
 @on_every_case
