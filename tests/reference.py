@@ -19,7 +19,7 @@ import numpy as np
 
 STANDARD = (Path(__file__).parent.parent / "specs" / "std.surg").read_text(encoding="utf-8")
 TOKEN = re.compile(r"""\s+|\#[^\n]*|(?P<number>\d+(?:_\d+)*(?:\.\d+)?(?:[eE][+-]?\d+|%)?)|(?P<string>"[^"]*")
-    |(?P<turn>\.T\b)|(?P<name>[A-Za-z_]\w*)|(?P<sign><=|>=|==|!=|[-+*/@()\[\]{}=,:~<>])""", re.VERBOSE)
+    |(?P<turn>\.T\b)|(?P<name>[A-Za-z_]\w*)|(?P<sign><=|>=|==|!=|\.\.|[-+*/@()\[\]{}=,:~<>])""", re.VERBOSE)
 LEVELS = (("or",), ("and",), ("<=", ">=", "==", "!=", "<", ">"), ("+", "-"), ("*", "/", "@"))  # loosest first
 
 
@@ -130,8 +130,19 @@ class Parser:
     def target(self) -> None:
         while self.take() != "{":
             pass
-        steps: list[Step] = []
+        self.targets.append(self.steps())
+
+    def steps(self) -> list:
+        """Up to the end of a block; a repetition is (variable, first, end, steps)."""
+        steps: list = []
         while not self.if_next("}"):
+            if self.if_next("for"):
+                name = self.take()
+                self.take("in")
+                first = self.expression()
+                self.take(".."), (end := self.expression()), self.take("{")
+                steps.append((name, first, end, self.steps()))
+                continue
             steps.append(Step(self.take("pre", "add", "post"), self.expression()))
             while self.peek() in ("on", "with", "dropout"):
                 if (word := self.take()) == "on":
@@ -140,7 +151,7 @@ class Parser:
                     steps[-1].with_bias = bool(self.take("bias"))
                 else:
                     self.atom()
-        self.targets.append(steps)
+        return steps
 
     def expression(self, level: int = 0) -> tuple:
         if level == 0 and self.if_next("if"):
@@ -298,6 +309,14 @@ def divisor(n, most=None):
     return max(d for d in range(1, n + 1) if n % d == 0 and (d * d <= n if most is None else d <= most))
 
 
+def power(a, b):
+    return whole(Fraction(a) ** b) if isinstance(a, (int, Fraction)) and isinstance(b, int) else float(a) ** float(b)
+
+
+def log2(x):
+    return next((k for k in range(64) if 2**k == x), math.log2(x))
+
+
 def is_tensor(x: Any) -> bool:
     return isinstance(x, np.ndarray)
 
@@ -308,6 +327,7 @@ OPERATORS = {"+": lambda a, b: whole(a + b), "-": lambda a, b: whole(a - b), "*"
              "and": lambda a, b: a and b, "or": lambda a, b: a or b}
 FUNCTIONS = {
     "I": np.eye, "ones": lambda *sizes: np.ones(sizes), "floor": math.floor, "divisor": divisor,
+    "log2": log2, "pow": power,
     "min": on_numbers(min, np.minimum), "max": on_numbers(max, np.maximum), "abs": on_numbers(abs, np.abs),
     **{name: on_numbers(getattr(math, name), getattr(np, name)) for name in ("exp", "cos", "sin", "sqrt", "tanh")},
     "sigmoid": on_numbers(lambda x: 1 / (1 + math.exp(-x)), lambda a: 1 / (1 + np.exp(-a))),
@@ -346,19 +366,20 @@ class Reading:
     def operated(self, weight, bias, tensors, target: int = 0, place=None, starts=None) -> tuple:
         """(W', b') of a matrix and a bias (or None) by a target's steps; `tensors` by key, `place` the layer and the
         depth. What parameters start at is put into `starts`."""
-        steps, names = self.targets[target], []
-        for step in steps:
+        sizes = dict(zip(("out", "in"), weight.shape))
+        names, around = [], {**self.settings, **sizes, **(place or {})}
+        steps = list(self.written_out(self.targets[target], around))
+        for step, _ in steps:
             base = f"{step.placement}_{step.call[1]}"
             seen = sum(name == base or re.fullmatch(rf"{base}_\d+", name) is not None for name in names)
             names.append(f"{base}_{seen + 1}" if seen else base)
-        sizes = dict(zip(("out", "in"), weight.shape))
         x, b, added = weight, bias, 0.0
         for placement in ("pre", "add", "post"):
-            for step, name in zip(steps, names):
+            for (step, variables), name in zip(steps, names):
                 definition = self.definitions[step.call[1]]
                 if step.placement != placement or definition.on_bias and bias is None:
                     continue
-                arguments = self.arguments(definition, step.call[2], {**self.settings, **sizes, **(place or {})})
+                arguments = self.arguments(definition, step.call[2], {**around, **variables})
                 scope = {**arguments, **sizes, "W": weight if placement == "add" else x}
                 scope |= {definition.side: sizes[step.side]} if definition.side else {}
                 scope |= {"b": bias} if definition.on_bias else {}
@@ -370,6 +391,16 @@ class Reading:
                     b = made @ b if step.with_bias and b is not None else b
             x = x + added if placement == "add" else x
         return x, b
+
+    def written_out(self, steps: list, scope: dict, variables: dict | None = None):
+        """Each step with the variables around it."""
+        for step in steps:
+            if isinstance(step, Step):
+                yield step, variables or {}
+            else:
+                name, first, end, inner = step
+                for i in range(self.value(first, scope), self.value(end, scope)):
+                    yield from self.written_out(inner, {**scope, name: i}, {**(variables or {}), name: i})
 
     def arguments(self, definition: Definition, given: list, scope: dict) -> dict:
         names = [name for name, _ in definition.params]

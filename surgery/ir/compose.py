@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from surgery.ir.expression import Expr, Formula, Part, substituted, without_dropout
+from surgery.ir.expression import Expr, Formula, substituted, without_dropout
 from surgery.ir.table import constant, make
 
 
@@ -20,7 +20,7 @@ def _mapped(formula: Formula, table: Mapping[Expr, Expr]) -> Formula:
     leaves = tuple(replace(leaf, key=getattr(table.get(leaf.expr), "data", leaf.key), init=leaf.init and put(leaf.init))
                    for leaf in formula.leaves)
     claims = tuple(replace(claim, expr=put(claim.expr)) for claim in formula.claims)
-    parts = tuple(Part(part.index, put(part.expr), put(part.operand)) for part in formula.parts)
+    parts = tuple(replace(part, expr=put(part.expr), operand=put(part.operand)) for part in formula.parts)
     return Formula(put(formula.weight), put(formula.bias), leaves, claims, parts)
 
 
@@ -39,9 +39,8 @@ def stacked(first: Formula, second: Formula) -> Formula:
     """
     weight, bias = without_dropout(first.weight), without_dropout(first.bias)
     over = _mapped(second, {_leaf("weight", first): weight, _leaf("bias", first): bias})
-    shifted = tuple(replace(part, index=part.index + len(first.parts)) for part in over.parts)
-    below = tuple(replace(part, index=i, expr=without_dropout(part.expr)) for i, part in enumerate(first.parts))
-    return Formula(over.weight, over.bias, first.leaves + over.leaves, first.claims + over.claims, below + shifted)
+    below = tuple(replace(part, expr=without_dropout(part.expr)) for part in first.parts)
+    return Formula(over.weight, over.bias, first.leaves + over.leaves, first.claims + over.claims, below + over.parts)
 
 
 def mixed(shares: Mapping[Formula, float]) -> Formula:
@@ -49,10 +48,10 @@ def mixed(shares: Mapping[Formula, float]) -> Formula:
     (first, *_), parts = shares, [(share, part) for formula, share in shares.items() for part in formula.parts]
     sums = {1: _leaf("bias", first), 2: _leaf("weight", first)}  # by rank: what is added to a bias is a vector
     composed = []
-    for i, (share, part) in enumerate(parts):
+    for share, part in parts:
         update = part.expr if share == 1 else make("mul", constant(float(share)), part.expr)
         sums[len(update.shape)] = make("add", sums[len(update.shape)], update)
-        composed.append(Part(i, update, part.operand))
+        composed.append(replace(part, expr=update))
     return Formula(sums[2], sums[1], tuple(leaf for formula in shares for leaf in formula.leaves),
                    tuple(claim for formula in shares for claim in formula.claims), tuple(composed))
 

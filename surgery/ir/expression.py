@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -175,12 +175,13 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Part:
-    """What the step number `index` of a target returned (under `drop` if it says dropout),
-    and the operand that it calls `W`."""
+    """What a step of a target returned (under `drop` if it says dropout), and the operand that it calls `W`. `step` is
+    its node in the tree of the spec; `times` says how often it stands there, where no size has decided that."""
 
-    index: int
+    step: Any = field(compare=False)
     expr: Expr
     operand: Expr
+    times: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

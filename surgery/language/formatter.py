@@ -153,9 +153,24 @@ def _target(node: tree.Target) -> list[Line]:
     words += _listed(node.selectors)
     words += ["except", *_listed(node.exclude)] if node.exclude else []
     words += [*["shifted"] * node.shifted, *["untie"] * node.untie, "{"]
-    width = max(len(step.placement) for step in node.steps)
-    steps = [line for step in node.steps for line in _plain(step.trivia, [step_text(step, width)], 1)]
-    return _statement(node.trivia, _wrapped(words), steps)
+    return _statement(node.trivia, _wrapped(words), _steps(node.steps, 1))
+
+
+def _steps(steps: Iterable[tree.Step | tree.Repeat], level: int) -> list[Line]:
+    """The lines of a block of steps, the placements of those that stand side by side in one column."""
+    width = max((len(step.placement) for step in steps if isinstance(step, tree.Step)), default=0)
+    lines: list[Line] = []
+    for each in steps:
+        if isinstance(each, tree.Repeat):
+            lines += _statement(each.trivia, [(f"{repeat_text(each)} {{", "")], _steps(each.steps, level + 1), level)
+        else:
+            lines += _plain(each.trivia, [step_text(each, width)], level)
+    return lines
+
+
+def repeat_text(node: tree.Repeat) -> str:
+    """`for i in 0..count`."""
+    return f"for {node.name} in {expression_text(node.first)}..{expression_text(node.end)}"
 
 
 def step_text(step: tree.Step, width: int = 0) -> str:

@@ -22,7 +22,7 @@ from surgery.language import resources
 from surgery.language.formatter import step_text
 from surgery.language.other_languages import instead_of_argument
 from surgery.language.parser import parse_expression, parse_text
-from surgery.language.tree import Argument, Definition, Pattern, Reference, Select, Spec, as_expression
+from surgery.language.tree import Argument, Definition, Pattern, Reference, Select, Spec, as_expression, every_step
 from surgery.language.unsupported_methods import refusal
 
 PRELUDE = "std"
@@ -65,7 +65,7 @@ def instead_of_step(name: str) -> tuple[str, ...]:
     if name not in shipped():
         return ()
     spec = read(shipped()[name])
-    steps = dict.fromkeys(step for target in spec.targets for step in target.steps)
+    steps = dict.fromkeys(step for target in spec.targets for step in every_step(target.steps))
     if not steps:
         return (f"`{name}` is a spec that ships, and has no step that could be placed",)
     instead = f"`{name}` is a spec, which has targets of its own; write its steps: " + ", ".join(

@@ -16,7 +16,7 @@ _STACK = ("`stacked(A, B)` puts the rows of B below those of A; a stack of matri
           "more: `param A[blocks, m, n] = 0`")
 _ZEROS = "a parameter of zeros is `param A[out, in] = 0`; in an expression, write `0 * ones(m, n)`"
 _IDENTITY = "the identity is `I(n)`"
-_POWER = "a power is a product, `x * x`, or `sqrt(x)`; e^x is `exp(x)`"
+_POWER = "a power is a product, `x * x`, or `sqrt(x)`; e^x is `exp(x)`; of known numbers, `pow(2, i)`"
 _TRANSPOSE = "the transpose is `A.T`"
 _SUM = "the sum over each row is `A @ ones(n)`, n the number of columns; √Σ a² is `norm(A)`"
 _MEAN = "the mean over each row is `A @ ones(n) / n`, n the number of columns"
@@ -24,7 +24,8 @@ _PRODUCT = "the product of matrices is `A @ B`"
 _INVERSE = "write `inverse(A)`; of an orthogonal matrix it is `A.T`"
 _RANDOM = "what is random is a parameter: `param A[m, n] ~ normal(std = 0.02)`, `frozen param` if it is not trained"
 _DRAWN_ZEROS = "a value that is not drawn stands after `=`: `param A[m, n] = 0`"
-_LOOP = "there is no loop: write out each step, or give a parameter an axis more, `param A[blocks, m, n] = 0`"
+_LOOP = ("`for i in 0..count { pre turns(i) }` repeats steps of a target; in a definition, give a parameter an axis "
+         "more: `param A[blocks, m, n] = 0`")
 _CONDITION = "write `if condition then a else b`"
 _SELECTED = "write `rows(A, range(i, j))` or `columns(A, range(i, j))`"
 _NO_FUNCTION = "there is no function of that kind; `docs/language.md` lists what can be called"
@@ -41,8 +42,8 @@ _NAMES: dict[str, str] = {
     "transpose": _TRANSPOSE, "t": _TRANSPOSE, "permute": _TRANSPOSE, "swapaxes": _TRANSPOSE,
     "sum": _SUM, "mean": _MEAN, "trace": "there is no trace; " + _SUM, "len": "sizes are `out`, `in` and parameters",
     "clip": "write `clamp(x, low, high)`", "minimum": "write `min(a, b)`", "maximum": "write `max(a, b)`",
-    "pow": _POWER, "power": _POWER, "square": "write `x * x`",
-    "log": "there is no logarithm; the inverse, e^x, is `exp`",
+    "power": _POWER, "square": "write `x * x`",
+    "log": "of known numbers, write `log2(n)`; of tensors there is none: the inverse, e^x, is `exp`",
     "sgn": "write `sign(x)`", "det": "there is no determinant",
     "inv": _INVERSE, "pinv": _INVERSE,
     "svd": "its parts are `left_singular(A, k)`, `singular(A, k)` and `right_singular(A, k)`",

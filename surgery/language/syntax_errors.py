@@ -31,7 +31,8 @@ OPERATORS = {"PLUS", "MINUS", "TIMES", "COMPARE", "AND", "OR", "_TRANSPOSE"}
 PLAIN = {"NAME": "a name", "STRING": "a \"string\"", "NUMBER": "a number",
          "TYPE": "a type (`int`, `float`, `bool` or `str`)",
          "LBRACE": "`{`", "RBRACE": "`}`", "LPAR": "`(`", "RPAR": "`)`", "LSQB": "`[`", "RSQB": "`]`", "COMMA": "`,`",
-         "COLON": "`:`", "EQUAL": "`=`", "TILDE": "`~`", "OPERATOR": "an operator", "$END": "the end of the text"}
+         "COLON": "`:`", "_UP_TO": "`..`",
+         "EQUAL": "`=`", "TILDE": "`~`", "OPERATOR": "an operator", "$END": "the end of the text"}
 BRACKETS = {"LBRACE": "RBRACE", "LPAR": "RPAR", "LSQB": "RSQB"}
 
 
@@ -87,7 +88,7 @@ class Stop:
     def is_forgotten(self) -> bool:
         """Whether something is missing before `bad`, which then begins or ends something else; where `bad` is a word or
         a sign that means nothing there, it is the mistake itself."""
-        means_nothing = self.bad.type in ("NAME", "TIMES", "PLUS", "EQUAL")
+        means_nothing = self.bad.type in ("NAME", "_FOR", "TIMES", "PLUS", "EQUAL")
         return self.at_end or "NUMBER" in self.accepted or (self.on_another_line and not means_nothing)
 
     @property
@@ -128,7 +129,7 @@ def _hint(stop: Stop) -> str:
     # The most particular first: what a statement of another kind would be, then lists, then single signs.
     if bad.type == "NAME" and "PLACEMENT" in stop.accepted and rest.lstrip().startswith("("):
         return f"say where it acts: `add {bad}(...)`, or `pre` or `post` for a transform"
-    if bad.type == "NAME" and stop.accepted & {"_TARGET", "_LET"}:
+    if bad.type in ("NAME", "_FOR") and stop.accepted & {"_TARGET", "_LET"}:
         return instead_of_statement(str(bad), rest, in_file="_TARGET" in stop.accepted)
     if last == "_TARGET" and bad.type == "LSQB":
         return "patterns stand without brackets: `target \"**.q_proj\", \"**.v_proj\" { ... }`"

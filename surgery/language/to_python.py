@@ -17,6 +17,7 @@ from surgery.language.tree import (
     Node,
     Number,
     Parameter,
+    Repeat,
     Spec,
     Step,
     Target,
@@ -83,6 +84,8 @@ def _node(node: Node, depth: int, used: set[str]) -> str:
         parts = [_code(v, depth + 1, used) for v in (node.name, node.type, node.default) if v is not None]
     if isinstance(node, Spec) and node.name is not None:
         parts[0] = _quoted(node.name)
+    if isinstance(node, Repeat):
+        parts = [_code(v, depth + 1, used) for v in (node.name, node.first, node.end, *node.steps)]
     if isinstance(node, Target):
         places = [*node.selectors, *node.steps]
         kept = {n: v for n, v in _fields(node).items() if n not in ("selectors", "steps")}

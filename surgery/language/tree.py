@@ -8,13 +8,15 @@ its `doc`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     model_serializer,
     model_validator,
 )
@@ -59,6 +61,7 @@ __all__ = [
     "Parameter",
     "Pattern",
     "Reference",
+    "Repeat",
     "Select",
     "Spec",
     "Step",
@@ -236,6 +239,37 @@ class Step(Node):
     dropout: Expr | None = None
 
 
+def _kind_of_step(value: Any) -> str:
+    """For pydantic: what names a variable is a repetition, anything else is read as a step."""
+    return "for" if isinstance(value, Repeat) or isinstance(value, dict) and "name" in value else ""
+
+
+AnyStep = Annotated[Annotated[Step, Tag("")] | Annotated["Repeat", Tag("for")], Discriminator(_kind_of_step)]
+
+
+class Repeat(Node):
+    """`for i in 0..count { steps }`: the steps once for each whole number from `first` up to `end`, without `end`.
+
+    In Python: `Repeat("i", 0, "count", pre("turns", "i"))`.
+    """
+
+    name: str
+    first: Expr
+    end: Expr
+    steps: Many[AnyStep] = ()
+
+    @_by_fields
+    def __init__(self, *parts: Any, **fields: Any):
+        super().__init__(**dict(zip(("name", "first", "end"), parts)), **({"steps": parts[3:]} if parts[3:] else {}),
+                         **fields)
+
+
+def every_step(steps: Iterable[Step | Repeat]) -> Iterator[Step]:
+    """The steps as they are written, each once, those that are repeated too."""
+    for each in steps:
+        yield from every_step(each.steps) if isinstance(each, Repeat) else (each,)
+
+
 def _call(definition: str, values: tuple[Any, ...], named: dict[str, Any]) -> Call:
     pairs = [*((None, value) for value in values), *named.items()]
     return Call(definition, tuple(Argument(name, as_expression(value)) for name, value in pairs))
@@ -283,13 +317,13 @@ class Target(Node):
     override: bool = False
     shifted: bool = False
     untie: bool = False
-    steps: Many[Step] = ()
+    steps: Many[AnyStep] = ()
 
     @_by_fields
-    def __init__(self, *parts: str | Pattern | Reference | Step, **fields: Any):
+    def __init__(self, *parts: str | Pattern | Reference | Step | Repeat, **fields: Any):
         # told apart by their type, so that a target is written in Python in the order in which it stands in a spec
-        steps = tuple(p for p in parts if isinstance(p, Step))
-        selectors = tuple(p for p in parts if not isinstance(p, Step))
+        steps = tuple(p for p in parts if isinstance(p, (Step, Repeat)))
+        selectors = tuple(p for p in parts if not isinstance(p, (Step, Repeat)))
         super().__init__(**({"selectors": selectors} if selectors else {}), **({"steps": steps} if steps else {}),
                          **fields)
 

@@ -162,7 +162,7 @@ class Builder:
     # ----------------------------------------------------------------------------------------------- targets
 
     def target(self, span: Span, override: Token | None, kind: dict | None, selectors: tuple | None,
-               exclude: tuple | None, flags: dict | None, *steps: tree.Step) -> tree.Target:
+               exclude: tuple | None, flags: dict | None, *steps: tree.Step | tree.Repeat) -> tree.Target:
         return tree.Target(override=override is not None, **(kind or {}), selectors=selectors or (),
                            exclude=exclude or (),
                            **(flags or {}), steps=steps, **self._place(span))
@@ -171,6 +171,10 @@ class Builder:
 
     def kind(self, span: Span, kind: Token, ancestor: Token | None) -> dict[str, str | None]:
         return {"kind": str(kind), "ancestor": ancestor and str(ancestor)}
+
+    def repeat(self, span: Span, name: Token, first: tree.Expression, end: tree.Expression,
+               *steps: tree.Step | tree.Repeat) -> tree.Repeat:
+        return tree.Repeat(name=str(name), first=first, end=end, steps=steps, **self._place(span, name))
 
     def step(self, span: Span, placement: Token, call: tree.Call, *clauses: tuple) -> tree.Step:
         fields: dict[str, Any] = {"placement": str(placement)}

@@ -16,6 +16,7 @@ from surgery.language.grammar import KEYWORDS, WORDS, is_name
 
 LANGUAGE = 1  # the version of the language that this is
 MAX_DEPTH = 100
+MAX_REPEATS = 8  # one inside the other
 MAX_INT = 2**63 - 1
 
 #: What may follow the call of a step.
@@ -100,10 +101,24 @@ def _step(report: Collector, step: tree.Step) -> None:
         check_clause(report, step.placement, clause, step.span)
 
 
+def _repeat(report: Collector, repeat: tree.Repeat) -> None:
+    _has_steps(report, "a `for`", repeat)
+    _name(report, repeat.name, repeat.name_span)
+    inside, depth = [*repeat.steps], 0
+    while inside := [step for each in inside if isinstance(each, tree.Repeat) for step in each.steps]:
+        depth += 1
+    if depth == MAX_REPEATS:
+        report.error("syntax", f"`for` stands inside `for` more than {MAX_REPEATS} times", repeat.span)
+
+
+def _has_steps(report: Collector, what: str, node: tree.Target | tree.Repeat) -> None:
+    if not node.steps:
+        report.error("syntax", f"{what} needs at least one step", node.span,
+                    helps=("write `pre`, `add` or `post` between the braces",))
+
+
 def _target(report: Collector, target: tree.Target) -> None:
-    if not target.steps:
-        report.error("syntax", "a target needs at least one step", target.span,
-                     helps=("write `pre`, `add` or `post` between the braces",))
+    _has_steps(report, "a target", target)
     _name(report, target.ancestor, target.span)
     _selectors(report, target.selectors + target.exclude)
 
@@ -225,7 +240,8 @@ def _call(report: Collector, call: tree.Call) -> None:
 RULES: dict[type, tuple] = {
     tree.Spec: (_spec,), tree.Parameter: (_named,), tree.Use: (_use,), tree.Select: (_select,), tree.Train: (_train,),
     tree.Definition: (_definition,), tree.Param: (_param,), tree.Let: (_named,), tree.Target: (_target,),
-    tree.Step: (_step,), tree.Call: (_call,), tree.Name: (_id,), tree.Number: (_number,), tree.String: (_string,),
+    tree.Step: (_step,), tree.Repeat: (_repeat,),
+    tree.Call: (_call,), tree.Name: (_id,), tree.Number: (_number,), tree.String: (_string,),
     tree.Matrix: (_matrix,),
 }
 

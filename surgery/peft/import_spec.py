@@ -7,13 +7,13 @@ those modules; what most modules have stands in the spec's signature, and a targ
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
-from surgery.language.expressions import Expression, Name, Number
+from surgery.language.expressions import Expression, Number
 from surgery.language.library import inlined
-from surgery.language.tree import Argument, Call, Pattern, Spec, Target, Train
+from surgery.language.tree import Pattern, Repeat, Spec, Step, Target, Train
 from surgery.matching.patterns_from_names import patterns
+from surgery.semantics.repetition import with_values
 
 Values = Mapping[str, Expression]
 
@@ -56,23 +56,13 @@ def _trains(names: Iterable[str]) -> tuple[Train, ...]:
 def _target(group: Group, lead: Group) -> Target:
     """The group's target: a parameter that has another value here than in the signature is written out."""
     here = {name: value for name, value in group.values.items() if lead.values.get(name) != value}
-    steps = []
-    for step in group.spec.targets[0].steps:
-        dropout = step.dropout and _put(step.dropout, here)
-        # `dropout(0)` says nothing, and would stand in every imported spec
-        is_none = isinstance(dropout, Number) and dropout.value == 0
-        changed = {"call": _put(step.call, here), "dropout": None if is_none else dropout}
-        steps.append(step.model_copy(update=changed))
+    # `dropout(0)` says nothing, and would stand in every imported spec
+    steps = tuple(_without_no_dropout(step) for step in with_values(group.spec.targets[0].steps, here))
     kind = next(iter(group.kinds)) if len(group.kinds) == 1 else "any"
     return Target(*map(Pattern, patterns(group.names)), *steps, kind=kind, untie=group.untie)
 
 
-def _put(node: Any, values: Values) -> Any:
-    """An expression with values in the place of names."""
-    if isinstance(node, Name):
-        return values.get(node.id, node)
-    if isinstance(node, tuple):
-        return tuple(_put(each, values) for each in node)
-    if not isinstance(node, (Expression, Argument, Call)):
-        return node
-    return replace(node, **{f.name: _put(getattr(node, f.name), values) for f in fields(node) if f.compare})
+def _without_no_dropout(step: Step | Repeat) -> Step | Repeat:
+    """The step without a dropout of 0."""
+    none = isinstance(step, Step) and isinstance(step.dropout, Number) and step.dropout.value == 0
+    return step.model_copy(update={"dropout": None}) if none else step

@@ -6,7 +6,7 @@ plan: whoever tries them must prove that they are right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from surgery.diagnostics import Collector, SurgeryError
@@ -15,7 +15,8 @@ from surgery.language.library import Library, library
 from surgery.language.tree import Call, Spec, Step, Target
 from surgery.planning.compile import Placed
 from surgery.semantics.evaluate import evaluate, names_in
-from surgery.semantics.resolved_spec import spec_values
+from surgery.semantics.repetition import written_out
+from surgery.semantics.resolved_spec import PLACES, spec_values
 
 Pairs = Iterator[tuple[str, Expression]]
 _NO_DROPOUT = Number(0)
@@ -23,40 +24,44 @@ _NO_DROPOUT = Number(0)
 
 def proposals(row: Spec, spec: Spec, placed: Placed) -> Iterator[dict[str, Any]]:
     """Values for the row's parameters: for each of its targets with the same steps, what stands in their places."""
-    values = spec_values(spec, Collector()) | {"layer": placed.site.layer, "depth": placed.site.depth}
+    sizes = {"out": placed.site.out, "in": placed.site.in_}
+    place = {name: value for name in PLACES if (value := getattr(placed.site, name)) is not None}
+    values = {**sizes, **place, **spec_values(spec, Collector())}
     names, start = {p.name for p in row.params}, spec_values(row, Collector())
-    mine, theirs = library(row), library(spec)
+    mine, theirs, given = library(row), library(spec), _ordered(placed.target, values)
     for target in row.targets:
-        if _named(target) != _named(placed.target):
+        steps = _ordered(target, {**start, **sizes})
+        if _named(steps) != _named(given):
             continue
         proposed: dict[str, Any] = {}
-        for name, expression in _pairs(target, mine, placed.target, theirs):
+        for name, expression in _pairs(steps, mine, given, theirs):
             if name in names:
                 try:
                     proposed[name] = evaluate(expression, values)
                 except SurgeryError:  # as where it depends on a side of the weight: the proof will fail
                     proposed[name] = None
         # A parameter that stands in the steps must have come from them; any other keeps its default.
-        if proposed.keys() >= names & names_in(target).keys():
+        if proposed.keys() >= {name for step in steps for name in names_in(step) if name in names}:
             yield start | proposed
 
 
-def _named(target: Target) -> list[tuple[str, str]]:
-    return [(step.placement, step.call.function) for step in _ordered(target)]
+def _named(steps: Sequence[Step]) -> list[tuple[str, str]]:
+    return [(step.placement, step.call.function) for step in steps]
 
 
-def _ordered(target: Target) -> list[Step]:
-    """The steps in the order in which they act."""
-    return [step for placement in ("pre", "add", "post") for step in target.steps if step.placement == placement]
+def _ordered(target: Target, values: Mapping[str, Any]) -> list[Step]:
+    """The steps in the order in which they act, each as often as it does."""
+    steps = [each.step for each in written_out(target.steps, values, Collector())]
+    return [step for placement in ("pre", "add", "post") for step in steps if step.placement == placement]
 
 
-def _pairs(row: Target, mine: Library, target: Target, theirs: Library) -> Pairs:
+def _pairs(row: Sequence[Step], mine: Library, given: Sequence[Step], theirs: Library) -> Pairs:
     """The names of the row, each with what stands there in the target."""
-    for ours, other in zip(_ordered(row), _ordered(target)):
-        given = _arguments(other.call, theirs)
+    for ours, other in zip(row, given):
+        said = _arguments(other.call, theirs)
         for formal, expression in _arguments(ours.call, mine).items():
-            if formal in given:
-                yield from _under(expression, given[formal])
+            if formal in said:
+                yield from _under(expression, said[formal])
         yield from _under(ours.dropout or _NO_DROPOUT, other.dropout or _NO_DROPOUT)
 
 

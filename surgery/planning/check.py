@@ -19,7 +19,7 @@ from surgery.codegen.validate import program_faults, step_faults
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.language.expressions import Argument, Call, as_expression
 from surgery.language.library import load
-from surgery.language.tree import Spec, Step, Target
+from surgery.language.tree import Spec, Step, Target, every_step
 from surgery.matching.selectors import selector_faults
 from surgery.planning.cost_estimates import Estimate, fallback
 from surgery.planning.trial_sizes import Trial, first_that_fits, numbers_named, places_of, sizes_to_try, trials_of
@@ -117,7 +117,7 @@ def _miscompiled(trial: Trial) -> Iterator[Diagnostic]:
 
 def _unplaced(spec: Spec) -> Iterator[Target]:
     """A target for each definition with a claim that no target of the spec uses, so that the claim is tried as well."""
-    placed = {step.call.function for target in spec.targets for step in target.steps}
+    placed = {step.call.function for target in spec.targets for step in every_step(target.steps)}
     for definition in spec.definitions:
         if definition.claims and definition.name not in placed:
             # what has no default gets some value of its type: a claim must hold for every one

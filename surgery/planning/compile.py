@@ -22,7 +22,7 @@ from surgery.diagnostics import Collector, Diagnostic, fail
 from surgery.ir.expression import Formula, Leaf
 from surgery.ir.sizes import known
 from surgery.language.library import Library, load
-from surgery.language.tree import Spec, Target
+from surgery.language.tree import Spec, Target, every_step
 from surgery.layers.survey import Site
 from surgery.matching.selection import Selection, select
 from surgery.planning.figures import Report
@@ -140,10 +140,11 @@ def _unbiased(spec: Spec, scope: Library, taken: list[tuple[Site, int]]) -> Iter
     for index, target in enumerate(spec.targets):
         sites = [site for site, owner in taken if owner == index]
         without = [site for site in sites if not site.has_bias]
-        shifts = [step for step in target.steps if scope.definitions[step.call.function].bias]
+        steps = [*every_step(target.steps)]
+        shifts = [step for step in steps if scope.definitions[step.call.function].bias]
         # Some models have a bias in a few layers only, and one pattern may take them all: that is worth a warning. A
         # target of which nothing is left is a mistake.
-        nothing_left = len(without) == len(sites) and len(shifts) == len(target.steps)
+        nothing_left = len(without) == len(sites) and len(shifts) == len(steps)
         for step in shifts if without else ():
             some = f"{len(without)} of the {len(sites)} modules have none ({without[0].name}, ...)"
             yield Diagnostic("no-bias", f"{step.call.function} is added to the bias, and {some}", step.span,

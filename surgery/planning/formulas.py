@@ -32,6 +32,7 @@ class Made:
     step: Step
     expr: Expr
     operand: Expr
+    times: str = ""
 
     @property
     def dropout(self) -> float:
@@ -51,7 +52,7 @@ class Page:
 
     def __init__(self, target: Target, formula: Formula):
         self.formula = formula
-        self.steps = [Made(target.steps[part.index], part.expr, part.operand) for part in formula.parts]
+        self.steps = [Made(part.step, part.expr, part.operand, part.times) for part in formula.parts]
         self.symbols: dict[Expr, str] = {}
         # A short update (`s B A`) says more in the first line than a symbol that stands for it. A transform never
         # stands there in full: the line would no longer show what is multiplied with what.
@@ -113,7 +114,7 @@ class Page:
         readers = {m.operand: f"the W of {_step_text(m.step)}" for m in reversed(self.steps) if self._reads(m)}
         rows = [(f"{self.operand_symbols[o]} = {operands.text(o)}", readers[o]) for o in self.operands]
         rows += [(f"{self.symbols[m.plain]} = {maths.text(m.plain)}",
-                  ", ".join([_step_text(m.step), *self._claims(m)]))
+                  ", ".join([_step_text(m.step), *filter(None, [m.times]), *self._claims(m)]))
                  for m in self.steps if m not in self.written_out]
         rows += [(f"{self.symbols[part]} = {maths.text(part)}", "") for part in reversed(self.parts)]
         rows += map(self._leaf_row, self.formula.leaves)

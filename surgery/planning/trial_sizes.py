@@ -11,12 +11,12 @@ from surgery.diagnostics import Collector
 from surgery.ir.expression import Formula
 from surgery.ir.sizes import known
 from surgery.language.expressions import Number
-from surgery.language.tree import Target
+from surgery.language.tree import Target, every_step
 from surgery.semantics.evaluate import names_in, nodes
 from surgery.semantics.resolved_spec import ResolvedSpec
 
 # Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
-_SIDES = ((96, 64), (192, 128), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))
+_SIDES = ((96, 64), (192, 128), (128, 64), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))
 _LONGEST = 4096
 _MOST_NUMBERS = 2**26
 # Where a module can stand: the first layer and the last one.
@@ -78,6 +78,6 @@ def sizes_to_try(numbers: set[int]) -> list[list[tuple[int, int]]]:
 
 def numbers_named(target: Target, resolved: ResolvedSpec) -> set[int]:
     """The whole numbers that can be a block's size: those of the spec's parameters, the target and its definitions."""
-    named = [resolved.library.definitions[step.call.function] for step in target.steps]
+    named = [resolved.library.definitions[step.call.function] for step in every_step(target.steps)]
     literals = [n.value for part in (target, *named) for n in nodes(part) if isinstance(n, Number)]
     return {n for n in (*resolved.values.values(), *literals) if type(n) is int and n > 1}

@@ -23,7 +23,7 @@ from surgery.diagnostics import did_you_mean, fail
 from surgery.ir.compose import mixed, named, stacked
 from surgery.ir.expression import Formula
 from surgery.language.grammar import is_name
-from surgery.language.tree import Spec, Target
+from surgery.language.tree import Spec, Target, every_step
 from surgery.layers.wrappers import bare
 from surgery.planning.compile import Placed, Plan
 from surgery.runtime.adapter import SharedTensors
@@ -101,7 +101,7 @@ class Surgeries:
         for name, share in shares.items():
             if not isinstance(share, Real) or not isfinite(share):
                 raise fail("bad-value", f"the share of `{name}` must be a finite number, not {share!r}")
-            steps = [step for placed in self._of(name).surgeon.plan.placed for step in placed.target.steps]
+            steps = [step for placed in self._of(name).surgeon.plan.placed for step in every_step(placed.target.steps)]
             if self._of(name).trained or any(step.placement != "add" for step in steps):
                 raise fail("bad-value", f"`{name}` does more than add to weights, so there is no share of it to take",
                            helps=("use() runs surgeries of any kind one after the other",))
@@ -201,7 +201,7 @@ def _placed(site: str, known: Mapping[str, Known], compose: Callable[[dict[str, 
     mine = {name: placed for name, each in known.items() if (placed := each.placed(site)) is not None}
     key = tuple(id(p.target) for p in mine.values())
     if key not in targets:
-        steps = tuple(p.target.steps[part.index] for p in mine.values() for part in p.formula.parts)
+        steps = tuple(part.step for p in mine.values() for part in p.formula.parts)
         targets[key] = Target(*steps, untie=any(p.target.untie for p in mine.values()), shifted=True)
     formula = compose({name: named(p.formula, name) for name, p in mine.items()})
     shared = {f"{name}:{key}": replace(tensor, name=f"{name}:{tensor.name}")

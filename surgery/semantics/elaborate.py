@@ -21,6 +21,7 @@ from surgery.language.tree import Definition, Step, Target
 from surgery.semantics.arguments import bind_call, guard
 from surgery.semantics.definitions import Instance, not_too_deep, told_of_definitions, with_article
 from surgery.semantics.evaluate import evaluate
+from surgery.semantics.repetition import WrittenOut, written_out
 from surgery.semantics.scope import describe, unknown
 
 _KINDS = {"pre": "transform", "post": "transform", "add": "update"}
@@ -42,12 +43,16 @@ def elaborate(target: Target, context: Context, out: Size, in_: Size, report: Co
     to it is left out."""
     before = len(report.errors)
     builder = _Builder(context, out, in_, report, has_bias)
-    names = step_names(target.steps)
+    steps = written_out(target.steps, builder.values, report)
+    if not steps and len(report.errors) == before:
+        report.error("bad-value", "nothing is left of this target: each `for` of it repeats its steps no time",
+                     target.span)
+    names = step_names(each.step for each in steps)
     # W' = post(pre(W) + updates), in whatever order the steps stand; of one placement, in their own order
     for placement in ("pre", "add", "post"):
-        for index, (step, name) in enumerate(zip(target.steps, names)):
-            if step.placement == placement and not builder.is_too_deep:  # which is told once
-                builder.place(index, step, name)
+        for each, name in zip(steps, names):
+            if each.step.placement == placement and not builder.is_too_deep:  # which is told once
+                builder.place(each, name)
     return builder.formula() if len(report.errors) == before else None
 
 
@@ -69,6 +74,7 @@ class _Builder:
     def __init__(self, context: Context, out: Size, in_: Size, report: Collector, has_bias: bool):
         self.context, self.report, self.has_bias = context, report, has_bias
         self.sizes = {"out": out, "in": in_}
+        self.values: Mapping[str, Any] = {**context.values, **self.sizes}
         self.weight = self.x = self.plain = Expr("weight", (), None, (out, in_))
         self.bias = self.frozen_bias = Expr("bias", (), None, (out,))
         self.leaves: list[Leaf] = []
@@ -83,12 +89,12 @@ class _Builder:
     def formula(self) -> Formula:
         return Formula(self.x, self.bias, tuple(self.leaves), tuple(self.claims), tuple(self.parts))
 
-    def place(self, index: int, step: Step, name: str) -> None:
+    def place(self, each: WrittenOut, name: str) -> None:
         """Put a step on top of what stands; what is wrong with it is reported."""
-        rate = 0.0
+        step, rate = each.step, 0.0
         with guard(self.report):  # one of its own, so that a wrong rate hides no mistake in the call
             if step.dropout is not None:
-                p = evaluate(step.dropout, {**self.context.values, **self.sizes})
+                p = evaluate(step.dropout, {**self.values, **each.unknown})
                 if isinstance(p, bool) or not isinstance(p, (int, float, Fraction)):
                     raise fail("wrong-type", f"dropout must be a number, not {describe(p)}", step.dropout.span)
                 if not 0 <= p < 1:
@@ -101,19 +107,20 @@ class _Builder:
                 return
             # An update sees the frozen weight, wherever it stands; a transform sees what stands before it.
             operand = self.weight if step.placement == "add" else self.plain
-            plain = self._instance(step, name, definition, operand)
+            plain = self._instance(each, name, definition, operand)
             if plain is not None:
                 part = plain
                 if rate and step.placement == "add" and not definition.bias:
                     part = Expr("drop", (plain,), (rate, name), plain.shape)
-                self.parts.append(Part(index, part, operand))
+                self.parts.append(Part(step, part, operand, each.times))
                 self._put(step, definition, part, plain)
                 not_too_deep(self.x, step.span)
                 not_too_deep(self.bias, step.span)
 
-    def _instance(self, step: Step, name: str, definition: Definition, operand: Expr) -> Expr | None:
-        before = len(self.report.errors)
-        values = bind_call(step.call, definition, {**self.context.values, **self.sizes}, self.report)
+    def _instance(self, each: WrittenOut, name: str, definition: Definition, operand: Expr) -> Expr | None:
+        before, step = len(self.report.errors), each.step
+        values = bind_call(step.call, definition, {**self.values, **each.unknown}, self.report)
+        values = {name: each.as_one_unknown(value) for name, value in values.items()}
         if len(self.report.errors) > before:
             return None
         side = {definition.dim: self.sizes[step.side]} if definition.dim else {}

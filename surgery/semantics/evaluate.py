@@ -269,7 +269,7 @@ def _at_compile_time(node: tree.Call, names: Mapping[str, Any]) -> Any:
     """A function of compile-time numbers alone."""
     (least, most), read, function = _COMPILE_TIME[node.function]
     if not least <= len(node.arguments) <= most or any(a.name for a in node.arguments):
-        count = f"{least} to {most} numbers" if most > least else "one number"
+        count = f"{least} to {most} numbers" if most > least else "one number" if most == 1 else f"{most} numbers"
         raise fail("missing-argument" if len(node.arguments) < least else "unknown-argument",
                    f"`{node.function}` takes {count} by position", node.span)
     values = [read(evaluate(a.value, names), a.value, names) for a in node.arguments]
@@ -285,6 +285,22 @@ def _divisor(n: int, most: int | None = None) -> int:
     limit = math.isqrt(n) if most is None else most
     pairs = ((d, n // d) for d in range(1, math.isqrt(n) + 1) if n % d == 0)
     return max(d for pair in pairs for d in pair if d <= limit)
+
+
+def _log2(x: int | float | Fraction) -> int | float:
+    """Exact for a power of two. Raises: ValueError for what is not positive."""
+    if isinstance(x, int) and x > 0 and x & (x - 1) == 0:
+        return x.bit_length() - 1
+    return math.log2(x)
+
+
+def _power(base: int | float | Fraction, exponent: int | float | Fraction) -> int | float | Fraction:
+    """Exact for whole exponents of exact numbers. Raises: OverflowError, ZeroDivisionError, ValueError."""
+    if isinstance(base, float) or not isinstance(exponent, int):
+        return math.pow(base, exponent)
+    if abs(exponent) > 64 and abs(base) != 1 and base:
+        raise OverflowError
+    return tidy(Fraction(base) ** exponent)
 
 
 def _number(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:
@@ -310,7 +326,8 @@ def size(value: Any, node: tree.Expression, names: Mapping[str, Any], least: int
     return value
 
 
-_COMPILE_TIME = {"divisor": ((1, 2), size, _divisor), "floor": ((1, 1), _number, math.floor)}
+_COMPILE_TIME = {"divisor": ((1, 2), size, _divisor), "floor": ((1, 1), _number, math.floor),
+                 "log2": ((1, 1), _number, _log2), "pow": ((2, 2), _number, _power)}
 
 _RULES = {
     tree.Number: lambda node, names: node.value,

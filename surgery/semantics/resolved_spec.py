@@ -14,7 +14,7 @@ from surgery.ir import sizes
 from surgery.ir.expression import Formula
 from surgery.ir.sizes import Size
 from surgery.language.library import library
-from surgery.language.tree import Spec, Target
+from surgery.language.tree import Spec, Target, every_step
 from surgery.semantics.arguments import assert_checks, defaults, says_square
 from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import names_in
@@ -51,7 +51,8 @@ class ResolvedSpec:
         if out is OUT and in_ is IN:
             # Of any size, but for a definition that says `check out == in`: then of any square one.
             known = self.library.definitions
-            placed = [known[step.call.function] for step in target.steps if step.call.function in known]
+            placed = [known[step.call.function] for step in every_step(target.steps)
+                      if step.call.function in known]
             in_ = OUT if any(says_square(definition.checks) for definition in placed) else in_
         asked = {name: value for name, value in place.items() if value is not None}
         # a place that nothing reads makes no other formula; what may be read anywhere is said of an unknown name

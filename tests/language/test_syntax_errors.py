@@ -55,7 +55,7 @@ def test_syntax_errors(text, message, place):
     ("check a[0] > 1", "no index"), ("check f(a)[0, 1]", "no index"), ("check f([1, 2])", "`[[1, 2]]`"),
     ("check a // 2", "`floor(a / b)`"), ("check a // a comment", "`#`"), ("// a comment\nspec a", "`#`"),
     ("update u {\n  // a comment\n  return W\n}", "`#`"), ("/* a comment */ spec a", "`#`"),
-    ("update u { for i return W }", "no loop"), ("check a for b", "no loop"), ("import a", "`use"),
+    ("update u { for i return W }", "repeats steps of a target"), ("check a for b", "repeats steps of a target"), ("import a", "`use"),
     ("update u { a = 3 return a }", "`let a = ...`"), ("r = 8", "`spec name(rank: int = 8)`"),
     ("spec a\nr: int = 8", "`spec name(rank: int = 8)`"), ("target_modules = [\"q\"]", "head of a target"),
     ("target linear { add f(target_modules = [\"q\"]) }", "head of a target"),
@@ -74,7 +74,7 @@ def told_of(text: str) -> list:
     ("gelu(W)", "sigmoid"), ("zeros(out, in)", "`0 * ones(m, n)`"), ("eye(out) @ W", "`I(n)`"),
     ("concat(W, W)", "side_by_side"), ("cat(W, W)", "side_by_side"), ("transpose(W)", "`A.T`"),
     ("sum(W)", "`A @ ones(n)`"), ("clip(W, 0, 1)", "`clamp(x, low, high)`"), ("stack(W, W)", "an axis more"),
-    ("det(W)", "no determinant"), ("svd(W)", "`left_singular(A, k)`"), ("inv(W)", "`inverse(A)`"), ("for", "no loop"),
+    ("det(W)", "no determinant"), ("svd(W)", "`left_singular(A, k)`"), ("inv(W)", "`inverse(A)`"), ("for", "repeats steps of a target"),
     ("True", "`true`"),
 ])
 def test_hints_for_functions_of_other_languages(expression, hint):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import CASES
 
 from surgery.ir.dense import dense
-from surgery.language.library import load, parse
+from surgery.language.library import load
 from surgery.runtime.surgeon import apply
 
 EXACT = 1e-10
@@ -119,10 +119,10 @@ def test_all_of_the_input_is_seen(case):
 
 def test_three_factors_of_a_butterfly_reach_every_entry():
     """Blocks of 2 with partners 1, 2 and 4 entries away: of 8 entries each is mixed with each."""
-    text = load("boft", block=2).to_surg().replace("pre diagonal()", "pre butterfly(block, spread = 4) on in")
+    spec = load("boft", block=2, factors=3)
     layer = nn.Linear(8, 8, bias=False).double()
     nn.init.eye_(layer.weight)
-    surgeon = apply(Tower(layer), parse(text).retarget("**"), dtype=torch.float64)
+    surgeon = apply(Tower(layer), spec.retarget("**"), dtype=torch.float64)
     perturb(surgeon.model)
     surgeon.merge()
     assert layer.weight.abs().min() > 1e-4
