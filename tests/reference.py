@@ -367,7 +367,7 @@ class Reading:
         """(W', b') of a matrix and a bias (or None) by a target's steps; `tensors` by key, `place` the layer and the
         depth. What parameters start at is put into `starts`."""
         sizes = dict(zip(("out", "in"), weight.shape))
-        names, around = [], {**self.settings, **sizes, **(place or {})}
+        names, around = [], {**sizes, **(place or {}), **self.settings}
         steps = list(self.written_out(self.targets[target], around))
         for step, _ in steps:
             base = f"{step.placement}_{step.call[1]}"

@@ -10,15 +10,14 @@ from surgery.codegen.compiled import Compiled
 from surgery.codegen.program_text import program_text, step_text
 from surgery.language.tree import Spec
 from surgery.planning.cost_estimates import FLOAT, Estimate, amount
+from surgery.planning.trial_sizes import PLACES_TRIED
 from surgery.semantics.resolved_spec import resolved
-
-FIRST = {"layer": 0, "depth": 0.0}  # where a target that asks for it stands
 
 
 def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int) -> None:
     """Print the programs of a spec. Raises: SurgeryError where the shape does not fit."""
     estimates = [(target, Estimate(Compiled.supposed(formula, target.kind), tokens))
-                 for target, formula in resolved(spec).formulas(out, in_, FIRST)]
+                 for target, formula in resolved(spec).formulas(out, in_, PLACES_TRIED[0])]
     text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(estimate)])
                        for target, estimate in estimates)
     output.raw(f"{text}\n")

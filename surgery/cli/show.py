@@ -61,13 +61,14 @@ def _pages(spec: Spec) -> str:
 
 def _stage(spec: Spec, stage: str, shape: tuple[int, int] | None, tokens: int) -> str:
     """Each target with its expressions as they are after a stage of the compiler."""
-    from surgery.cli.program_view import FIRST
     from surgery.codegen.compiled import Compiled
+    from surgery.planning.trial_sizes import PLACES_TRIED
     from surgery.semantics.resolved_spec import resolved
 
     # rules of the normal form hold for any size; what is cheapest depends on the sizes
     any_size = shape is None and stage in ("ir", "normal-form")
-    formulas = resolved(spec).formulas() if any_size else resolved(spec).formulas(*(shape or (1024, 4096)), FIRST)
+    sizes = () if any_size else (*(shape or (1024, 4096)), PLACES_TRIED[0])
+    formulas = resolved(spec).formulas(*sizes)
     lines = [(target, Compiled.supposed(formula, target.kind).lines(stage, tokens)) for target, formula in formulas]
     return "\n\n".join("\n".join([_block(target), *(f"  {line}" for line in own)]) for target, own in lines)
 

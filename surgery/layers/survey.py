@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.layers import linearity_probe, opaque_linear
+from surgery.layers.attention_sizes import attention_sizes, kernel
 from surgery.layers.layouts import Layout, refusal, weights
 from surgery.layers.wrappers import bare, named_modules
 from surgery.text import sides_text
@@ -30,8 +31,9 @@ class Site:
     """One weight that a spec can condition. `out`, `in_`: its shape as a matrix; `stack`: how many of those, or None.
 
     `layer` is the index in the model's list of layers (its outermost list), `depth` is that from 0 to 1, `layer_name`
-    the module that stands there; None without one. `ancestors` are the class names above it (their base classes too),
-    `aliases` its further names.
+    the module that stands there, `layers` how many the list has; None without one. `heads` and `head_size` are those of
+    the attention that it stands in, None where nothing says them; `kernel` how many positions a kernel has. `ancestors`
+    are the class names above it (their base classes too), `aliases` its further names.
     """
 
     name: str
@@ -47,6 +49,10 @@ class Site:
     is_head: bool
     aliases: tuple[str, ...] = field(default=(), repr=False)
     layer_name: str | None = field(default=None, repr=False)
+    layers: int | None = field(default=None, repr=False)
+    heads: int | None = field(default=None, repr=False)
+    head_size: int | None = field(default=None, repr=False)
+    kernel: int = field(default=1, repr=False)
 
     @property
     def kind(self) -> str:
@@ -176,10 +182,12 @@ class Survey:
             # each parameter of a stack of experts is a site, and goes by its own name
             spelt = names if stack is None else [f"{name}.{parameter}".lstrip(".") for name in names]
             layer, count, layer_name = self._layer(spelt[0])
+            heads, head_size = attention_sizes(self.modules[name] for name in reversed(above))
             yield Site(
                 spelt[0], module, layout, parameter, *layout.shape(module, parameter), stack,
                 layer, layer / max(count - 1, 1) if layer is not None else None,
-                self._ancestors(spelt[0]), id(module) in self.heads, tuple(spelt[1:]), layer_name)
+                self._ancestors(spelt[0]), id(module) in self.heads, tuple(spelt[1:]), layer_name,
+                count or None, heads, head_size, kernel(module))
         if held and not reason:
             return
         if reason or any(p is not None for p in module._parameters.values()):

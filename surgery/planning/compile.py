@@ -28,7 +28,7 @@ from surgery.matching.selection import Selection, select
 from surgery.planning.figures import Report
 from surgery.planning.sharing import SharedTensor, held, shared_tensors
 from surgery.semantics.lint import linted
-from surgery.semantics.resolved_spec import ResolvedSpec
+from surgery.semantics.resolved_spec import PLACES, ResolvedSpec
 from surgery.text import counted, listed
 
 
@@ -164,7 +164,7 @@ class _Formulas:
         self.faulty: dict[Diagnostic, list[Site]] = {}
 
     def of(self, site: Site, target: Target) -> Formula | None:
-        report, place = Collector(), {"layer": site.layer, "depth": site.depth}
+        report, place = Collector(), {name: getattr(site, name) for name in PLACES}
         formula = self.resolved.formula(target, report, site.out, site.in_, place, site.has_bias)
         for fault in report.found:
             self.faulty.setdefault(fault, []).append(site)

@@ -13,14 +13,15 @@ from surgery.ir.sizes import known
 from surgery.language.expressions import Number
 from surgery.language.tree import Target, every_step
 from surgery.semantics.evaluate import names_in, nodes
-from surgery.semantics.resolved_spec import ResolvedSpec
+from surgery.semantics.resolved_spec import PLACES, ResolvedSpec
 
 # Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
 _SIDES = ((96, 64), (192, 128), (128, 64), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))
 _LONGEST = 4096
 _MOST_NUMBERS = 2**26
-# Where a module can stand: the first layer and the last one.
-_PLACES = ({"layer": 0, "depth": 0.0}, {"layer": 11, "depth": 1.0})
+# Where a module can stand: in the first layer and in the last one.
+_MODEL = {"layers": 12, "heads": 6, "head_size": 16, "kernel": 4}
+PLACES_TRIED = ({"layer": 0, "depth": 0.0, **_MODEL}, {"layer": 11, "depth": 1.0, **_MODEL})
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,16 @@ def trials_of(target: Target, resolved: ResolvedSpec, report: Collector) -> Iter
         yield from filter(None, trials)
         if not any(trials):
             # No error: a spec may well be for sizes that nobody would guess. But it must not pass for tested.
-            report.warn("untested", "no size of weight that `check` tries fits this target, so its start and its "
-                        "claims are not tested", target.span, notes=tuple(f.message for f in faults.found[:1]),
+            where = "".join(f", {name} = {place[name]:g}" for name in names_in(target) if name in place)
+            report.warn("untested", f"no size of weight that `check` tries fits this target{where}, so its start and "
+                        "its claims are not tested", target.span, notes=tuple(f.message for f in faults.found[:1]),
                         helps=("`surgery apply` tests the start on a model",))
 
 
 def places_of(target: Target) -> Iterable[Mapping[str, Any]]:
-    return _PLACES if names_in(target).keys() & {"layer", "depth"} else ({},)
+    """The places to try a target at: one, where it asks for nothing that differs between layers."""
+    asked = names_in(target).keys() & PLACES.keys()
+    return PLACES_TRIED if asked & {"layer", "depth"} else PLACES_TRIED[:1] if asked else ({},)
 
 
 def first_that_fits(target: Target, resolved: ResolvedSpec, place: Mapping[str, Any],

@@ -31,7 +31,7 @@ from surgery.ir.sizes import Dim, Size, divide, has_few_digits, is_real, symbol,
 from surgery.language import tree
 from surgery.language.formatter import expression_text
 from surgery.language.well_formed import MAX_INT
-from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe, text, unknown
+from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe, of_a_module, text, unknown
 
 MAX_NUMBERS = 2**60  # of a tensor: torch counts its bytes in 63 bits
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -104,7 +104,7 @@ def _name(node: tree.Name, names: Mapping[str, Any]) -> Any:
     if node.id not in names and node.id in _CONSTANT_NAMES:
         return _CONSTANT_NAMES[node.id]
     if node.id not in names:
-        raise unknown("unknown-name", "name", node.id, names, node.span)
+        raise unknown("unknown-name", "name", node.id, names, node.span, of_a_module(node.id))
     if names[node.id] is POISON:
         raise Poisoned
     return names[node.id]

@@ -21,13 +21,14 @@ from surgery.semantics.evaluate import names_in
 from surgery.semantics.scope import assert_is_free
 
 OUT, IN = sizes.symbol("out"), sizes.symbol("in")
-PLACES = {"layer": sizes.symbol("layer"), "depth": sizes.symbol("depth")}
+# What a module of a model says of where it stands; whatever else a spec calls so means that.
+PLACES = {name: sizes.symbol(name) for name in ("layer", "depth", "layers", "heads", "head_size", "kernel")}
 
 
 def spec_values(spec: Spec, report: Collector) -> dict[str, Any]:
     """The values of a spec's parameters. Reports a missing value, a wrong type, a `check` that is not met."""
     for parameter in spec.params:
-        assert_is_free(parameter.name, ("out", "in", *PLACES), parameter.name_span, report)
+        assert_is_free(parameter.name, ("out", "in", "layer", "depth"), parameter.name_span, report)
     values = defaults(spec.params, {}, {}, report, lambda p: fail(
         "missing-argument", f"the spec's parameter `{p.name}` has no value", p.name_span,
         helps=(f"give it a default, or --set {p.name}=...",)))
@@ -61,7 +62,7 @@ class ResolvedSpec:
         key = (id(target), out, in_, has_bias, *asked.items())
         if key not in self._known:
             faults = Collector()
-            context = Context(self.library, {**self.values, **asked}, self._groups.get(id(target), "0"))
+            context = Context(self.library, {**asked, **self.values}, self._groups.get(id(target), "0"))
             self._known[key] = elaborate(target, context, out, in_, faults, has_bias), faults.found
         formula, diagnostics = self._known[key]
         report.add(*diagnostics)

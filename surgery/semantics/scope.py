@@ -54,6 +54,18 @@ def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | 
 
 _MEANINGS = {"out": "the number of rows of W", "in": "the number of columns of W", "W": "the weight", "b": "the bias",
              "layer": "the module's index in its list of layers", "depth": "how deep the module's layer lies, 0 to 1"}
+_OF_A_MODULE = {"layer": "the module stands in a list of layers", "depth": "the module stands in a list of layers",
+                "layers": "the module stands in a list of layers", "kernel": "there is a module",
+                "heads": "an attention around the module, or its configuration, says it",
+                "head_size": "an attention around the module, or its configuration, says it"}
+
+
+def of_a_module(name: str) -> tuple[str, ...]:
+    """What to do where a name is read that only the steps of a target know, and they not of every module."""
+    if name not in _OF_A_MODULE:
+        return ()
+    return (f"the steps of a target know `{name}`, where {_OF_A_MODULE[name]}; a definition gets it as an argument: "
+            f"`definition({name} = {name})`",)
 
 
 def assert_is_free(name: str, taken: Iterable[str], span: Span | None, report: Collector) -> None:
