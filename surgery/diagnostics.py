@@ -58,6 +58,7 @@ CODES: dict[str, str] = {
     "bad-set": "a `--set` is not of the form name=value",
     "unknown-model": "the model is neither a folder, a hub id that can be loaded, nor a demo",
     "bad-adapter": "a saved adapter is incomplete or does not fit the model",
+    "another-base": "a saved adapter is put on other weights than those that it was trained on",
     "already-operated": "the model carries a surgery already",
     "dead-adapter": "an adapter changes nothing in a forward pass, or a merged model is another one than operated",
     "changed-model": "what a surgery operates on was replaced, resized, tied or taken out of the model since",
@@ -207,6 +208,14 @@ class SurgeryError(Exception):
 
     def __reduce__(self):
         return SurgeryError, (self.diagnostics,)
+
+
+class SurgeryWarning(UserWarning):
+    """What a function of Python's says that may be wrong; `diagnostic` is the same as data."""
+
+    def __init__(self, diagnostic: Diagnostic):
+        self.diagnostic = diagnostic
+        super().__init__(diagnostic.render())
 
 
 def fail(code: str, message: str, span: Span | None = None, **more) -> SurgeryError:

@@ -89,7 +89,7 @@ class OpenedAdapter:
 def opened_adapter(folder: str | PathLike, base: str | None = None, asked: Asked = Asked()) -> OpenedAdapter:
     """A saved adapter on its base model, or on another. Raises: SurgeryError with all that does not fit."""
     saved = Saved(Path(folder))
-    name = base_name(folder, base, saved.meta.get("base_model"), "--base names it")
+    name = base_name(folder, base, saved.base, "--base names it")
     weights = opened_weights(name, asked, saved)
     with asked.step(f"attaching {folder}"):
         return OpenedAdapter(fitted(weights.survey.model, saved), saved, name, weights)

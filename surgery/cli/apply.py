@@ -14,6 +14,7 @@ from surgery.cli.options import (
     force_option,
     model_argument,
     opened,
+    revision_option,
     sets,
     spec_argument,
     strict_option,
@@ -31,7 +32,7 @@ _LARGEST_SEED = (1 << 64) - 1  # that torch takes
          click.option("--merge", is_flag=True, help="Save the merged model instead of the adapter."),
          click.option("--seed", type=click.IntRange(0, _LARGEST_SEED), default=0, show_default=True,
                       help="Seed of the drawn parameters."),
-         dtype_option, force_option, strict_option, trust_option,
+         dtype_option, force_option, strict_option, trust_option, revision_option,
          example="surgery apply sora demo:llama -o out --set rank=8")
 def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[str, ...], targets: tuple[str, ...],
           merge: bool, seed: int, dtype: str | None, force: bool, strict: bool) -> None:
@@ -39,7 +40,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
 
     The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged.
     """
-    from surgery.models.loading import preprocessors
+    from surgery.models.loading import preprocessors, revised
     from surgery.runtime.save import MODEL, save_merged
     from surgery.runtime.saved_format import ADAPTER
     from surgery.runtime.surgeon import apply as operate
@@ -49,6 +50,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     if out is not None:  # refused now, since loading may take minutes
         free(out, force, MODEL if merge else ADAPTER)
     asked = opened(spec, sets, targets)
+    model = revised(model, output.revision)
     subject = loaded(output, model, dtype)
     with output.busy("operating"):
         surgeon = operate(subject, asked, seed=seed, strict=strict)

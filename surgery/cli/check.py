@@ -5,7 +5,16 @@ from __future__ import annotations
 import click
 
 from surgery.cli.help import explain_code
-from surgery.cli.options import command, files_below, opened, sets, skeleton_of, strict_option, trust_option
+from surgery.cli.options import (
+    command,
+    files_below,
+    opened,
+    revision_option,
+    sets,
+    skeleton_of,
+    strict_option,
+    trust_option,
+)
 from surgery.cli.output import FORMATS, Output
 from surgery.diagnostics import Collector, SurgeryError
 from surgery.text import counted
@@ -13,7 +22,7 @@ from surgery.text import counted
 
 @command(click.argument("specs", nargs=-1, metavar="SPEC..."),
          click.option("--model", help="Check against this model too (its configuration is enough)."), sets,
-         strict_option, trust_option,
+         strict_option, trust_option, revision_option,
          click.option("--output-format", "form", type=click.Choice(FORMATS), default="full", show_default=True,
                       help="How to show what is wrong: with the source, a line each, as GitHub's annotations, or as "
                            "one object of SARIF or JSON."),

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import click
 
-from surgery.cli.options import command, model_argument, opened, sets, skeleton_of, spec_argument, targets, trust_option
+from surgery.cli.options import (
+    command,
+    model_argument,
+    opened,
+    revision_option,
+    sets,
+    skeleton_of,
+    spec_argument,
+    targets,
+    trust_option,
+)
 from surgery.cli.output import Output
 
 
-@command(spec_argument, model_argument, click.argument("name"), sets, targets, trust_option,
+@command(spec_argument, model_argument, click.argument("name"), sets, targets, trust_option, revision_option,
          example="surgery explain sora demo:llama model.layers.0.self_attn.q_proj")
 def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
     """Say why a module is taken, or is not.

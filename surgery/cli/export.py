@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from surgery.cli.model_options import base_of, free, say_errors
-from surgery.cli.options import command, dtype_option, force_option, trust_option
+from surgery.cli.options import command, dtype_option, force_option, revision_option, trust_option
 from surgery.cli.output import Output
 from surgery.text import counted
 
@@ -14,7 +14,8 @@ from surgery.text import counted
          click.option("--to", "form", type=click.Choice(["peft"]), required=True, help="Whose form to write."),
          click.option("-o", "--out", metavar="OUT", required=True, help="Write the adapter here."),
          click.option("--rank", type=click.IntRange(1), help="Write a LoRA of this rank, whatever the method is."),
-         dtype_option, force_option, trust_option, example="surgery export out --to peft -o peft-adapter")
+         dtype_option, force_option, trust_option, revision_option,
+         example="surgery export out --to peft -o peft-adapter")
 def export(output: Output, folder: str, model: str | None, form: str, out: str, rank: int | None, dtype: str | None,
            force: bool) -> None:
     """Write a saved surgery as a PEFT adapter.

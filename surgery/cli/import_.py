@@ -8,14 +8,14 @@ from pathlib import Path
 import click
 
 from surgery.cli.model_options import free, loaded
-from surgery.cli.options import command, dtype_option, force_option, trust_option
+from surgery.cli.options import command, dtype_option, force_option, revision_option, trust_option
 from surgery.cli.output import Output
 from surgery.text import counted
 
 
 @command(click.argument("folder", metavar="PEFT_DIR"), click.argument("model", required=False),
          click.option("-o", "--out", metavar="DIR", required=True, help="Save the surgery here."), dtype_option,
-         force_option, trust_option, example="surgery import peft-adapter -o out")
+         force_option, trust_option, revision_option, example="surgery import peft-adapter -o out")
 def import_(output: Output, folder: str, model: str | None, out: str, dtype: str | None, force: bool) -> None:
     """Make a PEFT adapter a saved surgery.
 

@@ -10,6 +10,7 @@ import errno
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,7 @@ from surgery.cli.show import show
 from surgery.cli.specs import specs
 from surgery.cli.spectrum import spectrum
 from surgery.cli.train import train
-from surgery.diagnostics import SurgeryError
+from surgery.diagnostics import SurgeryError, SurgeryWarning
 from surgery.text import plain
 
 # Codes of what is wrong with how the program is used, with the world around it or with us, and not with a spec or a
@@ -78,7 +79,7 @@ class Surgery(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         output = ctx.ensure_object(Output)
         try:
-            with told_apart(output), _wrong_use(output):
+            with told_apart(output), _wrong_use(output), _told(output):
                 result = super().invoke(ctx)
             sys.stdout.flush()  # while an error of it is still ours to tell
             return result
@@ -107,6 +108,22 @@ class Surgery(click.Group):
                 message = f"error: not enough memory: {str(error) or type(error).__name__}"
             status = _failed(output, message)
         ctx.exit(status)
+
+
+@contextmanager
+def _told(output: Output) -> Iterator[None]:
+    """Inside, what functions warn of is a diagnostic of the command."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def shown(message: Warning | str, *about: Any, **more: Any) -> None:
+            if isinstance(message, SurgeryWarning):
+                return output.diagnostics([message.diagnostic])
+            show(message, *about, **more)
+
+        warnings.simplefilter("always", SurgeryWarning)
+        warnings.showwarning = shown
+        yield
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import click
 
 from surgery.cli.model_options import free, say_errors
-from surgery.cli.options import command, dtype_option, force_option, trust_option
+from surgery.cli.options import command, dtype_option, force_option, revision_option, trust_option
 from surgery.cli.output import Output
 from surgery.text import some
 
@@ -18,7 +19,7 @@ from surgery.text import some
                       help="Merge this adapter too, on what those before made."),
          click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
                       help="Read and write in N threads."),
-         dtype_option, force_option, trust_option, example="surgery merge out -o out-merged")
+         dtype_option, force_option, trust_option, revision_option, example="surgery merge out -o out-merged")
 def merge(output: Output, folder: str, model: str | None, out: str, after: tuple[str, ...], jobs: int,
           dtype: str | None, force: bool) -> None:
     """Save a model with an adapter merged in.
@@ -26,12 +27,15 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
     DIR holds the saved adapter; MODEL is its base model unless you name another. The model's files are rewritten one
     weight at a time, and a merge that was killed goes on when it is run again.
     """
-    from surgery.models.loading import quiet_libraries
+    from surgery.models.loading import base_name, quiet_libraries, revised
     from surgery.runtime.merge_files import merge_files
     from surgery.runtime.save import MODEL
+    from surgery.runtime.saved_format import Saved
 
     free(out, force, MODEL)
     quiet_libraries(output.animated)
+    if output.revision:
+        model = revised(base_name(folder, model, Saved(Path(folder)).base), output.revision)
     done = merge_files(folder, out, model, then=after, dtype=dtype, jobs=jobs, force=force, trust=output.trust,
                        step=output.busy)
     if done.in_memory:

@@ -26,10 +26,11 @@ def free(out: str, force: bool, kind: Kind) -> None:
 
 def loaded(output: Output, model: str, dtype: str | None, saved: Trained | None = None) -> Any:
     """MODEL with its weights; with the head that an adapter was trained with."""
-    from surgery.models.loading import load, load_with_saved_head, quiet_libraries
+    from surgery.models.loading import load, load_with_saved_head, quiet_libraries, revised
 
     with output.busy(f"loading {model}"):
         quiet_libraries(output.animated)
+        model = revised(model, output.revision)
         return load_with_saved_head(model, saved, dtype, output.trust) if saved else load(model, dtype, output.trust)
 
 
@@ -42,7 +43,7 @@ def base_of(output: Output, folder: str, model: str | None, dtype: str | None) -
     from surgery.runtime.saved_format import Saved
 
     saved = Saved(Path(folder))
-    base = base_name(folder, model, saved.meta.get("base_model"))
+    base = base_name(folder, model, saved.base)
     return loaded(output, base, dtype, saved), base, saved.meta
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from surgery.cli.options import command, skeleton_of, trust_option
+from surgery.cli.options import command, revision_option, skeleton_of, trust_option
 from surgery.cli.output import Output
 
 
 @command(click.argument("model", required=False), click.argument("pattern", required=False), trust_option,
+         revision_option,
          click.option("--all", "every", is_flag=True,
                       help="Write every layer of a list out, also where they are alike."),
          example="surgery modules demo:llama '**.mlp.*'")

@@ -124,6 +124,8 @@ force_option = click.option("--force", is_flag=True, help="Replace what an earli
 trust_option = click.option("--trust-remote-code", is_flag=True, expose_value=False,
                             callback=_keep("trust", lambda old, new: True),
                             help="Run the Python code that lies in the model's folder.")
+revision_option = click.option("--revision", metavar="REV", expose_value=False, callback=_keep(
+    "revision", lambda old, new: new), help="MODEL at this commit, branch or tag of the hub; MODEL@REV is the same.")
 
 
 def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> Spec:
@@ -207,8 +209,8 @@ def files_below(names: Iterable[str], not_folders: Container[str] = ()) -> list[
 
 
 def skeleton_of(output: Output, model: str) -> nn.Module:
-    from surgery.models.loading import quiet_libraries, skeleton
+    from surgery.models.loading import quiet_libraries, revised, skeleton
 
     with output.busy(f"reading the configuration of {model}"):
         quiet_libraries(output.animated)
-        return skeleton(model, output.trust)
+        return skeleton(revised(model, output.revision), output.trust)

@@ -87,6 +87,7 @@ class Output:
     debug: bool = False
     answered: bool = False
     trust: bool = False
+    revision: str | None = None  # of MODEL
     answers: TextIO | None = None
     format: str = "full"  # of diagnostics: one of FORMATS
     about: dict[Diagnostic, str] = field(default_factory=dict)  # the spec that a diagnostic is about

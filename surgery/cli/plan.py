@@ -6,6 +6,7 @@ from surgery.cli.options import (
     command,
     model_argument,
     opened,
+    revision_option,
     sets,
     skeleton_of,
     spec_argument,
@@ -17,7 +18,7 @@ from surgery.cli.output import Output
 from surgery.text import counted, size_text
 
 
-@command(spec_argument, model_argument, sets, targets, strict_option, trust_option,
+@command(spec_argument, model_argument, sets, targets, strict_option, trust_option, revision_option,
          example="surgery plan sora demo:llama --set rank=8 --target '**.q_proj'")
 def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: tuple[str, ...], strict: bool) -> None:
     """Show what a spec would do to a model.

@@ -47,7 +47,7 @@ class Trained(Protocol):
     def classes(self) -> Sequence[str]: ...
 
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w.-][\w./-]*))?")
 _TRUST = "read the Python files in its folder, and say --trust-remote-code if they may run"
 _MODELS = "a model is a hub id, a local folder or GGUF file, package:NAME, or a demo such as demo:llama"
 
@@ -165,7 +165,7 @@ def folder_of(name: str, all_files: bool = False) -> Path:
     wanted = None if all_files else ["config.json", "*.safetensors", "*.safetensors.index.json"]
     others = [*(f"*{ending}" for ending in OTHER_FORMATS), *(f"{folder}/*" for folder in OTHER_FOLDERS)]
     return known if known.is_dir() else Path(_asked(name, lambda: snapshot_download(
-        name, allow_patterns=wanted, ignore_patterns=others)))
+        parted(name)[0], revision=parted(name)[1], allow_patterns=wanted, ignore_patterns=others)))
 
 
 def tokenizer(name: str, trust: bool = False) -> PreTrainedTokenizerBase:
@@ -193,12 +193,36 @@ def preprocessors(name: str, trust: bool = False) -> list[Any]:
     return []
 
 
+def at_revision(name: str, revision: str | None) -> str:
+    """A model's name with a revision of it (a commit, a branch, a tag): `OWNER/NAME@REVISION`. What has no revisions, a
+    folder, keeps its name."""
+    has = revision and _HUB_ID.fullmatch(name) and "@" not in name and not Path(name).exists()
+    return f"{name}@{revision}" if has else name
+
+
+def revised(name: str, revision: str | None) -> str:
+    """A model's name with another revision than it has, if one is asked for. Raises: SurgeryError (unknown-model)."""
+    if revision is None:
+        return name
+    found = at_revision(parted(name)[0], revision)
+    if parted(found)[1] != revision:
+        raise fail("unknown-model", f"{name} has no revisions, and `{revision}` is asked for",
+                   helps=("a model of the hub has: OWNER/NAME",))
+    return found
+
+
+def parted(name: str) -> tuple[str, str | None]:
+    """A model's name without the revision, and that."""
+    found = _HUB_ID.fullmatch(name) if not Path(name).exists() else None
+    return (found["id"], found["revision"]) if found else (name, None)
+
+
 def place(name: str) -> str:
     """What transformers knows a model by: a hub id, or the path of a folder or of a GGUF file, which that of
     `package:NAME`, `package:NAME/FOLDER` or `package:NAME/FILE.gguf` is found without importing the package.
 
     Raises: SurgeryError (unknown-model)."""
-    return str(in_package(name)) if name.startswith(PACKAGE) else name
+    return str(in_package(name)) if name.startswith(PACKAGE) else parted(name)[0]
 
 
 def only_whole(name: str) -> bool:
@@ -211,7 +235,8 @@ def _source(name: str) -> dict[str, Any]:
     Raises: SurgeryError (unknown-model; missing-extra)."""
     where = Path(place(name))
     if where.suffix != GGUF or not where.is_file():
-        return {"pretrained_model_name_or_path": place(name)}
+        revision = parted(name)[1]
+        return {"pretrained_model_name_or_path": place(name), **({"revision": revision} if revision else {})}
     need("gguf", "gguf", "reading a GGUF file")
     return {"pretrained_model_name_or_path": str(where.parent), "gguf_file": where.name}
 
@@ -286,7 +311,7 @@ def _class(name: str, config: PreTrainedConfig, trust: bool) -> type[PreTrainedM
     saved_as = config.architectures or ()
     for reference in (getattr(config, "auto_map", None) or {}).values() if trust else ():
         if isinstance(reference, str) and reference.rpartition(".")[2] in saved_as:
-            return _asked(name, lambda: of_folder(reference, place(name)))
+            return _asked(name, lambda: of_folder(reference, **_source(name)))
     named = [getattr(transformers, each, None) for each in saved_as]
     found = next(filter(None, named), None) or _mapped(transformers.MODEL_MAPPING, config)
     if found is None:

@@ -6,23 +6,27 @@ and then the model is left as it is.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from surgery.diagnostics import Collector, Diagnostic, SurgeryError
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError, SurgeryWarning
+from surgery.runtime.fingerprint import fingerprints
 from surgery.runtime.saved_format import TENSORS, Saved, compare, shapes
 from surgery.runtime.surgeon import Surgeon, prepare
 from surgery.semantics.index_bounds import bounds
 from surgery.text import listed
 
 
-def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
+def attach(model: nn.Module, folder: str | PathLike, *, strict: bool = False) -> Surgeon:
     """Put a saved adapter on a model, in place. Raises: SurgeryError with all that does not fit;
-    the model is then as it was.
+    the model is then as it was. Weights that are not those that it was trained on are a warning (SurgeryWarning, and in
+    `surgeon.plan.warnings`); `strict`: an error.
 
     The adapter's tensors keep the dtype that they were saved in; a `train` tensor takes that of the model's.
 
@@ -34,6 +38,12 @@ def attach(model: nn.Module, folder: str | PathLike) -> Surgeon:
     """
     saved = Saved(Path(folder))
     surgeon = fitted(model, saved)
+    report = Collector()
+    report.add(*saved.differing(fingerprints(surgeon.plan.placed)))
+    report.raise_errors(strict)
+    surgeon.plan = replace(surgeon.plan, warnings=(*surgeon.plan.warnings, *report.warnings))
+    for warning in report.warnings:
+        warnings.warn(SurgeryWarning(warning), stacklevel=2)
     return surgeon.operate(surgeon.as_named(saved.tensors))
 
 
@@ -70,7 +80,7 @@ def fitted(model: nn.Module, saved: Saved) -> Surgeon:
 
 
 def _does_not_fit(model: nn.Module, saved: Saved, why: Iterable[Diagnostic]) -> SurgeryError:
-    base = saved.meta.get("base_model")
+    base = saved.base
     first = Diagnostic("bad-adapter", f"the adapter in {saved.folder} does not fit this {type(model).__name__}",
                        notes=(f"it was saved for {base}",) if base else ())
     return SurgeryError((first, *why))

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -34,7 +34,8 @@ from surgery.text import dtype_text, listed
 @dataclass(frozen=True)
 class Surgery:
     """What a model knows of the surgery that it carries: enough to save it, in a copy of the model too. `names` are
-    those of its tensors in the model; `saves_as`: how else to save it, where the model alone cannot."""
+    those of its tensors in the model; `saves_as`: how else to save it, where the model alone cannot; `base`: the
+    fingerprints of the operated weights as they were then."""
 
     spec: Spec
     seed: int
@@ -43,13 +44,15 @@ class Surgery:
     untied: tuple[str, ...]
     mode: str = "operated"
     saves_as: str = ""
+    base: Mapping[str, str] = field(default_factory=dict)
 
     def meta(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], **more: Any) -> dict[str, Any]:
         """The contents of `meta.json`."""
         forms = {n: {"shape": list(t.shape), "dtype": dtype_text(t.dtype)} for n, t in tensors.items()}
         return {"format_version": FORMAT, "surgery_version": __version__, "base_model": None, "revision": None,
                 "model_class": type(model).__name__.removeprefix("FSDP"), "seed": self.seed,
-                "dtype": dtype_text(self.dtype), "tensors": forms, **more}
+                "dtype": dtype_text(self.dtype), "base_weights": dict(self.base),
+                "tensors": forms, **more}
 
     def text(self) -> str:
         """The spec on its own."""

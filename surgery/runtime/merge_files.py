@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 
 from surgery import __version__
-from surgery.diagnostics import fail
+from surgery.diagnostics import SurgeryWarning, fail
 from surgery.ir.compose import stacked
 from surgery.layers.wrappers import named_parameters, own_parameter
 from surgery.matching.conflicts import tied
@@ -49,6 +50,7 @@ from surgery.planning.compile import Placed
 from surgery.runtime.adapter import SharedTensors
 from surgery.runtime.atomic_folders import MANIFEST, Unfinished, flush, refuse_taken, resuming
 from surgery.runtime.attach import fitted
+from surgery.runtime.fingerprint import fingerprint_of
 from surgery.runtime.merge import merged, refuse_called
 from surgery.runtime.save import MODEL, save_merged
 from surgery.runtime.saved_format import Saved
@@ -99,7 +101,7 @@ def merge_files(folder: str | PathLike, out: str | PathLike, base: str | None = 
     unknown-model, merge-error)."""
     folders = [Path(folder), *map(Path, then)]
     saved = [Saved(each) for each in folders]
-    name = base_name(folders[0], base, saved[0].meta.get("base_model"))
+    name = base_name(folders[0], base, saved[0].base)
     refuse_taken(Path(out), MODEL, force)
     if not isinstance(jobs, int) or jobs < 1:
         raise fail("bad-value", f"jobs is a number of threads from 1 on, not {jobs!r}")
@@ -107,7 +109,7 @@ def merge_files(folder: str | PathLike, out: str | PathLike, base: str | None = 
         with step(f"reading the headers of {name}"):
             work = _work(name, saved, dtype, trust)
         with step(f"merging into {out}"):
-            return _streamed(work, Path(out), name, jobs, force)
+            return _streamed(work, saved, Path(out), name, jobs, force)
     except Unsure as why:
         return _in_memory(folders, saved[0], Path(out), name, dtype, force, trust, step, str(why))
 
@@ -161,6 +163,7 @@ class Work:
     units: tuple[Unit, ...]
     aliases: Mapping[str, str]
     job: str
+    met: dict[str, str] = field(default_factory=dict)  # fingerprints of the operated weights
     where: Mapping[str, tuple[TensorFile, StoredTensor]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -344,6 +347,7 @@ def _computed(unit: Unit, work: Work) -> tuple[dict[str, Tensor], dict[str, floa
         loaded |= made
     values.clear()
     errors: dict[str, float] = {}
+    work.met.update((p.site.weight_name, fingerprint_of(loaded[work.aliases[p.site.weight_name]])) for p in unit.placed)
     for placed in unit.placed:
         names = {name.rpartition(".")[2]: work.aliases[name] for name in _written(placed)}
         result = _merged_alone(placed, work.surgeon, {own: loaded[name] for own, name in names.items()})
@@ -372,7 +376,7 @@ def _merged_alone(placed: Placed, surgeon: Surgeon, own: Mapping[str, Tensor]) -
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _streamed(work: Work, out: Path, name: str, jobs: int, force: bool) -> MergedFiles:
+def _streamed(work: Work, saved: Sequence[Saved], out: Path, name: str, jobs: int, force: bool) -> MergedFiles:
     """Raises: Unsure, and then nothing is left of it; SurgeryError."""
     beside, left_out = _beside(work)
     with resuming(out, MODEL, work.job, force, abandon=Unsure) as unfinished:
@@ -384,6 +388,9 @@ def _streamed(work: Work, out: Path, name: str, jobs: int, force: bool) -> Merge
             shutil.copyfile(path, target)
             if path.read_bytes() != target.read_bytes():
                 raise OSError(f"{target.name} reads back as something else than was written")
+    for each in saved:
+        for warning in each.differing(work.met):
+            warnings.warn(SurgeryWarning(warning), stacklevel=3)
     return MergedFiles(out, name, {p.site.name: writer.errors[p.site.name] for p in work.surgeon.plan.placed},
                        left_out=tuple(left_out), kept=writer.kept)
 

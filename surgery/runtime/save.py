@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 
 from surgery.diagnostics import fail
+from surgery.models.loading import parted
 from surgery.runtime.atomic_folders import Kind, refuse_taken, replacing
 from surgery.runtime.checkpoints import on_cpu, plain
 from surgery.runtime.saved_format import ADAPTER, META, SPEC, TENSORS
@@ -36,12 +37,17 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
          files: Mapping[str, str] = MappingProxyType({}), **more: Any) -> None:
     """Write the adapter into `folder`, in the place of one that we wrote there unless `force` is off; `state` where its
     tensors' values are not the surgeon's own; `files` beside it, their texts by name; what else is said of it goes into
-    `meta.json`. The model may be merged or disabled.
+    `meta.json`. The model may be merged or disabled. `base_model` and `revision` are the model's own, as it was loaded,
+    where they are not said.
 
     Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
     """
     tensors = {name: on_cpu(name, tensor) for name, tensor in (state or surgeon.state()).items()}
-    about = surgeon.record.meta(surgeon.model, tensors, base_model=base_model, revision=revision, **more)
+    config = getattr(surgeon.model, "config", None)
+    base_model, said = parted(base_model or getattr(config, "_name_or_path", None) or "")
+    # The commit that was loaded tells more than the branch that was asked for.
+    revision = revision or getattr(config, "_commit_hash", None) or said
+    about = surgeon.record.meta(surgeon.model, tensors, base_model=base_model or None, revision=revision, **more)
 
     def write() -> None:
         with replacing(Path(folder), ADAPTER, force) as new:

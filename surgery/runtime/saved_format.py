@@ -6,6 +6,7 @@ faults come in one error, nothing is unpickled.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from surgery import __version__
-from surgery.diagnostics import Collector, SurgeryError, fail
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError, fail
 from surgery.files import SPEC_BYTES, read_bytes, read_json, refuse_irregular
 from surgery.language.library import parse
 from surgery.language.tree import Spec
+from surgery.models.loading import at_revision
 from surgery.runtime.atomic_folders import Kind
+from surgery.runtime.fingerprint import another_base, differing
 from surgery.text import counted, dtype_text
 
 FORMAT = "1.0"
@@ -43,6 +46,16 @@ def _printable(text: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_printable)]  # of a model or a class: it is shown, looked up and loaded
+
+
+def _fingerprint(text: str) -> str:
+    dtype, _, numbers = text.partition(" ")
+    if dtype not in ("float16", "bfloat16", "float32", "float64") or len(base64.b64decode(numbers, validate=True)) % 4:
+        raise ValueError("it is no fingerprint of a weight")
+    return text
+
+
+Fingerprint = Annotated[str, AfterValidator(_fingerprint)]
 
 
 class _Form(BaseModel):
@@ -72,6 +85,7 @@ class _Meta(BaseModel):
     seed: Annotated[int, Field(ge=SEEDS[0], le=SEEDS[1])]
     dtype: Literal["float16", "bfloat16", "float32", "float64"]
     tensors: dict[str, _Form]
+    base_weights: dict[str, Fingerprint] = {}
     peft: dict[str, Any] | None = None
     task: _Task | None = None
 
@@ -124,6 +138,18 @@ class Saved:
     def classes(self) -> Sequence[str]:
         """The names of the classes that the head which was trained with it tells apart, where that is said."""
         return (self.meta.get("task") or {}).get("classes", ())
+
+    @property
+    def base(self) -> str | None:
+        """The model that it was trained on, at the revision that is said."""
+        said = self.meta.get("base_model")
+        return said and at_revision(said, self.meta.get("revision"))
+
+    def differing(self, now: Mapping[str, str]) -> list[Diagnostic]:
+        """What to say, where operated weights with these fingerprints are not those that it was trained on."""
+        then = self.meta.get("base_weights", {})
+        both = [name for name in now if name in then]
+        return another_base(differing(then, now), len(both), self.folder, self.base)
 
     def _fault(self, message: str, *helps: str) -> None:
         self.report.error("bad-adapter", f"{self.folder}: {message}", helps=helps)

@@ -39,6 +39,7 @@ from surgery.runtime.adapter import (
     uninstall,
 )
 from surgery.runtime.checkpoints import SavesAdapter, Surgery
+from surgery.runtime.fingerprint import fingerprints
 from surgery.runtime.identity_check import assert_identity
 from surgery.runtime.kept_weights import Kept, with_merged
 from surgery.runtime.merge import refuse_called
@@ -154,6 +155,7 @@ class Surgeon:
                               {"base": self._spots[n].present.detach().clone()}) for n in plan.train}
         self._tied: dict[str, nn.Parameter] = {}
         self._objects: dict[str, ref[torch.Tensor]] = {}  # the tensors that were there when it was operated on
+        self.base: dict[str, str] = {}  # fingerprints of the operated weights
         self.saves_as = ""  # how, where it is no surgery of one spec
         self.proof = Proof(skipped="not tried")
 
@@ -205,6 +207,7 @@ class Surgeon:
         if hasattr(type(self.model), "save_pretrained") and not isinstance(self.model, Operated):
             self.model.__class__ = operated_class(type(self.model), (), SavesAdapter)
         self._mode, self._is_on = "operated", True
+        self.base = fingerprints(self.plan.placed)
         self._objects = {name: ref(tensor) for name, tensor in self._written.items()}
         self._note()
         self._put(values or {})
@@ -531,4 +534,4 @@ class Surgeon:
     def record(self) -> Surgery:
         """What a saved adapter says of the surgery, beside its tensors."""
         return Surgery(self.spec, self.seed, self.dtype, tuple(self.named_tensors()), self.untied,
-                       saves_as=self.saves_as)
+                       saves_as=self.saves_as, base=self.base)

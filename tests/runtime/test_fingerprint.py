@@ -1,0 +1,136 @@
+"""A saved adapter knows the weights that it was trained on, and says when it meets others."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from models import perturbed
+
+import surgery
+from surgery.diagnostics import SurgeryError, SurgeryWarning
+from surgery.models.demo import load_demo
+from surgery.models.loading import at_revision, parted, revised
+from surgery.runtime.fingerprint import differing, fingerprint_of, is_same
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def told(model: torch.nn.Module, folder: str = "adapter") -> list[str]:
+    """What attaching says of the base."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        surgeon = surgery.attach(model, folder)
+    found = [w.message.diagnostic for w in caught if isinstance(w.message, SurgeryWarning)]
+    assert [w for w in surgeon.plan.warnings if w.code == "another-base"] == found
+    return [d.message for d in found]
+
+
+@pytest.mark.parametrize("family, spec", [("llama", "dora"), ("mixtral", "lora"), ("gpt2", "sora"), ("vit", "oft")])
+def test_another_base_is_told_and_its_own_is_not(family: str, spec: str) -> None:
+    surgeon = perturbed(load_demo(family), spec)
+    surgeon.save("adapter")
+    count = len(surgeon.plan.placed)
+    assert told(load_demo(family)) == []
+    (message,) = told(load_demo(family, seed=1))
+    assert message.startswith(f"{count} of {count} operated weights are not those that the adapter in adapter")
+    with pytest.raises(SurgeryError, match="another-base"):
+        surgery.attach(load_demo(family, seed=1), "adapter", strict=True)
+
+
+def test_one_weight_that_was_changed_is_named() -> None:
+    perturbed(load_demo("llama"), "lora").save("adapter")
+    model = load_demo("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1.01)
+        model.model.norm.weight.mul_(2)  # which the adapter does not operate on
+    (message,) = told(model)
+    assert message.startswith("1 of 28 operated weights") and message.endswith("`model.layers.2.mlp.up_proj.weight`")
+
+
+@pytest.mark.parametrize("mode", ["operated", "merged", "disabled", "load_state_dict"])
+def test_it_is_of_the_base_whatever_stands_in_the_model(mode: str) -> None:
+    surgeon = perturbed(load_demo("llama"), "lora")
+    if mode == "merged":
+        surgeon.merge()
+    if mode == "disabled":
+        with surgeon.disabled():
+            surgeon.save("adapter")
+    elif mode == "load_state_dict":
+        surgeon.model.save_pretrained("adapter")  # the way of the Trainer's checkpoints
+    else:
+        surgeon.save("adapter")
+    assert told(load_demo("llama")) == []
+    assert told(load_demo("llama", seed=1))
+
+
+@pytest.mark.parametrize("now", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("then", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_weights_in_another_dtype_are_the_same(then: torch.dtype, now: torch.dtype) -> None:
+    """From one checkpoint of float32, or of the dtype that it was trained in."""
+    for kept in (torch.float32, then):
+        weight = load_demo("llama").lm_head.weight.to(kept)
+        assert is_same(fingerprint_of(weight.to(then)), fingerprint_of(weight.to(now)))
+        assert not is_same(fingerprint_of(weight.to(then)), fingerprint_of((1.1 * weight).to(now)))
+
+
+def test_a_weight_is_read_where_it_lies() -> None:
+    """Transposed, empty, with fewer numbers than are read."""
+    weight = torch.randn(40, 30)
+    assert fingerprint_of(weight.mT.contiguous().mT) == fingerprint_of(weight)
+    for shape in ((0, 3), (1, 2), (5,), (2, 3, 4)):
+        assert differing({"w": fingerprint_of(torch.ones(shape))}, {"w": fingerprint_of(torch.ones(shape))}) == []
+    changed = weight.clone()
+    changed[:, 7] += 1
+    changed[3] += 1
+    assert fingerprint_of(weight + 1e-3) != fingerprint_of(weight)
+
+
+def test_adapters_of_before_attach_as_before() -> None:
+    perturbed(load_demo("llama"), "lora").save("adapter")
+    meta = Path("adapter/meta.json")
+    known = json.loads(meta.read_text())
+    meta.write_text(json.dumps({key: value for key, value in known.items() if key != "base_weights"}))
+    assert told(load_demo("llama", seed=1)) == []
+    meta.write_text(json.dumps({**known, "base_weights": {"x": "int8 AAAA"}}))
+    with pytest.raises(SurgeryError, match="lacks, or has wrongly: base_weights"):
+        surgery.attach(load_demo("llama"), "adapter")
+
+
+@pytest.mark.parametrize("shape", ["files", "memory"])
+def test_a_merge_tells_it_too(shape: str) -> None:
+    perturbed(load_demo("llama"), "lora").save("adapter")
+    load_demo("llama", seed=1).save_pretrained("other", safe_serialization=True)
+    if shape == "memory":
+        torch.save(load_demo("llama", seed=1).state_dict(), "other/pytorch_model.bin")
+        Path("other/model.safetensors").unlink()
+    with pytest.warns(SurgeryWarning, match="28 of 28 operated weights"):
+        done = surgery.merge_files("adapter", "merged", "other")
+    assert bool(done.in_memory) is (shape == "memory")
+
+
+def test_what_is_saved_says_the_base_and_its_commit() -> None:
+    model = load_demo("llama")
+    model.config._commit_hash = "c0ffee"
+    surgeon = perturbed(model, "lora")
+    surgeon.save("adapter")
+    meta = json.loads(Path("adapter/meta.json").read_text())
+    assert (meta["base_model"], meta["revision"]) == ("demo:llama", "c0ffee")
+    surgeon.save("adapter", base_model="user/base@v2", revision="v1")
+    meta = json.loads(Path("adapter/meta.json").read_text())
+    assert (meta["base_model"], meta["revision"]) == ("user/base", "v1")
+
+
+def test_a_name_with_a_revision() -> None:
+    assert parted("user/base@v2/a") == ("user/base", "v2/a") and parted("demo:llama") == ("demo:llama", None)
+    assert at_revision("user/base", "abc") == "user/base@abc" and at_revision("user/base", None) == "user/base"
+    assert revised("user/base@abc", "def") == "user/base@def" and revised("demo:llama", None) == "demo:llama"
+    Path("user/base@v2").mkdir(parents=True)
+    assert parted("user/base@v2") == ("user/base@v2", None)  # a folder of that name
+    with pytest.raises(SurgeryError, match="demo:llama has no revisions"):
+        revised("demo:llama", "v2")
