@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the same to Python
     from surgery.analysis.page import report_page
     from surgery.analysis.spectra import Spectra, Spectrum, spectrum
-    from surgery.diagnostics import Diagnostic, SurgeryError
+    from surgery.diagnostics import Diagnostic, SurgeryError, SurgeryWarning
     from surgery.experiments.bench import bench
     from surgery.experiments.comparison import compare
     from surgery.experiments.evaluation import evaluate
@@ -33,20 +33,21 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
     from surgery.planning.compile import Plan
     from surgery.planning.compile import compile as plan
     from surgery.planning.figures import Report
-    from surgery.runtime.attach import attach
+    from surgery.runtime.attach import attach, from_pretrained
     from surgery.runtime.merge_files import MergedFiles, merge_files
     from surgery.runtime.save import save_merged
     from surgery.runtime.stack import Surgeries
     from surgery.runtime.surgeon import Surgeon, apply
 
 _HOMES = {
-    "Diagnostic": "diagnostics", "SurgeryError": "diagnostics",
+    "Diagnostic": "diagnostics", "SurgeryError": "diagnostics", "SurgeryWarning": "diagnostics",
     "Spec": "language.tree", "Target": "language.tree", "Parameter": "language.tree",
     "pre": "language.tree", "add": "language.tree", "post": "language.tree",
     "parse": "language.library", "load": "language.library", "shipped": "language.library",
     "check": "planning.check", "Plan": "planning.compile", "plan": "planning.compile", "Report": "planning.figures",
     "load_model": "models.loading", "modules": "matching.module_tree", "explain": "matching.selection",
     "Surgeon": "runtime.surgeon", "apply": "runtime.surgeon", "attach": "runtime.attach",
+    "from_pretrained": "runtime.attach",
     "save_merged": "runtime.save", "merge_files": "runtime.merge_files", "MergedFiles": "runtime.merge_files",
     "Surgeries": "runtime.stack",
     "import_peft": "peft.import_adapter", "export_peft": "peft.export_adapter", "Exported": "peft.export_adapter",
@@ -58,9 +59,10 @@ _SPELT = {"plan": "compile", "load_model": "load"}
 
 __all__ = [
     "__version__", "add", "apply", "attach", "bench", "check", "compare", "Diagnostic", "evaluate", "explain",
-    "export_peft", "Exported", "import_peft", "load", "load_model", "merge_files", "MergedFiles", "modules",
-    "Parameter", "parse", "Plan", "plan", "post", "pre", "Report", "report_page", "save_merged", "shipped", "Spec",
-    "Spectra", "Spectrum", "spectrum", "Surgeon", "Surgeries", "SurgeryError", "Target", "train", "Training",
+    "export_peft", "Exported", "from_pretrained", "import_peft", "load", "load_model", "merge_files", "MergedFiles",
+    "modules", "Parameter", "parse", "Plan", "plan", "post", "pre", "Report", "report_page", "save_merged", "shipped",
+    "Spec", "Spectra", "Spectrum", "spectrum", "Surgeon", "Surgeries", "SurgeryError", "SurgeryWarning", "Target",
+    "train", "Training",
 ]
 
 if not TYPE_CHECKING:  # a type checker takes a misspelt name for a mistake, and not for `Any`

@@ -249,7 +249,11 @@ def _from_files(name: str, kind: Any, **options: Any) -> Any:
 
     source = _source(name)
     if "gguf_file" not in source:
-        return _asked(name, lambda: kind.from_pretrained(**source, **options))
+        found = _asked(name, lambda: kind.from_pretrained(**source, **options))
+        model = found[0] if isinstance(found, tuple) else found
+        if commit := _commit(name):
+            model.config._commit_hash = commit  # which transformers set once, and which no config.json is saved with
+        return found
     if packs := getattr(transformers, "GgufConfig", None):  # else later versions may keep the weights packed
         options["quantization_config"] = packs(dequantize=True)
     # Its bar for these files is one that nothing turns off.
@@ -260,6 +264,18 @@ def _from_files(name: str, kind: Any, **options: Any) -> Any:
         del model.config.quantization_config, model.hf_quantizer
         model.is_quantized = False
     return found
+
+
+def _commit(name: str) -> str | None:
+    """The commit of a hub's model that has just been fetched, by the folder of the cache that its files lie in."""
+    from huggingface_hub import try_to_load_from_cache
+
+    known, revision = parted(name)
+    if Path(place(name)).exists():
+        return None
+    found = try_to_load_from_cache(known, "config.json", revision=revision)
+    commit = Path(found).parent.name if isinstance(found, str) else ""
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
 
 
 def _config(name: str, trust: bool = False) -> PreTrainedConfig:

@@ -10,23 +10,26 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, SurgeryWarning
+from surgery.models.loading import base_name, load_with_saved_head
 from surgery.runtime.fingerprint import fingerprints
+from surgery.runtime.hub import adapter_folder
 from surgery.runtime.saved_format import TENSORS, Saved, compare, shapes
 from surgery.runtime.surgeon import Surgeon, prepare
 from surgery.semantics.index_bounds import bounds
 from surgery.text import listed
 
 
-def attach(model: nn.Module, folder: str | PathLike, *, strict: bool = False) -> Surgeon:
-    """Put a saved adapter on a model, in place. Raises: SurgeryError with all that does not fit;
-    the model is then as it was. Weights that are not those that it was trained on are a warning (SurgeryWarning, and in
-    `surgeon.plan.warnings`); `strict`: an error.
+def attach(model: nn.Module, folder: str | PathLike, *, revision: str | None = None, strict: bool = False) -> Surgeon:
+    """Put a saved adapter on a model, in place: a folder, or `OWNER/NAME` of the hub, there at a `revision`.
+    Raises: SurgeryError with all that does not fit; the model is then as it was.
+
+    Weights that are not those that it was trained on are a warning (SurgeryWarning, and in `surgeon.plan.warnings`);
+    `strict`: an error.
 
     The adapter's tensors keep the dtype that they were saved in; a `train` tensor takes that of the model's.
 
@@ -36,14 +39,37 @@ def attach(model: nn.Module, folder: str | PathLike, *, strict: bool = False) ->
     >>> surgeon.spec.name
     'lora'
     """
-    saved = Saved(Path(folder))
+    return attached(model, Saved(adapter_folder(folder, revision)), strict)
+
+
+def from_pretrained(adapter: str | PathLike, *, revision: str | None = None, base: str | None = None,
+                    dtype: str | None = None, trust: bool = False, strict: bool = False) -> Surgeon:
+    """Load the base model that a saved adapter names (or another, `base`), at the commit that it was trained on, and
+    attach the adapter: a folder, or `OWNER/NAME` of the hub, there at a `revision`. The model is `surgeon.model`.
+
+    `dtype`: load it in this one; `trust`: Python code in its folder may run; `strict`: as in `attach`.
+
+    Raises: SurgeryError (missing-file, unknown-model, bad-adapter).
+
+    >>> import surgery
+    >>> surgery.apply(surgery.load_model("demo:llama"), "lora").save("trained")
+    >>> surgery.from_pretrained("trained").model.config.model_type
+    'llama'
+    """
+    saved = Saved(adapter_folder(adapter, revision))
+    name = base_name(adapter, base, saved.base, "name it: from_pretrained(adapter, base=\"OWNER/NAME\")")
+    return attached(load_with_saved_head(name, saved, dtype, trust), saved, strict)
+
+
+def attached(model: nn.Module, saved: Saved, strict: bool = False) -> Surgeon:
+    """A saved adapter on a model. Raises: SurgeryError, and then the model is as it was."""
     surgeon = fitted(model, saved)
     report = Collector()
     report.add(*saved.differing(fingerprints(surgeon.plan.placed)))
     report.raise_errors(strict)
     surgeon.plan = replace(surgeon.plan, warnings=(*surgeon.plan.warnings, *report.warnings))
     for warning in report.warnings:
-        warnings.warn(SurgeryWarning(warning), stacklevel=2)
+        warnings.warn(SurgeryWarning(warning), stacklevel=3)
     return surgeon.operate(surgeon.as_named(saved.tensors))
 
 

@@ -40,6 +40,7 @@ from surgery.runtime.adapter import (
 )
 from surgery.runtime.checkpoints import SavesAdapter, Surgery
 from surgery.runtime.fingerprint import fingerprints
+from surgery.runtime.hub import push
 from surgery.runtime.identity_check import assert_identity
 from surgery.runtime.kept_weights import Kept, with_merged
 from surgery.runtime.merge import refuse_called
@@ -357,6 +358,12 @@ class Surgeon:
 
         Raises: SurgeryError."""
         save(self, folder, **about)
+
+    def push_to_hub(self, repository: str, **about: Any) -> str:
+        """Upload the adapter to `OWNER/NAME` of the hub with a page that says what it computes, its base model and how
+        to load it; gives the commit's address. `about`: `revision` (a branch), `private`, `token`, `message`, and what
+        `save` takes of `base_model`. Raises: SurgeryError (bad-output)."""
+        return push(self, repository, **about)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
