@@ -118,15 +118,16 @@ def with_saved_head(name: str, model: PreTrainedModel, saved: Trained, trust: bo
     return model if kind is type(model) and config.num_labels == model.config.num_labels else _bare(name, kind, config)
 
 
-def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None, trust: bool = False) -> PreTrainedModel:
+def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None, trust: bool = False,
+                         quantisation: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """The model with its weights, of the class that an adapter was trained on: what that has and MODEL has not, a head,
-    is for the adapter's tensors to fill.
+    is for the adapter's tensors to fill. `quantisation`: quantised so when it is loaded, where its files are not.
 
     Raises: SurgeryError (unknown-model; bad-adapter where MODEL and the adapter together lack a tensor)."""
     if name.startswith(DEMO):
         return load(name, dtype)
     trained, config = _form_of(name, saved, trust)
-    model, new = _pretrained(name, trained, config, _torch_dtype(dtype))
+    model, new = _pretrained(name, trained, config, _torch_dtype(dtype), quantisation)
     lacking = {tensor: shape for tensor, shape in new.items() if tensor not in saved.tensors}
     if lacking:
         raise fail("bad-adapter", f"the adapter was trained on a {trained.__name__}, and neither it nor {name} holds "
@@ -136,10 +137,16 @@ def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None, tr
 
 
 def _pretrained(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig,
-                dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, list[int]]]:
+                dtype: torch.dtype | None, quantisation: Mapping[str, Any] | None = None,
+                ) -> tuple[PreTrainedModel, dict[str, list[int]]]:
     """The model with its weights as a class, and the parameters that its files do not hold in this shape."""
+    options: dict[str, Any] = {}
+    if quantisation and getattr(config, "quantization_config", None) is None:
+        from transformers.quantizers import AutoQuantizationConfig
+
+        options["quantization_config"] = _asked(name, lambda: AutoQuantizationConfig.from_dict({**quantisation}))
     model, info = _from_files(name, kind, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True,
-                              output_loading_info=True)
+                              output_loading_info=True, **options)
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     return model.eval(), {key: list(p.shape) for key, p in model.named_parameters() if key in new}
 

@@ -52,11 +52,20 @@ class Surgery:
         return {"format_version": FORMAT, "surgery_version": __version__, "base_model": None, "revision": None,
                 "model_class": type(model).__name__.removeprefix("FSDP"), "seed": self.seed,
                 "dtype": dtype_text(self.dtype), "base_weights": dict(self.base),
+                "quantization": _quantisation(model),
                 "tensors": forms, **more}
 
     def text(self) -> str:
         """The spec on its own."""
         return inlined(self.spec).to_surg()
+
+
+def _quantisation(model: nn.Module) -> dict[str, Any] | None:
+    """How the base model is quantised, as its configuration says it; None for plain weights."""
+    said = getattr(getattr(model, "config", None), "quantization_config", None)
+    if said is None:
+        return None
+    return json.loads(json.dumps(said.to_dict() if hasattr(said, "to_dict") else dict(said), default=str))
 
 
 def on_cpu(name: str, tensor: torch.Tensor) -> torch.Tensor:

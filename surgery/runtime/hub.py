@@ -73,8 +73,9 @@ def card(surgeon: Surgeon, folder: Path, repository: str) -> str:
     base, commit = saved.meta.get("base_model"), saved.meta.get("revision")
     is_on_hub = base is not None and _REPOSITORY.fullmatch(base) is not None
     name = saved.spec.name or "surgery"
-    data = ModelCardData(base_model=base if is_on_hub else None, library_name="surgery", tags=["surgery", name],
-                         **({"base_model_relation": "adapter"} if is_on_hub else {}))
+    data = ModelCardData(base_model=base if is_on_hub else None, library_name="surgery", tags=["surgery", name])
+    if is_on_hub:
+        vars(data)["base_model_relation"] = "adapter"
     where = f"`{base}`{f' at `{commit}`' if commit else ''}" if base else "not said"
     load = f"surgeon = surgery.from_pretrained({repository!r})" if base else (
         f"surgeon = surgery.attach(model, {repository!r})")

@@ -51,7 +51,7 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
     stored = {name: value.to(own_parameter(module, name).dtype).contiguous() for name, value in exact.items()}
     errors: list[float] = []
     for name, value in exact.items():
-        errors.append(error := _relative_error(stored[name], value))
+        errors.append(error := relative_error(stored[name], value))
         bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps  # a bias may have a dtype of its own
         if not error <= bound:  # so that a NaN is refused too
             raise fail("merge-error",
@@ -61,7 +61,7 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
     return Merged(stored, max(errors))
 
 
-def _relative_error(rounded: torch.Tensor, exact: torch.Tensor) -> float:
+def relative_error(rounded: torch.Tensor, exact: torch.Tensor) -> float:
     """In double precision, slice by slice: the whole in that is four times the weight."""
     parts = zip(rounded.flatten().split(_SLICE), exact.flatten().split(_SLICE))
     sums = [((one.double() - other.double()).square().sum(), other.double().square().sum()) for one, other in parts]

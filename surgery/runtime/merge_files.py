@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from os import PathLike
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from surgery import __version__
-from surgery.diagnostics import SurgeryWarning, fail
+from surgery.diagnostics import SurgeryError, SurgeryWarning, fail
 from surgery.ir.compose import stacked
 from surgery.layers.wrappers import named_parameters, own_parameter
 from surgery.matching.conflicts import tied
@@ -39,6 +39,7 @@ from surgery.models.loading import (
     OTHER_FORMATS,
     base_name,
     folder_of,
+    load,
     load_with_saved_head,
     only_whole,
     preprocessors,
@@ -47,11 +48,14 @@ from surgery.models.loading import (
 )
 from surgery.models.stored_names import Piece, Unsure, pieces, reverses
 from surgery.planning.compile import Placed
+from surgery.planning.initial_values import departure
 from surgery.runtime.adapter import SharedTensors
 from surgery.runtime.atomic_folders import MANIFEST, Unfinished, flush, refuse_taken, resuming
 from surgery.runtime.attach import fitted
+from surgery.runtime.dequantise import merge_plainly, save_plain
 from surgery.runtime.fingerprint import fingerprint_of
 from surgery.runtime.merge import merged, refuse_called
+from surgery.runtime.proof import outputs
 from surgery.runtime.save import MODEL, save_merged
 from surgery.runtime.saved_format import Saved
 from surgery.runtime.stack import Known, Surgeries, together
@@ -79,7 +83,10 @@ def _no_step(what: str) -> AbstractContextManager:
 class MergedFiles:
     """What `merge_files` did. `errors`: the relative rounding error of each module; `in_memory`: why the model was
     loaded as a whole (empty where it was not); `left_out`: files of the base model's folder that were not copied, since
-    they hold its weights in another format; `kept`: how many weights an earlier run had merged already."""
+    they hold its weights in another format; `kept`: how many weights an earlier run had merged already.
+
+    `logits`, for an adapter that was trained on a quantised model: the relative difference between what that gives and
+    what is written, on a batch that is made up; `not_compared`: why it was not measured."""
 
     out: Path
     base: str
@@ -87,15 +94,20 @@ class MergedFiles:
     in_memory: str = ""
     left_out: tuple[str, ...] = ()
     kept: int = 0
+    logits: float | None = None
+    not_compared: str = ""
 
 
 def merge_files(folder: str | PathLike, out: str | PathLike, base: str | None = None, *,
                 then: Iterable[str | PathLike] = (), dtype: str | None = None, jobs: int = 1, force: bool = False,
-                trust: bool = False, step: Step = _no_step) -> MergedFiles:
+                trust: bool = False, dequantise: bool = False, step: Step = _no_step) -> MergedFiles:
     """Write the base model of a saved adapter (or another, `base`) with the adapter merged in, and the adapters `then`
-    after it, as a plain model's folder: the same shards, index and other files. `dtype`: the weights in another one;
-    `jobs`: how many threads read and write beside the one that computes; `force`: in the place of one that we wrote;
-    `trust`: Python code in the base model's folder may run. `step` stands around what takes time.
+    after it, as a plain model's folder: the same shards, index and other files. `step` stands around what takes time.
+
+    `dtype`: the weights in another one; `jobs`: how many threads read and write beside the one that computes; `force`:
+    in the place of one that we wrote; `trust`: Python code in the base model's folder may run; `dequantise`: of a base
+    that is quantised, as the adapter says it was, write the plain weights that were trained, W' of the dequantised W
+    (the model is then loaded).
 
     Killed, it goes on where it was when it is called again. Raises: SurgeryError (bad-output, bad-adapter,
     unknown-model, merge-error)."""
@@ -105,13 +117,21 @@ def merge_files(folder: str | PathLike, out: str | PathLike, base: str | None = 
     refuse_taken(Path(out), MODEL, force)
     if not isinstance(jobs, int) or jobs < 1:
         raise fail("bad-value", f"jobs is a number of threads from 1 on, not {jobs!r}")
+    if dequantise:
+        return _dequantised(folders, saved[0], Path(out), name, dtype, force, trust, step)
+    done = _merged(folders, saved, Path(out), name, dtype, jobs, force, trust, step)
+    return _with_logits(done, folders, saved[0], trust, step)
+
+
+def _merged(folders: Sequence[Path], saved: Sequence[Saved], out: Path, name: str, dtype: str | None, jobs: int,
+            force: bool, trust: bool, step: Step) -> MergedFiles:
     try:
         with step(f"reading the headers of {name}"):
             work = _work(name, saved, dtype, trust)
         with step(f"merging into {out}"):
-            return _streamed(work, saved, Path(out), name, jobs, force)
+            return _streamed(work, saved, out, name, jobs, force)
     except Unsure as why:
-        return _in_memory(folders, saved[0], Path(out), name, dtype, force, trust, step, str(why))
+        return _in_memory(folders, saved[0], out, name, dtype, force, trust, step, str(why))
 
 
 def _in_memory(folders: Sequence[Path], saved: Saved, out: Path, name: str, dtype: str | None, force: bool, trust: bool,
@@ -120,15 +140,61 @@ def _in_memory(folders: Sequence[Path], saved: Saved, out: Path, name: str, dtyp
     with step(f"loading {name}"):
         model = load_with_saved_head(name, saved, dtype, trust)
     with step("merging"):
-        surgeries = Surgeries(model)
-        for i, each in enumerate(folders):
-            surgeries.add(_called(i), each)
-        surgeon = surgeries.use(*surgeries.names)
-        assert surgeon is not None  # it is None where no name is given
+        surgeon = _operated(model, folders)
         errors = surgeon.merge()
     with step(f"saving {out}"):
         save_merged(surgeon, out, preprocessors(name, trust), force)
     return MergedFiles(out, name, errors, why)
+
+
+def _operated(model: nn.Module, folders: Sequence[Path]) -> Surgeon:
+    surgeries = Surgeries(model)
+    for i, each in enumerate(folders):
+        surgeries.add(_called(i), each)
+    surgeon = surgeries.use(*surgeries.names)
+    assert surgeon is not None  # it is None where no name is given
+    return surgeon
+
+
+def _dequantised(folders: Sequence[Path], saved: Saved, out: Path, name: str, dtype: str | None, force: bool,
+                 trust: bool, step: Step) -> MergedFiles:
+    """Plain weights W' of the dequantised base. Raises: SurgeryError (merge-error), if nothing of it is quantised."""
+    with step(f"loading {name}"):
+        model = load_with_saved_head(name, saved, dtype, trust, saved.meta.get("quantization"))
+    with step("merging"):
+        surgeon = _operated(model, folders)
+        before = outputs(model)
+        errors = merge_plainly(surgeon)
+        logits, why = _departure(before, outputs(model), model)
+    with step(f"saving {out}"):
+        save_plain(model, out, preprocessors(name, trust), force)
+    return MergedFiles(out, name, errors, "the base model is quantised, and is written dequantised", logits=logits,
+                       not_compared=why)
+
+
+def _with_logits(done: MergedFiles, folders: Sequence[Path], saved: Saved, trust: bool, step: Step) -> MergedFiles:
+    """With the difference between what was trained, on a quantised base, and what was written of a plain one."""
+    quantisation, trained_on = saved.meta.get("quantization"), saved.base
+    if quantisation is None or trained_on is None:
+        return done
+    try:
+        with step(f"comparing with {trained_on} as it was trained"):
+            model = load_with_saved_head(trained_on, saved, None, trust, quantisation)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SurgeryWarning)
+                before = outputs(_operated(model, folders).model)
+            del model  # the two are not in memory at once
+            written = load(str(done.out), trust=trust)
+            logits, why = _departure(before, outputs(written), written)
+    except SurgeryError as error:
+        logits, why = None, error.diagnostics[0].message
+    return replace(done, logits=logits, not_compared=why)
+
+
+def _departure(before: Tensor | None, after: Tensor | None, model: nn.Module) -> tuple[float | None, str]:
+    if before is None or after is None or before.shape != after.shape:
+        return None, f"no batch can be made up for a {type(model).__name__}"
+    return departure(before, after), ""
 
 
 def _called(i: int) -> str:

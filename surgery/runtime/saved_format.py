@@ -86,6 +86,7 @@ class _Meta(BaseModel):
     dtype: Literal["float16", "bfloat16", "float32", "float64"]
     tensors: dict[str, _Form]
     base_weights: dict[str, Fingerprint] = {}
+    quantization: dict[str, Any] | None = None
     peft: dict[str, Any] | None = None
     task: _Task | None = None
 
