@@ -142,7 +142,7 @@ def _pretrained(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig
     """The model with its weights as a class, and the parameters that its files do not hold in this shape."""
     options: dict[str, Any] = {}
     if quantisation and getattr(config, "quantization_config", None) is None:
-        from transformers.quantizers import AutoQuantizationConfig
+        from transformers.quantizers.auto import AutoQuantizationConfig
 
         options["quantization_config"] = _asked(name, lambda: AutoQuantizationConfig.from_dict({**quantisation}))
     model, info = _from_files(name, kind, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True,

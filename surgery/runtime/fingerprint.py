@@ -56,8 +56,8 @@ def is_same(saved: str, now: str) -> bool:
         narrower = min(one, two, key=lambda dtype: dtype.itemsize)
         return torch.equal(first.to(narrower), second.to(narrower))
     # Neither holds the other's numbers: both were rounded from some third.
-    bounds = {"rtol": 2 * torch.finfo(torch.bfloat16).eps, "atol": torch.finfo(torch.float16).tiny}
-    return first.shape == second.shape and torch.allclose(first, second, **bounds)
+    relative, least = 2 * torch.finfo(torch.bfloat16).eps, torch.finfo(torch.float16).tiny
+    return first.shape == second.shape and torch.allclose(first, second, rtol=relative, atol=least)
 
 
 def _read(fingerprint: str) -> tuple[torch.dtype, Tensor]:
