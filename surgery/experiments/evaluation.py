@@ -113,7 +113,7 @@ def open_model(name: str, dtype: str | None = None, trust: bool = False) -> Open
     if not (Path(name) / SPEC).is_file():
         return Opened(load(name, dtype, trust), tokenizer(name, trust), name, {})
     saved = Saved(Path(name))
-    base = base_name(name, None, saved.meta.get("base_model"))
+    base = base_name(name, None, saved.base)
     model = load_with_saved_head(base, saved, dtype, trust)
     attach(model, name)
     return Opened(model, tokenizer(base, trust), base, saved.meta.get("task") or {})
