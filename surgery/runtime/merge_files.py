@@ -276,8 +276,8 @@ def _on_skeleton(model: PreTrainedModel, saved: Sequence[Saved]) -> tuple[Surgeo
         for placed in surgeon.plan.placed:
             values = {key: shared.setdefault(name := surgeon.name_of(placed, key), _held(tensors[name]))
                       for key in surgeon.adapters[placed.site.name].tensors()}
-            shaped = surgeon.adapters[placed.site.name].shaped(values)
-            surgeon.adapters[placed.site.name] = adapter_of(placed, shaped, common)
+            # as they are held: of what is held for the largest of several users, each takes its part by itself
+            surgeon.adapters[placed.site.name] = adapter_of(placed, values, common)
         known[_called(i)] = Known(surgeon, {name: tensors[name] for name in surgeon.plan.train})
     trained = {name: value for each in known.values() for name, value in each.trained.items()}
     return together(model, known, lambda formulas: reduce(stacked, formulas.values())), trained
@@ -412,6 +412,9 @@ def _computed(unit: Unit, work: Work) -> tuple[dict[str, Tensor], dict[str, floa
             raise Unsure(f"{piece.parameters[0]} is another one when it is loaded and saved")
         loaded |= made
     values.clear()
+    # A weight or a bias that was trained is what the formula of its module acts on: it stands there first.
+    loaded |= {alias: value.to(loaded[alias].dtype) for name, value in work.trained.items()
+               if (alias := work.aliases[name]) in loaded}
     errors: dict[str, float] = {}
     work.met.update((p.site.weight_name, fingerprint_of(loaded[work.aliases[p.site.weight_name]])) for p in unit.placed)
     for placed in unit.placed:
@@ -419,8 +422,6 @@ def _computed(unit: Unit, work: Work) -> tuple[dict[str, Tensor], dict[str, floa
         result = _merged_alone(placed, work.surgeon, {own: loaded[name] for own, name in names.items()})
         errors[placed.site.name] = result.error
         loaded |= {names[own]: tensor for own, tensor in result.tensors.items()}
-    loaded |= {alias: value.to(loaded[alias].dtype) for name, value in work.trained.items()
-               if (alias := work.aliases[name]) in loaded}
     return {name: tensor for piece in unit.pieces
             for name, tensor in piece.saved({n: loaded[n] for n in piece.parameters}).items()}, errors
 

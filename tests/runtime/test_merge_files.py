@@ -114,11 +114,24 @@ def test_each_file_but_the_weights_is_copied_and_the_layout_is_kept() -> None:
     assert module.MODEL.foreign(Path("merged")) == []
 
 
+SHARED = """update tied(rank: int = 2) {
+  shared(model) param A[rank, in] ~ kaiming_uniform(a = sqrt(5))
+  shared(layer) param B[out, rank] = 0
+  shared(model) param g = 1
+  return g * (B @ A)
+}
+"""
 SPECS = {
     "biases": ("bert", "target linear { add shift() }"),
     "an embedding": ("llama", f"target embedding {LOW}"),
     "what was trained": ("llama", f'target linear "**.q_proj" {LOW}\ntrain "**.*norm*.weight", "lm_head.**"'),
     "a tied tensor that was trained": ("gpt2", f'target linear "**.c_fc" {LOW}\ntrain "**.wte.weight"'),
+    "a bias that was trained, and then turned": (
+        "bert", 'target linear "**.query" { pre diagonal() with bias }\ntrain "**.query.bias"'),
+    "a bias that was trained, and then moved": ("bert", 'target linear "**.query" { add shift() }\ntrain "**.query.bias"'),
+    "a tensor of which the first user is not the largest": (
+        "llama", f'{SHARED} target linear "**.{{q,k,v,up,down}}_proj" {{ add tied(rank = 2) }}'),
+    "one that experts share": ("mixtral", f'{SHARED} target any "**.experts.*", "**.q_proj" {{ add tied(rank = 2) }}'),
 }
 
 
@@ -131,10 +144,16 @@ def test_everything_that_a_merge_writes(what: str) -> None:
     assert_same(tensors("merged"), reference("adapter"))
 
 
-def test_one_adapter_after_another() -> None:
+TRAINED = f'target linear "**.q_proj" {LOW}\ntrain "**.up_proj.weight"'
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ("oft", "lora"), (parse(TRAINED), parse('target linear "**.up_proj" { pre diagonal() }'))],
+    ids=["of the same weights", "of what the first trained"])
+def test_one_adapter_after_another(first: object, second: object) -> None:
     saved_model(load_demo("llama"), shards=True)
-    saved_adapter("oft")
-    saved_adapter("lora", "second")
+    saved_adapter(first)
+    saved_adapter(second, "second")
     done = merge_files("adapter", "merged", then=["second"])
     assert done.in_memory == ""
     assert_same(tensors("merged"), reference("adapter", "second"))
