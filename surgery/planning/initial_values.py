@@ -138,9 +138,11 @@ def _over_stack(placed: Placed, values: dict[str, torch.Tensor], leaf: Leaf, kno
     """A leaf's start; for a stack, that of each of its matrices. What leaves have in common is computed once."""
     init = leaf.init
     assert init is not None  # a leaf that is not drawn starts at an expression
-    if placed.site.stack is None or leaf.group:
+    if placed.site.stack is None:
         return dense(init, values, known).expand(shape)
     groups = {other.key for other in placed.formula.leaves if other.group}
+    if leaf.group:  # one tensor for all: it starts at the first matrix, as where modules share it at the first module
+        return dense(init, {key: value if key in groups else value[0] for key, value in values.items()}).expand(shape)
     axes = {key: None if key in groups else 0 for key in values}
     return torch.vmap(lambda each: dense(init, each).expand(shape), in_dims=(axes,))(values)
 

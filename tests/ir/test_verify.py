@@ -116,6 +116,7 @@ MALFORMED: dict[str, tuple[Expr, ...]] = {
                Expr("frozen", (X,), "bias", (TOKENS, 4))),
     "frozen_back": (Expr("frozen_back", (X, X), None, (TOKENS, 6)), Expr("frozen_back", (X,), None, (6, 6))),
     "value": (Expr("value", (A,), 0, (6, 6)), Expr("value", (), None, (6, 6))),
+    "value_at": (Expr("value_at", (A,), 0, (6,)), Expr("value_at", (), None, (6,))),
     "kept": (Expr("kept", (A,), 0, (6, 6)), Expr("kept", (), None, (6, 6))),
     "grad": (Expr("grad", (A,), None, (6, 6)), Expr("grad", (), 0, (6, 6))),
     "run": (Expr("run", (X,), None, (TOKENS, 6)), Expr("run", (X, F), None, (TOKENS, 6)),
