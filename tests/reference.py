@@ -115,6 +115,13 @@ class Parser:
                     self.take("[", ","), dims.append(self.expression())
                     self.if_next("]")
                 made.body.append((name, dims, self.expression() if self.take("=", "~") == "=" else self.drawn()))
+            elif word == "noise":
+                name, dims = self.take(), []
+                while self.peek() != "~":
+                    self.take("[", ","), dims.append(self.expression())
+                    self.if_next("]")
+                self.take("~")
+                made.body.append((name, None, ("mean", self.expression(), *dims)))
             elif word == "check":
                 self.expression()
             elif word == "shared" and self.if_next("("):
@@ -429,6 +436,11 @@ class Reading:
             return parts[0]
         if kind == "name":
             return scope.get(parts[0], math.pi) if parts[0] == "pi" else scope[parts[0]]
+        if kind == "mean":  # of noise, which stands for it outside of training
+            (_, law, given), *dims = parts
+            p = [self.value(e, scope) for _, e in given]
+            mean = {"bernoulli": lambda: p[0], "normal": lambda: p[0], "uniform": lambda: (p[0] + p[1]) / 2}[law]()
+            return np.full(tuple(self.value(d, scope) for d in dims), float(mean))
         if kind == "if":
             return self.value(parts[1 if self.value(parts[0], scope) else 2], scope)
         if kind == "rows":

@@ -61,6 +61,7 @@ clauses = st.fixed_dictionaries({"frozen": st.just(True)}) | st.fixed_dictionari
 params = st.builds(lambda value, clauses, **more: tree.Param(**value, **clauses, **more), values, clauses, name=names,
                    dims=tuples(expressions, max_size=2),
                    shared=st.sampled_from([False, True, "module", "layer", "model"]), trivia=leaf_trivia)
+noises = st.builds(tree.Noise, name=names, dims=tuples(expressions, max_size=2), draw=step_calls, trivia=leaf_trivia)
 lets = st.builds(tree.Let, name=names, value=expressions, trivia=leaf_trivia)
 
 
@@ -69,7 +70,7 @@ def definitions(draw):
     kind = draw(st.sampled_from(["transform", "update"]))
     pool = draw(st.lists(names, min_size=5, max_size=5, unique=True))
     signature = tuple(draw(parameters).model_copy(update={"name": name}) for name in pool[: draw(st.integers(0, 2))])
-    body = tuple(draw(params | lets).model_copy(update={"name": name})
+    body = tuple(draw(params | noises | lets).model_copy(update={"name": name})
                  for name in pool[2 : 2 + draw(st.integers(0, 2))])
     return tree.Definition(
         kind=kind, name=draw(names), params=signature, dim=pool[4] if kind == "transform" else None, body=body,

@@ -21,7 +21,17 @@ from surgery.codegen.operation_counts import size
 from surgery.codegen.setup_order import in_cheapest_order, solved_once
 from surgery.codegen.split_products import reassociated
 from surgery.ir.builders import summands
-from surgery.ir.expression import Exhausted, Expr, Formula, at_most, rebuild, substituted, walk, without_dropout
+from surgery.ir.expression import (
+    Exhausted,
+    Expr,
+    Formula,
+    at_most,
+    in_evaluation,
+    in_training,
+    rebuild,
+    substituted,
+    walk,
+)
 from surgery.ir.operations import eye, is_ids, is_whole, make, names, operation
 from surgery.ir.sizes import TOKENS, known
 from surgery.ir.table import Source
@@ -105,18 +115,20 @@ def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool
                tokens: int = TOKENS_SUPPOSED) -> tuple[Candidate, ...]:
     """The programs of a layer's output, the cheapest for so many tokens first; of a called layer, which has no weight
     to read, those that read it come last."""
-    # without dropout, training and evaluation run the same programs, which are made once
-    distinct = _distinct(formula, kind, training and formula.weight.has("drop"), has_bias)
+    # without dropout and noise, training and evaluation run the same programs, which are made once
+    differs = formula.weight.has("drop", "noise") or formula.bias.has("noise")
+    distinct = _distinct(formula, kind, training and differs, has_bias)
     return tuple(sorted(distinct, key=lambda each: (kind.is_called and each.reads_weight, each.cost(tokens).seconds)))
 
 
 @cache
-def _distinct(formula: Formula, kind: LayerKind, drops: bool, has_bias: bool) -> tuple[Candidate, ...]:
-    """The different programs that the strategies give, with the formula's dropout or without, in no order."""
-    weight = cheapest(formula.weight if drops else without_dropout(formula.weight))
+def _distinct(formula: Formula, kind: LayerKind, draws: bool, has_bias: bool) -> tuple[Candidate, ...]:
+    """The different programs that the strategies give, with the formula's dropout and noise or without, in no order."""
+    mode = in_training if draws else in_evaluation
+    weight = cheapest(mode(formula.weight))
     # token ids look rows of W up, so that what acts on an embedding's output is W'ᵀ
     operand = turned(weight) if kind.takes_ids else weight
-    x, bias = _input(known(operand.shape[1]), kind), cheapest(formula.bias) if has_bias else None
+    x, bias = _input(known(operand.shape[1]), kind), cheapest(mode(formula.bias)) if has_bias else None
     unread = partial(_unread, always=kind.is_called)
     # last to first: of two ways to one program the first has the name
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
@@ -196,10 +208,11 @@ def _is_reached(value: Expr, trained: frozenset[str]) -> bool:
 
 
 @cache
-def weights(formula: Formula, has_bias: bool) -> Candidate:
-    """The program of W' (and b') themselves, whatever the layer."""
-    outputs = (matrix(cheapest(without_dropout(formula.weight))),)
-    return candidate(outputs + ((offset(cheapest(formula.bias)),) if has_bias else ()), _read)
+def weights(formula: Formula, has_bias: bool, draws: bool = False) -> Candidate:
+    """The program of W' (and b') themselves, whatever the layer; with noise as it is drawn or with its mean."""
+    mode = in_training if draws else lambda expr: expr
+    weight, bias = (in_evaluation(mode(expr)) for expr in (formula.weight, formula.bias))
+    return candidate((matrix(cheapest(weight)), *([offset(cheapest(bias))] if has_bias else [])), _read)
 
 
 def _read(expr: Expr) -> Expr:

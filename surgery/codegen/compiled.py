@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from surgery.codegen.candidates import Candidate, by_tokens, candidates, weights
 from surgery.codegen.cost_model import TOKENS_SUPPOSED
-from surgery.ir.expression import Expr, Formula, without_dropout
+from surgery.ir.expression import Expr, Formula, in_evaluation, in_training, noises
 from surgery.ir.notation import brief, listing
 from surgery.layers.kinds import LayerKind, supposed
 from surgery.rewrite.cheaper_forms import cheapest
@@ -54,12 +54,12 @@ class Compiled:
     @property
     def cheapest(self) -> Formula:
         """The formula in its cheapest known form, from which the candidates for training are made."""
-        return self._changed(cheapest)
+        return self._changed(lambda expr: cheapest(in_training(expr)))
 
     @property
     def merged_form(self) -> Formula:
         """The cheapest form without dropout, from which W' itself is computed."""
-        return self._changed(lambda expr: cheapest(without_dropout(expr)))
+        return self._changed(lambda expr: cheapest(in_evaluation(expr)))
 
     def _changed(self, change: Callable[[Expr], Expr]) -> Formula:
         return replace(self.formula, weight=change(self.formula.weight), bias=change(self.formula.bias))
@@ -82,11 +82,23 @@ class Compiled:
         return compiled(best, tuple(others), self.by_tokens(training))
 
     @property
+    def noises(self) -> tuple[Expr, ...]:
+        """What a training step draws anew."""
+        return noises(self.formula.weight, self.formula.bias)
+
+    @property
     def weights(self) -> Program:
         """The code of W' (and b') themselves: for merging, and for layers that only their own forward knows."""
         from surgery.codegen.program import compiled
 
         return compiled(weights(self.formula, self.has_bias))
+
+    @property
+    def drawn_weights(self) -> Program:
+        """The code of W' (and b') in a training step of a layer that only its own forward knows, noise given."""
+        from surgery.codegen.program import compiled
+
+        return compiled(weights(self.formula, self.has_bias, draws=True))
 
     def lines(self, stage: str, tokens: int = TOKENS_SUPPOSED) -> list[str]:
         """A stage (one of `STAGES`) as text, a distinct node a line. The last two need sizes that are numbers."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from surgery.codegen.apply_to_activations import apply, dropped, matrix, turned
 from surgery.codegen.fuse_blocks import block_size
 from surgery.ir.builders import scaled, times, total
-from surgery.ir.expression import Expr, walk, without_dropout
+from surgery.ir.expression import Expr, in_evaluation, walk
 from surgery.ir.operations import is_ids, make, ones
 from surgery.ir.sizes import known, known_shape
 from surgery.layers.kinds import LayerKind
@@ -42,7 +42,7 @@ def enter_in_parts(expr: Expr, x: Expr, groups: int = 1) -> Expr:
     parts = [enter(kept, x, groups)] if kept is not None else []
     for part in dropping:
         drop = next(node for node in walk(part) if node.op == "drop")
-        parts.append(enter(without_dropout(part), dropped(drop, x), groups))
+        parts.append(enter(in_evaluation(part), dropped(drop, x), groups))
     return total(parts, parts[0].shape)
 
 

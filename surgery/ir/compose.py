@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from surgery.ir.expression import Expr, Formula, substituted, without_dropout
+from surgery.ir.expression import Expr, Formula, in_evaluation, noises, substituted
 from surgery.ir.table import constant, make
 
 
@@ -26,8 +26,10 @@ def _mapped(formula: Formula, table: Mapping[Expr, Expr]) -> Formula:
 
 def named(formula: Formula, name: str) -> Formula:
     """The formula with each leaf's key led by a name: `style:add_low_rank.A`, and its group, if it is shared."""
-    renamed = _mapped(formula,
-                    {leaf.expr: Expr(leaf.expr.op, (), f"{name}:{leaf.key}", leaf.shape) for leaf in formula.leaves})
+    table = {leaf.expr: Expr(leaf.expr.op, (), f"{name}:{leaf.key}", leaf.shape) for leaf in formula.leaves}
+    for noise in noises(formula.weight, formula.bias):  # of two surgeries each draws its own
+        table[noise] = Expr("noise", (), replace(noise.data, key=f"{name}:{noise.data.key}"), noise.shape)
+    renamed = _mapped(formula, table)
     leaves = tuple(replace(leaf, group=leaf.group and f"{name}:{leaf.group}") for leaf in renamed.leaves)
     return replace(renamed, leaves=leaves)
 
@@ -37,9 +39,9 @@ def stacked(first: Formula, second: Formula) -> Formula:
 
     Dropout, which belongs to training one surgery, is kept in the second alone.
     """
-    weight, bias = without_dropout(first.weight), without_dropout(first.bias)
+    weight, bias = in_evaluation(first.weight), in_evaluation(first.bias)
     over = _mapped(second, {_leaf("weight", first): weight, _leaf("bias", first): bias})
-    below = tuple(replace(part, expr=without_dropout(part.expr)) for part in first.parts)
+    below = tuple(replace(part, expr=in_evaluation(part.expr)) for part in first.parts)
     return Formula(over.weight, over.bias, first.leaves + over.leaves, first.claims + over.claims, below + over.parts)
 
 

@@ -241,6 +241,33 @@ def substituted(expr: Expr, table: Mapping[Expr, Expr]) -> Expr:
     return rebuild(expr, lambda node, args: table.get(node) or node.with_args(args))
 
 
-def without_dropout(expr: Expr) -> Expr:
-    """The expression in evaluation mode."""
-    return rebuild(expr, lambda node, args: args[0] if node.op == "drop" else node.with_args(args))
+@dataclass(frozen=True)
+class NoiseLaw:
+    """What identifies noise that is drawn anew in every training step: its key (as of a parameter), its law, and the
+    mean, which stands in its place at any other time."""
+
+    key: str
+    law: Draw
+    mean: float
+
+
+def in_evaluation(expr: Expr) -> Expr:
+    """The expression in evaluation mode: nothing is dropped, and noise is its mean."""
+
+    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        if node.op == "noise":
+            return Expr("fill", (), node.data.mean, node.shape) if node.shape else Expr("const", (), node.data.mean)
+        return args[0] if node.op == "drop" else node.with_args(args)
+
+    return rebuild(expr, change) if expr.has("drop", "noise") else expr
+
+
+def in_training(expr: Expr) -> Expr:
+    """The expression with noise as a leaf that is given, like a parameter that does not train."""
+    drawn = {node: Expr("param", (), node.data.key, node.shape) for node in noises(expr)}
+    return substituted(expr, drawn) if drawn else expr
+
+
+def noises(*exprs: Expr) -> tuple[Expr, ...]:
+    """The noise that expressions read."""
+    return tuple(node for node in walk(*exprs) if node.op == "noise") if any(e.has("noise") for e in exprs) else ()

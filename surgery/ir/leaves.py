@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from surgery.ir.expression import Expr
-from surgery.ir.notation_forms import as_its_argument, last_name, number, ones, symbol
+from surgery.ir.expression import Expr, NoiseLaw
+from surgery.ir.notation_forms import ATOM, as_its_argument, last_name, number, ones, symbol
 from surgery.ir.notation_forms import undecided as undecided_notation
 from surgery.ir.shape_rules import dropped, exactly, same
 from surgery.ir.sizes import Dim, known_shape
@@ -55,6 +55,12 @@ LEAVES = [
     _leaf("places", "places of entries, never trained", "a key: step.name", _is_key, whole=True,
           text="leaves[{data!r}]", source=Source.ADAPTER, evaluate=lambda node, args, leaves: leaves[node.data],
           notation=last_name),
+    # Its dense meaning is that of evaluation, unless a draw is given. A program of training reads it as a parameter.
+    _leaf("noise", "what is drawn anew in every training step", "a key, a law and a mean",
+          lambda n: isinstance(n.data, NoiseLaw), stage=Stage.ELABORATED | Stage.SIMPLIFIED, source=Source.DRAWN,
+          evaluate=lambda node, args, leaves: leaves.get(node.data.key, leaves["weight"].new_full(
+              known_shape(node.shape), node.data.mean)),
+          notation=lambda maths, node: (node.data.key.rpartition(".")[2], ATOM)),
     _leaf("const", "a number", "one number", lambda n: not n.shape and isinstance(n.data, (int, float, Fraction, Dim))
           and not isinstance(n.data, bool), is_inline=True,
           text=lambda node, args: repr(float(node.data)), evaluate=lambda node, args, leaves: float(node.data),

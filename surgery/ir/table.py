@@ -46,6 +46,7 @@ class Source(Enum):
 
     LAYER = auto()
     ADAPTER = auto()
+    DRAWN = auto()  # noise, in every training step
     INPUT = auto()
     SETUP = auto()
     FORWARD = auto()  # what a backward pass reads of the forward pass

@@ -18,7 +18,7 @@ from surgery.language.json_fields import Trivia
 
 FILE = -1
 STATEMENTS = {"language", "use", "header", "check", "select", "train", "parameter", "transform",
-              "update", "param", "let", "result", "target", "step", "repeat"}
+              "update", "param", "noise", "let", "result", "target", "step", "repeat"}
 _STRING_OR_COMMENT = re.compile(f"{pattern_of('STRING')}|({pattern_of('COMMENT')})")
 
 

@@ -191,6 +191,8 @@ def _simple(node: tree.Node) -> str:
             return f"let {node.name} = {expression_text(node.value)}"
         case tree.Param():
             return _param(node)
+        case tree.Noise():
+            return f"noise {node.name}{_dims(node)} ~ {expression_text(node.draw)}"
         case tree.Parameter():
             default = f" = {expression_text(node.default)}" if node.default is not None else ""
             return f"{node.name}: {node.type}{default}"
@@ -200,12 +202,15 @@ def _simple(node: tree.Node) -> str:
 def _param(node: tree.Param) -> str:
     scope = f"({node.shared})" if isinstance(node.shared, str) else ""
     flags = "frozen " * node.frozen + f"shared{scope} " * bool(node.shared)
-    dims = f"[{', '.join(map(expression_text, node.dims))}]" if node.dims else ""
     start = [f"~ {expression_text(node.draw)}"] if node.draw is not None else []
     start += [f"= {expression_text(node.init)}"] if node.init is not None else []  # the one or the other, never both
     clauses = [f"rate {expression_text(node.rate)}"] if node.rate is not None else []
     clauses += ["no decay"] * (not node.decay) + [f"on {node.manifold}"] * bool(node.manifold)
-    return " ".join([f"{flags}param {node.name}{dims}", *start, *clauses])
+    return " ".join([f"{flags}param {node.name}{_dims(node)}", *start, *clauses])
+
+
+def _dims(node: tree.Param | tree.Noise) -> str:
+    return f"[{', '.join(map(expression_text, node.dims))}]" if node.dims else ""
 
 
 def _listed(selectors: tuple) -> list[str]:

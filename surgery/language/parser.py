@@ -25,8 +25,8 @@ from surgery.language.well_formed import check_expression, check_language
 MAX_ERRORS = 20
 _VERSION = re.compile(r"(?:\s|#[^\r\n]*[\r\n])*language\s+([0-9]+)(?![\w.%])")
 #: What begins a statement of a body; `check` may stand in a file too.
-BODY_WORDS = tuple(word for terminal in ("FROZEN", "SHARED", "_PARAM", "_LET", "_CHECK", "_RETURN", "PLACEMENT")
-                   for word in WORDS[terminal])
+BODY_WORDS = tuple(word for terminal in ("FROZEN", "SHARED", "_PARAM", "_NOISE", "_LET", "_CHECK", "_RETURN",
+                                         "PLACEMENT") for word in WORDS[terminal])
 
 
 def parse_text(text: str, name: str = "<text>") -> Spec:

@@ -24,7 +24,8 @@ GROUPS = (
     ("an expression", OPERAND | {"NOT", "_IF"}),
     ("an expression", OPERAND | {"NOT"}),
     ("an expression", OPERAND),
-    ("`param`, `let`, `check` or `return`", {"FROZEN", "SHARED", "_PARAM", "_LET", "_CHECK", "_RETURN"}),
+    ("`param`, `noise`, `let`, `check` or `return`",
+     {"FROZEN", "SHARED", "_PARAM", "_NOISE", "_LET", "_CHECK", "_RETURN"}),
     ("a pattern or the name of a `select`", {"STRING", "NAME"}),
 )
 OPERATORS = {"PLUS", "MINUS", "TIMES", "COMPARE", "AND", "OR", "_TRANSPOSE"}

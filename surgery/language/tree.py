@@ -56,6 +56,7 @@ __all__ = [
     "Matrix",
     "Name",
     "Node",
+    "Noise",
     "Number",
     "Param",
     "Parameter",
@@ -202,6 +203,15 @@ class Param(Node):
     manifold: Literal["stiefel"] | None = None
 
 
+class Noise(Node):
+    """`noise NAME[dims] ~ draw`: drawn anew in every training step, its mean otherwise."""
+
+    what: Literal["noise"] = "noise"
+    name: str
+    dims: Many[Expr] = ()
+    draw: CallExpr
+
+
 class Let(Node):
     """`let NAME = value`."""
 
@@ -223,7 +233,7 @@ class Definition(Node):
     bias: bool = False
     claims: Many[str] = ()
     checks: Many[Check] = ()
-    body: Many[Annotated[Param | Let, Field(discriminator="what")]] = ()
+    body: Many[Annotated[Param | Noise | Let, Field(discriminator="what")]] = ()
     result: Expr
     result_trivia: Comments = Field(default=Trivia(), exclude=True, repr=False)
     claims_spans: tuple[Place, ...] = Field(default=(), exclude=True, repr=False)

@@ -113,8 +113,9 @@ class Builder:
         *statements, (result, result_trivia) = body
         return tree.Definition(
             kind=kind, name=str(name), params=params or (), **place, claims=tuple(map(str, claims or ())),
-            checks=_all(statements, tree.Check), body=_all(statements, (tree.Param, tree.Let)), result=result,
-            result_trivia=result_trivia, claims_spans=tuple(map(self._at, claims or ())), **self._place(span, name))
+            checks=_all(statements, tree.Check), body=_all(statements, (tree.Param, tree.Noise, tree.Let)),
+            result=result, result_trivia=result_trivia, claims_spans=tuple(map(self._at, claims or ())),
+            **self._place(span, name))
 
     def claims(self, span: Span, *names: Token) -> tuple:
         return names
@@ -152,6 +153,9 @@ class Builder:
 
     def draw(self, span: Span, call: tree.Call) -> dict[str, tree.Call]:
         return {"draw": call}
+
+    def noise(self, span: Span, name: Token, dims: tuple | None, law: tree.Call) -> tree.Noise:
+        return tree.Noise(name=str(name), dims=dims or (), draw=law, **self._place(span, name))
 
     def let(self, span: Span, name: Token, value: tree.Expression) -> tree.Let:
         return tree.Let(name=str(name), value=value, **self._place(span, name))

@@ -239,8 +239,8 @@ def _call(report: Collector, call: tree.Call) -> None:
 
 RULES: dict[type, tuple] = {
     tree.Spec: (_spec,), tree.Parameter: (_named,), tree.Use: (_use,), tree.Select: (_select,), tree.Train: (_train,),
-    tree.Definition: (_definition,), tree.Param: (_param,), tree.Let: (_named,), tree.Target: (_target,),
-    tree.Step: (_step,), tree.Repeat: (_repeat,),
+    tree.Definition: (_definition,), tree.Param: (_param,), tree.Noise: (_named,),
+    tree.Let: (_named,), tree.Target: (_target,), tree.Step: (_step,), tree.Repeat: (_repeat,),
     tree.Call: (_call,), tree.Name: (_id,), tree.Number: (_number,), tree.String: (_string,),
     tree.Matrix: (_matrix,),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surgery.ir.expression import Draw, Expr, Formula, Leaf, walk
+from surgery.ir.expression import Draw, Expr, Formula, Leaf, noises, walk
 from surgery.ir.notation import Maths, parts_to_name
 from surgery.ir.notation_forms import number_text
 from surgery.ir.operations import operation, shape_text
@@ -78,8 +78,9 @@ class Page:
 
     def _name_leaves(self, expr: Expr) -> None:
         for node in walk(expr):
-            if operation(node).source is Source.ADAPTER and node not in self.symbols:
-                self.symbols[node] = self._free(node.data.rpartition(".")[2])
+            if operation(node).source in (Source.ADAPTER, Source.DRAWN) and node not in self.symbols:
+                key = node.data.key if operation(node).source is Source.DRAWN else node.data
+                self.symbols[node] = self._free(key.rpartition(".")[2])
 
     def _wishes(self, made: Made) -> list[str]:
         """An orthogonal matrix is P, Q or R; anything else goes by its definition's initials, or is T or U."""
@@ -118,6 +119,7 @@ class Page:
                  for m in self.steps if m not in self.written_out]
         rows += [(f"{self.symbols[part]} = {maths.text(part)}", "") for part in reversed(self.parts)]
         rows += map(self._leaf_row, self.formula.leaves)
+        rows += map(self._noise_row, noises(self.formula.weight, self.formula.bias))
         width = min(max((len(left) for left, _ in rows), default=0), 64)  # a very long line moves no other note
         dropouts = [f"{operands.short(m.plain)} reads its input with dropout {number_text(100 * m.dropout)}%"
                     for m in self.steps if m.dropout]
@@ -132,6 +134,11 @@ class Page:
         notes += [f"rate {number_text(leaf.rate)}"] * (leaf.rate != 1) + ["no decay"] * (not leaf.decays)
         notes += [f"kept on {leaf.manifold}"] * bool(leaf.manifold)
         return f"{self.symbols[leaf.expr]}{shape} {start}", ", ".join(notes)
+
+    def _noise_row(self, noise: Expr) -> Row:
+        shape = f" {shape_text(noise.shape)}" if noise.shape else ""
+        return (f"{self.symbols[noise]}{shape} ~ {_draw_text(noise.data.law)}",
+                "drawn anew in every training step, its mean otherwise")
 
 
 def formulas(spec: Spec) -> list[tuple[Target, Formula]]:

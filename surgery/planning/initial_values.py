@@ -73,8 +73,8 @@ def assert_on_manifold(leaf: Leaf, start: torch.Tensor, module: str) -> None:
 def starts_around_zero(leaf: Leaf) -> bool:
     """Whether a leaf starts at 0, or is drawn from a distribution around 0."""
     if leaf.draw is not None:
-        law = {**DISTRIBUTIONS[leaf.draw.distribution].arguments, **dict(leaf.draw.arguments)}
-        return law.get("mean", 0) == 0 and law.get("low", 0) + law.get("high", 0) == 0
+        row = DISTRIBUTIONS[leaf.draw.distribution]
+        return row.mean is None or row.mean({**row.arguments, **dict(leaf.draw.arguments)}) == 0
     assert leaf.init is not None  # a leaf that is not drawn starts at an expression
     if any(node.op in ("weight", "bias", "param", "places") for node in walk(leaf.init)):
         return False

@@ -36,6 +36,7 @@ from surgery.planning.initial_values import part_of
 from surgery.runtime.effective_weight import effective_weight, holds_parameters
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.frozen_opaque import frozen
+from surgery.runtime.noise import drawn
 from surgery.runtime.retraction import watch
 from surgery.runtime.serving import Serving, fingerprint
 from surgery.runtime.sharding import whole
@@ -117,6 +118,7 @@ class Adapter(nn.Module):
         self._numbers = frozenset(leaf.key for leaf in formula.leaves if not leaf.shape and (leaf.group or not stack))
         self._programs: dict[bool | None, Program] = {}
         self._of_calls: dict[tuple, tuple[list, Any]] = {}
+        self._noises = compiled.noises
         object.__setattr__(self, "common", common)  # held by the model's root: here it is only read
         for leaf in formula.leaves:
             step, name = leaf.key.split(".")
@@ -167,16 +169,21 @@ class Adapter(nn.Module):
 
     def prepare(self, is_direct: bool = True) -> None:
         """Compile the programs of W' (`None`) and, for a module whose map is known, of its output in training and in
-        evaluation, before any forward pass: torch.compile cannot trace that."""
+        evaluation, else of W' in training where that draws noise: before any forward pass, since torch.compile cannot
+        trace that."""
         self.prepared = is_direct
         modes = (True, False) if is_direct else ()
         self._programs = {None: self.compiled.weights, **{mode: self.compiled.program(mode) for mode in modes}}
+        if self._noises and not is_direct:
+            self._programs[True] = self.compiled.drawn_weights
 
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
         dtype = layer.dtype_of(x)
         entered, held = layer.enter(x, dtype), self._called(layer.device)
         tensors = self.shaped(held)
+        if layer.module.training and self._noises:
+            tensors |= drawn(self._noises, layer.device)
         program = self._programs[layer.module.training].at(layer.tokens(entered))
         fixed: list[tuple] = []  # what rests on the frozen weight alone is made once in a call, its backward included
 
@@ -226,11 +233,15 @@ class Adapter(nn.Module):
                 known = self._of_calls[key] = (bits, compute())
         return known[1]
 
-    def weights(self, module: nn.Module) -> tuple[torch.Tensor, ...]:
-        """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider."""
+    def weights(self, module: nn.Module, draws: bool = False) -> tuple[torch.Tensor, ...]:
+        """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider; with noise that is drawn
+        now, or with its mean."""
         layer = self.frozen(module).whole()
-        program = self.compiled.weights
+        draws = draws and bool(self._noises)
+        program = self.compiled.drawn_weights if draws else self.compiled.weights
         leaves = self.shaped({key: whole(t) for key, t in self._called(layer.device).items()})
+        if draws:
+            leaves |= drawn(self._noises, layer.device, self.stack)
         if self.stack is None:
             return self._values(program, layer, leaves, None, [], {})
 
@@ -243,13 +254,13 @@ class Adapter(nn.Module):
         axes = {key: None if key in self.shared else 0 for key in leaves}
         return torch.vmap(one, in_dims=(0, axes))(layer.weight, leaves)
 
-    def substitutes(self, module: nn.Module) -> dict[str, torch.Tensor]:
-        """W' (and b') as the module stores them, by parameter name."""
+    def substitutes(self, module: nn.Module, draws: bool = False) -> dict[str, torch.Tensor]:
+        """W' (and b') as the module stores them, by parameter name; with noise that is drawn now, or with its mean."""
         layer = self.frozen(module)
         names = (self.parameter, "bias")[:1 + self.compiled.has_bias]
 
         def compute() -> tuple:
-            values = dict(zip(names, self.weights(module)))
+            values = dict(zip(names, self.weights(module, draws)))
             values[self.parameter] = self.layout.unmatrix(values[self.parameter], layer.stored.shape)
             return tuple(values[name].to(was.dtype) for name, was in zip(names, layer.held))
 
@@ -345,7 +356,7 @@ class Substituted(Operated):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = [getattr(self, name + SUFFIX) for name in type(self).names]
-        values = [adapter.substitutes(self) for adapter in adapters if adapter.active]
+        values = [adapter.substitutes(self, draws=self.training) for adapter in adapters if adapter.active]
         before = _CALLS.running
         _CALLS.running = {**before, id(self): {name: t for each in values for name, t in each.items()}}
         try:

@@ -6,6 +6,7 @@ every shape is checked; the mistakes of all its statements are reported at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,11 +14,11 @@ from math import prod
 from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic, Span, SurgeryError, did_you_mean, fail
-from surgery.ir.expression import DEEPEST_FORMULA, Draw, Expr, Leaf
+from surgery.ir.expression import DEEPEST_FORMULA, Draw, Expr, Leaf, NoiseLaw, in_evaluation
 from surgery.ir.operations import is_undecided, is_whole, shape_text, undecided
 from surgery.ir.sizes import Dim, Size
 from surgery.language.parser import parse_expression
-from surgery.language.tree import Argument, Call, Definition, Expression, Let, Param
+from surgery.language.tree import Argument, Call, Definition, Expression, Let, Noise, Param
 from surgery.semantics import index_bounds
 from surgery.semantics.arguments import assert_checks, guard
 from surgery.semantics.distributions import DISTRIBUTIONS, choices
@@ -53,7 +54,7 @@ class Instance:
             return None
         for statement in self.definition.body:
             with guard(self.report, self.values, statement.name):
-                value = evaluate(statement.value, self.values) if isinstance(statement, Let) else self._param(statement)
+                value = self._meaning(statement)
                 self.values[statement.name] = not_too_deep(value, statement.span)
         with guard(self.report):
             result = self._result()
@@ -61,6 +62,11 @@ class Instance:
             index_bounds.assert_exist([*starts, result], self.leaves, self.definition.result.span)
             return result
         return None
+
+    def _meaning(self, statement: Param | Noise | Let) -> Any:
+        if isinstance(statement, Let):
+            return evaluate(statement.value, self.values)
+        return self._param(statement) if isinstance(statement, Param) else self._noise(statement)
 
     def _result(self) -> Expr:
         definition, values = self.definition, self.values
@@ -86,8 +92,7 @@ class Instance:
         return (f"here {', '.join(known)}",) if known else ()
 
     def _param(self, param: Param) -> Expr:
-        shape = tuple(size(evaluate(d, self.values), d, self.values) for d in param.dims)
-        assert_can_exist(shape, param.name_span or param.span)
+        shape = self._shape(param)
         init = self._init(param, param.init, shape) if param.init is not None else None
         law = self._draw(param, param.draw, shape) if param.draw is not None else None
         key = f"{self.prefix}.{param.name}"
@@ -127,6 +132,24 @@ class Instance:
         self.leaves.append(leaf)
         return leaf
 
+    def _noise(self, noise: Noise) -> Expr:
+        shape = self._shape(noise)
+        law = self._draw(noise, noise.draw, shape)
+        row = DISTRIBUTIONS[law.distribution]
+        if row.mean is None:
+            raise fail("wrong-kind", f"{law.distribution} has no mean that could stand for it, and `noise` has one "
+                       "outside of training", noise.draw.name_span or noise.span,
+                       helps=(f"noise is drawn from {', '.join(n for n, r in DISTRIBUTIONS.items() if r.mean)}",))
+        given = {**row.arguments, **dict(law.arguments)}
+        # Whoever runs it has sizes that are numbers; a formula of any size is shown and proven, whatever the mean.
+        mean = math.nan if any(isinstance(v, Dim) for v in given.values()) else float(row.mean(given))
+        return Expr("noise", (), NoiseLaw(f"{self.prefix}.{noise.name}", law, mean), shape)
+
+    def _shape(self, statement: Param | Noise) -> tuple[Size, ...]:
+        shape = tuple(size(evaluate(d, self.values), d, self.values) for d in statement.dims)
+        assert_can_exist(shape, statement.name_span or statement.span)
+        return shape
+
     def _rate(self, param: Param, rate: Expression) -> Dim | float:
         value = evaluate(rate, self.values)
         if isinstance(value, bool) or not isinstance(value, NUMBERS):
@@ -143,7 +166,7 @@ class Instance:
             raise fail("wrong-type", f"`{param.name}` must start at a number or a tensor, not {describe(value)}",
                        init.span)
         try:
-            start = tensor(value)
+            start = in_evaluation(tensor(value))  # it is evaluated once, so noise is its mean
         except OverflowError:
             raise fail("bad-value", f"`{param.name}` starts at {describe(value)}, which float32 cannot hold",
                        init.span) from None
@@ -153,7 +176,7 @@ class Instance:
                        init.span or param.span, notes=self._sizes())
         return start
 
-    def _draw(self, param: Param, call: Call, shape: tuple[Size, ...]) -> Draw:
+    def _draw(self, param: Param | Noise, call: Call, shape: tuple[Size, ...]) -> Draw:
         place = call.name_span or call.span
         if call.function not in DISTRIBUTIONS:
             raise unknown("unknown-distribution", "distribution", call.function, DISTRIBUTIONS, place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,20 +14,24 @@ from surgery.ir.expression import Draw
 @dataclass(frozen=True)
 class Distribution:
     """Its arguments with their defaults (None for one that must be given), the least number of dimensions it needs,
-    torch.nn.init's function, or ours for `whole` numbers, and what must hold of the arguments,
-    as a spec would say it."""
+    torch.nn.init's function, or ours for `whole` numbers and what that lacks, what must hold of the arguments, as a
+    spec would say it, and their mean where it can be drawn as noise."""
 
     arguments: dict[str, float | str | None]
     least_dims: int
     init: str
     whole: bool = False
     check: str = "true"
+    mean: Callable[[Mapping[str, Any]], float] | None = None
 
 
 _FANS = {"a": 0.0, "mode": "fan_in"}
 DISTRIBUTIONS: dict[str, Distribution] = {
-    "normal": Distribution({"mean": 0.0, "std": 1.0}, 0, "normal_", check="std >= 0"),
-    "uniform": Distribution({"low": 0.0, "high": 1.0}, 0, "uniform_", check="low <= high"),
+    "normal": Distribution({"mean": 0.0, "std": 1.0}, 0, "normal_", check="std >= 0",
+                           mean=lambda given: given["mean"]),
+    "uniform": Distribution({"low": 0.0, "high": 1.0}, 0, "uniform_", check="low <= high",
+                            mean=lambda given: (given["low"] + given["high"]) / 2),
+    "bernoulli": Distribution({"p": None}, 0, "bernoulli", check="0 <= p and p <= 1", mean=lambda given: given["p"]),
     "kaiming_uniform": Distribution(_FANS, 2, "kaiming_uniform_"),
     "kaiming_normal": Distribution(_FANS, 2, "kaiming_normal_"),
     "xavier_uniform": Distribution({"gain": 1.0}, 2, "xavier_uniform_", check="gain >= 0"),
@@ -55,6 +59,10 @@ def draw(law: Draw, shape: tuple[int, ...], *names: object) -> Any:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
     generator = torch.Generator().manual_seed(seed)
     row = DISTRIBUTIONS[law.distribution]
+    if row.init == "bernoulli":
+        (_, p), = law.arguments
+        assert isinstance(p, float)  # as for a real module any argument is
+        return torch.bernoulli(torch.full(shape, p), generator=generator)
     if row.whole:
         most = law.arguments[0][1]
         assert isinstance(most, (int, float))  # a real module's sizes are known, and so is a number made of them

@@ -16,7 +16,7 @@ from surgery.codegen.fuse_low_rank import thinly
 from surgery.codegen.images_and_ids import enter_in_parts, split_dropout
 from surgery.ir.builders import summands, total
 from surgery.ir.dense import dense
-from surgery.ir.expression import Expr, walk, without_dropout
+from surgery.ir.expression import Expr, in_evaluation, walk
 from surgery.ir.operations import PRIMITIVES, make
 from surgery.ir.sizes import TOKENS
 from surgery.ir.verifier import CHEAPEST, LOWERED, MATERIALISED, verify
@@ -173,7 +173,7 @@ def test_what_is_said_of_a_matrix_is_so():
     said = dict.fromkeys(("skew", "orthogonal", "low-rank", "turn"), 0)
     one = torch.eye(n, dtype=torch.float64)
     for e in (e for e in matrices() if e.shape == (n, n)):
-        whole, (u, v) = dense(without_dropout(e), LEAVES), factors(e) or low_rank_turn(e) or (None, None)
+        whole, (u, v) = dense(in_evaluation(e), LEAVES), factors(e) or low_rank_turn(e) or (None, None)
         for word, holds, off in (
             ("skew", is_skew(e), lambda: whole + whole.mT),
             ("orthogonal", is_orthogonal(e), lambda: whole @ whole.mT - one),

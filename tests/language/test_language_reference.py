@@ -45,7 +45,8 @@ def _argument(argument: tuple) -> str:
 
 def _what(name: str) -> str:
     row = DISTRIBUTIONS[name]
-    return {"sample": "different whole numbers", "integers": "whole numbers"}.get(name, f"torch.nn.init.{row.init}")
+    return {"sample": "different whole numbers", "integers": "whole numbers",
+            "bernoulli": "1 with the probability p, else 0"}.get(name, f"torch.nn.init.{row.init}")
 
 
 def table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:

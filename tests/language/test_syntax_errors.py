@@ -24,7 +24,7 @@ from surgery.semantics.distributions import DISTRIBUTIONS
     ("spec a(rank: integer)", "expected a type (`int`, `float`, `bool` or `str`) after `:`, found `integer`", "1:14"),
     ("spec a(rank int)", "expected `:` after `rank`, found `int`", "1:13"),
     ("update u { let a =\n  param d = 1 return d }", "expected an expression after `=`, found `param`", "1:19"),
-    ("update u { let a = 1\n}", "expected `param`, `let`, `check` or `return` after `1`, found `}`", "1:21"),
+    ("update u { let a = 1\n}", "expected `param`, `noise`, `let`, `check` or `return` after `1`, found `}`", "1:21"),
     ("update u { return 1 let a = 2 }", "expected `}` after `1`, found `let`", "1:21"),
     ("update u { return (1\n}", "expected `)` after `1`, found `}`", "1:21"),
     ("transform t { return 1 }", "expected `(` or `on` after `t`, found `{`", "1:13"),
@@ -319,7 +319,7 @@ def test_a_mistake_in_python_is_a_diagnostic(build, message):
      ["`dropout` cannot follow `post`"]),
     ('{"targets": [{"steps": [], "span": {"start": 1}}]}', ["s.targets[0].span must be a span, not \"{'start': 1}\""]),
     ('{"definitions": [{"kind": "update", "name": "u", "result": 1, "body": [{"name": "a"}]}]}',
-     ["s.definitions[0].body[0].what must be 'param' or 'let'"]),
+     ["s.definitions[0].body[0].what must be 'param', 'noise' or 'let'"]),
     ('{"definitions": [{"kind": "transform", "name": "u", "result": 1, "body": [{"what": "param", "name": "a"}]}]}', [
         "transform `u`: a transform names its dimension with `on`, an update does not",
         "param `a` starts at a value (`=`) or at a draw (`~`), one of the two"]),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery.ir.dense import dense
-from surgery.ir.expression import Expr, Formula, without_dropout
+from surgery.ir.expression import Expr, Formula, in_evaluation
 from surgery.rewrite.cheaper_forms import cheapest
 from surgery.rewrite.low_rank import low_rank_turn
 
@@ -29,7 +29,7 @@ def defects(formula: Formula, values: Mapping[str, Tensor]) -> tuple[Defect, ...
     """The defect of each transform that claims to be orthogonal, in order. `values`: all tensors,
     "weight" among them."""
     claims = [c for c in dict.fromkeys(formula.claims) if c.name == "orthogonal"]
-    return tuple(Defect(c.owner, distance(cheapest(without_dropout(c.expr)), values)) for c in claims)
+    return tuple(Defect(c.owner, distance(cheapest(in_evaluation(c.expr)), values)) for c in claims)
 
 
 @torch.no_grad()
