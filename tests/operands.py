@@ -55,6 +55,11 @@ MIXED = (
     "W @ (P @ Q.T) + g * (diag(d) @ P @ Q.T @ block_diag(S))",
     "skew(P @ Q.T) @ skew(P @ Q.T) @ W + W", "(I(n) + ones(n, n) / n) @ (W + p @ q.T + g)",
     "P @ ((W + P @ Q.T) @ Q).T @ W", "W * (1 + p @ q.T)", "columns(cayley(P @ Q.T), 2) @ Q.T",
+    # contractions: of products, of Kronecker products, of blocks, in trains
+    'reshape(einsum("nab,nm->namb", H, I(4)), n, 8)', 'reshape(einsum("ab,cd->acbd", K, L), n, n) @ W',
+    'reshape(einsum("nab,ncd->acbd", S, Z), 9, 9)', 'einsum("ia,bj,ab->ij", P, Q.T, reshape(g * ones(2, 2), 2, 2)) @ W',
+    'reshape(einsum("abr,rc->abc", S, K), 12, 3)', 'einsum("ij,jk,kl->il", P.T, A, Q)', 'einsum("ij,kl->jl", A, B)',
+    'reshape(einsum("ab,cd->cadb", K, L), n, n)', 'reshape(einsum("ab,cd->acdb", K, L), n, n)',
     # places
     "columns(I(n), at) @ A @ rows(I(n), at) + W", "(W + P @ Q.T) @ columns(I(n), range(3, 5)) @ Q.T",
     "rows(diag(d) @ W + P @ Q.T, at)", "columns(block_diag(S) @ W, range(2, 6)) @ rows(kron(K, L), range(2, 6))",
@@ -68,6 +73,13 @@ def expression(text: str) -> Expr:
     return evaluate(parse_expression(text), NAMES)
 
 
+EINSUMS = (
+    'einsum("ij,jk->ik", A, B)', 'einsum("ij,kj->ki", A, F.T)', 'einsum("ij->ji", F)', 'einsum("ij->i", F)',
+    'einsum("nab,nbc->nac", S, Z)', 'einsum("ab,cd->acbd", K, L)', 'einsum("nab,ncd->acbd", S, Z)',
+    'einsum("i,i->", d, e)', 'einsum("ij,i,j->ij", A, d, e)', 'einsum("nab,nm->namb", H, I(4))',
+)
+
+
 @lru_cache
 def every_call() -> tuple[Expr, ...]:
     """Each primitive that a spec can use, on every choice of shapes that it takes."""
@@ -79,6 +91,9 @@ def every_call() -> tuple[Expr, ...]:
 def _calls(name: str) -> Iterator[Expr]:
     """One of each shape in the first place, and another in the next ones, with each choice of sizes."""
     row = PRIMITIVES[name]
+    if name == "einsum":
+        yield from map(expression, EINSUMS)
+        return
     first, other = ([NAMES[each] for each in names] + [eye(n)] for names in ("AFGPdSHKLMg", "BFGQeZHKLMhW"))
     places = [[PLACES] if i in row.places else values for i, values in enumerate([first, other, other][:row.arity])]
     for *chosen, sizes in product(*places, _sizes(name)):

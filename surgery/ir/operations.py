@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from surgery.ir import (
     activations,
+    contractions,
     gradient_operations,
     leaves,
     primitives,
@@ -37,7 +38,8 @@ from surgery.ir.table import (
 __all__ = ["FUNCTIONS", "OPERATIONS", "OPERATORS", "PRIMITIVES", "Operation", "ShapeError", "constant", "eye", "is_ids",
            "is_undecided", "is_whole", "make", "names", "ones", "operation", "shape_text", "undecided"]
 
-_ON_MATRICES = (*primitives.ROWS, *primitives_indexing.ROWS, *primitives_fourier.ROWS, *primitives_row_products.ROWS)
+_ON_MATRICES = (*primitives.ROWS, *primitives_indexing.ROWS, *primitives_fourier.ROWS, *primitives_row_products.ROWS,
+                *contractions.ROWS)
 OPERATIONS.update(
     {row.name: row for row in (*leaves.ROWS, *_ON_MATRICES, *activations.ROWS, *gradient_operations.ROWS)})
 

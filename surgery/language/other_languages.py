@@ -48,7 +48,7 @@ _NAMES: dict[str, str] = {
     "inv": _INVERSE, "pinv": _INVERSE,
     "svd": "its parts are `left_singular(A, k)`, `singular(A, k)` and `right_singular(A, k)`",
     "matrix_exp": "write `expm(A)`",
-    "matmul": _PRODUCT, "mm": _PRODUCT, "bmm": _PRODUCT, "dot": _PRODUCT, "einsum": _PRODUCT,
+    "matmul": _PRODUCT, "mm": _PRODUCT, "bmm": _PRODUCT, "dot": _PRODUCT,
     "outer": "the outer product of two vectors is `reshape(a, m, 1) @ reshape(b, 1, n)`",
     "rand": _RANDOM, "randn": _RANDOM, "random": _RANDOM, "randint": _RANDOM, "dropout": (
         "dropout stands after the step that adds the update: `add low_rank(8) dropout(5%)`"),

@@ -13,6 +13,7 @@ from surgery.ir.builders import every, eye, fill, is_zero, scaled, selection, su
 from surgery.ir.expression import Expr
 from surgery.ir.operations import constant, make, operation
 from surgery.ir.table import Orthogonal, Transpose
+from surgery.rewrite.contractions import CONTRACTIONS
 from surgery.rewrite.diagonal_and_block import SHAPED
 from surgery.rewrite.engine import Rule, rewrite, table
 
@@ -256,6 +257,7 @@ RULES = (
     Rule("R⁻¹ = Rᵀ for an orthogonal R", "inverse", _turned_back, "inverse(expm(skew(A)))"),
     Rule("(x ⊗ y)⁻¹ = x⁻¹ ⊗ y⁻¹, and of blocks along a diagonal", "inverse", _inside, "inverse(block_diag(S))"),
     *SHAPED,
+    *CONTRACTIONS,
 )
 ALGEBRA = table(*RULES)
 

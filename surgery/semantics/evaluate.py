@@ -205,9 +205,25 @@ def _matrix(node: tree.Matrix, names: Mapping[str, Any]) -> Expr:
     return make("literal", data=tuple(tuple(map(number, row)) for row in node.rows))
 
 
+def _einsum(node: tree.Call, names: Mapping[str, Any]) -> Expr:
+    """Of an equation and the tensors that it names."""
+    if len(node.arguments) < 2 or any(a.name for a in node.arguments):
+        raise fail("missing-argument" if len(node.arguments) < 2 else "unknown-argument",
+                   '`einsum` takes an equation and at least one tensor: `einsum("ab,bc->ac", A, B)`', node.span)
+    equation, *values = (evaluate(a.value, names) for a in node.arguments)
+    if not isinstance(equation, str):
+        raise fail("wrong-type", f'`einsum` needs an equation like "ab,bc->ac", not {describe(equation)}',
+                   node.arguments[0].value.span)
+    for value, argument in zip(values, node.arguments[1:]):
+        _numeric(value, argument.value)
+    return make("einsum", *map(tensor, values), data=(equation,))
+
+
 def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
     if node.function in _COMPILE_TIME:
         return _at_compile_time(node, names)
+    if node.function == "einsum":
+        return _einsum(node, names)
     if node.function not in FUNCTIONS:
         known = FUNCTIONS | set(_COMPILE_TIME)
         raise unknown("unknown-primitive", "primitive", node.function, known, node.name_span or node.span)

@@ -21,7 +21,8 @@ from surgery.semantics.distributions import DISTRIBUTIONS
 PAGE = Path(__file__).parents[2] / "docs" / "language.md"
 BLOCK = re.compile(r"^```surg\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SIGNS = {op: f"`a {sign} b`" for sign, op in OPERATORS.items()} | {"neg": "`-a`", "T": "`a.T`",
-                                                                   "literal": "`[[1, 2], [3, 4]]`"}
+                                                                   "literal": "`[[1, 2], [3, 4]]`",
+                                                                   "einsum": '`einsum("nab,ncd->acbd", a, b)`'}
 
 
 def primitives() -> str:
