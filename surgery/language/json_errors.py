@@ -15,7 +15,7 @@ from surgery.diagnostics import Diagnostic, SurgeryError
 
 
 def misfits(error: ValidationError, root: str) -> SurgeryError:
-    """`Spec.targets[0].kind must be 'linear', 'conv', 'embedding' or 'any', not 'lin'`."""
+    """`Spec.targets[0].kind must be 'linear', 'conv', 'embedding', 'norm' or 'any', not 'lin'`."""
     diagnostics: list[Diagnostic] = []
     for details in error.errors():
         # An expression's own error has a place in its text: it is kept, and only where it stands is added.

@@ -320,7 +320,7 @@ class Target(Node):
     No selector at all means every module of the kind (the output head left out).
     """
 
-    kind: Literal["linear", "conv", "embedding", "any"] = "any"
+    kind: Literal["linear", "conv", "embedding", "norm", "any"] = "any"
     ancestor: str | None = None
     selectors: Selectors = ()
     exclude: Selectors = ()

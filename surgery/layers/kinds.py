@@ -17,8 +17,9 @@ class LayerKind:
     `acts_by_rows`: its input is rows of `in` features and its map x Wᵀ, so that a matrix can act on them before W does.
     Elsewhere a matrix stands in W's place or acts on what comes out. `takes_ids`: its input is token ids, which look
     rows of W up: the map is Wᵀ, and nothing has a gradient there. `is_called`: W is not stored, and is what calls of
-    the module say. `groups`: the rows of W are as many equal runs, and those of each run see their own part of the
-    input alone: W is [out, in], with `in` what one row sees.
+    the module say. `is_gain`: W is a vector of gains, seen as a column [n, 1]; only a target that says the word takes
+    such layers, and they run their own forward with W' in W's place. `groups`: the rows of W are as many equal runs,
+    and those of each run see their own part of the input alone: W is [out, in], with `in` what one row sees.
     """
 
     name: str
@@ -27,6 +28,7 @@ class LayerKind:
     acts_by_rows: bool = False
     takes_ids: bool = False
     is_called: bool = False
+    is_gain: bool = False
     groups: int = 1
 
     @property
@@ -51,7 +53,8 @@ CALLED = replace(LINEAR, name="called linear", is_called=True)
 CONV = LayerKind("convolution", "conv", "convolution")
 EMBEDDING = LayerKind("embedding", "embedding", "embedding", takes_ids=True)
 GROUPED = replace(CONV, name="grouped convolution", groups=2)  # of a module, with as many as it has
-KINDS = (LINEAR, CALLED, CONV, GROUPED, EMBEDDING)
+NORM = LayerKind("norm", "norm", "norm layer", is_gain=True)
+KINDS = (LINEAR, CALLED, CONV, GROUPED, EMBEDDING, NORM)
 NOUNS = {kind.word: kind.noun for kind in KINDS} | {"any": "layer"}
 
 

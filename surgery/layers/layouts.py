@@ -62,6 +62,10 @@ def _kernels(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
+def _column(weight: Tensor) -> Tensor:
+    return weight[..., None]
+
+
 LINEAR = Layout("linear", kinds.LINEAR, _as_stored, _as_stored)
 CALLED = Layout("linear", kinds.CALLED, _as_stored, _as_stored)
 CONV1D = Layout("transposed linear", kinds.LINEAR, _transposed, _transposed)
@@ -70,6 +74,8 @@ GROUPED = Layout("grouped convolution", kinds.GROUPED, _kernels, Tensor.reshape)
 EMBEDDING = Layout("embedding", kinds.EMBEDDING, _as_stored, _as_stored)
 EXPERTS = Layout("experts", kinds.LINEAR, _as_stored, _as_stored)
 TRANSPOSED_EXPERTS = Layout("transposed experts", kinds.LINEAR, _transposed, _transposed)
+
+NORM = Layout("norm", kinds.NORM, _column, Tensor.reshape)
 
 TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
 

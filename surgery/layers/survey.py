@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from surgery.layers import linearity_probe, opaque_linear
 from surgery.layers.attention_sizes import attention_sizes, kernel
-from surgery.layers.layouts import Layout, refusal, weights
+from surgery.layers.layouts import NORM, Layout, Weight, refusal, weights
+from surgery.layers.norm_probe import is_norm
 from surgery.layers.wrappers import bare, named_modules
 from surgery.text import sides_text
 
@@ -160,6 +161,14 @@ class Survey:
         return tuple(s for entries in self._entries for s in entries if isinstance(s, Site))
 
     @cached_property
+    def norms(self) -> tuple[Site, ...]:
+        """The norm layers, which only a target that says `norm` takes: each is tried by calls, so that nobody else
+        waits for that. To others they are modules without a weight matrix, among those refused."""
+        normal = [names for key, names in self.names.items() if key not in self._parts
+                  and not weights(self.modules[names[0]]) and is_norm(self.modules[names[0]])]
+        return tuple(self._site(Weight(NORM, "weight"), names) for names in normal)
+
+    @cached_property
     def refused(self) -> tuple[Refused, ...]:
         return tuple(r for entries in self._entries for r in entries if isinstance(r, Refused))
 
@@ -178,16 +187,8 @@ class Survey:
         """The sites of a module, or what is refused of it; nothing of one without parameters of its own."""
         module, held, above = self.modules[names[0]], weights(self.modules[names[0]]), self._above(names[0])
         reason = refusal(module, self.modules[above[-1]] if above else None)
-        for layout, parameter, stack in held if not reason else ():
-            # each parameter of a stack of experts is a site, and goes by its own name
-            spelt = names if stack is None else [f"{name}.{parameter}".lstrip(".") for name in names]
-            layer, count, layer_name = self._layer(spelt[0])
-            heads, head_size = attention_sizes(self.modules[name] for name in reversed(above))
-            yield Site(
-                spelt[0], module, layout, parameter, *layout.shape(module, parameter), stack,
-                layer, layer / max(count - 1, 1) if layer is not None else None,
-                self._ancestors(spelt[0]), id(module) in self.heads, tuple(spelt[1:]), layer_name,
-                count or None, heads, head_size, kernel(module))
+        for weight in held if not reason else ():
+            yield self._site(weight, names)
         if held and not reason:
             return
         if reason or any(p is not None for p in module._parameters.values()):
@@ -197,6 +198,18 @@ class Survey:
             own = ", ".join(name for name, _ in module.named_parameters(recurse=False))
             reason = reason or f"{type(module).__name__} {what} (it holds {own})"
             yield Refused(names[0], module, word, reason, matrix, self._ancestors(names[0]))
+
+    def _site(self, weight: Weight, names: list[str]) -> Site:
+        """A weight of the module that goes by those names."""
+        module, (layout, parameter, stack) = self.modules[names[0]], weight
+        # each parameter of a stack of experts is a site, and goes by its own name
+        spelt = names if stack is None else [f"{name}.{parameter}".lstrip(".") for name in names]
+        layer, count, layer_name = self._layer(spelt[0])
+        heads, head_size = attention_sizes(self.modules[name] for name in reversed(self._above(names[0])))
+        return Site(spelt[0], module, layout, parameter, *layout.shape(module, parameter), stack,
+                    layer, layer / max(count - 1, 1) if layer is not None else None,
+                    self._ancestors(spelt[0]), id(module) in self.heads, tuple(spelt[1:]), layer_name,
+                    count or None, heads, head_size, kernel(module))
 
     def _above(self, name: str) -> list[str]:
         """The names of the modules that hold this one, outermost first."""

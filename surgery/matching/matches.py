@@ -14,6 +14,7 @@ from torch import nn
 
 from surgery.diagnostics import Collector, Span
 from surgery.language.tree import Select, Target
+from surgery.layers.kinds import NORM
 from surgery.layers.survey import Refused, Site, Survey
 from surgery.matching.patterns import marked
 from surgery.matching.selectors import Hits, Matcher, matchers
@@ -42,8 +43,11 @@ class Catalogue:
         return tuple(dict.fromkeys(type(m).__name__ for m in self.survey.modules.values()))
 
     def candidates(self, target: Target) -> list[Site]:
-        """The sites that the target's kind and ancestor allow."""
-        return [s for s in self.survey.sites if fits(s, target)]
+        """The sites that the target's kind and ancestor allow. Norm layers are asked for by their word alone."""
+        known = self.survey.norms if target.kind == NORM.word else self.survey.sites
+        for site in known:
+            self.marked.setdefault(site, tuple(marked(n, self.survey.counts) for n in (site.name, *site.aliases)))
+        return [s for s in known if fits(s, target)]
 
     def population(self, sites: Iterable[Site]) -> Population:
         return Population(self.marked[s] for s in sites)

@@ -58,7 +58,9 @@ class Selection:
     def explain(self, name: str) -> str:
         """Which line of the spec takes a module, or why none does. Raises:
         SurgeryError if the model has no such module."""
-        site = next((s for s in self.survey.sites if name in (s.name, *s.aliases)), None)
+        # norm layers are sites where a target asks for them
+        known = (*self.survey.sites, *(taken.site for taken in self.targets.values()))
+        site = next((s for s in known if name in (s.name, *s.aliases)), None)
         if site is None:
             return self._explain_other(name)
         lines = [f"`{name}` ({site.kind}, {site.sides})"]
@@ -133,7 +135,10 @@ def select(model: nn.Module, spec: Spec, selects: Mapping[str, Select]) -> Selec
                      owned[both[0]].place(both[0]),
                      helps=("a target keeps its weight frozen: leave it out of one of the two",))
     report.raise_errors()
-    targets = {s.name: Taken(s, owned[s].index, owned[s].target) for s in sites if s in owned}
+    order = {id(module): i for i, module in reversed([*enumerate(catalogue.survey.modules.values())])}
+    place = {s: i for i, s in enumerate(sites)}  # of a module's own sites
+    targets = {s.name: Taken(s, owned[s].index, owned[s].target)
+               for s in sorted(owned, key=lambda s: (order[id(s.module)], place.get(s, 0)))}
     no_reason = "no target asks for it"
     left_out = [LeftOut(s.name, next(filter(None, (r.leaves_out(s) for r in reaches)), no_reason), s)
                 for s in sites if s not in owned]

@@ -22,7 +22,7 @@ from surgery.language.library import load
 from surgery.language.tree import Spec, Step, Target, every_step
 from surgery.matching.selectors import selector_faults
 from surgery.planning.cost_estimates import Estimate, fallback
-from surgery.planning.trial_sizes import Trial, first_that_fits, numbers_named, places_of, sizes_to_try, trials_of
+from surgery.planning.trial_sizes import Trial, first_that_fits, places_of, sizes_to_try, trials_of
 from surgery.rewrite.prove_identity import starts_as_weight, surely_trains
 from surgery.semantics.lint import lint
 from surgery.semantics.resolved_spec import ResolvedSpec
@@ -91,7 +91,7 @@ def _tried(resolved: ResolvedSpec) -> list[Diagnostic]:
         report.add(*islice(chain.from_iterable(map(_miscompiled, trials)), 1))  # our mistake: one a target is enough
     for target in resolved.spec.targets:
         # A cheap program pays on large weights: whether a target runs dense is asked of the largest that fits.
-        shapes = sorted(chain(*sizes_to_try(numbers_named(target, resolved))), key=prod, reverse=True)
+        shapes = sorted(chain(*sizes_to_try(target, resolved)), key=prod, reverse=True)
         largest = [first_that_fits(target, resolved, place, shapes, Collector()) for place in places_of(target)]
         estimates = [Estimate(Compiled.supposed(trial.formula, target.kind)) for trial in largest if trial]
         report.add(*filter(None, [fallback(target, estimates)]))

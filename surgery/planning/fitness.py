@@ -32,6 +32,8 @@ def unfit(plan: Plan) -> Iterator[Diagnostic]:
         if not fault and not answer.gives_gradient and estimated(placed).candidates[0].calls_back:
             fault = (f"the formula multiplies W from the left, and {type(placed.site.module).__name__} gives no "
                      "gradient to its input")
+        if placed.site.layout.kind.is_gain and placed.formula.weight.has("drop"):
+            fault = "dropout drops entries of an update's input, and a gain has none"
         if fault:
             faulty.setdefault((id(placed.target), fault), []).append(placed)
     for (_, fault), same in faulty.items():

@@ -12,6 +12,7 @@ from surgery.ir.expression import Formula
 from surgery.ir.sizes import known
 from surgery.language.expressions import Number
 from surgery.language.tree import Target, every_step
+from surgery.layers.kinds import supposed
 from surgery.semantics.evaluate import names_in, nodes
 from surgery.semantics.resolved_spec import PLACES, ResolvedSpec
 
@@ -37,7 +38,7 @@ class Trial:
 def trials_of(target: Target, resolved: ResolvedSpec, report: Collector) -> Iterator[Trial]:
     """The target at the first wide, tall and square sizes that fit, at each end of the model if it asks where it
     stands."""
-    sizes = sizes_to_try(numbers_named(target, resolved))
+    sizes = sizes_to_try(target, resolved)
     for place in places_of(target):
         faults = Collector()
         trials = [first_that_fits(target, resolved, place, sides, faults) for sides in sizes]
@@ -72,10 +73,14 @@ def first_that_fits(target: Target, resolved: ResolvedSpec, place: Mapping[str, 
     return None
 
 
-def sizes_to_try(numbers: set[int]) -> list[list[tuple[int, int]]]:
-    """Wide, tall and square sizes. Multiples of the spec's own numbers come after the usual ones."""
+def sizes_to_try(target: Target, resolved: ResolvedSpec) -> list[list[tuple[int, int]]]:
+    """Wide, tall and square sizes, or columns where weights are vectors. Multiples of the spec's own numbers come after
+    the usual ones."""
+    numbers = numbers_named(target, resolved)
     units = sorted({*numbers, lcm(*numbers)})
     sides = [*_SIDES, *((3 * n, 2 * n) for n in units if 3 * n <= _LONGEST)]
+    if supposed(target.kind).is_gain:
+        return [[(long, 1) for long, _ in sides]]
     squares = [*(long for long, _ in sides), *(n for n in units if n <= _LONGEST)]
     return [[(short, long) for long, short in sides], sides, [(n, n) for n in squares]]
 

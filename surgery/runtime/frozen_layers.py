@@ -211,4 +211,4 @@ class FrozenEmbedding(Frozen):
 
 # The map of each kind of layer with a stored weight, by the kind's name.
 MAPS: dict[str, type[Frozen]] = {"linear": FrozenLinear, "convolution": FrozenConv, "grouped convolution": FrozenConv,
-                                 "embedding": FrozenEmbedding}
+                                 "embedding": FrozenEmbedding, "norm": Frozen}  # which runs its own forward alone

@@ -281,7 +281,7 @@ def test_python_values_are_expressions():
 
 
 @pytest.mark.parametrize(("build", "message"), [
-    (lambda: Target("x", kind="lin"), "Target.kind must be 'linear', 'conv', 'embedding' or 'any', not 'lin'"),
+    (lambda: Target("x", kind="lin"), "Target.kind must be 'linear', 'conv', 'embedding', 'norm' or 'any', not 'lin'"),
     (lambda: Target("x", knd="linear"), "Target has no field `knd`"),
     (lambda: Target(5), "Target.selectors[0] must be a pattern or {\"select\": name}, not '5'"),
     (lambda: Parameter(name="a"), "Parameter needs a field `type`"),

@@ -1,0 +1,58 @@
+"""Which modules are norm layers: told by what they hold and by what a few calls give, and not by their class.
+
+Takes a module (on the meta device too); says whether it normalises the last axis and scales it by a vector of its own.
+Promises: the module is not called or changed: a copy of its own, with numbers of ours, is.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+_SCALE, _CLOSE = 7.0, 1e-2  # what is under the root beside the squares (eps) moves a row of size 1 by far less
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a LayerNorm, an RMSNorm or the like: a vector `weight`, perhaps a `bias`, and nothing else."""
+    held = {name: p for name, p in module._parameters.items() if p is not None}
+    weight = held.get("weight")
+    if weight is None or weight.ndim != 1 or isinstance(weight, nn.UninitializedParameter):
+        return False
+    alike = all(p.shape == weight.shape and p.is_floating_point() for p in held.values())
+    # buffers are running statistics, of another axis
+    if not alike or not held.keys() <= {"weight", "bias"} or module._modules or module._buffers:
+        return False
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return _normalises(_copy(module), weight.shape[0])
+    except Exception:  # a third party's module raises whatever it likes
+        return False
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """One on the CPU in float32, in evaluation, with gains around 1."""
+    generator = torch.Generator().manual_seed(0)
+    ours = {id(p): nn.Parameter(1 + torch.rand(p.shape, generator=generator))
+            for p in module._parameters.values() if p is not None}
+    return deepcopy(module, ours).eval()  # `deepcopy` takes these for what it has copied already
+
+
+def _normalises(norm: nn.Module, n: int) -> bool:
+    rows = torch.randn(1, 3, n, generator=torch.Generator().manual_seed(1))
+    y = norm(rows)
+    if not isinstance(y, Tensor) or y.shape != rows.shape or not y.isfinite().all():
+        return False
+    # of a longer row it is the same, and of a row alone too: it acts on the last axis, and the size of a row is lost
+    if not _agree(norm(_SCALE * rows), y) or not _agree(norm(rows[:, :1]), y[:, :1]):
+        return False
+    gain = norm._parameters["weight"]
+    assert gain is not None  # as `is_norm` has asked
+    gain.data[0] += 1  # each gain scales its own feature, and no other
+    moved = norm(rows) - y
+    return bool(moved[..., 0].abs().max() > _CLOSE) and _agree(moved[..., 1:], torch.zeros_like(moved[..., 1:]))
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() <= _CLOSE * (1 + b.abs())).all())
