@@ -120,7 +120,7 @@ def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor],
     missing = [name for name in surgery.names if name not in state]
     if surgery.saves_as or push_to_hub or missing:
         what = f"the state_dict that was given lacks {listed(missing)}" if missing else (
-            surgery.saves_as or "an adapter is pushed to the hub by surgeon.push_to_hub(\"OWNER/NAME\")")
+            surgery.saves_as or "an adapter is not pushed to the hub from here: surgeon.push_to_hub(\"OWNER/NAME\")")
         raise fail("bad-output", f"this operated model cannot be saved so: {what}")
     like = next(filter(is_part, state.values()), None)
     tensors = {name: on_cpu(name, whole(state[name].detach())) for name in surgery.names}
