@@ -162,6 +162,11 @@ class Leaf:
         return next((what for what, (one, another) in said.items() if one != another), "")
 
     @property
+    def is_of_module(self) -> bool:
+        """True if it starts at what each module has by itself: its weight, its bias, or other leaves."""
+        return self.init is not None and self.init.has("weight", "bias", "param", "places")
+
+    @property
     def law(self) -> Draw:
         """How it is drawn: where it has no expression to start at."""
         assert self.draw is not None, f"{self.key} is not drawn"

@@ -8,7 +8,7 @@ told.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.ir.expression import Leaf
@@ -51,13 +51,16 @@ def alone(site: Site, leaf: Leaf) -> SharedTensor:
 def shared_tensors(users: Iterable[User], report: Collector) -> dict[str, dict[str, SharedTensor]]:
     """For each site's name and the key of a leaf that is shared beyond its target, the one tensor that is held. Reports
     what is said to be one tensor and cannot be."""
-    groups: dict[str, list[tuple[Site, Leaf]]] = {}
+    groups: dict[str, list[tuple[Site, Leaf]]] = {}  # by identity
+    of_targets: dict[str, list[tuple[Site, Leaf]]] = {}  # by name, since each shape has a tensor of its own
     for site, leaves in users:
-        for leaf in leaves:
-            if leaf.group and leaf.scope != "target":
+        for leaf in (each for each in leaves if each.group):
+            if leaf.scope == "target":
+                of_targets.setdefault(alone(site, leaf).name, []).append((site, leaf))
+            else:
                 groups.setdefault(identity(site, leaf), []).append((site, leaf))
     told: dict[Diagnostic, None] = {}
-    for rows in groups.values():
+    for rows in (*groups.values(), *of_targets.values()):
         told |= dict.fromkeys(_faults(rows))
     report.add(*told)
     found: dict[str, dict[str, SharedTensor]] = {}
@@ -82,8 +85,14 @@ def _faults(rows: list[tuple[Site, Leaf]]) -> Iterator[Diagnostic]:
                          f"`{first.key.rpartition('.')[2]}` is one tensor of each layer", first.span,
                          helps=("leave the module out with `except`, or say `shared(model)`",))
     for _, leaf in rows[1:]:
-        if what := first.unlike(leaf):
+        # in a target a start may name W, and is that of the first module
+        of_first = leaf.scope == "target" and leaf.is_of_module and first.is_of_module
+        if what := first.unlike(replace(leaf, init=first.init) if of_first else leaf):
             yield from unlike_shared(leaf, first, what).diagnostics
+    if len(shapes) > 1 and first.manifold:
+        yield Diagnostic("unlike-shared", f"`{first.key.rpartition('.')[2]}` is needed in {len(shapes)} sizes, and a "
+                         f"part of a matrix `on {first.manifold}` is not on it", first.span,
+                         helps=("share it among modules of one size, as `shared(target)` does",))
     if len(shapes) > 1 and first.init is not None and first.init.shape:
         yield Diagnostic("unlike-shared", f"`{first.key.rpartition('.')[2]}` is needed in {len(shapes)} sizes, and it "
                          f"starts at a tensor {shape_text(first.init.shape)}", first.span,

@@ -116,8 +116,7 @@ class Instance:
     def _common(self, leaf: Leaf) -> Leaf:
         """A leaf that steps have in common, by its name: the one that stands there already, or a new one. One tensor
         that steps need in several sizes is a leaf for each, with a number of its own behind its name."""
-        reads = leaf.init is not None and leaf.init.has("weight", "bias", "param", "places")
-        if leaf.scope != "module" and reads:
+        if leaf.scope != "module" and leaf.is_of_module:
             raise fail("wrong-kind", f"`shared({leaf.scope})` is one tensor of several modules, and this start is made "
                        "of what each has by itself", leaf.span, helps=("start it at a number or a draw",))
         alike = [other for other in self.common if other.group == leaf.group]

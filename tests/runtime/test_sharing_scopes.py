@@ -124,6 +124,10 @@ def faults(body: str, targets: str = 'target linear "**" { add u() }') -> list:
      "its start"),
     ("shared(layer) param A[out, 2] ~ normal(std = 1 / in) param B[2, in] = 0 return A @ B", "unlike-shared",
      "its start"),
+    ("shared(model) param A[out, 2] ~ orthogonal() on stiefel param B[2, in] = 0 return A @ B", "unlike-shared",
+     "is needed in 4 sizes, and a part of a matrix `on stiefel` is not on it"),
+    ("shared param A[2] ~ normal(std = 1 / in) param B[out, 2] = 0 return B @ diag(A) @ ones(2, in)", "unlike-shared",
+     "its start"),
     ("shared(planet) param A[out, in] = 0 return A", "syntax", "expected"),
     ("shared(layer) shared(layer) param A[out, in] = 0 return A", "syntax", "expected"),
 ])
@@ -157,6 +161,19 @@ def test_frozen_and_dimensions_must_agree_too(first: str, second: str, what: str
             'target "**.q" { add u() add v() }')
     found = errors_of("", lambda _: surgery.apply(model(), surgery.parse(text), check=False))
     assert any(d.code == "unlike-shared" and what in d.message for d in found)
+
+
+@pytest.mark.parametrize(("said", "what"), [
+    ("= place", "its start"), ("~ normal(std = place + 1)", "its start"), ("= 0 rate place + 1", "its rate"),
+    ("= W rate place + 1", "its rate")])
+def test_what_a_layer_says_otherwise_than_another(said: str, what: str) -> None:
+    """Silently, one of the two would count for both. A start that names W is that of the first module."""
+    text = (f"update u(place: float) {{ shared param A[out, in] {said} return A }} "
+            'target "**.{q,v}" shifted { add u(layer) }')
+    found = errors_of("", lambda _: surgery.apply(model(), surgery.parse(text), check=False))
+    assert all(d.code == "unlike-shared" and f"{what} is said in two ways" in d.message for d in found)
+    first = text.replace(said, "= place * W") if "W" in said else text.replace("layer", "1")
+    surgery.apply(model(), surgery.parse(first), check=False)
 
 
 def test_a_module_outside_of_all_layers_has_no_tensor_of_its_layer() -> None:
