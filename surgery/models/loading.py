@@ -111,11 +111,13 @@ def load_with_head(name: str, outputs: int, seed: int = 0, trust: bool = False, 
 
 
 def with_saved_head(name: str, model: PreTrainedModel, saved: Trained, trust: bool = False) -> PreTrainedModel:
-    """The model, or a skeleton of the class that an adapter was trained on, where that is another: one with a head."""
+    """The model, or a skeleton of the class that an adapter was trained on, where that is another: one with a head, or
+    with other classes."""
     if name.startswith(DEMO):
         return model
     kind, config = _form_of(name, saved, trust)
-    return model if kind is type(model) and config.num_labels == model.config.num_labels else _bare(name, kind, config)
+    is_its_own = kind is type(model) and config.id2label == model.config.id2label  # which says how many there are, too
+    return model if is_its_own else _bare(name, kind, config)
 
 
 def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None, trust: bool = False,

@@ -54,13 +54,13 @@ def merge_plainly(surgeon: Surgeon) -> dict[str, float]:
             own = () if site.bias is None else (site.bias,)
             dense[site.name] = _linear(site, site.read(), *own, dtype=dtype)
     surgeon.remove()
-    for module, name, tensor in written:
-        own_parameter(module, name).data = tensor
     for name, value in trained.items():
         path, _, own = name.rpartition(".")
         owner = submodule(model, path)
         assert owner is not None  # it was there when the adapter was attached
         own_parameter(owner, own).data = value.to(own_parameter(owner, own).dtype)
+    for module, name, tensor in written:  # over what was trained there: W' is made of that
+        own_parameter(module, name).data = tensor
     for site in packed:
         for name in (site.name, *site.aliases):
             above, _, own = name.rpartition(".")

@@ -251,6 +251,8 @@ def _work(name: str, saved: Sequence[Saved], dtype: str | None, trust: bool) -> 
     if type(model) is not type(plain):
         raise Unsure(f"the adapter is one of a {type(model).__name__}, and the files are those of a "
                      f"{type(plain).__name__}")
+    if model.config.id2label != plain.config.id2label:
+        raise Unsure("the adapter's head tells classes apart that the model's config.json does not name")
     if getattr(model.config, "quantization_config", None) is not None:
         raise Unsure("the base model is quantised, and its files hold no plain weights")
     root = folder_of(name, all_files=True)

@@ -57,6 +57,20 @@ def test_the_dequantised_merge_is_what_was_trained(spec: str) -> None:
     assert done.logits is not None and done.logits < 1e-5 and max(done.errors.values()) < 1e-6
 
 
+def test_what_one_adapter_trained_the_next_transforms() -> None:
+    """W' of an embedding is made of the one that was trained, and stands in its place."""
+    trained(surgery.parse('target linear "**.q_proj" { add low_rank(rank = 2) }\ntrain "**.embed_tokens.weight"'))
+    second = surgery.parse('target embedding "**.embed_tokens" { add low_rank(rank = 2) }')
+    perturbed(surgery.load_model("base"), second).save("second")
+    model = LlamaForCausalLM.from_pretrained("base", quantization_config=Rows8Config())
+    surgeries = surgery.Surgeries(model)
+    for name in ("adapter", "second"):
+        surgeries.add(name, Path(name))
+    surgeries.use("adapter", "second")
+    surgery.merge_files("adapter", "merged", then=["second"], dequantise=True)
+    assert departure(logits(model), logits(LlamaForCausalLM.from_pretrained("merged"))) < 1e-5
+
+
 def test_the_merge_onto_full_weights_says_what_that_changes() -> None:
     wanted = trained("lora")
     done = surgery.merge_files("adapter", "merged")

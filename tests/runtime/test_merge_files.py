@@ -185,6 +185,18 @@ def test_it_says_why_the_model_is_loaded(change: object, why: str) -> None:
     assert_same(tensors("merged"), reference("adapter"))
 
 
+def test_the_classes_of_a_head_are_written_into_the_configuration() -> None:
+    """A head of the same size in the base model, whose classes have no names: an evaluation would guess their order."""
+    torch.manual_seed(0)
+    saved_model(transformers.BertForSequenceClassification(load_demo("bert").config))
+    surgeon = perturbed(surgery.load_model("base"), parse(f'target linear "**.query" {LOW}\ntrain "classifier.**"'))
+    surgeon.save("adapter", base_model="base", task={"kind": "classification", "classes": ["no", "yes"]})
+    done = merge_files("adapter", "merged")
+    assert "classes" in done.in_memory
+    assert json.loads(Path("merged/config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
+    assert_same(tensors("merged"), reference("adapter"))
+
+
 def test_a_tensor_of_its_own_for_what_was_tied() -> None:
     saved_model(load_demo("gpt2"))
     saved_adapter(parse(f'target embedding "**.wte" untie {LOW}'))
