@@ -28,7 +28,7 @@ from surgery.experiments.comparison_files import digest
 from surgery.experiments.evaluation import LOWER, Evaluation, Scoring, refuse_unfit, scored
 from surgery.experiments.likelihood import Told
 from surgery.experiments.prompts import PROMPT, collated, learned
-from surgery.experiments.tasks import HEADED, AnyTask, read_task
+from surgery.experiments.tasks import AnyTask, read_task
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import Setting, arguments, encoded, heads, trainer_of, with_head
 from surgery.extras import need
@@ -82,14 +82,14 @@ class Data:
 
     def read(self) -> tuple[AnyTask, AnyTask | None, list[AnyTask]]:
         """The tasks. Raises: SurgeryError (missing-file, bad-data)."""
-        task = self._read(self.learned, self.kind).limited(self.limit)
+        task = self._read(self.learned).limited(self.limit)
         again = partial(self._read, kind=task.kind, classes=task.classes) if isinstance(task, Task) else self._read
         tests = [again(path).limited(self.test_limit) for path in self.tests]
         return task, again(self.dev).limited(self.test_limit) if self.dev else None, tests
 
     def _read(self, path: str, kind: str | None = None, classes: Sequence[str] = ()) -> AnyTask:
         labels = {"label": self.label, "threshold": self.threshold}
-        return read_task(path, kind or (self.kind if self.kind in HEADED else None), classes=classes, **labels)
+        return read_task(path, kind or self.kind, classes=classes, **labels)
 
     @property
     def files(self) -> list[str]:

@@ -169,6 +169,14 @@ def test_every_kind_of_task_trains_and_is_scored(name: str, rows: str, models, t
         assert after.scores[main].value < 0.9 * before.scores[main].value
 
 
+def test_the_kind_that_is_said_holds_for_every_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.jsonl")
+    Path(path).write_text('{"question": "q", "answer": "it is 4", "text": "t", "label": 0.5}\n')
+    for kind, found in (("answer", "answer"), ("language", "language"), (None, "chat"), ("regression", "regression")):
+        task, dev, tests = Data(path, path, (path,), kind).read()
+        assert [task.kind, dev.kind, *(test.kind for test in tests)] == [found] * 3
+
+
 def test_a_new_head_and_a_parameter_have_rates_of_their_own(models) -> None:
     model = load_with_head(models["bert"], 2)
     surgeon = surgery.apply(model, with_head(surgery.load("lora"), model), check=False)
