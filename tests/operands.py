@@ -60,6 +60,7 @@ MIXED = (
     'reshape(einsum("nab,ncd->acbd", S, Z), 9, 9)', 'einsum("ia,bj,ab->ij", P, Q.T, reshape(g * ones(2, 2), 2, 2)) @ W',
     'reshape(einsum("abr,rc->abc", S, K), 12, 3)', 'einsum("ij,jk,kl->il", P.T, A, Q)', 'einsum("ij,kl->jl", A, B)',
     'reshape(einsum("ab,cd->cadb", K, L), n, n)', 'reshape(einsum("ab,cd->acdb", K, L), n, n)',
+    "(A > B) * W + (d @ e <= g) * W", "(0.5 >= A) * (A < g) * B",
     # places
     "columns(I(n), at) @ A @ rows(I(n), at) + W", "(W + P @ Q.T) @ columns(I(n), range(3, 5)) @ Q.T",
     "rows(diag(d) @ W + P @ Q.T, at)", "columns(block_diag(S) @ W, range(2, 6)) @ rows(kron(K, L), range(2, 6))",

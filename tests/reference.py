@@ -9,6 +9,7 @@ given parameters; `starts=` collects what parameters start at. Gradients are cen
 from __future__ import annotations
 
 import math
+import operator
 import re
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -329,8 +330,9 @@ def is_tensor(x: Any) -> bool:
 
 
 OPERATORS = {"+": lambda a, b: whole(a + b), "-": lambda a, b: whole(a - b), "*": lambda a, b: whole(a * b),
-             "/": divide, "@": lambda a, b: a @ b, "<": lambda a, b: a < b, "<=": lambda a, b: a <= b,
-             ">": lambda a, b: a > b, ">=": lambda a, b: a >= b, "==": lambda a, b: a == b, "!=": lambda a, b: a != b,
+             "/": divide, "@": lambda a, b: a @ b, **{sign: lambda a, b, compare=compare: compare(a, b) * 1.0 if is_tensor(a) or is_tensor(b) else compare(a, b)
+                for sign, compare in (("<", operator.lt), ("<=", operator.le), (">", operator.gt), (">=", operator.ge))},
+              "==": lambda a, b: a == b, "!=": lambda a, b: a != b,
              "and": lambda a, b: a and b, "or": lambda a, b: a or b}
 FUNCTIONS = {
     "I": np.eye, "ones": lambda *sizes: np.ones(sizes), "floor": math.floor, "divisor": divisor,

@@ -11,6 +11,7 @@ from typing import Any
 
 from surgery.diagnostics import Collector, Span, SurgeryError, fail
 from surgery.ir import sizes
+from surgery.ir.expression import Expr
 from surgery.ir.sizes import Dim
 from surgery.language.formatter import expression_text
 from surgery.language.other_languages import instead_of_argument
@@ -107,7 +108,10 @@ def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Co
     before = len(report.errors)
     for check in checks:
         with guard(report):
-            if evaluate(check.condition, values) is False:
+            value = evaluate(check.condition, values)
+            if isinstance(value, Expr):
+                raise fail("wrong-type", f"a check is of compile-time values, not of {describe(value)}", check.span)
+            if value is False:
                 raise fail("check-failed", f"`check {expression_text(check.condition)}` is not met", check.span,
                            notes=here(check.condition, values))
     return len(report.errors) == before

@@ -141,9 +141,8 @@ def _binary(node: tree.Binary, names: Mapping[str, Any]) -> Any:
 
 
 def _compare(node: tree.Binary, left: Any, right: Any) -> Any:
-    for value, side in ((left, node.left), (right, node.right)):
-        if isinstance(value, Expr):
-            raise fail("wrong-type", f"a comparison needs compile-time values, not {describe(value)}", side.span)
+    if isinstance(left, Expr) or isinstance(right, Expr):
+        return _compared_entries(node, left, right)
     if UNDECIDED in (left, right):
         return UNDECIDED
     # What is equal stays so at every size; what differs in an unknown may be equal at one of them.
@@ -152,6 +151,20 @@ def _compare(node: tree.Binary, left: Any, right: Any) -> Any:
     _numeric(left, node.left)
     _numeric(right, node.right)
     return UNDECIDED if _open(left, right) else _ORDER[node.op](left, right)
+
+
+def _compared_entries(node: tree.Binary, left: Any, right: Any) -> Expr:
+    """1 where it is so and 0 elsewhere, for each entry, with no gradient: of tensors it can be nothing else."""
+    if node.op in ("==", "!="):
+        raise fail("wrong-type", f"`{node.op}` needs compile-time values; entries of tensors are hardly ever equal",
+                   node.span, helps=("compare with `<`, `<=`, `>` or `>=`, which give 1 or 0 for each entry",))
+    _numeric(left, node.left)
+    _numeric(right, node.right)
+    high, low = (left, right) if node.op[0] == ">" else (right, left)
+    if node.op in ("<", ">"):
+        return make("relu", make("sign", make("sub", tensor(high), tensor(low))))
+    below = make("relu", make("sign", make("sub", tensor(low), tensor(high))))
+    return make("sub", constant(1.0), below)
 
 
 def _open(*values: Any) -> bool:
