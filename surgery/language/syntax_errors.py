@@ -24,6 +24,9 @@ GROUPS = (
     ("an expression", OPERAND | {"NOT", "_IF"}),
     ("an expression", OPERAND | {"NOT"}),
     ("an expression", OPERAND),
+    # behind a parameter's start its clauses may stand too, which is seldom what was meant
+    ("`param`, `noise`, `let`, `check` or `return`",
+     {"FROZEN", "SHARED", "_PARAM", "_NOISE", "_LET", "_CHECK", "_RETURN", "_RATE", "_NO", "_ON"}),
     ("`param`, `noise`, `let`, `check` or `return`",
      {"FROZEN", "SHARED", "_PARAM", "_NOISE", "_LET", "_CHECK", "_RETURN"}),
     ("a pattern or the name of a `select`", {"STRING", "NAME"}),
