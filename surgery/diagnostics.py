@@ -215,7 +215,11 @@ class SurgeryWarning(UserWarning):
 
     def __init__(self, diagnostic: Diagnostic):
         self.diagnostic = diagnostic
-        super().__init__(diagnostic.render())
+        # `args` are what a copy, a pickle or another process makes it from again
+        super().__init__(diagnostic)
+
+    def __str__(self) -> str:
+        return self.diagnostic.render()
 
 
 def fail(code: str, message: str, span: Span | None = None, **more) -> SurgeryError:

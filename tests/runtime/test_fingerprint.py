@@ -1,7 +1,9 @@
 """A saved adapter knows the weights that it was trained on, and says when it meets others."""
 
 import json
+import pickle
 import warnings
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from models import perturbed
 
 import surgery
-from surgery.diagnostics import SurgeryError, SurgeryWarning
+from surgery.diagnostics import Diagnostic, SurgeryError, SurgeryWarning
 from surgery.models.demo import load_demo
 from surgery.models.loading import at_revision, parted, revised
 from surgery.runtime.fingerprint import differing, fingerprint_of, is_same
@@ -134,3 +136,10 @@ def test_a_name_with_a_revision() -> None:
     assert parted("user/base@v2") == ("user/base@v2", None)  # a folder of that name
     with pytest.raises(SurgeryError, match="demo:llama has no revisions"):
         revised("demo:llama", "v2")
+
+
+@pytest.mark.parametrize("kind", [SurgeryWarning, lambda diagnostic: SurgeryError([diagnostic])])
+def test_a_warning_and_an_error_reach_another_process_whole(kind) -> None:
+    said = kind(Diagnostic("another-base", "these are other weights", helps=("look",)))
+    for copy in (pickle.loads(pickle.dumps(said)), deepcopy(said)):
+        assert type(copy) is type(said) and str(copy) == str(said) and "other weights" in str(copy)
