@@ -94,6 +94,16 @@ class SharedTensors(StepTensors):
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 
+_KNOWN = frozenset((*dir(StepTensors()), *dir(nn.Module)))
+
+
+def held_at(key: str) -> tuple[str, str]:
+    """The module of a step and the name in it that hold the tensor of a key. What every module of torch calls something
+    else (`to`, `type`) has a hyphen behind it, as no name of a spec's has."""
+    step, name = (f"{part}-" if part in _KNOWN else part for part in key.split("."))
+    return step, name
+
+
 class Adapter(nn.Module):
     """The tensors and the programs of one operated weight. The programs are received: `compiled` is what the compiler
     made of the weight's formula, and is asked for the program of each mode. `active` is False while disabled or merged;
@@ -121,7 +131,7 @@ class Adapter(nn.Module):
         self._noises = compiled.noises
         object.__setattr__(self, "common", common)  # held by the model's root: here it is only read
         for leaf in formula.leaves:
-            step, name = leaf.key.split(".")
+            step, name = held_at(leaf.key)
             if leaf.group:
                 common.add(self.shared[leaf.key], tensors[leaf.key])
                 continue
@@ -131,7 +141,7 @@ class Adapter(nn.Module):
         # of each key the step's module and the name in it; None for the module of the shared tensors
         paths: list[tuple[str, str | None, str]] = []
         for key in (leaf.key for leaf in formula.leaves):
-            step, name = key.split(".")
+            step, name = held_at(key)
             paths.append((key, None, self.shared[key]) if key in self.shared else (key, step, name))
         self._paths = tuple(paths)
         watch(self)

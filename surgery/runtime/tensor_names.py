@@ -13,7 +13,7 @@ from torch import nn
 
 from surgery.layers.opaque_linear import SUFFIX
 from surgery.planning.compile import Placed, Plan
-from surgery.runtime.adapter import CONTAINERS, SHARED, Adapter
+from surgery.runtime.adapter import CONTAINERS, SHARED, Adapter, held_at
 
 
 class TensorNames:
@@ -26,7 +26,7 @@ class TensorNames:
         """What the tensor of an adapter's key (`add_low_rank.B`) is called in the model."""
         adapter = self.adapters[placed.site.name]
         if key not in adapter.shared:
-            return f"{placed.site.weight_name}{SUFFIX}.{key}"
+            return f"{placed.site.weight_name}{SUFFIX}.{'.'.join(held_at(key))}"
         if not isinstance(self.model, CONTAINERS):
             return f"{SHARED}.{adapter.shared[key]}"
         # each child of a container is a layer to its users, so the first adapter holds what all share

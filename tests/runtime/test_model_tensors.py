@@ -160,3 +160,28 @@ target linear "**" { add x() add x_y() }""")
     for layer, weight in zip(model, weights):
         wanted = nn.functional.linear(wanted, weight + 0.1 + 2 * 0.3, layer.bias)
     assert torch.allclose(model(x), wanted, atol=1e-5)
+
+
+NAMED = """
+update module() { param to[out, in] = 0 return to }
+update u() {
+  frozen param training[2] ~ sample(of = in)
+  shared param type[in] ~ normal()
+  param names = 1
+  param half[out, 2] = 0
+  return names * (half @ rows(I(in), training)) @ diag(type)
+}
+target linear { add module() add u() }
+"""
+
+
+def test_parameters_may_be_called_what_modules_of_torch_call_something_else(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    surgeon = perturbed(model, surgery.parse(NAMED), check=False)
+    assert {"0.weight_surgery.add_module-.to-", "0.weight_surgery.add_u.training-"} <= surgeon.named_tensors().keys()
+    wanted = model(x).detach()
+    surgeon.save(tmp_path / "a")
+    torch.testing.assert_close(deepcopy(model).to(torch.float64)(x.double()).float(), wanted)
+    surgeon.remove()
+    surgery.attach(model, tmp_path / "a")
+    assert torch.equal(model(x), wanted)
