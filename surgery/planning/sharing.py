@@ -85,8 +85,9 @@ def _faults(rows: list[tuple[Site, Leaf]]) -> Iterator[Diagnostic]:
                          f"`{first.key.rpartition('.')[2]}` is one tensor of each layer", first.span,
                          helps=("leave the module out with `except`, or say `shared(model)`",))
     for _, leaf in rows[1:]:
-        # in a target a start may name W, and is that of the first module
-        of_first = leaf.scope == "target" and leaf.is_of_module and first.is_of_module
+        # In a target a start may name W, and is that of the first module; but places that exist in its weight need not
+        # exist in one of another shape.
+        of_first = leaf.scope == "target" and leaf.is_of_module and first.is_of_module and not leaf.whole
         if what := first.unlike(replace(leaf, init=first.init) if of_first else leaf):
             yield from unlike_shared(leaf, first, what).diagnostics
     if len(shapes) > 1 and first.manifold:

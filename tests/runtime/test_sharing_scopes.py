@@ -128,6 +128,8 @@ def faults(body: str, targets: str = 'target linear "**" { add u() }') -> list:
      "is needed in 4 sizes, and a part of a matrix `on stiefel` is not on it"),
     ("shared param A[2] ~ normal(std = 1 / in) param B[out, 2] = 0 return B @ diag(A) @ ones(2, in)", "unlike-shared",
      "its start"),
+    ("frozen shared param at[2] = top(col_norm(W), 2) param C[out, 2] = 0 return C @ rows(I(in), at)", "unlike-shared",
+     "its start"),
     ("shared(planet) param A[out, in] = 0 return A", "syntax", "expected"),
     ("shared(layer) shared(layer) param A[out, in] = 0 return A", "syntax", "expected"),
 ])
