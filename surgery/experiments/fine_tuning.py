@@ -205,7 +205,8 @@ class _Run:
 
     def _trainer(self, surgeon: Surgeon, words: Any, task: AnyTask, dev: AnyTask | None,
                  checkpoints: Checkpoints) -> Trainer:
-        model, setting = surgeon.model, self.setting
+        model: Any = surgeon.model
+        setting = self.setting
         items, collator = self._items(model, words, task)
         chosen: dict[str, Any] = {}
         when = {"strategy": "steps" if setting.every else "epoch", "steps": setting.every or 500}
@@ -248,10 +249,11 @@ class _Run:
 
 def groups(surgeon: Surgeon, setting: Training) -> list[dict[str, Any]]:
     """What trains, as an optimiser's groups, a new head at a rate of its own. Raises: SurgeryError (bad-value)."""
+    model: Any = surgeon.model  # which is one of transformers
     named = {f"lr_{name}": rate for name, rate in setting.rates.items()}
     found = surgeon.parameter_groups(setting.lr, setting.weight_decay, **named)
-    tops = heads(surgeon.model) if setting.head_lr is not None else []
-    new = {id(p) for name, p in surgeon.model.named_parameters() if name.partition(".")[0] in tops}
+    tops = heads(model) if setting.head_lr is not None else []
+    new = {id(p) for name, p in model.named_parameters() if name.partition(".")[0] in tops}
     parted = [{**group, "params": [p for p in group["params"] if (id(p) in new) is is_new],
                **({"lr": setting.head_lr} if is_new else {})} for group in found for is_new in (False, True)]
     return [group for group in parted if group["params"]]
