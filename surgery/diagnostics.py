@@ -8,6 +8,7 @@ no colour here.
 from __future__ import annotations
 
 import difflib
+import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ CODES: dict[str, str] = {
 _SIMILAR = 0.7  # the share of letters that a misspelt word keeps; below, `cat` would be `scatter` and `det` `detach`
 _SIMILAR_IF_SHORT = 0.6
 _LONGEST_LINE = 200  # columns of a line of a source that are shown
+_MEANT = re.compile(r'did you mean (?:`([^`]+)`|("[^"]+")(?: \([^()]*\))?)\?')
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,12 @@ class Diagnostic:
         said = [f"note: {n}" for n in self.notes] + [f"help: {h}" for h in self.helps]
         parts += [f"   = {plain(line)}" for line in said]
         return "\n".join(parts)
+
+    @property
+    def meant(self) -> str:
+        """What was probably meant, where it says `did you mean`: a word, or a pattern in its quotes; else empty."""
+        said = next(filter(None, map(_MEANT.search, (self.label, *self.helps))), None)
+        return (said[1] or said[2]) if said else ""
 
     def to_json(self) -> dict:
         return {"severity": self.severity, "code": self.code, "message": self.message,

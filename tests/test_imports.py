@@ -35,6 +35,7 @@ PIPELINE = {
     "analysis": "analysis",
     "peft": "peft",
     "experiments": "experiments",
+    "editor": "editor",
     "cli": "cli",
     "__main__": "__main__",
 }

@@ -27,6 +27,7 @@ from surgery.cli.export import export
 from surgery.cli.fmt import fmt
 from surgery.cli.help import help
 from surgery.cli.import_ import import_
+from surgery.cli.lsp import lsp
 from surgery.cli.merge import merge
 from surgery.cli.modules import modules
 from surgery.cli.options import HELP, asked_format, common
@@ -50,7 +51,7 @@ _NO_MEMORY = re.compile(r"allocate memory|out of memory|Storage size calculation
 
 # The commands as `surgery --help` shows them.
 GROUPS: dict[str, tuple[click.Command, ...]] = {
-    "Specs": (check, fmt, specs, show, help),
+    "Specs": (check, fmt, specs, show, help, lsp),
     "A spec on a model": (modules, explain, plan, apply, merge),
     "Fine-tuning": (train, eval_),
     "Adapters of PEFT": (import_, export),

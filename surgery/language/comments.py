@@ -19,7 +19,7 @@ from surgery.language.json_fields import Trivia
 FILE = -1
 STATEMENTS = {"language", "use", "header", "check", "select", "train", "parameter", "transform",
               "update", "param", "noise", "let", "result", "target", "step", "repeat"}
-_STRING_OR_COMMENT = re.compile(f"{pattern_of('STRING')}|({pattern_of('COMMENT')})")
+STRING_OR_COMMENT = re.compile(f"{pattern_of('STRING')}|({pattern_of('COMMENT')})")
 
 
 @dataclass
@@ -60,7 +60,7 @@ def trivia_of(text: str, root: Tree, tokens: list[Token]) -> dict[int, Trivia]:
     """The trivia of every statement that has any, by the offset of its start."""
     whole = _places(root, [extent(t)[0] for t in tokens if t.type == "LBRACE"])
     # Strings are matched as well, so that a `#` in one of them is passed over.
-    for match in _STRING_OR_COMMENT.finditer(text):
+    for match in STRING_OR_COMMENT.finditer(text):
         if match[1]:
             _give(text, whole, match.span())
     trivia = {FILE: Trivia(inside=_lines(text, whole.inside, _last_end(whole), None))}

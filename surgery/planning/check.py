@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 _EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
 
 
-def check(spec: Spec | str | PathLike, model: nn.Module | None = None) -> list[Diagnostic]:
+def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bool = True) -> list[Diagnostic]:
     """All that is wrong with a spec (or a file, or a shipped spec by its name), warnings too: whatever the model; and,
     where it has no error and a model is given (on the meta device too), on that model. What is wrong is not raised.
+    Without `tried`, what the text alone says: names, types, shapes and patterns, but no start and no claim.
 
     >>> import surgery
     >>> surgery.check("lora")
@@ -49,7 +50,7 @@ def check(spec: Spec | str | PathLike, model: nn.Module | None = None) -> list[D
         read = spec if isinstance(spec, Spec) else load(spec)
         resolved = ResolvedSpec(read, report)
         report.add(*lint(resolved), *selector_faults(read, resolved.library.selects))
-        if not report.errors:
+        if tried and not report.errors:
             report.add(*_tried(resolved))
     except SurgeryError as error:
         report.add(*error.diagnostics)

@@ -232,14 +232,18 @@ def _einsum(node: tree.Call, names: Mapping[str, Any]) -> Expr:
     return make("einsum", *map(tensor, values), data=(equation,))
 
 
+def callable_names() -> set[str]:
+    """All that an expression can call."""
+    return FUNCTIONS | set(_COMPILE_TIME)
+
+
 def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
     if node.function in _COMPILE_TIME:
         return _at_compile_time(node, names)
     if node.function == "einsum":
         return _einsum(node, names)
     if node.function not in FUNCTIONS:
-        known = FUNCTIONS | set(_COMPILE_TIME)
-        raise unknown("unknown-primitive", "primitive", node.function, known, node.name_span or node.span)
+        raise unknown("unknown-primitive", "primitive", node.function, callable_names(), node.name_span or node.span)
     if node.function in _CONSTANTS:
         arity, sizes = _CONSTANTS[node.function][:2]
     else:

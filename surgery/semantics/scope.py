@@ -52,7 +52,8 @@ def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | 
                 notes=(f"known here: {', '.join(known)}",) if known and not helps else (), helps=helps)
 
 
-_MEANINGS = {"out": "the number of rows of W", "in": "the number of columns of W", "W": "the weight", "b": "the bias",
+#: What a name means that nothing declares.
+MEANINGS = {"out": "the number of rows of W", "in": "the number of columns of W", "W": "the weight", "b": "the bias",
              "layer": "the module's index in its list of layers", "depth": "how deep the module's layer lies, 0 to 1"}
 _OF_A_MODULE = {"layer": "the module stands in a list of layers", "depth": "the module stands in a list of layers",
                 "layers": "the module stands in a list of layers", "kernel": "there is a module",
@@ -71,5 +72,5 @@ def of_a_module(name: str) -> tuple[str, ...]:
 def assert_is_free(name: str, taken: Iterable[str], span: Span | None, report: Collector) -> None:
     """Report a name that something is given and that means something already where it would be read."""
     if name in taken:
-        report.error("duplicate-name", f"`{name}` is {_MEANINGS[name]} here, and cannot name anything else", span,
+        report.error("duplicate-name", f"`{name}` is {MEANINGS[name]} here, and cannot name anything else", span,
                      helps=("give it another name",))

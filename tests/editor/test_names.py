@@ -1,0 +1,37 @@
+"""Every name of a spec is known to the editor, in all that ships: a statement that the language gains and the editor does
+not know leaves one over."""
+
+from __future__ import annotations
+
+import pytest
+
+from surgery.editor.document import Document
+from surgery.editor.names import occurrences
+from surgery.language.grammar import machine
+from surgery.language.library import PRELUDE, locate, shipped
+
+FILES = {**shipped(), PRELUDE: locate(PRELUDE)}
+
+
+def names(text: str) -> set[tuple[int, int]]:
+    """Where the parser sees a name, but for claims, which stand between `:` and `{`, and classes of modules."""
+    parser, places, before = machine(text, "file"), set(), [""]
+    is_claim = False
+    for token in parser.lexer_thread.lex(parser.parser_state):
+        parser.feed_token(token)
+        if token.type == "COLON" and before[-1] in ("NAME", "_BIAS", "RPAR") and "TYPE" not in parser.accepts():
+            is_claim = True
+        is_claim = is_claim and token.type != "LBRACE"
+        if token.type == "NAME" and not is_claim and before[-2:] != ["KIND", "_IN"]:
+            places.add((token.start_pos, token.end_pos))
+        before.append(token.type)
+    return places
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_name(name: str) -> None:
+    text = FILES[name].read_text(encoding="utf-8")
+    found = occurrences(Document(str(FILES[name]), text))
+    places = [(each.span.start, each.span.end) for each in found]
+    assert len({*places}) == len(places) and {*places} == names(text)
+    assert all(text[each.span.start : each.span.end] == each.name for each in found)
