@@ -414,11 +414,11 @@ def _computed(unit: Unit, work: Work) -> tuple[dict[str, Tensor], dict[str, floa
             raise Unsure(f"{piece.parameters[0]} is another one when it is loaded and saved")
         loaded |= made
     values.clear()
+    work.met.update((p.site.weight_name, fingerprint_of(loaded[work.aliases[p.site.weight_name]])) for p in unit.placed)
     # A weight or a bias that was trained is what the formula of its module acts on: it stands there first.
     loaded |= {alias: value.to(loaded[alias].dtype) for name, value in work.trained.items()
                if (alias := work.aliases[name]) in loaded}
     errors: dict[str, float] = {}
-    work.met.update((p.site.weight_name, fingerprint_of(loaded[work.aliases[p.site.weight_name]])) for p in unit.placed)
     for placed in unit.placed:
         names = {name.rpartition(".")[2]: work.aliases[name] for name in _written(placed)}
         result = _merged_alone(placed, work.surgeon, {own: loaded[name] for own, name in names.items()})
