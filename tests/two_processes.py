@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as Flat
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import Trainer, TrainingArguments
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import surgery
 from surgery.models.demo import demo_inputs, load_demo
@@ -41,6 +45,8 @@ train "**.*norm.weight", "**.embed_tokens.weight"
 """
 SPECS = ["lora", "vera", "unilora", "delora", "fourierft", "sora", "every kind"]  # each holds its tensors in another way
 SIZES = {"fourierft": {"count": 20}}
+TRAINED = {"unilora": 20.0, "every kind": 0.5}  # by the Trainer, at these rates
+DIVIDED = {"gate": "colwise", "up": "colwise", "down": "rowwise"}  # how tensor parallelism cuts a block's layers
 MERGED, CHECKPOINTED = ("lora", "vera"), "unilora"  # saved as whole models
 
 
@@ -226,6 +232,77 @@ def flattened() -> dict:
     return seen
 
 
+def divided_by_torch(model: nn.Module) -> None:
+    styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    parallelize_module(model, MESH, {f"model.layers.*.mlp.{n}_proj": styles[how]() for n, how in DIVIDED.items()})
+
+
+def divided_by_transformers(model: nn.Module) -> None:
+    layers = [(f"model.layers.{i}.mlp.{n}_proj", how) for i in (0, 1) for n, how in DIVIDED.items()]
+    apply_tensor_parallelism(model, MESH, {name + end: how for name, how in layers for end in (".weight", "")})
+
+
+def tensor_parallel() -> dict:
+    """Refused by name whatever comes first; merged for good, right."""
+    seen = {}
+    for by in (divided_by_torch, divided_by_transformers):
+        model = fresh()
+        by(model)
+        before = [*model.state_dict(), *map(type, model.modules())]
+        seen[f"{by.__name__}, apply"] = refused(lambda: surgery.apply(model, "lora"))
+        seen[f"{by.__name__}, untouched"] = before == [*model.state_dict(), *map(type, model.modules())]
+        model = fresh()
+        perturbed(model, "lora", check=False).merge_and_remove()
+        merged = logits(model)
+        by(model)
+        seen[f"{by.__name__}, merged"] = apart(logits(model), merged)
+    for name, layer in (("dora", "down"), ("lora", "up")):  # a row norm of a part is a number, too
+        model = fresh()
+        perturbed(model, surgery.load(name).retarget(f"**.{layer}_proj"), check=False)
+        seen[f"{name}, torch"] = refused(lambda: divided_by_torch(model))
+        weights = [m.weight for n, m in model.named_modules() if n.endswith(f"{layer}_proj")]
+        seen[f"{name}, no part"] = not any(hasattr(w, "placements") for w in weights)
+        model = fresh()
+        perturbed(model, surgery.load(name).retarget(f"**.{layer}_proj"), check=False)
+        divided_by_transformers(model)
+        seen[f"{name}, evaluating"] = refused(lambda: logits(model))
+        seen[f"{name}, training"] = refused(lambda: model(**demo_inputs(SMALL)))
+    return seen
+
+
+def unshared() -> dict:
+    """Only the layers are sharded, and what they share stands at the root, which is not."""
+    seen = {}
+    for name in ("unilora", "lora"):
+        model = fresh()
+        surgeon = perturbed(model, spec_of(name), check=False)
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=MESH)
+        before = {n: t.detach().clone() for n, t in model.named_parameters()}
+        seen[f"{name}, step"] = refused(lambda: stepped(model, surgeon))
+        seen[f"{name}, groups"] = refused(lambda: surgeon.parameter_groups(1e-3))
+        seen[f"{name}, unchanged"] = all(torch.equal(t, before[n]) for n, t in model.named_parameters())
+    return seen
+
+
+def trainer(model: nn.Module, folder: Path, batch: int, rate: float, **more: Any) -> Trainer:
+    rows = torch.randint(0, 256, (12, 6), generator=torch.Generator().manual_seed(3))
+    arguments = TrainingArguments(str(folder), per_device_train_batch_size=batch, max_steps=3, save_steps=3, seed=1,
+                                  learning_rate=rate, save_strategy="steps", report_to=[], use_cpu=True,
+                                  disable_tqdm=True, optim="sgd", **more)
+    return Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids} for ids in rows])
+
+
+def trained(name: str) -> dict:
+    """The Trainer's DistributedDataParallel."""
+    model = fresh()
+    surgeon = surgery.apply(model, spec_of(name), check=False)
+    run = trainer(model, FOLDER / f"{name} trained", 2, TRAINED[name], ddp_backend="gloo")
+    run.train()
+    return {"processes": run.args.world_size, "wrapped": type(run.model_wrapped).__name__,
+            "state": {n: t.tolist() for n, t in surgeon.state().items()}}
+
+
 def attached() -> dict:
     """What one process saved, attached and then sharded."""
     model = fresh()
@@ -241,10 +318,12 @@ if __name__ == "__main__":
     perturbed(fresh(), "lora", check=False)  # all is imported and compiled once, which takes longer than the cases
     other = os.fork()
     RANK = int(not other)
+    os.environ |= {"RANK": str(RANK), "LOCAL_RANK": str(RANK), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{FOLDER}/group", rank=RANK, world_size=2)
     MESH = init_device_mesh("cpu", (2,))
     cases = {**{name: lambda name=name: verbs(name) for name in SPECS}, "refusals": refusals, "failures": failures,
-             "flattened": flattened, "attached": attached}
+             "flattened": flattened, "attached": attached, "tensor parallel": tensor_parallel, "unshared": unshared,
+             **{f"{name} trained": lambda name=name: trained(name) for name in TRAINED}}
     found = {}
     for case in sys.argv[2:] or cases:
         found[case] = cases[case]()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from functools import cache, reduce
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
+from weakref import ref
 
 import torch
 import torch.nn as nn
@@ -31,6 +32,7 @@ from surgery.layers.opaque_linear import (
     put_forward_aside,
     put_forward_back,
     stored,
+    stored_weight,
 )
 from surgery.planning.initial_values import part_of
 from surgery.runtime.effective_weight import effective_weight, holds_parameters
@@ -39,7 +41,8 @@ from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.noise import drawn
 from surgery.runtime.retraction import watch
 from surgery.runtime.serving import Serving, fingerprint
-from surgery.runtime.sharding import whole
+from surgery.runtime.sharded_steps import watch_sharding
+from surgery.runtime.sharding import refuse_divided, whole
 
 _LONGEST = 120  # characters of a formula in `repr`
 SHARED = f"shared{SUFFIX}"  # the module of a model's root that holds what several adapters read
@@ -121,6 +124,8 @@ class Adapter(nn.Module):
         self.prepared: bool | None = None  # for a module whose output programs give (True), or W' alone; None: not yet
         formula = compiled.formula
         self.serving: Serving | None = None
+        self.owner: ref[nn.Module] | None = None  # the operated module, from when it is put in or was called
+        self.stored_shape: tuple[int, ...] | None = None  # of the module's parameter
         self.shared = dict(shared)
         # of what is held for the largest user, each reads its own part
         self._parts = {leaf.key: leaf for leaf in formula.leaves
@@ -145,6 +150,7 @@ class Adapter(nn.Module):
             paths.append((key, None, self.shared[key]) if key in self.shared else (key, step, name))
         self._paths = tuple(paths)
         watch(self)
+        watch_sharding(self)
 
     @property
     def formula(self) -> Formula:
@@ -176,6 +182,12 @@ class Adapter(nn.Module):
         """Tensors by key as they are held, in the shapes that the formula has for them."""
         found = {key: t.reshape(()) if key in self._numbers else t for key, t in held.items()}
         return found | {key: part_of(found[key], leaf) for key, leaf in self._parts.items()} if self._parts else found
+
+    def refuse_divided(self, module: nn.Module, inputs: Iterable[Any]) -> None:
+        """Raises: SurgeryError (unsupported-module), if the module is to compute with a part of its weight or input."""
+        if not torch.compiler.is_compiling():
+            refuse_divided(module, self.parameter, *inputs, shape=self.stored_shape)
+            self.owner = self.owner or ref(module)  # of a copy
 
     def prepare(self, is_direct: bool = True) -> None:
         """Compile the programs of W' (`None`) and, for a module whose map is known, of its output in training and in
@@ -294,11 +306,12 @@ class Adapter(nn.Module):
 
     def __getstate__(self) -> dict:
         """Programs are not copied or pickled, but compiled again; what `serving` keeps is not copied."""
-        return {**self.__dict__, "_programs": {}, "serving": None, "_of_calls": {}}
+        return {**self.__dict__, "_programs": {}, "serving": None, "_of_calls": {}, "owner": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         watch(self)
+        watch_sharding(self)
         if self.prepared is not None:
             self.prepare(self.prepared)
 
@@ -336,6 +349,12 @@ class Operated(_Mixin):
     names: ClassVar[tuple[str, ...]]
     kind: ClassVar[type[Operated]]
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ever; refuses a part in an operated weight's place, where torch's parallelize_module would put one."""
+        if name in type(self).names:
+            refuse_divided(self, name, param)
+        super().register_parameter(name, param)
+
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple:
         operated = type(self)
         return _blank, (operated.base, operated.names, operated.kind), self.__dict__
@@ -353,7 +372,10 @@ class Direct(Operated):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         adapter = self.weight_surgery
-        return adapter(adapter.frozen(self), x) if adapter.active else forward_of(self)(x)
+        if not adapter.active:
+            return forward_of(self)(x)
+        adapter.refuse_divided(self, (x,))
+        return adapter(adapter.frozen(self), x)
 
 
 class Called(Direct):
@@ -365,8 +387,10 @@ class Substituted(Operated):
     once and stands in the weight's place while that forward runs in this thread."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        adapters = [getattr(self, name + SUFFIX) for name in type(self).names]
-        values = [adapter.substitutes(self, draws=self.training) for adapter in adapters if adapter.active]
+        adapters = [adapter for name in type(self).names if (adapter := getattr(self, name + SUFFIX)).active]
+        for adapter in adapters:
+            adapter.refuse_divided(self, args)
+        values = [adapter.substitutes(self, draws=self.training) for adapter in adapters]
         before = _CALLS.running
         _CALLS.running = {**before, id(self): {name: t for each in values for name, t in each.items()}}
         try:
@@ -431,6 +455,8 @@ def install(module: nn.Module, adapter: Adapter) -> None:
     # a program without the bias that the layer has would leave it out
     assert not direct or adapter.compiled.has_bias == (adapter.frozen(module).bias is not None)
     adapter.prepare(direct)
+    adapter.owner = ref(module)
+    adapter.stored_shape = None if adapter.layout.is_called else tuple(stored_weight(module, adapter.parameter).shape)
     names = (*getattr(type(module), "names", ()), adapter.parameter)
     base = getattr(type(module), "base", type(module))
     kind = Called if adapter.layout.is_called else Direct if direct else Substituted

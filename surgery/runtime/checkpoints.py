@@ -88,6 +88,17 @@ class SavesAdapter(Operated):
 
     _surgery: Surgery
 
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """What transformers asks a quantised model before it trains it: whether adapters stand on it, which PEFT's says
+        by this attribute."""
+        adapted = getattr(self, "is_quantized", False) and self._surgery.mode == "operated"
+        return bool(adapted) or vars(self).get("_hf_peft_config_loaded", False)
+
+    @_hf_peft_config_loaded.setter
+    def _hf_peft_config_loaded(self, loaded: bool) -> None:
+        vars(self)["_hf_peft_config_loaded"] = loaded
+
     def save_pretrained(self, save_directory: str | PathLike, is_main_process: bool = True,
                         state_dict: Mapping[str, torch.Tensor] | None = None, **options: Any) -> None:
         """Write the adapter into a folder, beside what lies there, as `surgery.attach` reads it; a model that is merged

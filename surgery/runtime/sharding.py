@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import SurgeryError, fail
+from surgery.text import listed
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -93,9 +94,44 @@ def refuse_sharded(model: nn.Module) -> None:
     the parameters that it found, and each process would train an adapter of its own."""
     units = (_loaded("torch.distributed.fsdp", "FSDPModule"),
              _loaded("torch.distributed.fsdp", "FullyShardedDataParallel"))
-    if any(isinstance(m, units) for m in model.modules()) or any(is_part(p) for p in model.parameters()):
+    if any(isinstance(m, units) for m in model.modules()):
         raise fail("unsupported-module", "this model is sharded over processes, which hold and average the parameters "
                    "that it had then, and no adapter's", helps=("operate on the model first, then shard it",))
+    divided = {name: p for name, p in model.named_parameters() if is_part(p)}
+    if divided:
+        (name, first), more = next(iter(divided.items())), len(divided) - 1
+        raise fail("unsupported-module", f"`{name}` ({', '.join(map(repr, first.placements))} of {list(first.shape)}) "
+                   f"{f'and {more} more are' if more else 'is'} divided over processes that each compute with a part "
+                   "(tensor parallelism), and an adapter is one of the whole weight", helps=_UNDIVIDED)
+
+
+_UNDIVIDED = ("to train: operate on the whole model, then shard it with torch.distributed.fsdp.fully_shard",
+              "to serve: merge_and_remove() gives a plain model, which tensor parallelism can divide (or save_merged() "
+              "one and load it divided)")
+
+
+def refuse_divided(module: nn.Module, name: str, *tensors: Any, shape: tuple[int, ...] | None = None) -> None:
+    """Raises: SurgeryError (unsupported-module) where an operated module is to compute with a part of the weight
+    `name`, which has `shape` as a whole, or of an input: an adapter is one of the whole, and a norm of a part, say, is
+    another number. (FSDP2 gathers the weights of a unit before it runs.)"""
+    weight = module._parameters.get(name)
+    is_cut = shape is not None and weight is not None and tuple(weight.shape) != shape
+    if is_cut or is_part(weight) or any(map(is_part, tensors)):
+        raise fail("unsupported-module", f"this operated {type(module).__name__} was to compute with a part of its "
+                   f"{name}{f' ({list(shape)})' if shape else ''} or of its input, and an adapter is one of the whole "
+                   "weight (tensor parallelism, or a layer of a sharded model that is called by itself)",
+                   helps=_UNDIVIDED)
+
+
+def refuse_unshared(tensors: Mapping[str, Tensor], beside: Iterable[Tensor | None] = ()) -> None:
+    """Raises: SurgeryError (unsupported-module) where some tensors, or those that stand `beside` them, are sharded and
+    others that train are not: their gradients are averaged by nothing, and each process would train values of its
+    own."""
+    alone = [name for name, tensor in tensors.items() if tensor.requires_grad and not is_part(tensor)]
+    if alone and any(map(is_part, (*tensors.values(), *beside))):
+        raise fail("unsupported-module", f"{listed(alone)} {'are' if len(alone) > 1 else 'is'} in no unit of this "
+                   "sharded model: nothing averages the gradients, and each process would train values of its own",
+                   helps=("fully_shard the model itself too, after its layers: it holds what modules share",))
 
 
 def refuse_replicated(model: nn.Module) -> None:

@@ -58,6 +58,7 @@ from surgery.runtime.sharding import (
     refuse_replicated,
     refuse_sharded,
     refuse_unseen,
+    refuse_unshared,
     whole,
 )
 from surgery.runtime.standing import Spot, Standing, changed
@@ -155,6 +156,7 @@ class Surgeon:
         self._kept = {n: Kept(self._spots[n].module, self._spots[n].parameter,
                               {"base": self._spots[n].present.detach().clone()}) for n in plan.train}
         self._tied: dict[str, nn.Parameter] = {}
+        self._savers: list[Any] = []  # the models of transformers that adapters are in: the model, and those within it
         self._objects: dict[str, ref[torch.Tensor]] = {}  # the tensors that were there when it was operated on
         self.base: dict[str, str] = {}  # fingerprints of the operated weights
         self.saves_as = ""  # how, where it is no surgery of one spec
@@ -204,9 +206,12 @@ class Surgeon:
         trained = {id(p) for p in self.named_tensors().values()} - frozen
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        # The root itself may be an operated layer, which nothing saves as a model.
-        if hasattr(type(self.model), "save_pretrained") and not isinstance(self.model, Operated):
-            self.model.__class__ = operated_class(type(self.model), (), SavesAdapter)
+        # models within the model are saved by themselves too; the root may be an operated layer, which nothing saves so
+        savers = [m for m in self.model.modules()
+                  if hasattr(type(m), "save_pretrained") and not isinstance(m, Operated)]
+        self._savers = [m for m in savers if any(isinstance(inner, Adapter) for inner in m.modules())]
+        for model in self._savers:
+            model.__class__ = operated_class(type(model), (), SavesAdapter)
         self._mode, self._is_on = "operated", True
         self.base = fingerprints(self.plan.placed)
         self._objects = {name: ref(tensor) for name, tensor in self._written.items()}
@@ -350,7 +355,7 @@ class Surgeon:
 
     def report(self) -> Report:
         """What was operated on; prints as a table."""
-        self._assert_standing()
+        self._assert_standing(reads=False)
         return Report(self.plan, self.dtype)
 
     def save(self, folder: str | PathLike, **about: Any) -> None:
@@ -389,6 +394,7 @@ class Surgeon:
         computed from is another one bit for bit: at the next forward pass where torch tells, and at the end always.
         """
         self._refuse_parts("serving")
+        self._refuse_offloaded()
         if any(placed.site.module.training for placed in self.plan.placed):
             raise fail("wrong-mode", "this model is in training mode, and serving() is for one that is evaluated",
                        helps=("call model.eval() first",))
@@ -436,6 +442,8 @@ class Surgeon:
         lost = self._standing.faults(operated=True)
         if lost and not partly:
             raise changed(lost, _REST)
+        if self._kept or self._tied:
+            self._refuse_offloaded()
         self._switch("base", lost)
         for name, tied in self._tied.items():
             spot = self._spots[name]
@@ -474,10 +482,9 @@ class Surgeon:
             placed.site.module._modules.pop(placed.site.parameter + SUFFIX, None)
             self.adapters[placed.site.name]._modules.pop(SHARED, None)
         self.model._modules.pop(SHARED, None)
-        kind = type(self.model)
-        if issubclass(kind, SavesAdapter):
-            self.model.__class__ = kind.base
-            del self.model._surgery
+        for model in self._savers:
+            model.__class__ = type(model).base
+            del model._surgery
         for module, flags in self._required:
             for name, flag in flags.items():
                 if (parameter := module._parameters.get(name)) is not None:
@@ -506,20 +513,34 @@ class Surgeon:
             raise fail("wrong-mode", f"this model is {_MODES[self._mode]}, and {what}() is for one that is "
                        f"{_MODES[mode]}", helps=(_WAY_BACK[self._mode],))
 
-    def _assert_standing(self) -> None:
-        """Raises: SurgeryError (changed-model; unsupported-module for a flattened model)."""
+    def _assert_standing(self, reads: bool = True) -> None:
+        """`reads`: whether numbers of the surgery's tensors are read or written. Raises: SurgeryError (changed-model;
+        unsupported-module for a flattened model, and for an offloaded one where numbers are read)."""
         gather_up(self.model)
         refuse_flattened((name, spot.tensor) for name, spot in self._spots.items())
         refuse_unseen(self._written, self._objects)
+        if self._is_on:
+            refuse_unshared(self._written)
+            if reads:
+                self._refuse_offloaded()
         lost = self._standing.faults(self._is_on) if self._mode != "removed" else {}
         if lost:
             raise changed(lost, _REST if self._is_on else "apply the spec to the model as it is now")
+
+    def _refuse_offloaded(self) -> None:
+        """Raises: SurgeryError (unsupported-module) for tensors whose numbers are kept elsewhere: what is written into
+        the ones that stand here is lost."""
+        away = [name for name, tensor in self._written.items() if tensor.is_meta]
+        if away:
+            raise fail("unsupported-module", f"{listed(away)} {'have' if len(away) > 1 else 'has'} no numbers here: "
+                       "accelerate keeps them elsewhere (offloading)",
+                       helps=("accelerate.hooks.remove_hook_from_submodules(model) brings them back",))
 
     @all_or_nothing
     def _enter(self, mode: str) -> None:
         """Switch the model to a mode, if it is in another and still ours."""
         if self._mode not in (mode, "removed"):
-            self._assert_standing()
+            self._assert_standing(reads=bool(self._kept))
             self._switch(mode)
 
     def _switch(self, mode: str, without: Iterable[str] = ()) -> None:
@@ -533,9 +554,12 @@ class Surgeon:
         self._note()
 
     def _note(self) -> None:
-        """Record the surgery and its mode on the model, for `save_pretrained`."""
-        if isinstance(self.model, SavesAdapter):
-            self.model._surgery = replace(self.record, mode=self._mode)
+        """Record the surgery and its mode on the model and on those within it, for `save_pretrained`."""
+        own = replace(self.record, mode=self._mode)
+        inner = replace(own, names=(), saves_as=f"it is a part of a {type(self.model).__name__} that was operated on, "
+                        "and attach() takes what was saved of the whole: save that")
+        for model in self._savers:
+            model._surgery = own if model is self.model else inner
 
     @property
     def record(self) -> Surgery:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from models import perturbed
+from packed import Int8Linear
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 import surgery
 from surgery.models.demo import demo_inputs, load_demo
@@ -127,6 +128,43 @@ def test_a_save_that_would_lose_the_adapter_says_so(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "a")
     surgeries.remove()
     assert type(model) is LlamaForCausalLM and not (tmp_path / "a").exists()
+
+
+def test_the_model_within_an_operated_one_is_no_adapter_to_save(tmp_path: Path) -> None:
+    model = load_demo(SMALL)
+    kinds, names = [*map(type, model.modules())], model.model.state_dict().keys()
+    surgeon = perturbed(model, "vera", check=False)
+    for saved in (model.model, deepcopy(model).model):
+        with pytest.raises(surgery.SurgeryError, match="a part of a LlamaForCausalLM that was operated on"):
+            saved.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    surgeon.merge()
+    model.model.save_pretrained(tmp_path / "merged")
+    found = AutoModel.from_pretrained(tmp_path / "merged")
+    ids = demo_inputs(model)["input_ids"]
+    assert found.state_dict().keys() == names
+    assert torch.equal(found(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    surgeon.unmerge()
+    surgeon.remove()
+    assert [*map(type, model.modules())] == kinds and not hasattr(model.model, "_surgery")
+
+
+def test_the_trainer_takes_an_operated_quantised_model_as_it_takes_pefts(tmp_path: Path) -> None:
+    model = load_demo(SMALL)
+    for part in [m for layer in model.model.layers for m in (layer.self_attn, layer.mlp)]:
+        for name, linear in [(n, m) for n, m in part.named_children() if isinstance(m, nn.Linear)]:
+            part.add_module(name, Int8Linear.of(linear))
+    model.is_quantized = True  # as transformers marks one that it loads so
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(model, tmp_path)
+    surgeon = surgery.apply(model, "lora", check=False)
+    trainer(model, tmp_path).train()
+    assert all(t.abs().max() > 0 for n, t in surgeon.state().items() if n.endswith(".B"))
+    other = surgery.attach(load_demo(SMALL), tmp_path / "checkpoint-4")
+    assert all(torch.equal(t, other.state()[n]) for n, t in surgeon.state().items())
+    surgeon.remove()
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(model, tmp_path)
 
 
 def test_a_state_lacks_nothing_if_it_holds_the_adapter_alone() -> None:

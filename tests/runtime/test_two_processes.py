@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from models import perturbed
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as dcp_load
 from transformers import LlamaForCausalLM
-from two_processes import CHECKPOINTED, MERGED, SPECS, apart, fresh, logits, spec_of
+from two_processes import CHECKPOINTED, MERGED, SPECS, TRAINED, apart, fresh, logits, spec_of, trainer
 
 import surgery
 
@@ -100,8 +101,44 @@ def test_a_flattened_model_is_refused_but_where_it_is_whole(seen: Seen) -> None:
     surgery.attach(fresh(), seen[0] / "flat")
 
 
+def test_tensor_parallelism_is_refused_by_name_or_right(seen: Seen) -> None:
+    for found in (process["tensor parallel"] for process in seen[1]):
+        for by in ("divided_by_torch", "divided_by_transformers"):
+            assert "`model.layers.0.mlp.gate_proj.weight` (Shard(dim=0) of [64, 32]) and 5 more" in found[f"{by}, apply"]
+            assert found[f"{by}, untouched"] and found[f"{by}, merged"] <= 1e-6
+        for name in ("dora", "lora"):
+            assert all("a part of its weight" in found[f"{name}, {when}"] for when in ("torch", "evaluating", "training"))
+            assert found[f"{name}, no part"]
+
+
+def test_what_layers_share_is_sharded_too_or_no_step_is_made(seen: Seen) -> None:
+    for found in (process["unshared"] for process in seen[1]):
+        assert all("fully_shard the model itself too" in found[f"unilora, {verb}"] for verb in ("step", "groups"))
+        assert "is in no unit" in found["unilora, groups"] and "theta" in found["unilora, step"]
+        assert found["unilora, unchanged"]
+        assert not found["lora, step"] and not found["lora, groups"] and not found["lora, unchanged"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_trainer_on_two_processes_is_that_of_one_with_their_batch(name: str, seen: Seen, tmp_path: Path) -> None:
+    model = fresh()
+    surgeon = surgery.apply(model, spec_of(name), check=False)
+    before = {n: t.clone() for n, t in surgeon.state().items()}
+    trainer(model, tmp_path, 4, TRAINED[name]).train()
+    for found in (process[f"{name} trained"] for process in seen[1]):
+        assert found["processes"] == 2 and found["wrapped"] == "DistributedDataParallel"
+        assert all(apart(t, torch.tensor(found["state"][n])) <= 1e-5 for n, t in surgeon.state().items())
+    assert max(apart(t, before[n]) for n, t in surgeon.state().items()) > 1e-3
+    other = fresh()
+    checkpoint = seen[0] / f"{name} trained" / "checkpoint-3"
+    attached = surgery.attach(other, checkpoint)
+    assert all(apart(t, attached.state()[n]) <= 1e-5 for n, t in surgeon.state().items())
+    assert load_file(checkpoint / "model.safetensors").keys() == surgeon.named_tensors().keys()
+    assert apart(logits(model.eval()), logits(other)) <= 1e-5
+
+
 def test_nothing_is_left_beside_what_was_saved(seen: Seen) -> None:
     names = {path.name for path in seen[0].iterdir()}
-    assert names == {*SPECS, *(f"{name} merged" for name in MERGED), "0.json", "1.json", "dcp", "a file", "flat", "group",
+    assert names == {*SPECS, *(f"{name} merged" for name in MERGED), *(f"{name} trained" for name in TRAINED), "0.json", "1.json", "dcp", "a file", "flat", "group",
                      "of one process"} - ({"group"} - names)
     assert not any(path.is_dir() and not any(path.iterdir()) for path in seen[0].rglob("*"))
