@@ -152,7 +152,10 @@ class Comparison:
         model, clock, setting = self.load(seed), Clock(), Setting(asked["rate"], self.epochs, self.batch, seed)
         surgeon = apply(model, with_head(spec, model), seed=seed) if spec else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        train(model, self.words, learned, setting, callbacks=[clock])
+        # groups, and not the parameters alone: a spec may say a rate of its own for a parameter
+        groups = surgeon.parameter_groups(setting.lr) if surgeon else model.parameters()
+        optimiser = torch.optim.AdamW(groups, lr=setting.lr, weight_decay=0.0)
+        train(model, self.words, learned, setting, optimiser=optimiser, callbacks=[clock])
         chosen_by, scored = self._scores(model, validation), self._scores(model, test)
         update: dict[str, float | None] = {}
         if chosen_by is not None and scored is not None:

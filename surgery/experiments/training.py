@@ -62,15 +62,18 @@ def with_head(spec: Spec, model: PreTrainedModel) -> Spec:
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Task, setting: Setting, *,
-          bar: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> None:
-    """Train what is not frozen, in place; the model ends in evaluation mode. Raises: SurgeryError (missing-extra)."""
+          optimiser: torch.optim.Optimizer | None = None, bar: bool = False,
+          callbacks: Iterable[TrainerCallback] = ()) -> None:
+    """Train what is not frozen, or what `optimiser` holds at its own rates, in place; the model ends in evaluation
+    mode. Raises: SurgeryError (missing-extra)."""
     need("accelerate", "train", "training")
     from transformers import DataCollatorWithPadding
 
     model.config.pad_token_id = tokenizer.pad_token_id
     with TemporaryDirectory() as folder:  # the Trainer wants one, though it saves nothing here
         trainer = trainer_of(model, encoded(part, tokenizer, setting.length), DataCollatorWithPadding(tokenizer),
-                             arguments(folder, setting, disable_tqdm=not bar), callbacks=list(callbacks))
+                             arguments(folder, setting, disable_tqdm=not bar), callbacks=list(callbacks),
+                             optimizers=(optimiser, None))
         trainer.train()
     model.eval()
 

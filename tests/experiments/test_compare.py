@@ -79,6 +79,23 @@ def test_the_same_run_is_the_same_again(model: str) -> None:
     assert (one.test, one.update) == (same.test, same.update) and one.update != other.update
 
 
+def test_a_rate_that_a_spec_says_is_kept_to(model: str) -> None:
+    """With a rate of nearly 0 nothing of the update moves, however the run trains."""
+    text = """update low(rank: int = 2) {{
+      param A[rank, in] ~ normal(std = 1) {0}
+      param B[out, rank] ~ normal(std = 1) {0}
+      return B @ A
+    }}
+    target linear "**.query" shifted {{ add low() }}"""
+    specs = {name: surgery.parse(text.format(clause)) for name, clause in {"held": "rate 1e-6", "free": ""}.items()}
+    whole = replace(comparison(model, "lora"), specs=specs)
+    held, free = (whole.perform(each) for each in whole.asked())
+    start = surgery.apply(whole.load(0), specs["held"], seed=0)
+    before = sum(row.relative_size for row in surgery.spectrum(start, top=0).rows) / 2
+    assert held.update["relative_size"] == pytest.approx(before, rel=1e-6)
+    assert free.update["relative_size"] != pytest.approx(before, rel=1e-5)
+
+
 def test_the_parts_are_apart_and_the_same_for_all(model: str) -> None:
     learned, validation, test = comparison(model, "full").parts
     assert [len(learned), len(validation), len(test)] == [36, 12, 12]
