@@ -20,6 +20,7 @@ import torch.nn as nn
 
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program
+from surgery.diagnostics import fail
 from surgery.ir.dense import in_dtype
 from surgery.ir.expression import Formula
 from surgery.ir.notation import Maths, brief, parts_to_name
@@ -450,7 +451,7 @@ def operated_class(base: type[nn.Module], names: tuple[str, ...], kind: type[Ope
 
 
 def install(module: nn.Module, adapter: Adapter) -> None:
-    """Make `module` an operated one: nothing is copied."""
+    """Make `module` an operated one: nothing is copied. Raises: SurgeryError (unsupported-module)."""
     direct = is_direct(module, adapter.layout)
     # a program without the bias that the layer has would leave it out
     assert not direct or adapter.compiled.has_bias == (adapter.frozen(module).bias is not None)
@@ -461,7 +462,12 @@ def install(module: nn.Module, adapter: Adapter) -> None:
     base = getattr(type(module), "base", type(module))
     kind = Called if adapter.layout.is_called else Direct if direct else Substituted
     module.add_module(adapter.parameter + SUFFIX, adapter)
-    module.__class__ = operated_class(base, names, kind)
+    try:
+        module.__class__ = operated_class(base, names, kind)
+    except TypeError as error:  # Python's, of classes whose objects lie otherwise in memory
+        raise fail("unsupported-module", f"a {type(module).__name__} of {type(module).__module__} cannot be operated "
+                   f"on: Python gives it no other class ({error})",
+                   helps=("leave such layers out with `except`, or quantise with bitsandbytes or torchao",)) from None
     put_forward_aside(module)
 
 

@@ -1,7 +1,9 @@
-"""An operated model whose tensors accelerate keeps elsewhere: it runs, and a verb that needs their numbers says so."""
+"""An operated model whose tensors accelerate keeps elsewhere: it runs, and a verb that needs their numbers says so. A
+layer of a class that Python does not let be changed is refused."""
 
 from __future__ import annotations
 
+from abc import ABC
 from copy import deepcopy
 from pathlib import Path
 
@@ -50,3 +52,19 @@ def test_what_is_offloaded_is_not_read_or_written(trains: bool, tmp_path: Path) 
     with pytest.raises(SurgeryError, match="without offloading"):
         apply(model, spec)
     assert before == [*model.state_dict(), *map(type, model.modules())]
+
+
+class Mixed(ABC):  # noqa: B024
+    """What optimum-quanto's layers have before nn.Linear."""
+
+
+class QLinear(Mixed, nn.Linear):
+    pass
+
+
+def test_a_class_that_cannot_be_changed_is_refused_and_the_model_untouched() -> None:
+    model = Tower(nn.Linear(16, 16), QLinear(16, 16))
+    before = [*model.state_dict(), *map(type, model.modules()), *(p.requires_grad for p in model.parameters())]
+    with pytest.raises(SurgeryError, match=r"unsupported-module.*QLinear"):
+        apply(model, parse('spec s\ntarget linear "**" { add low_rank(2) }'))
+    assert before == [*model.state_dict(), *map(type, model.modules()), *(p.requires_grad for p in model.parameters())]
