@@ -132,7 +132,8 @@ class Adapter(nn.Module):
         self._parts = {leaf.key: leaf for leaf in formula.leaves
                        if leaf.group and leaf.shape and tensors[leaf.key].shape != known_shape(leaf.shape)}
         self._numbers = frozenset(leaf.key for leaf in formula.leaves if not leaf.shape and (leaf.group or not stack))
-        self._programs: dict[bool | None, Program] = {}
+        self._programs: dict[bool, Program] = {}  # of the output, by whether the module trains
+        self._weights: dict[bool, Program] = {}  # of W' itself, by whether noise is drawn
         self._of_calls: dict[tuple, tuple[list, Any]] = {}
         self._noises = compiled.noises
         object.__setattr__(self, "common", common)  # held by the model's root: here it is only read
@@ -196,9 +197,10 @@ class Adapter(nn.Module):
         trace that."""
         self.prepared = is_direct
         modes = (True, False) if is_direct else ()
-        self._programs = {None: self.compiled.weights, **{mode: self.compiled.program(mode) for mode in modes}}
+        self._programs = {mode: self.compiled.program(mode) for mode in modes}
+        self._weights = {False: self.compiled.weights}
         if self._noises and not is_direct:
-            self._programs[True] = self.compiled.drawn_weights
+            self._weights[True] = self.compiled.drawn_weights
 
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
@@ -261,7 +263,8 @@ class Adapter(nn.Module):
         now, or with its mean."""
         layer = self.frozen(module).whole()
         draws = draws and bool(self._noises)
-        program = self.compiled.drawn_weights if draws else self.compiled.weights
+        # what was prepared: torch.compile cannot look the code up in the compiler's own cache
+        program = self._weights.get(draws) or (self.compiled.drawn_weights if draws else self.compiled.weights)
         leaves = self.shaped({key: whole(t) for key, t in self._called(layer.device).items()})
         if draws:
             leaves |= drawn(self._noises, layer.device, self.stack)
@@ -307,7 +310,7 @@ class Adapter(nn.Module):
 
     def __getstate__(self) -> dict:
         """Programs are not copied or pickled, but compiled again; what `serving` keeps is not copied."""
-        return {**self.__dict__, "_programs": {}, "serving": None, "_of_calls": {}, "owner": None}
+        return {**self.__dict__, "_programs": {}, "_weights": {}, "serving": None, "_of_calls": {}, "owner": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
