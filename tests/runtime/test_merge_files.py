@@ -20,8 +20,9 @@ from surgery.diagnostics import SurgeryError
 from surgery.language.library import parse
 from surgery.models.checkpoint_files import opened_file, weight_files
 from surgery.models.demo import load_demo
-from surgery.runtime import merge_files as module
-from surgery.runtime.merge_files import merge_files
+from surgery.runtime import merge_work, merge_writer
+from surgery.runtime.merge_files import _in_memory, _no_step, merge_files
+from surgery.runtime.save import MODEL
 from surgery.runtime.saved_format import Saved
 
 LOW = "{ add low_rank(rank = 2) }"
@@ -49,7 +50,7 @@ def tensors(folder: str) -> dict[str, torch.Tensor]:
 def reference(*adapters: str) -> dict[str, torch.Tensor]:
     """What the way through a model in memory gives."""
     folders = [Path(each) for each in adapters]
-    module._in_memory(folders, Saved(folders[0]), Path("whole"), "base", None, False, False, module._no_step, "asked")
+    _in_memory(folders, Saved(folders[0]), Path("whole"), "base", None, False, False, _no_step, "asked")
     return tensors("whole")
 
 
@@ -112,7 +113,7 @@ def test_each_file_but_the_weights_is_copied_and_the_layout_is_kept() -> None:
             assert Path("merged", name).read_bytes() == Path("base", name).read_bytes()
     untouched = [n for n in tensors("base") if "norm" in n or "embed" in n or "lm_head" in n]
     assert_same({n: tensors("merged")[n] for n in untouched}, {n: tensors("base")[n] for n in untouched})
-    assert module.MODEL.foreign(Path("merged")) == []
+    assert MODEL.foreign(Path("merged")) == []
 
 
 SHARED = """update tied(rank: int = 2) {
@@ -212,7 +213,7 @@ def test_the_way_back_is_tried_on_the_numbers(monkeypatch: pytest.MonkeyPatch) -
     """A conversion that does not give back what it took would write other numbers than were loaded."""
     saved_model(load_demo("mixtral"))
     saved_adapter("lora")
-    monkeypatch.setattr(module, "reverses", lambda *given: False)
+    monkeypatch.setattr(merge_work, "reverses", lambda *given: False)
     done = merge_files("adapter", "merged")
     assert "is another one when it is loaded and saved" in done.in_memory
     assert_same(tensors("merged"), reference("adapter"))
@@ -226,7 +227,7 @@ def test_it_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an error of the system anywhere: what is there is kept, and nothing half is shown."""
     saved_model(load_demo("llama"), shards=True)
     saved_adapter("dora")
-    wanted, write = reference("adapter"), module._write_at
+    wanted, write = reference("adapter"), merge_writer._write_at
     for stop in (3, 9, 4, 1):
         seen = []
 
@@ -236,11 +237,11 @@ def test_it_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise OSError(28, "No space left on device")
             write(path, begin, held)
 
-        monkeypatch.setattr(module, "_write_at", failing)
+        monkeypatch.setattr(merge_writer, "_write_at", failing)
         with pytest.raises(SurgeryError, match="No space left"):
             merge_files("adapter", "merged")
         assert not Path("merged").exists()
-    monkeypatch.setattr(module, "_write_at", write)
+    monkeypatch.setattr(merge_writer, "_write_at", write)
     done = merge_files("adapter", "merged")
     assert done.kept > 0 and len(done.errors) == 28
     assert_same(tensors("merged"), wanted)
@@ -251,7 +252,7 @@ def test_another_adapter_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     saved_model(load_demo("llama"))
     saved_adapter("lora")
     with monkeypatch.context() as patch, pytest.raises(SurgeryError, match="it stops"):
-        patch.setattr(module._Writer, "_check", stopped)
+        patch.setattr(merge_writer.Writer, "_check", stopped)
         merge_files("adapter", "merged")
     saved_adapter("oft")
     assert merge_files("adapter", "merged").kept == 0
@@ -267,14 +268,14 @@ def test_what_reads_back_otherwise_is_not_called_done(monkeypatch: pytest.Monkey
     saved_model(load_demo("llama"))
     saved_adapter("lora")
     for lost in (2, 30):
-        seen, write = [], module._write_at
+        seen, write = [], merge_writer._write_at
 
         def losing(path: Path, begin: int, held: object) -> None:
             seen.append(begin)
             write(path, begin, (memoryview(bytes(len(each))) for each in held) if len(seen) == lost else held)
 
         with monkeypatch.context() as patch, pytest.raises(SurgeryError, match="reads back otherwise"):
-            patch.setattr(module, "_write_at", losing)
+            patch.setattr(merge_writer, "_write_at", losing)
             merge_files("adapter", "merged")
         assert not Path("merged").exists()
         for left in Path().glob(".surgery-*"):
@@ -283,16 +284,17 @@ def test_what_reads_back_otherwise_is_not_called_done(monkeypatch: pytest.Monkey
 
 KILLED = """
 import os, signal, sys
-from surgery.runtime import merge_files as module
-stop, write, seen = int(sys.argv[1]), module._write_at, []
+from surgery.runtime import merge_writer
+from surgery.runtime.merge_files import merge_files
+stop, write, seen = int(sys.argv[1]), merge_writer._write_at, []
 def killed(path, begin, held):
     seen.append(begin)
     if len(seen) == stop:
         write(path, begin, [memoryview(bytes(64))])
         os.kill(os.getpid(), signal.SIGKILL)
     write(path, begin, held)
-module._write_at = killed
-module.merge_files("adapter", "merged", jobs=2)
+merge_writer._write_at = killed
+merge_files("adapter", "merged", jobs=2)
 """
 
 
