@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import surgery
@@ -79,6 +80,7 @@ def interrupted_everywhere(make: Callable[[], Any], verb: Callable[[Any], Any],
     for at in told.chosen[::stride]:
         with pytest.raises(KeyboardInterrupt), Interrupt(at):
             verb(subject)
+        assert torch.is_grad_enabled(), at
         assert looks(model(subject)) == before and [id(p) for p in model(subject).parameters()] == identities, at
     verb(subject)
     assert looks(model(subject)) == after

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from surgery.diagnostics import SurgeryError
+from surgery.layers.kinds import LINEAR
 from surgery.text import counted
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class Model:
 
     @cached_property
     def largest_linear(self) -> tuple[int, int] | None:
-        return max(((s.out, s.in_) for s in self.sites if s.kind == "linear"), key=lambda s: s[0] * s[1], default=None)
+        linear = ((s.out, s.in_) for s in self.sites if s.kind == LINEAR.word)
+        return max(linear, key=lambda sides: sides[0] * sides[1], default=None)
 
     def told(self, pattern: str) -> str:
         """What a pattern matches, in words; of one that is not well formed nothing."""

@@ -532,9 +532,12 @@ class Surgeon:
         the ones that stand here is lost."""
         away = [name for name, tensor in self._written.items() if tensor.is_meta]
         if away:
+            offloaded = any(hasattr(module, "_hf_hook") for module in self.model.modules())
+            why, back = (("accelerate keeps them elsewhere (offloading)",
+                          "accelerate.hooks.remove_hook_from_submodules(model) brings them back") if offloaded else
+                         ("on the meta device tensors have none", "bring the weights back first"))
             raise fail("unsupported-module", f"{listed(away)} {'have' if len(away) > 1 else 'has'} no numbers here: "
-                       "accelerate keeps them elsewhere (offloading)",
-                       helps=("accelerate.hooks.remove_hook_from_submodules(model) brings them back",))
+                       f"{why}", helps=(back,))
 
     @all_or_nothing
     def _enter(self, mode: str) -> None:

@@ -47,6 +47,8 @@ class Snapshot:
         self._flags = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
         self._numbers = [(p, p.data) for p in {id(p): p for p in scope.parameters}.values() if not is_part(p)]
         self._parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Python may interrupt a `with torch.no_grad()` between its last line and its end: nobody would take gradients
+        self._takes_gradients = torch.is_grad_enabled()
 
     def keep(self, parameter: torch.Tensor) -> None:
         """Copy a local part before it is first written over."""
@@ -68,6 +70,7 @@ class Snapshot:
         for parameter, flag in self._flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+        torch.set_grad_enabled(self._takes_gradients)
 
 
 def _dicts(owner: object) -> Iterator[dict]:

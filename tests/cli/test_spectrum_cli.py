@@ -211,4 +211,6 @@ def test_wrong_use(adapter: Path, tmp_path: Path) -> None:
     assert "error[bad-adapter]" in said(adapter, "--base", "demo:gpt2", code=1)
     assert "have no weight in common" in said("demo:resnet", "demo:llama", code=1)
     perturbed(load_demo("llama"), "lora").save(tmp_path / "stray")
+    meta = tmp_path / "stray" / "meta.json"  # of an adapter that was saved by an older version, or of a nameless model
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "base_model": None}))
     assert "--base names it" in said(tmp_path / "stray", code=2)

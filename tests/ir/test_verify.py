@@ -14,7 +14,7 @@ from surgery.codegen.program import Program
 from surgery.codegen.program_text import step_text
 from surgery.diagnostics import Collector
 from surgery.ir.builders import fill
-from surgery.ir.expression import Draw, Expr, Formula, Leaf
+from surgery.ir.expression import Draw, Expr, Formula, Leaf, NoiseLaw
 from surgery.ir.operations import OPERATIONS, constant, make
 from surgery.ir.sizes import TOKENS
 from surgery.ir.table import Stage
@@ -95,12 +95,16 @@ A, D, G = (Expr("param", (), f"own.{name}", shape) for name, shape in (("A", (6,
 F = Expr("param", (), "own.F", (6, 4))
 X = Expr("x", (), None, (TOKENS, 6))
 TWO, MASK = constant(2.0), (0.5, "add_own")
+NOISE = NoiseLaw("own.m", Draw("bernoulli", (("p", 0.5),)), 0.5)
 
 MALFORMED: dict[str, tuple[Expr, ...]] = {
     "weight": (Expr("weight", (A,), None, (6, 6)), Expr("weight", (), None, (6,)), Expr("weight", (), "w", (6, 6))),
     "bias": (Expr("bias", (A,), None, (6,)), Expr("bias", (), None, (6, 1))),
     "param": (Expr("param", (A,), "own.A", (6, 6)), Expr("param", (), "A", (6, 6)), Expr("param", (), None, (6, 6))),
     "places": (Expr("places", (A,), "own.at", (6,)), Expr("places", (), "at", (6,))),
+    "noise": (Expr("noise", (A,), NOISE, (6, 6)), Expr("noise", (), "own.m", (6,))),
+    "einsum": (Expr("einsum", (A, A), ("ij,jk->ik",), (99,)), Expr("einsum", (A, F), ("ij,kj->ik",), (6, 6)),
+               Expr("einsum", (A,), ("ij,jk->ik",), (6, 6))),
     "undecided": (Expr("undecided", (), "if out < in then A else B", (6, 6)),),
     "swap": (Expr("swap", (X, X), (1, 2, 3, 1), (TOKENS, 6)), Expr("swap", (X,), (1, 2, 2, 1), (TOKENS, 6))),
     "mix": (Expr("mix", (A, A), ((1,),), (6, 6)), Expr("mix", (A,), ((1, 2), (3, 4)), (2, 6))),
@@ -141,7 +145,7 @@ FORMS: dict[str, Stage] = {"elaborated": ELABORATED, "simplified": SIMPLIFIED, "
 
 def malformed(op: str) -> tuple[Expr, ...]:
     """Nodes of the operation that no meaning fits: by its shape rule, and listed ones."""
-    if OPERATIONS[op].shape is None:
+    if OPERATIONS[op].shape is None or OPERATIONS[op].arity is None:
         return MALFORMED[op]
     arity = OPERATIONS[op].arity
     plain = (Expr(op, (A,) * (arity + 1)), Expr(op, (A,) * arity, None, (99,)), Expr(op, (A,) * arity, 1, (6, 6)))

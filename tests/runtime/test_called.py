@@ -96,7 +96,8 @@ def test_the_layer_is_called_once_for_each_step_and_its_norms_are_taken_once():
         with surgeon.serving():
             for _ in range(3):
                 model(torch.randn(5, IN, dtype=torch.float64))
-    assert layer.rows == [1, IN, 3, 5, 3, 5, 3, 5, 5, 5]
+    # The norms are known: without dropout evaluation runs the program that training ran, and no bit of W has changed.
+    assert layer.rows == [3, 5, 3, 5, 3, 5, 5, 5]
 
 
 @pytest.mark.parametrize("name", ["lora", "sora", "oft"])

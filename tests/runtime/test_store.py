@@ -141,7 +141,7 @@ def test_saving_is_the_same_in_every_mode(mode: str, tmp_path: Path) -> None:
 def test_a_model_without_data_is_not_saved(tmp_path: Path) -> None:
     surgeon = surgery.apply(load_demo("llama"), "lora")
     surgeon.model.to("meta")
-    with pytest.raises(surgery.SurgeryError, match="not here as a whole"):
+    with pytest.raises(surgery.SurgeryError, match="no numbers here: on the meta device"):
         surgeon.save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
