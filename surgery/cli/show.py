@@ -67,8 +67,8 @@ def _stage(spec: Spec, stage: str, shape: tuple[int, int] | None, tokens: int) -
 
     # rules of the normal form hold for any size; what is cheapest depends on the sizes
     any_size = shape is None and stage in ("ir", "normal-form")
-    sizes = () if any_size else (*(shape or (1024, 4096)), PLACES_TRIED[0])
-    formulas = resolved(spec).formulas(*sizes)
+    out, in_ = shape or (1024, 4096)
+    formulas = resolved(spec).formulas() if any_size else resolved(spec).formulas(out, in_, PLACES_TRIED[0])
     lines = [(target, Compiled.supposed(formula, target.kind).lines(stage, tokens)) for target, formula in formulas]
     return "\n\n".join("\n".join([_block(target), *(f"  {line}" for line in own)]) for target, own in lines)
 

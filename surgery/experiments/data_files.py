@@ -95,9 +95,9 @@ def _tsv(file: Path) -> Rows:
 
 
 def _csv(file: Path) -> Rows:
+    reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
     longest = csv.field_size_limit(_LONGEST_CELL)
     try:
-        reader = csv.reader(io.StringIO(_text(file), newline=""), strict=True)
         return _table(file, [(reader.line_num, cells) for cells in reader])
     except csv.Error as error:
         raise fail("bad-data", f"{file}:{reader.line_num} is not CSV: {error}") from None

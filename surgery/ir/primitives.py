@@ -74,7 +74,8 @@ def _side_by_side_shape(a: Shape, b: Shape) -> Shape:
 def _stacked_shape(a: Shape, b: Shape) -> Shape:
     has_as_many = len(a) > 1 and len(a) == len(b) and (*a[:-2], a[-1]) == (*b[:-2], b[-1])
     _fitting(has_as_many, "as many columns in both", a, b)
-    return (*a[:-2], a[-2] + b[-2], a[-1])
+    rows = len(a) - 2  # which axis they are
+    return (*a[:rows], a[rows] + b[rows], a[rows + 1])
 
 
 def _clamp_shape(a: Shape, lowest: Shape, highest: Shape) -> Shape:
