@@ -65,7 +65,10 @@ def write_base(gigabytes: float) -> int:
     with torch.device("meta"):
         sizes = {n: tuple(p.shape) for n, p in LlamaForCausalLM(config).named_parameters()}
     layer = {n: s for n, s in sizes.items() if ".layers.0." in n}
-    bytes_of = lambda forms: sum(2 * torch.Size(s).numel() for s in forms.values())  # noqa: E731
+
+    def bytes_of(forms: dict[str, tuple[int, ...]]) -> int:
+        return sum(2 * torch.Size(s).numel() for s in forms.values())
+
     config.num_hidden_layers = max(1, round((gigabytes * 1e9 - bytes_of(sizes)) / bytes_of(layer)) + 1)
     config.save_pretrained("base")
     shapes = {n: s for n, s in sizes.items() if n not in layer}

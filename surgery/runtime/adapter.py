@@ -189,7 +189,8 @@ class Adapter(nn.Module):
         """Raises: SurgeryError (unsupported-module), if the module is to compute with a part of its weight or input."""
         if not torch.compiler.is_compiling():
             refuse_divided(module, self.parameter, *inputs, shape=self.stored_shape)
-            self.owner = self.owner or ref(module)  # of a copy
+            if self.owner is None:  # as in a copy, which is told here whose it is
+                self.owner = ref(module)
 
     def prepare(self, is_direct: bool = True) -> None:
         """Compile the programs of W' (`None`) and, for a module whose map is known, of its output in training and in

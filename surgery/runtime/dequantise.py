@@ -7,7 +7,7 @@ anything is changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def merge_plainly(surgeon: Surgeon) -> dict[str, float]:
             own = () if site.bias is None else (site.bias,)
             dense[site.name] = _linear(site, site.read(), *own, dtype=dtype)
     surgeon.remove()
+    _place(model, trained, written, {name: dense[site.name] for site in packed for name in (site.name, *site.aliases)})
+    _forget_quantisation(model)
+    return errors
+
+
+def _place(model: nn.Module, trained: Mapping[str, Tensor], written: Iterable[tuple[nn.Module, str, Tensor]],
+           layers: Mapping[str, nn.Linear]) -> None:
+    """Put what was trained, each W' and the plain layers (by name) in the places of what stands in the model."""
     for name, value in trained.items():
         path, _, own = name.rpartition(".")
         owner = submodule(model, path)
@@ -61,14 +69,11 @@ def merge_plainly(surgeon: Surgeon) -> dict[str, float]:
         own_parameter(owner, own).data = value.to(own_parameter(owner, own).dtype)
     for module, name, tensor in written:  # over what was trained there: W' is made of that
         own_parameter(module, name).data = tensor
-    for site in packed:
-        for name in (site.name, *site.aliases):
-            above, _, own = name.rpartition(".")
-            parent = submodule(model, above)
-            assert parent is not None
-            parent._modules[own] = dense[site.name]
-    _forget_quantisation(model)
-    return errors
+    for name, layer in layers.items():
+        above, _, own = name.rpartition(".")
+        parent = submodule(model, above)
+        assert parent is not None
+        parent._modules[own] = layer
 
 
 def _linear(site: Site, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> nn.Linear:
