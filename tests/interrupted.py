@@ -17,7 +17,7 @@ import surgery
 
 PACKAGE = str(Path(surgery.__file__).parent)
 # Where the model is changed, every line counts each time that it runs; elsewhere, the first and the last time.
-ACTING = {"surgeon.py", "stack.py", "merge.py", "adapter.py"}
+ACTING = {"surgeon.py", "stack.py", "merge.py", "adapter.py", "operated.py"}
 PURE = ("ir", "language", "rewrite", "codegen", "diagnostics.py", "text.py")  # which know no model
 OUTSIDE = tuple(f"{PACKAGE}/{name}" for name in PURE)
 Line = tuple[str, int, int]  # the file, the line, and how many times it ran before

@@ -25,10 +25,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HEART = ("surgery/rewrite", "surgery/codegen", "surgery/runtime/adapter.py", "surgery/runtime/merge.py",
-         "surgery/runtime/attach.py", "surgery/runtime/save.py", "surgery/runtime/frozen_layers.py",
-         "surgery/planning/initial_values.py", "surgery/semantics/elaborate.py", "surgery/ir/primitives.py",
-         "surgery/ir/orthogonal_maps.py", "surgery/ir/dense.py")
+HEART = ("surgery/rewrite", "surgery/codegen", "surgery/runtime/adapter.py", "surgery/runtime/operated.py",
+         "surgery/runtime/merge.py", "surgery/runtime/attach.py", "surgery/runtime/save.py",
+         "surgery/runtime/frozen_layers.py", "surgery/planning/initial_values.py", "surgery/semantics/elaborate.py",
+         "surgery/ir/primitives.py", "surgery/ir/orthogonal_maps.py", "surgery/ir/dense.py")
 # The quickest to fail first; all of them say what a number must be.
 TESTS = ("test_reference.py", "test_rules.py", "test_corners.py", "test_step.py", "test_activate.py", "test_verify.py",
          "test_solves.py", "test_store.py", "test_zero_rows.py", "test_zoo.py", "test_zoo_lifecycle.py",

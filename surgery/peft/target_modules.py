@@ -23,7 +23,8 @@ from surgery.diagnostics import fail
 from surgery.layers.layouts import weights
 from surgery.layers.survey import output_embedding
 from surgery.peft.table.method import Config, Family
-from surgery.runtime.adapter import Adapter, StepTensors
+from surgery.runtime.adapter import Adapter
+from surgery.runtime.step_tensors import StepTensors
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIERS = ("score", "classifier")  # what the head of a text classifier is called

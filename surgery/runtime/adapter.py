@@ -1,18 +1,16 @@
 """The one adapter layer: it runs any program in the place of a frozen layer's map.
 
-Takes a module, a compiled formula and its tensors; makes the module an operated one in place. Promises: the module
-keeps its class (`isinstance` holds), its name and its parameters; the adapter's tensors stand beside the weight, in
-`weight_surgery`; a checkpoint of the base model still loads; `deepcopy`, pickle and `torch.compile` work; a forward
-pass computes from the tensors as they are then, and leaves nothing on the module; reading `module.weight` gives W'.
+Takes a compiled formula and its tensors. Promises: the adapter's tensors stand beside the weight, in `weight_surgery`;
+a checkpoint of the base model still loads; `deepcopy` and pickle work; a forward pass computes from the tensors as
+they are then.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from functools import cache, reduce
-from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
+from functools import reduce
+from typing import Any
 from weakref import ref
 
 import torch
@@ -20,23 +18,13 @@ import torch.nn as nn
 
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program
-from surgery.diagnostics import fail
 from surgery.ir.dense import in_dtype
 from surgery.ir.expression import Formula
 from surgery.ir.notation import Maths, brief, parts_to_name
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.ir.sizes import known_shape
-from surgery.layers.layouts import Layout, is_direct
-from surgery.layers.opaque_linear import (
-    SUFFIX,
-    forward_of,
-    put_forward_aside,
-    put_forward_back,
-    stored,
-    stored_weight,
-)
+from surgery.layers.layouts import Layout
 from surgery.planning.initial_values import part_of
-from surgery.runtime.effective_weight import effective_weight, holds_parameters
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.noise import drawn
@@ -44,68 +32,9 @@ from surgery.runtime.retraction import watch
 from surgery.runtime.serving import Serving, fingerprint
 from surgery.runtime.sharded_steps import watch_sharding
 from surgery.runtime.sharding import refuse_divided, whole
+from surgery.runtime.step_tensors import SharedTensors, StepTensors, held_at
 
 _LONGEST = 120  # characters of a formula in `repr`
-SHARED = f"shared{SUFFIX}"  # the module of a model's root that holds what several adapters read
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # to their users, each child is one of the layers
-
-
-class StepTensors(nn.Module):
-    """The tensors of one step, or those that adapters share. It is called for them, so that what hangs on a module's
-    call (offloading, pruning, a hook of the user's) runs before they are read.
-
-    What shards and flattens a model's tensors takes parameters alone that are real numbers and have an axis: so whole
-    numbers (places) are a buffer, and a number [] is held as [1]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: tuple[str, ...] = ()
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        if name in self.names:
-            return
-        if not tensor.is_floating_point():
-            self.register_buffer(name, tensor.detach())
-        elif tensor.ndim:
-            assert isinstance(tensor, nn.Parameter)  # the real numbers of an adapter are
-            self.register_parameter(name, tensor)
-        else:
-            self.register_parameter(name, nn.Parameter(tensor.detach().reshape(1), tensor.requires_grad))
-        self.names += (name,)
-
-    def forward(self) -> tuple[torch.Tensor, ...]:
-        return tuple([getattr(self, name) for name in self.names])
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in self.names)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
-        for name in self.names:  # a checkpoint of before held a number as []
-            if (saved := state_dict.get(prefix + name)) is not None and not saved.ndim:
-                state_dict[prefix + name] = saved.reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
-
-
-class SharedTensors(StepTensors):
-    """The tensors that the adapters of a model share, each held once: a second name for a parameter is a crash in
-    safetensors and a second, diverging copy for what shards a model by layers."""
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
-        """A checkpoint of the base model, or one of before, has none under these names: they stay, or the adapters
-        that they belonged to then hand them over."""
-        for name in self.names:
-            state_dict.setdefault(prefix + name, getattr(self, name))
-        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
-
-
-_KNOWN = frozenset((*dir(StepTensors()), *dir(nn.Module)))
-
-
-def held_at(key: str) -> tuple[str, str]:
-    """The module of a step and the name in it that hold the tensor of a key. What every module of torch calls something
-    else (`to`, `type`) has a hyphen behind it, as no name of a spec's has."""
-    step, name = (f"{part}-" if part in _KNOWN else part for part in key.split("."))
-    return step, name
 
 
 class Adapter(nn.Module):
@@ -330,165 +259,3 @@ class Adapter(nn.Module):
             own = (*self.named_parameters(), *self.named_buffers())
             state_dict.update({prefix + name: tensor for name, tensor in own})
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
-
-
-class _Calls(threading.local):
-    """For each thread, what is in the place of the weights of the modules whose own forward it runs just now."""
-
-    running: dict[int, dict[str, torch.Tensor]] = {}
-
-
-_CALLS = _Calls()
-
-
-if TYPE_CHECKING:  # what it is mixed into
-    _Mixin = nn.Module
-else:
-    _Mixin = object
-
-
-class Operated(_Mixin):
-    """Mixed into the class of an operated module: `base`, whose parameters `names` are operated on."""
-
-    base: ClassVar[type[nn.Module]]
-    names: ClassVar[tuple[str, ...]]
-    kind: ClassVar[type[Operated]]
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As ever; refuses a part in an operated weight's place, where torch's parallelize_module would put one."""
-        if name in type(self).names:
-            refuse_divided(self, name, param)
-        super().register_parameter(name, param)
-
-    def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple:
-        operated = type(self)
-        return _blank, (operated.base, operated.names, operated.kind), self.__dict__
-
-
-def _blank(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> nn.Module:
-    cls = operated_class(base, names, kind)
-    return cls.__new__(cls)
-
-
-class Direct(Operated):
-    """A module whose map is known: the program takes the input itself."""
-
-    weight_surgery: Adapter
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        adapter = self.weight_surgery
-        if not adapter.active:
-            return forward_of(self)(x)
-        adapter.refuse_divided(self, (x,))
-        return adapter(adapter.frozen(self), x)
-
-
-class Called(Direct):
-    """A module without a plain weight. Reading `weight` gives what it stores under that name, since that is not W."""
-
-
-class Substituted(Operated):
-    """A module that only its own forward knows (fused experts, a subclass with a forward of its own): W' is computed
-    once and stands in the weight's place while that forward runs in this thread."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        adapters = [adapter for name in type(self).names if (adapter := getattr(self, name + SUFFIX)).active]
-        for adapter in adapters:
-            adapter.refuse_divided(self, args)
-        values = [adapter.substitutes(self, draws=self.training) for adapter in adapters]
-        before = _CALLS.running
-        _CALLS.running = {**before, id(self): {name: t for each in values for name, t in each.items()}}
-        try:
-            return forward_of(self)(*args, **kwargs)
-        finally:
-            _CALLS.running = before
-
-
-def _reading(name: str, owner: str) -> property:
-    """The attribute `name`, which the adapter of the parameter `owner` changes."""
-
-    def read(module: nn.Module) -> torch.Tensor | None:
-        if not any(name in held for held in (module._parameters, module.__dict__, module._buffers)):
-            raise AttributeError(name)  # which nn.Module then words
-        was, adapter = stored(module, name), module._modules.get(owner + SUFFIX)
-        if was is None or not isinstance(adapter, Adapter) or not adapter.active:
-            return was
-        running = _CALLS.running.get(id(module), {})
-        if name in running:
-            return running[name]
-        if name == "bias" and not adapter.formula.changes_bias:
-            return was
-        if torch.compiler.is_compiling():  # which leaves out what is not used
-            return _made(adapter, module, name)
-        if holds_parameters():
-            return was
-        trains = was.requires_grad or any(t.requires_grad for t in adapter.parameters())
-        return effective_weight(lambda: _made(adapter, module, name), was, trains)
-
-    def write(module: nn.Module, tensor: torch.Tensor) -> None:
-        module.__dict__[name] = tensor  # no parameter: a replica's copy, a pruned weight
-
-    def delete(module: nn.Module) -> None:
-        if module.__dict__.pop(name, module) is module:
-            raise AttributeError(name)
-
-    return property(read, write, delete)
-
-
-def _made(adapter: Adapter, module: nn.Module, name: str) -> torch.Tensor:
-    """W' or b' as the module stores it."""
-    try:
-        return adapter.substitutes(module)[name]
-    except AttributeError as error:  # nn.Module would take it for a missing attribute, and give the frozen weight
-        raise RuntimeError(f"the {name} of an operated {type(module).__name__} cannot be computed") from error
-
-
-@cache
-def operated_class(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> type[Operated]:
-    """The class of operated modules of the class `base`, whose parameters `names` are operated on."""
-    known: dict[str, Any] = {"base": base, "names": names, "kind": kind,
-             "__module__": base.__module__, "__qualname__": base.__qualname__}
-    owners = {name: name for name in names} | ({"bias": "weight"} if "weight" in names else {})
-    readings = {} if kind is Called else {name: _reading(name, owner) for name, owner in owners.items()}
-    operated: type = type(base.__name__, (kind, base), {**known, **readings})
-    return operated
-
-
-def install(module: nn.Module, adapter: Adapter) -> None:
-    """Make `module` an operated one: nothing is copied. Raises: SurgeryError (unsupported-module)."""
-    direct = is_direct(module, adapter.layout)
-    # a program without the bias that the layer has would leave it out
-    assert not direct or adapter.compiled.has_bias == (adapter.frozen(module).bias is not None)
-    adapter.prepare(direct)
-    adapter.owner = ref(module)
-    adapter.stored_shape = None if adapter.layout.is_called else tuple(stored_weight(module, adapter.parameter).shape)
-    names = (*getattr(type(module), "names", ()), adapter.parameter)
-    base = getattr(type(module), "base", type(module))
-    kind = Called if adapter.layout.is_called else Direct if direct else Substituted
-    module.add_module(adapter.parameter + SUFFIX, adapter)
-    try:
-        module.__class__ = operated_class(base, names, kind)
-    except TypeError as error:  # Python's, of classes whose objects lie otherwise in memory
-        raise fail("unsupported-module", f"a {type(module).__name__} of {type(module).__module__} cannot be operated "
-                   f"on: Python gives it no other class ({error})",
-                   helps=("leave such layers out with `except`, or quantise with bitsandbytes or torchao",)) from None
-    put_forward_aside(module)
-
-
-def hold_common(root: nn.Module, adapter: Adapter) -> None:
-    """Put what the adapters share where what moves, saves or shards the model finds it once: at the model's root, whose
-    tensors are there as long as any layer runs; in one `adapter` where each child of the root is a layer."""
-    if isinstance(root, CONTAINERS):
-        adapter.add_module(SHARED, adapter.common)
-    else:
-        root.add_module(SHARED, adapter.common)
-
-
-def uninstall(module: nn.Module) -> None:
-    """Give `module` its own class back and drop its adapters."""
-    operated = type(module)
-    assert issubclass(operated, Operated)  # `install` made it one
-    for name in operated.names:
-        delattr(module, name + SUFFIX)
-    module.__class__ = operated.base
-    put_forward_back(module, operated.forward)

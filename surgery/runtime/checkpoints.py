@@ -24,10 +24,12 @@ from surgery import __version__
 from surgery.diagnostics import fail
 from surgery.language.library import inlined
 from surgery.language.tree import Spec
-from surgery.runtime.adapter import Adapter, Operated, SharedTensors
+from surgery.runtime.adapter import Adapter
 from surgery.runtime.atomic_folders import replacing_file
+from surgery.runtime.operated import Operated
 from surgery.runtime.saved_format import CHECKPOINT, FORMAT, META, SPEC, TENSORS
 from surgery.runtime.sharding import gather_up, is_part, on_first, whole
+from surgery.runtime.step_tensors import SharedTensors
 from surgery.text import dtype_text, listed
 
 

@@ -34,12 +34,12 @@ from surgery.models.loading import (
 )
 from surgery.models.stored_names import Piece, Unsure, pieces, reverses
 from surgery.planning.compile import Placed
-from surgery.runtime.adapter import SharedTensors
 from surgery.runtime.attach import fitted
 from surgery.runtime.fingerprint import fingerprint_of
 from surgery.runtime.merge import merged, refuse_called
 from surgery.runtime.saved_format import Saved
 from surgery.runtime.stack import Known, together
+from surgery.runtime.step_tensors import SharedTensors
 from surgery.runtime.surgeon import Surgeon, adapter_of
 from surgery.text import some
 

@@ -28,22 +28,14 @@ from surgery.planning.initial_values import (
     Shared,
     tensors,
 )
-from surgery.runtime.adapter import (
-    SHARED,
-    Adapter,
-    Operated,
-    SharedTensors,
-    hold_common,
-    install,
-    operated_class,
-    uninstall,
-)
+from surgery.runtime.adapter import Adapter
 from surgery.runtime.checkpoints import SavesAdapter, Surgery
 from surgery.runtime.fingerprint import fingerprints
 from surgery.runtime.hub import push
 from surgery.runtime.identity_check import assert_identity
 from surgery.runtime.kept_weights import Kept, with_merged
 from surgery.runtime.merge import refuse_called
+from surgery.runtime.operated import Operated, hold_common, install, operated_class, uninstall
 from surgery.runtime.optimiser_groups import parameter_groups
 from surgery.runtime.proof import Proof, Subject
 from surgery.runtime.retraction import retract
@@ -62,6 +54,7 @@ from surgery.runtime.sharding import (
     whole,
 )
 from surgery.runtime.standing import Spot, Standing, changed
+from surgery.runtime.step_tensors import SHARED, SharedTensors
 from surgery.runtime.tensor_names import TensorNames
 from surgery.runtime.transaction import Scope, all_or_nothing, put
 from surgery.text import listed

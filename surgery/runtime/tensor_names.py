@@ -13,7 +13,8 @@ from torch import nn
 
 from surgery.layers.opaque_linear import SUFFIX
 from surgery.planning.compile import Placed, Plan
-from surgery.runtime.adapter import CONTAINERS, SHARED, Adapter, held_at
+from surgery.runtime.adapter import Adapter
+from surgery.runtime.step_tensors import CONTAINERS, SHARED, held_at
 
 
 class TensorNames:

@@ -1,0 +1,193 @@
+"""Operated modules: a module is given a class of its own that lets its adapters act, in place.
+
+Takes a module and its adapter; promises: the module keeps its class (`isinstance` holds), its name and its parameters;
+`deepcopy`, pickle and `torch.compile` work; a forward pass leaves nothing on the module; reading `module.weight` gives
+W'.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
+from weakref import ref
+
+import torch
+import torch.nn as nn
+
+from surgery.diagnostics import fail
+from surgery.layers.layouts import is_direct
+from surgery.layers.opaque_linear import (
+    SUFFIX,
+    forward_of,
+    put_forward_aside,
+    put_forward_back,
+    stored,
+    stored_weight,
+)
+from surgery.runtime.adapter import Adapter
+from surgery.runtime.effective_weight import effective_weight, holds_parameters
+from surgery.runtime.sharding import refuse_divided
+from surgery.runtime.step_tensors import CONTAINERS, SHARED
+
+
+class _Calls(threading.local):
+    """For each thread, what is in the place of the weights of the modules whose own forward it runs just now."""
+
+    running: dict[int, dict[str, torch.Tensor]] = {}
+
+
+_CALLS = _Calls()
+
+
+if TYPE_CHECKING:  # what it is mixed into
+    _Mixin = nn.Module
+else:
+    _Mixin = object
+
+
+class Operated(_Mixin):
+    """Mixed into the class of an operated module: `base`, whose parameters `names` are operated on."""
+
+    base: ClassVar[type[nn.Module]]
+    names: ClassVar[tuple[str, ...]]
+    kind: ClassVar[type[Operated]]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ever; refuses a part in an operated weight's place, where torch's parallelize_module would put one."""
+        if name in type(self).names:
+            refuse_divided(self, name, param)
+        super().register_parameter(name, param)
+
+    def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple:
+        operated = type(self)
+        return _blank, (operated.base, operated.names, operated.kind), self.__dict__
+
+
+def _blank(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> nn.Module:
+    cls = operated_class(base, names, kind)
+    return cls.__new__(cls)
+
+
+class Direct(Operated):
+    """A module whose map is known: the program takes the input itself."""
+
+    weight_surgery: Adapter
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        adapter = self.weight_surgery
+        if not adapter.active:
+            return forward_of(self)(x)
+        adapter.refuse_divided(self, (x,))
+        return adapter(adapter.frozen(self), x)
+
+
+class Called(Direct):
+    """A module without a plain weight. Reading `weight` gives what it stores under that name, since that is not W."""
+
+
+class Substituted(Operated):
+    """A module that only its own forward knows (fused experts, a subclass with a forward of its own): W' is computed
+    once and stands in the weight's place while that forward runs in this thread."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        adapters = [adapter for name in type(self).names if (adapter := getattr(self, name + SUFFIX)).active]
+        for adapter in adapters:
+            adapter.refuse_divided(self, args)
+        values = [adapter.substitutes(self, draws=self.training) for adapter in adapters]
+        before = _CALLS.running
+        _CALLS.running = {**before, id(self): {name: t for each in values for name, t in each.items()}}
+        try:
+            return forward_of(self)(*args, **kwargs)
+        finally:
+            _CALLS.running = before
+
+
+def _reading(name: str, owner: str) -> property:
+    """The attribute `name`, which the adapter of the parameter `owner` changes."""
+
+    def read(module: nn.Module) -> torch.Tensor | None:
+        if not any(name in held for held in (module._parameters, module.__dict__, module._buffers)):
+            raise AttributeError(name)  # which nn.Module then words
+        was, adapter = stored(module, name), module._modules.get(owner + SUFFIX)
+        if was is None or not isinstance(adapter, Adapter) or not adapter.active:
+            return was
+        running = _CALLS.running.get(id(module), {})
+        if name in running:
+            return running[name]
+        if name == "bias" and not adapter.formula.changes_bias:
+            return was
+        if torch.compiler.is_compiling():  # which leaves out what is not used
+            return _made(adapter, module, name)
+        if holds_parameters():
+            return was
+        trains = was.requires_grad or any(t.requires_grad for t in adapter.parameters())
+        return effective_weight(lambda: _made(adapter, module, name), was, trains)
+
+    def write(module: nn.Module, tensor: torch.Tensor) -> None:
+        module.__dict__[name] = tensor  # no parameter: a replica's copy, a pruned weight
+
+    def delete(module: nn.Module) -> None:
+        if module.__dict__.pop(name, module) is module:
+            raise AttributeError(name)
+
+    return property(read, write, delete)
+
+
+def _made(adapter: Adapter, module: nn.Module, name: str) -> torch.Tensor:
+    """W' or b' as the module stores it."""
+    try:
+        return adapter.substitutes(module)[name]
+    except AttributeError as error:  # nn.Module would take it for a missing attribute, and give the frozen weight
+        raise RuntimeError(f"the {name} of an operated {type(module).__name__} cannot be computed") from error
+
+
+@cache
+def operated_class(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> type[Operated]:
+    """The class of operated modules of the class `base`, whose parameters `names` are operated on."""
+    known: dict[str, Any] = {"base": base, "names": names, "kind": kind,
+             "__module__": base.__module__, "__qualname__": base.__qualname__}
+    owners = {name: name for name in names} | ({"bias": "weight"} if "weight" in names else {})
+    readings = {} if kind is Called else {name: _reading(name, owner) for name, owner in owners.items()}
+    operated: type = type(base.__name__, (kind, base), {**known, **readings})
+    return operated
+
+
+def install(module: nn.Module, adapter: Adapter) -> None:
+    """Make `module` an operated one: nothing is copied. Raises: SurgeryError (unsupported-module)."""
+    direct = is_direct(module, adapter.layout)
+    # a program without the bias that the layer has would leave it out
+    assert not direct or adapter.compiled.has_bias == (adapter.frozen(module).bias is not None)
+    adapter.prepare(direct)
+    adapter.owner = ref(module)
+    adapter.stored_shape = None if adapter.layout.is_called else tuple(stored_weight(module, adapter.parameter).shape)
+    names = (*getattr(type(module), "names", ()), adapter.parameter)
+    base = getattr(type(module), "base", type(module))
+    kind = Called if adapter.layout.is_called else Direct if direct else Substituted
+    module.add_module(adapter.parameter + SUFFIX, adapter)
+    try:
+        module.__class__ = operated_class(base, names, kind)
+    except TypeError as error:  # Python's, of classes whose objects lie otherwise in memory
+        raise fail("unsupported-module", f"a {type(module).__name__} of {type(module).__module__} cannot be operated "
+                   f"on: Python gives it no other class ({error})",
+                   helps=("leave such layers out with `except`, or quantise with bitsandbytes or torchao",)) from None
+    put_forward_aside(module)
+
+
+def hold_common(root: nn.Module, adapter: Adapter) -> None:
+    """Put what the adapters share where what moves, saves or shards the model finds it once: at the model's root, whose
+    tensors are there as long as any layer runs; in one `adapter` where each child of the root is a layer."""
+    if isinstance(root, CONTAINERS):
+        adapter.add_module(SHARED, adapter.common)
+    else:
+        root.add_module(SHARED, adapter.common)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Give `module` its own class back and drop its adapters."""
+    operated = type(module)
+    assert issubclass(operated, Operated)  # `install` made it one
+    for name in operated.names:
+        delattr(module, name + SUFFIX)
+    module.__class__ = operated.base
+    put_forward_back(module, operated.forward)
