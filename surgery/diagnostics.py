@@ -39,6 +39,7 @@ CODES: dict[str, str] = {
     "check-failed": "a `check` of the spec or of a definition is not met by the values given",
     "duplicate-name": "a name is defined twice",
     "import-cycle": "files `use` each other in a circle",
+    "definition-cycle": "definitions call each other in a circle",
     "missing-file": "a file that is named does not exist or cannot be read",
     "no-match": "a pattern matches no module of the model",
     "dead-name": "one alternative of a pattern, an `except` or a `train` matches nothing",

@@ -161,7 +161,9 @@ def _in_code(document: Document, item: int, start: int, model: Model | None) -> 
 
 def _arguments(document: Document, function: str, before: str, start: int) -> Iterator[Item]:
     definition = document.library.definitions.get(function)
-    if before == "PLACEMENT" and definition:
+    if before != "TILDE" and definition:
+        if before != "PLACEMENT" and definition.dim:  # whose side a step says by `on`
+            yield Item(f"{definition.dim} = ", "argument", start, f"{definition.dim}: its side")
         for p in definition.params:
             default = f" = {expression_text(p.default)}" if p.default is not None else ""
             yield Item(f"{p.name} = ", "argument", start, f"{p.name}: {p.type}{default}", p.doc)
@@ -204,3 +206,4 @@ def _values(document: Document, item: int, start: int) -> Iterator[Item]:
     if is_definition:
         yield from (Item(name, "primitive", start, PRIMITIVES[name].doc if name in PRIMITIVES else "")
                     for name in sorted(callable_names()))
+        yield from (_placed(definition, start) for definition in document.library.definitions.values())

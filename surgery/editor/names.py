@@ -25,7 +25,7 @@ from surgery.language.tree import (
     Target,
     every_step,
 )
-from surgery.semantics.evaluate import nodes
+from surgery.semantics.evaluate import definition_calls, nodes
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,18 @@ def _of_spec(document: Document, spec: Spec) -> Iterator[Occurrence]:
     for part in (*spec.params, *spec.checks, *spec.targets):
         yield from _read(document, part, "", declared)
     for step in (step for target in spec.targets for step in every_step(target.steps)):
-        called = document.library.definitions.get(step.call.function)
-        if step.call.name_span:
-            yield Occurrence(step.call.name_span, step.call.function, "definition", node=called, step=step)
-        for argument in step.call.arguments:
-            if argument.name and argument.name_span:
-                node = next((p for p in called.params if p.name == argument.name), None) if called else None
-                yield Occurrence(argument.name_span, argument.name, "local", f"{step.call.function}()", node)
+        yield from _of_call(document, step.call, step)
+
+
+def _of_call(document: Document, call: Call, step: Step | None = None) -> Iterator[Occurrence]:
+    """A definition that is placed or called, and the parameters of it that the call names."""
+    called = document.library.definitions.get(call.function)
+    if call.name_span:
+        yield Occurrence(call.name_span, call.function, "definition", node=called, step=step)
+    for argument in call.arguments:
+        if argument.name and argument.name_span:
+            node = next((p for p in called.params if p.name == argument.name), None) if called else None
+            yield Occurrence(argument.name_span, argument.name, "local", f"{call.function}()", node)
 
 
 def _of_selectors(spec: Spec) -> Iterator[Occurrence]:
@@ -118,7 +123,7 @@ def _read(document: Document, part: Node, home: str, declared: dict[str, Any]) -
         elif isinstance(node, Repeat) and node.name_span:
             yield Occurrence(node.name_span, node.name, "local", _loop(document, node), node, declares=True)
         elif isinstance(node, Call) and node.name_span:
-            yield from _called(part, node)
+            yield from _called(document, part, node)
         elif isinstance(node, Node) and node.name_span and (name := _declared_by(node, declared)):
             yield Occurrence(node.name_span, name, "local", home, node, declares=True)
 
@@ -134,10 +139,13 @@ def _loop(document: Document, loop: Repeat) -> str:
     return f"for {next(number for number, each in enumerate(loops) if each is loop)}"
 
 
-def _called(part: Node, call: Call) -> Iterator[Occurrence]:
+def _called(document: Document, part: Node, call: Call) -> Iterator[Occurrence]:
     steps = [step.call for step in every_step(part.steps)] if isinstance(part, Target) else []
     if any(call is each for each in steps):
         return  # a step calls a definition
+    if any(call is each for each in definition_calls(part, document.library.definitions)):
+        yield from _of_call(document, call)
+        return
     is_draw = any(call is getattr(node, "draw", None) for node in nodes(part))
     assert call.name_span is not None
     yield Occurrence(call.name_span, call.function, "distribution" if is_draw else "primitive")

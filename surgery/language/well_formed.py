@@ -53,6 +53,16 @@ def check_expression(report: Collector, expression: tree.Expression) -> None:
         stack += [(child, depth) for child in reversed(children_of(node))]
 
 
+def height(expression: tree.Expression) -> int:
+    """How many expressions stand in one another."""
+    deepest, stack = 0, [(expression, 1)]
+    while stack:
+        node, depth = stack.pop()
+        deepest = max(deepest, depth)
+        stack += [(child, depth + 1) for child in children_of(node)]
+    return deepest
+
+
 def nodes_of(value: Any) -> Iterator[tree.Node]:
     """A node and all the nodes in it."""
     if isinstance(value, tuple):

@@ -9,34 +9,48 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import Any
 
-from surgery.diagnostics import Collector, Diagnostic, Span, SurgeryError, did_you_mean, fail
-from surgery.ir.expression import DEEPEST_FORMULA, Draw, Expr, Leaf, NoiseLaw, in_evaluation
+from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
+from surgery.ir.expression import DEEPEST_FORMULA, Claim, Draw, Expr, Leaf, NoiseLaw, in_evaluation
 from surgery.ir.operations import is_undecided, is_whole, shape_text, undecided
 from surgery.ir.sizes import Dim, Size
 from surgery.language.parser import parse_expression
-from surgery.language.tree import Argument, Call, Definition, Expression, Let, Noise, Param
+from surgery.language.tree import Argument, Call, Definition, Expression, Let, Name, Noise, Param
+from surgery.language.well_formed import expressions_of, height, nodes_of
 from surgery.semantics import index_bounds
-from surgery.semantics.arguments import assert_checks, guard
+from surgery.semantics.arguments import assert_checks, bind_call, guard
 from surgery.semantics.distributions import DISTRIBUTIONS, choices
-from surgery.semantics.evaluate import assert_can_exist, evaluate, here, size, tensor
-from surgery.semantics.scope import NUMBERS, UNDECIDED, assert_is_free, describe, unknown
+from surgery.semantics.evaluate import assert_can_exist, definition_calls, evaluate, here, size, tensor
+from surgery.semantics.scope import NUMBERS, UNDECIDED, Body, Poisoned, assert_is_free, describe, unknown
 
+CALLED = "called here"
+MOST_CALLS = 100  # of definitions in one another, in a step
+MOST_NESTED = 200  # expressions in one another, over all definitions that stand around a call
 
 @dataclass
 class Instance:
-    """A definition being given its meaning: the sizes around it, its operand, and what it adds to the formula."""
+    """A definition being given its meaning: the sizes around it, its operand, and what it adds to the formula. `known`
+    are the definitions that it can call; of one that is called, `around` are those in which it stands, outermost
+    first."""
 
     definition: Definition
     prefix: str
     values: dict[str, Any]
     report: Collector
+    known: Mapping[str, Definition]
     group: str = ""
     leaves: list[Leaf] = field(default_factory=list)
     common: list[Leaf] = field(default_factory=list)  # what steps share, whichever of them says it first
+    claims: list[Claim] = field(default_factory=list)
+    around: tuple[Definition, ...] = ()
+    made: list[str] = field(default_factory=list)  # a name for each call in the outermost definition
+    nested: int = 0  # expressions in one another, in all that is around it
+
+    def __post_init__(self) -> None:
+        self.values = Body(self.values, self.known, self._called)
 
     def run(self) -> Expr | None:
         """The expression that the definition returns (None when a mistake was reported)."""
@@ -60,8 +74,69 @@ class Instance:
             result = self._result()
             starts = [leaf.init for leaf in self.leaves if leaf.init is not None]
             index_bounds.assert_exist([*starts, result], self.leaves, self.definition.result.span)
+            spans = self.definition.claims_spans or (self.definition.name_span,) * len(self.definition.claims)
+            self.claims += [Claim(c, result, self.definition.name, s) for c, s in zip(self.definition.claims, spans)]
             return result
         return None
+
+    @cached_property
+    def _nested(self) -> int:
+        return self.nested + 3 + max(height(e) for node in nodes_of(self.definition) for e in expressions_of(node))
+
+    def _called(self, call: Call, name: str) -> Expr:
+        """What another definition returns where this one calls it: its parameters are this one's too."""
+        definition, faults = self.known[call.function], Collector()
+        self._assert_callable(definition, call)
+        self.made.append(name)
+        values = {**self._arguments_of(call, definition), **{n: self.values[n] for n in ("out", "in", "W")},
+                  **({"b": self.values["b"]} if definition.bias else {})}
+        inner = Instance(definition, f"{self.prefix}-{name}", values, faults, self.known, self.group,
+                         common=self.common, around=(*self.around, self.definition), made=self.made,
+                         nested=self._nested)
+        result = inner.run()
+        place = ((call.span, CALLED),) if call.span else ()
+        self.report.add(*(replace(d, related=(*d.related, *place)) for d in faults.found))
+        if result is None:
+            raise Poisoned
+        self.leaves += inner.leaves
+        self.claims += inner.claims
+        return result
+
+    def _assert_callable(self, definition: Definition, call: Call) -> None:
+        """Raises: SurgeryError, for a circle of calls, more of them than there can be, and a bias where none is."""
+        place, around = call.name_span or call.span, (*self.around, self.definition)
+        names = [each.name for each in around]
+        if call.function in names:
+            circle = (*names[names.index(call.function):], call.function)
+            raise fail("definition-cycle", f"`{call.function}` comes to call itself", place,
+                       notes=(" calls ".join(f"`{name}`" for name in circle),),
+                       helps=("steps are repeated in a target: `for i in 0..count { ... }`",))
+        # Each of the expressions around a call is being read when it is made, by recursion.
+        is_deep = self._nested > MOST_NESTED
+        if is_deep or len(self.made) >= MOST_CALLS:
+            what = "definitions stand too deep in one another here" if is_deep else (
+                f"`{names[0]}` comes to more than {MOST_CALLS} calls of definitions")
+            raise fail("too-large", what, place, helps=("what is alike can be one parameter with an axis more",))
+        if definition.bias and not self.definition.bias:
+            raise fail("wrong-kind", f"{call.function} is added to a bias, and `{self.definition.name}` is not", place,
+                       helps=("call it in an update `on bias`",))
+
+    def _arguments_of(self, call: Call, definition: Definition) -> dict[str, Any]:
+        """The values of a call's parameters, and of the side of a transform: that of this one, or as the call says."""
+        side = [a for a in call.arguments if definition.dim and a.name == definition.dim]
+        before = len(self.report.errors)
+        values = bind_call(replace(call, arguments=tuple(a for a in call.arguments if a not in side)), definition,
+                           self.values, self.report)
+        if definition.dim:
+            with guard(self.report):
+                if not side and not self.definition.dim:
+                    raise fail("missing-argument", f"here {call.function} needs its side: `{definition.dim} = out`, "
+                               "`in`, or another size", call.span)
+                said = side[0].value if side else Name(self.definition.dim or "")
+                values[definition.dim] = size(evaluate(said, self.values), said, self.values)
+        if len(self.report.errors) > before:
+            raise Poisoned
+        return values
 
     def _meaning(self, statement: Param | Noise | Let) -> Any:
         if isinstance(statement, Let):
@@ -92,9 +167,12 @@ class Instance:
         return (f"here {', '.join(known)}",) if known else ()
 
     def _param(self, param: Param) -> Expr:
-        shape = self._shape(param)
+        shape, known = self._shape(param), len(self.leaves)
         init = self._init(param, param.init, shape) if param.init is not None else None
         law = self._draw(param, param.draw, shape) if param.draw is not None else None
+        if init is not None and self.leaves[known:]:
+            raise fail("wrong-kind", "a start is made once, and what is called here has parameters of its own",
+                       param.init.span, helps=("call it in a `let`, and start at that",))
         key = f"{self.prefix}.{param.name}"
         scope = param.shared if isinstance(param.shared, str) else "target"
         group = None if not param.shared else f"{self.group}.{key}" if scope == "target" else f"{scope}.{param.name}"
@@ -229,16 +307,16 @@ def unlike_shared(leaf: Leaf, other: Leaf, what: str) -> SurgeryError:
                 helps=("say it alike, or give one of the two another name",))
 
 
-def told_of_definitions(diagnostic: Diagnostic, known: Mapping[str, Definition]) -> Diagnostic:
-    """What is wrong with a definition's body; where it calls another definition, with what is so."""
-    name = diagnostic.message.split("`")[1] if diagnostic.code == "unknown-primitive" else ""
-    if name not in known:
-        return diagnostic
-    kind = known[name].kind
-    where = "add" if kind == "update" else "pre` or `post"
-    return replace(diagnostic, label=f"{with_article(kind)}, which a target places", notes=(), helps=(
-        f"place it with `{where}`, beside what else the target does",
-        "or write what it computes here, its parameters too: a definition calls primitives alone"))
+def in_body(definition: Definition, known: Mapping[str, Definition]) -> list[Definition]:
+    """The definitions that a body calls, and those that they call, each once; no more than can be called at all."""
+    found: dict[str, Definition] = {}
+    stack = [definition]
+    while stack and len(found) < MOST_CALLS:
+        for call in definition_calls(stack.pop(), known):
+            if call.function not in found:
+                found[call.function] = known[call.function]
+                stack.append(found[call.function])
+    return list(found.values())
 
 
 @cache

@@ -19,7 +19,7 @@ from surgery.ir.sizes import Size
 from surgery.language.library import Library, instead_of_step
 from surgery.language.tree import Definition, Step, Target
 from surgery.semantics.arguments import bind_call, guard
-from surgery.semantics.definitions import Instance, not_too_deep, told_of_definitions, with_article
+from surgery.semantics.definitions import Instance, not_too_deep, with_article
 from surgery.semantics.evaluate import evaluate
 from surgery.semantics.repetition import WrittenOut, written_out
 from surgery.semantics.scope import describe, unknown
@@ -128,16 +128,13 @@ class _Builder:
         # the mistakes of the body are gathered apart, since each is told with the step that places the definition
         within = Collector()
         instance = Instance(definition, name, {**values, **self.sizes, **side, "W": operand}, within,
-                            self.context.group, common=self.common)
+                            self.context.library.definitions, self.context.group, common=self.common)
         result = instance.run()
-        known = self.context.library.definitions
-        for diagnostic in (told_of_definitions(d, known) for d in within.found):
+        for diagnostic in within.found:
             placed = ((step.call.span, "placed here"),) if step.call.span else ()
             self.report.add(replace(diagnostic, related=(*diagnostic.related, *placed)))
         self.leaves += instance.leaves
-        if result is not None:
-            spans = definition.claims_spans or (definition.name_span,) * len(definition.claims)
-            self.claims += [Claim(c, result, definition.name, s) for c, s in zip(definition.claims, spans)]
+        self.claims += instance.claims
         return result
 
     def _definition(self, step: Step) -> Definition:

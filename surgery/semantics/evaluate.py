@@ -31,7 +31,7 @@ from surgery.ir.sizes import Dim, Size, divide, has_few_digits, is_real, symbol,
 from surgery.language import tree
 from surgery.language.formatter import expression_text
 from surgery.language.well_formed import MAX_INT
-from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe, of_a_module, text, unknown
+from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Body, Poisoned, describe, of_a_module, text, unknown
 
 MAX_NUMBERS = 2**60  # of a tensor: torch counts its bytes in 63 bits
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -200,12 +200,33 @@ def _transpose(node: tree.Transpose, names: Mapping[str, Any]) -> Expr:
 def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
     condition = evaluate(node.condition, names)
     if condition is not UNDECIDED:
-        return evaluate(node.then if _truth(condition, node.condition) else node.otherwise, names)
+        is_then = _truth(condition, node.condition)
+        # What stands in the other side counts where calls are numbered: which side holds renames no parameter.
+        if not is_then:
+            _pass_over(node.then, names)
+        value = evaluate(node.then if is_then else node.otherwise, names)
+        if is_then:
+            _pass_over(node.otherwise, names)
+        return value
     # Both sides are read, so that mistakes in either are found before sizes are known; which one holds is not guessed.
     both = evaluate(node.then, names), evaluate(node.otherwise, names)
     if all(isinstance(v, Expr) for v in both):
         return both[0] if both[0].shape == both[1].shape else undecided(both, expression_text(node))
     return both[0] if both[0] == both[1] else symbol(f"({expression_text(node)})", any(map(is_real, both)))
+
+
+def _pass_over(node: tree.Expression, names: Mapping[str, Any]) -> None:
+    for call in definition_calls(node, names.known) if isinstance(names, Body) else ():
+        names.named(call.function)
+
+
+def definition_calls(node: Any, known: Mapping[str, tree.Definition]) -> Iterator[tree.Call]:
+    """The calls of definitions in a node. What is a primitive's name means the primitive."""
+    laws = [each.draw for each in nodes(node) if isinstance(each, (tree.Param, tree.Noise))]
+    for each in nodes(node):
+        if isinstance(each, tree.Call) and each.function in known and each.function not in callable_names() and (
+                not any(each is law for law in laws)):
+            yield each
 
 
 def _matrix(node: tree.Matrix, names: Mapping[str, Any]) -> Expr:
@@ -243,7 +264,11 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
     if node.function == "einsum":
         return _einsum(node, names)
     if node.function not in FUNCTIONS:
-        raise unknown("unknown-primitive", "primitive", node.function, callable_names(), node.name_span or node.span)
+        known = names.known if isinstance(names, Body) else {}
+        if node.function in known:
+            return names.call(node, names.named(node.function))
+        raise unknown("unknown-primitive", "primitive", node.function, callable_names() | {*known},
+                      node.name_span or node.span)
     if node.function in _CONSTANTS:
         arity, sizes = _CONSTANTS[node.function][:2]
     else:

@@ -5,7 +5,7 @@ Takes a resolved spec; gives diagnostics. Promises: no model and no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,7 @@ from surgery.diagnostics import Collector, Diagnostic
 from surgery.ir.expression import Expr
 from surgery.language.tree import Definition, Spec
 from surgery.semantics.arguments import says_square, unknowns
-from surgery.semantics.definitions import Instance, told_of_definitions
+from surgery.semantics.definitions import CALLED, Instance, in_body
 from surgery.semantics.evaluate import names_in
 from surgery.semantics.resolved_spec import IN, OUT, ResolvedSpec
 from surgery.semantics.scope import unknown
@@ -57,32 +57,39 @@ def _known(same: _Same) -> tuple[ResolvedSpec, tuple[Diagnostic, ...]]:
 def lint(resolved: ResolvedSpec) -> list[Diagnostic]:
     """What is wrong with a spec whatever the model: definitions, targets, claims, unused names."""
     spec, report = resolved.spec, Collector()
-    for definition in spec.definitions:
-        report.add(*(told_of_definitions(d, resolved.library.definitions) for d in _definition(definition)))
+    known = resolved.library.definitions
+    found = [diagnostic for definition in spec.definitions for diagnostic in _definition(definition, known)]
+    # a mistake of a definition's own is told once, and not again where another one calls it
+    own = {(d.code, d.span) for d in found if not _is_of_call(d)}
+    report.add(*(d for d in found if not _is_of_call(d) or (d.code, d.span) not in own))
     reported = {(d.code, d.span) for d in report.found}
     of_steps = Collector()
     for target in spec.targets:
         resolved.formula(target, of_steps)
-    # a mistake of a definition's own is told once, and not again for each step that calls it
+    # nor again for each step that places it
     report.add(*(d for d in of_steps.found if d.span is None or (d.code, d.span) not in reported))
     report.add(*([] if report.errors else _unused(spec)))  # a misspelt name would make the one that was meant unused
     return report.found
 
 
-def _definition(definition: Definition) -> list[Diagnostic]:
+def _is_of_call(diagnostic: Diagnostic) -> bool:
+    return any(text == CALLED for _, text in diagnostic.related)
+
+
+def _definition(definition: Definition, known: Mapping[str, Definition]) -> list[Diagnostic]:
     """Mistakes of a definition on its own, at sizes and values that are not known. A transform need only make sense on
     one side."""
     report = Collector()
     for claim, span in zip(definition.claims, definition.claims_spans or (None,) * len(definition.claims)):
         if claim not in CLAIMS:
             report.add(*unknown("unknown-claim", "claim", claim, CLAIMS, span).diagnostics)
-    in_ = OUT if says_square(definition.checks) else IN
+    in_ = OUT if any(says_square(d.checks) for d in (definition, *in_body(definition, known))) else IN
     of_sides: list[list[Diagnostic]] = []
     for n in (OUT, in_) if definition.dim else (OUT,):
         faults, side = Collector(), {"b": Expr("bias", (), None, (OUT,))} if definition.bias else {}
         values = {**unknowns(definition.params), "out": OUT, "in": in_,
                   **({definition.dim: n} if definition.dim else side), "W": Expr("weight", (), None, (OUT, in_))}
-        Instance(definition, definition.name, values, faults).run()
+        Instance(definition, definition.name, values, faults, known).run()
         of_sides.append(faults.found)
     report.add(*(of_sides[0] if all(of_sides) else []))
     return report.found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +12,7 @@ from surgery.ir.expression import Expr
 from surgery.ir.operations import is_whole, shape_text
 from surgery.ir.sizes import Dim
 from surgery.language.other_languages import instead_of
+from surgery.language.tree import Call, Definition
 
 UNDECIDED = object()  # a truth value or a text that is not known yet
 POISON = object()  # the value of a name whose own statement failed and was reported
@@ -21,6 +22,21 @@ NUMBERS = (int, Fraction, float, Dim)
 
 class Poisoned(Exception):
     """A value rests on a name that was already reported; nothing more to say."""
+
+
+class Body(dict[str, Any]):
+    """The names in the body of a definition, where other definitions may be called: `known` are those, and
+    `call(call, name)` is what one returns there, `name` being its own among the calls of the body."""
+
+    def __init__(self, values: Mapping[str, Any], known: Mapping[str, Definition], call: Callable[[Call, str], Expr]):
+        super().__init__(values)
+        self.known, self.call = known, call
+        self._counts: dict[str, int] = {}
+
+    def named(self, function: str) -> str:
+        """A name for the next call of a definition, in the order of the text: `low_rank`, `low_rank_2`."""
+        self._counts[function] = count = self._counts.get(function, 0) + 1
+        return function if count == 1 else f"{function}_{count}"
 
 
 def describe(value: Any) -> str:

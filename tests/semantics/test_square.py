@@ -53,10 +53,3 @@ def test_a_transform_sees_one_size_on_both_sides():
       pre own() }
     """
     assert check(parse(text)) == []
-
-
-def test_a_call_of_another_definition_says_what_that_is():
-    text = "spec s()\nupdate own() { return low_rank(2) }\ntarget linear { add own() }"
-    (told,) = check(parse(text))
-    assert told.code == "unknown-primitive" and told.label == "an update, which a target places"
-    assert "place it with `add`, beside what else the target does" in told.helps
