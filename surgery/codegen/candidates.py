@@ -17,6 +17,7 @@ from surgery.codegen.emit import without_gradient
 from surgery.codegen.fuse_blocks import blockwise
 from surgery.codegen.fuse_low_rank import thinly
 from surgery.codegen.images_and_ids import alone, built, is_weight, spread
+from surgery.codegen.join_products import joined
 from surgery.codegen.operation_counts import size
 from surgery.codegen.setup_order import in_cheapest_order, solved_once
 from surgery.codegen.split_products import reassociated
@@ -129,14 +130,18 @@ def _distinct(formula: Formula, kind: LayerKind, draws: bool, has_bias: bool) ->
     # token ids look rows of W up, so that what acts on an embedding's output is W'ᵀ
     operand = turned(weight) if kind.takes_ids else weight
     x, bias = _input(known(operand.shape[1]), kind), cheapest(mode(formula.bias)) if has_bias else None
-    unread = partial(_unread, always=kind.is_called)
     # last to first: of two ways to one program the first has the name
     trained = frozenset(leaf.key for leaf in formula.leaves if not leaf.frozen)
     ways = {name: _output(name, operand, x, kind, trained) for name in reversed(STRATEGIES)}
     outputs = {alone(_with_bias(y, bias, kind)): name for name, y in ways.items() if y is not None}
-    outputs = {**{reassociated(output, partial(_is_reached, trained=trained)): f"{name}, factors apart"
-                  for output, name in outputs.items()}, **outputs}
-    return tuple(candidate((output,), unread, name, trained, kind.is_called)
+    is_trained = partial(_is_reached, trained=trained)
+    outputs = {**{reassociated(output, is_trained): f"{name}, factors apart" for output, name in outputs.items()},
+               **outputs}
+
+    def prepare(output: Expr) -> Expr:
+        return joined(_unread(output, always=kind.is_called), is_trained)
+
+    return tuple(candidate((output,), prepare, name, trained, kind.is_called)
                  for output, name in reversed(outputs.items()))
 
 

@@ -102,6 +102,10 @@ def side_by_side(node: Expr, g: Expr) -> Terms:
     return make("between", g, data=(0, cut)), make("between", g, data=(cut, end))
 
 
+def between(node: Expr, g: Expr) -> Terms:
+    return (make("placed", g, make("range", data=node.data), data=node.args[0].shape[-1:]),)
+
+
 def columns(node: Expr, g: Expr) -> Terms:
     """Each column's gradient goes back to its place; places take none."""
     a, places = node.args

@@ -239,7 +239,7 @@ ROWS = [
               into=lambda node: node.data[1:], stops_gradient=True),
     Operation("between", 1, _between_shape, lambda ends, a: a[..., ends[0]:ends[1]], "some columns side by side",
               stage=Stage.SIMPLIFIED | CORE, sizes=("first", "end"), linear=Linear.TOGETHER, text=_between_text,
-              memory=Memory.VIEW),
+              memory=Memory.VIEW, derivative=derivatives.between),
     Operation("placed", 2, _placed_shape, _placed, "the columns of a at their places among n of zeros", stage=CORE,
               sizes=("n",), places=(1,), into=lambda node: node.shape[-1:], linear=Linear.TOGETHER, memory=Memory.NEW,
               added=Added(Form("add_placed", kernel="kernels_permute.add_placed"), fits=lambda z: len(z.shape) == 2,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from surgery.ir.builders import every, eye, fill, scaled, summands, times, total, value_of
 from surgery.ir.expression import Expr
 from surgery.ir.operations import constant, make
+from surgery.ir.sizes import TOKENS
 from surgery.rewrite.engine import Rule
 
 
@@ -99,6 +100,8 @@ def _columns(node: Expr) -> Expr | None:
     def same(a: Expr) -> Expr:
         return make(node.op, a, *node.args[1:], data=node.data)
 
+    if TOKENS in inner.shape and scaled(inner)[0] is None:  # made once, for all that read other columns
+        return None
     if inner.op == "matmul" and len(inner.args[1].shape) > 1:
         return make("matmul", inner.args[0], same(inner.args[1]))
     if inner.op in ("add", "mul"):

@@ -12,6 +12,7 @@ import torch
 from layers import Tower, assert_close
 from torch import nn
 
+from surgery.codegen.program_text import step_text
 from surgery.ir.dense import dense
 from surgery.language.library import parse
 from surgery.runtime.surgeon import apply
@@ -59,3 +60,32 @@ def test_a_spec_that_was_wrong_once(case):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_random_sum(seed):
     agrees(sums.text(seed), *SIZES[seed % len(SIZES)])
+
+
+JOINED = """spec joined
+update mixed() {
+  param B[out, 2] ~ normal(std = 0.1)
+  param A[2, in] ~ normal(std = 0.1)
+  param d[out] ~ normal(std = 1)
+  param P[out, 3] ~ normal(std = 0.1)
+  param Q[3, in] ~ normal(std = 0.1)
+  return FORMULA
+}
+target linear shifted { add mixed() }
+"""
+
+
+@pytest.mark.parametrize("formula", [
+    "diag(d) @ (W + B @ A) - 2 * P @ Q",
+    "(W + 3 * B @ A) @ (I(in) + Q.T @ Q) + diag(d) @ (I(out) + P @ P.T) @ W",
+    "diag(d) @ W - 2 * (I(out) + P @ P.T) @ (W + B @ A @ (I(in) + Q.T @ Q))",
+])
+def test_thin_products_are_joined(formula):
+    """Of one activation, or into one value: one product, in both passes."""
+    text = JOINED.replace("FORMULA", formula)
+    agrees(text, 96, 64, 11)
+    compiled = apply(Tower(nn.Linear(96, 64, bias=False)), parse(text).retarget("**")).plan.placed[0].compiled
+    plan = next(each for each in compiled.candidates() if each.strategy == "activations")
+    step = step_text(plan.written, plan.needs)
+    assert step is not None
+    assert [step.source.count(product) for product in ("x @", "grad @", "mT @ grad")] == [1, 1, 1]
