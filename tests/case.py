@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import oracle as o
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from surgery.language.library import load, parse, retarget
 from surgery.language.tree import Spec
+
+METHODS = Path(__file__).parent / "methods"
 
 
 class Parameters(dict):
@@ -46,7 +49,7 @@ class Case:
 
     def spec(self, pattern: str = "layers.0", **settings: Any) -> Spec:
         """The case's spec, on the modules of `pattern`."""
-        if not self.shipped:
+        if self.steps:
             return _parsed(self.text(pattern))
         return _loaded(self.name, pattern, *{**self.shipped, **settings}.items())
 
@@ -61,8 +64,9 @@ _parsed = lru_cache(maxsize=None)(parse)
 
 @lru_cache(maxsize=None, typed=True)
 def _loaded(name: str, pattern: str, *settings: tuple[str, Any]) -> Spec:
-    """A shipped spec, on modules of any kind."""
-    spec = retarget(load(name, **dict(settings)), pattern)
+    """A shipped spec, or one of tests/methods, on modules of any kind."""
+    method = METHODS / f"{name}.surg"
+    spec = retarget(load(method if method.exists() else name, **dict(settings)), pattern)
     return spec.model_copy(update={"targets": tuple(t.model_copy(update={"kind": "any"}) for t in spec.targets)})
 
 

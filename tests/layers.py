@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from surgery.runtime.surgeon import Surgeon, apply
 
+EXACT = 1e-10
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -171,3 +173,17 @@ def gradients(y: Tensor, direction: Tensor, leaves: Mapping[str, Tensor]) -> dic
     taking = {key: leaf for key, leaf in leaves.items() if leaf.requires_grad}
     found = torch.autograd.grad((y * direction).sum(), list(taking.values()), allow_unused=True)
     return {key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(taking.items(), found)}
+
+
+def compare(op: Operated, expected: Tensor, x: dict[str, Tensor], leaves: dict[str, Tensor],
+            tolerance: float = EXACT) -> None:
+    """The layer's output and gradients against those of another program over `leaves` and the input `x`."""
+    mine = op.input()
+    y = op.model(mine["x"])
+    assert_close(y, expected, tolerance, "the output")
+    direction = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5))
+    actual = gradients(y, direction, {**mine, **op.parameters})
+    wanted = gradients(expected, direction.double(), {**x, **leaves})
+    assert actual.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        assert_close(actual[key], gradient, tolerance, f"the gradient of {key}")

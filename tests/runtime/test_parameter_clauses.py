@@ -276,7 +276,7 @@ def test_a_trainer_keeps_it_without_a_word(tmp_path: Path) -> None:
     from surgery.models.demo import load_demo
 
     model = load_demo(SMALL)
-    surgeon = surgery.apply(model, Path(__file__).parents[1] / "methods" / "polar.surg", check=False)
+    surgeon = surgery.apply(model, "polar", check=False)
     before = {n: t.detach().clone() for n, t in surgeon.named_tensors().items()}
     trainer(model, tmp_path / "a", surgeon.parameter_groups(lr=0.05)).train()
     moved = {n: t for n, t in surgeon.named_tensors().items() if n.endswith(("X", "Y"))}

@@ -9,8 +9,8 @@ import oracle as o
 import pytest
 import torch
 from each import of_each
-from layers import LAYOUTS, LINEARS, Operated, Tower, assert_close, gradients, operated, perturb
-from torch import Tensor, nn
+from layers import LAYOUTS, LINEARS, Tower, assert_close, compare, operated, perturb
+from torch import nn
 from zoo import CASES
 
 from surgery.ir.dense import dense
@@ -23,20 +23,6 @@ on_every_layout = of_each(layout=LAYOUTS.values())
 on_linears = of_each(layout=LINEARS)
 # For tests that change nothing of it, which run one after the other for a case.
 standing = lru_cache(maxsize=len(LAYOUTS))(operated)
-
-
-def compare(o: Operated, expected: Tensor, x: dict[str, Tensor], leaves: dict[str, Tensor],
-            tolerance: float = EXACT) -> None:
-    """The layer's output and gradients against those of another program over `leaves` and the input `x`."""
-    mine = o.input()
-    y = o.model(mine["x"])
-    assert_close(y, expected, tolerance, "the output")
-    direction = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5))
-    actual = gradients(y, direction, {**mine, **o.parameters})
-    wanted = gradients(expected, direction.double(), {**x, **leaves})
-    assert actual.keys() == wanted.keys()
-    for key, gradient in wanted.items():
-        assert_close(actual[key], gradient, tolerance, f"the gradient of {key}")
 
 
 @on_every_case
