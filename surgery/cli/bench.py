@@ -30,10 +30,12 @@ if TYPE_CHECKING:
          dtype_option,
          click.option("--repeat", type=click.IntRange(1), default=10, show_default=True,
                       help="Rounds of each measurement."),
+         click.option("--count", is_flag=True,
+                      help="Measure no time: count a step's launches, bytes and passes over activations, on a CPU."),
          sets, targets, example="surgery bench lora dora sora --model demo:llama-bench --against peft")
 def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int, int], against: str | None,
-          compiled: bool, device: str, dtype: str | None, repeat: int, sets: tuple[str, ...],
-          targets: tuple[str, ...]) -> None:
+          compiled: bool, device: str, dtype: str | None, repeat: int, count: bool,
+          sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
     """Measure what specs cost.
 
     The time of a training step and of a forward pass, and the memory of a step, beside the same model with everything
@@ -53,6 +55,10 @@ def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int,
         subject = loaded(output, model, dtype).to(_device(device))
         with output.busy("operating"):
             ready = Bench(subject, named, tokens, bool(against), compiled)
+        if count:
+            with output.busy("counting"):
+                rows = ready.count_rows()
+            return _show_counts(output, rows, bool(against), f"{model}, {tokens[0]} x {tokens[1]} tokens")
         try:
             with output.progress() as say:
                 for what in ready.run(repeat):
@@ -102,6 +108,37 @@ def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int]) -> 
         if row["peft_note"]:
             output.note(f"{row['name']}: {row['peft_note']}")
     output.data(model=model, tokens=list(tokens), machine=machine, rounds=rounds, rows=rows)
+
+
+def _show_counts(output: Output, rows: list[dict[str, Any]], against_peft: bool, what: str) -> None:
+    """The counts as a table: launches of a set-up are of its forward and of its backward pass, PEFT's of a step."""
+    from surgery.experiments.step_counts import PARTS
+
+    lines = [["", "parameters", "set-up", "forward", "backward", *_MOVED,
+              *(["PEFT: launches", *_MOVED] if against_peft else [])]]
+    for row in rows:
+        of_setup = f"{row['setup_launches']:,} + {row['setup_backward_launches']:,}"
+        theirs = sum(row.get(f"peft_{part}_launches", 0) for part in PARTS)
+        lines.append([row["name"], f"{row['trained']:,}", of_setup, f"{row['forward_launches']:,}",
+                      f"{row['backward_launches']:,}", *_moved(row),
+                      *([f"{theirs:,}", *_moved(row, "peft_")] if theirs else [])])
+    output.say("\n".join([
+        f"{what}, one step, counted on a CPU", "", *aligned(lines), "",
+        "set-up, forward, backward: launches, those of a set-up in both directions; passes: how often a number for",
+        "every token and feature is read or written, in each operated layer, beyond what the frozen model does"]))
+    for row in rows[1:]:
+        if row["peft_note"]:
+            output.note(f"{row['name']}: {row['peft_note']}")
+    output.data(rows=rows)
+
+
+_MOVED = ["read", "written", "passes"]
+
+
+def _moved(row: dict[str, Any], prefix: str = "") -> list[str]:
+    passes = row.get(f"{prefix}passes")
+    return [size_text(row[f"{prefix}bytes_read"]), size_text(row[f"{prefix}bytes_written"]),
+            "-" if passes is None else f"{passes:.1f}"]
 
 
 _HEAD = ["", "parameters", "forward", "step", "peak"]

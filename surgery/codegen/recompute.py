@@ -47,12 +47,17 @@ class _Node(torch.autograd.Function):
         kept = iter(saved[len(needs):])
         of_x, *of_values = ctx.step.backward(
             ctx.layer, grad, *(next(kept) if i is None else values[i].detach() for i in ctx.step.values))
-        # from the gradients of the values to those of the tensors that they are made of
-        differentiable = [i for i, gradient in enumerate(of_values) if gradient is not None and values[i].requires_grad]
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
-        outputs, of_outputs = [values[i] for i in differentiable], [of_values[i] for i in differentiable]
-        of_tensors = iter(torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True))
+        of_tensors = iter(setup_backward(values, of_values, wanted))
         return None, None, None, of_x, *(next(of_tensors) if t.requires_grad else None for t in tensors)
+
+
+def setup_backward(values: Sequence[Tensor], of_values: Sequence[Tensor | None],
+                   wanted: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """From the gradients of a set-up's values to those of the tensors that they are made of."""
+    differentiable = [i for i, gradient in enumerate(of_values) if gradient is not None and values[i].requires_grad]
+    outputs, of_outputs = [values[i] for i in differentiable], [of_values[i] for i in differentiable]
+    return torch.autograd.grad(outputs, wanted, of_outputs, allow_unused=True)
 
 
 def run(plan: Candidate, layer: Any, x: Tensor, make: Make, tensors: Mapping[str, Tensor]) -> Tensor | None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgery.diagnostics import fail
+from surgery.experiments.step_counts import Layers, StepCount, count_step
 from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
 from surgery.language.library import load
 from surgery.language.tree import Spec
@@ -78,6 +79,13 @@ class Subject:
         """Without the compiler where bytes are counted at each operation: it leaves none to count."""
         with torch.compiler.set_stance("default" if device.type == "cuda" else "force_eager"):
             self.peak = peak_bytes(self.step, device)
+
+    def count(self, layers: Layers | None = None) -> StepCount:
+        """What a step asks of a device; passes are over activations of `layers`."""
+        self.model.train()
+        self.step()  # the first one makes the programs
+        self.model.zero_grad(set_to_none=True)
+        return count_step(self.forward, self.direction, self.model, self.batch, layers)
 
     def call(self, phase: str) -> Callable[[], Any]:
         return {"step": self.step, "forward": self.infer}[phase]
@@ -183,6 +191,28 @@ class Bench:
                          "step_over_peft": median(over) if over else None, "peft_note": each.why or None})
         return rows
 
+    def count_rows(self) -> list[dict[str, Any]]:
+        """What a step asks of a device, for the frozen model and for each spec: launches of the parts of a step, bytes
+        read and written, and passes over activations for each operated layer, over the frozen model's.
+        `surgery.experiments.step_counts` defines them. Cost: a few steps of every model. Raises: SurgeryError."""
+        if self.device.type != "cpu" or self.compiled:
+            raise fail("bad-value", "steps are counted on a CPU, and as torch runs them without its compiler")
+        rows: list[dict[str, Any]] = [{"name": "frozen", "trained": 0, **self.frozen.count().figures}]
+        for each in self.contenders:
+            each.ours.model.train()
+            layers = Layers.of(each.ours.model, each.ours.step)
+            base = self.frozen.count(layers)
+
+            def counted(subject: Subject, prefix: str = "", layers: Layers = layers,
+                        base: StepCount = base) -> dict[str, Any]:
+                count = subject.count(layers)
+                figures = {**count.figures, "passes": (count.passed - base.passed) / layers.one_pass}
+                return {prefix + key: value for key, value in figures.items()}
+
+            rows.append({"name": each.name, "trained": each.trained, "layers": layers.count, **counted(each.ours),
+                         **(counted(each.peft, "peft_") if each.peft else {}), "peft_note": each.why or None})
+        return rows
+
     def _figures(self, subject: Subject | None) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         for phase in PHASES:
@@ -197,8 +227,9 @@ class Bench:
 
 def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mapping[str, Spec],
           tokens: tuple[int, int] = (4, 128), *, repeat: int = 10, against_peft: bool = False,
-          compiled: bool = False) -> list[dict[str, Any]]:
-    """What specs cost on a model: the rows of `Bench.rows()` after `repeat` rounds of each measurement.
+          compiled: bool = False, count: bool = False) -> list[dict[str, Any]]:
+    """What specs cost on a model: the rows of `Bench.rows()` after `repeat` rounds of each measurement; or with
+    `count`, without a clock, those of `Bench.count_rows()`: launches, bytes, and passes over activations.
 
     `specs` by names of their own, or files and shipped names; `tokens`: rows, and tokens a row (of images: how many).
     Cost: `2 repeat` forward passes and as many steps of every spec. Raises: SurgeryError."""
@@ -208,6 +239,8 @@ def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mappi
         named = {(spec.name or "spec") if isinstance(spec, Spec) else Path(spec).stem:
                  spec if isinstance(spec, Spec) else load(spec) for spec in specs}
     ready = Bench(model, named, tokens, against_peft, compiled)
+    if count:
+        return ready.count_rows()
     for _ in ready.run(repeat):
         pass
     return ready.rows()

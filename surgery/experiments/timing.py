@@ -64,10 +64,10 @@ class Allocations(TorchDispatchMode):
         self._known: dict[int, ref] = {}
 
     def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for tensor in _tensors((args, kwargs)):
+        for tensor in plain_tensors((args, kwargs)):
             self._note(tensor.untyped_storage(), 0)  # one that was not made inside
         results = function(*args, **kwargs or {})
-        for tensor in _tensors(results):
+        for tensor in plain_tensors(results):
             self._note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return results
 
@@ -85,7 +85,7 @@ class Allocations(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+def plain_tensors(tree: Any) -> Iterator[torch.Tensor]:
     """The tensors that have a storage; a sparse one has those of its indices and values."""
     for leaf in tree_leaves(tree):
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.sparse_coo:

@@ -143,12 +143,12 @@ class Adapter(nn.Module):
         fixed: list[tuple] = []  # what rests on the frozen weight alone is made once in a call, its backward included
 
         def make(given: Iterable[torch.Tensor]) -> tuple:
-            return self._values(program, layer, dict(zip(tensors, given)), dtype, fixed, held)
+            return self.set_up(program, layer, dict(zip(tensors, given)), dtype, fixed, held)
 
         return layer.leave(program.run(layer, entered, make, tensors))
 
-    def _values(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
-                fixed: list[tuple], held: Mapping[str, torch.Tensor]) -> tuple:
+    def set_up(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
+               fixed: list[tuple], held: Mapping[str, torch.Tensor]) -> tuple:
         """The set-up of a program: what does not depend on the input. Small solves stay in float32 under autocast.
         `held`: the tensors that the leaves are views of."""
         dtype = reduce(torch.promote_types, (t.dtype for t in leaves.values() if t.is_floating_point()), layer.dtype)
@@ -199,12 +199,12 @@ class Adapter(nn.Module):
         if draws:
             leaves |= drawn(self._noises, layer.device, self.stack)
         if self.stack is None:
-            return self._values(program, layer, leaves, None, [], {})
+            return self.set_up(program, layer, leaves, None, [], {})
 
         def one(weight: torch.Tensor, each: dict[str, torch.Tensor]) -> tuple:
             single = copy(layer)
             single.weight = weight
-            return self._values(program, single, each, None, [], {})
+            return self.set_up(program, single, each, None, [], {})
 
         # of a stack of E matrices each tensor has E parts, but one that modules share, which every matrix reads
         axes = {key: None if key in self.shared else 0 for key in leaves}

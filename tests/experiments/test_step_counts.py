@@ -1,0 +1,139 @@
+"""What a step is counted to ask of a device: what operations move, and programs that were counted by hand."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.nn.functional import embedding
+from transformers import PreTrainedModel
+
+from surgery.cli.main import main
+from surgery.codegen.candidates import Candidate
+from surgery.codegen.cost_model import Cost
+from surgery.experiments.bench import Bench, bench
+from surgery.experiments.step_counts import Counting, Layers
+from surgery.language.library import load
+from surgery.models.demo import load_demo
+
+NUMBER = 4  # bytes
+TOKENS, IN, OUT, RANK = 384, 160, 192, 8
+X, Y, W, H = torch.randn(TOKENS, IN), torch.randn(TOKENS, OUT), torch.randn(OUT, IN), torch.randn(TOKENS, RANK)
+A, B, BIAS, PLACES = torch.randn(RANK, IN), torch.randn(OUT, RANK), torch.randn(OUT), torch.arange(6, dtype=torch.int32)
+x, y, w, h, a, b = (t.numel() for t in (X, Y, W, H, A, B))
+
+
+@pytest.mark.parametrize("call, expected", [
+    # views, and memory that is asked for and not filled
+    (lambda: (X.T, X[3:], X.view(-1, 8), X.detach(), X.expand(2, -1, -1)), (0, 0, 0, 0)),
+    (lambda: (torch.empty(5), X.new_empty(5), torch.empty_like(X)), (0, 0, 0, 0)),
+    # what is made, changed in place, written over
+    (lambda: X + 1, (1, x, x, 2 * x)),
+    (lambda: X * X, (1, x, x, 2 * x)),
+    (lambda: X.mul_(2.0), (1, x, x, 2 * x)),
+    (lambda: torch.empty_like(X).copy_(X), (1, x, x, 2 * x)),
+    (lambda: torch.empty_like(X).bernoulli_(0.5), (1, 0, x, x)),
+    (lambda: torch.add(X, X, out=torch.empty_like(X)), (1, x, x, 2 * x)),
+    # a part of an activation, read in strides too; the buffer that is written is none
+    (lambda: X.T[:, :TOKENS // 2] + 1, (1, x // 2, x // 2, x // 2)),
+    (lambda: BIAS.expand(TOKENS, OUT) + 1, (1, OUT, y, 0)),
+    # a thin product, whose term is read; a wide one, whose traffic is hidden, that of its term too
+    (lambda: X @ A.T, (1, x + a, h, x)),
+    (lambda: torch.addmm(Y, H, B.T), (1, y + h + b, y, 2 * y)),
+    (lambda: Y.addmm_(H, B.T), (1, y + h + b, y, 2 * y)),
+    (lambda: torch.addmm(BIAS, X, W.T), (1, OUT + x + w, y, 0)),
+    (lambda: Y.addmm_(X, W.T), (1, y + x + w, y, 0)),
+    (lambda: X.unflatten(1, (5, 32)).transpose(0, 1) @ W.view(-1)[:5 * 32 * 32].view(5, 32, 32),
+     (1, x + 5 * 32 * 32, x, 2 * x)),
+    # at places
+    (lambda: embedding(PLACES, X), (1, 6 + 6 * IN, 6 * IN, 6 * IN)),
+    (lambda: X.view(-1).index_put_((PLACES.long(),), torch.ones(6)), (3, 6 + 6 + 12 + 6, 12 + 6 + 6, 12)),
+])
+def test_what_an_operation_moves(call: Callable[[], Any], expected: tuple[int, ...]) -> None:
+    with Counting((X, Y, H), Layers(1, 1.0, x, TOKENS)) as counting:
+        call()
+    count = counting.count
+    assert (count.launches["forward"], *(n / NUMBER for n in (count.read, count.written, count.passed))) == expected
+
+
+# --------------------------------------------------------------------------------------------------------- a model
+
+
+SMALLEST = "llama:num_hidden_layers=1"
+NAMES = ("lora", "dora", "sora")
+
+
+def small() -> PreTrainedModel:
+    return load_demo("llama:hidden_size=256,intermediate_size=256,num_hidden_layers=1,num_key_value_heads=4")
+
+
+@pytest.fixture(scope="module")
+def rows() -> Mapping[str, Mapping[str, Any]]:
+    specs = {name: load(name, **({} if name == "lora" else {"dropout": 0.0})) for name in NAMES}
+    return {row["name"]: row for row in Bench(small(), specs, (4, 128), against_peft=True).count_rows()}
+
+
+def test_passes_are_those_that_the_programs_have_on_paper(rows):
+    # lora: forward x; y read and written; backward g twice, x, and gx read and written. Of dora and sora their
+    # programs (`surgery show --program`) were counted in the same way: 5 + 9, 8 + 14.
+    assert [rows[name]["passes"] for name in NAMES] == [8, 14, 22]
+
+
+def test_each_part_has_its_launches(rows):
+    frozen, lora, dora = rows["frozen"], rows["lora"], rows["dora"]
+    assert frozen["setup_launches"] == frozen["setup_backward_launches"] == 0 and "passes" not in frozen
+    assert lora["layers"] == 7 and lora["setup_launches"] == 0
+    # x @ A and one addmm_; back: two products for gx, two for the factors, and their multiples
+    assert lora["forward_launches"] - frozen["forward_launches"] == 7 * 2
+    assert lora["backward_launches"] - frozen["backward_launches"] == 7 * 6
+    # k1 of `once`, and 10 lines of `setup`; m / c runs backwards
+    assert dora["setup_launches"] > 7 * 10 and 7 <= dora["setup_backward_launches"] < dora["setup_launches"]
+
+
+def test_what_peft_does_is_counted_too(rows):
+    assert rows["lora"]["peft_passes"] > rows["lora"]["passes"] and rows["lora"]["peft_bytes_read"] > 0
+    assert "peft_passes" not in rows["sora"] and rows["sora"]["peft_note"] == "PEFT has no method with this formula"
+
+
+def test_a_set_up_that_is_made_again_belongs_to_its_backward_pass(monkeypatch):
+    counts = []
+    for cost in (None, Cost()):
+        monkeypatch.setattr(Candidate, "recompute_cost", property(lambda plan, cost=cost: cost))
+        counts.append(bench(load_demo(SMALLEST), ["loha"], (1, 8), count=True)[1])
+    held, made_again = counts
+    assert held["forward_launches"] == made_again["forward_launches"]
+    assert held["backward_launches"] == made_again["backward_launches"]
+    assert held["setup_launches"] == made_again["setup_launches"] > 0
+    assert made_again["setup_backward_launches"] == held["setup_backward_launches"] + held["setup_launches"]
+
+
+def test_counting_needs_no_clock_and_leaves_the_model_alone():
+    model = load_demo(SMALLEST)
+    first, second = (bench(model, ["hra"], (1, 8), count=True) for _ in range(2))
+    assert first == second
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert not any(module._forward_hooks for name, module in model.named_modules() if "embed" not in name)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner(env={"NO_COLOR": "1"}).invoke(main, ["bench", "lora", "--model", f"demo:{SMALLEST}", "--tokens", "1,8",
+                                                          "--target", "**.q_proj", *arguments])
+
+
+def test_the_command_shows_the_same_rows():
+    result = run("--count", "--json")
+    assert json.loads(result.stdout)["rows"] == bench(
+        load_demo(SMALLEST), {"lora": load("lora").retarget("**.q_proj")}, (1, 8), count=True)
+    table = run("--count").stdout.split("\n\n")[1].splitlines()
+    assert table[0].split() == ["parameters", "set-up", "forward", "backward", "read", "written", "passes"]
+    assert [line.split()[0] for line in table[1:]] == ["frozen", "lora"]
+
+
+def test_what_the_compiler_makes_is_not_counted():
+    result = run("--count", "--compiled")
+    assert result.exit_code and "counted on a CPU" in result.stderr and "Traceback" not in result.stderr
