@@ -47,7 +47,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.codegen.recompute import setup_backward
 from surgery.experiments.timing import plain_tensors
-from surgery.runtime.adapter import Adapter, Direct, Substituted
+from surgery.runtime.adapter import Adapter
+from surgery.runtime.operated import Direct, Substituted
 
 PARTS = ("setup", "setup_backward", "forward", "backward")
 THIN = 128  # the least size of a product up to which moving its operands takes longer than its arithmetic
