@@ -2,8 +2,8 @@
 `python3 dev.py gpu [pytest's arguments]`; `python3 dev.py lint` checks types and style.
 
 Makes `.venv` and installs the project into it (only when pyproject.toml has changed since),
-then runs the demo, the tests that need no GPU (`-m fast`: those that answer within a minute), or those that need one
-(they are skipped where there is none);
+then runs the demo, the tests that need no GPU (`-m fast`: those that answer within a minute; `-m sweep`: every
+combination where the suite tries some), or those that need one (they are skipped where there is none);
 `python3 dev.py mutate [--help]` tries the tests themselves, by hand and for long; `python3 dev.py house` prints
 the shape of the code in figures.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -103,13 +104,16 @@ class AsCuda(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+@cache
+def _rules_of(name: str) -> list[tuple[Rule, str]]:
+    return [(rule, words) for pattern, rule, words in _COMPILED if pattern.fullmatch(name)]
+
+
 def _broken(name: str, tensors: list[Tensor]) -> Iterator[str]:
     """The rules that an operation breaks."""
     if not tensors:
         return
-    for pattern, rule, words in _COMPILED:
-        if pattern.fullmatch(name) and not rule(tensors):
-            yield words
+    yield from (words for rule, words in _rules_of(name) if not rule(tensors))
     # TensorIterator: "Expected all tensors to be on the same device", but for a number in a tensor on the CPU
     places = {t.device for t in tensors if t.ndim or t.device.type != "cpu"}
     if len(places) > 1 and name not in _ANYWHERE:

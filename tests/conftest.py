@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from each import SWEEP
 from workers import is_fast, is_of_zoo, is_slow, piece
 
 pytest.register_assert_rewrite("formatting", "interrupted")
@@ -14,6 +15,8 @@ pytest.register_assert_rewrite("formatting", "interrupted")
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    if config.getoption("markexpr") == "sweep":
+        os.environ[SWEEP] = "1"
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         return  # it hands out the tests and runs none
     import torch
@@ -29,8 +32,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The pieces of the zoo come last: they are short, so that at the end no worker waits long for the other."""
-    items.sort(key=lambda item: is_of_zoo(item.nodeid))
+    """The pieces of the zoo come last: they are short, so that at the end no worker waits long for the other. All tests of
+    a case stand together, for which they share what they operate on."""
+    items.sort(key=lambda item: (is_of_zoo(item.nodeid), is_of_zoo(item.nodeid) and piece(item.nodeid)))
     for item in items:
         if is_fast(item.nodeid):
             item.add_marker("fast")

@@ -1,22 +1,45 @@
-"""One test over all combinations of some values, where to start a test would take as long as the test itself."""
+"""One test over several combinations of values, where to start a test would take as long as the test itself: over all of
+them, or over some that differ from case to case (`python3 dev.py test -m sweep`: over all)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
+from zlib import crc32
+
+import pytest
+
+SWEEP = "SURGERY_SWEEP"  # set by conftest.py: what is thinned tries everything
 
 
 def of_each(**values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[[Any], None]]:
     """Makes of a test of a `case` and further arguments one of the case alone, which tries all of those `values`. No
     failure hides another: all are raised, each with the values that it is of."""
+    rows = list(product(*values.values()))
+    return _over(tuple(values), lambda case: rows)
 
+
+def of_some(names: str, always: Sequence[Any], *turns: Sequence[Any]) -> Callable[[Callable], Callable[[Any], None]]:
+    """The same for the rows that are `always` tried and for one of each of the `turns`, which the cases take in turn:
+    with many cases each row is tried with some. A sweep tries all with every case."""
+    def rows_of(case: Any) -> list[Any]:
+        place = crc32(str(case).encode())
+        kept = turns if SWEEP in os.environ else [[turn[place % len(turn)]] for turn in turns]
+        return [*always, *(row for turn in kept for row in turn)]
+
+    return lambda test: pytest.mark.sweep(_over(tuple(names.split()), rows_of)(test))
+
+
+def _over(names: tuple[str, ...], rows_of: Callable[[Any], Iterable[Any]]) -> Callable[[Callable], Callable[[Any], None]]:
     def decorate(test: Callable[..., None]) -> Callable[[Any], None]:
         def with_each(case: Any) -> None:
             failures = []
-            for row in product(*values.values()):
+            for row in rows_of(case):
+                row = row if isinstance(row, tuple) else (row,)
                 try:
-                    test(case, **dict(zip(values, row)))
+                    test(case, **dict(zip(names, row, strict=True)))
                 except Exception as failure:
                     failure.add_note(f"with {', '.join(map(str, row))}")
                     failures.append(failure)

@@ -58,7 +58,10 @@ LAYOUTS = {layout.name: layout for layout in (
     Layout("Embedding 18x12", lambda: nn.Embedding(18, 12), lambda: torch.randint(18, (2, 4)), o.embedding),
 )}
 LINEARS = [layout for name, layout in LAYOUTS.items() if name.startswith("linear")]
-OTHERS = [layout for name, layout in LAYOUTS.items() if not name.startswith("linear")]
+# Of each kind of layer, and of each side that can be the longer one; the rest see their weight as a matrix in a way of
+# their own, which is the same for any formula.
+ALWAYS = [*LINEARS, LAYOUTS["Conv2d 12x18"], LAYOUTS["Embedding 18x12"]]
+IN_TURN = [layout for layout in LAYOUTS.values() if layout not in ALWAYS]
 
 
 class Tower(nn.Module):
@@ -166,6 +169,13 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str =
     size = expected.detach().double().norm().item() or 1.0
     error = (actual.detach().double() - expected.detach().double()).norm().item() / size
     assert error <= tolerance, f"{what} is off by {error:.1e}, relative"
+
+
+def assert_starts(op: Operated) -> None:
+    """With its parameters as they start, the layer is the base layer, unless its case says that it is not."""
+    with torch.no_grad():
+        change = (op.model(op.x) - op.base(op.x)).double().norm() / op.base(op.x).double().norm()
+    assert (change > 1e-3) if op.case.shifted else (change < 1e-5)
 
 
 def gradients(y: Tensor, direction: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,10 +29,9 @@ _DISTANCES = (0.1, 1.0)
 
 def _placed(trial: Trial) -> Placed:
     """The target on a random linear layer of its sizes."""
-    layer = nn.Linear(trial.in_, trial.out, device="meta").to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, generator=generator)
+    layer, generator = nn.Linear(trial.in_, trial.out, device="meta"), torch.Generator().manual_seed(0)
+    for name, parameter in layer.named_parameters():  # (`to_empty` would import a library of algebra)
+        setattr(layer, name, nn.Parameter(torch.randn(parameter.shape, generator=generator)))
     site = replace(sites(layer)[0], name=_title(trial))
     return Placed(site, trial.target, trial.formula)
 

@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from each import of_some
 from layers import LAYOUTS, Tower, operated
 from models import perturbed, spec_for
 from torch import Tensor, nn
@@ -25,8 +26,7 @@ from surgery.matching.name_ranges import module_type
 from surgery.models.demo import load_demo
 
 EXACT = 1e-6
-on_layouts = pytest.mark.parametrize(
-    "layout", [LAYOUTS[name] for name in ("linear 12x18", "Conv1D 18x12", "Conv2d 12x18")], ids=str)
+SEEN = [LAYOUTS[name] for name in ("linear 12x18", "Conv1D 18x12", "Conv2d 12x18")]
 
 
 def by_svd(matrix: Tensor, squared: bool = False) -> tuple[float, float]:
@@ -39,7 +39,7 @@ def by_svd(matrix: Tensor, squared: bool = False) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@on_layouts
+@of_some("layout", [], SEEN)
 def test_every_structure_is_as_a_dense_svd_says(case, layout):
     op = operated(case, layout)
     delta = case.formula(op.weight, op.p) - op.weight

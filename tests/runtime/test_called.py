@@ -9,6 +9,7 @@ import pytest
 import torch
 from called import IN, OUT, named, operated
 from case import Parameters
+from each import of_some
 from layers import Tower, assert_close, gradients, perturb
 from packed import Int4Linear, Int8Linear, Sealed, SealedLinear
 from torch import nn
@@ -30,7 +31,7 @@ def numbers(layer: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("build", LAYERS)
+@of_some("build", [], LAYERS)
 def test_a_called_layer_is_the_dense_one(case, build):
     torch.manual_seed(1)
     base = build(IN, OUT, bias=build is Int8Linear)

@@ -9,8 +9,8 @@ from itertools import product
 import pytest
 import torch
 from case import Parameters
-from each import of_each
-from layers import LAYOUTS, Tower, assert_close, gradients, operated, perturb
+from each import of_some
+from layers import ALWAYS, IN_TURN, LAYOUTS, Tower, assert_close, gradients, operated, perturb
 from torch import nn
 from zoo import CASES
 
@@ -21,19 +21,30 @@ from surgery.runtime.surgeon import apply
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
-on_every_layout = of_each(layout=LAYOUTS.values())
 
 
 @on_every_case
-@on_every_layout
-def test_merging_puts_the_oracles_weight_in_place(case, layout):
+@of_some("layout", [WIDE], [layout for layout in ALWAYS if layout is not WIDE], IN_TURN)
+def test_disabled_merged_and_removed(case, layout):
+    """What each puts in place is formula by layout: another one for each, and each with many."""
     op = operated(case, layout)
     before = op.model(op.x)
+    with op.surgeon.disabled(), op.surgeon.disabled():
+        assert torch.equal(op.model(op.x), op.base(op.x))
+    assert torch.equal(op.model(op.x), before) and not torch.equal(before, op.base(op.x))
+
     op.surgeon.merge()
     assert_close(layout.matrix(op.layer.weight), case.formula(op.weight, op.p), EXACT, "W'")
     if op.bias is not None:
         assert_close(op.layer.bias, case.bias(op.bias, op.p), EXACT, "b'")
     assert_close(op.model(op.x), before, EXACT, "the merged output")
+
+    op.surgeon.remove()
+    assert type(op.layer) is type(op.base)
+    assert {name: value.tolist() for name, value in op.layer.state_dict().items()} == {
+        name: value.tolist() for name, value in op.base.state_dict().items()}
+    assert all(p.requires_grad for p in op.model.parameters())
+    assert torch.equal(op.model(op.x), op.base(op.x))
 
 
 @on_every_case
@@ -74,16 +85,6 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-@on_every_case
-@on_every_layout
-def test_disabled_it_is_the_base_layer_exactly(case, layout):
-    op = operated(case, layout, torch.float32)
-    y = op.model(op.x)
-    with op.surgeon.disabled(), op.surgeon.disabled():
-        assert torch.equal(op.model(op.x), op.base(op.x))
-    assert torch.equal(op.model(op.x), y) and not torch.equal(y, op.base(op.x))
-
-
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_exception_inside_disabled_leaves_the_mode_as_it_was(merged):
     op = operated(CASES[0], WIDE)
@@ -94,19 +95,6 @@ def test_an_exception_inside_disabled_leaves_the_mode_as_it_was(merged):
         assert torch.equal(op.model(op.x), op.base(op.x))
         raise RuntimeError
     assert op.surgeon.merged == merged and torch.equal(op.model(op.x), y)
-
-
-@on_every_case
-@on_every_layout
-def test_removed_it_is_as_before(case, layout):
-    op = operated(case, layout, torch.float32)
-    op.surgeon.merge()
-    op.surgeon.remove()
-    assert type(op.layer) is type(op.base)
-    assert {name: value.tolist() for name, value in op.layer.state_dict().items()} == {
-        name: value.tolist() for name, value in op.base.state_dict().items()}
-    assert all(p.requires_grad for p in op.model.parameters())
-    assert torch.equal(op.model(op.x), op.base(op.x))
 
 
 @on_every_case
