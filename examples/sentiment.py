@@ -16,7 +16,8 @@ from pathlib import Path
 
 import surgery
 from surgery.cli.options import opened
-from surgery.experiments.text_tasks import read, scores
+from surgery.experiments.metrics import of_outputs
+from surgery.experiments.text_tasks import read
 from surgery.experiments.training import Setting, outputs, train, with_head
 from surgery.models.loading import load_with_head, quiet_libraries, tokenizer
 
@@ -48,7 +49,7 @@ def run(asked: argparse.Namespace) -> dict[str, float]:
     fresh = partial(load_with_head, asked.model, task.outputs, **task.head)
 
     def accuracy(model: object) -> float:
-        return scores(held_out, outputs(model, words, held_out))["accuracy"]
+        return of_outputs(held_out, outputs(model, words, held_out))["accuracy"].value
 
     model = fresh()
     surgeon = surgery.apply(model, with_head(opened(asked.spec, asked.set, asked.target), model))

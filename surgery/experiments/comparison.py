@@ -1,9 +1,10 @@
-"""The comparison: specs and full fine-tuning on one text task, under equal budgets.
+"""The comparison: specs and full fine-tuning on one task, under equal budgets.
 
-Takes specs by name, a model by its loader and tokenizer, a task; gives a `Run` for each method, learning rate and seed,
-and the times of their steps. Promises: every method sees the same texts in as many steps, and with one seed the same
-head and the same batches; the learning rate can be chosen on one part of the texts and the score taken on another;
-times that are compared were taken side by side. `runs` keeps what it gives, and `compare_rows` says what that shows.
+Takes specs by name, a model by its loader and tokenizer, a task in parts; gives a `Run` for each method, learning rate
+and seed, and the times of their steps. Promises: every method sees the same items in as many steps, and with one seed
+the same head and the same batches; the learning rate is chosen on one part and the scores taken on others; times that
+are compared were taken side by side. `comparison_files` keeps what it gives, and `comparison_table` says what that
+shows.
 """
 
 from __future__ import annotations
@@ -12,98 +13,139 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from surgery.analysis.spectra import spectrum
+from surgery.analysis.spectra import Spectra, gathered, spectrum
+from surgery.analysis.spectra.checkpoint import Weights, pairs
+from surgery.analysis.spectra.curves import distribution
 from surgery.analysis.spectra.summary import Group
-from surgery.diagnostics import Collector, SurgeryError
-from surgery.experiments.comparison_files import Run, Steps, digest, finished, keep, keep_steps, known_steps
-from surgery.experiments.comparison_table import Row, rows
-from surgery.experiments.text_tasks import Task, scores
+from surgery.analysis.spectra.summary import Row as SpectrumRow
+from surgery.analysis.spectra.updates import of_models
+from surgery.diagnostics import Collector, SurgeryError, fail
+from surgery.experiments.comparison_files import Layer, Run, Steps, digest, finished, keep, keep_steps, known_steps
+from surgery.experiments.comparison_table import Mean, Row, at_best, by_method, rows
+from surgery.experiments.evaluation import refuse_unfit, scored
+from surgery.experiments.fine_tuning import Data, Training, groups
+from surgery.experiments.tasks import AnyTask
+from surgery.experiments.text_tasks import Task
 from surgery.experiments.timing import sharing
-from surgery.experiments.training import Setting, encoded, outputs, train, with_head
+from surgery.experiments.training import lesson_of, operated, train, whole
 from surgery.experiments.training_cost import Clock, side_by_side, step_bytes
 from surgery.language.library import inlined
 from surgery.language.tree import Spec, Target, add
+from surgery.models.loading import load as load_model
 from surgery.models.loading import load_with_head, tokenizer
 from surgery.planning.compile import compile
-from surgery.runtime.surgeon import apply
+from surgery.runtime.surgeon import Surgeon
 
 FULL = "full"
-FIGURES = ("entropy", "normalised_entropy", "stable_rank", "effective_rank", "relative_size")
+FIGURES = ("entropy", "normalised_entropy", "entropy_by_largest", "stable_rank", "effective_rank", "relative_size",
+           "condition_number")
 VALIDATION, TEST = 0.2, 0.2
+_PLACES = 24  # of a layer's singular values, so many are kept
 _EVERY = Spec("every", targets=(Target(add("low_rank"), kind="linear"),))
+_APART = ("lr", "seed", "epochs", "batch")  # settings that a run says of itself, whatever they are
 RUNS, STEPS = "runs", "steps.json"
 Loader = Callable[[int], PreTrainedModel]
 Starting = Callable[[str], AbstractContextManager]
 
 
-def compare(specs: Mapping[str, Spec | None], model: str, task: Task, folder: str | PathLike, *,
-            rates: Sequence[float] = (1e-4, 3e-4, 1e-3), seeds: int = 5, epochs: float = 2, batch: int = 32,
-            trust: bool = False) -> list[Row]:
-    """Train specs (and full fine-tuning, which None stands for) side by side on a text task; a row for each.
+def compare(specs: Mapping[str, Spec | None], model: str, data: Data | str | PathLike, folder: str | PathLike, *,
+            rates: Sequence[float] = (1e-4, 3e-4, 1e-3), seeds: int = 5, sweep: int | None = None,
+            setting: Training = Training(), dtype: str | None = None, trust: bool = False) -> list[Row]:
+    """Train specs (and full fine-tuning, which None stands for) side by side on a task; a row for each.
 
-    `model` is a name that `load_model` takes, and gets a new head; `task` is what `read` of a file of texts gives. The
-    learning rate is chosen among `rates` on a fifth of the texts and the score taken on another. What `folder` holds
+    `model` is a name that `load_model` takes, and gets a new head where the task asks for one; `data` is what
+    `surgery.train` takes. The learning rate is chosen among `rates` on `data.dev`, or a fifth of what there is to learn
+    from, by the first `sweep` seeds; the scores are taken on `data.tests`, or another fifth. What `folder` holds
     already is not done again. `trust`: run Python code that lies in the model's folder.
 
     Raises: SurgeryError, before any training, for what is wrong with any of the specs for this model."""
-    comparison = comparison_of(specs, model, task, trust, rates=rates, seeds=seeds, epochs=epochs, batch=batch)
+    asked = data if isinstance(data, Data) else Data(str(data))
+    comparison = comparison_of(specs, model, asked, trust, dtype, rates=rates, seeds=seeds, sweep=sweep, how=setting)
     comparison.check()
-    return rows(comparison.runs(Path(folder)), comparison.steps(Path(folder)))
+    return rows(comparison.runs(Path(folder)), comparison.steps(Path(folder)), sweep)
 
 
-def comparison_of(specs: Mapping[str, Spec | None], model: str, task: Task, trust: bool = False,
-                  **budget: Any) -> Comparison:
-    """The comparison of specs on a model that is named. Raises: SurgeryError (unknown-model)."""
-    return Comparison(specs, model, lambda seed: load_with_head(model, task.outputs, seed, trust, **task.head),
-                      tokenizer(model, trust), task, **budget)
+def comparison_of(specs: Mapping[str, Spec | None], model: str, data: Data, trust: bool = False,
+                  dtype: str | None = None, **budget: Any) -> Comparison:
+    """The comparison of specs on a model that is named. Raises: SurgeryError (unknown-model; as `Data.read`)."""
+    task, dev, tests = data.read()
+    names = [test.name for test in tests]
+    if len({*names}) < len(names):
+        raise fail("bad-data", f"two tests have one name: {', '.join(names)}",
+                   helps=("scores are kept by the names of files: rename one",))
+
+    @cache
+    def pretrained() -> PreTrainedModel:
+        return load_model(model, dtype, trust)
+
+    def load(seed: int) -> PreTrainedModel:
+        if isinstance(task, Task):
+            found = load_with_head(model, task.outputs, seed, trust, **task.head)
+            return found.to(getattr(torch, dtype)) if dtype else found
+        return deepcopy(pretrained())  # without a head of its own it is the same for every seed
+
+    return Comparison(specs, model, load, tokenizer(model, trust), task, dev=dev, tests=tests, dtype=dtype, **budget)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What to run. `specs` by the names of the methods, None for full fine-tuning; `load` gives the model with a head
-    drawn from a seed; `model` is its name, for the record."""
+    """What to run. `specs` by the names of the methods, None for full fine-tuning; `load` gives the model, with a head
+    drawn from a seed where the task asks for one; `model` is its name, for the record. `how` to train, but for the
+    rate and the seed; the first `sweep` seeds try all `rates`, and the others the best of those alone."""
 
     specs: Mapping[str, Spec | None]
     model: str
     load: Loader
     words: PreTrainedTokenizerBase
-    task: Task
+    task: AnyTask
     rates: Sequence[float]
     seeds: int
-    epochs: float
-    batch: int = Setting.batch
+    sweep: int | None = None
+    how: Training = Training()
+    dev: AnyTask | None = None
+    tests: Sequence[AnyTask] = field(default_factory=tuple)
+    dtype: str | None = None
 
     def check(self) -> None:
         """Before any training. Raises: SurgeryError with all that is wrong with any of the specs for this model."""
         report, model = Collector(), self.load(0)
+        _, dev, tests = self.parts
+        for task in (self.task, dev, *tests):
+            refuse_unfit(model, task)
         for spec in filter(None, self.specs.values()):
             try:
-                compile(model, with_head(spec, model))
+                compile(model, whole(spec, model, self.task))
             except SurgeryError as error:
                 report.add(*error.diagnostics)
         report.raise_errors()
 
-    def asked(self) -> list[dict[str, Any]]:
-        """What identifies each run, the methods side by side so that a machine's moods fall on all of them."""
+    def asked(self, seeds: Sequence[int] | None = None,
+              rates: Mapping[str, Sequence[float]] | None = None) -> list[dict[str, Any]]:
+        """What identifies each run, the methods side by side so that a machine's moods fall on all of them. `rates`:
+        those of each method, all where they are not said."""
         about = {"model": self.model, "task": self.task.name, "kind": self.task.kind, "texts": len(self.task),
-                 "digest": self._digest, "epochs": self.epochs, "batch": self.batch}
+                 "digest": self._digest, "epochs": float(self.how.epochs), "batch": self.how.batch, **self._others}
+        tried = rates or dict.fromkeys(self.specs, self.rates)
         return [{"method": method, "spec": text, "rate": rate, "seed": seed, **about}
-                for seed in range(self.seeds) for rate in self.rates for method, text in self._texts.items()]
+                for seed in (range(self.seeds) if seeds is None else seeds)
+                for rate in dict.fromkeys(rate for each in tried.values() for rate in each)
+                for method, text in self._texts.items() if rate in tried[method]]
 
     @property
     def steps_asked(self) -> dict[str, Any]:
         """What the times of steps depend on, but for the machine."""
-        return {"specs": self._texts, "model": self.model, "digest": self._digest, "batch": self.batch}
+        return {"specs": self._texts, "model": self.model, "digest": self._digest, "batch": self.how.batch,
+                **self._others}
 
     @property
     def _texts(self) -> dict[str, str | None]:
@@ -111,30 +153,51 @@ class Comparison:
 
     @cached_property
     def _digest(self) -> str:
-        """Stands for the texts and labels."""
-        pairs = [self.task.seconds] if self.task.seconds else []  # runs of single texts keep the digest that they had
-        return digest([self.task.texts, self.task.labels, self.task.classes, *pairs])
+        """Stands for what is learned."""
+        return _digest_of(self.task)
 
     @cached_property
-    def parts(self) -> tuple[Task, Task, Task]:
-        """To learn from, to choose the learning rate on, to take the score on: the same for all seeds."""
-        learned, validation, test = self.task.parts(1 - VALIDATION - TEST, VALIDATION)
-        return learned, validation, test
+    def _others(self) -> dict[str, Any]:
+        """What a run depends on besides, where it is not as it is where nobody says so."""
+        usual, files = asdict(Training()), {"dev": self.dev and _digest_of(self.dev), "dtype": self.dtype,
+                                            "tests": {t.name: _digest_of(t) for t in self.tests} or None}
+        changed = {name: value for name, value in asdict(self.how).items()
+                   if name not in _APART and value != usual[name]}
+        return {**changed, **{name: value for name, value in files.items() if value is not None}}
+
+    @cached_property
+    def parts(self) -> tuple[AnyTask, AnyTask, Sequence[AnyTask]]:
+        """To learn from, to choose the learning rate on, to take the scores on: the same for all seeds."""
+        shares = [*([] if self.dev else [VALIDATION]), *([] if self.tests else [TEST])]
+        if not shares:
+            return self.task, self.dev or self.task, self.tests
+        learned, *cut = self.task.parts(1 - sum(shares), *shares[:-1])
+        dev = self.dev or cut.pop(0)
+        return learned, dev, self.tests or cut
 
     def runs(self, folder: Path, starting: Starting = lambda what: nullcontext(),
              ended: Callable[[str, Run, bool], None] = lambda what, run, is_new: None) -> list[Run]:
         """Every run, from its file in `folder` or performed and kept there. `starting` stands around each that is
         performed, and `ended` is told of each; both with a line that says which it is."""
-        runs, asked = [], self.asked()
-        for number, each in enumerate(asked, start=1):
-            what = f"{number}/{len(asked)}  {each['method']}  lr {each['rate']:g}  seed {each['seed']}"
-            run = known = finished(folder / RUNS, each)
-            if run is None:
-                with starting(what):
-                    run = self.perform(each)
-                keep(folder / RUNS, run)  # at once: what is interrupted goes on from here
-            ended(what, run, known is None)
-            runs.append(run)
+        sweep = self.seeds if self.sweep is None else min(self.sweep, self.seeds)
+        runs: list[Run] = []
+
+        def perform(asked: Sequence[Mapping[str, Any]], of: int) -> None:
+            for each in asked:
+                what = f"{len(runs) + 1}/{of}  {each['method']}  lr {each['rate']:g}  seed {each['seed']}"
+                run = known = finished(folder / RUNS, each)
+                if run is None:
+                    with starting(what):
+                        run = self.perform(each)
+                    keep(folder / RUNS, run)  # at once: what is interrupted goes on from here
+                ended(what, run, known is None)
+                runs.append(run)
+
+        first, later = self.asked(range(sweep)), range(sweep, self.seeds)
+        count = len(first) + len(later) * len(self.specs)
+        perform(first, count)
+        if later:
+            perform(self.asked(later, {method: [at_best(mine)[0]] for method, mine in by_method(runs).items()}), count)
         return runs
 
     def steps(self, folder: Path, starting: Starting = lambda what: nullcontext()) -> Steps:
@@ -148,23 +211,23 @@ class Comparison:
 
     def perform(self, asked: Mapping[str, Any]) -> Run:
         """Train once, and measure."""
-        spec, seed, (learned, validation, test) = self.specs[asked["method"]], asked["seed"], self.parts
-        model, clock, setting = self.load(seed), Clock(), Setting(asked["rate"], self.epochs, self.batch, seed)
-        surgeon = apply(model, with_head(spec, model), seed=seed) if spec else None
+        spec, (learned, dev, tests) = self.specs[asked["method"]], self.parts
+        setting = replace(self.how, lr=asked["rate"], seed=asked["seed"])
+        model, clock = self.load(setting.seed), Clock()
+        surgeon = operated(model, spec, self.task, setting.seed) if spec else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        # groups, and not the parameters alone: a spec may say a rate of its own for a parameter
-        groups = surgeon.parameter_groups(setting.lr) if surgeon else model.parameters()
-        optimiser = torch.optim.AdamW(groups, lr=setting.lr, weight_decay=0.0)
+        optimiser = torch.optim.AdamW(groups(surgeon, model, setting))
         train(model, self.words, learned, setting, optimiser=optimiser, callbacks=[clock])
-        chosen_by, scored = self._scores(model, validation), self._scores(model, test)
-        update: dict[str, float | None] = {}
-        if chosen_by is not None and scored is not None:
-            # Full fine-tuning changes everything: it is measured where the specs operate, or means would not compare.
-            spectra = spectrum(surgeon, top=0) if surgeon else spectrum(self.load(0), model, top=0)
-            means = Group.of("", [row for row in spectra.rows if surgeon or row.name in self._operated]).means
-            update = {name: means[name] for name in FIGURES}
-        return Run(asked, chosen_by, scored, trained, update, clock.seconds, step_bytes(model, self._longest(model)),
-                   machine())
+        scores = [self._scores(model, part) for part in (dev, *tests)]
+        costs = (clock.seconds, step_bytes(model, self._longest(model)), machine())
+        known = [each for each in scores if each is not None]
+        if len(known) < len(scores):  # it diverged: there is no score of it, and no update to look at
+            return Run(asked, None, None, trained, {}, *costs)
+        validation, *found = ({name: mean.value for name, mean in each.items()} for each in known)
+        names, spectra = [test.name for test in tests], self._spectra(surgeon, model)
+        errors = [next(iter(each.values())).error for each in known[1:]]
+        return Run(asked, validation, dict(zip(names, found)), trained, _means(spectra.rows), *costs,
+                   dict(zip(names, errors)), layers_of(spectra))
 
     def time(self) -> Steps:
         """The time of a step of every method, side by side."""
@@ -174,15 +237,26 @@ class Comparison:
                 models[method] = self.load(0)
                 continue
             # on the weights of `model`, but for those that it trains: ten methods then need one model's memory
-            whole = with_head(spec, model)
-            models[method] = sharing(model, compile(model, whole).train)
-            apply(models[method], whole)
+            models[method] = sharing(model, compile(model, whole(spec, model, self.task)).train)
+            operated(models[method], spec, self.task, 0)
         return Steps(self.steps_asked, side_by_side(models, self._longest(model)), machine())
 
-    def _scores(self, model: PreTrainedModel, part: Task) -> dict[str, float] | None:
+    def _scores(self, model: PreTrainedModel, part: AnyTask) -> dict[str, Mean] | None:
         """The scores on a part; None where the training diverged."""
-        given = outputs(model, self.words, part)
-        return scores(part, given) if np.isfinite(given).all() else None
+        try:
+            return scored(model, self.words, part, self.how.scoring).scores
+        except SurgeryError as error:
+            if any(diagnostic.code != "bad-value" for diagnostic in error.diagnostics):
+                raise
+            return None  # outputs that are not finite
+
+    def _spectra(self, surgeon: Surgeon | None, model: PreTrainedModel) -> Spectra:
+        """Those of ΔW. Full fine-tuning changes everything: it is measured where the specs operate, or means would not
+        compare."""
+        if surgeon is not None:
+            return spectrum(surgeon, top=0, condition=True)
+        changed = of_models(pairs(Weights(self.load(0)), Weights(model)))
+        return gathered([each for each in changed if each.name in self._operated], top=0, condition=True)
 
     @cached_property
     def _operated(self) -> frozenset[str]:
@@ -192,10 +266,33 @@ class Comparison:
         return frozenset(p.site.name for spec in specs for p in compile(model, spec).placed)
 
     def _longest(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-        """The longest texts to learn from as one batch."""
+        """The longest items to learn from as one batch."""
         # The most that a step can take: the memory of a usual batch would say little of what must fit.
-        items = sorted(encoded(self.parts[0], self.words, Setting.length), key=lambda item: -len(item["input_ids"]))
-        return {k: v.to(model.device) for k, v in self.words.pad(items[: self.batch], return_tensors="pt").items()}
+        longest = lesson_of(model, self.words, self.parts[0], self.how).longest(self.how.batch)
+        return {name: values.to(model.device) for name, values in longest.items()}
+
+
+def layers_of(spectra: Spectra) -> tuple[Layer, ...]:
+    """What is kept of each layer's spectra; weights outside of the layers are left out."""
+    found = []
+    for layer in dict.fromkeys(row.layer for row in spectra.rows if row.layer is not None):
+        rows = [row for row in spectra.rows if row.layer == layer]
+        curve = distribution("", [row for row in rows if row.changed], _PLACES)
+        found.append(Layer(layer, _means(rows), curve.x, curve.y))
+    return tuple(found)
+
+
+def _means(rows: Sequence[SpectrumRow]) -> dict[str, float | None]:
+    means = Group.of("", rows).means
+    return {name: means[name] for name in FIGURES}
+
+
+def _digest_of(task: AnyTask) -> str:
+    """Stands for the items of a task."""
+    if not isinstance(task, Task):
+        return digest(repr(task.items))
+    pairs = [task.seconds] if task.seconds else []  # runs of single texts keep the digest that they had
+    return digest([task.texts, task.labels, task.classes, *pairs])
 
 
 def machine() -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,23 +20,40 @@ from surgery.diagnostics import fail
 from surgery.files import read_json
 from surgery.runtime.atomic_folders import replacing_file
 
-FORMAT = "1.0"
+FORMAT = "2.0"
+MEAN = "mean"  # of the tests, where there are several
+LOWER = ("mse", "loss", "perplexity")  # scores of which less is better
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Layer:
+    """The spectra of ΔW in one layer, as means over its weights: `figures` by name, and the `shares` p_i of the
+    singular values at some `places` i."""
+
+    layer: int
+    figures: Mapping[str, float | None]
+    places: tuple[float, ...]
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Run:
-    """One training. `asked` is all that its outcome depends on; `update` holds the figures of ΔW, as means over the
-    weights. Where the training diverged, the scores are None and `update` is empty."""
+    """One training. `asked` is all that its outcome depends on; `tests` holds the scores on each test, and `errors` the
+    standard error that the first of them has for the items that were scored, where it was taken; `update` the figures
+    of ΔW, as means over the weights, and `layers` those of each layer. Where the training diverged, the scores are None
+    and there are no figures."""
 
     asked: Mapping[str, Any]
     validation: Mapping[str, float] | None
-    test: Mapping[str, float] | None
+    tests: Mapping[str, Mapping[str, float]] | None
     trained: int
     update: Mapping[str, float | None]
     step_seconds: float
     peak_bytes: int
     machine: str
+    errors: Mapping[str, float | None] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
 
     @property
     def method(self) -> str:
@@ -44,8 +61,17 @@ class Run:
 
     @property
     def chosen_by(self) -> float:
-        """The score that learning rates are chosen by; larger is better."""
-        return float("-inf") if self.validation is None else next(iter(self.validation.values()))
+        """The score that learning rates are chosen by, so that larger is better."""
+        if self.validation is None:
+            return float("-inf")
+        name, value = next(iter(self.validation.items()))
+        return -value if name in LOWER else value
+
+    @property
+    def main(self) -> dict[str, float]:
+        """The score to go by on each test, and their mean where there are several; none where the training diverged."""
+        found = {test: next(iter(scores.values())) for test, scores in (self.tests or {}).items()}
+        return {**found, MEAN: fmean(found.values())} if len(found) > 1 else found
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import islice
 from math import exp
 from os import PathLike
@@ -21,7 +20,7 @@ import numpy as np
 from surgery.diagnostics import fail
 from surgery.experiments.comparison_table import Mean
 from surgery.experiments.likelihood import Likelihood, Told, likelihoods, written
-from surgery.experiments.metrics import of_classes, of_numbers, with_errors
+from surgery.experiments.metrics import of_outputs
 from surgery.experiments.prompts import PROMPT, choices, learned, rendered
 from surgery.experiments.tasks import ASSISTANT, AnyTask, Generative, last_number, read_task
 from surgery.experiments.text_tasks import Task
@@ -33,8 +32,6 @@ from surgery.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Words
-
-LOWER = ("mse", "loss", "perplexity")  # of which less is better
 
 
 @dataclass(frozen=True)
@@ -161,12 +158,10 @@ def refuse_unfit(model: Any, task: AnyTask) -> None:
 def _headed(model: Any, words: Words, task: Task, scoring: Scoring, told: Told) -> tuple[dict[str, Mean], int]:
     if model.config.pad_token_id is None:
         model.config.pad_token_id = words.pad_token_id
-    given, labels = outputs(model, words, task, scoring.length), np.asarray(task.labels)
+    given = outputs(model, words, task, scoring.length)
     told(len(task), len(task))
     _refuse_infinite(given)
-    if task.classes:
-        return with_errors(partial(of_classes, len(task.classes)), given.argmax(-1), labels.astype(int)), 0
-    return with_errors(of_numbers, given[:, 0].astype(float), labels), 0
+    return of_outputs(task, given), 0
 
 
 def _choice(model: Any, words: Words, task: Generative, scoring: Scoring, told: Told) -> tuple[dict[str, Mean], int]:

@@ -20,17 +20,16 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from surgery.diagnostics import fail
 from surgery.experiments import training_record
-from surgery.experiments.comparison_files import digest
-from surgery.experiments.evaluation import LOWER, Evaluation, Scoring, refuse_unfit, scored
+from surgery.experiments.comparison_files import LOWER, digest
+from surgery.experiments.evaluation import Evaluation, Scoring, refuse_unfit, scored
 from surgery.experiments.likelihood import Told
-from surgery.experiments.prompts import PROMPT, collated, learned
 from surgery.experiments.tasks import AnyTask, read_task
 from surgery.experiments.text_tasks import Task
-from surgery.experiments.training import Setting, arguments, encoded, heads, trainer_of, with_head
+from surgery.experiments.training import Setting, arguments, heads, lesson_of, operated, trainer_of
 from surgery.extras import need
 from surgery.language.library import inlined, load
 from surgery.language.tree import Spec
@@ -38,7 +37,7 @@ from surgery.models.loading import load as load_model
 from surgery.models.loading import load_with_head, tokenizer
 from surgery.runtime.atomic_folders import refuse_taken, refuse_unwritable, replacing_file
 from surgery.runtime.saved_format import ADAPTER
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.surgeon import Surgeon
 
 STATE = "trainer_state.json"
 _LOGS = 20  # lines that a run tells of its loss, if it has as many steps
@@ -58,7 +57,6 @@ class Training(Setting):
     rates: Mapping[str, float] = field(default_factory=dict)
     every: int | None = None
     patience: int | None = None
-    prompt: str = PROMPT
     tokens: int = 256
 
     @property
@@ -161,8 +159,7 @@ class _Run:
             words, model = tokenizer(self.model, self.trust), self._loaded(task)
         for each in (task, *filter(None, [dev]), *tests):
             refuse_unfit(model, each)
-        surgeon = apply(model, with_head(self.spec, model) if isinstance(task, Task) else self.spec,
-                        seed=self.setting.seed)
+        surgeon = operated(model, self.spec, task, self.setting.seed)
         before = self._scores(model, words, tests, "before")
         trainer = self._trainer(surgeon, words, task, dev, checkpoints)
         done = trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -207,7 +204,10 @@ class _Run:
                  checkpoints: Checkpoints) -> Trainer:
         model: Any = surgeon.model
         setting = self.setting
-        items, collator = self._items(model, words, task)
+        lesson = lesson_of(model, words, task, setting)
+        if lesson.cut:
+            self.watch.note(f"{lesson.cut} of {len(task)} items are longer than {setting.length} tokens, and are cut "
+                            "there")
         chosen: dict[str, Any] = {}
         when = {"strategy": "steps" if setting.every else "epoch", "steps": setting.every or 500}
         more = {f"save_{name}": value for name, value in when.items()} | {"save_total_limit": 2}
@@ -217,28 +217,13 @@ class _Run:
             more |= {f"eval_{name}": value for name, value in when.items()}
             more |= {"load_best_model_at_end": True, "metric_for_best_model": main, "greater_is_better":
                      main not in LOWER}
-            chosen = {"kind": _Scored, "eval_dataset": [items[0]],
+            chosen = {"kind": _Scored, "eval_dataset": [lesson.items[0]],
                       "score": lambda: scored(model, words, dev, setting.scoring, self._told("dev"))}
             watchers += [EarlyStoppingCallback(setting.patience)] if setting.patience else []
-        optimiser = torch.optim.AdamW(groups(surgeon, setting))
+        optimiser = torch.optim.AdamW(groups(surgeon, model, setting))
         asked = arguments(str(checkpoints.folder), setting, logging_strategy="steps",
-                          logging_steps=_log_steps(len(items), setting), **more)
-        return trainer_of(model, items, collator, asked, callbacks=watchers, optimizers=(optimiser, None), **chosen)
-
-    def _items(self, model: Any, words: Any, task: AnyTask) -> tuple[Sequence[Any], Any]:
-        """What is learned, and what makes batches of it."""
-        if isinstance(task, Task):
-            model.config.pad_token_id = words.pad_token_id
-            return encoded(task, words, self.setting.length), DataCollatorWithPadding(words)
-        found = learned(words, task, self.setting.length, self.setting.prompt)
-        if not found.items:
-            raise fail("bad-data", f"nothing of {task.name} is left to be learned in {self.setting.length} tokens",
-                       helps=("keep more of each text: --length",))
-        if found.cut:
-            self.watch.note(f"{found.cut} of {len(task)} items are longer than {self.setting.length} tokens, and are "
-                            "cut there")
-        pad = words.pad_token_id if isinstance(words.pad_token_id, int) else 0
-        return found.items, partial(collated, pad=pad)
+                          logging_steps=_log_steps(len(lesson.items), setting), **more)
+        return trainer_of(model, lesson, asked, callbacks=watchers, optimizers=(optimiser, None), **chosen)
 
     def _save(self, surgeon: Surgeon, task: AnyTask, state: Any, force: bool) -> None:
         with self.watch.busy(f"saving {self.folder}"):
@@ -247,11 +232,12 @@ class _Run:
                 training_record.FILE: self.record(), STATE: json.dumps({"log_history": state.log_history}, indent=1)})
 
 
-def groups(surgeon: Surgeon, setting: Training) -> list[dict[str, Any]]:
-    """What trains, as an optimiser's groups, a new head at a rate of its own. Raises: SurgeryError (bad-value)."""
-    model: Any = surgeon.model  # which is one of transformers
+def groups(surgeon: Surgeon | None, model: Any, setting: Training) -> list[dict[str, Any]]:
+    """What trains, as an optimiser's groups, a new head at a rate of its own; without a surgeon all of the model.
+    Raises: SurgeryError (bad-value)."""
     named = {f"lr_{name}": rate for name, rate in setting.rates.items()}
-    found = surgeon.parameter_groups(setting.lr, setting.weight_decay, **named)
+    trained = [{"params": list(model.parameters()), "lr": setting.lr, "weight_decay": setting.weight_decay}]
+    found = surgeon.parameter_groups(setting.lr, setting.weight_decay, **named) if surgeon else trained
     tops = heads(model) if setting.head_lr is not None else []
     new = {id(p) for name, p in model.named_parameters() if name.partition(".")[0] in tops}
     parted = [{**group, "params": [p for p in group["params"] if (id(p) in new) is is_new],

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from surgery.experiments.comparison_table import Mean
+from surgery.experiments.text_tasks import Task
 from surgery.extras import need
 
 GROUPS = 200  # that are left out in turn, at most
 Scores = Mapping[str, float]
+
+
+def of_outputs(task: Task, outputs: np.ndarray) -> dict[str, Mean]:
+    """How well a model's outputs [texts, outputs] fit the labels of a task."""
+    labels = np.asarray(task.labels)
+    if task.classes:
+        return with_errors(partial(of_classes, len(task.classes)), outputs.argmax(-1), labels.astype(int))
+    return with_errors(of_numbers, outputs[:, 0].astype(float), labels)
 
 
 def of_classes(classes: int, given: np.ndarray, labels: np.ndarray) -> Scores:

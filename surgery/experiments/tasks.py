@@ -7,17 +7,16 @@ does; a file that has the columns of none is told what it has and what each need
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from os import PathLike
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 from surgery.diagnostics import fail
 from surgery.experiments.data_files import Rows, read_rows
-from surgery.experiments.text_tasks import TEXT, TEXTS, Kind, Task, of_rows
+from surgery.experiments.text_tasks import TEXT, TEXTS, Items, Kind, Task, of_rows
 
 GenerativeKind = Literal["choice", "chat", "answer", "language"]
 HEADED, KINDS = ("classification", "regression"), ("classification", "regression", "choice", "chat", "answer",
@@ -48,7 +47,7 @@ Conversation = tuple[Message, ...]
 
 
 @dataclass(frozen=True)
-class Generative:
+class Generative(Items):
     """What a causal language model is asked: of the kind `choice` a `Choice` each; `chat` and `answer`, a
     `Conversation`; `language`, a text."""
 
@@ -59,15 +58,9 @@ class Generative:
     def __len__(self) -> int:
         return len(self.items)
 
-    def taken(self, indices: Iterable[int]) -> Generative:
+    def taken(self, indices: Iterable[int]) -> Self:
         """The items at these places."""
         return replace(self, items=tuple(self.items[i] for i in indices))
-
-    def limited(self, limit: int | None, seed: int = 0) -> Generative:
-        """`limit` of the items, drawn at random; all where there are not more."""
-        if limit is None or limit >= len(self):
-            return self
-        return self.taken(sorted(random.Random(seed).sample(range(len(self)), limit)))
 
 
 AnyTask = Task | Generative

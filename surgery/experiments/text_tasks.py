@@ -1,4 +1,4 @@
-"""Text tasks: labelled text from a file, its parts, and the scores of a model's outputs on it.
+"""Text tasks: labelled text from a file, and its parts.
 
 Takes a file with a column `text` (or GLUE's `sentence`, or `sentence1` and `sentence2`) and one of labels; gives a
 `Task`. Promises: the same seed gives the same parts; labels that are all numbers, one of them with a fraction, are
@@ -12,13 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
 
 from surgery.diagnostics import did_you_mean, fail
 from surgery.experiments.data_files import Rows, read_rows
-
-if TYPE_CHECKING:
-    import numpy as np
 
 TEXT, LABEL = "text", "label"
 TEXTS = (("sentence1", "sentence2"), (TEXT,), ("sentence",))
@@ -26,8 +23,39 @@ NOT_LABELS = ("idx",)  # GLUE numbers its rows
 Kind = Literal["classification", "regression"]
 
 
+class Items:
+    """What tasks of every kind can do with their items."""
+
+    name: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def taken(self, indices: Iterable[int]) -> Self:
+        """The items at these places."""
+        raise NotImplementedError
+
+    def parts(self, *shares: float, seed: int = 0) -> tuple[Self, ...]:
+        """The task shuffled and cut: a part for each share of it, and what is left as the last.
+
+        Raises: SurgeryError (bad-data) where a part is empty."""
+        order = list(range(len(self)))
+        random.Random(seed).shuffle(order)
+        cuts = [0, *(round(sum(shares[: i + 1]) * len(self)) for i in range(len(shares))), len(self)]
+        parts = tuple(self.taken(order[a:b]) for a, b in zip(cuts, cuts[1:]))
+        if not all(map(len, parts)):
+            raise fail("bad-data", f"{self.name} has {len(self)} items, too few to be cut into {len(parts)} parts")
+        return parts
+
+    def limited(self, limit: int | None, seed: int = 0) -> Self:
+        """`limit` of the items, drawn at random; all where there are not more."""
+        if limit is None or limit >= len(self):
+            return self
+        return self.taken(sorted(random.Random(seed).sample(range(len(self)), limit)))
+
+
 @dataclass(frozen=True)
-class Task:
+class Task(Items):
     """Texts with their labels: numbers to regress on, or indices into `classes`."""
 
     name: str
@@ -56,29 +84,11 @@ class Task:
         return {"problem_type": "single_label_classification", "id2label": dict(enumerate(self.classes)),
                 "label2id": {name: i for i, name in enumerate(self.classes)}}
 
-    def taken(self, indices: Iterable[int]) -> Task:
+    def taken(self, indices: Iterable[int]) -> Self:
         """The texts at these places."""
         chosen, pairs = tuple(indices), self.seconds
         return replace(self, texts=tuple(self.texts[i] for i in chosen), labels=tuple(self.labels[i] for i in chosen),
                        seconds=tuple(pairs[i] for i in chosen) if pairs else ())
-
-    def parts(self, *shares: float, seed: int = 0) -> tuple[Task, ...]:
-        """The task shuffled and cut: a part for each share of it, and what is left as the last.
-
-        Raises: SurgeryError (bad-data) where a part is empty."""
-        order = list(range(len(self)))
-        random.Random(seed).shuffle(order)
-        cuts = [0, *(round(sum(shares[: i + 1]) * len(self)) for i in range(len(shares))), len(self)]
-        parts = tuple(self.taken(order[a:b]) for a, b in zip(cuts, cuts[1:]))
-        if not all(map(len, parts)):
-            raise fail("bad-data", f"{self.name} has {len(self)} texts, too few to be cut into {len(parts)} parts")
-        return parts
-
-    def limited(self, limit: int | None, seed: int = 0) -> Task:
-        """`limit` of the texts, drawn at random; all where there are not more."""
-        if limit is None or limit >= len(self):
-            return self
-        return self.taken(sorted(random.Random(seed).sample(range(len(self)), limit)))
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -161,21 +171,3 @@ def _classified(file: Path, texts: Sequence[str], labels: Sequence[str], known: 
         raise fail("bad-data", f"{file} has labels that the model does not know: {', '.join(new[:8])}",
                    notes=(f"it tells apart {', '.join(classes)}",))
     return Task(file.stem, tuple(texts), tuple(index[each] for each in labels), classes)
-
-
-# ---------------------------------------------------------------------------------------------------------- scores
-
-
-def scores(task: Task, outputs: np.ndarray) -> dict[str, float]:
-    """How well a model's outputs [texts, outputs] fit the labels. The first score is what counts; larger is better.
-
-    Accuracy for classes; Spearman's rank correlation and the mean squared error for numbers."""
-    import numpy as np
-
-    from surgery.experiments.metrics import spearman
-
-    labels = np.asarray(task.labels)
-    if task.classes:
-        return {"accuracy": float((outputs.argmax(-1) == labels).mean())}
-    predicted = outputs[:, 0].astype(float)
-    return {"spearman": spearman(predicted, labels), "mse": float(((predicted - labels) ** 2).mean())}

@@ -1,24 +1,29 @@
-"""Training a model on a text task with the HF Trainer, and what it then says.
+"""Training a model on a task with the HF Trainer, and what it then says.
 
-Takes a model with a head for the task, its tokenizer and a part of the task; trains the parameters that are not frozen.
-Promises: the same seed on the same machine trains the same model; nothing is left on the disk; outputs do not depend on
-the batch that a text is in but for rounding. Needs the extra `train`.
+Takes a model that gives what the task asks for, its tokenizer and a part of the task; trains the parameters that are
+not frozen. Promises: the same seed on the same machine trains the same model; nothing is left on the disk; outputs do
+not depend on the batch that a text is in but for rounding. Needs the extra `train`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from surgery.diagnostics import fail
+from surgery.experiments.prompts import PROMPT, collated, learned
+from surgery.experiments.tasks import AnyTask
 from surgery.experiments.text_tasks import Task
 from surgery.extras import need
 from surgery.language.json_fields import Pattern
 from surgery.language.tree import Spec, Train
+from surgery.runtime.surgeon import Surgeon, apply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -33,7 +38,7 @@ class Setting:
     step), of like length and in random order. The learning rate rises over `warmup` (a share of the steps; from 1 on,
     steps) and then falls to 0 as `schedule`, of `SCHEDULES`, says. `length` is the number of tokens
     kept of a text; `checkpointing` computes activations a second time and holds fewer of them; `bf16` computes in
-    bfloat16 and keeps the parameters as they are."""
+    bfloat16 and keeps the parameters as they are; `prompt` stands before a choice."""
 
     lr: float = 1e-3
     epochs: float = 2
@@ -47,6 +52,7 @@ class Setting:
     weight_decay: float = 0.0
     checkpointing: bool = False
     bf16: bool = False
+    prompt: str = PROMPT
 
 
 def heads(model: PreTrainedModel) -> list[str]:
@@ -61,29 +67,65 @@ def with_head(spec: Spec, model: PreTrainedModel) -> Spec:
     return spec.model_copy(update={"train": (*spec.train, *asked)})
 
 
-def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Task, setting: Setting, *,
+def whole(spec: Spec, model: PreTrainedModel, task: AnyTask) -> Spec:
+    """The spec with all that trains: a new head too, where the task puts one on the model."""
+    return with_head(spec, model) if isinstance(task, Task) else spec
+
+
+def operated(model: PreTrainedModel, spec: Spec, task: AnyTask, seed: int) -> Surgeon:
+    """Apply the spec to a model that is to learn a task. Raises: SurgeryError, as `apply`."""
+    return apply(model, whole(spec, model, task), seed=seed)
+
+
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: AnyTask, setting: Setting, *,
           optimiser: torch.optim.Optimizer | None = None, bar: bool = False,
           callbacks: Iterable[TrainerCallback] = ()) -> None:
     """Train what is not frozen, or what `optimiser` holds at its own rates, in place; the model ends in evaluation
-    mode. Raises: SurgeryError (missing-extra)."""
+    mode. Raises: SurgeryError (missing-extra; bad-data where no token is left to be learned)."""
     need("accelerate", "train", "training")
-    from transformers import DataCollatorWithPadding
-
-    model.config.pad_token_id = tokenizer.pad_token_id
+    lesson = lesson_of(model, tokenizer, part, setting)
     with TemporaryDirectory() as folder:  # the Trainer wants one, though it saves nothing here
-        trainer = trainer_of(model, encoded(part, tokenizer, setting.length), DataCollatorWithPadding(tokenizer),
-                             arguments(folder, setting, disable_tqdm=not bar), callbacks=list(callbacks),
-                             optimizers=(optimiser, None))
+        trainer = trainer_of(model, lesson, arguments(folder, setting, disable_tqdm=not bar),
+                             callbacks=list(callbacks), optimizers=(optimiser, None))
         trainer.train()
     model.eval()
 
 
-def trainer_of(model: PreTrainedModel, items: Sequence[Any], collator: Any, arguments: Any, kind: Any = None,
-               **more: Any) -> Any:
+@dataclass(frozen=True)
+class Lesson:
+    """What a model is given of a task: encoded items, and what makes a batch of some. `cut` items were longer than is
+    kept."""
+
+    items: Sequence[Any]
+    collator: Callable[[list[Any]], Any]
+    cut: int = 0
+
+    def longest(self, batch: int) -> dict[str, torch.Tensor]:
+        """The longest items as one batch: the most that a step can take."""
+        return dict(self.collator(sorted(self.items, key=lambda item: -len(item["input_ids"]))[:batch]))
+
+
+def lesson_of(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyTask, setting: Setting) -> Lesson:
+    """What a model learns of a task. Raises: SurgeryError (bad-data) where no token of it is left to be learned."""
+    from transformers import DataCollatorWithPadding
+
+    if isinstance(task, Task):
+        model.config.pad_token_id = words.pad_token_id
+        return Lesson(encoded(task, words, setting.length), DataCollatorWithPadding(words))
+    found = learned(words, task, setting.length, setting.prompt)
+    if not found.items:
+        raise fail("bad-data", f"nothing of {task.name} is left to be learned in {setting.length} tokens",
+                   helps=("keep more of each text: --length",))
+    pad = words.pad_token_id if isinstance(words.pad_token_id, int) else 0
+    return Lesson(found.items, partial(collated, pad=pad), found.cut)
+
+
+def trainer_of(model: PreTrainedModel, lesson: Lesson, arguments: Any, kind: Any = None, **more: Any) -> Any:
     """The Trainer of transformers, or another `kind` of it, that prints nothing by itself."""
     from transformers import PrinterCallback, Trainer
 
-    trainer = (kind or Trainer)(model, arguments, train_dataset=items, data_collator=collator, **more)
+    trainer = (kind or Trainer)(model, arguments, train_dataset=lesson.items, data_collator=lesson.collator,
+                                **more)
     trainer.remove_callback(PrinterCallback)  # which prints on stdout, where results are
     return trainer
 

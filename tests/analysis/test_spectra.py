@@ -17,7 +17,14 @@ from zoo import CASES
 import surgery
 from surgery.analysis.spectra import pending_of, row_of, updates
 from surgery.analysis.spectra.orthogonality import distance
-from surgery.analysis.spectra.spectrum import Spectrum, leading, of_factors, overlap, singular_values
+from surgery.analysis.spectra.spectrum import (
+    Spectrum,
+    condition_number,
+    leading,
+    of_factors,
+    overlap,
+    singular_values,
+)
 from surgery.analysis.spectra.summary import Group, Row
 from surgery.analysis.spectra.updates import rounding
 from surgery.ir.dense import dense
@@ -114,15 +121,30 @@ def test_the_figures_of_known_spectra():
     assert math.isclose(two.entropy, -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     squared = Spectrum.of(torch.diag(torch.tensor([3.0, 1.0, 0.0])), squared=True)
     assert math.isclose(squared.entropy, -(0.9 * math.log(0.9) + 0.1 * math.log(0.1)))
+    assert flat.entropy_by_largest == 0 and math.isclose(two.entropy_by_largest, -math.log(1 / 3) / 3)
     assert two.stable_rank == squared.stable_rank == 1 + 1 / 9 and two.numerical_rank == 2
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])  # thin factors, and a matrix
+def test_the_condition_number_is_that_of_the_merged_weight(name):
+    model = load_demo("llama")
+    surgeon = perturbed(model, name)
+    rows = surgery.spectrum(surgeon, top=0, condition=True).rows
+    surgeon.merge()
+    for row in rows[:4]:
+        weight = model.get_parameter(f"{row.name}.weight").double()
+        assert math.isclose(row.condition_number, float(torch.linalg.cond(weight)), rel_tol=1e-4)
+    assert surgery.spectrum(surgeon, top=0).rows[0].condition_number is None
+    assert condition_number(torch.diag(torch.tensor([2.0, 1.0, 0.0]))) is None
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (1, 4), (300, 300)])
 def test_no_update_is_no_spectrum(shape):
     zero = Spectrum.of(torch.zeros(shape))
     assert zero == of_factors(torch.zeros(shape[0], 1), torch.ones(1, shape[1]))[0]
-    assert zero.to_json() == {"shape": list(shape), "entropy": 0.0, "normalised_entropy": 0.0, "stable_rank": 0.0,
-                              "effective_rank": 0.0, "numerical_rank": 0, "norm": 0.0, "singular_values": []}
+    assert zero.to_json() == {"shape": list(shape), "entropy": 0.0, "normalised_entropy": 0.0, "entropy_by_largest": 0.0,
+                              "stable_rank": 0.0, "effective_rank": 0.0, "numerical_rank": 0, "norm": 0.0,
+                              "singular_values": []}
 
 
 def test_a_row_has_one_direction_and_no_entropy():

@@ -157,6 +157,29 @@ def test_a_base_model_against_a_task_model(tmp_path: Path) -> None:
                                            tmp_path / "tuned")) and "1 changed weight: entropy" in text
 
 
+# --------------------------------------------------------------------------------------------------------- several
+
+
+def test_several_are_measured_as_each_alone_and_drawn_together(tmp_path: Path) -> None:
+    lora, dora, tuned = (tmp_path / name for name in ("lora", "dora", "tuned"))
+    load_demo("llama").save_pretrained(tmp_path / "base")
+    for folder in (lora, dora):
+        perturbed(load_demo("llama"), folder.name).save(folder, base_model=str(tmp_path / "base"))
+    save_merged(perturbed(load_demo("llama"), "lora"), tuned)
+    both = measured(lora, dora)["spectra"]
+    assert [each["subject"] for each in both] == [str(lora), str(dora)]
+    assert list(map(figures, both)) == [figures(measured(lora)), figures(measured(dora))]
+    # A model among adapters is measured against their base; the first name is that where it is a model.
+    for words in ((lora, tuned, "--base", tmp_path / "base"), (tmp_path / "base", lora, tuned)):
+        one, other = measured(*words)["spectra"]
+        assert figures(one) == figures(both[0]) and figures(other) == figures(measured(tmp_path / "base", tuned))
+    text = said(lora, dora, "--csv", tmp_path / "t.csv", "--plot", tmp_path / "p.svg", "--top", "0", "--condition")
+    rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
+    assert [row["subject"] for row in rows] == [str(lora)] * 28 + [str(dora)] * 28
+    assert "κ(W')" in text and all(float(row["condition_number"]) > 1 for row in rows)
+    assert (tmp_path / "p.svg").stat().st_size > 1000
+
+
 # ------------------------------------------------------------------------------------------------------------ files
 
 
@@ -205,7 +228,6 @@ def test_only_a_file_is_replaced(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_use(adapter: Path, tmp_path: Path) -> None:
-    assert "--base is for a saved adapter" in said("demo:llama", "demo:llama", "--base", "demo:llama", code=2)
     assert "error[missing-file]" in said(tmp_path / "nowhere", code=2)
     assert "is a saved adapter" in said(adapter, "demo:llama", code=2)
     assert "error[bad-adapter]" in said(adapter, "--base", "demo:gpt2", code=1)

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from small_text import save_model, texts, words
+from small_text import questions, save_causal, save_model, texts, words
 
 import surgery
 from surgery.cli.compare import _methods
 from surgery.cli.main import main
 from surgery.experiments import comparison as comparison_module
-from surgery.experiments.comparison import Comparison
+from surgery.experiments.comparison import FIGURES, Comparison, comparison_of, layers_of
 from surgery.experiments.comparison_files import place_of
 from surgery.experiments.comparison_table import rows
+from surgery.experiments.fine_tuning import Data, Training
 from surgery.experiments.text_tasks import Task
 from surgery.models.loading import load_with_head
 
@@ -34,7 +35,8 @@ def task(count: int = 60) -> Task:
 
 
 def comparison(model: str, *names: str, **changes) -> Comparison:
-    asked = {"rates": (1e-3,), "seeds": 1, "epochs": 1, "batch": 8, "task": task(), **changes}
+    how = Training(epochs=1, batch=8, length=128)
+    asked = {"rates": (1e-3,), "seeds": 1, "how": how, "task": task(), **changes}
     specs = {name: None if name == "full" else surgery.load(name) for name in names}
 
     def load(seed: int):
@@ -52,8 +54,10 @@ def test_runs_are_asked_for_with_all_that_they_depend_on(model: str) -> None:
     assert len(asked) == 12 and len({place_of(Path(), each) for each in asked}) == 12
     assert [each["method"] for each in asked[:3]] == ["full", "lora", "dora"]
     lora = {**whole.specs, "lora": surgery.load("lora", rank=3)}
-    others = [replace(whole, task=task(59)), replace(whole, epochs=2), replace(whole, batch=4),
-              replace(whole, model="other"), replace(whole, specs=lora)]
+    others = [replace(whole, task=task(59)), *(replace(whole, how=replace(whole.how, **changed)) for changed in (
+                  {"epochs": 2}, {"batch": 4}, {"length": 64}, {"head_lr": 1e-3})),
+              replace(whole, model="other"), replace(whole, specs=lora), replace(whole, dev=task(9)),
+              replace(whole, tests=[task(9)])]
     for other in others:
         assert place_of(Path(), other.asked()[1]) != place_of(Path(), asked[1])
 
@@ -66,17 +70,33 @@ def test_a_run_trains_its_method_and_says_what_it_was(model: str) -> None:
     assert oft.trained == 11 * 32**2 + 2 * 2 * 32**2 + 66
     assert full.trained == sum(p.numel() for p in whole.load(0).parameters())
     for run in (full, lora, oft):
-        assert set(run.validation) == set(run.test) == {"accuracy"} and run.machine == comparison_module.machine()
+        assert list(run.validation) == list(run.tests["letters"]) == ["accuracy", "f1", "matthews"]
+        assert run.machine == comparison_module.machine() and run.errors["letters"] >= 0
         assert run.step_seconds > 0 and run.peak_bytes > 4 * full.trained
     assert full.peak_bytes > lora.peak_bytes
     assert 0 < lora.update["entropy"] <= torch.tensor(8.0).log() < full.update["entropy"]
+
+
+def test_the_spectra_of_each_layer_are_kept(model: str, monkeypatch) -> None:
+    """As the microscope gives them of the model that was trained; of full fine-tuning where the specs operate."""
+    seen = []
+    monkeypatch.setattr(comparison_module, "layers_of", lambda spectra: seen.append(spectra) or layers_of(spectra))
+    whole = comparison(model, "full", "lora")
+    for run in map(whole.perform, whole.asked()):
+        layers = {group.name: group.means for group in seen[-1].layers}
+        assert [str(layer.layer) for layer in run.layers] == list(layers) == ["0", "1"]
+        for layer in run.layers:
+            means = layers[str(layer.layer)]
+            assert layer.figures == {name: means[name] for name in FIGURES} and means["condition_number"] > 1
+            assert layer.places[0] == 1 and 0 < sum(layer.shares) <= 1 + 1e-9
+        assert len(seen[-1].rows) == 13 and run.update["entropy"] == seen[-1].total.means["entropy"]
 
 
 def test_the_same_run_is_the_same_again(model: str) -> None:
     whole = comparison(model, "lora", seeds=2)
     first, second = whole.asked()
     one, same, other = whole.perform(first), whole.perform(first), whole.perform(second)
-    assert (one.test, one.update) == (same.test, same.update) and one.update != other.update
+    assert (one.tests, one.layers) == (same.tests, same.layers) and one.update != other.update
 
 
 def test_a_rate_that_a_spec_says_is_kept_to(model: str) -> None:
@@ -97,7 +117,7 @@ def test_a_rate_that_a_spec_says_is_kept_to(model: str) -> None:
 
 
 def test_the_parts_are_apart_and_the_same_for_all(model: str) -> None:
-    learned, validation, test = comparison(model, "full").parts
+    learned, validation, (test,) = comparison(model, "full").parts
     assert [len(learned), len(validation), len(test)] == [36, 12, 12]
     assert sorted((*learned.texts, *validation.texts, *test.texts)) == sorted(task().texts)
 
@@ -105,7 +125,7 @@ def test_the_parts_are_apart_and_the_same_for_all(model: str) -> None:
 def test_a_training_that_diverges_is_told_and_never_chosen(model: str) -> None:
     whole = comparison(model, "full", rates=(1e-3, 1e30))
     runs = [whole.perform(each) for each in whole.asked()]
-    assert runs[1].test is runs[1].validation is None and runs[1].update == {}
+    assert runs[1].tests is runs[1].validation is None and runs[1].update == {}
     assert rows(runs)[0].rate == 1e-3
     row, = rows(runs[1:])
     assert row.scores == {} and row.entropy is None
@@ -131,6 +151,32 @@ def test_methods_side_by_side_share_what_they_do_not_train(model: str, monkeypat
     full, lora, dora = (m.get_parameter("bert.encoder.layer.0.attention.self.query.weight") for m in seen.values())
     assert lora is dora is not full and full.requires_grad and not lora.requires_grad
     assert seen["lora"].get_parameter("classifier.weight") is not seen["dora"].get_parameter("classifier.weight")
+
+
+def test_a_causal_model_learns_on_one_file_and_is_scored_on_others(tmp_path: Path) -> None:
+    """Choices, by their likelihood; the rates are swept with the first seed alone, and what is there is not done again."""
+    for name, seed in (("train", 0), ("easy", 1), ("hard", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions(20, seed)))
+    tests = tuple(str(tmp_path / f"{name}.jsonl") for name in ("easy", "hard"))
+    few = surgery.parse('spec few\ntarget linear "**.{q_proj,up_proj}" { add low_rank(2) }')
+    whole = comparison_of({"full": None, "few": few}, save_causal(tmp_path / "model"),
+                          Data(str(tmp_path / "train.jsonl"), None, tests), rates=(1e-3, 3e-2), seeds=2, sweep=1,
+                          how=Training(steps=4, batch=4, length=64))
+    whole.check()
+    runs = whole.runs(tmp_path / "out")
+    assert [(r.method, r.asked["rate"]) for r in runs[:4]] == [(m, rate) for rate in (1e-3, 3e-2) for m in ("full", "few")]
+    best = {row.method: row.rate for row in rows(runs, None, 1)}
+    assert [(r.method, r.asked["rate"], r.asked["seed"]) for r in runs[4:]] == [(m, best[m], 1) for m in ("full", "few")]
+    for run in runs:
+        assert list(run.tests) == ["easy", "hard"] and list(run.tests["easy"]) == ["accuracy", "accuracy_by_length"]
+        assert run.main["mean"] == sum(scores["accuracy"] for scores in run.tests.values()) / 2
+        assert [layer.layer for layer in run.layers] == [0] and run.asked["tests"].keys() == {"easy", "hard"}
+    base = surgery.evaluate(str(tmp_path / "model"), tests[0], scoring=whole.how.scoring)
+    assert any(run.tests["easy"]["accuracy"] != base.scores["accuracy"].value for run in runs)
+    told: list[bool] = []
+    assert whole.runs(tmp_path / "out", ended=lambda what, run, is_new: told.append(is_new)) == runs and not any(told)
+    with pytest.raises(surgery.SurgeryError, match="two tests have one name"):
+        comparison_of({}, str(tmp_path / "model"), Data(tests[0], None, (tests[0], tests[0])))
 
 
 # ---------------------------------------------------------------------------------------------------------- command
@@ -162,17 +208,19 @@ def test_the_command_trains_once_and_shows_the_same_again(model: str, tmp_path: 
     words = ("lora", "--model", model, "--data", written(tmp_path), "--seeds", 2, "--epochs", 1, "--lr", "1e-3,1e-2",
              "--batch", 12, "--set", "rank=2", "-o", tmp_path / "out")
     status, said, noted = told(*words)
-    assert status == 0 and "24 texts to learn from, 8 to choose the learning rate on, 8 to score on" in said
+    assert status == 0 and "24 items to learn from, 8 to choose the learning rate on, 8 of letters to score on" in said
+    assert "swept: the learning rate (0.001, 0.01); all else is the same" in said and "lora - full" in said
+    assert "differences from full are told apart from 0 (t of 2 paired seeds, 5% over all of them)" in said
     assert [line.split()[0] for line in said.splitlines() if line.startswith((" full ", " lora "))] == ["full", "lora"]
-    assert noted.count("accuracy") == 8 and len(list((tmp_path / "out/runs").iterdir())) == 8
-    assert (tmp_path / "out/comparison.svg").read_text().startswith("<?xml")
+    assert noted.count("letters accuracy") == 8 and len(list((tmp_path / "out/runs").iterdir())) == 8
+    assert all((tmp_path / f"out/{name}.svg").read_text().startswith("<?xml") for name in ("comparison", "spectra"))
 
     for name in ("perform", "time"):
         monkeypatch.setattr(Comparison, name, lambda *_: pytest.fail("what is finished is done again"))
     status, again, _ = told(*words, "--json")
     found, kept = json.loads(again), json.loads((tmp_path / "out/comparison.json").read_text())
     assert status == 0 and found["rows"] == kept["rows"] and [row["method"] for row in kept["rows"]] == ["full", "lora"]
-    assert kept["machines"] == [comparison_module.machine()] and kept["texts"] == [24, 8, 8]
+    assert kept["machines"] == [comparison_module.machine()] and kept["texts"]["tests"] == {"letters": 8}
     assert {"rate", "scores", "trained", "step_seconds", "peak_bytes", "entropy"} <= kept["rows"][1].keys()
     assert kept["rows"][0]["step_ratio"] == 1 and kept["rows"][0]["edge"] in ("top", "bottom")
     assert "the grid: try" in said
@@ -182,7 +230,7 @@ def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) ->
     data = written(tmp_path, labels=False)
     status, said, _ = told("lora", "--no-full", "--model", model, "--data", data, "--seeds", 1, "--epochs", 1,
                            "--lr", "1e-3", "--limit", 30, "-o", tmp_path / "out", "--target", "**.query")
-    assert status == 0 and "regression: 18 texts" in said and "spearman" in said and "mse" in said
+    assert status == 0 and "regression: 18 items" in said and "spearman" in said and "mse" in said
     assert "lora" in said and "full" not in said
 
 
@@ -193,9 +241,10 @@ def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) ->
     (("oft", "--set", "rank"), 2, "bad-set"),
     (("oft", "--set", "rank=2"), 1, "none of these specs has a parameter `rank`"),
     (("lorra",), 2, "unknown-spec"),
+    (("lora", "--against", "dora"), 2, "--against dora is none of full, lora"),
     (("oft", "--set", "block=5"), 1, "not-divisible"),
     (("lora", "--threshold", "0"), 2, "bad-data"),
-    (("lora", "--epochs", "nan"), 2, "nan is not a number above 0"),
+    (("lora", "--epochs", "-1"), 2, "-1"),
 ])
 def test_what_is_wrong_is_said_before_any_training(words: tuple, status: int, said: str, model: str,
                                                    tmp_path: Path) -> None:

@@ -182,12 +182,12 @@ def test_a_new_head_and_a_parameter_have_rates_of_their_own(models) -> None:
     surgeon = surgery.apply(model, with_head(surgery.load("lora"), model), check=False)
     setting = Training(lr=1e-4, head_lr=1e-3, rates={"B": 5e-3}, weight_decay=0.1)
     names = {id(p): name for name, p in model.named_parameters()}
-    found = {names[id(p)]: group["lr"] for group in groups(surgeon, setting) for p in group["params"]}
+    found = {names[id(p)]: group["lr"] for group in groups(surgeon, model, setting) for p in group["params"]}
     assert len(found) == sum(p.requires_grad for p in model.parameters())
     for name, rate in found.items():
         assert rate == (1e-3 if name.startswith("classifier") else 5e-3 if name.endswith(".B") else 1e-4)
     with pytest.raises(surgery.SurgeryError, match="lr_C"):
-        groups(surgeon, Training(rates={"C": 1.0}))
+        groups(surgeon, model, Training(rates={"C": 1.0}))
 
 
 def test_what_is_wrong_is_told_before_anything_is_trained(models, files, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 
 import surgery
 from surgery.cli.compare import _edges
-from surgery.experiments.comparison_files import Run, Steps, finished, keep, keep_steps, known_steps, place_of
-from surgery.experiments.comparison_table import Mean, rows
+from surgery.experiments.comparison_files import Layer, Run, Steps, finished, keep, keep_steps, known_steps, place_of
+from surgery.experiments.comparison_table import Mean, bearing, differences, entropy, rows
 
 # ------------------------------------------------------------------------------------------------------------ files
 
@@ -18,7 +18,9 @@ def run(method: str = "lora", rate: float = 1e-3, seed: int = 0, validation: flo
     asked, costs = {"method": method, "rate": rate, "seed": seed}, (0.1, 100, "a machine")
     if validation is None:
         return Run(asked, None, None, 10, {}, *costs)
-    return Run(asked, {"accuracy": validation}, {"accuracy": test}, 10, {"entropy": 1.0 + seed}, *costs)
+    layer = Layer(0, {"entropy": 1.0, "condition_number": None}, (1.0,), (0.5,))
+    return Run(asked, {"accuracy": validation}, {"t": {"accuracy": test}}, 10, {"entropy": 1.0 + seed}, *costs,
+               {"t": 0.25}, (layer,))
 
 
 def test_a_run_is_kept_and_found_again(tmp_path: Path) -> None:
@@ -59,13 +61,13 @@ def test_the_rate_is_chosen_on_the_validation_part_and_the_score_taken_on_the_te
             run(rate=1e-1, seed=0, validation=None), run(rate=1e-1, seed=1, validation=1.0)]
     row, = rows(runs)
     assert (row.rate, row.seeds) == (1e-2, 2)
-    assert row.scores["accuracy"] == Mean(pytest.approx(0.6), pytest.approx(0.1))
+    assert row.scores["t"]["accuracy"] == Mean(pytest.approx(0.6), pytest.approx(0.1))
     assert row.entropy == Mean(1.5, pytest.approx(0.5))
 
 
 def test_one_seed_has_no_standard_error() -> None:
     first, second = rows([run("lora"), run("dora")])
-    assert (first.method, second.method) == ("lora", "dora") and first.scores["accuracy"] == Mean(0.5, None)
+    assert (first.method, second.method) == ("lora", "dora") and first.scores["t"]["accuracy"] == Mean(0.5, None)
 
 
 @pytest.mark.parametrize(("best", "edge"), [(1e-4, "bottom"), (1e-3, None), (1e-2, "top")])
@@ -88,3 +90,51 @@ def test_times_are_compared_within_a_round() -> None:
     steps = Steps({}, {"lora": [1.0, 10.0, 2.0], "dora": [1.5, 15.0, 3.0]}, "a machine")
     lora, dora = rows([run("lora"), run("dora")], steps)
     assert (lora.step_seconds, lora.step_ratio, dora.step_seconds, dora.step_ratio) == (2.0, 1.0, 3.0, 1.5)
+
+
+# ------------------------------------------------------------------------------------------------------ differences
+
+
+def test_methods_are_compared_seed_by_seed() -> None:
+    """Seeds differ by a lot and methods by little: their means do not tell them apart, and the pairs do."""
+    noise, gains = (0.1, 0.7, 0.4, 0.9), (0.05, 0.06, 0.05, 0.04)
+    runs = [run(method, seed=seed, test=noise[seed] + (gains[seed] if method == "dora" else 0.0))
+            for seed in range(4) for method in ("lora", "dora")]
+    found, = differences(runs)
+    assert (found.method, found.other, found.test, found.apart) == ("dora", "lora", "t", True)
+    assert found.mean == Mean(pytest.approx(0.05), pytest.approx(0.00408, rel=1e-3))
+    assert Mean.of(noise).error > 3 * found.mean.value
+    back, = differences(runs, against="dora")
+    assert (back.method, back.mean.value) == ("lora", -found.mean.value)
+    same, = differences(runs, of=entropy)
+    assert same.test == "entropy of ΔW" and same.mean == Mean(0.0, 0.0) and not same.apart
+    said = bearing(runs, [found], {"t": 30})
+    assert said[0].startswith("1 of 1 differences from lora are told apart") and "dora on t" in said[0]
+    assert "the same 30 items of t: a score of one model has a standard error of 0.2500" in said[1]
+
+
+def test_many_comparisons_are_held_to_more() -> None:
+    """t = 4 of three degrees of freedom: apart alone (2-sided limit 3.18), and not among five (5.84)."""
+    spread = (0.01, -0.01, 0.01, -0.01)  # a standard error of 0.02 / 12^½
+
+    def of(methods: int) -> list[bool]:
+        runs = [run(f"m{i}", seed=seed, test=0.5 + (i > 0) * (4 * 0.02 / 12**0.5 + spread[seed]))
+                for seed in range(4) for i in range(methods + 1)]
+        return [each.apart for each in differences(runs)]
+
+    assert of(1) == [True] and of(5) == [False] * 5
+
+
+def test_what_has_no_spread_is_not_told_apart() -> None:
+    """One seed; and two seeds that differ by the same one item of a few."""
+    one = [run("lora", test=0.5), run("dora", test=0.9)]
+    two = [run(m, seed=seed, test=t) for seed in (0, 1) for m, t in (("lora", 0.5), ("dora", 0.75))]
+    assert not differences(one)[0].apart and not differences(two)[0].apart
+    assert "One seed has no standard error" in bearing(one, differences(one), {})[0]
+
+
+def test_a_method_that_diverged_is_not_compared_and_less_is_better_for_losses() -> None:
+    diverged = [run("lora"), replace(run("dora"), validation=None, tests=None), run("oft")]
+    assert [each.method for each in differences(diverged)] == ["oft"]
+    low, high = (replace(run(rate=rate), validation={"loss": loss}) for rate, loss in ((1e-3, 0.5), (1e-2, 0.7)))
+    assert rows([low, high])[0].rate == 1e-3

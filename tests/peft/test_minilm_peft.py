@@ -11,7 +11,8 @@ from torch import nn
 
 import surgery
 from surgery.cli.main import main
-from surgery.experiments.text_tasks import Task, read, scores
+from surgery.experiments.metrics import of_outputs
+from surgery.experiments.text_tasks import Task, read
 from surgery.experiments.training import Setting, outputs, train
 from surgery.models.loading import load_with_head, tokenizer
 
@@ -55,7 +56,7 @@ def test_the_predictions_are_the_same(config: peft.PeftConfig, parts: tuple[Task
     surgeon = surgery.import_peft(model := fresh(task, 1), tmp_path / "peft")
     found = outputs(model, words, held_out, 24)
     assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
-    assert (found.argmax(-1) == wanted.argmax(-1)).all() and scores(held_out, found) == scores(held_out, wanted)
+    assert (found.argmax(-1) == wanted.argmax(-1)).all() and of_outputs(held_out, found) == of_outputs(held_out, wanted)
     assert np.abs(outputs(fresh(task, 0), words, held_out, 24) - wanted).max() > 0.1
 
     surgery.export_peft(surgeon, tmp_path / "back")

@@ -30,20 +30,22 @@ Track = Callable[[Sequence[Pending]], Iterable[Pending]]
 
 
 @overload
-def spectrum(subject: Tensor, tuned: Tensor | None = None, *, squared: bool = False, top: int = TOP) -> Spectrum: ...
+def spectrum(subject: Tensor, tuned: Tensor | None = None, *, squared: bool = False, top: int = TOP,
+             condition: bool = False) -> Spectrum: ...
 
 
 @overload
 def spectrum(subject: Surgeon | nn.Module, tuned: nn.Module | None = None, *, squared: bool = False,
-             top: int = TOP) -> Spectra: ...
+             top: int = TOP, condition: bool = False) -> Spectra: ...
 
 
 def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | None = None, *, squared: bool = False,
-             top: int = TOP) -> Spectra | Spectrum:
+             top: int = TOP, condition: bool = False) -> Spectra | Spectrum:
     """The spectra of what a surgeon does to its model, in any mode; of `tuned - subject` for two models; the `Spectrum`
     of a matrix ΔW, or of the difference of two.
 
-    `squared`: the entropies are of p = σ² / Σ σ². `top`: how many directions of W overlaps are with, 0 for none.
+    `squared`: the entropies are of p = σ² / Σ σ². `top`: how many directions of W overlaps are with, 0 for none;
+    `condition`: the condition numbers of W' too.
     Raises: SurgeryError (bad-value) for models that have no weight in common, or one that is operated on, and for what
     is no matrix of finite numbers.
 
@@ -60,7 +62,7 @@ def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | 
     if isinstance(subject, Surgeon):
         # A merged model holds W': W must be in its place, and is put there for as long as weights are read.
         with subject.disabled():
-            return gathered(pending_of(subject), squared, top)
+            return gathered(pending_of(subject), squared, top, condition=condition)
     # An operated model's weights are still W: measured as a second model it would seem unchanged.
     if not isinstance(subject, nn.Module) or not isinstance(tuned, nn.Module) or any(
             isinstance(m, Adapter) and m.active for m in tuned.modules()):
@@ -69,12 +71,14 @@ def spectrum(subject: Surgeon | nn.Module | Tensor, tuned: nn.Module | Tensor | 
     both = pairs(Weights(subject), Weights(tuned))
     if not both:
         raise fail("bad-value", f"{type(subject).__name__} and {type(tuned).__name__} have no weight in common")
-    return gathered(of_models(both), squared, top)
+    return gathered(of_models(both), squared, top, condition=condition)
 
 
-def gathered(pending: Sequence[Pending], squared: bool = False, top: int = TOP, track: Track = iter) -> Spectra:
+def gathered(pending: Sequence[Pending], squared: bool = False, top: int = TOP, track: Track = iter,
+             condition: bool = False) -> Spectra:
     """The rows of pending weights, each loaded when its turn comes; `track` may watch how they go by."""
-    return Spectra(tuple(row_of(u, squared, top) for each in track(pending) for u in each.load()), squared, top)
+    rows = (row_of(update, squared, top, condition) for each in track(pending) for update in each.load())
+    return Spectra(tuple(rows), squared, top)
 
 
 def pending_of(surgeon: Surgeon) -> list[Pending]:

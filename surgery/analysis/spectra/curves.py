@@ -6,7 +6,7 @@ for each label; where a figure is not known there is no point.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import fmean
@@ -50,10 +50,12 @@ def across_layers(spectra: Mapping[str, Spectra], figure: str) -> list[Curve]:
 
 def distributions(spectra: Mapping[str, Spectra]) -> list[Curve]:
     """The mean of p_i over the rows of a line, for i from 1: how the update is spread over its directions."""
-    curves = []
-    for label, rows in _by_line(spectra).items():
-        # A row that has no i-th singular value has p_i = 0 in the mean, or means of few rows would rise at the end.
-        means = [sum(column) / len(rows) for column in zip_longest(*(row.spectrum.p for row in rows), fillvalue=0.0)]
-        kept = sorted({round(len(means) ** (i / POINTS)) for i in range(POINTS + 1)})
-        curves.append(Curve(label, tuple(map(float, kept)), tuple(means[i - 1] for i in kept)))
-    return curves
+    return [distribution(label, rows) for label, rows in _by_line(spectra).items()]
+
+
+def distribution(label: str, rows: Sequence[Row], points: int = POINTS) -> Curve:
+    """The mean of p_i over some rows, at about so many places i."""
+    # A row that has no i-th singular value has p_i = 0 in the mean, or means of few rows would rise at the end.
+    means = [sum(column) / len(rows) for column in zip_longest(*(row.spectrum.p for row in rows), fillvalue=0.0)]
+    kept = sorted({round(len(means) ** (i / points)) for i in range(points + 1)}) if means else []
+    return Curve(label, tuple(map(float, kept)), tuple(means[i - 1] for i in kept))

@@ -21,19 +21,34 @@ from surgery.analysis.spectra.summary import Spectra
 FORMATS = (".png", ".svg", ".pdf")
 
 
+PANELS = {"entropy": "entropy of ΔW (nats)", "entropy_by_largest": "entropy of σ / σ₁",
+          "stable_rank": "stable rank of ΔW", "condition_number": "condition number of W'"}
+SPREAD = "p_i, the share of the i-th singular value"
+_ACROSS = 3  # panels in a row
+
+
 def draw(spectra: Mapping[str, Spectra], file: Path, title: str = "") -> None:
     """Write the picture; the folder must be there. The ending of the name says the format."""
-    with picture(file, (12, 3.8), title) as figure:
-        first, second, third = figure.subplots(1, 3)
-        _lines(first, across_layers(spectra, "entropy"), "layer", "entropy of ΔW (nats)")
-        _lines(second, across_layers(spectra, "stable_rank"), "layer", "stable rank of ΔW")
-        _lines(third, distributions(spectra), "i", "p_i, the share of the i-th singular value")
-        # Both axes: a spread over a few directions and one over all differ by orders of magnitude.
-        third.set(xscale="log", yscale="log")
-        for axes in (first, second):
+    draw_curves({figure: across_layers(spectra, figure) for figure in PANELS}, distributions(spectra), file, title)
+
+
+def draw_curves(layered: Mapping[str, Sequence[Curve]], spread: Sequence[Curve], file: Path, title: str = "") -> None:
+    """Write the picture of curves that are made: across layers, those of each figure of `PANELS`; `spread`, of
+    singular values. A figure that no curve is of has no panel."""
+    known = [(figure, curves) for figure, curves in layered.items() if curves]
+    lines = -(-(len(known) + 1) // _ACROSS)
+    with picture(file, (12, 3.8 * lines), title) as figure:
+        panels = figure.subplots(lines, _ACROSS, squeeze=False).ravel()
+        for axes, (name, curves) in zip(panels, known):
+            _lines(axes, curves, "layer", PANELS[name])
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        # The three panels have the same lines, so one legend stands for all of them.
-        if (labels := first.get_legend_handles_labels())[0]:
+        _lines(panels[len(known)], spread, "i", SPREAD)
+        # Both axes: a spread over a few directions and one over all differ by orders of magnitude.
+        panels[len(known)].set(xscale="log", yscale="log")
+        for axes in panels[len(known) + 1 :]:
+            axes.axis("off")
+        # The panels have the same lines, so one legend stands for all of them.
+        if (labels := panels[0].get_legend_handles_labels())[0]:
             figure.legend(*labels, loc="outside right upper")
 
 

@@ -64,6 +64,11 @@ class Spectrum:
         return self.entropy / math.log(self.possible) if self.possible > 1 else 0.0
 
     @property
+    def entropy_by_largest(self) -> float:
+        """-Σ q log q of q_i = σ_i / σ₁, which do not sum to 1: the entropy as theorem 1 of the paper has it."""
+        return -math.fsum((v / self.values[0]) * math.log(v / self.values[0]) for v in self.values) + 0.0
+
+    @property
     def effective_rank(self) -> float:
         """exp H: how many equal directions would be as spread. Source: Roy & Vetterli, EUSIPCO 2007."""
         return math.exp(self.entropy) if self.values else 0.0
@@ -89,8 +94,9 @@ class Spectrum:
 
     def to_json(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "entropy": self.entropy, "normalised_entropy": self.normalised_entropy,
-                "stable_rank": self.stable_rank, "effective_rank": self.effective_rank,
-                "numerical_rank": self.numerical_rank, "norm": self.norm, "singular_values": list(self.values)}
+                "entropy_by_largest": self.entropy_by_largest, "stable_rank": self.stable_rank,
+                "effective_rank": self.effective_rank, "numerical_rank": self.numerical_rank, "norm": self.norm,
+                "singular_values": list(self.values)}
 
 
 def _kept(values: Tensor, shape: tuple[int, ...], rounding: float) -> tuple[float, ...]:
@@ -115,6 +121,13 @@ def singular_values(matrix: Tensor, rounding: float = 0.0) -> Tensor:
         if float(roots[-1]) >= resolved or rounding >= resolved:
             return roots
     return torch.linalg.svdvals(a).cpu()
+
+
+def condition_number(matrix: Tensor) -> float | None:
+    """σ₁ / σ of the smallest of min(m, n) singular values; None where that is no more than rounding in float64."""
+    values = singular_values(matrix)
+    floor = max(matrix.shape) * torch.finfo(torch.float64).eps * float(values[0])
+    return float(values[0] / values[-1]) if float(values[-1]) > floor else None
 
 
 # ---------------------------------------------------------------------------------------------------------- factors

@@ -12,9 +12,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from surgery.analysis.spectra.orthogonality import Defect
-from surgery.analysis.spectra.spectrum import Spectrum, leading, of_factors, overlap
+from surgery.analysis.spectra.spectrum import Spectrum, condition_number, leading, of_factors, overlap
 from surgery.analysis.spectra.updates import Update
 from surgery.diagnostics import fail
 from surgery.html import table, tag
@@ -26,7 +27,8 @@ TOP = 8
 @dataclass(frozen=True)
 class Row:
     """One updated weight. `relative_size`: ‖ΔW‖_F / ‖W‖_F (None where W is zero). `overlap_out`, `overlap_in`: how far
-    the strongest directions of ΔW lie among the first of W, from 0 to 1 (None where ΔW is 0); see `values.overlap`."""
+    the strongest directions of ΔW lie among the first of W, from 0 to 1 (None where ΔW is 0); see `spectrum.overlap`.
+    `condition_number`: that of W', where it is asked for and W' is not singular."""
 
     name: str
     type: str
@@ -36,6 +38,7 @@ class Row:
     overlap_out: float | None
     overlap_in: float | None
     orthogonality: tuple[Defect, ...] = ()
+    condition_number: float | None = None
 
     @property
     def changed(self) -> bool:
@@ -49,6 +52,7 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "type": self.type, "layer": self.layer, **self.spectrum.to_json(),
                 "relative_size": self.relative_size, "overlap_out": self.overlap_out, "overlap_in": self.overlap_in,
+                "condition_number": self.condition_number,
                 "orthogonality": [{"transform": d.name, "distance": d.distance} for d in self.orthogonality]}
 
 
@@ -56,10 +60,12 @@ class Row:
 FIGURES: dict[str, Callable[[Row], float | None]] = {
     "entropy": lambda row: row.spectrum.entropy,
     "normalised_entropy": lambda row: row.spectrum.normalised_entropy,
+    "entropy_by_largest": lambda row: row.spectrum.entropy_by_largest,
     "stable_rank": lambda row: row.spectrum.stable_rank,
     "effective_rank": lambda row: row.spectrum.effective_rank,
     "numerical_rank": lambda row: row.spectrum.numerical_rank,
     "relative_size": lambda row: row.relative_size,
+    "condition_number": lambda row: row.condition_number,
     "overlap_out": lambda row: row.overlap_out,
     "overlap_in": lambda row: row.overlap_in,
 }
@@ -112,6 +118,11 @@ class Spectra:
         return Group.of("all", self.rows)
 
     @property
+    def figures(self) -> list[str]:
+        """The figures that are known of any change."""
+        return [name for name, of in FIGURES.items() if any(of(row) is not None for row in self.rows if row.changed)]
+
+    @property
     def unchanged(self) -> tuple[str, ...]:
         """The weights whose update is zero."""
         return tuple(row.name for row in self.rows if not row.changed)
@@ -138,7 +149,7 @@ class Spectra:
 
     def _repr_html_(self) -> str:
         """A row for each weight that changed, for notebooks."""
-        figures = [figure for figure in FIGURES if self.top or "overlap" not in figure]
+        figures = self.figures
         rows = [(row.name, sides_text(*row.spectrum.shape), *(figure_text(FIGURES[f](row)) for f in figures))
                 for row in self.rows if row.changed]
         return table(("weight", "[out, in]", *(f.replace("_", " ") for f in figures)), rows) + tag("p", self.summary)
@@ -150,8 +161,9 @@ class Spectra:
 
 
 @torch.no_grad()
-def row_of(update: Update, squared: bool = False, top: int = TOP) -> Row:
-    """The figures of one update. Cost: of r x r for thin factors, an eigenvalue problem of min(out, in) otherwise.
+def row_of(update: Update, squared: bool = False, top: int = TOP, condition: bool = False) -> Row:
+    """The figures of one update. Cost: of r x r for thin factors, an eigenvalue problem of min(out, in) otherwise, and
+    one more for the condition number of W'.
 
     Raises: SurgeryError (bad-value) for weights that are not finite.
     """
@@ -172,4 +184,10 @@ def row_of(update: Update, squared: bool = False, top: int = TOP) -> Row:
         overlap_out, overlap_in = overlap(strongest.out, directions.out), overlap(strongest.in_, directions.in_)
     size = float(update.weight.norm())
     relative = spectrum.norm / size if size else None
-    return Row(update.name, update.type, update.layer, spectrum, relative, overlap_out, overlap_in, update.defects)
+    number = condition_number(update.weight + _dense(update.delta)) if condition else None
+    return Row(update.name, update.type, update.layer, spectrum, relative, overlap_out, overlap_in, update.defects,
+               number)
+
+
+def _dense(delta: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    return delta[0] @ delta[1] if isinstance(delta, tuple) else delta
