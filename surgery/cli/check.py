@@ -23,13 +23,16 @@ from surgery.text import counted
 @command(click.argument("specs", nargs=-1, metavar="SPEC..."),
          click.option("--model", help="Check against this model too (its configuration is enough)."), sets,
          strict_option, trust_option, revision_option,
+         click.option("--prove", is_flag=True,
+                      help="Compute that every program gives its formula's values and gradients, even where the "
+                           "rest needs no numbers (loads torch)."),
          click.option("--output-format", "form", type=click.Choice(FORMATS), default="full", show_default=True,
                       help="How to show what is wrong: with the source, a line each, as GitHub's annotations, or as "
                            "one object of SARIF or JSON."),
          click.option("--explain", metavar="CODE", help="The same as `surgery help CODE`."),
          example="surgery check specs/sora.surg --model demo:llama --set rank=8")
 def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple[str, ...], strict: bool,
-          form: str, explain: str | None) -> None:
+          prove: bool, form: str, explain: str | None) -> None:
     """Check specs, without a model or with one.
 
     Syntax, names, types, shapes, claims, and that the operated model starts as the base model. A SPEC that is a folder
@@ -52,7 +55,7 @@ def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple
         with guard(findings):
             read = opened(name, sets)
             with output.busy("checking"):
-                findings.add(*findings_of(read, skeleton))
+                findings.add(*findings_of(read, skeleton, prove=prove))
         output.diagnostics(findings.found, name)
     failed = [name for name, findings in results.items() if findings.errors or (strict and findings.found)]
     for name, findings in results.items():

@@ -39,8 +39,9 @@ class Compiled:
     @classmethod
     def supposed(cls, formula: Formula, word: str = "linear") -> Compiled:
         """For the kind of layer that a target names, where there is no model to ask. Its bias counts if the formula
-        changes it."""
-        return cls(formula, supposed(word), formula.changes_bias)
+        changes it, and layers of the kind add one."""
+        kind = supposed(word)
+        return cls(formula, kind, formula.changes_bias and not kind.takes_ids)
 
     def of_weight(self, weight: Expr) -> Compiled:
         """The same layer with another expression over the same leaves in the place of W', and no bias."""

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from surgery.ir.expression import Expr
+from surgery.ir.sizes import Dim
 
 # How tightly a text binds: a sum, a product entry by entry, a product, what never needs parentheses.
 SUM, ENTRYWISE, PRODUCT, ATOM = range(4)
@@ -45,7 +46,18 @@ def entrywise_product(maths: Any, expr: Expr) -> Text:
     a, b = expr.args
     if a.shape and b.shape:
         return infix("∘", ENTRYWISE, ENTRYWISE, PRODUCT)(maths, expr)
-    return _side_by_side(maths, *((b, a) if a.shape else (a, b)))
+    scalar, scaled = (b, a) if a.shape else (a, b)
+    if scalar.op == "const" and scalar.data in (1, -1):  # as where a spec's scale is 1
+        return maths.named(scaled) if scalar.data == 1 else (f"-{maths.at_least(scaled, PRODUCT)}", SUM)
+    return _side_by_side(maths, scalar, scaled)
+
+
+def transpose(maths: Any, expr: Expr) -> Text:
+    """`aᵀ`; what is turned twice is as it was."""
+    turns, inner = 1, expr.args[0]
+    while inner.op == "T" and inner not in maths.symbols:
+        turns, inner = turns + 1, inner.args[0]
+    return (f"{maths.at_least(inner, ATOM)}ᵀ", ATOM) if turns % 2 else maths.named(inner)
 
 
 def _side_by_side(maths: Any, a: Expr, b: Expr) -> Text:
@@ -91,4 +103,4 @@ def undecided(maths: Any, expr: Expr) -> Text:
 
 def number_text(value: Any) -> str:
     """A compile-time value: `2`, `0.5`, `2/3`, `out / 2`."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else value.rounded if isinstance(value, Dim) else str(value)

@@ -11,7 +11,7 @@ from typing import Any
 
 from surgery.ir import derivatives, flop_rules
 from surgery.ir.expression import Expr, Shape
-from surgery.ir.notation_forms import ATOM, ENTRYWISE, PRODUCT, SUM, around, entrywise_product, infix
+from surgery.ir.notation_forms import ATOM, ENTRYWISE, PRODUCT, SUM, around, entrywise_product, infix, transpose
 from surgery.ir.notation_forms import product as product_notation
 from surgery.ir.shape_rules import (
     ShapeError,
@@ -321,7 +321,7 @@ ROWS = [
               flops=flop_rules.product, derivative=derivatives.matmul, notation=product_notation),
     Operation("T", 1, lambda a: matrix(a)[:-2] + (a[-1], a[-2]), lambda a: a.mT, "aᵀ, of the last two axes", sign=".T",
               linear=Linear.TOGETHER, transpose=Transpose.KNOWN, orthogonal=Orthogonal.OF_ORTHOGONAL, text="{}.mT",
-              memory=Memory.VIEW, derivative=derivatives.turned, notation=around("", "ᵀ", ATOM)),
+              memory=Memory.VIEW, derivative=derivatives.turned, notation=transpose),
     Operation("diag", 1, lambda a: vector(a) + a[-1:], lambda a: a.diag_embed(), "the diagonal matrix of a vector",
               linear=Linear.TOGETHER, transpose=Transpose.KNOWN, is_structured=True, text="{}.diag_embed()"),
     Operation("block_diag", 1, _block_diag_shape, _block_diag, "a stack [b, k, k] along the diagonal of [b k, b k]",

@@ -9,7 +9,11 @@ from surgery.ir.expression import Shape
 
 
 class ShapeError(Exception):
-    """Shapes that an operation cannot take; the message says why."""
+    """Shapes that an operation cannot take; the message says why, `argument` which one it is where it is one alone."""
+
+    def __init__(self, message: str, argument: int | None = None, helps: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.argument, self.helps = argument, helps
 
 
 def shape_text(shape: Shape) -> str:

@@ -70,7 +70,12 @@ class Dim:
         return any(isinstance(name, _Real) for name in self.symbols())
 
     def __str__(self) -> str:
-        return " + ".join(_monomial_text(m, c) for m, c in reversed(self.terms)).replace("+ -", "- ")
+        return _sum_text(_monomial_text(m, c) for m, c in reversed(self.terms))
+
+    @property
+    def rounded(self) -> str:
+        """Its text for people: what was a float (3.14159 of `3.14159 * out`) has six digits, as floats have."""
+        return _sum_text(_monomial_text(m, c, rounded=c.denominator > 10**6) for m, c in reversed(self.terms))
 
     __repr__ = __str__
 
@@ -170,10 +175,15 @@ def _reciprocal(value: Size | float) -> Size:
     return Dim({tuple((n, -p) for n, p in monomial): 1 / coefficient})
 
 
-def _monomial_text(monomial: Monomial, coefficient: Fraction) -> str:
+def _sum_text(terms: Iterable[str]) -> str:
+    return " + ".join(terms).replace("+ -", "- ")
+
+
+def _monomial_text(monomial: Monomial, coefficient: Fraction, rounded: bool = False) -> str:
     over = [n if p == 1 else f"{n}^{p}" for n, p in monomial if p > 0]
     under = [n if p == -1 else f"{n}^{-p}" for n, p in monomial if p < 0]
-    top, bottom = abs(coefficient.numerator), coefficient.denominator
+    top, bottom = (f"{abs(float(coefficient)):.6g}", 1) if rounded else (
+        abs(coefficient.numerator), coefficient.denominator)
     text = " ".join(([str(top)] if top != 1 or not over else []) + over)
     divisors = ([bottom] if bottom != 1 else []) + under
     return ("-" if coefficient < 0 else "") + text + "".join(f" / {n}" for n in divisors)

@@ -294,8 +294,9 @@ def make(op: str, *args: Expr, data: Any = None) -> Expr:
         if is_whole(argument) and i not in row.places:
             raise ShapeError("cannot compute with places, which say what rows, columns or entries are meant")
         if i in row.places and not is_whole(argument):
-            known = "`range`, `indices`, `top`, `sample`, `integers`"
-            raise ShapeError(f"needs places (of {known}) as its argument {i + 1}")
+            raise ShapeError("needs places here, and this is a tensor", i, (
+                "places are what `range`, `indices` and `top` give, and a `frozen param` that starts at one of them or "
+                "is drawn from `sample` or `integers`",))
     return Expr(op, args, data, row.shape_of(data, tuple(a.shape for a in args)))
 
 

@@ -118,6 +118,8 @@ def instead_of_statement(word: str, text: str, in_file: bool) -> str:
     """What to write where a statement is due and there is a word that begins none; `text` is what stands after it."""
     if word in _ARGUMENTS:
         return _ARGUMENTS[word]
+    if not in_file and (dims := re.match(r"\s*(\[[^\]\n]*\])\s*[=~](?!=)", text)):
+        return f"`param {word}{dims[1]} = ...` is trained, and `let {word} = ...` gives a name to a value"
     if re.match(r"\s*(:\s*\w+\s*)?=(?!=)", text):
         meant = _ARGUMENT_NAMES.get(word, word)
         return (f"a spec's parameters stand in its header: `spec name({meant}: int = 8)`" if in_file else

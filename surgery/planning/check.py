@@ -33,10 +33,13 @@ if TYPE_CHECKING:
 _EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
 
 
-def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bool = True) -> list[Diagnostic]:
+def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bool = True,
+          prove: bool = False) -> list[Diagnostic]:
     """All that is wrong with a spec (or a file, or a shipped spec by its name), warnings too: whatever the model; and,
     where it has no error and a model is given (on the meta device too), on that model. What is wrong is not raised.
-    Without `tried`, what the text alone says: names, types, shapes and patterns, but no start and no claim.
+    Without `tried`, what the text alone says: names, types, shapes and patterns, but no start and no claim. That every
+    program gives the values and gradients of its formula is tried where numbers are computed anyway, as for a claim;
+    with `prove` always (which loads torch).
 
     >>> import surgery
     >>> surgery.check("lora")
@@ -51,7 +54,7 @@ def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bo
         resolved = ResolvedSpec(read, report)
         report.add(*lint(resolved), *selector_faults(read, resolved.library.selects))
         if tried and not report.errors:
-            report.add(*_tried(resolved))
+            report.add(*_tried(resolved, prove))
     except SurgeryError as error:
         report.add(*error.diagnostics)
         return report.found
@@ -71,7 +74,7 @@ def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bo
     return [*(d for d in report.found if d.code != "fallback"), *on_model]
 
 
-def _tried(resolved: ResolvedSpec) -> list[Diagnostic]:
+def _tried(resolved: ResolvedSpec, prove: bool) -> list[Diagnostic]:
     """What shows at concrete sizes alone. Algebra goes first: only what it cannot prove is computed in numbers."""
     report = Collector()
     targets = {t: list(trials_of(t, resolved, report)) for t in resolved.spec.targets}
@@ -81,19 +84,23 @@ def _tried(resolved: ResolvedSpec) -> list[Diagnostic]:
     unused = [t for target in _unplaced(resolved.spec) for t in trials_of(target, resolved, report)]
     claiming = [t for t in (*sum(targets.values(), []), *unused) if t.formula.claims]
     idle = [trials for trials in targets.values() if trials and not any(surely_trains(t.formula) for t in trials)]
-    if unproven or claiming or idle or on_manifolds:
+    if unproven or claiming or idle or on_manifolds or prove:
         from surgery.planning.numeric_check import try_claims, try_gradients, try_manifolds, try_starts
+        from surgery.planning.prove_programs import try_programs
 
         report.add(*(faults := try_manifolds(on_manifolds)))
         if faults:  # what does not start where it says starts nowhere in particular
             return report.found
         report.add(*try_starts(unproven), *try_claims(claiming), *try_gradients(idle))
+        report.add(*try_programs(chain(*targets.values())))
     for trials in targets.values():
         report.add(*islice(chain.from_iterable(map(_miscompiled, trials)), 1))  # our mistake: one a target is enough
     for target in resolved.spec.targets:
-        # A cheap program pays on large weights: whether a target runs dense is asked of the largest that fits.
-        shapes = sorted(chain(*sizes_to_try(target, resolved)), key=prod, reverse=True)
-        largest = [first_that_fits(target, resolved, place, shapes, Collector()) for place in places_of(target)]
+        # A cheap program pays on large weights: whether a target runs dense is asked of the largest that fits, wide,
+        # tall and square, since what is cheap on one need not be so on another.
+        shapes = [sorted(sizes, key=prod, reverse=True) for sizes in sizes_to_try(target, resolved)]
+        largest = [first_that_fits(target, resolved, place, sizes, Collector()) for place in places_of(target)
+                   for sizes in shapes]
         estimates = [Estimate(Compiled.supposed(trial.formula, target.kind)) for trial in largest if trial]
         report.add(*filter(None, [fallback(target, estimates)]))
     return report.found

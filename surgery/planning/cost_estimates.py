@@ -98,7 +98,7 @@ def fallback(target: Target, estimates: Iterable[Estimate]) -> Diagnostic | None
         return None
     worst = max(dense, key=Estimate.ratio)
     # A program may make the transpose of what the spec wrote, which can be much longer: the shorter one is shown.
-    matrix = worst.built[0]
+    matrix = next((each for each in worst.built if each.has("param")), worst.built[0])
     text, shape = min(((brief(m), m.shape) for m in (matrix, turned(matrix))), key=lambda pair: len(pair[0]))
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST - 3]}..."
     return Diagnostic("fallback", "this target has no cheap program and runs dense", target.span, severity="warning",

@@ -18,7 +18,8 @@ from surgery.language.tree import Spec, Step, Target
 from surgery.semantics.resolved_spec import resolved
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-_RESERVED = ("W", "I", "X")
+_RESERVED = ("W", "I")
+_OPERANDS = "XZYHSTUV"  # what a step acts on is called by the first of these that a formula does not have
 _SHORT = 24  # an update whose text is no longer stands in the first line
 Row = tuple[str, str]
 _SHARERS = {"target": "the modules of the target", "module": "the steps of the module",
@@ -54,6 +55,7 @@ class Page:
         self.formula = formula
         self.steps = [Made(part.step, part.expr, part.operand, part.times) for part in formula.parts]
         self.symbols: dict[Expr, str] = {}
+        self.operand_symbols: dict[Expr, str] = {}
         # A short update (`s B A`) says more in the first line than a symbol that stands for it. A transform never
         # stands there in full: the line would no longer show what is multiplied with what.
         self.written_out = [
@@ -68,7 +70,8 @@ class Page:
         for expr in (*(made.plain for made in self.steps), *(leaf.expr for leaf in self.formula.leaves)):
             self._name_leaves(expr)
         self.operands = list(dict.fromkeys(m.operand for m in self.steps if self._reads(m)))
-        self.operand_symbols = {o: _numbered("X", i) for i, o in enumerate(self.operands)}
+        letter = next((c for c in _OPERANDS if c not in self.symbols.values()), "X'")
+        self.operand_symbols = {o: _numbered(letter, i) for i, o in enumerate(self.operands)}
         # What several lines have in common gets a symbol last, when it is known how the lines are written.
         starts = (leaf.init for leaf in self.formula.leaves if leaf.init is not None)
         written = (self.formula.weight, self.formula.bias, *self.operands, *(m.plain for m in self.steps), *starts)
@@ -93,7 +96,8 @@ class Page:
 
     def _free(self, *wishes: str) -> str:
         """The first wish that is not taken, else the first one numbered."""
-        taken = {*_RESERVED, *self.symbols.values(), *(["b"] if self.formula.changes_bias else [])}
+        taken = {*_RESERVED, *self.symbols.values(), *self.operand_symbols.values(),
+                 *(["b"] if self.formula.changes_bias else [])}
         numbered = (_numbered(wishes[0], i) for i in range(1, len(taken) + 2))
         return next(s for s in (*wishes, *numbered) if s not in taken)
 

@@ -16,7 +16,7 @@ from surgery.diagnostics import Diagnostic, SurgeryError
 from surgery.ir.dense import dense
 from surgery.ir.expression import Claim
 from surgery.ir.manifolds import MANIFOLDS
-from surgery.ir.sizes import known_shape
+from surgery.ir.sizes import known, known_shape
 from surgery.layers.survey import sites
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
@@ -24,6 +24,7 @@ from surgery.planning.trial_sizes import Trial
 from surgery.text import listed
 
 CLAIM_TOLERANCE = 1e-8
+LARGE = 1000  # rows of a matrix that takes seconds to make: a claim is tried on one of such a size alone
 _DISTANCES = (0.1, 1.0)
 
 
@@ -37,7 +38,9 @@ def _placed(trial: Trial) -> Placed:
 
 
 @torch.no_grad()
-def _start(placed: Placed) -> dict[str, Tensor]:
+def start(trial: Trial) -> dict[str, Tensor]:
+    """The tensors of a target where it starts, on a random weight."""
+    placed = _placed(trial)
     return {**frozen_leaves(placed), **tensors(placed, 0, torch.float32, {})}
 
 
@@ -49,7 +52,7 @@ def try_starts(trials: Iterable[Trial]) -> list[Diagnostic]:
     """One diagnostic for each target whose W' or b' does not start as W or b, with the largest departure."""
     worst: dict[int, tuple[float, Trial]] = {}
     for trial in trials:
-        values, key = _start(_placed(trial)), id(trial.target)
+        values, key = start(trial), id(trial.target)
         relative = max(departure(values["weight"], dense(trial.formula.weight, values)),
                        departure(values["bias"], dense(trial.formula.bias, values)))
         if not relative <= max(IDENTITY_TOLERANCE, worst.get(key, (0.0,))[0]):  # so written, a NaN is a departure too
@@ -67,7 +70,7 @@ def try_manifolds(trials: Iterable[Trial]) -> list[Diagnostic]:
     by_place: dict[tuple, Diagnostic] = {}  # the same at every size of the weight
     for trial in trials:
         try:
-            _start(_placed(trial))
+            start(trial)
         except SurgeryError as error:
             by_place |= {(d.code, d.span): d for d in error.diagnostics}
     return [*by_place.values()]
@@ -98,7 +101,7 @@ def _trained(trial: Trial) -> list[str]:
 def _has_gradient(trial: Trial) -> bool:
     """Whether a random gradient of W' and b' reaches a parameter. A NaN is not nothing."""
     values = {name: value.detach().double() if value.is_floating_point() else value
-              for name, value in _start(_placed(trial)).items()}
+              for name, value in start(trial).items()}
     trained = [values[key].requires_grad_() for key in _trained(trial)]
     # A random loss stands for every loss: where a gradient is zero for it, it is zero for all, but by chance.
     generator = torch.Generator().manual_seed(2)
@@ -123,6 +126,12 @@ class Property:
 
 
 def _unorthogonal(r: Tensor) -> Tensor:
+    # A product with a few random vectors shows a defect anywhere in R Rᵀ; how large it is, all of R Rᵀ.
+    if r.shape[-1] > LARGE:
+        probes = torch.randn(r.shape[-1], 4, dtype=r.dtype, generator=torch.Generator().manual_seed(3)).to(r.device)
+        defect = (r @ (r.mT @ probes) - probes).abs().max()
+        if defect <= CLAIM_TOLERANCE:
+            return defect
     return (r @ r.mT - torch.eye(r.shape[-2], dtype=r.dtype, device=r.device)).abs().max()
 
 
@@ -148,8 +157,9 @@ PROPERTIES = {
 def try_claims(trials: Iterable[Trial]) -> list[Diagnostic]:
     """One diagnostic for each claim of a definition that random parameters refute, with the largest defect."""
     worst: dict[tuple, tuple[float, Claim]] = {}
+    large: set[tuple] = set()
     for trial in trials:
-        for claim, defect in _defects(trial):
+        for claim, defect in _defects(trial, large):
             key = claim.owner, claim.name, claim.span
             if not defect <= max(CLAIM_TOLERANCE, worst.get(key, (0.0,))[0]):
                 worst[key] = defect, claim
@@ -166,23 +176,29 @@ def try_claims(trials: Iterable[Trial]) -> list[Diagnostic]:
 
 
 @torch.no_grad()
-def _defects(trial: Trial) -> Iterator[tuple[Claim, float]]:
+def _defects(trial: Trial, large: set[tuple]) -> Iterator[tuple[Claim, float]]:
     """Each claim with its largest defect (infinite if it never has one). Where a matrix is not finite,
-    it says nothing."""
-    start = {name: value.detach().double() for name, value in _start(_placed(trial)).items()}
+    it says nothing. `large` are the claims that a large matrix has been tried for, and grows."""
+    begins = {name: value.detach().double() for name, value in start(trial).items()}
     defects: dict[Claim, list[float]] = {claim: [] for claim in trial.formula.claims}
     for distance in _DISTANCES:
         # Away from the start, where most transforms are the identity and every claim would hold.
-        generator, values = torch.Generator().manual_seed(1), dict(start)
+        generator, values = torch.Generator().manual_seed(1), dict(begins)
         for leaf in trial.formula.leaves:
             if not leaf.frozen:
                 noise = torch.randn(known_shape(leaf.shape), generator=generator, dtype=torch.float64, device="cpu")
-                values[leaf.key] = start[leaf.key] + distance * noise
+                values[leaf.key] = begins[leaf.key] + distance * noise
             # what is kept on a manifold never leaves it, and a claim may rest on that
             if leaf.manifold:
                 values[leaf.key] = MANIFOLDS[leaf.manifold].retract(values[leaf.key])
         for claim, sizes in defects.items():
+            is_large = known(claim.expr.shape[-1]) > LARGE
+            if is_large and (claim.owner, claim.name, claim.span) in large:
+                continue
             matrix = dense(claim.expr, values)
+            if is_large and matrix.isfinite().all():
+                large.add((claim.owner, claim.name, claim.span))
             if matrix.isfinite().all() and matrix.shape[-1] == matrix.shape[-2]:
                 sizes.append(float(PROPERTIES[claim.name].defect(matrix)))
-    yield from ((claim, max(sizes, default=float("inf"))) for claim, sizes in defects.items())
+    yield from ((claim, max(sizes, default=float("inf"))) for claim, sizes in defects.items()
+                if sizes or (claim.owner, claim.name, claim.span) not in large)

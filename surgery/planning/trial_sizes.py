@@ -46,10 +46,17 @@ def trials_of(target: Target, resolved: ResolvedSpec, report: Collector) -> Iter
         yield from filter(None, trials)
         if not any(trials):
             # No error: a spec may well be for sizes that nobody would guess. But it must not pass for tested.
-            where = "".join(f", {name} = {place[name]:g}" for name in names_in(target) if name in place)
-            report.warn("untested", f"no size of weight that `check` tries fits this target{where}, so its start and "
-                        "its claims are not tested", target.span, notes=tuple(f.message for f in faults.found[:1]),
-                        helps=("`surgery apply` tests the start on a model",))
+            where = ", ".join(f"{name} = {place[name]:g}" for name in names_in(target) if name in place)
+            of_place = Collector()
+            if where and resolved.formula(target, of_place, place=place) is None:  # what is wrong is no matter of sizes
+                faults = of_place
+                what = f"with {where} this target fits no weight, whatever its size, so it is not tested"
+                helps = (f"say what is meant there, `if {where.split(' ')[0]} ...`, or leave such modules out",)
+            else:
+                what = (f"no size of weight that `check` tries fits this target{f', {where}' if where else ''}, so its "
+                        "start and its claims are not tested")
+                helps = ("`surgery apply` tests the start on a model",)
+            report.warn("untested", what, target.span, notes=tuple(f.message for f in faults.found[:1]), helps=helps)
 
 
 def places_of(target: Target) -> Iterable[Mapping[str, Any]]:

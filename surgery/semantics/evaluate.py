@@ -31,7 +31,7 @@ from surgery.ir.sizes import Dim, Size, divide, has_few_digits, is_real, symbol,
 from surgery.language import tree
 from surgery.language.formatter import expression_text
 from surgery.language.well_formed import MAX_INT
-from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Body, Poisoned, describe, of_a_module, text, unknown
+from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Body, Poisoned, describe, known_elsewhere, text, unknown
 
 MAX_NUMBERS = 2**60  # of a tensor: torch counts its bytes in 63 bits
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -58,7 +58,9 @@ def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
     except ShapeError as error:
         # of an operator the place says who it is that the shapes do not fit
         callee = node.function if isinstance(node, tree.Call) else ".T" if isinstance(node, tree.Transpose) else ""
-        raise fail("shape-mismatch", f"{f'`{callee}` ' if callee else ''}{error}", node.span,
+        is_one = isinstance(node, tree.Call) and error.argument is not None
+        raise fail("shape-mismatch", f"{f'`{callee}` ' if callee else ''}{error}",
+                   node.arguments[error.argument].value.span if is_one else node.span, helps=error.helps,
                    notes=() if node.span else (f"in `{expression_text(node)}`",)) from None
     except ZeroDivisionError:
         raise fail("bad-value", f"`{expression_text(node)}` divides by zero", node.span,
@@ -104,7 +106,7 @@ def _name(node: tree.Name, names: Mapping[str, Any]) -> Any:
     if node.id not in names and node.id in _CONSTANT_NAMES:
         return _CONSTANT_NAMES[node.id]
     if node.id not in names:
-        raise unknown("unknown-name", "name", node.id, names, node.span, of_a_module(node.id))
+        raise unknown("unknown-name", "name", node.id, names, node.span, known_elsewhere(node.id))
     if names[node.id] is POISON:
         raise Poisoned
     return names[node.id]

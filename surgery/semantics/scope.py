@@ -52,7 +52,8 @@ def describe(value: Any) -> str:
 
 def text(value: Any) -> str:
     """A value as a spec would write it, a long one cut."""
-    written = str(value).lower() if isinstance(value, bool) else str(value)
+    written = str(value).lower() if isinstance(value, bool) else (
+        value.rounded if isinstance(value, Dim) else str(value))
     return written if len(written) <= _LONGEST else f"{written[:_LONGEST - 3]}..."
 
 
@@ -77,8 +78,11 @@ _OF_A_MODULE = {"layer": "the module stands in a list of layers", "depth": "the 
                 "head_size": "an attention around the module, or its configuration, says it"}
 
 
-def of_a_module(name: str) -> tuple[str, ...]:
-    """What to do where a name is read that only the steps of a target know, and they not of every module."""
+def known_elsewhere(name: str) -> tuple[str, ...]:
+    """What to do where a name is read that means something elsewhere: in an update `on bias`, or in the steps of a
+    target, and there not of every module."""
+    if name == "b":
+        return ("`b` is the bias, which an update `on bias` reads",)
     if name not in _OF_A_MODULE:
         return ()
     return (f"the steps of a target know `{name}`, where {_OF_A_MODULE[name]}; a definition gets it as an argument: "

@@ -83,8 +83,23 @@ def test_hints_for_functions_of_other_languages(expression, hint):
 
 
 def test_a_function_is_named_once():
-    (error,) = told_of("update u { return scatter(W, W, 1, 1) }")
-    assert error.message.count("`scatter`") == 1 and error.message.endswith("as its argument 2")
+    text = "update u { param v[8] = 0 return scatter(v, W + W, 1, 1) }"
+    (error,) = told_of(text)
+    assert error.message == "`scatter` needs places here, and this is a tensor"
+    assert text[error.span.start : error.span.end] == "W + W" and "`frozen param`" in error.helps[0]
+
+
+def test_the_bias_is_no_other_parameter():
+    """`b` is not `B` misspelt: an update that is not on the bias sees none."""
+    (error,) = told_of("update u { param A[4, in] = 0 param B[out, 4] = 1 return B @ A + 0 * b }")
+    assert error.label == "" and error.helps == ("`b` is the bias, which an update `on bias` reads",)
+
+
+def test_a_statement_without_its_word_is_told_where_it_stands():
+    for statement, hint in (("d[n] = 1", "`param d[n] = ...` is trained"), ("d = 1", "`param d = ...` is trained")):
+        text = f"transform u on n {{\n  param e[n] = 1\n  {statement}\n  return diag(e)\n}}"
+        (error,) = errors_of(text)
+        assert error.span.line == 3 and hint in error.helps[0]
 
 
 @pytest.mark.parametrize(("draw", "hint"), [("zeros()", "= 0"), ("ones()", "= 1"), ("randn()", "`normal()`")])

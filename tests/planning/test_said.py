@@ -1,6 +1,7 @@
 """What `check` and JSON say of a spec beside its errors: descriptions, draws without names, what never trains."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch
 import surgery
 from surgery.language.library import parse
 from surgery.language.tree import Definition, Parameter, Spec
+from surgery.planning import numeric_check
 from surgery.planning.check import check
+from surgery.planning.formulas import formula_lines, formulas
 
 TEXT = """# What it is.
 #
@@ -180,3 +183,77 @@ def test_each_target_is_told_of():
 @pytest.mark.parametrize("name", ["lora", "sora", "pissa", "vera", "glora"])
 def test_specs_that_ship_train(name):
     assert not {d.code for d in check(surgery.load(name))} & {"never-trains", "unnamed-argument"}
+
+
+SHOWN = """spec s(scale: float = 1)
+update u(k: float = 1) {
+  param X[4, in] ~ kaiming_uniform()
+  param Y[out, 4] = 0
+  param Z[in, 4] = 0
+  return k * (Y @ X) + 3.14159 / in * (Y @ X) + (Z @ Y.T).T.T.T - 0.5 * out * (Y @ X) + (0 - 1) * (Y @ X)
+}
+transform m() on n {
+  param m[n] = row_norm(W)
+  return diag(m / row_norm(W))
+}
+target linear { add u(scale)
+  post m()
+  post m() }
+"""
+
+
+def test_a_formula_is_said_without_what_says_nothing():
+    """No factor 1, nothing turned twice, no fraction that was a float, and each symbol for one thing."""
+    ((target, formula),) = formulas(parse(SHOWN))
+    lines = formula_lines(target, formula)
+    text = "\n".join(lines)
+    assert "1 Y X" not in text and "ᵀᵀ" not in text and "3.14159" in text and "884279719003555" not in text
+    assert "(Z Yᵀ)ᵀ" in text and "-Y X" in text
+    declared = [line.split()[0] for line in lines[1:]]
+    assert max(Counter(declared).values()) == 1 and {"X", "Y", "Z"} <= {*declared}
+
+
+def test_what_runs_dense_on_one_form_of_a_weight_is_told():
+    """On a square weight it is thin beside what it acts on, and on a tall one it is not."""
+    text = """spec s()
+    update u() {
+      param A[in, in] = 0
+      return if out == in then 0 * W else sigmoid(W @ A) - sigmoid(0 * W)
+    }
+    target linear { add u() }"""
+    assert "fallback" in [d.code for d in check(parse(text))]
+
+
+def test_what_runs_dense_is_named_by_its_parameters():
+    text = """spec s()
+    update u() { param A[out, in] ~ normal(std = 1)
+      return (A < 1) * W - (A < 1) * W }
+    target linear { add u() }"""
+    told = [d for d in check(parse(text)) if d.code == "fallback"]
+    assert not told or "A" in told[0].notes[0] and "ones(" not in told[0].notes[0]
+
+
+def test_a_layer_that_is_the_culprit_is_named():
+    text = 'spec s() target "**.q" { add low_rank(%s) }'
+    assert check(parse(text % "layer + 1")) == []
+    (told,) = check(parse(text % "layer"))
+    assert told.code == "untested" and told.message.startswith("with layer = 0 this target fits no weight, whatever")
+    assert told.notes == ("`check rank >= 1` is not met",) and "`if layer ...`" in told.helps[0]
+
+
+def test_claims_on_large_sides_are_tried_once(monkeypatch):
+    """A matrix that takes seconds is made once for a claim, and R Rᵀ not at all where random vectors show no defect."""
+    sizes = []
+    monkeypatch.setattr(numeric_check, "LARGE", 90)
+    monkeypatch.setattr(numeric_check, "PROPERTIES", {"orthogonal": numeric_check.Property(
+        "", lambda r: sizes.append(len(r)) or numeric_check._unorthogonal(r))})
+    text = """spec s()
+    transform turn() on n : orthogonal { check n > 90
+      param Q[n, 2] = 0
+      param R[n, 2] ~ normal(std = 1)
+      return cayley(Q @ R.T - R @ Q.T) }
+    transform %s
+    target linear { post turn() }"""
+    assert check(parse(text % "bent() on n { return I(n) }")) == [] and len(sizes) == 1
+    defect = numeric_check._unorthogonal(torch.eye(100, dtype=torch.float64).index_fill(1, torch.tensor([7]), 1e-4))
+    assert defect > 0.9

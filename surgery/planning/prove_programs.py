@@ -1,0 +1,88 @@
+"""Whether the programs of a target compute its formula: in numbers, values and gradients.
+
+Takes targets at concrete sizes; gives diagnostics. Promises: a program is computed as the expression that its text is
+proven to mean, and the formula as it stands in the spec, with nothing rewritten; all in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from surgery.codegen.compiled import Compiled
+from surgery.diagnostics import Diagnostic
+from surgery.ir.dense import dense
+from surgery.ir.expression import in_evaluation, in_training
+from surgery.ir.sizes import known_shape
+from surgery.planning.numeric_check import start
+from surgery.planning.trial_sizes import Trial
+
+TOLERANCE = 1e-6  # relative to the largest number
+_TOKENS, _DISTANCE = 3, 0.1  # rows of input, and how far parameters are from their start
+_MOST_NUMBERS = 2**18  # of a weight
+
+
+def try_programs(trials: Iterable[Trial]) -> list[Diagnostic]:
+    """One diagnostic for each target with a program that gives other values or gradients than its formula: our
+    mistake."""
+    wrong: dict[int, Diagnostic] = {}
+    for trial in trials:
+        is_open = trial.out * trial.in_ <= _MOST_NUMBERS and id(trial.target) not in wrong
+        if is_open and (fault := _fault(trial)):
+            wrong[id(trial.target)] = Diagnostic(
+                "internal", "a program for this target does not compute its formula", trial.target.span, notes=(fault,),
+                helps=("this is a mistake of surgery's, and not of the spec: please report it",))
+    return [*wrong.values()]
+
+
+def _fault(trial: Trial) -> str:
+    """Which program is off, and how far; empty if none is."""
+    compiled = Compiled.supposed(trial.formula, trial.target.kind)
+    for training in (True, False):
+        leaves = _leaves(trial, compiled, training)
+        wanted = _results(_output(compiled, leaves, training), leaves)
+        if not all(bool(w.isfinite().all()) for w in wanted):
+            continue  # the formula itself has no value there
+        for candidate in compiled.candidates(training):
+            given = _results(dense(candidate.outputs[0], leaves), leaves)
+            error = max(float((g - w).abs().max() / w.abs().max().clamp_min(1)) for g, w in zip(given, wanted))
+            if not error <= TOLERANCE:  # so written, a NaN is an error too
+                return (f"{candidate.strategy} at [{trial.out}, {trial.in_}] is off by {error:.1e}; allowed is "
+                        f"{TOLERANCE:.0e}")
+    return ""
+
+
+def _leaves(trial: Trial, compiled: Compiled, training: bool) -> dict[str, Tensor]:
+    """An input and the tensors of a target, its parameters away from their start; noise as it might be drawn."""
+    generator = torch.Generator().manual_seed(4)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    values = {name: value.detach().double() if value.is_floating_point() else value
+              for name, value in start(trial).items()}
+    for leaf in (each for each in trial.formula.leaves if not each.frozen):
+        values[leaf.key] = (values[leaf.key] + _DISTANCE * noise(*known_shape(leaf.shape))).requires_grad_()
+    for drawn in compiled.noises if training else ():
+        values[drawn.data.key] = noise(*known_shape(drawn.shape))
+    # token ids stand for rows with a single 1, and have no gradient
+    x = torch.eye(trial.out, dtype=torch.float64)[-_TOKENS:] if compiled.kind.takes_ids else noise(_TOKENS, trial.in_)
+    return {**values, "x": x.requires_grad_(not compiled.kind.takes_ids)}
+
+
+def _output(compiled: Compiled, leaves: dict[str, Tensor], training: bool) -> Tensor:
+    """What the formula makes of the input."""
+    mode, formula = in_training if training else in_evaluation, compiled.formula
+    weight = dense(mode(formula.weight), leaves)
+    y = leaves["x"] @ (weight if compiled.kind.takes_ids else weight.mT)
+    return y + dense(mode(formula.bias), leaves) if compiled.has_bias else y
+
+
+def _results(y: Tensor, leaves: dict[str, Tensor]) -> list[Tensor]:
+    """The output, and what a random loss of it has for gradients in the input and in all that trains."""
+    trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    loss = (torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * y).sum()
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else [None] * len(trained)
+    return [y.detach(), *(torch.zeros_like(leaf) if g is None else g for leaf, g in zip(trained, gradients))]
