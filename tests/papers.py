@@ -22,7 +22,7 @@ def _of(step: str, formula):
     return lambda w, p: formula(w, **p.of_step(step))
 
 
-SOURCES: dict[str, str] = {}
+SOURCES: dict[str, str] = {"s2ft": "code: Infini-AI-Lab/S2FT"}  # whose two targets have a test of their own
 
 
 # --------------------------------------------------------------------------------------------------- parts of formulas
@@ -206,8 +206,8 @@ PAPERS = (
     _paper("ether", _of("pre_mirrors", _ether), lambda m, n: n, "code: mwbini/ether", claims=2, shifted=True,
            shipped={"blocks": 3}),
     _paper("ether_plus", _ether_plus, lambda m, n: 2 * (m + n), "code: mwbini/ether", claims=2, shipped={"blocks": 3}),
-    _paper("fact", lambda w, p: w + 2 * p["shared", "V"] @ p["add_tensor_of_layers", "T"] @ p["shared", "U"], lambda m, n: 2 * (m + n) + 4,
-           "code: JieShibo/PETL-ViT", shipped={"rank": 2, "scale": 2}),
+    _paper("fact", lambda w, p: w + 2 * p["shared", "V"] @ p["add_tensor_of_layers", "T"] @ p["shared", "U"],
+           lambda m, n: 2 * (m + n) + 4, "code: JieShibo/PETL-ViT", shipped={"rank": 2, "scale": 2}),
     _paper("gsoft", _gsoft, lambda m, n: 6 * n + m, "code: Skonor/group_and_shuffle", claims=2, shipped={"block": 3}),
     _paper("hoft", _shoft, lambda m, n: 4 * (m + n), "a summary of the paper", claims=2, shipped={"count": 2}),
     _paper("hyperadapt", lambda w, p: torch.einsum("i,ij,j->ij", p["pre_diagonal", "d"], w, p["pre_diagonal_2", "d"]),

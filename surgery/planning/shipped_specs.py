@@ -15,6 +15,7 @@ from surgery.codegen.compiled import Compiled
 from surgery.ir.sizes import known
 from surgery.language.library import read, shipped
 from surgery.planning.cost_estimates import Estimate
+from surgery.planning.families import families
 from surgery.semantics.resolved_spec import resolved
 
 OUT, IN = 1024, 4096
@@ -23,13 +24,14 @@ _PAPER = re.compile(r"arXiv \d{4}\.\d{4,5}")
 
 @dataclass(frozen=True)
 class Entry:
-    """A shipped spec: its first line, its paper's number, and of its first target: the parameters that train, how the
-    cheapest program runs, and what a step costs as a multiple of the frozen layer's (None for a spec that only
-    unfreezes)."""
+    """A shipped spec: its first line, its paper's number, its families (`families.FAMILIES`), and of its first target:
+    the parameters that train, how the cheapest program runs, and what a step costs as a multiple of the frozen layer's
+    (None for a spec that only unfreezes)."""
 
     name: str
     description: str
     paper: str | None
+    families: tuple[str, ...]
     parameters: int | None
     program: str
     step_ratio: float | None
@@ -44,11 +46,12 @@ def catalogue() -> list[Entry]:
     for name, path in shipped().items():
         spec = read(path)
         paper = _PAPER.search(spec.doc)
-        about = (name, spec.doc.partition("\n")[0], paper and paper[0])
-        if not spec.targets:  # it only unfreezes what the model has
+        formulas = [formula for _, formula in resolved(spec).formulas(OUT, IN)]
+        about = (name, spec.doc.partition("\n")[0], paper and paper[0], families(formulas))
+        if not formulas:  # it only unfreezes what the model has
             entries.append(Entry(*about, None, "the model's own parameters", None))
             continue
-        formula = resolved(spec).formulas(OUT, IN)[0][1]
+        formula = formulas[0]
         estimate = Estimate(Compiled.supposed(formula))
         program = "dense" if estimate.built else estimate.candidates[0].strategy
         trained = sum(known(prod(leaf.shape)) for leaf in formula.leaves if not leaf.frozen)

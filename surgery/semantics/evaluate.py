@@ -213,7 +213,7 @@ def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
     # Both sides are read, so that mistakes in either are found before sizes are known; which one holds is not guessed.
     both = evaluate(node.then, names), evaluate(node.otherwise, names)
     if all(isinstance(v, Expr) for v in both):
-        return both[0] if both[0].shape == both[1].shape else undecided(both, expression_text(node))
+        return both[0] if both[0] is both[1] else undecided(both, expression_text(node))
     return both[0] if both[0] == both[1] else symbol(f"({expression_text(node)})", any(map(is_real, both)))
 
 

@@ -6,29 +6,33 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 from click.testing import CliRunner
+from methods_table import PAGE, page, without_estimates
 
 from surgery.cli.main import main
 from surgery.language.library import shipped
+from surgery.planning.families import FAMILIES
 from surgery.planning.shipped_specs import catalogue
 
 LINES = {"glora": 18}  # of a method's spec without comments and blank lines, where it takes more than the usual ones
 USUAL_LINES = 15
+entries = cache(catalogue)
 
 
 def test_each_spec_has_its_figures():
-    entries = {entry.name: entry for entry in catalogue()}
-    assert list(entries) == list(shipped())
-    assert entries["lora"].parameters == 8 * (1024 + 4096) and entries["oft"].parameters == 4096 * 32
-    assert entries["dora"].paper == "arXiv 2402.09353"
-    assert {e.name for e in entries.values() if e.parameters is None} == {"bitfit", "ln_tuning"}
-    for entry in entries.values():
+    of = {entry.name: entry for entry in entries()}
+    assert list(of) == list(shipped())
+    assert of["lora"].parameters == 8 * (1024 + 4096) and of["oft"].parameters == 4096 * 32
+    assert of["dora"].paper == "arXiv 2402.09353"
+    assert {e.name for e in of.values() if e.parameters is None} == {"bitfit", "ln_tuning"}
+    for entry in of.values():
         assert entry.description and (entry.step_ratio is None or entry.step_ratio >= 1), entry.name
     cheap = {"lora", "dora", "pre_diag", "post_diag", "sora", "oft", "boft", "hra", "loha", "lokr", "c3a", "road_1"}
-    assert {entries[name].program for name in cheap} == {"activations", "joined blocks"}
-    assert entries["hira"].program == entries["fourierft"].program == "dense"
+    assert {of[name].program for name in cheap} == {"activations", "joined blocks"}
+    assert of["hira"].program == of["fourierft"].program == "dense"
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -43,6 +47,23 @@ def test_the_command_lists_them():
     assert told.exit_code == 0 and len(told.stdout.splitlines()) == 1 + len(shipped())
     found = json.loads(CliRunner().invoke(main, ["specs", "--json"]).stdout)["specs"]
     assert [each["name"] for each in found] == list(shipped())
+
+
+def test_the_command_lists_a_family():
+    told = json.loads(CliRunner().invoke(main, ["specs", "--family", "orthogonal", "--json"]).stdout)["specs"]
+    names = {each["name"] for each in told}
+    assert {"sora", "oft", "hoft", "psoft", "polar"} <= names and not names & {"lora", "dora", "post_diag"}
+    of = {each.name: set(each.families) for each in entries()}
+    assert of["sora"] == {"additive", "multiplicative", "orthogonal", "diagonal"}
+    assert of["dora"] == {"additive", "multiplicative", "magnitude"} and of["ln_tuning"] == {"unfrozen"}
+    assert of["vera"] == {"additive", "shared"} and of["hira"] == {"additive", "hadamard"}
+    assert of["rosa"] == {"additive", "sparse"} and of["pissa"] == {"additive", "spectral"}
+    assert "bias" in of["red"] and set().union(*of.values()) == set(FAMILIES)
+
+
+def test_the_page_of_methods_is_of_these_specs():
+    """`python tests/methods_table.py` writes it."""
+    assert without_estimates(PAGE.read_text(encoding="utf-8")) == without_estimates(page(entries()))
 
 
 def test_no_torch_is_needed():
