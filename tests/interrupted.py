@@ -37,6 +37,7 @@ class Interrupt:
 
     def __init__(self, at: Line | None = None):
         self.at, self.lines, self._counts = at, [], Counter()
+        self._left = at[2] if at else 0  # how many times that line runs before
 
     def __enter__(self) -> Interrupt:
         sys.settrace(self._called)
@@ -47,6 +48,8 @@ class Interrupt:
 
     def _called(self, frame: FrameType, event: str, argument: object) -> Callable | None:
         file = frame.f_code.co_filename
+        if self.at:  # which is one line: the others need not be counted
+            return self._until if file == self.at[0] else None
         return self._line if file.startswith(PACKAGE) and not file.startswith(OUTSIDE) else None
 
     def _line(self, frame: FrameType, event: str, argument: object) -> Callable:
@@ -54,9 +57,15 @@ class Interrupt:
             place = (frame.f_code.co_filename, frame.f_lineno)
             self.lines.append((*place, self._counts[place]))
             self._counts[place] += 1
-            if self.lines[-1] == self.at:
-                raise KeyboardInterrupt
         return self._line
+
+    def _until(self, frame: FrameType, event: str, argument: object) -> Callable:
+        assert self.at
+        if event == "line" and frame.f_lineno == self.at[1]:
+            self._left -= 1
+            if self._left < 0:
+                raise KeyboardInterrupt
+        return self._until
 
     @property
     def chosen(self) -> list[Line]:

@@ -1,10 +1,12 @@
 """Mistakes put into the heart of the package, one at a time, and whether the tests see them: by hand, not in CI.
 
-    python dev.py mutate [--count 40] [--seed 0] [--seconds 1500] [--tests PATH ...] [MODULE or folder ...]
+    python dev.py mutate [--count 44] [--from 0] [--seed 0] [--seconds 1500] [--tests PATH ...] [MODULE or folder ...]
 
 A mistake is one change of a module's syntax tree (a sign, a factor, a comparison, a condition, a constant, the order of
 arguments, a statement left out), drawn by seed from all that there are, so that nothing here names a line that moves.
-Each is made in a copy of the project; the tests run until one fails. What survives is printed: a mistake that changes
+Each is made in a copy of the project; the tests run until one fails, with a bound on their time and on their memory: what
+makes them endless or makes a tensor of everything is seen too. `--from` goes on where an earlier run of the same seed
+stopped. What survives is printed: a mistake that changes
 no result (a cheaper form is missed, a bound is wider) may, any other asks for a test. Needs a system that can fork.
 """
 
@@ -35,7 +37,8 @@ TESTS = ("test_reference.py", "test_rules.py", "test_corners.py", "test_step.py"
          "test_called.py", "test_invented.py", "test_zoo_dropout.py", "test_random_specs.py", "test_starts.py",
          "test_matrix_free.py", "test_zoo_dtypes.py")
 COUNTED = {"cost_model", "operation_counts"}  # modules whose figures choose between programs that give the same
-PATIENCE = 4  # times what the tests take without a mistake; one that makes them endless is seen
+PATIENCE = 4  # times what the tests take without a mistake
+MEMORY = 8 * 2**30  # bytes of a process; without a mistake the tests take a quarter of it
 
 SIGNS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv}
 FLIPPED = {ast.Lt: ast.GtE, ast.GtE: ast.Lt, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -164,6 +167,7 @@ def is_seen(copy: Path, tests: list[str], log: Path, most: float = float("inf"))
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         os.chdir(copy)
         sys.path[:0] = [str(copy), str(copy / "tests")]
+        bound_memory(MEMORY)
         import pytest
 
         os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])) != 0)
@@ -178,10 +182,18 @@ def is_seen(copy: Path, tests: list[str], log: Path, most: float = float("inf"))
     return True
 
 
+def bound_memory(most: int) -> None:
+    """From now on this process is refused more memory of its own than that (what files are mapped to does not count)."""
+    import resource  # of the systems that can fork
+
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
 def main() -> int:
     say = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     say.add_argument("paths", nargs="*", default=HEART, metavar="MODULE")
-    say.add_argument("--count", type=int, default=40)
+    say.add_argument("--count", type=int, default=44)
+    say.add_argument("--from", type=int, default=0, dest="first", help="leave out so many of the first ones")
     say.add_argument("--seed", type=int, default=0)
     say.add_argument("--seconds", type=float, default=float("inf"), help="begin no new mistake after so many")
     say.add_argument("--tests", nargs="+", default=[f"{path.relative_to(ROOT)}" for name in TESTS
@@ -196,7 +208,7 @@ def main() -> int:
 
     files = [f for p in given.paths for f in (sorted((ROOT / p).rglob("*.py")) if (ROOT / p).is_dir() else [ROOT / p])]
     known = [m for file in files if file.stem not in COUNTED for m in mistakes(file.relative_to(ROOT))]
-    chosen = drawn(known, given.seed)[:given.count]
+    chosen = drawn(known, given.seed)[given.first:given.count]
     print(f"{len(known)} mistakes can be made in {len(files)} modules; {len(chosen)} are tried", flush=True)
     begin, survivors, tried = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory() as folder:

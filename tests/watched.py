@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 import surgery
 
-OUT, IN, TOKENS, RANK = 1280, 1536, 24, 4
-ALLOWED = max(TOKENS, 4 * RANK) * max(OUT, IN)  # numbers; a matrix of the weight's size has fifty times as many
+OUT, IN, TOKENS, RANK = 640, 768, 24, 4
+ALLOWED = max(TOKENS, 4 * RANK) * max(OUT, IN)  # numbers; a matrix of the weight's size has 26 times as many
 
 
 class Watch(TorchDispatchMode):
@@ -32,7 +32,7 @@ def largest(spec: surgery.Spec) -> tuple[str, int]:
     """The largest tensor that a step makes, a second one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(IN, OUT))
-    surgery.apply(model, spec)
+    surgery.apply(model, spec, check=False)
     for _ in range(2):
         with Watch(model[0].get_parameter("weight")) as watch:
             model(torch.randn(TOKENS, IN, requires_grad=True)).square().sum().backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 from each import of_some
@@ -42,7 +42,7 @@ from surgery.semantics.resolved_spec import IN, OUT, PLACES, spec_values
 
 SIZES = ((96, 192), (192, 96), (64, 128), (12, 18))
 PLACE = {"layer": 1, "depth": 0.5}
-SPECS = {**{f"shipped {name}": load(name) for name in shipped()}, **{case.name: case.spec() for case in CASES}}
+SPECS = {**{f"shipped {name}": partial(load, name) for name in shipped()}, **{case.name: case.spec for case in CASES}}
 
 
 on_every_spec = pytest.mark.parametrize("case", SPECS)
@@ -59,7 +59,7 @@ def formulas(spec: Spec, *sizes: tuple, place: dict = PLACE) -> Iterator[list[Fo
 
 @lru_cache(maxsize=8)
 def sized(case: str) -> list[list[Formula]]:
-    return list(formulas(SPECS[case], *SIZES))
+    return list(formulas(SPECS[case](), *SIZES))
 
 
 @on_every_spec
@@ -87,7 +87,7 @@ def programs(formula: Formula, kind: LayerKind, has_bias: bool) -> Iterator[Prog
 
 @on_every_spec
 def test_symbolic_sizes_keep_the_laws(case):
-    for formula, in formulas(SPECS[case], (OUT, IN), place=PLACES):
+    for formula, in formulas(SPECS[case](), (OUT, IN), place=PLACES):
         verify_formula(formula)
         verify(simplify(formula.weight), SIMPLIFIED)
 
@@ -95,7 +95,7 @@ def test_symbolic_sizes_keep_the_laws(case):
 @on_every_spec
 @of_some("at", [], range(2))
 def test_gradients_keep_the_laws(case, at):
-    for of_target in formulas(SPECS[case], (96, 192), (64, 128)):
+    for of_target in formulas(SPECS[case](), (96, 192), (64, 128)):
         formula = of_target[at % len(of_target)]
         plan = Compiled(formula, LINEAR, True).candidates()[0]
         text = step_text(plan.written, plan.needs) if plan.has_body and any(plan.needs) else None

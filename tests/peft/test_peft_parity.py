@@ -15,7 +15,7 @@ import torch
 from layers import assert_close
 from peft_cases import CONFIGS, EXACT, SINGLE, WRONG_IN_PEFT, cases
 from peft_differences import DIFFERENCES
-from peft_pair import LAYERS, One, adapted, compare, full, pair, perturb, place_of, resolve, run
+from peft_pair import LAYERS, One, Pair, adapted, compare, full, pair, perturb, place_of, resolve, run
 from torch import nn
 
 from surgery.language.library import load, parse, retarget, shipped
@@ -28,32 +28,32 @@ from surgery.runtime.surgeon import apply
 BY_NAME = {m.name: m for m in METHODS}
 GLORA = BY_NAME["glora"].family
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # PEFT's SHiRA builds sparse matrices
-on_every_row = pytest.mark.parametrize("method, layer, config", [
-    pytest.param(method, layer, config, id=f"{method.name}, {layer}, {config}") for method, layer, config in cases()])
 
 
-@on_every_row
-def test_the_same_parameters_give_the_same_output_and_gradients(method, layer, config):
-    found = compare(pair(method, layer, config))
+@pytest.fixture(scope="module", params=[
+    pytest.param(row, id=f"{row[0].name}, {row[1]}, {row[2]}") for row in cases()])
+def both(request) -> Pair:
+    """One pair for the tests of a row, which run one after the other and take its parameters as they are."""
+    return pair(*request.param)
+
+
+def test_the_same_parameters_give_the_same_output_and_gradients(both):
+    method, found = both.method, compare(both)
     assert found.actual.keys() == found.expected.keys()
     for name in found.actual.keys() - WRONG_IN_PEFT.get(method.name, set()):
         assert_close(found.actual[name], found.expected[name], SINGLE.get(method.name, EXACT), name)
 
 
-@on_every_row
-def test_our_parameters_in_pefts_layer_give_the_same_output(method, layer, config):
-    both = pair(method, layer, config)
+def test_our_parameters_in_pefts_layer_give_the_same_output(both):
     both.take(both.map.to_ours({**both.again(), **both.saved()}, both.place))
     perturb(both.mine.parameters())
     both.give(both.map.to_peft({k: v.detach() for k, v in both.ours().items()}, both.place))
-    assert_close(both.theirs(both.x), both.mine(both.x), SINGLE.get(method.name, EXACT))
+    assert_close(both.theirs(both.x), both.mine(both.x), SINGLE.get(both.method.name, EXACT))
 
 
-@on_every_row
-def test_pefts_tensors_come_back_bit_for_bit(method, layer, config):
-    both = pair(method, layer, config)
+def test_pefts_tensors_come_back_bit_for_bit(both):
     perturb(both.theirs.parameters())
-    saved = {**both.again(), **{name: t.detach() for name, t in both.saved().items() if name not in method.derived}}
+    saved = {**both.again(), **{name: t.detach() for name, t in both.saved().items() if name not in both.method.derived}}
     ours = both.map.to_ours(saved, both.place)
     assert all(value.shape == both.ours()[key].shape for key, value in ours.items())
     back = both.map.to_peft(ours, both.place)
@@ -61,10 +61,8 @@ def test_pefts_tensors_come_back_bit_for_bit(method, layer, config):
     assert all(back[name].dtype == saved[name].dtype and torch.equal(back[name], saved[name]) for name in saved)
 
 
-@on_every_row
-def test_a_plan_is_told_by_its_formula(method, layer, config):
-    both = pair(method, layer, config)
-    found = match(both.surgeon.plan)
+def test_a_plan_is_told_by_its_formula(both):
+    method, found = both.method, match(both.surgeon.plan)
     # Without a bias, the two rows of GLoRA are one formula.
     assert found.methods == {"layer": method} or not both.place.has_bias and found.family is method.family is GLORA
     said = resolve(method, getattr(peft, method.family.config_class)(**found.config))
