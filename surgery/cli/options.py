@@ -153,14 +153,14 @@ def opened(spec: str, sets: Iterable[str] = (), targets: Iterable[str] = ()) -> 
 
 
 def opened_together(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) -> dict[str, Spec]:
-    """Several specs, each by a name of its own and with those settings that it has a parameter for; `targets` are for
-    those that have a target.
+    """Several specs, of a folder all below it, each by a name of its own and with those settings that it has a
+    parameter for; `targets` are for those that have a target.
 
     Raises: SurgeryError, for a setting that none of them has a parameter for too."""
     from surgery.diagnostics import did_you_mean, fail
-    from surgery.language.library import assignment
+    from surgery.language.library import assignment, shipped
 
-    plain = {spec: opened(spec) for spec in dict.fromkeys(specs)}
+    plain = {spec: opened(spec) for spec in files_below(specs, shipped())}
     known = {spec: [p.name for p in read.params] for spec, read in plain.items()}
     of_any = [name for names in known.values() for name in names]
     for text in (text for text in sets if _name(text) not in of_any):
