@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import surgery
+from surgery.experiments.fine_tuning import Training
 from surgery.models.demo import demo_inputs, load_demo
 from surgery.runtime import surgeon as surgeon_module
 from surgery.runtime.save import save_merged
@@ -303,6 +305,28 @@ def trained(name: str) -> dict:
             "state": {n: t.tolist() for n, t in surgeon.state().items()}}
 
 
+LEARN = Training(lr=1e-2, epochs=2, batch=4, length=64)
+FILES = {"choices": "causal", "texts": "bert"}  # what is learned, and the model that learns it
+FEW = """target linear "**.{q_proj,up_proj}", "**.query" { add low_rank(2) post diagonal() }"""
+
+
+def fine_tuned(name: str, folder: Path, batch: int, out: str) -> list[float]:
+    """The losses of `surgery train`, step by step."""
+    file = next(folder.glob(f"{name}.*"))
+    surgery.train(surgery.parse(FEW), str(folder / FILES[name]), str(file), folder / out,
+                  setting=replace(LEARN, batch=batch))
+    if dist.is_initialized():
+        dist.barrier()  # the first process alone saves
+    logs = json.loads((folder / out / "trainer_state.json").read_text())["log_history"]
+    return [each["loss"] for each in logs if "loss" in each]
+
+
+def learned(name: str) -> dict:
+    """`surgery train` on two processes, each with half of the batch."""
+    losses = fine_tuned(name, FOLDER, LEARN.batch // 2, f"{name} of two")
+    return {"losses": losses}
+
+
 def attached() -> dict:
     """What one process saved, attached and then sharded."""
     model = fresh()
@@ -323,7 +347,8 @@ if __name__ == "__main__":
     MESH = init_device_mesh("cpu", (2,))
     cases = {**{name: lambda name=name: verbs(name) for name in SPECS}, "refusals": refusals, "failures": failures,
              "flattened": flattened, "attached": attached, "tensor parallel": tensor_parallel, "unshared": unshared,
-             **{f"{name} trained": lambda name=name: trained(name) for name in TRAINED}}
+             **{f"{name} trained": lambda name=name: trained(name) for name in TRAINED},
+             **{f"{name} learned": lambda name=name: learned(name) for name in FILES}}
     found = {}
     for case in sys.argv[2:] or cases:
         found[case] = cases[case]()

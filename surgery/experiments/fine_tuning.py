@@ -29,7 +29,7 @@ from surgery.experiments.evaluation import Evaluation, Scoring, refuse_unfit, sc
 from surgery.experiments.likelihood import Told
 from surgery.experiments.tasks import AnyTask, read_task
 from surgery.experiments.text_tasks import Task
-from surgery.experiments.training import Setting, arguments, heads, lesson_of, operated, trainer_of
+from surgery.experiments.training import OrderedTrainer, Setting, arguments, heads, lesson_of, operated, trainer_of
 from surgery.extras import need
 from surgery.language.library import inlined, load
 from surgery.language.tree import Spec
@@ -263,7 +263,7 @@ def _processes() -> Any:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-class _Scored(Trainer):
+class _Scored(OrderedTrainer):
     """A Trainer that scores its model as `surgery eval` does."""
 
     def __init__(self, *arguments: Any, score: Callable[[], Evaluation], **more: Any):

@@ -1,8 +1,9 @@
 """Training a model on a task with the HF Trainer, and what it then says.
 
 Takes a model that gives what the task asks for, its tokenizer and a part of the task; trains the parameters that are
-not frozen. Promises: the same seed on the same machine trains the same model; nothing is left on the disk; outputs do
-not depend on the batch that a text is in but for rounding. Needs the extra `train`.
+not frozen. Promises: the same seed on the same machine trains the same model; a loss is a mean over all that a step
+learns, texts or tokens, in however many batches and processes they are; nothing is left on the disk; outputs do not
+depend on the batch that a text is in but for rounding. Needs the extra `train`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from surgery.diagnostics import fail
 from surgery.experiments.prompts import PROMPT, collated, learned
@@ -93,12 +97,13 @@ def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: AnyT
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a model is given of a task: encoded items, and what makes a batch of some. `cut` items were longer than is
-    kept."""
+    """What a model is given of a task: encoded items, what makes a batch of some, and their loss. `cut` items were
+    longer than is kept."""
 
     items: Sequence[Any]
     collator: Callable[[list[Any]], Any]
     cut: int = 0
+    loss: Callable[..., torch.Tensor] | None = None  # as the Trainer has it; None: the model's own
 
     def longest(self, batch: int) -> dict[str, torch.Tensor]:
         """The longest items as one batch: the most that a step can take."""
@@ -111,7 +116,8 @@ def lesson_of(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyT
 
     if isinstance(task, Task):
         model.config.pad_token_id = words.pad_token_id
-        return Lesson(encoded(task, words, setting.length), DataCollatorWithPadding(words))
+        return Lesson(encoded(task, words, setting.length), DataCollatorWithPadding(words),
+                      loss=partial(headed_loss, bool(task.classes)))
     found = learned(words, task, setting.length, setting.prompt)
     if not found.items:
         raise fail("bad-data", f"nothing of {task.name} is left to be learned in {setting.length} tokens",
@@ -120,12 +126,33 @@ def lesson_of(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyT
     return Lesson(found.items, partial(collated, pad=pad), found.cut)
 
 
+def headed_loss(has_classes: bool, outputs: Any, labels: torch.Tensor,
+                num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """The cross entropy, or squared error, of these texts as their part of the mean over the `num_items_in_batch` of a
+    step. A model's own loss is a mean over one batch, whose sum over the batches of a step the Trainer takes."""
+    logits = outputs["logits"]
+    mean = cross_entropy(logits, labels) if has_classes else mse_loss(logits.squeeze(-1), labels)
+    return mean if num_items_in_batch is None else mean * (len(labels) / num_items_in_batch)
+
+
+class OrderedTrainer(Trainer):
+    """A Trainer whose steps learn the same items however many processes share them out."""
+
+    def _get_train_sampler(self, *arguments: Any, **more: Any) -> Any:
+        # By itself it orders items by length for the batch of one process, of which there are several in a step.
+        args = self.args
+        if args.world_size == 1:
+            return super()._get_train_sampler(*arguments, **more)
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthGroupedSampler(step, dataset=self.train_dataset)  # type: ignore[arg-type]
+
+
 def trainer_of(model: PreTrainedModel, lesson: Lesson, arguments: Any, kind: Any = None, **more: Any) -> Any:
     """The Trainer of transformers, or another `kind` of it, that prints nothing by itself."""
-    from transformers import PrinterCallback, Trainer
+    from transformers import PrinterCallback
 
-    trainer = (kind or Trainer)(model, arguments, train_dataset=lesson.items, data_collator=lesson.collator,
-                                **more)
+    trainer = (kind or OrderedTrainer)(model, arguments, train_dataset=lesson.items, data_collator=lesson.collator,
+                                       compute_loss_func=lesson.loss, **more)
     trainer.remove_callback(PrinterCallback)  # which prints on stdout, where results are
     return trainer
 

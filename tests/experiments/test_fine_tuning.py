@@ -190,6 +190,21 @@ def test_a_new_head_and_a_parameter_have_rates_of_their_own(models) -> None:
         groups(surgeon, model, Training(rates={"C": 1.0}))
 
 
+@pytest.mark.parametrize("name", ["train.tsv", "train.jsonl"])
+def test_a_step_of_two_batches_is_that_of_one(name: str, models, files, tmp_path: Path) -> None:
+    """Of texts with a head, whose loss would else be the sum of two means, and of choices, by their tokens."""
+    model = models["bert" if name.endswith("tsv") else "causal"]
+    config = Path(model) / "config.json"
+    config.write_text(config.read_text().replace('_prob": 0.1', '_prob": 0.0'))  # dropout is drawn for each batch
+    setting, losses = replace(SHORT, every=None, steps=4), []
+    for batch in (4, 2):
+        surgery.train(FEW, model, files[name], tmp_path / str(batch),
+                      setting=replace(setting, batch=batch, accumulate=4 // batch))
+        logs = json.loads((tmp_path / str(batch) / "trainer_state.json").read_text())["log_history"]
+        losses.append([each["loss"] for each in logs if "loss" in each])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 4
+
+
 def test_what_is_wrong_is_told_before_anything_is_trained(models, files, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("")

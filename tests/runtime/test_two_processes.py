@@ -13,10 +13,24 @@ import pytest
 import torch
 from models import perturbed
 from safetensors.torch import load_file
+from small_text import questions, save_causal, save_model, texts
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as dcp_load
 from transformers import LlamaForCausalLM
-from two_processes import CHECKPOINTED, MERGED, SPECS, TRAINED, apart, fresh, logits, spec_of, trainer
+from two_processes import (
+    CHECKPOINTED,
+    FILES,
+    LEARN,
+    MERGED,
+    SPECS,
+    TRAINED,
+    apart,
+    fine_tuned,
+    fresh,
+    logits,
+    spec_of,
+    trainer,
+)
 
 import surgery
 
@@ -29,6 +43,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What each of two processes saw, and the folder that they wrote into: all the cases in one run."""
     folder = tmp_path_factory.mktemp("two")
     perturbed(fresh(), "vera", check=False).save(folder / "of one process")
+    save_causal(folder / "causal")
+    config = Path(save_model(folder / "bert")) / "config.json"  # without dropout, which each process draws for itself
+    config.write_text(config.read_text().replace('_prob": 0.1', '_prob": 0.0'))
+    # of many lengths, so that batches hold unlike numbers of tokens
+    (folder / "choices.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions(24)))
+    labelled = [f"{text}\t{'yes' if 'a' in text else 'no'}" for text in texts(24)]
+    (folder / "texts.tsv").write_text("\n".join(["text\tlabel", *labelled]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, HERE / "two_processes.py", folder], env=environment, stderr=subprocess.PIPE,
                          text=True, timeout=300)
@@ -142,3 +163,14 @@ def test_nothing_is_left_beside_what_was_saved(seen: Seen) -> None:
     assert names == {*SPECS, *(f"{name} merged" for name in MERGED), *(f"{name} trained" for name in TRAINED), "0.json", "1.json", "dcp", "a file", "flat", "group",
                      "of one process"} - ({"group"} - names)
     assert not any(path.is_dir() and not any(path.iterdir()) for path in seen[0].rglob("*"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_surgery_train_on_two_processes_has_the_losses_of_one(name: str, seen: Seen) -> None:
+    """Averaged over tokens, of which the two have unlike numbers, and over texts; the same adapter comes out."""
+    alone = fine_tuned(name, seen[0], LEARN.batch, f"{name} of one")
+    assert len(alone) == 12 and max(alone) - min(alone) > 0.01
+    for process in seen[1]:
+        assert process[f"{name} learned"]["losses"] == pytest.approx(alone, abs=1e-4)
+    one, two = (load_file(seen[0] / f"{name} of {count}" / "adapter.safetensors") for count in ("one", "two"))
+    assert all(apart(two[key], one[key]) <= 1e-4 for key in one)

@@ -1,0 +1,37 @@
+"""The settings of the paper's tables: they are options that there are, and their specs fit small stand-ins of the models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from surgery.cli.compare import _methods
+from surgery.cli.main import main
+from surgery.cli.training_options import given
+from surgery.experiments.fine_tuning import Training
+from surgery.planning.compile import compile
+
+FILES = sorted((Path(__file__).parents[2] / "examples/paper/settings").glob("*.toml"))
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+# The class that stands in for each model, and how many weights of a layer the authors' code operates on.
+STAND_INS = {
+    "microsoft/deberta-v3-base": (transformers.DebertaV2ForSequenceClassification, transformers.DebertaV2Config, 6),
+    "meta-llama/Meta-Llama-3-8B": (transformers.LlamaForCausalLM, transformers.LlamaConfig, 5),
+    "google/gemma-7b": (transformers.GemmaForCausalLM, transformers.GemmaConfig, 5)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_settings_of_a_table_fit_its_model(file: Path) -> None:
+    command = main.commands["compare"]  # type: ignore[attr-defined]
+    asked = command.make_context("compare", ["--config", str(file)]).params
+    kind, config, weights = STAND_INS[asked["model"]]
+    with torch.device("meta"):
+        model = kind(config(**SMALL))
+    specs = _methods(asked["specs"], asked["sets"], asked["targets"])
+    assert set(specs) >= {"lora", "dora", "oft", "sora", "sora_reference"}
+    for spec in specs.values():
+        assert spec is not None and len(compile(model, spec).placed) == 2 * weights
+    how = Training(**given({name: asked[name] for name in vars(Training()) if name in asked}))
+    assert how.batch * how.accumulate == (32 if asked["model"].startswith("microsoft") else 128)
+    assert all(isinstance(rate, float) for rate in asked["rates"]) and len(asked["tests"]) > 0
