@@ -15,6 +15,7 @@ pytest.register_assert_rewrite("formatting", "interrupted")
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    os.environ["SURGERY_CACHE"] = os.devnull  # whoever has measured their machine tests the same programs
     if config.getoption("markexpr") == "sweep":
         os.environ[SWEEP] = "1"
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):

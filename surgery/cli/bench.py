@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from surgery.experiments.bench import Bench
 
 
-@command(click.argument("specs", nargs=-1, required=True, metavar="SPEC..."),
-         click.option("--model", required=True,
+@command(click.argument("specs", nargs=-1, metavar="[SPEC...]"),
+         click.option("--model",
                       help="Measure on this model; demo:llama-bench is large enough for a CPU."),
          click.option("--tokens", type=PAIR, default="4,128", metavar="B,T", show_default=True,
                       help="Rows, and tokens a row (of images: how many)."),
@@ -32,16 +33,24 @@ if TYPE_CHECKING:
                       help="Rounds of each measurement."),
          click.option("--count", is_flag=True,
                       help="Measure no time: count a step's launches, bytes and passes over activations, on a CPU."),
+         click.option("--calibrate", is_flag=True,
+                      help="Measure the device itself, in a second: programs are then chosen by its own numbers."),
          sets, targets, example="surgery bench lora dora sora --model demo:llama-bench --against peft")
-def bench(output: Output, specs: tuple[str, ...], model: str, tokens: tuple[int, int], against: str | None,
+def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tuple[int, int], against: str | None,
           compiled: bool, device: str, dtype: str | None, repeat: int, count: bool,
-          sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
+          calibrate: bool, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
     """Measure what specs cost.
 
     The time of a training step and of a forward pass, and the memory of a step, beside the same model with everything
     frozen. All take turns in one process. A parameter that --set names is set in every spec that has it. Ctrl-C shows
     what is known by then.
     """
+    if calibrate:
+        if specs or model:
+            raise click.UsageError("--calibrate measures a device, and no SPEC or --model.")
+        return _calibrate(output, _device(device))
+    if not specs or not model:
+        raise click.UsageError("Missing argument 'SPEC...'." if not specs else "Missing option '--model'.")
     import torch
 
     from surgery.experiments.bench import Bench
@@ -80,6 +89,26 @@ def _device(name: str) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's ways to say that there is none
         raise fail("bad-value", f"there is no device `{name}`: {str(error).splitlines()[0]}") from None
+
+
+def _calibrate(output: Output, device: torch.device) -> None:
+    """Measure a device, keep the numbers, and show them."""
+    import torch
+
+    from surgery.experiments.calibration import calibrate
+    from surgery.planning.machines import keep
+
+    with output.busy("measuring"):
+        found = calibrate(device)
+    path = keep(device.type, found)
+    lines = [["", "GFLOP/s", "GB/s", "launch"]]
+    for dtype, each in found.items():
+        size = getattr(torch, dtype).itemsize
+        lines.append([dtype, f"{1e-9 / each.flop:,.0f}", f"{1e-9 * size / each.number:,.1f}",
+                      f"{1e6 * each.launch:.1f} us"])
+    output.say("\n".join([*aligned(lines), "", f"kept in {path}: from now on programs are chosen by these numbers on "
+                          f"{device.type}; delete the file to undo it"]))
+    output.data(device=device.type, path=str(path), machines={k: asdict(each) for k, each in found.items()})
 
 
 # -------------------------------------------------------------------------------------------------------- table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from surgery.cli.output import Output, aligned
@@ -10,25 +11,30 @@ from surgery.codegen.compiled import Compiled
 from surgery.codegen.program_text import program_text, step_text
 from surgery.language.tree import Spec
 from surgery.planning.cost_estimates import FLOAT, Estimate, amount
+from surgery.planning.machines import machine
 from surgery.planning.trial_sizes import PLACES_TRIED
 from surgery.semantics.resolved_spec import resolved
 
 
-def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int) -> None:
-    """Print the programs of a spec. Raises: SurgeryError where the shape does not fit."""
-    estimates = [(target, Estimate(Compiled.supposed(formula, target.kind), tokens))
+def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int, on: tuple[str, str]) -> None:
+    """Print the programs of a spec, as they are chosen `on` a device for a dtype. Raises: SurgeryError where the shape
+    does not fit."""
+    estimates = [(target, Estimate(Compiled.supposed(formula, target.kind), tokens, machine=machine(*on)))
                  for target, formula in resolved(spec).formulas(out, in_, PLACES_TRIED[0])]
-    text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(estimate)])
+    where = "" if on == ("cpu", "float32") else f" on {on[0]} in {on[1]}"
+    text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(estimate, where)])
                        for target, estimate in estimates)
     output.raw(f"{text}\n")
     output.data(spec=spec.model_dump(mode="json"), emit="program", text=text,
-                programs=[{"shape": [out, in_], "tokens": tokens, "candidates": _rows(e)} for _, e in estimates])
+                programs=[{"shape": [out, in_], "tokens": tokens, "device": on[0], "dtype": on[1],
+                           "candidates": _rows(e)} for _, e in estimates])
 
 
-def _page(estimate: Estimate) -> Iterator[str]:
+def _page(estimate: Estimate, where: str) -> Iterator[str]:
     """The costs, then the code in training and in evaluation."""
     out, in_ = estimate.sides
-    yield f"  for a {estimate.kind.word} weight [{out}, {in_}], a step of {estimate.tokens:,} tokens, by estimate:"
+    step = f"a step of {estimate.tokens:,} tokens{where}"
+    yield f"  for a {estimate.kind.word} weight [{out}, {in_}], {step}, by estimate:"
     frozen = estimate.frozen
     lines = [["", "set-up", "body", "moved in float32", "x frozen"],
              *([r["strategy"], amount(r["setup_flops"], "FLOP"), amount(r["body_flops"], "FLOP"),
@@ -37,7 +43,7 @@ def _page(estimate: Estimate) -> Iterator[str]:
     head, first, *rest = aligned(lines)
     # The candidates come cheapest first, and the first is the one that runs.
     yield from (f"    {line}" for line in (head, f"{first}  runs", *rest))
-    runs, at_rest = (estimate.compiled.candidates(training, estimate.tokens)[0] for training in (True, False))
+    runs, at_rest = (replace(estimate, training=training).candidates[0] for training in (True, False))
     # A set-up that has nothing to compute is a function too, which says nothing to a reader.
     train, evaluate = ([text for text in program_text(plan).split("\n\n") if not text.endswith(":\n    return ()")]
                        for plan in (runs, at_rest))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import PAIR, command, opened, sets, spec_argument
+from surgery.cli.options import DTYPES, PAIR, command, opened, sets, spec_argument
 from surgery.cli.output import Output
 
 if TYPE_CHECKING:
@@ -28,9 +28,12 @@ _STAGES = ("ir", "normal-form", "cheapest", "lowered")  # as `codegen.compiled` 
          click.option("--shape", type=PAIR, metavar="OUT,IN",
                       help="The weight's shape, for --program and the compiler's expressions. "
                       "Default: 1024,4096; ir and normal-form are of any shape."),
+         click.option("--device", type=click.Choice(["cpu", "cuda"]),
+                      help="The device that --program chooses for. Default: cpu."),
+         click.option("--dtype", type=click.Choice(DTYPES), help="The dtype of the weight there. Default: float32."),
          example="surgery show sora --set rank=8")
 def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: bool, tokens: int | None,
-         shape: tuple[int, int] | None) -> None:
+         shape: tuple[int, int] | None, device: str | None, dtype: str | None) -> None:
     """Show the formula of a spec, or another form."""
     from surgery.language.library import inlined
 
@@ -38,11 +41,13 @@ def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: b
         raise click.UsageError("--shape goes with --program, or with --emit and one of the compiler's expressions.")
     if tokens and not (program or emit == "lowered"):
         raise click.UsageError("--tokens goes with --program or --emit lowered.")
+    if (device or dtype) and not program:
+        raise click.UsageError("--device and --dtype go with --program.")
     resolved = inlined(opened(spec, sets))
     if program:
         from surgery.cli.program_view import shown
 
-        return shown(output, resolved, *(shape or (1024, 4096)), tokens or 1024)
+        return shown(output, resolved, *(shape or (1024, 4096)), tokens or 1024, (device or "cpu", dtype or "float32"))
     text = _stage(resolved, emit, shape, tokens or 1024) if emit in _STAGES else _EMITTED[emit](resolved)
     output.raw(text if text.endswith("\n") else f"{text}\n")
     output.data(spec=resolved.model_dump(mode="json"), emit=emit, text=text)

@@ -12,7 +12,16 @@ from functools import cache, cached_property, lru_cache, partial, reduce
 from math import inf
 
 from surgery.codegen.apply_to_activations import apply, matrix, turned
-from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost, has_gradients, recompute_cost, setup_cost
+from surgery.codegen.cost_model import (
+    CPU,
+    TOKENS_SUPPOSED,
+    Cost,
+    Machine,
+    body_cost,
+    has_gradients,
+    recompute_cost,
+    setup_cost,
+)
 from surgery.codegen.emit import without_gradient
 from surgery.codegen.fuse_blocks import blockwise
 from surgery.codegen.fuse_low_rank import thinly
@@ -113,13 +122,14 @@ class Candidate:
 
 @cache
 def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool,
-               tokens: int = TOKENS_SUPPOSED) -> tuple[Candidate, ...]:
-    """The programs of a layer's output, the cheapest for so many tokens first; of a called layer, which has no weight
-    to read, those that read it come last."""
+               tokens: int = TOKENS_SUPPOSED, machine: Machine = CPU) -> tuple[Candidate, ...]:
+    """The programs of a layer's output, the cheapest for so many tokens on a machine first; of a called layer, which
+    has no weight to read, those that read it come last."""
     # without dropout and noise, training and evaluation run the same programs, which are made once
     differs = formula.weight.has("drop", "noise") or formula.bias.has("noise")
     distinct = _distinct(formula, kind, training and differs, has_bias)
-    return tuple(sorted(distinct, key=lambda each: (kind.is_called and each.reads_weight, each.cost(tokens).seconds)))
+    return tuple(sorted(distinct, key=lambda each: (kind.is_called and each.reads_weight,
+                                                    each.cost(tokens).seconds(machine))))
 
 
 @cache
@@ -159,12 +169,12 @@ def _output(strategy: str, operand: Expr, x: Expr, kind: LayerKind, trained: fro
         return None
 
 
-def by_tokens(programs: Sequence[Candidate]) -> tuple[tuple[float, Candidate], ...]:
-    """Which program is the cheapest up to how many tokens, in rising order. A cost is linear in the tokens."""
+def by_tokens(programs: Sequence[Candidate], machine: Machine = CPU) -> tuple[tuple[float, Candidate], ...]:
+    """Which program is the cheapest up to how many tokens on a machine, in rising order. A cost is linear in them."""
     # The lower envelope of those lines: from the cheapest for no token on, always to the line that is flatter and met
     # first. (Sorting by slope alone would keep lines that are nowhere the lowest.)
-    start = {each: each.cost(0).seconds for each in programs}
-    slope = {each: (each.cost(TOKENS_SUPPOSED).seconds - start[each]) / TOKENS_SUPPOSED for each in programs}
+    start = {each: each.cost(0).seconds(machine) for each in programs}
+    slope = {each: (each.cost(TOKENS_SUPPOSED).seconds(machine) - start[each]) / TOKENS_SUPPOSED for each in programs}
     at, now, ranges = 0.0, min(programs, key=lambda each: (start[each], slope[each])), []
     while flatter := [each for each in programs if slope[each] < slope[now]]:
         ends = {each: (start[each] - start[now]) / (slope[now] - slope[each]) for each in flatter}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from surgery.codegen.candidates import Candidate, by_tokens, candidates, weights
-from surgery.codegen.cost_model import TOKENS_SUPPOSED
+from surgery.codegen.cost_model import CPU, TOKENS_SUPPOSED, Machine
 from surgery.ir.expression import Expr, Formula, in_evaluation, in_training, noises
 from surgery.ir.notation import brief, listing
 from surgery.layers.kinds import LayerKind, supposed
@@ -65,22 +65,24 @@ class Compiled:
     def _changed(self, change: Callable[[Expr], Expr]) -> Formula:
         return replace(self.formula, weight=change(self.formula.weight), bias=change(self.formula.bias))
 
-    def candidates(self, training: bool = True, tokens: int = TOKENS_SUPPOSED) -> tuple[Candidate, ...]:
+    def candidates(self, training: bool = True, tokens: int = TOKENS_SUPPOSED,
+                   machine: Machine = CPU) -> tuple[Candidate, ...]:
         """The equal programs of the layer's output as expressions over activations, first the one that runs for so
-        many tokens."""
-        return candidates(self.formula, self.kind, training, self.has_bias, tokens)
+        many tokens on a machine."""
+        return candidates(self.formula, self.kind, training, self.has_bias, tokens, machine)
 
-    def by_tokens(self, training: bool = True) -> tuple[tuple[float, Candidate], ...]:
+    def by_tokens(self, training: bool = True, machine: Machine = CPU) -> tuple[tuple[float, Candidate], ...]:
         """Which candidate runs up to how many tokens, in rising order; empty where one runs for any number: in
         evaluation, and for a called layer, of which the user was told whether it copies the weight."""
-        return by_tokens(self.candidates(training)) if training and not self.kind.is_called else ()
+        return by_tokens(self.candidates(training), machine) if training and not self.kind.is_called else ()
 
-    def program(self, training: bool = True, tokens: int = TOKENS_SUPPOSED) -> Program:
-        """The code of the layer's output: the cheapest for so many tokens, with those for other numbers in `up_to`."""
+    def program(self, training: bool = True, tokens: int = TOKENS_SUPPOSED, machine: Machine = CPU) -> Program:
+        """The code of the layer's output: the cheapest for so many tokens on a machine, with those for other numbers in
+        `up_to`."""
         from surgery.codegen.program import compiled
 
-        best, *others = self.candidates(training, tokens)
-        return compiled(best, tuple(others), self.by_tokens(training))
+        best, *others = self.candidates(training, tokens, machine)
+        return compiled(best, tuple(others), self.by_tokens(training, machine))
 
     @property
     def noises(self) -> tuple[Expr, ...]:

@@ -1,9 +1,9 @@
 """Cost model: operations and memory traffic of a training step, from shapes and the number of tokens.
 
-Takes the expressions of a program; gives a `Cost` of one training step. Promises: counted and not measured; `seconds`
-is only meant for comparing programs of the same formula. Where the gradients of a body are known as expressions they
-are counted as they are; elsewhere a backward pass costs as much as the forward one, for each argument that takes a
-gradient.
+Takes the expressions of a program; gives a `Cost` of one training step. Promises: counted and not measured; the
+seconds that a `Machine` takes are only meant for comparing programs of the same formula. Where the gradients of a body
+are known as expressions they are counted as they are; elsewhere a backward pass costs as much as the forward one, for
+each argument that takes a gradient.
 """
 
 from __future__ import annotations
@@ -20,12 +20,22 @@ from surgery.ir.operations import is_ids, operation
 from surgery.ir.table import Linear
 
 TOKENS_SUPPOSED = 1024  # the number that a choice supposes where nothing is said
-# What a core of a CPU does in the time of moving one number of float32, and of starting one operation from Python. (A
-# GPU does more in either time; what is chosen between differs by so much that the choice is the same.)
-INTENSITY = 30.0
-CALL = 4e5
-HELD = 100.0  # what it is worth, in that time, not to hold a number from the forward pass to the backward pass
-AGAIN = 10 * CALL  # what making a set-up again costs beside making it
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device takes, in seconds: for one multiplication or addition, for moving one number between memory and
+    processor, and for starting one operation from Python."""
+
+    flop: float
+    number: float
+    launch: float
+
+
+# A core of a CPU, in float32. What it does in the time of moving a number differs little by dtype.
+CPU = Machine(1 / 50e9, 30 / 50e9, 8e-6)
+HELD = 100.0  # FLOP of such a core that it is worth not to hold a number from the forward to the backward pass
+AGAIN = 10 * CPU.launch  # what making a set-up again costs beside making it
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,9 @@ class Cost:
     def flops(self) -> float:
         return self.body_flops + self.setup_flops
 
-    @property
-    def seconds(self) -> float:
-        """A time in arbitrary units."""
-        return self.flops + INTENSITY * self.moved + CALL * self.calls
+    def seconds(self, machine: Machine = CPU) -> float:
+        """The time on a machine, supposing that its parts do not overlap."""
+        return machine.flop * self.flops + machine.number * self.moved + machine.launch * self.calls
 
 
 @lru_cache(maxsize=4096)
@@ -119,7 +128,8 @@ def _once(node: Expr) -> Cost:
 
 
 def recompute_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
-    """The cost of recomputing a set-up in its backward pass; None if holding what it computed is cheaper."""
+    """The cost of recomputing a set-up in its backward pass; None if holding what it computed is cheaper: a choice of
+    memory, and the same on all machines."""
     computed = _made(values, fixed)
     gradless = without_gradient(*values)
     # alive from the forward to the backward pass: the values, and what autograd needs for other gradients
@@ -135,7 +145,7 @@ def recompute_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None
             held |= {_viewed(a) for a in (node, *node.args)}
     cost = sum(map(_once, computed), Cost())
     numbers = sum(size(node, 0) for node in set(computed) & held if not operation(node).is_free)
-    return cost if cost.seconds + AGAIN < HELD * numbers else None
+    return cost if cost.seconds() + AGAIN < HELD * CPU.flop * numbers else None
 
 
 def _viewed(node: Expr) -> Expr:

@@ -13,7 +13,7 @@ from functools import cached_property
 from surgery.codegen.apply_to_activations import turned
 from surgery.codegen.candidates import Candidate, frozen_alone
 from surgery.codegen.compiled import Compiled
-from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost, body_cost
+from surgery.codegen.cost_model import CPU, TOKENS_SUPPOSED, Cost, Machine, body_cost
 from surgery.codegen.operation_counts import flops
 from surgery.diagnostics import Diagnostic
 from surgery.ir.expression import Expr, walk
@@ -36,6 +36,7 @@ class Estimate:
     tokens: int = TOKENS_SUPPOSED
     stack: int | None = None
     training: bool = True
+    machine: Machine = CPU
 
     @property
     def kind(self) -> LayerKind:
@@ -49,7 +50,7 @@ class Estimate:
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The programs, the one that runs first."""
-        return self.compiled.candidates(self.training, self.tokens)
+        return self.compiled.candidates(self.training, self.tokens, self.machine)
 
     @cached_property
     def frozen(self) -> Cost:
@@ -58,15 +59,15 @@ class Estimate:
 
     def ratio(self, candidate: Candidate | None = None) -> float:
         """A step of a program (the one that runs, if none is given) as a multiple of the frozen layer's."""
-        return self.seconds(candidate) / self.frozen.seconds
+        return self.seconds(candidate) / self.frozen.seconds(self.machine)
 
     def seconds(self, candidate: Candidate | None = None) -> float:
-        """The time of a step in the cost model's units."""
+        """The time of a step on the machine."""
         if self.stack is None:
-            return (candidate or self.candidates[0]).cost(self.tokens).seconds
+            return (candidate or self.candidates[0]).cost(self.tokens).seconds(self.machine)
         # Every matrix of the stack is built, whichever tokens reach it: only one of them is charged with the tokens.
         built = next(c for c in self.candidates if c.strategy == "built weight")
-        return built.cost(self.tokens).seconds + (self.stack - 1) * built.cost(0).seconds
+        return built.cost(self.tokens).seconds(self.machine) + (self.stack - 1) * built.cost(0).seconds(self.machine)
 
     @cached_property
     def built(self) -> tuple[Expr, ...]:

@@ -188,7 +188,8 @@ class Report:
 
 
 def _ratio(estimates: Sequence[Estimate]) -> float:
-    return sum(e.seconds() for e in estimates) / sum(e.frozen.seconds for e in estimates) if estimates else 1.0
+    frozen = sum(e.frozen.seconds(e.machine) for e in estimates)
+    return sum(e.seconds() for e in estimates) / frozen if estimates else 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------- text

@@ -9,18 +9,20 @@ from surgery.diagnostics import Diagnostic
 from surgery.layers import opaque_linear
 from surgery.layers.layouts import is_direct
 from surgery.planning.cost_estimates import Estimate
-from surgery.text import listed, size_text
+from surgery.planning.machines import machine
+from surgery.text import dtype_text, listed, size_text
 
 if TYPE_CHECKING:
     from surgery.planning.compile import Placed, Plan
 
 
 def estimated(placed: Placed) -> Estimate:
-    """What an operated weight costs."""
+    """What an operated weight costs on the device where it lies."""
     site = placed.site
     runs_programs = site.stack is None and is_direct(site.module, site.layout)
     stack = None if runs_programs else site.stack or 1
-    return Estimate(placed.compiled, stack=stack)
+    device, dtype = opaque_linear.device(site.module).type, opaque_linear.dtype(site.module)
+    return Estimate(placed.compiled, stack=stack, machine=machine(device, dtype_text(dtype)))
 
 
 def unfit(plan: Plan) -> Iterator[Diagnostic]:

@@ -25,6 +25,7 @@ from surgery.ir.orthogonal_maps import is_traced
 from surgery.ir.sizes import known_shape
 from surgery.layers.layouts import Layout
 from surgery.planning.initial_values import part_of
+from surgery.planning.machines import machine
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.noise import drawn
@@ -33,6 +34,7 @@ from surgery.runtime.serving import Serving, fingerprint
 from surgery.runtime.sharded_steps import watch_sharding
 from surgery.runtime.sharding import refuse_divided, whole
 from surgery.runtime.step_tensors import SharedTensors, StepTensors, held_at
+from surgery.text import dtype_text
 
 _LONGEST = 120  # characters of a formula in `repr`
 
@@ -62,6 +64,8 @@ class Adapter(nn.Module):
                        if leaf.group and leaf.shape and tensors[leaf.key].shape != known_shape(leaf.shape)}
         self._numbers = frozenset(leaf.key for leaf in formula.leaves if not leaf.shape and (leaf.group or not stack))
         self._programs: dict[bool, Program] = {}  # of the output, by whether the module trains
+        self._chosen: dict[tuple, dict[bool, Program]] = {}  # these for each machine that the module was on
+        self._machine = ("cpu", torch.float32)  # the kind of device and the dtype that they are chosen for
         self._weights: dict[bool, Program] = {}  # of W' itself, by whether noise is drawn
         self._of_calls: dict[tuple, tuple[list, Any]] = {}
         self._noises = compiled.noises
@@ -121,16 +125,24 @@ class Adapter(nn.Module):
             if self.owner is None:  # as in a copy, which is told here whose it is
                 self.owner = ref(module)
 
-    def prepare(self, is_direct: bool = True) -> None:
+    def prepare(self, is_direct: bool = True, on: tuple[str, torch.dtype] | None = None) -> None:
         """Compile the programs of W' (`None`) and, for a module whose map is known, of its output in training and in
-        evaluation, else of W' in training where that draws noise: before any forward pass, since torch.compile cannot
-        trace that."""
+        evaluation, for the kind of device and the dtype `on` (those of before if none are given), else of W' in
+        training where that draws noise: before any forward pass, since torch.compile cannot trace that."""
         self.prepared = is_direct
-        modes = (True, False) if is_direct else ()
-        self._programs = {mode: self.compiled.program(mode) for mode in modes}
+        if is_direct:
+            self._choose(on or self._machine)
         self._weights = {False: self.compiled.weights}
         if self._noises and not is_direct:
             self._weights[True] = self.compiled.drawn_weights
+
+    def _choose(self, on: tuple[str, torch.dtype]) -> None:
+        """The programs of the output that are cheapest on a machine. All have the same values; where a compiler traces
+        a module that was moved since, those of before run on."""
+        if on not in self._chosen:
+            numbers = machine(on[0], dtype_text(on[1]))
+            self._chosen[on] = {mode: self.compiled.program(mode, machine=numbers) for mode in (True, False)}
+        self._programs, self._machine = self._chosen[on], on
 
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
@@ -139,6 +151,8 @@ class Adapter(nn.Module):
         tensors = self.shaped(held)
         if layer.module.training and self._noises:
             tensors |= drawn(self._noises, layer.device)
+        if (layer.device.type, layer.dtype) != self._machine and not is_traced():
+            self._choose((layer.device.type, layer.dtype))
         program = self._programs[layer.module.training].at(layer.tokens(entered))
         fixed: list[tuple] = []  # what rests on the frozen weight alone is made once in a call, its backward included
 
@@ -240,7 +254,8 @@ class Adapter(nn.Module):
 
     def __getstate__(self) -> dict:
         """Programs are not copied or pickled, but compiled again; what `serving` keeps is not copied."""
-        return {**self.__dict__, "_programs": {}, "_weights": {}, "serving": None, "_of_calls": {}, "owner": None}
+        return {**self.__dict__, "_programs": {}, "_chosen": {}, "_weights": {}, "_of_calls": {}, "serving": None,
+                "owner": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -157,8 +157,9 @@ def install(module: nn.Module, adapter: Adapter) -> None:
     """Make `module` an operated one: nothing is copied. Raises: SurgeryError (unsupported-module)."""
     direct = is_direct(module, adapter.layout)
     # a program without the bias that the layer has would leave it out
-    assert not direct or adapter.compiled.has_bias == (adapter.frozen(module).bias is not None)
-    adapter.prepare(direct)
+    layer = adapter.frozen(module) if direct else None
+    assert layer is None or adapter.compiled.has_bias == (layer.bias is not None)
+    adapter.prepare(direct, None if layer is None else (layer.device.type, layer.dtype))
     adapter.owner = ref(module)
     adapter.stored_shape = None if adapter.layout.is_called else tuple(stored_weight(module, adapter.parameter).shape)
     names = (*getattr(type(module), "names", ()), adapter.parameter)

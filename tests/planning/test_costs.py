@@ -72,7 +72,7 @@ def test_the_cheapest_program_by_the_number_of_tokens(name):
     assert ends == sorted(set(ends)) and ends[-1] == float("inf")
     for tokens in (0, 1, 10, 100, 1000, 10_000, 100_000):
         chosen = next(plan for end, plan in ranges if tokens <= end)
-        assert chosen.cost(tokens).seconds == pytest.approx(estimate(name, tokens).candidates[0].cost(tokens).seconds)
+        assert chosen.cost(tokens).seconds() == pytest.approx(estimate(name, tokens).candidates[0].cost(tokens).seconds())
 
 
 def test_a_set_up_is_made_again_where_it_holds_much_and_takes_little():
