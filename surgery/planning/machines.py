@@ -64,8 +64,11 @@ def measured() -> Measured:
     """What was measured here, by device and dtype; nothing, with a warning, where the file is not one of ours."""
     try:
         path = place()
+    except RuntimeError:  # a user without a home
+        return {}
+    try:
         return _read(read_json(path))
-    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: a user without a home
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(SurgeryWarning(Diagnostic(
