@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from operands import MIXED, NAMES, every_call, expression, n, tensors
@@ -80,6 +80,12 @@ def _dropped(e: Expr) -> Expr:
     return Expr("drop", (e,), (0.5, "add_own"), e.shape)
 
 
+@cache
+def meant(e: Expr) -> Tensor:
+    """The dense value of a matrix."""
+    return dense(e, LEAVES)
+
+
 def compare(result: Expr, e: Expr, a: Tensor, wanted: Tensor) -> None:
     """A lowered expression against its dense value, where that is finite."""
     found = value(result, {**LEAVES, "x": a})
@@ -102,7 +108,7 @@ def test_a_matrix_acts_on_activations():
     for e in matrices():
         x, a = activations(e)
         y = apply(e, x)
-        compare(verify(y, LOWERED), e, a, a @ dense(e, LEAVES).mT)
+        compare(verify(y, LOWERED), e, a, a @ meant(e).mT)
 
 
 @torch.no_grad()
@@ -115,7 +121,7 @@ def test_factors_that_keep_to_blocks_are_joined():
     for e in (*matrices(), *(each for text in texts for each in _with_weight(cheapest(expression(text))))):
         e = cheapest(e)
         x, a = activations(e)
-        compare(verify(apply(blockwise(e), x), LOWERED), e, a, a @ dense(e, LEAVES).mT)
+        compare(verify(apply(blockwise(e), x), LOWERED), e, a, a @ meant(e).mT)
     assert blockwise(NAMES["W"]) is NAMES["W"]
     for text in texts[1:]:
         e = cheapest(expression(text))
@@ -128,7 +134,7 @@ def test_low_rank_terms_are_made_of_two_thin_matrices():
     for e in matrices():
         x, a = activations(e)
         for trained in (frozenset(), frozenset({"own.P", "own.d"})):
-            compare(verify(apply(thinly(e, trained), x), LOWERED), e, a, a @ dense(e, LEAVES).mT)
+            compare(verify(apply(thinly(e, trained), x), LOWERED), e, a, a @ meant(e).mT)
     assert thinly(NAMES["W"], frozenset()) is NAMES["W"]
     both = cheapest(expression("W + P @ Q.T + g * (diag(d) @ p @ q.T)"))
     keys = [frozenset(f"own.{name}" for name in names) for names in ("PQgdpq", "PQ", "")]
@@ -141,14 +147,14 @@ def test_a_matrix_acts_on_inputs_of_every_kind():
     for e in matrices():
         x, a = activations(e)
         y = enter_in_parts(e, x)
-        compare(verify(y, LOWERED), e, a, a @ dense(e, LEAVES).mT)
+        compare(verify(y, LOWERED), e, a, a @ meant(e).mT)
 
 
 @torch.no_grad()
 def test_a_matrix_is_built():
     for e in matrices():
-        compare(verify(matrix(e), MATERIALISED), e, torch.empty(0), dense(e, LEAVES))
-        compare(verify(turned(e), CHEAPEST), e, torch.empty(0), dense(e, LEAVES).mT)
+        compare(verify(matrix(e), MATERIALISED), e, torch.empty(0), meant(e))
+        compare(verify(turned(e), CHEAPEST), e, torch.empty(0), meant(e).mT)
 
 
 @torch.no_grad()
@@ -156,7 +162,7 @@ def test_dropout_parts_add_up():
     for e in matrices():
         kept, dropped = split_dropout(e)
         parts = [*([] if kept is None else [kept]), *dropped]
-        compare(total(parts, e.shape), e, torch.empty(0), dense(e, LEAVES))
+        compare(total(parts, e.shape), e, torch.empty(0), meant(e))
         assert kept is None or not any(node.op == "drop" for node in walk(kept))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,11 @@ class Editor(LanguageClient):
     def document(self) -> types.TextDocumentIdentifier:
         return types.TextDocumentIdentifier(self.path.as_uri())
 
-    async def begin(self, **options: Any) -> types.InitializeResult:
+    async def begin(self) -> None:
         await self.start_io(sys.executable, "-m", "surgery", "lsp")
-        result = await self.initialize_async(types.InitializeParams(
-            capabilities=types.ClientCapabilities(), root_uri=self.path.parent.as_uri(), **options))
+        await self.initialize_async(types.InitializeParams(
+            capabilities=types.ClientCapabilities(), root_uri=self.path.parent.as_uri()))
         self.initialized(types.InitializedParams())
-        return result
 
     async def end(self) -> None:
         await self.shutdown_async(None)
@@ -120,19 +119,33 @@ async def renamed(editor: Editor, words: str, name: str) -> str:
     return editor.edited(edit.changes[editor.path.as_uri()])
 
 
-def session(tmp_path: Path, play: Callable[[Editor], Awaitable[None]], **options: Any) -> None:
-    async def run() -> None:
-        editor = Editor(tmp_path / "mine.surg")
-        await editor.begin(**options)
-        try:
-            await play(editor)
-        finally:
-            await editor.end()
-
-    asyncio.run(run())
+Play = Callable[[Editor], Awaitable[None]]
+Session = Callable[[Play], None]
 
 
-def test_ten_edits(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, Play], None]]:
+    """One server for all: to start one takes longer than the tests."""
+    loop, editor = asyncio.new_event_loop(), Editor(tmp_path_factory.mktemp("root") / "mine.surg")
+    loop.run_until_complete(editor.begin())
+
+    async def play_in(folder: Path, play: Play) -> None:
+        editor.path = folder / "mine.surg"
+        await play(editor)
+        editor.text_document_did_close(types.DidCloseTextDocumentParams(editor.document))
+
+    yield lambda folder, play: loop.run_until_complete(play_in(folder, play))
+    loop.run_until_complete(editor.end())
+    loop.close()
+
+
+@pytest.fixture
+def session(started: Callable[[Path, Play], None], tmp_path: Path) -> Session:
+    """Plays with a file of the test's own."""
+    return lambda play: started(tmp_path, play)
+
+
+def test_ten_edits(session: Session) -> None:
     """A spec is written, with the mistakes that people make: each is told as it is typed, and none ends the server."""
 
     async def play(editor: Editor) -> None:
@@ -188,10 +201,10 @@ def test_ten_edits(tmp_path: Path) -> None:
         assert await editor.replace("demo:llama", "demo:lama") == []
         assert await editor.save() == [("unknown-model", "demo:lama", 0)]
 
-    session(tmp_path, play)
+    session(play)
 
 
-def test_places_and_layout(tmp_path: Path) -> None:
+def test_places_and_layout(session: Session, tmp_path: Path) -> None:
     (tmp_path / "roles.surg").write_text('select queries = "**.q_proj"\n\n# A gain.\ntransform gain() on n {\n'
                                          "  param g = 1\n  return g * I(n)\n}\n")
     text = ('use "roles.surg"\n# é 𝒳 before\nspec mine(rank: int = 8)   \ntarget queries {\n  pre gain()\n'
@@ -219,7 +232,7 @@ def test_places_and_layout(tmp_path: Path) -> None:
         found = await editor.replace("   \n", "\n")
         assert [(code, line) for code, _, line in found] == [("syntax", 0)]
 
-    session(tmp_path, play)
+    session(play)
 
 
 LOCAL = """\
@@ -243,7 +256,7 @@ RENAMED = [
 ]
 
 
-def test_new_names(tmp_path: Path) -> None:
+def test_new_names(session: Session) -> None:
     async def play(editor: Editor) -> None:
         assert await editor.open(LOCAL) == []
         for words, name, text in RENAMED:
@@ -253,7 +266,7 @@ def test_new_names(tmp_path: Path) -> None:
                 with pytest.raises(JsonRpcException):
                     await renamed(editor, words, name)
 
-    session(tmp_path, play)
+    session(play)
 
 
 BROKEN = ["", "\ufeff", "\0", "{", '"', "#", "target", "}" * 50, "(" * 3000, "é𝒳\u2028\x0b\r", "target linear { add low_rank(",
@@ -261,7 +274,7 @@ BROKEN = ["", "\ufeff", "\0", "{", '"', "#", "target", "}" * 50, "(" * 3000, "é
           "update f() { return f } target linear { add f() }", "language 99"]
 
 
-def test_nothing_that_is_written_ends_it(tmp_path: Path) -> None:
+def test_nothing_that_is_written_ends_it(session: Session) -> None:
     async def play(editor: Editor) -> None:
         await editor.open("")
         for text in BROKEN:
@@ -274,4 +287,4 @@ def test_nothing_that_is_written_ends_it(tmp_path: Path) -> None:
             await editor.text_document_document_symbol_async(types.DocumentSymbolParams(editor.document))
             await editor.fixes(0)
 
-    session(tmp_path, play)
+    session(play)

@@ -85,9 +85,12 @@ def tokens(rules: list[dict[str, Any]], line: str) -> list[tuple[int, int, str]]
     """(start, end, scope) of what each rule colours, as TextMate does it: at each place the rule that matches first, and
     of those the one that stands first."""
     found, at = [], 0
+    nexts = {number: re.search(rule["match"], line) for number, rule in enumerate(rules)}
     while at < len(line):
-        matches = [(match.start(), number, match) for number, rule in enumerate(rules)
-                   if (match := re.compile(rule["match"]).search(line, at)) and match.end() > match.start()]
+        for number, rule in enumerate(rules):  # what a rule matches next stays so until it is passed
+            if (match := nexts[number]) and match.start() < at:
+                nexts[number] = re.compile(rule["match"]).search(line, at)
+        matches = [(match.start(), number, match) for number, match in nexts.items() if match and match[0]]
         if not matches:
             break
         _, number, match = min(matches, key=lambda each: each[:2])
