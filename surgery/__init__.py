@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
     from surgery.planning.compile import compile as plan
     from surgery.planning.figures import Report
     from surgery.runtime.attach import attach, from_pretrained
+    from surgery.runtime.difference import Difference, diff
     from surgery.runtime.merge_files import MergedFiles, merge_files
     from surgery.runtime.save import save_merged
     from surgery.runtime.stack import Surgeries
@@ -49,7 +50,7 @@ _HOMES = {
     "Surgeon": "runtime.surgeon", "apply": "runtime.surgeon", "attach": "runtime.attach",
     "from_pretrained": "runtime.attach",
     "save_merged": "runtime.save", "merge_files": "runtime.merge_files", "MergedFiles": "runtime.merge_files",
-    "Surgeries": "runtime.stack",
+    "Surgeries": "runtime.stack", "diff": "runtime.difference", "Difference": "runtime.difference",
     "import_peft": "peft.import_adapter", "export_peft": "peft.export_adapter", "Exported": "peft.export_adapter",
     "spectrum": "analysis.spectra", "Spectra": "analysis.spectra", "Spectrum": "analysis.spectra",
     "report_page": "analysis.page", "bench": "experiments.bench", "compare": "experiments.comparison",
@@ -58,11 +59,11 @@ _HOMES = {
 _SPELT = {"plan": "compile", "load_model": "load"}
 
 __all__ = [
-    "__version__", "add", "apply", "attach", "bench", "check", "compare", "Diagnostic", "evaluate", "explain",
-    "export_peft", "Exported", "from_pretrained", "import_peft", "load", "load_model", "merge_files", "MergedFiles",
-    "modules", "Parameter", "parse", "Plan", "plan", "post", "pre", "Report", "report_page", "save_merged", "shipped",
-    "Spec", "Spectra", "Spectrum", "spectrum", "Surgeon", "Surgeries", "SurgeryError", "SurgeryWarning", "Target",
-    "train", "Training",
+    "__version__", "add", "apply", "attach", "bench", "check", "compare", "Diagnostic", "diff", "Difference",
+    "evaluate", "explain", "export_peft", "Exported", "from_pretrained", "import_peft", "load", "load_model",
+    "merge_files", "MergedFiles", "modules", "Parameter", "parse", "Plan", "plan", "post", "pre", "Report",
+    "report_page", "save_merged", "shipped", "Spec", "Spectra", "Spectrum", "spectrum", "Surgeon", "Surgeries",
+    "SurgeryError", "SurgeryWarning", "Target", "train", "Training",
 ]
 
 if not TYPE_CHECKING:  # a type checker takes a misspelt name for a mistake, and not for `Any`

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -57,6 +57,7 @@ CODES: dict[str, str] = {
     "unknown-claim": "a claim after `:` is not one that can be tested",
     "unused": "a parameter, `let` or definition parameter is never used",
     "reserved-name": "a word of the language stands where a name must",
+    "bad-settings": "`surgery.toml`, or an `allow` in a comment, says what is not known",
     "bad-set": "a `--set` is not of the form name=value",
     "unknown-model": "the model is neither a folder, a hub id that can be loaded, nor a demo",
     "bad-adapter": "a saved adapter is incomplete or does not fit the model",
@@ -84,6 +85,7 @@ CODES: dict[str, str] = {
 _SIMILAR = 0.7  # the share of letters that a misspelt word keeps; below, `cat` would be `scatter` and `det` `detach`
 _SIMILAR_IF_SHORT = 0.6
 _LONGEST_LINE = 200  # columns of a line of a source that are shown
+_ALLOWED = re.compile(r"#[ \t]*surgery:[ \t]*allow\[([^\]\r\n]*)\]")
 _MEANT = re.compile(r'did you mean (?:`([^`]+)`|("[^"]+")(?: \([^()]*\))?)\?')
 
 
@@ -170,6 +172,17 @@ class Diagnostic:
         return "\n".join(parts)
 
     @property
+    def is_allowed(self) -> bool:
+        """Whether it is a warning that a comment allows, `# surgery: allow[code]` on its line or alone on the one
+        above."""
+        if self.severity != "warning" or self.span is None:
+            return False
+        source, line = self.span.source, self.span.line
+        here, above = source.line(line), source.line(line - 1) if line > 1 else ""
+        texts = [here, *([above] if above.lstrip().startswith("#") else [])]
+        return any(self.code in re.split(r"[,\s]+", m[1].strip()) for text in texts for m in _ALLOWED.finditer(text))
+
+    @property
     def meant(self) -> str:
         """What was probably meant, where it says `did you mean`: a word, or a pattern in its quotes; else empty."""
         said = next(filter(None, map(_MEANT.search, (self.label, *self.helps))), None)
@@ -253,8 +266,8 @@ class Collector:
         self.add(Diagnostic(code, message, span, severity="warning", **more))
 
     def add(self, *diagnostics: Diagnostic) -> None:
-        """Each once, however often it is found: what is counted is what is shown."""
-        self._found |= dict.fromkeys(diagnostics)
+        """Each once, however often it is found: what is counted is what is shown. What a comment allows is none."""
+        self._found |= dict.fromkeys(d for d in diagnostics if not d.is_allowed)
 
     @property
     def errors(self) -> list[Diagnostic]:
@@ -283,6 +296,29 @@ def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`did you mean `x`?` or an empty string."""
-    near = nearest(word, choices)
+    """`did you mean `x`?`, with two that are as near as each other; or an empty string."""
+    near = nearest(word, choices, 2)
+    if len(near) == 2 and _is_as_near(word, *near):
+        return f"did you mean `{min(near)}` or `{max(near)}`?"
     return f"did you mean `{near[0]}`?" if near else ""
+
+
+def _is_as_near(word: str, best: str, other: str) -> bool:
+    """Whether of two that a word may mean the second is as likely as the first."""
+    def differing(each: str) -> int:
+        matching = difflib.SequenceMatcher(None, word, each).get_matching_blocks()
+        return len(word) + len(each) - 2 * sum(block.size for block in matching)
+
+    both_hold_it = all(f"_{word}_" in f"_{each}_" for each in (best, other))
+    return best.lower() != word.lower() and (both_hold_it or differing(other) <= differing(best))
+
+
+def unknown_allowed(source: Source) -> Iterator[Diagnostic]:
+    """A warning for each code in an `allow` of a text that is none."""
+    for comment in _ALLOWED.finditer(source.text):
+        for code in re.finditer(r"[^,\s]+", comment[1]):
+            if code[0] not in CODES:
+                start = comment.start(1) + code.start()
+                yield Diagnostic("bad-settings", f"`{code[0]}` is no code of a diagnostic",
+                                 Span(source, start, start + len(code[0])), did_you_mean(code[0], CODES),
+                                 helps=("`surgery help --list` lists them",), severity="warning")

@@ -10,12 +10,15 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from time import sleep
 from typing import Any, NoReturn
 
 from surgery.text import size_text
 
 SPEC_BYTES = 1 << 20  # a spec is written by hand: the largest that ship have a few KiB
+_PAUSE = 0.3  # seconds between two looks at files that are watched
 JSON_BYTES = 1 << 26  # a list of the tensors of the largest models has some MiB
 
 
@@ -45,6 +48,26 @@ def read_bytes(path: Path, limit: int, any_kind: bool = False) -> bytes:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {size_text(limit)}", str(path))
     return content
+
+
+def changes(files: Callable[[], Iterable[str]]) -> Iterator[None]:
+    """Once at the beginning, and once after each time that one of the files has changed, come or gone."""
+    while True:
+        stamps = _stamps(files())
+        yield
+        while _stamps(files()) == stamps:
+            sleep(_PAUSE)
+
+
+def _stamps(names: Iterable[str]) -> dict[str, tuple]:
+    stamps: dict[str, tuple] = {}
+    for name in names:
+        try:
+            found = os.stat(name)
+            stamps[name] = found.st_mtime_ns, found.st_size, found.st_ino
+        except OSError:
+            stamps[name] = ()
+    return stamps
 
 
 def read_json(path: Path, limit: int = JSON_BYTES, allow_nan: bool = False) -> Any:

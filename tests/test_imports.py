@@ -21,6 +21,7 @@ PIPELINE = {
     "files": "files",
     "html": "html",
     "diagnostics": "diagnostics",
+    "settings": "settings",
     "extras": "extras",
     "ir": "ir",
     "layers": "layers",
@@ -128,7 +129,7 @@ def test_relative_imports_are_not_used() -> None:
 WITHOUT_TORCH = ["--help", "apply --help", "--version", "specs", "fmt lora.surg", "show sora",
                  "show sora --emit python", "show sora --emit ir",
                  "show sora --emit lowered", "show sora --program", "check lora", "check lora.surg --json",
-                 "check --explain overlap", "check broken.surg"]
+                 "check --explain overlap", "check broken.surg", "diff lora dora", "init mine --from lora"]
 
 
 @pytest.mark.parametrize("command", WITHOUT_TORCH)

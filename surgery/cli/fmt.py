@@ -15,7 +15,7 @@ from surgery.files import SPEC_BYTES, read_bytes
 from surgery.text import counted
 
 
-@command(click.argument("files", nargs=-1, required=True, metavar="FILE..."),
+@command(click.argument("files", nargs=-1, metavar="FILE..."),
          click.option("--check", "only_check", is_flag=True,
                       help="Change nothing; exit with 1 if something would change."),
          click.option("--diff", is_flag=True, help="Change nothing; show what would change."),
@@ -24,10 +24,14 @@ def fmt(output: Output, files: tuple[str, ...], only_check: bool, diff: bool) ->
     """Format specs in place.
 
     A FILE that is a folder is every .surg file below it; `-` is read from stdin and written to stdout.
-    A file with a syntax error is left alone.
+    A file with a syntax error is left alone. Without FILE, it is the paths that the nearest `surgery.toml` names.
     """
     from surgery.semantics.arguments import guard
+    from surgery.settings import settings
 
+    files = files or settings().paths
+    if not files:
+        raise click.UsageError("Missing argument 'FILE...'.")
     report, is_changed, is_dry = Collector(), {}, only_check or diff
     for name in files_below(files):
         with guard(report):  # a file with a syntax error keeps no other from being formatted

@@ -21,12 +21,14 @@ from surgery.cli.apply import apply
 from surgery.cli.bench import bench
 from surgery.cli.check import check
 from surgery.cli.compare import compare
+from surgery.cli.diff import diff
 from surgery.cli.eval import eval_
 from surgery.cli.explain import explain
 from surgery.cli.export import export
 from surgery.cli.fmt import fmt
 from surgery.cli.help import help
 from surgery.cli.import_ import import_
+from surgery.cli.init import init
 from surgery.cli.lsp import lsp
 from surgery.cli.merge import merge
 from surgery.cli.modules import modules
@@ -43,15 +45,15 @@ from surgery.text import plain
 
 # Codes of what is wrong with how the program is used, with the world around it or with us, and not with a spec or a
 # model.
-_OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set", "bad-data", "missing-extra",
-            "internal"}
+_OUTSIDE = {"missing-file", "unknown-spec", "unknown-model", "bad-output", "bad-set", "bad-settings", "bad-data",
+            "missing-extra", "internal"}
 # What torch says, in errors of several types, when it asks for more memory than there is.
 _NO_MEMORY = re.compile(r"allocate memory|out of memory|Storage size calculation overflowed")
 
 
 # The commands as `surgery --help` shows them.
 GROUPS: dict[str, tuple[click.Command, ...]] = {
-    "Specs": (check, fmt, specs, show, help, lsp),
+    "Specs": (init, check, fmt, specs, show, diff, help, lsp),
     "A spec on a model": (modules, explain, plan, apply, merge),
     "Fine-tuning": (train, eval_),
     "Adapters of PEFT": (import_, export),

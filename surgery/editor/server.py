@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from lsprotocol import types
@@ -22,7 +23,6 @@ import surgery
 from surgery.diagnostics import Diagnostic, Span, SurgeryError
 from surgery.editor.completion import complete
 from surgery.editor.document import Document
-from surgery.editor.fixes import fix
 from surgery.editor.hover import hover
 from surgery.editor.model import Model
 from surgery.editor.names import at, occurrences
@@ -30,6 +30,8 @@ from surgery.editor.navigation import Symbol, declaration, file_of, outline, ren
 from surgery.editor.positions import Positions
 from surgery.language.formatter import format_text
 from surgery.planning.check import check
+from surgery.planning.fixes import fix
+from surgery.settings import Settings, settings
 
 _KINDS = types.CompletionItemKind
 _ITEM_KINDS = {"keyword": _KINDS.Keyword, "transform": _KINDS.Function, "update": _KINDS.Function,
@@ -73,7 +75,7 @@ class Server(LanguageServer):
 
     def model_named(self, document: Document) -> str:
         line = document.model
-        return line[1] if line else self.default_model
+        return line[1] if line else self.default_model or project_of(document).model
 
     def model(self, document: Document) -> Model | None:
         """The model of a document, if it is there by now: nobody waits for it but a save."""
@@ -89,7 +91,7 @@ class Server(LanguageServer):
     # ------------------------------------------------------------------------------------------------ diagnostics
 
     def publish(self, uri: str, document: Document, found: list[Diagnostic]) -> None:
-        self.found[uri] = found
+        self.found[uri] = found = project_of(document).applied(found)
         told = [self.told(document, each) for each in found]
         version = self.workspace.get_text_document(uri).version
         self.text_document_publish_diagnostics(types.PublishDiagnosticsParams(uri, told, version))
@@ -130,6 +132,14 @@ class Server(LanguageServer):
             return [*check(document.spec), Diagnostic(said.code, said.message, span, said.label, said.notes,
                                                       said.helps, severity="warning")]
         return check(document.spec, model)
+
+
+def project_of(document: Document) -> Settings:
+    """What the nearest `surgery.toml` says; of one that is wrong, which `surgery check` tells, nothing."""
+    try:
+        return settings(Path(document.name).parent)
+    except SurgeryError:
+        return Settings()
 
 
 server = Server()

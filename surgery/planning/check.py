@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program_text import program_text, step_text
 from surgery.codegen.validate import program_faults, step_faults
-from surgery.diagnostics import Collector, Diagnostic, SurgeryError
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError, unknown_allowed
 from surgery.language.expressions import Argument, Call, as_expression
 from surgery.language.library import load
 from surgery.language.tree import Spec, Step, Target, every_step
@@ -53,6 +53,7 @@ def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bo
         read = spec if isinstance(spec, Spec) else load(spec)
         resolved = ResolvedSpec(read, report)
         report.add(*lint(resolved), *selector_faults(read, resolved.library.selects))
+        report.add(*(unknown_allowed(read.span.source) if read.span else ()))
         if tried and not report.errors:
             report.add(*_tried(resolved, prove))
     except SurgeryError as error:
@@ -71,7 +72,9 @@ def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bo
     else:
         on_model = (*plan.warnings, *Report(plan).fallbacks)
     # what runs dense is told once: on the sizes of the model
-    return [*(d for d in report.found if d.code != "fallback"), *on_model]
+    both = Collector()
+    both.add(*(d for d in report.found if d.code != "fallback"), *on_model)
+    return both.found
 
 
 def _tried(resolved: ResolvedSpec, prove: bool) -> list[Diagnostic]:

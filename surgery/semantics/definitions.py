@@ -170,7 +170,7 @@ class Instance:
         shape, known = self._shape(param), len(self.leaves)
         init = self._init(param, param.init, shape) if param.init is not None else None
         law = self._draw(param, param.draw, shape) if param.draw is not None else None
-        if init is not None and self.leaves[known:]:
+        if param.init is not None and self.leaves[known:]:
             raise fail("wrong-kind", "a start is made once, and what is called here has parameters of its own",
                        param.init.span, helps=("call it in a `let`, and start at that",))
         key = f"{self.prefix}.{param.name}"

@@ -58,9 +58,9 @@ def evaluate(node: tree.Expression, names: Mapping[str, Any]) -> Any:
     except ShapeError as error:
         # of an operator the place says who it is that the shapes do not fit
         callee = node.function if isinstance(node, tree.Call) else ".T" if isinstance(node, tree.Transpose) else ""
-        is_one = isinstance(node, tree.Call) and error.argument is not None
+        one = node.arguments[error.argument] if isinstance(node, tree.Call) and error.argument is not None else None
         raise fail("shape-mismatch", f"{f'`{callee}` ' if callee else ''}{error}",
-                   node.arguments[error.argument].value.span if is_one else node.span, helps=error.helps,
+                   one.value.span if one else node.span, helps=error.helps,
                    notes=() if node.span else (f"in `{expression_text(node)}`",)) from None
     except ZeroDivisionError:
         raise fail("bad-value", f"`{expression_text(node)}` divides by zero", node.span,
@@ -218,8 +218,9 @@ def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
 
 
 def _pass_over(node: tree.Expression, names: Mapping[str, Any]) -> None:
-    for call in definition_calls(node, names.known) if isinstance(names, Body) else ():
-        names.named(call.function)
+    if isinstance(names, Body):
+        for call in definition_calls(node, names.known):
+            names.named(call.function)
 
 
 def definition_calls(node: Any, known: Mapping[str, tree.Definition]) -> Iterator[tree.Call]:
@@ -266,11 +267,10 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
     if node.function == "einsum":
         return _einsum(node, names)
     if node.function not in FUNCTIONS:
-        known = names.known if isinstance(names, Body) else {}
-        if node.function in known:
+        if isinstance(names, Body) and node.function in names.known:
             return names.call(node, names.named(node.function))
-        raise unknown("unknown-primitive", "primitive", node.function, callable_names() | {*known},
-                      node.name_span or node.span)
+        callable_here = callable_names() | ({*names.known} if isinstance(names, Body) else set())
+        raise unknown("unknown-primitive", "primitive", node.function, callable_here, node.name_span or node.span)
     if node.function in _CONSTANTS:
         arity, sizes = _CONSTANTS[node.function][:2]
     else:

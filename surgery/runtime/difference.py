@@ -1,0 +1,166 @@
+"""In what two specs, or two saved adapters, differ: formulas, parameters, modules, costs and tensors.
+
+Takes two of them, and a model where modules and costs are asked for; gives a `Difference`. Promises: nothing of the
+model but its layers' shapes is read, and of an adapter's tensors no more than their numbers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.diagnostics import fail
+from surgery.language.formatter import expression_text
+from surgery.language.library import inlined, load
+from surgery.language.tree import Spec
+from surgery.matching.name_ranges import alike, ranged
+from surgery.planning.formulas import formula_lines, formulas
+from surgery.text import counted, figure_text
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from surgery.planning.figures import Report
+
+_MOST = 12  # lines of tensors that a text shows
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: its name, its spec, the tensors of a saved adapter, and its plan on the model."""
+
+    name: str
+    spec: Spec
+    tensors: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    report: Report | None = field(default=None, repr=False)
+
+    @property
+    def lines(self) -> list[str]:
+        """Its formulas as `surgery show` has them."""
+        return [line for target, formula in formulas(self.spec) for line in (
+            Spec(targets=(target,)).to_surg().partition("{")[0].strip(), *formula_lines(target, formula))]
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        return {p.name: f"{p.type} = {expression_text(p.default)}" if p.default is not None else p.type
+                for p in self.spec.params}
+
+    @property
+    def costs(self) -> dict[str, str]:
+        if self.report is None:
+            return {}
+        return {"weights": f"{len(self.report.rows):,}", "trained parameters": f"{self.report.trainable:,}",
+                "of its own, frozen": f"{self.report.plan.frozen:,}",
+                "a step, as a multiple of the frozen layers'": f"{self.report.step_ratio:.2f}"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`str()` is a text; nothing in it means that the two say and hold the same."""
+
+    a: Side
+    b: Side
+
+    @property
+    def formulas(self) -> list[str]:
+        """The lines that differ, marked `-` for a and `+` for b."""
+        lines = list(difflib.ndiff(self.a.lines, self.b.lines))
+        return [line.rstrip() for line in lines if line[0] in "+-"]
+
+    @property
+    def parameters(self) -> dict[str, tuple[str | None, str | None]]:
+        """Parameters of the specs that are not the same in both, each with its type and default in a and in b."""
+        return _unequal(self.a.parameters, self.b.parameters)
+
+    @property
+    def costs(self) -> dict[str, tuple[str | None, str | None]]:
+        """Figures on the model that differ."""
+        return _unequal(self.a.costs, self.b.costs)
+
+    @property
+    def modules(self) -> tuple[list[str], list[str]]:
+        """The weights that a alone operates on, and those that b alone does."""
+        of_a, of_b = ([row.name for row in side.report.rows] if side.report else [] for side in (self.a, self.b))
+        return [n for n in of_a if n not in set(of_b)], [n for n in of_b if n not in set(of_a)]
+
+    @property
+    def tensors(self) -> dict[str, float | None]:
+        """The tensors of saved adapters that are not equal: ‖a - b‖ / ‖a‖, None where one has none of that shape."""
+        names = dict.fromkeys((*self.a.tensors, *self.b.tensors))
+        distances = {name: _distance(self.a.tensors.get(name), self.b.tensors.get(name)) for name in names}
+        return {name: distance for name, distance in distances.items() if distance != 0}
+
+    def to_json(self) -> dict[str, Any]:
+        only_a, only_b = self.modules
+        return {"a": self.a.name, "b": self.b.name, "formulas": self.formulas, "parameters": self.parameters,
+                "modules": {"a": only_a, "b": only_b}, "costs": self.costs, "tensors": self.tensors}
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines()) or "no difference"
+
+    def _lines(self) -> Iterator[str]:
+        if self.formulas:
+            yield from ("formulas", *(f"  {line}" for line in self.formulas))
+        for title, rows in (("parameters", self.parameters), ("costs", self.costs)):
+            if rows:
+                yield from (title, *(f"  {name}: {old or '-'} -> {new or '-'}" for name, (old, new) in rows.items()))
+        for side, names in zip((self.a, self.b), self.modules):
+            if names:
+                yield from (f"{counted(len(names), 'weight')} of {side.name} alone",
+                            *(f"  {ranged(same)}" for same in alike(names)))
+        if self.tensors:
+            far = sorted(self.tensors, key=lambda name: -(self.tensors[name] or float("inf")))
+            yield f"{counted(len(far), 'tensor')} of the adapters, by their distance"
+            yield from (f"  {name}: {figure_text(self.tensors[name])}" for name in far[:_MOST])
+            yield from [f"  and {len(far) - _MOST} more"] * (len(far) > _MOST)
+
+
+def diff(a: Spec | str | PathLike, b: Spec | str | PathLike, model: nn.Module | None = None) -> Difference:
+    """In what two specs (files, shipped names) or two saved adapters (folders) differ; modules and costs on a model (on
+    the meta device too). Raises: SurgeryError.
+
+    >>> import surgery
+    >>> print(surgery.diff("lora", "lora"))
+    no difference
+    """
+    sides = [_side(each, model) for each in (a, b)]
+    if bool(sides[0].tensors) is not bool(sides[1].tensors):
+        raise fail("bad-value", "a spec and a saved adapter are no two of one kind",
+                   helps=("an adapter's own spec is the file `adapter.surg` in its folder",))
+    return Difference(*sides)
+
+
+def _side(each: Spec | str | PathLike, model: nn.Module | None) -> Side:
+    # Imported where it is needed: two specs are compared without torch.
+    if isinstance(each, Spec):
+        spec, name, tensors = each, each.name or "the spec", {}
+    elif Path(each).is_dir():
+        from surgery.runtime.saved_format import Saved
+
+        saved = Saved(Path(each))
+        spec, name, tensors = saved.spec, str(each), saved.tensors
+    else:
+        spec, name, tensors = load(each), str(each), {}
+    spec = inlined(spec)
+    if model is None:
+        return Side(name, spec, tensors)
+    from surgery.planning.compile import compile
+    from surgery.planning.figures import Report
+
+    return Side(name, spec, tensors, Report(compile(model, spec)))
+
+
+def _unequal(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:
+    names = dict.fromkeys((*a, *b))
+    return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
+
+
+def _distance(a: Any, b: Any) -> float | None:
+    if a is None or b is None or a.shape != b.shape:
+        return None
+    a, b = a.double(), b.double()
+    return float((a - b).norm() / a.norm()) if a.norm() else float((a - b).norm())

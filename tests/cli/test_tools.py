@@ -1,0 +1,227 @@
+"""What authors have beside `check`: settings of a project, words mended, a spec to begin with, two compared, an eye on files."""
+
+from __future__ import annotations
+
+import json
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+import surgery
+from surgery import files
+from surgery.cli.main import main
+from surgery.editor.document import Document
+from surgery.editor.scaffold import scaffold
+from surgery.language.formatter import format_text
+from surgery.language.library import parse
+from surgery.models.demo import load_demo
+from surgery.models.loading import skeleton
+from surgery.planning.check import check
+from surgery.planning.fixes import fixed
+from surgery.settings import Settings, settings
+
+WRONG = '# Mine.\nspec mine(rank: int = 4)\ntarget linear "**.q_proj" {\n  add low_rnk(rnk, alpa = 8)\n}\n'
+RIGHT = '# Mine.\nspec mine(rank: int = 4)\ntarget linear "**.q_proj" {\n  add low_rank(rank, alpha = 8)\n}\n'
+UNUSED = 'spec s(rank: int = 4, more: int = 3)%s\ntarget linear { add low_rank(rank) }\n'
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path):
+    with chdir(tmp_path):
+        yield tmp_path
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [*map(str, words)])
+
+
+# --------------------------------------------------------------------------------------------------------- fixes
+
+
+def test_fix_writes_what_was_surely_meant(here: Path) -> None:
+    (here / "mine.surg").write_bytes(("\ufeff" + WRONG.replace("\n", "\r\n")).encode())
+    assert run("check", "mine.surg").exit_code == 1
+    result = run("check", "mine.surg", "--fix")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "`low_rnk` is now `low_rank`" in result.stdout and "mine.surg:4:" in result.stdout
+    assert (here / "mine.surg").read_bytes() == ("\ufeff" + RIGHT.replace("\n", "\r\n")).encode()
+    assert run("check", "mine.surg", "--fix").stdout == "mine.surg: ok\n"
+
+
+@pytest.mark.parametrize("text", [
+    "spec s(rank1: int = 4, rank2: int = 4)\ncheck rank1 == rank2\ntarget linear { add low_rank(rank) }",  # which?
+    "update u { param A[2, in] = 1 param B[out, 2] = 0 return B @ A + b }\ntarget linear { add u() }",  # or B?
+    'use "halp.surg"\ntarget linear { add low_rank() }',  # a file is not guessed
+    "update u { param A[rnk, in] = 1 return A }\ntarget linear { add u() }",  # nothing near
+    "update u { param A[in, 2] = 1 param AA[2, out] = 0 return A @ aa }\ntarget linear { add u() }",  # then it is wrong
+])
+def test_fix_leaves_what_is_not_sure(here: Path, text: str) -> None:
+    (here / "help.surg").write_text("")
+    (here / "s.surg").write_text(text)
+    assert run("check", "s.surg", "--fix").exit_code != 0
+    assert (here / "s.surg").read_text() == text and fixed(text, "s.surg") == (text, [])
+
+
+def test_two_that_are_as_near_are_both_named() -> None:
+    text = "spec s(rank1: int = 4, rank2: int = 4)\ntarget linear { add low_rank(rank) add low_rank(rank1 + rank2) }"
+    (told, *_) = check(parse(text))
+    assert told.label == "did you mean `rank1` or `rank2`?" and not told.meant
+
+
+def test_what_ships_is_not_mended() -> None:
+    result = run("check", "lora", "--fix")
+    assert result.exit_code == 1 and "surgery init mine --from lora" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- allow
+
+
+@pytest.mark.parametrize(("comment", "codes"), [
+    ("", ["unused"]), ("  # surgery: allow[unused]", []), ("  # surgery: allow[fallback, unused]", []),
+    ("  # surgery: allow[fallback]", ["unused"]), ("\n# surgery: allow[unused]", ["unused"]),
+    ("  # surgery: allow[unsued]", ["unused", "bad-settings"]),
+])
+def test_a_line_allows_a_warning(comment: str, codes: list[str]) -> None:
+    found = check(parse(UNUSED % comment))
+    assert sorted(d.code for d in found) == sorted(codes)
+    assert all(d.label == "did you mean `unused`?" for d in found if d.code == "bad-settings")
+
+
+def test_a_comment_of_its_own_allows_what_stands_below() -> None:
+    assert check(parse("# surgery: allow[unused]\n" + UNUSED % "")) == []
+    assert check(parse("# surgery: allow[unused]\n\n" + UNUSED % "")) != []
+
+
+def test_no_error_is_allowed() -> None:
+    text = "target linear { add low_rnk() }  # surgery: allow[unknown-definition]"
+    assert [d.code for d in check(parse(text))] == ["unknown-definition"]
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def test_a_project_says_what_is_checked(here: Path) -> None:
+    (here / "surgery.toml").write_text('paths = ["mine"]\nmodel = "demo:llama"\n[severity]\nunused = "error"\n')
+    (here / "mine").mkdir()
+    (here / "mine" / "a.surg").write_text(UNUSED % "")
+    (here / "mine" / "b.surg").write_text('target "**.nope" { add low_rank(4) }')
+    result = run("check")
+    assert result.exit_code == 1 and "error[unused]" in result.stderr and "error[no-match]" in result.stderr
+    assert run("check", "--model", "", "mine/b.surg").exit_code == 0
+    (here / "surgery.toml").write_text('[severity]\nunused = "off"\nno-match = "off"\n')
+    assert run("check", "mine/a.surg").stdout == "mine/a.surg: ok\n"
+    assert run("check", "--model", "demo:llama", "mine/b.surg").exit_code == 1  # an error is always one
+    below = here / "mine" / "deep"
+    below.mkdir()
+    assert settings(below).severity == {"unused": "off", "no-match": "off"} and settings(below).paths == ()
+
+
+@pytest.mark.parametrize(("text", "place", "words"), [
+    ("modle = 1", (1, 1), "did you mean `model`?"), ("\nmodel = 1", (2, 1), "is the name of a model"),
+    ('paths = "a"', (1, 1), "is a list of texts"), ("severity = 3", (1, 1), "a line for each code"),
+    ('[severity]\nunsed = "off"', (2, 1), "did you mean `unused`?"),
+    ('[severity]\nunused = "loud"', (2, 1), "must be off, warning or error"), ("a = ", (1, 1), "is not TOML"),
+])
+def test_settings_that_are_none(here: Path, text: str, place: tuple[int, int], words: str) -> None:
+    (here / "surgery.toml").write_text(text)
+    result = run("check", "lora")
+    assert result.exit_code == 2 and f"surgery.toml:{place[0]}:{place[1]}" in result.stderr and words in result.stderr
+
+
+def test_an_editor_takes_the_settings_too(here: Path) -> None:
+    server = pytest.importorskip("surgery.editor.server")
+    document = Document(str(here / "mine.surg"), UNUSED % "")
+    (here / "surgery.toml").write_text('model = "demo:llama"\n[severity]\nunused = "off"\n')
+    assert server.server.model_named(document) == "demo:llama"
+    assert server.project_of(document).applied(document.findings()) == [] != document.findings()
+    (here / "surgery.toml").write_text("modle = 1")
+    assert server.project_of(document) == Settings()
+
+
+# ----------------------------------------------------------------------------------------------------------- watch
+
+
+def test_watch_checks_again_when_a_file_changes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "used.surg").write_text("update mine() { param A[out, in] = 0 return A }\n")
+    (here / "s.surg").write_text('use "used.surg"\ntarget linear { add mine() }\n')
+    edits = iter([lambda: None, lambda: (here / "used.surg").write_text("update mine() { return W.T }\n"),
+                  lambda: (here / "s.surg").write_text("target linear { add low_rank() }\n")])
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    def sleep(seconds: float) -> None:
+        next(edits, interrupt)()
+
+    monkeypatch.setattr(files, "sleep", sleep)
+    result = run("check", "s.surg", "--watch")
+    assert [line for line in result.stdout.splitlines()] == ["s.surg: ok", "s.surg: 1 error", "s.surg: ok"]
+    assert result.stderr.count("error[shape-mismatch]") == 1 and result.exit_code == 130
+    assert run("check", "s.surg", "--watch", "--json").exit_code == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ init
+
+
+@pytest.mark.parametrize("base", [None, "lora", "dora", "boft", "vera", "bitfit"])
+def test_a_spec_to_begin_with_is_right(base: str | None) -> None:
+    text = scaffold("mine", base, "demo:llama")
+    assert format_text(text) == text
+    spec = parse(text)
+    assert spec.name == "mine" and "# surgery: model = demo:llama" in text
+    assert [d for d in check(spec, skeleton("demo:llama")) if d.severity == "error"] == []
+    assert "{q_proj,k_proj,v_proj,o_proj," in text or not any(t.kind in ("linear", "any") for t in spec.targets)
+    assert "lm_head" not in text
+
+
+def test_init_writes_a_file_once(here: Path) -> None:
+    result = run("init", "mine", "--from", "lora")
+    assert result.exit_code == 0 and run("check", "mine.surg").exit_code == 0
+    before = (here / "mine.surg").read_text()
+    assert before == scaffold("mine", "lora")
+    again = run("init", "mine.surg")
+    assert again.exit_code == 2 and "error[bad-output]" in again.stderr and (here / "mine.surg").read_text() == before
+    assert run("init", "mine", "--force").exit_code == 0 and "update mine_update" in (here / "mine.surg").read_text()
+    for wrong in ("my-spec", "target"):
+        assert run("init", wrong).exit_code == 1
+    assert "error[unknown-spec]" in run("init", "other", "--from", "lroa").stderr and not (here / "other.surg").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ diff
+
+
+def test_two_specs_compared() -> None:
+    assert str(surgery.diff("lora", "lora")) == "no difference"
+    found = surgery.diff("lora", "dora", load_demo("llama"))
+    assert any(line.startswith("- ") and "W' = W + 2 B A" in line for line in found.formulas)
+    assert any(line.startswith("+ ") and "W' = M (W + 2 B A)" in line for line in found.formulas)
+    assert found.parameters == {name: pair for name, pair in found.parameters.items() if pair[0] != pair[1]}
+    assert "trained parameters" in found.costs and found.modules == ([], [])
+    assert found.modules == ([], []) and found.tensors == {}
+    told = json.loads(run("diff", "lora", "dora", "--model", "demo:llama", "--json").stdout)
+    assert told["formulas"] == found.formulas and told["costs"] == {k: list(v) for k, v in found.costs.items()}
+    assert "formulas" in run("diff", "lora", "dora").stdout
+
+
+def test_where_they_act(here: Path) -> None:
+    spec = surgery.load("lora")
+    found = surgery.diff(spec.retarget("**.q_proj"), spec.retarget("**.q_proj", "**.v_proj"), load_demo("llama"))
+    only_a, only_b = found.modules
+    assert only_a == [] and only_b and all(name.endswith("v_proj") for name in only_b)
+    assert "weights of lora alone" in str(found)
+
+
+def test_two_adapters_compared(here: Path) -> None:
+    model = load_demo("llama")
+    surgeon = surgery.apply(model, surgery.load("lora", rank=2).retarget("**.q_proj"))
+    surgeon.save("a")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if n.endswith("B")).fill_(1.0)
+    surgeon.save("b")
+    assert str(surgery.diff("a", "a")) == "no difference"
+    (name,) = surgery.diff("a", "b").tensors
+    assert name.endswith("add_low_rank.B") and name in run("diff", "a", "b").stdout
+    assert run("diff", "a", "lora").exit_code == 1 and run("diff", "nope", "lora").exit_code == 2
