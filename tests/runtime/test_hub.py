@@ -1,18 +1,15 @@
 """Adapters on the hub: pushed with a page, fetched at a revision, the base loaded at the commit that it was trained on.
 
-The hub is a stand-in on this machine. huggingface_hub reads its address when it is imported, so that what talks to it
-runs in a process of its own.
+The hub is a stand-in on this machine, in a process of its own.
 """
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub import Hub, running
 from models import perturbed
 
 import surgery
@@ -27,75 +24,66 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    with running() as found:
-        yield found
+# In one process, with the hub in it: huggingface_hub reads its address when it is imported.
+SCRIPT = """
+import json, os, warnings
+from pathlib import Path
+from hub import running
 
-
-def files_of(folder: str) -> dict[str, bytes]:
+def files_of(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
+def warned(run):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = run()
+    return result, len([w for w in said if isinstance(w.message, surgery.SurgeryWarning)])
 
-def ran(hub: Hub, text: str) -> str:
-    """What a script prints that knows no other hub."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(Path("cache").resolve()),
-                   "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-                   "NO_PROXY": "127.0.0.1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    prelude = "import warnings, surgery, torch\nfrom models import perturbed\n"
-    found = subprocess.run([sys.executable, "-c", prelude + text], env=environment, capture_output=True, text=True,
-                           timeout=200)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
-
-
-PUSH = """
-model = surgery.load_model("user/base")
-surgeon = perturbed(model, "dora")
-print(surgeon.push_to_hub("user/adapter"))
-x = torch.arange(3, 9)[None]
-torch.save(model(x).logits, "logits.pt")
-surgeon.remove()
-torch.save({k: v for k, v in model.state_dict().items()}, "base.pt")
-"""
-LOAD = """
-x = torch.arange(3, 9)[None]
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always", surgery.diagnostics.SurgeryWarning)
-    surgeon = surgery.from_pretrained("user/adapter")
-assert not [w for w in said if isinstance(w.message, surgery.SurgeryWarning)]
-assert torch.equal(surgeon.model(x).logits, torch.load("logits.pt"))
-base = surgery.load_model("user/base")  # as it is now
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    again = surgery.attach(base, "user/adapter", revision=REVISION)
-print(len([w for w in said if isinstance(w.message, surgery.SurgeryWarning)]), surgeon.spec.name)
-try:
-    surgery.attach(base, "user/nothing")
-except surgery.SurgeryError as error:
-    print(error)
-"""
-
-
-def test_pushed_and_loaded_again(hub: Hub) -> None:
+with running() as hub:
+    os.environ["HF_ENDPOINT"] = hub.address
+    import surgery, torch
+    from models import perturbed
+    from surgery.models.demo import load_demo
     load_demo("llama").save_pretrained("base")
-    commit = hub.commit("user/base", files_of("base"))
-    address = ran(hub, PUSH).strip()
+    found = {"commit": hub.commit("user/base", files_of("base"))}
+    model, x = surgery.load_model("user/base"), torch.arange(3, 9)[None]
+    surgeon = perturbed(model, "dora")
+    found["address"] = surgeon.push_to_hub("user/adapter")
+    wanted = model(x).logits
     (sha, files), = hub.commits["user/adapter"].items()
-    assert address == f"{hub.address}/user/adapter/commit/{sha}"
-    assert {*files} >= {"README.md", "adapter.safetensors", "adapter.surg", "meta.json"}
-    assert "surgery-manifest.json" not in files
-    meta = json.loads(files["meta.json"])
-    assert (meta["base_model"], meta["revision"]) == ("user/base", commit)
-    page = files["README.md"].decode()
-    assert "base_model: user/base\n" in page and f"Base model: `user/base` at `{commit}`." in page
+    found |= {"expected": f"{hub.address}/user/adapter/commit/{sha}", "files": [*files],
+              "meta": json.loads(files["meta.json"]), "page": files["README.md"].decode()}
 
     # The base moves on: the adapter still finds the commit that it was trained on, and tells the new one from it.
     load_demo("llama", seed=1).save_pretrained("base")
     hub.commit("user/base", files_of("base"))
-    told, error = ran(hub, f"REVISION = {sha!r}\n" + LOAD).split("\n", 1)
-    assert told == "1 dora"
-    assert "there is no folder user/nothing, and it cannot be had from the hub" in error
+    surgeon, found["warnings"] = warned(lambda: surgery.from_pretrained("user/adapter"))
+    found |= {"same": torch.equal(surgeon.model(x).logits, wanted), "name": surgeon.spec.name}
+    base = surgery.load_model("user/base")  # as it is now
+    _, found["warnings of another"] = warned(lambda: surgery.attach(base, "user/adapter", revision=sha))
+    try:
+        surgery.attach(load_demo("llama"), "user/nothing")
+    except surgery.SurgeryError as error:
+        found["error"] = str(error)
+print(json.dumps(found))
+"""
+
+
+def test_pushed_and_loaded_again() -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(Path("cache").resolve()),
+                   "HF_TOKEN": "hf_token", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+                   "NO_PROXY": "127.0.0.1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["address"] == found["expected"]
+    assert {*found["files"]} >= {"README.md", "adapter.safetensors", "adapter.surg", "meta.json"}
+    assert "surgery-manifest.json" not in found["files"]
+    assert (found["meta"]["base_model"], found["meta"]["revision"]) == ("user/base", found["commit"])
+    assert "base_model: user/base\n" in found["page"]
+    assert f"Base model: `user/base` at `{found['commit']}`." in found["page"]
+    assert (found["same"], found["name"], found["warnings"], found["warnings of another"]) == (True, "dora", 0, 1)
+    assert "there is no folder user/nothing, and it cannot be had from the hub" in found["error"]
 
 
 def test_a_page_says_what_the_adapter_is() -> None:
