@@ -115,7 +115,7 @@ ROWS = [
               lambda sizes, a: a.unflatten(-1, sizes).transpose(-3, -2).flatten(-4),
               "the last axis as [g, p, q, r], p and q exchanged", stage=ACTING, sizes=("g", "p", "q", "r"),
               linear=Linear.TOGETHER, text="swap({}, {data})", kernel="kernels_permute.swap",
-              derivative=derivatives.swap),
+              flops=flop_rules.swap, derivative=derivatives.swap),
     Operation("mix", 1, _mix_shape, lambda rows, a: a.new_tensor(rows) @ a, "L a for a matrix L of known numbers",
               stage=ACTING, sizes=("*rows",), linear=Linear.TOGETHER, text="mix({}, {data})",
               kernel="kernels_permute.mix", memory=Memory.NEW, passes=1, derivative=derivatives.mix),

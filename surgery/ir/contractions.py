@@ -59,8 +59,15 @@ def _dense(equation: tuple[str], *tensors: Any) -> Any:
 
 
 def _flops(node: Expr, count: Any) -> float:
-    arguments, _ = read(*node.data)
-    return 2.0 * prod(sizes(arguments, [a.shape for a in node.args]).values())
+    """Of two arguments at a time from the left, as torch contracts them: an axis is summed over as soon as nothing
+    behind names it."""
+    arguments, result = read(*node.data)
+    known = sizes(arguments, [a.shape for a in node.args])
+    made, total = set(arguments[0]), 0.0
+    for number, letters in enumerate(arguments[1:], 2):
+        total += 2.0 * prod(known[letter] for letter in made | set(letters))
+        made = (made | set(letters)) & set("".join((*arguments[number:], result)))
+    return total or 2.0 * prod(known.values())
 
 
 def _notation(maths: Any, node: Expr) -> tuple[str, int]:

@@ -113,7 +113,7 @@ ROWS = [
     _in_step("column_sum", 1, lambda a: exactly(2, "a matrix", a)[1:], lambda a: a.sum(0), "Σ a over the rows",
              linear=Linear.TOGETHER),
     _in_step("block_dot", 3, lambda a, g, s: exactly(3, "a stack of blocks", s), _block_dot,
-             "aᵀ g on the blocks of the diagonal, in the shape of s", flops=flop_rules.each_read(2, -1)),
+             "aᵀ g on the blocks of the diagonal, in the shape of s", flops=flop_rules.block_dot),
     _in_step("circulate_back", 2, _circulate_back_shape, _circulate_back, "g circulant(c)", linear=Linear.EACH,
              flops=flop_rules.circulate),
     _in_step("circulate_dot", 3, lambda a, g, c: exactly(3, "a stack of first rows", c), _circulate_dot,

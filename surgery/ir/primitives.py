@@ -371,5 +371,5 @@ ROWS = [
               step_kernel="kernels.blocks", memory=Memory.NEW, is_unkept=True,
               added=Added(Form("add_blocks", kernel="kernels.add_blocks"), fits=lambda z: len(z.shape) == 2,
                           when=When.IN_STEP, is_product=True),
-              flops=flop_rules.each(2, 1, 1), derivative=derivatives.blocks),
+              flops=flop_rules.blocks, derivative=derivatives.blocks),
 ]
