@@ -8,6 +8,7 @@ nothing reads it any more, and passed over as seldom as the table of `adjoint` a
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -65,11 +66,17 @@ class _Node(torch.autograd.Function):
         return None, None, *ctx.step.backward(ctx.layer, *grad_outputs, *kept)
 
 
+def without_autocast(device: str) -> AbstractContextManager:
+    """A context in which products are computed in the dtype of what they are given; nothing where they are anyway, as
+    to enter one takes longer than a small product."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def run(body: Expr, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor | None:
     """Run the body as one node of autograd; None where autograd must see its parts."""
     needs = tuple(torch.is_grad_enabled() and a.requires_grad for a in (x, *values))
     known = step(body, needs)
     if known is None:
         return None
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return _Node.apply(known, layer, x, *values) if any(needs) else known.forward(layer, x, *values)[0]

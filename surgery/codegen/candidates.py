@@ -96,6 +96,11 @@ class Candidate:
         return any(value.has(*on_layer) for value in self.values)
 
     @cached_property
+    def computes(self) -> bool:
+        """Whether the set-up does more than cast what it is given."""
+        return not all(operation(value).is_leaf for value in self.values)
+
+    @cached_property
     def needs(self) -> tuple[bool, ...]:
         """Which of the input and the values take a gradient in training: those that a trained parameter reaches."""
         has_ids = any(map(is_ids, walk(self.outputs[0])))

@@ -83,7 +83,7 @@ class Program:
         y = autograd_node.run(self.plan.written, layer.as_dtype(x.dtype), x, values) if known else None
         if y is not None:
             return y
-        with nullcontext() if layer.follows_autocast else torch.autocast(layer.device.type, enabled=False):
+        with nullcontext() if layer.follows_autocast else autograd_node.without_autocast(layer.device.type):
             assert self.body is not None  # a program of W' alone has none, and is not run
             return self.body(layer, x, *values)
 

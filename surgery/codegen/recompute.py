@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from surgery.codegen.autograd_node import Step, step
+from surgery.codegen.autograd_node import Step, step, without_autocast
 from surgery.codegen.candidates import Candidate
 
 Make = Callable[[Sequence[Tensor]], tuple]
@@ -67,5 +67,5 @@ def run(plan: Candidate, layer: Any, x: Tensor, make: Make, tensors: Mapping[str
     known = step(plan.written, (x.requires_grad, *plan.reached(trained))) if trained else None
     if known is None:
         return None
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return _Node.apply(known, layer, make, x, *tensors.values())

@@ -212,3 +212,16 @@ def is_direct(module: nn.Module, layout: Layout) -> bool:
     is_conv1d = f"{base.__module__}.{base.__name__}" == TRANSFORMERS_CONV1D
     is_plain = is_conv1d or any(issubclass(base, c) and base.forward is c.forward for c in _PLAIN)
     return layout.is_called or is_plain and not opaque_linear.has_forward_of_its_own(module)
+
+
+# The ways in which transformers runs fused experts by products of torch's own. Others (kernels) take W in memory.
+_BY_TORCH = {None, "eager", "batched_mm", "grouped_mm"}
+
+
+def runs_by_torch(module: nn.Module) -> bool:
+    """Whether the forward of fused experts, as the model's config now chooses it, is known to use torch's operations
+    alone, so that a tensor class of ours can stand in the place of their weights."""
+    config = getattr(module, "config", None)
+    base = getattr(type(module), "base", type(module))
+    is_known = getattr(opaque_linear.forward_of(module), "__func__", None) is base.forward
+    return is_known and getattr(config, "_experts_implementation", "") in _BY_TORCH

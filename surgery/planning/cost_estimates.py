@@ -29,12 +29,13 @@ _LONGEST = 60  # columns of an expression in a message
 
 @dataclass(frozen=True)
 class Estimate:
-    """The costs of one weight's programs. `stack`: how many matrices are built for a layer that only its own forward
-    knows, which then runs with them (the tokens are spread over them); None for a layer that programs stand in for."""
+    """The costs of one weight's programs. `stack`: how many matrices the tokens are spread over; `builds`: W' of each
+    is built, whichever tokens reach it, for a layer that only its own forward knows, which then runs with it."""
 
     compiled: Compiled
     tokens: int = TOKENS_SUPPOSED
-    stack: int | None = None
+    stack: int = 1
+    builds: bool = False
     training: bool = True
     machine: Machine = CPU
 
@@ -50,24 +51,31 @@ class Estimate:
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The programs, the one that runs first."""
-        return self.compiled.candidates(self.training, self.tokens, self.machine)
+        return self.compiled.candidates(self.training, self._each, self.machine)
+
+    @property
+    def _each(self) -> int:
+        """The tokens of one matrix."""
+        return max(1, self.tokens // self.stack)
 
     @cached_property
     def frozen(self) -> Cost:
-        """A step of the frozen layer: forward, and backward to its input."""
-        return body_cost(frozen_alone(self.kind, *self.sides), (not self.kind.takes_ids,), self.tokens)
+        """A step of the frozen layer, of one matrix of a stack: forward, and backward to its input."""
+        return body_cost(frozen_alone(self.kind, *self.sides), (not self.kind.takes_ids,), self._each)
 
     def ratio(self, candidate: Candidate | None = None) -> float:
         """A step of a program (the one that runs, if none is given) as a multiple of the frozen layer's."""
-        return self.seconds(candidate) / self.frozen.seconds(self.machine)
+        return self.seconds(candidate) / self.frozen_seconds
 
     def seconds(self, candidate: Candidate | None = None) -> float:
         """The time of a step on the machine."""
-        if self.stack is None:
-            return (candidate or self.candidates[0]).cost(self.tokens).seconds(self.machine)
-        # Every matrix of the stack is built, whichever tokens reach it: only one of them is charged with the tokens.
-        built = next(c for c in self.candidates if c.strategy == "built weight")
-        return built.cost(self.tokens).seconds(self.machine) + (self.stack - 1) * built.cost(0).seconds(self.machine)
+        runs = next(c for c in self.candidates if c.strategy == "built weight") if self.builds else self.candidates[0]
+        return self.stack * (candidate or runs).cost(self._each).seconds(self.machine)
+
+    @property
+    def frozen_seconds(self) -> float:
+        """The same of the frozen layer."""
+        return self.stack * self.frozen.seconds(self.machine)
 
     @cached_property
     def built(self) -> tuple[Expr, ...]:
@@ -78,8 +86,8 @@ class Estimate:
     @property
     def cost_text(self) -> str:
         """`at [1024, 4096] and 1,024 tokens a step costs 2.1 x the frozen layer's: 43 GFLOP, 210 MB moved`."""
-        cost = self.candidates[0].cost(self.tokens)
-        return (f"at {shape_text(self.sides)} and {self.tokens:,} tokens a step costs {self.ratio():.2f} x the frozen "
+        cost = self.candidates[0].cost(self._each)
+        return (f"at {shape_text(self.sides)} and {self._each:,} tokens a step costs {self.ratio():.2f} x the frozen "
                 f"layer's: {amount(cost.flops, 'FLOP')}, {amount(FLOAT * cost.moved, 'B')} moved in float32")
 
 

@@ -188,8 +188,7 @@ class Report:
 
 
 def _ratio(estimates: Sequence[Estimate]) -> float:
-    frozen = sum(e.frozen.seconds(e.machine) for e in estimates)
-    return sum(e.seconds() for e in estimates) / frozen if estimates else 1.0
+    return sum(e.seconds() for e in estimates) / sum(e.frozen_seconds for e in estimates) if estimates else 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------- text

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from surgery.diagnostics import Diagnostic
 from surgery.layers import opaque_linear
-from surgery.layers.layouts import is_direct
+from surgery.layers.layouts import is_direct, runs_by_torch
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.machines import machine
 from surgery.text import dtype_text, listed, size_text
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 def estimated(placed: Placed) -> Estimate:
     """What an operated weight costs on the device where it lies."""
     site = placed.site
-    runs_programs = site.stack is None and is_direct(site.module, site.layout)
-    stack = None if runs_programs else site.stack or 1
+    runs_programs = runs_by_torch(site.module) if site.stack else is_direct(site.module, site.layout)
     device, dtype = opaque_linear.device(site.module).type, opaque_linear.dtype(site.module)
-    return Estimate(placed.compiled, stack=stack, machine=machine(device, dtype_text(dtype)))
+    return Estimate(placed.compiled, stack=site.stack or 1, builds=not runs_programs,
+                    machine=machine(device, dtype_text(dtype)))
 
 
 def unfit(plan: Plan) -> Iterator[Diagnostic]:
@@ -44,19 +44,30 @@ def unfit(plan: Plan) -> Iterator[Diagnostic]:
 
 
 def dense_copies(plan: Plan) -> Iterator[Diagnostic]:
-    """A warning for each target whose formula reads every number of weights that only calls tell: what copies take."""
+    """A warning for each target that copies weights at every step: what the copies take, and why."""
     for target in plan.spec.targets:
-        sizes = {p.site.name: size for p in plan.placed if p.target is target and (size := copy_size(p))}
-        if sizes:
+        copied = [(p, size) for p in plan.placed if p.target is target and (size := copy_size(p))]
+        called = {p.site.name: size for p, size in copied if not p.site.stack}
+        built = {p.site.name: size for p, size in copied if p.site.stack}
+        if called:
             yield Diagnostic(
                 "dense-copy",
-                f"this target reads every number of {listed(sizes)}, where no plain weight is stored: dense "
-                f"copies take {size_text(sum(sizes.values()))} in training", target.span, severity="warning",
+                f"this target reads every number of {listed(called)}, where no plain weight is stored: dense "
+                f"copies take {size_text(sum(called.values()))} in training", target.span, severity="warning",
                 helps=("a formula of products with W (low_rank, diagonal, orthogonal, magnitude) needs no copy",))
+        if built:
+            yield Diagnostic(
+                "dense-copy", f"W' of all experts of {listed(built)} is built in every forward pass, which takes "
+                f"{size_text(sum(built.values()))}: their forward is not known to multiply by torch's operations alone",
+                target.span, severity="warning",
+                helps=("`model.set_experts_implementation(\"grouped_mm\")` of transformers runs the tokens of each "
+                       "expert alone",))
 
 
 def copy_size(placed: Placed) -> int:
-    """The bytes of the dense copy that an operated weight keeps while it trains; 0 for none."""
-    site = placed.site
-    reads = site.layout.is_called and estimated(placed).candidates[0].reads_weight
+    """The bytes of the dense copy that is made of an operated weight; 0 for none."""
+    site, estimate = placed.site, estimated(placed)
+    if site.stack:
+        return site.weight.numel() * site.weight.element_size() if estimate.builds else 0
+    reads = site.layout.is_called and estimate.candidates[0].reads_weight
     return site.out * site.in_ * opaque_linear.dtype(site.module).itemsize if reads else 0

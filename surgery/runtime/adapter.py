@@ -16,6 +16,7 @@ from weakref import ref
 import torch
 import torch.nn as nn
 
+from surgery.codegen.autograd_node import without_autocast
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program
 from surgery.ir.dense import in_dtype
@@ -104,7 +105,7 @@ class Adapter(nn.Module):
         """The adapter's tensors by key, in the shapes that the formula has for them."""
         return self.shaped(self.tensors())
 
-    def _called(self, device: torch.device) -> dict[str, torch.Tensor]:
+    def called(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The adapter's tensors by key, as each step's module gives them when it is called."""
         given: dict[str | None, dict[str, torch.Tensor]] = {
             step: dict(zip(part.names, part())) for step, part in self._modules.items()
@@ -126,11 +127,12 @@ class Adapter(nn.Module):
                 self.owner = ref(module)
 
     def prepare(self, is_direct: bool = True, on: tuple[str, torch.dtype] | None = None) -> None:
-        """Compile the programs of W' (`None`) and, for a module whose map is known, of its output in training and in
-        evaluation, for the kind of device and the dtype `on` (those of before if none are given), else of W' in
-        training where that draws noise: before any forward pass, since torch.compile cannot trace that."""
+        """Compile the programs of W' (`None`) and, for a module whose map is known and for the experts of a stack, of
+        its output in training and in evaluation, for the kind of device and the dtype `on` (those of before if none
+        are given), else of W' in training where that draws noise: before any forward pass, since torch.compile cannot
+        trace that."""
         self.prepared = is_direct
-        if is_direct:
+        if is_direct or self.stack:
             self._choose(on or self._machine)
         self._weights = {False: self.compiled.weights}
         if self._noises and not is_direct:
@@ -144,33 +146,74 @@ class Adapter(nn.Module):
             self._chosen[on] = {mode: self.compiled.program(mode, machine=numbers) for mode in (True, False)}
         self._programs, self._machine = self._chosen[on], on
 
+    def noise(self, module: nn.Module, device: torch.device) -> Mapping[str, torch.Tensor]:
+        """What a training step draws anew, of a stack for each of its matrices; nothing in evaluation."""
+        return drawn(self._noises, device, self.stack) if module.training and self._noises else {}
+
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
-        dtype = layer.dtype_of(x)
-        entered, held = layer.enter(x, dtype), self._called(layer.device)
-        tensors = self.shaped(held)
-        if layer.module.training and self._noises:
-            tensors |= drawn(self._noises, layer.device)
-        if (layer.device.type, layer.dtype) != self._machine and not is_traced():
-            self._choose((layer.device.type, layer.dtype))
-        program = self._programs[layer.module.training].at(layer.tokens(entered))
+        dtype, held = layer.dtype_of(x), self.called(layer.device)
+        return self.run(layer, x, dtype, {**self.shaped(held), **self.noise(layer.module, layer.device)}, held)
+
+    def run(self, layer: Frozen, x: torch.Tensor, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor],
+            held: Mapping[str, torch.Tensor], expert: int | None = None) -> torch.Tensor:
+        """What the layer (of a stack, that of an expert) gives for its input by the program of its mode. `held`: the
+        tensors that `tensors` are views of."""
+        entered = layer.enter(x, dtype)
+        program = self.program(layer, layer.tokens(entered))
         fixed: list[tuple] = []  # what rests on the frozen weight alone is made once in a call, its backward included
 
         def make(given: Iterable[torch.Tensor]) -> tuple:
-            return self.set_up(program, layer, dict(zip(tensors, given)), dtype, fixed, held)
+            return self.set_up(program, layer, dict(zip(tensors, given)), dtype, fixed, held, expert)
 
         return layer.leave(program.run(layer, entered, make, tensors))
 
+    def program(self, layer: Frozen, tokens: int | None) -> Program:
+        """The program of the layer's mode and machine for so many tokens."""
+        if (layer.device.type, layer.dtype) != self._machine and not is_traced():
+            self._choose((layer.device.type, layer.dtype))
+        return self._programs[layer.module.training].at(tokens)
+
+    def set_ups(self, program: Program, layer: Frozen, stacks: Mapping[str, torch.Tensor], cast: torch.dtype,
+                held: Mapping[str, torch.Tensor], experts: Sequence[int]) -> Mapping[int, tuple]:
+        """The set-ups of several experts at once, by number, of a program that does not rest on the frozen weight."""
+        known = self._kept((program, cast, layer.device), tuple(held.values()), dict)
+        missing = [expert for expert in experts if expert not in known]
+        if missing:
+            at = torch.tensor(missing, device=layer.device)
+            chosen = {key: t if key in self.shared or missing == [*range(self.stack or 0)] else t.index_select(0, at)
+                      for key, t in stacks.items()}
+
+            def make(leaves: Mapping[str, torch.Tensor]) -> tuple:
+                return self._computed(program, layer, leaves, cast, [])
+
+            axes = {key: None if key in self.shared else 0 for key in chosen}
+            made = torch.vmap(make, in_dims=(axes,))(chosen) if program.plan.computes else make(chosen)
+            parts = (t.unbind() if t.ndim > len(value.shape) else [t] * len(missing)  # which modules share
+                     for value, t in zip(program.plan.values, made))
+            known.update(zip(missing, zip(*parts)))
+        return known
+
     def set_up(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
-               fixed: list[tuple], held: Mapping[str, torch.Tensor]) -> tuple:
-        """The set-up of a program: what does not depend on the input. Small solves stay in float32 under autocast.
-        `held`: the tensors that the leaves are views of."""
+                fixed: list[tuple], held: Mapping[str, torch.Tensor], expert: int | None = None) -> tuple:
+        """The set-up of a program, kept while serving. `held`: the tensors that the leaves are views of."""
+        if cast is None:
+            return self._computed(program, layer, leaves, cast, fixed)
+        on = (*held.values(), *(layer.held if program.rests_on_layer else ()))
+        # one entry for all experts: to see that nothing changed, the stack that they rest on is read once
+        values = self._kept((program, cast, layer.device), on, dict)
+        if expert not in values:
+            values[expert] = self._computed(program, layer, leaves, cast, fixed)
+        return values[expert]
+
+    def _computed(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
+                fixed: list[tuple]) -> tuple:
+        """What a program computes that does not depend on the input. Small solves stay in float32 under autocast."""
         dtype = reduce(torch.promote_types, (t.dtype for t in leaves.values() if t.is_floating_point()), layer.dtype)
         dtype = torch.promote_types(dtype, torch.float32)
-
-        def setup() -> tuple:
-            # of a stored weight it is cheap to make; a merge never takes what is kept
-            once = self._proven if self.layout.is_called and cast is not None else lambda layer, key, compute: compute()
+        # of a stored weight it is cheap to make; a merge never takes what is kept
+        once = self._proven if self.layout.is_called and cast is not None else lambda layer, key, compute: compute()
+        with without_autocast(layer.device.type):
             if layer.weight is None and program.reads_weight:
                 wide = cast or dtype
                 layer.weight = once(layer, ("weight", wide), lambda: layer.read(wide))
@@ -179,13 +222,7 @@ class Adapter(nn.Module):
             known = fixed[0] if fixed else ()
             return program.setup(layer, {k: in_dtype(t, dtype) for k, t in leaves.items()}, known, dtype, cast or dtype)
 
-        with torch.autocast(layer.device.type, enabled=False):
-            if cast is None:
-                return setup()
-            on = (*held.values(), *(layer.held if program.rests_on_layer else ()))
-            return self._kept((program, dtype, cast, layer.device), on, setup)
-
-    def _kept(self, key: tuple, on: Sequence[torch.Tensor], compute: Callable[[], tuple]) -> tuple:
+    def _kept(self, key: tuple, on: Sequence[torch.Tensor], compute: Callable[[], Any]) -> Any:
         """`compute()`, which depends on the tensors `on` alone; kept while serving, unless a gradient is taken."""
         if self.serving is None or torch.is_grad_enabled():
             return compute()
@@ -202,16 +239,13 @@ class Adapter(nn.Module):
                 known = self._of_calls[key] = (bits, compute())
         return known[1]
 
-    def weights(self, module: nn.Module, draws: bool = False) -> tuple[torch.Tensor, ...]:
-        """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider; with noise that is drawn
-        now, or with its mean."""
-        layer = self.frozen(module).whole()
-        draws = draws and bool(self._noises)
+    def weights(self, module: nn.Module, noise: Mapping[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
+        """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider; with the noise given, or
+        with its mean."""
+        layer, draws = self.frozen(module).whole(), bool(noise)
         # what was prepared: torch.compile cannot look the code up in the compiler's own cache
         program = self._weights.get(draws) or (self.compiled.drawn_weights if draws else self.compiled.weights)
-        leaves = self.shaped({key: whole(t) for key, t in self._called(layer.device).items()})
-        if draws:
-            leaves |= drawn(self._noises, layer.device, self.stack)
+        leaves = {**self.shaped({key: whole(t) for key, t in self.called(layer.device).items()}), **(noise or {})}
         if self.stack is None:
             return self.set_up(program, layer, leaves, None, [], {})
 
@@ -224,17 +258,18 @@ class Adapter(nn.Module):
         axes = {key: None if key in self.shared else 0 for key in leaves}
         return torch.vmap(one, in_dims=(0, axes))(layer.weight, leaves)
 
-    def substitutes(self, module: nn.Module, draws: bool = False) -> dict[str, torch.Tensor]:
-        """W' (and b') as the module stores them, by parameter name; with noise that is drawn now, or with its mean."""
+    def substitutes(self, module: nn.Module,
+                    noise: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """W' (and b') as the module stores them, by parameter name; with the noise given, or with its mean."""
         layer = self.frozen(module)
         names = (self.parameter, "bias")[:1 + self.compiled.has_bias]
 
         def compute() -> tuple:
-            values = dict(zip(names, self.weights(module, draws)))
+            values = dict(zip(names, self.weights(module, noise)))
             values[self.parameter] = self.layout.unmatrix(values[self.parameter], layer.stored.shape)
             return tuple(values[name].to(was.dtype) for name, was in zip(names, layer.held))
 
-        on = (*self._called(layer.device).values(), *layer.held)
+        on = (*self.called(layer.device).values(), *layer.held)
         return dict(zip(names, self._kept(("weights", layer.device), on, compute)))
 
     def train(self, mode: bool = True) -> Adapter:

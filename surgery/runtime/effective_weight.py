@@ -18,7 +18,7 @@ from torch import Tensor
 
 from surgery.diagnostics import fail
 
-_ASKED = set("""size dim ndimension numel nelement stride element_size is_contiguous is_floating_point is_complex
+ASKED = set("""size dim ndimension numel nelement stride element_size is_contiguous is_floating_point is_complex
     get_device storage_offset is_inference __len__ is_signed""".split()) | {
     f"{name}.__get__" for name in """shape dtype device layout ndim is_cuda is_cpu is_meta is_sparse is_sparse_csr
     is_quantized is_mps is_xpu is_nested is_mkldnn itemsize nbytes names grad""".split()}
@@ -45,35 +45,39 @@ class EffectiveWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name, kwargs = _name(func), kwargs or {}
+        name, kwargs = name_of(func), kwargs or {}
         first = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
         if name in _MEMORY or isinstance(kwargs.get("out"), cls):
             raise fail("unsupported-module", f"W' of an operated layer is computed, and has no memory for `{name}`",
                        helps=("take `layer.weight.clone()` to read it; merge() to have it stored",))
         if not isinstance(first, cls):
-            return func(*_values(args), **_values(kwargs))
+            return func(*values_of(args), **values_of(kwargs))
         if name == "requires_grad.__get__":  # W' may take a gradient where the stored weight is frozen
             return first._trains
-        if name in _ASKED:
+        if name in ASKED:
             return func(first._stored, *args[1:], **kwargs)
         is_in_place = name.endswith("_") and not name.endswith("__") or bool(kwargs.get("inplace"))
         if is_in_place or name in _WRITTEN:
             rest = {key: value for key, value in kwargs.items() if value is not first}
             named = {key: first._stored for key, value in kwargs.items() if value is first}
-            return func(*([first._stored] if args else []), *_values(args[1:]), **named, **_values(rest))
+            return func(*([first._stored] if args else []), *values_of(args[1:]), **named, **values_of(rest))
         if name in _VIEWED:
-            return _view(first, lambda t: func(t, *_values(args[1:]), **_values(kwargs)), name)
-        return func(*_values(args), **_values(kwargs))
+            return _view(first, lambda t: func(t, *values_of(args[1:]), **values_of(kwargs)), name)
+        return func(*values_of(args), **values_of(kwargs))
 
 
 def effective_weight(make: Callable[[], Tensor], stored: Tensor, trains: bool) -> EffectiveWeight:
     """W', which `make` makes; `trains`: whether a parameter that trains is reached through it."""
     trains = trains and torch.is_grad_enabled()
-    # Autograd refuses a real gradient for a tensor on the meta device: that of a kernel that took this one unseen.
-    hollow = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device="meta", requires_grad=trains)
-    weight = hollow.as_subclass(EffectiveWeight)
+    weight = hollow(stored, trains).as_subclass(EffectiveWeight)
     weight._make, weight._stored, weight._trains = make, stored, trains
     return weight
+
+
+def hollow(stored: Tensor, trains: bool) -> Tensor:
+    """A tensor without memory that looks like the stored one. Autograd refuses a real gradient for it, as for all on
+    the meta device: that of a kernel that took this one unseen."""
+    return torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device="meta", requires_grad=trains)
 
 
 def holds_parameters() -> bool:
@@ -82,7 +86,7 @@ def holds_parameters() -> bool:
         tuple(f"{name.removesuffix('.')}." for name in _HOLDERS))
 
 
-def _name(func: Callable) -> str:
+def name_of(func: Callable) -> str:
     """`size` of a function or method, `shape.__get__` of the reading of a property."""
     name = getattr(func, "__name__", "")
     owner = getattr(func, "__self__", None)
@@ -91,13 +95,13 @@ def _name(func: Callable) -> str:
     return f"{getattr(owner, '__name__', None) or getattr(getattr(owner, 'fget', None), '__name__', '')}.{name}"
 
 
-def _values(given: Any) -> Any:
+def values_of(given: Any) -> Any:
     """Replace each EffectiveWeight in the arguments of a call by W'."""
     if isinstance(given, EffectiveWeight):
         return given._make()
     if type(given) in (tuple, list):
-        return type(given)(map(_values, given))
-    return {key: _values(value) for key, value in given.items()} if type(given) is dict else given
+        return type(given)(map(values_of, given))
+    return {key: values_of(value) for key, value in given.items()} if type(given) is dict else given
 
 
 def _view(weight: EffectiveWeight, change: Callable[[Tensor], Any], name: str) -> Any:

@@ -8,6 +8,7 @@ W'.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 from weakref import ref
@@ -16,7 +17,8 @@ import torch
 import torch.nn as nn
 
 from surgery.diagnostics import fail
-from surgery.layers.layouts import is_direct
+from surgery.ir.orthogonal_maps import is_traced
+from surgery.layers.layouts import TRANSPOSED_EXPERTS, is_direct, runs_by_torch
 from surgery.layers.opaque_linear import (
     SUFFIX,
     forward_of,
@@ -27,6 +29,8 @@ from surgery.layers.opaque_linear import (
 )
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.effective_weight import effective_weight, holds_parameters
+from surgery.runtime.expert_maps import ExpertMaps
+from surgery.runtime.routed_weight import Stack, routed_weight
 from surgery.runtime.sharding import refuse_divided
 from surgery.runtime.step_tensors import CONTAINERS, SHARED
 
@@ -87,20 +91,40 @@ class Called(Direct):
 
 
 class Substituted(Operated):
-    """A module that only its own forward knows (fused experts, a subclass with a forward of its own): W' is computed
-    once and stands in the weight's place while that forward runs in this thread."""
+    """A module that only its own forward knows (fused experts, a subclass with a forward of its own): W', or what acts
+    as W', stands in the weight's place while that forward runs in this thread."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adapters = [adapter for name in type(self).names if (adapter := getattr(self, name + SUFFIX)).active]
         for adapter in adapters:
             adapter.refuse_divided(self, args)
-        values = [adapter.substitutes(self, draws=self.training) for adapter in adapters]
+        values = [_in_place(adapter, self) for adapter in adapters]
         before = _CALLS.running
         _CALLS.running = {**before, id(self): {name: t for each in values for name, t in each.items()}}
         try:
             return forward_of(self)(*args, **kwargs)
         finally:
             _CALLS.running = before
+
+
+def _in_place(adapter: Adapter, module: nn.Module) -> Mapping[str, torch.Tensor]:
+    """What stands in the place of the weight (and the bias) while the module's own forward runs: W', or what takes the
+    tokens of each expert of a stack through its program."""
+    layer = adapter.frozen(module)
+    noise = adapter.noise(module, layer.device)
+    if not adapter.stack or not runs_by_torch(module) or _is_recorded(layer.device):
+        return adapter.substitutes(module, noise)
+    stack = Stack(ExpertMaps(adapter, module, noise), lambda: adapter.substitutes(module, noise)[adapter.parameter],
+                  torch.is_grad_enabled())
+    trains = layer.is_trained or any(t.requires_grad for t in adapter.tensors().values())
+    return {adapter.parameter: routed_weight(stack, layer.stored, adapter.layout is TRANSPOSED_EXPERTS, trains)}
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether the operations of this call are written down to be run again, for tokens that may go elsewhere."""
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  # torch's documentation names it so
+    return captured or traced or is_traced()
 
 
 def _reading(name: str, owner: str) -> property:

@@ -379,9 +379,9 @@ class Surgeon:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Inside, you promise that no tensor of the model changes: what forward passes without a gradient compute from
-        the adapter's tensors alone (and W' itself, for fused experts and where a model reads the weight) is kept from
-        one to the next, so that a token costs little more than the base model's. For a model in evaluation, merged or
-        not; nests, in any number of threads.
+        the adapter's tensors alone (and W' itself, where a model reads the weight) is kept from one to the next, so
+        that a token costs little more than the base model's. For a model in evaluation, merged or not; nests, in any
+        number of threads.
 
         Raises: SurgeryError (wrong-mode), in training mode or at `train()`; (changed-tensor), if a tensor that was
         computed from is another one bit for bit: at the next forward pass where torch tells, and at the end always.

@@ -168,8 +168,20 @@ def test_what_a_report_counts_is_the_program_that_the_adapter_runs(bias):
 
 def test_a_stack_is_built_for_every_matrix():
     lora = Compiled.supposed(formula(load("lora")))
-    one, many = (Estimate(lora, 64, stack=n).ratio() for n in (1, 8))
+    one, many = (Estimate(lora, 64, stack=n, builds=True).ratio() for n in (1, 8))
     assert Estimate(lora, 64).ratio() < one < many
+    assert Estimate(lora, 64, stack=8).ratio() == Estimate(lora, 8).ratio() < many  # the tokens of each expert alone
+
+
+def test_experts_that_are_built_are_told():
+    model = load_demo("mixtral")
+    assert not Report(compile(model, "lora")).fallbacks
+    ratio = Report(compile(model, "lora")).step_ratio
+    model.set_experts_implementation("deepgemm")
+    report = Report(compile(model, "lora"))
+    (warning,) = report.fallbacks
+    assert warning.code == "dense-copy" and "set_experts_implementation" in warning.helps[0]
+    assert report.memory["dense copies"] == 2 * 4 * (256 * 64 + 64 * 128) * 4 and report.step_ratio > ratio
 
 
 # ------------------------------------------------------------------------------------------------- where it is shown

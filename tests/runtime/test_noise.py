@@ -196,7 +196,8 @@ def test_fused_experts_draw_for_each_matrix_in_training() -> None:
         for p in surgeon.parameters():
             p.fill_(1)
     module, weight = placed.site.module, placed.site.weight.detach()
-    draws = [(adapter.substitutes(module, draws=True)["gate_up_proj"] - weight).mean((1, 2)) for _ in range(6)]
+    drawn = [adapter.noise(module.train(), weight.device) for _ in range(6)]
+    draws = [(adapter.substitutes(module, noise)["gate_up_proj"] - weight).mean((1, 2)) for noise in drawn]
     for draw in draws:
         torch.testing.assert_close(draw, draw.round(), rtol=0, atol=1e-3)  # each matrix moved by 0 or by 1
     draws = [tuple(draw.round().tolist()) for draw in draws]
