@@ -16,6 +16,7 @@ import stat
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from surgery.diagnostics import SurgeryError, fail
+from surgery.diagnostics import Diagnostic, SurgeryError, SurgeryWarning, fail
 from surgery.files import read_json, refuse_irregular
 from surgery.text import some
 
@@ -281,12 +282,13 @@ def resuming(folder: Path, kind: Kind, job: str, force: bool = False,
     Raises: SurgeryError (bad-output); after one of another code inside, or an error to `abandon` it, nothing stays.
     """
     target = Path(os.path.realpath(folder))
+    staging = target.parent / f"{_STAGING}unfinished-{sha256(os.fsencode(target.name)).hexdigest()[:16]}"
     try:
         refuse_taken(folder, kind, force)
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.parent / f"{_STAGING}unfinished-{sha256(os.fsencode(target.name)).hexdigest()[:16]}"
         staging.mkdir(exist_ok=True)
-        with _alone(staging, folder):
+        _tell_others(target.parent, staging)
+        with _alone(staging, folder, target.name):
             _put_back(staging, target)
             unfinished = _opened(staging, job)
             try:
@@ -302,7 +304,23 @@ def resuming(folder: Path, kind: Kind, job: str, force: bool = False,
                 raise
             _remove(staging)
     except OSError as error:
-        raise fail("bad-output", f"cannot write {folder}: {error.strerror or error}") from error
+        kept = f"what is done stays in {staging}, and the next run goes on with it; to give it up, remove that folder"
+        raise fail("bad-output", f"cannot write {folder}: {error.strerror or error}",
+                   helps=(kept,) if staging.is_dir() else ()) from error
+
+
+def _tell_others(parent: Path, own: Path) -> None:
+    """Warn of the unfinished folders of other runs, which nothing but those goes on with and nobody sees."""
+    if fcntl is None:  # nothing tells whether such a run is at work
+        return
+    for staging in parent.glob(f"{_STAGING}unfinished-*"):
+        with suppress(OSError, ValueError, KeyError, TypeError), (staging / _LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # an OSError where its run is at work
+            about = json.loads(lock.read(1 << 16))
+            if staging != own and about["surgery"] == "goes on":
+                left = Diagnostic("bad-output", f"{staging} is what an unfinished run has left of `{about['target']}`",
+                                  severity="warning", helps=("run that again to go on with it, or remove the folder",))
+                warnings.warn(SurgeryWarning(left), stacklevel=3)
 
 
 def _is_of_place(error: Exception) -> bool:
@@ -311,7 +329,7 @@ def _is_of_place(error: Exception) -> bool:
 
 
 @contextmanager
-def _alone(staging: Path, folder: Path) -> Iterator[None]:
+def _alone(staging: Path, folder: Path, name: str) -> Iterator[None]:
     """Inside, the unfinished folder is this run's. Its lock says no `writes`, so that others do not clear it up."""
     with (staging / _LOCK).open("ab", buffering=0) as lock:
         for tries in range(_TRIES):
@@ -325,7 +343,7 @@ def _alone(staging: Path, folder: Path) -> Iterator[None]:
                     raise fail("bad-output", f"another run is writing {folder}") from None
                 time.sleep(_PAUSE)  # one that clears up holds it for a moment
         if not os.fstat(lock.fileno()).st_size:
-            lock.write(json.dumps({"surgery": "goes on"}).encode())
+            lock.write(json.dumps({"surgery": "goes on", "target": name}).encode())
         yield
 
 

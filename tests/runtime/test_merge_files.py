@@ -14,7 +14,7 @@ from models import perturbed
 from safetensors.torch import load_file
 
 import surgery
-from surgery.diagnostics import SurgeryError
+from surgery.diagnostics import SurgeryError, SurgeryWarning
 from surgery.language.library import parse
 from surgery.models.checkpoint_files import opened_file, weight_files
 from surgery.models.demo import load_demo
@@ -236,14 +236,33 @@ def test_it_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
             write(path, begin, held)
 
         monkeypatch.setattr(merge_writer, "_write_at", failing)
-        with pytest.raises(SurgeryError, match="No space left"):
+        with pytest.raises(SurgeryError, match="No space left") as error:
             merge_files("adapter", "merged")
         assert not Path("merged").exists()
+        (left,) = Path().glob(".surgery-*")
+        assert str(left) in error.value.diagnostics[0].helps[0]
     monkeypatch.setattr(merge_writer, "_write_at", write)
     done = merge_files("adapter", "merged")
     assert done.kept > 0 and len(done.errors) == 28
     assert_same(tensors("merged"), wanted)
     assert not [*Path().glob(".surgery-*")]
+
+
+def test_what_a_run_before_has_left_is_told_and_compared_with_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_model(load_demo("llama"))
+    saved_adapter("lora")
+    other = load_demo("llama")
+    for parameter in other.parameters():
+        parameter.data *= 1.5
+    other.save_pretrained("base")
+    with monkeypatch.context() as patch, pytest.raises(SurgeryError, match="it stops"):
+        patch.setattr(merge_writer.Writer, "_check", stopped)
+        merge_files("adapter", "merged")
+    with pytest.warns(SurgeryWarning, match="has left of `merged`"):
+        merge_files("adapter", "elsewhere")
+    with pytest.warns(SurgeryWarning, match="another-base"):
+        assert merge_files("adapter", "merged").kept == 28
+    assert_same(tensors("merged"), tensors("elsewhere"))
 
 
 def test_another_adapter_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
