@@ -21,7 +21,7 @@ from peft_pair import compare, pair
 
 from surgery.language.library import shipped
 from surgery.peft.table.method import Family, Method
-from surgery.peft.table.methods import METHODS
+from surgery.peft.table.methods import METHODS, WITHOUT_ROW
 
 ROOT = Path(__file__).parents[1]
 PAGE, README, BENCH = ROOT / "docs" / "peft.md", ROOT / "README.md", ROOT / "docs" / "bench"
@@ -104,6 +104,10 @@ def differences() -> list[str]:
     return _table(["method", "what PEFT does", "how far off", "size"], rows)
 
 
+def without_row() -> list[str]:
+    return _table(["PEFT's type", "why it has no row"], [[f"`{name}`", why] for name, why in WITHOUT_ROW.items()])
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(str(cell) for cell in line)} |".replace("  ", " ") for line in lines]
@@ -121,7 +125,7 @@ def _written(page: Path, tables: dict[str, list[str]]) -> None:
 def main() -> None:
     warnings.simplefilter("ignore")
     measured = errors()
-    _written(PAGE, {"methods": methods(measured), "differences": differences()})
+    _written(PAGE, {"methods": methods(measured), "differences": differences(), "without a row": without_row()})
     _written(README, {"methods": summary(measured)})
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from surgery.diagnostics import Collector, fail
 from surgery.files import read_json
 from surgery.language.unsupported_methods import SWITCHES, refusal
-from surgery.peft.table.methods import METHODS
+from surgery.peft.table.methods import METHODS, WITHOUT_ROW
 from surgery.runtime.atomic_folders import Kind, replacing
 from surgery.runtime.saved_format import DTYPES, Name, misfits
 from surgery.text import dtype_text
@@ -108,7 +108,8 @@ class Folder:
             if why := refusal(name):
                 raise why
         if kind not in TYPES:
-            raise fail("unknown-method", f"{self.path}: no spec here says what PEFT's method {kind} does",
+            why = f": {WITHOUT_ROW[kind]}" if kind in WITHOUT_ROW else ""
+            raise fail("unknown-method", f"{self.path}: no spec here says what PEFT's method {kind} does{why}",
                        notes=(f"those that can be imported: {', '.join(sorted(TYPES))}",))
 
     def _tensors(self) -> Mapping[str, Tensor]:

@@ -13,14 +13,16 @@ import peft
 import pytest
 import torch
 from layers import assert_close
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_cases import CONFIGS, EXACT, SINGLE, WRONG_IN_PEFT, cases
 from peft_differences import DIFFERENCES
 from peft_pair import LAYERS, One, Pair, adapted, compare, full, pair, perturb, place_of, resolve, run
 from torch import nn
 
 from surgery.language.library import load, parse, retarget, shipped
+from surgery.language.unsupported_methods import refusal
 from surgery.peft.recognise import match
-from surgery.peft.table.methods import METHODS
+from surgery.peft.table.methods import METHODS, WITHOUT_ROW
 from surgery.peft.tensor_mapping import Place
 from surgery.planning.compile import compile
 from surgery.runtime.surgeon import apply
@@ -169,6 +171,14 @@ def test_the_tables_have_a_line_for_every_method():
     assert [m.name for m in METHODS if f"| {m.name} |" not in page] == []
     assert [d.what for d in DIFFERENCES if f"| {d.method} | {d.what} | {d.of} |" not in page] == []
     assert [name for name in shipped() if f"| `{name}` |" not in readme] == []
+    assert [name for name, why in WITHOUT_ROW.items() if f"| `{name}` | {why} |" not in page] == []
+
+
+def test_each_type_of_pefts_has_a_row_or_a_reason():
+    """So that what docs/peft.md says first is true of the PEFT that is installed."""
+    rows = {m.family.peft_type for m in METHODS}
+    types = {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+    assert rows.isdisjoint(WITHOUT_ROW) and types == rows | {*WITHOUT_ROW} | {t for t in types if refusal(t)}
 
 
 # --------------------------------------------------------------------------------------------- telling methods apart
