@@ -19,6 +19,7 @@ from surgery.diagnostics import fail
 from surgery.layers.survey import Site
 from surgery.models.loading import base_name, folder_of, load, only_whole, skeleton, with_saved_head
 from surgery.runtime.attach import fitted
+from surgery.runtime.remade import Remade
 from surgery.runtime.saved_format import Saved
 
 if TYPE_CHECKING:
@@ -77,9 +78,14 @@ class OpenedAdapter:
     def leaves(self) -> Callable[[Placed], Mapping[str, Tensor]]:
         # By the names that this surgeon gives them: the adapter was saved by another one.
         saved = self.surgeon.as_named(self.saved.tensors)
-        names, adapters = self.surgeon.name_of, self.surgeon.adapters
-        return lambda placed: adapters[placed.site.name].shaped(
-            {leaf.key: saved[names(placed, leaf.key)] for leaf in placed.formula.leaves})
+        names, adapters, remade = self.surgeon.name_of, self.surgeon.adapters, Remade(self.surgeon, self.saved)
+
+        def of(placed: Placed) -> Mapping[str, Tensor]:
+            made = remade.of(placed, lambda: self.read(placed.site))
+            held = {leaf.key: saved[names(placed, leaf.key)] for leaf in placed.formula.leaves if leaf.key not in made}
+            return adapters[placed.site.name].shaped({**held, **made})
+
+        return of
 
     def updates(self) -> list[Pending]:
         """What the adapter does to each weight, read when it is measured."""

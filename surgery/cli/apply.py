@@ -15,6 +15,7 @@ from surgery.cli.options import (
     model_argument,
     opened,
     revision_option,
+    self_contained_option,
     sets,
     spec_argument,
     strict_option,
@@ -32,10 +33,10 @@ _LARGEST_SEED = (1 << 64) - 1  # that torch takes
          click.option("--merge", is_flag=True, help="Save the merged model instead of the adapter."),
          click.option("--seed", type=click.IntRange(0, _LARGEST_SEED), default=0, show_default=True,
                       help="Seed of the drawn parameters."),
-         dtype_option, force_option, strict_option, trust_option, revision_option,
+         self_contained_option, dtype_option, force_option, strict_option, trust_option, revision_option,
          example="surgery apply sora demo:llama -o out --set rank=8")
 def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[str, ...], targets: tuple[str, ...],
-          merge: bool, seed: int, dtype: str | None, force: bool, strict: bool) -> None:
+          merge: bool, seed: int, self_contained: bool, dtype: str | None, force: bool, strict: bool) -> None:
     """Operate on a model and save the adapter.
 
     The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged.
@@ -60,7 +61,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
             if merge:
                 save_merged(surgeon, out, preprocessors(model, output.trust), force)
             else:
-                surgeon.save(out, base_model=model, force=force)
+                surgeon.save(out, base_model=model, force=force, self_contained=self_contained)
     report = surgeon.report()
     output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{report}\n"
                f"start     {surgeon.proof}")

@@ -121,6 +121,8 @@ strict_option = click.option("--strict", is_flag=True, help="A warning is an err
 dtype_option = click.option("--dtype", type=click.Choice(DTYPES),
                             help="Load the model in this dtype. Default: the one it was saved in.")
 force_option = click.option("--force", is_flag=True, help="Replace what an earlier run wrote there.")
+self_contained_option = click.option("--self-contained", is_flag=True,
+                                     help="Save frozen parameters too, in place of making them again.")
 trust_option = click.option("--trust-remote-code", is_flag=True, expose_value=False,
                             callback=_keep("trust", lambda old, new: True),
                             help="Run the Python code that lies in the model's folder.")

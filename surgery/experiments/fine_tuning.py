@@ -119,17 +119,19 @@ class Trained:
 
 def train(spec: Spec | str | PathLike, model: str, data: Data | str | PathLike, folder: str | PathLike, *,
           setting: Training = Training(), dtype: str | None = None, force: bool = False, resume: bool = False,
-          trust: bool = False, watch: Watch = Watch(), about: Mapping[str, Any] = MappingProxyType({})) -> Trained:
+          trust: bool = False, self_contained: bool = False, watch: Watch = Watch(),
+          about: Mapping[str, Any] = MappingProxyType({})) -> Trained:
     """Fine-tune `model`, what `load_model` takes and a tokenizer lies beside, as `spec` says; save the adapter into
     `folder`, with `training.toml`: what it was made with, and `about` it.
 
     Checkpoints lie in `FOLDER-checkpoints`. `resume`: go on from the last of them. `force`: replace what an earlier run
-    wrote. Classification and regression put a new head on the model, which is saved with the adapter.
+    wrote. `self_contained`: as `save` has it. Classification and regression put a new head on the model, which is saved
+    with the adapter.
 
     Raises: SurgeryError (missing-extra, missing-file, bad-data, bad-output, unknown-model; and what `apply` raises)."""
     need("accelerate", "train", "training")
     run = _Run(load(spec) if not isinstance(spec, Spec) else spec, model,
-               data if isinstance(data, Data) else Data(str(data)), Path(folder), setting, dtype, trust,
+               data if isinstance(data, Data) else Data(str(data)), Path(folder), setting, dtype, trust, self_contained,
                watch if _processes().is_main_process else Watch(), about)
     return run.perform(force, resume)
 
@@ -145,6 +147,7 @@ class _Run:
     setting: Training
     dtype: str | None
     trust: bool
+    self_contained: bool
     watch: Watch
     about: Mapping[str, Any]
 
@@ -177,7 +180,8 @@ class _Run:
             "spec": self.spec.name, "model": self.model, "dtype": self.dtype, "data": data.pop("learned"),
             "dev": data.pop("dev"), "eval": data.pop("tests"), "task": data.pop("kind"),
             "eval_limit": data.pop("test_limit"), **data,
-            "rate": [f"{name}={rate!r}" for name, rate in setting.pop("rates").items()], **setting, **self.about}
+            "rate": [f"{name}={rate!r}" for name, rate in setting.pop("rates").items()], **setting,
+            **({"self_contained": True} if self.self_contained else {}), **self.about}
         made = {**training_record.versions(), "spec_digest": digest(inlined(self.spec).to_surg())}
         return training_record.toml(asked, {
             "versions": made, "data_sha256": {path: training_record.digest_of(path) for path in self.data.files}})
@@ -228,8 +232,10 @@ class _Run:
     def _save(self, surgeon: Surgeon, task: AnyTask, state: Any, force: bool) -> None:
         with self.watch.busy(f"saving {self.folder}"):
             told = {"kind": task.kind, "classes": list(task.classes) if isinstance(task, Task) else []}
-            surgeon.save(self.folder, base_model=self.model, force=force, task=told, files={
-                training_record.FILE: self.record(), STATE: json.dumps({"log_history": state.log_history}, indent=1)})
+            files = {training_record.FILE: self.record(),
+                     STATE: json.dumps({"log_history": state.log_history}, indent=1)}
+            surgeon.save(self.folder, base_model=self.model, force=force, task=told, files=files,
+                         self_contained=self.self_contained)
 
 
 def groups(surgeon: Surgeon | None, model: Any, setting: Training) -> list[dict[str, Any]]:

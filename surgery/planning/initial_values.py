@@ -6,14 +6,16 @@ parameter's name alone; nothing of the model is changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
 
 import torch
 import torch.nn as nn
 
 from surgery.diagnostics import Diagnostic, fail
 from surgery.ir.dense import dense, in_dtype
-from surgery.ir.expression import Leaf, walk
+from surgery.ir.expression import Expr, Leaf, walk
 from surgery.ir.manifolds import MANIFOLDS
 from surgery.ir.sizes import known_shape
 from surgery.language.tree import Target
@@ -23,6 +25,9 @@ from surgery.text import counted
 
 Shared = dict[str, torch.Tensor]
 IDENTITY_TOLERANCE = 1e-5
+# On the CPU these are computed in float64, so that another library of linear algebra, or another number of threads,
+# gives what rounds to the same numbers.
+_DECOMPOSITIONS = ("left_singular", "singular", "right_singular", "qr", "inverse")
 MANIFOLD_TOLERANCE = 1e-4  # what float32 leaves of W's singular vectors and of what is drawn is a tenth of it
 
 
@@ -31,25 +36,86 @@ def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared,
     """The starting tensors of one module, as they are held, parameters but for whole numbers. `shared` holds those that
     modules have in common, by name, and grows. Without `starts` they hold NaNs (and whole numbers -1), for values that
     are known: a start may take the singular vectors of W."""
-    values = frozen_leaves(placed, starts and _starts_from_weight(placed))
-    known: dict = {}
+    values = frozen_leaves(placed, starts and any(leaf.init.has("weight") for leaf in placed.formula.leaves
+                                                  if leaf.init is not None))
+    if starts:
+        return _made(placed, placed.formula.leaves, values, seed, dtype, shared)
     made: dict[str, torch.Tensor] = {}
     for leaf in placed.formula.leaves:
+        name = placed.held(leaf).name if leaf.group else ""
+        made[leaf.key] = shared[name] if name in shared else _held(_unset(placed, leaf, values["weight"]), leaf, dtype)
+        if leaf.group:
+            shared[name] = made[leaf.key]
+    return made
+
+
+def _made(placed: Placed, leaves: Iterable[Leaf], values: dict[str, torch.Tensor], seed: int, dtype: torch.dtype,
+          shared: Shared) -> dict[str, torch.Tensor]:
+    """The starting tensors of some leaves, those before each that it starts from among them."""
+    starts, made = _Starts(placed, values, seed), {}
+    for leaf in leaves:
         name = placed.held(leaf).name if leaf.group else ""
         if name in shared:
             made[leaf.key] = shared[name]
         else:
-            if starts:
-                start = _start(placed, leaf, values, seed, known)
-                assert_on_manifold(leaf, start, placed.site.name)
-            else:
-                start = _unset(placed, leaf, values["weight"])
+            start = starts.of(leaf)
+            assert_on_manifold(leaf, start, placed.site.name)
             made[leaf.key] = _held(start, leaf, dtype)
         if leaf.group:
             shared[name] = made[leaf.key]
         value = part_of(made[leaf.key].detach(), leaf) if leaf.group else made[leaf.key].detach()
         values[leaf.key] = in_dtype(value, values["weight"].dtype)
     return made
+
+
+class Origin(IntEnum):
+    """What a frozen leaf is made of: the spec and the seed alone, W, or a decomposition (of W, most of the time), which
+    takes long for a large one."""
+
+    SEED = 0
+    WEIGHT = 1
+    DECOMPOSITION = 2
+
+
+def follows(placed: Placed) -> dict[str, Origin]:
+    """The keys of the frozen leaves that the spec, the seed and W make again wherever they are asked for. Not so for
+    what rests on a bias, or on the weight of whichever of several modules comes first; nor for what is made of a W that
+    calls give, which differs from one device to the next."""
+    origins: dict[str, Origin] = {}  # of the leaves so far; none for what is not made again
+    for leaf in placed.formula.leaves:
+        init = leaf.init or Expr("const", (), 0.0)
+        below = _reads(init)
+        if init.has("bias") or not below <= origins.keys():
+            continue
+        own = Origin.DECOMPOSITION if init.has(*_DECOMPOSITIONS) else Origin(init.has("weight"))
+        origin = max((own, *(origins[key] for key in below)))
+        if origin is Origin.SEED or not (leaf.group or placed.site.layout.is_called):
+            origins[leaf.key] = origin
+    return {leaf.key: origins[leaf.key] for leaf in placed.formula.leaves if leaf.frozen and leaf.key in origins}
+
+
+def _reads(init: Expr) -> set[str]:
+    """The keys of the leaves that a start is made of."""
+    return {node.data for node in walk(init) if node.op in ("param", "places")}
+
+
+def again(placed: Placed, keys: Container[str], seed: int, dtype: torch.dtype, shared: Shared,
+          weight: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The starting tensors of some of the keys that `follows` gives, made again on the CPU of the stored `weight`
+    (None where W is not read). `shared` grows, and is for one device."""
+    wanted: set[str] = set()
+    for leaf in reversed(placed.formula.leaves):
+        if leaf.key in keys or leaf.key in wanted:
+            wanted |= {leaf.key} | (_reads(leaf.init) if leaf.init is not None else set())
+    site = placed.site
+    if weight is None:
+        sides = (site.stack, site.out, site.in_) if site.stack else (site.out, site.in_)
+        matrix = torch.full((), torch.nan).expand(sides)
+    else:
+        matrix = site.layout.matrix(weight.detach().cpu())
+    values = {"weight": matrix.to(torch.promote_types(matrix.dtype, torch.float32))}
+    made = _made(placed, [leaf for leaf in placed.formula.leaves if leaf.key in wanted], values, seed, dtype, shared)
+    return {key: tensor for key, tensor in made.items() if key in keys}
 
 
 def part_of(held: torch.Tensor, leaf: Leaf) -> torch.Tensor:
@@ -94,11 +160,6 @@ def frozen_leaves(placed: Placed, reads: bool = True) -> dict[str, torch.Tensor]
     return {"weight": weight.to(dtype), **({"bias": site.bias.detach().to(dtype)} if site.bias is not None else {})}
 
 
-def _starts_from_weight(placed: Placed) -> bool:
-    starts = (leaf.init for leaf in placed.formula.leaves if leaf.init is not None)
-    return any(start.has("weight") for start in starts)
-
-
 def _held(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> torch.Tensor:
     value = in_dtype(value, dtype).contiguous().clone()
     return nn.Parameter(value, requires_grad=not leaf.frozen) if value.is_floating_point() else value
@@ -117,34 +178,45 @@ def _shape(placed: Placed, leaf: Leaf) -> tuple[int, ...]:
     return placed.held(leaf).shape if leaf.group and leaf.scope != "target" else known_shape(leaf.shape)
 
 
-def _start(placed: Placed, leaf: Leaf, values: dict[str, torch.Tensor], seed: int, known: dict) -> torch.Tensor:
-    weight, stack, name = values["weight"], placed.site.stack, placed.site.name
-    shape = _shape(placed, leaf)
-    group = placed.held(leaf).identity if leaf.group and leaf.scope != "target" else leaf.group
-    if weight.is_meta:
-        return _unset(placed, leaf, weight)
-    if leaf.draw is None:
-        return _over_stack(placed, values, leaf, known, shape)
-    if leaf.group:
-        return draw(leaf.draw, shape, seed, group, shape).to(weight.device)
-    if stack is None:
-        return draw(leaf.draw, shape, seed, name, leaf.key).to(weight.device)
-    return torch.stack([draw(leaf.draw, shape, seed, f"{name}.{i}", leaf.key)
-                        for i in range(stack)]).to(weight.device)
+@dataclass
+class _Starts:
+    """What the leaves of one module start at, by the `values` of W and of the leaves so far."""
 
+    placed: Placed
+    values: dict[str, torch.Tensor]
+    seed: int
+    known: dict = field(default_factory=dict)  # what leaves have in common is computed once
+    known_wide: dict = field(default_factory=dict)
 
-def _over_stack(placed: Placed, values: dict[str, torch.Tensor], leaf: Leaf, known: dict,
-                shape: tuple[int, ...]) -> torch.Tensor:
-    """A leaf's start; for a stack, that of each of its matrices. What leaves have in common is computed once."""
-    init = leaf.init
-    assert init is not None  # a leaf that is not drawn starts at an expression
-    if placed.site.stack is None:
-        return dense(init, values, known).expand(shape)
-    groups = {other.key for other in placed.formula.leaves if other.group}
-    if leaf.group:  # one tensor for all: it starts at the first matrix, as where modules share it at the first module
-        return dense(init, {key: value if key in groups else value[0] for key, value in values.items()}).expand(shape)
-    axes = {key: None if key in groups else 0 for key in values}
-    return torch.vmap(lambda each: dense(init, each).expand(shape), in_dims=(axes,))(values)
+    def of(self, leaf: Leaf) -> torch.Tensor:
+        placed, weight = self.placed, self.values["weight"]
+        stack, name, shape = placed.site.stack, placed.site.name, _shape(placed, leaf)
+        if weight.is_meta:
+            return _unset(placed, leaf, weight)
+        if leaf.draw is None:
+            return self._computed(leaf, shape)
+        if leaf.group:
+            group = placed.held(leaf).identity if leaf.scope != "target" else leaf.group
+            return draw(leaf.draw, shape, self.seed, group, shape).to(weight.device)
+        if stack is None:
+            return draw(leaf.draw, shape, self.seed, name, leaf.key).to(weight.device)
+        return torch.stack([draw(leaf.draw, shape, self.seed, f"{name}.{i}", leaf.key)
+                            for i in range(stack)]).to(weight.device)
+
+    def _computed(self, leaf: Leaf, shape: tuple[int, ...]) -> torch.Tensor:
+        """A leaf's start; for a stack, that of each of its matrices."""
+        init, values, known = leaf.init, self.values, self.known
+        assert init is not None  # a leaf that is not drawn starts at an expression
+        if init.has(*_DECOMPOSITIONS) and values["weight"].device.type == "cpu":
+            values, known = {key: in_dtype(v, torch.float64) for key, v in values.items()}, self.known_wide
+        if self.placed.site.stack is None:
+            return dense(init, values, known).expand(shape)
+        groups = {other.key for other in self.placed.formula.leaves if other.group}
+        # one tensor for all starts at the first matrix, as where modules share it at the first module
+        if leaf.group:
+            return dense(init, {key: v if key in groups else v[0] for key, v in values.items()}).expand(shape)
+        axes = {key: None if key in groups else 0 for key in values}
+        return torch.vmap(lambda each: dense(init, each).expand(shape), in_dims=(axes,))(values)
 
 
 def departure(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -101,6 +101,13 @@ class Adapter(nn.Module):
         """The adapter's tensors by key (`post_magnitude.m`), as they are held: a number as [1]."""
         return {key: getattr(self._modules[step] if step else self.common, name) for key, step, name in self._paths}
 
+    def hold(self, key: str, tensor: torch.Tensor) -> None:
+        """Another tensor in the place of a key's."""
+        if tensor.is_floating_point() and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor.detach(), requires_grad=False)
+        step, name = next((step, name) for known, step, name in self._paths if known == key)
+        setattr(self._modules[step] if step else self.common, name, tensor)
+
     def values(self) -> dict[str, torch.Tensor]:
         """The adapter's tensors by key, in the shapes that the formula has for them."""
         return self.shaped(self.tensors())

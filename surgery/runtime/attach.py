@@ -16,8 +16,10 @@ from torch import nn
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, SurgeryWarning
 from surgery.models.loading import base_name, load_with_saved_head
+from surgery.planning.initial_values import follows
 from surgery.runtime.fingerprint import fingerprints
 from surgery.runtime.hub import adapter_folder
+from surgery.runtime.remade import Remade, digest_of
 from surgery.runtime.saved_format import TENSORS, Saved, compare, shapes
 from surgery.runtime.surgeon import Surgeon, prepare
 from surgery.semantics.index_bounds import bounds
@@ -64,13 +66,20 @@ def from_pretrained(adapter: str | PathLike, *, revision: str | None = None, bas
 def attached(model: nn.Module, saved: Saved, strict: bool = False) -> Surgeon:
     """A saved adapter on a model. Raises: SurgeryError, and then the model is as it was."""
     surgeon = fitted(model, saved)
-    report = Collector()
+    report, remade = Collector(), Remade(surgeon, saved)
     report.add(*saved.differing(fingerprints(surgeon.plan.placed)))
+    values = surgeon.as_named(saved.tensors)
+    surgeon.assert_operable()  # before W is read
+    for placed in surgeon.plan.placed:
+        names = remade.names(placed)
+        values |= {names[key]: tensor for key, tensor in remade.of(placed, placed.site.read).items()}
+    report.add(*remade.warnings())
     report.raise_errors(strict)
     surgeon.plan = replace(surgeon.plan, warnings=(*surgeon.plan.warnings, *report.warnings))
     for warning in report.warnings:
         warnings.warn(SurgeryWarning(warning), stacklevel=3)
-    return surgeon.operate(surgeon.as_named(saved.tensors))
+    surgeon.made = {name: digest_of(values[name]) for name in saved.remade}
+    return surgeon.operate(values)
 
 
 def fitted(model: nn.Module, saved: Saved) -> Surgeon:
@@ -86,18 +95,27 @@ def fitted(model: nn.Module, saved: Saved) -> Surgeon:
     except SurgeryError as error:
         raise _does_not_fit(model, saved, error.diagnostics) from None
     tensors = surgeon.as_named(saved.tensors)
-    compare(shapes(tensors), shapes(surgeon.named_tensors()), f"this {type(model).__name__}", report)
+    said = {name: form["shape"] for name, form in saved.remade.items()}
+    compare({**said, **shapes(tensors)}, shapes(surgeon.named_tensors()), f"this {type(model).__name__}", report)
     if report.errors:
         raise _does_not_fit(model, saved, report.found)
     # names and shapes fit: now the numbers, since whole ones would be read as real ones, and a place that does not
     # exist is met by the device, later and without a word of what is wrong
-    whole = [name for name, own in surgeon.named_tensors().items()
-             if own.is_floating_point() and not tensors[name].is_floating_point()]
+    whole = [name for name, own in surgeon.named_tensors().items() if name in tensors and own.is_floating_point()
+             and not tensors[name].is_floating_point()]
     if whole:
         report.error("bad-adapter", f"{TENSORS} holds whole numbers where real ones are: {listed(whole)}")
+    can = {surgeon.name_of(p, key) for p in surgeon.plan.placed for key in follows(p)}
+    if lost := [name for name in saved.remade if name not in can]:
+        report.error("not-remade", f"the adapter does not hold what cannot be made again here: {listed(lost)}",
+                     notes=("W is known by calls alone there (a quantised layer)",) if any(
+                         p.site.layout.is_called for p in surgeon.plan.placed) else (),
+                     helps=("attach it to the model as it was trained, and save it with self_contained=True",))
     for placed in surgeon.plan.placed:
         for key, count in bounds(placed.formula.leaves).items():
-            places = tensors[name := surgeon.name_of(placed, key)]
+            if (name := surgeon.name_of(placed, key)) not in tensors:
+                continue
+            places = tensors[name]
             if places.is_floating_point() or not ((0 <= places) & (places < count)).all():
                 report.error("bad-adapter", f"{TENSORS}: {name} must hold whole numbers from 0 to {count - 1:g}")
     if report.errors:

@@ -27,7 +27,8 @@ from surgery.language.tree import Spec
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.atomic_folders import replacing_file
 from surgery.runtime.operated import Operated
-from surgery.runtime.saved_format import CHECKPOINT, FORMAT, META, SPEC, TENSORS
+from surgery.runtime.remade import departure, digest_of, is_rounding, said_of
+from surgery.runtime.saved_format import CHECKPOINT, FORMAT, META, REMADE, SPEC, TENSORS, WITH_RULES
 from surgery.runtime.sharding import gather_up, is_part, on_first, whole
 from surgery.runtime.step_tensors import SharedTensors
 from surgery.text import dtype_text, listed
@@ -37,7 +38,8 @@ from surgery.text import dtype_text, listed
 class Surgery:
     """What a model knows of the surgery that it carries: enough to save it, in a copy of the model too. `names` are
     those of its tensors in the model; `saves_as`: how else to save it, where the model alone cannot; `base`: the
-    fingerprints of the operated weights as they were then."""
+    fingerprints of the operated weights as they were then; `made`: the digests of the frozen tensors that the spec, the
+    seed and W make again, as they were made."""
 
     spec: Spec
     seed: int
@@ -47,15 +49,25 @@ class Surgery:
     mode: str = "operated"
     saves_as: str = ""
     base: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, str] = field(default_factory=dict)
 
-    def meta(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], **more: Any) -> dict[str, Any]:
-        """The contents of `meta.json`."""
-        forms = {n: {"shape": list(t.shape), "dtype": dtype_text(t.dtype)} for n, t in tensors.items()}
-        return {"format_version": FORMAT, "surgery_version": __version__, "base_model": None, "revision": None,
+    def left_out(self, tensors: Mapping[str, torch.Tensor], self_contained: bool) -> dict[str, dict[str, Any]]:
+        """The tensors that need not be saved, since they still are what is made again, and what is said of each."""
+        made = {} if self_contained else self.made
+        return {name: said_of(tensors[name]) for name, digest in made.items() if digest == digest_of(tensors[name])}
+
+    def meta(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], remade: Mapping[str, Any],
+             **more: Any) -> dict[str, Any]:
+        """The contents of `meta.json`. What is whole is readable by every version."""
+        forms = {n: {"shape": list(t.shape), "dtype": dtype_text(t.dtype)} for n, t in tensors.items()
+                 if n not in remade}
+        of_rules = {"torch_version": torch.__version__, "remade": dict(remade)} if remade else {}
+        return {"format_version": WITH_RULES if remade else FORMAT, "surgery_version": __version__,
+                "base_model": None, "revision": None,
                 "model_class": type(model).__name__.removeprefix("FSDP"), "seed": self.seed,
                 "dtype": dtype_text(self.dtype), "base_weights": dict(self.base),
                 "quantization": _quantisation(model),
-                "tensors": forms, **more}
+                "tensors": forms, **of_rules, **more}
 
     def text(self) -> str:
         """The spec on its own."""
@@ -118,17 +130,42 @@ class SavesAdapter(Operated):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ever; a state that holds the adapter alone, as a checkpoint does, does not lack the base model."""
-        if not state_dict or not set(state_dict) <= set(self._surgery.names):
+        remade = said_in(state_dict)
+        if not state_dict or not set(state_dict) <= {*self._surgery.names, REMADE}:
             return super().load_state_dict(state_dict, strict, assign)
+        refuse_others(self, remade)
+        state_dict = {name: value for name, value in state_dict.items() if name != REMADE}
         loaded = super().load_state_dict(state_dict, False, assign)  # not strict: it has none of the base model's
-        missing = [name for name in self._surgery.names if name not in state_dict]
+        missing = [name for name in self._surgery.names if name not in state_dict and name not in remade]
         if missing and strict:
             raise RuntimeError(f"the state lacks {listed(missing)}")
         return type(loaded)(missing, loaded.unexpected_keys)
 
 
+def said_in(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of the tensors that it does not hold."""
+    said = json.loads(bytes(state[REMADE].cpu().tolist())) if REMADE in state else {}
+    return {name: {**form, "seed": said["seed"]} for name, form in said.get("remade", {}).items()}
+
+
+def refuse_others(model: nn.Module, remade: Mapping[str, Any]) -> None:
+    """Raises: SurgeryError (not-remade), unless a model has what a checkpoint has had made again."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in remade} if remade else {}
+    for name, said in remade.items():
+        held = whole(tensors[name].detach()) if name in tensors else torch.empty(0)
+        change = departure(said, held)
+        if change and not (held.is_floating_point() and is_rounding(change, held.dtype)):
+            raise fail("not-remade", f"{name}, which this checkpoint does not hold, is another one in this model",
+                       notes=(f"the checkpoint was made with the seed {said['seed']}",),
+                       helps=(f"apply the spec to the same base model with seed={said['seed']}, and go on from there",
+                              "or surgery.attach(model, \"the checkpoint's folder\")"))
+        if change:
+            warnings.warn(f"{name} differs by rounding, {change:.1e}, from what the checkpoint was made with",
+                          stacklevel=3)
+
+
 def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor], push_to_hub: bool = False,
-           **options: Any) -> None:
+           self_contained: bool = False, **options: Any) -> None:
     surgery = model._surgery
     missing = [name for name in surgery.names if name not in state]
     if surgery.saves_as or push_to_hub or missing:
@@ -137,7 +174,12 @@ def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor],
         raise fail("bad-output", f"this operated model cannot be saved so: {what}")
     like = next(filter(is_part, state.values()), None)
     tensors = {name: on_cpu(name, whole(state[name].detach())) for name in surgery.names}
-    about = surgery.meta(model, tensors, base_model=getattr(model.config, "_name_or_path", None) or None,
+    remade = surgery.left_out(tensors, self_contained)
+    held = {name: tensor for name, tensor in tensors.items() if name not in remade}
+    if remade:  # which `load_state_dict` is to know, and it gets the tensors alone
+        said = json.dumps({"seed": surgery.seed, "remade": remade}).encode()
+        held[REMADE] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+    about = surgery.meta(model, tensors, remade, base_model=getattr(model.config, "_name_or_path", None) or None,
                          revision=getattr(model.config, "_commit_hash", None))
 
     def write() -> None:
@@ -148,7 +190,7 @@ def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor],
                           "that is written there for a whole model, and start its weights at random; "
                           "surgery.attach(model, folder) reads it", stacklevel=2)
         # The list comes last: of an interrupted save, it does not agree with the rest.
-        for name, content in ((CHECKPOINT, to_bytes(tensors)), (SPEC, surgery.text().encode()),
+        for name, content in ((CHECKPOINT, to_bytes(held)), (SPEC, surgery.text().encode()),
                               (META, (json.dumps(about, indent=2) + "\n").encode())):
             with replacing_file(folder / name) as new:
                 new.write_bytes(content)

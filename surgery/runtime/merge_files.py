@@ -188,6 +188,9 @@ def _streamed(work: Work, saved: Sequence[Saved], out: Path, name: str, jobs: in
     for each in saved:
         for warning in each.differing(work.met):
             warnings.warn(SurgeryWarning(warning), stacklevel=3)
+    for remade in work.remade.values():
+        for warning in remade.warnings():
+            warnings.warn(SurgeryWarning(warning), stacklevel=3)
     return MergedFiles(out, name, {p.site.name: writer.errors[p.site.name] for p in work.surgeon.plan.placed},
                        left_out=tuple(left_out), kept=writer.kept)
 

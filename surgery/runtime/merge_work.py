@@ -34,9 +34,11 @@ from surgery.models.loading import (
 )
 from surgery.models.stored_names import Piece, Unsure, pieces, reverses
 from surgery.planning.compile import Placed
+from surgery.runtime.adapter import Adapter
 from surgery.runtime.attach import fitted
 from surgery.runtime.fingerprint import fingerprint_of
 from surgery.runtime.merge import merged, refuse_called
+from surgery.runtime.remade import Remade
 from surgery.runtime.saved_format import Saved
 from surgery.runtime.stack import Known, together
 from surgery.runtime.step_tensors import SharedTensors
@@ -77,6 +79,7 @@ class Work:
     units: tuple[Unit, ...]
     aliases: Mapping[str, str]
     job: str
+    remade: Mapping[str, Remade] = field(default_factory=dict)  # by the names of the surgeries
     met: dict[str, str] = field(default_factory=dict)  # fingerprints of the operated weights
     where: Mapping[str, tuple[TensorFile, StoredTensor]] = field(init=False)
 
@@ -109,28 +112,33 @@ def work_of(name: str, saved: Sequence[Saved], dtype: str | None, trust: bool) -
         raise Unsure("the base model has no safetensors files")
     if getattr(model.config, "transformers_weights", None) or (root / "adapter_config.json").exists():
         raise Unsure("the base model's folder has transformers load something else than its usual files")
-    surgeon, trained = _on_skeleton(model, saved)
+    surgeon, trained, remade = _on_skeleton(model, saved)
     refuse_called(surgeon.plan.placed)
     units, aliases = _units(model, surgeon, trained, files, dtype)
-    return Work(root, files, surgeon, trained, units, aliases, _job(saved, files))
+    return Work(root, files, surgeon, trained, units, aliases, _job(saved, files), remade)
 
 
-def _on_skeleton(model: PreTrainedModel, saved: Sequence[Saved]) -> tuple[Surgeon, dict[str, Tensor]]:
-    """The surgeon of all adapters, one after the other, with their tensors; the model is not touched. And what they
-    trained of the model's own parameters. Raises: SurgeryError."""
+def _on_skeleton(model: PreTrainedModel,
+                 saved: Sequence[Saved]) -> tuple[Surgeon, dict[str, Tensor], dict[str, Remade]]:
+    """The surgeon of all adapters, one after the other, with the tensors that they hold; the model is not touched. What
+    they trained of the model's own parameters; and what makes the tensors that they do not hold: those that are made of
+    W, and may be larger, for one unit at a time. Raises: SurgeryError."""
     known: dict[str, Known] = {}
+    remade: dict[str, Remade] = {}
     for i, each in enumerate(saved):
         surgeon, common = fitted(model, each), SharedTensors()
+        remade[numbered(i)] = made = Remade(surgeon, each)
         tensors = surgeon.as_named(each.tensors)
         shared: dict[str, Tensor] = {}
         for placed in surgeon.plan.placed:
-            values = {key: shared.setdefault(name := surgeon.name_of(placed, key), _held(tensors[name]))
-                      for key in surgeon.adapters[placed.site.name].tensors()}
+            own = surgeon.adapters[placed.site.name].tensors() | made.drawn(placed)
+            values = {key: shared.setdefault(name, _held(tensors.get(name, tensor))) for key, tensor in own.items()
+                      if (name := surgeon.name_of(placed, key))}
             # as they are held: of what is held for the largest of several users, each takes its part by itself
             surgeon.adapters[placed.site.name] = adapter_of(placed, values, common)
         known[numbered(i)] = Known(surgeon, {name: tensors[name] for name in surgeon.plan.train})
     trained = {name: value for each in known.values() for name, value in each.trained.items()}
-    return together(model, known, lambda formulas: reduce(stacked, formulas.values())), trained
+    return together(model, known, lambda formulas: reduce(stacked, formulas.values())), trained, remade
 
 
 def _held(tensor: Tensor) -> Tensor:
@@ -267,6 +275,7 @@ def computed(unit: Unit, work: Work) -> tuple[dict[str, Tensor], dict[str, float
         loaded |= made
     values.clear()
     work.met.update((p.site.weight_name, fingerprint_of(loaded[work.aliases[p.site.weight_name]])) for p in unit.placed)
+    unset = _completed(unit, work, loaded)
     # A weight or a bias that was trained is what the formula of its module acts on: it stands there first.
     loaded |= {alias: value.to(loaded[alias].dtype) for name, value in work.trained.items()
                if (alias := work.aliases[name]) in loaded}
@@ -276,8 +285,26 @@ def computed(unit: Unit, work: Work) -> tuple[dict[str, Tensor], dict[str, float
         result = _merged_alone(placed, work.surgeon, {own: loaded[name] for own, name in names.items()})
         errors[placed.site.name] = result.error
         loaded |= {names[own]: tensor for own, tensor in result.tensors.items()}
+    for adapter, key, tensor in unset:
+        adapter.hold(key, tensor)
     return {name: tensor for piece in unit.pieces
             for name, tensor in piece.saved({n: loaded[n] for n in piece.parameters}).items()}, errors
+
+
+def _completed(unit: Unit, work: Work, loaded: Mapping[str, Tensor]) -> list[tuple[Adapter, str, Tensor]]:
+    """Put the tensors in that are made of the weights as they were loaded; gives what stood in their places.
+    Raises: SurgeryError (not-remade)."""
+    before: list[tuple[Adapter, str, Tensor]] = []
+    for placed in unit.placed:
+        adapter = work.surgeon.adapters[placed.site.name]
+        weight = loaded[work.aliases[placed.site.weight_name]]
+        for name, remade in work.remade.items():
+            own = next((p for p in remade.surgeon.plan.placed if p.site.name == placed.site.name), None)
+            made = remade.of_weight(own, weight) if own else {}
+            before += [(adapter, f"{name}:{key}", adapter.tensors()[f"{name}:{key}"]) for key in made]
+            for key, tensor in made.items():
+                adapter.hold(f"{name}:{key}", tensor)
+    return before
 
 
 def _merged_alone(placed: Placed, surgeon: Surgeon, own: Mapping[str, Tensor]) -> Any:

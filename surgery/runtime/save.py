@@ -34,11 +34,14 @@ MODEL = Kind("a saved model")
 
 def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
          state: Mapping[str, torch.Tensor] | None = None, force: bool = True,
-         files: Mapping[str, str] = MappingProxyType({}), **more: Any) -> None:
+         files: Mapping[str, str] = MappingProxyType({}), self_contained: bool = False, **more: Any) -> None:
     """Write the adapter into `folder`, in the place of one that we wrote there unless `force` is off; `state` where its
     tensors' values are not the surgeon's own; `files` beside it, their texts by name; what else is said of it goes into
     `meta.json`. The model may be merged or disabled. `base_model` and `revision` are the model's own, as it was loaded,
     where they are not said.
+
+    What is frozen, and is still what the spec, the seed and W make, is left out and made again by whoever attaches it;
+    `self_contained`: everything is written.
 
     Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
     """
@@ -47,11 +50,14 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
     base_model, said = parted(base_model or getattr(config, "_name_or_path", None) or "")
     # The commit that was loaded tells more than the branch that was asked for.
     revision = revision or getattr(config, "_commit_hash", None) or said
-    about = surgeon.record.meta(surgeon.model, tensors, base_model=base_model or None, revision=revision, **more)
+    remade = surgeon.record.left_out(tensors, self_contained)
+    held = {name: tensor for name, tensor in tensors.items() if name not in remade}
+    about = surgeon.record.meta(surgeon.model, tensors, remade, base_model=base_model or None, revision=revision,
+                                **more)
 
     def write() -> None:
         with replacing(Path(folder), ADAPTER, force) as new:
-            (new / TENSORS).write_bytes(to_bytes(tensors))
+            (new / TENSORS).write_bytes(to_bytes(held))
             (new / SPEC).write_text(surgeon.record.text(), encoding="utf-8")
             (new / META).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             for name, text in files.items():

@@ -26,7 +26,8 @@ from surgery.runtime.atomic_folders import Kind
 from surgery.runtime.fingerprint import another_base, differing
 from surgery.text import counted, dtype_text
 
-FORMAT = "1.0"
+FORMAT, WITH_RULES = "1.0", "2.0"  # of a folder that holds every tensor, and of one that has some made again
+REMADE = "surgery.remade"  # in a checkpoint's tensors: what is said of those that it does not hold, as JSON
 CHECKPOINT = "model.safetensors"  # holds the tensors where `save_pretrained` wrote, which the Trainer looks for
 TENSORS, SPEC, META = FILES = ("adapter.safetensors", "adapter.surg", "meta.json")
 ADAPTER = Kind("a saved adapter", earlier=frozenset(FILES))
@@ -66,6 +67,19 @@ class _Form(BaseModel):
     dtype: Literal["float16", "bfloat16", "float32", "float64", "int32", "int64"]
 
 
+def _sums(text: str) -> str:
+    if len(base64.b64decode(text, validate=True)) != 36:
+        raise ValueError("these are no sums of a tensor")
+    return text
+
+
+class _Remade(_Form):
+    """What `meta.json` says of a tensor that is made again."""
+
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    sums: Annotated[str, AfterValidator(_sums)]
+
+
 class _Task(BaseModel):
     """What an adapter was trained on: the names of the classes that its head tells apart, in the order of its
     outputs."""
@@ -85,6 +99,8 @@ class _Meta(BaseModel):
     seed: Annotated[int, Field(ge=SEEDS[0], le=SEEDS[1])]
     dtype: Literal["float16", "bfloat16", "float32", "float64"]
     tensors: dict[str, _Form]
+    remade: dict[str, _Remade] = {}
+    torch_version: Name | None = None
     base_weights: dict[str, Fingerprint] = {}
     quantization: dict[str, Any] | None = None
     peft: dict[str, Any] | None = None
@@ -136,6 +152,11 @@ class Saved:
         return self.meta.get("model_class")
 
     @property
+    def remade(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is said of the tensors that it does not hold, since they are made again."""
+        return self.meta.get("remade", {}) if self.meta["format_version"].split(".")[0] != FORMAT[0] else {}
+
+    @property
     def classes(self) -> Sequence[str]:
         """The names of the classes that the head which was trained with it tells apart, where that is said."""
         return (self.meta.get("task") or {}).get("classes", ())
@@ -164,9 +185,10 @@ class Saved:
             return self._fault(f"{META} is not JSON: {error}")
         # the version first: another one's fields may be others, and to list them as missing would mislead
         version = meta.get("format_version") if isinstance(meta, dict) else None
-        if not isinstance(version, str) or version.split(".")[0] != FORMAT.split(".")[0]:
+        if not isinstance(version, str) or version.split(".")[0] not in (FORMAT[0], WITH_RULES[0]):
             return self._fault(
-                f"{META} has the format version {version!r}, and this surgery {__version__} reads {FORMAT}")
+                f"{META} has the format version {version!r}, and this surgery {__version__} reads {FORMAT} "
+                f"and {WITH_RULES}")
         if wrong := misfits(_Meta, meta):
             return self._fault(f"{META} lacks, or has wrongly: {', '.join(wrong)}")
         return meta
@@ -190,6 +212,8 @@ class Saved:
         try:
             refuse_irregular(self.folder / self.file)
             tensors = load_file(self.folder / self.file)
+            if self.file == CHECKPOINT:
+                tensors.pop(REMADE, None)  # `meta.json` says it too
         except (OSError, SafetensorError) as error:
             return self._fault(f"cannot read {self.file}: {getattr(error, 'strerror', None) or error}")
         odd = [f"{n} ({dtype_text(t.dtype)})" for n, t in tensors.items() if t.dtype not in DTYPES]

@@ -38,6 +38,7 @@ from surgery.runtime.merge import refuse_called
 from surgery.runtime.operated import Operated, hold_common, install, operated_class, uninstall
 from surgery.runtime.optimiser_groups import parameter_groups
 from surgery.runtime.proof import Proof, Subject
+from surgery.runtime.remade import ROOM, made_by_rule
 from surgery.runtime.retraction import retract
 from surgery.runtime.save import save
 from surgery.runtime.saved_format import SEEDS
@@ -109,14 +110,16 @@ def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dty
     report = Collector()
     report.add(*plan.warnings, *unfit(plan), *dense_copies(plan))
     report.raise_errors(strict)
-    if most is not None and plan.trainable + plan.frozen > most + plan.total:
+    if most is not None and plan.trainable + plan.frozen > most + ROOM * plan.total:
         raise fail("bad-adapter", f"the spec asks for {plan.trainable + plan.frozen:,} numbers, and the adapter "
                    f"holds {most:,}")
     plan = replace(plan, warnings=tuple(report.warnings))
     shared: Shared = {}
     common = SharedTensors()
     adapters = {p.site.name: adapter_of(p, tensors(p, seed, dtype, shared, starts), common) for p in plan.placed}
-    return Surgeon(model, plan, adapters, seed)
+    surgeon = Surgeon(model, plan, adapters, seed)
+    surgeon.made = made_by_rule(surgeon) if starts else {}
+    return surgeon
 
 
 def adapter_of(placed: Placed, values: Mapping[str, torch.Tensor], common: SharedTensors) -> Adapter:
@@ -152,6 +155,7 @@ class Surgeon:
         self._savers: list[Any] = []  # the models of transformers that adapters are in: the model, and those within it
         self._objects: dict[str, ref[torch.Tensor]] = {}  # the tensors that were there when it was operated on
         self.base: dict[str, str] = {}  # fingerprints of the operated weights
+        self.made: dict[str, str] = {}  # digests of what the spec, the seed and W make again
         self.saves_as = ""  # how, where it is no surgery of one spec
         self.proof = Proof(skipped="not tried")
 
@@ -183,7 +187,7 @@ class Surgeon:
     def operate(self, values: Mapping[str, torch.Tensor] | None = None) -> Surgeon:
         """Put the adapters in, with other `values` for some of their tensors; everything but them and what `train`
         names is frozen. Raises: SurgeryError (unsupported-module) for weights that have no numbers yet."""
-        self._assert_operable()
+        self.assert_operable()
         for placed in self.plan.placed:
             module, name = placed.site.module, placed.site.parameter
             if placed.target.untie and not placed.site.layout.is_called:  # a called layer's tensors are not replaced
@@ -239,7 +243,7 @@ class Surgeon:
     def _subject(self) -> Subject:
         return Subject(self.model, self.plan.placed, self.adapters, self.scope())
 
-    def _assert_operable(self) -> None:
+    def assert_operable(self) -> None:
         """Raises: SurgeryError (changed-model, unsupported-module), where adapters cannot be put in now."""
         self._assert_standing()
         # what starts from a tensor on the meta device, and what is put beside one, would be NaN later
@@ -354,7 +358,8 @@ class Surgeon:
     def save(self, folder: str | PathLike, **about: Any) -> None:
         """Write the adapter, whole or not at all: its tensors, its spec, and `about` (base_model, revision, ...).
 
-        Raises: SurgeryError."""
+        `frozen` tensors that the spec, the seed and W make are made again by whoever attaches it, and compared;
+        `self_contained=True` writes them too. Raises: SurgeryError."""
         save(self, folder, **about)
 
     def push_to_hub(self, repository: str, **about: Any) -> str:
@@ -561,4 +566,4 @@ class Surgeon:
     def record(self) -> Surgery:
         """What a saved adapter says of the surgery, beside its tensors."""
         return Surgery(self.spec, self.seed, self.dtype, tuple(self.named_tensors()), self.untied,
-                       saves_as=self.saves_as, base=self.base)
+                       saves_as=self.saves_as, base=self.base, made=self.made)

@@ -73,7 +73,7 @@ def test_attached_model_is_bit_equal(name: str, tmp_path: Path) -> None:
 def test_frozen_shared_and_trained_tensors_are_saved_once(tmp_path: Path) -> None:
     model = load_demo("llama")
     surgeon = perturbed(model, surgery.parse(EVERYTHING), seed=7)
-    surgeon.save(tmp_path / "a", base_model="demo:llama", revision="main")
+    surgeon.save(tmp_path / "a", base_model="demo:llama", revision="main", self_contained=True)
     found, meta = load_file(tmp_path / "a" / TENSORS), json.loads((tmp_path / "a" / META).read_text())
     assert found.keys() == meta["tensors"].keys() == surgeon.named_tensors().keys()
     # Per target: A has one shape, d one; B and b belong to each of the 8 modules. 12 MLP modules with A, B, m. 9 norms.
@@ -84,7 +84,7 @@ def test_frozen_shared_and_trained_tensors_are_saved_once(tmp_path: Path) -> Non
     again = surgery.attach(other, tmp_path / "a")
     assert torch.allclose(logits(model), logits(other), atol=1e-6) and again.seed == 7 and again.spec == surgeon.spec
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in other.parameters()]
-    again.save(tmp_path / "b")
+    again.save(tmp_path / "b", self_contained=True)
     for name in (TENSORS, SPEC):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -104,9 +104,10 @@ def test_attaching_computes_no_start(spec: str, tmp_path: Path, monkeypatch) -> 
     if spec is not EVERYTHING:
         spec = surgery.load(spec).retarget("**.q_proj")
     model = load_demo("llama")
-    perturbed(model, spec if isinstance(spec, surgery.Spec) else surgery.parse(spec)).save(tmp_path / "a")
+    perturbed(model, spec if isinstance(spec, surgery.Spec) else surgery.parse(spec)).save(tmp_path / "a",
+                                                                                                self_contained=True)
     other = load_demo("llama")
-    monkeypatch.setattr(initial_values, "_start", None)
+    monkeypatch.setattr(initial_values, "_Starts", None)
     surgeon = surgery.attach(other, tmp_path / "a")
     assert torch.equal(logits(model), logits(other))
     assert not any(t.isnan().any() for t in surgeon.named_tensors().values())
@@ -162,7 +163,7 @@ def test_a_missing_file(saved: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name, content, words", [
     (META, b"{", "not JSON"), (META, b"\xff", "not JSON"), (META, b"null", "format version"),
-    (META, b'{"format_version": "2.0"}', "'2.0'"),
+    (META, b'{"format_version": "3.0"}', "'3.0'"),
     (META, b'{"format_version": "1.7", "seed": "x"}', "seed, dtype, tensors"),
     (SPEC, b"\xff\xfe", "not UTF-8"), (SPEC, b"spec lora(", "error[syntax]"), (TENSORS, b"not one", TENSORS),
     (TENSORS, b"", TENSORS), (TENSORS, b"\x08\x00\x00\x00\x00\x00\x00\x00{}", TENSORS),
@@ -223,7 +224,8 @@ def test_values_that_are_not_finite(saved: Path) -> None:
                          ids=["below", "beyond", "no numbers of places"])
 def test_places_that_do_not_exist(tmp_path: Path, change) -> None:
     model = load_demo("llama")
-    surgery.apply(model, surgery.load("fourierft", count=4).retarget("**.q_proj")).save(tmp_path / "a")
+    surgery.apply(model, surgery.load("fourierft", count=4).retarget("**.q_proj")).save(tmp_path / "a",
+                                                                                                 self_contained=True)
     name = next(name for name in load_file(tmp_path / "a" / TENSORS) if name.endswith(".at"))
     rewritten(tmp_path / "a", lambda tensors: tensors.update({name: change(tensors[name])}))
     assert f"{name} must hold whole numbers from 0 to 4095" in faults(tmp_path / "a")
