@@ -61,6 +61,7 @@ CODES: dict[str, str] = {
     "bad-set": "a `--set` is not of the form name=value",
     "unknown-model": "the model is neither a folder, a hub id that can be loaded, nor a demo",
     "bad-adapter": "a saved adapter is incomplete or does not fit the model",
+    "needs-data": "a parameter starts at what data gives (`G`, `C`), and none was given",
     "not-remade": "a frozen tensor that a saved adapter does not hold comes out otherwise when it is made again",
     "another-base": "a saved adapter is put on other weights than those that it was trained on",
     "already-operated": "the model carries a surgery already",

@@ -23,6 +23,7 @@ from surgery.cli.options import (
     trust_option,
 )
 from surgery.cli.output import Output
+from surgery.cli.training_options import COUNT, READ, given
 from surgery.text import counted
 
 _LARGEST_SEED = (1 << 64) - 1  # that torch takes
@@ -30,16 +31,20 @@ _LARGEST_SEED = (1 << 64) - 1  # that torch takes
 
 @command(spec_argument, model_argument, click.option("-o", "--out", metavar="DIR", help="Save the adapter here."),
          sets, targets,
+         click.option("--data", metavar="FILE", help="Measure what starts name (G, C) on this, as `train` reads it."),
+         click.option("--batches", "count", type=COUNT, help="Batches of it, of 8 items each.  [default: 8]"), *READ,
          click.option("--merge", is_flag=True, help="Save the merged model instead of the adapter."),
          click.option("--seed", type=click.IntRange(0, _LARGEST_SEED), default=0, show_default=True,
                       help="Seed of the drawn parameters."),
          self_contained_option, dtype_option, force_option, strict_option, trust_option, revision_option,
          example="surgery apply sora demo:llama -o out --set rank=8")
 def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[str, ...], targets: tuple[str, ...],
+          data: str | None, count: int | None, kind: str | None, label: str | None, threshold: float | None,
           merge: bool, seed: int, self_contained: bool, dtype: str | None, force: bool, strict: bool) -> None:
     """Operate on a model and save the adapter.
 
-    The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged.
+    The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged. A spec whose
+    parameters start at what data gives (lora_ga, corda, eva) needs --data.
     """
     from surgery.models.loading import preprocessors, revised
     from surgery.runtime.save import MODEL, save_merged
@@ -53,8 +58,18 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     asked = opened(spec, sets, targets)
     model = revised(model, output.revision)
     subject = loaded(output, model, dtype)
+    measured = None
+    if data is not None:
+        from surgery.experiments.evaluation import refuse_unfit
+        from surgery.experiments.tasks import read_task
+        from surgery.experiments.training import Setting, batches
+        from surgery.models.loading import tokenizer
+
+        task = read_task(data, kind, label=label, threshold=threshold)
+        refuse_unfit(subject, task)
+        measured = batches(subject, tokenizer(model, output.trust), task, Setting(batch=8, length=512), **given({"count": count}))
     with output.busy("operating"):
-        surgeon = operate(subject, asked, seed=seed, strict=strict)
+        surgeon = operate(subject, asked, seed=seed, strict=strict, data=measured)
     output.diagnostics(surgeon.plan.warnings)
     if out is not None:
         with output.busy(f"saving {out}"):

@@ -29,7 +29,16 @@ from surgery.experiments.evaluation import Evaluation, Scoring, refuse_unfit, sc
 from surgery.experiments.likelihood import Told
 from surgery.experiments.tasks import AnyTask, read_task
 from surgery.experiments.text_tasks import Task
-from surgery.experiments.training import OrderedTrainer, Setting, arguments, heads, lesson_of, operated, trainer_of
+from surgery.experiments.training import (
+    OrderedTrainer,
+    Setting,
+    arguments,
+    batches,
+    heads,
+    lesson_of,
+    operated,
+    trainer_of,
+)
 from surgery.extras import need
 from surgery.language.library import inlined, load
 from surgery.language.tree import Spec
@@ -162,7 +171,7 @@ class _Run:
             words, model = tokenizer(self.model, self.trust), self._loaded(task)
         for each in (task, *filter(None, [dev]), *tests):
             refuse_unfit(model, each)
-        surgeon = operated(model, self.spec, task, self.setting.seed)
+        surgeon = operated(model, self.spec, task, self.setting.seed, batches(model, words, task, self.setting))
         before = self._scores(model, words, tests, "before")
         trainer = self._trainer(surgeon, words, task, dev, checkpoints)
         done = trainer.train(resume_from_checkpoint=str(last) if last else None)

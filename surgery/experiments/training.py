@@ -8,7 +8,7 @@ depend on the batch that a text is in but for rounding. Needs the extra `train`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # as transformers has them
 EVALUATED = 64  # texts at a time where nothing is kept for a backward pass
+MEASURED_ON = 8  # batches that give what starts name
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ def whole(spec: Spec, model: PreTrainedModel, task: AnyTask) -> Spec:
     return with_head(spec, model) if isinstance(task, Task) else spec
 
 
-def operated(model: PreTrainedModel, spec: Spec, task: AnyTask, seed: int) -> Surgeon:
-    """Apply the spec to a model that is to learn a task. Raises: SurgeryError, as `apply`."""
-    return apply(model, whole(spec, model, task), seed=seed)
+def operated(model: PreTrainedModel, spec: Spec, task: AnyTask, seed: int, data: Iterable[Any]) -> Surgeon:
+    """Apply the spec to a model that is to learn a task; `data`: batches that starts are measured on. Raises:
+    SurgeryError, as `apply`."""
+    return apply(model, whole(spec, model, task), seed=seed, data=data)
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: AnyTask, setting: Setting, *,
@@ -124,6 +126,15 @@ def lesson_of(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyT
                    helps=("keep more of each text: --length",))
     pad = words.pad_token_id if isinstance(words.pad_token_id, int) else 0
     return Lesson(found.items, partial(collated, pad=pad), found.cut)
+
+
+def batches(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyTask, setting: Setting,
+            count: int = MEASURED_ON) -> Iterator[Any]:
+    """The first batches of a task in its order, with labels; nothing is read before the first is asked for. Raises:
+    SurgeryError (bad-data)."""
+    lesson = lesson_of(model, words, task, setting)
+    for start in range(0, min(len(lesson.items), count * setting.batch), setting.batch):
+        yield lesson.collator(list(lesson.items[start:start + setting.batch]))
 
 
 def headed_loss(has_classes: bool, outputs: Any, labels: torch.Tensor,

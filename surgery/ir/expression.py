@@ -17,6 +17,7 @@ from surgery.diagnostics import Span
 from surgery.ir.sizes import Dim, Size
 
 Shape = tuple[Size, ...]
+OF_DATA = ("gradient", "inputs")  # the operations whose values data gives, and no model alone
 _interned: WeakValueDictionary[tuple, Expr] = WeakValueDictionary()
 _bits: dict[str, int] = {}  # a bit for each operation's name
 _left: ContextVar[list[int] | None] = ContextVar("nodes that may still be made", default=None)
@@ -164,7 +165,12 @@ class Leaf:
     @property
     def is_of_module(self) -> bool:
         """True if it starts at what each module has by itself: its weight, its bias, or other leaves."""
-        return self.init is not None and self.init.has("weight", "bias", "param", "places")
+        return self.init is not None and self.init.has("weight", "bias", "param", "places", *OF_DATA)
+
+    @property
+    def of_data(self) -> tuple[str, ...]:
+        """The operations in its start whose values data gives."""
+        return tuple(op for op in OF_DATA if self.init is not None and self.init.has(op))
 
     @property
     def law(self) -> Draw:

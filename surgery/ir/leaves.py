@@ -50,6 +50,13 @@ LEAVES = [
     _leaf("bias", "the frozen b", "[out]", lambda n: len(n.shape) == 1 and n.data is None,
           text="layer.offset(dtype)", source=Source.LAYER, evaluate=lambda node, args, leaves: leaves["bias"],
           notation=symbol("b")),
+    # Of a start alone, which is computed once: no program reads them.
+    _leaf("gradient", "the gradient of the loss in W, of data", "[out, in]",
+          lambda n: len(n.shape) == 2 and n.data is None,
+          stage=OF_A_SPEC, evaluate=lambda node, args, leaves: leaves["gradient"], notation=symbol("G")),
+    _leaf("inputs", "Σ x xᵀ over the layer's inputs, of data", "[in, in]",
+          lambda n: len(n.shape) == 2 and n.shape[0] == n.shape[1] and n.data is None,
+          stage=OF_A_SPEC, evaluate=lambda node, args, leaves: leaves["inputs"], notation=symbol("C")),
     _leaf("param", "a parameter", "a key: step.name", _is_key, text="leaves[{data!r}]", source=Source.ADAPTER,
           evaluate=lambda node, args, leaves: leaves[node.data], notation=last_name),
     _leaf("places", "places of entries, never trained", "a key: step.name", _is_key, whole=True,

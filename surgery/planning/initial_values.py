@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from types import MappingProxyType
 
 import torch
 import torch.nn as nn
 
 from surgery.diagnostics import Diagnostic, fail
 from surgery.ir.dense import dense, in_dtype
-from surgery.ir.expression import Expr, Leaf, walk
+from surgery.ir.expression import OF_DATA, Expr, Leaf, walk
 from surgery.ir.manifolds import MANIFOLDS
 from surgery.ir.sizes import known_shape
 from surgery.language.tree import Target
@@ -32,13 +33,14 @@ MANIFOLD_TOLERANCE = 1e-4  # what float32 leaves of W's singular vectors and of 
 
 
 def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared,
-            starts: bool = True) -> dict[str, torch.Tensor]:
+            starts: bool = True, of_data: Mapping[str, torch.Tensor] = MappingProxyType({})) -> dict[str, torch.Tensor]:
     """The starting tensors of one module, as they are held, parameters but for whole numbers. `shared` holds those that
     modules have in common, by name, and grows. Without `starts` they hold NaNs (and whole numbers -1), for values that
-    are known: a start may take the singular vectors of W."""
+    are known: a start may take the singular vectors of W. `of_data`: what data gives, by operation (`gradient`)."""
     values = frozen_leaves(placed, starts and any(leaf.init.has("weight") for leaf in placed.formula.leaves
                                                   if leaf.init is not None))
     if starts:
+        values |= {op: value.to(values["weight"]) for op, value in of_data.items()}
         return _made(placed, placed.formula.leaves, values, seed, dtype, shared)
     made: dict[str, torch.Tensor] = {}
     for leaf in placed.formula.leaves:
@@ -79,13 +81,13 @@ class Origin(IntEnum):
 
 def follows(placed: Placed) -> dict[str, Origin]:
     """The keys of the frozen leaves that the spec, the seed and W make again wherever they are asked for. Not so for
-    what rests on a bias, or on the weight of whichever of several modules comes first; nor for what is made of a W that
-    calls give, which differs from one device to the next."""
+    what rests on data or on a bias, or on the weight of whichever of several modules comes first; nor for what is made
+    of a W that calls give, which differs from one device to the next."""
     origins: dict[str, Origin] = {}  # of the leaves so far; none for what is not made again
     for leaf in placed.formula.leaves:
         init = leaf.init or Expr("const", (), 0.0)
         below = _reads(init)
-        if init.has("bias") or not below <= origins.keys():
+        if init.has("bias", *OF_DATA) or not below <= origins.keys():
             continue
         own = Origin.DECOMPOSITION if init.has(*_DECOMPOSITIONS) else Origin(init.has("weight"))
         origin = max((own, *(origins[key] for key in below)))
@@ -142,7 +144,7 @@ def starts_around_zero(leaf: Leaf) -> bool:
         row = DISTRIBUTIONS[leaf.draw.distribution]
         return row.mean is None or row.mean({**row.arguments, **dict(leaf.draw.arguments)}) == 0
     assert leaf.init is not None  # a leaf that is not drawn starts at an expression
-    if any(node.op in ("weight", "bias", "param", "places") for node in walk(leaf.init)):
+    if leaf.is_of_module:
         return False
     return not dense(leaf.init, {"weight": torch.zeros(1, 1)}).any()  # which says the dtype and the device
 

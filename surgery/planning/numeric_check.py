@@ -41,7 +41,17 @@ def _placed(trial: Trial) -> Placed:
 def start(trial: Trial) -> dict[str, Tensor]:
     """The tensors of a target where it starts, on a random weight."""
     placed = _placed(trial)
-    return {**frozen_leaves(placed), **tensors(placed, 0, torch.float32, {})}
+    return {**frozen_leaves(placed), **tensors(placed, 0, torch.float32, {}, of_data=_of_data(placed))}
+
+
+def _of_data(placed: Placed) -> dict[str, Tensor]:
+    """Random numbers in the place of what data gives: a gradient, and the sum over more inputs than there are
+    entries."""
+    generator, site = torch.Generator().manual_seed(3), placed.site
+    asked = {op for leaf in placed.formula.leaves for op in leaf.of_data}
+    drawn = {"gradient": torch.randn(site.out, site.in_, generator=generator),
+             "inputs": torch.randn(2 * site.in_, site.in_, generator=generator)} if asked else {}
+    return {op: x.mT @ x if op == "inputs" else x for op, x in drawn.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- start

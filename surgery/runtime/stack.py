@@ -7,7 +7,7 @@ the base model, bit for bit, when none is in use; a verb happens as a whole or n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from math import isfinite
@@ -27,6 +27,7 @@ from surgery.language.tree import Spec, Target, every_step
 from surgery.layers.wrappers import bare
 from surgery.planning.compile import Placed, Plan
 from surgery.runtime.attach import attach
+from surgery.runtime.calibration import Loss
 from surgery.runtime.save import save
 from surgery.runtime.step_tensors import SharedTensors
 from surgery.runtime.surgeon import Surgeon, adapter_of, prepare
@@ -61,11 +62,13 @@ class Surgeries:
         return tuple(self._known)
 
     @all_or_nothing
-    def add(self, name: str, what: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    def add(self, name: str, what: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
+            data: Iterable[Any] | None = None, loss: Loss | None = None) -> None:
         """Have a surgery at hand: of a saved adapter's folder, or a fresh one of a spec,
         a file's name or a shipped one.
 
-        It is not in use yet. Raises: SurgeryError, and then nothing is added.
+        `data`, `loss`: as `apply` has them, on the base model. It is not in use yet. Raises: SurgeryError, and then
+        nothing is added.
         """
         if not is_name(name) or name in self._known:
             raise fail("bad-value", f"`{name}` is taken" if name in self._known else f"`{name}` is not a name",
@@ -75,7 +78,7 @@ class Surgeries:
         if isinstance(what, PathLike) or (isinstance(what, str) and Path(what).is_dir()):
             surgeon = attach(self._given, what)
         else:
-            surgeon = prepare(self._given, what, seed=seed, dtype=dtype)
+            surgeon = prepare(self._given, what, seed=seed, dtype=dtype, data=data, loss=loss)
             surgeon.check_identity()
             surgeon.operate()
         state = surgeon.state()

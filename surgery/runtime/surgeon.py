@@ -29,6 +29,7 @@ from surgery.planning.initial_values import (
     tensors,
 )
 from surgery.runtime.adapter import Adapter
+from surgery.runtime.calibration import Loss, of_data
 from surgery.runtime.checkpoints import SavesAdapter, Surgery
 from surgery.runtime.fingerprint import fingerprints
 from surgery.runtime.hub import push
@@ -70,12 +71,17 @@ _REST = "remove(partly=True) gives back what still stands; then apply the spec t
 
 
 def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
-          strict: bool = False, check: bool = True, example: Any = None) -> Surgeon:
+          strict: bool = False, check: bool = True, example: Any = None, data: Iterable[Any] | None = None,
+          loss: Loss | None = None) -> Surgeon:
     """Operate on `model` in place as `spec` (a spec, a file's path or a shipped name) says; `dtype` is the adapter's.
 
     `check`: prove on a forward pass that the model starts unchanged, that every adapter acts and that merged it gives
     the same (`Surgeon.prove`); what cannot be proven is said in `surgeon.proof`. `example`: a batch for that: keyword
     arguments, a tuple of arguments or a tensor; without one it is made up where the model's configuration allows.
+
+    `data`: batches (of those kinds, with labels) for starts that name `G`, the mean over them of the gradient of the
+    loss in W [out, in], or `C`, Σ x xᵀ [in, in] over the inputs of the layer; `loss(model, batch)` where the model's
+    output has none.
 
     Raises: SurgeryError, and then the model is as it was. A W' that does not start as W is such an error, unless the
     target says `shifted`.
@@ -87,13 +93,14 @@ def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype
     2048
     >>> surgeon.save("out")  # the adapter alone
     """
-    surgeon = prepare(model, spec, seed=seed, dtype=dtype, strict=strict)
+    surgeon = prepare(model, spec, seed=seed, dtype=dtype, strict=strict, data=data, loss=loss)
     surgeon.check_identity()
     return surgeon.begin(example, check, strict)
 
 
 def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
-            strict: bool = False, most: int | None = None, starts: bool = True) -> Surgeon:
+            strict: bool = False, most: int | None = None, starts: bool = True, data: Iterable[Any] | None = None,
+            loss: Loss | None = None) -> Surgeon:
     """A surgeon whose model is not yet touched. `most`: how many numbers a saved adapter holds; a spec that asks for
     more than that and the model together is refused before any is made. Without `starts` the adapters hold NaNs, for
     whoever puts values into all of their tensors. Raises: SurgeryError."""
@@ -116,7 +123,9 @@ def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dty
     plan = replace(plan, warnings=tuple(report.warnings))
     shared: Shared = {}
     common = SharedTensors()
-    adapters = {p.site.name: adapter_of(p, tensors(p, seed, dtype, shared, starts), common) for p in plan.placed}
+    measured = of_data(bare(model), plan.placed, data, loss) if starts else ((p, {}) for p in plan.placed)
+    adapters = {p.site.name: adapter_of(p, tensors(p, seed, dtype, shared, starts, found), common)
+                for p, found in measured}
     surgeon = Surgeon(model, plan, adapters, seed)
     surgeon.made = made_by_rule(surgeon) if starts else {}
     return surgeon

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
-from surgery.ir.expression import DEEPEST_FORMULA, Claim, Draw, Expr, Leaf, NoiseLaw, in_evaluation
+from surgery.ir.expression import DEEPEST_FORMULA, OF_DATA, Claim, Draw, Expr, Leaf, NoiseLaw, in_evaluation
 from surgery.ir.operations import is_undecided, is_whole, shape_text, undecided
 from surgery.ir.sizes import Dim, Size
 from surgery.language.parser import parse_expression
@@ -154,6 +154,10 @@ class Instance:
             wanted = (values[definition.dim or ""],) * 2
         else:
             wanted = (values["out"],) if definition.bias else (values["out"], values["in"])
+        if result.has(*OF_DATA):
+            raise fail("wrong-kind", "`G` and `C` are known when a spec is put on a model, and not afterwards: a start "
+                       "is made of them, and what a definition returns is not", span,
+                       helps=("start a parameter there: `frozen param g[out, in] = G`",))
         if is_undecided(result):
             return undecided(result.args, result.data, wanted)
         if result.shape != wanted:

@@ -102,7 +102,14 @@ def nodes(node: Any) -> Iterator[Any]:
                 yield from nodes(c)
 
 
+#: What a start may name that data gives, where nothing else of the definition has the name.
+OF_DATA_NAMES = {"G": ("gradient", ("out", "in")), "C": ("inputs", ("in", "in"))}
+
+
 def _name(node: tree.Name, names: Mapping[str, Any]) -> Any:
+    if node.id not in names and node.id in OF_DATA_NAMES and "W" in names:
+        op, sides = OF_DATA_NAMES[node.id]
+        return Expr(op, (), None, tuple(names[side] for side in sides))
     if node.id not in names and node.id in _CONSTANT_NAMES:
         return _CONSTANT_NAMES[node.id]
     if node.id not in names:

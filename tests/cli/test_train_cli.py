@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from small_text import questions, save_causal
 
 from surgery.cli.main import main
@@ -75,3 +77,26 @@ def test_a_wrong_file_of_settings(text: str, said: str) -> None:
 def test_a_wrong_line(words: list[str], said: str) -> None:
     result = run(*TRAIN[:7], "-o", "wrong", *words, status=2)
     assert said in result.stderr and not Path("wrong").exists()
+
+
+ALONG = """update along(rank: int = 2) {
+  param A[rank, in] = right_singular(G, rank)
+  param B[out, rank] = 0
+  return B @ A
+}
+target linear "**.q_proj" { add along() }"""
+
+
+def test_starts_are_measured_on_a_file() -> None:
+    Path("along.surg").write_text(ALONG)
+    assert "--data FILE" in run("apply", "along.surg", "model", status=1).stderr
+    run("apply", "along.surg", "model", "--data", "train.jsonl", "--batches", "1", "-o", "one")
+    run("apply", "along.surg", "model", "--data", "train.jsonl", "-o", "all")
+    run("train", "along.surg", "model", "--data", "train.jsonl", "--steps", "1", "--batch", "8", "--lr", "1e-12", "-o",
+        "trained")
+    one, whole, trained = (load_file(Path(name, "adapter.safetensors")) for name in ("one", "all", "trained"))
+    name = next(name for name in one if name.endswith(".A"))
+    assert not torch.equal(one[name], whole[name])
+    torch.testing.assert_close(trained[name], whole[name], rtol=0, atol=1e-6)  # of the same two batches
+    assert "no column" in run("apply", "along.surg", "model", "--data", "train.jsonl", "--label", "none",
+                              "--task", "classification", status=2).stderr
