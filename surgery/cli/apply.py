@@ -67,7 +67,8 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
 
         task = read_task(data, kind, label=label, threshold=threshold)
         refuse_unfit(subject, task)
-        measured = batches(subject, tokenizer(model, output.trust), task, Setting(batch=8, length=512), **given({"count": count}))
+        setting = Setting(batch=8, length=512)
+        measured = batches(subject, tokenizer(model, output.trust), task, setting, **given({"count": count}))
     with output.busy("operating"):
         surgeon = operate(subject, asked, seed=seed, strict=strict, data=measured)
     output.diagnostics(surgeon.plan.warnings)
