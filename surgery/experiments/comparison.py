@@ -54,12 +54,13 @@ _PLACES = 24  # of a layer's singular values, so many are kept
 _EVERY = Spec("every", targets=(Target(add("low_rank"), kind="linear"),))
 _APART = ("lr", "seed", "epochs", "batch")  # settings that a run says of itself, whatever they are
 RUNS, STEPS = "runs", "steps.json"
+Rates = Sequence[float] | Mapping[str, Sequence[float]]  # of all methods, or of each
 Loader = Callable[[int], PreTrainedModel]
 Starting = Callable[[str], AbstractContextManager]
 
 
 def compare(specs: Mapping[str, Spec | None], model: str, data: Data | str | PathLike, folder: str | PathLike, *,
-            rates: Sequence[float] = (1e-4, 3e-4, 1e-3), seeds: int = 5, sweep: int | None = None,
+            rates: Rates = (1e-4, 3e-4, 1e-3), seeds: int = 5, sweep: int | None = None,
             setting: Training = Training(), dtype: str | None = None, trust: bool = False) -> list[Row]:
     """Train specs (and full fine-tuning, which None stands for) side by side on a task; a row for each.
 
@@ -108,7 +109,7 @@ class Comparison:
     load: Loader
     words: PreTrainedTokenizerBase
     task: AnyTask
-    rates: Sequence[float]
+    rates: Rates
     seeds: int
     sweep: int | None = None
     how: Training = Training()
@@ -135,11 +136,16 @@ class Comparison:
         those of each method, all where they are not said."""
         about = {"model": self.model, "task": self.task.name, "kind": self.task.kind, "texts": len(self.task),
                  "digest": self._digest, "epochs": float(self.how.epochs), "batch": self.how.batch, **self._others}
-        tried = rates or dict.fromkeys(self.specs, self.rates)
+        tried = rates or self.tried
         return [{"method": method, "spec": text, "rate": rate, "seed": seed, **about}
                 for seed in (range(self.seeds) if seeds is None else seeds)
                 for rate in dict.fromkeys(rate for each in tried.values() for rate in each)
                 for method, text in self._texts.items() if rate in tried[method]]
+
+    @property
+    def tried(self) -> dict[str, Sequence[float]]:
+        """The learning rates of each method."""
+        return {method: self.rates[method] if isinstance(self.rates, Mapping) else self.rates for method in self.specs}
 
     @property
     def steps_asked(self) -> dict[str, Any]:

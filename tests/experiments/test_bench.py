@@ -2,16 +2,19 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from small_text import pieces, questions, save_causal
 
 from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
-from surgery.experiments.bench import Bench, spread
+from surgery.experiments.bench import Bench, batches_of, spread
 from surgery.language.library import load, parse
 from surgery.models.demo import demo_config, demo_inputs, demo_names, load_demo
+from surgery.models.loading import load as load_model
 
 TOKENS = (2, 8)
 ODD = parse('spec odd()\ntarget linear "**.q_proj" {\n  post scale()\n}\ntrain "**.norm.weight"')
@@ -163,3 +166,34 @@ def test_a_demo_of_other_sizes():
     assert (large.hidden_size, large.intermediate_size, large.num_hidden_layers) == (1024, 2816, 8)
     assert demo_inputs("bert", batch=3, length=5)["input_ids"].shape == (3, 5)
     assert torch.equal(demo_inputs("bert")["input_ids"], demo_inputs("bert")["input_ids"])
+
+
+def test_real_texts_are_read_with_their_lengths_and_merged_models_take_turns(tmp_path: Path) -> None:
+    """Another batch in each round, the same for all in it; a merged model takes no step and gives what its spec does."""
+    name = save_causal(tmp_path / "model")
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions(12)))
+    model = load_model(name)
+    batches = batches_of(model, pieces(), tmp_path / "asked.jsonl", (3, 64), 4)
+    assert len(batches) == 4 and all(b["input_ids"].shape[0] == 3 and b["input_ids"].shape[1] <= 64 for b in batches)
+    assert len({b["input_ids"].shape[1] for b in batches}) > 1 and all("labels" not in b for b in batches)
+    assert any((b["attention_mask"] == 0).any() for b in batches)
+    moved = parse("""update moved() { param B[out, 1] = 0.1 param A[1, in] = 0.1 return B @ A }
+    target linear "**.{q_proj,up_proj}" { add moved() }""")
+    ready = Bench(model, {"moved": moved, "lora": load("lora")}, (3, 64), merged=True, batches=batches)
+    seen: list[tuple] = []
+    for subject in ready.subjects.values():
+        run = subject.infer
+        subject.infer = lambda run=run, subject=subject: (seen.append(tuple(subject.batch["input_ids"].shape)), run())[1]
+    for _ in ready.run(2):
+        pass
+    rounds = [seen[5 * (2 + i) : 5 * (3 + i)] for i in range(2)]  # after two rounds of warm-up
+    assert [len({*each}) for each in rounds] == [1, 1]
+    _, row, _ = ready.rows()
+    assert row["merged_forward_seconds"] > 0 and row["merged_forward_ratio"] > 0 and "merged_step_ratio" not in row
+    merged = ready.contenders[0].merged
+    with torch.no_grad():
+        logits = [m.model.eval()(**batches[0]).logits for m in (ready.contenders[0].ours, merged, ready.frozen)]
+    assert (logits[0] - logits[1]).abs().max() < 1e-4 < (logits[0] - logits[2]).abs().max()
+    assert merged.model.get_parameter("lm_head.weight") is model.get_parameter("lm_head.weight")
+    with pytest.raises(SurgeryError, match="has no 30 items"):
+        batches_of(model, pieces(), tmp_path / "asked.jsonl", (30, 64), 1)

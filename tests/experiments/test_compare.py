@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from small_text import questions, save_causal, save_model, texts, words
 
 import surgery
-from surgery.cli.compare import _methods
+from surgery.cli.compare import RATES, _by_method, _methods, _swept
 from surgery.cli.main import main
 from surgery.experiments import comparison as comparison_module
 from surgery.experiments.comparison import FIGURES, Comparison, comparison_of, layers_of
@@ -209,7 +209,7 @@ def test_the_command_trains_once_and_shows_the_same_again(model: str, tmp_path: 
              "--batch", 12, "--set", "rank=2", "-o", tmp_path / "out")
     status, said, noted = told(*words)
     assert status == 0 and "24 items to learn from, 8 to choose the learning rate on, 8 of letters to score on" in said
-    assert "swept: the learning rate (0.001, 0.01); all else is the same" in said and "lora - full" in said
+    assert "swept: the learning rate: 0.001, 0.01; all else is the same" in said and "lora - full" in said
     assert "differences from full are told apart from 0 (t of 2 paired seeds, 5% over all of them)" in said
     assert [line.split()[0] for line in said.splitlines() if line.startswith((" full ", " lora "))] == ["full", "lora"]
     assert noted.count("letters accuracy") == 8 and len(list((tmp_path / "out/runs").iterdir())) == 8
@@ -224,6 +224,14 @@ def test_the_command_trains_once_and_shows_the_same_again(model: str, tmp_path: 
     assert {"rate", "scores", "trained", "step_seconds", "peak_bytes", "entropy"} <= kept["rows"][1].keys()
     assert kept["rows"][0]["step_ratio"] == 1 and kept["rows"][0]["edge"] in ("top", "bottom")
     assert "the grid: try" in said
+
+
+def test_a_method_has_rates_of_its_own() -> None:
+    tried = _by_method([("", (1e-3, 3e-3)), ("", (1e-3,)), ("full", (1e-5,))], ["full", "lora"])
+    assert tried == {"full": (1e-5,), "lora": (1e-3, 3e-3)} and _by_method([], ["a"]) == {"a": RATES}
+    whole = replace(comparison("", "full", "lora"), rates=tried)
+    assert [(each["method"], each["rate"]) for each in whole.asked()] == [("full", 1e-5), ("lora", 1e-3), ("lora", 3e-3)]
+    assert _swept(whole) == "the learning rate: 1e-05 (full); 0.001, 0.003 (lora)"
 
 
 def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) -> None:
@@ -241,6 +249,7 @@ def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) ->
     (("oft", "--set", "rank"), 2, "bad-set"),
     (("oft", "--set", "rank=2"), 1, "none of these specs has a parameter `rank`"),
     (("lorra",), 2, "unknown-spec"),
+    (("lora", "--lr", "dora=1e-3"), 2, "--lr dora=... is for none of full, lora"),
     (("lora", "--against", "dora"), 2, "--against dora is none of full, lora"),
     (("oft", "--set", "block=5"), 1, "not-divisible"),
     (("lora", "--threshold", "0"), 2, "bad-data"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from surgery.cli.compare import _methods
+from surgery.cli.compare import _by_method, _methods
 from surgery.cli.main import main
 from surgery.cli.training_options import given
 from surgery.experiments.fine_tuning import Training
@@ -34,4 +34,5 @@ def test_the_settings_of_a_table_fit_its_model(file: Path) -> None:
         assert spec is not None and len(compile(model, spec).placed) == 2 * weights
     how = Training(**given({name: asked[name] for name in vars(Training()) if name in asked}))
     assert how.batch * how.accumulate == (32 if asked["model"].startswith("microsoft") else 128)
-    assert all(isinstance(rate, float) for rate in asked["rates"]) and len(asked["tests"]) > 0
+    tried = _by_method(asked["rates"], list(specs))
+    assert all(len(rates) == 3 for rates in tried.values()) and len(asked["tests"]) > 0
