@@ -5,7 +5,7 @@ Makes `.venv` and installs the project into it (only when pyproject.toml has cha
 then runs the demo, the tests that need no GPU (`-m fast`: those that answer within a minute; `-m sweep`: every
 combination where the suite tries some), or those that need one (they are skipped where there is none);
 `python3 dev.py mutate [--help]` tries the tests themselves, by hand and for long; `python3 dev.py house` prints
-the shape of the code in figures.
+the shape of the code in figures; `python3 dev.py docs` builds the site of docs/ into site/.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ COMMANDS = {
     "gpu": ["python", "-m", "pytest", "-m", "gpu", "-rs", "-n", "4", "tests/runtime/test_gpu.py"],
     "mutate": ["python", "tests/mutate.py"],
     "house": ["python", "tests/house.py"],
+    "docs": ["mkdocs", "build"],
 }
 LINT = (["ruff", "check", "."], ["pyright"])
 
@@ -40,7 +41,7 @@ def set_up() -> None:
     if not BIN.exists():
         venv.create(VENV, with_pip=True)
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for what in ([TORCH], ["-e", ".[test,lint]"]):
+    for what in ([TORCH], ["-e", ".[test,lint,docs]"]):
         print(f"installing {what[-1]} into {VENV.name} ...", file=sys.stderr, flush=True)
         subprocess.run([*pip, *what], cwd=ROOT, check=True)
     stamp.write_text(wanted)

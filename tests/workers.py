@@ -4,7 +4,7 @@ _OF_ZOO = ("test_zoo", "test_as_cuda", "test_step", "test_verify")  # the last p
 # What takes more than a few seconds, trains, or starts Python again and again. A new file is fast until it stands here.
 _SLOW = {
     "test_activate.py", "test_bench.py", "test_called.py", "test_called_life.py", "test_catalogue.py",
-    "test_check_fuzz.py", "test_checkpoints.py", "test_cli.py", "test_cli_operating.py", "test_compare.py",
+    "test_check_fuzz.py", "test_checkpoints.py", "test_cli.py", "test_cli_operating.py", "test_compare.py", "test_docs.py",
     "test_dequantise.py", "test_diagnostics_docs.py", "test_effective.py", "test_examples.py",
     "test_fine_tuning.py", "test_folders.py", "test_gpu.py", "test_grammar_fuzz.py", "test_grid.py",
     "test_grouped.py", "test_hub.py", "test_imports.py", "test_invented.py", "test_large.py", "test_layout.py",

@@ -53,8 +53,7 @@ def _page(estimate: Estimate, where: str) -> Iterator[str]:
     if node is not None:
         yield from ("\n  and the body in training, as one node of autograd", *_code([node.source]))
     others = [text for text in evaluate if text not in train]
-    difference = "this differs" if others else "the rest is the same"
-    yield f"\n  in evaluation the set-up is kept until a tensor changes, and {difference}"
+    yield f"\n  in evaluation {'this differs' if others else 'the same'}; inside `serving()` the set-up is made once"
     yield from _code(others)
 
 

@@ -1,0 +1,57 @@
+"""The documentation runs: each block of each page does what the page says, and the site is built without a warning."""
+
+from pathlib import Path
+
+import pytest
+from pages import BLOCK, DOCS, KINDS, ROOT, run
+from pygments.lexers import get_lexer_by_name
+from pygments.token import Error, Keyword
+
+from surgery.language.grammar import KEYWORDS
+from surgery.language.library import PRELUDE, locate, shipped
+
+PAGES = sorted(path for path in DOCS.glob("*.md") if any(
+    block["kind"] in KINDS for block in BLOCK.finditer(path.read_text(encoding="utf-8"))))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_does_what_it_says(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    assert run(page) == page
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_commands_and_specs_beside_the_pages_exist(name: str) -> None:
+    run((ROOT / name).read_text(encoding="utf-8"), ("sh", "surg"))  # python blocks: test_typed
+
+
+@pytest.mark.parametrize(("page", "why"), [
+    ("```console\n$ surgery check no.surg\nno.surg: ok\n```\n", ""), ("```python\nassert 1 == 2\n```\n", AssertionError),
+    ("```pycon\n>>> 1 + 1\n3\n```\n", AssertionError), ("```sh\nsurgery plan --nope\n```\n", AssertionError),
+    ("```sh\nsurgery nope\n```\n", KeyError)], ids=["console", "python", "pycon", "option", "command"])
+def test_a_page_that_says_something_else_is_seen(page: str, why: type[Exception] | str) -> None:
+    if why:
+        with pytest.raises(why):
+            run(page)
+    else:
+        assert run(page) != page
+
+
+def test_the_site_is_built_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.chdir(ROOT)
+    config = load_config("mkdocs.yml", site_dir=str(tmp_path / "site"))
+    assert config.strict  # a link or an anchor that is not there raises then
+    build(config)
+    assert {"start.html", "python.html", "errors/not-identity.html"} <= {
+        path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+
+
+def test_pygments_knows_every_word_of_a_spec() -> None:
+    lexer = get_lexer_by_name("surg")
+    for path in (*shipped().values(), locate(PRELUDE)):
+        said = list(lexer.get_tokens(path.read_text(encoding="utf-8")))
+        assert not [text for kind, text in said if kind is Error], path
+        assert all(kind in Keyword for kind, text in said if text in KEYWORDS), path
