@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -171,7 +171,6 @@ def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: 
     """Show the tables; keep them and the pictures beside the runs."""
     from surgery.experiments.comparison_plot import draw, draw_spectra
     from surgery.experiments.comparison_table import bearing, differences, entropy, rows
-    from surgery.runtime.atomic_folders import replacing_file
 
     sweep, task, (learned, dev, tests) = comparison.sweep, comparison.task, comparison.parts
     table_rows, scores = rows(runs, steps, sweep), differences(runs, sweep, against)
@@ -195,14 +194,20 @@ def _report(output: Output, comparison: Comparison, runs: Sequence[Run], steps: 
     pictures = {PLOT: partial(draw, table_rows), SPECTRA: partial(draw_spectra, runs, sweep=sweep)}
     if not any(run.layers for run in runs):  # runs of an earlier version kept none
         del pictures[SPECTRA]
-    # All appear together or not at all: a table must not lie beside the picture of an earlier run.
+    _keep(folder, data, pictures, title)
+    output.say(f"saved     {', '.join(str(folder / name) for name in (TABLE, *pictures))}")
+    output.data(**data, out=str(folder))
+
+
+def _keep(folder: Path, data: Mapping[str, Any], pictures: Mapping[str, Callable[..., None]], title: str) -> None:
+    """Write the table and the pictures, all or none: a table must not lie beside the picture of an earlier run."""
+    from surgery.runtime.atomic_folders import replacing_file
+
     with ExitStack() as files:
         table, *images = (files.enter_context(replacing_file(folder / name)) for name in (TABLE, *pictures))
         table.write_text(json.dumps({"format_version": FORMAT, **data}, indent=1) + "\n", encoding="utf-8")
         for picture, image in zip(pictures.values(), images):
             picture(file=image, title=title)
-    output.say(f"saved     {', '.join(str(folder / name) for name in (TABLE, *pictures))}")
-    output.data(**data, out=str(folder))
 
 
 def _apart(found: Sequence[Difference]) -> list[list[str]]:
