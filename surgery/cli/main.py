@@ -21,6 +21,7 @@ from surgery.cli.apply import apply
 from surgery.cli.bench import bench
 from surgery.cli.check import check
 from surgery.cli.compare import compare
+from surgery.cli.console import console
 from surgery.cli.diff import diff
 from surgery.cli.eval import eval_
 from surgery.cli.explain import explain
@@ -53,7 +54,7 @@ _NO_MEMORY = re.compile(r"allocate memory|out of memory|Storage size calculation
 
 # The commands as `surgery --help` shows them.
 GROUPS: dict[str, tuple[click.Command, ...]] = {
-    "Specs": (init, check, fmt, specs, show, diff, help, lsp),
+    "Specs": (init, check, fmt, specs, show, console, diff, help, lsp),
     "A spec on a model": (modules, explain, plan, apply, merge),
     "Fine-tuning": (train, eval_),
     "Adapters of PEFT": (import_, export),
