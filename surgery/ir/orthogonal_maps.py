@@ -16,7 +16,30 @@ def is_traced() -> bool:
     """Whether something looks into the program that knows autograd's own operations better than a node of ours: a
     compiler (which plans the backward pass itself), a transform of torch.func, forward differentiation."""
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return torch.compiler.is_compiling() or transformed
+    traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  # torch's documentation names it so
+    return torch.compiler.is_compiling() or transformed or traced
+
+
+def eliminated(a: Tensor) -> Tensor:
+    """a⁻¹ of each matrix in [..., n, n] by n steps of elimination without a choice of pivots, in operations that every
+    format of models has. For triangles, and where a + aᵀ is positive definite: there no pivot is small."""
+    n = a.shape[-1]
+    eye = torch.eye(n, dtype=a.dtype, device=a.device)
+    both = torch.cat([a, eye.expand_as(a)], dim=-1)
+    for i in range(n):
+        row = both[..., i:i + 1, :] / both[..., i:i + 1, i:i + 1]
+        both = both - (both[..., :, i:i + 1] - eye[:, i:i + 1]) * row
+    return both[..., n:]
+
+
+def triangle(gram: Tensor) -> Tensor:
+    """The lower L with L Lᵀ = gram [..., n, n], positive definite, in the same operations."""
+    n, columns = gram.shape[-1], []
+    for i in range(n):
+        below = torch.ones(n, 1, dtype=gram.dtype, device=gram.device).tril(-i)
+        columns.append(below * gram[..., :, i:i + 1] / gram[..., i:i + 1, i:i + 1].sqrt())
+        gram = gram - columns[-1] @ columns[-1].mT
+    return torch.cat(columns, dim=-1)
 
 
 def skew(a: Tensor) -> Tensor:
@@ -59,7 +82,8 @@ def _solved(a: Tensor, start: float, factor: float, end: float) -> Tensor:
         return _Solved.apply(a, start, factor, end)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     # not by `torch.add(..., alpha=factor)`: where a is a product, torch 2.13's compiler forgets the factor
-    return _inverse(start * eye + factor * a) + end * eye
+    shifted = start * eye + factor * a
+    return (eliminated(shifted) if start and torch.onnx.is_in_onnx_export() else _inverse(shifted)) + end * eye
 
 
 def _inverse(a: Tensor) -> Tensor:

@@ -155,16 +155,24 @@ def _frame(u: Any) -> Any:
     """L with L Lᵀ = uᵀu and a little more, so that there is one whatever the columns are."""
     import torch
 
+    from surgery.ir.orthogonal_maps import triangle
+
     with torch.no_grad():
         gram = u.mT @ u
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        diagonal += _RIDGE * diagonal.mean() + torch.finfo(u.dtype).tiny
+        ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean() + torch.finfo(u.dtype).tiny
+        if torch.onnx.is_in_onnx_export():  # which has neither a factorisation nor writes into views
+            return triangle(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+        gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
         return torch.linalg.cholesky_ex(gram).L
 
 
 def _framed(u: Any, frame: Any) -> Any:
     import torch
 
+    from surgery.ir.orthogonal_maps import eliminated
+
+    if torch.onnx.is_in_onnx_export():  # which has no solver
+        return u @ eliminated(frame.mT)
     return torch.linalg.solve_triangular(frame.mT, u, upper=True, left=False)
 
 
@@ -194,9 +202,13 @@ def _mirrored(u: Any) -> Any:
     """T Uᵀ / 2 of Π (I - 2 u uᵀ / uᵀu) = I - U T Uᵀ: T⁻¹ is the upper triangle of UᵀU with the diagonal halved."""
     import torch
 
+    from surgery.ir.orthogonal_maps import eliminated
+
     gram = u.mT @ u
     triangle = gram.triu(1) + gram.triu()
     none = (gram.diagonal() == 0).to(u.dtype).diag_embed()  # a zero column is no mirror: its row of V is zero
+    if torch.onnx.is_in_onnx_export():
+        return eliminated(triangle + none) @ u.mT
     return torch.linalg.solve_triangular(triangle + none, u.mT, upper=True)
 
 

@@ -39,6 +39,7 @@ from surgery.runtime.merge import refuse_called
 from surgery.runtime.operated import Operated, hold_common, install, operated_class, uninstall
 from surgery.runtime.optimiser_groups import parameter_groups
 from surgery.runtime.proof import Proof, Subject
+from surgery.runtime.reference import Reference
 from surgery.runtime.remade import ROOM, made_by_rule
 from surgery.runtime.retraction import retract
 from surgery.runtime.save import save
@@ -389,6 +390,11 @@ class Surgeon:
                 self._enter(before)
         finally:  # there already, but for an interrupt on the way back
             self._enter(before)
+
+    def reference(self) -> Reference:
+        """The base model as a module of its own, for trainers that compare with one (`ref_model` of TRL's DPO): no
+        second copy is loaded. It has no parameters, and its calls are those of the model with the surgery off."""
+        return Reference(self)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
