@@ -68,7 +68,8 @@ def preferred(folder: Path, how: str) -> tuple[dict[str, torch.Tensor], list[dic
 def test_dpo_of_trl_needs_no_second_model(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is of the extra `engines`")
     (ours, logs), (theirs, others) = (preferred(tmp_path / how, how) for how in ("ours", "a copy"))
-    assert abs(logs[0]["loss"] - 0.6931) < 1e-3 and logs[2]["loss"] < 0.6
-    assert [entry.get("loss") for entry in logs] == [entry.get("loss") for entry in others]
+    losses = [entry["loss"] for entry in logs if "loss" in entry]
+    assert abs(losses[0] - 0.6931) < 1e-3 and abs(losses[1] - losses[0]) > 0.01  # log 2 while it is the base model
+    assert losses == pytest.approx([entry["loss"] for entry in others if "loss" in entry], rel=1e-4)
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
