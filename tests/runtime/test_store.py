@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import perturbed
+from models import LLAMA, SMALLER, perturbed
 from safetensors.torch import load_file, save_file
 
 import surgery
@@ -41,13 +41,13 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A saved adapter on the demo llama."""
-    perturbed(load_demo("llama"), "lora").save(tmp_path / "adapter")
+    perturbed(load_demo(LLAMA), "lora").save(tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
 def faults(folder: Path, model: torch.nn.Module | None = None) -> str:
     """What `attach` says of a folder. The model must not be touched."""
-    model = model or load_demo("llama")
+    model = model or load_demo(LLAMA)
     before, classes = dict(model.state_dict()), [type(m) for m in model.modules()]
     required = [p.requires_grad for p in model.parameters()]
     with pytest.raises(surgery.SurgeryError) as caught:
@@ -63,24 +63,24 @@ def faults(folder: Path, model: torch.nn.Module | None = None) -> str:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mixtral", "vit", "resnet"])
 def test_attached_model_is_bit_equal(name: str, tmp_path: Path) -> None:
     spec = surgery.load("sora") if name != "resnet" else surgery.parse("spec s\ntarget conv { add low_rank(2) }")
-    model = load_demo(name)
+    model = load_demo(SMALLER[name])
     perturbed(model, spec).save(tmp_path / "a")
-    other = load_demo(name)
+    other = load_demo(SMALLER[name])
     surgery.attach(other, tmp_path / "a")
-    assert torch.equal(logits(model), logits(other)) and not torch.equal(logits(model), logits(load_demo(name)))
+    assert torch.equal(logits(model), logits(other)) and not torch.equal(logits(model), logits(load_demo(SMALLER[name])))
 
 
 def test_frozen_shared_and_trained_tensors_are_saved_once(tmp_path: Path) -> None:
-    model = load_demo("llama")
+    model = load_demo(LLAMA)
     surgeon = perturbed(model, surgery.parse(EVERYTHING), seed=7)
-    surgeon.save(tmp_path / "a", base_model="demo:llama", revision="main", self_contained=True)
+    surgeon.save(tmp_path / "a", base_model=f"demo:{LLAMA}", revision="main", self_contained=True)
     found, meta = load_file(tmp_path / "a" / TENSORS), json.loads((tmp_path / "a" / META).read_text())
     assert found.keys() == meta["tensors"].keys() == surgeon.named_tensors().keys()
-    # Per target: A has one shape, d one; B and b belong to each of the 8 modules. 12 MLP modules with A, B, m. 9 norms.
-    assert len(found) == 1 + 1 + 8 * (1 + 1 + 1 + 2) + 12 * 3 + 9
-    assert (meta["seed"], meta["base_model"], meta["revision"], meta["format_version"]) == (7, "demo:llama", "main",
+    # Per target: A has one shape, d one; B and b belong to each of the 2 modules. 3 MLP modules with A, B, m. 3 norms.
+    assert len(found) == 1 + 1 + 2 * (1 + 1 + 1 + 2) + 3 * 3 + 3
+    assert (meta["seed"], meta["base_model"], meta["revision"], meta["format_version"]) == (7, f"demo:{LLAMA}", "main",
                                                                                             "1.0")
-    other = load_demo("llama")
+    other = load_demo(LLAMA)
     again = surgery.attach(other, tmp_path / "a")
     assert torch.allclose(logits(model), logits(other), atol=1e-6) and again.seed == 7 and again.spec == surgeon.spec
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in other.parameters()]
@@ -91,9 +91,9 @@ def test_frozen_shared_and_trained_tensors_are_saved_once(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_parameters_keep_their_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = load_demo("llama")
+    model = load_demo(LLAMA)
     perturbed(model, "dora", dtype=dtype).save(tmp_path / "a")
-    other = load_demo("llama")
+    other = load_demo(LLAMA)
     again = surgery.attach(other, tmp_path / "a")
     assert again.dtype == dtype and torch.equal(logits(model), logits(other))
 
@@ -103,10 +103,10 @@ def test_attaching_computes_no_start(spec: str, tmp_path: Path, monkeypatch) -> 
     """Some starts are singular vectors of W; all are replaced by what was saved, so that none is made."""
     if spec is not EVERYTHING:
         spec = surgery.load(spec).retarget("**.q_proj")
-    model = load_demo("llama")
+    model = load_demo(LLAMA)
     perturbed(model, spec if isinstance(spec, surgery.Spec) else surgery.parse(spec)).save(tmp_path / "a",
                                                                                                 self_contained=True)
-    other = load_demo("llama")
+    other = load_demo(LLAMA)
     monkeypatch.setattr(initial_values, "_Starts", None)
     surgeon = surgery.attach(other, tmp_path / "a")
     assert torch.equal(logits(model), logits(other))
@@ -117,17 +117,17 @@ def test_the_spec_is_saved_on_its_own_with_its_parameters(tmp_path: Path) -> Non
     (tmp_path / "mine.surg").write_text("update twice(rank: int = 2) {\n param A[rank, in] ~ normal()\n"
                                         " param B[out, rank] = 0\n return 2 * (B @ A)\n}\nselect ups = \"**.up_proj\"")
     (tmp_path / "s.surg").write_text('use "mine.surg"\nspec s(rank: int = 2)\ntarget linear ups { add twice(rank) }')
-    model = load_demo("llama")
+    model = load_demo(LLAMA)
     perturbed(model, surgery.load(tmp_path / "s.surg", rank=5)).save(tmp_path / "a")
     (tmp_path / "mine.surg").unlink()
-    other = load_demo("llama")
+    other = load_demo(LLAMA)
     assert surgery.attach(other, tmp_path / "a").report().rows[0].parameters == 5 * (64 + 128)
     assert torch.equal(logits(model), logits(other))
 
 
 @pytest.mark.parametrize("mode", ["merged", "disabled"])
 def test_saving_is_the_same_in_every_mode(mode: str, tmp_path: Path) -> None:
-    surgeon = perturbed(load_demo("llama"), surgery.parse(EVERYTHING))
+    surgeon = perturbed(load_demo(LLAMA), surgery.parse(EVERYTHING))
     surgeon.save(tmp_path / "a")
     if mode == "merged":
         surgeon.merge()
@@ -140,7 +140,7 @@ def test_saving_is_the_same_in_every_mode(mode: str, tmp_path: Path) -> None:
 
 
 def test_a_model_without_data_is_not_saved(tmp_path: Path) -> None:
-    surgeon = surgery.apply(load_demo("llama"), "lora")
+    surgeon = surgery.apply(load_demo(LLAMA), "lora")
     surgeon.model.to("meta")
     with pytest.raises(surgery.SurgeryError, match="no numbers here: on the meta device"):
         surgeon.save(tmp_path / "a")
@@ -223,7 +223,7 @@ def test_values_that_are_not_finite(saved: Path) -> None:
 @pytest.mark.parametrize("change", [lambda at: at - at.max() - 1, lambda at: at * 64 * 64, torch.Tensor.float],
                          ids=["below", "beyond", "no numbers of places"])
 def test_places_that_do_not_exist(tmp_path: Path, change) -> None:
-    model = load_demo("llama")
+    model = load_demo(LLAMA)
     surgery.apply(model, surgery.load("fourierft", count=4).retarget("**.q_proj")).save(tmp_path / "a",
                                                                                                  self_contained=True)
     name = next(name for name in load_file(tmp_path / "a" / TENSORS) if name.endswith(".at"))
@@ -238,16 +238,16 @@ def test_another_dtype_than_listed(saved: Path) -> None:
 
 def test_a_model_that_the_spec_does_not_fit(tmp_path: Path) -> None:
     spec = surgery.load("lora")
-    perturbed(load_demo("llama"),
+    perturbed(load_demo(LLAMA),
               surgery.parse('spec s\ntarget linear "**.q_proj" { add low_rank(2) }')).save(tmp_path / "a")
     assert "does not fit this GPT2LMHeadModel" in (said := faults(tmp_path / "a",
                                                                   load_demo("gpt2"))) and "no-match" in said
-    perturbed(load_demo("llama"), spec).save(tmp_path / "b")
+    perturbed(load_demo(LLAMA), spec).save(tmp_path / "b")
     assert "layers" in faults(tmp_path / "b", load_demo("mixtral"))
 
 
 def test_an_operated_model_takes_no_second_adapter(saved: Path) -> None:
-    model = load_demo("llama")
+    model = load_demo(LLAMA)
     surgery.apply(model, "lora")
     assert "already-operated" in faults(saved, model)
 
@@ -283,7 +283,7 @@ def full_disk() -> None:
 @pytest.mark.parametrize("step", STEPS[:-1])
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_failure_leaves_the_old_or_the_new(step: str, number: int, saved: Path, monkeypatch) -> None:
-    surgeon = perturbed(load_demo("llama"), "lora", scale=0.5)
+    surgeon = perturbed(load_demo(LLAMA), "lora", scale=0.5)
     old = read_all(saved)
     with monkeypatch.context() as patched:
         interrupted(step, number, patched, full_disk)
@@ -297,12 +297,12 @@ def test_a_failure_leaves_the_old_or_the_new(step: str, number: int, saved: Path
     assert new.keys() == old.keys() and [p.name for p in saved.parent.iterdir()] == ["adapter"]
     both = (old, {**old, TENSORS: new[TENSORS], MANIFEST: new[MANIFEST]})
     assert (new == old) if failed and step != "fsync" else new in both
-    surgery.attach(load_demo("llama"), saved)
+    surgery.attach(load_demo(LLAMA), saved)
 
 
 @pytest.mark.parametrize("step, number", [("write_text", 1), ("write_text", 2), ("fsync", 2), ("_exchange", 1)])
 def test_a_killed_process_leaves_the_old(step: str, number: int, saved: Path, monkeypatch) -> None:
-    surgeon = perturbed(load_demo("llama"), "lora", scale=0.5)
+    surgeon = perturbed(load_demo(LLAMA), "lora", scale=0.5)
     old = read_all(saved)
     interrupted(step, number, monkeypatch, lambda: os._exit(9))
     child = os.fork()
@@ -315,7 +315,7 @@ def test_a_killed_process_leaves_the_old(step: str, number: int, saved: Path, mo
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_without_an_exchange_the_old_is_put_back(number: int, saved: Path, monkeypatch) -> None:
-    surgeon = perturbed(load_demo("llama"), "lora", scale=0.5)
+    surgeon = perturbed(load_demo(LLAMA), "lora", scale=0.5)
     old = read_all(saved)
     monkeypatch.setattr(atomic_folders, "_exchange", lambda one, other: False)
     with monkeypatch.context() as patched:
@@ -330,10 +330,10 @@ def test_without_an_exchange_the_old_is_put_back(number: int, saved: Path, monke
 def test_only_our_files_are_replaced(saved: Path) -> None:
     (saved / "thesis.tex").write_text("years of work")
     with pytest.raises(surgery.SurgeryError, match="thesis.tex"):
-        perturbed(load_demo("llama"), "lora").save(saved)
+        perturbed(load_demo(LLAMA), "lora").save(saved)
     assert (saved / "thesis.tex").read_text() == "years of work"
     with pytest.raises(surgery.SurgeryError, match="is a file"):
-        perturbed(load_demo("llama"), "lora").save(saved / META)
+        perturbed(load_demo(LLAMA), "lora").save(saved / META)
 
 
 # ----------------------------------------------------------------------------------------------------------- merged
@@ -343,14 +343,14 @@ def test_only_our_files_are_replaced(saved: Path) -> None:
 def test_a_merged_model_is_a_plain_one(name: str, tmp_path: Path) -> None:
     import transformers
 
-    model = load_demo(name)
+    model = load_demo(SMALLER[name])
     base = model.state_dict().keys()
     surgeon = perturbed(model, "sora")
     operated, before = logits(model), {n: t.clone() for n, t in model.state_dict().items()}
     save_merged(surgeon, tmp_path / "m")
     assert not surgeon.merged and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     again = getattr(transformers, type(model).__name__).from_pretrained(tmp_path / "m")
-    assert again.state_dict().keys() == base and type(again) is type(load_demo(name))
+    assert again.state_dict().keys() == base and type(again) is type(load_demo(SMALLER[name]))
     surgeon.merge()
     assert torch.equal(logits(again), logits(model))
     torch.testing.assert_close(logits(again), operated, rtol=1e-4, atol=1e-5)
