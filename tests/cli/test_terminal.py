@@ -168,7 +168,7 @@ def test_the_csv_of_a_model_whose_modules_are_formulas() -> None:
     layers = {"=cmd": torch.nn.Linear(4, 4), "x\x1b[31m\n": torch.nn.Linear(4, 4)}
     model = torch.nn.Sequential(torch.nn.ModuleDict(layers))
     found = spectrum(perturbed(model, surgery.parse('spec s\ntarget linear "**" { add low_rank(2) }')), top=0)
-    text = _csv(found)
+    text = _csv({"adapter": found})
     assert_plain(text)
     assert text.count("\n") == 3 and ",=" not in text and "\n=" not in text
 

@@ -56,7 +56,7 @@ def test_a_number_is_the_first_so_many():
     ("param A[4, in] = 0 return columns(W, range(in - 3, in + 1)) @ A", "bad-value", "`columns` is given"),
     ("return rows(W, range(4, 4)) @ I(in)", "shape-mismatch", "from 4 up to 4 there is no place"),
     ("return rows(W, range(-1, 4)) @ I(in)", "bad-value", "the place `-1` is -1; it must be at least 0"),
-    ("param v[4] = 0 return rows(W, v) @ W.T", "shape-mismatch", "needs places (of `range`, `indices`, `top`"),
+    ("param v[4] = 0 return rows(W, v) @ W.T", "shape-mismatch", "needs places here, and this is a tensor"),
     ("frozen param at[4] ~ sample(of = in) return columns(W, at + 1)", "shape-mismatch", "cannot compute with places"),
     ("return take(W, 4)", "shape-mismatch", "needs places"),
     ("return rows(W, 1.5)", "wrong-type", "a dimension must be a whole number"),
