@@ -8,6 +8,7 @@ from typing import Any
 
 from surgery.cli.output import Output, aligned
 from surgery.codegen.compiled import Compiled
+from surgery.codegen.cost_model import frozen_last
 from surgery.codegen.program_text import program_text, step_text
 from surgery.language.tree import Spec
 from surgery.planning.cost_estimates import FLOAT, Estimate, amount
@@ -21,8 +22,7 @@ def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int, on: tuple
     does not fit."""
     estimates = [(target, Estimate(Compiled.supposed(formula, target.kind), tokens, machine=machine(*on)))
                  for target, formula in resolved(spec).formulas(out, in_, PLACES_TRIED[0])]
-    where = "" if on == ("cpu", "float32") else f" on {on[0]} in {on[1]}"
-    text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(estimate, where)])
+    text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(estimate, on)])
                        for target, estimate in estimates)
     output.raw(f"{text}\n")
     output.data(spec=spec.model_dump(mode="json"), emit="program", text=text,
@@ -30,9 +30,10 @@ def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int, on: tuple
                            "candidates": _rows(e)} for _, e in estimates])
 
 
-def _page(estimate: Estimate, where: str) -> Iterator[str]:
+def _page(estimate: Estimate, on: tuple[str, str]) -> Iterator[str]:
     """The costs, then the code in training and in evaluation."""
     out, in_ = estimate.sides
+    where = "" if on == ("cpu", "float32") else f" on {on[0]} in {on[1]}"
     step = f"a step of {estimate.tokens:,} tokens{where}"
     yield f"  for a {estimate.kind.word} weight [{out}, {in_}], {step}, by estimate:"
     frozen = estimate.frozen
@@ -49,7 +50,7 @@ def _page(estimate: Estimate, where: str) -> Iterator[str]:
                        for plan in (runs, at_rest))
     yield from ("", "  in training", *_code(train))
     # Written-out gradients exist where one node of autograd runs the whole body.
-    node = step_text(runs.written, runs.needs) if estimate.kind.is_product else None
+    node = step_text(runs.written, runs.needs, frozen_last(on[0])) if estimate.kind.is_product else None
     if node is not None:
         yield from ("\n  and the body in training, as one node of autograd", *_code([node.source]))
     others = [text for text in evaluate if text not in train]

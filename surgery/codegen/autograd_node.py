@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from surgery.codegen.cost_model import frozen_last
 from surgery.codegen.kernel_names import names_called
 from surgery.codegen.program_text import step_text
 from surgery.ir.expression import Expr
@@ -36,10 +37,10 @@ class Step:
 
 
 @cache
-def step(body: Expr, needs: tuple[bool, ...]) -> Step | None:
-    """The compiled step of a body where x and its values take gradients as `needs` says; None if an operation has no
-    gradient in the table."""
-    text = step_text(body, needs)
+def step(body: Expr, needs: tuple[bool, ...], device: str = "cpu") -> Step | None:
+    """The compiled step of a body where x and its values take gradients as `needs` says, for a type of device; None if
+    an operation has no gradient in the table."""
+    text = step_text(body, needs, frozen_last(device))
     if text is None:
         return None
     scope = names_called(in_step=True)
@@ -75,7 +76,7 @@ def without_autocast(device: str) -> AbstractContextManager:
 def run(body: Expr, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor | None:
     """Run the body as one node of autograd; None where autograd must see its parts."""
     needs = tuple(torch.is_grad_enabled() and a.requires_grad for a in (x, *values))
-    known = step(body, needs)
+    known = step(body, needs, x.device.type)
     if known is None:
         return None
     with without_autocast(x.device.type):

@@ -38,6 +38,13 @@ HELD = 100.0  # FLOP of such a core that it is worth not to hold a number from t
 AGAIN = 10 * CPU.launch  # what making a set-up again costs beside making it
 
 
+def frozen_last(device: str) -> bool:
+    """Whether, on a type of device, a low-rank term is better made first and the frozen layer's product summed into it:
+    the output is then written once, and read in that product's epilogue. A CPU has it in its cache, and reads it there
+    for less than a product with an accumulator costs."""
+    return device != "cpu"
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of one step, forward and backward: `flops` that grow with the tokens and those of the set-up, numbers

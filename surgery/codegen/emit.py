@@ -53,7 +53,7 @@ def _text(each: Instruction, base: Expr | None, known: Mapping[Expr, str]) -> st
     if form is None:
         return _plain(each.node, args)
     number = f", {form.factor}={each.factor!r}" if each.factor != 1.0 else ""
-    if form.kernel:  # one that writes does so in any case
+    if form.is_function and (form.is_fused or base is not None):  # one that writes does so in any case
         into = f"{args[0]}.clone()" if form.writes and base is None else args[0]
         return f"{form.name}({', '.join([into, *args[1:]])}{number})"
     if base is not None:

@@ -21,8 +21,9 @@ def names_called(in_step: bool) -> dict[str, Any]:
         kernel = in_step and row.step_kernel or row.kernel
         if kernel or row.dense is not None:
             names[name] = _kernel(kernel) if kernel else row.dense
-        if row.added is not None and row.added.form.kernel:
-            names[row.added.form.name] = _kernel(row.added.form.kernel)
+        for way in (row.added, row.in_place):
+            if way is not None and way.form.kernel:
+                names[way.form.name] = _kernel(way.form.kernel)
     return names
 
 

@@ -143,9 +143,18 @@ def masked(a: Tensor, mask: Tensor) -> Tensor:
     """a with 0 where the mask says so."""
     if mask.dtype == torch.bool:
         return a.masked_fill(mask, 0.0)
-    result = a.clone(memory_format=torch.contiguous_format)
-    result.view(-1)[mask.long()] = 0.0
-    return result
+    return masked_(a.clone(memory_format=torch.contiguous_format), mask)
+
+
+def masked_(a: Tensor, mask: Tensor) -> Tensor:
+    """a with 0 where the mask says so, written into a."""
+    if mask.dtype == torch.bool:
+        return a.masked_fill_(mask, 0.0)
+    places = mask.long()
+    if a.is_contiguous():
+        a.view(-1).index_fill_(0, places, 0.0)
+        return a
+    return a.put_(places, a.new_zeros(()).expand(len(places)))
 
 
 def add_masked(y: Tensor, a: Tensor, m: Tensor, mask: Tensor, alpha: float = 1.0) -> Tensor:

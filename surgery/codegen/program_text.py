@@ -79,9 +79,9 @@ class StepText:
 
 
 @cache
-def step_text(body: Expr, needs: tuple[bool, ...]) -> StepText | None:
+def step_text(body: Expr, needs: tuple[bool, ...], frozen_last: bool = False) -> StepText | None:
     """The text of a body where x and its values take gradients as `needs` says; None where an operation of it has no
-    gradient in the table."""
+    gradient in the table. `frozen_last`: as in a `Region`."""
     def masked(node: Expr, args: tuple[Expr, ...]) -> Expr:
         if node.op != "dropout":
             return node.with_args(args)
@@ -98,28 +98,30 @@ def step_text(body: Expr, needs: tuple[bool, ...]) -> StepText | None:
     of = iter(derived.of)
     wanted = tuple(next(of) if need else None for need in needs)
     kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(derived.kept)]
-    source = f"{_forward(body, inputs, (*used, *derived.kept))}\n\n{_backward(wanted, (*used, *kept))}"
+    source = "\n\n".join((_forward(body, inputs, (*used, *derived.kept), frozen_last),
+                          _backward(wanted, (*used, *kept), frozen_last)))
     return StepText(source, body, wanted, derived.kept, (*used, *derived.kept))
 
 
 _OWN = Memory(looked_on=False, writes=True)
 
 
-def _forward(body: Expr, inputs: Sequence[Expr], kept: Sequence[Expr]) -> str:
+def _forward(body: Expr, inputs: Sequence[Expr], kept: Sequence[Expr], frozen_last: bool) -> str:
     names = {leaf: "x" if operation(leaf).source is Source.INPUT else f"a{leaf.data}" for leaf in inputs}
-    text = _let_go(Region((body, *(k for k in kept if not operation(k).is_leaf)), names.keys(), _OWN), names, "y")
+    outputs = (body, *(k for k in kept if not operation(k).is_leaf))
+    text = _let_go(Region(outputs, names.keys(), _OWN, frozen_last=frozen_last), names, "y")
     called = {**names, **text.results}
     returned = "".join(f"{called[k]}, " for k in kept)
     return _function(f"forward(layer, {', '.join(names.values())})", [line for _, line in text.lines],
                      f"{called[body]}, ({returned})")
 
 
-def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr]) -> str:
+def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr], frozen_last: bool) -> str:
     outputs = tuple(e for e in wanted if e is not None)
     names = {leaf: f"k{i}" for i, leaf in enumerate(kept)}
     arguments = ", ".join(["layer", "grad", *names.values()])
     names |= {node: "grad" for node in walk(*outputs) if operation(node).source is Source.BACKWARD}
-    text = _let_go(Region(outputs, names.keys(), _OWN), names, "g")
+    text = _let_go(Region(outputs, names.keys(), _OWN, frozen_last=frozen_last), names, "g")
     returned = "".join("None, " if e is None else f"{text.results[e]}, " for e in wanted)
     return _function(f"backward({arguments})", [line for _, line in text.lines], f"({returned})")
 

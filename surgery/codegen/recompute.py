@@ -64,7 +64,8 @@ def run(plan: Candidate, layer: Any, x: Tensor, make: Make, tensors: Mapping[str
     """The output of a program, its values made of the tensors by `make`; None where no tensor takes a gradient, or
     autograd must see the parts."""
     trained = frozenset(key for key, tensor in tensors.items() if tensor.requires_grad)
-    known = step(plan.written, (x.requires_grad, *plan.reached(trained))) if trained else None
+    needs = (x.requires_grad, *plan.reached(trained))
+    known = step(plan.written, needs, x.device.type) if trained else None
     if known is None:
         return None
     with without_autocast(x.device.type):

@@ -34,12 +34,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Region:
-    """What is to be computed: `outputs`, of values that are `given`, the `gradless` ones without a gradient."""
+    """What is to be computed: `outputs`, of values that are `given`, the `gradless` ones without a gradient.
+    `frozen_last`: the frozen layer's product is summed into a thin one's, and not that into the layer's output."""
 
     outputs: tuple[Expr, ...]
     given: Collection[Expr]
     memory: Memory = Memory()
     gradless: frozenset[Expr] = frozenset()
+    frozen_last: bool = False
     uses: Counter[Expr] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -113,7 +115,8 @@ def _instruction(region: Region, node: Expr) -> Instruction:
     own = not region.memory.looked_on
     if node.op == "add" and node.shape and all(a.shape == node.shape for a in node.args):
         both = (node.args, node.args[::-1])
-        ways = (way(region, node, y, z) for way in (_term_added, _multiple_added) for y, z in both)
+        tried = (_summed_onto, _term_added) if region.frozen_last else (_term_added, _summed_onto)
+        ways = (way(region, node, y, z) for way in (*tried, _multiple_added) for y, z in both)
         return next(filter(None, ways), None) or Instruction(node, node.args, ADD, bases=node.args if own else ())
     if node.op == "add_bias":
         y, b = node.args
@@ -141,6 +144,16 @@ def _term_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction 
     reads = [each for a in z.args for each in (a.args if a in inside else (a,))]
     parts = (z, *inside) if term is z else (term, z, *inside)
     return Instruction(node, (y, *reads), way.form, factor, (y,) if way.form.writes else (), parts)
+
+
+def _summed_onto(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
+    """c y + z for the frozen layer's product z, which is summed into y: no pass over z."""
+    (factor, y), form = _multiple(base := y), operation(term).onto
+    is_fresh = not operation(y).is_inline and region.memory.is_own(y) and region.is_once(*{base, y}, term)
+    if form is None or factor is None or term.data is not None or region.memory.looked_on or not is_fresh:
+        return None
+    parts = (term,) if base is y else (base, term)
+    return Instruction(node, (y, *term.args), form, factor, (y,), parts)
 
 
 def _multiple_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:

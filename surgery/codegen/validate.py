@@ -193,11 +193,15 @@ class Run:
 
     def _call(self, node: ast.Call) -> Held:
         name = ast.unparse(node.func)
-        if any(keyword.arg not in ("alpha", "value") for keyword in node.keywords):
+        is_onto = name in ("layer.frozen_onto", "layer.frozen_back_onto")
+        if any(keyword.arg not in (("beta",) if is_onto else ("alpha", "value")) for keyword in node.keywords):
             raise Fault("has an argument by a name that none has")
         factor, = [float(ast.literal_eval(keyword.value)) for keyword in node.keywords] or [1.0]
         if name.startswith("torch."):
             return self._sum(name.removeprefix("torch."), [*map(self._value, node.args)], factor)
+        if is_onto:
+            base, rows = map(self._value, node.args)
+            return self._onto(name.removeprefix("layer.").removesuffix("_onto"), base, rows, factor)
         if name.startswith("layer."):
             return self._of_layer(name.removeprefix("layer."), node.args)
         if isinstance(node.func, ast.Attribute):
@@ -209,6 +213,9 @@ class Run:
         if name == "top":  # places take no gradient, whether autograd sees what they are of or not
             data, a = parts
             return self._computed(name, data, replace(a, meaning=self.symbols.constant(a.meaning)))
+        if name == "masked_":
+            base, mask = parts
+            return self._written(base, self.symbols.of("masked", base.meaning, mask.meaning), mask)
         if name in ("add_blocks", "add_masked", "add_placed", "put"):
             return self._sum(name, parts, factor)
         return self._computed(name, *parts)
@@ -262,6 +269,12 @@ class Run:
         if name.endswith("_") or name in ("add_blocks", "add_masked", "add_placed"):
             return self._written(base, symbols.constant(meaning) if self.without_gradient else meaning, *terms)
         return self._computed("put" if name == "put" else "+", *parts, meaning=meaning)
+
+    def _onto(self, name: str, base: Held, rows: Held, factor: float) -> Held:
+        """c y + what the layer makes of rows, written into y."""
+        self._keep(base, rows)  # autograd does not see into it
+        added = self.symbols.of(name, rows.meaning)
+        return self._written(base, self.symbols.of("+", self.symbols.times(factor, base.meaning), added), rows)
 
     def _of_layer(self, name: str, arguments: list[ast.expr]) -> Held:
         if name == "dropout":

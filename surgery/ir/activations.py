@@ -14,7 +14,7 @@ from surgery.ir import derivatives, flop_rules
 from surgery.ir.expression import Expr, Shape
 from surgery.ir.shape_rules import ShapeError, dropped, matrix, shape_text
 from surgery.ir.sizes import TOKENS
-from surgery.ir.table import ACTING, ON_INPUT, Law, Linear, Memory, Operation
+from surgery.ir.table import ACTING, BACK_ONTO, ON_INPUT, ONTO, Law, Linear, Memory, Operation
 
 
 def is_ids(node: Expr) -> bool:
@@ -86,12 +86,12 @@ ROWS = [
               law=Law("rows through the layer, biased or not",
                       lambda n: n.shape[:-1] == _rows(n) and n.data in (None, "biased")),
               evaluate=_frozen, linear=Linear.TOGETHER, text=_frozen_text, memory=Memory.OF_LAYER, is_unkept=True,
-              is_matmul=True, of_layer=True, flops=flop_rules.product, derivative=derivatives.frozen),
+              is_matmul=True, of_layer=True, onto=ONTO, flops=flop_rules.product, derivative=derivatives.frozen),
     Operation("frozen_back", 1, None, None, "x W, by the layer itself", stage=ON_INPUT,
               law=Law("rows back through the layer", lambda n: n.shape[:-1] == _rows(n) and n.data is None),
               evaluate=lambda node, args, leaves: args[0] @ leaves["weight"], linear=Linear.TOGETHER,
               text="layer.frozen_back({})", memory=Memory.OF_LAYER, is_unkept=True, is_matmul=True, of_layer=True,
-              flops=flop_rules.product, derivative=derivatives.frozen_back),
+              onto=BACK_ONTO, flops=flop_rules.product, derivative=derivatives.frozen_back),
     Operation("run", 2, _run_shape, lambda x, m: x @ m.mT, "an input through the layer with a matrix in W's place",
               stage=ON_INPUT, linear=Linear.EACH, text="layer.run({}, {})", memory=Memory.OF_LAYER, is_unkept=True,
               flops=flop_rules.each(2, 1, -1)),

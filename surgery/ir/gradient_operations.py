@@ -10,7 +10,7 @@ from surgery.ir import derivatives, flop_rules
 from surgery.ir.expression import Expr, Shape
 from surgery.ir.shape_rules import ShapeError, dropped, elementwise, exactly, matrix, same, shape_text
 from surgery.ir.sizes import known_shape
-from surgery.ir.table import IN_STEP, OPERATIONS, Added, Form, Linear, Memory, Operation, When
+from surgery.ir.table import IN_STEP, OPERATIONS, Added, Form, InPlace, Linear, Memory, Operation, When
 
 _NARROW = 8  # how much wider the other side is than one with few columns
 
@@ -100,6 +100,7 @@ ROWS = [
               stops_gradient=True, text="mask({}, {data[0]!r})", step_kernel="kernels.mask"),
     _in_step("masked", 2, elementwise, lambda a, mask: a.masked_fill(mask, 0.0), "a with 0 where the mask says so",
              linear=Linear.EACH, is_unkept=True, passes=1, derivative=derivatives.masked,
+             in_place=InPlace(Form("masked_", kernel="kernels.masked_", is_fused=False), lambda node: node.args[:1]),
              added=Added(Form("add_masked", kernel="kernels.add_masked"), fits=lambda z: z.args[0].op == "matmul",
                          takes=lambda z: z.args[:1], when=When.IN_STEP)),
     Operation("outer", 2, _outer_shape, lambda a, g: a.mT @ g, "aᵀ g", stage=IN_STEP, linear=Linear.EACH,

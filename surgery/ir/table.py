@@ -101,13 +101,19 @@ class When(Enum):
 class Form:
     """How a line of a program is called that computes more than one node, or writes over an operand: a method of
     torch's (`y.addmm_(a, b, alpha=2.0)`) or, where `kernel` names one, a function of ours. `factor` is the name of the
-    argument for the number in front; a form that does not `write` gives a new value in any case."""
+    argument for the number in front; a form that does not `write` gives a new value in any case. Of the layer's own
+    methods the name says so."""
 
     name: str
     factor: str = "alpha"
     kernel: str = ""
     writes: bool = True
     is_fused: bool = True
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it is called with what it writes over as its first argument, and is no method of that."""
+        return bool(self.kernel) or self.name.startswith("layer.")
 
 
 ADD, MUL = Form("add", is_fused=False), Form("mul", is_fused=False)
@@ -126,6 +132,9 @@ class Added:
     when: When = When.ALWAYS
     scales: bool = True
     is_product: bool = False
+
+
+ONTO, BACK_ONTO = (Form(f"layer.{name}", factor="beta") for name in ("frozen_onto", "frozen_back_onto"))
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,8 @@ class Operation:
     arguments' texts. Without one it is called by its name: by the function `kernel` ("module.name" of codegen) or, in
     code that no gradient is taken of, `step_kernel`; without those by `dense`. Where its result lies (`memory`), and
     whether autograd is known to keep it for no gradient, neither when it is made nor when a sum reads it
-    (`is_unkept`); how it is computed over an operand (`in_place`), or by the sum that reads it (`added`).
+    (`is_unkept`); how it is computed over an operand (`in_place`), by the sum that reads it (`added`), or as the last
+    thing that is summed into another value, which has the number in front (`onto`).
     `is_inline`: it is written where it is read. `is_matmul`: torch computes it as one product of matrices.
     `of_layer`: it rests on the frozen weight.
 
@@ -209,6 +219,7 @@ class Operation:
     is_unkept: bool = False
     in_place: InPlace | None = None
     added: Added | None = None
+    onto: Form | None = None
     is_inline: bool = False
     is_matmul: bool = False
     of_layer: bool = False

@@ -116,8 +116,9 @@ def _miscompiled(trial: Trial) -> Iterator[Diagnostic]:
         best = compiled.candidates(training)[0]
         for plan in dict.fromkeys((best, *(plan for _, plan in compiled.by_tokens(training)))):
             faults = program_faults(program_text(plan), plan.outputs)
-            step = step_text(plan.written, plan.needs) if training and compiled.kind.is_product else None
-            if step is not None:
+            has_step = training and compiled.kind.is_product
+            steps = [step_text(plan.written, plan.needs, last) for last in (False, True)] if has_step else []
+            for step in filter(None, steps):  # of a CPU, and of other devices
                 faults += step_faults(step.source, step.body, step.gradients, step.forwarded)
             if faults:
                 yield Diagnostic("internal", "the program for this target is not proven to compute its formula",

@@ -90,6 +90,14 @@ class Frozen:
         """Rows [r, out] through the transposed map: [r, in]."""
         return (rows.to(self.weight.dtype) @ self.weight).to(rows.dtype)
 
+    def frozen_onto(self, y: torch.Tensor, x: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
+        """beta y + x Wᵀ, written into y: [tokens, out], [tokens, in]."""
+        return y.addmm_(x, self.weight.mT, beta=beta)
+
+    def frozen_back_onto(self, y: torch.Tensor, rows: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
+        """beta y + rows W, written into y: [tokens, in], [tokens, out]."""
+        return y.addmm_(rows, self.weight, beta=beta)
+
     def dropout(self, x: Any, p: float) -> Any:
         return F.dropout(x, p) if is_traced() else masked(x, mask(x, p)) / (1 - p)
 

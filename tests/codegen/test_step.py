@@ -11,7 +11,7 @@ from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, 
 from torch import Tensor, nn
 from zoo import CASES
 
-from surgery.codegen import apply_to_activations, kernels, program
+from surgery.codegen import apply_to_activations, autograd_node, kernels, program
 from surgery.codegen.aliases import Memory
 from surgery.codegen.autograd_node import step
 from surgery.codegen.candidates import Candidate
@@ -63,6 +63,14 @@ def agree(op: Operated, leaves: dict[str, Tensor], x: Tensor) -> None:
 def test_it_is_the_plain_body(case):
     op = operated(case, WIDE)
     agree(op, {**op.input(), **op.parameters}, op.x)
+    x = op.input()
+    agree(op, {**x, **op.parameters}, x["x"])
+
+
+@on_every_case
+def test_a_device_on_which_the_frozen_product_is_summed_last(case, monkeypatch):
+    monkeypatch.setattr(autograd_node, "step", lambda body, needs, device: step(body, needs, "cuda"))
+    op = operated(case, WIDE)
     x = op.input()
     agree(op, {**x, **op.parameters}, x["x"])
 
@@ -404,6 +412,9 @@ def test_masks_as_places_and_as_bits(dtype, rows):
     assert bits.sum() == len(places) and (rows < 300 or 750 < len(places) < 1050)
     for mask, turned in ((places, places), (bits, bits.view(12, -1))):
         assert torch.equal(kernels.masked(y, mask), y * ~bits)
+        for into in (y.clone(), y.mT.clone(memory_format=torch.contiguous_format).mT):  # by rows, and by columns
+            assert kernels.masked_(into, mask) is into
+            assert torch.equal(into, y * ~bits)
         assert torch.equal(kernels.masked(y.mT, turned).flatten(), y.mT.flatten() * ~bits.flatten())
         into = y.clone()
         assert kernels.add_masked(into, a, m, mask, alpha=2.0) is into

@@ -12,6 +12,8 @@ import torch
 from layers import Tower, assert_close
 from torch import nn
 
+from surgery.codegen import autograd_node
+from surgery.codegen.autograd_node import step
 from surgery.codegen.program_text import step_text
 from surgery.ir.dense import dense
 from surgery.language.library import parse
@@ -58,7 +60,9 @@ def test_a_spec_that_was_wrong_once(case):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_random_sum(seed):
+def test_a_random_sum(seed, monkeypatch):
+    if seed % 2:  # as on a device where the frozen product is summed last
+        monkeypatch.setattr(autograd_node, "step", lambda body, needs, device: step(body, needs, "cuda"))
     agrees(sums.text(seed), *SIZES[seed % len(SIZES)])
 
 

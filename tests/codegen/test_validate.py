@@ -103,13 +103,13 @@ def test_what_autograd_needs_is_not_written_over():
 # ------------------------------------------------------------------------------------------ the text as it was once
 
 
-def step_of(name: str) -> StepText:
+def step_of(name: str, frozen_last: bool = False) -> StepText:
     """The step of one of the specs that were wrong once."""
     layer = nn.Linear(128, 64, bias=False).double()
     surgeon = surgery.apply(Tower(layer), surgery.parse((SUMS / f"{name}.surg").read_text()).retarget("**"))
     best = next(iter(surgeon.adapters.values()))._programs[True]
     plan = next(each for each in (best, *best.over) if each.strategy == "activations").plan
-    return step_text(plan.written, plan.needs)
+    return step_text(plan.written, plan.needs, frozen_last)
 
 
 def test_the_line_that_was_wrong_is_seen():
@@ -160,7 +160,9 @@ def numbers(source: str, text: StepText) -> list[Tensor] | None:
     torch.manual_seed(0)
     weight = torch.randn(64, 128, dtype=torch.float64)
     layer = SimpleNamespace(frozen=lambda x: x @ weight.mT, frozen_flat=lambda x: x @ weight.mT,
-                            frozen_back=lambda g: g @ weight)
+                            frozen_back=lambda g: g @ weight,
+                            frozen_onto=lambda y, x, beta=1.0: y.addmm_(x, weight.mT, beta=beta),
+                            frozen_back_onto=lambda y, g, beta=1.0: y.addmm_(g, weight, beta=beta))
     leaves = {n.data: n for e in (text.body, *text.forwarded) for n in walk(e) if n.op == "value"}
     given = [torch.randn(9, 128, dtype=torch.float64),
              *(torch.randn(leaves[i].shape, dtype=torch.float64) for i in sorted(leaves))]
@@ -176,9 +178,9 @@ def numbers(source: str, text: StepText) -> list[Tensor] | None:
     return [y, grad, *given, *found]
 
 
-@pytest.mark.parametrize("name", ["input_gradient", "training_output"])
-def test_what_changes_a_number_is_seen(name):
-    text = step_of(name)
+@pytest.mark.parametrize("name, frozen_last", [("input_gradient", True), ("training_output", False)])
+def test_what_changes_a_number_is_seen(name, frozen_last):
+    text = step_of(name, frozen_last)
     right, red, green = numbers(text.source, text), 0, []
     for source in dict.fromkeys(spoilt(text.source)):
         found = numbers(source, text)
