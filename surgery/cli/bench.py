@@ -31,7 +31,8 @@ if TYPE_CHECKING:
                       help="Measure on items of this file: B of them, other ones in each round, at "
                       "most T tokens of each."),
          click.option("--compiled", is_flag=True, help="Run all of them as torch.compile makes them."),
-         click.option("--device", default="cpu", show_default=True, help="A device of torch's: cpu, cuda, cuda:1."),
+         click.option("--device", default="cpu", show_default=True,
+                      help="A device of torch's: cpu, cuda, cuda:1. With --count, whose programs are counted."),
          dtype_option,
          click.option("--repeat", type=click.IntRange(1), default=10, show_default=True,
                       help="Rounds of each measurement."),
@@ -67,14 +68,15 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
         need("peft", "peft", "--against peft")
     named = opened_together(specs, sets, targets)
     try:
-        subject = loaded(output, model, dtype).to(_device(device))
+        subject = loaded(output, model, dtype).to(_device("cpu" if count else device))
         with output.busy("operating"):
             read = batches_of(subject, tokenizer(model, output.trust), data, tokens, repeat) if data else []
             ready = Bench(subject, named, tokens, bool(against), compiled, merged, read)
         if count:
             with output.busy("counting"):
-                rows = ready.count_rows()
-            return _show_counts(output, rows, bool(against), f"{model}, {tokens[0]} x {tokens[1]} tokens")
+                rows = ready.count_rows(device.partition(":")[0])
+            what = f"{model}, {tokens[0]} x {tokens[1]} tokens, one step as on {device}, counted on a CPU"
+            return _show_counts(output, rows, bool(against), what)
         try:
             with output.progress() as say:
                 for what in ready.run(repeat):
@@ -160,7 +162,7 @@ def _show_counts(output: Output, rows: list[dict[str, Any]], against_peft: bool,
                       f"{row['backward_launches']:,}", *_moved(row),
                       *([f"{theirs:,}", *_moved(row, "peft_")] if theirs else [])])
     output.say("\n".join([
-        f"{what}, one step, counted on a CPU", "", *aligned(lines), "",
+        what, "", *aligned(lines), "",
         "set-up, forward, backward: launches, those of a set-up in both directions; passes: how often a number for",
         "every token and feature is read or written, in each operated layer, beyond what the frozen model does"]))
     for row in rows[1:]:

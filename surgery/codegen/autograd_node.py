@@ -7,8 +7,9 @@ nothing reads it any more, and passed over as seldom as the table of `adjoint` a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,6 +24,18 @@ from surgery.ir.expression import Expr
 from surgery.ir.operations import operation
 from surgery.ir.table import Source
 
+_device: ContextVar[str | None] = ContextVar("the type of device whose steps run", default=None)
+
+
+@contextmanager
+def steps_of(device: str) -> Iterator[None]:
+    """Inside, steps run as on this type of device, wherever their tensors are: to count what they ask of it."""
+    token = _device.set(device)
+    try:
+        yield
+    finally:
+        _device.reset(token)
+
 
 @dataclass(frozen=True, eq=False)
 class Step:
@@ -36,11 +49,15 @@ class Step:
     backward: Callable[..., tuple]
 
 
-@cache
 def step(body: Expr, needs: tuple[bool, ...], device: str = "cpu") -> Step | None:
-    """The compiled step of a body where x and its values take gradients as `needs` says, for a type of device; None if
+    """The compiled step of a body where x and its values take gradients as `needs` says, on a type of device; None if
     an operation has no gradient in the table."""
-    text = step_text(body, needs, frozen_last(device))
+    return _compiled(body, needs, frozen_last(_device.get() or device))
+
+
+@cache
+def _compiled(body: Expr, needs: tuple[bool, ...], frozen_last: bool) -> Step | None:
+    text = step_text(body, needs, frozen_last)
     if text is None:
         return None
     scope = names_called(in_step=True)

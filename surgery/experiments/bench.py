@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from surgery.codegen.autograd_node import steps_of
 from surgery.diagnostics import fail
 from surgery.experiments.step_counts import Layers, StepCount, count_step
 from surgery.experiments.tasks import read_task
@@ -224,13 +225,17 @@ class Bench:
                          "step_over_peft": median(over) if over else None, "peft_note": each.why or None})
         return rows
 
-    def count_rows(self) -> list[dict[str, Any]]:
-        """What a step asks of a device, for the frozen model and for each spec: launches of the parts of a step, bytes
-        read and written, and passes over activations for each operated layer, over the frozen model's.
+    def count_rows(self, device: str = "cpu") -> list[dict[str, Any]]:
+        """What a step asks of a type of device, for the frozen model and for each spec: launches of the parts of a
+        step, bytes read and written, and passes over activations for each operated layer, over the frozen model's.
         `surgery.experiments.step_counts` defines them. Cost: a few steps of every model. Raises: SurgeryError."""
         if self.device.type != "cpu" or self.compiled:
             raise fail("bad-value", "steps are counted on a CPU, and as torch runs them without its compiler")
-        rows: list[dict[str, Any]] = [{"name": "frozen", "trained": 0, **self.frozen.count().figures}]
+        with steps_of(device):
+            return list(self._count_rows())
+
+    def _count_rows(self) -> Iterator[dict[str, Any]]:
+        yield {"name": "frozen", "trained": 0, **self.frozen.count().figures}
         for each in self.contenders:
             each.ours.model.train()
             layers = Layers.of(each.ours.model, each.ours.step)
@@ -242,9 +247,8 @@ class Bench:
                 figures = {**count.figures, "passes": (count.passed - base.passed) / layers.one_pass}
                 return {prefix + key: value for key, value in figures.items()}
 
-            rows.append({"name": each.name, "trained": each.trained, "layers": layers.count, **counted(each.ours),
-                         **(counted(each.peft, "peft_") if each.peft else {}), "peft_note": each.why or None})
-        return rows
+            yield {"name": each.name, "trained": each.trained, "layers": layers.count, **counted(each.ours),
+                   **(counted(each.peft, "peft_") if each.peft else {}), "peft_note": each.why or None}
 
     def _figures(self, subject: Subject | None) -> dict[str, Any]:
         figures: dict[str, Any] = {}

@@ -96,13 +96,20 @@ def small() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def rows() -> Mapping[str, Mapping[str, Any]]:
+def ready() -> Bench:
     specs = {name: load(name, **({} if name == "lora" else {"dropout": 0.0})) for name in NAMES}
-    return {row["name"]: row for row in Bench(small(), specs, (4, 128), against_peft=True).count_rows()}
+    return Bench(small(), specs, (4, 128), against_peft=True)
 
 
-def test_no_program_takes_more_passes_than_it_once_did(rows):
-    assert [0 < rows[name]["passes"] <= most for name, most in (("lora", 8), ("dora", 14), ("sora", 22))] == [True] * 3
+@pytest.fixture(scope="module")
+def rows(ready) -> Mapping[str, Mapping[str, Any]]:
+    return {row["name"]: row for row in ready.count_rows()}
+
+
+def test_no_program_takes_more_passes_than_it_once_did(rows, ready):
+    elsewhere = {row["name"]: row for row in ready.count_rows("cuda")}
+    passes = {name: (rows[name]["passes"], elsewhere[name]["passes"]) for name in NAMES}
+    assert passes == {"lora": (8, 6), "dora": (14, 12), "sora": (18, 17)}
 
 
 def test_each_part_has_its_launches(rows):
