@@ -7,11 +7,11 @@ norms of W + U V are taken from ‖w‖², ⟨w, U V⟩ and ‖U V‖². A rule 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 from math import prod
 
 from surgery.ir.builders import every, eye, scaled, selection, summands, times, total, value_of
-from surgery.ir.expression import Exhausted, Expr, at_most, walk
+from surgery.ir.expression import Exhausted, Expr, Shape, at_most, walk
 from surgery.ir.operations import make
 from surgery.ir.sizes import Dim, known
 from surgery.rewrite.engine import Rule, rewrite, table
@@ -198,11 +198,58 @@ def _gains(node: Expr) -> Expr | None:
 
 
 def _thin_blocks(node: Expr) -> Expr | None:
-    inner = node.args[0]
-    if inner.op != "matmul" or any(len(a.shape) != 3 for a in inner.args):
+    """Blocks that are thin products, or a sum of those and of diagonals: the products of all are one."""
+    terms = list(map(scaled, summands(node.args[0])))
+    flat = [(scalar, _unstacked(each, node.shape)) for scalar, each in terms]
+    low = [each if scalar is None else times(scalar, each) for scalar, each in terms if each.op == "matmul"]
+    pairs = every(_thin_stacks(term) for term in low)
+    if not pairs or len(low) + sum(each is not None for _, each in flat) < len(terms):
         return None
-    thin = is_thin(inner.args[0].shape[2], *inner.shape[1:])
-    return make("matmul", *(make("block_diag", a) for a in inner.args)) if thin else None
+    product = _product_of_blocks(pairs)
+    rest = [each if scalar is None else times(scalar, each) for scalar, each in flat if each is not None]
+    return product and total([*rest, product], node.shape)
+
+
+def _thin_blocks_in_a_sum(node: Expr) -> Expr | None:
+    """Thin products of blocks of one size as one."""
+    terms = list(summands(node))
+    alike: dict[Shape, list[Expr]] = {}
+    for term in terms:
+        _, rest = scaled(term)
+        if rest.op == "matmul" and all(a.op == "block_diag" for a in rest.args):
+            u, v = (a.args[0].shape for a in rest.args)
+            alike.setdefault((*u[:2], v[2]), []).append(term)
+    for group in alike.values():
+        stacks = (times(scaled(term)[0] or 1.0, make("matmul", *(a.args[0] for a in scaled(term)[1].args)))
+                  for term in group)
+        pairs = every(map(_thin_stacks, stacks)) if len(group) > 1 else None
+        if pairs and (product := _product_of_blocks(pairs)) is not None:
+            return total([*(term for term in terms if term not in group), product], node.shape)
+    return None
+
+
+def _product_of_blocks(pairs: list[Factors]) -> Expr | None:
+    """Σ U V of stacks as block_diag([U, P, ...]) block_diag([V; Q; ...]), if that is thin."""
+    u = reduce(partial(make, "side_by_side"), (u for u, _ in pairs))
+    v = make("T", reduce(partial(make, "side_by_side"), (simplify(make("T", v)) for _, v in pairs)))
+    is_thin_for_all = is_thin(u.shape[2], u.shape[1], v.shape[2])
+    return make("matmul", make("block_diag", u), make("block_diag", simplify(v))) if is_thin_for_all else None
+
+
+def _thin_stacks(term: Expr) -> Factors | None:
+    """(U, V) of a stack of products c U V."""
+    scalar, product = scaled(term)
+    if any(len(a.shape) != 3 for a in product.args):
+        return None
+    u, v = product.args
+    return (u if scalar is None else times(scalar, u)), v
+
+
+def _unstacked(blocks: Expr, shape: Shape) -> Expr | None:
+    """A stack of identities or of diagonal matrices as one diagonal matrix; None for any other."""
+    if blocks.op == "eye":
+        return eye(shape)
+    return make("diag", make("reshape", blocks.args[0], data=shape[:1])) if blocks.op == "diag" else None
 
 
 def _hadamard(node: Expr) -> Expr | None:
@@ -264,8 +311,11 @@ CHEAP = (
     Rule("skew(U V) = U V - Vᵀ Uᵀ", "skew", _skew, "skew(P @ Q.T)"),
     Rule("[U V, P Q] = [U, P] [V, 0; 0, Q]", "side_by_side", _neighbours, "side_by_side(P @ Q.T, p @ q.T)"),
     Rule("detach(x y) = detach(x) detach(y)", "detach", _detached, "detach(P @ Q.T)"),
-    Rule("block_diag(x y) = block_diag(x) block_diag(y)", "block_diag", _thin_blocks,
-         "block_diag(reshape(P, 2, 6, 2) @ reshape(Q.T, 2, 2, 6))"),
+    Rule("block_diag(x y + I) = block_diag(x) block_diag(y) + I", "block_diag", _thin_blocks,
+         "block_diag(reshape(P, 2, 6, 2) @ reshape(Q.T, 2, 2, 6)) - 3 * I(n)"),
+    Rule("block_diag(x) block_diag(y) + block_diag(u) block_diag(v), thin, as one product", "add",
+         _thin_blocks_in_a_sum, "block_diag(reshape(P, 2, 6, 2)) @ block_diag(reshape(Q.T, 2, 2, 6)) + "
+         "block_diag(reshape(p, 2, 6, 1)) @ block_diag(reshape(q, 2, 1, 6))"),
     Rule("(I + U V) (I + P Q) = I + [U, P] [V + (V P) Q; Q]", "matmul", _turn_pair,
          "reflect(P) @ cayley(P @ Q.T - Q @ P.T)"),
     Rule("(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ", "mul", _hadamard, "(p @ q.T) * (q @ p.T)"),
