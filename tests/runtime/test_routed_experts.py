@@ -27,7 +27,7 @@ STEPS = {
     "low rank": "add low_rank(2)", "magnitude": "add low_rank(2) post magnitude()",
     "three steps": "pre diagonal() add low_rank(2) post orthogonal(rank = 2)",
     "rotation": "post orthogonal(rank = 2) on in", "each number": "add gate()", "noise": "add doubt()",
-    "shared": "add tied()"}
+    "shared": "add tied()", "shared and turned": "add tied() post orthogonal(rank = 2)"}
 HEAD = """update tied() {
   shared param S[2, in] ~ normal()
   param B[out, 2] = 0
