@@ -12,7 +12,7 @@ _SLOW = {
     "test_minilm_peft.py", "test_model_tensors.py", "test_packages.py", "test_page.py", "test_papers.py",
     "test_peft_export.py", "test_peft_import.py", "test_peft_parity.py", "test_peft_trips.py",
     "test_plan_memory.py", "test_printer.py", "test_proof.py", "test_python_api.py", "test_random_specs.py",
-    "test_reference.py", "test_rules.py", "test_server.py", "test_small_operations.py", "test_spectra.py",
+    "test_reference.py", "test_routed_experts.py", "test_rules.py", "test_server.py", "test_small_operations.py", "test_spectra.py",
     "test_spectrum_cli.py", "test_standing.py", "test_store.py", "test_sums.py", "test_tasks.py",
     "test_train_cli.py", "test_transactions.py", "test_two_processes.py", "test_validate.py", "test_wheel.py",
     "test_wrappers.py", "test_zero_rows.py",
