@@ -42,7 +42,7 @@ class Side:
     def lines(self) -> list[str]:
         """Its formulas as `surgery show` has them."""
         return [line for target, formula in formulas(self.spec) for line in (
-            Spec(targets=(target,)).to_surg().partition("{")[0].strip(), *formula_lines(target, formula))]
+            Spec(targets=(target,)).to_surg().partition(" {\n")[0].strip(), *formula_lines(target, formula))]
 
     @property
     def parameters(self) -> dict[str, str]:

@@ -212,6 +212,7 @@ def test_where_they_act(here: Path) -> None:
     only_a, only_b = found.modules
     assert only_a == [] and only_b and all(name.endswith("v_proj") for name in only_b)
     assert "weights of lora alone" in str(found)
+    assert '+ target linear "**.{q,k}_proj"' in surgery.diff(spec, spec.retarget("**.{q,k}_proj")).formulas
 
 
 def test_two_adapters_compared(here: Path) -> None:
