@@ -33,6 +33,7 @@ from two_processes import (
 )
 
 import surgery
+from surgery.runtime.saved_format import REMADE
 
 HERE = Path(__file__).parents[1]
 Seen = tuple[Path, list[dict]]
