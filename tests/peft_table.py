@@ -1,5 +1,5 @@
-"""Writes the tables of docs/peft.md and of README.md: every figure is measured or counted here, or stands in what
-`surgery bench --json` wrote into docs/bench. Run as `python tests/peft_table.py`."""
+"""Writes the tables of docs/peft.md, docs/speed.md and README.md: every figure is measured or counted here, or stands in
+what `surgery bench --json` wrote into docs/bench. Run as `python tests/peft_table.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from surgery.peft.table.method import Family, Method
 from surgery.peft.table.methods import METHODS, WITHOUT_ROW
 
 ROOT = Path(__file__).parents[1]
-PAGE, README, BENCH = ROOT / "docs" / "peft.md", ROOT / "README.md", ROOT / "docs" / "bench"
+README, PAGE, SPEED, BENCH = (ROOT / path for path in ("README.md", "docs/peft.md", "docs/speed.md", "docs/bench"))
+PEERS = ("lora", "dora", "pissa", "oft", "hra", "loha", "c3a", "vera")
+COSTS = ("step", "PEFT's", "memory", "PEFT's")
 FILES = ("config", "layer", "model")
 _SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 _LAYERS = {"transposed linear": "Conv1D", "convolution": "conv", "trained": "a whole module"}
@@ -78,25 +80,30 @@ def _error(measured: dict[str, float], name: str) -> str:
     return f"{measured[name]:.0e}{' *' * (name in SINGLE)}" if name in measured else "0: the same parameters"
 
 
-def summary(measured: dict[str, float]) -> list[str]:
-    """The methods that ship, once each, with what a step costs; those that only we have last."""
-    steps = {row["name"]: row for file in sorted(BENCH.glob("*.json"))
-             for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-    rows = [[f"`{m.spec}`", spec_lines(m), peft_lines(m.family), _error(measured, m.name), *_costs(steps.get(m.spec))]
-            for m in {m.spec: m for m in reversed(METHODS) if m.spec in shipped()}.values()][::-1]
-    known = {row[0] for row in rows}
-    rows += [[f"`{name}`", _lines_of(path.read_text(encoding="utf-8")), "", "", *_costs(steps.get(name))]
-             for name, path in shipped().items() if f"`{name}`" not in known]
-    return _table(["spec", "lines", "in PEFT", "largest difference", "step", "PEFT's", "memory", "PEFT's"], rows)
+def costs() -> list[str]:
+    """What a step costs, of each spec that was measured."""
+    rows = [[f"`{name}`", *_costs(row)] for name, row in sorted(_measured().items()) if name in shipped()]
+    return _table(["spec", *COSTS], rows)
 
 
-def _costs(row: dict[str, Any] | None) -> list[str]:
+def peers(measured: dict[str, float]) -> list[str]:
+    """The few of them that a newcomer looks for first."""
+    of = {method.name: method for method in METHODS}
+    rows = [[f"`{name}`", spec_lines(of[name]), peft_lines(of[name].family), _error(measured, name),
+             *_costs(_measured()[name])] for name in PEERS]
+    return _table(["spec", "lines", "in PEFT", "largest difference", *COSTS], rows)
+
+
+def _measured() -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for file in sorted(BENCH.glob("*.json"))
+            for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
+
+
+def _costs(row: dict[str, Any]) -> list[str]:
     """The ratio of a step's time to the frozen model's, and the memory of a step in MiB, ours and PEFT's."""
-    row = row or {}
     ratios = [row.get(f"{who}step_ratio") for who in ("", "peft_")]
     sizes = [row.get(f"{who}peak_bytes") for who in ("", "peft_")]
-    cells = [*(r and f"{r:.2f}" for r in ratios), *(size and f"{size / 2**20:.0f}" for size in sizes)]
-    return [cells[i] or "" for i in (0, 1, 2, 3)]
+    return [*(r and f"{r:.2f}" or "" for r in ratios), *(size and f"{size / 2**20:.0f}" or "" for size in sizes)]
 
 
 def differences() -> list[str]:
@@ -126,7 +133,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     measured = errors()
     _written(PAGE, {"methods": methods(measured), "differences": differences(), "without a row": without_row()})
-    _written(README, {"methods": summary(measured)})
+    _written(SPEED, {"costs": costs()})
+    _written(README, {"peers": peers(measured)})
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PYRIGHT = shutil.which("pyright", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-# The blocks in the README suppose a model and a batch.
-SUPPOSED = "from typing import Any, cast\nmodel, batch = cast(Any, None), cast('dict[str, Any]', {})\n"
+# The blocks in the README and in the Python reference suppose a model, a batch and data to train on.
+SUPPOSED = "from typing import Any, cast\nmodel, data, batch = cast(Any, None), cast(Any, None), cast('dict[str, Any]', {})\n"
 
 
 @pytest.mark.skipif(PYRIGHT is None, reason="pyright is not installed: the extra `lint` brings it")
 def test_a_users_file_is_checked_against_the_signatures(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert "import surgery\n" in blocks[0]
+    blocks = [block for name in ("README.md", "docs/python.md")
+              for block in re.findall(r"```py(?:thon)?\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)]
+    assert ["import surgery\n" in block for block in blocks] == [True, True, False]
     (tmp_path / "readme.py").write_text(SUPPOSED + "".join(blocks), encoding="utf-8")
     (tmp_path / "users.py").write_text(
         f"{SUPPOSED}import surgery\nsurgery.apply(model, 'lora', sed=1)\nsurgery.aply(model, 'lora')\n"

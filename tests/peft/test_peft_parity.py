@@ -7,8 +7,6 @@ more.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import peft
 import pytest
 import torch
@@ -17,9 +15,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_cases import CONFIGS, EXACT, SINGLE, WRONG_IN_PEFT, cases
 from peft_differences import DIFFERENCES
 from peft_pair import LAYERS, One, Pair, adapted, compare, full, pair, perturb, place_of, resolve, run
+from peft_table import PAGE, README, SPEED, costs, peers
 from torch import nn
 
-from surgery.language.library import load, parse, retarget, shipped
+from surgery.language.library import load, parse, retarget
 from surgery.language.unsupported_methods import refusal
 from surgery.peft.recognise import match
 from surgery.peft.table.methods import METHODS, WITHOUT_ROW
@@ -166,11 +165,13 @@ def _same_training(mine: nn.Module, theirs: nn.Module, x: torch.Tensor, names: d
 
 def test_the_tables_have_a_line_for_every_method():
     """`python tests/peft_table.py` writes them."""
-    root = Path(__file__).parents[2]
-    page, readme = ((root / name).read_text(encoding="utf-8") for name in ("docs/peft.md", "README.md"))
+    page, speed, readme = (path.read_text(encoding="utf-8") for path in (PAGE, SPEED, README))
     assert [m.name for m in METHODS if f"| {m.name} |" not in page] == []
     assert [d.what for d in DIFFERENCES if f"| {d.method} | {d.what} | {d.of} |" not in page] == []
-    assert [name for name in shipped() if f"| `{name}` |" not in readme] == []
+    assert "\n".join(["<!-- costs -->", *costs(), "<!-- end of costs -->"]) in speed
+    for row in peers({}):  # but for what they measure
+        lines, cost = row.split(" | ")[:3], row.split(" | ")[4:]
+        assert any(line.split(" | ")[:3] == lines and line.split(" | ")[4:] == cost for line in readme.splitlines()), row
     assert [name for name, why in WITHOUT_ROW.items() if f"| `{name}` | {why} |" not in page] == []
 
 
