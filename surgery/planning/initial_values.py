@@ -52,9 +52,9 @@ def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared,
 
 
 def _made(placed: Placed, leaves: Iterable[Leaf], values: dict[str, torch.Tensor], seed: int, dtype: torch.dtype,
-          shared: Shared) -> dict[str, torch.Tensor]:
+          shared: Shared, nudge: int = 0) -> dict[str, torch.Tensor]:
     """The starting tensors of some leaves, those before each that it starts from among them."""
-    starts, made = _Starts(placed, values, seed), {}
+    starts, made = _Starts(placed, values, seed, nudge), {}
     for leaf in leaves:
         name = placed.held(leaf).name if leaf.group else ""
         if name in shared:
@@ -102,9 +102,10 @@ def _reads(init: Expr) -> set[str]:
 
 
 def again(placed: Placed, keys: Container[str], seed: int, dtype: torch.dtype, shared: Shared,
-          weight: torch.Tensor | None) -> dict[str, torch.Tensor]:
+          weight: torch.Tensor | None, nudge: int = 0) -> dict[str, torch.Tensor]:
     """The starting tensors of some of the keys that `follows` gives, made again on the CPU of the stored `weight`
-    (None where W is not read). `shared` grows, and is for one device."""
+    (None where W is not read). `shared` grows, and is for one device. `nudge` (1 or -1): as another machine
+    might compute them, of numbers that are others by a few roundings."""
     wanted: set[str] = set()
     for leaf in reversed(placed.formula.leaves):
         if leaf.key in keys or leaf.key in wanted:
@@ -112,11 +113,12 @@ def again(placed: Placed, keys: Container[str], seed: int, dtype: torch.dtype, s
     site = placed.site
     if weight is None:
         sides = (site.stack, site.out, site.in_) if site.stack else (site.out, site.in_)
-        matrix = torch.full((), torch.nan).expand(sides)
+        matrix = torch.full((), torch.nan, dtype=site.wide).expand(sides)
     else:
         matrix = site.layout.matrix(weight.detach().cpu())
     values = {"weight": matrix.to(torch.promote_types(matrix.dtype, torch.float32))}
-    made = _made(placed, [leaf for leaf in placed.formula.leaves if leaf.key in wanted], values, seed, dtype, shared)
+    leaves = [leaf for leaf in placed.formula.leaves if leaf.key in wanted]
+    made = _made(placed, leaves, values, seed, dtype, shared, nudge)
     return {key: tensor for key, tensor in made.items() if key in keys}
 
 
@@ -187,6 +189,7 @@ class _Starts:
     placed: Placed
     values: dict[str, torch.Tensor]
     seed: int
+    nudge: int = 0
     known: dict = field(default_factory=dict)  # what leaves have in common is computed once
     known_wide: dict = field(default_factory=dict)
 
@@ -211,6 +214,8 @@ class _Starts:
         assert init is not None  # a leaf that is not drawn starts at an expression
         if init.has(*_DECOMPOSITIONS) and values["weight"].device.type == "cpu":
             values, known = {key: in_dtype(v, torch.float64) for key, v in values.items()}, self.known_wide
+        if self.nudge:
+            values = {key: _nudged(value, self.nudge) for key, value in values.items()}
         if self.placed.site.stack is None:
             return dense(init, values, known).expand(shape)
         groups = {other.key for other in self.placed.formula.leaves if other.group}
@@ -219,6 +224,16 @@ class _Starts:
             return dense(init, {key: v if key in groups else v[0] for key, v in values.items()}).expand(shape)
         axes = {key: None if key in groups else 0 for key in values}
         return torch.vmap(lambda each: dense(init, each).expand(shape), in_dims=(axes,))(values)
+
+
+def _nudged(value: torch.Tensor, way: int) -> torch.Tensor:
+    """A tensor whose numbers are others by a few roundings (by many more than a decomposition in float64 leaves)."""
+    if not value.is_floating_point():
+        return value
+    change, draw = torch.ones((), dtype=value.dtype), torch.Generator().manual_seed(0)
+    for size in value.shape:  # a vector for each axis: as many draws as numbers would take long
+        change = change[..., None] * (torch.rand(size, generator=draw) * 2 - 1).to(value)
+    return value * (1 + way * change * (1e-12 if value.dtype == torch.float64 else 64 * torch.finfo(value.dtype).eps))
 
 
 def departure(before: torch.Tensor, after: torch.Tensor) -> float:

@@ -78,7 +78,7 @@ def attached(model: nn.Module, saved: Saved, strict: bool = False) -> Surgeon:
     surgeon.plan = replace(surgeon.plan, warnings=(*surgeon.plan.warnings, *report.warnings))
     for warning in report.warnings:
         warnings.warn(SurgeryWarning(warning), stacklevel=3)
-    surgeon.made = {name: digest_of(values[name]) for name in saved.remade}
+    surgeon.made = {name: digest_of(values[name]) for name in saved.remade if name not in remade.of_rounded}
     return surgeon.operate(values)
 
 

@@ -39,7 +39,7 @@ class Surgery:
     """What a model knows of the surgery that it carries: enough to save it, in a copy of the model too. `names` are
     those of its tensors in the model; `saves_as`: how else to save it, where the model alone cannot; `base`: the
     fingerprints of the operated weights as they were then; `made`: the digests of the frozen tensors that the spec, the
-    seed and W make again, as they were made."""
+    seed and W make again, as they were made, in an adapter of the dtype `made_in`."""
 
     spec: Spec
     seed: int
@@ -50,10 +50,12 @@ class Surgery:
     saves_as: str = ""
     base: Mapping[str, str] = field(default_factory=dict)
     made: Mapping[str, str] = field(default_factory=dict)
+    made_in: torch.dtype = torch.float32
 
     def left_out(self, tensors: Mapping[str, torch.Tensor], self_contained: bool) -> dict[str, dict[str, Any]]:
         """The tensors that need not be saved, since they still are what is made again, and what is said of each."""
-        made = {} if self_contained else self.made
+        # They are made again in the dtype that `meta.json` says, and what is rounded on the way would be another one.
+        made = {} if self_contained or self.dtype != self.made_in else self.made
         return {name: said_of(tensors[name]) for name, digest in made.items() if digest == digest_of(tensors[name])}
 
     def meta(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], remade: Mapping[str, Any],

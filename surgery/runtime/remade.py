@@ -6,8 +6,9 @@ says of it, by a digest of its bits and, where these differ, by sums over all it
 rounding is refused, and what is off by rounding is told.
 
 Draws are made on the CPU, by generators of their own. What follows from W is left out only where it was made on the
-CPU, and is made again there: decompositions of other devices differ in more than rounding. And what takes minutes to
-make is held: whoever attaches an adapter would wait for them each time.
+CPU, and is made again there: decompositions of other devices differ in more than rounding. What rounding decides is
+held, since another number of threads makes another one; and what takes minutes to make: whoever attaches an adapter
+would wait for it each time.
 """
 
 from __future__ import annotations
@@ -101,10 +102,31 @@ def made_by_rule(surgeon: Surgeon) -> dict[str, str]:
     for placed, rules in origins:
         most = Origin.SEED if placed.site.device.type != "cpu" else Origin.WEIGHT if is_long else Origin.DECOMPOSITION
         tensors = surgeon.adapters[placed.site.name].tensors()
-        for key in (key for key, origin in rules.items() if origin <= most and not tensors[key].is_meta):
-            if (name := surgeon.name_of(placed, key)) not in made:
+        keys = [key for key, origin in rules.items() if origin <= most and not tensors[key].is_meta]
+        loose = _loose(surgeon, placed, {key: tensors[key] for key in keys}, rules)
+        for key in keys:
+            if key not in loose and (name := surgeon.name_of(placed, key)) not in made:
                 made[name] = digest_of(tensors[key])
     return made
+
+
+def _loose(surgeon: Surgeon, placed: Placed, tensors: Mapping[str, Tensor], rules: Mapping[str, Origin]) -> set[str]:
+    """The keys of places and of decompositions that rounding decides: of vectors whose singular values are equal or
+    zero, of numbers that are all but equal. Another number of threads may give others, and nobody could attach the
+    adapter any more."""
+    computed = {leaf.key for leaf in placed.formula.leaves if leaf.draw is None}
+    fine = {key: t for key, t in tensors.items() if key in computed and (
+        rules[key] is Origin.DECOMPOSITION or not t.is_floating_point())}
+    if not fine:
+        return set()
+    weight = placed.site.read() if any(rules[key] is not Origin.SEED for key in fine) else None
+    loose: set[str] = set()
+    for nudge in (1, -1):  # of two equal numbers one is larger in the first, the other in the second
+        made = again(placed, fine, surgeon.seed, surgeon.made_in, {}, weight, nudge)
+        changes = {key: departure(said_of(t), made[key].reshape(t.shape)) for key, t in fine.items()}
+        loose |= {key for key, change in changes.items() if change and not (
+            fine[key].is_floating_point() and is_rounding(change, fine[key].dtype))}
+    return loose
 
 
 class Remade:
@@ -112,6 +134,7 @@ class Remade:
 
     def __init__(self, surgeon: Surgeon, saved: Saved):
         self.surgeon, self.saved, self.rounded = surgeon, saved, dict[str, float]()
+        self.of_rounded: set[str] = set()  # what is made of W in a narrower dtype than it has here
         self._shared: dict[str, Tensor] = {}
         self._agreed: set[str] = set()  # of what is shared, one comparison is enough
 
@@ -138,7 +161,10 @@ class Remade:
                  if (rules[key] is Origin.SEED) is (read is None)}
         if not names:
             return {}
-        stored = self._as_it_was(placed, read()) if read else None
+        stored = None
+        if read:
+            stored = self._as_it_was(placed, now := read())
+            self.of_rounded |= {*names.values()} if stored.dtype != now.dtype else set()
         made = again(placed, names, self.saved.meta["seed"], getattr(torch, self.saved.meta["dtype"]), self._shared,
                      stored)
         made = {key: t.reshape(1) if not t.ndim else t for key, t in made.items()}  # as adapters hold a number

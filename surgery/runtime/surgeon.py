@@ -166,6 +166,7 @@ class Surgeon:
         self._objects: dict[str, ref[torch.Tensor]] = {}  # the tensors that were there when it was operated on
         self.base: dict[str, str] = {}  # fingerprints of the operated weights
         self.made: dict[str, str] = {}  # digests of what the spec, the seed and W make again
+        self.made_in = self.dtype
         self.saves_as = ""  # how, where it is no surgery of one spec
         self.proof = Proof(skipped="not tried")
 
@@ -581,4 +582,4 @@ class Surgeon:
     def record(self) -> Surgery:
         """What a saved adapter says of the surgery, beside its tensors."""
         return Surgery(self.spec, self.seed, self.dtype, tuple(self.named_tensors()), self.untied,
-                       saves_as=self.saves_as, base=self.base, made=self.made)
+                       saves_as=self.saves_as, base=self.base, made=self.made, made_in=self.made_in)

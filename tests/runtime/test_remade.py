@@ -315,3 +315,58 @@ def test_what_takes_minutes_to_decompose_is_saved(monkeypatch: pytest.MonkeyPatc
     assert remade.made_by_rule(surgeon) == surgeon.made and len(surgeon.made) == 3 * 14
     monkeypatch.setattr(remade, "LONG", 1e5)
     assert {n.rpartition(".")[2] for n in remade.made_by_rule(surgeon)} == {"P"}
+
+
+def test_what_rounding_decides_is_saved() -> None:
+    """Vectors of equal singular values, the order of equal rows: another number of threads gives others."""
+    spec = surgery.parse("""spec s
+    update u() {
+      frozen param U[out, 4] = left_singular(W, 4)
+      frozen param S[out, 4] ~ normal()
+      frozen param R[4, 4] = U.T @ S
+      frozen param at[3] = top(row_norm(W), 3)
+      param k[4] = 0
+      param v[3, 4] = 0
+      return S @ diag(k) @ R @ S.T @ W + rows(I(out), at).T @ v @ U.T @ W
+    }
+    target linear { add u() }""")
+    model = nn.ModuleDict({name: nn.Linear(6, 8, bias=False) for name in ("plain", "twice", "narrow")})
+    half = torch.randint(-9, 9, (4, 6), generator=torch.Generator().manual_seed(0)) / 4
+    model["twice"].weight.data = torch.cat([half, half])
+    model["narrow"].weight.data = torch.arange(1, 9)[:, None] * half[:1]  # of rank 1: three vectors are anything
+    surgery.apply(model, spec, check=False).save("a")
+    left_out = {name.split(".")[0] + "." + name.rpartition(".")[2] for name in meta()["remade"]}
+    assert {n for n in left_out if n.startswith("plain")} == {"plain.U", "plain.S", "plain.R", "plain.at"}
+    assert {n for n in left_out if n.startswith("narrow")} == {"narrow.S", "narrow.at"}
+    assert {n for n in left_out if n.startswith("twice")} == {"twice.U", "twice.S", "twice.R"}
+
+
+def test_what_was_made_of_a_rounded_base_is_saved_from_a_wider_one() -> None:
+    surgeon = perturbed(load_demo(SMALL).bfloat16(), SVFT)
+    surgeon.save("a")
+    surgery.attach(load_demo(SMALL), "a").save("b")
+    assert "remade" not in meta("b") and same(surgery.attach(load_demo(SMALL), "b"), surgeon)
+
+
+def test_an_adapter_that_has_changed_its_dtype_holds_all() -> None:
+    """`meta.json` has one dtype, which what is made again is rounded to."""
+    surgeon = perturbed(load_demo(SMALL), surgery.parse("""spec s
+    update u() {
+      param v[4, 2] = 0
+      frozen param S[2, in] ~ normal()
+      frozen param at[4] = top(row_norm(W), 4)
+      return rows(I(out), at).T @ v @ S
+    }
+    target linear { add u() }"""))
+    surgeon.load({n: t.bfloat16() if n.endswith(".v") else t for n, t in surgeon.state().items()})
+    surgeon.save("a")
+    assert "remade" not in meta() and same(surgery.attach(load_demo(SMALL), "a"), surgeon)
+
+
+def test_numbers_of_a_double_adapter_are_made_in_double() -> None:
+    spec = surgery.parse("spec s\nupdate u() { frozen param c[out] = 1 / 3  param k = 0  return k * diag(c) @ W }\n"
+                         "target linear { add u() }")
+    surgery.apply(load_demo(SMALL).double(), spec, dtype=torch.float64).save("a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        surgery.attach(load_demo(SMALL).double(), "a")
