@@ -3,19 +3,21 @@
 Takes a model, operated weights whose starts name them, and batches; gives the tensors of a few weights at a time.
 Promises: the model runs in evaluation mode, and is afterwards as it was, its own gradients, modes and hooks, whatever
 interrupts it; the same batches give the same numbers; no more is in memory than `ROOM` numbers, or than one weight
-needs. What a batch pads (`attention_mask`) is no input of a layer.
+needs. What a batch pads (`attention_mask`) is no input of a layer; where it is not known which inputs that are, it is
+refused. What a checkpoint computes again in the backward pass is read once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from surgery.diagnostics import fail
+from surgery.codegen.autograd_node import without_autocast
+from surgery.diagnostics import SurgeryError, fail
 from surgery.layers.wrappers import own_parameter
 from surgery.planning.compile import Placed
 from surgery.runtime.transaction import finish
@@ -138,7 +140,13 @@ class _Sums:
         self.weights = [own_parameter(p.site.module, p.site.parameter) for p in self.of_loss]
         self.gradients: list[Tensor | None] = [None] * len(self.weights)
         self.inputs: dict[int, Tensor] = {}  # by the id of the module
-        self.mask: Tensor | None = None
+        self.mask: Tensor | None = None  # [texts, tokens], of a batch that is padded
+        self.is_backward = False
+        config = getattr(model, "config", None)
+        # whose decoder reads two sequences, of which the mask tells one
+        encoder = cast(Any, model).get_encoder() if getattr(config, "is_encoder_decoder", False) else model
+        self.masked = {id(module) for module in encoder.modules()}
+        self.names = {id(p.site.module): p.site.name for p in self.reading}
         self.batches = 0
 
     def run(self, batches: Sequence[Any], loss: Loss | None) -> None:
@@ -157,11 +165,15 @@ class _Sums:
         """Run the model on a batch. Raises: SurgeryError (bad-data)."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         batch = _on(batch, device)
-        self.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        is_padded = isinstance(mask, Tensor) and mask.ndim == 2 and not mask.bool().all()
+        self.mask = mask.bool() if is_padded and mask is not None else None
         self.batches += 1
         with torch.set_grad_enabled(bool(self.weights)):
             try:
                 value = loss(self.model, batch) if loss else _output(self.model, batch)
+            except SurgeryError:
+                raise
             except Exception as error:  # whatever a model of a user's raises for what it does not take
                 raise fail("bad-data", f"the model does not take batch {number} of the data: {type(error).__name__}: "
                            f"{error}") from error
@@ -171,26 +183,52 @@ class _Sums:
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.isfinite().all():
                 raise fail("bad-data", f"batch {number} of the data gives no loss that is one finite number",
                            helps=("give batches with labels, or `loss=lambda model, batch: ...`",))
-            found = torch.autograd.grad(value.sum(), self.weights, allow_unused=True) if value.requires_grad else (
-                [None] * len(self.weights))
+            found = self._gradients(number, value)
         for i, gradient in enumerate(found):
             if gradient is not None:
                 wide = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
                 before = self.gradients[i]
                 self.gradients[i] = wide if before is None else before + wide
 
+    def _gradients(self, number: int, value: Tensor) -> Sequence[Tensor | None]:
+        """The gradient of a batch's loss in each weight. Raises: SurgeryError (bad-data)."""
+        if not value.requires_grad:
+            return [None] * len(self.weights)
+        self.is_backward = True  # a checkpoint runs layers again, which were read
+        try:
+            return torch.autograd.grad(value.sum(), self.weights, allow_unused=True)
+        except RuntimeError as error:
+            raise fail("bad-data", f"batch {number} of the data gives no gradient: {error}") from error
+        finally:
+            self.is_backward = False
+
     @torch.no_grad()
     def _read(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Note the inputs of a layer that is about to run."""
         x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if x is None:
+        if x is None or self.is_backward:
             return
-        mask = self.mask
-        is_masked = mask is not None and mask.ndim == 2 and x.ndim == 3 and x.shape[:2] == mask.shape
-        rows = (x[mask.bool()] if is_masked and mask is not None else x).reshape(-1, x.shape[-1])
+        rows = self._rows(module, x)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        before, own = self.inputs.get(id(module)), rows.mT @ rows
+        with without_autocast(x.device.type):
+            before, own = self.inputs.get(id(module)), rows.mT @ rows
         self.inputs[id(module)] = own if before is None else before + own
+
+    def _rows(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The inputs [n, in] that are no padding. Raises: SurgeryError (bad-data)."""
+        mask = self.mask
+        if mask is None:
+            return x.reshape(-1, x.shape[-1])
+        if id(module) in self.masked:
+            if x.ndim > 2 and x.shape[:2] == mask.shape:
+                return x[mask].reshape(-1, x.shape[-1])
+            if x.ndim == 2 and len(x) == mask.numel():  # tokens of all texts in a row, as routers have them
+                return x[mask.flatten()]
+            if x.ndim == 2 and len(x) in (len(mask), int(mask.sum())):  # one input of each text; or without padding
+                return x
+        raise fail("bad-data", f"which inputs of {self.names[id(module)]} are padding is not known: they are "
+                   f"{list(x.shape)}, and attention_mask is {list(mask.shape)}",
+                   helps=("give batches that are not padded, of one text each for instance",))
 
     def means(self) -> Measured:
         """The mean gradient of each weight over the batches, and the sum over the inputs of its layer. Raises:

@@ -10,6 +10,7 @@ from packed import Int8Linear
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.utils.checkpoint import checkpoint
 
 import surgery
 from surgery.diagnostics import SurgeryError
@@ -246,3 +247,61 @@ def test_what_cannot_be_measured_is_refused() -> None:
                            'target embedding "**.wte" untie { add u() }')
     with pytest.raises(SurgeryError, match="used in other places of the model too"):
         surgery.apply(load_demo("gpt2:n_layer=1"), untied, data=batches())
+
+
+class Recomputed(Two):
+    """Whose first layer runs again in the backward pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def first(x: torch.Tensor) -> torch.Tensor:
+            return self.one(x).tanh()
+
+        return self.two(checkpoint(first, x, use_reentrant=False))
+
+
+def test_what_a_checkpoint_computes_again_is_read_once() -> None:
+    plain, again = (surgery.apply(model, WHOLE, data=pairs(), loss=squared, check=False)
+                    for model in (Two(), Recomputed()))
+    assert torch.equal(tensor(again, "one", "c"), tensor(plain, "one", "c"))
+    torch.testing.assert_close(tensor(again, "one", "g"), tensor(plain, "one", "g"))
+
+
+def test_sums_under_autocast_are_of_float32() -> None:
+    plain = surgery.apply(Two(), only("C"), data=pairs(), loss=squared, check=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = surgery.apply(Two(), only("C"), data=pairs(), loss=squared, check=False)
+    assert torch.equal(tensor(mixed, "one", "g"), tensor(plain, "one", "g"))
+
+
+class Shaped(nn.Module):
+    """A layer that gets its tokens in other shapes than the mask has."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.layer, self.shape = nn.Linear(5, 3), shape
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.reshape(*self.shape, 5))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (8,), (4, 2)])
+def test_padding_is_left_out_in_any_shape_or_refused(shape: tuple[int, ...]) -> None:
+    x, mask = torch.randn(2, 4, 5), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    data = [{"x": x, "attention_mask": mask}]
+    if shape == (4, 2):
+        with pytest.raises(SurgeryError, match="which inputs of layer are padding is not known"):
+            surgery.apply(Shaped(shape), only("C"), data=data, check=False)
+        return
+    surgeon = surgery.apply(Shaped(shape), only("C"), data=data, check=False)
+    rows = x[mask.bool()]
+    torch.testing.assert_close(tensor(surgeon, "layer", "g"), rows.T @ rows)
+
+
+def test_the_mask_of_an_encoder_is_not_that_of_the_decoder() -> None:
+    model, ids = load_demo("t5:num_layers=1"), torch.randint(3, 200, (2, 6))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    data = [{"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}]
+    surgery.apply(model, only("C").retarget("encoder.**.q"), data=data, check=False).remove()
+    with pytest.raises(SurgeryError, match="are padding is not known"):
+        surgery.apply(model, only("C").retarget("decoder.**.q"), data=data, check=False)
