@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from surgery.codegen.cost_model import frozen_last
 from surgery.codegen.kernel_names import names_called
@@ -66,6 +65,33 @@ def _compiled(body: Expr, needs: tuple[bool, ...], frozen_last: bool) -> Step | 
     return Step(text.source, tuple(values), scope["forward"], scope["backward"])
 
 
+class _Once(torch.autograd.Function):
+    """Gradients, as they are, which nothing can be differentiated through."""
+
+    @staticmethod
+    def forward(ctx: Any, trains: torch.Tensor, *gradients: torch.Tensor | None) -> tuple:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
+        raise RuntimeError("a second derivative is asked of an operated layer, whose gradients are written out: "
+                           "torch.func (hessian, jacrev) takes it")
+
+
+def once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """The `backward` of a node, of whose gradients a derivative is an error. (Torch's `once_differentiable` gives
+    constants where the gradient that comes in is one, as that of a sum is: a penalty of gradients would train
+    nothing.)"""
+
+    @wraps(backward)
+    def checked(ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
+        with torch.no_grad():
+            gradients = backward(ctx, *grad_outputs)
+        return _Once.apply(torch.zeros((), requires_grad=True), *gradients) if torch.is_grad_enabled() else gradients
+
+    return checked
+
+
 class _Node(torch.autograd.Function):
     """The autograd.Function that runs a step."""
 
@@ -77,8 +103,8 @@ class _Node(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's decorator hides the name of `ctx`
+    @once
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the name of `ctx`
             ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
         _, *kept = ctx.saved_tensors
         return None, None, *ctx.step.backward(ctx.layer, *grad_outputs, *kept)

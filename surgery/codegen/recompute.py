@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from surgery.codegen.autograd_node import Step, step, without_autocast
+from surgery.codegen.autograd_node import Step, once, step, without_autocast
 from surgery.codegen.candidates import Candidate
 
 Make = Callable[[Sequence[Tensor]], tuple]
@@ -36,8 +35,8 @@ class _Node(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # torch's decorator hides the name of `ctx`
+    @once
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the name of `ctx`
             ctx: Any, *grad_outputs: Tensor) -> tuple:
         saved, (grad,) = ctx.saved_tensors, grad_outputs
         needs = ctx.needs_input_grad[4:]
