@@ -6,10 +6,13 @@ import click
 
 from surgery.cli.options import command
 from surgery.cli.output import Output
-from surgery.planning.families import FAMILIES
+
+# As `planning.families` has them, which takes long to import.
+_FAMILIES = ("additive", "multiplicative", "orthogonal", "diagonal", "magnitude", "spectral", "kronecker", "hadamard",
+             "sparse", "shared", "bias", "unfrozen")
 
 
-@command(click.option("--family", type=click.Choice(list(FAMILIES)), help="Those of one family alone."),
+@command(click.option("--family", type=click.Choice(_FAMILIES), help="Those of one family alone."),
          example="surgery specs --family orthogonal")
 def specs(output: Output, family: str | None) -> None:
     """List the specs that ship, one a line.
@@ -18,6 +21,7 @@ def specs(output: Output, family: str | None) -> None:
     and what a training step costs by the cost model, as a multiple of the frozen layer's. Families are told from the
     formulas; a spec may be of several.
     """
+    from surgery.planning.families import FAMILIES
     from surgery.planning.shipped_specs import catalogue
 
     entries = [entry for entry in catalogue() if family in (None, *entry.families)]

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from methods_table import PAGE, page, without_estimates
 
 from surgery.cli.main import main
+from surgery.cli.specs import specs
 from surgery.language.library import shipped
 from surgery.planning import shipped_specs
 from surgery.planning.families import FAMILIES
@@ -65,6 +66,11 @@ def test_the_command_lists_a_family(listed):
     assert of["vera"] == {"additive", "shared"} and of["hira"] == {"additive", "hadamard"}
     assert of["rosa"] == {"additive", "sparse"} and of["pissa"] == {"additive", "spectral"}
     assert "bias" in of["red"] and set().union(*of.values()) == set(FAMILIES)
+
+
+def test_each_family_can_be_asked_for():
+    (option,) = (each for each in specs.params if each.name == "family")
+    assert tuple(option.type.choices) == tuple(FAMILIES)
 
 
 def test_the_page_of_methods_is_of_these_specs():
