@@ -153,6 +153,7 @@ def _reader(kind: type[Expression]) -> PlainValidator:
     return PlainValidator(read)
 
 
-# Fields that hold an expression, and are its text in JSON.
-Expr = Annotated[Expression, _reader(Expression), PlainSerializer(_as_text), WithJsonSchema({"type": "string"})]
+# Fields that hold an expression, and are its text in JSON; a number or a boolean is read as one too.
+Expr = Annotated[Expression, _reader(Expression), PlainSerializer(_as_text),
+                 WithJsonSchema({"type": ["string", "number", "boolean"]})]
 CallExpr = Annotated[Call, _reader(Call), PlainSerializer(_as_text), WithJsonSchema({"type": "string"})]

@@ -73,7 +73,8 @@ def _selector_json(value: Pattern | Reference) -> Any:
 
 # A pattern is a text, since nearly all selectors are; the name of a `select` is the one that must be told apart.
 _SELECTOR_SCHEMA = {"anyOf": [{"type": "string"},
-                              {"type": "object", "properties": {"select": {"type": "string"}}, "required": ["select"]}]}
+                              {"type": "object", "properties": {"select": {"type": "string"}}, "required": ["select"],
+                               "additionalProperties": False}]}
 Selector = Annotated[Pattern | Reference, PlainValidator(_as_selector), PlainSerializer(_selector_json),
                      WithJsonSchema(_SELECTOR_SCHEMA)]
 
