@@ -5,7 +5,8 @@ Makes `.venv` and installs the project into it (only when pyproject.toml has cha
 then runs the demo, the tests that need no GPU (`-m fast`: those that answer within a minute; `-m sweep`: every
 combination where the suite tries some), or those that need one (they are skipped where there is none);
 `python3 dev.py mutate [--help]` tries the tests themselves, by hand and for long; `python3 dev.py house` prints
-the shape of the code in figures; `python3 dev.py docs` builds the site of docs/ into site/.
+the shape of the code in figures; `python3 dev.py docs` builds the site of docs/ into site/;
+`python3 dev.py matrix` tries the wheel in bare environments, of the oldest and the newest packages (by hand).
 """
 
 import hashlib
@@ -28,6 +29,7 @@ COMMANDS = {
     "mutate": ["python", "tests/mutate.py"],
     "house": ["python", "tests/house.py"],
     "docs": ["mkdocs", "build"],
+    "matrix": ["python", "tests/matrix.py"],
 }
 LINT = (["ruff", "check", "."], ["pyright"])
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from surgery import __version__
 from surgery.cli.apply import apply
 from surgery.cli.bench import bench
 from surgery.cli.check import check
@@ -161,7 +162,7 @@ def _failed(output: Output, message: str) -> int:
 
 @click.group("surgery", cls=Surgery, context_settings=HELP,
              epilog="Example:  surgery plan sora demo:llama --set rank=8")
-@click.version_option(package_name="surgery")
+@click.version_option(__version__)
 @common
 def main() -> None:
     """Weight conditioning for fine-tuning, from short .surg specs.
