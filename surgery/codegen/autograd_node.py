@@ -65,29 +65,17 @@ def _compiled(body: Expr, needs: tuple[bool, ...], frozen_last: bool) -> Step | 
     return Step(text.source, tuple(values), scope["forward"], scope["backward"])
 
 
-class _Once(torch.autograd.Function):
-    """Gradients, as they are, which nothing can be differentiated through."""
-
-    @staticmethod
-    def forward(ctx: Any, trains: torch.Tensor, *gradients: torch.Tensor | None) -> tuple:
-        return gradients
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
-        raise RuntimeError("a second derivative is asked of an operated layer, whose gradients are written out: "
-                           "torch.func (hessian, jacrev) takes it")
-
-
 def once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
-    """The `backward` of a node, of whose gradients a derivative is an error. (Torch's `once_differentiable` gives
-    constants where the gradient that comes in is one, as that of a sum is: a penalty of gradients would train
-    nothing.)"""
+    """The `backward` of a node whose gradients have no derivative, and which therefore refuses to be one of those of
+    `create_graph=True`. (Torch's `once_differentiable` refuses at the derivative, and only where it comes by this node:
+    a penalty of gradients lost its terms without a word.) Raises: RuntimeError."""
 
     @wraps(backward)
     def checked(ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
-        with torch.no_grad():
-            gradients = backward(ctx, *grad_outputs)
-        return _Once.apply(torch.zeros((), requires_grad=True), *gradients) if torch.is_grad_enabled() else gradients
+        if torch.is_grad_enabled():
+            raise RuntimeError("an operated layer's gradients are written out, and have no second derivative, which "
+                               "create_graph=True asks for: torch.func (hessian, jacrev) takes it")
+        return backward(ctx, *grad_outputs)
 
     return checked
 
