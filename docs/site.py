@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ _NAMED = re.compile(r"^file: (\S+)\n+```(\w+)$", re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """A page for each diagnostic, with their list, and the two that lie beside the README."""
+    """A page for each diagnostic, with their list, for each notebook, and the two that lie beside the README."""
     texts = {f"errors/{name}.md": text for name, text in pages().items()}
     rows = [f"| [`{code}`]({code}.md) | {meaning} |" for code, meaning in CODES.items()]
     more = [f"- [{text.splitlines()[0].removeprefix('# ')}]({name}.md)" for name, text in pages().items()
@@ -30,9 +32,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "| code | meaning |", "|---|---|", *rows, "", "More mistakes, and what is said of them:", "", *more, ""])
     texts |= {name.lower(): (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
               for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
+    texts |= {f"notebooks/{path.stem}.md": "\n".join(_cells(json.loads(path.read_text(encoding="utf-8"))))
+              for path in (ROOT / "examples/notebooks").glob("*.ipynb")}
     for path, text in texts.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def _cells(notebook: dict[str, Any]) -> Iterator[str]:
+    """A notebook as Markdown: its texts, its code, and what the cells showed when they ran last."""
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        yield source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if picture := data.get("image/png"):
+                yield f'\n<img alt="what this cell draws" src="data:image/png;base64,{picture.strip()}">'
+            elif table := data.get("text/html"):
+                yield "\n" + "".join(table)
+            else:
+                text = "".join(output.get("text") or data["text/plain"]).rstrip()
+                yield f"\n```text\n{text}\n```"
+        yield ""
 
 
 def on_page_markdown(markdown: str, **about: Any) -> str:

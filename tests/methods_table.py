@@ -16,15 +16,17 @@ from surgery.planning.formulas import formula_lines, formulas
 from surgery.planning.shipped_specs import Entry, catalogue
 
 _STEP = re.compile(r" {3,}(pre|add|post) ")  # the note of a line that says what a step is
+_MARKS = re.compile(r"[*_<`|\\]")  # what Markdown would read
+WIDE = ("additive", "multiplicative")  # most specs are of one of these, and of another family
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 HEAD = """# The methods that ship
 
-Each is a spec of [specs](../specs), read by every command under its name. `surgery show NAME` prints the formula with every
+Each is a file of `specs/`, read by every command under its name. `surgery show NAME` prints the formula with every
 parameter, `surgery specs --family FAMILY` lists a family; families are told from the formulas.
 
-- *formula*: of the spec's first target, as `surgery show` prints it, without its parameters.
-- *trains*, *class*, *step*: on a linear layer [1024, 4096]; structured means that no step makes a matrix of the weight's size, and
-  dense that each does. A step is what the cost model says of 1,024 tokens, as a multiple of the frozen layer's.
+- The formula is that of the spec's first target, as `surgery show` prints it, without its parameters.
+- Parameters, structured or dense, and the step are those of a linear layer [1024, 4096]; structured means that no step makes a
+  matrix of the weight's size, and dense that each does. A step is what the cost model says of 1,024 tokens.
 - *compared with*: the second writing of the formula in the tests, values and gradients in float64, beside the second reading of
   the language that every spec is compared with. `PEFT` is PEFT's own layer, `code` its authors' (or who else ran it) as it was
   read, written again with torch; what only an abstract or a summary says is named so.
@@ -34,23 +36,29 @@ Written by `python tests/methods_table.py`.
 
 
 def page(entries: list[Entry]) -> str:
-    """The whole page."""
-    rows = [*_rows(entries)]
-    families = [f"| {name} | {family.means} |" for name, family in FAMILIES.items()]
-    return "\n".join([HEAD, "| family | of it |", "| --- | --- |", *families, "",
-                      "| spec | formula | trains | lines | class | step | families | paper | compared with |",
-                      "|" + " --- |" * 9, *rows, ""])
-
-
-def _rows(entries: list[Entry]) -> Iterator[str]:
+    """The whole page: a section for each family, a block for each spec, in the section of its narrowest family."""
+    sections: dict[str, list[Entry]] = {name: [] for name in FAMILIES}
     for entry in entries:
-        text = shipped()[entry.name].read_text(encoding="utf-8")
-        lines = sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in text.splitlines())
-        formula = "; ".join(_equations(entry.name)).replace("|", "\\|")
-        cells = (f"`{entry.name}`", formula and f"`{formula}`", f"{entry.parameters:,}" if entry.parameters else "",
-                 lines, _class(entry), f"{entry.step_ratio:.2f}" if entry.step_ratio else "",
-                 ", ".join(entry.families), _paper(entry.paper), _compared(entry.name))
-        yield f"| {' | '.join(map(str, cells))} |".replace("  ", " ")
+        sections[next((name for name in entry.families if name not in WIDE), entry.families[0])].append(entry)
+    lines = [HEAD]
+    for name, members in sections.items():
+        lines += [f"## {name.capitalize()}", "", f"{FAMILIES[name].means[0].upper()}{FAMILIES[name].means[1:]}.", ""]
+        lines += [line for entry in members for line in _block(entry)]
+    return "\n".join(lines)
+
+
+def _block(entry: Entry) -> Iterator[str]:
+    """What the spec says of itself, its formula and what it costs, narrow enough for a phone."""
+    text = shipped()[entry.name].read_text(encoding="utf-8")
+    lines = sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in text.splitlines())
+    compared = _compared(entry.name)
+    about = [", ".join(entry.families), f"{lines} lines", _paper(entry.paper), compared and f"compared with {compared}"]
+    yield from (f"### {entry.name}", "", _MARKS.sub(r"\\\g<0>", entry.description), "")
+    if equations := _equations(entry.name):
+        yield from ("```text", *equations, "```", "")
+    if entry.parameters:
+        yield from (f"{entry.parameters:,} parameters, {_class(entry)}, a step {entry.step_ratio:.2f} x the frozen layer's", "")
+    yield from (" · ".join(filter(None, about)), "")
 
 
 def _equations(name: str) -> list[str]:
@@ -78,10 +86,9 @@ def _compared(name: str) -> str:
     return "; ".join(found) or ("the paper's equation" if any(case.name == name for case in SHIPPED) else "")
 
 
-def without_estimates(text: str) -> list[list[str]]:
-    """The page's cells, but for what the cost model says: that follows every change of a program."""
-    return [[cell for i, cell in enumerate(line.split(" | ")) if i not in (4, 5)] if line.startswith("| `") else [line]
-            for line in text.splitlines()]
+def without_estimates(text: str) -> list[str]:
+    """The page's lines, but for what the cost model says: that follows every change of a program."""
+    return [line.partition(" parameters, ")[0] if "a step" in line else line for line in text.splitlines()]
 
 
 if __name__ == "__main__":
