@@ -133,10 +133,14 @@ class SavesAdapter(Operated):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ever; a state that holds the adapter alone, as a checkpoint does, does not lack the base model."""
         remade = said_in(state_dict)
-        if not state_dict or not set(state_dict) <= {*self._surgery.names, REMADE}:
+        refuse_others(self, remade)  # whatever else the state holds
+        if remade:
+            state_dict = {name: value for name, value in state_dict.items() if name != REMADE}
+        if not (state_dict or remade) or not set(state_dict) <= {*self._surgery.names}:
+            if remade:  # which the model has, or they were refused
+                own = self.state_dict()
+                state_dict = {**state_dict, **{name: own[name] for name in remade}}
             return super().load_state_dict(state_dict, strict, assign)
-        refuse_others(self, remade)
-        state_dict = {name: value for name, value in state_dict.items() if name != REMADE}
         loaded = super().load_state_dict(state_dict, False, assign)  # not strict: it has none of the base model's
         missing = [name for name in self._surgery.names if name not in state_dict and name not in remade]
         if missing and strict:

@@ -281,9 +281,13 @@ def test_checkpoints_hold_what_trains_and_know_the_rest(name: str) -> None:
         third = load_demo(SMALL)
         surgery.apply(third, "unilora", check=False, seed=3)
         before = {n: t.clone() for n, t in third.state_dict().items()}
-        with pytest.raises(SurgeryError, match="seed=2"):
-            third.load_state_dict(state, strict=False)
+        for more in ({}, load_demo(SMALL).state_dict()):
+            with pytest.raises(SurgeryError, match="seed=2"):
+                third.load_state_dict({**more, **state}, strict=False)
         assert all(torch.equal(t, before[n]) for n, t in third.state_dict().items())
+    again.load({n: torch.zeros_like(t) if n in state else t for n, t in again.state().items()})
+    other.load_state_dict({**load_demo(SMALL).state_dict(), **state})
+    assert same(again, surgeon)
     model.save_pretrained("d", self_contained=True)
     assert load_file("d/model.safetensors").keys() == surgeon.state().keys()
 
