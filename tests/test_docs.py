@@ -1,5 +1,6 @@
 """The documentation runs: each block of each page does what the page says, and the site is built without a warning."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path, monkeypatch: pytest
     build(config)
     assert {"start.html", "python.html", "errors/not-identity.html"} <= {
         path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.stem)
+def test_no_code_in_a_table_has_a_bar(path: Path) -> None:
+    """A bar in a cell is written \\|, and the site shows that in code as it stands."""
+    rows = re.findall(r"^\|.*", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [code for row in rows for code in re.findall(r"`([^`]*)`", row) if "|" in code] == []
 
 
 def test_pygments_knows_every_word_of_a_spec() -> None:
