@@ -85,7 +85,7 @@ def console(text: str, name: str, folder: Path) -> None:
         (folder / f"{name}{ending}.svg").write_text(drawn, encoding="utf-8")
 
 
-def spectra(specs: list[str], texts: int) -> dict[str, surgery.Spectra]:
+def spectra(specs: tuple[str, ...], texts: int) -> dict[str, surgery.Spectra]:
     """The spectra of what the attention of a MiniLM learns of film reviews, by spec."""
     task = read(HERE.parent / "examples/data/movie_reviews.tsv", threshold=0).limited(texts)
     found = {}
