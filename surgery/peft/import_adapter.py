@@ -105,7 +105,8 @@ class _Reader:
         spec = self._spec(weights, own_values.trained)
         held = (*self.folder.tensors.values(), *self.folder.shared.values())
         try:
-            surgeon = prepare(self.model, spec, most=sum(tensor.numel() for tensor in held))
+            # PEFT decomposes W in float32 and does not save what it finds: signs of singular vectors must be its own
+            surgeon = prepare(self.model, spec, most=sum(tensor.numel() for tensor in held), wide=False)
         except SurgeryError as error:
             raise SurgeryError((self._does_not_fit(), *error.diagnostics)) from None
         return self._fitted(surgeon, weights, own_values)

@@ -33,15 +33,17 @@ MANIFOLD_TOLERANCE = 1e-4  # what float32 leaves of W's singular vectors and of 
 
 
 def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared,
-            starts: bool = True, of_data: Mapping[str, torch.Tensor] = MappingProxyType({})) -> dict[str, torch.Tensor]:
+            starts: bool = True, of_data: Mapping[str, torch.Tensor] = MappingProxyType({}),
+            wide: bool = True) -> dict[str, torch.Tensor]:
     """The starting tensors of one module, as they are held, parameters but for whole numbers. `shared` holds those that
     modules have in common, by name, and grows. Without `starts` they hold NaNs (and whole numbers -1), for values that
-    are known: a start may take the singular vectors of W. `of_data`: what data gives, by operation (`gradient`)."""
+    are known: a start may take the singular vectors of W. `of_data`: what data gives, by operation (`gradient`).
+    `wide`: whether decompositions are computed in float64 on a CPU, where W may have float32."""
     values = frozen_leaves(placed, starts and any(leaf.init.has("weight") for leaf in placed.formula.leaves
                                                   if leaf.init is not None))
     if starts:
         values |= {op: value.to(values["weight"]) for op, value in of_data.items()}
-        return _made(placed, placed.formula.leaves, values, seed, dtype, shared)
+        return _made(placed, placed.formula.leaves, values, seed, dtype, shared, wide=wide)
     made: dict[str, torch.Tensor] = {}
     for leaf in placed.formula.leaves:
         name = placed.held(leaf).name if leaf.group else ""
@@ -52,9 +54,9 @@ def tensors(placed: Placed, seed: int, dtype: torch.dtype, shared: Shared,
 
 
 def _made(placed: Placed, leaves: Iterable[Leaf], values: dict[str, torch.Tensor], seed: int, dtype: torch.dtype,
-          shared: Shared, nudge: int = 0) -> dict[str, torch.Tensor]:
+          shared: Shared, nudge: int = 0, wide: bool = True) -> dict[str, torch.Tensor]:
     """The starting tensors of some leaves, those before each that it starts from among them."""
-    starts, made = _Starts(placed, values, seed, nudge), {}
+    starts, made = _Starts(placed, values, seed, nudge, wide), {}
     for leaf in leaves:
         name = placed.held(leaf).name if leaf.group else ""
         if name in shared:
@@ -113,7 +115,7 @@ def again(placed: Placed, keys: Container[str], seed: int, dtype: torch.dtype, s
     site = placed.site
     if weight is None:
         sides = (site.stack, site.out, site.in_) if site.stack else (site.out, site.in_)
-        matrix = torch.full((), torch.nan, dtype=site.wide).expand(sides)
+        matrix = torch.full((), torch.nan, dtype=site.wide, device="cpu").expand(sides)
     else:
         matrix = site.layout.matrix(weight.detach().cpu())
     values = {"weight": matrix.to(torch.promote_types(matrix.dtype, torch.float32))}
@@ -190,6 +192,7 @@ class _Starts:
     values: dict[str, torch.Tensor]
     seed: int
     nudge: int = 0
+    wide: bool = True
     known: dict = field(default_factory=dict)  # what leaves have in common is computed once
     known_wide: dict = field(default_factory=dict)
 
@@ -212,7 +215,7 @@ class _Starts:
         """A leaf's start; for a stack, that of each of its matrices."""
         init, values, known = leaf.init, self.values, self.known
         assert init is not None  # a leaf that is not drawn starts at an expression
-        if init.has(*_DECOMPOSITIONS) and values["weight"].device.type == "cpu":
+        if self.wide and init.has(*_DECOMPOSITIONS) and values["weight"].device.type == "cpu":
             values, known = {key: in_dtype(v, torch.float64) for key, v in values.items()}, self.known_wide
         if self.nudge:
             values = {key: _nudged(value, self.nudge) for key, value in values.items()}
@@ -230,9 +233,9 @@ def _nudged(value: torch.Tensor, way: int) -> torch.Tensor:
     """A tensor whose numbers are others by a few roundings (by many more than a decomposition in float64 leaves)."""
     if not value.is_floating_point():
         return value
-    change, draw = torch.ones((), dtype=value.dtype), torch.Generator().manual_seed(0)
+    change, draw = torch.ones((), dtype=value.dtype, device="cpu"), torch.Generator().manual_seed(0)
     for size in value.shape:  # a vector for each axis: as many draws as numbers would take long
-        change = change[..., None] * (torch.rand(size, generator=draw) * 2 - 1).to(value)
+        change = change[..., None] * (torch.rand(size, generator=draw, device="cpu") * 2 - 1).to(value)
     return value * (1 + way * change * (1e-12 if value.dtype == torch.float64 else 64 * torch.finfo(value.dtype).eps))
 
 

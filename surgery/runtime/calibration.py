@@ -71,7 +71,8 @@ def _refuse(model: nn.Module, needy: Sequence[Placed]) -> None:
             ("G", [p.site.name for p in needy if "gradient" in asked(p) and not p.site.layout.is_called
                    and held[id(own_parameter(p.site.module, p.site.parameter))] > 1],
              "their weights are used in other places of the model too, and it would be that of all of them"),
-            ("C", [p.site.name for p in needy if "inputs" in asked(p) and (p.site.kind != "linear" or p.site.stack)],
+            ("C", [p.site.name for p in needy if "inputs" in asked(p)
+                   and (not p.site.layout.kind.acts_by_rows or p.site.stack)],
              "it is measured of linear layers")):
         if names:
             raise fail("unsupported-module", f"no `{what}` is known of {listed(names)}: {why}",

@@ -63,7 +63,8 @@ def is_same(saved: str, now: str) -> bool:
 def _read(fingerprint: str) -> tuple[torch.dtype, Tensor]:
     dtype, _, numbers = fingerprint.partition(" ")
     held = base64.b64decode(numbers)
-    return getattr(torch, dtype), torch.tensor(struct.unpack(f"<{len(held) // 4}f", held), dtype=torch.float32)
+    numbers = struct.unpack(f"<{len(held) // 4}f", held)
+    return getattr(torch, dtype), torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 def differing(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

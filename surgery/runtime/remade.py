@@ -59,13 +59,13 @@ def said_of(tensor: Tensor) -> dict[str, Any]:
 def _sums(tensor: Tensor) -> list[float]:
     """The norm, and sums of all entries with signs that their places decide. Sums of a difference are as large as the
     difference: its norm is the root of the mean of their squares, whatever it looks like."""
-    flat, sums, squares = tensor.detach().cpu().flatten(), torch.zeros(_SUMS, dtype=torch.float64), 0.0
+    flat, sums, squares = tensor.detach().cpu().flatten(), torch.zeros(_SUMS, dtype=torch.float64, device="cpu"), 0.0
     for start in range(0, len(flat), _CHUNK):
         part = flat[start:start + _CHUNK].to(torch.float64)
         # Whole numbers below 2^62, which every machine computes alike: a cubic of the place modulo a prime.
-        place = (torch.arange(start, start + len(part)) * 48271 + 12345) % _PRIME
+        place = (torch.arange(start, start + len(part), device="cpu") * 48271 + 12345) % _PRIME
         mixed = (place * place % _PRIME * place + 0x2545F49) % _PRIME
-        signs = 1 - 2 * ((mixed[None] >> torch.arange(5, 5 + _SUMS)[:, None]) & 1)
+        signs = 1 - 2 * ((mixed[None] >> torch.arange(5, 5 + _SUMS, device="cpu")[:, None]) & 1)
         sums += signs.to(torch.float64) @ part
         squares += float(part.square().sum())
     return [squares**0.5, *sums.tolist()]

@@ -100,11 +100,12 @@ def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype
 
 
 def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
-            strict: bool = False, most: int | None = None, starts: bool = True, data: Iterable[Any] | None = None,
-            loss: Loss | None = None) -> Surgeon:
+            strict: bool = False, most: int | None = None, starts: bool = True, wide: bool = True,
+            data: Iterable[Any] | None = None, loss: Loss | None = None) -> Surgeon:
     """A surgeon whose model is not yet touched. `most`: how many numbers a saved adapter holds; a spec that asks for
     more than that and the model together is refused before any is made. Without `starts` the adapters hold NaNs, for
-    whoever puts values into all of their tensors. Raises: SurgeryError."""
+    whoever puts values into all of their tensors. `wide`: as in `tensors`; without it nothing of the starts is made
+    again at attach, but saved. Raises: SurgeryError."""
     refuse_sharded(model)
     if any(isinstance(m, Adapter) for m in model.modules()):
         raise fail("already-operated", f"this {type(bare(model)).__name__} carries a surgery already",
@@ -125,10 +126,10 @@ def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dty
     shared: Shared = {}
     common = SharedTensors()
     measured = of_data(bare(model), plan.placed, data, loss) if starts else ((p, {}) for p in plan.placed)
-    adapters = {p.site.name: adapter_of(p, tensors(p, seed, dtype, shared, starts, found), common)
+    adapters = {p.site.name: adapter_of(p, tensors(p, seed, dtype, shared, starts, found, wide), common)
                 for p, found in measured}
     surgeon = Surgeon(model, plan, adapters, seed)
-    surgeon.made = made_by_rule(surgeon) if starts else {}
+    surgeon.made = made_by_rule(surgeon) if starts and wide else {}
     return surgeon
 
 
