@@ -221,7 +221,7 @@ PAPERS = (
     _paper("lora_fa", _of("add_frozen_a", lambda w, A, B: w + 5 / 3 * B @ A), lambda m, n: 3 * m,
            "PEFT's optimiser", shipped={"rank": 3, "alpha": 5}),
     _paper("lora_plus", _of("add_two_rates", lambda w, A, B: w + 5 / 3 * B @ A), lambda m, n: 3 * (m + n),
-           "code: nikhil-ghosh-berkeley/loraplus", shipped={"rank": 3, "alpha": 5}),
+           "the formula of LoRA; its ratio of rates is from memory", shipped={"rank": 3, "alpha": 5}),
     _paper("lora_xs", _of("add_between_singular", lambda w, A, B, R: w + 5 / 3 * B @ R @ A), lambda m, n: 9,
            "code: MohammadrezaBanaei/LoRA-XS", shipped={"rank": 3, "alpha": 5}),
     _paper("lorma", _of("pre_multiplied", lambda w, A, B: (B @ (A @ w)) * 5 / 3 + w), lambda m, n: 6 * m,
