@@ -31,7 +31,7 @@ COMMANDS = {
     "docs": ["mkdocs", "build"],
     "matrix": ["python", "tests/matrix.py"],
 }
-LINT = (["ruff", "check", "."], ["pyright"])
+LINT = (["ruff", "check", "."], ["pyright"], ["pytest", "-m", "types", "tests/test_typed.py"])
 
 
 def set_up() -> None:

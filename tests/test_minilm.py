@@ -22,6 +22,7 @@ TEXTS = ("a warm and funny film", "dull", "not bad at all", "two hours that i wa
 TASK = Task("reviews", TEXTS, (1.0, 0.0) * 6, ("bad", "good"))
 TOLERANCE = 1e-5
 INNER = 512
+DECOMPOSITIONS = ("left_singular", "singular", "right_singular", "qr")
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,10 @@ def apart(a: Tensor, b: Tensor) -> float:
 def test_from_start_to_merged(name: str, pretrained: nn.Module, words, tmp_path: Path) -> None:
     model, base = deepcopy(pretrained), embeddings(pretrained, words)
     spec = surgery.load(name)
-    if len(spec.targets) == 1 and not spec.targets[0].selectors:  # instead of all layers each shape, and one of them twice
-        spec = spec.retarget("**.query", "**.{intermediate,output}.dense")
+    if len(spec.targets) == 1 and not spec.targets[0].selectors:
+        # instead of all layers each shape, and one of them twice; once where a decomposition of each takes long
+        once = any(f"{word}(" in str(spec) for word in DECOMPOSITIONS)
+        spec = spec.retarget("**.query", "**.layer.*.{intermediate,output}.dense" if once else "**.{intermediate,output}.dense")
     surgeon = surgery.apply(model, with_head(spec, model))
     if not any(target.shifted for target in surgeon.spec.targets):
         assert apart(embeddings(model, words), base) <= TOLERANCE

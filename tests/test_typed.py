@@ -18,6 +18,7 @@ PYRIGHT = shutil.which("pyright", path=os.pathsep.join([str(Path(sys.executable)
 SUPPOSED = "from typing import Any, cast\nmodel, data, batch = cast(Any, None), cast(Any, None), cast('dict[str, Any]', {})\n"
 
 
+@pytest.mark.types
 @pytest.mark.skipif(PYRIGHT is None, reason="pyright is not installed: the extra `lint` brings it")
 def test_a_users_file_is_checked_against_the_signatures(tmp_path: Path) -> None:
     blocks = [block for name in ("docs/python.md", "README.md")

@@ -109,7 +109,7 @@ def explain(model: nn.Module, spec: Spec | str | Path, name: str) -> str:
     >>> print(surgery.explain(surgery.load_model("demo:llama"), "lora", "lm_head"))  # doctest: +ELLIPSIS
     `lm_head` (linear, 256 x 64)
       is not taken
-      it is the output head, which the target at ...lora.surg:5 leaves out since it has no pattern
+      it is the output head, which the target at ...lora.surg:4 leaves out since it has no pattern
     """
     spec = spec if isinstance(spec, Spec) else load(spec)
     return select(model, spec, library(spec).selects).explain(name)
