@@ -104,8 +104,7 @@ def _calibrate(output: Output, device: torch.device) -> None:
     """Measure a device, keep the numbers, and show them."""
     import torch
 
-    from surgery.experiments.calibration import calibrate
-    from surgery.planning.machines import keep
+    from surgery.experiments.calibration import calibrate, keep
 
     with output.busy("measuring"):
         found = calibrate(device)

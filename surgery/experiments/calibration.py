@@ -6,15 +6,19 @@ several times, since what disturbs a measurement only adds to it; no state of to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from surgery.codegen.cost_model import Machine
 from surgery.experiments.timing import seconds
-from surgery.planning.machines import DTYPES
+from surgery.planning.machines import DTYPES, FORMAT, machine, measured, place
+from surgery.runtime.atomic_folders import replacing_file
 
 _TIME = 0.08  # seconds that one measurement may take
 _SIDES = (512, 2048, 4096)  # of the matrices that are multiplied: the largest for which there is time counts
@@ -60,3 +64,16 @@ def _least(call: Callable[[], object], device: torch.device) -> float:
     while sum(times) < _TIME and len(times) < 30:
         times.append(seconds(call, device))
     return min(times)
+
+
+def keep(device: str, machines: Mapping[str, Machine]) -> Path:
+    """Write what was measured of a device, beside what is known of others; the file is replaced as a whole.
+    Raises: SurgeryError (bad-output)."""
+    path, devices = place(), {**measured(), device: dict(machines)}
+    text = json.dumps({"format_version": FORMAT, "devices": {
+        name: {dtype: asdict(each) for dtype, each in dtypes.items()} for name, dtypes in devices.items()}}, indent=2)
+    with replacing_file(path) as new:
+        new.write_text(text + "\n", encoding="utf-8")
+    for known in (measured, machine):
+        known.cache_clear()
+    return path

@@ -8,15 +8,13 @@ cannot be read is told once and changes no choice; no torch.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import re
-import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,24 +93,3 @@ def _machine(numbers: Any) -> Machine:
         if type(value) is not float or not math.isfinite(value) or not 0 < value < 1:
             raise ValueError(f"`{name}` is {value!r}, and no time in seconds")
     return Machine(**numbers)
-
-
-def keep(device: str, machines: Mapping[str, Machine]) -> Path:
-    """Write what was measured of a device, beside what is known of others; the file is replaced as a whole.
-    Raises: OSError."""
-    path = place()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    devices = {**measured(), device: dict(machines)}
-    text = json.dumps({"format_version": FORMAT, "devices": {
-        name: {dtype: asdict(each) for dtype, each in dtypes.items()} for name, dtypes in devices.items()}}, indent=2)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".calibration-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
-    measured.cache_clear()
-    machine.cache_clear()
-    return path

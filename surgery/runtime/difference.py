@@ -31,7 +31,8 @@ _MOST = 12  # lines of tensors that a text shows
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: its name, its spec, the tensors of a saved adapter, and its plan on the model."""
+    """One of the two: its name, its spec, the tensors of a saved adapter (of one that is made again at attach, what its
+    folder says of it), and its plan on the model."""
 
     name: str
     spec: Spec
@@ -89,7 +90,8 @@ class Difference:
 
     @property
     def tensors(self) -> dict[str, float | None]:
-        """The tensors of saved adapters that are not equal: ‖a - b‖ / ‖a‖, None where one has none of that shape."""
+        """The tensors of saved adapters that are not equal: ‖a - b‖ / ‖a‖, None where one has none of that shape or
+        other places. Of what a folder does not hold it is an estimate, by sums of all entries."""
         names = dict.fromkeys((*self.a.tensors, *self.b.tensors))
         distances = {name: _distance(self.a.tensors.get(name), self.b.tensors.get(name)) for name in names}
         return {name: distance for name, distance in distances.items() if distance != 0}
@@ -142,7 +144,7 @@ def _side(each: Spec | str | PathLike, model: nn.Module | None) -> Side:
         from surgery.runtime.saved_format import Saved
 
         saved = Saved(Path(each))
-        spec, name, tensors = saved.spec, str(each), saved.tensors
+        spec, name, tensors = saved.spec, str(each), {**saved.tensors, **saved.remade}
     else:
         spec, name, tensors = load(each), str(each), {}
     spec = inlined(spec)
@@ -160,7 +162,14 @@ def _unequal(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[str 
 
 
 def _distance(a: Any, b: Any) -> float | None:
-    if a is None or b is None or a.shape != b.shape:
+    if a is None or b is None:
+        return None
+    if isinstance(a, Mapping) or isinstance(b, Mapping):
+        from surgery.runtime.remade import between, said_of
+
+        far = between(*(each if isinstance(each, Mapping) else said_of(each) for each in (a, b)))
+        return far if far < float("inf") else None
+    if a.shape != b.shape:
         return None
     a, b = a.double(), b.double()
     return float((a - b).norm() / a.norm()) if a.norm() else float((a - b).norm())

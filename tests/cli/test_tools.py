@@ -226,3 +226,17 @@ def test_two_adapters_compared(here: Path) -> None:
     (name,) = surgery.diff("a", "b").tensors
     assert name.endswith("add_low_rank.B") and name in run("diff", "a", "b").stdout
     assert run("diff", "a", "lora").exit_code == 1 and run("diff", "nope", "lora").exit_code == 2
+
+
+def test_what_adapters_do_not_hold_is_compared(here: Path) -> None:
+    """Frozen tensors that are made again at attach: two adapters may differ in these alone."""
+    spec = surgery.load("vera", rank=2).retarget("**.layers.0.**.q_proj")
+    for name, seed, whole in (("a", 0, False), ("b", 1, False), ("a whole", 0, True), ("b whole", 1, True)):
+        surgery.apply(load_demo("llama"), spec, seed=seed, check=False).save(name, self_contained=whole)
+    exact = surgery.diff("a whole", "b whole").tensors
+    assert len(exact) == 2  # A and B
+    for other in ("b", "b whole"):
+        found = surgery.diff("a", other).tensors
+        assert found.keys() == exact.keys()
+        assert all(0.2 < found[name] / exact[name] < 5 for name in exact)
+    assert surgery.diff("a", "a whole").tensors == {}

@@ -13,11 +13,12 @@ from torch import nn
 
 from surgery.cli.main import main
 from surgery.codegen.cost_model import CPU, Machine
-from surgery.diagnostics import SurgeryWarning
+from surgery.diagnostics import SurgeryError, SurgeryWarning
+from surgery.experiments.calibration import keep
 from surgery.language.library import parse
 from surgery.planning import machines
 from surgery.planning.fitness import estimated
-from surgery.planning.machines import keep, machine, measured, place, supposed
+from surgery.planning.machines import machine, measured, place, supposed
 from surgery.runtime.surgeon import apply
 
 SLOW = Machine(1e-6, 1e-12, 1e-12)  # its arithmetic takes long
@@ -77,8 +78,8 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(monkeypatch):
     def full(*paths: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(machines.os, "replace", full)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(SurgeryError, match="No space left on device"):
         keep("cpu", {"float32": AGILE})
     assert place().read_text() == before and len(list(place().parent.iterdir())) == 1
 
