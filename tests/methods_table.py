@@ -56,6 +56,8 @@ def _block(entry: Entry) -> Iterator[str]:
     yield from (f"### {entry.name}", "", _MARKS.sub(r"\\\g<0>", entry.description), "")
     if equations := _equations(entry.name):
         yield from ("```text", *equations, "```", "")
+    if entry.data:
+        yield from (f"starts at what data gives ({' and '.join(entry.data)}): `surgery apply {entry.name} MODEL --data FILE`", "")
     if entry.parameters:
         yield from (f"{entry.parameters:,} parameters, {_class(entry)}, a step {entry.step_ratio:.2f} x the frozen layer's", "")
     yield from (" · ".join(filter(None, about)), "")

@@ -22,7 +22,10 @@ def _of(step: str, formula):
     return lambda w, p: formula(w, **p.of_step(step))
 
 
-SOURCES: dict[str, str] = {"s2ft": "code: Infini-AI-Lab/S2FT"}  # whose two targets have a test of their own
+# with tests of their own: of two targets (tests/runtime/test_papers.py), of starts from data (test_from_data.py)
+SOURCES: dict[str, str] = {
+    "s2ft": "code: Infini-AI-Lab/S2FT", "corda": "code: iboing/CorDA", "eva": "code: ml-jku/EVA, but for its mean",
+    "lora_ga": "code: Outsider565/LoRA-GA", "lora_one": "code: YuanheZ/LoRA-One", "lora_sb": "code: CERT-Lab/lora-sb"}
 
 
 # --------------------------------------------------------------------------------------------------- parts of formulas

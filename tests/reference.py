@@ -372,9 +372,9 @@ class Reading:
         for name, default in file.params:
             self.settings[name] = settings[name] if name in settings else self.value(default, self.settings)
 
-    def operated(self, weight, bias, tensors, target: int = 0, place=None, starts=None) -> tuple:
+    def operated(self, weight, bias, tensors, target: int = 0, place=None, starts=None, data=None) -> tuple:
         """(W', b') of a matrix and a bias (or None) by a target's steps; `tensors` by key, `place` the layer and the
-        depth. What parameters start at is put into `starts`."""
+        depth, `data` what G and C are. What parameters start at is put into `starts`."""
         sizes = dict(zip(("out", "in"), weight.shape))
         names, around = [], {**sizes, **(place or {}), **self.settings}
         steps = list(self.written_out(self.targets[target], around))
@@ -389,7 +389,7 @@ class Reading:
                 if step.placement != placement or definition.on_bias and bias is None:
                     continue
                 arguments = self.arguments(definition, step.call[2], {**around, **variables})
-                scope = {**arguments, **sizes, "W": weight if placement == "add" else x}
+                scope = {**(data or {}), **arguments, **sizes, "W": weight if placement == "add" else x}
                 scope |= {definition.side: sizes[step.side]} if definition.side else {}
                 scope |= {"b": bias} if definition.on_bias else {}
                 made = self.instance(definition, name, scope, tensors, starts)

@@ -78,7 +78,8 @@ def test_from_start_to_merged(name: str, pretrained: nn.Module, words, tmp_path:
         # instead of all layers each shape, and one of them twice; once where a decomposition of each takes long
         once = any(f"{word}(" in str(spec) for word in DECOMPOSITIONS)
         spec = spec.retarget("**.query", "**.layer.*.{intermediate,output}.dense" if once else "**.{intermediate,output}.dense")
-    surgeon = surgery.apply(model, with_head(spec, model))
+    batch = words(list(TEXTS), padding=True, return_tensors="pt")  # for what starts from data
+    surgeon = surgery.apply(model, with_head(spec, model), data=[{**batch, "labels": torch.tensor(TASK.labels).long()}])
     if not any(target.shifted for target in surgeon.spec.targets):
         assert apart(embeddings(model, words), base) <= TOLERANCE
 

@@ -44,7 +44,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     """Operate on a model and save the adapter.
 
     The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged. A spec whose
-    parameters start at what data gives (examples/from_data) needs --data.
+    parameters start at what data gives (`surgery specs` says which) needs --data.
     """
     from surgery.models.loading import preprocessors, revised
     from surgery.runtime.save import MODEL, save_merged

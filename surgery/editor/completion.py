@@ -26,7 +26,7 @@ from surgery.semantics.distributions import DISTRIBUTIONS, choices
 from surgery.semantics.evaluate import callable_names
 from surgery.semantics.lint import CLAIMS
 from surgery.semantics.resolved_spec import PLACES
-from surgery.semantics.scope import MEANINGS
+from surgery.semantics.scope import MEANINGS, OF_DATA_MEANINGS
 
 _OPEN = re.compile(r'"[^"\r\n]*"?|#[^\r\n]*')
 _MODEL_LINE = re.compile(r"#[ \t]*surgery:[ \t]*model[ \t]*=[ \t]*(\S*)$")
@@ -201,8 +201,10 @@ def _values(document: Document, item: int, start: int) -> Iterator[Item]:
     names = [next(filter(None, m.groups())) for m in _DECLARED.finditer(written)] if is_definition else [
         p.name for p in document.known.params]
     given = ("out", "in", "W", "b") if is_definition else ("out", "in", *PLACES)
+    if is_definition and re.findall(r"\b(param|let|noise|check|return)\b", written)[-1:] in (["param"], ["let"]):
+        given += tuple(OF_DATA_MEANINGS)  # which a start reads, perhaps through a `let`
     yield from (Item(name, "name", start) for name in dict.fromkeys(names))
-    yield from (Item(name, "name", start, MEANINGS.get(name, "")) for name in given)
+    yield from (Item(name, "name", start, {**MEANINGS, **OF_DATA_MEANINGS}.get(name, "")) for name in given)
     if is_definition:
         yield from (Item(name, "primitive", start, PRIMITIVES[name].doc if name in PRIMITIVES else "")
                     for name in sorted(callable_names()))

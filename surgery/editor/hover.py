@@ -25,8 +25,9 @@ from surgery.planning.trial_sizes import first_that_fits, places_of, sizes_to_tr
 from surgery.semantics.arguments import signature
 from surgery.semantics.distributions import DISTRIBUTIONS
 from surgery.semantics.evaluate import callable_names
-from surgery.semantics.scope import MEANINGS
+from surgery.semantics.scope import MEANINGS, OF_DATA_MEANINGS
 
+_GIVEN = {**MEANINGS, **OF_DATA_MEANINGS}
 _USUAL = (1024, 4096)  # the sizes that costs are told for, where nothing says others
 _EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
 
@@ -47,7 +48,7 @@ def _guessed(document: Document, offset: int) -> Occurrence | None:
     if word is None:
         return None
     tables = (("definition", document.library.definitions), ("selector", document.library.selects),
-              ("distribution", DISTRIBUTIONS), ("primitive", callable_names()), ("given", MEANINGS))
+              ("distribution", DISTRIBUTIONS), ("primitive", callable_names()), ("given", _GIVEN))
     kind = next((kind for kind, table in tables if word[0] in table), None)
     return Occurrence(Span(document.source, *word.span()), word[0], kind) if kind else None
 
@@ -75,8 +76,8 @@ def _about(document: Document, name: Occurrence, model: Model | None) -> Iterato
             yield row.doc
         case "distribution" if name.name in DISTRIBUTIONS:
             yield _code(f"~ {name.name}({', '.join(DISTRIBUTIONS[name.name].arguments)})")
-        case "given" if name.name in MEANINGS:
-            yield f"`{name.name}`: {MEANINGS[name.name]}"
+        case "given" if name.name in _GIVEN:
+            yield f"`{name.name}`: {_GIVEN[name.name]}"
         case "spec" | "local" if name.node is not None:
             yield from _declared(name.node)
 

@@ -39,7 +39,7 @@ from surgery.language.tree import Spec
 from surgery.models.demo import demo_inputs
 from surgery.peft.recognise import match
 from surgery.planning.compile import Plan, compile
-from surgery.runtime.surgeon import prepare
+from surgery.runtime.surgeon import Surgeon, prepare
 
 PHASES = ("step", "forward")
 _WARM_UP = 2
@@ -160,7 +160,7 @@ class Bench:
     def _contender(self, name: str, spec: Spec) -> Contender:
         plan = compile(self.model, spec)
         copied = sharing(self.model, plan.train)
-        surgeon = prepare(copied, spec).operate()
+        surgeon = self._prepared(copied, spec).operate()
         trained = sum(p.numel() for p in surgeon.parameters())
         theirs, why = self._peft(plan) if self.against_peft else (None, "")
         merged = self._merged(plan) if self.has_merged else None
@@ -169,8 +169,16 @@ class Bench:
     def _merged(self, plan: Plan) -> Subject:
         """The model with the weights that the spec gives it, on copies of those alone."""
         copied = sharing(self.model, [*plan.train, *(placed.site.weight_name for placed in plan.placed)])
-        prepare(copied, plan.spec).operate().merge_and_remove()
+        self._prepared(copied, plan.spec).operate().merge_and_remove()
         return self._subject(copied, ("forward",))
+
+    def _prepared(self, model: nn.Module, spec: Spec) -> Surgeon:
+        """A surgeon. Starts from data are measured on the batches of the measurement: whatever they come to, a step
+        costs the same."""
+        def loss(model: nn.Module, each: tuple[Mapping[str, Tensor], Tensor]) -> Tensor:
+            return (_output(model, each[0]) * each[1]).sum()
+
+        return prepare(model, spec, data=self.inputs, loss=loss)
 
     def _peft(self, plan: Plan) -> tuple[Subject | None, str]:
         """PEFT's model of the same method, or why there is none."""

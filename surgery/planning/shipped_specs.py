@@ -16,6 +16,7 @@ from surgery.ir.sizes import known
 from surgery.language.library import read, shipped
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.families import families
+from surgery.semantics.evaluate import OF_DATA_NAMES
 from surgery.semantics.resolved_spec import resolved
 
 OUT, IN = 1024, 4096
@@ -26,7 +27,7 @@ _PAPER = re.compile(r"arXiv \d{4}\.\d{4,5}")
 class Entry:
     """A shipped spec: its first line, its paper's number, its families (`families.FAMILIES`), and of its first target:
     the parameters that train, how the cheapest program runs, and what a step costs as a multiple of the frozen layer's
-    (None for a spec that only unfreezes)."""
+    (None for a spec that only unfreezes). `data`: what its starts name that data gives, G or C."""
 
     name: str
     description: str
@@ -35,6 +36,7 @@ class Entry:
     parameters: int | None
     program: str
     step_ratio: float | None
+    data: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -55,5 +57,7 @@ def catalogue() -> list[Entry]:
         estimate = Estimate(Compiled.supposed(formula))
         program = "dense" if estimate.built else estimate.candidates[0].strategy
         trained = sum(known(prod(leaf.shape)) for leaf in formula.leaves if not leaf.frozen)
-        entries.append(Entry(*about, trained, program, estimate.ratio()))
+        asked = {op for each in formulas for leaf in each.leaves for op in leaf.of_data}
+        data = tuple(name for name, (op, _) in OF_DATA_NAMES.items() if op in asked)
+        entries.append(Entry(*about, trained, program, estimate.ratio(), data))
     return entries

@@ -72,6 +72,8 @@ def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | 
 #: What a name means that nothing declares.
 MEANINGS = {"out": "the number of rows of W", "in": "the number of columns of W", "W": "the weight", "b": "the bias",
              "layer": "the module's index in its list of layers", "depth": "how deep the module's layer lies, 0 to 1"}
+#: What a name means in what a parameter starts at, where the definition has none like it.
+OF_DATA_MEANINGS = {"G": "the gradient of the loss in W, of data", "C": "Σ x xᵀ over the layer's inputs, of data"}
 _OF_A_MODULE = {"layer": "the module stands in a list of layers", "depth": "the module stands in a list of layers",
                 "layers": "the module stands in a list of layers", "kernel": "there is a module",
                 "heads": "an attention around the module, or its configuration, says it",

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 
+from surgery.editor.completion import complete
 from surgery.editor.document import Document
+from surgery.editor.hover import hover
 from surgery.editor.names import occurrences
 from surgery.language.grammar import machine
 from surgery.language.library import PRELUDE, locate, shipped
@@ -35,3 +37,15 @@ def test_every_name(name: str) -> None:
     places = [(each.span.start, each.span.end) for each in found]
     assert len({*places}) == len(places) and {*places} == names(text)
     assert all(text[each.span.start : each.span.end] == each.name for each in found)
+
+
+def test_what_data_gives_is_told_and_offered_where_a_start_reads_it() -> None:
+    text = ("spec s()\nupdate u(r: int = 2) {\n  param A[r, in] = right_singular(G, r)\n  param B[out, r] = 0\n"
+            "  return B @ A\n}\ntarget linear { add u() }\n")
+    document = Document("s.surg", text)
+    assert hover(document, text.index("G,"))[0] == "`G`: the gradient of the loss in W, of data"
+
+    def offered(words: str) -> set[str]:
+        return {item.text for item in complete(document, text.index(words) + len(words))}
+
+    assert {"G", "C"} <= offered("= right_singular(") and not {"G", "C"} & offered("return ")

@@ -40,6 +40,13 @@ def test_there_is_a_row_for_each_spec_with_all_its_figures(bench):
     assert odd["peft_note"] == "PEFT has no method with this formula"
 
 
+def test_what_starts_from_data_starts_at_the_batches_of_the_measurement():
+    made = Bench(load_demo("llama"), {name: load(name, rank=2) for name in ("eva", "lora_ga")}, TOKENS, merged=True)
+    for _ in made.run(1):
+        pass
+    assert all(row["step_ratio"] and row["merged_forward_ratio"] for row in made.rows()[1:])
+
+
 def test_a_ratio_is_of_times_of_the_same_round():
     made = Bench(load_demo("llama"), {"lora": load("lora")}, TOKENS)
     made.frozen.times["step"], made.contenders[0].ours.times["step"] = [1.0, 10.0, 100.0], [2.0, 30.0, 200.0]

@@ -1,7 +1,6 @@
-"""Methods that start from data (examples/from_data), against what their authors' code computes of the same numbers."""
+"""Methods that start from data, against what their authors' code computes of the same numbers."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from torch.nn.functional import mse_loss
 
 import surgery
 
-FOLDER = Path(__file__).parents[2] / "examples" / "from_data"
 OUT, IN, RANK, ALPHA = 9, 12, 3, 6
 
 
@@ -35,9 +33,37 @@ def corda(w: Tensor, g: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return v[:RANK] * s.sqrt().view(-1, 1), u[:, :RANK] * s.sqrt()
 
 
-@pytest.mark.parametrize("start", [lora_ga, eva, corda])
+def lora_one(w: Tensor, g: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Direction LoRA-One, scale `stable` with γ = 128 (code: YuanheZ/LoRA-One, run_exp.py)."""
+    u, s, v = torch.svd(-g)
+    b = u[:, :RANK] @ torch.diag(torch.sqrt(s[:RANK])) / torch.sqrt(s[0])
+    a = torch.diag(torch.sqrt(s[:RANK])) @ v.T[:RANK] / torch.sqrt(s[0])
+    return a / 128**0.5, b / 128**0.5
+
+
+@pytest.mark.parametrize("start", [lora_ga, eva, corda, lora_one])
 def test_it_starts_where_the_authors_code_does(start: Callable) -> None:
-    file = FOLDER / f"{start.__name__}.surg"
+    found, w, g, c = started(surgery.load(start.__name__, rank=RANK, alpha=ALPHA))
+    a, b = start(w, g, c)
+    for own, wanted in ((found["A"], a), (found["B"], b)):
+        torch.testing.assert_close(own.detach().abs(), wanted.abs())  # whose vectors have no sign of their own
+    if "A0" not in found:  # with B and A of one triple their product has one
+        torch.testing.assert_close((found["B"] @ found["A"]).detach(), b @ a)
+    if "A0" in found:
+        torch.testing.assert_close((found["B0"] @ found["A0"]).detach(), (found["B"] @ found["A"]).detach())
+
+
+def test_lora_sb_starts_at_the_first_step_of_its_authors_code() -> None:
+    """code: CERT-Lab/lora-sb: -lr sign(Σ gradients), transposed and decomposed, R its singular values (α = rank)."""
+    found, _, g, _ = started(surgery.load("lora_sb", rank=RANK, step=0.01))
+    u, s, v = torch.svd((-0.01 * torch.sign(g)).T)
+    a, b, r = u[:, :RANK].T, v[:, :RANK], torch.diag(s[:RANK])
+    torch.testing.assert_close(found["R"].detach(), r)
+    torch.testing.assert_close((found["B"] @ found["R"] @ found["A"]).detach(), b @ r @ a)
+
+
+def started(spec: surgery.Spec) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """What a spec's parameters start at on one layer, and the W, G and C of it."""
     draw = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(IN, OUT)).double()
     batches = [(torch.randn(20, IN, generator=draw).double(), torch.randn(20, OUT, generator=draw).double())
@@ -45,14 +71,6 @@ def test_it_starts_where_the_authors_code_does(start: Callable) -> None:
     x, y = (torch.cat(each) for each in zip(*batches))
     w = model[0].weight.detach().clone()
     g = 2 * (x @ w.T + model[0].bias.detach() - y).T @ x / y.numel()
-    spec = surgery.load(file, rank=RANK, alpha=ALPHA)
-    assert surgery.check(file) == []
     surgeon = surgery.apply(model, spec, data=batches, loss=lambda m, b: mse_loss(m(b[0]), b[1]), dtype=torch.float64)
-    assert surgeon.proof.start is None or surgeon.proof.start < 1e-6
-    found = {key.rpartition(".")[2]: t for key, t in surgeon.adapters["0"].values().items()}
-    for own, wanted in zip((found["A"], found["B"]), start(w, g, x.T @ x)):
-        torch.testing.assert_close(own.detach().abs(), wanted.abs())  # whose vectors have no sign of their own
-    if "A0" in found:
-        torch.testing.assert_close((found["B0"] @ found["A0"]).detach(), (found["B"] @ found["A"]).detach())
-    lines = [line for line in file.read_text().splitlines() if line.strip() and line[0] != "#"]
-    assert len(lines) <= 15
+    assert spec.targets[0].shifted or surgeon.proof.start is None or surgeon.proof.start < 1e-6
+    return {key.rpartition(".")[2]: t for key, t in surgeon.adapters["0"].values().items()}, w, g, x.T @ x

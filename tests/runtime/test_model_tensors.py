@@ -47,7 +47,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_each_tensor_is_held_once_and_can_be_sharded(name: str) -> None:
     model = small()
     before = {id(p) for p in model.parameters()}
-    surgeon = surgery.apply(model, name, check=False)
+    inputs = demo_inputs(model)
+    data = [{**inputs, "labels": inputs["input_ids"]}]  # for what starts from data
+    surgeon = surgery.apply(model, name, check=False, data=data)
     found = [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in before]
     assert len({id(p) for _, p in found}) == len(found)
     assert all(p.is_floating_point() and p.ndim for _, p in found)

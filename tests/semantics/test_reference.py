@@ -53,12 +53,18 @@ def test_a_spec_is_what_its_text_says(path):
         weight, bias, x = layer.weight.detach().numpy().copy(), layer.bias.detach().numpy().copy(), torch.randn(5, IN)
         model = Tower(layer)
         model.config = SimpleNamespace(num_attention_heads=2, head_dim=16)
+        draw = torch.Generator().manual_seed(2)
+        batches = [(torch.randn(50, IN, generator=draw).double(), torch.randn(50, OUT, generator=draw).double())
+                   for _ in range(2)]
         surgeon = apply(model, retarget(spec.model_copy(update={"targets": (target,)}), "layers.0"),
-                        dtype=torch.float64)
+                        dtype=torch.float64, data=batches, loss=lambda m, batch: (m(batch[0]) * batch[1]).sum())
+        read, turned = (np.concatenate([each.numpy() for each in side]) for side in zip(*batches))
+        data = {"G": turned.T @ read / 2, "C": read.T @ read}
         (adapter,) = surgeon.adapters.values()
 
         def operated(tensors, starts=None):
-            return reading.operated(weight, bias, tensors, index, {"layer": 0, "depth": 0.0, "layers": 1, "kernel": 1, "head_size": 16}, starts)
+            return reading.operated(weight, bias, tensors, index, {"layer": 0, "depth": 0.0, "layers": 1, "kernel": 1, "head_size": 16},
+                                    starts, data)
 
         starts: dict[str, np.ndarray] = {}
         operated(numpy_of(adapter.values()), starts)
