@@ -24,7 +24,7 @@ from surgery.experiments.metrics import of_outputs
 from surgery.experiments.prompts import PROMPT, choices, learned, rendered
 from surgery.experiments.tasks import ASSISTANT, AnyTask, Generative, last_number, read_task
 from surgery.experiments.text_tasks import Task
-from surgery.experiments.training import outputs
+from surgery.experiments.training import longer, outputs
 from surgery.models.loading import base_name, load, load_with_saved_head, tokenizer
 from surgery.runtime.attach import attach
 from surgery.runtime.saved_format import SPEC, Saved
@@ -156,12 +156,10 @@ def refuse_unfit(model: Any, task: AnyTask) -> None:
 
 
 def _headed(model: Any, words: Words, task: Task, scoring: Scoring, told: Told) -> tuple[dict[str, Mean], int]:
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = words.pad_token_id
     given = outputs(model, words, task, scoring.length)
     told(len(task), len(task))
     _refuse_infinite(given)
-    return of_outputs(task, given), 0
+    return of_outputs(task, given), longer(task, words, scoring.length)
 
 
 def _choice(model: Any, words: Words, task: Generative, scoring: Scoring, told: Told) -> tuple[dict[str, Mean], int]:

@@ -240,7 +240,9 @@ class _Run:
 
     def _save(self, surgeon: Surgeon, task: AnyTask, state: Any, force: bool) -> None:
         with self.watch.busy(f"saving {self.folder}"):
-            told = {"kind": task.kind, "classes": list(task.classes) if isinstance(task, Task) else []}
+            headed = {"classes": list(task.classes), "pad_token_id": surgeon.model.config.pad_token_id} if isinstance(
+                task, Task) else {"classes": []}
+            told = {"kind": task.kind, **headed}
             files = {training_record.FILE: self.record(),
                      STATE: json.dumps({"log_history": state.log_history}, indent=1)}
             surgeon.save(self.folder, base_model=self.model, force=force, task=told, files=files,

@@ -7,6 +7,7 @@ sums over float32 log-softmaxes; what an item gives does not depend on the batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,21 +57,35 @@ def likelihoods(model: Any, items: Sequence[Item], pad: int, batch: int,
 @torch.no_grad()
 def written(model: Any, words: Words, prompts: Sequence[str], special: bool, tokens: int, batch: int,
             told: Told = lambda done, of: None) -> list[str]:
-    """What the model writes after each prompt, at most `tokens` tokens, always the likeliest."""
+    """What the model writes after each prompt, at most `tokens` tokens, always the likeliest, whatever penalties its
+    own generation configuration names."""
     ids = [words(prompt, add_special_tokens=special)["input_ids"] for prompt in prompts]
     found = [""] * len(prompts)
-    pad = words.pad_token_id if words.pad_token_id is not None else 0
+    pad, ends = words.pad_token_id if words.pad_token_id is not None else 0, _ends(model, words)
     for chosen in by_length(list(map(len, ids)), batch, told):
         longest = max(len(ids[i]) for i in chosen)  # a prompt ends where the answer begins: what is not there is before
         rows = [[pad] * (longest - len(ids[i])) + ids[i] for i in chosen]
         there = [[0] * (longest - len(ids[i])) + [1] * len(ids[i]) for i in chosen]
-        made = model.generate(
-            input_ids=torch.tensor(rows, device=model.device), attention_mask=torch.tensor(there, device=model.device),
-            max_new_tokens=tokens, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
-            pad_token_id=pad, eos_token_id=_ends(model, words))
+        with _no_preferences(model):
+            made = model.generate(input_ids=torch.tensor(rows, device=model.device),
+                                  attention_mask=torch.tensor(there, device=model.device), max_new_tokens=tokens,
+                                  do_sample=False, pad_token_id=pad, eos_token_id=ends)
         for place, row in zip(chosen, made):
             found[place] = str(words.decode(row[longest:], skip_special_tokens=True))
     return found
+
+
+@contextmanager
+def _no_preferences(model: Any) -> Iterator[None]:
+    """Inside, the model's own generation configuration (a repetition penalty, a least length, ...) asks for nothing."""
+    from transformers import GenerationConfig
+
+    said = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = said
 
 
 def _ends(model: nn.Module, words: Words) -> list[int] | None:

@@ -23,7 +23,7 @@ HEADED, KINDS = ("classification", "regression"), ("classification", "regression
                                                    "language")
 USER, ASSISTANT = "user", "assistant"
 MARK = "####"  # before the number of an answer, as GSM8K has it
-_NUMBER = re.compile(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(r"(?<!\d)-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ depend on the batch that a text is in but for rounding. Needs the extra `train`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -114,12 +115,10 @@ class Lesson:
 
 def lesson_of(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyTask, setting: Setting) -> Lesson:
     """What a model learns of a task. Raises: SurgeryError (bad-data) where no token of it is left to be learned."""
-    from transformers import DataCollatorWithPadding
-
     if isinstance(task, Task):
         model.config.pad_token_id = words.pad_token_id
-        return Lesson(encoded(task, words, setting.length), DataCollatorWithPadding(words),
-                      loss=partial(headed_loss, bool(task.classes)))
+        return Lesson(encoded(task, words, setting.length), partial(padded, model, words),
+                      longer(task, words, setting.length), partial(headed_loss, bool(task.classes)))
     found = learned(words, task, setting.length, setting.prompt)
     if not found.items:
         raise fail("bad-data", f"nothing of {task.name} is left to be learned in {setting.length} tokens",
@@ -194,6 +193,35 @@ def encoded(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> list
     return [{**{key: values[i] for key, values in tokens.items()}, "labels": label} for i, label in enumerate(labels)]
 
 
+def longer(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> int:
+    """How many texts have more tokens than are kept."""
+    def tokens(texts: Sequence[str], seconds: Sequence[str], **how: Any) -> list[list[int]]:
+        return tokenizer(list(texts), list(seconds) or None, **how)["input_ids"] if texts else []
+
+    kept = tokens(task.texts, task.seconds, truncation=True, max_length=length)
+    full = task.taken(i for i, each in enumerate(kept) if len(each) == length)
+    return sum(len(each) > length for each in tokens(full.texts, full.seconds))
+
+
+def padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[dict[str, Any]]) -> Any:
+    """Encoded texts as one batch. What fills it up stands behind a text, where it moves no position, whichever side the
+    tokenizer was saved with; but for models that read the last place of a batch (XLNet)."""
+    side = "left" if getattr(model.config, "summary_type", None) == "last" else "right"
+    return tokenizer.pad(list(items), return_tensors="pt", padding_side=side)
+
+
+@contextmanager
+def padding_known(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Inside, the model takes for padding what the tokenizer pads with. (Some find the end of a text by it, and their
+    own configuration may name another token.)"""
+    said = model.config.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    try:
+        yield
+    finally:
+        model.config.pad_token_id = said
+
+
 @torch.no_grad()
 def outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task,
             length: int = Setting.length) -> np.ndarray:
@@ -202,9 +230,10 @@ def outputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Ta
     # By length, so that a batch has little padding; the outputs go back to the places of their texts.
     order = sorted(range(len(items)), key=lambda i: len(items[i]["input_ids"]))
     logits = torch.empty(len(items), task.outputs)
-    for start in range(0, len(order), EVALUATED):
-        chosen = order[start : start + EVALUATED]
-        tokens = [{k: v for k, v in items[i].items() if k != "labels"} for i in chosen]
-        batch = tokenizer.pad(tokens, return_tensors="pt").to(model.device)
-        logits[chosen] = model(**batch).logits.float().cpu()
+    with padding_known(model, tokenizer):
+        for start in range(0, len(order), EVALUATED):
+            chosen = order[start : start + EVALUATED]
+            tokens = [{k: v for k, v in items[i].items() if k != "labels"} for i in chosen]
+            batch = padded(model, tokenizer, tokens).to(model.device)
+            logits[chosen] = model(**batch).logits.float().cpu()
     return logits.numpy()

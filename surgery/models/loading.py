@@ -34,8 +34,8 @@ OTHER_FOLDERS = ("original", "metal", "onnx", "openvino", "coreml")
 
 
 class Trained(Protocol):
-    """An adapter: its tensors by the names of the model's parameters, the class of the model it was trained on, and the
-    classes that its head tells apart."""
+    """An adapter: its tensors by the names of the model's parameters, the class of the model it was trained on, the
+    classes that its head tells apart, and the token that texts were padded with."""
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]: ...
@@ -45,6 +45,9 @@ class Trained(Protocol):
 
     @property
     def classes(self) -> Sequence[str]: ...
+
+    @property
+    def pads_with(self) -> int | None: ...
 
 
 _HUB_ID = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w.-][\w./-]*))?")
@@ -135,6 +138,8 @@ def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None, tr
         raise fail("bad-adapter", f"the adapter was trained on a {trained.__name__}, and neither it nor {name} holds "
                    f"{_shaped(lacking)}",
                    helps=("a new head must be trained to be saved: `train \"HEAD.**\"` in the spec",))
+    if saved.pads_with is not None:  # by which many find the end of a text
+        model.config.pad_token_id = saved.pads_with
     return model
 
 

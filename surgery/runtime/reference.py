@@ -6,6 +6,8 @@ it runs with the surgery off; it holds no parameters, so that nothing shards, sa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,11 +16,26 @@ if TYPE_CHECKING:
     from surgery.runtime.surgeon import Surgeon
 
 
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, every module is in training or in evaluation; each is afterwards in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = training
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 class Reference(nn.Module):
-    """Its attributes are the model's, and its calls are those of the base model."""
+    """Its attributes are the model's, and its calls are those of the base model in a mode of their own: in evaluation,
+    unless `train()` says otherwise, whatever the model is in meanwhile."""
 
     def __init__(self, surgeon: Surgeon):
         super().__init__()
+        self.training = False
         object.__setattr__(self, "surgeon", surgeon)  # no child: the parameters are the model's
 
     def __getattr__(self, name: str) -> Any:
@@ -26,7 +43,8 @@ class Reference(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # around the call and not in `forward`, in the place of which a trainer may put one of its own
-        with self.__dict__["surgeon"].disabled():
+        surgeon: Surgeon = self.__dict__["surgeon"]
+        with surgeon.disabled(), _in_mode(surgeon.model, self.training):
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -81,12 +81,13 @@ class _Remade(_Form):
 
 
 class _Task(BaseModel):
-    """What an adapter was trained on: the names of the classes that its head tells apart, in the order of its
-    outputs."""
+    """What an adapter was trained on: the names of the classes that its head tells apart, in the order of its outputs,
+    and the token that texts were padded with."""
 
     model_config = ConfigDict(strict=True)
     kind: Name
     classes: list[Name] = []
+    pad_token_id: Annotated[int, Field(ge=0)] | None = None
 
 
 class _Meta(BaseModel):
@@ -160,6 +161,11 @@ class Saved:
     def classes(self) -> Sequence[str]:
         """The names of the classes that the head which was trained with it tells apart, where that is said."""
         return (self.meta.get("task") or {}).get("classes", ())
+
+    @property
+    def pads_with(self) -> int | None:
+        """The token that the texts it was trained on were padded with, where that is said."""
+        return (self.meta.get("task") or {}).get("pad_token_id")
 
     @property
     def base(self) -> str | None:

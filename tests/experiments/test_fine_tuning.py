@@ -4,6 +4,7 @@ of a model that score the same."""
 import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -127,10 +128,13 @@ def test_the_best_checkpoint_is_the_one_that_is_saved(models, files, tmp_path: P
 
 def test_a_head_is_trained_and_its_classes_are_known_everywhere(models, files, tmp_path: Path) -> None:
     data = Data(files["train.tsv"], None, (files["test.tsv"],))
-    found = surgery.train(FEW, models["bert"], data, tmp_path / "out", setting=replace(SHORT, every=None))
+    base = copytree(models["bert"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "pad_token_id": 3}))  # not what the tokenizer pads with
+    found = surgery.train(FEW, str(base), data, tmp_path / "out", setting=replace(SHORT, every=None))
     assert set(found.after[0].scores) == {"accuracy", "f1", "matthews"}
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["task"] == {
-        "kind": "classification", "classes": ["no", "yes"]}
+        "kind": "classification", "classes": ["no", "yes"], "pad_token_id": 0}
     assert surgery.evaluate(tmp_path / "out", files["test.tsv"], scoring=SHORT.scoring) == found.after[0]
     # One class alone, and in another order: the head's classes are what counts.
     rows = [f"{text}\tyes" for text in texts(24, 2) if "a" in text]
@@ -141,7 +145,8 @@ def test_a_head_is_trained_and_its_classes_are_known_everywhere(models, files, t
     with pytest.raises(SystemExit):
         main(["merge", str(tmp_path / "out"), "-o", str(tmp_path / "merged")])
     assert surgery.evaluate(tmp_path / "merged", tmp_path / "yes.tsv", scoring=SHORT.scoring) == alone
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"] == {"0": "no", "1": "yes"}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["id2label"] == {"0": "no", "1": "yes"} and config["pad_token_id"] == 0
     (tmp_path / "yes.tsv").write_text("text\tlabel\na\tmaybe\n")
     with pytest.raises(surgery.SurgeryError, match="the model does not know: maybe"):
         surgery.evaluate(tmp_path / "merged", tmp_path / "yes.tsv")

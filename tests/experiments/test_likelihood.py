@@ -160,6 +160,11 @@ def test_what_is_written_is_the_same_in_any_batch() -> None:
     prompts = ["the", "what is the answer of a question", "Answer: of"]
     alone = [written(causal(), pieces(), [prompt], True, 6, 1)[0] for prompt in prompts]
     assert written(causal(), pieces(), prompts, True, 6, 3) == alone and len(set(alone)) == 3
+    prefers = deepcopy(causal())
+    prefers.generation_config.update(repetition_penalty=9.0, suppress_tokens=pieces()("".join(alone))["input_ids"])
+    said = prefers.generation_config.to_dict()
+    assert written(prefers, pieces(), prompts, True, 6, 3) == alone  # still the likeliest
+    assert prefers.generation_config.to_dict() == said
 
 
 def test_an_answer_is_right_by_its_last_number(monkeypatch) -> None:

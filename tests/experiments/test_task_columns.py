@@ -137,6 +137,7 @@ def test_columns_that_are_no_task_are_told(rows: list, options: dict, said: str,
 
 @pytest.mark.parametrize(("text", "number"), [
     ("so 3 + 4 = 7", "7"), ("it is $1,234.50.", "1234.5"), ("5 #### 42", "42"), ("#### 42 apples of 3", "42"),
-    ("from -3", "-3"), ("between 3-4", "4"), ("1,2", "2"), ("none", None), ("7 #### none", None)])
+    ("from -3", "-3"), ("between 3-4", "4"), ("1,2", "2"), ("none", None), ("7 #### none", None),
+    ("it is .75", "0.75"), ("-.5.", "-0.5"), ("1.5.", "1.5"), ("see 3. Then", "3")])
 def test_the_last_number_of_a_text(text: str, number: str | None) -> None:
     assert last_number(text) == (None if number is None else Decimal(number))

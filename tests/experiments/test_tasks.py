@@ -1,5 +1,6 @@
 """Text tasks: what is read of a file, how it is cut, scores, and the models that are trained on it."""
 
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +10,10 @@ import torch
 from small_text import words
 
 import surgery
+from surgery.experiments.evaluation import Scoring, evaluate
 from surgery.experiments.metrics import of_outputs
 from surgery.experiments.text_tasks import Task, read
-from surgery.experiments.training import Setting, outputs, train, with_head
+from surgery.experiments.training import Setting, lesson_of, outputs, train, with_head
 from surgery.extras import need
 from surgery.models.demo import load_demo
 from surgery.models.loading import load_with_head, place, skeleton, tokenizer
@@ -173,6 +175,31 @@ def test_outputs_are_in_the_order_of_the_texts() -> None:
     task = Task("t", ("a b c d e f", "a", "b c d"), (0.5, 1.5, 2.5))
     each = [outputs(model, words(), task.taken([i])) for i in range(3)]
     np.testing.assert_allclose(outputs(model, words(), task), np.concatenate(each), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("said", "side"), [(None, "right"), (0, "left"), (7, "right")])
+def test_outputs_do_not_depend_on_what_pads(said: int | None, side: str) -> None:
+    """The model's configuration names no padding token, or another one; positions are counted from the left."""
+    model, letters = load_with_head("demo:gpt2", 2, pad_token_id=said), deepcopy(words())
+    letters.padding_side = side
+    with torch.no_grad():  # the head at the last token of each text, which is alone
+        states = [model.transformer(torch.tensor([letters(text)["input_ids"]]))[0][0, -1] for text in VOWELS.texts[:8]]
+        wanted = model.score(torch.stack(states)).numpy()
+    np.testing.assert_allclose(outputs(model, letters, VOWELS.taken(range(8))), wanted, rtol=1e-4, atol=1e-6)
+    assert model.config.pad_token_id == said
+    lesson = lesson_of(model, letters, VOWELS, Setting())
+    batch = lesson.collator([dict(item) for item in lesson.items[:8]])
+    with torch.no_grad():
+        np.testing.assert_allclose(model(**batch).logits.numpy(), wanted, rtol=1e-4, atol=1e-6)
+    assert batch["labels"].tolist() == [0, 1] * 4
+
+
+def test_texts_that_are_cut_are_counted() -> None:
+    model = load_with_head("demo:bert", 2, **VOWELS.head)
+    assert evaluate(model, VOWELS, words=words(), scoring=Scoring(length=3)).cut == 8  # of 4 letters
+    assert evaluate(model, VOWELS, words=words(), scoring=Scoring(length=4)).cut == 0
+    pairs = Task("pairs", ("a b", "a"), (0.0, 1.0), ("no", "yes"), ("c d", "c"))
+    assert lesson_of(model, words(), pairs, Setting(length=3)).cut == 1
 
 
 def test_numbers_are_regressed_on() -> None:

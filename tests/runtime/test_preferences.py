@@ -34,6 +34,25 @@ def test_a_reference_is_the_base_model_and_holds_nothing():
     assert all(p.grad is not None for p in surgeon.parameters())
 
 
+def test_a_reference_has_a_mode_of_its_own():
+    """Its numbers are those of the model in evaluation, while the model itself trains with dropout."""
+    model = load_demo("gpt2")
+    batch = demo_inputs(model)
+    with torch.no_grad():
+        base = model.eval()(**batch).logits
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+    reference = perturbed(model, surgery.load("lora").retarget("**.c_fc")).reference()
+    model.train()
+    model.lm_head.eval()
+    modes = [part.training for part in model.modules()]
+    with torch.no_grad():
+        assert torch.equal(reference(**batch).logits, base) and torch.equal(reference.eval()(**batch).logits, base)
+        assert not torch.equal(reference.train()(**batch).logits, base)
+    assert [part.training for part in model.modules()] == modes
+
+
 def words() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
