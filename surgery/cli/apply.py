@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +28,12 @@ from surgery.cli.output import Output
 from surgery.cli.training_options import COUNT, READ, given
 from surgery.text import counted
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from surgery.experiments.tasks import AnyTask
+    from surgery.runtime.surgeon import Surgeon
+
 _LARGEST_SEED = (1 << 64) - 1  # that torch takes
 
 
@@ -46,8 +54,9 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged. A spec whose
     parameters start at what data gives (`surgery specs` says which) needs --data.
     """
-    from surgery.models.loading import preprocessors, revised
-    from surgery.runtime.save import MODEL, save_merged
+    from surgery.experiments.tasks import read_task
+    from surgery.models.loading import revised
+    from surgery.runtime.save import MODEL
     from surgery.runtime.saved_format import ADAPTER
     from surgery.runtime.surgeon import apply as operate
 
@@ -60,24 +69,13 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     subject = loaded(output, model, dtype)
     measured = None
     if data is not None:
-        from surgery.experiments.evaluation import refuse_unfit
-        from surgery.experiments.tasks import read_task
-        from surgery.experiments.training import Setting, batches
-        from surgery.models.loading import tokenizer
-
         task = read_task(data, kind, label=label, threshold=threshold)
-        refuse_unfit(subject, task)
-        setting = Setting(batch=8, length=512)
-        measured = batches(subject, tokenizer(model, output.trust), task, setting, **given({"count": count}))
+        measured = _batches(output, subject, model, task, count)
     with output.busy("operating"):
         surgeon = operate(subject, asked, seed=seed, strict=strict, data=measured)
     output.diagnostics(surgeon.plan.warnings)
     if out is not None:
-        with output.busy(f"saving {out}"):
-            if merge:
-                save_merged(surgeon, out, preprocessors(model, output.trust), force)
-            else:
-                surgeon.save(out, base_model=model, force=force, self_contained=self_contained)
+        _save(output, surgeon, out, model, merge, force, self_contained)
     report = surgeon.report()
     output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{report}\n"
                f"start     {surgeon.proof}")
@@ -88,3 +86,27 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
         output.say(f"saved     {out}\nnext      {following}")
     output.data(source=spec, model=model, out=out, merged=merge, seed=seed, logits_change=surgeon.proof.start,
                 **report.to_json())
+
+
+def _batches(output: Output, subject: PreTrainedModel, model: str, task: AnyTask, count: int | None) -> Iterable[Any]:
+    """What starts that data gives are measured on: `count` batches of a task."""
+    from surgery.experiments.evaluation import refuse_unfit
+    from surgery.experiments.training import Setting, batches
+    from surgery.models.loading import tokenizer
+
+    refuse_unfit(subject, task)
+    setting = Setting(batch=8, length=512)
+    return batches(subject, tokenizer(model, output.trust), task, setting, **given({"count": count}))
+
+
+def _save(output: Output, surgeon: Surgeon, out: str, model: str, merge: bool, force: bool,
+          self_contained: bool) -> None:
+    """Write the adapter, or the merged model with the tokenizer and the like of `model`."""
+    from surgery.models.loading import preprocessors
+    from surgery.runtime.save import save_merged
+
+    with output.busy(f"saving {out}"):
+        if merge:
+            save_merged(surgeon, out, preprocessors(model, output.trust), force)
+        else:
+            surgeon.save(out, base_model=model, force=force, self_contained=self_contained)

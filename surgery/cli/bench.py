@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +44,7 @@ if TYPE_CHECKING:
                       help="Measure the device itself, in a second: programs are then chosen by its own numbers."),
          sets, targets, example="surgery bench lora dora sora --model demo:llama-bench --against peft")
 def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tuple[int, int], against: str | None,
-          merged: bool, data: str | None,
-          compiled: bool, device: str, dtype: str | None, repeat: int, count: bool,
+          merged: bool, data: str | None, compiled: bool, device: str, dtype: str | None, repeat: int, count: bool,
           calibrate: bool, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
     """Measure what specs cost.
 
@@ -57,8 +58,6 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
         return _calibrate(output, _device(device))
     if not specs or not model:
         raise click.UsageError("Missing argument 'SPEC...'." if not specs else "Missing option '--model'.")
-    import torch
-
     from surgery.experiments.bench import Bench, batches_of
     from surgery.models.loading import tokenizer
 
@@ -67,7 +66,7 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
 
         need("peft", "peft", "--against peft")
     named = opened_together(specs, sets, targets)
-    try:
+    with _in_memory_of(device):
         subject = loaded(output, model, dtype).to(_device("cpu" if count else device))
         with output.busy("operating"):
             read = batches_of(subject, tokenizer(model, output.trust), data, tokens, repeat) if data else []
@@ -83,8 +82,16 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
                     say(what)
         finally:  # whatever stops the rounds, those that are done are shown
             _show(output, ready, model, tokens, data)
+
+
+@contextmanager
+def _in_memory_of(device: str) -> Iterator[None]:
+    """A device that is too small is the user's to know, not our mistake. Raises: SurgeryError (bad-value)."""
+    import torch
+
+    try:
+        yield
     except torch.OutOfMemoryError:
-        # A device that is too small is the user's to know, not our mistake.
         raise fail("bad-value", f"this does not fit into the memory of {device}",
                    helps=("fewer --tokens, fewer specs at a time, or a smaller --dtype",)) from None
 

@@ -7,7 +7,7 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from math import prod
 from os import PathLike
@@ -61,20 +61,23 @@ def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bo
         return report.found
     if model is None or report.errors:
         return report.found
+    # what runs dense is told once: on the sizes of the model
+    both = Collector()
+    both.add(*(d for d in report.found if d.code != "fallback"), *_on(model, read))
+    return both.found
+
+
+def _on(model: nn.Module, spec: Spec) -> Sequence[Diagnostic]:
+    """What is wrong with a spec on this model, and what runs dense there."""
     # Imported here: these need torch, which a check of the text alone does without.
     from surgery.planning.compile import compile
     from surgery.planning.figures import Report
 
     try:
-        plan = compile(model, read)
+        plan = compile(model, spec)
     except SurgeryError as error:
-        on_model = error.diagnostics
-    else:
-        on_model = (*plan.warnings, *Report(plan).fallbacks)
-    # what runs dense is told once: on the sizes of the model
-    both = Collector()
-    both.add(*(d for d in report.found if d.code != "fallback"), *on_model)
-    return both.found
+        return error.diagnostics
+    return (*plan.warnings, *Report(plan).fallbacks)
 
 
 def _tried(resolved: ResolvedSpec, prove: bool) -> list[Diagnostic]:

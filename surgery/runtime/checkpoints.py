@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,7 @@ from surgery.language.library import inlined
 from surgery.language.tree import Spec
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.atomic_folders import replacing_file
-from surgery.runtime.operated import Operated
+from surgery.runtime.operated import Operated, operated_class
 from surgery.runtime.remade import departure, digest_of, is_rounding, said_of
 from surgery.runtime.saved_format import CHECKPOINT, FORMAT, META, REMADE, SPEC, TENSORS, WITH_RULES
 from surgery.runtime.sharding import gather_up, is_part, on_first, whole
@@ -146,6 +146,32 @@ class SavesAdapter(Operated):
         if missing and strict:
             raise RuntimeError(f"the state lacks {listed(missing)}")
         return type(loaded)(missing, loaded.unexpected_keys)
+
+
+def have_save_adapters(model: nn.Module) -> list[Any]:
+    """Have the models of transformers that adapters are in, `model` and those within it, save as `SavesAdapter`
+    does; gives these."""
+    # models within the model are saved by themselves too; the root may be an operated layer, which nothing saves so
+    savers = [m for m in model.modules() if hasattr(type(m), "save_pretrained") and not isinstance(m, Operated)]
+    savers = [m for m in savers if any(isinstance(inner, Adapter) for inner in m.modules())]
+    for saver in savers:
+        saver.__class__ = operated_class(type(saver), (), SavesAdapter)
+    return savers
+
+
+def note(savers: Iterable[Any], model: nn.Module, surgery: Surgery) -> None:
+    """Record the surgery of `model` on it and on the models within it."""
+    inner = replace(surgery, names=(), saves_as=f"it is a part of a {type(model).__name__} that was operated on, and "
+                    "attach() takes what was saved of the whole: save that")
+    for saver in savers:
+        saver._surgery = surgery if saver is model else inner
+
+
+def save_adapters_no_more(savers: Iterable[Any]) -> None:
+    """Give models that `have_save_adapters` gave back their own classes."""
+    for saver in savers:
+        saver.__class__ = type(saver).base
+        del saver._surgery
 
 
 def said_in(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ W'.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 from weakref import ref
@@ -206,6 +206,20 @@ def hold_common(root: nn.Module, adapter: Adapter) -> None:
         adapter.add_module(SHARED, adapter.common)
     else:
         root.add_module(SHARED, adapter.common)
+
+
+def uninstall_all(root: nn.Module, pairs: Sequence[tuple[nn.Module, Adapter]]) -> None:
+    """Give operated modules below `root`, each with an adapter of it, their own classes back and drop the adapters and
+    what they share; it need not stand there any more, nor its module below the root."""
+    for module, adapter in pairs:  # what a module has lost is put there, to be taken out like the others
+        module._modules.setdefault(adapter.parameter + SUFFIX, adapter)
+    for module in {id(module): module for module, _ in pairs}.values():
+        if "base" in vars(type(module)):
+            uninstall(module)
+    for module, adapter in pairs:
+        module._modules.pop(adapter.parameter + SUFFIX, None)
+        adapter._modules.pop(SHARED, None)
+    root._modules.pop(SHARED, None)
 
 
 def uninstall(module: nn.Module) -> None:

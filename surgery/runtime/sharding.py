@@ -123,6 +123,19 @@ def refuse_divided(module: nn.Module, name: str, *tensors: Any, shape: tuple[int
                    helps=_UNDIVIDED)
 
 
+_UNSHARDED = {"merge_and_remove": "merge(), and save_merged(surgeon, folder) writes the plain model",
+              "prove": "prove() before sharding it", "serving": "merge() it, or attach what was saved to a whole model",
+              "remove": "disabled() is the base model; save() writes the adapter, and a whole model takes it"}
+
+
+def refuse_parts(part: Tensor | None, verb: str) -> None:
+    """`part`: a sharded tensor of a surgery, if there is one. Raises: SurgeryError (unsupported-module) for what a
+    surgeon does not do to a sharded model."""
+    if part is not None:
+        raise fail("unsupported-module", f"{verb}() is for a model that this process holds as a whole, and this one is "
+                   "sharded", helps=(_UNSHARDED[verb],))
+
+
 def refuse_unshared(tensors: Mapping[str, Tensor], beside: Iterable[Tensor | None] = ()) -> None:
     """Raises: SurgeryError (unsupported-module) where some tensors, or those that stand `beside` them, are sharded and
     others that train are not: their gradients are averaged by nothing, and each process would train values of its

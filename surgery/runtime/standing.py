@@ -6,16 +6,17 @@ Promises: the model is only looked at; names are looked up in the model as it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from surgery.diagnostics import SurgeryError, fail
 from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.wrappers import named_modules, own_parameter, submodule
 from surgery.planning.compile import Placed, Plan
 from surgery.runtime.adapter import Adapter
+from surgery.text import listed
 
 _SHOWN = 8
 
@@ -95,3 +96,26 @@ def changed(faults: Mapping[str, str], *helps: str) -> SurgeryError:
     more = [f"and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else []
     return fail("changed-model", f"the model was changed after it was operated on: {first}",
                 notes=(*rest[:_SHOWN], *more), helps=helps)
+
+
+def refuse_empty(spots: Iterable[Spot]) -> None:
+    """Raises: SurgeryError (unsupported-module) for weights that have no numbers yet: what starts from a tensor on the
+    meta device, and what is put beside one, would be NaN later."""
+    empty = [spot.name for spot in spots if (spot.placed.site.is_meta if spot.placed else spot.present.is_meta)]
+    if empty:
+        raise fail("unsupported-module", f"{listed(empty)} {'have' if len(empty) > 1 else 'has'} no numbers yet "
+                   "(the meta device)",
+                   helps=("load the weights first, without offloading them; `surgery.plan` needs none",))
+
+
+def refuse_offloaded(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raises: SurgeryError (unsupported-module) for tensors whose numbers are kept elsewhere: what is written into the
+    ones that stand here is lost."""
+    away = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if away:
+        offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+        why, back = (("accelerate keeps them elsewhere (offloading)",
+                      "accelerate.hooks.remove_hook_from_submodules(model) brings them back") if offloaded else
+                     ("on the meta device tensors have none", "bring the weights back first"))
+        raise fail("unsupported-module", f"{listed(away)} {'have' if len(away) > 1 else 'has'} no numbers here: {why}",
+                   helps=(back,))

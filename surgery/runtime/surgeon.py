@@ -19,24 +19,20 @@ import torch.nn as nn
 
 from surgery.diagnostics import Collector, fail
 from surgery.language.tree import Spec
-from surgery.layers.opaque_linear import SUFFIX
 from surgery.layers.wrappers import bare, own_parameter
 from surgery.planning.compile import Placed, Plan, compile
 from surgery.planning.figures import Report
 from surgery.planning.fitness import dense_copies, unfit
-from surgery.planning.initial_values import (
-    Shared,
-    tensors,
-)
+from surgery.planning.initial_values import Shared, tensors
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.calibration import Loss, of_data
-from surgery.runtime.checkpoints import SavesAdapter, Surgery
+from surgery.runtime.checkpoints import Surgery, have_save_adapters, note, save_adapters_no_more
 from surgery.runtime.fingerprint import fingerprints
 from surgery.runtime.hub import push
 from surgery.runtime.identity_check import assert_identity
 from surgery.runtime.kept_weights import Kept, with_merged
 from surgery.runtime.merge import refuse_called
-from surgery.runtime.operated import Operated, hold_common, install, operated_class, uninstall
+from surgery.runtime.operated import hold_common, install, uninstall_all
 from surgery.runtime.optimiser_groups import parameter_groups
 from surgery.runtime.proof import Proof, Subject
 from surgery.runtime.reference import Reference
@@ -50,14 +46,15 @@ from surgery.runtime.sharding import (
     is_part,
     joined,
     refuse_flattened,
+    refuse_parts,
     refuse_replicated,
     refuse_sharded,
     refuse_unseen,
     refuse_unshared,
     whole,
 )
-from surgery.runtime.standing import Spot, Standing, changed
-from surgery.runtime.step_tensors import SHARED, SharedTensors
+from surgery.runtime.standing import Spot, Standing, changed, refuse_empty, refuse_offloaded
+from surgery.runtime.step_tensors import SharedTensors
 from surgery.runtime.tensor_names import TensorNames
 from surgery.runtime.transaction import Scope, all_or_nothing, put
 from surgery.text import listed
@@ -65,9 +62,6 @@ from surgery.text import listed
 _MODES = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
 _WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first",
              "base": "leave the block of disabled() first", "removed": "apply the spec again, or attach what was saved"}
-_UNSHARDED = {"merge_and_remove": "merge(), and save_merged(surgeon, folder) writes the plain model",
-              "prove": "prove() before sharding it", "serving": "merge() it, or attach what was saved to a whole model",
-              "remove": "disabled() is the base model; save() writes the adapter, and a whole model takes it"}
 _REST = "remove(partly=True) gives back what still stands; then apply the spec to the model as it is now"
 
 
@@ -215,12 +209,7 @@ class Surgeon:
         trained = {id(p) for p in self.named_tensors().values()} - frozen
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in trained)
-        # models within the model are saved by themselves too; the root may be an operated layer, which nothing saves so
-        savers = [m for m in self.model.modules()
-                  if hasattr(type(m), "save_pretrained") and not isinstance(m, Operated)]
-        self._savers = [m for m in savers if any(isinstance(inner, Adapter) for inner in m.modules())]
-        for model in self._savers:
-            model.__class__ = operated_class(type(model), (), SavesAdapter)
+        self._savers = have_save_adapters(self.model)
         self._mode, self._is_on = "operated", True
         self.base = fingerprints(self.plan.placed)
         self._objects = {name: ref(tensor) for name, tensor in self._written.items()}
@@ -248,7 +237,7 @@ class Surgeon:
         Cost: five forward passes and one backward pass, and a second copy of the operated weights meanwhile.
         Raises: SurgeryError (dead-adapter; bad-value where no batch is given and none can be made up)."""
         self._must_be("operated", "prove")
-        self._refuse_parts("prove")
+        refuse_parts(self.part, "prove")
         self._assert_standing()
         return self._subject().prove(example, starts=False, in_full=True)
 
@@ -258,13 +247,7 @@ class Surgeon:
     def assert_operable(self) -> None:
         """Raises: SurgeryError (changed-model, unsupported-module), where adapters cannot be put in now."""
         self._assert_standing()
-        # what starts from a tensor on the meta device, and what is put beside one, would be NaN later
-        empty = [spot.name for spot in self._spots.values()
-                 if (spot.placed.site.is_meta if spot.placed else spot.present.is_meta)]
-        if empty:
-            raise fail("unsupported-module", f"{listed(empty)} {'have' if len(empty) > 1 else 'has'} no numbers yet "
-                       "(the meta device)",
-                       helps=("load the weights first, without offloading them; `surgery.plan` needs none",))
+        refuse_empty(self._spots.values())
         refuse_replicated(self._given)
         refuse_sharded(self._given)
 
@@ -280,12 +263,6 @@ class Surgeon:
         gather_up(self.model)
         held = (*self.named_tensors().values(), *(spot.tensor for spot in self._spots.values()))
         return next(filter(is_part, held), None)
-
-    def _refuse_parts(self, verb: str) -> None:
-        """Raises: SurgeryError (unsupported-module) for what is not done to a sharded model."""
-        if self.part is not None:
-            raise fail("unsupported-module", f"{verb}() is for a model that this process holds as a whole, and this "
-                       "one is sharded", helps=(_UNSHARDED[verb],))
 
     def __repr__(self) -> str:
         model, summary = type(self.model).__name__, Report(self.plan, self.dtype).summary
@@ -408,8 +385,8 @@ class Surgeon:
         Raises: SurgeryError (wrong-mode), in training mode or at `train()`; (changed-tensor), if a tensor that was
         computed from is another one bit for bit: at the next forward pass where torch tells, and at the end always.
         """
-        self._refuse_parts("serving")
-        self._refuse_offloaded()
+        refuse_parts(self.part, "serving")
+        refuse_offloaded(self.model, self._written)
         if any(placed.site.module.training for placed in self.plan.placed):
             raise fail("wrong-mode", "this model is in training mode, and serving() is for one that is evaluated",
                        helps=("call model.eval() first",))
@@ -453,12 +430,12 @@ class Surgeon:
         """
         if self._mode == "removed":
             return self._given
-        self._refuse_parts("remove")
+        refuse_parts(self.part, "remove")
         lost = self._standing.faults(operated=True)
         if lost and not partly:
             raise changed(lost, _REST)
         if self._kept or self._tied:
-            self._refuse_offloaded()
+            refuse_offloaded(self.model, self._written)
         self._switch("base", lost)
         for name, tied in self._tied.items():
             spot = self._spots[name]
@@ -476,7 +453,7 @@ class Surgeon:
 
         Memory: as `merge`; what it kept is let go. Raises: SurgeryError (merge-error), and then nothing is merged.
         """
-        self._refuse_parts("merge_and_remove")
+        refuse_parts(self.part, "merge_and_remove")
         if self._mode != "merged":
             self.merge()
         self._assert_standing()
@@ -488,18 +465,8 @@ class Surgeon:
 
     def _take_out(self) -> nn.Module:
         """The adapters out, whatever numbers stand in the model."""
-        for placed in self.plan.placed:  # what a module has lost is put there, to be taken out like the others
-            placed.site.module._modules.setdefault(placed.site.parameter + SUFFIX, self.adapters[placed.site.name])
-        for module in {id(p.site.module): p.site.module for p in self.plan.placed}.values():
-            if "base" in vars(type(module)):
-                uninstall(module)
-        for placed in self.plan.placed:
-            placed.site.module._modules.pop(placed.site.parameter + SUFFIX, None)
-            self.adapters[placed.site.name]._modules.pop(SHARED, None)
-        self.model._modules.pop(SHARED, None)
-        for model in self._savers:
-            model.__class__ = type(model).base
-            del model._surgery
+        uninstall_all(self.model, [(p.site.module, self.adapters[p.site.name]) for p in self.plan.placed])
+        save_adapters_no_more(self._savers)
         for module, flags in self._required:
             for name, flag in flags.items():
                 if (parameter := module._parameters.get(name)) is not None:
@@ -537,22 +504,10 @@ class Surgeon:
         if self._is_on:
             refuse_unshared(self._written)
             if reads:
-                self._refuse_offloaded()
+                refuse_offloaded(self.model, self._written)
         lost = self._standing.faults(self._is_on) if self._mode != "removed" else {}
         if lost:
             raise changed(lost, _REST if self._is_on else "apply the spec to the model as it is now")
-
-    def _refuse_offloaded(self) -> None:
-        """Raises: SurgeryError (unsupported-module) for tensors whose numbers are kept elsewhere: what is written into
-        the ones that stand here is lost."""
-        away = [name for name, tensor in self._written.items() if tensor.is_meta]
-        if away:
-            offloaded = any(hasattr(module, "_hf_hook") for module in self.model.modules())
-            why, back = (("accelerate keeps them elsewhere (offloading)",
-                          "accelerate.hooks.remove_hook_from_submodules(model) brings them back") if offloaded else
-                         ("on the meta device tensors have none", "bring the weights back first"))
-            raise fail("unsupported-module", f"{listed(away)} {'have' if len(away) > 1 else 'has'} no numbers here: "
-                       f"{why}", helps=(back,))
 
     @all_or_nothing
     def _enter(self, mode: str) -> None:
@@ -573,11 +528,7 @@ class Surgeon:
 
     def _note(self) -> None:
         """Record the surgery and its mode on the model and on those within it, for `save_pretrained`."""
-        own = replace(self.record, mode=self._mode)
-        inner = replace(own, names=(), saves_as=f"it is a part of a {type(self.model).__name__} that was operated on, "
-                        "and attach() takes what was saved of the whole: save that")
-        for model in self._savers:
-            model._surgery = own if model is self.model else inner
+        note(self._savers, self.model, replace(self.record, mode=self._mode))
 
     @property
     def record(self) -> Surgery:

@@ -135,6 +135,7 @@ def test_an_error_on_the_way_takes_everything_back(monkeypatch):
     """Whatever fails in the middle: the third adapter that is put in, or taken out."""
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
     start = looks(model)
+    from surgery.runtime import operated
     from surgery.runtime import surgeon as module
 
     def failing(what: Callable) -> Callable:
@@ -155,7 +156,7 @@ def test_an_error_on_the_way_takes_everything_back(monkeypatch):
     surgeon.merge()
     merged = looks(model)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(module, "uninstall", failing(module.uninstall))
+        patch.setattr(operated, "uninstall", failing(operated.uninstall))
         surgeon.remove()
     assert looks(model) == merged and surgeon.merged
     surgeon.remove()
