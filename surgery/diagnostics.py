@@ -75,6 +75,7 @@ CODES: dict[str, str] = {
     "too-large": "a formula takes more operations one after the other than can be worked with",
     "bad-value": "a value given from outside is not usable",
     "bad-data": "a file of labelled texts does not say what a task needs",
+    "lost-run": "a process that trained for a comparison ended before its run did",
     "missing-extra": "what is asked for needs a package that an extra of the installation brings",
     "fallback": "a formula has no cheap program and runs dense",
     "dense-copy": "a formula reads every number of a weight that is not stored plainly, so that a dense copy is kept",

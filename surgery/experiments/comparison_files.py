@@ -21,6 +21,7 @@ from surgery.files import read_json
 from surgery.runtime.atomic_folders import replacing_file
 
 FORMAT = "2.0"
+RUNS, STEPS = "runs", "steps.json"  # in the folder of a comparison
 MEAN = "mean"  # of the tests, where there are several
 LOWER = ("mse", "loss", "perplexity")  # scores of which less is better
 T = TypeVar("T")

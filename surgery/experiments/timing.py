@@ -20,6 +20,12 @@ from torch.utils._pytree import tree_leaves
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
+def training_device() -> torch.device:
+    """Where the Trainer trains: the accelerator, where one is."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
     """How long one call takes, until the device is done."""
     _wait(device)  # a device works on what earlier calls asked for

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from surgery.diagnostics import fail
 from surgery.experiments.prompts import PROMPT, collated, learned
 from surgery.experiments.tasks import AnyTask
 from surgery.experiments.text_tasks import Task
+from surgery.experiments.timing import training_device
 from surgery.extras import need
 from surgery.language.json_fields import Pattern
 from surgery.language.tree import Spec, Train
@@ -167,23 +168,30 @@ def trainer_of(model: PreTrainedModel, lesson: Lesson, arguments: Any, kind: Any
     return trainer
 
 
+class OneDevice(TrainingArguments):
+    """Arguments of a process that trains on one device. By itself the Trainer would have each of a machine's GPUs learn
+    a batch in every step, and so learn other steps than the setting says."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(1, super().n_gpu)
+
+
 def arguments(folder: str, setting: Setting, **more: Any) -> Any:
     """A setting as the Trainer has it; nothing is saved or reported unless `more` says so."""
-    from transformers import TrainingArguments
-
     # Items of like length in a batch waste little on padding. Where no GPU is, pinned memory only warns.
     asked = {
         "learning_rate": setting.lr, "num_train_epochs": setting.epochs, "max_steps": setting.steps or -1,
         "per_device_train_batch_size": setting.batch, "gradient_accumulation_steps": setting.accumulate,
         "lr_scheduler_type": SCHEDULES[setting.schedule], "warmup_steps": setting.warmup,
         "weight_decay": setting.weight_decay, "bf16": setting.bf16, "seed": setting.seed,
-        "use_cpu": not torch.accelerator.is_available(), "train_sampling_strategy": "group_by_length",
+        "use_cpu": training_device().type == "cpu", "train_sampling_strategy": "group_by_length",
         "save_strategy": "no", "report_to": "none", "logging_steps": 50, "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available()}
     if setting.checkpointing:  # which has another name from some version on
         name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
         asked |= {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(folder, **{**asked, **more})
+    return OneDevice(folder, **{**asked, **more})
 
 
 def encoded(task: Task, tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from small_text import questions, save_causal, save_model, texts, words
+from small_text import Deadly, questions, save_causal, save_model, texts, words
+from transformers import TrainingArguments
 
 import surgery
 from surgery.cli.compare import RATES, _by_method, _methods, _swept
@@ -18,6 +19,7 @@ from surgery.experiments.comparison_files import place_of
 from surgery.experiments.comparison_table import rows
 from surgery.experiments.fine_tuning import Data, Training
 from surgery.experiments.text_tasks import Task
+from surgery.experiments.training import arguments
 from surgery.models.loading import load_with_head
 
 pytestmark = pytest.mark.usefixtures("trainer")
@@ -179,6 +181,48 @@ def test_a_causal_model_learns_on_one_file_and_is_scored_on_others(tmp_path: Pat
         comparison_of({}, str(tmp_path / "model"), Data(tests[0], None, (tests[0], tests[0])))
 
 
+# ---------------------------------------------------------------------------------------------------------- devices
+
+
+def test_several_devices_give_what_one_does_and_a_lost_worker_loses_its_run_alone(model: str, tmp_path: Path) -> None:
+    few = surgery.parse('spec few\ntarget linear "**.query" { add low_rank(2) }')
+    whole = comparison_of({"full": None, "few": few}, model, Data(written(tmp_path)), rates=(1e-3,), seeds=2,
+                          how=Training(epochs=1, batch=8, length=16))
+    alone = [(run.asked, run.tests, run.update, run.layers) for run in whole.runs(tmp_path / "one")]
+    (tmp_path / "once").touch()
+    with pytest.raises(surgery.SurgeryError, match="1 run came to no end") as caught:
+        replace(whole, load=Deadly(whole.load, tmp_path / "once")).runs(tmp_path / "two", devices=["cpu", "cpu"])
+    said, = caught.value.diagnostics
+    assert said.code == "lost-run" and len(list((tmp_path / "two/runs").iterdir())) == 3
+    assert len(said.notes) == 1 and said.notes[0].endswith("on cpu: its process ended with signal SIGKILL")
+    told: list[bool] = []
+    runs = whole.runs(tmp_path / "two", ended=lambda what, run, is_new: told.append(is_new))
+    assert [(run.asked, run.tests, run.update, run.layers) for run in runs] == alone and told == [False] * 3 + [True]
+
+
+def test_what_is_refused_in_a_worker_is_told(model: str, tmp_path: Path) -> None:
+    none = surgery.parse('spec none\ntarget linear "x" { add low_rank() }')
+    whole = comparison_of({"none": none}, model, Data(written(tmp_path)), rates=(1e-3,), seeds=1)
+    with pytest.raises(surgery.SurgeryError, match='were not taken, on cpu: .* status 1: pattern "x" matches no linear'):
+        whole.steps(tmp_path / "out", devices=["cpu"])
+
+
+def test_a_step_learns_one_batch_however_many_gpus_there_are(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    asked = arguments(str(tmp_path), Training(batch=8))
+    assert (asked.train_batch_size, asked.eval_batch_size) == (8, asked.per_device_eval_batch_size)
+
+
+def test_steps_are_timed_where_models_train(model: str, monkeypatch) -> None:
+    seen = {}
+    monkeypatch.setattr(comparison_module, "side_by_side", lambda models, batch: seen.update(models, batch=batch) or {})
+    monkeypatch.setattr(comparison_module, "training_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(comparison_module, "operated", lambda *about: None)  # which reads weights
+    comparison(model, "full", "lora").time()
+    assert {each.device.type for each in seen["full"].parameters()} == {"meta"}
+    assert {each.device.type for each in (*seen["lora"].parameters(), *seen["batch"].values())} == {"meta"}
+
+
 # ---------------------------------------------------------------------------------------------------------- command
 
 
@@ -253,6 +297,7 @@ def test_numbers_are_compared_by_rank_correlation(model: str, tmp_path: Path) ->
     (("lora", "--against", "dora"), 2, "--against dora is none of full, lora"),
     (("oft", "--set", "block=5"), 1, "not-divisible"),
     (("lora", "--threshold", "0"), 2, "bad-data"),
+    (("lora", "--devices", "cpu,cuda:9"), 1, "there is no device `cuda:9` to train on"),
     (("lora", "--epochs", "-1"), 2, "-1"),
 ])
 def test_what_is_wrong_is_said_before_any_training(words: tuple, status: int, said: str, model: str,
