@@ -131,7 +131,11 @@ def test_relative_imports_are_not_used() -> None:
 WITHOUT_TORCH = ["--help", "apply --help", "--version", "specs", "fmt lora.surg", "show sora",
                  "show sora --emit python", "show sora --emit ir",
                  "show sora --emit lowered", "show sora --program", "check lora", "check lora.surg --json",
-                 "check --explain overlap", "check broken.surg", "diff lora dora", "init mine --from lora"]
+                 "check --explain overlap", "check broken.surg", "diff lora dora", "init mine --from lora",
+                 # a mistake in a spec is told before a model is thought of
+                 "plan broken.surg demo:llama", "apply broken.surg demo:llama -o out",
+                 "train broken.surg demo:llama --data a.csv -o out",
+                 "bench lora broken.surg --model demo:llama", "compare broken.surg --model demo:llama --data a.csv"]
 
 
 # Each command runs in a fork of a process that has read a spec, which takes longer than most of them.

@@ -11,11 +11,11 @@ import click
 
 from surgery.cli.model_options import free, loaded
 from surgery.cli.options import (
+    checked,
     command,
     dtype_option,
     force_option,
     model_argument,
-    opened,
     revision_option,
     self_contained_option,
     sets,
@@ -54,6 +54,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     The model is loaded with its weights, operated on as SPEC says, and checked to start unchanged. A spec whose
     parameters start at what data gives (`surgery specs` says which) needs --data.
     """
+    asked = checked(spec, sets, targets)
     from surgery.experiments.tasks import read_task
     from surgery.models.loading import revised
     from surgery.runtime.save import MODEL
@@ -64,7 +65,6 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
         raise click.UsageError("--merge needs -o DIR.")
     if out is not None:  # refused now, since loading may take minutes
         free(out, force, MODEL if merge else ADAPTER)
-    asked = opened(spec, sets, targets)
     model = revised(model, output.revision)
     subject = loaded(output, model, dtype)
     measured = None

@@ -58,6 +58,7 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
         return _calibrate(output, _device(device))
     if not specs or not model:
         raise click.UsageError("Missing argument 'SPEC...'." if not specs else "Missing option '--model'.")
+    named = opened_together(specs, sets, targets)
     from surgery.experiments.bench import Bench, batches_of
     from surgery.models.loading import tokenizer
 
@@ -65,7 +66,6 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
         from surgery.extras import need
 
         need("peft", "peft", "--against peft")
-    named = opened_together(specs, sets, targets)
     with _in_memory_of(device):
         subject = loaded(output, model, dtype).to(_device("cpu" if count else device))
         with output.busy("operating"):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 RATES = (1e-4, 3e-4, 1e-3)
 TABLE, PLOT, SPECTRA = "comparison.json", "comparison.svg", "spectra.svg"
+FULL = "full"  # full fine-tuning, among the specs
 _BEYOND = {"top": "higher", "bottom": "lower"}
 
 
@@ -105,6 +106,9 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: 
     as for `surgery train`. Runs that DIR holds are not done again. --set goes to every spec that has such a parameter.
     The spectra of every update are kept, and the time of a step is taken at the end, all methods taking turns.
     """
+    methods = _methods(specs if no_full else ("full", *specs), sets, targets)
+    if against is not None and against not in methods:
+        raise click.UsageError(f"--against {against} is none of {', '.join(methods)}.")
     from surgery.experiments.comparison import comparison_of
     from surgery.experiments.comparison_workers import refuse_unknown
     from surgery.experiments.fine_tuning import Data, Training
@@ -117,9 +121,6 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: 
     need("matplotlib", "plot", "the plot")
     refuse_file(Path(out) / TABLE)
     refuse_unknown(devices)
-    methods = _methods(specs if no_full else ("full", *specs), sets, targets)
-    if against is not None and against not in methods:
-        raise click.UsageError(f"--against {against} is none of {', '.join(methods)}.")
     tried, setting = _by_method(rates, methods), Training(**given(how), rates=dict(parameter_rates))
     with output.busy(f"loading {model}"):
         quiet_libraries(bars=False)
@@ -135,8 +136,6 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: 
 
 def _methods(specs: Sequence[str], sets: Sequence[str], targets: Sequence[str]) -> dict[str, Spec | None]:
     """The specs by their names; full fine-tuning, if asked for, first. Raises: SurgeryError."""
-    from surgery.experiments.comparison import FULL
-
     named = opened_together([spec for spec in specs if spec != FULL], sets, targets)
     full: dict[str, Spec | None] = {FULL: None} if FULL in specs else {}
     # a user's file full.surg must not be taken for full fine-tuning, whose runs lie under `full`

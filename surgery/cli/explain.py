@@ -25,10 +25,10 @@ def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, .
 
     Gives the line of SPEC that takes the module NAME of MODEL, or the reason why none does.
     """
+    asked = opened(spec, sets, targets)
     from surgery.language.library import library
     from surgery.matching.selection import select
 
-    asked = opened(spec, sets, targets)
     selection = select(skeleton_of(output, model), asked, library(asked).selects)
     text = selection.explain(name)
     output.say(text)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from surgery.cli.options import (
+    checked,
     command,
     model_argument,
-    opened,
     revision_option,
     sets,
     skeleton_of,
@@ -25,10 +25,11 @@ def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: 
 
     Modules, parameters and memory, from the model's configuration alone: no weight is read.
     """
+    asked = checked(spec, sets, targets)
+    skeleton = skeleton_of(output, model)
     from surgery.planning.compile import compile
     from surgery.planning.figures import Report
 
-    asked, skeleton = opened(spec, sets, targets), skeleton_of(output, model)
     with output.busy("planning"):
         planned = compile(skeleton, asked, strict)
     output.diagnostics(planned.warnings)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import (
+    checked,
     command,
     dtype_option,
     force_option,
     model_argument,
-    opened,
     self_contained_option,
     sets,
     spec_argument,
@@ -52,13 +52,13 @@ def train(output: Output, spec: str, model: str, out: str, sets: tuple[str, ...]
     {question, choices, answer}, chat messages, {instruction, input, output}, {question, answer}, text. The adapter is
     saved with training.toml, which --config takes to train so again; checkpoints lie in DIR-checkpoints.
     """
+    asked = checked(spec, sets, targets)
     from surgery.experiments.fine_tuning import Data, Training
     from surgery.experiments.fine_tuning import train as fine_tune
     from surgery.models.loading import quiet_libraries
 
     if how["patience"] and dev is None:
         raise click.UsageError("--patience needs --dev FILE.")
-    asked = opened(spec, sets, targets)
     quiet_libraries(output.animated)
     with _watch(output) as watch:
         trained = fine_tune(

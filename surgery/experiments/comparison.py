@@ -60,7 +60,6 @@ from surgery.planning.compile import compile
 from surgery.runtime.surgeon import Surgeon
 from surgery.text import counted
 
-FULL = "full"
 FIGURES = ("entropy", "normalised_entropy", "entropy_by_largest", "stable_rank", "effective_rank", "relative_size",
            "condition_number")
 VALIDATION, TEST = 0.2, 0.2
