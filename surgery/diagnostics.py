@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from surgery.text import plain
 
@@ -90,6 +94,28 @@ _SIMILAR_IF_SHORT = 0.6
 _LONGEST_LINE = 200  # columns of a line of a source that are shown
 _ALLOWED = re.compile(r"#[ \t]*surgery:[ \t]*allow\[([^\]\r\n]*)\]")
 _MEANT = re.compile(r'did you mean (?:`([^`]+)`|("[^"]+")(?: \([^()]*\))?)\?')
+
+
+_severities: ContextVar[Mapping[str, str]] = ContextVar("severities", default=MappingProxyType({}))
+
+
+@contextmanager
+def severities(by_code: Mapping[str, str]) -> Iterator[None]:
+    """Inside, a warning that a `Collector` is given is `off`, a warning or an error, as these say by its code; the
+    stage that finds it stops at such an error as at any other."""
+    token = _severities.set(by_code)
+    try:
+        yield
+    finally:
+        _severities.reset(token)
+
+
+def as_severe(diagnostic: Diagnostic, by_code: Mapping[str, str]) -> Diagnostic | None:
+    """The diagnostic as severe as these say, None for one that is off. An error is always one."""
+    asked = by_code.get(diagnostic.code, "warning")
+    if diagnostic.severity != "warning" or asked == "warning":
+        return diagnostic
+    return None if asked == "off" else replace(diagnostic, severity=asked)
 
 
 @dataclass(frozen=True)
@@ -247,6 +273,12 @@ class SurgeryWarning(UserWarning):
         return self.diagnostic.render()
 
 
+def tell(diagnostics: Iterable[Diagnostic]) -> None:
+    """Give each as a warning of Python's, where a function has no other way to say it."""
+    for each in diagnostics:
+        warnings.warn(SurgeryWarning(each), stacklevel=4)
+
+
 def fail(code: str, message: str, span: Span | None = None, **more) -> SurgeryError:
     """The error of a single diagnostic, to be raised."""
     return SurgeryError([Diagnostic(code, message, span, **more)])
@@ -269,8 +301,10 @@ class Collector:
         self.add(Diagnostic(code, message, span, severity="warning", **more))
 
     def add(self, *diagnostics: Diagnostic) -> None:
-        """Each once, however often it is found: what is counted is what is shown. What a comment allows is none."""
-        self._found |= dict.fromkeys(d for d in diagnostics if not d.is_allowed)
+        """Each once, however often it is found: what is counted is what is shown. What a comment allows, or the
+        project turns off, is none."""
+        kept = (as_severe(d, _severities.get()) for d in diagnostics if not d.is_allowed)
+        self._found |= dict.fromkeys(filter(None, kept))
 
     @property
     def errors(self) -> list[Diagnostic]:

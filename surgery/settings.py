@@ -1,4 +1,4 @@
-"""`surgery.toml`: what a project says once for `surgery check`, `fmt`, `init`, `diff` and for editors.
+"""`surgery.toml`: what a project says once for the command line and for editors.
 
 Takes the folder that one works in; gives `Settings`, those of the nearest file in it or above it. Promises: a key or a
 value that is not known is a diagnostic with its place, and nothing is read that is no regular file.
@@ -15,11 +15,11 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.diagnostics import CODES, Collector, Diagnostic, Source, Span, did_you_mean, fail
+from surgery.diagnostics import CODES, Collector, Diagnostic, Source, Span, as_severe, did_you_mean, fail
 from surgery.files import SPEC_BYTES, read_bytes
 
 FILE = "surgery.toml"
@@ -36,9 +36,7 @@ class Settings:
 
     def applied(self, diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
         """The diagnostics as the project takes them: a warning may be none, or an error. An error is always one."""
-        asked = [(each, self.severity.get(each.code, each.severity) if each.severity == "warning" else each.severity)
-                 for each in diagnostics]
-        return [replace(each, severity=severity) for each, severity in asked if severity != "off"]
+        return [*filter(None, (as_severe(each, self.severity) for each in diagnostics))]
 
 
 def settings(folder: Path | None = None) -> Settings:

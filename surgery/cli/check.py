@@ -39,7 +39,8 @@ if TYPE_CHECKING:
                       help="How to show what is wrong: with the source, a line each, as GitHub's annotations, or as "
                            "one object of SARIF or JSON."),
          click.option("--explain", metavar="CODE", help="The same as `surgery help CODE`."),
-         example="surgery check specs/sora.surg --model demo:llama --set rank=8")
+         example="surgery check specs/sora.surg --model demo:llama --set rank=8",
+         as_project=False)  # it asks itself, again at every change that it sees
 def check(output: Output, specs: tuple[str, ...], model: str | None, sets: tuple[str, ...], strict: bool,
           prove: bool, fix: bool, watch: bool, form: str, explain: str | None) -> None:
     """Check specs, without a model or with one.

@@ -31,7 +31,7 @@ def explain_code(output: Output, code: str) -> None:
 
 @command(click.argument("code", required=False, metavar="[CODE]"),
          click.option("--list", "as_list", is_flag=True, help="List every code with what it means."),
-         example="surgery help shape-mismatch")
+         example="surgery help shape-mismatch", as_project=False)
 def help(output: Output, code: str | None, as_list: bool) -> None:
     """Explain a diagnostic.
 

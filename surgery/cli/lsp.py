@@ -7,7 +7,7 @@ from surgery.cli.output import Output
 from surgery.extras import need
 
 
-@command(example="surgery lsp")
+@command(example="surgery lsp", as_project=False)
 def lsp(output: Output) -> None:
     """Serve editors: a language server over stdin and stdout.
 

@@ -42,7 +42,7 @@ from surgery.cli.show import show
 from surgery.cli.specs import specs
 from surgery.cli.spectrum import spectrum
 from surgery.cli.train import train
-from surgery.diagnostics import SurgeryError, SurgeryWarning
+from surgery.diagnostics import Collector, SurgeryError, SurgeryWarning
 from surgery.text import plain
 
 # Codes of what is wrong with how the program is used, with the world around it or with us, and not with a spec or a
@@ -117,18 +117,22 @@ class Surgery(click.Group):
 
 @contextmanager
 def _told(output: Output) -> Iterator[None]:
-    """Inside, what functions warn of is a diagnostic of the command."""
+    """Inside, what functions warn of is a diagnostic of the command, which ends with status 1 where the project takes
+    one for an error: a warning may come when all is written, and undoes nothing."""
+    report = Collector()
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def shown(message: Warning | str, *about: Any, **more: Any) -> None:
             if isinstance(message, SurgeryWarning):
-                return output.diagnostics([message.diagnostic])
+                report.add(message.diagnostic)
+                return output.diagnostics(report.found)
             show(message, *about, **more)
 
         warnings.simplefilter("always", SurgeryWarning)
         warnings.showwarning = shown
         yield
+    report.raise_errors()
 
 
 @contextmanager

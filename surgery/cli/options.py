@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +82,12 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
 
-def command(*options: Callable, example: str) -> Callable[[Callable], click.Command]:
-    """A command with the shared options; its help ends with an example."""
+def command(*options: Callable, example: str, as_project: bool = True) -> Callable[[Callable], click.Command]:
+    """A command with the shared options; its help ends with an example. `as_project`: warnings are as severe as the
+    nearest `surgery.toml` says."""
 
     def make(function: Callable) -> click.Command:
-        wrapped = common(click.pass_obj(function))
+        wrapped = common(click.pass_obj(_as_project(function) if as_project else function))
         for option in reversed(options):
             wrapped = option(wrapped)
         name = function.__name__.rstrip("_")  # `import_` is named so for Python's sake
@@ -93,6 +95,18 @@ def command(*options: Callable, example: str) -> Callable[[Callable], click.Comm
         return click.command(name, Command, context_settings=HELP, epilog=f"Example:  {example}")(wrapped)
 
     return make
+
+
+def _as_project(function: Callable) -> Callable:
+    @wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        from surgery.diagnostics import severities
+        from surgery.settings import settings
+
+        with severities(settings().severity):
+            return function(*arguments, **options)
+
+    return run
 
 
 class Pair(click.ParamType):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgery.codegen.autograd_node import steps_of
-from surgery.diagnostics import fail
+from surgery.diagnostics import fail, tell
 from surgery.experiments.step_counts import Layers, StepCount, count_step
 from surgery.experiments.tasks import read_task
 from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
@@ -159,6 +159,7 @@ class Bench:
 
     def _contender(self, name: str, spec: Spec) -> Contender:
         plan = compile(self.model, spec)
+        tell(plan.warnings)
         copied = sharing(self.model, plan.train)
         surgeon = self._prepared(copied, spec).operate()
         trained = sum(p.numel() for p in surgeon.parameters())

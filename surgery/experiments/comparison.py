@@ -30,7 +30,7 @@ from surgery.analysis.spectra.curves import distribution
 from surgery.analysis.spectra.summary import Group
 from surgery.analysis.spectra.summary import Row as SpectrumRow
 from surgery.analysis.spectra.updates import of_models
-from surgery.diagnostics import Collector, SurgeryError, fail
+from surgery.diagnostics import Collector, SurgeryError, fail, tell
 from surgery.experiments import comparison_workers as workers
 from surgery.experiments.comparison_files import (
     RUNS,
@@ -157,7 +157,7 @@ class Comparison:
             refuse_unfit(model, task)
         for spec in filter(None, self.specs.values()):
             try:
-                compile(model, whole(spec, model, self.task))
+                tell(compile(model, whole(spec, model, self.task)).warnings)
             except SurgeryError as error:
                 report.add(*error.diagnostics)
         report.raise_errors()

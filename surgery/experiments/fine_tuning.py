@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from surgery.diagnostics import fail
+from surgery.diagnostics import fail, tell
 from surgery.experiments import training_record
 from surgery.experiments.comparison_files import LOWER, digest
 from surgery.experiments.evaluation import Evaluation, Scoring, refuse_unfit, scored
@@ -172,6 +172,7 @@ class _Run:
         for each in (task, *filter(None, [dev]), *tests):
             refuse_unfit(model, each)
         surgeon = operated(model, self.spec, task, self.setting.seed, batches(model, words, task, self.setting))
+        tell(surgeon.plan.warnings)  # now, before hours of training
         before = self._scores(model, words, tests, "before")
         trainer = self._trainer(surgeon, words, task, dev, checkpoints)
         done = trainer.train(resume_from_checkpoint=str(last) if last else None)

@@ -6,7 +6,6 @@ and then the model is left as it is.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
@@ -14,7 +13,7 @@ from os import PathLike
 import torch
 from torch import nn
 
-from surgery.diagnostics import Collector, Diagnostic, SurgeryError, SurgeryWarning
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError, tell
 from surgery.models.loading import base_name, load_with_saved_head
 from surgery.planning.initial_values import follows
 from surgery.runtime.fingerprint import fingerprints
@@ -76,8 +75,7 @@ def attached(model: nn.Module, saved: Saved, strict: bool = False) -> Surgeon:
     report.add(*remade.warnings())
     report.raise_errors(strict)
     surgeon.plan = replace(surgeon.plan, warnings=(*surgeon.plan.warnings, *report.warnings))
-    for warning in report.warnings:
-        warnings.warn(SurgeryWarning(warning), stacklevel=3)
+    tell(report.warnings)
     surgeon.made = {name: digest_of(values[name]) for name in saved.remade if name not in remade.of_rounded}
     return surgeon.operate(values)
 

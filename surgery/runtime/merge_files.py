@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from surgery.diagnostics import SurgeryError, SurgeryWarning, fail
+from surgery.diagnostics import SurgeryError, SurgeryWarning, fail, tell
 from surgery.models.checkpoint_files import INDEX, weight_files
 from surgery.models.loading import (
     OTHER_FOLDERS,
@@ -186,11 +186,9 @@ def _streamed(work: Work, saved: Sequence[Saved], out: Path, name: str, jobs: in
             if path.read_bytes() != target.read_bytes():
                 raise OSError(f"{target.name} reads back as something else than was written")
     for each in saved:
-        for warning in each.differing(work.met):
-            warnings.warn(SurgeryWarning(warning), stacklevel=3)
+        tell(each.differing(work.met))
     for remade in work.remade.values():
-        for warning in remade.warnings():
-            warnings.warn(SurgeryWarning(warning), stacklevel=3)
+        tell(remade.warnings())
     return MergedFiles(out, name, {p.site.name: writer.errors[p.site.name] for p in work.surgeon.plan.placed},
                        left_out=tuple(left_out), kept=writer.kept)
 

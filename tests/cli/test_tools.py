@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import chdir
 from pathlib import Path
 
@@ -117,6 +118,49 @@ def test_a_project_says_what_is_checked(here: Path) -> None:
     below = here / "mine" / "deep"
     below.mkdir()
     assert settings(below).severity == {"unused": "off", "no-match": "off"} and settings(below).paths == ()
+
+
+# Every command that says what is wrong with a spec.
+ON_A_MODEL = ["plan s.surg demo:llama", "apply s.surg demo:llama -o out", "bench s.surg --model demo:llama --repeat 1 --tokens 1,4",
+              "train s.surg demo:llama --data a.csv -o out", "compare s.surg --model demo:llama --data a.csv"]
+
+
+@pytest.mark.parametrize("command", ON_A_MODEL)
+def test_what_a_project_takes_for_an_error_stops_every_command(here: Path, command: str) -> None:
+    (here / "s.surg").write_text(UNUSED % "")
+    (here / "surgery.toml").write_text('[severity]\nunused = "error"\n')
+    result = run(*command.split())
+    assert result.exit_code == 1 and "error[unused]" in result.stderr and not (here / "out").exists()
+
+
+@pytest.mark.parametrize("command", ON_A_MODEL[:3])
+def test_commands_tell_a_warning_that_nothing_allows(here: Path, command: str) -> None:
+    (here / "s.surg").write_text(UNUSED % "")
+    assert run(*command.split()).stderr.count("warning[unused]") == 1
+    (here / "surgery.toml").write_text('[severity]\nunused = "off"\n')
+    off = run(*command.split(), *["--force"] * ("-o" in command))
+    (here / "surgery.toml").unlink()
+    (here / "s.surg").write_text(UNUSED % "  # surgery: allow[unused]")
+    allowed = run(*command.split(), *["--force"] * ("-o" in command))
+    assert (off.exit_code, off.stderr, allowed.exit_code, allowed.stderr) == (0, "", 0, "")
+
+
+def test_a_warning_that_comes_when_all_is_done_ends_in_status_1(here: Path) -> None:
+    (here / "s.surg").write_text('target linear "**.q_proj" { add low_rank(2) }')
+    assert run("apply", "s.surg", "demo:llama", "-o", "out").exit_code == 0
+    path = here / "out" / "meta.json"
+    path.write_text(re.sub(r'(q_proj.weight": "float32 ).{8}', r"\1AACAPwAA", path.read_text()))
+    told = run("merge", "out", "-o", "told")
+    assert told.exit_code == 0 and "warning[another-base]" in told.stderr, told.output
+    (here / "surgery.toml").write_text('[severity]\nanother-base = "error"\n')
+    result = run("merge", "out", "-o", "merged")
+    assert result.exit_code == 1 and "error[another-base]" in result.stderr
+
+
+def test_a_wrong_file_of_settings_is_explained(here: Path) -> None:
+    (here / "surgery.toml").write_text("modle = 1")
+    assert run("help", "bad-settings").exit_code == 0 and run("plan", "--help").exit_code == 0
+    assert run("plan", "lora", "demo:llama").exit_code == 2
 
 
 @pytest.mark.parametrize(("text", "place", "words"), [

@@ -79,7 +79,8 @@ def test_a_wrong_line(words: list[str], said: str) -> None:
     assert said in result.stderr and not Path("wrong").exists()
 
 
-ALONG = """update along(rank: int = 2) {
+ALONG = """spec s(unread: int = 3)
+update along(rank: int = 2) {
   param A[rank, in] = right_singular(G, rank)
   param B[out, rank] = 0
   return B @ A
@@ -92,8 +93,9 @@ def test_starts_are_measured_on_a_file() -> None:
     assert "--data FILE" in run("apply", "along.surg", "model", status=1).stderr
     run("apply", "along.surg", "model", "--data", "train.jsonl", "--batches", "1", "-o", "one")
     run("apply", "along.surg", "model", "--data", "train.jsonl", "-o", "all")
-    run("train", "along.surg", "model", "--data", "train.jsonl", "--steps", "1", "--batch", "8", "--lr", "1e-12", "-o",
-        "trained")
+    told = run("train", "along.surg", "model", "--data", "train.jsonl", "--steps", "1", "--batch", "8", "--lr", "1e-12",
+               "-o", "trained")
+    assert told.stderr.index("warning[unused]") < told.stderr.index("step 1/1")  # and not when hours have passed
     one, whole, trained = (load_file(Path(name, "adapter.safetensors")) for name in ("one", "all", "trained"))
     name = next(name for name in one if name.endswith(".A"))
     assert not torch.equal(one[name], whole[name])
