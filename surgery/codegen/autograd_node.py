@@ -28,12 +28,18 @@ _device: ContextVar[str | None] = ContextVar("the type of device whose steps run
 
 @contextmanager
 def steps_of(device: str) -> Iterator[None]:
-    """Inside, steps run as on this type of device, wherever their tensors are: to count what they ask of it."""
+    """Inside, programs are chosen and steps run as on this type of device, wherever their tensors are: to count what
+    they ask of it, and to compare what a GPU would run."""
     token = _device.set(device)
     try:
         yield
     finally:
         _device.reset(token)
+
+
+def runs_as_on(device: str) -> str:
+    """The type of device whose programs and steps run for tensors that are on `device`."""
+    return _device.get() or device
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +57,7 @@ class Step:
 def step(body: Expr, needs: tuple[bool, ...], device: str = "cpu") -> Step | None:
     """The compiled step of a body where x and its values take gradients as `needs` says, on a type of device; None if
     an operation has no gradient in the table."""
-    return _compiled(body, needs, frozen_last(_device.get() or device))
+    return _compiled(body, needs, frozen_last(runs_as_on(device)))
 
 
 @cache

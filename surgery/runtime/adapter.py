@@ -16,7 +16,7 @@ from weakref import ref
 import torch
 import torch.nn as nn
 
-from surgery.codegen.autograd_node import without_autocast
+from surgery.codegen.autograd_node import runs_as_on, without_autocast
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program
 from surgery.ir.dense import in_dtype
@@ -64,9 +64,9 @@ class Adapter(nn.Module):
         self._parts = {leaf.key: leaf for leaf in formula.leaves
                        if leaf.group and leaf.shape and tensors[leaf.key].shape != known_shape(leaf.shape)}
         self._numbers = frozenset(leaf.key for leaf in formula.leaves if not leaf.shape and (leaf.group or not stack))
-        self._programs: dict[bool, Program] = {}  # of the output, by whether the module trains
-        self._chosen: dict[tuple, dict[bool, Program]] = {}  # these for each machine that the module was on
-        self._machine = ("cpu", torch.float32)  # the kind of device and the dtype that they are chosen for
+        # of the output, by the kind of device and the dtype that they are chosen for, and whether the module trains
+        self._programs: dict[tuple[str, torch.dtype], dict[bool, Program]] = {}
+        self._machine = ("cpu", torch.float32)  # for which they were made ready
         self._weights: dict[bool, Program] = {}  # of W' itself, by whether noise is drawn
         self._of_calls: dict[tuple, tuple[list, Any]] = {}
         self._noises = compiled.noises
@@ -140,18 +140,18 @@ class Adapter(nn.Module):
         trace that."""
         self.prepared = is_direct
         if is_direct or self.stack:
-            self._choose(on or self._machine)
+            self._machine = on or self._machine
+            self._chosen(self._machine)
         self._weights = {False: self.compiled.weights}
         if self._noises and not is_direct:
             self._weights[True] = self.compiled.drawn_weights
 
-    def _choose(self, on: tuple[str, torch.dtype]) -> None:
-        """The programs of the output that are cheapest on a machine. All have the same values; where a compiler traces
-        a module that was moved since, those of before run on."""
-        if on not in self._chosen:
+    def _chosen(self, on: tuple[str, torch.dtype]) -> dict[bool, Program]:
+        """The programs of the output that are cheapest on a machine. All have the same values."""
+        if on not in self._programs:
             numbers = machine(on[0], dtype_text(on[1]))
-            self._chosen[on] = {mode: self.compiled.program(mode, machine=numbers) for mode in (True, False)}
-        self._programs, self._machine = self._chosen[on], on
+            self._programs[on] = {mode: self.compiled.program(mode, machine=numbers) for mode in (True, False)}
+        return self._programs[on]
 
     def noise(self, module: nn.Module, device: torch.device) -> Mapping[str, torch.Tensor]:
         """What a training step draws anew, of a stack for each of its matrices; nothing in evaluation."""
@@ -177,9 +177,10 @@ class Adapter(nn.Module):
 
     def program(self, layer: Frozen, tokens: int | None) -> Program:
         """The program of the layer's mode and machine for so many tokens."""
-        if (layer.device.type, layer.dtype) != self._machine and not is_traced():
-            self._choose((layer.device.type, layer.dtype))
-        return self._programs[layer.module.training].at(tokens)
+        on = (runs_as_on(layer.device.type), layer.dtype)
+        if is_traced() and on not in self._programs:  # a compiler cannot trace the choice for where it was moved since
+            on = self._machine
+        return self._chosen(on)[layer.module.training].at(tokens)
 
     def set_ups(self, program: Program, layer: Frozen, stacks: Mapping[str, torch.Tensor], cast: torch.dtype,
                 held: Mapping[str, torch.Tensor], experts: Sequence[int]) -> Mapping[int, tuple]:
@@ -296,7 +297,7 @@ class Adapter(nn.Module):
 
     def __getstate__(self) -> dict:
         """Programs are not copied or pickled, but compiled again; what `serving` keeps is not copied."""
-        return {**self.__dict__, "_programs": {}, "_chosen": {}, "_weights": {}, "_of_calls": {}, "serving": None,
+        return {**self.__dict__, "_programs": {}, "_weights": {}, "_of_calls": {}, "serving": None,
                 "owner": None}
 
     def __setstate__(self, state: dict) -> None:

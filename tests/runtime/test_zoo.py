@@ -27,11 +27,14 @@ from layers import (
 from torch import nn
 from zoo import CASES
 
+from surgery.codegen import kernels
+from surgery.codegen.autograd_node import steps_of
 from surgery.ir.dense import dense
 from surgery.language.library import load
 from surgery.runtime.surgeon import apply
 
 EXACT = 1e-10
+MANY = Layout("linear 96x144, 100 tokens", lambda: nn.Linear(144, 96), lambda: torch.randn(100, 144))
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
 on_linears = of_each(layout=LINEARS)
 
@@ -57,12 +60,23 @@ def test_the_layer_is_the_oracles_map(case, layout):
 @on_every_case
 @on_linears
 def test_the_layer_is_the_dense_formula(case, layout):
-    op = standing(case, layout)
+    compare_with_dense(standing(case, layout))
+
+
+def compare_with_dense(op: Operated) -> None:
     x, leaves = op.input(), op.leaves()
     formula = op.adapter.formula
     frozen = {"weight": op.weight, **({"bias": op.bias} if op.bias is not None else {})}
     bias = dense(formula.bias, {**frozen, **leaves}) if op.bias is not None else None
     compare(op, torch.nn.functional.linear(x["x"], dense(formula.weight, {**frozen, **leaves}), bias), x, leaves)
+
+
+@on_every_case
+def test_what_a_gpu_would_run_is_the_dense_formula(case):
+    """The programs and the kernels that are chosen for CUDA, which a GPU's numbers make others than a CPU's."""
+    with steps_of("cuda"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "on_cpu", lambda a: False)
+        compare_with_dense(standing(case, MANY))
 
 
 @on_every_case
@@ -125,3 +139,11 @@ def test_three_factors_of_a_butterfly_reach_every_entry():
     perturb(surgeon.model)
     surgeon.merge()
     assert layer.weight.abs().min() > 1e-4
+
+
+def test_what_runs_as_on_a_gpu_is_chosen_by_its_numbers():
+    """`bench --count --device cuda` counted the programs that a CPU's numbers choose."""
+    op = operated(next(case for case in CASES if case.name == "sora"), MANY)
+    with steps_of("cuda"):
+        op.model(op.x)
+    assert {device for device, _ in op.adapter._programs} == {"cpu", "cuda"}
