@@ -73,19 +73,25 @@ class Program:
         """The body on the values that `make` makes of the adapter's tensors: as one node of autograd where the layer's
         map and its transpose are products with a weight at hand; the set-up too where it is better made again than
         held."""
-        # what `train` has unfrozen takes a gradient that autograd finds, and the nodes below do not give
-        known = layer.layout.kind.is_product and not (is_traced() or layer.is_trained)
-        if known and self.plan.recompute_cost is not None and torch.is_grad_enabled():
+        if self._is_known(layer) and self.plan.recompute_cost is not None and torch.is_grad_enabled():
             y = recompute.run(self.plan, layer.as_dtype(x.dtype), x, make, tensors)
             if y is not None:
                 return y
-        values = make(tuple(tensors.values()))
-        y = autograd_node.run(self.plan.written, layer.as_dtype(x.dtype), x, values) if known else None
+        return self.run_on(make(tuple(tensors.values())), layer, x)
+
+    def run_on(self, values: tuple, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """The body on values of the set-up that were made before."""
+        y = autograd_node.run(self.plan.written, layer.as_dtype(x.dtype), x, values) if self._is_known(layer) else None
         if y is not None:
             return y
         with nullcontext() if layer.follows_autocast else autograd_node.without_autocast(layer.device.type):
             assert self.body is not None  # a program of W' alone has none, and is not run
             return self.body(layer, x, *values)
+
+    def _is_known(self, layer: Any) -> bool:
+        """Whether the layer's map and its transpose are products with a weight at hand."""
+        # what `train` has unfrozen takes a gradient that autograd finds, and a node of ours does not give
+        return layer.layout.kind.is_product and not (is_traced() or layer.is_trained)
 
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""

@@ -48,11 +48,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from surgery.codegen.recompute import setup_backward
 from surgery.experiments.timing import plain_tensors
 from surgery.runtime.adapter import Adapter
+from surgery.runtime.batched_setups import SetupBatches
 from surgery.runtime.operated import Direct, Substituted
 
 PARTS = ("setup", "setup_backward", "forward", "backward")
 THIN = 128  # the least size of a product up to which moving its operands takes longer than its arithmetic
-_SETUP = (Adapter.set_up.__code__, setup_backward.__code__)
+_SETUP = (Adapter.set_up.__code__, SetupBatches.values.__code__, setup_backward.__code__)
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _OVERWRITE = {"copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_", "random_", "exponential_", "geometric_"}
 _LOOK_UP = {"embedding", "index", "index_select", "gather", "take"}

@@ -27,6 +27,7 @@ from surgery.ir.sizes import known_shape
 from surgery.layers.layouts import Layout
 from surgery.planning.initial_values import part_of
 from surgery.planning.machines import machine
+from surgery.runtime.batched_setups import SetupBatches
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.noise import drawn
@@ -57,6 +58,7 @@ class Adapter(nn.Module):
         self.prepared: bool | None = None  # for a module whose output programs give (True), or W' alone; None: not yet
         formula = compiled.formula
         self.serving: Serving | None = None
+        self.batches: SetupBatches | None = None  # while a user promises that a forward pass changes no tensor
         self.owner: ref[nn.Module] | None = None  # the operated module, from when it is put in or was called
         self.stored_shape: tuple[int, ...] | None = None  # of the module's parameter
         self.shared = dict(shared)
@@ -168,6 +170,10 @@ class Adapter(nn.Module):
         tensors that `tensors` are views of."""
         entered = layer.enter(x, dtype)
         program = self.program(layer, layer.tokens(entered))
+        if self.batches is not None and expert is None:
+            values = self.batches.values(self, program, layer, dtype, held)
+            if values is not None:
+                return layer.leave(program.run_on(values, layer, entered))
         fixed: list[tuple] = []  # what rests on the frozen weight alone is made once in a call, its backward included
 
         def make(given: Iterable[torch.Tensor]) -> tuple:
@@ -214,11 +220,15 @@ class Adapter(nn.Module):
             values[expert] = self._computed(program, layer, leaves, cast, fixed)
         return values[expert]
 
+    def setup_dtype(self, layer: Frozen, leaves: Iterable[torch.Tensor]) -> torch.dtype:
+        """What a set-up computes in: the widest of the layer's and the leaves', float32 at least."""
+        known = (t.dtype for t in leaves if t.is_floating_point())
+        return torch.promote_types(reduce(torch.promote_types, known, layer.dtype), torch.float32)
+
     def _computed(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
                 fixed: list[tuple]) -> tuple:
         """What a program computes that does not depend on the input. Small solves stay in float32 under autocast."""
-        dtype = reduce(torch.promote_types, (t.dtype for t in leaves.values() if t.is_floating_point()), layer.dtype)
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = self.setup_dtype(layer, leaves.values())
         # of a stored weight it is cheap to make; a merge never takes what is kept
         once = self._proven if self.layout.is_called and cast is not None else lambda layer, key, compute: compute()
         with without_autocast(layer.device.type):
@@ -298,7 +308,7 @@ class Adapter(nn.Module):
     def __getstate__(self) -> dict:
         """Programs are not copied or pickled, but compiled again; what `serving` keeps is not copied."""
         return {**self.__dict__, "_programs": {}, "_weights": {}, "_of_calls": {}, "serving": None,
-                "owner": None}
+                "batches": None, "owner": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -30,7 +30,7 @@ _LOCK = RLock()
 
 @dataclass
 class _Kept:
-    """A kept value: what it was computed from, the fingerprint of that, and torch's hints about it (see `_hints`)."""
+    """A kept value: what it was computed from, the fingerprint of that, and torch's hints about it (see `hints`)."""
 
     on: tuple[Tensor, ...]
     bits: list[tuple]
@@ -55,15 +55,15 @@ class Serving:
             return compute()
         kept = self._kept.get((adapter, *key))
         if kept is None:
-            bits, hints = fingerprint(on), _hints(on)  # before it is computed: a write in between is then found
+            bits, signs = fingerprint(on), hints(on)  # before it is computed: a write in between is then found
             with torch.no_grad():
-                kept = self._kept[adapter, *key] = _Kept(tuple(on), bits, hints, compute())
+                kept = self._kept[adapter, *key] = _Kept(tuple(on), bits, signs, compute())
         elif len(on) != len(kept.on) or any(a is not b for a, b in zip(on, kept.on)):
             return compute()  # of other tensors for this call, as under functional_call: no promise was made of those
-        elif (hints := _hints(on)) != kept.hints:
+        elif (now := hints(on)) != kept.hints:
             if fingerprint(kept.on) != kept.bits:
                 raise _changed([self.names[adapter]])
-            kept.hints = hints  # it was written over with what it was
+            kept.hints = now  # it was written over with what it was
         return kept.values
 
     def verify(self) -> None:
@@ -112,7 +112,7 @@ def serving(model: nn.Module, adapters: Mapping[str, Any]) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------- what changed
 
 
-def _hints(tensors: Sequence[Tensor]) -> tuple:
+def hints(tensors: Sequence[Tensor]) -> tuple:
     """Cheap signs of a change, which most writes change and nothing else does. A tensor of inference mode has no
     counter; one of a class of its own may have no address."""
     return tuple((t.device, t.dtype, t.data_ptr(), 0 if t.is_inference() else t._version)

@@ -124,6 +124,7 @@ def refuse_divided(module: nn.Module, name: str, *tensors: Any, shape: tuple[int
 
 
 _UNSHARDED = {"merge_and_remove": "merge(), and save_merged(surgeon, folder) writes the plain model",
+              "batched_setups": "leave it out: a sharded model makes each set-up where its layer runs",
               "prove": "prove() before sharding it", "serving": "merge() it, or attach what was saved to a whole model",
               "remove": "disabled() is the base model; save() writes the adapter, and a whole model takes it"}
 

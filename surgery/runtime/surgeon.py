@@ -25,6 +25,7 @@ from surgery.planning.figures import Report
 from surgery.planning.fitness import dense_copies, unfit
 from surgery.planning.initial_values import Shared, tensors
 from surgery.runtime.adapter import Adapter
+from surgery.runtime.batched_setups import batched_setups
 from surgery.runtime.calibration import Loss, of_data
 from surgery.runtime.checkpoints import Surgery, have_save_adapters, note, save_adapters_no_more
 from surgery.runtime.fingerprint import fingerprints
@@ -391,6 +392,23 @@ class Surgeon:
             raise fail("wrong-mode", "this model is in training mode, and serving() is for one that is evaluated",
                        helps=("call model.eval() first",))
         with serving(self.model, self.adapters):
+            yield
+
+    @contextmanager
+    def batched_setups(self) -> Iterator[None]:
+        """Inside, you promise that no tensor of an adapter changes while a forward pass of the model runs, and that a
+        pass runs all layers: what adapters compute from their tensors alone, before they see an input, is then made for
+        all layers of one shape at once, in every forward pass anew, and so are its gradients. On a GPU a step of specs
+        that compute much (rotations, norms) is then no longer bound by the launches of small operations; what autograd
+        holds of a set-up is held for all layers. Around a training loop, or `trainer.train()`; nests.
+
+        A layer that a pass leaves out has gradients of 0 instead of None. Calls of a part of the model, and what
+        torch.compile runs, are as ever. Raises: SurgeryError (unsupported-module), for a sharded or offloaded model and
+        for one with gradient checkpointing, which runs layers again.
+        """
+        refuse_parts(self.part, "batched_setups")
+        refuse_offloaded(self.model, self._written)
+        with batched_setups(self.model, list(self.adapters.values())):
             yield
 
     @all_or_nothing

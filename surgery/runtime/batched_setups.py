@@ -1,0 +1,237 @@
+"""Set-ups of like layers made at once, while a user promises that no adapter changes during a forward pass.
+
+Takes the adapters of a model; for each forward pass of it, makes the set-ups of all layers of one formula when the
+first of them runs, as one batch: an operation of the set-up is then one for all of them, and so is its gradient.
+Promises: values and gradients are those of set-ups made one by one; nothing is kept from one forward pass to the next;
+what cannot be batched, or was replaced since, is made by its own layer as ever.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from surgery.codegen.autograd_node import without_autocast
+from surgery.codegen.compiled import Compiled
+from surgery.codegen.program import Program
+from surgery.diagnostics import fail
+from surgery.ir.dense import in_dtype
+from surgery.ir.orthogonal_maps import is_traced
+from surgery.runtime.frozen_layers import Frozen
+from surgery.runtime.serving import hints
+
+if TYPE_CHECKING:
+    from surgery.runtime.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A layer's part of a batch, and the tensors that it was made of, with torch's hints about them then."""
+
+    values: tuple[Tensor, ...]
+    of: tuple[Tensor, ...]
+    hints: tuple
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == len(self.of) and all(a is b for a, b in zip(tensors, self.of)) \
+            and hints(tensors) == self.hints
+
+
+class _Calls(threading.local):
+    """For each thread, what was made in the forward pass that it runs just now; None outside of one."""
+
+    made: dict[tuple, _Made] | None = None
+
+
+class SetupBatches:
+    """The set-ups of a model's adapters, in batches of those with equal formulas."""
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter]):
+        self.depth, self.calls = 0, _Calls()
+        self._may_checkpoint = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self._like: dict[Compiled, list[Adapter]] = {}
+        for adapter in adapters:
+            self._like.setdefault(adapter.compiled, []).append(adapter)
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether layers run again in the backward pass, when what was made for all of them is gone."""
+        return any(module.gradient_checkpointing for module in self._may_checkpoint)
+
+    def values(self, adapter: Adapter, program: Program, layer: Frozen, cast: torch.dtype,
+               held: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
+        """The set-up of one of the layers; None where it is to make its own."""
+        made = self.calls.made
+        if made is None or is_traced():
+            return None
+        key = (program, cast, torch.is_grad_enabled())
+        if (adapter, *key) not in made:
+            members = self._members(adapter, program, layer, held)
+            if len(members) < 2:
+                return None
+            parts = _batch(adapter, program, [frozen for frozen, _ in members.values()],
+                           [tensors for _, tensors in members.values()], cast)
+            for (each, (_, tensors)), values in zip(members.items(), parts):
+                made[each, *key] = _Made(values, tuple(tensors.values()), hints(tuple(tensors.values())))
+        known = made[adapter, *key]
+        return known.values if known.is_of(tuple(held.values())) else None
+
+    def _members(self, adapter: Adapter, program: Program, layer: Frozen,
+                 held: Mapping[str, Tensor]) -> dict[Adapter, tuple[Frozen, Mapping[str, Tensor]]]:
+        """The adapters whose set-ups can be made with this one's, each with its layer and its tensors."""
+        # a stack of whole weights would be as large as the model
+        if program.reads_weight or layer.is_trained or all(key in adapter.shared for key in held):
+            return {}
+        kind, members = _kind(adapter, layer, held), {}
+        for other in self._like.get(adapter.compiled, []):
+            module = other.owner() if other.owner is not None else None
+            if other is adapter:
+                members[other] = (layer, held)
+            elif module is not None and other.active and module.training == layer.module.training:
+                frozen = other.frozen(module)
+                tensors = other.called(frozen.device)
+                if _kind(other, frozen, tensors) == kind:
+                    members[other] = (frozen, tensors)
+        return members if adapter in members else {}
+
+
+def _kind(adapter: Adapter, layer: Frozen, held: Mapping[str, Tensor]) -> tuple:
+    """What tensors must have in common to stand in one batch; what modules share is the same object in all."""
+    return (layer.device, layer.dtype, type(layer), layer.is_trained,
+            *((type(t), t.shape, t.dtype, t.device, t.requires_grad, id(t) if key in adapter.shared else None)
+              for key, t in held.items()))
+
+
+def _batch(adapter: Adapter, program: Program, layers: Sequence[Frozen], held: Sequence[Mapping[str, Tensor]],
+           cast: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+    """The set-up of each layer, all made as one."""
+    dtype = adapter.setup_dtype(layers[0], held[0].values())
+    alike = [adapter.shaped(tensors) for tensors in held]
+    leaves = {key: in_dtype(t if key in adapter.shared else torch.stack([each[key] for each in alike]), dtype)
+              for key, t in alike[0].items()}
+    axes = {key: None if key in adapter.shared else 0 for key in leaves}
+    with without_autocast(layers[0].device.type):
+        known, of_known = _fixed(program, layers, dtype)
+
+        def make(leaves: Mapping[str, Tensor], known: tuple, bias: Tensor) -> tuple:
+            return program.setup(_Layers(layers, bias), leaves, known, dtype, cast)
+
+        reads_bias = any(value.has("bias") for value in program.plan.values)
+        biases = torch.stack([layer.offset(dtype) for layer in layers]) if reads_bias else torch.empty(len(layers))
+        if program.plan.computes:
+            make = torch.vmap(make, in_dims=(axes, of_known, 0))
+        values = make(leaves, known, biases)
+    parts = (made.unbind() if made.ndim > len(value.shape) else [made] * len(layers)  # which modules share
+             for value, made in zip(program.plan.values, values))
+    return zip(*parts)
+
+
+def _fixed(program: Program, layers: Sequence[Frozen], dtype: torch.dtype) -> tuple[tuple, tuple]:
+    """What rests on the frozen weights alone, of each layer, and constants, once for all; and which of these it is."""
+    if not program.fixed:
+        return (), ()
+    apart = [each.has("weight", "bias") for each in program.fixed]
+    each_layer = layers if any(apart) else layers[:1]
+    known = tuple(zip(*(program.once(layer, dtype) for layer in each_layer)))
+    return (tuple(torch.stack(values) if own else values[0] for values, own in zip(known, apart)),
+            tuple(0 if own else None for own in apart))
+
+
+# -------------------------------------------------------------------------------- layers, as a set-up sees them
+
+
+class _Layers:
+    """The layers of a batch in the place of the one that a set-up calls. `bias` is theirs if it is read, and in any
+    case has the batch's axis, so that what is run through the layers has one, and is run through each."""
+
+    def __init__(self, layers: Sequence[Frozen], bias: Tensor):
+        self._layers, self._bias = layers, bias
+
+    def __getattr__(self, name: str) -> Any:  # `eye`, `fill`, `like`: the same of all
+        return getattr(self._layers[0], name)
+
+    def offset(self, dtype: torch.dtype) -> Tensor:
+        return self._bias.to(dtype)
+
+    def frozen_rows(self, rows: Tensor) -> Tensor:
+        return _Rows.apply(rows, self._bias, self._layers, False)
+
+    def frozen_back(self, rows: Tensor) -> Tensor:
+        return _Rows.apply(rows, self._bias, self._layers, True)
+
+
+class _Rows(torch.autograd.Function):
+    """A few rows for each layer [layers, r, in] through its map: [layers, r, out], or those turned (`back`)."""
+
+    @staticmethod
+    def forward(rows: Tensor, bias: Tensor, layers: Sequence[Frozen], back: bool) -> Tensor:
+        narrow = rows.to(layers[0].dtype)  # once for all
+        runs = (layer.frozen_back if back else layer.frozen_rows for layer in layers)
+        return torch.stack([run(each) for run, each in zip(runs, narrow)]).to(rows.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, ctx.bias, ctx.layers, ctx.back = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        return _Rows.apply(*grad_outputs, ctx.bias, ctx.layers, not ctx.back), None, None, None
+
+    @staticmethod
+    def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]  # as torch's documentation writes it
+            info: Any, in_dims: tuple, rows: Tensor, bias: Tensor, layers: Sequence[Frozen],
+             back: bool) -> tuple[Tensor, int]:
+        each = rows.expand(info.batch_size, *rows.shape) if in_dims[0] is None else rows.movedim(in_dims[0], 0)
+        return _Rows.apply(each, bias, layers, back), 0
+
+
+# ------------------------------------------------------------------------------------------------------- the promise
+
+
+_BATCHES: WeakKeyDictionary[nn.Module, SetupBatches] = WeakKeyDictionary()
+
+
+def _begin(model: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling() and (batches := _BATCHES.get(model)) is not None:
+        # asked here too: a Trainer switches it on when it begins
+        batches.calls.made = None if batches.checkpoints else {}
+
+
+def _end(model: nn.Module, args: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling() and (batches := _BATCHES.get(model)) is not None:
+        batches.calls.made = None
+
+
+@contextmanager
+def batched_setups(model: nn.Module, adapters: Sequence[Adapter]) -> Iterator[None]:
+    """Inside, a forward pass of the model makes set-ups in batches. Nests.
+
+    Raises: SurgeryError (unsupported-module), for a model that checkpoints gradients."""
+    # the hooks find the batches by the model, so that a copy or a pickle of it holds nothing of them
+    batches = _BATCHES.get(model) or SetupBatches(model, adapters)
+    if batches.checkpoints:
+        raise fail("unsupported-module", "this model checkpoints gradients: it runs layers again in the backward pass, "
+                   "when a batch of set-ups is gone", helps=("train it without batched_setups()",))
+    _BATCHES[model] = batches
+    hooks = [model.register_forward_pre_hook(_begin, prepend=True),
+             model.register_forward_hook(_end, always_call=True)] if not batches.depth else []
+    batches.depth += 1
+    for adapter in adapters:
+        adapter.batches = batches
+    try:
+        yield
+    finally:
+        batches.depth -= 1
+        if not batches.depth:
+            del _BATCHES[model]
+            for adapter in adapters:
+                adapter.batches = None
+        for hook in hooks:
+            hook.remove()
