@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -49,10 +50,6 @@ class TensorFile:
     def size(self) -> int:
         return self.path.stat().st_size
 
-    def bytes_of(self, tensor: StoredTensor) -> bytearray:
-        """A tensor's bytes, in memory of their own. Raises: OSError."""
-        return read_at(self.path, tensor.begin, tensor.end)
-
 
 def chunks(path: Path, begin: int, end: int) -> Iterator[memoryview]:
     """The bytes of a file from a place to another, by so many but for the last ones, in one buffer again and again.
@@ -61,21 +58,31 @@ def chunks(path: Path, begin: int, end: int) -> Iterator[memoryview]:
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
         for at in range(begin, end, _CHUNK):
-            wanted, have = buffer[:end - at], 0
-            while have < len(wanted):
-                count = file.readinto(wanted[have:])
-                if not count:
-                    raise OSError(f"{path} ends before byte {end}")
-                have += count
+            wanted = buffer[:end - at]
+            _fill(wanted, file)
             yield wanted
+
+
+def read_into(held: memoryview, path: Path, begin: int) -> None:
+    """Fill a buffer with the bytes of a file from a place on. Raises: OSError, where it ends before that."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        _fill(held, file)
+
+
+def _fill(held: memoryview, file: FileIO) -> None:
+    have = 0
+    while have < len(held):
+        count = file.readinto(held[have:])
+        if not count:
+            raise OSError(f"{file.name} ends before byte {file.tell() + len(held) - have}")
+        have += count
 
 
 def read_at(path: Path, begin: int, end: int) -> bytearray:
     """The bytes of a file from a place to another. Raises: OSError, where it ends before that."""
-    found, at = bytearray(end - begin), 0
-    for chunk in chunks(path, begin, end):
-        found[at:at + len(chunk)] = chunk
-        at += len(chunk)
+    found = bytearray(end - begin)
+    read_into(memoryview(found), path, begin)
     return found
 
 

@@ -63,7 +63,9 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
 
 def relative_error(rounded: torch.Tensor, exact: torch.Tensor) -> float:
     """In double precision, slice by slice: the whole in that is four times the weight."""
-    parts = zip(rounded.flatten().split(_SLICE), exact.flatten().split(_SLICE))
-    sums = [((one.double() - other.double()).square().sum(), other.double().square().sum()) for one, other in parts]
-    change, size = (float(torch.stack(column).sum().sqrt()) for column in zip(*sums))
-    return change / size if size > 0 else change
+    change = size = torch.zeros((), dtype=torch.float64, device=exact.device)
+    for one, other in zip(rounded.flatten().split(_SLICE), exact.flatten().split(_SLICE)):
+        wide = other.double()
+        off = one.double() - wide
+        change, size = change + torch.dot(off, off), size + torch.dot(wide, wide)
+    return float((change / size if size > 0 else change).sqrt())

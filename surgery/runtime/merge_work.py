@@ -24,7 +24,7 @@ from surgery import __version__
 from surgery.ir.compose import stacked
 from surgery.layers.wrappers import named_parameters, own_parameter
 from surgery.matching.conflicts import tied
-from surgery.models.checkpoint_files import StoredTensor, TensorFile, opened_file, weight_files
+from surgery.models.checkpoint_files import StoredTensor, TensorFile, opened_file, read_into, weight_files
 from surgery.models.loading import (
     DEMO,
     folder_of,
@@ -88,9 +88,10 @@ class Work:
 
     def read(self, name: str) -> Tensor:
         file, tensor = self.where[name]
-        numbers = torch.frombuffer(file.bytes_of(tensor), dtype=DTYPES[tensor.dtype]) if tensor.size else torch.empty(
-            0, dtype=DTYPES[tensor.dtype])
-        return numbers.reshape(tensor.shape)
+        numbers = torch.empty(tensor.size, dtype=torch.uint8)
+        if tensor.size:
+            read_into(numbers.numpy().data, file.path, tensor.begin)
+        return numbers.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
 def work_of(name: str, saved: Sequence[Saved], dtype: str | None, trust: bool) -> Work:
