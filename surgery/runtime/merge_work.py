@@ -105,7 +105,7 @@ def work_of(name: str, saved: Sequence[Saved], dtype: str | None, trust: bool) -
                      f"{type(plain).__name__}")
     if model.config.id2label != plain.config.id2label:
         raise Unsure("the adapter's head tells classes apart that the model's config.json does not name")
-    if saved[0].pads_with not in (None, model.config.pad_token_id):
+    if saved[0].pads_with not in (None, getattr(model.config, "pad_token_id", None)):
         raise Unsure("the adapter was trained with another padding token than the model's config.json names")
     if getattr(model.config, "quantization_config", None) is not None:
         raise Unsure("the base model is quantised, and its files hold no plain weights")
