@@ -109,6 +109,20 @@ def _mora(w, M):
     return w + torch.cat([wide] * (out // side), 0)
 
 
+def _mora_rope(w, M, c, s):
+    """Type 6 of the code, on one-hot inputs: groups turned, M on each; of a wide layer the outputs that are kept."""
+    side, (out, in_) = len(M), w.shape
+    x = torch.eye(in_, dtype=w.dtype).view(in_, -1, side)[:, :len(c) // side]
+    turned = torch.cat((-x[..., side // 2:], x[..., :side // 2]), dim=-1)
+    y = ((x * c.view(-1, side) + turned * s.view(-1, side)) @ M.T).reshape(in_, -1)[..., :out]
+    return w + torch.cat([y] * -(-out // y.shape[1]), dim=-1)[..., :out].T
+
+
+def _loca(w, a, at, C, D):
+    """The sum of the chosen waves, one by one."""
+    return w + 2 * sum(x * torch.outer(C[k // w.shape[1]], D[k % w.shape[1]]) for x, k in zip(a, at.tolist()))
+
+
 def _quanta(w, S1, S2, S3, T1, T2, T3):
     """Applied to one-hot inputs, axis by axis, as in training, and cut off to the layer's sides."""
     n = max(w.shape)
@@ -221,6 +235,8 @@ PAPERS = (
            "code: PaulAlbert31/KRAdapter", shipped={"scale": 0.5}),
     _paper("krona", _of("add_kronecker", lambda w, A, B: w + 2 * torch.einsum("pq,mn->pmqn", A, B).reshape(w.shape)),
            lambda m, n: 6 + m * n // 6, "the paper's abstract", shipped={"p": 2, "q": 3, "scale": 2}),
+    _paper("loca", _of("add_cosines", _loca), lambda m, n: 7, "the paper's equation, as a summary has it",
+           shipped={"count": 7, "scale": 2}),
     _paper("lora_fa", _of("add_frozen_a", lambda w, A, B: w + 5 / 3 * B @ A), lambda m, n: 3 * m,
            "PEFT's optimiser", shipped={"rank": 3, "alpha": 5}),
     _paper("lora_plus", _of("add_two_rates", lambda w, A, B: w + 5 / 3 * B @ A), lambda m, n: 3 * (m + n),
@@ -236,6 +252,8 @@ PAPERS = (
     _paper("milora", _of("add_minor", lambda w, A, B, A0, B0: w - 2 * B0 @ A0 + 2 * B @ A), lambda m, n: 3 * (m + n),
            "code: sufenlp/MiLoRA", shipped={"rank": 3, "alpha": 6}),
     _paper("mora", _of("add_square", _mora), lambda m, n: 36, "code: kongds/MoRA", shipped={"side": 6}),
+    _paper("mora_rope", _of("add_turned_groups", _mora_rope), lambda m, n: 36, "code: kongds/MoRA, type 6",
+           shipped={"side": 6}),
     _paper("nola", _of("add_random_basis", _nola), lambda m, n: 10, "code: UCDvision/NOLA",
            shipped={"rank": 3, "alpha": 6, "count": 5}),
     _paper("oft_shared", _oft_shared, lambda m, n: (n // 3)**2 + m, "code: MaeChd/SORA", claims=2,

@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import product
 
 from hypothesis import strategies as st
+from operands import OF_STARTS
 from torch.nn import Linear
 
 from surgery.diagnostics import SurgeryError
@@ -118,7 +119,7 @@ def sizes_of(text: str, names: dict) -> tuple:
 
 def can_be_random(row: Operation) -> bool:
     # einsum takes any number of tensors, and has tests of its own
-    return row.public and row.name not in UNTAMED | {"literal"} and row.arity is not None and not row.whole
+    return row.public and row.name not in UNTAMED | OF_STARTS | {"literal"} and row.arity is not None and not row.whole
 
 
 def given_sizes(row: Operation, texts: dict[Shape, str]) -> list[str]:

@@ -354,7 +354,7 @@ FUNCTIONS = {
     "stacked": lambda a, b: np.concatenate([a, b], -2), "relu": on_numbers(lambda a: max(a, 0), lambda a: a * (a > 0)),
     "sign": on_numbers(lambda a: int(a > 0) - int(a < 0), np.sign),
     "clamp": on_numbers(lambda a, b, c: min(max(a, b), c), lambda a, b, c: np.minimum(np.maximum(a, b), c)),
-    "einsum": np.einsum, "qr": lambda a: np.linalg.qr(a)[0], "ifft2": lambda a: np.fft.ifft2(a).real,
+    "numbers": lambda places: np.asarray(places, float), "einsum": np.einsum, "qr": lambda a: np.linalg.qr(a)[0], "ifft2": lambda a: np.fft.ifft2(a).real,
 }
 
 

@@ -13,6 +13,7 @@ from surgery.ir.shape_rules import ShapeError, exactly, matrix, shape_text, vect
 from surgery.ir.sizes import Dim, tidy
 from surgery.ir.table import (
     CORE,
+    OF_A_SPEC,
     SUGAR,
     Added,
     Form,
@@ -260,6 +261,10 @@ ROWS = [
               linear=Linear.TOGETHER),
     Operation("top", 1, _top_shape, _top, "the places of the k largest entries, row by row", sizes=("k",), whole=True,
               into=lambda node: node.args[0].shape, stops_gradient=True),
+    # Of a start alone, which is computed once and in float64: the dtype of a program may not hold them.
+    Operation("numbers", 1, _listed, None, "the places as numbers, in what a parameter starts at", stage=OF_A_SPEC,
+              places=(0,), evaluate=lambda node, args, leaves: args[0].to(leaves["weight"].dtype),
+              stops_gradient=True),
     Operation("top_softmax", 1, _mix_shape, _top_softmax,
               "the softmax over the k largest entries of each row, 0 elsewhere", sizes=("k",)),
     Operation("top_mix", 2, _top_mix_shape, _top_mix, "the rows of b that the softmax over the k largest entries mixes",

@@ -215,7 +215,7 @@ class _Starts:
         """A leaf's start; for a stack, that of each of its matrices."""
         init, values, known = leaf.init, self.values, self.known
         assert init is not None  # a leaf that is not drawn starts at an expression
-        if self.wide and init.has(*_DECOMPOSITIONS) and values["weight"].device.type == "cpu":
+        if self.wide and init.has(*_DECOMPOSITIONS, "numbers") and values["weight"].device.type == "cpu":
             values, known = {key: in_dtype(v, torch.float64) for key, v in values.items()}, self.known_wide
         if self.nudge:
             values = {key: _nudged(value, self.nudge) for key, value in values.items()}

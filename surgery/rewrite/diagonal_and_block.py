@@ -31,6 +31,13 @@ def _kron_of_identities(node: Expr) -> Expr | None:
     return eye(node.shape) if all(a.op == "eye" for a in node.args) else None
 
 
+def _kron_of_a_number(node: Expr) -> Expr | None:
+    for one, other in (node.args, node.args[::-1]):
+        if one.op == "fill" and all(size == 1 for size in one.shape):
+            return times(one.data, other)
+    return None
+
+
 def _kron_of_diagonals(node: Expr) -> Expr | None:
     parts = every(map(_as_diag, node.args))
     return None if parts is None else make("diag", make("kron", *parts))
@@ -133,6 +140,7 @@ SHAPED = (
     Rule("the columns of x y, x + y, c x, diag(d)", "columns", _columns, "columns(A @ B + 2 * I(n) + diag(d), at)"),
     Rule("the columns of x y, x + y, c x, side by side", "between", _columns, "columns(A @ B + 2 * A, 2)"),
     Rule("I ⊗ I = I", "kron", _kron_of_identities, "kron(I(2), I(3))"),
+    Rule("[c] ⊗ x = x ⊗ [c] = c x", "kron", _kron_of_a_number, "kron(2 * ones(1, 1), K)"),
     Rule("diag(d) ⊗ diag(e) = diag(d ⊗ e)", "kron", _kron_of_diagonals, "kron(diag(d), I(3))"),
     Rule("block_diag(I, I, ...) = I", "block_diag", lambda node: eye(node.shape) if node.args[0].op == "eye" else None,
          "block_diag(cayley(0 * S))"),

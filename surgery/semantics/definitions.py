@@ -158,6 +158,10 @@ class Instance:
             raise fail("wrong-kind", "`G` and `C` are known when a spec is put on a model, and not afterwards: a start "
                        "is made of them, and what a definition returns is not", span,
                        helps=("start a parameter there: `frozen param g[out, in] = G`",))
+        if result.has("numbers"):
+            raise fail("wrong-kind", "`numbers` is for what a parameter starts at, which is computed once: what a "
+                       "definition returns is computed in the dtype of the moment, and bfloat16 knows no 257", span,
+                       helps=("keep them in a parameter: `frozen param n[in] = numbers(indices(in))`",))
         if is_undecided(result):
             return undecided(result.args, result.data, wanted)
         if result.shape != wanted:

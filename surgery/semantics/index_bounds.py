@@ -21,9 +21,10 @@ def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf], span: Span | Non
     nodes = list(walk(*exprs))
     if any(map(is_undecided, nodes)):
         return
-    for node in (n for n in nodes if operation(n).places):
-        (at,), into = operation(node).places, operation(node).into
-        assert into is not None  # a row with places says what they point into
+    for node in nodes:
+        if not operation(node).places or (into := operation(node).into) is None:
+            continue  # places that point into nothing are numbers
+        (at,) = operation(node).places
         entries, places = prod(into(node)), below(node.args[at], by_key)
         beyond = places - entries  # a number, where both are or the same unknown stands in both
         if not isinstance(beyond, Dim) and beyond > 0:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from surgery.codegen.candidates import candidates
 from surgery.codegen.program_text import program_text, step_text
 from surgery.diagnostics import SurgeryError
+from surgery.ir.dense import dense
 from surgery.language.library import parse
 from surgery.layers.kinds import CALLED, LINEAR
 from surgery.planning.check import check
@@ -71,3 +73,14 @@ def test_places_beyond_a_known_weight_are_told():
     spec = parse("update own() { param C[out, 4] = 0 return C @ rows(I(in), range(510, 514)) } target linear { add own() }")
     with pytest.raises(SurgeryError, match="places among 514 entries, and `rows` is given 512"):
         resolved(spec).formulas(OUT, IN)
+
+
+def test_numbers_of_places_are_for_starts():
+    """Of any places; what is computed in every step is refused, since its dtype may not hold them."""
+    found = formula("frozen param at[3] ~ sample(of = in) frozen param n[3] = numbers(at) - numbers(range(2, 5)) "
+                    "param C[out, 3] = 0 return C @ diag(n) @ rows(I(in), at)")
+    start = {leaf.key: leaf for leaf in found.leaves}["add_own.n"]
+    value = dense(start.init, {"weight": torch.zeros(1, 1).double(), "add_own.at": torch.tensor([511, 7, 300])})
+    assert value.tolist() == [509, 4, 296] and not start.whole
+    with pytest.raises(SurgeryError, match="bfloat16 knows no 257"):
+        formula("param g = 0 return g * W @ diag(numbers(indices(in)))")

@@ -3,8 +3,11 @@ without, on a layer that is wider and on one that is taller than it is long."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from case import Case
 from layers import LAYOUTS, Tower, assert_close, compare, operated, perturb
 from papers import PAPERS
 from torch import nn
@@ -24,6 +27,31 @@ def test_a_method_is_its_papers(case, layout):
     if op.bias is not None:
         assert sum(p.numel() for p in op.surgeon.parameters()) == case.count(*op.weight.shape)
     assert len(op.adapter.formula.claims) == case.claims
+
+
+def starts(name, out, in_):
+    """What a method's parameters start at, by their own names."""
+    model = Tower(nn.Linear(in_, out)).double()
+    surgeon = apply(model, Case(name, "", None, None).spec(), dtype=torch.float64, check=False)
+    return {key.rpartition(".")[2]: value.detach() for key, value in surgeon.adapters["layers.0"].values().items()}
+
+
+def test_mora_turns_by_the_angles_of_its_code():
+    inv_freq = 1.0 / (10000 ** (torch.arange(0, 16, 2).double() / 16))
+    freqs = torch.outer(torch.arange(2).double(), inv_freq)
+    angles = torch.cat((freqs, freqs), dim=-1).flatten()
+    start = starts("mora_rope", 32, 48)  # of whose three groups of inputs two are kept
+    assert_close(start["c"], angles.cos(), EXACT)
+    assert_close(start["s"], angles.sin(), EXACT)
+
+
+def test_loca_has_orthonormal_cosine_waves():
+    start = starts("loca", 40, 48)
+    for tensor in (start["C"], start["D"]):
+        n = len(tensor)
+        waves = [[math.sqrt((1 + (k > 0)) / n) * math.cos(math.pi * (2 * i + 1) * k / (2 * n)) for i in range(n)]
+                 for k in range(n)]
+        assert_close(tensor, torch.tensor(waves, dtype=torch.float64), EXACT)
 
 
 def test_s2ft_trains_the_same_channels_of_up_and_down():

@@ -23,7 +23,7 @@ FILES = [path for path in sorted([*(HERE.parent / "specs").glob("*.surg"), *(HER
 # Sizes that divide the sides of the layer, or that are small.
 SETTINGS = {"c3a": {"block": 8}, "miss_bat": {"rank": 8}, **{f"road_{n}": {"group": 8} for n in (1, 2, 4)},
             "shira": {"rank": 4}, "vblora": {"length": 16}, "waveft": {"count": 100}, "flora_tucker": {"kernel": 2},
-            "fourierft": {"count": 100}, "diablo": {"blocks": 8}, "peanut": {"rank": 8}}
+            "fourierft": {"count": 100}, "loca": {"count": 100}, "diablo": {"blocks": 8}, "peanut": {"rank": 8}}
 EXACT = 1e-10
 
 
