@@ -5,6 +5,7 @@ Takes the stopped machine and the tokens so far. Gives one `Diagnostic`. Promise
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lark import Token
@@ -31,6 +32,8 @@ GROUPS = (
      {"FROZEN", "SHARED", "_PARAM", "_NOISE", "_LET", "_CHECK", "_RETURN"}),
     ("a pattern or the name of a `select`", {"STRING", "NAME"}),
 )
+#: The words that begin a statement of a definition alone.
+OF_DEFINITION = {"FROZEN", "SHARED", "_PARAM", "_NOISE", "_LET", "_RETURN"}
 OPERATORS = {"PLUS", "MINUS", "TIMES", "COMPARE", "AND", "OR", "_TRANSPOSE"}
 PLAIN = {"NAME": "a name", "STRING": "a \"string\"", "NUMBER": "a number",
          "TYPE": "a type (`int`, `float`, `bool` or `str`)",
@@ -92,8 +95,29 @@ class Stop:
     def is_forgotten(self) -> bool:
         """Whether something is missing before `bad`, which then begins or ends something else; where `bad` is a word or
         a sign that means nothing there, it is the mistake itself."""
-        means_nothing = self.bad.type in ("NAME", "_FOR", "TIMES", "PLUS", "EQUAL")
+        means_nothing = self.bad.type in ("NAME", "_FOR", "TIMES", "PLUS", "EQUAL") or bool(self.misplaced)
         return self.at_end or "NUMBER" in self.accepted or (self.on_another_line and not means_nothing)
+
+    @property
+    def misplaced(self) -> str:
+        """What to do with a word that is right elsewhere, where a statement of something else is due; else empty."""
+        if self.at_end:
+            return ""
+        word, kind, rest = str(self.bad), self.bad.type, self.source.text[extent(self.bad)[1] :]
+        in_target, in_file = "PLACEMENT" in self.accepted, "_TARGET" in self.accepted
+        called = re.match(r"[ \t]+(\w+)[ \t]*\((?![^\n{]*\)[^\n}]*\{)", rest)  # and no definition with its block
+        is_misspelt = kind == "NAME" and did_you_mean(word, WORDS["PLACEMENT"])
+        if called and in_target and kind in ("_UPDATE", "_TRANSFORM", "NAME") and not is_misspelt:
+            steps = [f"`{placed} {called[1]}(...)`" for placed in ("pre", "post", "add")]
+            known = {"_UPDATE": steps[2:], "_TRANSFORM": steps[:2]}.get(kind, steps[::-1])
+            return f"say where it acts: {' or '.join(known)}"
+        if kind == "PLACEMENT" and (in_file or "_LET" in self.accepted):
+            return (f"`{word}` is a step of a target: `target linear {{ {word} ... }}`" if in_file else
+                    f"`{word}` is a step of a target; a definition calls another: `return low_rank(...)`")
+        if kind in OF_DEFINITION and (in_file or in_target):
+            return (f"`{word}` stands in a definition, `update name() {{ ... }}` or `transform name() on n {{ ... }}`, "
+                    "which a target places: `add name()`")
+        return f"name what is taken: `target {word} ... {{ ... }}`" if kind == "KIND" and in_file else ""
 
     @property
     def is_reserved_name(self) -> bool:
@@ -117,7 +141,8 @@ class Stop:
     def unclosed(self) -> Token | None:
         """The innermost open bracket, if `bad` shows that its end was forgotten, as `=` does after `[`."""
         bracket = self.innermost
-        ends = self.at_end or self.bad.type in BRACKETS.values() or self.bad in item_words() or (
+        is_item = self.bad in item_words() and not self.misplaced
+        ends = self.at_end or self.bad.type in BRACKETS.values() or is_item or (
             self.bad.type == "EQUAL" and bracket is not None and bracket.type == "LSQB")
         return bracket if bracket and ends and BRACKETS[bracket.type] != self.bad.type else None
 
@@ -131,10 +156,16 @@ def _hint(stop: Stop) -> str:
     begin, end = extent(bad)
     rest = text[end:]
     # The most particular first: what a statement of another kind would be, then lists, then single signs.
+    if stop.misplaced:
+        return stop.misplaced
     if bad.type == "NAME" and "PLACEMENT" in stop.accepted and rest.lstrip().startswith("("):
         return f"say where it acts: `add {bad}(...)`, or `pre` or `post` for a transform"
     if bad.type in ("NAME", "_FOR") and stop.accepted & {"_TARGET", "_LET"}:
         return instead_of_statement(str(bad), rest, in_file="_TARGET" in stop.accepted)
+    if bad in item_words() and stop.unclosed:
+        return f"`{bad}` begins a statement of the file, which stands in no `{{`"
+    if [token.type for token in stop.tokens[-3::2]] in (["_UPDATE", "LPAR"], ["_TRANSFORM", "LPAR"]):
+        return f"a definition declares its parameters, `{stop.tokens[-2]}(rank: int = 8)`; a target gives them values"
     if last == "_TARGET" and bad.type == "LSQB":
         return "patterns stand without brackets: `target \"**.q_proj\", \"**.v_proj\" { ... }`"
     if stop.accepted == {"LSQB"} and last == "LSQB":

@@ -341,3 +341,30 @@ def test_a_mistake_in_python_is_a_diagnostic(build, message):
 ])
 def test_a_mistake_in_json_is_a_diagnostic(text, messages):
     assert [e.message for e in errors_of(text, lambda t: from_json(t, "s"))] == messages
+
+
+MISPLACED = [
+    ("target linear { update low_rank(2) }", "update", "`add low_rank(...)`"),
+    ("target linear {\n  transform diagonal()\n}", "transform", "`pre diagonal(...)` or `post diagonal(...)`"),
+    ("target linear { apply low_rank(2) }", "apply", "`add low_rank(...)`"),
+    ("target linear {\n  param A[2, in] = 0\n}", "param", "stands in a definition"),
+    ("target linear {\n  post diagonal()\n  let x = 2\n}", "let", "stands in a definition"),
+    ("spec s\nreturn 2", "return", "stands in a definition"), ("spec s\nadd low_rank(2)", "add", "is a step of a target"),
+    ("update u() {\n  add low_rank(2)\n}", "add", "`return low_rank(...)`"),
+    ("spec s\nlinear \"**.q_proj\" { add low_rank(2) }", "linear", "`target linear ... { ... }`"),
+    ("update low_rank(2) on \"**.q_proj\"", "2", "a target gives them values"),
+]
+
+
+@pytest.mark.parametrize(("text", "word", "hint"), MISPLACED)
+def test_a_word_that_is_right_elsewhere_is_told_what_stands_there(text, word, hint):
+    (first, *_) = errors_of(text)
+    assert first.span.source.text[first.span.start : first.span.end] == word
+    assert hint in " ".join(first.helps)
+
+
+@pytest.mark.parametrize("text", ["target linear {\n  add low_rank()\nupdate u() {\n  return W\n}",
+                                  "target linear {\n  add low_rank()\ntransform t(k: int = 2) on n : orthogonal {\n return I(n) }"])
+def test_a_definition_behind_an_open_bracket_is_no_step(text):
+    (first, *_) = errors_of(text)
+    assert first.related[0][1] == "this `{` is not closed" and "begins a statement of the file" in first.helps[0]
