@@ -35,6 +35,20 @@ Written by `python tests/methods_table.py`.
 """
 
 
+NOT_SHIPPED = """## What does not ship
+
+| method | why |
+|---|---|
+| LoCA ([arXiv 2502.06820](https://arxiv.org/abs/2502.06820)) | it moves the places of its frequencies during training, by finite differences of the loss; at places that stay it is `tests/methods/loca.surg` |
+| LoSiA ([arXiv 2507.04487](https://arxiv.org/abs/2507.04487)), SMT ([arXiv 2405.15525](https://arxiv.org/abs/2405.15525)) | they choose what they train again during training; what is chosen once can be said (`tests/methods`) |
+| AdaLoRA, DyLoRA, ReLoRA, GaLore | schedules and budgets over a training, which are no W' |
+| mixtures of adapters, bottleneck adapters, prompts | what they do depends on the input beyond a product with W' |
+| Quantum-PEFT with Pauli matrices ([arXiv 2503.05431](https://arxiv.org/abs/2503.05431)) | a product of log₂ n gates, n being a layer's own size: a definition has a fixed number of factors; with the exponential map it is `tests/methods/quantum_peft.surg` |
+| Tied-LoRA ([arXiv 2311.09578](https://arxiv.org/abs/2311.09578)) | `tests/methods/tied_lora.surg` says it; no code of its authors' was found to compare it with |
+| WeDoRA | neither a paper nor code of this name was found; DoRA with a magnitude for each column is `tests/methods/wedora.surg` |
+"""
+
+
 def page(entries: list[Entry]) -> str:
     """The whole page: a section for each family, a block for each spec, in the section of its narrowest family."""
     sections: dict[str, list[Entry]] = {name: [] for name in FAMILIES}
@@ -44,7 +58,7 @@ def page(entries: list[Entry]) -> str:
     for name, members in sections.items():
         lines += [f"## {name.capitalize()}", "", f"{FAMILIES[name].means[0].upper()}{FAMILIES[name].means[1:]}.", ""]
         lines += [line for entry in members for line in _block(entry)]
-    return "\n".join(lines)
+    return "\n".join([*lines, NOT_SHIPPED])
 
 
 def _block(entry: Entry) -> Iterator[str]:

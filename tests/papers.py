@@ -123,6 +123,28 @@ def _loca(w, a, at, C, D):
     return w + 2 * sum(x * torch.outer(C[k // w.shape[1]], D[k % w.shape[1]]) for x, k in zip(a, at.tolist()))
 
 
+def _oplora(w, A, B, U, V):
+    left, right = torch.eye(len(w), dtype=w.dtype) - U @ U.T, torch.eye(w.shape[1], dtype=w.dtype) - V.T @ V
+    return w + 6 / 3 * left @ B @ A @ right
+
+
+def _prolora(w, Au, As, Bu, Bs):
+    """By gathering, as the code does it: chunk j has the ranks i + j r / chunks, and the rest is set beside it."""
+    def unfolded(chunk: Tensor, unshared: Tensor) -> Tensor:
+        r, times = len(chunk), 2
+        at = (torch.arange(r)[:, None, None] + torch.arange(times) * (r // times)).expand(*chunk.shape, times) % r
+        chunks = torch.gather(chunk.unsqueeze(-1).repeat(1, 1, times), 0, at)
+        whole = torch.cat(torch.split(chunks, 1, dim=-1), dim=-2).squeeze(-1).t()
+        return torch.cat([whole, unshared.t()], dim=-1)
+
+    return w + 9 / 6 * (unfolded(As, Au) @ unfolded(Bs.t(), Bu.t()).t()).T
+
+
+def _wora(w, A, B, a, g, m):
+    v = g * w + a * (A.T @ B.T).T
+    return m * (v / v.norm(p=2, dim=0, keepdim=True))
+
+
 def _quanta(w, S1, S2, S3, T1, T2, T3):
     """Applied to one-hot inputs, axis by axis, as in training, and cut off to the layer's sides."""
     n = max(w.shape)
@@ -254,16 +276,22 @@ PAPERS = (
     _paper("mora", _of("add_square", _mora), lambda m, n: 36, "code: kongds/MoRA", shipped={"side": 6}),
     _paper("mora_rope", _of("add_turned_groups", _mora_rope), lambda m, n: 36, "code: kongds/MoRA, type 6",
            shipped={"side": 6}),
+    _paper("nlora", _of("add_nystrom", lambda w, A, N, B: w + 6 / 3 * B @ N @ A), lambda m, n: 3 * (m + n) + 9,
+           "code: TracyGuo2001/NLoRA", shifted=True, shipped={"rank": 3, "alpha": 6}),
     _paper("nola", _of("add_random_basis", _nola), lambda m, n: 10, "code: UCDvision/NOLA",
            shipped={"rank": 3, "alpha": 6, "count": 5}),
     _paper("oft_shared", _oft_shared, lambda m, n: (n // 3)**2 + m, "code: MaeChd/SORA", claims=2,
            shipped={"blocks": 3}),
+    _paper("oplora", _of("add_projected", _oplora), lambda m, n: 3 * (m + n), "the paper's abstract",
+           shipped={"rank": 3, "alpha": 6, "kept": 4}),
     _paper("paca", _of("add_partial", _set_columns), lambda m, n: 3 * m, "code: WooSunghyeon/paca",
            shipped={"rank": 3, "alpha": 6}),
     _paper("peanut", _of("add_on_weight", lambda w, A, B: w + 2 * (relu(w.T @ A.T) @ B.T).T), lambda m, n: 6 * m,
            "PEFT's code", shipped={"rank": 3, "scale": 2}),
     _paper("polar", _of("add_polar_form", _polar), lambda m, n: 3 * (m + n) + 9, "code: kcc-lion/polar",
            shipped={"rank": 3, "alpha": 6}),
+    _paper("prolora", _of("add_partly_rotated", _prolora), lambda m, n: 2 * (m + n) + 2 * (m + n),
+           "code: Forence1999/PRoLoRA", shipped={"rank": 6, "unshared": 2, "chunks": 2, "alpha": 9}),
     _paper("quanta", _of("add_circuit", _quanta), lambda m, n: sum((max(m, n) // k)**2 for k in (2, 3)) + 36,
            "code: quanta-fine-tuning/quanta", shipped={"p": 2, "q": 3}),
     _paper("red", lambda w, p: p["pre_diagonal", "d"][:, None] * w, lambda m, n: 2 * m, "code: mlwu22/RED", claims=1,
@@ -298,4 +326,8 @@ PAPERS = (
            lambda m, n: min(m, n) + 1, "code: VijayLingam95/SVFT, espnet/espnet"),
     _paper("tt_lora", _of("add_tensor_train", _tensor_train), lambda m, n: 16 + 2 * m + 2 * n // 3,
            "code in use of the method (tensorly)", shipped={"rank": 2, "p": 2, "q": 3, "scale": 2}),
+    _paper("vectorfit", _of("add_singular_values", lambda w, U, V, s, s0: w - (U * s0) @ V + (U * s) @ V),
+           lambda m, n: min(m, n) + m, "the authors' page, without code", bias=lambda b, p: b + p["add_shift", "beta"]),
+    _paper("wora", _of("add_weighted", _wora), lambda m, n: 3 * (m + n) + 2 + n, "code: JT-Sun/Filtering-WoRA",
+           shipped={"rank": 3, "alpha": 6}),
 )
