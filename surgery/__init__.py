@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
     from surgery.matching.module_tree import modules
     from surgery.matching.selection import explain
     from surgery.models.loading import load as load_model
+    from surgery.peft.diff import diff
     from surgery.peft.export_adapter import Exported, export_peft
     from surgery.peft.import_adapter import import_peft
     from surgery.planning.check import check
@@ -34,7 +35,7 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
     from surgery.planning.compile import compile as plan
     from surgery.planning.figures import Report
     from surgery.runtime.attach import attach, from_pretrained
-    from surgery.runtime.difference import Difference, diff
+    from surgery.runtime.difference import Difference
     from surgery.runtime.merge_files import MergedFiles, merge_files
     from surgery.runtime.save import save_merged
     from surgery.runtime.stack import Surgeries
@@ -50,7 +51,7 @@ _HOMES = {
     "Surgeon": "runtime.surgeon", "apply": "runtime.surgeon", "attach": "runtime.attach",
     "from_pretrained": "runtime.attach",
     "save_merged": "runtime.save", "merge_files": "runtime.merge_files", "MergedFiles": "runtime.merge_files",
-    "Surgeries": "runtime.stack", "diff": "runtime.difference", "Difference": "runtime.difference",
+    "Surgeries": "runtime.stack", "diff": "peft.diff", "Difference": "runtime.difference",
     "import_peft": "peft.import_adapter", "export_peft": "peft.export_adapter", "Exported": "peft.export_adapter",
     "spectrum": "analysis.spectra", "Spectra": "analysis.spectra", "Spectrum": "analysis.spectra",
     "report_page": "analysis.page", "bench": "experiments.bench", "compare": "experiments.comparison",

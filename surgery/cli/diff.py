@@ -1,4 +1,4 @@
-"""`surgery diff`: in what two specs or two saved adapters differ."""
+"""`surgery diff`: in what two specs or two adapters differ."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from surgery.cli.output import Output
          trust_option, revision_option,
          example="surgery diff lora dora --model demo:llama")
 def diff(output: Output, a: str, b: str, model: str | None) -> None:
-    """Show in what two specs, or two saved adapters, differ.
+    """Show in what two specs, or two adapters, differ.
 
-    A and B are .surg files, names of specs that ship, or two folders that `surgery apply` or `save()` wrote. What
+    A and B are .surg files, names of specs that ship, or two folders that `surgery apply`, `save()` or PEFT wrote. What
     they say is compared as formulas, parameters and defaults; of adapters the tensors too.
     """
-    from surgery.runtime.difference import diff as difference
+    from surgery.peft.diff import diff as difference
 
     skeleton = skeleton_of(output, model) if model else None
     found = difference(a, b, skeleton)

@@ -1,7 +1,7 @@
-"""In what two specs, or two saved adapters, differ: formulas, parameters, modules, costs and tensors.
+"""In what two specs, or two adapters, differ: formulas, parameters, modules, costs and tensors.
 
-Takes two of them, and a model where modules and costs are asked for; gives a `Difference`. Promises: nothing of the
-model but its layers' shapes is read, and of an adapter's tensors no more than their numbers.
+Takes what `surgery.peft.diff` reads of the two; gives a `Difference`. Promises: of an adapter's tensors no more than
+their numbers is looked at.
 """
 
 from __future__ import annotations
@@ -9,21 +9,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.diagnostics import fail
 from surgery.language.formatter import expression_text
-from surgery.language.library import inlined, load
 from surgery.language.tree import Spec
 from surgery.matching.name_ranges import alike, ranged
 from surgery.planning.formulas import formula_lines, formulas
 from surgery.text import counted, figure_text
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from surgery.planning.figures import Report
 
 _MOST = 12  # lines of tensors that a text shows
@@ -119,41 +113,6 @@ class Difference:
             yield f"{counted(len(far), 'tensor')} of the adapters, by their distance"
             yield from (f"  {name}: {figure_text(self.tensors[name])}" for name in far[:_MOST])
             yield from [f"  and {len(far) - _MOST} more"] * (len(far) > _MOST)
-
-
-def diff(a: Spec | str | PathLike, b: Spec | str | PathLike, model: nn.Module | None = None) -> Difference:
-    """In what two specs (files, shipped names) or two saved adapters (folders) differ; modules and costs on a model (on
-    the meta device too). Raises: SurgeryError.
-
-    >>> import surgery
-    >>> print(surgery.diff("lora", "lora"))
-    no difference
-    """
-    sides = [_side(each, model) for each in (a, b)]
-    if bool(sides[0].tensors) is not bool(sides[1].tensors):
-        raise fail("bad-value", "a spec and a saved adapter are no two of one kind",
-                   helps=("an adapter's own spec is the file `adapter.surg` in its folder",))
-    return Difference(*sides)
-
-
-def _side(each: Spec | str | PathLike, model: nn.Module | None) -> Side:
-    # Imported where it is needed: two specs are compared without torch.
-    if isinstance(each, Spec):
-        spec, name, tensors = each, each.name or "the spec", {}
-    elif Path(each).is_dir():
-        from surgery.runtime.saved_format import Saved
-
-        saved = Saved(Path(each))
-        spec, name, tensors = saved.spec, str(each), {**saved.tensors, **saved.remade}
-    else:
-        spec, name, tensors = load(each), str(each), {}
-    spec = inlined(spec)
-    if model is None:
-        return Side(name, spec, tensors)
-    from surgery.planning.compile import compile
-    from surgery.planning.figures import Report
-
-    return Side(name, spec, tensors, Report(compile(model, spec)))
 
 
 def _unequal(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:

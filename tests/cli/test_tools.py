@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery import files
@@ -235,6 +236,28 @@ def test_init_writes_a_file_once(here: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ diff
+
+
+@pytest.mark.parametrize("spec", ["lora", "dora", "vera"])
+def test_an_adapter_of_pefts_is_compared_with_one_of_ours(here: Path, spec: str) -> None:
+    surgeon = surgery.apply(load_demo("llama"), surgery.load(spec).retarget("**.q_proj"))
+    surgeon.save("ours", base_model="demo:llama")
+    surgery.export_peft(surgeon, "theirs", base_model="demo:llama")
+    assert surgery.diff("ours", "theirs", skeleton("demo:llama")).tensors == {} == surgery.diff("theirs", "ours").tensors
+    path = here / "theirs" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "layers.1." in name)
+    save_file({**tensors, name: tensors[name] + 1}, path)
+    (changed,) = surgery.diff("ours", "theirs").tensors
+    assert "layers.1." in changed and changed in run("diff", "theirs", "ours").stdout
+    assert run("diff", "theirs", "lora").exit_code == 1
+
+
+def test_an_adapter_of_pefts_that_names_no_model(here: Path) -> None:
+    surgeon = surgery.apply(load_demo("llama"), surgery.load("lora").retarget("**.q_proj"))
+    surgery.export_peft(surgeon, "theirs")
+    assert "error[unknown-model]" in run("diff", "theirs", "theirs").stderr
+    assert run("diff", "theirs", "theirs", "--model", "demo:llama").stdout.endswith("no difference\n")
 
 
 def test_two_specs_compared() -> None:
