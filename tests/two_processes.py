@@ -9,12 +9,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from click.testing import CliRunner
 from models import perturbed
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import surgery
+from surgery.cli.main import main
 from surgery.experiments.fine_tuning import Training
 from surgery.models.demo import demo_inputs, load_demo
 from surgery.runtime import surgeon as surgeon_module
@@ -310,21 +311,25 @@ FILES = {"choices": "causal", "texts": "bert"}  # what is learned, and the model
 FEW = """target linear "**.{q_proj,up_proj}", "**.query" { add low_rank(2) post diagonal() }"""
 
 
-def fine_tuned(name: str, folder: Path, batch: int, out: str) -> list[float]:
-    """The losses of `surgery train`, step by step."""
-    file = next(folder.glob(f"{name}.*"))
-    surgery.train(surgery.parse(FEW), str(folder / FILES[name]), str(file), folder / out,
-                  setting=replace(LEARN, batch=batch))
+def fine_tuned(name: str, folder: Path, batch: int, out: str) -> tuple[list[float], str]:
+    """The losses of `surgery train`, step by step, and what this process says."""
+    spec = folder / f"{out} {os.getpid()}.surg"
+    spec.write_text(FEW)
+    asked = {"data": next(folder.glob(f"{name}.*")), "out": folder / out, "lr": LEARN.lr, "epochs": LEARN.epochs,
+             "length": LEARN.length, "batch": batch}
+    options = [str(each) for key, value in asked.items() for each in (f"--{key}", value)]
+    done = CliRunner().invoke(main, ["train", str(spec), str(folder / FILES[name]), *options], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
     if dist.is_initialized():
         dist.barrier()  # the first process alone saves
     logs = json.loads((folder / out / "trainer_state.json").read_text())["log_history"]
-    return [each["loss"] for each in logs if "loss" in each]
+    return [each["loss"] for each in logs if "loss" in each], done.stdout
 
 
 def learned(name: str) -> dict:
     """`surgery train` on two processes, each with half of the batch."""
-    losses = fine_tuned(name, FOLDER, LEARN.batch // 2, f"{name} of two")
-    return {"losses": losses}
+    losses, said = fine_tuned(name, FOLDER, LEARN.batch // 2, f"{name} of two")
+    return {"losses": losses, "said": said}
 
 
 def attached() -> dict:

@@ -66,6 +66,8 @@ def train(output: Output, spec: str, model: str, out: str, sets: tuple[str, ...]
             setting=Training(**given(how), rates=dict(parameter_rates)), dtype=dtype, force=force, resume=resume,
             trust=output.trust, self_contained=self_contained, watch=watch,
             about={"spec": spec, "set": sets, "target": targets})
+    if not trained.is_first:  # of processes that train together one tells
+        return
     _report(output, trained)
     saved, merged = shlex.quote(out), shlex.quote(f"{Path(out)}-merged")
     output.say(f"saved     {out}\nnext      surgery merge {saved} -o {merged}")

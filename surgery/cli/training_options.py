@@ -40,7 +40,8 @@ class Rate(click.ParamType):
 
 _NOT_NEGATIVE = click.FloatRange(0)
 DATA = (
-    click.option("--data", required=True, metavar="FILE", help="Learn from this: TSV, CSV, JSON Lines, Parquet, text."),
+    click.option("--data", required=True, metavar="FILE",
+                 help="Learn from this: TSV, CSV, JSON Lines, Parquet, text; or hub:ID:CONFIGURATION#SPLIT."),
     click.option("--dev", metavar="FILE", help="Choose the best checkpoint, or learning rate, on this."),
     click.option("--eval", "tests", multiple=True, metavar="FILE", help="Score on this; may be said again."), *READ,
     click.option("--limit", type=COUNT, help="Learn from so many of the items."),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.diagnostics import Collector, did_you_mean, fail
+from surgery.experiments.hub_data import HUB, hub_rows
 from surgery.extras import need
 
 _LONGEST_CELL = 1 << 30  # characters; csv would stop at 131,072
@@ -23,12 +24,18 @@ _LONGEST_CELL = 1 << 30  # characters; csv would stop at 131,072
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file. `places` says where each stands: its line, or its number where a file has no lines."""
+    """The rows of a file, or of a data set by name. `places` says where each stands: its line, or its number where a
+    file has no lines."""
 
-    file: Path
+    file: Path | str
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, Any], ...]
     places: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What the rows are called beside others."""
+        return self.file.removeprefix(HUB) if isinstance(self.file, str) else self.file.stem
 
     def has(self, *columns: str) -> bool:
         return set(columns) <= set(self.columns)
@@ -56,9 +63,14 @@ _KINDS: dict[type, str] = {str: "a text", list: "a list", int: "a whole number"}
 
 
 def read_rows(path: str | PathLike) -> Rows:
-    """The rows of a data file, which its ending tells how to read.
+    """The rows of a data file, which its ending tells how to read, or of `hub:NAME`, as `hub_data` has it.
 
     Raises: SurgeryError (missing-file; missing-extra; bad-data)."""
+    if str(path).startswith(HUB):
+        columns, values = hub_rows(str(path))
+        if not values:
+            raise fail("bad-data", f"{path} holds no row")
+        return Rows(str(path), columns, tuple(values), tuple(range(1, len(values) + 1)))
     file = Path(path)
     reader = _READERS.get(file.suffix.lower())
     if reader is None:

@@ -115,7 +115,8 @@ class Watch:
 
 @dataclass(frozen=True)
 class Trained:
-    """A training that ended: the surgeon of the operated model, and the scores on each test, before and after."""
+    """A training that ended: the surgeon of the operated model, and the scores on each test, before and after.
+    `is_first`: of processes that train together, the one that saves and tells."""
 
     surgeon: Surgeon
     folder: Path
@@ -124,6 +125,7 @@ class Trained:
     steps: int
     loss: float
     seconds: float
+    is_first: bool = True
 
 
 def train(spec: Spec | str | PathLike, model: str, data: Data | str | PathLike, folder: str | PathLike, *,
@@ -181,7 +183,7 @@ class _Run:
         if trainer.is_world_process_zero():
             self._save(surgeon, task, trainer.state, force)
         return Trained(surgeon, self.folder, before, after, done.global_step, done.training_loss,
-                       done.metrics["train_runtime"])
+                       done.metrics["train_runtime"], trainer.is_world_process_zero())
 
     def record(self) -> str:
         """What the training is asked for, as TOML: a command's options, and what it was made with."""

@@ -79,7 +79,7 @@ def read_task(path: str | PathLike, kind: str | None = None, *, label: str | Non
                    f"it has {', '.join(rows.columns)}", notes=tuple(_needed(kind)))
     if form is None:
         return of_rows(rows, cast(Kind, kind) if kind in HEADED else None, threshold, label, classes)
-    return Generative(rows.file.stem, form.kind, tuple(form.read(rows)))
+    return Generative(rows.name, form.kind, tuple(form.read(rows)))
 
 
 def _is_labelled(rows: Rows, kind: str | None) -> bool:

@@ -11,7 +11,6 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from surgery.diagnostics import did_you_mean, fail
@@ -111,7 +110,7 @@ def of_rows(rows: Rows, kind: Kind | None = None, threshold: float | None = None
     texts = next((columns for columns in TEXTS if rows.has(*columns)), (TEXT,))
     labels = rows.column(_label(rows, texts, label), str, int, float)
     first, *second = (tuple(rows.column(column)) for column in texts)
-    found = _labelled(rows.file, first, [str(each) for each in labels], kind, threshold, tuple(classes))
+    found = _labelled(rows, first, [str(each) for each in labels], kind, threshold, tuple(classes))
     return replace(found, seconds=second[0]) if second else found
 
 
@@ -136,7 +135,7 @@ def _listed(columns: Sequence[str]) -> str:
     return f"it has {', '.join(columns) or 'none'}"
 
 
-def _labelled(file: Path, texts: Sequence[str], labels: Sequence[str], kind: Kind | None,
+def _labelled(rows: Rows, texts: Sequence[str], labels: Sequence[str], kind: Kind | None,
               threshold: float | None, classes: tuple[str, ...]) -> Task:
     """The task of the kind that is asked for, or that the labels suggest."""
     values: list[float | None] = []
@@ -150,24 +149,24 @@ def _labelled(file: Path, texts: Sequence[str], labels: Sequence[str], kind: Kin
     has_names = len(numbers) < len(values)
     # Whole numbers are names of classes more often than amounts, so they are regressed on only when that is asked for.
     if threshold is None and kind != "regression" and (has_names or kind or all(n.is_integer() for n in numbers)):
-        return _classified(file, texts, labels, classes)
+        return _classified(rows, texts, labels, classes)
     if has_names:
-        raise fail("bad-data", f"{file} has labels that are no numbers, such as `{labels[values.index(None)]}`",
+        raise fail("bad-data", f"{rows.file} has labels that are no numbers, such as `{labels[values.index(None)]}`",
                    helps=("such labels can only be classes",))
     if threshold is None:
-        return Task(file.stem, tuple(texts), tuple(numbers))
+        return Task(rows.name, tuple(texts), tuple(numbers))
     names = {False: f"up to {threshold:g}", True: f"above {threshold:g}"}
-    return _classified(file, texts, [names[n > threshold] for n in numbers], classes)
+    return _classified(rows, texts, [names[n > threshold] for n in numbers], classes)
 
 
-def _classified(file: Path, texts: Sequence[str], labels: Sequence[str], known: tuple[str, ...]) -> Task:
+def _classified(rows: Rows, texts: Sequence[str], labels: Sequence[str], known: tuple[str, ...]) -> Task:
     classes = known or tuple(sorted(set(labels)))
     if len(classes) < 2:
-        raise fail("bad-data", f"every text of {file} has the label `{labels[0]}`",
+        raise fail("bad-data", f"every text of {rows.file} has the label `{labels[0]}`",
                    helps=("there is nothing to tell apart",))
     index = {name: float(i) for i, name in enumerate(classes)}
     new = sorted(set(labels) - set(index))
     if new:
-        raise fail("bad-data", f"{file} has labels that the model does not know: {', '.join(new[:8])}",
+        raise fail("bad-data", f"{rows.file} has labels that the model does not know: {', '.join(new[:8])}",
                    notes=(f"it tells apart {', '.join(classes)}",))
-    return Task(file.stem, tuple(texts), tuple(index[each] for each in labels), classes)
+    return Task(rows.name, tuple(texts), tuple(index[each] for each in labels), classes)

@@ -11,12 +11,13 @@ import os
 import platform
 import tomllib
 from collections.abc import Iterable, Mapping
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
 from surgery import __version__
 from surgery.diagnostics import Collector, did_you_mean, fail
+from surgery.experiments.hub_data import HUB, hub_rows
 
 FILE = "training.toml"
 ABOUT = ("versions", "data_sha256")  # tables that say how it was, and ask for nothing
@@ -75,6 +76,8 @@ def versions() -> dict[str, str]:
 
 
 def digest_of(path: str | os.PathLike) -> str:
-    """The SHA-256 of a file's bytes."""
+    """The SHA-256 of a file's bytes, or of the rows of a data set by name."""
+    if str(path).startswith(HUB):
+        return sha256(json.dumps(hub_rows(str(path)), default=str).encode()).hexdigest()
     with Path(path).open("rb") as file:
         return file_digest(file, "sha256").hexdigest()

@@ -170,10 +170,13 @@ def test_nothing_is_left_beside_what_was_saved(seen: Seen) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_surgery_train_on_two_processes_has_the_losses_of_one(name: str, seen: Seen) -> None:
-    """Averaged over tokens, of which the two have unlike numbers, and over texts; the same adapter comes out."""
-    alone = fine_tuned(name, seen[0], LEARN.batch, f"{name} of one")
+    """Averaged over tokens, of which the two have unlike numbers, and over texts; the same adapter comes out, and one of
+    the two tells of it."""
+    alone, said = fine_tuned(name, seen[0], LEARN.batch, f"{name} of one")
     assert len(alone) == 12 and max(alone) - min(alone) > 0.01
     for process in seen[1]:
         assert process[f"{name} learned"]["losses"] == pytest.approx(alone, abs=1e-4)
+    first, second = (process[f"{name} learned"]["said"] for process in seen[1])
+    assert "saved " in said and "saved " in first and not second
     one, two = (load_file(seen[0] / f"{name} of {count}" / "adapter.safetensors") for count in ("one", "two"))
     assert all(apart(two[key], one[key]) <= 1e-4 for key in one)
