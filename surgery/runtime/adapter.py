@@ -31,6 +31,7 @@ from surgery.runtime.batched_setups import SetupBatches
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.noise import drawn
+from surgery.runtime.ready_calls import ready_call
 from surgery.runtime.retraction import watch
 from surgery.runtime.serving import Serving, fingerprint
 from surgery.runtime.sharded_steps import watch_sharding
@@ -162,7 +163,18 @@ class Adapter(nn.Module):
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
         dtype, held = layer.dtype_of(x), self.called(layer.device)
-        return self.run(layer, x, dtype, {**self.shaped(held), **self.noise(layer.module, layer.device)}, held)
+        y = self.run(layer, x, dtype, {**self.shaped(held), **self.noise(layer.module, layer.device)}, held)
+        if self.serving is not None and dtype is layer.dtype and not (torch.is_grad_enabled() or is_traced()):
+            self._make_ready(self.serving, layer, held)
+        return y
+
+    def _make_ready(self, serving: Serving, layer: Frozen, held: Mapping[str, torch.Tensor]) -> None:
+        """Have further calls of a layer that has run while serving answered at once."""
+        if self not in serving.ready:
+            program = self.program(layer, None)  # in evaluation one for any number
+            on = (*held.values(), *(layer.held if program.rests_on_layer else ()))
+            if (kept := serving.kept(self, (program, layer.dtype, layer.device), on)) is not None:
+                serving.ready[self] = ready_call(self, program, layer, kept)
 
     def run(self, layer: Frozen, x: torch.Tensor, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor],
             held: Mapping[str, torch.Tensor], expert: int | None = None) -> torch.Tensor:

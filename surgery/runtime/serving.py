@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from surgery.diagnostics import SurgeryError, fail
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.text import listed
 
+if TYPE_CHECKING:
+    from surgery.runtime.ready_calls import ReadyCall
+
 _ROW = 2**16  # numbers that are hashed as one
 _BLOCK = 64  # such rows at a time: 32 MiB of integers
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -29,13 +32,13 @@ _LOCK = RLock()
 
 
 @dataclass
-class _Kept:
+class Kept:
     """A kept value: what it was computed from, the fingerprint of that, and torch's hints about it (see `hints`)."""
 
     on: tuple[Tensor, ...]
     bits: list[tuple]
     hints: tuple
-    values: tuple
+    values: Any
 
 
 class Serving:
@@ -43,7 +46,8 @@ class Serving:
 
     def __init__(self, model: nn.Module, names: Mapping[nn.Module, str]):
         self.names, self.depth = names, 0
-        self._kept: dict[tuple, _Kept] = {}
+        self._kept: dict[tuple, Kept] = {}
+        self.ready: dict[nn.Module, ReadyCall | None] = {}  # of adapters that have run here
         self._training = [(module, module.training) for module in model.modules()]
 
     def get(self, adapter: nn.Module, key: tuple, on: Sequence[Tensor], compute: Callable[[], tuple]) -> tuple:
@@ -57,7 +61,7 @@ class Serving:
         if kept is None:
             bits, signs = fingerprint(on), hints(on)  # before it is computed: a write in between is then found
             with torch.no_grad():
-                kept = self._kept[adapter, *key] = _Kept(tuple(on), bits, signs, compute())
+                kept = self._kept[adapter, *key] = Kept(tuple(on), bits, signs, compute())
         elif len(on) != len(kept.on) or any(a is not b for a, b in zip(on, kept.on)):
             return compute()  # of other tensors for this call, as under functional_call: no promise was made of those
         elif (now := hints(on)) != kept.hints:
@@ -65,6 +69,11 @@ class Serving:
                 raise _changed([self.names[adapter]])
             kept.hints = now  # it was written over with what it was
         return kept.values
+
+    def kept(self, adapter: nn.Module, key: tuple, on: Sequence[Tensor]) -> Kept | None:
+        """What is kept under a key, if it is of these tensors."""
+        kept = self._kept.get((adapter, *key))
+        return kept if kept and len(on) == len(kept.on) and all(a is b for a, b in zip(on, kept.on)) else None
 
     def verify(self) -> None:
         """Raises: SurgeryError (changed-tensor), if a tensor that a kept value depends on has other bits than when it

@@ -181,7 +181,7 @@ def test_serving_gives_the_same_and_makes_nothing_twice(name):
     with torch.no_grad():
         y = model(x)
     adapter = surgeon.adapters["layers.0"]
-    program = adapter._programs[False]
+    program = adapter.program(adapter.frozen(model.layers[0]), None)
     setup = program.setup
     object.__setattr__(program, "setup", lambda *given: (made.append(1), setup(*given))[1])
     with torch.no_grad(), surgeon.serving():
@@ -256,6 +256,38 @@ def test_training_while_serving_is_refused_and_changes_no_mode():
     with pytest.raises(ZeroDivisionError), surgeon.serving():
         1 / 0
     assert model.train().training
+
+
+@on_each
+def test_a_call_while_serving_runs_its_program_alone_unless_something_is_different(name, monkeypatch):
+    model, surgeon = operated(name, torch.float32)
+    x, adapter, long = inputs(torch.float32), surgeon.adapters["layers.0"], []
+    forward = type(adapter).forward
+    monkeypatch.setattr(type(adapter), "forward", lambda self, *given: (long.append(1), forward(self, *given))[1])
+    with torch.no_grad():
+        y, turned = model(x), model(x[None, :, None])
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = model(x)
+    with surgeon.disabled():
+        base = model(x)
+    with surgeon.serving():
+        with torch.no_grad():
+            model(x)
+            long.clear()
+            assert torch.equal(model(x), y) and torch.equal(model(x[None, :, None]), turned)
+            assert not long
+            long.clear()
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(model(x), narrow) and long
+            with surgeon.disabled():
+                assert torch.equal(model(x), base)
+            assert_close(torch.func.vmap(model)(x), y, 1e-6)
+            part, seen = next(adapter.children()), []
+            hook = part.register_forward_hook(lambda *given: seen.append(1))
+            assert torch.equal(model(x), y) and seen
+            hook.remove()
+        assert model(x).requires_grad
+    assert adapter.serving is None
 
 
 def test_a_pass_with_a_gradient_is_made_anew_while_serving():
