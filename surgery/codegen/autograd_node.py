@@ -107,7 +107,12 @@ class _Node(torch.autograd.Function):
 def without_autocast(device: str) -> AbstractContextManager:
     """A context in which products are computed in the dtype of what they are given; nothing where they are anyway, as
     to enter one takes longer than a small product."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on; for tensors without numbers there is none, and torch refuses to be asked."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def run(body: Expr, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ total.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from surgery.matching.name_ranges import alike, ranged, starred
 from surgery.planning.cost_estimates import Estimate, fallback
 from surgery.planning.fitness import copy_size, dense_copies, estimated
 from surgery.planning.formulas import formula_lines
+from surgery.planning.quantised_sizes import packed_saving
 from surgery.text import counted, dtype_text, sides_text, size_text
 
 if TYPE_CHECKING:  # `compile` imports this module, so that a plan shows its own figures in a notebook
@@ -115,8 +117,8 @@ class Report:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes of the base model, of dense copies of its weights, of the adapter, and what AdamW adds (a gradient and
-        two moments of each trained number)."""
+        """Bytes of the base model (as its quantiser packs it, where that is known), of dense copies of its weights, of
+        the adapter, and what AdamW adds (a gradient and two moments of each trained number)."""
         survey = self.plan.selection.survey
         # A quantised layer keeps its numbers in buffers, or in tensors that are no parameters of the model: they are
         # asked of the layer, and by identity, since a tied weight stands at several names.
@@ -124,7 +126,8 @@ class Report:
         plain = (p for name, p in survey.model.named_parameters() if f"{SUFFIX}." not in name)
         base = {id(t): opaque_linear.size(t) for t in (*packed, *plain)}
         copies = sum(map(copy_size, self.plan.placed))
-        return {"base": sum(base.values()), **({"dense copies": copies} if copies else {}), "adapter": self.bytes,
+        size = sum(base.values()) - math.floor(packed_saving(survey) or 0)
+        return {"base": size, **({"dense copies": copies} if copies else {}), "adapter": self.bytes,
                 "gradients and AdamW": 3 * self.trainable * self.dtype.itemsize}
 
     @cached_property

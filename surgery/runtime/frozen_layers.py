@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from surgery.codegen.autograd_node import autocasts
 from surgery.codegen.kernels import mask, masked
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout
@@ -51,7 +52,7 @@ class Frozen:
     def dtype_of(self, x: torch.Tensor) -> torch.dtype:
         """The dtype of the activations for an input: the layer's own, or that of an autocast."""
         device = self.device.type
-        narrows = self.follows_autocast and torch.is_autocast_enabled(device)
+        narrows = self.follows_autocast and autocasts(device)
         return torch.get_autocast_dtype(device) if narrows else self.dtype
 
     @property

@@ -1,0 +1,85 @@
+"""What `surgery plan --batch` predicts of a training step, beside one that is measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from surgery.cli.main import main
+from surgery.experiments.timing import peak_bytes
+from surgery.experiments.training_memory import Training, training_memory
+from surgery.language.library import load
+from surgery.models.demo import demo_inputs
+from surgery.runtime.surgeon import apply
+
+
+def llama(hidden: int, layers: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+                       num_attention_heads=4, num_key_value_heads=2, vocab_size=vocabulary)
+
+
+@pytest.mark.parametrize("spec, config, batch, length, checkpointing", [
+    ("lora", llama(64, 3, 300), 2, 64, False),
+    ("lora", llama(64, 3, 300), 2, 64, True),
+    ("dora", llama(128, 2, 1000), 4, 32, False),
+    ("sora", llama(64, 2, 100), 1, 256, True),
+])
+def test_a_step_takes_what_is_predicted(spec, config, batch, length, checkpointing):
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
+    said = training_memory(skeleton, load(spec), Training(batch, length, checkpointing=checkpointing))
+    model = LlamaForCausalLM(config)
+    surgeon = apply(model, spec, check=False)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    inputs = demo_inputs(model, batch=batch, length=length)
+
+    def step() -> None:
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+
+    step()  # compiles
+    model.zero_grad()
+    measured = peak_bytes(step, torch.device("cpu"))
+    assert said["gradients"] + said["activations"] == pytest.approx(measured, rel=0.1)
+    trained = sum(p.numel() for p in surgeon.parameters())
+    assert (said["gradients"], said["optimiser"]) == (4 * trained, 8 * trained)
+    assert said["adapter"] == sum(4 * t.numel() for t in {id(t): t for t in surgeon.named_tensors().values()}.values())
+
+
+def plan(*arguments: str) -> dict:
+    result = CliRunner().invoke(main, ["plan", "lora", *arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_devices_and_optimisers_change_what_is_held():
+    asked = ["demo:llama", "--batch", "2", "--length", "16"]
+    one, copied = plan(*asked)["step_bytes"], plan(*asked, "--gpus", "4", "--optimiser", "adamw-8bit")["step_bytes"]
+    sharded = plan(*asked, "--gpus", "4", "--sharded", "--optimiser", "sgd")["step_bytes"]
+    assert copied["gradients"] == 2 * one["gradients"] and 3.8 < one["optimiser"] / copied["optimiser"] < 4
+    assert [one[part] - 4 * sharded[part] for part in ("base", "adapter", "gradients")] == [0, 0, 0]
+    assert sharded["gathered layers"] and sharded["optimiser"] == 0
+    assert one["activations"] == copied["activations"] == sharded["activations"]
+    assert plan("demo:llama")["step_bytes"] is None
+
+
+@pytest.mark.parametrize("about, size", [
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 0.5625),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}, 0.515869140625),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 1),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 128}, 0.51953125),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 1 + 4 / 16384),
+    ({"quant_method": "of_another"}, 4),
+])
+def test_the_base_is_as_large_as_it_is_packed(tmp_path: Path, about: dict, size: float):
+    config = llama(64, 2, 100)
+    config.architectures, config.quantization_config = ["LlamaForCausalLM"], about
+    config.save_pretrained(tmp_path)
+    layers = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 192)
+    rest = 2 * 100 * 64 + 5 * 64  # the embedding, the head and the norms
+    assert plan(str(tmp_path))["memory_bytes"]["base"] == pytest.approx(layers * size + 4 * rest, abs=1)
