@@ -272,7 +272,7 @@ class Comparison:
         """Train once, and measure."""
         spec, (learned, dev, tests) = self.specs[asked["method"]], self.parts
         setting = replace(self.how, lr=asked["rate"], seed=asked["seed"])
-        model, clock = self.load(setting.seed), Clock()
+        model, clock = self._placed(setting.seed), Clock()
         data = batches(model, self.words, learned, setting)
         surgeon = operated(model, spec, self.task, setting.seed, data) if spec else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -291,10 +291,10 @@ class Comparison:
 
     def time(self) -> Steps:
         """The time of a step of every method, side by side."""
-        model, models = self._placed(), {}
+        model, models = self._placed(0), {}
         for method, spec in self.specs.items():
             if spec is None:  # full fine-tuning trains all of its own
-                models[method] = self._placed()
+                models[method] = self._placed(0)
                 continue
             # on the weights of `model`, but for those that it trains: ten methods then need one model's memory
             models[method] = sharing(model, compile(model, whole(spec, model, self.task)).train)
@@ -302,9 +302,9 @@ class Comparison:
             operated(models[method], spec, self.task, 0, data)
         return Steps(self.steps_asked, side_by_side(models, self._longest(model)), machine())
 
-    def _placed(self) -> PreTrainedModel:
-        """The model where it would train."""
-        model = self.load(0)
+    def _placed(self, seed: int) -> PreTrainedModel:
+        """The model where it trains."""
+        model = self.load(seed)
         Module.to(model, training_device())
         return model
 

@@ -107,7 +107,7 @@ class Worker:
 def worker(comparison: Comparison, folder: Path, device: str, among: int) -> Iterator[Worker]:
     """A worker on a device, one of several."""
     with TemporaryFile() as errors, subprocess.Popen(
-            [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+            [sys.executable, "-P", "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             env=_environment(device, among), start_new_session=True) as process:  # Ctrl-C is for the one who asked
         try:
             yield Worker(device, process, errors, pickle.dumps((comparison, folder, device)))
