@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+import torch
 from papers import SOURCES
+from transformers import AutoModelForCausalLM
 from zoo import SHIPPED
 
+from surgery import plan
 from surgery.language.library import read, shipped
+from surgery.models.demo import demo_config
 from surgery.peft.table.methods import METHODS
+from surgery.planning.cost_estimates import Estimate
 from surgery.planning.families import FAMILIES
 from surgery.planning.formulas import formula_lines, formulas
 from surgery.planning.shipped_specs import Entry, catalogue
@@ -19,6 +28,7 @@ _STEP = re.compile(r" {3,}(pre|add|post) ")  # the note of a line that says what
 _MARKS = re.compile(r"[*_<`|\\]")  # what Markdown would read
 WIDE = ("additive", "multiplicative")  # most specs are of one of these, and of another family
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+BENCH = PAGE.parent / "bench"
 HEAD = """# The methods that ship
 
 Each is a file of `specs/`, read by every command under its name. `surgery show NAME` prints the formula with every
@@ -49,8 +59,20 @@ NOT_SHIPPED = """## What does not ship
 """
 
 
-def page(entries: list[Entry]) -> str:
-    """The whole page: a section for each family, a block for each spec, in the section of its narrowest family."""
+MEASURED = """## Estimated and measured
+
+A step of `demo:llama-bench` (4 Llama layers, hidden 1024), as a multiple of the same model's with everything frozen: what `surgery
+bench` measured ({machine}; medians of {rounds} rounds
+± half the distance between their quartiles), and what the cost model says of the operated weights for as many tokens. Those with a star were measured while much else ran on the machine, in batches half as large:
+their spread says how much they are worth. What is not in the table has not been measured.
+
+| spec | measured | estimated | measured / estimated |
+|---|---|---|---|"""
+
+
+def page(entries: list[Entry], estimates: Mapping[str, float] = MappingProxyType({})) -> str:
+    """The whole page: a section for each family, a block for each spec, in the section of its narrowest family; and
+    what was measured, beside the `estimates` for the same model."""
     sections: dict[str, list[Entry]] = {name: [] for name in FAMILIES}
     for entry in entries:
         sections[next((name for name in entry.families if name not in WIDE), entry.families[0])].append(entry)
@@ -58,7 +80,38 @@ def page(entries: list[Entry]) -> str:
     for name, members in sections.items():
         lines += [f"## {name.capitalize()}", "", f"{FAMILIES[name].means[0].upper()}{FAMILIES[name].means[1:]}.", ""]
         lines += [line for entry in members for line in _block(entry)]
-    return "\n".join([*lines, NOT_SHIPPED])
+    return "\n".join([*lines, *_measured(estimates), "", NOT_SHIPPED])
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    """The rows of `surgery bench --json`, by spec, with the file (`where`) and the tokens of a step."""
+    files = sorted(BENCH.rglob("*.json"), key=lambda file: file.parent != BENCH)
+    told = [(file, json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    rows = [{**row, "where": file, "tokens": prod(each["tokens"])} for file, each in told for row in each["rows"]]
+    return {row["name"]: row for row in reversed(rows) if row["name"] in shipped()}
+
+
+def _measured(estimates: Mapping[str, float]) -> Iterator[str]:
+    about = json.loads((BENCH / "paper.json").read_text(encoding="utf-8"))
+    yield MEASURED.format(machine=about["machine"], rounds=about["rounds"]["step"])
+    for name, row in sorted(measured().items()):
+        ratio, estimate = row["step_ratio"], estimates.get(name)
+        beside = f"{estimate:.2f} | {ratio / estimate:.2f}" if estimate else " | "
+        star = "" if row["where"].parent == BENCH else " *"
+        yield f"| `{name}`{star} | {ratio:.2f} ± {row['step_ratio_spread']:.2f} | {beside} |"
+
+
+def estimated(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What the cost model says of each spec that was measured, of the model (whose weights are not needed) and the
+    number of tokens that it was measured on."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(demo_config("llama-bench"))
+    found = {}
+    for name, row in rows.items():
+        each = [Estimate(placed.compiled, row["tokens"]) for placed in plan(model, name).placed]
+        if each:
+            found[name] = sum(e.seconds() for e in each) / sum(e.frozen_seconds for e in each)
+    return found
 
 
 def _block(entry: Entry) -> Iterator[str]:
@@ -104,8 +157,9 @@ def _compared(name: str) -> str:
 
 def without_estimates(text: str) -> list[str]:
     """The page's lines, but for what the cost model says: that follows every change of a program."""
-    return [line.partition(" parameters, ")[0] if "a step" in line else line for line in text.splitlines()]
+    return [line.partition(" parameters, ")[0] if " parameters, " in line else
+            line.rsplit("|", 3)[0] if line.startswith("| `") and " ± " in line else line for line in text.splitlines()]
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(catalogue()), encoding="utf-8")
+    PAGE.write_text(page(catalogue(), estimated(measured())), encoding="utf-8")
