@@ -1,5 +1,7 @@
 """The settings of the paper's tables: they are options that there are, and their specs fit small stand-ins of the models."""
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ from surgery.cli.compare import _by_method, _methods
 from surgery.cli.main import main
 from surgery.cli.training_options import given
 from surgery.experiments.fine_tuning import Training
+from surgery.planning.check import check
 from surgery.planning.compile import compile
 
-FILES = sorted((Path(__file__).parents[2] / "examples/paper/settings").glob("*.toml"))
+PAPER = Path(__file__).parents[2] / "examples" / "paper"
+FILES = sorted((PAPER / "settings").glob("*.toml"))
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 # The class that stands in for each model, and how many weights of a layer the authors' code operates on.
 STAND_INS = {
@@ -36,3 +40,14 @@ def test_the_settings_of_a_table_fit_its_model(file: Path) -> None:
     assert how.batch * how.accumulate == (32 if asked["model"].startswith("microsoft") else 128)
     tried = _by_method(asked["rates"], list(specs))
     assert all(len(rates) == 3 for rates in tried.values()) and len(asked["tests"]) > 0
+
+
+def test_the_table_of_turns_is_of_what_was_run() -> None:
+    found = importlib.util.spec_from_file_location("turned", PAPER / "sora" / "turned.py")
+    turned = importlib.util.module_from_spec(found)
+    found.loader.exec_module(turned)
+    runs = json.loads(turned.FILE.read_text(encoding="utf-8"))
+    assert len(runs) == turned.SEEDS * len(turned.VARIANTS) and all(len(run["steps"]) == turned.STEPS for run in runs)
+    assert "\n".join(turned.table(runs)) in (PAPER / "README.md").read_text(encoding="utf-8")
+    for variant in turned.VARIANTS:
+        assert check(turned.spec_of(variant)) == []
