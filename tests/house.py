@@ -14,6 +14,7 @@ import sys
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -23,11 +24,16 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """The syntax tree of each module."""
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         yield from ((name, n) for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)))
 
 
@@ -118,14 +124,14 @@ def findings(tool: str, *arguments: str) -> str:
 
 def main() -> None:
     lengths = [f.end_lineno - f.lineno + 1 for _, f in functions()]
-    modules = {name: imported(tree) - {name} for name, tree in TREES.items()}
+    modules = {name: imported(tree) - {name} for name, tree in trees().items()}
     folders: dict[str, set[str]] = {}
     for name, others in modules.items():
         folders.setdefault(folder(name), set()).update({folder(o) for o in others} - {folder(name)})
     # the package itself finds its public names when they are asked for, and everybody may read its version
     folders.pop("", None)
     once = used_once()
-    values = {f"{module}.{name}" for module, tree in TREES.items() for name in rows(tree)}
+    values = {f"{module}.{name}" for module, tree in trees().items() for name in rows(tree)}
     called = [name for name in once if name not in values]
     top = [p for p in PACKAGE.iterdir() if p.suffix == ".py" and not p.name.startswith("__")]
     figures = {

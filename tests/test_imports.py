@@ -12,6 +12,7 @@ from pathlib import Path
 
 import house
 import pytest
+from house import trees
 
 import surgery
 
@@ -80,11 +81,6 @@ def imports(tree: ast.AST, at_once: bool = True) -> Iterator[tuple[str, bool]]:
         later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or (
             isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
         yield from imports(node, at_once and not later)
-
-
-@cache
-def trees() -> dict[str, ast.Module]:
-    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 
 @cache

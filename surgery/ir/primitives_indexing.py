@@ -169,16 +169,28 @@ def _top_mix(sizes: Sizes, a: Any, b: Any) -> Any:
     return (best.values.softmax(dim=-1)[..., None, :] @ b[best.indices]).squeeze(-2)
 
 
+def _left_of(sizes: Sizes, parts: Any) -> Any:
+    return parts[0][..., :sizes[0]]
+
+
+def _values_of(sizes: Sizes, parts: Any) -> Any:
+    return parts[1][..., :sizes[0]]
+
+
+def _right_of(sizes: Sizes, parts: Any) -> Any:
+    return parts[2][..., :sizes[0], :]
+
+
 def _left_singular(sizes: Sizes, a: Any) -> Any:
-    return _singular_parts(a)[0][..., :sizes[0]]
+    return _left_of(sizes, _singular_parts(a))
 
 
 def _singular(sizes: Sizes, a: Any) -> Any:
-    return _singular_parts(a)[1][..., :sizes[0]]
+    return _values_of(sizes, _singular_parts(a))
 
 
 def _right_singular(sizes: Sizes, a: Any) -> Any:
-    return _singular_parts(a)[2][..., :sizes[0], :]
+    return _right_of(sizes, _singular_parts(a))
 
 
 def _singular_parts(a: Any) -> Any:
@@ -270,12 +282,13 @@ ROWS = [
     Operation("top_mix", 2, _top_mix_shape, _top_mix, "the rows of b that the softmax over the k largest entries mixes",
               stage=CORE, sizes=("k",), flops=flop_rules.mixed_rows),
     Operation("left_singular", 1, lambda sizes, a: a[:1] + _singular_shape(sizes, a), _left_singular,
-              "the first k left singular vectors: [m, n] -> [m, k]", sizes=("k",), flops=flop_rules.decomposed),
+              "the first k left singular vectors: [m, n] -> [m, k]", sizes=("k",), flops=flop_rules.decomposed,
+              jointly=_singular_parts, part=_left_of),
     Operation("singular", 1, _singular_shape, _singular, "the k largest singular values: [m, n] -> [k]",
-              sizes=("k",), flops=flop_rules.decomposed),
+              sizes=("k",), flops=flop_rules.decomposed, jointly=_singular_parts, part=_values_of),
     Operation("right_singular", 1, lambda sizes, a: _singular_shape(sizes, a) + a[1:], _right_singular,
               "the first k right singular vectors, as rows: [m, n] -> [k, n]", sizes=("k",),
-              flops=flop_rules.decomposed),
+              flops=flop_rules.decomposed, jointly=_singular_parts, part=_right_of),
     Operation("qr", 1, _qr_shape, _qr, "the orthonormal Q of a = Q R: [m, n] -> [m, n]"),
     Operation("ifft2", 1, lambda a: exactly(2, "a matrix", a), _ifft2, "the real part of the inverse Fourier transform",
               linear=Linear.TOGETHER, flops=flop_rules.transformed),

@@ -165,7 +165,9 @@ class Operation:
     whose dtype and device the result gets. `places` says which arguments are whole numbers, places of entries, and
     `into(node)` the shape of what those point into; `whole` whether the result is; `counts` whether a spec may say a
     number k for the first k places. `sign`: how the language writes it
-    where that is no call. An operation whose shape does not follow from its arguments has a `law`, and is made as an
+    where that is no call. Where several operations are parts of one computation on the same arguments,
+    `jointly(*tensors)` is that, and `part(data, computed)` the operation's own. An operation whose shape does not
+    follow from its arguments has a `law`, and is made as an
     `Expr`; a leaf whose tensor is given has a `source`. Where the value needs the node, or the leaves' tensors:
     `evaluate(node, args, leaves)`.
 
@@ -204,6 +206,8 @@ class Operation:
     law: Law | None = None
     source: Source | None = None
     evaluate: Callable[[Expr, list, Mapping[str, Any]], Any] | None = None
+    jointly: Callable[..., Any] | None = None
+    part: Callable[[Any, Any], Any] | None = None
     linear: Linear = Linear.NOT
     transpose: Transpose = Transpose.STAYS
     orthogonal: Orthogonal = Orthogonal.UNKNOWN

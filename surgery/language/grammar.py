@@ -25,6 +25,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 
 
+@cache
 def pattern_of(terminal: str) -> str:
     """The regular expression of a terminal."""
     return _only(rf"^{terminal}(?:\.\d+)?: /(.*)/$", GRAMMAR).replace(r"\/", "/")

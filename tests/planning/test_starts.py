@@ -37,6 +37,15 @@ def test_pissa_shares_the_singular_values_between_its_factors():
     assert torch.equal(found["A"], found["A0"]) and torch.equal(found["B"], found["B0"])
 
 
+@pytest.mark.parametrize("name, settings", [("svf", {}), ("milora", {"rank": 3}), ("pissa", {"rank": 3})])
+def test_a_weight_is_decomposed_once_for_all_that_starts_from_it(name, settings, monkeypatch):
+    """Which takes long for a large one: as it starts, and twice more to see what rounding decides."""
+    decompose, calls = torch.linalg.svd, []
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **how: calls.append(a[0].shape) or decompose(*a, **how))
+    leaves(name, **settings)
+    assert calls == [(OUT, IN)] * 3
+
+
 def test_olora_starts_at_the_qr_factors():
     weight, found = leaves("olora", rank=3)
     q, r = torch.linalg.qr(weight)
