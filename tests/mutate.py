@@ -35,7 +35,7 @@ HEART = ("surgery/rewrite", "surgery/codegen", "surgery/runtime/adapter.py", "su
 TESTS = ("test_reference.py", "test_rules.py", "test_corners.py", "test_step.py", "test_activate.py", "test_verify.py",
          "test_solves.py", "test_store.py", "test_zero_rows.py", "test_zoo.py", "test_zoo_lifecycle.py",
          "test_called.py", "test_invented.py", "test_zoo_dropout.py", "test_random_specs.py", "test_starts.py",
-         "test_matrix_free.py", "test_zoo_dtypes.py", "test_routed_experts.py")
+         "test_matrix_free.py", "test_zoo_dtypes.py", "test_routed_experts.py", "test_effective.py", "test_grouped.py")
 COUNTED = {"cost_model", "operation_counts"}  # modules whose figures choose between programs that give the same
 PATIENCE = 4  # times what the tests take without a mistake
 MEMORY = 8 * 2**30  # bytes of a process; without a mistake the tests take a quarter of it

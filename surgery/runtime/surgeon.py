@@ -413,7 +413,9 @@ class Surgeon:
 
     @all_or_nothing
     def merge(self) -> dict[str, float]:
-        """Put each W' in the place of W, which is kept; gives the relative rounding error of each module.
+        """Put each W' in the place of W, which is kept; gives the relative rounding error of each module: W' as its
+        dtype holds it against W' in float32 or wider. No forward pass is made; `prove()` before it makes some, and says
+        whether the merged model gives what the operated one does, as `apply` did.
 
         Memory: a second copy of the operated weights. Raises: SurgeryError (merge-error); then nothing is merged.
 

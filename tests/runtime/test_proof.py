@@ -155,6 +155,35 @@ def test_layers_that_are_only_called_are_proven_without_a_merge():
     assert proof.adapters == 2 and not proof.silent and proof.merged is not None
 
 
+@pytest.mark.parametrize("read", [
+    lambda module: module.weight.float() * module.scale,
+    lambda module: torch.mul(other=module.scale, input=module.weight),
+    lambda module: module(torch.eye(5)).mT + 0 * torch.cat([module.weight, module.weight])[:5],
+], ids=["alone", "by name", "beside a call"])
+def test_what_a_layer_without_a_plain_weight_stores_is_not_read_past_its_adapter(read):
+    """A packed weight is codes, and no W' can stand in its place."""
+    from packed import Int8Linear
+
+    model = Reads(read)
+    model.second = Int8Linear(5, 5, bias=False)
+    with pytest.raises(SurgeryError, match="second.weight") as error:
+        surgery.apply(model.eval(), ALL, example=torch.randn(4, 5))
+    assert error.value.diagnostics[0].code == "dead-adapter" and not any("_surgery" in n for n in model.state_dict())
+
+
+def test_what_a_tensor_is_like_may_be_asked():
+    from packed import Int8Linear
+
+    def read(module: nn.Module) -> Tensor:
+        assert module.weight.dtype == torch.int8 and module.weight.shape == torch.zeros_like(module.weight).shape
+        return module(torch.eye(5)).to(module.scale).type_as(module.scale).mT
+
+    model = Reads(read)
+    model.second = Int8Linear(5, 5, bias=False)
+    proof = surgery.apply(model.eval(), ALL, example=torch.randn(4, 5)).proof
+    assert proof.adapters == 3 and not proof.silent
+
+
 def test_half_precision():
     for dtype in (torch.bfloat16, torch.float16):
         for family in ("llama", "bert"):
