@@ -21,6 +21,7 @@ from surgery.codegen.kernel_names import names_called
 from surgery.codegen.program_text import step_text
 from surgery.ir.expression import Expr
 from surgery.ir.operations import operation
+from surgery.ir.orthogonal_maps import is_traced
 from surgery.ir.table import Source
 
 _device: ContextVar[str | None] = ContextVar("the type of device whose steps run", default=None)
@@ -39,7 +40,8 @@ def steps_of(device: str) -> Iterator[None]:
 
 def runs_as_on(device: str) -> str:
     """The type of device whose programs and steps run for tensors that are on `device`."""
-    return _device.get() or device
+    # a compiler traces no ContextVar, and traces for where the tensors are
+    return device if is_traced() else _device.get() or device
 
 
 @dataclass(frozen=True, eq=False)
