@@ -175,12 +175,25 @@ def weights(module: nn.Module) -> tuple[Weight, ...]:
     family = _family(module)
     if family is not None:
         return (Weight(family.layout(module), "weight"),)
-    # transformers' interface of fused experts: every 3-D parameter is a stack
-    if not all(hasattr(module, mark) for mark in ("num_experts", "is_transposed", "has_bias")):
+    layout = _stacked(module)
+    if layout is None:
         return ()
-    layout = TRANSPOSED_EXPERTS if module.is_transposed else EXPERTS
     stacks = {name: p.shape[0] for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
     return tuple(Weight(layout, name, stack) for name, stack in stacks.items())
+
+
+# Experts of transformers that do not say by its interface how they lie.
+_BY_CLASS = {"jetmoe.modeling_jetmoe.JetMoeParallelExperts": EXPERTS,
+             "llama4.modeling_llama4.Llama4TextExperts": TRANSPOSED_EXPERTS,
+             "step3p7.modeling_step3p7.Step3p7Experts": EXPERTS}
+
+
+def _stacked(module: nn.Module) -> Layout | None:
+    """How a module of fused experts holds them, where every 3-D parameter is a stack; None for another module."""
+    if all(hasattr(module, mark) for mark in ("num_experts", "is_transposed", "has_bias")):  # transformers' interface
+        return TRANSPOSED_EXPERTS if module.is_transposed else EXPERTS
+    names = (f"{c.__module__}.{c.__qualname__}".removeprefix("transformers.models.") for c in type(module).__mro__)
+    return next((_BY_CLASS[name] for name in names if name in _BY_CLASS), None)
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
