@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,8 +22,6 @@ from surgery.cli.output import Output
 from surgery.text import counted, size_text
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from surgery.experiments.training_memory import Training
     from surgery.language.tree import Spec
 
@@ -74,7 +72,7 @@ def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: 
                 **report.to_json())
 
 
-def _step(output: Output, skeleton: PreTrainedModel, spec: Spec, how: Training) -> dict[str, int] | None:
+def _step(output: Output, skeleton: Any, spec: Spec, how: Training) -> dict[str, int] | None:
     """Say what a training step takes, or why that is not known."""
     from surgery.experiments.training_memory import training_memory
 
