@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """A file of which nothing is asked for is not even imported."""
     wanted, file = config.getoption("markexpr"), collection_path.name
-    return wanted == "fast" and is_slow(file) or wanted in ("fast", "not gpu") and file == "test_gpu.py" or None
+    return wanted == "fast" and is_slow(file) or wanted in ("fast", "not gpu") and file.startswith("test_gpu") or None
 
 
 @pytest.hookimpl(tryfirst=True)

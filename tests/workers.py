@@ -6,7 +6,7 @@ _SLOW = {
     "test_activate.py", "test_bench.py", "test_called.py", "test_called_life.py", "test_catalogue.py",
     "test_check_fuzz.py", "test_checkpoints.py", "test_cli.py", "test_cli_operating.py", "test_compare.py",
     "test_dequantise.py", "test_diagnostics_docs.py", "test_docs.py", "test_effective.py", "test_examples.py",
-    "test_export.py", "test_fine_tuning.py", "test_fingerprint.py", "test_folders.py", "test_gpu.py",
+    "test_export.py", "test_fine_tuning.py", "test_fingerprint.py", "test_folders.py", "test_gpu.py", "test_gpu_kernels.py",
     "test_grammar_fuzz.py", "test_grid.py", "test_grouped.py", "test_hub.py", "test_imports.py", "test_invented.py",
     "test_large.py", "test_layout.py", "test_likelihood.py", "test_matrix_free.py", "test_measure.py",
     "test_merge_files.py", "test_minilm.py", "test_minilm_peft.py", "test_model_tensors.py", "test_noise.py",

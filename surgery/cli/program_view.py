@@ -8,7 +8,7 @@ from typing import Any
 
 from surgery.cli.output import Output, aligned
 from surgery.codegen.compiled import Compiled
-from surgery.codegen.cost_model import frozen_last
+from surgery.codegen.cost_model import frozen_last, one_pass
 from surgery.codegen.program_text import program_text, step_text
 from surgery.language.tree import Spec
 from surgery.planning.cost_estimates import FLOAT, Estimate, amount
@@ -50,7 +50,8 @@ def _page(estimate: Estimate, on: tuple[str, str]) -> Iterator[str]:
                        for plan in (runs, at_rest))
     yield from ("", "  in training", *_code(train))
     # Written-out gradients exist where one node of autograd runs the whole body.
-    node = step_text(runs.written, runs.needs, frozen_last(on[0])) if estimate.kind.is_product else None
+    ways = frozen_last(on[0]), one_pass(on[0])
+    node = step_text(runs.written, runs.needs, *ways) if estimate.kind.is_product else None
     if node is not None:
         yield from ("\n  and the body in training, as one node of autograd", *_code([node.source]))
     others = [text for text in evaluate if text not in train]

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from surgery.codegen.cost_model import frozen_last
+from surgery.codegen.cost_model import frozen_last, one_pass
 from surgery.codegen.kernel_names import names_called
+from surgery.codegen.kernels_one_pass import has_triton
 from surgery.codegen.program_text import step_text
 from surgery.ir.expression import Expr
 from surgery.ir.operations import operation
@@ -59,12 +60,13 @@ class Step:
 def step(body: Expr, needs: tuple[bool, ...], device: str = "cpu") -> Step | None:
     """The compiled step of a body where x and its values take gradients as `needs` says, on a type of device; None if
     an operation has no gradient in the table."""
-    return _compiled(body, needs, frozen_last(runs_as_on(device)))
+    known, is_counted = runs_as_on(device), _device.get() is not None
+    return _compiled(body, needs, frozen_last(known), one_pass(known) and (is_counted or has_triton()))
 
 
 @cache
-def _compiled(body: Expr, needs: tuple[bool, ...], frozen_last: bool) -> Step | None:
-    text = step_text(body, needs, frozen_last)
+def _compiled(body: Expr, needs: tuple[bool, ...], frozen_last: bool, one_pass: bool) -> Step | None:
+    text = step_text(body, needs, frozen_last, one_pass)
     if text is None:
         return None
     scope = names_called(in_step=True)

@@ -45,6 +45,12 @@ def frozen_last(device: str) -> bool:
     return device != "cpu"
 
 
+def one_pass(device: str) -> bool:
+    """Whether a type of device has kernels that do in one pass over activations what torch needs several for: CUDA,
+    where torch brings Triton."""
+    return device == "cuda"
+
+
 @dataclass(frozen=True)
 class Cost:
     """The cost of one step, forward and backward: `flops` that grow with the tokens and those of the set-up, numbers

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from surgery.codegen import kernels, kernels_permute, kernels_row_sums
+from surgery.codegen import kernels, kernels_one_pass, kernels_permute, kernels_row_sums, masks
 from surgery.ir.operations import OPERATIONS
 
-_MODULES = {"kernels": kernels, "kernels_permute": kernels_permute, "kernels_row_sums": kernels_row_sums}
+_MODULES = {"kernels": kernels, "kernels_one_pass": kernels_one_pass, "kernels_permute": kernels_permute,
+            "kernels_row_sums": kernels_row_sums, "masks": masks}
 
 
 def names_called(in_step: bool) -> dict[str, Any]:

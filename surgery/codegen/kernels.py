@@ -6,8 +6,6 @@ device, no copy of an activation.
 
 from __future__ import annotations
 
-from math import log1p
-
 import torch
 from torch import Tensor
 
@@ -16,11 +14,12 @@ TILE = 32  # columns of the blocks whose diagonal a device takes for a sum of pr
 
 
 def on_cpu(a: Tensor) -> bool:
-    """True on a CPU, where kernels work on a cacheful at a time and dropout draws the indices of what is dropped."""
+    """True on a CPU, where kernels work on a cacheful at a time, and `masks` draws the indices of what is dropped."""
     return a.device.type == "cpu"
 
 
-def _wide(a: Tensor) -> torch.dtype:
+def wide(a: Tensor) -> torch.dtype:
+    """The dtype in which sums over the numbers of a are taken."""
     return torch.promote_types(a.dtype, torch.float32)
 
 
@@ -29,12 +28,12 @@ def column_dot(a: Tensor, b: Tensor) -> Tensor:
     in bfloat16 are off by several per cent."""
     if on_cpu(a):  # a cacheful of rows at a time
         (first, other), *rest = zip(a.split(ROWS), b.split(ROWS))
-        sums = first.to(_wide(a)) * other
+        sums = first.to(wide(a)) * other
         for x, y in rest:
             sums[:len(x)].addcmul_(x, y)
         return sums.sum(0).to(a.dtype)
-    if a.dtype == _wide(a) or a.shape[-1] % TILE:
-        return (a.to(_wide(a)) * b).sum(0).to(a.dtype)
+    if a.dtype == wide(a) or a.shape[-1] % TILE:
+        return (a.to(wide(a)) * b).sum(0).to(a.dtype)
     # The diagonal of aᵀ b on small blocks. It does 32 times the arithmetic, on units that have it to spare, rounds no
     # product, and reads a and b once: on an H200 74 us in the place of 278 for [8192, 4096] in bfloat16.
     x, y = (t.unflatten(-1, (-1, TILE)).transpose(0, 1) for t in (a, b))
@@ -74,7 +73,7 @@ def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
 
 def block_dot(a: Tensor, g: Tensor, s: Tensor) -> Tensor:
     """aᵀ g on the blocks of the diagonal: [t, b k], [t, b m] -> [b, k, m], the shape of s."""
-    result = a.new_zeros(s.shape, dtype=_wide(a))
+    result = a.new_zeros(s.shape, dtype=wide(a))
     for rows, grads in zip(_parts(a), _parts(g)):
         left, right = _slices(rows, len(s)).mT, _slices(grads, len(s))
         if result.dtype == a.dtype:
@@ -103,7 +102,7 @@ def circulate_dot(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
 
 
 def _spectrum(a: Tensor, count: int, size: int) -> Tensor:
-    return torch.fft.rfft(a.to(_wide(a)).reshape(-1, count, size))
+    return torch.fft.rfft(a.to(wide(a)).reshape(-1, count, size))
 
 
 def mixed(x: Tensor, kernel: Tensor) -> Tensor:
@@ -123,46 +122,3 @@ def mixed_back(g: Tensor, kernel: Tensor) -> Tensor:
 def mixed_dot(x: Tensor, g: Tensor) -> Tensor:
     """The gradient of `mixed` in its kernel: [2, f, ..., q], [2, f, ..., p] -> [2, f, q, p]."""
     return mixed(x.flatten(2, -2).mT, g.flatten(2, -2))
-
-
-def mask(a: Tensor, p: float) -> Tensor:
-    """A dropout mask, each entry dropped with probability p: on a CPU the indices of dropped entries (they are few, and
-    their gaps are quickly drawn); elsewhere True for each dropped entry, [*a.shape]."""
-    if not on_cpu(a):
-        return torch.empty_like(a, dtype=torch.bool).bernoulli_(p)
-    count = a.numel()
-    # The gaps between entries that chance takes are geometric. More than are drawn here would be taken once in 1e15.
-    draws = int(count * p + 8 * (count * p) ** 0.5) + 8
-    rolled = torch.rand(draws, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
-    gaps = rolled.neg_().log1p_().mul_(1 / log1p(-p)).to(torch.int64).add_(1)
-    places = gaps.cumsum(0).sub_(1)
-    return places[:int(torch.searchsorted(places, count))].to(torch.int32 if count < 2**31 else torch.int64)
-
-
-def masked(a: Tensor, mask: Tensor) -> Tensor:
-    """a with 0 where the mask says so."""
-    if mask.dtype == torch.bool:
-        return a.masked_fill(mask, 0.0)
-    return masked_(a.clone(memory_format=torch.contiguous_format), mask)
-
-
-def masked_(a: Tensor, mask: Tensor) -> Tensor:
-    """a with 0 where the mask says so, written into a."""
-    if mask.dtype == torch.bool:
-        return a.masked_fill_(mask, 0.0)
-    places = mask.long()
-    if a.is_contiguous():
-        a.view(-1).index_fill_(0, places, 0.0)
-        return a
-    return a.put_(places, a.new_zeros(()).expand(len(places)))
-
-
-def add_masked(y: Tensor, a: Tensor, m: Tensor, mask: Tensor, alpha: float = 1.0) -> Tensor:
-    """y + alpha masked(a m), into y: [t, n], [t, r], [r, n] -> [t, n]."""
-    if mask.dtype == torch.bool or not y.is_contiguous():  # places count along rows that follow each other
-        return y.add_(masked(a @ m, mask), alpha=alpha)
-    flat, places = y.view(-1), mask.long()
-    before = flat.take(places)
-    y.addmm_(a, m, alpha=alpha)
-    flat.put_(places, before)
-    return y

@@ -14,6 +14,7 @@ from surgery.codegen.aliases import Memory
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.emit import Lines, emitted, without_gradient
 from surgery.codegen.gradients import gradients
+from surgery.codegen.one_pass import fused, gains_fused
 from surgery.codegen.operation_counts import size
 from surgery.codegen.schedule import Region
 from surgery.ir.builders import times
@@ -79,50 +80,58 @@ class StepText:
 
 
 @cache
-def step_text(body: Expr, needs: tuple[bool, ...], frozen_last: bool = False) -> StepText | None:
+def step_text(body: Expr, needs: tuple[bool, ...], frozen_last: bool = False,
+              one_pass: bool = False) -> StepText | None:
     """The text of a body where x and its values take gradients as `needs` says; None where an operation of it has no
-    gradient in the table. `frozen_last`: as in a `Region`."""
+    gradient in the table. `frozen_last`: as in a `Region`; `one_pass`: whether kernels do in one pass what torch needs
+    several for, dropout's mask being a number."""
     def masked(node: Expr, args: tuple[Expr, ...]) -> Expr:
         if node.op != "dropout":
             return node.with_args(args)
-        return times(1 / (1 - node.data[0]), make("masked", *args, make("mask", *args, data=node.data)))
+        return times(1 / (1 - node.data[0]), make("masked", *args, make(
+            "number" if one_pass else "mask", *args, data=node.data)))
 
     # dropout as a mask, which the backward pass reads again, and a scaling that simplifying gives to a thin factor
     body = simplify(rebuild(body, masked))
     leaves = {node.data: node for node in walk(body) if operation(node).is_step_input}
     inputs = [leaves[key] for key in (None, *range(len(needs) - 1))]
-    derived = gradients(body, [leaf for leaf, need in zip(inputs, needs) if need])
+    (runs,) = gains_fused(body) if one_pass else (body,)
+    derived = gradients(runs, [leaf for leaf, need in zip(inputs, needs) if need])
     if derived is None:
         return None
     used = dict.fromkeys(n for n in walk(*derived.of) if operation(n).is_step_input)
     of = iter(derived.of)
     wanted = tuple(next(of) if need else None for need in needs)
     kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(derived.kept)]
-    source = "\n\n".join((_forward(body, inputs, (*used, *derived.kept), frozen_last),
-                          _backward(wanted, (*used, *kept), frozen_last)))
+    source = "\n\n".join((_forward(runs, inputs, (*used, *derived.kept), frozen_last, one_pass),
+                          _backward(wanted, (*used, *kept), frozen_last, one_pass)))
     return StepText(source, body, wanted, derived.kept, (*used, *derived.kept))
 
 
 _OWN = Memory(looked_on=False, writes=True)
 
 
-def _forward(body: Expr, inputs: Sequence[Expr], kept: Sequence[Expr], frozen_last: bool) -> str:
+def _forward(body: Expr, inputs: Sequence[Expr], kept: Sequence[Expr], frozen_last: bool,
+             one_pass: bool) -> str:
     names = {leaf: "x" if operation(leaf).source is Source.INPUT else f"a{leaf.data}" for leaf in inputs}
     outputs = (body, *(k for k in kept if not operation(k).is_leaf))
-    text = _let_go(Region(outputs, names.keys(), _OWN, frozen_last=frozen_last), names, "y")
-    called = {**names, **text.results}
+    computed = fused(*outputs) if one_pass else outputs
+    text = _let_go(Region(computed, names.keys(), _OWN, frozen_last=frozen_last), names, "y")
+    called = {**names, **{output: text.results[as_fused] for output, as_fused in zip(outputs, computed)}}
     returned = "".join(f"{called[k]}, " for k in kept)
     return _function(f"forward(layer, {', '.join(names.values())})", [line for _, line in text.lines],
                      f"{called[body]}, ({returned})")
 
 
-def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr], frozen_last: bool) -> str:
+def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr], frozen_last: bool, one_pass: bool) -> str:
     outputs = tuple(e for e in wanted if e is not None)
+    computed = fused(*outputs) if one_pass else outputs
     names = {leaf: f"k{i}" for i, leaf in enumerate(kept)}
     arguments = ", ".join(["layer", "grad", *names.values()])
-    names |= {node: "grad" for node in walk(*outputs) if operation(node).source is Source.BACKWARD}
-    text = _let_go(Region(outputs, names.keys(), _OWN, frozen_last=frozen_last), names, "g")
-    returned = "".join("None, " if e is None else f"{text.results[e]}, " for e in wanted)
+    names |= {node: "grad" for node in walk(*computed) if operation(node).source is Source.BACKWARD}
+    text = _let_go(Region(computed, names.keys(), _OWN, frozen_last=frozen_last), names, "g")
+    results = iter(text.results[output] for output in computed)
+    returned = "".join("None, " if e is None else f"{next(results)}, " for e in wanted)
     return _function(f"backward({arguments})", [line for _, line in text.lines], f"({returned})")
 
 

@@ -65,7 +65,7 @@ def scheduled(region: Region) -> list[Instruction]:
     fused = {part for instruction in instructions.values() for part in instruction.parts}
     operands = {node: instruction.reads for node, instruction in instructions.items() if node not in fused}
     first = list(_ordered(region.outputs, lambda node: operands.get(node, ())))
-    late = _late(region, [instructions[node] for node in first if node in operands], operands)
+    late = {**_late(region, [instructions[node] for node in first if node in operands], operands), **_beside(first)}
     order = _ordered(region.outputs, lambda node: (*operands.get(node, ()), *late.get(node, ())))
     return [instructions[node] for node in order if node in operands]
 
@@ -83,6 +83,14 @@ def _ordered(roots: Sequence[Expr], below: Callable[[Expr], Sequence[Expr]]) -> 
             yield node
         else:
             stack += [(node, True), *((each, False) for each in reversed(below(node)))]
+
+
+def _beside(nodes: Sequence[Expr]) -> dict[Expr, list[Expr]]:
+    """For the first of two values that are computed together the second, which is then named at once: as long as the
+    pair is there it holds both."""
+    second = {node.args[0]: node for node in nodes if node.op == "part" and node.data == (1,)}
+    return {node: [second[node.args[0]]] for node in nodes
+            if node.op == "part" and node.data == (0,) and node.args[0] in second}
 
 
 def _late(region: Region, instructions: Sequence[Instruction],

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
-from surgery.codegen.validate_meanings import DRAWS, Meaning, Symbols, meanings, orders
+from surgery.codegen.validate_meanings import DRAWS, Meaning, Symbols, meanings, one_pass, orders
 from surgery.ir.expression import Expr, walk
 
 # Functions that give memory of their own. (Any other may give a view of what it takes.)
@@ -32,6 +32,7 @@ _METHODS = {"exp", "sqrt", "abs", "tanh", "sigmoid", "cos", "sin", "relu", "sign
 _SAME_MAP = {"frozen": "frozen", "frozen_flat": "frozen", "frozen_rows": "frozen", "frozen_biased": "frozen_biased",
              "frozen_back": "frozen_back"}
 _DTYPES = {"dtype", "cast"}
+_ONE_PASS = {"gained", "gained_dot", "gained_back", "masked_times", "times_masked", "masked_outer"}
 
 
 class Fault(Exception):
@@ -118,21 +119,24 @@ class Run:
             raise Fault(f"`{name}` is not there")
         return self.names[name]
 
-    def _value(self, node: ast.expr) -> Held:
+    def _read(self, name: str, held: Held) -> Held:
+        if any(self.versions[memory] != version for memory, version in held.memory):
+            raise Fault(f"`{name}` has been written over")
+        return held
+
+    def _value(self, node: ast.expr) -> Any:
         match node:
             case ast.Name(id=name):
-                held = self._named(name)
-                if any(self.versions[memory] != version for memory, version in held.memory):
-                    raise Fault(f"`{name}` has been written over")
-                return held
+                return self._read(name, self._named(name))
             case ast.Constant(value=int() | float() as number):
                 return Held(self.symbols.number(number))
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
                 return Held(self.symbols.number(-number))
             case ast.Subscript(value=ast.Name(id="leaves"), slice=ast.Constant(value=key)):
                 return self._placed(self.symbols.of("leaf", key), owned=False)
-            case ast.Subscript(value=ast.Name(id="known"), slice=ast.Constant(value=int() as index)):
-                return self._named("known")[index]
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=int() as index)) \
+                    if isinstance(values := self._named(name), list):
+                return self._read(f"{name}[{index}]", values[index])
             case ast.Subscript(value=a, slice=index):
                 return self._view("index", self._value(a), ast.unparse(index).strip("()"))
             case ast.Attribute(value=ast.BinOp(left=ast.Attribute(value=a, attr="mT"), op=ast.MatMult(), right=b),
@@ -191,7 +195,7 @@ class Run:
 
     # --------------------------------------------------------------------------------------------------- calls
 
-    def _call(self, node: ast.Call) -> Held:
+    def _call(self, node: ast.Call) -> Any:
         name = ast.unparse(node.func)
         is_onto = name in ("layer.frozen_onto", "layer.frozen_back_onto")
         if any(keyword.arg not in (("beta",) if is_onto else ("alpha", "value")) for keyword in node.keywords):
@@ -218,7 +222,17 @@ class Run:
             return self._written(base, self.symbols.of("masked", base.meaning, mask.meaning), mask)
         if name in ("add_blocks", "add_masked", "add_placed", "put"):
             return self._sum(name, parts, factor)
+        if name in _ONE_PASS:
+            return self._in_one_pass(name, parts)
         return self._computed(name, *parts)
+
+    def _in_one_pass(self, name: str, parts: list[Any]) -> Any:
+        """What is computed together, each in memory of its own: one value, or a list of them."""
+        data, operands = ((), parts) if isinstance(parts[0], Held) else (parts[0], parts[1:])
+        self._keep(*operands)  # autograd does not see into it
+        values = [self._placed(meaning)
+                  for meaning in one_pass(self.symbols, name, data, [operand.meaning for operand in operands])]
+        return values if len(values) > 1 else values[0]
 
     def _data(self, node: ast.expr) -> Any:
         """What is known: numbers and their tuples."""

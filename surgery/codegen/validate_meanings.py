@@ -8,13 +8,13 @@ No torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice, permutations, product
 from typing import Any, NamedTuple
 
 from surgery.ir.expression import Expr, walk
 
-DRAWS = {"dropout", "mask"}
+DRAWS = {"dropout", "mask", "number"}
 _MOST_ORDERS = 1000  # in which draws of one kind are tried
 
 
@@ -72,6 +72,46 @@ def _with_data(name: str, wrap: Callable[[Any], tuple]) -> _Rule:
     return lambda symbols, node, args: symbols.of(name, *args, *wrap(node.data))
 
 
+def _gain(symbols: Symbols, factor: float, inside: bool, y: Meaning, d: Meaning, *low: Meaning) -> Meaning:
+    """d (y + c h m) or d y + c h m; d y without h and m."""
+    term = symbols.times(factor, symbols.of("@", *low)) if low else None
+    if term is None or not inside:
+        scaled = symbols.of("*", y, d)
+        return scaled if term is None else symbols.of("+", scaled, term)
+    return symbols.of("*", symbols.of("+", y, term), d)
+
+
+def one_pass(symbols: Symbols, name: str, data: tuple, args: Sequence[Meaning]) -> list[Meaning]:
+    """What an operation of one pass gives, said by the operations that it is made of."""
+    def sum_of(factor: float, g: Meaning, y: Meaning, *low: Meaning) -> Meaning:
+        term = symbols.times(factor, symbols.of("@", *low)) if low else None
+        return symbols.of("column_dot", g, y if term is None else symbols.of("+", y, term))
+
+    match name, args:
+        case "gained", [y, d, h, m]:
+            return [_gain(symbols, *data, y, d, h, m)]
+        case "gained_dot", [g, y, h, m]:
+            return [sum_of(data[0], g, y, h, m)]
+        case "gained_back", [g, d, y, *low]:
+            factor, inside = data
+            return [_gain(symbols, factor, False, g, d, *([] if inside else low)),
+                    sum_of(factor, g, y, *(low if inside else []))]
+        case "masked_times", [a, mask, m]:
+            return [symbols.of("@", symbols.of("masked", a, mask), m)]
+        case "times_masked", [h, m, mask]:
+            return [symbols.of("masked", symbols.of("@", h, m), mask)]
+        case "masked_outer", [a, mask, g]:
+            kept = symbols.of("masked", a, mask)
+            left, right = (g, kept) if data[0] else (kept, g)
+            return [symbols.of("@", symbols.of("T", left), right)]
+    raise ValueError(f"{name} of {len(args)}")
+
+
+def _of_one_pass(symbols: Symbols, node: Expr, args: list[Meaning]) -> Meaning:
+    (meaning,) = one_pass(symbols, node.op, node.data, args)
+    return meaning
+
+
 def _some_columns(node: Expr) -> str:
     """As an index says them, of a matrix or of anything else."""
     first, end = node.data
@@ -97,6 +137,7 @@ _MEANINGS: dict[str, _Rule] = {
     "frozen": lambda symbols, node, args: symbols.of("frozen_biased" if node.data == "biased" else "frozen", *args),
     "run": _as("layer.run"), "run_alone": _as("layer.run_alone"), "x": _as("x"), "grad": _as("grad"),
     "value": _with_data("value", lambda data: (data,)), "value_at": _with_data("value", lambda data: (data,)),
+    "gained": _of_one_pass, "gained_dot": _of_one_pass,
     "swap": _with_data("swap", lambda data: (data,)), "mix": _with_data("mix", lambda data: (data,)),
 }
 

@@ -77,6 +77,16 @@ def scale(node: Expr, g: Expr) -> Terms:
     return make("scale", g, d), make("column_dot", _flat(g), _flat(forward(a)))
 
 
+def gained(node: Expr, g: Expr) -> Terms:
+    """Of d (y + c h m), or of d y + c h m."""
+    (y, d, h, m), (factor, inside) = node.args, node.data
+    led = make("scale", g, d) if inside else g
+    of_gain = make("gained_dot", g, *map(forward, (y, h, m)), data=(factor,)) if inside else make(
+        "column_dot", g, forward(y))
+    return (make("scale", g, d), of_gain, times(factor, make("matmul", led, make("T", m))),
+            times(factor, make("outer", forward(h), led)))
+
+
 def masked(node: Expr, g: Expr) -> Terms:
     scalar, rest = scaled(g)
     return (_times(scalar, make("masked", rest, forward(node.args[1]))),)

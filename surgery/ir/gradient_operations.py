@@ -87,21 +87,24 @@ def _mixed_back(g: Any, k: Any) -> Any:
     return OPERATIONS["mixed"].value(None, [g, torch.stack([k[0].mT, -k[1].mT])], g)
 
 
-def _in_step(name: str, arity: int, shape: Callable[..., Shape], dense: Callable[..., Any], doc: str,
-             **more: Any) -> Operation:
-    """What a backward pass computes by a kernel of its name."""
-    return Operation(name, arity, shape, dense, doc, stage=IN_STEP, memory=Memory.NEW, step_kernel=f"kernels.{name}",
+def _in_step(name: str, arity: int | None, shape: Callable[..., Shape], dense: Callable[..., Any], doc: str,
+             module: str = "kernels", **more: Any) -> Operation:
+    """What a step computes by a kernel of its name."""
+    return Operation(name, arity, shape, dense, doc, stage=IN_STEP, memory=Memory.NEW, step_kernel=f"{module}.{name}",
                      **more)
 
 
 ROWS = [
     # Its dense meaning is that of evaluation, which drops nothing.
     Operation("mask", 1, dropped, _mask, "what dropout takes out of x", stage=IN_STEP, sizes=("share", "step"),
-              stops_gradient=True, text="mask({}, {data[0]!r})", step_kernel="kernels.mask"),
+              stops_gradient=True, text="mask({}, {data[0]!r})", step_kernel="masks.mask"),
+    Operation("number", 1, dropped, _mask, "the number from which such a mask is drawn again, in its place",
+              stage=IN_STEP, sizes=("share", "step"), stops_gradient=True, text="number({}, {data[0]!r})",
+              step_kernel="masks.number"),
     _in_step("masked", 2, elementwise, lambda a, mask: a.masked_fill(mask, 0.0), "a with 0 where the mask says so",
-             linear=Linear.EACH, is_unkept=True, passes=1, derivative=derivatives.masked,
-             in_place=InPlace(Form("masked_", kernel="kernels.masked_", is_fused=False), lambda node: node.args[:1]),
-             added=Added(Form("add_masked", kernel="kernels.add_masked"), fits=lambda z: z.args[0].op == "matmul",
+             module="masks", linear=Linear.EACH, is_unkept=True, passes=1, derivative=derivatives.masked,
+             in_place=InPlace(Form("masked_", kernel="masks.masked_", is_fused=False), lambda node: node.args[:1]),
+             added=Added(Form("add_masked", kernel="masks.add_masked"), fits=lambda z: z.args[0].op == "matmul",
                          takes=lambda z: z.args[:1], when=When.IN_STEP)),
     Operation("outer", 2, _outer_shape, lambda a, g: a.mT @ g, "aᵀ g", stage=IN_STEP, linear=Linear.EACH,
               text=_outer_text, memory=Memory.NEW, flops=flop_rules.each_read(2, -1)),

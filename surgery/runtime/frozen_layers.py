@@ -14,7 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from surgery.codegen.autograd_node import autocasts
-from surgery.codegen.kernels import mask, masked
+from surgery.codegen.kernels import on_cpu
+from surgery.codegen.masks import mask, masked
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout
 from surgery.layers.opaque_linear import stored, stored_weight
@@ -100,7 +101,7 @@ class Frozen:
         return y.addmm_(rows, self.weight, beta=beta)
 
     def dropout(self, x: Any, p: float) -> Any:
-        return F.dropout(x, p) if is_traced() else masked(x, mask(x, p)) / (1 - p)
+        return F.dropout(x, p) if is_traced() or not on_cpu(x) else masked(x, mask(x, p)) / (1 - p)
 
     def tokens(self, x: Any) -> int | None:
         """The number of input rows, where it is known before the map runs."""

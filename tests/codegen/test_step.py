@@ -11,18 +11,20 @@ from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, 
 from torch import Tensor, nn
 from zoo import CASES
 
-from surgery.codegen import apply_to_activations, autograd_node, kernels, program
+from surgery.codegen import apply_to_activations, kernels, masks, program
 from surgery.codegen.aliases import Memory
-from surgery.codegen.autograd_node import step
+from surgery.codegen.autograd_node import runs_as_on, step, steps_of
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.cost_model import Cost
 from surgery.codegen.emit import emitted
+from surgery.codegen.program import Program
 from surgery.codegen.schedule import Region
 from surgery.experiments.timing import peak_bytes
 from surgery.ir.builders import times
 from surgery.ir.expression import Expr, walk
 from surgery.ir.operations import PRIMITIVES, is_whole, make
 from surgery.language.library import load, parse
+from surgery.runtime.adapter import Adapter
 from surgery.runtime.surgeon import apply
 
 EXACT = 1e-10
@@ -45,11 +47,17 @@ def outputs(op: Operated, leaves: dict[str, Tensor], x: Tensor, seed: int = 7) -
     return {"the output": y.detach(), **(gradients(y, direction, leaves) if y.requires_grad else {})}
 
 
+def programs(adapter: Adapter, dtype: torch.dtype) -> dict[bool, Program]:
+    """Those that run for a layer in a dtype, by whether it trains."""
+    return adapter._chosen((runs_as_on("cpu"), dtype))
+
+
 def agree(op: Operated, leaves: dict[str, Tensor], x: Tensor) -> None:
     """Each program that was found for the layer, not the chosen one alone, gives what its plain body gives."""
-    best = op.adapter._programs[True]
+    running = programs(op.adapter, op.weight.dtype)
+    best = running[True]
     for each in (best, *best.over):
-        op.adapter._programs[True] = each
+        running[True] = each
         assert step(each.plan.written, (True, *(not is_whole(value) for value in each.plan.values))), "it has a step"
         found = outputs(op, leaves, x)
         with plainly():
@@ -68,11 +76,12 @@ def test_it_is_the_plain_body(case):
 
 
 @on_every_case
-def test_a_device_on_which_the_frozen_product_is_summed_last(case, monkeypatch):
-    monkeypatch.setattr(autograd_node, "step", lambda body, needs, device: step(body, needs, "cuda"))
+def test_the_step_of_a_gpu_in_plain_operations(case):
+    """The frozen product is summed last, and gains beside low-rank terms are one operation."""
     op = operated(case, WIDE)
     x = op.input()
-    agree(op, {**x, **op.parameters}, x["x"])
+    with steps_of("cuda"):
+        agree(op, {**x, **op.parameters}, x["x"])
 
 
 @on_every_case
@@ -359,8 +368,9 @@ def test_an_activation_is_let_go_of_once_it_is_read():
     """Seven alive at most, of the eleven that the passes of a circulant update make."""
     layer = nn.Linear(96, 96, bias=False)
     adapter = apply(Tower(layer), load("c3a", block=8).retarget("**")).adapters["layers.0"]
-    best = adapter._programs[True]
-    adapter._programs[True] = next(each for each in (best, *best.over) if each.strategy == "activations")
+    running = programs(adapter, layer.weight.dtype)
+    best = running[True]
+    running[True] = next(each for each in (best, *best.over) if each.strategy == "activations")
     x, grad = torch.randn(512, 96), torch.randn(512, 96)
     peak = peak_bytes(lambda: layer(x.clone().requires_grad_()).backward(grad), x.device)
     assert peak < 7.5 * x.nbytes
@@ -407,21 +417,21 @@ def test_kernels_are_the_plain_formulas(dtype, rows):
 def test_masks_as_places_and_as_bits(dtype, rows):
     torch.manual_seed(0)
     a, y, m = torch.randn(rows, 4).to(dtype), torch.randn(rows, 12).to(dtype), torch.randn(4, 12).to(dtype)
-    places = kernels.mask(y, 0.25)
+    places = masks.mask(y, 0.25)
     bits = torch.zeros(y.numel(), dtype=torch.bool).index_fill(0, places.long(), True).view(y.shape)
     assert bits.sum() == len(places) and (rows < 300 or 750 < len(places) < 1050)
     for mask, turned in ((places, places), (bits, bits.view(12, -1))):
-        assert torch.equal(kernels.masked(y, mask), y * ~bits)
+        assert torch.equal(masks.masked(y, mask), y * ~bits)
         for into in (y.clone(), y.mT.clone(memory_format=torch.contiguous_format).mT):  # by rows, and by columns
-            assert kernels.masked_(into, mask) is into
+            assert masks.masked_(into, mask) is into
             assert torch.equal(into, y * ~bits)
-        assert torch.equal(kernels.masked(y.mT, turned).flatten(), y.mT.flatten() * ~bits.flatten())
+        assert torch.equal(masks.masked(y.mT, turned).flatten(), y.mT.flatten() * ~bits.flatten())
         into = y.clone()
-        assert kernels.add_masked(into, a, m, mask, alpha=2.0) is into
+        assert masks.add_masked(into, a, m, mask, alpha=2.0) is into
         assert_close(into, y.double() + 2 * (a.double() @ m.double()) * ~bits, 60 * torch.finfo(dtype).eps)
     for mask in (places, bits):  # what lies in memory by columns too
         into = y.mT.clone(memory_format=torch.contiguous_format).mT
-        assert kernels.add_masked(into, a, m, mask, alpha=2.0) is into
+        assert masks.add_masked(into, a, m, mask, alpha=2.0) is into
         assert_close(into, y.double() + 2 * (a.double() @ m.double()) * ~bits, 60 * torch.finfo(dtype).eps)
 
 
@@ -431,13 +441,13 @@ def test_each_entry_is_dropped_with_its_chance_and_by_itself(p):
     torch.manual_seed(0)
     count = 4_000_000
     dropped = torch.zeros(count, dtype=torch.bool)
-    dropped[kernels.mask(torch.empty(count), p).long()] = True
+    dropped[masks.mask(torch.empty(count), p).long()] = True
     assert_share(dropped, p)
     for distance in (1, 2, 7, 1024):
         assert_share(dropped[:-distance] & dropped[distance:], p * p)
     few = torch.zeros(5_000, 5, dtype=torch.bool)
     for row in few:
-        row[kernels.mask(torch.empty(5), p).long()] = True
+        row[masks.mask(torch.empty(5), p).long()] = True
     for entry in few.unbind(1):
         assert_share(entry, p)
 
@@ -465,11 +475,12 @@ def test_circulants_by_products_and_by_fast_transforms(monkeypatch, block, layou
     """Blocks of even size, the zoo having an odd one."""
     monkeypatch.setattr(apply_to_activations, "BY_PRODUCTS", largest)
     op = operated(next(case for case in CASES if case.name == "c3a"), LAYOUTS[layout], block=block)
-    best, x = op.adapter._programs[True], op.input()
+    running, x = programs(op.adapter, op.weight.dtype), op.input()
+    best = running[True]
     assert any("waves" in each.source for each in (best, *best.over)) is (largest > 0)
     agree(op, {**x, **op.parameters}, x["x"])
     for each in (best, *best.over):
-        op.adapter._programs[True] = each
+        running[True] = each
         assert_close(op.model(op.x), op.oracle(op.x, op.leaves()), EXACT)
 
 

@@ -22,6 +22,7 @@ from surgery.codegen.autograd_node import step
 from surgery.codegen.cost_model import body_cost
 from surgery.codegen.gradients import gradients
 from surgery.codegen.kernel_names import names_called
+from surgery.codegen.kernels_one_pass import drawn_number, dropped
 from surgery.codegen.operation_counts import flops, moved
 from surgery.ir.builders import fill
 from surgery.ir.dense import dense
@@ -58,8 +59,14 @@ CALLS: dict[str, tuple[Any, tuple[tuple, ...]]] = {
     "flat": (None, ((TOKENS, 2, 3),)), "between": ((1, 4), (X,)), "outer": (None, (X, (TOKENS, 4))),
     "run": (None, (X, (4, 6))), "run_alone": (None, (X, (6, 6))), "frame": (None, ((9, 2),)), "zeros": (None, (X,)),
     "columns": (None, (X, (4,))), "placed": ((9,), (X, (6,))), "drop": ((0.5, "step"), (X,)), "mask": ((0.5, "step"), (X,)),
+    "gained": ((0.5, True), (X, (6,), (TOKENS, 2), (2, 6))), "gained outside": ((2.0, False), (X, (6,), (TOKENS, 2), (2, 6))),
+    "gained_dot": ((0.5,), (X, X, (TOKENS, 2), (2, 6))), "times_masked": (None, ((TOKENS, 2), (2, 6), X)),
+    "masked_times": (None, (X, X, (6, 2))), "masked_outer": ((False,), (X, X, (TOKENS, 2))),
+    "masked_outer turned": ((True,), (X, X, (TOKENS, 2))), "number": ((0.5, "step"), (X,)),
 }
-DRAWN = {"mask"}  # its dense meaning is that of evaluation
+DRAWN = {"mask", "number"}  # their dense meaning is that of evaluation
+MASKS = {"masked": 1, "masked_times": 1, "times_masked": 2, "masked_outer": 1}  # which argument says what is dropped
+NUMBER = drawn_number(torch.empty(0), 0.4)
 
 
 def call(name: str) -> tuple[Expr, dict[str, Tensor]]:
@@ -71,8 +78,8 @@ def call(name: str) -> tuple[Expr, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     sizes = [[ROWS if size is TOKENS else size for size in shape] for shape in (*shapes, (6, 6))]
     *values, weight = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
-    if op == "masked":
-        values[1] = values[1] > 0
+    if op in MASKS:
+        values[MASKS[op]] = dropped(NUMBER, (ROWS, 6))
     for i in row.places:  # one of them twice
         values[i] = torch.randperm(sizes[i][0], generator=generator).clamp(min=1)
     return node, {"weight": weight, **{f"value {i}": value for i, value in enumerate(values)}}
@@ -94,6 +101,8 @@ def test_a_derivative_is_that_of_the_dense_meaning(name):
 def by_kernel(node: Expr, args: list, in_step: bool) -> Tensor:
     """What the function gives that emitted text calls, its data where that has it."""
     data = [] if node.data is None else [node.data]
+    if node.op in MASKS and node.op != "masked":  # of a number alone
+        args = [NUMBER if i == MASKS[node.op] else a for i, a in enumerate(args)]
     into = [*args, *data] if "{data}" in str(operation(node).text) else [*data, *args]
     return names_called(in_step)[node.op](*into)
 
@@ -101,10 +110,28 @@ def by_kernel(node: Expr, args: list, in_step: bool) -> Tensor:
 @pytest.mark.parametrize("in_step", [True, False])
 def test_a_kernel_computes_the_dense_meaning(in_step):
     named = {name for name, row in OPERATIONS.items() if row.kernel or in_step and row.step_kernel}
-    assert named - DRAWN <= CALLS.keys()
-    for node, leaves in map(call, named - DRAWN):
+    assert named - DRAWN - {PAIR} <= CALLS.keys()
+    for node, leaves in map(call, [name for name in CALLS if name.split(" ")[0] in named - DRAWN]):
         args = [leaves[f"value {a.data}"] for a in node.args]
         assert_close(by_kernel(node, args, in_step), dense(node, leaves), 1e-12, node.op)
+
+
+PAIR = "gained_back"  # which gives two values
+
+
+@pytest.mark.parametrize("data, low", [((1.0, False), 0), ((0.5, True), 1), ((2.0, False), 1)])
+def test_two_values_that_are_computed_together(data, low):
+    """d g and Σ g y, h m beside one of them; each part is one of both, has its shape, and memory of its own."""
+    shapes = (X, (6,), X, (TOKENS, 2), (2, 6))[:5 if low else 3]
+    node = make(PAIR, *(Expr("value", (), i, shape) for i, shape in enumerate(shapes)), data=data)
+    args = [torch.randn([ROWS if size is TOKENS else size for size in shape], dtype=torch.float64) for shape in shapes]
+    leaves = {"weight": args[0], **{f"value {i}": value for i, value in enumerate(args)}}
+    both = by_kernel(node, args, in_step=True)
+    assert len({t.untyped_storage().data_ptr() for t in (*both, *args)}) == 2 + len(args)
+    for i, value in enumerate(both):
+        part = verify(make("part", node, data=(i,)), STEP)
+        assert part.shape == (X if i == 0 else X[1:])
+        assert_close(value, dense(part, leaves), 1e-12)
 
 
 @lru_cache
@@ -147,7 +174,7 @@ def test_what_is_said_of_memory_is_so():
             assert not (shown and row.memory in (Memory.NEW, Memory.OF_LAYER)), node
             assert shown or not row.is_view, node
     told = {name for name, row in OPERATIONS.items() if row.memory not in (Memory.EITHER, Memory.GIVEN)}
-    assert told <= {node.op for node, _, _ in examples()}
+    assert told - {PAIR, "part"} <= {node.op for node, _, _ in examples()}
 
 
 def test_what_is_said_to_stop_a_gradient_does():

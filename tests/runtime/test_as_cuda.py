@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo import CASES
 
 import surgery
-from surgery.codegen import kernels, kernels_row_sums
+from surgery.codegen import kernels, kernels_row_sums, masks
 from surgery.ir.operations import PRIMITIVES
 from surgery.language.library import load
 from surgery.runtime.surgeon import apply
@@ -206,9 +206,9 @@ def test_the_weighted_sums_of_rows(paths):
 def test_the_chance_of_a_mask(p, dtype, paths):
     torch.manual_seed(0)
     a = torch.ones(300, 400, dtype=dtype)
-    mask = kernels.mask(a, p)
+    mask = masks.mask(a, p)
     assert (mask.dtype == torch.bool) == (paths != "a CPU's paths")
-    dropped = kernels.masked(a, mask)
+    dropped = masks.masked(a, mask)
     assert set(dropped.unique().tolist()) == {0.0, 1.0} and (a == 1).all()
     share = (dropped == 0).double().mean().item()
     assert abs(share - p) < 5 * (p * (1 - p) / a.numel()) ** 0.5
@@ -221,10 +221,10 @@ def test_the_chance_of_a_mask(p, dtype, paths):
 def test_what_is_added_under_a_mask(dtype, alpha, paths):
     torch.manual_seed(0)
     y, a, m = (draw(*shape, dtype=dtype) for shape in ((50, 8), (50, 3), (3, 8)))
-    mask = kernels.mask(y, 0.4)
-    kept = kernels.masked(torch.ones(50, 8, dtype=torch.float64), mask)
+    mask = masks.mask(y, 0.4)
+    kept = masks.masked(torch.ones(50, 8, dtype=torch.float64), mask)
     expected = y.double() + alpha * kept * (a.double() @ m.double())
-    assert_close(kernels.add_masked(y, a, m, mask, alpha), expected, 2 * ROUNDINGS[dtype])
+    assert_close(masks.add_masked(y, a, m, mask, alpha), expected, 2 * ROUNDINGS[dtype])
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
@@ -235,7 +235,7 @@ def test_the_users_default_dtype_changes_no_chance(default, monkeypatch):
     a = torch.ones(1000, 1000)
     try:
         torch.set_default_dtype(default)
-        dropped = (kernels.masked(a, kernels.mask(a, 0.01)) == 0).double().mean().item()
+        dropped = (masks.masked(a, masks.mask(a, 0.01)) == 0).double().mean().item()
     finally:
         torch.set_default_dtype(before)
     assert abs(dropped - 0.01) < 5 * (0.01 * 0.99 / a.numel()) ** 0.5

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from zoo import CASES
 
 import surgery
-from surgery.codegen import kernels
+from surgery.codegen import kernels_one_pass, masks
+from surgery.codegen.cost_model import one_pass
 from surgery.layers.opaque_linear import is_plain
 from surgery.models.demo import demo_inputs, load_demo
 
@@ -43,7 +44,9 @@ def device() -> Iterator[torch.device]:
     name = os.environ.get("SURGERY_GPU_DEVICE", "cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions in float32 proper
+    with (torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # convolutions in float32 proper
+          pytest.MonkeyPatch.context() as patch):
+        patch.setattr(kernels_one_pass, "SMALL", 0)  # kernels of Triton's for small layers too
         yield torch.device(name)
 
 
@@ -146,11 +149,18 @@ SVD = ("pissa", "tinylora", "psoft", "olora", "deft_qr")
 # --------------------------------------------------------------------------------------------------------- dropout
 
 
+def mask_of_a_step(a: Tensor, p: float) -> Tensor:
+    """As a step draws it on the device of a."""
+    is_number = one_pass(a.device.type) and kernels_one_pass.has_triton()
+    return (masks.number if is_number else masks.mask)(a, p)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.4, 0.9])
+@pytest.mark.parametrize("drawn", [masks.mask, masks.number])
 @in_every_dtype
-def test_the_chance_of_dropout(p, dtype, device):
+def test_the_chance_of_dropout(p, drawn, dtype, device):
     a = torch.ones(500, 400, dtype=dtype, device=device)
-    dropped = kernels.masked(a, kernels.mask(a, p))
+    dropped = masks.masked(a, drawn(a, p))
     assert set(dropped.float().unique().tolist()) == {0.0, 1.0}
     share = (dropped == 0).double().mean().item()
     assert abs(share - p) < 5 * (p * (1 - p) / a.numel()) ** 0.5
@@ -165,7 +175,8 @@ def test_training_with_a_known_mask(name, device):
     torch.manual_seed(11)
     y = pair.model(x)
     torch.manual_seed(11)
-    mask = kernels.masked(torch.ones_like(x.detach()), kernels.mask(x, P)).cpu().double()
+    rows = x.detach().flatten(0, -2)  # as the step sees them
+    mask = masks.masked(torch.ones_like(rows), mask_of_a_step(rows, P)).view(x.shape).cpu().double()
     leaves = {key: value.detach().cpu().double().requires_grad_() for key, value in pair.op.parameters.items()}
     on_cpu = Operated(pair.op.case, WIDE, pair.wide, pair.op.surgeon, pair.op.base.cpu(), pair.op.x)
     expected = by_hand(on_cpu, wide_x, wide_x * mask / (1 - P), leaves)

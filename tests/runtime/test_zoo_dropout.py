@@ -9,7 +9,8 @@ from dropout import METHODS, P, by_hand, shipped
 from layers import LAYOUTS, Tower, assert_close, gradients, operated, perturb
 from torch.nn import functional as F
 
-from surgery.codegen import kernels
+from surgery.codegen import masks
+from surgery.codegen.autograd_node import steps_of
 from surgery.language.library import parse
 from surgery.runtime.surgeon import apply
 
@@ -17,13 +18,17 @@ LAYOUT = LAYOUTS["linear 12x18"]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_training_with_a_known_mask(name):
+@pytest.mark.parametrize("device, drawn", [("cpu", masks.mask), ("cuda", masks.number)])
+def test_training_with_a_known_mask(name, device, drawn):
+    """By the step of a CPU, and by that of a GPU in plain operations."""
     op = operated(shipped(name), LAYOUT, dropout=P)
     mine, x, leaves = op.input(), op.input(), op.leaves()
     torch.manual_seed(11)
-    y = op.model(mine["x"])
+    with steps_of(device):
+        y = op.model(mine["x"])
     torch.manual_seed(11)
-    expected = by_hand(op, x["x"], kernels.masked(x["x"], kernels.mask(x["x"], P)) / (1 - P), leaves)
+    kept = masks.masked(torch.ones_like(op.x), drawn(op.x, P))
+    expected = by_hand(op, x["x"], x["x"] * kept / (1 - P), leaves)
     assert_close(y, expected, 1e-10)
     direction = torch.randn_like(y)
     actual = gradients(y, direction, {**mine, **op.parameters})
@@ -57,7 +62,7 @@ def test_convolution_drops_entries_of_its_input():
     torch.manual_seed(11)
     y = op.model(op.x)
     torch.manual_seed(11)
-    update = o.convolution(kernels.masked(op.x, kernels.mask(op.x, P)) / (1 - P), o.low_rank(op.p, 3, 5), None)
+    update = o.convolution(masks.masked(op.x, masks.mask(op.x, P)) / (1 - P), o.low_rank(op.p, 3, 5), None)
     assert_close(y, o.convolution(op.x, op.weight, op.bias) + update, 1e-10)
 
 

@@ -1,0 +1,268 @@
+"""Kernels that read and write each activation once: gains beside low-rank terms, and dropout drawn again from a number.
+
+Each is an operation of torch's (`torch.ops.surgery`), so that whoever counts or traces sees one operation: on CUDA a
+Triton kernel, where torch has Triton and it works; elsewhere the plain form, which is also what a kernel is held to.
+Promises: sums over tokens are in float32 at least, in an order that shapes alone decide. No gradient is taken through
+them.
+
+A dropout's *number* is a tensor of one int64: the chance in 2^-24 above, a seed in its low 39 bits. An entry's own
+draw is a word of Philox, whose counter is its place: what the forward pass has dropped the backward pass drops again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.codegen.kernels import column_dot, wide
+
+ROUNDS, SEED_BITS = 7, 39  # of Philox; of a number that are its seed
+SMALL = 2**16  # numbers of an activation below which to start a kernel of Triton's takes longer than the passes
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOW = 2**32 - 1
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+# ------------------------------------------------------------------------------------------ what a text calls
+
+
+def gained(data: tuple[float, bool], y: Tensor, d: Tensor, h: Tensor, m: Tensor) -> Tensor:
+    """d (y + c h m) if inside, else d y + c h m: [t, n], [n], [t, r], [r, n]. `data`: c, and whether inside."""
+    return _alone(torch.ops.surgery.gained, y, d, h, m, *data)
+
+
+def gained_dot(data: tuple[float], g: Tensor, y: Tensor, h: Tensor, m: Tensor) -> Tensor:
+    """Σ g (y + c h m) over the rows: [n]."""
+    return column_dot(g, torch.addmm(y, h, m, alpha=data[0]))
+
+
+def gained_back(data: tuple[float, bool], g: Tensor, d: Tensor, y: Tensor,
+                *low: Tensor) -> tuple[Tensor, Tensor]:
+    """d g and Σ g y over the rows: [t, n] and [n]. With `low`, h and m: if inside, c h m is added to y, else to
+    d g."""
+    h, m = low or (None, None)
+    out, sums = _alone(torch.ops.surgery.gained_back, g, d, y, h, m, *data)
+    return out, sums.sum(0).to(g.dtype)
+
+
+def masked_times(a: Tensor, number: Tensor, m: Tensor) -> Tensor:
+    """a m without the entries of a that are dropped: [t, n], [n, r] -> [t, r]."""
+    return _alone(torch.ops.surgery.masked_times, a, number, m)
+
+
+def times_masked(h: Tensor, m: Tensor, number: Tensor) -> Tensor:
+    """h m without the entries of it that are dropped: [t, r], [r, n] -> [t, n]."""
+    return _alone(torch.ops.surgery.times_masked, h, m, number)
+
+
+def masked_outer(data: tuple[bool], a: Tensor, number: Tensor, g: Tensor) -> Tensor:
+    """aᵀ g without the entries of a that are dropped, [n, r], or its transpose: [t, n], [t, r]."""
+    return _alone(torch.ops.surgery.masked_outer, a, number, g, *data).sum(0).to(a.dtype)
+
+
+def masked(a: Tensor, number: Tensor) -> Tensor:
+    """a without the entries that are dropped."""
+    return _alone(torch.ops.surgery.masked, a, number)
+
+
+def masked_(a: Tensor, number: Tensor) -> None:
+    """The same, written into a."""
+    _alone(torch.ops.surgery.masked_, a, number)
+
+
+def _alone(operation: Any, *args: Any) -> Any:
+    """What an operation gives where no gradient is taken through it. Raises: RuntimeError."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        raise RuntimeError(f"no gradient is taken through {operation}, which is for steps whose gradients are written "
+                           "out")
+    return operation(*args)
+
+
+# ------------------------------------------------------------------------------------------------- dropout's number
+
+
+def drawn_number(a: Tensor, p: float) -> Tensor:
+    """A new number for a chance, from torch's generator of the device of a."""
+    chance = min(round(p * 2**24), 2**24 - 2)
+    return torch.randint(chance << SEED_BITS, chance + 1 << SEED_BITS, (), dtype=torch.int64, device=a.device)
+
+
+def dropped(number: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """True for each entry that is dropped, drawn again: [*shape]."""
+    height, width = (shape[0] if len(shape) == 2 else torch.Size(shape[:-1]).numel()), shape[-1]
+    counter = torch.arange((width + 3) // 4, device=number.device)
+    rows = torch.arange(height, device=number.device)[:, None].expand(-1, len(counter))
+    zeros = torch.zeros_like(rows)
+    seed = number & ((1 << SEED_BITS) - 1)
+    words = torch.stack(_philox([counter.expand_as(rows), rows, zeros, zeros], seed), -1).flatten(-2)
+    return ((words[:, :width] >> 8) < (number >> SEED_BITS)).view(shape)
+
+
+def _philox(c: list[Tensor], seed: Tensor) -> list[Tensor]:
+    """Four words of 32 bits for each counter of four, in int64, whose products wrap around as they should."""
+    k, key = seed & _LOW, seed >> 32
+    for _ in range(ROUNDS):
+        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(b >> 32) & _LOW ^ c[1] ^ k, b & _LOW, (a >> 32) & _LOW ^ c[3] ^ key, a & _LOW]
+        k, key = (k + 0x9E3779B9) & _LOW, (key + 0xBB67AE85) & _LOW
+    return c
+
+
+# ------------------------------------------------------------------------------------------------- plain forms
+
+
+def plain_gained(y: Tensor, d: Tensor, h: Tensor, m: Tensor, factor: float, inside: bool) -> Tensor:
+    return torch.addmm(y, h, m, alpha=factor).mul_(d) if inside else (y * d).addmm_(h, m, alpha=factor)
+
+
+def plain_gained_back(g: Tensor, d: Tensor, y: Tensor, h: Tensor | None, m: Tensor | None, factor: float,
+                      inside: bool) -> tuple[Tensor, Tensor]:
+    out = g * d
+    if h is not None and m is not None:
+        if inside:
+            y = torch.addmm(y, h, m, alpha=factor)
+        else:
+            out.addmm_(h, m, alpha=factor)
+    return out, (g.to(wide(g)) * y).sum(0, keepdim=True)
+
+
+def plain_masked(a: Tensor, number: Tensor) -> Tensor:
+    return a.masked_fill(dropped(number, tuple(a.shape)), 0.0)
+
+
+def plain_masked_(a: Tensor, number: Tensor) -> None:
+    a.masked_fill_(dropped(number, tuple(a.shape)), 0.0)
+
+
+def plain_times_masked(h: Tensor, m: Tensor, number: Tensor) -> Tensor:
+    return plain_masked(h @ m, number)
+
+
+def plain_masked_times(a: Tensor, number: Tensor, m: Tensor) -> Tensor:
+    return plain_masked(a, number) @ m
+
+
+def plain_masked_outer(a: Tensor, number: Tensor, g: Tensor, turned: bool) -> Tensor:
+    kept = plain_masked(a, number)
+    return (g.mT @ kept if turned else kept.mT @ g).to(wide(a))[None]
+
+
+# ------------------------------------------------------------------------------------------------- operations
+
+
+def _fits(numbers: int, first: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel of Triton's runs on these for an activation of so many numbers, which are not few: plain
+    matrices of one device and dtype, on which Triton works."""
+    if not numbers or numbers < SMALL or not first.is_cuda or first.dtype not in _DTYPES:
+        return False
+    given = [first, *(t for t in others if t is not None)]
+    is_plain = first.ndim == 2 and all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
+    is_one = all(t.device == first.device and t.dtype in (first.dtype, torch.int64) for t in given)
+    return is_plain and is_one and _works(first.device)
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Whether Triton compiles for a device and its kernel computes. (It needs a C compiler, and a GPU that has products
+    of tiles.) What it does not is told once."""
+    if not has_triton():
+        return False
+    try:
+        from surgery.codegen import kernels_triton
+
+        y, d = torch.ones(16, 16, device=device), torch.full((16,), 2.0, device=device)
+        with torch.cuda.device(device):
+            works = bool((kernels_triton.gained(y, d, y, y, 1.0, False) == 18).all())
+        reason = "it computes wrong numbers"
+    except Exception as error:  # of a driver, a compiler of C, or Triton's own: they have no common class
+        works, reason = False, str(error).partition("\n")[0]
+    if not works:
+        warnings.warn(f"Triton does not work on {device} ({reason}): plain operations run there, which are slower",
+                      stacklevel=2)
+    return works
+
+
+def _on(tensor: Tensor) -> Any:
+    """The device that a kernel is started on, where there are several."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _by_kernel(name: str) -> Callable[..., Any]:
+    from surgery.codegen import kernels_triton
+
+    return getattr(kernels_triton, name)
+
+
+def _gained(y: Tensor, d: Tensor, h: Tensor, m: Tensor, factor: float, inside: bool) -> Tensor:
+    if not _fits(y.numel(), y, d, h, m):
+        return plain_gained(y, d, h, m, factor, inside)
+    with _on(y):
+        return _by_kernel("gained")(y, d, h, m, factor, inside)
+
+
+def _gained_back(g: Tensor, d: Tensor, y: Tensor, h: Tensor | None, m: Tensor | None, factor: float,
+                 inside: bool) -> tuple[Tensor, Tensor]:
+    if not _fits(g.numel(), g, d, y, h, m):
+        return plain_gained_back(g, d, y, h, m, factor, inside)
+    with _on(g):
+        return _by_kernel("gained_back")(g, d, y, h, m, factor, inside)
+
+
+def _masked(a: Tensor, number: Tensor) -> Tensor:
+    if not _fits(a.numel(), a, number):
+        return plain_masked(a, number)
+    with _on(a):
+        return _by_kernel("masked")(a, number, torch.empty_like(a))
+
+
+def _masked_(a: Tensor, number: Tensor) -> None:
+    if not _fits(a.numel(), a, number):
+        return plain_masked_(a, number)
+    with _on(a):
+        _by_kernel("masked")(a, number, a)
+
+
+def _times_masked(h: Tensor, m: Tensor, number: Tensor) -> Tensor:
+    if not _fits(h.shape[0] * m.shape[1], h, m, number):
+        return plain_times_masked(h, m, number)
+    with _on(h):
+        return _by_kernel("times_masked")(h, m, number)
+
+
+def _masked_times(a: Tensor, number: Tensor, m: Tensor) -> Tensor:
+    if not _fits(a.numel(), a, number, m):
+        return plain_masked_times(a, number, m)
+    with _on(a):
+        return _by_kernel("masked_times")(a, number, m)
+
+
+def _masked_outer(a: Tensor, number: Tensor, g: Tensor, turned: bool) -> Tensor:
+    if not _fits(a.numel(), a, number, g):
+        return plain_masked_outer(a, number, g, turned)
+    with _on(a):
+        return _by_kernel("masked_outer")(a, number, g, turned)
+
+
+_LIBRARY = torch.library.Library("surgery", "FRAGMENT")
+for _schema, _function in (
+        ("gained(Tensor y, Tensor d, Tensor h, Tensor m, float factor, bool inside) -> Tensor", _gained),
+        ("gained_back(Tensor g, Tensor d, Tensor y, Tensor? h, Tensor? m, float factor, bool inside) "
+         "-> (Tensor, Tensor)", _gained_back),
+        ("masked(Tensor a, Tensor number) -> Tensor", _masked),
+        ("masked_(Tensor(a!) a, Tensor number) -> ()", _masked_),
+        ("times_masked(Tensor h, Tensor m, Tensor number) -> Tensor", _times_masked),
+        ("masked_times(Tensor a, Tensor number, Tensor m) -> Tensor", _masked_times),
+        ("masked_outer(Tensor a, Tensor number, Tensor g, bool turned) -> Tensor", _masked_outer)):
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_schema.partition("(")[0], _function, "CompositeExplicitAutograd")

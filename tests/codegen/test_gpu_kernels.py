@@ -1,0 +1,110 @@
+"""Kernels of one pass on a GPU against their plain forms in float64. `python3 dev.py gpu` runs it, and it is skipped where
+there is no CUDA. SURGERY_GPU_DEVICE=cpu holds the plain forms to themselves, to try the tests."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from layers import assert_close
+from torch import Tensor
+
+from surgery.codegen import kernels_one_pass as one_pass
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device(os.environ.get("SURGERY_GPU_DEVICE", "cuda"))
+ROUNDINGS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+# Tokens, features, rank: one of each, none, not a power of 2, as in a model.
+SHAPES = [(0, 48, 4), (1, 1, 1), (1, 11008, 16), (3, 7, 2), (65, 130, 1), (300, 96, 64), (1030, 333, 17), (129, 257, 128),
+          (2500, 11008, 16)]
+GIVEN = [("gained", True), ("gained", False), ("gained_back", None), ("gained_back", True), ("gained_back", False),
+         ("masked", None), ("masked_", None), ("times_masked", None), ("masked_times", None), ("masked_outer", True),
+         ("masked_outer", False)]
+
+
+@pytest.fixture(autouse=True)
+def _small_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    monkeypatch.setattr(one_pass, "SMALL", 0)
+
+
+def draw(*shape: int, dtype: torch.dtype, turned: bool = False) -> Tensor:
+    """Random numbers; turned: by columns in memory, and beside others."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    if turned:
+        return torch.randn(shape[1] + 3, shape[0], generator=generator).to(DEVICE, dtype)[:shape[1]].mT
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def operands(name: str, way: bool | None, shape: tuple[int, int, int], dtype: torch.dtype, turned: bool) -> list[Any]:
+    t, n, r = shape
+    y, g, h = (draw(t, size, dtype=dtype, turned=turned) for size in (n, n, r))
+    m, d, number = draw(r, n, dtype=dtype, turned=turned), draw(n, dtype=dtype), one_pass.drawn_number(y, 0.3)
+    low = [None, None] if way is None else [h, m]
+    return {"gained": [y, d, h, m, 0.5, way], "gained_back": [g, d, y, *low, 0.5, bool(way)], "masked": [y, number],
+            "masked_": [y, number], "times_masked": [h, m, number], "masked_times": [y, number, m.mT],
+            "masked_outer": [y, number, h, way]}[name]
+
+
+def values(name: str, form: Any, args: list[Any]) -> list[Tensor]:
+    """What a form gives, sums over chunks of rows added up."""
+    results = form(*args)
+    results = args[:1] if name == "masked_" else list(results) if isinstance(results, tuple) else [results]
+    if name in ("gained_back", "masked_outer"):
+        results[-1] = results[-1].sum(0)
+    return results
+
+
+@pytest.mark.parametrize("name, way", GIVEN)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ROUNDINGS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_a_kernel_is_its_plain_form(name, way, shape, dtype):
+    for turned in (False, True):
+        args = operands(name, way, shape, dtype, turned)
+        wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        found = values(name, getattr(torch.ops.surgery, name), args)
+        wanted = values(name, getattr(one_pass, f"plain_{name}"), wide)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.dtype in (dtype, torch.float32)
+            assert_close(one, other, ROUNDINGS[dtype], f"{name} of {shape}")
+            if "masked" in name and one.shape == (shape[0], shape[1]):
+                assert torch.equal(one[other == 0], torch.zeros_like(one[other == 0])), "what is dropped is 0"
+
+
+def test_triton_works_where_there_is_a_gpu():
+    """Else the tests above would hold plain forms to themselves."""
+    assert one_pass._works(torch.device("cuda", 0)) or DEVICE.type != "cuda"
+
+
+@pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+def test_a_sum_over_tokens_is_the_same_each_time(dtype):
+    args = operands("gained_back", True, (5000, 300, 16), dtype, False)
+    first, second = (one_pass.gained_back((0.5, True), *args[:3], *args[3:5]) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_many_tokens_lose_nothing_of_a_sum():
+    """Some thousands of numbers in bfloat16 would stop at 256."""
+    ones = torch.ones(40_000, 32, dtype=torch.bfloat16, device=DEVICE)
+    _, sums = torch.ops.surgery.gained_back(ones, ones[0], ones, None, None, 1.0, False)
+    assert (sums.sum(0) == 40_000).all()
+
+
+def test_seeds_follow_torchs_generator():
+    a = torch.empty(8, 8, device=DEVICE)
+    torch.manual_seed(3)
+    first, other = one_pass.drawn_number(a, 0.1), one_pass.drawn_number(a, 0.1)
+    torch.manual_seed(3)
+    assert first.device.type == DEVICE.type and first == one_pass.drawn_number(a, 0.1) and first != other
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_computes_on_itself():
+    y, d, h, m = (torch.randn(*shape, device="cuda:1") for shape in ((40, 24), (24,), (40, 4), (4, 24)))
+    with torch.cuda.device(0):
+        found = torch.ops.surgery.gained(y, d, h, m, 2.0, True)
+    assert_close(found.cpu(), one_pass.plain_gained(*(t.cpu().double() for t in (y, d, h, m)), 2.0, True), 1e-5)
