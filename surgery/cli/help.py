@@ -17,8 +17,8 @@ def explain_code(output: Output, code: str) -> None:
     by_name = pages()
     page = by_name.get(code)
     if page is None:
-        suggestion = did_you_mean(code, by_name).capitalize()
-        raise click.UsageError(f"No diagnostic has the code '{code}'. {suggestion}".rstrip())
+        suggestion = did_you_mean(code, by_name).capitalize() or "`surgery help --list` lists them."
+        raise click.UsageError(f"No diagnostic has the code '{code}'. {suggestion}")
     # A code that covers many mistakes has a page for each kind; they are told by what their examples print.
     others = [name for name, text in by_name.items() if name != code and re.search(rf"(error|warning)\[{code}\]", text)]
     if code in CODES:

@@ -161,11 +161,15 @@ def _hint(stop: Stop) -> str:
     if bad.type == "NAME" and "PLACEMENT" in stop.accepted and rest.lstrip().startswith("("):
         return f"say where it acts: `add {bad}(...)`, or `pre` or `post` for a transform"
     if bad.type in ("NAME", "_FOR") and stop.accepted & {"_TARGET", "_LET"}:
-        return instead_of_statement(str(bad), rest, in_file="_TARGET" in stop.accepted)
+        return instead_of_statement(str(bad), rest, in_file="_TARGET" in stop.accepted) or _product(stop)
     if bad in item_words() and stop.unclosed:
         return f"`{bad}` begins a statement of the file, which stands in no `{{`"
     if [token.type for token in stop.tokens[-3::2]] in (["_UPDATE", "LPAR"], ["_TRANSFORM", "LPAR"]):
         return f"a definition declares its parameters, `{stop.tokens[-2]}(rank: int = 8)`; a target gives them values"
+    if bad.type == "LBRACE" and "_TARGET" in stop.accepted:
+        return "a spec has no braces of its own: its targets stand below its header"
+    if product := _product(stop):
+        return product
     if last == "_TARGET" and bad.type == "LSQB":
         return "patterns stand without brackets: `target \"**.q_proj\", \"**.v_proj\" { ... }`"
     if stop.accepted == {"LSQB"} and last == "LSQB":
@@ -177,6 +181,14 @@ def _hint(stop: Stop) -> str:
     means_nothing = not stop.tokens or (value_due and bad.type != "_IF") or (bad.type == "EQUAL" and stop.unclosed)
     hint = "" if means_nothing else SYMBOLS.get(bad.type, "")
     return instead_of_symbols(text[:begin], str(bad), rest, value_due) or hint
+
+
+def _product(stop: Stop) -> str:
+    """What to write for two operands side by side, which are a product on paper."""
+    side_by_side = "TIMES" in stop.accepted and stop.bad.type in ("NAME", "LPAR") and not stop.on_another_line
+    # between two arguments it is rather the comma that is missing
+    return ("a product has its sign: `A @ B` of matrices, `2 * A` where one is a number"
+            if side_by_side and "COMMA" not in stop.accepted else "")
 
 
 def _no_token(source: Source, offset: int) -> Diagnostic:

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from surgery.language.expressions import Number
 from surgery.language.formatter import expression_text
-from surgery.language.tree import Spec
+from surgery.language.tree import Parameter, Spec
 from surgery.matching.name_ranges import alike, ranged
 from surgery.planning.formulas import formula_lines, formulas
 from surgery.text import counted, figure_text
@@ -41,8 +42,7 @@ class Side:
 
     @property
     def parameters(self) -> dict[str, str]:
-        return {p.name: f"{p.type} = {expression_text(p.default)}" if p.default is not None else p.type
-                for p in self.spec.params}
+        return {p.name: f"{p.type} = {_value_text(p)}" if p.default is not None else p.type for p in self.spec.params}
 
     @property
     def costs(self) -> dict[str, str]:
@@ -113,6 +113,15 @@ class Difference:
             yield f"{counted(len(far), 'tensor')} of the adapters, by their distance"
             yield from (f"  {name}: {figure_text(self.tensors[name])}" for name in far[:_MOST])
             yield from [f"  and {len(far) - _MOST} more"] * (len(far) > _MOST)
+
+
+def _value_text(parameter: Parameter) -> str:
+    """Its default, however it is written: 5% is 0.05, and 0 of a `float` 0.0."""
+    default = parameter.default
+    assert default is not None
+    if not isinstance(default, Number):
+        return expression_text(default)
+    return str(float(default.value) if parameter.type == "float" else default.value)
 
 
 def _unequal(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[str | None, str | None]]:

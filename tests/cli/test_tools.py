@@ -266,6 +266,10 @@ def test_two_specs_compared() -> None:
     assert any(line.startswith("- ") and "W' = W + 2 B A" in line for line in found.formulas)
     assert any(line.startswith("+ ") and "W' = M (W + 2 B A)" in line for line in found.formulas)
     assert found.parameters == {name: pair for name, pair in found.parameters.items() if pair[0] != pair[1]}
+    texts = [f"spec s(a: float = {a}, b: int = {b})\ntarget linear {{ add low_rank(b, alpha = a) }}"
+             for a, b in (("5%", 8), ("0.05", 8), ("0", 8), ("0%", 9))]
+    assert surgery.diff(parse(texts[0]), parse(texts[1])).parameters == {}
+    assert [*surgery.diff(parse(texts[2]), parse(texts[3])).parameters] == ["b"]  # 0 is 0%
     assert "trained parameters" in found.costs and found.modules == ([], [])
     assert found.modules == ([], []) and found.tensors == {}
     told = json.loads(run("diff", "lora", "dora", "--model", "demo:llama", "--json").stdout)

@@ -47,6 +47,9 @@ def test_syntax_errors(text, message, place):
 
 
 @pytest.mark.parametrize(("text", "hint"), [
+    ("spec a(b: int = 8) {\n  target linear { add u(b) }\n}", "stand below its header"), ("spec a { }", "below its header"),
+    ("update u { return s A }", "`A @ B`"), ("update u { let b = 2 A return b }", "`A @ B`"),
+    ("update u { return (s) A @ B }", "`2 * A`"),
     ("use 'a'", "double quotes"), ("spec a;", "`;`"), ("check a & b", "`and`"), ("check a | b", "`or`"),
     ("check !a", "`not`"),
     ("check 5 %", "`5%`"), ("check .5", "both sides"), ("check a.shape", "`.T`"), ("check a < b < c", "`and`"),
