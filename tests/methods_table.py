@@ -1,4 +1,4 @@
-"""The page of what ships, docs/methods.md: `python tests/methods_table.py` writes it."""
+"""The page of what ships, docs/methods.md, and its count in README.md: `python tests/methods_table.py` writes them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from surgery.planning.shipped_specs import Entry, catalogue
 _STEP = re.compile(r" {3,}(pre|add|post) ")  # the note of a line that says what a step is
 _MARKS = re.compile(r"[*_<`|\\]")  # what Markdown would read
 WIDE = ("additive", "multiplicative")  # most specs are of one of these, and of another family
-PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+PAGE, README = (Path(__file__).parents[1] / name for name in ("docs/methods.md", "README.md"))
 BENCH = PAGE.parent / "bench"
 HEAD = """# The methods that ship
 
@@ -117,7 +117,7 @@ def estimated(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def _block(entry: Entry) -> Iterator[str]:
     """What the spec says of itself, its formula and what it costs, narrow enough for a phone."""
     text = shipped()[entry.name].read_text(encoding="utf-8")
-    lines = sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in text.splitlines())
+    lines = lines_of(text)
     compared = _compared(entry.name)
     about = [", ".join(entry.families), f"{lines} lines", _paper(entry.paper), compared and f"compared with {compared}"]
     yield from (f"### {entry.name}", "", _MARKS.sub(r"\\\g<0>", entry.description), "")
@@ -136,6 +136,18 @@ def _equations(name: str) -> list[str]:
     lines = formula_lines(*targets[0]) if targets else []
     steps = [line.strip().partition("   ")[0].strip() for line in lines if _STEP.search(line)]
     return [line for line in lines if not line.startswith(" ")] + steps
+
+
+def lines_of(text: str) -> int:
+    """Lines of a spec that say something: no comments, no blank ones."""
+    return sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in text.splitlines())
+
+
+def counted(readme: str) -> str:
+    """The README with how many methods ship, and in how many lines."""
+    most = max(lines_of(Path(path).read_text(encoding="utf-8")) for path in shipped().values())
+    return re.sub(r"the \d+ published methods and variants that ship, each at most \d+ lines",
+                  f"the {len(shipped())} published methods and variants that ship, each at most {most} lines", readme)
 
 
 def _class(entry: Entry) -> str:
@@ -163,3 +175,4 @@ def without_estimates(text: str) -> list[str]:
 
 if __name__ == "__main__":
     PAGE.write_text(page(catalogue(), estimated(measured())), encoding="utf-8")
+    README.write_text(counted(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 from click.testing import CliRunner
-from methods_table import PAGE, page, without_estimates
+from methods_table import PAGE, README, counted, page, without_estimates
 
 from surgery.cli.main import main
 from surgery.cli.specs import specs
@@ -74,8 +74,9 @@ def test_each_family_can_be_asked_for():
     assert tuple(option.type.choices) == tuple(FAMILIES)
 
 
-def test_the_page_of_methods_is_of_these_specs():
-    """`python tests/methods_table.py` writes it."""
+def test_the_page_of_methods_and_the_readme_are_of_these_specs():
+    """`python tests/methods_table.py` writes them."""
+    assert counted(readme := README.read_text(encoding="utf-8")) == readme and f"the {len(shipped())} published" in readme
     assert without_estimates(PAGE.read_text(encoding="utf-8")) == without_estimates(page(entries()))
 
 
