@@ -27,7 +27,15 @@ def test_the_script_makes_them(tmp_path: Path) -> None:
     for name in ("plan", "diagnostic", "spectrum"):  # the same, in other colours
         light, dark = made[f"{name}.svg"], made[f"{name}-dark.svg"]
         assert light != dark and re.sub("#[0-9a-f]{6}", "", light) == re.sub("#[0-9a-f]{6}", "", dark)
+    for name in ("plan", "diagnostic"):  # what is kept says what the program says today; estimates follow every program
+        assert said(made[f"{name}.svg"]) == said((KEPT / f"{name}.svg").read_text(encoding="utf-8")), name
     assert ">error[unknown-argument]</text>" in made["diagnostic.svg"] and str(DOCS.parent) not in made["plan.svg"]
+
+
+def said(picture: str) -> list[str]:
+    """The words of a picture, but for what the cost model says."""
+    texts = (text for each in ElementTree.fromstring(picture).iter() for text in [each.text or ""] if text.strip())
+    return re.sub(r"[\d.]+\s+x", "", " ".join(texts)).split()
 
 
 def test_what_is_kept_is_small_and_shown() -> None:
