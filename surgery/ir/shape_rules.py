@@ -37,6 +37,8 @@ def entrywise_product(a: Shape, b: Shape) -> Shape:
     try:
         return elementwise(a, b)
     except ShapeError as error:
+        if len(a) == len(b) == 2 and a[1] == b[0]:
+            raise ShapeError(f"{error}; the product of matrices is `A @ B`") from None
         if {len(a), len(b)} != {1, 2}:  # in NumPy a vector would broadcast over rows: say what does here
             raise
         raise ShapeError(f"{error}; a gain for each row is `diag(d) @ x`, for each column `x @ diag(d)`") from None

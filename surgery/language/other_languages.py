@@ -27,6 +27,8 @@ _DRAWN_ZEROS = "a value that is not drawn stands after `=`: `param A[m, n] = 0`"
 _LOOP = ("`for i in 0..count { pre turns(i) }` repeats steps of a target; in a definition, give a parameter an axis "
          "more: `param A[blocks, m, n] = 0`")
 _CONDITION = "write `if condition then a else b`"
+_FROZEN = "all is frozen but adapters, and what `train \"**.norm.*\"` names"
+_TRAINED = "`param A[m, n] = 0` is trained, and `frozen param A[m, n] = 0` is not"
 _SELECTED = "write `rows(A, range(i, j))` or `columns(A, range(i, j))`"
 _NO_FUNCTION = "there is no function of that kind; `docs/language.md` lists what can be called"
 
@@ -38,6 +40,7 @@ _NAMES: dict[str, str] = {
     "zeros": _ZEROS, "zeros_like": _ZEROS, "ones_like": "a tensor of ones is `ones(m, n)`",
     "full": "a constant tensor is a number times ones: `3 * ones(m, n)`",
     "eye": _IDENTITY, "identity": _IDENTITY,
+    "freeze": _FROZEN, "unfreeze": _FROZEN, "trainable": _TRAINED, "learnable": _TRAINED,
     "concat": _CONCAT, "cat": _CONCAT, "concatenate": _CONCAT, "hstack": _CONCAT, "vstack": _CONCAT, "stack": _STACK,
     "transpose": _TRANSPOSE, "t": _TRANSPOSE, "permute": _TRANSPOSE, "swapaxes": _TRANSPOSE,
     "sum": _SUM, "mean": _MEAN, "trace": "there is no trace; " + _SUM, "len": "sizes are `out`, `in` and parameters",

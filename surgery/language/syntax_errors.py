@@ -166,10 +166,8 @@ def _hint(stop: Stop) -> str:
         return f"`{bad}` begins a statement of the file, which stands in no `{{`"
     if [token.type for token in stop.tokens[-3::2]] in (["_UPDATE", "LPAR"], ["_TRANSFORM", "LPAR"]):
         return f"a definition declares its parameters, `{stop.tokens[-2]}(rank: int = 8)`; a target gives them values"
-    if bad.type == "LBRACE" and "_TARGET" in stop.accepted:
-        return "a spec has no braces of its own: its targets stand below its header"
-    if product := _product(stop):
-        return product
+    if form := _header(stop) or _product(stop):
+        return form
     if last == "_TARGET" and bad.type == "LSQB":
         return "patterns stand without brackets: `target \"**.q_proj\", \"**.v_proj\" { ... }`"
     if stop.accepted == {"LSQB"} and last == "LSQB":
@@ -181,6 +179,20 @@ def _hint(stop: Stop) -> str:
     means_nothing = not stop.tokens or (value_due and bad.type != "_IF") or (bad.type == "EQUAL" and stop.unclosed)
     hint = "" if means_nothing else SYMBOLS.get(bad.type, "")
     return instead_of_symbols(text[:begin], str(bad), rest, value_due) or hint
+
+
+def _header(stop: Stop) -> str:
+    """What belongs to the header of a spec, of a transform, or of a parameter."""
+    bad, accepted = stop.bad.type, stop.accepted
+    if bad == "LBRACE" and "_TARGET" in accepted:
+        return "a spec has no braces of its own: its targets stand below its header"
+    if bad == "LBRACE" and "_ON" in accepted:
+        return "`on n` gives a name to the side that a transform acts on: `transform name() on n { ... }`"
+    if bad == "EQUAL" and accepted == {"COLON"}:
+        return f"a parameter says its type: `{stop.tokens[-1]}: int = ...`"
+    if bad == "LPAR" and {"LSQB", "TILDE"} <= accepted:
+        return f"a shape stands in brackets: `{stop.tokens[-1]}[out, in]`"
+    return ""
 
 
 def _product(stop: Stop) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
 from surgery.ir import sizes
 from surgery.ir.expression import Expr
-from surgery.ir.operations import is_whole, shape_text
+from surgery.ir.operations import FUNCTIONS, is_whole, shape_text
 from surgery.ir.sizes import Dim
 from surgery.language.other_languages import instead_of
 from surgery.language.tree import Call, Definition
@@ -63,6 +63,8 @@ def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | 
     it is of what other languages call a thing; then nothing is guessed."""
     # What another language calls it says for certain what was meant; how it is spelt is a guess.
     known = sorted(known)
+    if code == "unknown-name" and name in FUNCTIONS:
+        helps = (*helps, f"`{name}` is a function: `{name}(...)`")
     if instead := instead_of(name, drawn=code == "unknown-distribution"):
         helps = (*helps, instead)
     return fail(code, f"unknown {what} `{name}`", span, label="" if helps else did_you_mean(name, known),

@@ -47,6 +47,9 @@ def test_syntax_errors(text, message, place):
 
 
 @pytest.mark.parametrize(("text", "hint"), [
+    ("spec s(rank = 8)", "`rank: int = ...`"), ("update u() { param A(out, in) = 0 return A }", "`A[out, in]`"),
+    ("transform t() { return I(n) }", "`on n`"), ("freeze \"**.norm\"", "`train"),
+    ("update u() { learnable A[out, in] = 0 return A }", "`frozen param"),
     ("spec a(b: int = 8) {\n  target linear { add u(b) }\n}", "stand below its header"), ("spec a { }", "below its header"),
     ("update u { return s A }", "`A @ B`"), ("update u { let b = 2 A return b }", "`A @ B`"),
     ("update u { return (s) A @ B }", "`2 * A`"),
@@ -371,3 +374,13 @@ def test_a_word_that_is_right_elsewhere_is_told_what_stands_there(text, word, hi
 def test_a_definition_behind_an_open_bracket_is_no_step(text):
     (first, *_) = errors_of(text)
     assert first.related[0][1] == "this `{` is not closed" and "begins a statement of the file" in first.helps[0]
+
+
+def test_a_function_that_is_not_called_is_told_as_one():
+    (error,) = told_of("transform t() on n { param X[n, n] = 0 return I - X } target linear { post t() }")
+    assert error.code == "unknown-name" and error.helps == ("`I` is a function: `I(...)`",)
+
+
+def test_matrices_that_are_multiplied_entry_by_entry_could_be_a_product():
+    (error,) = told_of("update u() { param A[2, in] = 0 param B[out, 2] = 0 return B * A } target linear { add u() }")
+    assert "`A @ B`" in error.message
