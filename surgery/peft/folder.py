@@ -85,6 +85,11 @@ class Folder:
         """The names of the classes of a head, which PEFT does not say."""
         return ()
 
+    @property
+    def pads_with(self) -> int | None:
+        """The token that texts were padded with, which PEFT does not say."""
+        return None
+
     def _fault(self, message: str, *helps: str) -> None:
         self.report.error("bad-adapter", f"{self.path}: {message}", helps=helps)
 

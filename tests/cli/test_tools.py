@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
+from small_text import save_causal
 
 import surgery
 from surgery import files
@@ -251,6 +252,15 @@ def test_an_adapter_of_pefts_is_compared_with_one_of_ours(here: Path, spec: str)
     (changed,) = surgery.diff("ours", "theirs").tensors
     assert "layers.1." in changed and changed in run("diff", "theirs", "ours").stdout
     assert run("diff", "theirs", "lora").exit_code == 1
+
+
+def test_an_adapter_of_pefts_is_imported_onto_a_model_of_files(here: Path) -> None:
+    save_causal(here / "model")
+    surgeon = surgery.apply(surgery.load_model("model"), surgery.load("lora").retarget("**.q_proj"))
+    surgery.export_peft(surgeon, "theirs", base_model="model")
+    result = run("import", "theirs", "-o", "ours")
+    assert result.exit_code == 0, result.output
+    assert surgery.diff("ours", "theirs").tensors == {}
 
 
 def test_an_adapter_of_pefts_that_names_no_model(here: Path) -> None:
