@@ -167,6 +167,11 @@ def _rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
+def _held(count: int, rank: int, dtype: torch.dtype) -> int:
+    """So many rows of a thin factor, or fewer where they would take more than 16 KiB: several are held at a time."""
+    return min(count, 2**14 // (_rank(rank) * dtype.itemsize))
+
+
 def _chunks(rows: int, tile: int) -> tuple[int, int]:
     """How many programs share the rows of a sum, and how many tiles each reads (a power of 2: each number is a kernel
     of its own). Shapes alone decide the order in which it is summed."""
@@ -182,6 +187,7 @@ def gained(y: Tensor, d: Tensor, h: Tensor, m: Tensor, factor: float, inside: bo
     (height, width), rank = y.shape, h.shape[1]
     out = torch.empty((height, width), dtype=y.dtype, device=y.device)
     rows, columns, warps = TILES["gained"]
+    columns = _held(columns, rank, y.dtype)
     _gained[triton.cdiv(height, rows), triton.cdiv(width, columns)](
         y, d.contiguous(), h, m, out, height, width, rank, factor, *y.stride(), *h.stride(), *m.stride(), inside,
         rows, columns, _rank(rank), num_warps=warps)
@@ -198,6 +204,7 @@ def gained_back(g: Tensor, d: Tensor, y: Tensor, h: Tensor | None, m: Tensor | N
     low = h is not None and m is not None
     left, right = (h, m) if low else (g, g)  # which are not read
     rank = left.shape[1] if low else 1
+    columns = _held(columns, rank, g.dtype)
     _gained_back[chunks, triton.cdiv(width, columns)](
         g, d.contiguous(), y, left, right, out, sums, height, width, rank, factor, *g.stride(), *y.stride(),
         *left.stride(), *right.stride(), low, inside, rows, columns, _rank(rank), steps, num_warps=warps)
@@ -214,6 +221,7 @@ def masked(a: Tensor, number: Tensor, out: Tensor) -> Tensor:
 def times_masked(h: Tensor, m: Tensor, number: Tensor) -> Tensor:
     (height, rank), width = h.shape, m.shape[1]
     rows, columns, warps = TILES["times_masked"]
+    columns = _held(columns, rank, h.dtype)
     out = torch.empty((height, width), dtype=h.dtype, device=h.device)
     _times_masked[triton.cdiv(height, rows), triton.cdiv(width, columns)](
         h, m, number, out, height, width, rank, *h.stride(), *m.stride(), rows, columns, _rank(rank), **_drawn(),
@@ -224,6 +232,7 @@ def times_masked(h: Tensor, m: Tensor, number: Tensor) -> Tensor:
 def masked_times(a: Tensor, number: Tensor, m: Tensor) -> Tensor:
     (height, width), rank = a.shape, m.shape[1]
     rows, columns, warps = TILES["masked_times"]
+    columns = _held(columns, rank, a.dtype)
     out = torch.empty((height, rank), dtype=a.dtype, device=a.device)
     _masked_times[(triton.cdiv(height, rows),)](
         a, number, m, out, height, width, rank, *a.stride(), *m.stride(), rows, columns, _rank(rank),
@@ -235,6 +244,7 @@ def masked_outer(a: Tensor, number: Tensor, g: Tensor, turned: bool) -> Tensor:
     """Sums over chunks of rows: [chunks, n, r], or [chunks, r, n] if turned."""
     (height, width), rank = a.shape, g.shape[1]
     rows, columns, warps = TILES["masked_outer"]
+    rows = _held(rows, rank, a.dtype)
     chunks, steps = _chunks(height, rows)
     shape, strides = ((rank, width), (1, width)) if turned else ((width, rank), (rank, 1))
     sums = torch.empty((chunks, *shape), dtype=torch.float32, device=a.device)
