@@ -410,6 +410,8 @@ def test_kernels_are_the_plain_formulas(dtype, rows):
     assert_close(kernels.add_blocks(c.clone(), a, t, 0.5), c.double() + a.double() @ wide / 2, tolerance)
     product = (a.double().mT @ b.double()).unflatten(0, (4, 3)).unflatten(-1, (4, 3))
     assert_close(kernels.block_dot(a, b, s), torch.stack([product[i, :, i] for i in range(4)]), tolerance)
+    narrow = (a.double().mT @ c.double()).unflatten(0, (4, 3)).unflatten(-1, (4, 2))
+    assert_close(kernels.block_dot(a, c, t), torch.stack([narrow[i, :, i] for i in range(4)]), tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
