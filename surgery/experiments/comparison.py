@@ -57,6 +57,7 @@ from surgery.language.tree import Spec, Target, add
 from surgery.models.loading import load as load_model
 from surgery.models.loading import load_with_head, tokenizer
 from surgery.planning.compile import compile
+from surgery.runtime.fingerprint import fingerprint_of
 from surgery.runtime.surgeon import Surgeon
 from surgery.text import counted
 
@@ -195,6 +196,14 @@ class Comparison:
         return _digest_of(self.task)
 
     @cached_property
+    def _weights(self) -> str:
+        """Stands for the weights of the base model, by a few numbers of each."""
+        model = self.load(0)
+        pretrained = model.base_model if isinstance(self.task, Task) else model  # a head is new
+        return digest({name: fingerprint_of(p) for name, p in pretrained.named_parameters()
+                       if type(p) is torch.nn.Parameter and p.ndim})
+
+    @cached_property
     def _others(self) -> dict[str, Any]:
         """What a run depends on besides, where it is not as it is where nobody says so."""
         usual, files = asdict(Training()), {"dev": self.dev and _digest_of(self.dev), "dtype": self.dtype,
@@ -225,7 +234,7 @@ class Comparison:
         def perform(asked: Sequence[Mapping[str, Any]], of: int) -> None:
             lines = {f"{number}/{of}  {each['method']}  lr {each['rate']:g}  seed {each['seed']}": each
                      for number, each in enumerate(asked, start=len(runs) + 1)}
-            known = {what: finished(folder / RUNS, each) for what, each in lines.items()}
+            known = {what: finished(folder / RUNS, each, lambda: self._weights) for what, each in lines.items()}
             for what, run in known.items():
                 if run is not None:
                     ended(what, run, False)
@@ -282,12 +291,12 @@ class Comparison:
         costs = (clock.seconds, step_bytes(model, self._longest(model)), machine())
         known = [each for each in scores if each is not None]
         if len(known) < len(scores):  # it diverged: there is no score of it, and no update to look at
-            return Run(asked, None, None, trained, {}, *costs)
+            return Run(asked, None, None, trained, {}, *costs, weights=self._weights)
         validation, *found = ({name: mean.value for name, mean in each.items()} for each in known)
         names, spectra = [test.name for test in tests], self._spectra(surgeon, model)
         errors = [next(iter(each.values())).error for each in known[1:]]
         return Run(asked, validation, dict(zip(names, found)), trained, _means(spectra.rows), *costs,
-                   dict(zip(names, errors)), layers_of(spectra))
+                   dict(zip(names, errors)), layers_of(spectra), self._weights)
 
     def time(self) -> Steps:
         """The time of a step of every method, side by side."""

@@ -7,7 +7,7 @@ JSON file that appears whole; what was asked for otherwise is another run, and i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -42,7 +42,8 @@ class Layer:
 class Run:
     """One training. `asked` is all that its outcome depends on; `tests` holds the scores on each test, and `errors` the
     standard error that the first of them has for the items that were scored, where it was taken; `update` the figures
-    of ΔW, as means over the weights, and `layers` those of each layer. Where the training diverged, the scores are None
+    of ΔW, as means over the weights, and `layers` those of each layer; `weights` stands for those of the base model,
+    whose name may come to mean others (None in files of before). Where the training diverged, the scores are None
     and there are no figures."""
 
     asked: Mapping[str, Any]
@@ -55,6 +56,7 @@ class Run:
     machine: str
     errors: Mapping[str, float | None] = field(default_factory=dict)
     layers: tuple[Layer, ...] = ()
+    weights: str | None = None
 
     @property
     def method(self) -> str:
@@ -105,9 +107,14 @@ def place_of(folder: Path, asked: Mapping[str, Any]) -> Path:
     return folder / f"{asked['method']}-{asked['rate']:g}-{asked['seed']}-{digest(dict(asked))}.json"
 
 
-def finished(folder: Path, asked: Mapping[str, Any]) -> Run | None:
-    """The run, if it is in the folder."""
-    return _read(place_of(folder, asked), Run)
+def finished(folder: Path, asked: Mapping[str, Any], weights: Callable[[], str] | None = None) -> Run | None:
+    """The run, if it is in the folder. `weights`: what stands for those that the base model has now, asked for where
+    there is a run. Raises: SurgeryError (bad-data) for one of other weights."""
+    run = _read(file := place_of(folder, asked), Run)
+    if run and run.weights and weights and weights() != run.weights:
+        raise fail("bad-data", f"{file} is a run of other weights than {asked.get('model')} has now",
+                   helps=("name another folder, or delete the runs in this one",))
+    return run
 
 
 def keep(folder: Path, run: Run) -> None:

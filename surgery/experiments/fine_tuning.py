@@ -45,7 +45,7 @@ from surgery.language.tree import Spec
 from surgery.models.loading import load as load_model
 from surgery.models.loading import load_with_head, tokenizer
 from surgery.runtime.atomic_folders import refuse_taken, refuse_unwritable, replacing_file
-from surgery.runtime.saved_format import ADAPTER
+from surgery.runtime.saved_format import ADAPTER, Saved
 from surgery.runtime.surgeon import Surgeon
 
 STATE = "trainer_state.json"
@@ -175,6 +175,9 @@ class _Run:
             refuse_unfit(model, each)
         surgeon = operated(model, self.spec, task, self.setting.seed, batches(model, words, task, self.setting))
         tell(surgeon.plan.warnings)  # now, before hours of training
+        if last is not None and Saved(last).differing(surgeon.base):
+            raise fail("bad-output", f"the run in {last.parent} began on other weights than {self.model} has now",
+                       helps=("--force starts anew; in Python, force=True",))
         before = self._scores(model, words, tests, "before")
         trainer = self._trainer(surgeon, words, task, dev, checkpoints)
         done = trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -243,9 +246,9 @@ class _Run:
 
     def _save(self, surgeon: Surgeon, task: AnyTask, state: Any, force: bool) -> None:
         with self.watch.busy(f"saving {self.folder}"):
-            headed = {"classes": list(task.classes), "pad_token_id": surgeon.model.config.pad_token_id} if isinstance(
-                task, Task) else {"classes": []}
-            told = {"kind": task.kind, **headed}
+            config: Any = surgeon.model.config
+            headed = {"pad_token_id": config.pad_token_id} if isinstance(task, Task) else {}
+            told = {"kind": task.kind, "classes": list(getattr(task, "classes", ())), **headed}
             files = {training_record.FILE: self.record(),
                      STATE: json.dumps({"log_history": state.log_history}, indent=1)}
             surgeon.save(self.folder, base_model=self.model, force=force, task=told, files=files,
