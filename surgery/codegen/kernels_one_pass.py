@@ -123,7 +123,7 @@ def _philox(c: list[Tensor], seed: Tensor) -> list[Tensor]:
 
 
 def plain_gained(y: Tensor, d: Tensor, h: Tensor, m: Tensor, factor: float, inside: bool) -> Tensor:
-    return torch.addmm(y, h, m, alpha=factor).mul_(d) if inside else (y * d).addmm_(h, m, alpha=factor)
+    return torch.addmm(y, h, m, alpha=factor).mul_(d) if inside else torch.addmm(y * d, h, m, alpha=factor)
 
 
 def plain_gained_back(g: Tensor, d: Tensor, y: Tensor, h: Tensor | None, m: Tensor | None, factor: float,
@@ -133,7 +133,7 @@ def plain_gained_back(g: Tensor, d: Tensor, y: Tensor, h: Tensor | None, m: Tens
         if inside:
             y = torch.addmm(y, h, m, alpha=factor)
         else:
-            out.addmm_(h, m, alpha=factor)
+            out = torch.addmm(out, h, m, alpha=factor)
     return out, (g.to(wide(g)) * y).sum(0, keepdim=True)
 
 

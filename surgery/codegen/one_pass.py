@@ -80,7 +80,8 @@ def _low_rank(now: _Outputs, term: Expr) -> tuple[float, Expr, Expr] | None:
     is_product = product.op == "matmul" and _is_thin(product.args[0]) and len(product.args[1].shape) == 2
     if factor is None or not is_product or not now.is_once(*{term, product}):
         return None
-    return factor, *product.args
+    h, m = product.args
+    return factor, h, m
 
 
 def _both(node: Expr) -> Iterator[tuple[Expr, Expr]]:
