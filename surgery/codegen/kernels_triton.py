@@ -3,7 +3,7 @@
 `kernels_one_pass` says what each computes, and has its plain form. Promises: products and sums in float32, in an order
 that the shapes alone decide; matrices of any strides; one program may be run on any number of tokens.
 """
-# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnbound=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
