@@ -144,13 +144,15 @@ class Adapter(nn.Module):
         self.prepared = is_direct
         if is_direct or self.stack:
             self._machine = on or self._machine
-            self._chosen(self._machine)
+            self.programs()
         self._weights = {False: self.compiled.weights}
         if self._noises and not is_direct:
             self._weights[True] = self.compiled.drawn_weights
 
-    def _chosen(self, on: tuple[str, torch.dtype]) -> dict[bool, Program]:
-        """The programs of the output that are cheapest on a machine. All have the same values."""
+    def programs(self, on: tuple[str, torch.dtype] | None = None) -> dict[bool, Program]:
+        """The programs of the output, by whether the module trains, that are cheapest on a machine (on that which they
+        were made ready for, if none is said). All have the same values."""
+        on = on or self._machine
         if on not in self._programs:
             numbers = machine(on[0], dtype_text(on[1]))
             self._programs[on] = {mode: self.compiled.program(mode, machine=numbers) for mode in (True, False)}
@@ -198,7 +200,7 @@ class Adapter(nn.Module):
         on = (runs_as_on(layer.device.type), layer.dtype)
         if is_traced() and on not in self._programs:  # a compiler cannot trace the choice for where it was moved since
             on = self._machine
-        return self._chosen(on)[layer.module.training].at(tokens)
+        return self.programs(on)[layer.module.training].at(tokens)
 
     def set_ups(self, program: Program, layer: Frozen, stacks: Mapping[str, torch.Tensor], cast: torch.dtype,
                 held: Mapping[str, torch.Tensor], experts: Sequence[int]) -> Mapping[int, tuple]:

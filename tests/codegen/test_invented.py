@@ -69,9 +69,9 @@ target "**" { add own() }
 def test_so_is_every_program_that_was_found_for_it(name):
     op = operated(spec(name) if name in INVENTED else surgery.parse(CANCELLED), "linear 12x18", torch.float64, torch.float64)
     (adapter,), wanted = op.surgeon.adapters.values(), meant(op, torch.float64, torch.float64)
-    best = adapter._programs[True]
+    best = adapter.programs()[True]
     for program in (best, *best.over):
-        adapter._programs[True] = program
+        adapter.programs()[True] = program
         found = lowered(op)
         for what, value in wanted.items():
             assert error(found[what], value) <= 1e-8, f"{what} by {program.strategy}"

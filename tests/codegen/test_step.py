@@ -49,7 +49,7 @@ def outputs(op: Operated, leaves: dict[str, Tensor], x: Tensor, seed: int = 7) -
 
 def programs(adapter: Adapter, dtype: torch.dtype) -> dict[bool, Program]:
     """Those that run for a layer in a dtype, by whether it trains."""
-    return adapter._chosen((runs_as_on("cpu"), dtype))
+    return adapter.programs((runs_as_on("cpu"), dtype))
 
 
 def agree(op: Operated, leaves: dict[str, Tensor], x: Tensor) -> None:

@@ -39,7 +39,7 @@ def agrees(text: str, out: int, in_: int, tokens: int) -> None:
     wanted = x @ wanted_weight.mT + base.get("bias", 0)
     of = [x, *leaves.values()]
     gradients = torch.autograd.grad(wanted, of, up, retain_graph=True)
-    running = adapter._chosen((runs_as_on("cpu"), torch.float64))
+    running = adapter.programs((runs_as_on("cpu"), torch.float64))
     best = running[True]
     for program in dict.fromkeys((best, *best.over, *(each for _, each in best.up_to))):
         running[True] = program

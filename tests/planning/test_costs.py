@@ -163,7 +163,7 @@ def test_a_large_layer_costs_little_more(spec):
 def test_what_a_report_counts_is_the_program_that_the_adapter_runs(bias):
     surgeon = apply(nn.Sequential(nn.Linear(64, 96, bias=bias)), "sora", check=False)
     (estimate,), (adapter,) = surgeon.report().estimates, surgeon.adapters.values()
-    assert estimate.candidates[0] is adapter._programs[True].plan
+    assert estimate.candidates[0] is adapter.programs()[True].plan
 
 
 def test_a_stack_is_built_for_every_matrix():

@@ -107,7 +107,7 @@ def test_an_adapter_runs_what_its_machine_is_best_at_and_saves_the_same(tmp_path
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(48, 48))
         surgeon = apply(model, WIDE, seed=0)
-        assert estimated(surgeon.plan.placed[0]).candidates[0] is surgeon.adapters["0"]._programs[True].plan
+        assert estimated(surgeon.plan.placed[0]).candidates[0] is surgeon.adapters["0"].programs()[True].plan
         outputs.append(model(torch.linspace(-1, 1, 96).view(2, 48)))
         surgeon.save(tmp_path / str(each.flop))
         states.append({path.name: path.read_bytes() for path in (tmp_path / str(each.flop)).iterdir()})
@@ -119,14 +119,15 @@ def test_a_module_that_is_moved_is_chosen_for_anew():
     keep("cpu", {"float32": SLOW, "bfloat16": AGILE})
     model = nn.Sequential(nn.Linear(48, 48))
     adapter, x = apply(model, WIDE).adapters["0"], torch.randn(2, 48)
-    first = adapter._programs
+    wide, narrow = ("cpu", torch.float32), ("cpu", torch.bfloat16)
+    first = adapter.programs()
     model(x)
-    assert adapter._programs is first and adapter._machine == ("cpu", torch.float32)
+    assert set(adapter._programs) == {wide} and adapter.programs(wide) is first
     model.to(torch.bfloat16)(x.bfloat16())
-    assert adapter._machine == ("cpu", torch.bfloat16) and adapter._programs is not first
+    assert set(adapter._programs) == {wide, narrow} and adapter.programs(narrow)[True].plan is not first[True].plan
     model.to(torch.float32)(x)
-    assert adapter._programs is first
-    assert copy.deepcopy(adapter)._programs[True].source == first[True].source
+    assert adapter.programs(wide) is first
+    assert copy.deepcopy(adapter).programs()[True].source == first[True].source
 
 
 # ------------------------------------------------------------------------------------------------- the command line

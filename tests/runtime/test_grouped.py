@@ -82,11 +82,11 @@ def test_the_formulas_are_all_there():
 
 def programs(op: Operated, training: bool):
     """The layer with each of its programs in turn."""
-    best = op.adapter._programs[training]
+    best = op.adapter.programs()[training]
     for program in dict.fromkeys((best, *best.over)):
-        op.adapter._programs[training] = program
+        op.adapter.programs()[training] = program
         yield program.strategy
-    op.adapter._programs[training] = best
+    op.adapter.programs()[training] = best
 
 
 @pytest.mark.parametrize(("case", "layout"), PAIRS, ids=str)
