@@ -30,7 +30,7 @@ _KEPT = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore")
 
 
 def _is_packed(site: Site, about: Mapping[str, Any], kept: list[str]) -> bool:
-    is_taken = bool(site.stack) if about.get("quant_method") == "mxfp4" else site.kind == "linear" and (
+    is_taken = bool(site.stack) if about.get("quant_method") == "mxfp4" else site.layout.kind.acts_by_rows and (
         not site.stack or about.get("quant_method") == "fp8")
     is_kept = any(name in site.name.split(".") or site.name.startswith(name) for name in kept)
     return is_taken and not site.layout.is_called and not site.is_head and not is_kept

@@ -169,9 +169,11 @@ def test_json_of_a_plan_counts() -> None:
 
 def test_a_plan_of_a_quantised_model_says_what_it_does_not_know(tmp_path: Path) -> None:
     config = demo_config("llama")
-    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    config.save_pretrained(tmp_path)
-    assert "is quantised, and is planned with plain weights" in run("plan", "lora", str(tmp_path)).stderr
+    for about, is_known in (({"quant_method": "of tomorrow"}, False),
+                            ({"quant_method": "bitsandbytes", "load_in_4bit": True}, True)):
+        config.quantization_config = about
+        config.save_pretrained(tmp_path)
+        assert ("is planned with plain weights" in run("plan", "lora", str(tmp_path)).stderr) != is_known
     assert "quantised" not in run("plan", "lora", "demo:llama").stderr
 
 

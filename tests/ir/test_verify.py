@@ -149,6 +149,8 @@ MALFORMED: dict[str, tuple[Expr, ...]] = {
     "split": (Expr("split", (), (2, 3), (TOKENS, 2, 3)), Expr("split", (X,), (2, 2), (TOKENS, 2, 2)),
               Expr("split", (X,), (2, 3), (TOKENS, 3, 2))),
     "join": (Expr("join", (), (), (TOKENS, 6)), Expr("join", (A,), (), (6,))),
+    "gained_back": (Expr("gained_back", (X, D, D), (1.0, True), (TOKENS, 6)),
+                    Expr("gained_back", (X, D, X), None, (TOKENS, 6))),
     "add_bias": (Expr("add_bias", (X,), None, (TOKENS, 6)), Expr("add_bias", (X, A), None, (TOKENS, 6))),
     "mul": (make("mul", A, TWO), make("mul", TWO, make("mul", TWO, A))),
     "T": (make("T", make("diag", D)), make("T", make("T", A))),
