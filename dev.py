@@ -25,7 +25,7 @@ WORKERS = 2
 COMMANDS = {
     "demo": ["surgery", "apply", "specs/sora.surg", "demo:llama", "-o", "out/sora-llama", "--force"],
     "test": ["python", "-m", "pytest", "-n", str(WORKERS)],
-    "gpu": ["python", "-m", "pytest", "-m", "gpu", "-rs", "-n", "4", "tests/runtime/test_gpu.py",
+    "gpu": ["python", "-m", "pytest", "-m", "gpu", "-rs", "-n", "auto", "tests/runtime/test_gpu.py",
             "tests/codegen/test_gpu_kernels.py"],
     "mutate": ["python", "tests/mutate.py"],
     "house": ["python", "tests/house.py"],
