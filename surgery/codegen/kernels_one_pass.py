@@ -4,16 +4,12 @@ Each is an operation of torch's (`torch.ops.surgery`), so that whoever counts or
 Triton kernel, where torch has Triton and it works; elsewhere the plain form, which is also what a kernel is held to.
 Promises: sums over tokens are in float32 at least, in an order that shapes alone decide. No gradient is taken through
 them.
-
-A dropout's *number* is a tensor of one int64: the chance in 2^-24 above, a seed in its low 39 bits. An entry's own
-draw is a word of Philox, whose counter is its place: what the forward pass has dropped the backward pass drops again.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -21,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.codegen.dropout_number import dropped
 from surgery.codegen.kernels import column_dot, wide
 
-ROUNDS, SEED_BITS = 7, 39  # of Philox; of a number that are its seed
 SMALL = 2**16  # numbers of an activation below which to start a kernel of Triton's takes longer than the passes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LOW = 2**32 - 1
 
 
 @cache
@@ -89,36 +84,6 @@ def _alone(operation: Any, *args: Any) -> Any:
     return operation(*args)
 
 
-# ------------------------------------------------------------------------------------------------- dropout's number
-
-
-def drawn_number(a: Tensor, p: float) -> Tensor:
-    """A new number for a chance, from torch's generator of the device of a."""
-    chance = min(round(p * 2**24), 2**24 - 2)
-    return torch.randint(chance << SEED_BITS, chance + 1 << SEED_BITS, (), dtype=torch.int64, device=a.device)
-
-
-def dropped(number: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """True for each entry that is dropped, drawn again: [*shape]."""
-    height, width = (shape[0] if len(shape) == 2 else torch.Size(shape[:-1]).numel()), shape[-1]
-    counter = torch.arange((width + 3) // 4, device=number.device)
-    rows = torch.arange(height, device=number.device)[:, None].expand(-1, len(counter))
-    zeros = torch.zeros_like(rows)
-    seed = number & ((1 << SEED_BITS) - 1)
-    words = torch.stack(_philox([counter.expand_as(rows), rows, zeros, zeros], seed), -1).flatten(-2)
-    return ((words[:, :width] >> 8) < (number >> SEED_BITS)).view(shape)
-
-
-def _philox(c: list[Tensor], seed: Tensor) -> list[Tensor]:
-    """Four words of 32 bits for each counter of four, in int64, whose products wrap around as they should."""
-    k, key = seed & _LOW, seed >> 32
-    for _ in range(ROUNDS):
-        a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [(b >> 32) & _LOW ^ c[1] ^ k, b & _LOW, (a >> 32) & _LOW ^ c[3] ^ key, a & _LOW]
-        k, key = (k + 0x9E3779B9) & _LOW, (key + 0xBB67AE85) & _LOW
-    return c
-
-
 # ------------------------------------------------------------------------------------------------- plain forms
 
 
@@ -161,14 +126,14 @@ def plain_masked_outer(a: Tensor, number: Tensor, g: Tensor, turned: bool) -> Te
 # ------------------------------------------------------------------------------------------------- operations
 
 
-def _fits(numbers: int, first: Tensor, *others: Tensor | None) -> bool:
+def _fits(numbers: int, tensors: Sequence[Tensor]) -> bool:
     """Whether a kernel of Triton's runs on these for an activation of so many numbers, which are not few: plain
     matrices of one device and dtype, on which Triton works."""
+    first = tensors[0]
     if not numbers or numbers < SMALL or not first.is_cuda or first.dtype not in _DTYPES:
         return False
-    given = [first, *(t for t in others if t is not None)]
-    is_plain = first.ndim == 2 and all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
-    is_one = all(t.device == first.device and t.dtype in (first.dtype, torch.int64) for t in given)
+    is_plain = first.ndim == 2 and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    is_one = all(t.device == first.device and t.dtype in (first.dtype, torch.int64) for t in tensors)
     return is_plain and is_one and _works(first.device)
 
 
@@ -193,76 +158,38 @@ def _works(device: torch.device) -> bool:
     return works
 
 
-def _on(tensor: Tensor) -> Any:
-    """The device that a kernel is started on, where there are several."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def _kernel_or_plain(name: str, plain: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
+    """What an operation runs: Triton's kernel of its name, where one runs on what it is given, else the plain form.
+    `size` says how many numbers the activation has that is read or made."""
+    def run(*args: Any) -> Any:
+        if not _fits(size(*args), [a for a in args if isinstance(a, Tensor)]):
+            return plain(*args)
+        from surgery.codegen import kernels_triton
+
+        with torch.cuda.device(args[0].device):  # a kernel is started on the device that is current
+            return getattr(kernels_triton, name)(*args)
+
+    return run
 
 
-def _by_kernel(name: str) -> Callable[..., Any]:
-    from surgery.codegen import kernels_triton
-
-    return getattr(kernels_triton, name)
+def _first(a: Tensor, *others: Any) -> int:
+    return a.numel()
 
 
-def _gained(y: Tensor, d: Tensor, h: Tensor, m: Tensor, factor: float, inside: bool) -> Tensor:
-    if not _fits(y.numel(), y, d, h, m):
-        return plain_gained(y, d, h, m, factor, inside)
-    with _on(y):
-        return _by_kernel("gained")(y, d, h, m, factor, inside)
-
-
-def _gained_back(g: Tensor, d: Tensor, y: Tensor, h: Tensor | None, m: Tensor | None, factor: float,
-                 inside: bool) -> tuple[Tensor, Tensor]:
-    if not _fits(g.numel(), g, d, y, h, m):
-        return plain_gained_back(g, d, y, h, m, factor, inside)
-    with _on(g):
-        return _by_kernel("gained_back")(g, d, y, h, m, factor, inside)
-
-
-def _masked(a: Tensor, number: Tensor) -> Tensor:
-    if not _fits(a.numel(), a, number):
-        return plain_masked(a, number)
-    with _on(a):
-        return _by_kernel("masked")(a, number, torch.empty_like(a))
-
-
-def _masked_(a: Tensor, number: Tensor) -> None:
-    if not _fits(a.numel(), a, number):
-        return plain_masked_(a, number)
-    with _on(a):
-        _by_kernel("masked")(a, number, a)
-
-
-def _times_masked(h: Tensor, m: Tensor, number: Tensor) -> Tensor:
-    if not _fits(h.shape[0] * m.shape[1], h, m, number):
-        return plain_times_masked(h, m, number)
-    with _on(h):
-        return _by_kernel("times_masked")(h, m, number)
-
-
-def _masked_times(a: Tensor, number: Tensor, m: Tensor) -> Tensor:
-    if not _fits(a.numel(), a, number, m):
-        return plain_masked_times(a, number, m)
-    with _on(a):
-        return _by_kernel("masked_times")(a, number, m)
-
-
-def _masked_outer(a: Tensor, number: Tensor, g: Tensor, turned: bool) -> Tensor:
-    if not _fits(a.numel(), a, number, g):
-        return plain_masked_outer(a, number, g, turned)
-    with _on(a):
-        return _by_kernel("masked_outer")(a, number, g, turned)
+def _product(h: Tensor, m: Tensor, *others: Any) -> int:
+    return h.shape[0] * m.shape[1]
 
 
 _LIBRARY = torch.library.Library("surgery", "FRAGMENT")
-for _schema, _function in (
-        ("gained(Tensor y, Tensor d, Tensor h, Tensor m, float factor, bool inside) -> Tensor", _gained),
+for _schema, _plain, _size in (
+        ("gained(Tensor y, Tensor d, Tensor h, Tensor m, float factor, bool inside) -> Tensor", plain_gained, _first),
         ("gained_back(Tensor g, Tensor d, Tensor y, Tensor? h, Tensor? m, float factor, bool inside) "
-         "-> (Tensor, Tensor)", _gained_back),
-        ("masked(Tensor a, Tensor number) -> Tensor", _masked),
-        ("masked_(Tensor(a!) a, Tensor number) -> ()", _masked_),
-        ("times_masked(Tensor h, Tensor m, Tensor number) -> Tensor", _times_masked),
-        ("masked_times(Tensor a, Tensor number, Tensor m) -> Tensor", _masked_times),
-        ("masked_outer(Tensor a, Tensor number, Tensor g, bool turned) -> Tensor", _masked_outer)):
+         "-> (Tensor, Tensor)", plain_gained_back, _first),
+        ("masked(Tensor a, Tensor number) -> Tensor", plain_masked, _first),
+        ("masked_(Tensor(a!) a, Tensor number) -> ()", plain_masked_, _first),
+        ("times_masked(Tensor h, Tensor m, Tensor number) -> Tensor", plain_times_masked, _product),
+        ("masked_times(Tensor a, Tensor number, Tensor m) -> Tensor", plain_masked_times, _first),
+        ("masked_outer(Tensor a, Tensor number, Tensor g, bool turned) -> Tensor", plain_masked_outer, _first)):
+    _name = _schema.partition("(")[0]
     _LIBRARY.define(_schema)
-    _LIBRARY.impl(_schema.partition("(")[0], _function, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _kernel_or_plain(_name, _plain, _size), "CompositeExplicitAutograd")

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROUNDS = 7  # of Philox: the fewest that pass every test of BigCrush (Salmon et al., 2011)
-SEED_BITS = 39  # the low ones of a dropout's number; above them is the chance, in 2^-24
+from surgery.codegen.dropout_number import ROUNDS, SEED_BITS
+
 # Rows and columns of a tile, and warps, for each kernel; CHUNK: the rows that one program of a sum over rows reads. The
 # best of some on an H100, for [8192, 4096] in bfloat16: gains reach 2.6 of its 2.75 TB/s; draws of Philox take as long
 # as a pass.
@@ -213,11 +213,16 @@ def gained_back(g: Tensor, d: Tensor, y: Tensor, h: Tensor | None, m: Tensor | N
     return out, sums
 
 
-def masked(a: Tensor, number: Tensor, out: Tensor) -> Tensor:
+def masked(a: Tensor, number: Tensor, out: Tensor | None = None) -> Tensor:
+    out = torch.empty_like(a) if out is None else out
     (height, width), (rows, columns, warps) = a.shape, TILES["masked"]
     _masked[triton.cdiv(height, rows), triton.cdiv(width, columns)](
         a, number, out, height, width, *a.stride(), *out.stride(), rows, columns, **_drawn(), num_warps=warps)
     return out
+
+
+def masked_(a: Tensor, number: Tensor) -> None:
+    masked(a, number, a)
 
 
 def times_masked(h: Tensor, m: Tensor, number: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from surgery.codegen import kernels, kernels_one_pass
+from surgery.codegen.dropout_number import drawn_number
 
 
 def mask(a: Tensor, p: float) -> Tensor:
@@ -25,7 +26,7 @@ def mask(a: Tensor, p: float) -> Tensor:
 
 def number(a: Tensor, p: float) -> Tensor:
     """A dropout mask that is one number, from torch's generator of the device."""
-    return kernels_one_pass.drawn_number(a, p)
+    return Number.drawn(a, p)
 
 
 def masked(a: Tensor, mask: Tensor) -> Tensor:
@@ -64,8 +65,12 @@ class Bits:
         return y.add_(masked(a @ m, mask), alpha=alpha)
 
 
-class Number(Bits):
+class Number:
     """The draws made again."""
+
+    @staticmethod
+    def drawn(a: Tensor, p: float) -> Tensor:
+        return drawn_number(a, p)
 
     @staticmethod
     def masked(a: Tensor, mask: Tensor) -> Tensor:
@@ -116,6 +121,6 @@ class Places:
         return y
 
 
-def _form(mask: Tensor) -> type[Bits] | type[Places]:
+def _form(mask: Tensor) -> type[Bits] | type[Number] | type[Places]:
     """The form that a mask has, by what it is made of."""
     return Bits if mask.dtype == torch.bool else Places if mask.ndim else Number

@@ -87,9 +87,9 @@ def _mixed_back(g: Any, k: Any) -> Any:
     return OPERATIONS["mixed"].value(None, [g, torch.stack([k[0].mT, -k[1].mT])], g)
 
 
-def _in_step(name: str, arity: int | None, shape: Callable[..., Shape], dense: Callable[..., Any], doc: str,
-             module: str = "kernels", **more: Any) -> Operation:
-    """What a step computes by a kernel of its name."""
+def in_step(name: str, arity: int | None, shape: Callable[..., Shape], dense: Callable[..., Any], doc: str,
+            module: str = "kernels", **more: Any) -> Operation:
+    """What a step computes by a kernel of its name, in one of codegen's modules of kernels."""
     return Operation(name, arity, shape, dense, doc, stage=IN_STEP, memory=Memory.NEW, step_kernel=f"{module}.{name}",
                      **more)
 
@@ -101,11 +101,11 @@ ROWS = [
     Operation("number", 1, dropped, _mask, "the number from which such a mask is drawn again, in its place",
               stage=IN_STEP, sizes=("share", "step"), stops_gradient=True, text="number({}, {data[0]!r})",
               step_kernel="masks.number"),
-    _in_step("masked", 2, elementwise, lambda a, mask: a.masked_fill(mask, 0.0), "a with 0 where the mask says so",
-             module="masks", linear=Linear.EACH, is_unkept=True, passes=1, derivative=derivatives.masked,
-             in_place=InPlace(Form("masked_", kernel="masks.masked_", is_fused=False), lambda node: node.args[:1]),
-             added=Added(Form("add_masked", kernel="masks.add_masked"), fits=lambda z: z.args[0].op == "matmul",
-                         takes=lambda z: z.args[:1], when=When.IN_STEP)),
+    in_step("masked", 2, elementwise, lambda a, mask: a.masked_fill(mask, 0.0), "a with 0 where the mask says so",
+            module="masks", linear=Linear.EACH, is_unkept=True, passes=1, derivative=derivatives.masked,
+            in_place=InPlace(Form("masked_", kernel="masks.masked_", is_fused=False), lambda node: node.args[:1]),
+            added=Added(Form("add_masked", kernel="masks.add_masked"), fits=lambda z: z.args[0].op == "matmul",
+                        takes=lambda z: z.args[:1], when=When.IN_STEP)),
     Operation("outer", 2, _outer_shape, lambda a, g: a.mT @ g, "aᵀ g", stage=IN_STEP, linear=Linear.EACH,
               text=_outer_text, memory=Memory.NEW, flops=flop_rules.each_read(2, -1)),
     Operation("flat", 1, lambda a: (prod(matrix(a)[:-1]), a[-1]), lambda a: a.flatten(0, -2),
@@ -113,17 +113,17 @@ ROWS = [
               memory=Memory.VIEW),
     Operation("zeros", 1, same, lambda a: 0 * a, "zeros of its size", stage=IN_STEP, text="torch.zeros_like({})",
               memory=Memory.NEW),
-    _in_step("column_dot", 2, _columns_shape, lambda a, b: (a * b).sum(0), "Σ a b over the rows", linear=Linear.EACH),
-    _in_step("column_sum", 1, lambda a: exactly(2, "a matrix", a)[1:], lambda a: a.sum(0), "Σ a over the rows",
-             linear=Linear.TOGETHER),
-    _in_step("block_dot", 3, lambda a, g, s: exactly(3, "a stack of blocks", s), _block_dot,
-             "aᵀ g on the blocks of the diagonal, in the shape of s", flops=flop_rules.block_dot),
-    _in_step("circulate_back", 2, _circulate_back_shape, _circulate_back, "g circulant(c)", linear=Linear.EACH,
-             flops=flop_rules.circulate),
-    _in_step("circulate_dot", 3, lambda a, g, c: exactly(3, "a stack of first rows", c), _circulate_dot,
-             "the gradient of `circulate` in c", flops=flop_rules.circulate_dot),
-    _in_step("mixed_back", 2, _mixed_back_shape, _mixed_back, "the gradient of `mixed` in x", linear=Linear.EACH,
-             flops=flop_rules.each(4, 1, 3)),
-    _in_step("mixed_dot", 2, _mixed_dot_shape, _mixed_dot, "the gradient of `mixed` in its kernel", linear=Linear.EACH,
-             flops=flop_rules.each_read(4, 3)),
+    in_step("column_dot", 2, _columns_shape, lambda a, b: (a * b).sum(0), "Σ a b over the rows", linear=Linear.EACH),
+    in_step("column_sum", 1, lambda a: exactly(2, "a matrix", a)[1:], lambda a: a.sum(0), "Σ a over the rows",
+            linear=Linear.TOGETHER),
+    in_step("block_dot", 3, lambda a, g, s: exactly(3, "a stack of blocks", s), _block_dot,
+            "aᵀ g on the blocks of the diagonal, in the shape of s", flops=flop_rules.block_dot),
+    in_step("circulate_back", 2, _circulate_back_shape, _circulate_back, "g circulant(c)", linear=Linear.EACH,
+            flops=flop_rules.circulate),
+    in_step("circulate_dot", 3, lambda a, g, c: exactly(3, "a stack of first rows", c), _circulate_dot,
+            "the gradient of `circulate` in c", flops=flop_rules.circulate_dot),
+    in_step("mixed_back", 2, _mixed_back_shape, _mixed_back, "the gradient of `mixed` in x", linear=Linear.EACH,
+            flops=flop_rules.each(4, 1, 3)),
+    in_step("mixed_dot", 2, _mixed_dot_shape, _mixed_dot, "the gradient of `mixed` in its kernel", linear=Linear.EACH,
+            flops=flop_rules.each_read(4, 3)),
 ]

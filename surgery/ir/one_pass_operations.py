@@ -6,11 +6,13 @@ activation under dropout. `codegen.one_pass` puts them in the place of the opera
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from surgery.ir import derivatives, flop_rules
 from surgery.ir.expression import Expr, Shape
 from surgery.ir.flop_rules import Count
+from surgery.ir.gradient_operations import in_step
 from surgery.ir.shape_rules import ShapeError, exactly, shape_text
 from surgery.ir.sizes import known
 from surgery.ir.table import IN_STEP, Memory, Operation
@@ -73,10 +75,7 @@ def _low_rank_flops(h: int) -> flop_rules.Flops:
     return flops
 
 
-def _row(name: str, arity: int | None, shape: Any, dense: Any, doc: str, **more: Any) -> Operation:
-    return Operation(name, arity, shape, dense, doc, stage=IN_STEP, memory=Memory.NEW,
-                     step_kernel=f"kernels_one_pass.{name}", **more)
-
+_row = partial(in_step, module="kernels_one_pass")
 
 ROWS = [
     _row("gained", 4, _gained_shape, _gained, "d (y + c h m), or d y + c h m", sizes=("factor", "inside"),

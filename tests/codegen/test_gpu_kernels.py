@@ -13,6 +13,7 @@ from layers import assert_close
 from torch import Tensor
 
 from surgery.codegen import kernels_one_pass as one_pass
+from surgery.codegen.dropout_number import drawn_number
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +48,7 @@ def draw(*shape: int, dtype: torch.dtype, turned: bool = False) -> Tensor:
 def operands(name: str, way: bool | None, shape: Sequence[int], dtype: torch.dtype, turned: bool) -> list[Any]:
     t, n, r = shape
     y, g, h = (draw(t, size, dtype=dtype, turned=turned) for size in (n, n, r))
-    m, d, number = draw(r, n, dtype=dtype, turned=turned), draw(n, dtype=dtype), one_pass.drawn_number(y, 0.3)
+    m, d, number = draw(r, n, dtype=dtype, turned=turned), draw(n, dtype=dtype), drawn_number(y, 0.3)
     low = [None, None] if way is None else [h, m]
     return {"gained": [y, d, h, m, 0.5, way], "gained_back": [g, d, y, *low, 0.5, bool(way)], "masked": [y, number],
             "masked_": [y, number], "times_masked": [h, m, number], "masked_times": [y, number, m.mT],
@@ -100,9 +101,9 @@ def test_many_tokens_lose_nothing_of_a_sum():
 def test_seeds_follow_torchs_generator():
     a = torch.empty(8, 8, device=DEVICE)
     torch.manual_seed(3)
-    first, other = one_pass.drawn_number(a, 0.1), one_pass.drawn_number(a, 0.1)
+    first, other = drawn_number(a, 0.1), drawn_number(a, 0.1)
     torch.manual_seed(3)
-    assert first.device.type == DEVICE.type and first == one_pass.drawn_number(a, 0.1) and first != other
+    assert first.device.type == DEVICE.type and first == drawn_number(a, 0.1) and first != other
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

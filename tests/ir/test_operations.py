@@ -20,9 +20,9 @@ from torch import Tensor
 import surgery
 from surgery.codegen.autograd_node import step
 from surgery.codegen.cost_model import body_cost
+from surgery.codegen.dropout_number import drawn_number, dropped
 from surgery.codegen.gradients import gradients
 from surgery.codegen.kernel_names import names_called
-from surgery.codegen.kernels_one_pass import drawn_number, dropped
 from surgery.codegen.operation_counts import flops, moved
 from surgery.ir.builders import fill
 from surgery.ir.dense import dense
