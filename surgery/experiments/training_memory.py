@@ -72,17 +72,16 @@ def training_memory(model: PreTrainedModel, spec: Spec, how: Training) -> dict[s
 
 
 def _largest_layer(model: nn.Module) -> int:
-    """Bytes of the largest layer of a model's lists."""
+    """Bytes of the largest layer of a model's lists of layers."""
     layers = [each for m in model.modules() if isinstance(m, nn.ModuleList) for each in m]
     return max((sum(p.numel() * p.element_size() for p in each.parameters()) for each in layers), default=0)
 
 
 def _operated(surgeon: Surgeon) -> None:
     """Put the adapters into a skeleton, which a surgeon refuses to do: nobody could train that."""
-    for name, site in ((p.site.name, p.site) for p in surgeon.plan.placed):
-        install(site.module, surgeon.adapters[name])
-    for adapter in [each for each in surgeon.adapters.values() if each.shared][:1]:
-        hold_common(surgeon.model, adapter)
+    for placed in surgeon.plan.placed:
+        install(placed.site.module, surgeon.adapters[placed.site.name])
+    hold_common(surgeon.model, surgeon.adapters.values())
     trained = {id(adapter.tensors()[leaf.key]) for adapter in surgeon.adapters.values()
                for leaf in adapter.formula.leaves if not leaf.frozen}
     for name, parameter in surgeon.model.named_parameters():

@@ -8,7 +8,7 @@ W'.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 from weakref import ref
@@ -203,13 +203,12 @@ def install(module: nn.Module, adapter: Adapter) -> None:
     put_forward_aside(module)
 
 
-def hold_common(root: nn.Module, adapter: Adapter) -> None:
-    """Put what the adapters share where what moves, saves or shards the model finds it once: at the model's root, whose
-    tensors are there as long as any layer runs; in one `adapter` where each child of the root is a layer."""
-    if isinstance(root, CONTAINERS):
-        adapter.add_module(SHARED, adapter.common)
-    else:
-        root.add_module(SHARED, adapter.common)
+def hold_common(root: nn.Module, adapters: Iterable[Adapter]) -> None:
+    """Put what adapters share, if anything, where what moves, saves or shards the model finds it once: at the model's
+    root, whose tensors are there as long as any layer runs; in one adapter where each child of the root is a layer."""
+    sharing = next((adapter for adapter in adapters if adapter.shared), None)
+    if sharing is not None:  # what one shares all share
+        (sharing if isinstance(root, CONTAINERS) else root).add_module(SHARED, sharing.common)
 
 
 def uninstall_all(root: nn.Module, pairs: Sequence[tuple[nn.Module, Adapter]]) -> None:

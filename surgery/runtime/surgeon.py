@@ -203,8 +203,7 @@ class Surgeon:
             for tensor in self.adapters[placed.site.name].tensors().values():  # the model may have moved since
                 tensor.data = tensor.data.to(placed.site.device)
             install(module, self.adapters[placed.site.name])
-        for adapter in [a for a in self.adapters.values() if a.shared][:1]:
-            hold_common(self.model, adapter)
+        hold_common(self.model, self.adapters.values())
         frozen = {id(adapter.tensors()[leaf.key]) for adapter in self.adapters.values()
                   for leaf in adapter.formula.leaves if leaf.frozen}
         trained = {id(p) for p in self.named_tensors().values()} - frozen
