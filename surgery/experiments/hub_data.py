@@ -23,9 +23,9 @@ def hub_rows(name: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     Raises: SurgeryError (bad-data, missing-extra, missing-file)."""
     asked = _NAME.fullmatch(name)
     if asked is None:
-        raise fail("bad-data", f"{name} is not of the form hub:ID:CONFIGURATION#SPLIT",
-                   helps=("such as hub:nyu-mll/glue:rte#validation; the configuration and the split may be left out",))
-    need("datasets", "hub", f"{name}")
+        raise fail("bad-data", f"{name} is not of the form hub:ID:CONFIGURATION@REVISION#SPLIT",
+                   helps=("such as hub:nyu-mll/glue:rte#validation; all but the ID may be left out",))
+    need("datasets", "hub", name)
     datasets: Any = import_module("datasets")
     about = {"path": asked["id"], "revision": asked["revision"]}
     try:
@@ -33,13 +33,13 @@ def hub_rows(name: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
         if split is None:
             splits = datasets.get_dataset_split_names(config_name=asked["config"], **about)
             split = "train" if len(splits) > 1 else splits[0]
-        found = datasets.load_dataset(name=asked["config"], split=split, **about)
+        data = datasets.load_dataset(name=asked["config"], split=split, **about)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # what its functions say that they raise
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise fail("missing-file", f"cannot read {name}: {why}") from None
-    classes = {column: getattr(feature, "names", None) for column, feature in found.features.items()}
-    return tuple(found.column_names), [
-        {column: _named(value, classes[column]) for column, value in row.items()} for row in found]
+    classes = {column: getattr(feature, "names", None) for column, feature in data.features.items()}
+    return tuple(data.column_names), [
+        {column: _named(value, classes[column]) for column, value in row.items()} for row in data]
 
 
 def _named(value: Any, classes: list[str] | None) -> Any:

@@ -31,7 +31,7 @@ def diff(a: Spec | str | PathLike, b: Spec | str | PathLike, model: nn.Module | 
     """
     sides = [_side(each, model) for each in (a, b)]
     if bool(sides[0].tensors) is not bool(sides[1].tensors):
-        raise fail("bad-value", "a spec and a saved adapter are no two of one kind",
+        raise fail("bad-value", "a spec cannot be compared with an adapter",
                    helps=("an adapter's own spec is the file `adapter.surg` in its folder; `surgery import` writes one "
                           "for PEFT's",))
     return Difference(*sides)

@@ -11,6 +11,9 @@ from typing import Any
 
 from surgery.layers.survey import Site, Survey
 
+# Under these names quantisers list the modules that they leave as they are.
+_KEPT = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore")
+
 
 def packed_saving(survey: Survey) -> float | None:
     """How many bytes fewer the weights take as they are packed than as the skeleton has them; 0 for plain ones."""
@@ -23,10 +26,6 @@ def packed_saving(survey: Survey) -> float | None:
     kept = [name for key in _KEPT for name in about.get(key) or ()]
     packed = {id(site.weight): site.weight for site in survey.sites if _is_packed(site, about, kept)}
     return sum(weight.numel() * (weight.element_size() - size) for weight in packed.values())
-
-
-# Under these names quantisers list what they leave as it is.
-_KEPT = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore")
 
 
 def _is_packed(site: Site, about: Mapping[str, Any], kept: list[str]) -> bool:

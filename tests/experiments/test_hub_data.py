@@ -77,7 +77,7 @@ def test_a_data_set_is_read_as_its_file_would_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("hub:", "is not of the form hub:ID:CONFIGURATION#SPLIT"), ("hub:a:b:c", "is not of the form"),
+    ("hub:", "is not of the form hub:ID:CONFIGURATION@REVISION#SPLIT"), ("hub:a:b:c", "is not of the form"),
     ("hub:nobody/nothing", "cannot read hub:nobody/nothing: Dataset 'nobody/nothing' doesn't exist"),
     ("hub:{}/glue:rte#test", "Unknown split 'test'"), ("hub:{}/empty#train", "holds no row"),
     ("hub:{}/unlabelled", "hub:{}/unlabelled:2 has no `label` that is a text"),
