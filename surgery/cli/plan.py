@@ -67,7 +67,7 @@ def plan(output: Output, spec: str, model: str, sets: tuple[str, ...], targets: 
 
         how = Training(batch, length, optimiser, checkpointing, gpus, sharded)
         with output.busy("following a training step"):
-            step = _step(output, skeleton_of(output, model), asked, how)
+            step = _step(output, skeleton_of(output, model), asked, how)  # of its own: it is operated on
     output.data(source=spec, model=model, memory_bytes=report.memory, step_bytes=step, changes=len(planned.placed),
                 **report.to_json())
 
