@@ -25,7 +25,7 @@ from surgery.diagnostics import fail
 from surgery.ir.dense import in_dtype
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.runtime.frozen_layers import Frozen
-from surgery.runtime.serving import hints
+from surgery.runtime.serving import are_same, hints
 
 if TYPE_CHECKING:
     from surgery.runtime.adapter import Adapter
@@ -40,8 +40,7 @@ class _Made:
     hints: tuple
 
     def is_of(self, tensors: Sequence[Tensor]) -> bool:
-        return len(tensors) == len(self.of) and all(a is b for a, b in zip(tensors, self.of)) \
-            and hints(tensors) == self.hints
+        return are_same(tensors, self.of) and hints(tensors) == self.hints
 
 
 class _Calls(threading.local):

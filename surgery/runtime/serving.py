@@ -62,7 +62,7 @@ class Serving:
             bits, signs = fingerprint(on), hints(on)  # before it is computed: a write in between is then found
             with torch.no_grad():
                 kept = self._kept[adapter, *key] = Kept(tuple(on), bits, signs, compute())
-        elif len(on) != len(kept.on) or any(a is not b for a, b in zip(on, kept.on)):
+        elif not are_same(on, kept.on):
             return compute()  # of other tensors for this call, as under functional_call: no promise was made of those
         elif (now := hints(on)) != kept.hints:
             if fingerprint(kept.on) != kept.bits:
@@ -73,7 +73,7 @@ class Serving:
     def kept(self, adapter: nn.Module, key: tuple, on: Sequence[Tensor]) -> Kept | None:
         """What is kept under a key, if it is of these tensors."""
         kept = self._kept.get((adapter, *key))
-        return kept if kept and len(on) == len(kept.on) and all(a is b for a, b in zip(on, kept.on)) else None
+        return kept if kept and are_same(on, kept.on) else None
 
     def verify(self) -> None:
         """Raises: SurgeryError (changed-tensor), if a tensor that a kept value depends on has other bits than when it
@@ -119,6 +119,11 @@ def serving(model: nn.Module, adapters: Mapping[str, Any]) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------- what changed
+
+
+def are_same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether they are the same objects in the same order, whatever numbers stand in them."""
+    return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others))
 
 
 def hints(tensors: Sequence[Tensor]) -> tuple:
