@@ -34,6 +34,8 @@ ADAPTER = Kind("a saved adapter", earlier=frozenset(FILES))
 SEEDS = (-(1 << 63), (1 << 64) - 1)  # the least and the largest that a generator of torch takes
 _SHOWN = 8
 _NAME_ONE = "name what `surgery apply -o` or `save()` wrote"
+_RESUME_IT = ("it is a checkpoint in shards, which holds the whole model: resume the training from it, then "
+              "`surgeon.save()`; or train with FSDP's FULL_STATE_DICT, whose checkpoints hold the adapter")
 
 # The whole numbers are for places.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
@@ -134,7 +136,10 @@ class Saved:
         if not folder.exists():
             raise fail("missing-file", f"there is no folder {folder}", helps=(_NAME_ONE,))
         if not any((folder / name).exists() for name in FILES):
-            raise fail("bad-adapter", f"{folder} is not a saved adapter", helps=(_NAME_ONE,))
+            # what torch.distributed.checkpoint writes, of a Trainer whose FSDP keeps its state in shards
+            is_sharded = folder.is_dir() and any(folder.glob("*/.metadata"))
+            raise fail("bad-adapter", f"{folder} is not a saved adapter", helps=(
+                _RESUME_IT if is_sharded else _NAME_ONE,))
         self.file = TENSORS if (folder / TENSORS).exists() or not (folder / CHECKPOINT).exists() else CHECKPOINT
         tensors, meta, spec = self._tensors(), self._meta(), self._spec()
         if meta is not None and tensors is not None:  # the tensors must be those that the file beside them lists

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from models import LLAMA, SMALLER, perturbed
 from safetensors.torch import load_file, save_file
 
@@ -153,6 +154,13 @@ def test_a_model_without_data_is_not_saved(tmp_path: Path) -> None:
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     assert "error[missing-file]" in faults(tmp_path / "nowhere")
     assert "error[bad-adapter]" in faults(tmp_path)
+
+
+def test_a_checkpoint_in_shards_is_told_of(tmp_path: Path) -> None:
+    """As accelerate writes one with SHARDED_STATE_DICT, by torch.distributed.checkpoint."""
+    torch.distributed.checkpoint.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "pytorch_model_fsdp_0",
+                                      no_dist=True)
+    assert "resume the training from it" in faults(tmp_path)
 
 
 @pytest.mark.parametrize("name", FILES)
