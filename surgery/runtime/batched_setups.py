@@ -111,9 +111,9 @@ def _kind(adapter: Adapter, layer: Frozen, held: Mapping[str, Tensor]) -> tuple:
 def _batch(adapter: Adapter, program: Program, layers: Sequence[Frozen], held: Sequence[Mapping[str, Tensor]],
            cast: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
     """The set-up of each layer, all made as one."""
-    dtype = adapter.setup_dtype(layers[0], held[0].values())
+    dtype, used = adapter.setup_dtype(layers[0], held[0].values()), {}
     alike = [adapter.shaped(tensors) for tensors in held]
-    leaves = {key: in_dtype(t if key in adapter.shared else torch.stack([each[key] for each in alike]), dtype)
+    leaves = {key: in_dtype(t if key in adapter.shared else _Stacked.apply(used, *(each[key] for each in alike)), dtype)
               for key, t in alike[0].items()}
     axes = {key: None if key in adapter.shared else 0 for key in leaves}
     with without_autocast(layers[0].device.type):
@@ -127,8 +127,8 @@ def _batch(adapter: Adapter, program: Program, layers: Sequence[Frozen], held: S
         if program.plan.computes:
             make = torch.vmap(make, in_dims=(axes, of_known, 0))
         values = make(leaves, known, biases)
-    parts = (made.unbind() if made.ndim > len(value.shape) else [made] * len(layers)  # which modules share
-             for value, made in zip(program.plan.values, values))
+    parts = (_Parts.apply(used, i, made) if made.ndim > len(value.shape) else [made] * len(layers)  # modules share it
+             for i, (value, made) in enumerate(zip(program.plan.values, values)))
     return zip(*parts)
 
 
@@ -141,6 +141,41 @@ def _fixed(program: Program, layers: Sequence[Frozen], dtype: torch.dtype) -> tu
     known = tuple(zip(*(program.once(layer, dtype) for layer in each_layer)))
     return (tuple(torch.stack(values) if own else values[0] for values, own in zip(known, apart)),
             tuple(0 if own else None for own in apart))
+
+
+class _Stacked(torch.autograd.Function):
+    """Tensors of layers as one, [layers, ...]. A layer none of whose parts was used, as one that a pass skips, gets no
+    gradient, as it would alone: of zeros an optimiser would make a step, by its momentum and its weight decay.
+
+    `used`: by the number of a value of the set-up, which layers' parts of it the latest backward pass came through."""
+
+    @staticmethod
+    def forward(ctx: Any, used: dict[int, list[bool]], *tensors: Tensor) -> Tensor:
+        ctx.used = used
+        return torch.stack(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
+        is_used = [any(each) for each in zip(*ctx.used.values())]
+        return None, *(g if used else None for g, used in zip(grad_outputs[0].unbind(), is_used, strict=True))
+
+
+class _Parts(torch.autograd.Function):
+    """A value [layers, ...] of a set-up as that of each layer; its backward pass notes in `used` whose are used."""
+
+    @staticmethod
+    def forward(ctx: Any, used: dict[int, list[bool]], number: int, value: Tensor) -> tuple[Tensor, ...]:
+        ctx.used, ctx.number = used, number
+        ctx.set_materialize_grads(False)
+        return value.unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
+        given = next((g for g in grad_outputs if g is not None), None)
+        ctx.used[ctx.number] = [g is not None for g in grad_outputs]
+        whole = None if given is None else torch.stack(
+            [torch.zeros_like(given) if g is None else g for g in grad_outputs])
+        return None, None, whole
 
 
 # -------------------------------------------------------------------------------- layers, as a set-up sees them

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -135,6 +135,39 @@ def test_what_is_unlike_makes_its_own():
     assert_close(batched, y, 1e-12)
     for name in alone:
         assert_close(gradient[name], alone[name], 1e-10, name)
+
+
+@pytest.mark.parametrize("spec", ["lora", "sora", "oft"])
+def test_a_layer_that_a_pass_does_not_use_gets_no_gradient(spec: str):
+    """As alone. Of zeros AdamW would decay the weights of a layer that was skipped, and move them by its momentum."""
+    model, surgeon = operated(spec_of(spec), SQUARE)
+    first, second, third = model.layers
+    x = torch.randn(5, 96, dtype=torch.float64, requires_grad=True)
+
+    def skipped(x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            unused = second(x)
+        return [first(x), unused, third(x)]
+
+    def each(x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in model.layers]
+
+    for forward, passes in ((skipped, [[0, 2]]), (each, [[1]]), (each, [[0], [2, 1], [2]])):
+        model.forward, found = forward, []  # pyright: ignore[reportAttributeAccessIssue]
+        for context in (nullcontext, surgeon.batched_setups):
+            with batches() as sizes, context():
+                y = model(x)
+            assert COUNT in sizes or context is nullcontext
+            for used in passes:  # each a backward pass of its own through the one graph
+                model.zero_grad()
+                torch.stack([y[i] for i in used]).square().sum().backward(retain_graph=True)
+                found.append({name: p.grad for name, p in own(model).items()})
+        for wanted, gradient in zip(found[:len(passes)], found[len(passes):], strict=True):
+            assert None in wanted.values()
+            assert [n for n in wanted if wanted[n] is None] == [n for n in wanted if gradient[n] is None]
+            for name, g in wanted.items():
+                if g is not None:
+                    assert_close(gradient[name], g, 1e-10, name)
 
 
 @pytest.mark.parametrize("change", ["in place", "another tensor"])
