@@ -171,5 +171,7 @@ def _says(fields: Mapping[str, Any], reading: _Reading) -> bool:
     here = resolved(fields, reading.method.family, reading.name)
     if any(here.get(name) != value for name, value in reading.method.settings.items()):
         return False
+    if any(name not in here for name in reading.method.parameters.fields):  # those of another row, which reads fewer
+        return False
     meant = reading.method.parameters.to_ours(here, reading.place)
     return all(reading.parameters.get(name) == value for name, value in meant.items())

@@ -45,6 +45,8 @@ CASES = {
         "exclude_modules": ["layers.3.self_attn.q_proj"], "use_cayley_neumann": False}),
     "gains on inputs and on outputs": ("t5", peft.IA3Config, {
         "target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}),
+    "two rows of one kind, which read different fields": ("bert", peft.LoKrConfig, {
+        "r": 1, "target_modules": ["query", "key"], "rank_pattern": {"key": 40}}),
 }
 
 
