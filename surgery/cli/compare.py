@@ -106,7 +106,7 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: 
     as for `surgery train`. Runs that DIR holds are not done again. --set goes to every spec that has such a parameter.
     The spectra of every update are kept, and the time of a step is taken at the end, all methods taking turns.
     """
-    methods = _methods(specs if no_full else ("full", *specs), sets, targets)
+    methods = _methods(specs if no_full else (FULL, *specs), sets, targets)
     if against is not None and against not in methods:
         raise click.UsageError(f"--against {against} is none of {', '.join(methods)}.")
     from surgery.experiments.comparison import comparison_of

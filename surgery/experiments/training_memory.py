@@ -136,8 +136,8 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
 
 
 class _Unpadded(TorchFunctionMode):
-    """What a model asks of a whole batch, whether all of it are tokens and no texts are packed into one row, is so:
-    there are no numbers to look at."""
+    """Answers yes where a model asks something of a whole batch: whether all of it are tokens, whether each row is one
+    text. There are no numbers to look at."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if function is Tensor.__bool__ and args[0].is_meta:

@@ -33,7 +33,8 @@ _LOCK = RLock()
 
 @dataclass
 class Kept:
-    """A kept value: what it was computed from, the fingerprint of that, and torch's hints about it (see `hints`)."""
+    """A kept value: what it was computed from, the fingerprint of that, and torch's hints about it (see `hints`);
+    `values` is what was computed."""
 
     on: tuple[Tensor, ...]
     bits: list[tuple]
