@@ -58,9 +58,10 @@ LAYOUTS = {layout.name: layout for layout in (
     Layout("Embedding 18x12", lambda: nn.Embedding(18, 12), lambda: torch.randint(18, (2, 4)), o.embedding),
 )}
 LINEARS = [layout for name, layout in LAYOUTS.items() if name.startswith("linear")]
-# Of each kind of layer, and of each side that can be the longer one; the rest see their weight as a matrix in a way of
-# their own, which is the same for any formula.
-ALWAYS = [*LINEARS, LAYOUTS["Conv2d 12x18"], LAYOUTS["Embedding 18x12"]]
+OBLONG = [layout for layout in LINEARS if layout.name != "linear 12x12"]
+# Of each kind of layer, and of each side that can be the longer one; the rest are square, or see their weight as a matrix
+# in a way of their own, which is the same for any formula.
+ALWAYS = [*OBLONG, LAYOUTS["Conv2d 12x18"], LAYOUTS["Embedding 18x12"]]
 IN_TURN = [layout for layout in LAYOUTS.values() if layout not in ALWAYS]
 
 

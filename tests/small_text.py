@@ -25,12 +25,12 @@ def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def save_model(folder: Path) -> str:
+def save_model(folder: Path, longest: int = 32) -> str:
     """The model with its tokenizer, as a pretrained one lies on the disk; gives the folder's name."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        BertModel(BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+        BertModel(BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=longest, **sizes)).save_pretrained(folder)
     words().save_pretrained(folder)
     return str(folder)
 

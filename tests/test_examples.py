@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from small_text import save_model
 
 from surgery.cli.main import main
 
@@ -37,7 +38,10 @@ def test_a_spec_is_in_order_and_can_be_applied(spec: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
 def test_the_sentiment_example(spec: Path, sentiment, tmp_path: Path, capsys) -> None:
+    """The first spec trains the model that the example is for, the others a small one."""
     words = [str(spec), "--limit", "20", "--epochs", "1", "--out", str(tmp_path / "out")]
+    if spec != SPECS[0]:
+        words += ["--model", save_model(tmp_path / "model", longest=256)]
     assert sentiment.main(words) == 0
     said = capsys.readouterr().out
     assert "training on 16 texts, holding out 4" in said and "accuracy on held-out texts" in said

@@ -14,7 +14,7 @@ from layers import (
     ALWAYS,
     IN_TURN,
     LAYOUTS,
-    LINEARS,
+    OBLONG,
     Layout,
     Operated,
     Tower,
@@ -36,7 +36,7 @@ from surgery.runtime.surgeon import apply
 EXACT = 1e-10
 MANY = Layout("linear 96x144, 100 tokens", lambda: nn.Linear(144, 96), lambda: torch.randn(100, 144))
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
-on_linears = of_each(layout=LINEARS)
+on_linears = of_each(layout=OBLONG)
 
 
 @lru_cache(maxsize=len(LAYOUTS))
