@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +114,22 @@ def trainer() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _proven() -> Iterator[None]:
-    """Every program and every step that a test runs is proven to compute its expressions."""
+    """Every program and every step that a test runs is proven to compute its expressions; of equal ones, the first."""
     from surgery.codegen import autograd_node, program
     from surgery.codegen.validate import program_faults, step_faults
 
     write_program, write_step = program.program_text, autograd_node.step_text
+    of_program, of_step = cache(program_faults), cache(step_faults)
 
     def proven_program(plan: Any) -> str:
         source = write_program(plan)
-        assert program_faults(source, plan.outputs, plan.is_called) == [], source
+        assert of_program(source, tuple(plan.outputs), plan.is_called) == [], source
         return source
 
     def proven_step(*of: Any) -> Any:
         text = write_step(*of)
-        assert text is None or step_faults(text.source, text.body, text.gradients, text.forwarded) == [], text.source
+        assert text is None or of_step(
+            text.source, text.body, tuple(text.gradients), tuple(text.forwarded)) == [], text.source
         return text
 
     with pytest.MonkeyPatch.context() as patch:

@@ -4,11 +4,12 @@ Llama of one layer with one of bytes and pairs of them."""
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -109,3 +110,41 @@ class Deadly:
         except FileNotFoundError:
             return self.load(seed)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Forked:
+    """What stands in for the `subprocess.Popen` of a worker: a copy of this process, in which all is imported already."""
+
+    def __init__(self, words: list[str], *, stderr: IO[bytes], **how: Any):
+        from surgery.experiments.comparison_workers import main
+
+        (asked, self_asks), (self_reads, answers) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            os.dup2(answers, 1), os.dup2(stderr.fileno(), 2), os.close(self_asks), os.close(self_reads)
+            sys.stdin, sys.stdout = os.fdopen(asked), os.fdopen(2, "w")
+            try:
+                main()
+            except BaseException as error:
+                print(error, flush=True)
+                os._exit(1)
+            os._exit(0)
+        os.close(asked), os.close(answers)
+        self.stdin, self.stdout = os.fdopen(self_asks, "wb"), os.fdopen(self_reads, "rb")
+        self.code: int | None = None
+
+    def wait(self) -> int:
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+    def kill(self) -> None:
+        if self.code is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stdout.close()
+        self.wait()

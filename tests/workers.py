@@ -1,6 +1,7 @@
 """Which tests are `fast`, and which of the workers that run side by side a test goes to."""
 
-_OF_ZOO = ("test_zoo", "test_as_cuda", "test_step", "test_verify")  # the last parameter of their tests is a case
+# Files whose tests' last parameter is a case.
+_OF_ZOO = ("test_zoo", "test_as_cuda", "test_step", "test_verify", "test_batched_setups")
 # What takes more than a few seconds, trains, or starts Python again and again. A new file is fast until it stands here.
 _SLOW = {
     "test_activate.py", "test_batched_setups.py", "test_bench.py", "test_called.py", "test_called_life.py",

@@ -1,19 +1,22 @@
 """The comparison: equal budgets, the rate chosen on one part and the score taken on another, runs kept, one command."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
-from small_text import Deadly, questions, save_causal, save_model, texts, words
+from small_text import Deadly, Forked, questions, save_causal, save_model, texts, words
 from transformers import TrainingArguments
 
 import surgery
 from surgery.cli.compare import RATES, _by_method, _methods, _swept
 from surgery.cli.main import main
 from surgery.experiments import comparison as comparison_module
+from surgery.experiments import comparison_workers
 from surgery.experiments.comparison import FIGURES, Comparison, comparison_of, layers_of
 from surgery.experiments.comparison_files import place_of
 from surgery.experiments.comparison_table import rows
@@ -184,7 +187,17 @@ def test_a_causal_model_learns_on_one_file_and_is_scored_on_others(tmp_path: Pat
 # ---------------------------------------------------------------------------------------------------------- devices
 
 
-def test_several_devices_give_what_one_does_and_a_lost_worker_loses_its_run_alone(model: str, tmp_path: Path) -> None:
+def begin(monkeypatch: pytest.MonkeyPatch, *workers: type) -> None:
+    """Workers that are begun are of these kinds, one after the other."""
+    kinds = iter(workers)
+    monkeypatch.setattr(comparison_workers, "subprocess", SimpleNamespace(
+        PIPE=subprocess.PIPE, Popen=lambda words, **how: next(kinds)(words, **how)))
+
+
+def test_several_devices_give_what_one_does_and_a_lost_worker_loses_its_run_alone(model: str, tmp_path: Path,
+                                                                                  monkeypatch) -> None:
+    """The worker that is lost is the copy of this process, which is first to begin."""
+    begin(monkeypatch, subprocess.Popen, Forked)
     few = surgery.parse('spec few\ntarget linear "**.query" { add low_rank(2) }')
     whole = comparison_of({"full": None, "few": few}, model, Data(written(tmp_path)), rates=(1e-3,), seeds=2,
                           how=Training(epochs=1, batch=8, length=16))
@@ -200,7 +213,8 @@ def test_several_devices_give_what_one_does_and_a_lost_worker_loses_its_run_alon
     assert [(run.asked, run.tests, run.update, run.layers) for run in runs] == alone and told == [False] * 3 + [True]
 
 
-def test_what_is_refused_in_a_worker_is_told(model: str, tmp_path: Path) -> None:
+def test_what_is_refused_in_a_worker_is_told(model: str, tmp_path: Path, monkeypatch) -> None:
+    begin(monkeypatch, Forked)
     none = surgery.parse('spec none\ntarget linear "x" { add low_rank() }')
     whole = comparison_of({"none": none}, model, Data(written(tmp_path)), rates=(1e-3,), seeds=1)
     with pytest.raises(surgery.SurgeryError, match='were not taken, on cpu: .* status 1: pattern "x" matches no linear'):

@@ -218,8 +218,9 @@ def test_under_autocast_and_compiled():
             narrow = model(x)
         assert narrow.dtype == torch.bfloat16
         assert_close(narrow, y, 2e-2)
-        torch.compiler.reset()
-        assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y, 1e-6)
+        if name in ("dora", "hira"):  # the weight is called, and read from a copy
+            torch.compiler.reset()
+            assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y, 1e-6)
 
 
 @pytest.mark.parametrize("quotient", ["norm(B @ A) / norm(B @ A) * W", "diag(row_norm(B @ A) / row_norm(B @ A)) @ W",

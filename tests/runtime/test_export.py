@@ -26,7 +26,7 @@ def operated(name: str) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of what it will drop
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [name for name in SPECS if name != "rotation"])  # which sora has, among others
 def test_a_trace_and_a_graph_without_solvers_give_what_the_model_gives(name, monkeypatch):
     model, x = operated(name), torch.randn(5, 16)
     wanted = model(x)
