@@ -98,7 +98,7 @@ class _Node(torch.autograd.Function):
         y, kept = step.forward(layer, x, *values)
         ctx.step, ctx.layer = step, layer
         ctx.save_for_backward(layer.weight, *kept)  # the weight too, so that a change of it in between is an error
-        return y
+        return _no_view(y, (x, *values, *kept))
 
     @staticmethod
     @once
@@ -106,6 +106,18 @@ class _Node(torch.autograd.Function):
             ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
         _, *kept = ctx.saved_tensors
         return None, None, *ctx.step.backward(ctx.layer, *grad_outputs, *kept)
+
+
+def _no_view(y: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    """y, as no view where it is one of a tensor that only it is made of, such as blocks seen as rows: torch refuses to
+    write into a view that a node gives, as `ReLU(inplace=True)` does. A view of what is kept stays one, for the same
+    write would spoil a gradient."""
+    base = y._base
+    if base is None or is_traced() or type(y) is not torch.Tensor:
+        return y
+    if any(each is not None and (each is base or each._base is base) for each in others):
+        return y
+    return y.new_empty(0).set_(y)
 
 
 def without_autocast(device: str) -> AbstractContextManager:

@@ -11,7 +11,7 @@ from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, 
 from torch import Tensor, nn
 from zoo import CASES
 
-from surgery.codegen import apply_to_activations, kernels, masks, program
+from surgery.codegen import apply_to_activations, autograd_node, kernels, masks, program
 from surgery.codegen.aliases import Memory
 from surgery.codegen.autograd_node import runs_as_on, step, steps_of
 from surgery.codegen.candidates import Candidate
@@ -499,3 +499,28 @@ def test_a_stride_changes_nothing():
     assert_close(kernels.column_dot(a, b), (a * b).sum(0), EXACT)
     assert_close(kernels.blocks(a, s), a @ torch.block_diag(*s), EXACT)
     assert_close(kernels.block_dot(b, a, s), kernels.block_dot(b.contiguous(), a.contiguous(), s), EXACT)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "block" in case.name], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_in_place_may_follow_a_layer(case, device):
+    """Its last operation may be to see blocks as rows: torch refuses to write into a view that a node gives."""
+    op = operated(case, LAYOUTS["linear 12x12"])
+    x, leaves = op.x.detach().requires_grad_(), dict(op.adapter.named_parameters())
+    found = []
+    with steps_of(device):
+        for in_place in (False, True):
+            y = nn.functional.relu(op.model(x), inplace=in_place)
+            found.append({"y": y, **gradients(y, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y),
+                                              {**leaves, "x": x})})
+    for name, wanted in found[0].items():
+        assert_close(found[1][name], wanted, EXACT, name)
+
+
+def test_a_view_of_what_is_kept_stays_one():
+    """What is written into it would spoil a gradient: torch then refuses."""
+    kept, alone = torch.randn(6), torch.randn(6)
+    assert autograd_node._no_view(kept.view(2, 3), (None, kept))._base is kept
+    assert autograd_node._no_view(kept.view(2, 3), (kept[1:],))._base is kept
+    free = autograd_node._no_view(alone.view(3, 2).T, (kept, None))
+    assert free._base is None and free.data_ptr() == alone.data_ptr() and torch.equal(free, alone.view(3, 2).T)
