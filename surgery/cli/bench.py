@@ -33,6 +33,8 @@ if TYPE_CHECKING:
                       help="Measure on items of this file: B of them, other ones in each round, at "
                       "most T tokens of each."),
          click.option("--compiled", is_flag=True, help="Run all of them as torch.compile makes them."),
+         click.option("--batched-setups", is_flag=True,
+                      help="Run ours inside surgeon.batched_setups(): set-ups of like layers as one batch."),
          click.option("--device", default="cpu", show_default=True,
                       help="A device of torch's: cpu, cuda, cuda:1. With --count, whose programs are counted."),
          dtype_option,
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
                       help="Measure the device itself, in a second: programs are then chosen by its own numbers."),
          sets, targets, example="surgery bench lora dora sora --model demo:llama-bench --against peft")
 def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tuple[int, int], against: str | None,
-          merged: bool, data: str | None, compiled: bool, device: str, dtype: str | None, repeat: int, count: bool,
-          calibrate: bool, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
+          merged: bool, data: str | None, compiled: bool, batched_setups: bool, device: str, dtype: str | None,
+          repeat: int, count: bool, calibrate: bool, sets: tuple[str, ...], targets: tuple[str, ...]) -> None:
     """Measure what specs cost.
 
     The time of a training step and of a forward pass, and the memory of a step, beside the same model with everything
@@ -70,11 +72,12 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
         subject = loaded(output, model, dtype).to(_device("cpu" if count else device))
         with output.busy("operating"):
             read = batches_of(subject, tokenizer(model, output.trust), data, tokens, repeat) if data else []
-            ready = Bench(subject, named, tokens, bool(against), compiled, merged, read)
+            ready = Bench(subject, named, tokens, bool(against), compiled, merged, read, batched_setups)
         if count:
             with output.busy("counting"):
                 rows = ready.count_rows(device.partition(":")[0])
-            what = f"{model}, {tokens[0]} x {tokens[1]} tokens, one step as on {device}, counted on a CPU"
+            what = (f"{model}, {tokens[0]} x {tokens[1]} tokens, one step as on {device}, counted on a CPU"
+                    f"{', in batched set-ups' * batched_setups}")
             return _show_counts(output, rows, bool(against), what)
         try:
             with output.progress() as say:
@@ -138,7 +141,8 @@ def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int], dat
     dtype = dtype_text(next(ready.model.parameters()).dtype)
     processor = (torch.cuda.get_device_name(ready.device) if ready.device.type == "cuda"
                  else f"{platform.machine()}, {torch.get_num_threads()} threads")
-    machine = f"{dtype}{', compiled,' * ready.compiled} on {ready.device} ({processor}, torch {torch.__version__})"
+    how = f"{', compiled,' * ready.compiled}{', in batched set-ups,' * ready.batched_setups}"
+    machine = f"{dtype}{how} on {ready.device} ({processor}, torch {torch.__version__})"
     rows = ready.rows()
     # Ctrl-C may have cut the rounds short: the table says how many its medians rest on.
     rounds = {phase: len(times) for phase, times in ready.frozen.times.items()}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -112,6 +112,7 @@ class Contender:
 
     name: str
     trained: int
+    surgeon: Surgeon
     ours: Subject
     peft: Subject | None
     why: str = ""
@@ -123,13 +124,15 @@ class Bench:
 
     def __init__(self, model: PreTrainedModel, specs: Mapping[str, Spec], tokens: tuple[int, int],
                  against_peft: bool = False, compiled: bool = False, merged: bool = False,
-                 batches: Sequence[Mapping[str, Tensor]] = ()):
+                 batches: Sequence[Mapping[str, Tensor]] = (), batched_setups: bool = False):
         """`model` gives up its gradients; `tokens`: batch and length; `compiled`: all run as torch.compile makes them;
-        `merged`: forward passes of the merged models too; `batches`: in the place of a random one, a round each.
+        `merged`: forward passes of the merged models too; `batches`: in the place of a random one, a round each;
+        `batched_setups`: ours run inside `surgeon.batched_setups()`.
 
         Raises: SurgeryError."""
         self.model, self.device = model.requires_grad_(False), next(model.parameters()).device
         self.against_peft, self.compiled, self.has_merged = against_peft, compiled, merged
+        self.batched_setups = batched_setups
         _refuse_long(model, tokens[1])
         _wake(model)
         self.inputs = [self._input(_cast(model, batch)) for batch in batches or [demo_inputs(model, 0, *tokens)]]
@@ -165,7 +168,7 @@ class Bench:
         trained = sum(p.numel() for p in surgeon.parameters())
         theirs, why = self._peft(plan) if self.against_peft else (None, "")
         merged = self._merged(plan) if self.has_merged else None
-        return Contender(name, trained, self._subject(copied), theirs, why, merged)
+        return Contender(name, trained, surgeon, self._subject(copied), theirs, why, merged)
 
     def _merged(self, plan: Plan) -> Subject:
         """The model with the weights that the spec gives it, on copies of those alone."""
@@ -203,7 +206,7 @@ class Bench:
 
     def run(self, repeat: int) -> Iterator[str]:
         """Take turns for `repeat` rounds of each phase. Says what runs next; may be stopped at any time."""
-        with torch._dynamo.config.patch(_NO_LIMIT) if self.compiled else nullcontext():
+        with torch._dynamo.config.patch(_NO_LIMIT) if self.compiled else nullcontext(), self._promise():
             for phase in PHASES:
                 subjects = [(name, each) for name, each in self.subjects.items() if phase in each.phases]
                 for name, subject in subjects:
@@ -218,6 +221,14 @@ class Bench:
                         yield f"{phase}, round {number + 1} of {repeat}: {name}"
                         subject.turn = number
                         subject.times[phase].append(seconds(subject.call(phase), self.device))
+
+    @contextmanager
+    def _promise(self) -> Iterator[None]:
+        """With `batched_setups`, what a user of it promises."""
+        with ExitStack() as stack:
+            for each in self.contenders if self.batched_setups else ():
+                stack.enter_context(each.surgeon.batched_setups())
+            yield
 
     # ------------------------------------------------------------------------------------------------------ rows
 
@@ -240,7 +251,7 @@ class Bench:
         `surgery.experiments.step_counts` defines them. Cost: a few steps of every model. Raises: SurgeryError."""
         if self.device.type != "cpu" or self.compiled:
             raise fail("bad-value", "steps are counted on a CPU, and as torch runs them without its compiler")
-        with steps_of(device):
+        with steps_of(device), self._promise():
             return list(self._count_rows())
 
     def _count_rows(self) -> Iterator[dict[str, Any]]:
@@ -274,11 +285,11 @@ class Bench:
 def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mapping[str, Spec],
           tokens: tuple[int, int] = (4, 128), *, repeat: int = 10, against_peft: bool = False,
           compiled: bool = False, count: bool = False, merged: bool = False,
-          batches: Sequence[Mapping[str, Tensor]] = ()) -> list[dict[str, Any]]:
+          batches: Sequence[Mapping[str, Tensor]] = (), batched_setups: bool = False) -> list[dict[str, Any]]:
     """What specs cost on a model: the rows of `Bench.rows()` after `repeat` rounds of each measurement; or with
     `count`, without a clock, those of `Bench.count_rows()`: launches, bytes, and passes over activations.
 
-    `merged`, `batches`: as `Bench` has them.
+    `merged`, `batches`, `batched_setups`: as `Bench` has them.
     `specs` by names of their own, or files and shipped names; `tokens`: rows, and tokens a row (of images: how many).
     Cost: `2 repeat` forward passes and as many steps of every spec. Raises: SurgeryError."""
     if isinstance(specs, Mapping):
@@ -286,7 +297,7 @@ def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mappi
     else:
         named = {(spec.name or "spec") if isinstance(spec, Spec) else Path(spec).stem:
                  spec if isinstance(spec, Spec) else load(spec) for spec in specs}
-    ready = Bench(model, named, tokens, against_peft, compiled, merged, batches)
+    ready = Bench(model, named, tokens, against_peft, compiled, merged, batches, batched_setups)
     if count:
         return ready.count_rows()
     for _ in ready.run(repeat):

@@ -113,6 +113,15 @@ def test_no_program_takes_more_passes_than_it_once_did(rows, ready):
     assert passes == {"lora": (8, 6), "dora": (14, 10), "sora": (18, 0)}
 
 
+def test_set_ups_of_like_layers_are_few_launches_in_a_batch(rows):
+    """Of the four layers of [256, 256], two and one."""
+    ready = Bench(small(), {"sora": load("sora", dropout=0.0)}, (4, 128), batched_setups=True)
+    alone, together = rows["sora"], ready.count_rows()[1]
+    for part in ("setup_launches", "setup_backward_launches"):
+        assert 7 < together[part] < alone[part] / 2, part
+    assert together["passes"] == alone["passes"]
+
+
 def test_each_part_has_its_launches(rows):
     frozen, lora, dora = rows["frozen"], rows["lora"], rows["dora"]
     assert frozen["setup_launches"] == frozen["setup_backward_launches"] == 0 and "passes" not in frozen
