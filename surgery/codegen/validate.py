@@ -119,7 +119,9 @@ class Run:
             raise Fault(f"`{name}` is not there")
         return self.names[name]
 
-    def _read(self, name: str, held: Held) -> Held:
+    def _read(self, name: str, held: Any) -> Held:
+        if not isinstance(held, Held):
+            raise Fault(f"`{name}` is no one value")
         if any(self.versions[memory] != version for memory, version in held.memory):
             raise Fault(f"`{name}` has been written over")
         return held
@@ -136,6 +138,8 @@ class Run:
                 return self._placed(self.symbols.of("leaf", key), owned=False)
             case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=int() as index)) \
                     if isinstance(values := self._named(name), list):
+                if index >= len(values):
+                    raise Fault(f"`{name}` has {len(values)} values, and no `[{index}]`")
                 return self._read(f"{name}[{index}]", values[index])
             case ast.Subscript(value=a, slice=index):
                 return self._view("index", self._value(a), ast.unparse(index).strip("()"))
@@ -230,8 +234,11 @@ class Run:
         """What is computed together, each in memory of its own: one value, or a list of them."""
         data, operands = ((), parts) if isinstance(parts[0], Held) else (parts[0], parts[1:])
         self._keep(*operands)  # autograd does not see into it
-        values = [self._placed(meaning)
-                  for meaning in one_pass(self.symbols, name, data, [operand.meaning for operand in operands])]
+        try:
+            computed = one_pass(self.symbols, name, data, [operand.meaning for operand in operands])
+        except (IndexError, TypeError, ValueError):
+            raise Fault(f"`{name}` is not called with {len(operands)} operands and {data}") from None
+        values = [self._placed(meaning) for meaning in computed]
         return values if len(values) > 1 else values[0]
 
     def _data(self, node: ast.expr) -> Any:

@@ -194,10 +194,12 @@ def test_what_changes_a_number_is_seen(name, frozen_last):
 
 
 def test_a_gpus_step_is_proven_against_the_plain_operations():
-    """A gain on the other side of a low-rank term, the two values of a backward pass exchanged, another mask."""
+    """A gain on the other side of a low-rank term, the two values of a backward pass exchanged, another mask, an operand
+    that is missing, a third value of two, two values as one."""
     spoilt_ones = {"dora": [("0, a2, y3", "0, a2, y2"), ("True), y0", "False), y0"), ("True), grad", "False), grad"),
                             ("g1[0]", "g1[1]"), ("masked_outer((True,)", "masked_outer((False,)"), ("k3, k4", "k3, k3"),
-                            ("masked_times(x, y1", "masked_times(x, x")],
+                            ("masked_times(x, y1", "masked_times(x, x"), ("masked_times(x, y1", "masked_times(x"),
+                            ("g1[0]", "g1[2]"), ("g1[0]", "g1")],
                    "sora": [("gained((4.0, False)", "gained((2.0, False)"), ("k0, k8, g0", "k8, k0, g0"),
                             ("gained_back((1.0, False)", "gained_back((1.0, True)")]}
     for name, pairs in spoilt_ones.items():
