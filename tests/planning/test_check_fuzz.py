@@ -60,13 +60,13 @@ def told(run) -> bool:
     return any(d.render() for d in found)
 
 
-@some(45)
+@some(25)
 @given(mistaken())
 def test_check_says_what_is_wrong(spec):
     told(lambda: check(spec))
 
 
-@some(60)
+@some(40)
 @given(mistaken())
 def test_apply_says_what_is_wrong_and_leaves_the_model(spec):
     model = Linear(18, 12)
