@@ -56,9 +56,11 @@ class ReadyCall:
 
 def ready_call(adapter: Adapter, program: Program, layer: Frozen, kept: Kept) -> ReadyCall | None:
     """The call of a layer whose set-up is `kept`; None where more than its own tensors decides what it gives."""
+    if type(layer) is not FrozenLinear or layer.is_trained or None not in kept.values:
+        return None
     bias_fits = layer.bias is None or layer.bias.dtype == layer.dtype
     step = autograd_node.step(program.plan.written, (False,) * (1 + len(program.plan.values)), layer.device.type)
-    if type(layer) is not FrozenLinear or not bias_fits or layer.is_trained or step is None or None not in kept.values:
+    if not bias_fits or step is None:
         return None
     places = [(layer.module, adapter.parameter, layer.stored)]
     places += [(layer.module, "bias", layer.bias)] if layer.bias is not None else []

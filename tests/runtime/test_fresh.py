@@ -8,10 +8,12 @@ from threading import Barrier, Thread
 
 import pytest
 import torch
-from layers import Tower, assert_close, perturb
+from layers import LAYOUTS, Tower, assert_close, perturb
+from layers import operated as with_layer
 from packed import Int8Linear
 from torch import Tensor, nn
 from torch.func import functional_call
+from zoo import CASES
 
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.cost_model import Cost
@@ -366,3 +368,15 @@ def test_threads_serve_together():
     for thread in threads:
         thread.join()
     assert not wrong and surgeon.adapters["layers.0"].serving is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=str)
+def test_every_kind_of_layer_serves(layout):
+    """Embeddings too, whose programs have no step that a call could be ready with."""
+    op = with_layer(next(case for case in CASES if case.name == "lora"), layout)
+    op.model.eval()
+    with torch.no_grad():
+        wanted = op.model(op.x)
+        with op.surgeon.serving():
+            for _ in range(3):
+                assert_close(op.model(op.x), wanted, 1e-12)
