@@ -117,7 +117,7 @@ def _no_view(y: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.
         return y
     if any(each is not None and (each is base or each._base is base) for each in others):
         return y
-    return y.new_empty(0).set_(y)
+    return y.new_empty(0).set_(y)  # pyright: ignore[reportArgumentType]  # torch's stubs know storages alone
 
 
 def without_autocast(device: str) -> AbstractContextManager:
