@@ -165,10 +165,10 @@ def _summed_onto(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction
 
 
 def _multiple_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
-    """y + c z. Not of a product where a compiler may look on: torch 2.13's forgets the factor."""
+    """y + c z. Not of a product, detached or not, where a compiler may look on: torch 2.13's forgets the factor."""
     factor, z = _multiple(term)
-    own = not region.memory.looked_on
-    if factor in (None, 1.0) or not region.is_once(term) or not own and operation(z).is_matmul:
+    own, seen = not region.memory.looked_on, z.args[0] if z.op == "detach" else z
+    if factor in (None, 1.0) or not region.is_once(term) or not own and operation(seen).is_matmul:
         return None
     return Instruction(node, (y, z), ADD, factor, (y,) if own else (), (term,))
 

@@ -212,3 +212,13 @@ def test_a_gpus_step_is_proven_against_the_plain_operations():
         for was, becomes in pairs:
             assert was in text.source, f"{was}\n{text.source}"
             assert step_faults(text.source.replace(was, becomes), text.body, text.gradients, text.forwarded), becomes
+
+
+@pytest.mark.parametrize("update", ["z - detach(z)", "z + 3 * detach(z)", "z - detach(2 * z)", "-2 * detach(z).T + z"])
+def test_no_multiple_of_a_product_is_added_where_a_compiler_looks_on(update):
+    """Detached or not: torch's compiler forgets the factor (of the first, what it gave was z + z)."""
+    text = ("update own() {\n  check out == in\n  param A[in, in] ~ normal()\n  param B[in, in] = 0\n  let z = B @ A\n"
+            f"  return {update}\n}}\ntarget linear {{ add own() }}\n")
+    surgeon = surgery.apply(nn.Sequential(nn.Linear(12, 12)), surgery.parse(text), check=False)
+    for program in (*surgeon.adapters["0"].programs().values(), surgeon.plan.placed[0].compiled.weights):
+        assert program_faults(program.source, program.outputs) == []
