@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PYRIGHT = shutil.which("pyright", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 # The blocks in the README and in the Python reference suppose a model, a batch and data to train on.
-SUPPOSED = "from typing import Any, cast\nmodel, data, batch = cast(Any, None), cast(Any, None), cast('dict[str, Any]', {})\n"
+SUPPOSED = ("from typing import Any, cast\nmodel, data, trainer = cast(Any, None), cast(Any, None), cast(Any, None)\n"
+            "batch = cast('dict[str, Any]', {})\n")
 
 
 @pytest.mark.types
