@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,18 @@ def test_starts_are_measured_on_a_file() -> None:
     torch.testing.assert_close(trained[name], whole[name], rtol=0, atol=1e-6)  # of the same two batches
     assert "no column" in run("apply", "along.surg", "model", "--data", "train.jsonl", "--label", "none",
                               "--task", "classification", status=2).stderr
+
+
+def test_the_launcher_starts_two_processes_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page has the command. (What two of them learn: tests/runtime/test_two_processes.py.)"""
+    from accelerate.commands import launch
+
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"`accelerate launch (.*) \.\.\.`", page)
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", started.append)
+    monkeypatch.setattr(launch, "simple_launcher", lambda args: None)  # which starts one
+    launch.launch_command(launch.launch_command_parser().parse_args([*words.split(), "lora"]))
+    (asked,) = started
+    assert (asked.nproc_per_node, asked.training_script, asked.module) == ("2", "surgery", True)
+    assert asked.training_script_args == ["train", "lora"]
