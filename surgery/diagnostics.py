@@ -322,14 +322,16 @@ class Collector:
 
 def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
     """The choices that a misspelt word most likely meant, best first (empty if none is near): those that differ in
-    case, then one of similar letters, then those that are a part of it between `_`, or it of them."""
+    case, then one of similar letters, those that are a part of it between `_`, or it of them, and those that begin with
+    it."""
     choices = list(dict.fromkeys(choices))
     same = [c for c in choices if c.lower() == word.lower()]
     parts = [c for c in choices if f"_{c}_" in f"_{word}_" or f"_{word}_" in f"_{c}_"]
+    longer = [c for c in choices if len(word) > 3 and c.lower().startswith(word.lower())]
     # a letter too many or too few is much of a short word
     cutoff = _SIMILAR if len(word) > 2 else _SIMILAR_IF_SHORT
     similar = difflib.get_close_matches(word, choices, n=count, cutoff=cutoff)
-    return list(dict.fromkeys(same + similar[:1] + parts + similar))[:count]
+    return list(dict.fromkeys(same + similar[:1] + parts + longer + similar))[:count]
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

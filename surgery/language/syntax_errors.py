@@ -161,12 +161,13 @@ def _hint(stop: Stop) -> str:
     if bad.type == "NAME" and "PLACEMENT" in stop.accepted and rest.lstrip().startswith("("):
         return f"say where it acts: `add {bad}(...)`, or `pre` or `post` for a transform"
     if bad.type in ("NAME", "_FOR") and stop.accepted & {"_TARGET", "_LET"}:
-        return instead_of_statement(str(bad), rest, in_file="_TARGET" in stop.accepted) or _product(stop)
+        return (instead_of_statement(str(bad), rest, in_file="_TARGET" in stop.accepted) or _product(stop)
+                or _result(stop))
     if bad in item_words() and stop.unclosed:
         return f"`{bad}` begins a statement of the file, which stands in no `{{`"
     if [token.type for token in stop.tokens[-3::2]] in (["_UPDATE", "LPAR"], ["_TRANSFORM", "LPAR"]):
         return f"a definition declares its parameters, `{stop.tokens[-2]}(rank: int = 8)`; a target gives them values"
-    if form := _header(stop) or _product(stop):
+    if form := _header(stop) or _product(stop) or _result(stop):
         return form
     if last == "_TARGET" and bad.type == "LSQB":
         return "patterns stand without brackets: `target \"**.q_proj\", \"**.v_proj\" { ... }`"
@@ -188,11 +189,22 @@ def _header(stop: Stop) -> str:
         return "a spec has no braces of its own: its targets stand below its header"
     if bad == "LBRACE" and "_ON" in accepted:
         return "`on n` gives a name to the side that a transform acts on: `transform name() on n { ... }`"
-    if bad == "EQUAL" and accepted == {"COLON"}:
-        return f"a parameter says its type: `{stop.tokens[-1]}: int = ...`"
+    if bad in ("EQUAL", "COMMA", "RPAR") and accepted == {"COLON"}:
+        return f"a parameter says its type: `{stop.tokens[-1]}: int{' = ...' if bad == 'EQUAL' else ''}`"
+    if bad == "TIMES" and "STRING" in accepted and "NUMBER" not in accepted:
+        pattern = re.compile(r"([\w.*]|\{[^\s{}]*\})+").match(stop.source.text, extent(stop.bad)[0])
+        return f"a pattern stands in quotes: `\"{pattern[0]}\"`" if pattern else ""
     if bad == "LPAR" and {"LSQB", "TILDE"} <= accepted:
         return f"a shape stands in brackets: `{stop.tokens[-1]}[out, in]`"
     return ""
+
+
+def _result(stop: Stop) -> str:
+    """How a definition gives its value, where an expression stands in it as if it were a statement."""
+    line = stop.source.text[extent(stop.bad)[0] :].split("\n")[0].split("#")[0].strip()
+    is_expression = stop.bad.type in ("NAME", "LPAR", "NUMBER", "MINUS") and re.match(r"[-(]|\w+\s*([-+*@/(.]|$)", line)
+    in_definition = {"_RETURN", "_LET"} <= stop.accepted and stop.on_another_line
+    return f"a definition ends with what it gives: `return {line}`" if in_definition and is_expression else ""
 
 
 def _product(stop: Stop) -> str:

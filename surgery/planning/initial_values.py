@@ -256,5 +256,6 @@ def not_identity(target: Target, changes: Mapping[str, float]) -> list[Diagnosti
     more = f" (and of {counted(len(changes) - 1, 'other module')}, by less)" if len(changes) > 1 else ""
     return [Diagnostic("not-identity", f"W' of {worst}{more} does not start as W: they differ {how}", target.span,
                        notes=(f"allowed is {IDENTITY_TOLERANCE:.0e}, relative, in float32",),
-                       helps=("start the parameters so that the transform is I and the update is 0",
+                       helps=("start the parameters so that the transform is I and the update, which is added to W, "
+                              "is 0",
                               "or say `shifted` after the target's patterns"))]

@@ -165,8 +165,10 @@ class Instance:
         if is_undecided(result):
             return undecided(result.args, result.data, wanted)
         if result.shape != wanted:
+            of_w = definition.kind == "transform" and result.has("weight")
             raise fail("shape-mismatch", f"{definition.name} returns {shape_text(result.shape)}, and "
-                       f"{with_article(definition.kind)} must return {shape_text(wanted)}", span, notes=self._sizes())
+                       f"{with_article(definition.kind)} must return {shape_text(wanted)}", span, notes=self._sizes(),
+                       helps=("a transform is the matrix that W is multiplied by: return it without W",) * of_w)
         return result
 
     def _sizes(self) -> tuple[str, ...]:

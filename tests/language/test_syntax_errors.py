@@ -101,6 +101,24 @@ def test_the_bias_is_no_other_parameter():
     assert error.label == "" and error.helps == ("`b` is the bias, which an update `on bias` reads",)
 
 
+@pytest.mark.parametrize("value", ["W + B @ A", "B @ A", "diag(g)", "(B @ A)", "B", "B.T  # the update"])
+def test_a_result_without_its_return_is_told_how_it_is_given(value):
+    (error,) = errors_of(f"update u(r: int) {{\n  param B[out, r] = 0\n  {value}\n}}")
+    assert error.helps == (f"a definition ends with what it gives: `return {value.partition('  #')[0]}`",)
+
+
+@pytest.mark.parametrize(("text", "hint"), [
+    ("update u(r) { return 1 }", "a parameter says its type: `r: int`"),
+    ("spec s(rank, alpha = 1)", "a parameter says its type: `rank: int`"),
+    ("target linear **.q_proj { add u() }", "a pattern stands in quotes: `\"**.q_proj\"`"),
+    ("target linear **.{q,k}_proj, \"v\" { add u() }", "a pattern stands in quotes: `\"**.{q,k}_proj\"`"),
+    ("target linear \"q\" except **.0.** { add u() }", "a pattern stands in quotes: `\"**.0.**\"`"),
+    ("train *.norm", "a pattern stands in quotes: `\"*.norm\"`"),
+])
+def test_a_type_or_quotes_that_are_left_out(text, hint):
+    assert hint in errors_of(text)[0].helps
+
+
 def test_a_statement_without_its_word_is_told_where_it_stands():
     for statement, hint in (("d[n] = 1", "`param d[n] = ...` is trained"), ("d = 1", "`param d = ...` is trained")):
         text = f"transform u on n {{\n  param e[n] = 1\n  {statement}\n  return diag(e)\n}}"
@@ -178,7 +196,8 @@ def parses(text: str) -> bool:
 @pytest.mark.parametrize(("word", "choices", "meant"), [
     ("cat", ["scatter"], []), ("stack", ["take"], []), ("det", ["detach"], []), ("trace", ["take"], []),
     ("lora", ["low_rank"], []), ("lora_alpha", ["alpha"], ["alpha"]), ("alhpa", ["alpha"], ["alpha"]),
-    ("kaiming", ["kaiming_normal"], ["kaiming_normal"]), ("LORA", ["flora", "lora"], ["lora"]),
+    ("kaiming", ["kaiming_normal"], ["kaiming_normal"]), ("diag", ["scale", "diagonal"], ["diagonal"]),
+    ("LORA", ["flora", "lora"], ["lora"]),
 ])
 def test_what_is_near_enough_to_be_meant(word, choices, meant):
     assert nearest(word, choices) == meant
