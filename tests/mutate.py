@@ -1,43 +1,51 @@
 """Mistakes put into the heart of the package, one at a time, and whether the tests see them: by hand, not in CI.
 
-    python dev.py mutate [--count 44] [--from 0] [--seed 0] [--seconds 1500] [--tests PATH ...] [MODULE or folder ...]
+    python dev.py mutate [--count 44] [--only 8 26] [--seed 0] [--tests PATH ...] [MODULE or folder ...]
 
 A mistake is one change of a module's syntax tree (a sign, a factor, a comparison, a condition, a constant, the order of
 arguments, a statement left out), drawn by seed from all that there are, so that nothing here names a line that moves.
-Each is made in a copy of the project; the tests run until one fails, with a bound on their time and on their memory: what
-makes them endless or makes a tensor of everything is seen too. `--from` goes on where an earlier run of the same seed
-stopped. What survives is printed: a mistake that changes
-no result (a cheaper form is missed, a bound is wider) may, any other asks for a test. Needs a system that can fork.
+First each file of tests runs in a process of its own, which notes the tests that reach each mistake. Then each mistake is
+made in a copy of the project, and the tests that reach it run until one fails, the quickest first; after them the others
+of their files, which may use what an earlier test has kept. Their time and their memory are bounded: what makes them
+endless or makes a tensor of everything is seen too. What survives is printed: a mistake that changes no result (a
+cheaper form is missed, a bound is wider) may, any other asks for a test. Needs a system that can fork.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import gc
+import importlib
+import json
 import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import zip_longest
 from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HEART = ("surgery/rewrite", "surgery/codegen", "surgery/runtime/adapter.py", "surgery/runtime/operated.py",
          "surgery/runtime/merge.py", "surgery/runtime/attach.py", "surgery/runtime/save.py",
          "surgery/runtime/frozen_layers.py", "surgery/planning/initial_values.py", "surgery/semantics/elaborate.py",
          "surgery/ir/primitives.py", "surgery/ir/orthogonal_maps.py", "surgery/ir/dense.py")
-# The quickest to fail first; all of them say what a number must be.
-TESTS = ("test_reference.py", "test_rules.py", "test_corners.py", "test_step.py", "test_activate.py", "test_verify.py",
-         "test_solves.py", "test_store.py", "test_zero_rows.py", "test_zoo.py", "test_zoo_lifecycle.py",
-         "test_called.py", "test_invented.py", "test_zoo_dropout.py", "test_random_specs.py", "test_starts.py",
-         "test_matrix_free.py", "test_zoo_dtypes.py", "test_routed_experts.py", "test_effective.py", "test_grouped.py")
+# All of them say what a number must be.
+TESTS = ("tests/test_corners.py", "tests/rewrite/test_*.py", "tests/ir/test_*.py", "tests/codegen/test_*.py",
+         "tests/semantics/test_*.py", "tests/planning/test_starts.py", *(f"tests/runtime/test_{name}.py" for name in (
+             "store", "zero_rows", "zoo*", "called", "routed_experts", "effective", "grouped")))
 COUNTED = {"cost_model", "operation_counts"}  # modules whose figures choose between programs that give the same
-PATIENCE = 4  # times what the tests take without a mistake
+PATIENCE = 4  # times what the tests take of a processor without a mistake
+START = 60  # seconds of a processor before the first test begins
 MEMORY = 8 * 2**30  # bytes of a process; without a mistake the tests take a quarter of it
 
 SIGNS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv}
@@ -56,6 +64,9 @@ class Mistake:
     end: int
     text: str
     what: str
+
+    def lines(self, source: bytes) -> range:
+        return range(self.line, source.count(b"\n", 0, self.end) + 2)
 
     def put_in(self, source: bytes) -> bytes:
         return source[:self.begin] + self.text.encode() + source[self.end:]
@@ -155,31 +166,85 @@ def drawn(known: list[Mistake], seed: int) -> list[Mistake]:
     return [mistake for each in rounds for mistake in each if mistake is not None]
 
 
-# ------------------------------------------------------------------------------------------------------------- the run
+# ----------------------------------------------------------------------------------------------------- tests and mistakes
 
 
-def is_seen(copy: Path, tests: list[str], log: Path, most: float = float("inf")) -> bool:
-    """Whether the tests in a copy of the project fail, or do not end in `most` seconds. What all runs share is imported
-    once, here."""
+class Watch:
+    """A plugin of pytest that notes which of the `wanted` lines of modules each test reaches (what importing reaches: the
+    test ""), how long each takes, and what else is imported."""
+
+    def __init__(self, wanted: dict[str, set[int]]):
+        self.wanted, self.test = wanted, ""
+        self.reached: dict[str, set[tuple[str, int]]] = {"": set()}
+        self.seconds: dict[str, float] = {}
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        lines = self.wanted.get(frame.f_code.co_filename)
+        return self.note if lines and not lines.isdisjoint(lines_of(frame.f_code)) else None
+
+    def note(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_lineno in self.wanted[frame.f_code.co_filename]:
+            self.reached[self.test].add((frame.f_code.co_filename, frame.f_lineno))
+        return self.note
+
+    def pytest_sessionstart(self) -> None:
+        sys.settrace(self.trace)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.test = nodeid
+        self.reached[nodeid] = set()
+        sys.settrace(self.trace), threading.settrace(self.trace)  # anew, for a test may have set another
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
+
+    def answer(self) -> dict[str, Any]:
+        sys.settrace(None)
+        imported = [name for name, m in sys.modules.items() if "site-packages" in (getattr(m, "__file__", None) or "")]
+        reached = {test: [(os.path.relpath(path), line) for path, line in sorted(lines)]
+                   for test, lines in self.reached.items() if lines}
+        return {"reached": reached, "seconds": self.seconds, "imported": imported}
+
+
+class Order:
+    """A plugin of pytest that runs some of the tests that are collected, in this order."""
+
+    def __init__(self, tests: list[str]):
+        self.place, self.failed = {test: i for i, test in enumerate(tests)}, ""
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        chosen = [item for item in session.items if item.nodeid in self.place]
+        session.items[:] = sorted(chosen, key=lambda item: self.place[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.failed = self.failed or report.failed and report.nodeid
+
+    def answer(self) -> str:
+        return self.failed
+
+
+def apart(copy: Path, tests: list[str], plugin: Watch | Order, most: float = 3600) -> tuple[int | None, Any, float]:
+    """Run files of tests in a copy of the project and in a process of its own, which ends after `most` seconds of a
+    processor: pytest's code (None where it was ended), the plugin's answer, and the seconds that it took."""
+    log, answer = copy.with_name("log"), copy.with_name("answer")
+    answer.unlink(missing_ok=True)
     child = os.fork()
     if not child:
         with log.open("wb") as file:
             os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
         os.chdir(copy)
         sys.path[:0] = [str(copy), str(copy / "tests")]
+        sys.dont_write_bytecode = True  # of a mistake nothing stays
         bound_memory(MEMORY)
+        bound_time(most)
         import pytest
 
-        os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])) != 0)
-    end = time.monotonic() + most
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status != 0
-        time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return True
+        code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], plugins=[plugin]))
+        answer.write_text(json.dumps((code, plugin.answer())))
+        os._exit(0)
+    usage = os.wait4(child, 0)[2]
+    code, said = json.loads(answer.read_text()) if answer.exists() else (None, None)
+    return code, said, usage.ru_utime + usage.ru_stime
 
 
 def bound_memory(most: int) -> None:
@@ -189,47 +254,125 @@ def bound_memory(most: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
+def bound_time(most: float) -> None:
+    """This process ends when it has had a processor for so long, or waits for itself."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CPU, (int(most), int(most)))
+    signal.alarm(int(20 * most))
+
+
+def lines_of(code: CodeType) -> frozenset[int]:
+    """The lines of a code object that can be run, without those of the functions in it."""
+    if code not in _LINES:
+        _LINES[code] = frozenset(line for _, _, line in code.co_lines() if line)
+    return _LINES[code]
+
+
+_LINES: dict[CodeType, frozenset[int]] = {}
+
+
+def studied(copy: Path, tests: list[str], chosen: list[Mistake]) -> dict[str, Any]:
+    """What each file of tests says under `Watch`; kept until a module or a test changes. Raises: SystemExit where a test
+    fails."""
+    texts = b"".join(path.read_bytes() for folder in ("surgery", "tests") for path in sorted((copy / folder).rglob("*.py")))
+    known = Path(tempfile.gettempdir()) / f"surgery-mutate-{sha256(texts + repr((tests, chosen)).encode()).hexdigest()[:16]}.json"
+    if known.exists():
+        study = json.loads(known.read_text())
+        for found in study.values():
+            share_imports(found)
+        return study
+    wanted: dict[str, set[int]] = {}
+    for mistake in chosen:
+        wanted.setdefault(str(copy / mistake.path), set()).update(mistake.lines((copy / mistake.path).read_bytes()))
+    study = {}
+    for file in tests:
+        code, study[file], seconds = apart(copy, [file], Watch(wanted))
+        if code not in (0, 5):
+            raise SystemExit(f"{copy.with_name('log').read_text()[-3000:]}\n{file} fails without a mistake")
+        study[file]["took"] = seconds
+        share_imports(study[file])
+        print(f"{seconds:6.1f} s {len(study[file]['seconds']):5} tests in {file}", flush=True)
+    known.write_text(json.dumps(study))
+    return study
+
+
+def share_imports(found: dict[str, Any]) -> None:
+    """Import here, and once, what all runs import of other packages."""
+    for name in found["imported"]:
+        with suppress(Exception):
+            importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+
+def order_for(mistake: Mistake, copy: Path, study: dict[str, Any]) -> list[str]:
+    """The tests that may see a mistake: those that reach it, the quickest first; then the others of their files, which may
+    use what one of them has kept, or all where it is reached by importing."""
+    path, source = str(mistake.path), (copy / mistake.path).read_bytes()
+    lines, seconds, direct, files = mistake.lines(source), {}, set(), set()
+    has_code = not compiled_lines(compile(source, path, "exec")).isdisjoint(lines)  # a constant may stand in no line
+    for file, found in study.items():
+        seconds |= found["seconds"]
+        at = {test for test, reached in found["reached"].items() if any(p == path and n in lines for p, n in reached)}
+        direct |= at - {""}
+        if at or not has_code:
+            files.add(file)
+    quick = sorted(direct, key=seconds.__getitem__)
+    others = [test for file in sorted(files, key=lambda file: study[file]["took"]) for test in study[file]["seconds"]]
+    return [*quick, *(test for test in others if test not in direct)]
+
+
+def compiled_lines(code: CodeType) -> set[int]:
+    """The lines of a module that can be run."""
+    return set(lines_of(code)).union(*(compiled_lines(c) for c in code.co_consts if isinstance(c, CodeType)))
+
+
+def verdict(mistake: Mistake, copy: Path, study: dict[str, Any]) -> str:
+    """What sees a mistake; nothing where no test does."""
+    order = order_for(mistake, copy, study)
+    if not order:
+        return ""
+    files = list(dict.fromkeys(test.partition("::")[0] for test in order))
+    most = START + PATIENCE * sum(study[file]["took"] for file in files)
+    source = (copy / mistake.path).read_bytes()
+    (copy / mistake.path).write_bytes(mistake.put_in(source))
+    try:
+        code, failed, _ = apart(copy, files, Order(order), most)
+    finally:
+        (copy / mistake.path).write_bytes(source)
+    return "the bound on time" if code is None else failed or "what collects the tests" if code else ""
+
+
 def main() -> int:
     say = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     say.add_argument("paths", nargs="*", default=HEART, metavar="MODULE")
     say.add_argument("--count", type=int, default=44)
-    say.add_argument("--from", type=int, default=0, dest="first", help="leave out so many of the first ones")
+    say.add_argument("--only", type=int, nargs="+", help="those of these numbers")
     say.add_argument("--seed", type=int, default=0)
-    say.add_argument("--seconds", type=float, default=float("inf"), help="begin no new mistake after so many")
-    say.add_argument("--tests", nargs="+", default=[f"{path.relative_to(ROOT)}" for name in TESTS
-                                                  for path in (ROOT / "tests").rglob(name)])
+    say.add_argument("--tests", nargs="+", default=TESTS)
     given = say.parse_args()
     if not hasattr(os, "fork"):
         return print("a system that can fork is needed", file=sys.stderr) or 2
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "tests")]
-    import hypothesis  # noqa: E401, F401
-    import torch
-    torch.set_num_threads(1)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     files = [f for p in given.paths for f in (sorted((ROOT / p).rglob("*.py")) if (ROOT / p).is_dir() else [ROOT / p])]
     known = [m for file in files if file.stem not in COUNTED for m in mistakes(file.relative_to(ROOT))]
-    chosen = drawn(known, given.seed)[given.first:given.count]
-    print(f"{len(known)} mistakes can be made in {len(files)} modules; {len(chosen)} are tried", flush=True)
-    begin, survivors, tried = time.monotonic(), [], 0
-    with tempfile.TemporaryDirectory() as folder:
+    chosen = drawn(known, given.seed)[:given.count]
+    print(f"{len(known)} mistakes can be made in {len(files)} modules; of {len(chosen)}:", flush=True)
+    survivors, tried = [], 0
+    with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "out", "*.egg-info"))
-        tests = [t for t in given.tests if (copy / t.partition("::")[0]).exists()]
-        begin = time.monotonic()
-        if is_seen(copy, tests, Path(folder) / "log"):
-            print((Path(folder) / "log").read_text()[-3000:])
-            return print("the tests fail without a mistake", file=sys.stderr) or 2
-        most = PATIENCE * (time.monotonic() - begin)
-        for mistake in chosen:
-            if time.monotonic() - begin > given.seconds:
-                break
-            source = (ROOT / mistake.path).read_bytes()
-            (copy / mistake.path).write_bytes(mistake.put_in(source))
-            seen = is_seen(copy, tests, Path(folder) / "log", most)
-            (copy / mistake.path).write_bytes(source)
+        tests = sorted({str(path.relative_to(copy)) for of in given.tests for path in copy.glob(of)})
+        study = studied(copy, tests, chosen)
+        for number in given.only or range(len(chosen)):
+            by, shown = verdict(chosen[number], copy, study), chosen[number].shown((copy / chosen[number].path).read_bytes())
             tried += 1
-            survivors += [] if seen else [mistake.shown(source)]
-            print(f"{'seen    ' if seen else 'SURVIVED'} {mistake.shown(source)}", flush=True)
+            survivors += [] if by else [f"{number:2} {shown}"]
+            print(f"{number:2} {'seen    ' if by else 'SURVIVED'} {shown}{by and f'  by {by}'}", flush=True)
     print(f"{tried - len(survivors)} of {tried} seen ({(tried - len(survivors)) / max(tried, 1):.0%})")
     print(*survivors, sep="\n")
     return 0

@@ -109,13 +109,13 @@ class _Node(torch.autograd.Function):
 
 
 def _no_view(y: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
-    """y, as no view where it is one of a tensor that only it is made of, such as blocks seen as rows: torch refuses to
+    """y, as no view where it is one of memory that nothing else is in, such as blocks seen as rows: torch refuses to
     write into a view that a node gives, as `ReLU(inplace=True)` does. A view of what is kept stays one, for the same
     write would spoil a gradient."""
-    base = y._base
-    if base is None or is_traced() or type(y) is not torch.Tensor:
+    if y._base is None or is_traced() or type(y) is not torch.Tensor:  # were `_base` wrong, such a write would raise
         return y
-    if any(each is not None and (each is base or each._base is base) for each in others):
+    memory = y.untyped_storage().data_ptr()  # 0: of no numbers
+    if memory and any(each is not None and each.untyped_storage().data_ptr() == memory for each in others):
         return y
     return y.new_empty(0).set_(y)  # pyright: ignore[reportArgumentType]  # torch's stubs know storages alone
 

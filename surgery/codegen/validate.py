@@ -22,7 +22,7 @@ from surgery.ir.expression import Expr, walk
 # Functions that give memory of their own. (Any other may give a view of what it takes.)
 _ALLOCATE = {"+", "*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run", "layer.run_alone", "put", "blocks",
              "masked", "mix", "spectrum", "waves", "mixed", "mixed_back", "mixed_dot", "circulate", "circulate_back",
-             "circulate_dot", "column_dot", "column_sum", "block_dot", "side_by_side", "zeros_like", "columns",
+             "circulate_dot", "column_dot", "column_sum", "dot", "block_dot", "side_by_side", "zeros_like", "columns",
              "placed"}
 # What autograd keeps for a gradient: nothing of these, the operands of those; of any other both, operands and result.
 _KEEP_NOTHING = {"+", "put", "T", "unflatten", "flatten", "reshape", "index", "detach", "to", "clone"}

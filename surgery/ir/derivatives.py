@@ -68,8 +68,7 @@ def mul(node: Expr, g: Expr) -> Terms:
     c, a = node.args
     if c.shape:
         return make("mul", g, forward(a)), make("mul", forward(c), g)
-    # of a scalar: the sum over all entries, column by column first, since that is summed in float32
-    return make("total", make("column_dot", _flat(g), _flat(forward(a)))), make("mul", c, g)
+    return make("dot", _flat(g), _flat(forward(a))), make("mul", c, g)
 
 
 def scale(node: Expr, g: Expr) -> Terms:

@@ -114,6 +114,8 @@ ROWS = [
     Operation("zeros", 1, same, lambda a: 0 * a, "zeros of its size", stage=IN_STEP, text="torch.zeros_like({})",
               memory=Memory.NEW),
     in_step("column_dot", 2, _columns_shape, lambda a, b: (a * b).sum(0), "Σ a b over the rows", linear=Linear.EACH),
+    in_step("dot", 2, lambda a, b: elementwise(a, b)[:0], lambda a, b: (a * b).sum(), "Σ a b over all entries",
+            linear=Linear.EACH),
     in_step("column_sum", 1, lambda a: exactly(2, "a matrix", a)[1:], lambda a: a.sum(0), "Σ a over the rows",
             linear=Linear.TOGETHER),
     in_step("block_dot", 3, lambda a, g, s: exactly(3, "a stack of blocks", s), _block_dot,

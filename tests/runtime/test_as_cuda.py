@@ -165,7 +165,7 @@ def test_the_old_sum_over_rows_would_be_refused(monkeypatch):
 def each_kernel(t: int, dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor]]]:
     a, g, s, c = draw(t, 96, dtype=dtype), draw(t, 96, dtype=dtype) + 1, draw(32, 3, 3, dtype=dtype), draw(2, 3, 32)
     wide, c = draw(t, 64, dtype=dtype), c.to(dtype)
-    yield from (("column_dot", [a, g]), ("column_sum", [g]), ("blocks", [a, s]), ("add_blocks", [g, a, s]),
+    yield from (("column_dot", [a, g]), ("dot", [a, a / 16]), ("column_sum", [g]), ("blocks", [a, s]), ("add_blocks", [g, a, s]),
                 ("block_dot", [a, g, s]), ("circulate_back", [wide, c]), ("circulate_dot", [a, wide, c]),
                 ("mixed", [draw(2, 5, t, 4, dtype=dtype), draw(2, 5, 4, 6, dtype=dtype)]),
                 ("mixed_back", [draw(2, 5, t, 6, dtype=dtype), draw(2, 5, 4, 6, dtype=dtype)]),
