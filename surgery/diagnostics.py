@@ -273,10 +273,11 @@ class SurgeryWarning(UserWarning):
         return self.diagnostic.render()
 
 
-def tell(diagnostics: Iterable[Diagnostic]) -> None:
-    """Give each as a warning of Python's, where a function has no other way to say it."""
+def tell(diagnostics: Iterable[Diagnostic], stacklevel: int = 4) -> None:
+    """Give each as a warning of Python's, where a function has no other way to say it; `stacklevel` as `warnings.warn`
+    has it, 2 for the caller of this."""
     for each in diagnostics:
-        warnings.warn(SurgeryWarning(each), stacklevel=4)
+        warnings.warn(SurgeryWarning(each), stacklevel=stacklevel)
 
 
 def fail(code: str, message: str, span: Span | None = None, **more) -> SurgeryError:

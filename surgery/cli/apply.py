@@ -73,7 +73,6 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
         measured = _batches(output, subject, model, task, count)
     with output.busy("operating"):
         surgeon = operate(subject, asked, seed=seed, strict=strict, data=measured)
-    output.diagnostics(surgeon.plan.warnings)
     if out is not None:
         _save(output, surgeon, out, model, merge, force, self_contained)
     report = surgeon.report()

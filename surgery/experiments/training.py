@@ -29,7 +29,7 @@ from surgery.experiments.timing import training_device
 from surgery.extras import need
 from surgery.language.json_fields import Pattern
 from surgery.language.tree import Spec, Train
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.surgeon import Surgeon, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -81,8 +81,10 @@ def whole(spec: Spec, model: PreTrainedModel, task: AnyTask) -> Spec:
 
 def operated(model: PreTrainedModel, spec: Spec, task: AnyTask, seed: int, data: Iterable[Any]) -> Surgeon:
     """Apply the spec to a model that is to learn a task; `data`: batches that starts are measured on. Raises:
-    SurgeryError, as `apply`."""
-    return apply(model, whole(spec, model, task), seed=seed, data=data)
+    SurgeryError, as `apply`. The caller tells its warnings: once, and not for each run of a comparison."""
+    surgeon = prepare(model, whole(spec, model, task), seed=seed, data=data)
+    surgeon.check_start()
+    return surgeon.begin()
 
 
 def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: AnyTask, setting: Setting, *,

@@ -6,7 +6,7 @@ weight; a claim is tried with parameters away from their start, so that a trivia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from surgery.diagnostics import Diagnostic, SurgeryError
 from surgery.ir.dense import dense
-from surgery.ir.expression import Claim
+from surgery.ir.expression import Claim, Formula
 from surgery.ir.manifolds import MANIFOLDS
 from surgery.ir.sizes import known, known_shape
+from surgery.language.tree import Target
 from surgery.layers.survey import sites
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
@@ -92,35 +93,40 @@ def try_manifolds(trials: Iterable[Trial]) -> list[Diagnostic]:
 def try_gradients(targets: Iterable[Iterable[Trial]]) -> list[Diagnostic]:
     """One diagnostic for each target in which no parameter has a gradient at the start, whatever the loss is: there a
     step of training changes nothing, and so none ever does."""
-    diagnostics = []
-    for trials in map(list, targets):
-        names = listed(key.rpartition(".")[2] for key in _trained(trials[0]))
-        if names and not any(map(_has_gradient, trials)):
-            diagnostics.append(Diagnostic(
-                "never-trains", "nothing in this target can train: where its parameters start, W' changes with none of "
-                "them", trials[0].target.span, severity="warning",
-                notes=(f"the gradients of {names} are all zero, whatever the loss, and so they stay",),
-                helps=("let a factor start at something other than 0, for example `~ kaiming_uniform()`",)))
-    return diagnostics
+    return [never_trains(trials[0].target, trials[0].formula) for trials in map(list, targets)
+            if trained(trials[0].formula) and not any(map(_has_gradient, trials))]
 
 
-def _trained(trial: Trial) -> list[str]:
-    return [leaf.key for leaf in trial.formula.leaves if not leaf.frozen]
+def never_trains(target: Target, formula: Formula) -> Diagnostic:
+    """The warning about a target of that formula in which no parameter has a gradient at the start."""
+    names = listed(key.rpartition(".")[2] for key in trained(formula))
+    return Diagnostic(
+        "never-trains", "nothing in this target can train: where its parameters start, W' changes with none of them",
+        target.span, severity="warning",
+        notes=(f"the gradients of {names} are all zero, whatever the loss, and so they stay",),
+        helps=("let a factor start at something other than 0, for example `~ kaiming_uniform()`",))
+
+
+def trained(formula: Formula) -> list[str]:
+    """The keys of what trains."""
+    return [leaf.key for leaf in formula.leaves if not leaf.frozen]
 
 
 def _has_gradient(trial: Trial) -> bool:
-    """Whether a random gradient of W' and b' reaches a parameter. A NaN is not nothing."""
     values = {name: value.detach().double() if value.is_floating_point() else value
               for name, value in start(trial).items()}
-    trained = [values[key].requires_grad_() for key in _trained(trial)]
-    # A random loss stands for every loss: where a gradient is zero for it, it is zero for all, but by chance.
+    leaves = [values[key].requires_grad_() for key in trained(trial.formula)]
+    return reaches([dense(expr, values) for expr in (trial.formula.weight, trial.formula.bias)], leaves)
+
+
+def reaches(results: Iterable[Tensor], leaves: Sequence[Tensor]) -> bool:
+    """Whether a random gradient of W' and b' reaches a parameter. A NaN is not nothing. (A random loss stands for every
+    loss: where a gradient is zero for it, it is zero for all, but by chance.)"""
     generator = torch.Generator().manual_seed(2)
-    results = [dense(expr, values) for expr in (trial.formula.weight, trial.formula.bias)]
-    loss = torch.stack([(torch.randn(r.shape, generator=generator, dtype=torch.float64) * r).sum()
-                        for r in results]).sum()
+    loss = torch.stack([(torch.randn(r.shape, generator=generator).to(r) * r).sum() for r in results]).sum()
     if not loss.requires_grad:
         return False
-    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     return any(g is not None and bool((g != 0).any()) for g in gradients)
 
 

@@ -91,6 +91,12 @@ class Adapter(nn.Module):
         watch(self)
         watch_sharding(self)
 
+    def switch(self, on: bool) -> None:
+        """Have the adapter run, or not: then its tensors are no part of the model's state either."""
+        self.active = on
+        for part in (*self._modules.values(), self.common):
+            part.in_use = on
+
     @property
     def formula(self) -> Formula:
         """W' and b' over the adapter's tensors."""
@@ -334,10 +340,10 @@ class Adapter(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
         """A checkpoint of the base model has nothing for us: not an error, the adapter is then given what it has. In
         one of before, each adapter had the shared tensors under names of its own."""
-        for key, name in self.shared.items():
+        for key, name in self.shared.items() if self.active else ():
             if (saved := state_dict.pop(prefix + key, None)) is not None:
                 self.common._load_from_state_dict({name: saved}, "", *rest, **more)
-        if not any(key.startswith(prefix) for key in state_dict):
+        if self.active and not any(key.startswith(prefix) for key in state_dict):
             own = (*self.named_parameters(), *self.named_buffers())
             state_dict.update({prefix + name: tensor for name, tensor in own})
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)

@@ -30,7 +30,7 @@ from surgery.runtime.operated import Operated, operated_class
 from surgery.runtime.remade import departure, digest_of, is_rounding, said_of
 from surgery.runtime.saved_format import CHECKPOINT, FORMAT, META, REMADE, SPEC, TENSORS, WITH_RULES
 from surgery.runtime.sharding import gather_up, is_part, on_first, whole
-from surgery.runtime.step_tensors import SharedTensors
+from surgery.runtime.step_tensors import SharedTensors, refuse_unused
 from surgery.text import dtype_text, listed
 
 
@@ -92,11 +92,11 @@ def on_cpu(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous()
 
 
-def plain(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's tensors by name without those of adapters."""
+def of_adapters(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Which names of a model's tensors are those of adapters."""
     ours = tuple(f"{name}." for name, m in model.named_modules(remove_duplicate=False)
                  if isinstance(m, (Adapter, SharedTensors)))
-    return {name: tensor for name, tensor in state.items() if not name.startswith(ours)}
+    return [name for name in names if name.startswith(ours)]
 
 
 class SavesAdapter(Operated):
@@ -124,15 +124,18 @@ class SavesAdapter(Operated):
         gather_up(self)
         state = self.state_dict() if state_dict is None else state_dict
         if self._surgery.mode != "operated":
+            refuse_unused(of_adapters(self, state))  # which was given, and taken in another mode
             with told_untied(self.config, self._surgery.untied):
                 cast(Any, super()).save_pretrained(  # that of the model of transformers that this is mixed into
-                    save_directory, is_main_process=is_main_process, state_dict=plain(self, state), **options)
+                    save_directory, is_main_process=is_main_process, state_dict=state, **options)
         elif is_main_process or any(map(is_part, state.values())):
             _write(self, Path(save_directory), state, **options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ever; a state that holds the adapter alone, as a checkpoint does, does not lack the base model."""
         remade = said_in(state_dict)
+        if self._surgery.mode != "operated":
+            refuse_unused(remade)
         refuse_others(self, remade)  # whatever else the state holds
         if remade:
             state_dict = {name: value for name, value in state_dict.items() if name != REMADE}

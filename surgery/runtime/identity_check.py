@@ -1,20 +1,23 @@
-"""The check that operated weights start as the frozen ones, W' = W, before anything is put into a model.
+"""The checks of where operated weights start, before anything is put into a model: as the frozen ones, W' = W, and
+where training can move them.
 
-Takes placed formulas and their adapters; raises where one starts elsewhere. Promises: W' is computed by the program
-that a merge would run; a target that says `shifted` is not asked.
+Takes placed formulas and their adapters; raises where one starts elsewhere, and warns of what never trains. Promises:
+W' is computed by the program that a merge would run, where algebra does not suffice; a target that says `shifted` is
+not asked where it starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from surgery.diagnostics import Collector
+from surgery.diagnostics import Collector, Diagnostic
 from surgery.language.tree import Target
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity
-from surgery.rewrite.prove_identity import starts_as_weight
+from surgery.planning.numeric_check import never_trains, reaches, trained
+from surgery.rewrite.prove_identity import starts_as_weight, surely_trains
 from surgery.runtime.adapter import Adapter
 
 
@@ -37,3 +40,20 @@ def assert_identity(targets: Sequence[Target], placed: Sequence[Placed], adapter
                 changes[each.site.name] = change
         report.add(*not_identity(target, changes))
     report.raise_errors()
+
+
+def idle(targets: Sequence[Target], placed: Sequence[Placed], adapters: Mapping[str, Adapter]) -> Iterator[Diagnostic]:
+    """A warning for each target that training changes nothing of: W' has a gradient in none of its parameters."""
+    for target in targets:
+        own = [each for each in placed if each.target is target and not each.site.is_meta]
+        formulas = {id(each.formula): each.formula for each in own}
+        if not own or not trained(own[0].formula) or any(map(surely_trains, formulas.values())):
+            continue
+        if not any(_trains(each, adapters[each.site.name]) for each in own):
+            yield never_trains(target, own[0].formula)
+
+
+@torch.enable_grad()
+def _trains(placed: Placed, adapter: Adapter) -> bool:
+    tensors = adapter.tensors()
+    return reaches(adapter.weights(placed.site.module), [tensors[key] for key in trained(placed.formula)])

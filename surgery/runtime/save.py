@@ -22,7 +22,7 @@ from safetensors.torch import save as to_bytes
 from surgery.diagnostics import fail
 from surgery.models.loading import parted
 from surgery.runtime.atomic_folders import Kind, refuse_taken, replacing
-from surgery.runtime.checkpoints import on_cpu, plain
+from surgery.runtime.checkpoints import on_cpu
 from surgery.runtime.saved_format import ADAPTER, META, SPEC, TENSORS
 from surgery.runtime.sharding import is_first, on_first, whole
 
@@ -85,7 +85,7 @@ def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] 
             stack.callback(lambda: surgeon.unmerge() if surgeon.merged else None)
             surgeon.merge()
         like, tensors = surgeon.part, {}
-        for name, tensor in plain(model, model.state_dict()).items():
+        for name, tensor in model.state_dict().items():
             every = tensor if like is None else whole(tensor)  # which all processes take part in
             if like is None or is_first(like):  # of a sharded model, in the memory of the first process alone
                 tensors[name] = every if like is None else every.cpu()

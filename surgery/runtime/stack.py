@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.diagnostics import did_you_mean, fail
+from surgery.diagnostics import did_you_mean, fail, tell
 from surgery.ir.compose import mixed, named, stacked
 from surgery.ir.expression import Formula
 from surgery.language.grammar import is_name
@@ -79,8 +79,9 @@ class Surgeries:
             surgeon = attach(self._given, what)
         else:
             surgeon = prepare(self._given, what, seed=seed, dtype=dtype, data=data, loss=loss)
-            surgeon.check_identity()
+            surgeon.check_start()
             surgeon.operate()
+            tell(surgeon.plan.warnings)
         state = surgeon.state()
         trained = {key: state[key].clone() for key in surgeon.plan.train}  # removing gives the model's own back
         self._known = {**self._known, name: Known(surgeon, trained)}

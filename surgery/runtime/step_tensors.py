@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn as nn
 
+from surgery.diagnostics import fail
 from surgery.layers.opaque_linear import SUFFIX
 
 SHARED = f"shared{SUFFIX}"  # the module of a model's root that holds what several adapters read
@@ -18,7 +20,12 @@ class StepTensors(nn.Module):
     call (offloading, pruning, a hook of the user's) runs before they are read.
 
     What shards and flattens a model's tensors takes parameters alone that are real numbers and have an axis: so whole
-    numbers (places) are a buffer, and a number [] is held as [1]."""
+    numbers (places) are a buffer, and a number [] is held as [1].
+
+    `in_use`: whether the adapters run. While they are merged or switched off the weights beside them are those of a
+    plain model, and so is a state: W' with the tensors that made it would be W' twice wherever both are loaded."""
+
+    in_use = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +49,13 @@ class StepTensors(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in self.names)
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        if self.in_use:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
+        if not self.in_use:
+            return refuse_unused(key for key in state_dict if key.startswith(prefix))
         for name in self.names:  # a checkpoint of before held a number as []
             if (saved := state_dict.get(prefix + name)) is not None and not saved.ndim:
                 state_dict[prefix + name] = saved.reshape(1)
@@ -56,9 +69,17 @@ class SharedTensors(StepTensors):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
         """A checkpoint of the base model, or one of before, has none under these names: they stay, or the adapters
         that they belonged to then hand them over."""
-        for name in self.names:
+        for name in self.names if self.in_use else ():
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
+
+
+def refuse_unused(names: Iterable[str]) -> None:
+    """Raises: SurgeryError (wrong-mode), if a state gives values to such tensors of adapters that do not run: they
+    would go with the weights of another mode."""
+    if name := next(iter(names), ""):
+        raise fail("wrong-mode", f"the state holds an adapter's tensors (`{name}`), and this model is merged or "
+                   "switched off", helps=("load it after unmerge(), or outside of the block of disabled()",))
 
 
 _KNOWN = frozenset((*dir(StepTensors()), *dir(nn.Module)))

@@ -17,7 +17,7 @@ from weakref import ref
 import torch
 import torch.nn as nn
 
-from surgery.diagnostics import Collector, fail
+from surgery.diagnostics import Collector, Diagnostic, SurgeryWarning, fail, tell
 from surgery.language.tree import Spec
 from surgery.layers.wrappers import bare, own_parameter
 from surgery.planning.compile import Placed, Plan, compile
@@ -30,7 +30,7 @@ from surgery.runtime.calibration import Loss, of_data
 from surgery.runtime.checkpoints import Surgery, have_save_adapters, note, save_adapters_no_more
 from surgery.runtime.fingerprint import fingerprints
 from surgery.runtime.hub import push
-from surgery.runtime.identity_check import assert_identity
+from surgery.runtime.identity_check import assert_identity, idle
 from surgery.runtime.kept_weights import Kept, with_merged
 from surgery.runtime.merge import refuse_called
 from surgery.runtime.operated import hold_common, install, uninstall_all
@@ -79,6 +79,8 @@ def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype
     loss in W [out, in], or `C`, Σ x xᵀ [in, in] over the inputs of the layer; `loss(model, batch)` where the model's
     output has none.
 
+    What is probably not meant is a warning (SurgeryWarning, and in `surgeon.plan.warnings`); `strict`: an error.
+
     Raises: SurgeryError, and then the model is as it was. A W' that does not start as W is such an error, unless the
     target says `shifted`.
 
@@ -90,8 +92,14 @@ def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype
     >>> surgeon.save("out")  # the adapter alone
     """
     surgeon = prepare(model, spec, seed=seed, dtype=dtype, strict=strict, data=data, loss=loss)
-    surgeon.check_identity()
-    return surgeon.begin(example, check, strict)
+    surgeon.check_start(strict)
+    surgeon.begin(example, check, strict)
+    try:
+        tell(surgeon.plan.warnings, stacklevel=3)
+    except SurgeryWarning:  # a filter of the user's makes errors of warnings
+        surgeon.remove()
+        raise
+    return surgeon
 
 
 def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
@@ -186,9 +194,18 @@ class Surgeon:
     def merged(self) -> bool:
         return self._mode == "merged"
 
-    def check_identity(self) -> None:
-        """Raises: SurgeryError (not-identity) with each target's modules that start elsewhere, and how far off."""
+    def check_start(self, strict: bool = False) -> None:
+        """Raises: SurgeryError (not-identity) with each target's modules that start elsewhere, and how far off. What
+        never trains is one more warning of the plan's."""
         assert_identity(self.spec.targets, self.plan.placed, self.adapters)
+        self._warn(idle(self.spec.targets, self.plan.placed, self.adapters), strict)
+
+    def _warn(self, warnings: Iterable[Diagnostic], strict: bool) -> None:
+        """Have more warnings in the plan. Raises: SurgeryError, where they are errors."""
+        report = Collector()
+        report.add(*warnings)
+        report.raise_errors(strict)
+        self.plan = replace(self.plan, warnings=(*self.plan.warnings, *report.warnings))
 
     @all_or_nothing
     def operate(self, values: Mapping[str, torch.Tensor] | None = None) -> Surgeon:
@@ -224,10 +241,7 @@ class Surgeon:
         if check:
             starts = not any(target.shifted for target in self.spec.targets)
             self.proof = self._subject().prove(example, starts)
-            report = Collector()
-            report.add(*self.proof.warnings)
-            report.raise_errors(strict)
-            self.plan = replace(self.plan, warnings=(*self.plan.warnings, *report.warnings))
+            self._warn(self.proof.warnings, strict)
         return self
 
     def prove(self, example: Any = None) -> Proof:
@@ -541,7 +555,7 @@ class Surgeon:
         for each in kept.values():
             put(each.parameter, each.form(mode))
         for adapter in self.adapters.values():
-            adapter.active = mode == "operated"
+            adapter.switch(mode == "operated")
         self._kept, self._mode = kept, mode
         self._note()
 

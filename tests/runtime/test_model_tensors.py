@@ -3,6 +3,7 @@ axis, whole numbers as buffers; and what was saved before they were held so stil
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from copy import deepcopy
@@ -187,3 +188,40 @@ def test_parameters_may_be_called_what_modules_of_torch_call_something_else(tmp_
     surgeon.remove()
     surgery.attach(model, tmp_path / "a")
     assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("mode", ["merged", "base"])
+def test_the_state_of_a_model_whose_adapters_do_not_run_is_a_plain_ones(mode: str, tmp_path: Path) -> None:
+    """W' beside the tensors that made it would act twice where both are loaded, and such tensors would go with the
+    weights of another mode."""
+    model, plain = small(), small()
+    spec = surgery.parse(f'{ONE_NUMBER}\ntrain "model.norm.weight"')
+    surgeon = perturbed(model, spec)
+    trained, y = model.state_dict(), logits(model)
+    with contextlib.ExitStack() as off:
+        if mode == "merged":
+            surgeon.merge()
+        else:
+            off.enter_context(surgeon.disabled())
+        state, wanted = {name: t.clone() for name, t in model.state_dict().items()}, logits(model)
+        assert state.keys() == plain.state_dict().keys()
+        model.load_state_dict(state)
+        assert torch.equal(logits(model), wanted)
+        adapter = {name: trained[name] for name in surgeon.named_tensors()}
+        alone = {"weight_surgery." + name.rpartition("weight_surgery.")[2]: t for name, t in adapter.items()
+                 if "layers.1.self_attn.k_proj" in name}
+        for load in (lambda: model.load_state_dict(trained), lambda: model.load_state_dict(adapter),
+                     lambda: model.model.layers[1].self_attn.k_proj.load_state_dict(alone, strict=False),
+                     lambda: model.save_pretrained(tmp_path / "given", state_dict=trained)):
+            with pytest.raises(surgery.SurgeryError, match="wrong-mode.*merged or switched off"):
+                load()
+        model.load_state_dict(state)
+        assert not (tmp_path / "given").exists()
+    plain.load_state_dict(state)
+    assert torch.equal(logits(plain), wanted)
+    other = surgery.apply(small(), spec, check=False).model
+    other.load_state_dict(state)  # a plain model's, beside adapters that start as nothing
+    torch.testing.assert_close(logits(other), wanted, rtol=1e-4, atol=1e-5)
+    if surgeon.merged:
+        surgeon.unmerge()
+    assert torch.equal(logits(model), y) and model.state_dict().keys() == trained.keys()

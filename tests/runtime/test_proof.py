@@ -4,6 +4,8 @@ same; everything is put back."""
 from __future__ import annotations
 
 import random
+import warnings
+from pathlib import Path
 
 import numpy
 import pytest
@@ -92,7 +94,9 @@ def test_a_weight_that_is_read_as_an_attribute_acts():
 
 def test_a_weight_that_is_not_read_at_all_is_named():
     model = Copied().eval()
-    surgeon = surgery.apply(model, ALL, example=torch.randn(4, 5))
+    with pytest.warns(surgery.SurgeryWarning, match="dead-adapter.*second") as told:
+        surgeon = surgery.apply(model, ALL, example=torch.randn(4, 5))
+    assert [Path(each.filename).name for each in told] == [Path(__file__).name]  # where it was asked for
     assert surgeon.proof.silent == ("second",) and surgeon.proof.adapters == 3
     assert [w.code for w in surgeon.plan.warnings] == ["dead-adapter"]
     assert "`second`" in surgeon.plan.warnings[0].message
@@ -100,6 +104,18 @@ def test_a_weight_that_is_not_read_at_all_is_named():
     with pytest.raises(SurgeryError, match="dead-adapter"):
         surgery.apply(model, ALL, example=torch.randn(4, 5), strict=True)
     assert not any("_surgery" in name for name in model.state_dict())
+
+
+def test_what_a_spec_probably_does_not_mean_is_told_and_may_be_made_an_error():
+    stuck = surgery.parse("""update stuck() { param A[2, in] = 0 param B[out, 2] = 0 return B @ A }
+        target linear { add stuck() }""")
+    model = Copied().eval()
+    for operate in (lambda: surgery.apply(model, stuck), lambda: surgery.Surgeries(model).add("a", stuck)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", surgery.SurgeryWarning)
+            with pytest.raises(surgery.SurgeryWarning, match="never-trains"):
+                operate()
+        assert not any("_surgery" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("example", [torch.randn(4, 5), (torch.randn(4, 5),), {"x": torch.randn(4, 5)}])
