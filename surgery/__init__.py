@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
     from surgery.planning.compile import Plan
     from surgery.planning.compile import compile as plan
     from surgery.planning.figures import Report
+    from surgery.runtime.apply_files import AppliedFiles, apply_files
     from surgery.runtime.attach import attach, from_pretrained
     from surgery.runtime.difference import Difference
     from surgery.runtime.merge_files import MergedFiles, merge_files
@@ -48,6 +49,7 @@ _HOMES = {
     "parse": "language.library", "load": "language.library", "shipped": "language.library",
     "check": "planning.check", "Plan": "planning.compile", "plan": "planning.compile", "Report": "planning.figures",
     "load_model": "models.loading", "modules": "matching.module_tree", "explain": "matching.selection",
+    "apply_files": "runtime.apply_files", "AppliedFiles": "runtime.apply_files",
     "Surgeon": "runtime.surgeon", "apply": "runtime.surgeon", "attach": "runtime.attach",
     "from_pretrained": "runtime.attach",
     "save_merged": "runtime.save", "merge_files": "runtime.merge_files", "MergedFiles": "runtime.merge_files",
@@ -60,11 +62,11 @@ _HOMES = {
 _SPELT = {"plan": "compile", "load_model": "load"}
 
 __all__ = [
-    "__version__", "add", "apply", "attach", "bench", "check", "compare", "Diagnostic", "diff", "Difference",
-    "evaluate", "explain", "export_peft", "Exported", "from_pretrained", "import_peft", "load", "load_model",
-    "merge_files", "MergedFiles", "modules", "Parameter", "parse", "Plan", "plan", "post", "pre", "Report",
-    "report_page", "save_merged", "shipped", "Spec", "Spectra", "Spectrum", "spectrum", "Surgeon", "Surgeries",
-    "SurgeryError", "SurgeryWarning", "Target", "train", "Training",
+    "__version__", "add", "AppliedFiles", "apply", "apply_files", "attach", "bench", "check", "compare", "Diagnostic",
+    "diff", "Difference", "evaluate", "explain", "export_peft", "Exported", "from_pretrained", "import_peft", "load",
+    "load_model", "merge_files", "MergedFiles", "modules", "Parameter", "parse", "Plan", "plan", "post", "pre",
+    "Report", "report_page", "save_merged", "shipped", "Spec", "Spectra", "Spectrum", "spectrum", "Surgeon",
+    "Surgeries", "SurgeryError", "SurgeryWarning", "Target", "train", "Training",
 ]
 
 if not TYPE_CHECKING:  # a type checker takes a misspelt name for a mistake, and not for `Any`

@@ -4,7 +4,8 @@
 _OF_ZOO = ("test_zoo", "test_as_cuda", "test_step", "test_verify", "test_batched_setups")
 # What takes more than a few seconds, trains, or starts Python again and again. A new file is fast until it stands here.
 _SLOW = {
-    "test_activate.py", "test_batched_setups.py", "test_bench.py", "test_called.py", "test_called_life.py",
+    "test_activate.py", "test_apply_files.py", "test_batched_setups.py", "test_bench.py", "test_called.py",
+    "test_called_life.py",
     "test_catalogue.py", "test_check_fuzz.py", "test_checkpoints.py", "test_cli.py", "test_cli_operating.py",
     "test_compare.py", "test_dequantise.py", "test_diagnostics_docs.py", "test_docs.py", "test_effective.py",
     "test_examples.py", "test_export.py", "test_fine_tuning.py", "test_fingerprint.py", "test_folders.py",

@@ -51,6 +51,46 @@ class TensorFile:
         return self.path.stat().st_size
 
 
+class GrowingFile:
+    """A safetensors file whose tensors come one at a time, as many as memory would not hold: until the last has come,
+    at the end of a `with` block, they wait in a file beside it."""
+
+    def __init__(self, path: Path):
+        self.path, self._waiting = path, path.with_name(f"{path.name}.part")
+        self._tensors: list[StoredTensor] = []
+        self._file = self._waiting.open("xb")
+
+    def __enter__(self) -> GrowingFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._file.close()
+        if kind is None:
+            self._write()
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], numbers: memoryview) -> None:
+        """A tensor by its bytes; `dtype` as safetensors spells it. Raises: OSError."""
+        begin = self._file.tell()
+        self._file.write(numbers)
+        self._tensors.append(StoredTensor(name, dtype, shape, begin, self._file.tell()))
+
+    def _write(self) -> None:
+        """In the order that safetensors has: the wide dtypes first, so that each number lies at a multiple of its
+        size. Raises: OSError."""
+        ordered = sorted(self._tensors, key=lambda t: (-int(t.dtype.lstrip("BFI")), t.name))
+        header, end = {}, 0
+        for t in ordered:
+            header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [end, end + t.size]}
+            end += t.size
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        with self.path.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for t in ordered:
+                file.writelines(chunks(self._waiting, t.begin, t.end))
+        self._waiting.unlink()
+
+
 def chunks(path: Path, begin: int, end: int) -> Iterator[memoryview]:
     """The bytes of a file from a place to another, by so many but for the last ones, in one buffer again and again.
     Raises: OSError, where it ends before that."""

@@ -67,7 +67,9 @@ def quiet_libraries(bars: bool) -> None:
 def skeleton(name: str, trust: bool = False) -> PreTrainedModel:
     """The model on the meta device: no weight is read or made. Raises: SurgeryError (unknown-model)."""
     config = _config(name, trust)
-    return _bare(name, _class(name, config, trust), config)
+    model = _bare(name, _class(name, config, trust), config)
+    _note_commit(model, name)
+    return model
 
 
 def _bare(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -264,9 +266,7 @@ def _from_files(name: str, kind: Any, **options: Any) -> Any:
     source = _source(name)
     if "gguf_file" not in source:
         found = _asked(name, lambda: kind.from_pretrained(**source, **options))
-        model = found[0] if isinstance(found, tuple) else found
-        if commit := _commit(name):
-            model.config._commit_hash = commit  # which transformers set once, and which no config.json is saved with
+        _note_commit(found[0] if isinstance(found, tuple) else found, name)
         return found
     if packs := getattr(transformers, "GgufConfig", None):  # else later versions may keep the weights packed
         options["quantization_config"] = packs(dequantize=True)
@@ -278,6 +278,11 @@ def _from_files(name: str, kind: Any, **options: Any) -> Any:
         del model.config.quantization_config, model.hf_quantizer
         model.is_quantized = False
     return found
+
+
+def _note_commit(model: PreTrainedModel, name: str) -> None:
+    if commit := _commit(name):
+        model.config._commit_hash = commit  # which transformers set once, and which no config.json is saved with
 
 
 def _commit(name: str) -> str | None:

@@ -20,6 +20,7 @@ from surgery.ir.expression import OF_DATA, Expr, Leaf, walk
 from surgery.ir.manifolds import MANIFOLDS
 from surgery.ir.sizes import known_shape
 from surgery.language.tree import Target
+from surgery.layers.survey import Site
 from surgery.planning.compile import Placed
 from surgery.semantics.distributions import DISTRIBUTIONS, draw
 from surgery.text import counted
@@ -29,6 +30,7 @@ IDENTITY_TOLERANCE = 1e-5
 # On the CPU these are computed in float64, so that another library of linear algebra, or another number of threads,
 # gives what rounds to the same numbers.
 _DECOMPOSITIONS = ("left_singular", "singular", "right_singular", "qr", "inverse")
+_SLICE, _SLICE_ELSEWHERE = 1 << 15, 1 << 24  # numbers: they stay in a CPU's cache, and no threads are asked for so few
 MANIFOLD_TOLERANCE = 1e-4  # what float32 leaves of W's singular vectors and of what is drawn is a tenth of it
 
 
@@ -113,11 +115,7 @@ def again(placed: Placed, keys: Container[str], seed: int, dtype: torch.dtype, s
         if leaf.key in keys or leaf.key in wanted:
             wanted |= {leaf.key} | (_reads(leaf.init) if leaf.init is not None else set())
     site = placed.site
-    if weight is None:
-        sides = (site.stack, site.out, site.in_) if site.stack else (site.out, site.in_)
-        matrix = torch.full((), torch.nan, dtype=site.wide, device="cpu").expand(sides)
-    else:
-        matrix = site.layout.matrix(weight.detach().cpu())
+    matrix = _unread(site, torch.device("cpu")) if weight is None else site.layout.matrix(weight.detach().cpu())
     values = {"weight": matrix.to(torch.promote_types(matrix.dtype, torch.float32))}
     leaves = [leaf for leaf in placed.formula.leaves if leaf.key in wanted]
     made = _made(placed, leaves, values, seed, dtype, shared, nudge)
@@ -155,15 +153,19 @@ def starts_around_zero(leaf: Leaf) -> bool:
 
 def frozen_leaves(placed: Placed, reads: bool = True) -> dict[str, torch.Tensor]:
     """The frozen weight (as a matrix or a stack) and bias of a site, in float32 or wider. Where nothing `reads` it, the
-    weight of a called layer is not called for: NaNs that take no memory stand in its place."""
+    weight is neither copied nor called for: NaNs that take no memory stand in its place."""
     site = placed.site
-    if reads and not site.is_meta or not site.layout.is_called:
-        weight = site.layout.matrix(site.read())
-    else:
-        # NaN and no zeros: whatever reads it after all is seen, and does not start at a number that is silently wrong
-        weight = torch.full((), torch.nan, dtype=site.wide, device=site.device).expand(site.out, site.in_)
+    can = not (site.layout.is_called and site.is_meta)
+    weight = site.layout.matrix(site.read()) if reads and can else _unread(site, site.device)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return {"weight": weight.to(dtype), **({"bias": site.bias.detach().to(dtype)} if site.bias is not None else {})}
+
+
+def _unread(site: Site, device: torch.device) -> torch.Tensor:
+    """What stands for a weight that nothing reads. NaN and no zeros: whatever reads it after all is seen, and does not
+    start at a number that is silently wrong."""
+    sides = (site.stack, site.out, site.in_) if site.stack else (site.out, site.in_)
+    return torch.full((), torch.nan, dtype=site.wide, device=device).expand(sides)
 
 
 def _held(value: torch.Tensor, leaf: Leaf, dtype: torch.dtype) -> torch.Tensor:
@@ -240,9 +242,15 @@ def _nudged(value: torch.Tensor, way: int) -> torch.Tensor:
 
 
 def departure(before: torch.Tensor, after: torch.Tensor) -> float:
-    """‖after - before‖ / ‖before‖ (the norm of `after` where `before` is zero; infinite for a NaN)."""
-    change, size = (after.double() - before.double()).norm(), before.double().norm()
-    relative = float(change / size) if size > 0 else float(change)
+    """‖after - before‖ / ‖before‖ (the norm of `after` where `before` is zero; infinite for a NaN), in double
+    precision, slice by slice: the whole in that is four times the weight."""
+    change = size = torch.zeros((), dtype=torch.float64, device=before.device)
+    length = _SLICE if before.device.type == "cpu" else _SLICE_ELSEWHERE
+    for one, other in zip(after.flatten().split(length), before.flatten().split(length)):
+        wide = other.double()
+        off = one.double() - wide
+        change, size = change + torch.dot(off, off), size + torch.dot(wide, wide)
+    relative = float((change / size if size > 0 else change).sqrt())
     return relative if relative == relative else float("inf")
 
 

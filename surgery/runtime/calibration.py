@@ -41,7 +41,7 @@ def of_data(model: nn.Module, placed: Sequence[Placed], data: Iterable[Any] | No
         yield from ((p, {}) for p in placed)
         return
     if data is None:
-        raise _needs_data(needy)
+        raise needs_data(needy)
     _refuse(model, needy)
     batches = list(data)  # they are gone through once for each group of weights
     if not batches:
@@ -51,7 +51,8 @@ def of_data(model: nn.Module, placed: Sequence[Placed], data: Iterable[Any] | No
         yield from ((p, found.pop(p.site.name, {})) for p in group)
 
 
-def _needs_data(needy: Sequence[Placed]) -> Exception:
+def needs_data(needy: Sequence[Placed]) -> Exception:
+    """The error of weights whose starts name what data gives, where there is none."""
     leaf = next(leaf for leaf in needy[0].formula.leaves if leaf.of_data)
     names = {"gradient": "`G`, the gradient of the loss in W", "inputs": "`C`, the sum of x xᵀ over the layer's inputs"}
     return fail("needs-data", f"`{leaf.key.rpartition('.')[2]}` starts at what data gives: "

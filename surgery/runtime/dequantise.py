@@ -18,8 +18,9 @@ from surgery.diagnostics import fail
 from surgery.layers.opaque_linear import is_plain
 from surgery.layers.survey import Site, Survey
 from surgery.layers.wrappers import own_parameter, submodule
+from surgery.planning.initial_values import departure
 from surgery.runtime.atomic_folders import replacing
-from surgery.runtime.merge import merged, relative_error
+from surgery.runtime.merge import merged
 from surgery.runtime.save import MODEL
 from surgery.runtime.surgeon import Surgeon
 from surgery.text import listed
@@ -44,7 +45,7 @@ def merge_plainly(surgeon: Surgeon) -> dict[str, float]:
         if site.layout.is_called:
             exact = adapter.weights(site.module)
             dense[site.name] = _linear(site, *exact, dtype=dtype)
-            errors[site.name] = relative_error(dense[site.name].weight, exact[0])
+            errors[site.name] = departure(exact[0], dense[site.name].weight)
         else:
             made = merged(placed, adapter)
             written += [(site.module, name, tensor) for name, tensor in made.tensors.items()]

@@ -21,24 +21,29 @@ from surgery.rewrite.prove_identity import starts_as_weight, surely_trains
 from surgery.runtime.adapter import Adapter
 
 
-@torch.no_grad()
 def assert_identity(targets: Sequence[Target], placed: Sequence[Placed], adapters: Mapping[str, Adapter]) -> None:
     """Raises: SurgeryError (not-identity) with each target's modules that start elsewhere, and how far off."""
+    # to read the weight of a called layer takes as many calls as it has columns: algebra is asked first
+    asked = [p for p in placed if not p.target.shifted and not p.site.is_meta
+             and not (p.site.layout.is_called and starts_as_weight(p.formula))]
+    refuse_moved(targets, [(p, moved_by(p, adapters[p.site.name])) for p in asked])
+
+
+@torch.no_grad()
+def moved_by(placed: Placed, adapter: Adapter) -> float:
+    """How far W' starts from W, relative; 0 for what the dtypes allow."""
+    after = adapter.weights(placed.site.module)
+    change = max(departure(old, new) for old, new in zip(frozen_leaves(placed).values(), after))
+    # no start is nearer to W than the adapter's own dtype can say
+    held = (torch.finfo(t.dtype).eps for t in adapter.tensors().values() if t.is_floating_point())
+    return 0.0 if change <= max([IDENTITY_TOLERANCE, *held]) else change
+
+
+def refuse_moved(targets: Sequence[Target], moved: Sequence[tuple[Placed, float]]) -> None:
+    """Raises: SurgeryError (not-identity), for weights that start elsewhere, by so much."""
     report = Collector()
     for target in targets:
-        changes: dict[str, float] = {}
-        for each in (p for p in placed if p.target is target and not target.shifted and not p.site.is_meta):
-            # to read the weight of a called layer takes as many calls as it has columns: algebra is asked first
-            if each.site.layout.is_called and starts_as_weight(each.formula):
-                continue
-            adapter = adapters[each.site.name]
-            after = adapter.weights(each.site.module)
-            change = max(departure(old, new) for old, new in zip(frozen_leaves(each).values(), after))
-            # no start is nearer to W than the adapter's own dtype can say
-            held = (torch.finfo(t.dtype).eps for t in adapter.tensors().values() if t.is_floating_point())
-            if not change <= max([IDENTITY_TOLERANCE, *held]):
-                changes[each.site.name] = change
-        report.add(*not_identity(target, changes))
+        report.add(*not_identity(target, {p.site.name: change for p, change in moved if change and p.target is target}))
     report.raise_errors()
 
 

@@ -14,12 +14,12 @@ import torch
 from surgery.diagnostics import fail
 from surgery.layers.wrappers import own_parameter
 from surgery.planning.compile import Placed
+from surgery.planning.initial_values import departure
 from surgery.runtime.adapter import Adapter
 from surgery.text import listed
 
 # A value rounded to nearest is off by at most half a unit in the last place, eps / 2 of itself.
 ROUNDINGS = 1.0
-_SLICE = 1 << 15  # numbers: they stay in a cache, and no threads are asked for so few
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
     stored = {name: value.to(own_parameter(module, name).dtype).contiguous() for name, value in exact.items()}
     errors: list[float] = []
     for name, value in exact.items():
-        errors.append(error := relative_error(stored[name], value))
+        errors.append(error := departure(value, stored[name]))
         bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps  # a bias may have a dtype of its own
         if not error <= bound:  # so that a NaN is refused too
             raise fail("merge-error",
@@ -59,13 +59,3 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
                        f"the relative error is {error:.1e}, and rounding allows {bound:.1e}", placed.target.span,
                        helps=("load the model in a wider dtype, then merge",))
     return Merged(stored, max(errors))
-
-
-def relative_error(rounded: torch.Tensor, exact: torch.Tensor) -> float:
-    """In double precision, slice by slice: the whole in that is four times the weight."""
-    change = size = torch.zeros((), dtype=torch.float64, device=exact.device)
-    for one, other in zip(rounded.flatten().split(_SLICE), exact.flatten().split(_SLICE)):
-        wide = other.double()
-        off = one.double() - wide
-        change, size = change + torch.dot(off, off), size + torch.dot(wide, wide)
-    return float((change / size if size > 0 else change).sqrt())

@@ -17,7 +17,8 @@ import torch
 from surgery.models.checkpoint_files import TensorFile, chunks, opened_file, read_at
 from surgery.models.stored_names import Unsure
 from surgery.runtime.atomic_folders import Unfinished, flush
-from surgery.runtime.merge_work import CODES, Unit, Work, computed
+from surgery.runtime.merge_work import Unit, Work, computed
+from surgery.runtime.stored_weights import CODES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +106,7 @@ class Writer:
         if noted is None or {*noted["digests"]} != {*unit.stored} or "met" not in noted:
             return False
         for name, digest in noted["digests"].items():
-            file, tensor = self.work.where[name]
+            file, tensor = self.work.weights.where[name]
             if not self._is_done(file) and _digest(self._out(file), tensor.begin, tensor.end) != digest:
                 return False
         self.work.met.update(noted["met"])  # what its weights were, which the end of the merge compares
@@ -116,7 +117,7 @@ class Writer:
     def _put(self, unit: Unit, tensors: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
         digests = {}
         for name, value in tensors.items():
-            file, tensor = self.work.where[name]
+            file, tensor = self.work.weights.where[name]
             held = value.contiguous().flatten().view(torch.uint8).numpy().data
             if len(held) != tensor.size or CODES[value.dtype] != tensor.dtype:
                 raise Unsure(f"{name} does not fit the place that it has in the files")

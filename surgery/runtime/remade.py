@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from surgery.diagnostics import Diagnostic, fail
-from surgery.planning.compile import Placed
+from surgery.planning.compile import Placed, Plan
 from surgery.planning.initial_values import Origin, again, follows
 from surgery.runtime.fingerprint import fingerprint_of
 from surgery.text import counted, dtype_text, listed
@@ -100,24 +100,38 @@ def is_rounding(change: float, dtype: torch.dtype) -> bool:
 
 def made_by_rule(surgeon: Surgeon) -> dict[str, str]:
     """The digests of the tensors, as they were just made, that can be made again anywhere."""
-    if surgeon.plan.frozen > ROOM * surgeon.plan.total:
-        return {}
-    origins = [(placed, follows(placed)) for placed in surgeon.plan.placed]
-    decomposed = [placed.site for placed, rules in origins if Origin.DECOMPOSITION in rules.values()]
-    is_long = sum(s.out * s.in_ * min(s.out, s.in_) * (s.stack or 1) for s in decomposed) > LONG
+    most = latest_origin(surgeon.plan)
     made: dict[str, str] = {}
-    for placed, rules in origins:
-        most = Origin.SEED if placed.site.device.type != "cpu" else Origin.WEIGHT if is_long else Origin.DECOMPOSITION
+    for placed in surgeon.plan.placed:
         tensors = surgeon.adapters[placed.site.name].tensors()
-        keys = [key for key, origin in rules.items() if origin <= most and not tensors[key].is_meta]
-        loose = _loose(surgeon, placed, {key: tensors[key] for key in keys}, rules)
-        for key in keys:
-            if key not in loose and (name := surgeon.name_of(placed, key)) not in made:
+        for key in made_again(placed, tensors, most, surgeon.seed, surgeon.made_in):
+            if (name := surgeon.name_of(placed, key)) not in made:
                 made[name] = digest_of(tensors[key])
     return made
 
 
-def _loose(surgeon: Surgeon, placed: Placed, tensors: Mapping[str, Tensor], rules: Mapping[str, Origin]) -> set[str]:
+def latest_origin(plan: Plan) -> Origin | None:
+    """The latest origin of what whoever attaches an adapter can be asked to make again; None for nothing."""
+    if plan.frozen > ROOM * plan.total:
+        return None
+    decomposed = [placed.site for placed in plan.placed if Origin.DECOMPOSITION in follows(placed).values()]
+    is_long = sum(s.out * s.in_ * min(s.out, s.in_) * (s.stack or 1) for s in decomposed) > LONG
+    return Origin.WEIGHT if is_long else Origin.DECOMPOSITION
+
+
+def made_again(placed: Placed, tensors: Mapping[str, Tensor], most: Origin | None, seed: int,
+               dtype: torch.dtype) -> list[str]:
+    """The keys of a weight's tensors, as they were just made, that can be made again anywhere."""
+    if most is None:
+        return []
+    rules, most = follows(placed), most if placed.site.device.type == "cpu" else Origin.SEED
+    keys = [key for key, origin in rules.items() if origin <= most and not tensors[key].is_meta]
+    loose = _loose(placed, {key: tensors[key] for key in keys}, rules, seed, dtype)
+    return [key for key in keys if key not in loose]
+
+
+def _loose(placed: Placed, tensors: Mapping[str, Tensor], rules: Mapping[str, Origin], seed: int,
+           dtype: torch.dtype) -> set[str]:
     """The keys of places and of decompositions that rounding decides: of vectors whose singular values are equal or
     zero, of numbers that are all but equal. Another number of threads may give others, and nobody could attach the
     adapter any more."""
@@ -129,7 +143,7 @@ def _loose(surgeon: Surgeon, placed: Placed, tensors: Mapping[str, Tensor], rule
     weight = placed.site.read() if any(rules[key] is not Origin.SEED for key in fine) else None
     loose: set[str] = set()
     for nudge in (1, -1):  # of two equal numbers one is larger in the first, the other in the second
-        made = again(placed, fine, surgeon.seed, surgeon.made_in, {}, weight, nudge)
+        made = again(placed, fine, seed, dtype, {}, weight, nudge)
         changes = {key: departure(said_of(t), made[key].reshape(t.shape)) for key, t in fine.items()}
         loose |= {key for key, change in changes.items() if change and not (
             fine[key].is_floating_point() and is_rounding(change, fine[key].dtype))}

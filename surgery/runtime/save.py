@@ -46,24 +46,34 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
     Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
     """
     tensors = {name: on_cpu(name, tensor) for name, tensor in (state or surgeon.state()).items()}
-    config = getattr(surgeon.model, "config", None)
-    base_model, said = parted(base_model or getattr(config, "_name_or_path", None) or "")
-    # The commit that was loaded tells more than the branch that was asked for.
-    revision = revision or getattr(config, "_commit_hash", None) or said
     remade = surgeon.record.left_out(tensors, self_contained)
     held = {name: tensor for name, tensor in tensors.items() if name not in remade}
-    about = surgeon.record.meta(surgeon.model, tensors, remade, base_model=base_model or None, revision=revision,
-                                **more)
+    texts = {**texts_of(surgeon, tensors, remade, base_model, revision, **more), **files}
 
     def write() -> None:
         with replacing(Path(folder), ADAPTER, force) as new:
             (new / TENSORS).write_bytes(to_bytes(held))
-            (new / SPEC).write_text(surgeon.record.text(), encoding="utf-8")
-            (new / META).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            for name, text in files.items():
-                (new / name).write_text(text, encoding="utf-8")
+            write_texts(new, texts)
 
     on_first(surgeon.part, write)
+
+
+def texts_of(surgeon: Surgeon, tensors: Mapping[str, torch.Tensor], remade: Mapping[str, Any],
+             base_model: str | None = None, revision: str | None = None, **more: Any) -> dict[str, str]:
+    """What a saved adapter says of itself, by file. Of `tensors` the shapes and dtypes count alone; `remade`: what is
+    said of those that it does not hold."""
+    config = getattr(surgeon.model, "config", None)
+    base_model, said = parted(base_model or getattr(config, "_name_or_path", None) or "")
+    # The commit that was loaded tells more than the branch that was asked for.
+    revision = revision or getattr(config, "_commit_hash", None) or said
+    about = surgeon.record.meta(surgeon.model, tensors, remade, base_model=base_model or None, revision=revision,
+                                **more)
+    return {SPEC: surgeon.record.text(), META: json.dumps(about, indent=2) + "\n"}
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] = (), force: bool = False) -> None:
