@@ -37,7 +37,19 @@ def watch(adapter: Adapter) -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    _refuse_copied(list(_WATCHED), stepped)
     retract(list(_WATCHED), stepped)
+
+
+def _refuse_copied(adapters: Iterable[Adapter], stepped: set[int]) -> None:
+    """Raises: SurgeryError (unsupported-module) where DeepSpeed's ZeRO has copies of an adapter's parameters, as its
+    marks on these tell, which its optimiser steps: they would leave the manifold, and the adapter with them."""
+    for tensor, manifold in _kept(adapters).values():
+        marked = hasattr(tensor, "ds_id") or getattr(tensor, "_hp_mapping", None) is not None
+        if marked and id(tensor) not in stepped:
+            raise fail("unsupported-module", f"what is kept `on {manifold}` trains by copies of DeepSpeed's, which "
+                       "would leave it", helps=("shard with torch.distributed.fsdp.fully_shard, whose optimisers hold "
+                                                "the parameters",))
 
 
 @torch.no_grad()

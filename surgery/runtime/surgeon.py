@@ -532,7 +532,7 @@ class Surgeon:
         """`reads`: whether numbers of the surgery's tensors are read or written. Raises: SurgeryError (changed-model;
         unsupported-module for a flattened model, and for an offloaded one where numbers are read)."""
         gather_up(self.model)
-        refuse_flattened((name, spot.tensor) for name, spot in self._spots.items())
+        refuse_flattened({**{name: spot.tensor for name, spot in self._spots.items()}, **self._names.tensors()}.items())
         refuse_unseen(self._written, self._objects)
         if self._is_on:
             refuse_unshared(self._written)
