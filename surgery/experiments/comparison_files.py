@@ -1,12 +1,15 @@
 """What a comparison keeps: the runs, and the times of steps side by side.
 
 Takes a `Run` or `Steps`, with all that it was asked for; gives the same back from its file. Promises: each is a small
-JSON file that appears whole; what was asked for otherwise is another run, and is never taken for it.
+JSON file that appears whole; what was asked for otherwise is another run, and is never taken for it, but for what a
+spec says in comments.
 """
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -25,6 +28,7 @@ RUNS, STEPS = "runs", "steps.json"  # in the folder of a comparison
 MEAN = "mean"  # of the tests, where there are several
 LOWER = ("mse", "loss", "perplexity")  # scores of which less is better
 T = TypeVar("T")
+_STRING_OR_COMMENT = re.compile(r'("[^"\n]*")|\s*#[^\n]*')
 
 
 @dataclass(frozen=True)
@@ -104,17 +108,40 @@ def digest(what: Any) -> str:
 
 def place_of(folder: Path, asked: Mapping[str, Any]) -> Path:
     """The file of a run: runs that were asked for otherwise lie side by side."""
-    return folder / f"{asked['method']}-{asked['rate']:g}-{asked['seed']}-{digest(dict(asked))}.json"
+    return folder / f"{_name_of(asked)}-{digest(_meant(asked))}.json"
 
 
 def finished(folder: Path, asked: Mapping[str, Any], weights: Callable[[], str] | None = None) -> Run | None:
     """The run, if it is in the folder. `weights`: what stands for those that the base model has now, asked for where
     there is a run. Raises: SurgeryError (bad-data) for one of other weights."""
-    run = _read(file := place_of(folder, asked), Run)
-    if run and run.weights and weights and weights() != run.weights:
-        raise fail("bad-data", f"{file} is a run of other weights than {asked.get('model')} has now",
-                   helps=("name another folder, or delete the runs in this one",))
-    return run
+    wanted = digest(_meant(asked))
+    # by what is in them: a comment of the spec that has changed since is in the names of earlier versions' files
+    for file in sorted(folder.glob(f"{glob.escape(_name_of(asked))}-*.json")):
+        run = _read(file, Run)
+        if run is None or digest(_meant(run.asked)) != wanted:
+            continue
+        if run.weights and weights and weights() != run.weights:
+            raise fail("bad-data", f"{file} is a run of other weights than {asked.get('model')} has now",
+                       helps=("name another folder, or delete the runs in this one",))
+        return run
+    return None
+
+
+def _name_of(asked: Mapping[str, Any]) -> str:
+    return f"{asked['method']}-{asked['rate']:g}-{asked['seed']}"
+
+
+def _meant(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for, without the comments of its specs, which change nothing."""
+    def bare(spec: str | None) -> str | None:
+        return spec and _STRING_OR_COMMENT.sub(lambda found: found[1] or "", spec).strip()
+
+    found = dict(asked)
+    if "spec" in found:
+        found["spec"] = bare(found["spec"])
+    if "specs" in found:
+        found["specs"] = {method: bare(spec) for method, spec in found["specs"].items()}
+    return found
 
 
 def keep(folder: Path, run: Run) -> None:
@@ -127,7 +154,7 @@ def known_steps(file: Path, asked: Mapping[str, Any]) -> Steps | None:
     ratios are to the first method's."""
     steps = _read(file, Steps)
     # compared as text, since two dicts are equal in any order
-    return steps if steps and json.dumps(steps.asked) == json.dumps(asked) else None
+    return steps if steps and json.dumps(_meant(steps.asked)) == json.dumps(_meant(asked)) else None
 
 
 def keep_steps(file: Path, steps: Steps) -> None:

@@ -33,6 +33,21 @@ def test_a_run_is_kept_and_found_again(tmp_path: Path) -> None:
     assert all(p.suffix == ".json" for p in (tmp_path / "runs").iterdir())
 
 
+def test_a_comment_of_a_spec_makes_no_other_run(tmp_path: Path) -> None:
+    """Only what is in the spec does, and a pattern may hold what begins a comment."""
+    target = 'target linear "a#b" {\n  add low_rank(2)\n}\n'
+    first = f"# LoRA\nspec lora\n\n{target}"
+    kept = replace(run(), asked={**run().asked, "spec": first})
+    keep(tmp_path, kept)
+    keep_steps(tmp_path / "steps.json", steps := Steps({"specs": {"lora": first}}, {"lora": [1.0]}, "a machine"))
+    for text in (first, f"# another\n# word\nspec lora  # here too\n\n{target}", f"spec lora\n\n{target}"):
+        assert finished(tmp_path, {**kept.asked, "spec": text}) == kept
+        assert known_steps(tmp_path / "steps.json", {"specs": {"lora": text}}) == steps
+    for text in (first.replace("a#b", "a#c"), first.replace("2", "3"), None):
+        assert finished(tmp_path, {**kept.asked, "spec": text}) is None
+        assert known_steps(tmp_path / "steps.json", {"specs": {"lora": text}}) is None
+
+
 def test_times_are_kept_for_the_methods_in_their_order(tmp_path: Path) -> None:
     steps = Steps({"specs": {"full": None, "lora": "text"}}, {"full": [2.0], "lora": [1.0]}, "a machine")
     assert known_steps(tmp_path / "steps.json", steps.asked) is None
