@@ -7,10 +7,11 @@ two targets that take one site otherwise are an error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from surgery.diagnostics import Collector
 from surgery.layers.survey import Site, Survey
@@ -77,8 +78,8 @@ def _report_pair(first: Reach, second: Reach, report: Collector) -> None:
 
 
 def tied(survey: Survey) -> dict[str, tuple[str, ...]]:
-    """The parameters that share their storage with others, each with the names of those. One module object that stands
-    at two names is not tied: it has one weight, and one adapter."""
+    """The parameters that share numbers in memory with others, each with the names of those. One module object that
+    stands at two names is not tied: it has one weight, and one adapter."""
     modules = ((names[0], survey.modules[names[0]]) for names in survey.names.values())
     parameters = {f"{module}.{name}".lstrip("."): parameter for module, holder in modules
                   for name, parameter in holder._parameters.items() if parameter is not None}
@@ -88,14 +89,55 @@ def tied(survey: Survey) -> dict[str, tuple[str, ...]]:
     promised: Mapping[str, str] = {}
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         promised = getattr(model, "all_tied_weights_keys", None) or {}
-    groups: dict[object, list[str]] = {}
-    for name, parameter in parameters.items():
-        source = parameters.get(promised.get(name, name), parameter) if parameter.is_meta else parameter
-        # Two parameter objects can be views of one storage. Where there is no data, only the same object is the same.
-        has_no_data = source.is_meta or nn.parameter.is_lazy(source) or not source.data_ptr()
-        storage = id(source) if has_no_data else (source.device, source.data_ptr(), source.shape)
-        groups.setdefault(storage, []).append(name)
-    return {name: tuple(n for n in group if n != name) for group in groups.values() if len(group) > 1 for name in group}
+    sources = {name: parameters.get(promised.get(name, name), parameter) if parameter.is_meta else parameter
+               for name, parameter in parameters.items()}
+    shared: dict[str, list[str]] = {}
+    for group in _near(sources):
+        for first, second in combinations(group, 2):
+            if have_common(sources[first], sources[second]):
+                shared.setdefault(first, []).append(second)
+                shared.setdefault(second, []).append(first)
+    return {name: tuple(shared[name]) for name in parameters if name in shared}
+
+
+def _near(sources: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
+    """The names of parameters whose stretches of memory overlap, two or more at a time, in their order."""
+    order = {name: place for place, name in enumerate(sources)}
+    stretches: dict[object, list[tuple[int, int, str]]] = {}
+    for name, source in sources.items():
+        if source.is_meta or nn.parameter.is_lazy(source) or not source.data_ptr():
+            stretches.setdefault(id(source), []).append((0, 1, name))  # without data only the same object is the same
+        else:
+            last = sum((size - 1) * step for size, step in zip(source.shape, source.stride()))
+            start = source.data_ptr()
+            stretches.setdefault(source.device, []).append((start, start + (last + 1) * source.element_size(), name))
+    for held in stretches.values():
+        group, end = [], 0
+        for start, stop, name in sorted(held):
+            if start >= end and len(group) > 1:
+                yield sorted(group, key=order.__getitem__)
+            group, end = ([name], stop) if start >= end else ([*group, name], max(end, stop))
+        if len(group) > 1:
+            yield sorted(group, key=order.__getitem__)
+
+
+def have_common(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors whose stretches of memory overlap hold a number in common: the two halves of a matrix's
+    columns, which lie in turns, do not."""
+    if first is second or (first.data_ptr(), first.shape, first.stride()) == (
+            second.data_ptr(), second.shape, second.stride()):
+        return True
+    size, apart = first.element_size(), abs(first.data_ptr() - second.data_ptr())
+    if size != second.element_size() or apart % size:
+        return True
+    lower, higher = sorted((first, second), key=Tensor.data_ptr)
+    places = []
+    for tensor, start in ((lower, 0), (higher, apart // size)):
+        at = torch.tensor(start)
+        for length, step in zip(tensor.shape, tensor.stride()):
+            at = at[..., None] + step * torch.arange(length if step else 1)
+        places.append(at.flatten())
+    return bool(torch.isin(*places).any())
 
 
 def report_tied(owned: Mapping[Site, Reach], survey: Survey, report: Collector) -> None:

@@ -417,6 +417,28 @@ def test_tied_weights_are_found_by_storage():
     assert taken(model, 'target linear "b" untie {}') == ["b"] and taken(model, 'target linear "c" {}') == ["c"]
 
 
+@pytest.mark.parametrize("view, is_tied", [
+    (lambda w: w.T, True), (lambda w: w[:, :4], True), (lambda w: w[3:], True), (lambda w: w[::2], True),
+    (lambda w: w.flatten()[5:29].view(4, 6), True), (lambda w: w[1:2].expand(3, 8), True),
+    (lambda w: w[:, 5:], False), (lambda w: w[:, 5:7].T, False), (lambda w: w.clone(), False)])
+def test_weights_are_tied_that_have_a_number_in_common(view, is_tied):
+    """Whatever the shape in which each sees the memory; halves of a matrix's columns lie in turns and have none."""
+    model = nn.ModuleDict({"a": nn.Linear(8, 6), "b": nn.Linear(8, 6)})
+    whole = model["a"].weight.data
+    model["a"].weight = nn.Parameter(whole[:, :5] if not is_tied else whole)
+    model["b"].weight = nn.Parameter(view(whole))
+    assert _tied(model) == ({"a.weight": ("b.weight",), "b.weight": ("a.weight",)} if is_tied else {})
+
+
+def test_a_vector_that_weights_are_parts_of_is_tied_to_each():
+    model, flat = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(4, 3)}), nn.Parameter(torch.zeros(20))
+    model["a"].weight, model["b"].weight = nn.Parameter(flat[:8].view(2, 4).data), nn.Parameter(flat.data[8:].view(3, 4))
+    assert _tied(model) == {}
+    model.register_parameter("flat", flat)
+    assert _tied(model) == {"flat": ("a.weight", "b.weight"), "a.weight": ("flat",), "b.weight": ("flat",)}
+    assert failure(model, 'target linear "b" { add low_rank(rank = 1) }\ntrain "flat"').diagnostics[0].code == "tied-weight"
+
+
 def test_tied_weights_on_the_meta_device():
     with torch.device("meta"):
         model = nn.ModuleDict({"a": nn.Embedding(4, 3), "b": nn.Linear(3, 4), "c": nn.Linear(3, 4)})
