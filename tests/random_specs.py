@@ -92,7 +92,9 @@ def room(place: str) -> Room:
     for name, row in PRIMITIVES.items():
         for *chosen, given in product(*[texts] * row.arity, given_sizes(row, texts)) if can_be_random(row) else ():
             with suppress(ShapeError, KeyError):
-                if not row.places or () not in chosen and all(chosen[i] == (2,) for i in row.places):
+                # of two places each axis must have two: of none and of an axis of 1 there are no two
+                if not row.places or all(chosen[i] == (2,) for i in row.places) and all(
+                        shape and 1 not in shape for shape in chosen):
                     calls[row.shape_of(sizes_of(given, names), chosen)].setdefault(name, []).append((tuple(chosen),
                                                                                                      given))
     operand = tuple(sizes.values())

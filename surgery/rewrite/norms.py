@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from surgery.ir.builders import fill, scaled, summands, times, total
-from surgery.ir.expression import Expr
+from surgery.ir.builders import UNFOLDED, fill, is_zero, scaled, summands, times, total, value_of
+from surgery.ir.expression import Expr, rebuild, walk
 from surgery.ir.operations import make
 from surgery.ir.sizes import Dim, known
 from surgery.rewrite.engine import Rule
@@ -36,8 +36,34 @@ def _norm(node: Expr) -> Expr | None:
 
 def _pays(node: Expr) -> bool:
     """True if a norm is cheaper in parts: a term is low-rank, or a product."""
-    return any(factors(t) is not None or t.op == "matmul" for t in summands(node)) or (
+    is_cheap = any(factors(t) is not None or t.op == "matmul" for t in summands(node))
+    return is_cheap and not _cancels(node) or (
         node.op == "mul" and scaled(node)[0] is not None and _pays(scaled(node)[1]))
+
+
+def _cancels(node: Expr) -> bool:
+    """Whether terms of a sum in it take each other away, but for a `detach`: squares that cancel leave √ε x where x - x
+    is 0."""
+    if not node.has("detach") or node.unfolded > UNFOLDED:
+        return False
+    bare = simplify(rebuild(node, lambda n, args: args[0] if n.op == "detach" else n.with_args(args)))
+    return is_zero(bare) or any(_has_opposites(each) for each in walk(bare) if each.op == "add")
+
+
+def _has_opposites(node: Expr) -> bool:
+    """Whether a term of a sum has a negative multiple in it too."""
+    signs: dict[Expr, bool] = {}
+    stack = [(node, 1.0)]
+    while stack:
+        term, factor = stack.pop()
+        scalar, rest = scaled(term)
+        if scalar is not None and (value := value_of(scalar)) is not None:
+            term, factor = rest, factor * value
+        if term.op == "add":
+            stack += ((each, factor) for each in term.args)
+        elif signs.setdefault(term, factor > 0) != (factor > 0):
+            return True
+    return False
 
 
 def dots(a: Expr, b: Expr, k: int, gains: Expr | None = None) -> Expr:

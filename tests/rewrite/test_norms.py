@@ -1,0 +1,44 @@
+"""Norms in parts: where terms take each other away the sum of their squares is no norm."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from surgery.ir.dense import dense
+from surgery.ir.expression import Expr
+from surgery.ir.operations import make
+from surgery.language.parser import parse_expression
+from surgery.rewrite.cheaper_forms import cheapest
+from surgery.semantics.evaluate import evaluate
+
+LEAVES = {"W": Expr("weight", (), "weight", (9, 7)), **{name: Expr("param", (), name, shape) for name, shape in (
+    ("B", (9, 2)), ("A", (2, 7)), ("d", (7,)), ("g", ()))}}
+
+
+def values_of(expr: Expr) -> list[Tensor]:
+    """Its value, and its gradients in all leaves, in float32."""
+    torch.manual_seed(0)
+    leaves = {leaf.data: torch.randn(leaf.shape, requires_grad=True) for leaf in LEAVES.values()}
+    value = dense(expr, leaves)
+    return [value, *torch.autograd.grad(value.sum() + sum(0 * each.sum() for each in leaves.values()), [*leaves.values()])]
+
+
+def expression(text: str) -> Expr:
+    return evaluate(parse_expression(text), {**LEAVES})
+
+
+@pytest.mark.parametrize("norm", ["norm", "row_norm", "col_norm"])
+@pytest.mark.parametrize("inner", [
+    "W + B @ A - detach(W + B @ A)", "detach(W + B @ A) - B @ A - W", "2 * (W + B @ A) - 2 * detach(W) - 2 * detach(B @ A)",
+    "(W + B @ A - detach(W + B @ A)) @ diag(d)", "g * (W + B @ A) - g * detach(W + B @ A)",
+    "W - detach(W) + B @ A", "W + B @ A + 3 * (B @ A - detach(B) @ A)"])
+def test_what_takes_itself_away_is_squared_as_a_whole(norm, inner):
+    """In parts ‖x - detach(x)‖ is the root of a rounding: 1e-3 of ‖x‖ in float32, with a gradient of any direction."""
+    expr = expression(f"{norm}({inner})")
+    for found, wanted in zip(values_of(cheapest(expr)), values_of(expr), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("inner", ["W + B @ A", "W - B @ A", "W + B @ A + detach(B @ A)", "detach(W) + B @ A"])
+def test_other_norms_are_made_in_parts(inner):
+    assert cheapest(make("row_norm", expression(inner))).op == "root"
