@@ -1,6 +1,6 @@
 """Mistakes put into the heart of the package, one at a time, and whether the tests see them: by hand, not in CI.
 
-    python dev.py mutate [--count 44] [--only 8 26] [--seed 0] [--tests PATH ...] [MODULE or folder ...]
+    python dev.py mutate [--count 44] [--only 8 26] [--seed 0] [--seconds 60] [--tests PATH ...] [MODULE or folder ...]
 
 A mistake is one change of a module's syntax tree (a sign, a factor, a comparison, a condition, a constant, the order of
 arguments, a statement left out), drawn by seed from all that there are, so that nothing here names a line that moves.
@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ TESTS = ("tests/test_corners.py", "tests/rewrite/test_*.py", "tests/ir/test_*.py
          "tests/semantics/test_*.py", "tests/planning/test_starts.py", *(f"tests/runtime/test_{name}.py" for name in (
              "store", "zero_rows", "zoo*", "called", "routed_experts", "effective", "grouped")))
 COUNTED = {"cost_model", "operation_counts"}  # modules whose figures choose between programs that give the same
+ON_A_GPU = {"kernels_triton"}  # what no test runs where there is none
 PATIENCE = 4  # times what the tests take of a processor without a mistake
 START = 60  # seconds of a processor before the first test begins
 MEMORY = 8 * 2**30  # bytes of a process; without a mistake the tests take a quarter of it
@@ -199,7 +201,7 @@ class Watch:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
 
     def answer(self) -> dict[str, Any]:
-        sys.settrace(None)
+        sys.settrace(None), threading.settrace(None)
         imported = [name for name, m in sys.modules.items() if "site-packages" in (getattr(m, "__file__", None) or "")]
         reached = {test: [(os.path.relpath(path), line) for path, line in sorted(lines)]
                    for test, lines in self.reached.items() if lines}
@@ -207,10 +209,12 @@ class Watch:
 
 
 class Order:
-    """A plugin of pytest that runs some of the tests that are collected, in this order."""
+    """A plugin of pytest that runs some of the tests that are collected, in this order, and begins none after so many
+    seconds of a processor."""
 
-    def __init__(self, tests: list[str]):
-        self.place, self.failed = {test: i for i, test in enumerate(tests)}, ""
+    def __init__(self, tests: list[str], seconds: float):
+        self.place, self.seconds = {test: i for i, test in enumerate(tests)}, seconds
+        self.failed, self.is_open = "", False
 
     def pytest_collection_finish(self, session: Any) -> None:
         chosen = [item for item in session.items if item.nodeid in self.place]
@@ -219,8 +223,12 @@ class Order:
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.failed = self.failed or report.failed and report.nodeid
 
-    def answer(self) -> str:
-        return self.failed
+    def pytest_runtest_protocol(self, item: Any) -> None:
+        if time.process_time() > self.seconds:
+            self.is_open, item.session.shouldstop = True, "no more time"
+
+    def answer(self) -> tuple[str, bool]:
+        return self.failed, self.is_open
 
 
 def apart(copy: Path, tests: list[str], plugin: Watch | Order, most: float = 3600) -> tuple[int | None, Any, float]:
@@ -308,8 +316,8 @@ def share_imports(found: dict[str, Any]) -> None:
 
 
 def order_for(mistake: Mistake, copy: Path, study: dict[str, Any]) -> list[str]:
-    """The tests that may see a mistake: those that reach it, the quickest first; then the others of their files, which may
-    use what one of them has kept, or all where it is reached by importing."""
+    """The tests that may see a mistake: of those that reach it one case of each, the quickest first, then another; then
+    the others of their files, which may use what one of them has kept, or all where it is reached by importing."""
     path, source = str(mistake.path), (copy / mistake.path).read_bytes()
     lines, seconds, direct, files = mistake.lines(source), {}, set(), set()
     has_code = not compiled_lines(compile(source, path, "exec")).isdisjoint(lines)  # a constant may stand in no line
@@ -319,7 +327,10 @@ def order_for(mistake: Mistake, copy: Path, study: dict[str, Any]) -> list[str]:
         direct |= at - {""}
         if at or not has_code:
             files.add(file)
-    quick = sorted(direct, key=seconds.__getitem__)
+    cases: dict[str, list[str]] = {}
+    for test in sorted(direct, key=seconds.__getitem__):
+        cases.setdefault(test.partition("[")[0], []).append(test)
+    quick = [test for each in zip_longest(*cases.values()) for test in each if test is not None]
     others = [test for file in sorted(files, key=lambda file: study[file]["took"]) for test in study[file]["seconds"]]
     return [*quick, *(test for test in others if test not in direct)]
 
@@ -329,20 +340,27 @@ def compiled_lines(code: CodeType) -> set[int]:
     return set(lines_of(code)).union(*(compiled_lines(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
-def verdict(mistake: Mistake, copy: Path, study: dict[str, Any]) -> str:
-    """What sees a mistake; nothing where no test does."""
+def verdict(mistake: Mistake, copy: Path, study: dict[str, Any], seconds: float) -> tuple[str, str]:
+    """Whether a mistake is seen, and by what; OPEN where its tests take longer than that."""
     order = order_for(mistake, copy, study)
+    if mistake.path.stem in ON_A_GPU:
+        return "a GPU's", ""
     if not order:
-        return ""
+        return "SURVIVED", "no test, for none reaches it"
     files = list(dict.fromkeys(test.partition("::")[0] for test in order))
     most = START + PATIENCE * sum(study[file]["took"] for file in files)
     source = (copy / mistake.path).read_bytes()
     (copy / mistake.path).write_bytes(mistake.put_in(source))
     try:
-        code, failed, _ = apart(copy, files, Order(order), most)
+        code, said, _ = apart(copy, files, Order(order, seconds), most)
     finally:
         (copy / mistake.path).write_bytes(source)
-    return "the bound on time" if code is None else failed or "what collects the tests" if code else ""
+    if code is None:
+        return "seen", "the bound on time"
+    failed, is_open = said
+    if failed or code and not is_open:
+        return "seen", failed or "what collects the tests"
+    return "OPEN" if is_open else "SURVIVED", ""
 
 
 def main() -> int:
@@ -351,6 +369,7 @@ def main() -> int:
     say.add_argument("--count", type=int, default=44)
     say.add_argument("--only", type=int, nargs="+", help="those of these numbers")
     say.add_argument("--seed", type=int, default=0)
+    say.add_argument("--seconds", type=float, default=float("inf"), help="of a processor for the tests of a mistake")
     say.add_argument("--tests", nargs="+", default=TESTS)
     given = say.parse_args()
     if not hasattr(os, "fork"):
@@ -362,19 +381,20 @@ def main() -> int:
     known = [m for file in files if file.stem not in COUNTED for m in mistakes(file.relative_to(ROOT))]
     chosen = drawn(known, given.seed)[:given.count]
     print(f"{len(known)} mistakes can be made in {len(files)} modules; of {len(chosen)}:", flush=True)
-    survivors, tried = [], 0
+    outcome: dict[str, list[str]] = {"seen": [], "OPEN": [], "SURVIVED": [], "a GPU's": []}
     with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
         copy = Path(folder) / "project"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "out", "*.egg-info"))
         tests = sorted({str(path.relative_to(copy)) for of in given.tests for path in copy.glob(of)})
         study = studied(copy, tests, chosen)
         for number in given.only or range(len(chosen)):
-            by, shown = verdict(chosen[number], copy, study), chosen[number].shown((copy / chosen[number].path).read_bytes())
-            tried += 1
-            survivors += [] if by else [f"{number:2} {shown}"]
-            print(f"{number:2} {'seen    ' if by else 'SURVIVED'} {shown}{by and f'  by {by}'}", flush=True)
-    print(f"{tried - len(survivors)} of {tried} seen ({(tried - len(survivors)) / max(tried, 1):.0%})")
-    print(*survivors, sep="\n")
+            mistake, begin = chosen[number], time.monotonic()
+            kind, by = verdict(mistake, copy, study, given.seconds)
+            outcome[kind].append(f"{number:2} {kind:8} {mistake.shown((copy / mistake.path).read_bytes())}")
+            print(f"{outcome[kind][-1]}{by and f'  by {by}'} ({time.monotonic() - begin:.0f} s)", flush=True)
+    tried = sum(len(outcome[kind]) for kind in ("seen", "SURVIVED", "OPEN"))
+    print(f"{len(outcome['seen'])} of {tried} seen ({len(outcome['seen']) / max(tried, 1):.0%})")
+    print(*outcome["SURVIVED"], *outcome["OPEN"], sep="\n")
     return 0
 
 
