@@ -20,17 +20,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from surgery.diagnostics import Diagnostic, SurgeryError, fail
 from surgery.layers.layouts import weights
-from surgery.layers.opaque_linear import pieces
 from surgery.layers.wrappers import own_parameter
 from surgery.models.demo import demo_inputs
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.merge import merged
+from surgery.runtime.readings import Readings
 from surgery.runtime.transaction import Scope, Snapshot, finish
 from surgery.text import counted, listed
 
@@ -99,7 +98,7 @@ class Subject:
                 raise fail("not-identity",
                            "the logits of the base model are not finite, so there is nothing to compare with",
                            helps=("`check=False` operates all the same",))
-            with _Readings(self.placed) as readings:
+            with Readings(self.placed) as readings:
                 operated = self._run(batch)
             readings.refuse()
             allowed, change = max(IDENTITY_TOLERANCE, _ROUNDINGS * self._eps), departure(base, operated)
@@ -268,46 +267,6 @@ class Subject:
                    f"relative; {bound:.0e} is allowed): {about}",
                    notes=("the model reads such a weight in a way that an adapter does not see",),
                    helps=("`except` leaves it out; `check=False` operates all the same",))
-
-
-class _Readings(TorchFunctionMode):
-    """Inside, notes the layers without a plain weight whose tensors are computed with by others than themselves: what
-    stands there is not W, and no W' can stand in its place, so that their adapters are not seen."""
-
-    def __init__(self, placed: Sequence[Placed]):
-        super().__init__()
-        self.read: dict[str, None] = {}
-        self._owners = {id(t): p.site for p in placed if p.site.layout.is_called for t in pieces(p.site.module)}
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        # whose dtype, device or shape is asked for is not computed with
-        if self._owners and name != "__get__" and not name.endswith("_like"):
-            asked = args[:1] if name in ("to", "type_as") else (*args, *kwargs.values())
-            for each in (t for a in asked for t in (a if isinstance(a, (tuple, list)) else (a,))):
-                site = self._owners.get(id(each)) if isinstance(each, Tensor) else None
-                if site is not None and not _runs(site.module):
-                    self.read[site.weight_name] = None
-        return func(*args, **kwargs)
-
-    def refuse(self) -> None:
-        """Raises: SurgeryError (dead-adapter), naming the weights."""
-        if self.read:
-            raise fail("dead-adapter", f"the model computes with what stands at {listed(self.read)} itself, beside the "
-                       "layer's own forward: it is no plain weight, and the adapter is not seen there",
-                       helps=("`except` leaves it out; `check=False` operates all the same",
-                              "a model with plain weights (not quantised) gives W' there"))
-
-
-def _runs(module: nn.Module) -> bool:
-    """Whether a method of the module is running, in whatever is called from there."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_locals.get("self") is module:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def outputs(model: nn.Module) -> Tensor | None:
