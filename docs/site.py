@@ -56,6 +56,11 @@ def _cells(notebook: dict[str, Any]) -> Iterator[str]:
         yield ""
 
 
+def on_post_build(config: MkDocsConfig) -> None:
+    """The theme's page for what is not found links to the root of a host, and the site may lie in any folder."""
+    (Path(config.site_dir) / "404.html").unlink(missing_ok=True)
+
+
 def on_page_markdown(markdown: str, **about: Any) -> str:
     """Links to files that the site does not have become their names; a named block gets its name as a title."""
     markdown = _NAMED.sub(lambda found: f'```{found[2]} title="{found[1]}"', markdown)
