@@ -79,14 +79,15 @@ class Candidate:
     @cached_property
     def reads_weight(self) -> bool:
         """True if the set-up reads every number of the frozen weight at every step."""
-        fixed, stack, seen = set(self.fixed), list(self.values), set()
+        seen, stack = set(self.fixed), list(self.values)
         while stack:
             node = stack.pop()
+            if node in seen:
+                continue
             if operation(node).of_layer and operation(node).is_leaf:
                 return True
-            if node not in fixed and node not in seen:
-                seen.add(node)
-                stack += node.args
+            seen.add(node)
+            stack += node.args
         return False
 
     @cached_property
@@ -293,6 +294,8 @@ def _unread(expr: Expr, always: bool = False) -> Expr:
     read."""
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         new = node.with_args(args)
+        if (squares := _squares(new)) is not None:
+            return squares
         if always and node.op in ("columns", "between") and is_weight(args[0]):
             places = args[1] if node.op == "columns" else make("range", data=node.data)
             rows = make("placed", eye(node.shape[1]), places, data=args[0].shape[1:])
@@ -307,6 +310,15 @@ def _unread(expr: Expr, always: bool = False) -> Expr:
         return new
 
     return rebuild(expr, change)
+
+
+def _squares(node: Expr) -> Expr | None:
+    """The norms of the weight's rows or columns, or their squares, from what reads the weight as it is stored."""
+    if node.op not in ("row_dot", "row_norm", "col_norm") or len({*node.args}) > 1 or not is_weight(node.args[0]):
+        return None
+    axis = int((node.op == "col_norm") is (node.args[0].op == "T"))
+    squares = Expr("weight_squares", (), axis, node.shape)
+    return squares if node.op == "row_dot" else make("root", squares)
 
 
 def _called(weight: Expr, rows: Expr) -> Expr:
@@ -324,6 +336,7 @@ def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
     """What a set-up computes once: its largest parts that depend on the frozen weight alone and are smaller than it, or
     that are small constants."""
     on_weight = names(lambda row: row.of_layer)
+    of_weight = names(lambda row: row.of_layer and row.source is Source.LAYER)
     others = names(lambda row: row.source is not None and not row.of_layer)
     fixed: dict[Expr, None] = {}
     stack, seen = list(reversed(values)), set()
@@ -333,8 +346,8 @@ def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
             continue
         seen.add(node)
         is_known = not node.has(*others)
-        is_of_weight = node.has("weight") and is_known
-        is_smaller = not operation(node).is_leaf and (len(node.shape) < 2 or node.op == "gram")
+        is_of_weight = node.has(*of_weight) and is_known
+        is_smaller = len(node.shape) < 2 or node.op == "gram"
         is_constant = is_known and not node.has(*on_weight) and not operation(node).is_inline
         if is_of_weight and is_smaller or is_constant and size(node, 0) <= _SMALL:
             fixed[node] = None

@@ -143,6 +143,10 @@ class Run:
                 return self._read(f"{name}[{index}]", values[index])
             case ast.Subscript(value=a, slice=index):
                 return self._view("index", self._value(a), ast.unparse(index).strip("()"))
+            case ast.Attribute(value=ast.BinOp(left=ast.Attribute(value=a, attr="mT"), op=ast.MatMult(),
+                                               right=ast.Attribute(value=b, attr="mT")), attr="mT"):  # (aᵀ bᵀ)ᵀ = b a
+                right = self._value(b)
+                return self._computed("@", right, self._value(a))
             case ast.Attribute(value=ast.BinOp(left=ast.Attribute(value=a, attr="mT"), op=ast.MatMult(), right=b),
                                attr="mT"):  # (aᵀ b)ᵀ = bᵀ a, of matrices
                 right = self._value(b)
@@ -305,6 +309,8 @@ class Run:
         known = [self._data(a) for a in arguments[:-1]] if name in ("fill", "eye") else []
         if name == "fill" and known[0] == ():
             return self._placed(self.symbols.number(known[1]))
+        if name == "squares":
+            known = [self._data(arguments[0])]
         values = [] if known else [self._value(a) for a in arguments if ast.unparse(a) not in _DTYPES]
         return self._computed(_SAME_MAP.get(name, f"layer.{name}"), *known, *values)
 
@@ -316,7 +322,7 @@ class Run:
         if name == "detach":
             return Held(self.symbols.constant(a.meaning), a.memory)
         if name in _VIEWS:
-            return self._view(name, a, *map(ast.literal_eval, arguments))
+            return replace(self._view(name, a, *map(ast.literal_eval, arguments)), owned=a.owned)
         if name == "mul_":
             (c,) = map(self._value, arguments)
             self._keep(a, c)

@@ -132,6 +132,7 @@ _MEANINGS: dict[str, _Rule] = {
     "diag": _as("diag_embed"), "total": _as("sum"), "zeros": _as("zeros_like"),
     "param": _with_data("leaf", lambda data: (data,)), "places": _with_data("leaf", lambda data: (data,)),
     "weight": _as("layer.matrix"), "bias": _as("layer.offset"),
+    "weight_squares": _with_data("layer.squares", lambda axis: (axis,)),
     "fill": lambda symbols, node, args: symbols.of("layer.fill", tuple(node.shape), node.data),
     "eye": lambda symbols, node, args: symbols.of("layer.eye", tuple(node.shape)),
     "frozen": lambda symbols, node, args: symbols.of("frozen_biased" if node.data == "biased" else "frozen", *args),

@@ -12,6 +12,7 @@ from surgery.ir.notation_forms import undecided as undecided_notation
 from surgery.ir.shape_rules import dropped, exactly, same
 from surgery.ir.sizes import Dim, known_shape
 from surgery.ir.table import (
+    ACTING,
     IN_STEP,
     OF_A_SPEC,
     ON_INPUT,
@@ -47,6 +48,11 @@ LEAVES = [
     _leaf("weight", "the frozen W", "[out, in]", lambda n: len(n.shape) == 2 and n.data is None, of_layer=True,
           text="layer.matrix(dtype)", source=Source.LAYER, evaluate=lambda node, args, leaves: leaves["weight"],
           notation=symbol("W")),
+    # As a program has it that reads no more of W: no copy of it in the program's dtype is made.
+    _leaf("weight_squares", "Σ W² over each row (1) or column (0)", "a vector, and an axis",
+          lambda n: len(n.shape) == 1 and n.data in (0, 1), of_layer=True, stage=ACTING,
+          text="layer.squares({data}, dtype)", source=Source.LAYER,
+          evaluate=lambda node, args, leaves: leaves["weight"].square().sum(node.data)),
     _leaf("bias", "the frozen b", "[out]", lambda n: len(n.shape) == 1 and n.data is None,
           text="layer.offset(dtype)", source=Source.LAYER, evaluate=lambda node, args, leaves: leaves["bias"],
           notation=symbol("b")),

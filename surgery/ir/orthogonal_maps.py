@@ -1,4 +1,4 @@
-"""Rotations with a gradient of their own, which holds less than autograd's and passes over it less often.
+"""Rotations, and a root, with a gradient of their own, which holds less than autograd's and takes fewer operations.
 
 What it holds is what they give, and nothing beside it. Where something looks into them that wants autograd's own
 operations (`is_traced`) they are those.
@@ -112,3 +112,64 @@ class _Solved(torch.autograd.Function):
         (result,), (g,) = ctx.saved_tensors, grad_outputs
         turned = (_shifted(result.clone(), -ctx.end) if ctx.end else result).mT
         return turned @ (-ctx.factor * g) @ turned, None, None, None
+
+
+def mirrored(u: Tensor) -> Tensor:
+    """T Uᵀ / 2 of Π (I - 2 u uᵀ / uᵀu) = I - U T Uᵀ: [n, r] -> [r, n]. T⁻¹ is the upper triangle of UᵀU with the
+    diagonal halved. A zero column is no mirror: its row is zero."""
+    if not is_traced():
+        return _Mirrored.apply(u)
+    if torch.onnx.is_in_onnx_export():
+        return eliminated(_mirrors(u)) @ u.mT
+    return torch.linalg.solve_triangular(_mirrors(u), u.mT, upper=True)
+
+
+def _mirrors(u: Tensor) -> Tensor:
+    """The M of `_Mirrored`, with autograd's gradient."""
+    gram = u.mT @ u
+    return gram.triu(1) + gram.triu() + (gram.diagonal() == 0).to(u.dtype).diag_embed()
+
+
+class _Mirrored(torch.autograd.Function):
+    """With M = 2 / T and V = M⁻¹ Uᵀ, the gradient of <V, g> is S = M⁻ᵀ g in Uᵀ, and -2 of the upper triangle of S Vᵀ,
+    once for each side, in UᵀU."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        triangle = torch.addmm(u.new_empty(()), u.mT, u, beta=0, alpha=2)  # what is below the diagonal nobody reads
+        diagonal = triangle.diagonal().mul_(0.5)
+        diagonal.masked_fill_(diagonal == 0, 1.0)
+        result = torch.linalg.solve_triangular(triangle, u.mT, upper=True)
+        ctx.save_for_backward(u, triangle, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (u, triangle, result), (g,) = ctx.saved_tensors, grad_outputs
+        triangle = _mirrors(u) if torch.is_grad_enabled() else triangle  # a second derivative reaches u by it too
+        led = torch.linalg.solve_triangular(triangle.mT, g, upper=False)
+        upper = led @ result.mT
+        return torch.addmm(led.mT, u, upper.triu() + upper.triu(1).mT, alpha=-2)
+
+
+def root(a: Tensor) -> Tensor:
+    """√a, and 0 with no gradient where a ≤ 0."""
+    if not is_traced():
+        return _Root.apply(a)
+    none = a <= 0
+    return a.masked_fill(none, 1.0).sqrt().masked_fill(none, 0.0)
+
+
+class _Root(torch.autograd.Function):
+    """The gradient of <√a, g> is g / (2 √a)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        result = a.clamp_min(0.0).sqrt()
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (result,), (g,) = ctx.saved_tensors, grad_outputs
+        return 0.5 * g / result.masked_fill(result == 0, torch.inf)

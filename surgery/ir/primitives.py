@@ -25,6 +25,7 @@ from surgery.ir.shape_rules import (
     vector,
 )
 from surgery.ir.shape_rules import entrywise_product as product_shape
+from surgery.ir.sizes import known, known_shape
 from surgery.ir.table import (
     ADDCMUL,
     ADDMM,
@@ -200,16 +201,9 @@ def _phi(m: Any) -> Any:
 
 def _mirrored(u: Any) -> Any:
     """T Uᵀ / 2 of Π (I - 2 u uᵀ / uᵀu) = I - U T Uᵀ: T⁻¹ is the upper triangle of UᵀU with the diagonal halved."""
-    import torch
+    from surgery.ir.orthogonal_maps import mirrored
 
-    from surgery.ir.orthogonal_maps import eliminated
-
-    gram = u.mT @ u
-    triangle = gram.triu(1) + gram.triu()
-    none = (gram.diagonal() == 0).to(u.dtype).diag_embed()  # a zero column is no mirror: its row of V is zero
-    if torch.onnx.is_in_onnx_export():
-        return eliminated(triangle + none) @ u.mT
-    return torch.linalg.solve_triangular(triangle + none, u.mT, upper=True)
+    return mirrored(u)
 
 
 def _side_by_side(a: Any, b: Any) -> Any:
@@ -234,8 +228,9 @@ def _norm(a: Any) -> Any:
 
 
 def _root(a: Any) -> Any:
-    positive = a > 0
-    return a.where(positive, a.new_ones(())).sqrt() * positive
+    from surgery.ir.orthogonal_maps import root
+
+    return root(a)
 
 
 def _blocks(a: Any, s: Any) -> Any:
@@ -279,6 +274,13 @@ def _are_matrices(node: Expr) -> bool:
 
 def _are_alike(node: Expr) -> bool:
     return all(a.shape == node.shape for a in node.args)
+
+
+def _product_text(node: Expr, args: list[str]) -> str:
+    """a @ b; a matrix times a stack of narrow ones as the rows of that times it, one product in the place of many."""
+    (a, b), (left, right) = args, (argument.shape for argument in node.args)
+    is_narrow = len(left) == 2 < len(right) and 2 * known(right[-1]) <= min(known_shape(left))
+    return f"({b}.mT @ {a}.mT).mT" if is_narrow else f"{a} @ {b}"
 
 
 def _scaled_activation(node: Expr) -> tuple[Expr, ...]:
@@ -328,7 +330,7 @@ ROWS = [
     Operation("col_norm", 1, lambda a: matrix(a)[:-2] + a[-1:], lambda a: a.norm(dim=-2),
               "the norm of each column: [m, n] -> [n]"),
     Operation("matmul", 2, product, lambda a, b: a @ b, "a @ b, the matrix product", sign="@", linear=Linear.EACH,
-              transpose=Transpose.KNOWN, orthogonal=Orthogonal.OF_ORTHOGONAL, text="{} @ {}", memory=Memory.NEW,
+              transpose=Transpose.KNOWN, orthogonal=Orthogonal.OF_ORTHOGONAL, text=_product_text, memory=Memory.NEW,
               is_unkept=True, is_matmul=True, added=Added(ADDMM, fits=_are_matrices, is_product=True),
               flops=flop_rules.product, derivative=derivatives.matmul, notation=product_notation),
     Operation("T", 1, lambda a: matrix(a)[:-2] + (a[-1], a[-2]), lambda a: a.mT, "aᵀ, of the last two axes", sign=".T",

@@ -98,7 +98,10 @@ def _part(a: Expr, b: Expr, k: int, gains: Expr | None) -> Expr | None:
         return part
     if (pair := factors(a)) is not None:  # (U V) bᵀ: the rows of U with those of b Vᵀ, which are as short
         u, w = pair[0], simplify(make("matmul", _gained(b, gains), make("T", pair[1])))
-        return make("row_dot", u, w) if k == 1 else make("matmul", _in_blocks(u, k), make("T", _in_blocks(w, k)))
+        if k == 1:  # a number in front of a factor stands in front of the sums, of which there are fewer
+            scalar, w = scaled(w)
+            return make("row_dot", u, w) if scalar is None else make("mul", scalar, make("row_dot", u, w))
+        return make("matmul", _in_blocks(u, k), make("T", _in_blocks(w, k)))
     return None
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from surgery.codegen.kernels_row_sums import weighted_dot
-from surgery.ir.orthogonal_maps import cayley, resolvent, skew
+from surgery.ir import orthogonal_maps
+from surgery.ir.orthogonal_maps import cayley, mirrored, resolvent, root, skew
 
 
 def plain(k: Tensor) -> Tensor:
@@ -62,3 +63,37 @@ def test_weighted_sums_of_rows_under_transforms():
         torch.testing.assert_close(transform(weighted_dot, 2)(a, b, d), a * b)
     each = torch.vmap(weighted_dot, in_dims=(0, 0, None))(a.view(4, 10, 5), b.view(4, 10, 5), d)
     torch.testing.assert_close(each.flatten(), weighted_dot(a, b, d))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 1), (4, 0)])
+@pytest.mark.parametrize("zero", [False, True])
+def test_mirrors_have_the_gradients_of_the_formula(shape, zero, monkeypatch):
+    torch.manual_seed(0)
+    u = torch.randn(shape, dtype=torch.float64)
+    u[:, :int(zero)] = 0.0  # a column of zeros is no mirror
+    u.requires_grad_()
+    values, (gradient,) = mirrored(u), torch.autograd.grad(mirrored(u).square().sum(), u)
+    monkeypatch.setattr(orthogonal_maps, "is_traced", lambda: True)
+    torch.testing.assert_close(values, mirrored(u))
+    torch.testing.assert_close(gradient, *torch.autograd.grad(mirrored(u).square().sum(), u))
+    product = torch.eye(len(u), dtype=u.dtype)
+    for column in u.detach().mT:
+        product -= 2 * torch.outer(product @ column, column) / (column @ column).clamp_min(1e-300)
+    torch.testing.assert_close(torch.eye(len(u), dtype=u.dtype) - 2 * u.detach() @ values.detach(), product)
+
+
+def test_mirrors_and_roots_have_second_derivatives():
+    torch.manual_seed(0)
+    u = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    a = torch.rand(7, dtype=torch.float64, requires_grad=True)
+    for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert order(mirrored, u) and order(root, a)
+
+
+def test_a_root_is_flat_where_rounding_leaves_less_than_nothing():
+    a = torch.tensor([4.0, 0.0, -1.0, torch.nan], requires_grad=True)
+    (first,) = torch.autograd.grad(root(a).sum(), a, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), a)
+    # what is no number stays none, and is not taken for less than nothing
+    for values, expected in ((root(a), (2.0, 0.0, 0.0)), (first, (0.25, 0.0, 0.0)), (second, (-1 / 32, 0.0, 0.0))):
+        torch.testing.assert_close(values, torch.tensor([*expected, torch.nan]), equal_nan=True)
