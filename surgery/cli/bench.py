@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -126,7 +125,7 @@ def _calibrate(output: Output, device: torch.device) -> None:
                       f"{1e6 * each.launch:.1f} us"])
     output.say("\n".join([*aligned(lines), "", f"kept in {path}: from now on programs are chosen by these numbers on "
                           f"{device.type}; delete the file to undo it"]))
-    output.data(device=device.type, path=str(path), machines={k: asdict(each) for k, each in found.items()})
+    output.data(device=device.type, path=str(path), machines={k: each.measured for k, each in found.items()})
 
 
 # -------------------------------------------------------------------------------------------------------- table

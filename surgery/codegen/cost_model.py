@@ -25,11 +25,18 @@ TOKENS_SUPPOSED = 1024  # the number that a choice supposes where nothing is sai
 @dataclass(frozen=True)
 class Machine:
     """What a device takes, in seconds: for one multiplication or addition, for moving one number between memory and
-    processor, and for starting one operation from Python."""
+    processor, and for starting one operation from Python. `setup_flop`: for one in a set-up, which computes in float32
+    at least (None: as long as any)."""
 
     flop: float
     number: float
     launch: float
+    setup_flop: float | None = None
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """What is measured of a device in one dtype, by name: all but `setup_flop`, which is another dtype's."""
+        return {"flop": self.flop, "number": self.number, "launch": self.launch}
 
 
 # A core of a CPU, in float32. What it does in the time of moving a number differs little by dtype.
@@ -74,7 +81,9 @@ class Cost:
 
     def seconds(self, machine: Machine = CPU) -> float:
         """The time on a machine, supposing that its parts do not overlap."""
-        return machine.flop * self.flops + machine.number * self.moved + machine.launch * self.calls
+        in_setup = machine.flop if machine.setup_flop is None else machine.setup_flop
+        work = machine.flop * self.body_flops + in_setup * self.setup_flops
+        return work + machine.number * self.moved + machine.launch * self.calls
 
 
 @lru_cache(maxsize=4096)

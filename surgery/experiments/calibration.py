@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +70,7 @@ def keep(device: str, machines: Mapping[str, Machine]) -> Path:
     Raises: SurgeryError (bad-output)."""
     path, devices = place(), {**measured(), device: dict(machines)}
     text = json.dumps({"format_version": FORMAT, "devices": {
-        name: {dtype: asdict(each) for dtype, each in dtypes.items()} for name, dtypes in devices.items()}}, indent=2)
+        name: {dtype: each.measured for dtype, each in dtypes.items()} for name, dtypes in devices.items()}}, indent=2)
     with replacing_file(path) as new:
         new.write_text(text + "\n", encoding="utf-8")
     for known in (measured, machine):

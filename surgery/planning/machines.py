@@ -14,7 +14,7 @@ import platform
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,9 @@ def supposed(device: str, dtype: str) -> Machine:
 @cache
 def machine(device: str, dtype: str = "float32") -> Machine:
     """The numbers of a device ("cpu", "cuda") for tensors of a dtype."""
-    return measured().get("cpu" if device == "meta" else device, {}).get(dtype) or supposed(device, dtype)
+    known = measured().get("cpu" if device == "meta" else device, {}).get(dtype) or supposed(device, dtype)
+    wide = known.flop if _BYTES.get(dtype, 2) >= _BYTES["float32"] else machine(device).flop
+    return known if wide == known.flop else replace(known, setup_flop=wide)
 
 
 # ------------------------------------------------------------------------------------------------------ what is kept
@@ -86,9 +88,8 @@ def _read(held: Any) -> Measured:
 
 def _machine(numbers: Any) -> Machine:
     """A machine whose numbers could be one's. Raises: ValueError."""
-    names = [field.name for field in fields(Machine)]
-    if not isinstance(numbers, dict) or sorted(numbers) != sorted(names):
-        raise ValueError(f"a device has the numbers {', '.join(names)}")
+    if not isinstance(numbers, dict) or numbers.keys() != CPU.measured.keys():
+        raise ValueError(f"a device has the numbers {', '.join(CPU.measured)}")
     for name, value in numbers.items():
         if type(value) is not float or not math.isfinite(value) or not 0 < value < 1:
             raise ValueError(f"`{name}` is {value!r}, and no time in seconds")
