@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from surgery.ir.expression import Expr
 from surgery.ir.operations import operation
@@ -31,6 +32,17 @@ class Memory:
     def may_end(self, node: Expr) -> bool:
         """True if this value may be overwritten after its last read."""
         return self.writes and self.is_own(node) and (not self.looked_on or operation(node).is_unkept)
+
+    def shown(self, node: Expr) -> Expr:
+        """The value whose memory is written over where this one is: itself, or what it is a view of, all of it. Where
+        autograd looks on, no view is written over."""
+        while not self.looked_on and operation(node).memory is Lies.VIEW and _is_whole(node):
+            (node,) = node.args
+        return node
+
+
+def _is_whole(view: Expr) -> bool:
+    return prod(view.shape) == prod(view.args[0].shape)
 
 
 def read_by(reads: Sequence[tuple[Expr, Sequence[Expr]]], memory: Memory) -> dict[Expr, frozenset[int]]:

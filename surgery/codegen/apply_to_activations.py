@@ -125,13 +125,33 @@ def _kron(expr: Expr, a: Expr) -> Expr:
     if permutation(expr) is not None:
         return _permuted(expr, a)
     left, right = expr.args
-    n, q = left.shape[1], right.shape[1]  # A ⊗ B itself, [m p, n q], is never made
-    h = apply(right, make("split", a, data=(n, q)))
+    h = make("split", a, data=(left.shape[1], right.shape[1]))  # A ⊗ B itself, [m p, n q], is never made
+    before, after = _around(left, right)
+    for factor in before:
+        h = apply(factor, h)
     if left.op == "literal":
         h = make("mix", h, data=left.data)
     elif left.op != "eye":
         h = make("T", apply(left, make("T", h)))
+    for factor in after:
+        h = apply(factor, h)
     return make("join", h)
+
+
+def _around(left: Expr, right: Expr) -> tuple[list[Expr], list[Expr]]:
+    """The factors of B that act before A, and those after: A ⊗ U V = (I ⊗ U) (A ⊗ V), and A acts where that is the
+    least work, which for a low-rank B is between its factors."""
+    pair = factors(right)
+    chain = [right] if pair is None else [pair[1], pair[0]]
+    (m, n), sizes = known_shape(left.shape), [known_shape(factor.shape) for factor in chain]
+    widths = [sizes[0][1], *(rows for rows, _ in sizes)]
+
+    def work(place: int) -> int:
+        return widths[place] * n * m + sum((n if i < place else m) * rows * columns
+                                           for i, (rows, columns) in enumerate(sizes))
+
+    place = min(range(len(chain), -1, -1), key=work)
+    return chain[:place], chain[place:]
 
 
 def _circulant(expr: Expr, a: Expr) -> Expr:

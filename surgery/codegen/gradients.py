@@ -13,9 +13,11 @@ from functools import partial, reduce
 from itertools import pairwise
 
 from surgery.codegen.operation_counts import is_product
+from surgery.codegen.setup_order import made_once
 from surgery.ir.builders import is_zero, scaled, total
 from surgery.ir.expression import Expr, Shape, rebuild, walk
 from surgery.ir.operations import make, operation
+from surgery.ir.sizes import TOKENS
 from surgery.rewrite.normal_form import simplify
 
 
@@ -46,7 +48,9 @@ def gradients(output: Expr, leaves: Sequence[Expr]) -> Gradients | None:
                     terms.setdefault(arg, []).append(term)
     sums = [_sum(terms.get(leaf, []), leaf.shape) for leaf in leaves]
     # where terms cancel the gradient is zeros of the leaf's size, which with a number of tokens only the leaf knows
-    return _keeping([make("zeros", leaf) if is_zero(sum_) else sum_ for leaf, sum_ in zip(leaves, sums)])
+    made = tuple(make("zeros", leaf) if is_zero(sum_) else sum_ for leaf, sum_ in zip(leaves, sums))
+    # of tokens as matrices, a product may be there as it is and turned
+    return _keeping(made_once(made, lambda node: node.op == "matmul" and TOKENS in node.shape))
 
 
 def _sum(terms: list[Expr], shape: Shape) -> Expr:
@@ -66,7 +70,7 @@ def _beside(terms: list[Expr]) -> list[Expr]:
     return [reduce(partial(make, "side_by_side"), (parts[each] for each in ends))] if is_whole else terms
 
 
-def _keeping(raw: list[Expr]) -> Gradients:
+def _keeping(raw: Sequence[Expr]) -> Gradients:
     """The gradients with each value of the forward pass replaced by a leaf `kept`, or recomputed from what is kept
     where one pass does it."""
     wanted = {node.data for node in walk(*raw) if node.op == "forward"}

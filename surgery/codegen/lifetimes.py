@@ -37,6 +37,7 @@ def written_over(region: Region, schedule: Sequence[Instruction], alive: Lifetim
     reads = {each.node: each.reads for each in schedule}
 
     def ends(base: Expr, at: int) -> bool:
+        base = region.memory.shown(base)  # whoever reads a view of it reads it
         is_own = base in reads and base not in alive.stay and region.memory.may_end(base)
         places = alive.readers[base]
         # where autograd looks on, an earlier reader may need the value again, for a gradient: one reader alone ends it
@@ -45,7 +46,7 @@ def written_over(region: Region, schedule: Sequence[Instruction], alive: Lifetim
     def is_read_beside(base: Expr, each: Instruction) -> bool:
         """Whether another operand of the instruction may show the same memory."""
         others = [operand for operand in each.reads if operand is not base]
-        return each.reads.count(base) > 1 or base in held_by(others, reads, region.memory)
+        return each.reads.count(base) > 1 or region.memory.shown(base) in held_by(others, reads, region.memory)
 
     return [next((base for base in each.bases if ends(base, i) and not is_read_beside(base, each)), None)
             for i, each in enumerate(schedule)]

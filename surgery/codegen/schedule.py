@@ -103,8 +103,9 @@ def _late(region: Region, instructions: Sequence[Instruction],
     held = held_by(region.outputs, operands, region.memory)
     for i, instruction in enumerate(instructions):
         for base in instruction.bases:
-            others = [instructions[j].node for j in sorted(seen.get(base, frozenset()) - {i})]
-            fits = base in operands and base not in held and region.memory.may_end(base)
+            shown = region.memory.shown(base)
+            others = [instructions[j].node for j in sorted(seen.get(shown, frozenset()) - {i})]
+            fits = shown in operands and shown not in held and region.memory.may_end(shown)
             if not fits or instruction.reads.count(base) > 1:
                 continue
             if not others:
@@ -157,7 +158,8 @@ def _term_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction 
 def _summed_onto(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
     """c y + z for the frozen layer's product z, which is summed into y: no pass over z."""
     (factor, y), form = _multiple(base := y), operation(term).onto
-    is_fresh = not operation(y).is_inline and region.memory.is_own(y) and region.is_once(*{base, y}, term)
+    is_fresh = not operation(y).is_inline and region.memory.is_own(region.memory.shown(y)) and region.is_once(
+        *{base, y}, term)
     if form is None or factor is None or term.data is not None or region.memory.looked_on or not is_fresh:
         return None
     parts = (term,) if base is y else (base, term)

@@ -5,6 +5,8 @@ Takes the outputs of a program; gives equal ones. Activations are left as they a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from surgery.codegen.apply_to_activations import matrix, turned
 from surgery.ir.builders import selection
 from surgery.ir.expression import Expr, substituted, walk
@@ -37,12 +39,15 @@ def in_cheapest_order(expr: Expr) -> Expr:
 
 def solved_once(outputs: tuple[Expr, ...]) -> tuple[Expr, ...]:
     """The outputs with f(x) turned in the place of f(xᵀ), where there are both: one solve in the place of two."""
-    # costly, and its transpose is itself of the transposed argument
-    solves = dict.fromkeys(node for node in walk(*outputs)
-                           if operation(node).is_solve and operation(node).transpose is Transpose.INSIDE)
+    return made_once(outputs, lambda node: operation(node).is_solve and operation(node).transpose is Transpose.INSIDE)
+
+
+def made_once(outputs: tuple[Expr, ...], is_costly: Callable[[Expr], bool]) -> tuple[Expr, ...]:
+    """The outputs in which a costly node whose transpose is there too, by another name, is that turned."""
+    costly = dict.fromkeys(filter(is_costly, walk(*outputs)))
     again: dict[Expr, Expr] = {}
-    for node in solves:
+    for node in costly:
         other = turned(node)
-        if other in solves and other is not node and node not in again:
-            again[other] = Expr("T", (node,), None, node.shape)
+        if other in costly and other is not node and node not in again:
+            again[other] = Expr("T", (node,), None, other.shape)
     return tuple(substituted(output, again) for output in outputs) if again else outputs

@@ -10,9 +10,9 @@ is written), changes of a tensor's shape in place, and memory that is asked for 
 
 *Bytes*: every tensor that an operation takes is read once, every tensor that it makes is written once, and what it
 changes in place is read and written (of `copy_`, `fill_` and draws of chance, which do not look at what was there, and
-of `out=`, only written). An expanded axis is no memory. So `addmm(c, a, b)` reads all three and writes the result, a
-bias [n] as n numbers, and `addmm_` writes c. Of what is looked up or changed at places given by indices, the numbers
-that are named count, and the indices.
+of `out=`, only written), and of what a tensor is made like nothing is read. An expanded axis is no memory. So
+`addmm(c, a, b)` reads all three and writes the result, a bias [n] as n numbers, and `addmm_` writes c. Of what is
+looked up or changed at places given by indices, the numbers that are named count, and the indices.
 
 *Pass*: reading or writing, once, a number for every token and feature of a layer. The unit is the mean of the layer's
 input and output, summed over the operated layers; so `passes` is a mean over them, and a whole number where a program
@@ -56,6 +56,7 @@ THIN = 128  # the least size of a product up to which moving its operands takes 
 _SETUP = (Adapter.set_up.__code__, SetupBatches.values.__code__, setup_backward.__code__)
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _OVERWRITE = {"copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_", "random_", "exponential_", "geometric_"}
+_LIKE = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}  # which ask for a dtype alone
 _LOOK_UP = {"embedding", "index", "index_select", "gather", "take"}
 _CHANGE_AT = {"index_put_", "put_", "scatter_", "scatter_add_", "index_add_", "index_copy_"}
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
@@ -191,7 +192,9 @@ def _traffic(function: Any, args: tuple, kwargs: dict, results: Any) -> Iterator
     made = [t for t in plain_tensors(results) if id(t) not in changed]
     for i, tensor in enumerate(taken):
         numbers = _numbers(tensor)
-        if name in _LOOK_UP and i == 0:
+        if name in _LIKE:
+            numbers = 0
+        elif name in _LOOK_UP and i == 0:
             numbers = min(numbers, sum(map(_numbers, made)))
         elif name in _CHANGE_AT and i == 0:
             numbers = min(numbers, max(map(_numbers, taken[1:]), default=numbers))

@@ -46,6 +46,13 @@ SUM = make("add", PRODUCT, OTHER)
     ("y0 = x @ a0\ny1 = y0.addmm_(x, a1)\nreturn y0, ()", SUM, "`y0` has been written over"),
     ("y0 = x @ a0\ny1 = y0.mT\ny2 = y0.addmm_(x, a1)\ny3 = y1.mT\nreturn y3, ()", SUM, "`y1` has been written over"),
     ("y0 = x @ a0\ny1 = y0.flatten(0, -2)\ny2 = y0.mul_(2.0)\nreturn y1, ()", SUM, "`y1` has been written over"),
+    ("y0 = (a0.mT @ x.mT).mT\nreturn y0, ()", PRODUCT, None),
+    ("y0 = (x.mT @ a0.mT).mT\nreturn y0, ()", PRODUCT, "result 0"),
+    # a view of what is its own is written over as that is, and may be a copy
+    ("y0 = x @ a0\ny1 = y0.flatten(0, -2)\ny2 = y1.addmm_(x, a1)\nreturn y2, ()",
+     make("add", make("flat", PRODUCT), OTHER), None),
+    ("y0 = x @ a0\ny1 = y0.flatten(0, -2)\ny2 = y1.addmm_(x, a1)\nreturn y0, ()", SUM, "`y0` has been written over"),
+    ("y0 = x @ a0\ny1 = y0.flatten(0, -2)\ny2 = y1.add_(y0)\nreturn y2, ()", SUM, "writes over what it reads"),
     ("y0 = x.add_(a0)\nreturn y0, ()", SUM, "not the function's own"),
     ("y0 = x.mT\ny1 = y0.add_(a0)\nreturn y1, ()", SUM, "not the function's own"),
     ("y0 = x.reshape((12, 12))\ny1 = y0.add_(a0)\nreturn y1, ()", SUM, "not the function's own"),

@@ -37,6 +37,8 @@ x, y, w, h, a, b = (t.numel() for t in (X, Y, W, H, A, B))
     (lambda: torch.empty_like(X).copy_(X), (1, x, x, 2 * x)),
     (lambda: torch.empty_like(X).bernoulli_(0.5), (1, 0, x, x)),
     (lambda: torch.add(X, X, out=torch.empty_like(X)), (1, x, x, 2 * x)),
+    # what is only made like a tensor does not read it
+    (lambda: (X.new_zeros(5), torch.zeros_like(X)), (2, 0, 5 + x, x)),
     # a part of an activation, read in strides too; the buffer that is written is none
     (lambda: X.T[:, :TOKENS // 2] + 1, (1, x // 2, x // 2, x // 2)),
     (lambda: BIAS.expand(TOKENS, OUT) + 1, (1, OUT, y, 0)),
@@ -111,6 +113,14 @@ def test_no_program_takes_more_passes_than_it_once_did(rows, ready):
     passes = {name: (rows[name]["passes"], elsewhere[name]["passes"]) for name in NAMES}
     # A GPU builds W' of layers as small as these where a set-up is as long as sora's, and passes over nothing more.
     assert passes == {"lora": (8, 6), "dora": (14, 10), "sora": (18, 0)}
+
+
+def test_products_on_two_axes_act_where_they_are_thin_and_blocks_are_written_once():
+    """LoKr's three factors in six passes (the third of them on a quarter of the numbers), and a block rotation's step
+    in six, where there were thirty and ten."""
+    ready = Bench(small(), {"lokr": load("lokr"), "oft": load("oft")}, (4, 128))
+    passes = {row["name"]: row.get("passes") for row in ready.count_rows("cuda")}
+    assert passes["lokr"] <= 6 and passes["oft"] <= 6, passes
 
 
 def test_set_ups_of_like_layers_are_few_launches_in_a_batch(rows):
