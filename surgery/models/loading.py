@@ -290,7 +290,7 @@ def _commit(name: str) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
     known, revision = parted(name)
-    if Path(place(name)).exists():
+    if name.startswith(DEMO) or Path(place(name)).exists():
         return None
     found = try_to_load_from_cache(known, "config.json", revision=revision)
     commit = Path(found).parent.name if isinstance(found, str) else ""

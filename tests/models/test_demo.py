@@ -9,6 +9,7 @@ import torch
 from surgery.diagnostics import SurgeryError
 from surgery.layers.survey import sites
 from surgery.models.demo import demo_config, demo_inputs, demo_names, load_demo
+from surgery.models.loading import skeleton
 
 TIED = {"gpt2", "t5"}
 CLASSES = {
@@ -27,6 +28,8 @@ def test_a_demo_runs_on_its_inputs(name):
     model = load_demo(name)
     assert type(model).__name__ == CLASSES[name] and not model.training
     assert sum(p.numel() * p.element_size() for p in model.parameters()) < 2 * 2**20
+    shapes = {key: value.shape for key, value in skeleton(f"demo:{name}").state_dict().items()}
+    assert shapes == {key: value.shape for key, value in model.state_dict().items()}
     with torch.no_grad():
         logits = model(**demo_inputs(model)).logits
     assert logits.shape[0] == 2 and torch.isfinite(logits).all() and logits.std() > 0
