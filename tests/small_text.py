@@ -4,7 +4,6 @@ Llama of one layer with one of bytes and pairs of them."""
 import os
 import random
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from forked import begin
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -119,16 +119,7 @@ class Forked:
         from surgery.experiments.comparison_workers import main
 
         (asked, self_asks), (self_reads, answers) = os.pipe(), os.pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            os.dup2(answers, 1), os.dup2(stderr.fileno(), 2), os.close(self_asks), os.close(self_reads)
-            sys.stdin, sys.stdout = os.fdopen(asked), os.fdopen(2, "w")
-            try:
-                main()
-            except BaseException as error:
-                print(error, flush=True)
-                os._exit(1)
-            os._exit(0)
+        self.pid = begin(main, asked, answers, stderr.fileno(), (self_asks, self_reads))
         os.close(asked), os.close(answers)
         self.stdin, self.stdout = os.fdopen(self_asks, "wb"), os.fdopen(self_reads, "rb")
         self.code: int | None = None

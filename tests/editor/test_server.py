@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import begin
 from lsprotocol import types
 from pygls.exceptions import JsonRpcException
+from pygls.io_ import run_async
 from pygls.lsp.client import LanguageClient
+
+from surgery.cli.main import main
+from surgery.models.demo import load_demo
 
 SPEC = """\
 # surgery: model = demo:llama
@@ -42,8 +49,15 @@ class Editor(LanguageClient):
     def document(self) -> types.TextDocumentIdentifier:
         return types.TextDocumentIdentifier(self.path.as_uri())
 
-    async def begin(self) -> None:
-        await self.start_io(sys.executable, "-m", "surgery", "lsp")
+    async def begin(self, ours: socket.socket | None = None) -> None:
+        """With the server at the other end of a socket, or one that it starts as an editor does."""
+        if ours is None:
+            await self.start_io(sys.executable, "-m", "surgery", "lsp")
+        else:
+            reader, writer = await asyncio.open_connection(sock=ours)
+            self.protocol.set_writer(writer)
+            self._async_tasks.append(asyncio.create_task(run_async(
+                self._stop_event, reader, self.protocol, None, self.report_server_error)))
         await self.initialize_async(types.InitializeParams(
             capabilities=types.ClientCapabilities(), root_uri=self.path.parent.as_uri()))
         self.initialized(types.InitializedParams())
@@ -125,9 +139,13 @@ Session = Callable[[Play], None]
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, Play], None]]:
-    """One server for all: to start one takes longer than the tests."""
+    """One server for all, a copy of this process: to start one, and to import torch in it, takes longer than the tests."""
+    load_demo("llama")
+    ours, its = socket.socketpair()
+    number = begin(lambda: main(["lsp"]), its.fileno(), its.fileno(), 2, (ours.fileno(),))
+    its.close()
     loop, editor = asyncio.new_event_loop(), Editor(tmp_path_factory.mktemp("root") / "mine.surg")
-    loop.run_until_complete(editor.begin())
+    loop.run_until_complete(editor.begin(ours))
 
     async def play_in(folder: Path, play: Play) -> None:
         editor.path = folder / "mine.surg"
@@ -137,12 +155,25 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path
     yield lambda folder, play: loop.run_until_complete(play_in(folder, play))
     loop.run_until_complete(editor.end())
     loop.close()
+    assert os.waitpid(number, 0)[1] == 0
 
 
 @pytest.fixture
 def session(started: Callable[[Path, Play], None], tmp_path: Path) -> Session:
     """Plays with a file of the test's own."""
     return lambda play: started(tmp_path, play)
+
+
+def test_an_editor_starts_it(tmp_path: Path) -> None:
+    """As a process of its own, which needs no torch for a spec that names no model."""
+
+    async def play() -> None:
+        editor = Editor(tmp_path / "mine.surg")
+        await editor.begin()
+        assert await editor.open("target linear { add low_rnk() }") == [("unknown-definition", "low_rnk", 0)]
+        await editor.end()
+
+    asyncio.run(play())
 
 
 def test_ten_edits(session: Session) -> None:

@@ -196,8 +196,8 @@ def begin(monkeypatch: pytest.MonkeyPatch, *workers: type) -> None:
 
 def test_several_devices_give_what_one_does_and_a_lost_worker_loses_its_run_alone(model: str, tmp_path: Path,
                                                                                   monkeypatch) -> None:
-    """The worker that is lost is the copy of this process, which is first to begin."""
-    begin(monkeypatch, subprocess.Popen, Forked)
+    """Both workers are copies of this process; the page of `lost-run` begins one of its own."""
+    begin(monkeypatch, Forked, Forked)
     few = surgery.parse('spec few\ntarget linear "**.query" { add low_rank(2) }')
     whole = comparison_of({"full": None, "few": few}, model, Data(written(tmp_path)), rates=(1e-3,), seeds=2,
                           how=Training(epochs=1, batch=8, length=16))
