@@ -35,6 +35,8 @@ def ask(module: nn.Module) -> Answer:
             warnings.simplefilter("ignore")  # torch warns that a layer has no gradient, which is what is asked
             return _answer(opaque_linear.twin(module))
     except Exception as failure:  # a third party's layer raises whatever it likes
+        if hasattr(module, "quantization_scheme") and not opaque_linear.has_plain_weight(module):
+            return Answer("compressed-tensors unpacks their weights in the model's first forward pass: run one before")
         lines = str(failure).strip().splitlines()
         return Answer(f"calling {type(module).__name__} fails ({lines[0] if lines else type(failure).__name__})")
 

@@ -89,6 +89,12 @@ def stored_weight(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def is_packed_again(module: nn.Module) -> bool:
+    """Whether the package that quantised a layer has unpacked its weight to run it, and packs what stands there when
+    the model is saved: compressed-tensors, whose mark the layer has."""
+    return has_plain_weight(module) and hasattr(module, "quantization_scheme")
+
+
 def bias(module: nn.Module) -> Tensor | None:
     """b [out]: its tensor, or what its method of that name gives."""
     own = module._parameters if "bias" in module._parameters else vars(module)

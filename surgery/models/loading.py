@@ -156,6 +156,8 @@ def _pretrained(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig
         options["quantization_config"] = _asked(name, lambda: AutoQuantizationConfig.from_dict({**quantisation}))
     model, info = _from_files(name, kind, config=config, dtype=dtype or "auto", ignore_mismatched_sizes=True,
                               output_loading_info=True, **options)
+    if hasattr(model, "ct_decompress_hook"):  # compressed-tensors': its first forward pass unpacks all weights
+        model.hf_quantizer.compressor.decompress_model(model)
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     return model.eval(), {key: list(p.shape) for key, p in model.named_parameters() if key in new}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import fail
-from surgery.layers.opaque_linear import is_plain
+from surgery.layers.opaque_linear import is_packed_again, is_plain
 from surgery.layers.survey import Site, Survey
 from surgery.layers.wrappers import own_parameter, submodule
 from surgery.planning.initial_values import departure
@@ -32,9 +32,9 @@ def merge_plainly(surgeon: Surgeon) -> dict[str, float]:
     module. Memory: the plain model beside the packed one. Raises: SurgeryError (merge-error)."""
     model = surgeon.model
     dtype = getattr(model, "dtype", torch.float32)
-    operated = {p.site.name: p.site for p in surgeon.plan.placed if p.site.layout.is_called}
+    operated = {p.site.name: p.site for p in surgeon.plan.placed if _is_packed(p.site)}
     packed = [*operated.values(), *(site for site in Survey(model).sites
-                                    if site.layout.is_called and site.name not in operated)]
+                                    if _is_packed(site) and site.name not in operated)]
     _assert_can_be_plain(model, packed)
     trained = {name: value for name, value in surgeon.state().items() if name in surgeon.plan.train}
     dense: dict[str, nn.Linear] = {}
@@ -42,7 +42,7 @@ def merge_plainly(surgeon: Surgeon) -> dict[str, float]:
     errors: dict[str, float] = {}
     for placed in surgeon.plan.placed:
         site, adapter = placed.site, surgeon.adapters[placed.site.name]
-        if site.layout.is_called:
+        if site.name in operated:
             exact = adapter.weights(site.module)
             dense[site.name] = _linear(site, *exact, dtype=dtype)
             errors[site.name] = departure(exact[0], dense[site.name].weight)
@@ -58,6 +58,10 @@ def merge_plainly(surgeon: Surgeon) -> dict[str, float]:
     _place(model, trained, written, {name: dense[site.name] for site in packed for name in (site.name, *site.aliases)})
     _forget_quantisation(model)
     return errors
+
+
+def _is_packed(site: Site) -> bool:
+    return site.layout.is_called or is_packed_again(site.module)
 
 
 def _place(model: nn.Module, trained: Mapping[str, Tensor], written: Iterable[tuple[nn.Module, str, Tensor]],

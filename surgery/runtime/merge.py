@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.diagnostics import fail
+from surgery.layers.opaque_linear import is_packed_again
 from surgery.layers.wrappers import own_parameter
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import departure
@@ -32,10 +33,10 @@ class Merged:
 
 def refuse_called(placed: Sequence[Placed]) -> None:
     """Raises: SurgeryError (merge-error), if there is a weight that nothing can be written into."""
-    called = [p for p in placed if p.site.layout.is_called]
+    called = [p for p in placed if p.site.layout.is_called or is_packed_again(p.site.module)]
     if called:
         names = listed(f"{p.site.name} ({type(p.site.module).__name__})" for p in called)
-        raise fail("merge-error", f"W' cannot be written into {names}: no plain weight stands there",
+        raise fail("merge-error", f"W' cannot be written into {names}: no plain weight is kept there",
                    called[0].target.span,
                    helps=("save the adapter, attach it to the model with plain weights (not quantised, no "
                           "parametrisation), and merge that",))

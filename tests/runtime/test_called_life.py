@@ -83,7 +83,7 @@ def test_a_merge_is_refused_and_changes_nothing():
     model, surgeon = operated(named("lora"), Int8Linear(IN, OUT))
     x = torch.randn(5, IN, dtype=torch.float64)
     y = model(x)
-    with pytest.raises(SurgeryError, match=r"`layers.0 \(Int8Linear\)`: no plain weight stands there") as error:
+    with pytest.raises(SurgeryError, match=r"`layers.0 \(Int8Linear\)`: no plain weight is kept there") as error:
         surgeon.merge()
     assert error.value.diagnostics[0].code == "merge-error" and torch.equal(model(x), y)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from types import MethodType
 
 import pytest
 import torch
@@ -349,6 +350,23 @@ def test_a_forward_on_the_instance_is_run_and_not_passed_by():
         perturb(each)
     x = torch.randn(3, 16)
     assert_close(model(x), 2 * plain(x), 1e-6)
+
+
+def test_a_forward_on_the_instance_may_ask_for_its_class_s():
+    """As compressed-tensors puts one on each layer: it rounds the input, and has the class do the rest."""
+    layer = nn.Linear(16, 16)
+    layer.forward = MethodType(lambda self, x: self.__class__.forward(self, x.round(decimals=1)), layer)
+    model, plain = Tower(layer), Tower(deepcopy(layer))
+    plain.layers[0].__dict__.pop("forward")
+    surgeons = [apply(each, both(), seed=1) for each in (model, plain)]
+    for each in (model, plain):
+        perturb(each)
+    x = torch.randn(3, 16)
+    assert_close(model(x), plain(x.round(decimals=1)), 1e-6)
+    with surgeons[0].disabled(), surgeons[1].disabled():
+        assert_close(model(x), plain(x.round(decimals=1)), 1e-6)
+    surgeons[0].merge()
+    assert_close(model(x), plain(x.round(decimals=1)), 1e-5)
 
 
 def _pruned(layer: nn.Module) -> None:

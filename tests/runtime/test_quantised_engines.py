@@ -1,0 +1,129 @@
+"""Bases that the packages themselves quantise, on the CPU: applied to, and merged dequantised, they give what was
+trained; `plan` and `apply` say the same of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from models import perturbed
+from torch import nn
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
+
+import surgery
+from surgery.cli.main import main
+from surgery.diagnostics import SurgeryError
+from surgery.models.demo import demo_inputs, load_demo
+from surgery.planning.initial_values import departure
+
+SMALL = "llama:num_hidden_layers=2,hidden_size=64,intermediate_size=128"
+# what the package rounds beside W: activations to 8 bits, or what leaves a layer to bfloat16
+ROUNDS = {"bitsandbytes int8": 2e-2}
+
+
+def compressed(bits: int, kind: str, form: str, **more: Any) -> None:
+    """A model's folder as compressed-tensors packs it, symmetric, with scales by the largest numbers."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+
+    model = load_demo(SMALL)
+    args = QuantizationArgs(num_bits=bits, type=kind, symmetric=True, **more)
+    apply_quantization_config(model, QuantizationConfig(
+        config_groups={"all": QuantizationScheme(targets=["Linear"], weights=args)}, ignore=["lm_head"], format=form))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            groups = module.weight.reshape(len(module.weight), -1, more.get("group_size") or module.weight.shape[1])
+            most = 448.0 if kind == "float" else 2 ** (bits - 1) - 0.5
+            module.weight_scale.data.copy_(groups.abs().amax(-1) / most)
+    packer = ModelCompressor.from_pretrained_model(model, quantization_format=form)
+    packer.compress_model(model)
+    model.save_pretrained("base")
+    packer.update_config("base")
+
+
+def whole(quantisation: object) -> Any:
+    load_demo(SMALL).save_pretrained("base")
+    return LlamaForCausalLM.from_pretrained("base", quantization_config=quantisation).eval()
+
+
+def torchao() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return whole(TorchAoConfig(Int8WeightOnlyConfig()))
+
+
+def of_files(*form: Any, **more: Any) -> Any:
+    compressed(*form, **more)
+    return surgery.load_model("base")
+
+
+QUANTISED = {
+    "bitsandbytes nf4": ("bitsandbytes", lambda: whole(BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32))),
+    "bitsandbytes int8": ("bitsandbytes", lambda: whole(BitsAndBytesConfig(load_in_8bit=True))),
+    "torchao int8": ("torchao", torchao),
+    "compressed-tensors int4": ("compressed_tensors", lambda: of_files(
+        4, "int", "pack-quantized", strategy="group", group_size=32)),
+    "compressed-tensors int8": ("compressed_tensors", lambda: of_files(8, "int", "int-quantized", strategy="channel")),
+    "compressed-tensors fp8": ("compressed_tensors", lambda: of_files(8, "float", "float-quantized", strategy="channel")),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**demo_inputs(SMALL)).logits.float()
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_quantised_base_is_operated_on_and_merged_as_it_was_trained(name: str) -> None:
+    package, build = QUANTISED[name]
+    pytest.importorskip(package, reason=f"{package} is of the extra `engines`")
+    model = build()
+    before = logits(model)
+    assert all(len({*(type(m) for n, m in model.named_modules() if n.endswith(kind))}) == 1 for kind in ("q_proj", "up_proj"))
+    surgeon = perturbed(model, "dora", check=True)
+    assert surgeon.proof.start is not None and surgeon.proof.start <= surgeon.proof.allowed
+    wanted = logits(model)
+    assert departure(before, wanted) > 0.1
+    with pytest.raises(SurgeryError, match="W' cannot be written into"):
+        surgeon.merge()
+    surgeon.save("adapter", base_model="base")
+    assert json.loads(Path("adapter/meta.json").read_text())["quantization"] is not None
+    done = surgery.merge_files("adapter", "merged", dequantise=True)
+    merged = LlamaForCausalLM.from_pretrained("merged").eval()
+    assert not hasattr(merged.config, "quantization_config")
+    assert departure(wanted, logits(merged)) < ROUNDS.get(name, 1e-5)
+    assert done.logits is not None and done.logits < ROUNDS.get(name, 1e-5)
+
+
+@pytest.mark.engines
+def test_compressed_tensors_says_the_same_in_plan_and_apply() -> None:
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is of the extra `engines`")
+    compressed(8, "int", "int-quantized", strategy="channel")
+    run = CliRunner(env={"NO_COLOR": "1"}).invoke
+    assert "14 weights" in run(main, ["plan", "lora", "base"]).stdout
+    found = run(main, ["apply", "lora", "base", "-o", "adapter"])
+    assert "14 weights" in found.stdout and "14 of 14 adapters act" in found.stdout
+    assert "is quantised" in str(run(main, ["apply", "lora", "base", "-o", "none", "--no-load"]).stderr)
+    assert "cannot be written into" in str(run(main, ["merge", "adapter", "-o", "merged"]).stderr)
+    packed = LlamaForCausalLM.from_pretrained("base")
+    with pytest.raises(SurgeryError, match="first forward pass: run one before"):
+        surgery.apply(packed, "lora")
+    logits(packed)
+    assert surgery.apply(packed, "lora").proof.start is not None
