@@ -159,13 +159,8 @@ def refuse_replicated(model: nn.Module) -> None:
 
 
 def refuse_flattened(parameters: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raises: SurgeryError (unsupported-module) for parameters that FullyShardedDataParallel has put into one, and for
-    those of which DeepSpeed's ZeRO-3 has left nothing here."""
+    """Raises: SurgeryError (unsupported-module) for parameters that FullyShardedDataParallel has put into one."""
     for name, parameter in parameters:
-        if parameter is not None and parameter.numel() != getattr(parameter, "ds_numel", parameter.numel()):
-            raise fail("unsupported-module", f"{name} is kept in parts by DeepSpeed's ZeRO-3, and this process has not "
-                       "all of it", helps=("on every process, call it inside `with deepspeed.zero.GatheredParameters("
-                                           "list(model.parameters()), modifier_rank=0):`",))
         if parameter is None or not getattr(parameter, "_fsdp_flattened", False):
             continue
         if parameter.ndim < 2 and not parameter.is_meta:
@@ -173,6 +168,15 @@ def refuse_flattened(parameters: Iterable[tuple[str, Tensor | None]]) -> None:
                        "this process has not all of it",
                        helps=("call it inside `with FullyShardedDataParallel.summon_full_params(wrapped):`",
                               "or shard with torch.distributed.fsdp.fully_shard, which needs no more"))
+
+
+def refuse_elsewhere(parameters: Mapping[str, Tensor | None]) -> None:
+    """Raises: SurgeryError (unsupported-module) for parameters of which DeepSpeed's ZeRO-3 has left nothing here."""
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.numel() != getattr(parameter, "ds_numel", parameter.numel()):
+            raise fail("unsupported-module", f"{name} is kept in parts by DeepSpeed's ZeRO-3, and this process has not "
+                       "all of it", helps=("on every process, call it inside `with deepspeed.zero.GatheredParameters("
+                                           "list(model.parameters()), modifier_rank=0):`",))
 
 
 def refuse_unseen(now: Mapping[str, Tensor], before: Mapping[str, ref[Tensor]]) -> None:

@@ -46,6 +46,7 @@ from surgery.runtime.sharding import (
     gather_up,
     is_part,
     joined,
+    refuse_elsewhere,
     refuse_flattened,
     refuse_parts,
     refuse_replicated,
@@ -532,7 +533,9 @@ class Surgeon:
         """`reads`: whether numbers of the surgery's tensors are read or written. Raises: SurgeryError (changed-model;
         unsupported-module for a flattened model, and for an offloaded one where numbers are read)."""
         gather_up(self.model)
-        refuse_flattened({**{name: spot.tensor for name, spot in self._spots.items()}, **self._names.tensors()}.items())
+        weights = {name: spot.tensor for name, spot in self._spots.items()}
+        refuse_elsewhere({**weights, **self._names.tensors()})
+        refuse_flattened(weights.items())
         refuse_unseen(self._written, self._objects)
         if self._is_on:
             refuse_unshared(self._written)
