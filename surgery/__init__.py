@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
     from surgery.experiments.comparison import compare
     from surgery.experiments.evaluation import evaluate
     from surgery.experiments.fine_tuning import Training, train
+    from surgery.experiments.fsdp_checkpoints import AdapterCheckpoints
     from surgery.language.library import load, parse, shipped
     from surgery.language.tree import Parameter, Spec, Target, add, post, pre
     from surgery.matching.module_tree import modules
@@ -49,6 +50,7 @@ _HOMES = {
     "parse": "language.library", "load": "language.library", "shipped": "language.library",
     "check": "planning.check", "Plan": "planning.compile", "plan": "planning.compile", "Report": "planning.figures",
     "load_model": "models.loading", "modules": "matching.module_tree", "explain": "matching.selection",
+    "AdapterCheckpoints": "experiments.fsdp_checkpoints",
     "apply_files": "runtime.apply_files", "AppliedFiles": "runtime.apply_files",
     "Surgeon": "runtime.surgeon", "apply": "runtime.surgeon", "attach": "runtime.attach",
     "from_pretrained": "runtime.attach",
@@ -62,11 +64,11 @@ _HOMES = {
 _SPELT = {"plan": "compile", "load_model": "load"}
 
 __all__ = [
-    "__version__", "add", "AppliedFiles", "apply", "apply_files", "attach", "bench", "check", "compare", "Diagnostic",
-    "diff", "Difference", "evaluate", "explain", "export_peft", "Exported", "from_pretrained", "import_peft", "load",
-    "load_model", "merge_files", "MergedFiles", "modules", "Parameter", "parse", "Plan", "plan", "post", "pre",
-    "Report", "report_page", "save_merged", "shipped", "Spec", "Spectra", "Spectrum", "spectrum", "Surgeon",
-    "Surgeries", "SurgeryError", "SurgeryWarning", "Target", "train", "Training",
+    "__version__", "AdapterCheckpoints", "add", "AppliedFiles", "apply", "apply_files", "attach", "bench", "check",
+    "compare", "Diagnostic", "diff", "Difference", "evaluate", "explain", "export_peft", "Exported",
+    "from_pretrained", "import_peft", "load", "load_model", "merge_files", "MergedFiles", "modules", "Parameter",
+    "parse", "Plan", "plan", "post", "pre", "Report", "report_page", "save_merged", "shipped", "Spec", "Spectra",
+    "Spectrum", "spectrum", "Surgeon", "Surgeries", "SurgeryError", "SurgeryWarning", "Target", "train", "Training",
 ]
 
 if not TYPE_CHECKING:  # a type checker takes a misspelt name for a mistake, and not for `Any`

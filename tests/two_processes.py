@@ -10,10 +10,13 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import load_fsdp_model, save_fsdp_model
 from click.testing import CliRunner
 from models import perturbed
 from torch import nn
@@ -21,14 +24,15 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as Flat
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import StateDictType, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import surgery
 from surgery.cli.main import main
 from surgery.experiments.fine_tuning import Training
+from surgery.experiments.fsdp_checkpoints import WHOLE, AdapterCheckpoints
 from surgery.models.demo import demo_inputs, load_demo
 from surgery.runtime import surgeon as surgeon_module
 from surgery.runtime.save import save_merged
@@ -332,6 +336,36 @@ def learned(name: str) -> dict:
     return {"losses": losses, "said": said}
 
 
+def thinned() -> dict:
+    """A checkpoint of accelerate's FSDP2 with FULL_STATE_DICT, by the functions that the Trainer calls (accelerate wraps
+    no model on a CPU), without the base model in it, and loaded again."""
+    PartialState(cpu=True)
+    one, other = fresh(), fresh()
+    surgeon = perturbed(one, spec_of("every kind"), check=False)
+    again = surgery.apply(other, spec_of("every kind"), check=False)
+    for model in (one, other):
+        sharded(model)
+    plugin = SimpleNamespace(state_dict_type=StateDictType.FULL_STATE_DICT, fsdp_version=2, optim_state_dict_config=None,
+                             state_dict_config=SimpleNamespace(offload_to_cpu=True, rank0_only=True))
+    process: Any = SimpleNamespace(num_processes=2, process_index=RANK, is_main_process=RANK == 0, is_fsdp2=True,
+                                   wait_for_everyone=dist.barrier)
+    folder = FOLDER / "thinned" / "checkpoint-3"
+    save_fsdp_model(plugin, process, one, str(folder), adapter_only=True)
+    dist.barrier()
+    sizes = [(folder / WHOLE).stat().st_size]
+    asked: Any = SimpleNamespace(output_dir=FOLDER / "thinned")
+    dist.barrier()
+    AdapterCheckpoints().on_save(asked, TrainerState(global_step=3, is_world_process_zero=RANK == 0), TrainerControl(),
+                                 model=one)
+    dist.barrier()
+    load_fsdp_model(plugin, process, other, str(folder), adapter_only=True)
+    found = {"sizes": [*sizes, (folder / WHOLE).stat().st_size], "state": same(again.state(), surgeon.state()),
+             "forward": apart(logits(one), logits(other)),
+             "kept": sorted(torch.load(folder / WHOLE)) == sorted(surgeon.named_tensors())}
+    dist.barrier()
+    return found
+
+
 def attached() -> dict:
     """What one process saved, attached and then sharded."""
     model = fresh()
@@ -351,7 +385,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{FOLDER}/group", rank=RANK, world_size=2)
     MESH = init_device_mesh("cpu", (2,))
     cases = {**{name: lambda name=name: verbs(name) for name in SPECS}, "refusals": refusals, "failures": failures,
-             "flattened": flattened, "attached": attached, "tensor parallel": tensor_parallel, "unshared": unshared,
+             "flattened": flattened, "attached": attached, "tensor parallel": tensor_parallel, "unshared": unshared, "thinned": thinned,
              **{f"{name} trained": lambda name=name: trained(name) for name in TRAINED},
              **{f"{name} learned": lambda name=name: learned(name) for name in FILES}}
     found = {}

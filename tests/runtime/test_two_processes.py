@@ -160,10 +160,16 @@ def test_the_trainer_on_two_processes_is_that_of_one_with_their_batch(name: str,
     assert apart(logits(model.eval()), logits(other)) <= 1e-5
 
 
+def test_a_checkpoint_of_fsdp_holds_the_adapter_alone_and_is_exact(seen: Seen) -> None:
+    for found in (process["thinned"] for process in seen[1]):
+        whole, alone = found["sizes"]
+        assert alone < whole / 2 and found["kept"] and found["state"] and found["forward"] == 0
+
+
 def test_nothing_is_left_beside_what_was_saved(seen: Seen) -> None:
     names = {path.name for path in seen[0].iterdir()}
     names -= {name for name in names if name.startswith((*FILES, *FILES.values()))}  # of `train`: two others look at them
-    assert names == {*SPECS, *(f"{name} merged" for name in MERGED), *(f"{name} trained" for name in TRAINED), "0.json", "1.json", "dcp", "a file", "flat", "group",
+    assert names == {*SPECS, *(f"{name} merged" for name in MERGED), *(f"{name} trained" for name in TRAINED), "0.json", "1.json", "dcp", "a file", "flat", "group", "thinned",
                      "of one process"} - ({"group"} - names)
     assert not any(path.is_dir() and not any(path.iterdir()) for path in seen[0].rglob("*"))
 

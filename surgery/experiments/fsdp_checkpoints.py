@@ -1,0 +1,49 @@
+"""Checkpoints of the Trainer under FSDP that hold the adapter alone.
+
+Takes what accelerate has written into a checkpoint's folder; leaves the adapter's tensors of it. Promises: to resume
+from the checkpoint stays exact; a file that does not hold all of the adapter is left as it is, and that is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from surgery.diagnostics import Diagnostic, tell
+from surgery.layers.wrappers import bare
+from surgery.runtime.atomic_folders import replacing_file
+from surgery.text import listed
+
+WHOLE = "pytorch_model_fsdp.bin"  # what accelerate writes under FULL_STATE_DICT
+
+
+class AdapterCheckpoints(TrainerCallback):
+    """`Trainer(..., callbacks=[surgery.AdapterCheckpoints()])` under FSDP with FULL_STATE_DICT: takes the base model
+    out of the `pytorch_model_fsdp.bin` of each checkpoint, which accelerate writes whole for every class but PEFT's.
+    What is resumed from is the same. While a checkpoint is written, the whole file is on the disk."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+                model: nn.Module | None = None, **more: Any) -> None:
+        """Raises: SurgeryError (bad-output)."""
+        surgery = getattr(bare(model), "_surgery", None) if model is not None else None
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
+        if state.is_world_process_zero and surgery is not None and file.is_file():
+            keep_alone(file, surgery.names)
+
+
+def keep_alone(file: Path, names: Collection[str]) -> None:
+    """Leave those tensors of a saved state alone; the others are not read. Raises: SurgeryError (bad-output)."""
+    held = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    if lacking := [name for name in names if name not in held]:
+        tell((Diagnostic("bad-output", f"{file} keeps the base model: it does not hold {listed(lacking)}",
+                         severity="warning"),))
+        return
+    kept = {name: held[name].clone() for name in names}
+    del held  # a file that is mapped cannot be replaced everywhere
+    with replacing_file(file) as new:
+        torch.save(kept, new)
