@@ -204,7 +204,12 @@ class _Starts:
         if weight.is_meta:
             return _unset(placed, leaf, weight)
         if leaf.draw is None:
-            return self._computed(leaf, shape)
+            try:
+                return self._computed(leaf, shape)
+            except torch.linalg.LinAlgError as error:  # of what is not finite, or has no inverse
+                notes = () if weight.isfinite().all() else ("W holds numbers that are not finite",)
+                raise fail("bad-value", f"`{leaf.key.rpartition('.')[2]}` has no start in {name}: {error}", leaf.span,
+                           notes=notes, helps=("`except` leaves such a weight out",)) from error
         if leaf.group:
             group = placed.held(leaf).identity if leaf.scope != "target" else leaf.group
             return draw(leaf.draw, shape, self.seed, group, shape).to(weight.device)

@@ -46,6 +46,20 @@ def test_a_weight_is_decomposed_once_for_all_that_starts_from_it(name, settings,
     assert calls == [(OUT, IN)] * 3
 
 
+@pytest.mark.parametrize("spec, spoil, told", [
+    (surgery.load("pissa", rank=2), lambda w: w.fill_(float("nan")), "`A0` has no start in spoilt: linalg.*not finite"),
+    (surgery.load("pissa", rank=2), lambda w: w[:1].fill_(float("inf")), "spoilt.*not finite"),
+    (surgery.parse("""update by_inverse() { frozen param A[out, out] = inverse(W @ W.T) param B[out, in] = 0
+        return A @ B }
+        target linear { add by_inverse() }"""), lambda w: w.zero_(), "spoilt.*not finite")])
+def test_a_start_that_linear_algebra_does_not_give_is_refused_by_name(spec, spoil, told):
+    model = nn.ModuleDict({"sound": nn.Linear(6, 4), "spoilt": nn.Linear(6, 4)})
+    spoil(model["spoilt"].weight.data)
+    with pytest.raises(SurgeryError, match=f"(?s){told}"):
+        surgery.apply(model, spec.retarget("*"))
+    assert [*model.state_dict()] == ["sound.weight", "sound.bias", "spoilt.weight", "spoilt.bias"]
+
+
 def test_olora_starts_at_the_qr_factors():
     weight, found = leaves("olora", rank=3)
     q, r = torch.linalg.qr(weight)
