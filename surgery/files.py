@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from surgery.text import size_text
 
 SPEC_BYTES = 1 << 20  # a spec is written by hand: the largest that ship have a few KiB
+WRITTEN = "another process wrote there while it was read"
 _PAUSE = 0.3  # seconds between two looks at files that are watched
 JSON_BYTES = 1 << 26  # a list of the tensors of the largest models has some MiB
 
@@ -57,6 +58,14 @@ def changes(files: Callable[[], Iterable[str]]) -> Iterator[None]:
         yield
         while _stamps(files()) == stamps:
             sleep(_PAUSE)
+
+
+def unchanged(*paths: Path) -> Callable[[], bool]:
+    """Tells, whenever it is asked, whether files are still those that stand there now: what is read of several files
+    says something together alone, and another process may have written new ones in between."""
+    files = [*map(str, paths)]
+    before = _stamps(files)
+    return lambda: _stamps(files) == before
 
 
 def _stamps(names: Iterable[str]) -> dict[str, tuple]:

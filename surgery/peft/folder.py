@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from surgery.diagnostics import Collector, fail
-from surgery.files import read_json
+from surgery.files import WRITTEN, read_json, unchanged
 from surgery.language.unsupported_methods import SWITCHES, refusal
 from surgery.peft.table.methods import METHODS, WITHOUT_ROW
 from surgery.runtime.atomic_folders import Kind, replacing
@@ -57,6 +57,7 @@ class Folder:
                      ["it is a saved surgery already"] if (path / "adapter.surg").is_file() else [])
             what = f"has no {CONFIG}, so it is not a PEFT adapter's folder" if path.is_dir() else "is not a folder"
             raise fail("bad-adapter", f"{path} {what}", helps=tuple(helps))
+        are_same = unchanged(path / CONFIG, path / TENSORS)
         self.config = self._config()
         self.report.raise_errors()
         self._refuse_method()
@@ -72,6 +73,8 @@ class Folder:
                 self.shared[name] = tensor
             else:
                 self._fault(f"{name} does not begin with {SHARED}, as the names of PEFT's tensors do")
+        if not are_same():
+            self._fault(WRITTEN, "read it again")
         self.report.raise_errors()
 
     @property

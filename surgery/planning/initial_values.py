@@ -206,7 +206,8 @@ class _Starts:
         if leaf.draw is None:
             try:
                 return self._computed(leaf, shape)
-            except torch.linalg.LinAlgError as error:  # of what is not finite, or has no inverse
+            # of what is not finite; torch's documentation names the error so
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
                 notes = () if weight.isfinite().all() else ("W holds numbers that are not finite",)
                 raise fail("bad-value", f"`{leaf.key.rpartition('.')[2]}` has no start in {name}: {error}", leaf.span,
                            notes=notes, helps=("`except` leaves such a weight out",)) from error

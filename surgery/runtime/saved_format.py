@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from surgery import __version__
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, fail
-from surgery.files import SPEC_BYTES, read_bytes, read_json, refuse_irregular
+from surgery.files import SPEC_BYTES, WRITTEN, read_bytes, read_json, refuse_irregular, unchanged
 from surgery.language.library import parse
 from surgery.language.tree import Spec
 from surgery.models.loading import at_revision
@@ -141,7 +141,10 @@ class Saved:
             raise fail("bad-adapter", f"{folder} is not a saved adapter", helps=(
                 _RESUME_IT if is_sharded else _NAME_ONE,))
         self.file = TENSORS if (folder / TENSORS).exists() or not (folder / CHECKPOINT).exists() else CHECKPOINT
+        are_same = unchanged(*(folder / name for name in (self.file, META, SPEC)))
         tensors, meta, spec = self._tensors(), self._meta(), self._spec()
+        if not are_same():  # the numbers of one adapter, and the formula of another
+            self._fault(WRITTEN, "read it again")
         if meta is not None and tensors is not None:  # the tensors must be those that the file beside them lists
             listed = {name: form["shape"] for name, form in meta["tensors"].items()}
             compare(shapes(tensors), listed, META, self.report, self.file)

@@ -105,6 +105,27 @@ def test_a_link_to_a_file_is_read(folder: Callable, tmp_path: Path) -> None:
     surgery.attach(load_demo("llama:num_hidden_layers=1"), path)
 
 
+@pytest.mark.parametrize("kind, read, of, step", [("ours", surgery.attach, Saved, "_tensors"),
+                                                  ("theirs", surgery.import_peft, Folder, "_config")])
+def test_a_folder_that_is_written_while_it_is_read(kind: str, read: Callable, of: type, step: str, folder: Callable, model,
+                                                   monkeypatch) -> None:
+    """The numbers of one adapter with the formula of another (of another alpha, say) would be an adapter of nobody's."""
+    path, own = folder(kind), getattr(of, step)
+
+    def meanwhile(self: Any) -> Any:
+        value = own(self)
+        for file in path.iterdir():  # as a save does: other files come in their places
+            (path / "new").write_bytes(file.read_bytes())
+            (path / "new").replace(file)
+        return value
+
+    monkeypatch.setattr(of, step, meanwhile)
+    said = told(model, read, path)
+    assert "wrote there while it was read" in said and said.count("error[") == 1
+    monkeypatch.undo()
+    read(load_demo("llama:num_hidden_layers=1"), path)
+
+
 @pytest.mark.parametrize("name, size", [(SPEC, 1 << 20), (META, 1 << 26)])
 def test_a_file_that_is_too_large(name: str, size: int, folder: Callable, model) -> None:
     path = folder("ours")
