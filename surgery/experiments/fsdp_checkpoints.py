@@ -31,7 +31,7 @@ class AdapterCheckpoints(TrainerCallback):
                 model: nn.Module | None = None, **more: Any) -> None:
         """Raises: SurgeryError (bad-output)."""
         surgery = getattr(bare(model), "_surgery", None) if model is not None else None
-        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE
+        file = Path(args.output_dir or "") / f"checkpoint-{state.global_step}" / WHOLE
         if state.is_world_process_zero and surgery is not None and file.is_file():
             keep_alone(file, surgery.names)
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from surgery.layers import linearity_probe, opaque_linear
 from surgery.layers.attention_sizes import attention_sizes, kernel
-from surgery.layers.layouts import NORM, Layout, Weight, refusal, weights
+from surgery.layers.layouts import LINEAR, NORM, Layout, Weight, refusal, weights
 from surgery.layers.norm_probe import is_norm
+from surgery.layers.product_probe import multiplies
 from surgery.layers.wrappers import bare, named_modules
 from surgery.text import sides_text
 
@@ -167,6 +168,14 @@ class Survey:
         normal = [names for key, names in self.names.items() if key not in self._parts
                   and not weights(self.modules[names[0]]) and is_norm(self.modules[names[0]])]
         return tuple(self._site(Weight(NORM, "weight"), names) for names in normal)
+
+    @cached_property
+    def routers(self) -> tuple[Site, ...]:
+        """The modules without a layout that multiply by their weight in a forward of their own, which only a pattern
+        that names them takes: each is tried by a call. To others they are among those refused."""
+        own = [names for key, names in self.names.items() if key not in self._parts
+               and not weights(self.modules[names[0]]) and multiplies(self.modules[names[0]])]
+        return tuple(self._site(Weight(LINEAR, "weight"), names) for names in own)
 
     @cached_property
     def refused(self) -> tuple[Refused, ...]:

@@ -45,9 +45,21 @@ class Catalogue:
     def candidates(self, target: Target) -> list[Site]:
         """The sites that the target's kind and ancestor allow. Norm layers are asked for by their word alone."""
         known = self.survey.norms if target.kind == NORM.word else self.survey.sites
-        for site in known:
-            self.marked.setdefault(site, tuple(marked(n, self.survey.counts) for n in (site.name, *site.aliases)))
+        self._mark(known)
         return [s for s in known if fits(s, target)]
+
+    def named(self, target: Target, selectors: Iterable[Matcher]) -> list[Site]:
+        """The routers that patterns spell out to the end: `"**"` passes over them."""
+        ends = [a for m in selectors for g in m.globs for a in g.alternatives() if a.literal_end]
+        refused = {r.name for r in self.survey.refused if r.matrix and any(a.matches(n) for a in ends
+                                                                           for n in self.marked[r])}
+        known = [s for s in self.survey.routers if s.name in refused] if refused else []  # each costs a call
+        self._mark(known)
+        return [s for s in known if fits(s, target)]
+
+    def _mark(self, sites: Iterable[Site]) -> None:
+        for site in sites:
+            self.marked.setdefault(site, tuple(marked(n, self.survey.counts) for n in (site.name, *site.aliases)))
 
     def population(self, sites: Iterable[Site]) -> Population:
         return Population(self.marked[s] for s in sites)
@@ -98,8 +110,9 @@ class Reach:
 
 def reach(index: int, target: Target, catalogue: Catalogue, selects: Mapping[str, Select], report: Collector) -> Reach:
     """What a target takes, from its kind, its selectors and its `except`."""
-    candidates = catalogue.candidates(target)
-    takes = {m: m.hits(catalogue.marked, candidates) for m in matchers(target.selectors, selects, report)}
+    selectors = matchers(target.selectors, selects, report)
+    candidates = [*catalogue.candidates(target), *catalogue.named(target, selectors)]
+    takes = {m: m.hits(catalogue.marked, candidates) for m in selectors}
     first = {s: next((m for m, hits in takes.items() if s in hits), None) for s in candidates}
     taken = [s for s in candidates if first[s] or not target.selectors]
     drops = {m: m.hits(catalogue.marked, taken) for m in matchers(target.exclude, selects, report)}

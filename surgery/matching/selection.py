@@ -58,7 +58,7 @@ class Selection:
     def explain(self, name: str) -> str:
         """Which line of the spec takes a module, or why none does. Raises:
         SurgeryError if the model has no such module."""
-        # norm layers are sites where a target asks for them
+        # norm layers and routers are sites where a target asks for them
         known = (*self.survey.sites, *(taken.site for taken in self.targets.values()))
         site = next((s for s in known if name in (s.name, *s.aliases)), None)
         if site is None:
@@ -142,7 +142,8 @@ def select(model: nn.Module, spec: Spec, selects: Mapping[str, Select]) -> Selec
     no_reason = "no target asks for it"
     left_out = [LeftOut(s.name, next(filter(None, (r.leaves_out(s) for r in reaches)), no_reason), s)
                 for s in sites if s not in owned]
-    left_out += [LeftOut(r.name, r.reason, None) for r in catalogue.survey.refused if r.matrix]
+    left_out += [LeftOut(r.name, r.reason, None) for r in catalogue.survey.refused
+                 if r.matrix and r.name not in targets]
     return Selection(targets, tuple(train), tuple(report.warnings), tuple(left_out), reaches, catalogue.survey)
 
 

@@ -246,7 +246,7 @@ FAILURES = [
     ("llama", 'target linear "**.q**" {}', "bad-pattern", "segment of its own", ""),
     ("llama", 'target any "**.norm" {}', "unsupported-module", "LlamaRMSNorm has no weight matrix",
      '`train "model.norm.*"`'),
-    ("mixtral", 'target any "**.mlp.gate" {}', "unsupported-module", "MixtralTopKRouter is not a linear layer", ""),
+    ("mixtral", 'target conv "**.mlp.gate" {}', "unsupported-module", "MixtralTopKRouter is not a linear layer", ""),
     ("gpt2", 'target embedding "**.wte" {}', "tied-weight", "`transformer.wte.weight` is tied to `lm_head.weight`",
      "`untie`"),
     ("gpt2", 'target linear "lm_head" {}', "tied-weight", "`lm_head.weight` is tied to `transformer.wte.weight`",
@@ -527,6 +527,18 @@ def test_explain_a_name_that_others_end_with(name, words):
     with pytest.raises(SurgeryError) as caught:
         run("llama", EXPLAINED).explain(name)
     assert caught.value.diagnostics[0].helps == ((words,) if words else ())
+
+
+def test_a_router_is_taken_by_a_pattern_that_names_it_alone():
+    gates = [f"model.layers.{i}.mlp.gate" for i in range(2)]
+    for text in ('target linear "**.mlp.gate" {}', 'target any "**.{q_proj,gate}" {}'):
+        found = run("mixtral", text)
+        assert [name for name in found.targets if name.endswith("gate")] == gates
+        assert not {name for name, *_ in found.left_out} & {*gates}
+    assert "is taken by" in found.explain(gates[0])
+    for text in ("target linear {}", 'target linear "**" {}', 'target any "**.mlp.*", "**.q_proj" {}'):
+        found = run("mixtral", text)
+        assert not {*found.targets} & {*gates} and {name for name, *_ in found.left_out} >= {*gates}
 
 
 def test_left_out_says_why():

@@ -131,6 +131,7 @@ SPECS = {
     "a bias that was trained, and then moved": ("bert", 'target linear "**.query" { add shift() }\ntrain "**.query.bias"'),
     "a tensor of which the first user is not the largest": (
         "llama", f'{SHARED} target linear "**.{{q,k,v,up,down}}_proj" {{ add tied(rank = 2) }}'),
+    "a router": ("mixtral", f'target linear "**.mlp.gate", "**.q_proj" {LOW}'),
     "one that experts share": ("mixtral", f'{SHARED} target any "**.experts.*", "**.q_proj" {{ add tied(rank = 2) }}'),
 }
 
