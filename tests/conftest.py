@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cpu_seconds import Seconds
 from each import SWEEP
 from workers import is_fast, is_of_zoo, is_slow, piece
 
 pytest.register_assert_rewrite("formatting", "interrupted")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-seconds", action="store_true", help="write tests/cpu_seconds.txt anew, after a whole run")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Seconds(config))
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     os.environ["SURGERY_CACHE"] = os.devnull  # whoever has measured their machine tests the same programs
     if config.getoption("markexpr") == "sweep":

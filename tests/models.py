@@ -27,3 +27,17 @@ def spec_for(name: str, spec: str) -> surgery.Spec:
     found = surgery.load(spec)
     kind = "conv" if name == "resnet" else "linear"
     return found.model_copy(update={"targets": tuple(t.model_copy(update={"kind": kind}) for t in found.targets)})
+
+
+def assert_held_once(surgeon: surgery.Surgeon, before: list[nn.Parameter]) -> None:
+    """What the model holds beside the parameters from before: real numbers as parameters with an axis, each once, and
+    whole ones as buffers, so that what copies, shards or saves a model takes them as its own."""
+    model, own = surgeon.model, set(map(id, before))
+    found = [p for _, p in model.named_parameters(remove_duplicate=False) if id(p) not in own]
+    assert len(set(map(id, found))) == len(found)
+    assert all(p.is_floating_point() and p.ndim for p in found)
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(held[n] is tensor for n, tensor in surgeon.named_tensors().items())
+    whole = [n for n, b in model.named_buffers() if n in surgeon.named_tensors()]
+    assert all(not held[n].is_floating_point() for n in whole) and set(whole) <= set(model.state_dict())
+    assert all("." not in own for m in model.modules() for own in (*m._parameters, *m._buffers))

@@ -51,8 +51,6 @@ MIXED = (
     "diag(col_norm(diag(d / row_norm(W @ diag(e) + P @ Q.T)) @ (W @ diag(e) + P @ Q.T)))",
     "diag(row_norm((W @ diag(d)) @ block_diag(expm(skew(S)))))",
     "diag(row_norm(block_diag(S) @ diag(e) @ (block_diag(Z) @ W @ diag(d) + p @ q.T)))",
-    "diag(row_norm(block_diag(S) @ (diag(d) @ ((A + P @ Q.T) @ W) + p @ q.T)))",
-    "diag(row_norm(block_diag(S) @ (block_diag(Z) @ (W @ (I(n) + Q @ P.T)) + A)))",
     # low-rank terms, and what stands in and beside their factors
     "W @ (P @ Q.T) + g * (diag(d) @ P @ Q.T @ block_diag(S))",
     "skew(P @ Q.T) @ skew(P @ Q.T) @ W + W", "(I(n) + ones(n, n) / n) @ (W + p @ q.T + g)",
@@ -65,7 +63,6 @@ MIXED = (
     "(A > B) * W + (d @ e <= g) * W", "(0.5 >= A) * (A < g) * B",
     # places
     "columns(I(n), at) @ A @ rows(I(n), at) + W", "(W + P @ Q.T) @ columns(I(n), range(3, 5)) @ Q.T",
-    "columns(I(n), at).T @ d", "e @ columns(I(n), at)", "columns(I(n), at).T @ d + rows(W, at) @ e",
     "rows(diag(d) @ W + P @ Q.T, at)", "columns(block_diag(S) @ W, range(2, 6)) @ rows(kron(K, L), range(2, 6))",
     "diag(row_norm(W + P @ rows(I(n), range(4, 6))))", "rows(diag(d), at) @ columns(diag(e), at)",
     "detach(P @ Q.T) + P @ Q.T", "W @ P @ (g * Q.T) + A @ P @ Q.T",

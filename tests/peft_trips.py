@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,19 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@cache
+def _demo(name: str) -> tuple[Mapping[str, Tensor], Tensor]:
+    model = load_demo(name)
+    inputs = demo_inputs(model)
+    return inputs, logits(model, inputs)
+
+
 class Demo:
-    """A demo model, made anew on demand, with an input."""
+    """A demo model, made anew on demand, with an input and what the model says of it."""
 
     def __init__(self, name: str):
         self.name = name
-        self.inputs = demo_inputs(load_demo(name))
+        self.inputs, self.plain = _demo(name)
 
     def model(self) -> nn.Module:
         return load_demo(self.name)

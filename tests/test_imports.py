@@ -131,10 +131,12 @@ WITHOUT_TORCH = ["--help", "apply --help", "--version", "specs", "fmt lora.surg"
                  # a mistake in a spec is told before a model is thought of
                  "plan broken.surg demo:llama", "apply broken.surg demo:llama -o out",
                  "train broken.surg demo:llama --data a.csv -o out",
-                 "bench lora broken.surg --model demo:llama", "compare broken.surg --model demo:llama --data a.csv"]
+                 "bench lora broken.surg --model demo:llama", "compare broken.surg --model demo:llama --data a.csv",
+                 "check gate.surg",  # which runs dense, as it warns
+                 "from surgery.matching import patterns, suggestions", "import surgery.models.demo as d; d.demo_names()"]
 
 
-# Each command runs in a fork of a process that has read a spec, which takes longer than most of them.
+# Each command, and what Python runs, runs in a fork of a process that has read a spec, which takes longer than most of them.
 EACH_IN_A_FORK = """
 import json, os, sys
 from surgery.cli.main import main
@@ -154,7 +156,8 @@ for command in commands:
     sys.argv[1:] = command.split()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        main()
+        exec(command) if "import " in command else main()
+        print(json.dumps([command, 0, heavy()]), file=found, flush=True)
     except SystemExit as ended:
         print(json.dumps([command, ended.code or 0, heavy()]), file=found, flush=True)
     finally:
@@ -168,6 +171,8 @@ def imported_by(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     folder = tmp_path_factory.mktemp("commands")
     (folder / "lora.surg").write_text("target linear { add low_rank() }\n")
     (folder / "broken.surg").write_text("target linear { add low_rnk() }\n")
+    (folder / "gate.surg").write_text(
+        "update own() { param G[out, in] = 0  return W * G }\ntarget linear { add own() }\n")
     subprocess.run([sys.executable, "-c", EACH_IN_A_FORK, json.dumps(WITHOUT_TORCH)], cwd=folder, check=True,
                    capture_output=True)
     rows = map(json.loads, (folder / "found").read_text().splitlines())
@@ -178,6 +183,19 @@ def imported_by(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
 @pytest.mark.parametrize("command", WITHOUT_TORCH)
 def test_what_needs_no_torch_imports_none(imported_by: dict[str, list], command: str) -> None:
     assert imported_by[command] == [int("broken" in command), []]
+
+
+def test_layouts_do_not_import_transformers() -> None:
+    """Neither they, nor the packages that they are in, nor what those import."""
+    left, reached = ["surgery.layers.layouts", "surgery.layers.survey"], set()
+    while left:
+        if (name := left.pop()) in MODULES and name not in reached:
+            reached.add(name)
+            left += [name.rpartition(".")[0], *(other for other, at_once in graph()[name] if at_once)]
+    assert {"surgery", "surgery.layers", "surgery.layers.kinds"} <= reached
+    at_once = {word for name in reached for node in trees()[name].body for word in re.findall(
+        r"^(?:import|from) (\w+)", ast.unparse(node), re.MULTILINE)}
+    assert "torch" in at_once and "transformers" not in at_once
 
 
 def test_the_package_alone_imports_no_torch() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import assert_held_once
 from torch import Tensor, nn
 
 import surgery
@@ -22,8 +23,8 @@ TEXTS = ("a warm and funny film", "dull", "not bad at all", "two hours that i wa
          "a small wonder", "flat, loud and long", "one of the best of the year", "it never begins", "moving", "skip it")
 TASK = Task("reviews", TEXTS, (1.0, 0.0) * 6, ("bad", "good"))
 TOLERANCE = 1e-5
-SMALLER = {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 256, "num_hidden_layers": 1}
-DECOMPOSITIONS = ("left_singular", "singular", "right_singular", "qr")
+SMALLER = {"hidden_size": 192, "num_attention_heads": 6, "intermediate_size": 256, "num_hidden_layers": 1,
+           "vocab_size": 14_000}  # the words of the texts are among the first
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +76,13 @@ def test_from_start_to_merged(name: str, pretrained: nn.Module, words, tmp_path:
     model, base = deepcopy(pretrained), embeddings(pretrained, words)
     spec = surgery.load(name)
     if len(spec.targets) == 1 and not spec.targets[0].selectors:
-        # instead of all layers each shape, and one of them twice; once where a decomposition of each takes long
-        once = any(f"{word}(" in str(spec) for word in DECOMPOSITIONS)
+        # instead of all layers each shape; one of them twice, if layers share what is not of one shape alone
+        once = "shared" not in str(spec)
         spec = spec.retarget("**.query", "**.layer.*.{intermediate,output}.dense" if once else "**.{intermediate,output}.dense")
     batch = words(list(TEXTS), padding=True, return_tensors="pt")  # for what starts from data
+    before = [*model.parameters()]
     surgeon = surgery.apply(model, with_head(spec, model), data=[{**batch, "labels": torch.tensor(TASK.labels).long()}])
+    assert_held_once(surgeon, before)
     if not any(target.shifted for target in surgeon.spec.targets):
         assert apart(embeddings(model, words), base) <= TOLERANCE
 

@@ -374,9 +374,11 @@ def attached() -> dict:
     return {"forward": apart(logits(sharded(model)), operated)}
 
 
-if __name__ == "__main__":
+def run(folder: Path, *asked: str) -> None:
+    """The cases that are asked for, or all, in this process and in a copy of it."""
+    global FOLDER, RANK, MESH
     warnings.filterwarnings("ignore")
-    FOLDER = Path(sys.argv[1])
+    FOLDER = folder
     torch.set_num_threads(1)
     perturbed(fresh(), "lora", check=False)  # all is imported and compiled once, which takes longer than the cases
     other = os.fork()
@@ -389,9 +391,13 @@ if __name__ == "__main__":
              **{f"{name} trained": lambda name=name: trained(name) for name in TRAINED},
              **{f"{name} learned": lambda name=name: learned(name) for name in FILES}}
     found = {}
-    for case in sys.argv[2:] or cases:
+    for case in asked or cases:
         found[case] = cases[case]()
         (FOLDER / f"{RANK}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
     sys.exit(os.waitpid(other, 0)[1] != 0 if other else 0)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), *sys.argv[2:])

@@ -4,11 +4,9 @@ gives on a whole model, or refuses before anything changes; what either layout s
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from models import perturbed
@@ -28,6 +26,7 @@ from two_processes import (
     fine_tuned,
     fresh,
     logits,
+    run,
     spec_of,
     trainer,
 )
@@ -35,7 +34,6 @@ from two_processes import (
 import surgery
 from surgery.runtime.saved_format import REMADE
 
-HERE = Path(__file__).parents[1]
 Seen = tuple[Path, list[dict]]
 
 
@@ -51,10 +49,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     (folder / "choices.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions(24)))
     labelled = [f"{text}\t{'yes' if 'a' in text else 'no'}" for text in texts(24)]
     (folder / "texts.tsv").write_text("\n".join(["text\tlabel", *labelled]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, HERE / "two_processes.py", folder], env=environment, stderr=subprocess.PIPE,
-                         text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    forked.run(lambda: run(folder))
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
