@@ -34,6 +34,7 @@ _MEMORY = {"data_ptr", "storage", "untyped_storage", "_typed_storage"}
 _HOLDERS = ("torch.nn.modules.module", "torch.nn.utils.", "torch.nn.parallel.", "torch.distributed.", "accelerate.",
             "transformers.modeling_utils", "transformers.initialization", "transformers.core_model_loading",
             "transformers.integrations.", "deepspeed.", "peft.")
+_FUSION = "torch.nn.utils.fusion."  # which computes with a weight, and puts what comes out in its place
 
 
 class EffectiveWeight(Tensor):
@@ -81,9 +82,12 @@ def hollow(stored: Tensor, trains: bool) -> Tensor:
 
 
 def holds_parameters() -> bool:
-    """True if the code that reads the attribute (two frames up) is known to hold and move parameters."""
-    return f"{sys._getframe(2).f_globals.get('__name__')}.".startswith(
-        tuple(f"{name.removesuffix('.')}." for name in _HOLDERS))
+    """True if the code that reads or sets the attribute (two frames up) is known to hold and move parameters."""
+    frame = sys._getframe(2)
+    if frame.f_code is torch.nn.Module.__setattr__.__code__ and frame.f_back is not None:
+        frame = frame.f_back
+    name = f"{frame.f_globals.get('__name__')}."
+    return name != _FUSION and name.startswith(tuple(f"{holder.removesuffix('.')}." for holder in _HOLDERS))
 
 
 def name_of(func: Callable) -> str:

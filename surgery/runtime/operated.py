@@ -58,9 +58,18 @@ class Operated(_Mixin):
     kind: ClassVar[type[Operated]]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As ever; refuses a part in an operated weight's place, where torch's parallelize_module would put one."""
+        """As ever; refuses a part in an operated weight's place, where torch's parallelize_module would put one, and
+        what others may have made of W', on which the adapter would act once more. Raises: SurgeryError."""
         if name in type(self).names:
             refuse_divided(self, name, param)
+        adapter = self._modules.get((name if name in type(self).names else "weight") + SUFFIX)
+        acts = isinstance(adapter, Adapter) and adapter.active and not adapter.layout.is_called and (
+            name == adapter.parameter or name == "bias" and adapter.formula.changes_bias)
+        if acts and param is not self._parameters.get(name) and not holds_parameters():
+            raise fail("changed-model", f"another `{name}` was to stand in an operated {type(self).__name__}: reading "
+                       "it gives W', and the adapter would act once more on what is made of that",
+                       helps=("merge_and_remove() first, then fuse, quantise or replace it",
+                              f"`get_parameter(\"{name}\")` is the frozen one, to write other numbers into"))
         super().register_parameter(name, param)
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple:

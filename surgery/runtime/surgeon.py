@@ -230,7 +230,7 @@ class Surgeon:
         self._savers = have_save_adapters(self.model)
         self._mode, self._is_on = "operated", True
         self.base = fingerprints(self.plan.placed)
-        self._objects = {name: ref(tensor) for name, tensor in self._written.items()}
+        self._see_objects()
         self._note()
         self._put(values or {})
         return self
@@ -278,6 +278,18 @@ class Surgeon:
         gather_up(self.model)
         held = (*self.named_tensors().values(), *(spot.tensor for spot in self._spots.values()))
         return next(filter(is_part, held), None)
+
+    def _see_objects(self) -> None:
+        self._objects = {name: ref(tensor) for name, tensor in self._written.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """In a copy, or in another process, the tensors are other objects."""
+        return {**vars(self), "_objects": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._is_on:
+            self._see_objects()
 
     def __repr__(self) -> str:
         model, summary = type(self.model).__name__, Report(self.plan, self.dtype).summary

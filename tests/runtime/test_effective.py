@@ -119,6 +119,28 @@ def test_what_is_written_through_a_weight_that_is_read_is_written_to_the_frozen_
             layer.weight.data_ptr()
 
 
+@pytest.mark.parametrize("change", [
+    lambda layer, norm: nn.utils.fuse_conv_bn_eval(layer, norm),
+    lambda layer, norm: setattr(layer, "weight", nn.Parameter(layer.weight.detach().half().float())),  # a quantiser's
+    lambda layer, norm: setattr(layer, "bias", nn.Parameter(layer.bias + 1)),
+    lambda layer, norm: layer.register_parameter("weight", nn.Parameter(2 * layer.weight))])
+def test_what_is_made_of_the_weight_that_is_read_does_not_take_its_place(change):
+    """The adapter would act on it once more. Merged and given back, a layer is fused and quantised as any other."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 6, 6)
+    model(x)
+    spec = parse("""update moved() on bias { param beta[out] = 0 return beta }
+        target conv { add low_rank(rank = 2) add moved() }""")
+    surgeon = apply(model.eval(), spec, example=x)
+    perturb(model, 0.3)
+    y, held = model(x), dict(model.named_parameters())
+    with pytest.raises(SurgeryError, match="changed-model.*act once more"):
+        change(*model)
+    assert torch.equal(model(x), y) and all(held[name] is p for name, p in model.named_parameters())
+    surgeon.merge_and_remove()
+    torch.testing.assert_close(nn.utils.fuse_conv_bn_eval(*model)(x), y, rtol=1e-4, atol=1e-5)
+
+
 def test_a_kernel_that_autograd_does_not_follow_is_refused():
     class Kernel(torch.autograd.Function):
         @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from copy import deepcopy
 
 import pytest
@@ -221,3 +222,27 @@ def test_a_part_without_numbers_is_named():
                  'spec t()\ntarget linear "0" { add low_rank(rank = 2) }\ntrain "1.weight"'):
         with pytest.raises(SurgeryError, match="`1.weight`"):
             surgery.apply(model, surgery.parse(spec))
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda surgeon: pickle.loads(pickle.dumps(surgeon))])
+@pytest.mark.parametrize("mode", ["operated", "merged"])
+def test_a_copy_of_a_surgeon_operates_the_copy_of_its_model(mode, copied):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6)), torch.randn(3, 6)
+    spec = surgery.parse("""update both() { shared(model) param A[2, in] ~ normal(std = 0.1) param B[out, 2] = 0
+        return B @ A }
+        target linear { add both() }
+        train "1.bias" """)
+    surgeon = perturbed(model, spec)
+    y = model(x)
+    if mode == "merged":
+        surgeon.merge()
+    other = copied(surgeon)
+    for each in (other, surgeon):
+        if mode == "merged":
+            each.unmerge()
+        assert torch.equal(each.model(x), y)
+    other.load({name: t + 1 for name, t in other.state().items()})
+    assert not torch.equal(other.model(x), y) and torch.equal(model(x), y)
+    other.merge_and_remove()
+    assert torch.equal(model(x), y) and not any("_surgery" in name for name in other.model.state_dict())
