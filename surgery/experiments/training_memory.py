@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery.experiments.timing import Allocations
+from surgery.layers.survey import Survey
 from surgery.models.demo import demo_inputs
 from surgery.planning.figures import Report
 from surgery.runtime.operated import hold_common, install
@@ -96,12 +98,15 @@ def _step(model: PreTrainedModel, how: Training) -> int:
     AttentionInterface.register(_SHAPES, _attention)
     AttentionMaskInterface.register(_SHAPES, sdpa_mask)
     model.set_attn_implementation(_SHAPES)
+    if any(site.stack for site in Survey(model).sites):
+        with suppress(ValueError):  # of experts that are run in one way alone
+            model.set_experts_implementation("eager")  # a product for each expert: the others sort tokens by numbers
     model.train()
     if how.checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
     batch = {name: tensor.to("meta") for name, tensor in demo_inputs(model, batch=how.batch, length=how.length).items()}
-    with Allocations() as counted, _Unpadded():
+    with Allocations() as counted, _Supposed():
         _loss(model, batch).backward()
     return counted.peak
 
@@ -135,11 +140,21 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
-class _Unpadded(TorchFunctionMode):
-    """Answers yes where a model asks something of a whole batch: whether all of it are tokens, whether each row is one
-    text. There are no numbers to look at."""
+class _Supposed(TorchFunctionMode):
+    """Answers where a model looks at numbers, of which there are none: yes, to what it asks of a whole batch (whether
+    all of it are tokens, whether each row is one text); all of them, to which experts have tokens; and of those as many
+    for each expert."""
+
+    experts = 1
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if function is Tensor.__bool__ and args[0].is_meta:
+        asked = args[0] if args and isinstance(args[0], Tensor) and args[0].is_meta else None
+        if asked is not None and function is Tensor.__bool__:
             return True
+        if asked is not None and function in (Tensor.nonzero, torch.nonzero) and asked.ndim == 1:
+            self.experts = len(asked)
+            return torch.arange(len(asked), device="cpu")[:, None]
+        if asked is not None and function is torch.where and len(args) == 1:
+            tokens = math.ceil(asked.numel() / self.experts)
+            return tuple(asked.new_empty(tokens, dtype=torch.int64) for _ in range(asked.ndim))
         return function(*args, **kwargs or {})

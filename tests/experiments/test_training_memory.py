@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2MoeConfig
 
 from surgery.cli.main import main
 from surgery.experiments.timing import peak_bytes
@@ -21,17 +21,26 @@ def llama(hidden: int, layers: int, vocabulary: int) -> LlamaConfig:
                        num_attention_heads=4, num_key_value_heads=2, vocab_size=vocabulary)
 
 
+EXPERTS = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, num_experts_per_tok=2)
+
+
 @pytest.mark.parametrize("spec, config, batch, length, checkpointing", [
     ("lora", llama(64, 3, 300), 2, 64, False),
     ("lora", llama(64, 3, 300), 2, 64, True),
     ("dora", llama(128, 2, 1000), 4, 32, False),
     ("sora", llama(64, 2, 100), 1, 256, True),
+    ("lora", MixtralConfig(**EXPERTS, num_local_experts=4), 2, 128, False),
+    ("sora", Qwen2MoeConfig(**EXPERTS, num_experts=8, moe_intermediate_size=48, shared_expert_intermediate_size=48),
+     2, 128, False),
 ])
 def test_a_step_takes_what_is_predicted(spec, config, batch, length, checkpointing):
     with torch.device("meta"):
-        skeleton = LlamaForCausalLM(config)
+        skeleton = AutoModelForCausalLM.from_config(config)
     said = training_memory(skeleton, load(spec), Training(batch, length, checkpointing=checkpointing))
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
+    if not isinstance(config, LlamaConfig):
+        model.set_experts_implementation("grouped_mm")
     surgeon = apply(model, spec, check=False)
     model.train()
     if checkpointing:

@@ -4,6 +4,7 @@ trained; `plan` and `apply` say the same of them."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from models import perturbed
+from safetensors.torch import save_file
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 
@@ -22,7 +24,7 @@ from surgery.planning.initial_values import departure
 
 SMALL = "llama:num_hidden_layers=2,hidden_size=64,intermediate_size=128"
 # what the package rounds beside W: activations to 8 bits, or what leaves a layer to bfloat16
-ROUNDS = {"bitsandbytes int8": 2e-2}
+ROUNDS = {"bitsandbytes int8": 2e-2, "gptq": 5e-3}
 
 
 def compressed(bits: int, kind: str, form: str, **more: Any) -> None:
@@ -61,6 +63,29 @@ def torchao() -> Any:
     return whole(TorchAoConfig(Int8WeightOnlyConfig()))
 
 
+def gptq() -> Any:
+    """As gptqmodel packs 4 bits in groups of 32, each with a scale by its largest number, and transformers loads it."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    model = load_demo(SMALL).half()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            out, in_ = layer.weight.shape
+            scales = layer.weight.data.float().reshape(out, -1, 32).abs().amax(-1) / 7
+            packed = TorchLinear(bits=4, group_size=32, sym=True, desc_act=False, in_features=in_, out_features=out,
+                                 bias=False, pack_dtype=torch.int32)
+            packed.pack(layer.float(), scales, torch.full_like(scales, 8), (torch.arange(in_) // 32).int())
+            del state[f"{name}.weight"]
+            state |= {f"{name}.{own}": tensor.contiguous() for own, tensor in packed.state_dict().items()}
+    model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], "float16"
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False,
+                                        "sym": True, "checkpoint_format": "gptq_v2", "backend": "torch"}
+    model.config.save_pretrained("base")
+    save_file(state, "base/model.safetensors", {"format": "pt"})
+    return surgery.load_model("base")
+
+
 def of_files(*form: Any, **more: Any) -> Any:
     compressed(*form, **more)
     return surgery.load_model("base")
@@ -71,6 +96,7 @@ QUANTISED = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32))),
     "bitsandbytes int8": ("bitsandbytes", lambda: whole(BitsAndBytesConfig(load_in_8bit=True))),
     "torchao int8": ("torchao", torchao),
+    "gptq": ("gptqmodel", gptq),
     "compressed-tensors int4": ("compressed_tensors", lambda: of_files(
         4, "int", "pack-quantized", strategy="group", group_size=32)),
     "compressed-tensors int8": ("compressed_tensors", lambda: of_files(8, "int", "int-quantized", strategy="channel")),
@@ -79,9 +105,10 @@ QUANTISED = {
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    with torch.compiler.set_stance("force_eager"):  # gptqmodel would compile how it unpacks, for minutes
+        yield tmp_path
 
 
 def logits(model: nn.Module) -> torch.Tensor:
