@@ -1,8 +1,8 @@
 """Fuse runs of block-diagonal factors (rotations of neighbouring entries, and the shuffles between them) into one.
 
 Takes a weight expression in the lowering's form; gives an equal one in which every run of factors that keep to blocks
-of a common size is one `block_diag`, its small blocks made in the set-up: an activation then passes once in the place
-of once for each factor.
+of a common size, and every sum of such, is one `block_diag`, its small blocks made in the set-up: an activation then
+passes once in the place of once for each factor and term.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def blockwise(expr: Expr) -> Expr:
             runs = [list(run) for _, run in groupby(factors, key=lambda factor: block_size(factor) is None)]
             parts = [part for run in runs for part in _as_one(run)]
             # a product in which nothing was joined keeps its own brackets: its factors may be runs further down
-            done[node] = node.with_args(tuple(map(joined, node.args))) if len(parts) == len(factors) else reduce(
+            done[node] = node.with_args(tuple(map(joined, node.args))) if parts == factors else reduce(
                 _product, (joined(part) if part in factors else part for part in parts))
         return done[node]
 
@@ -52,6 +52,9 @@ def _factors(node: Expr) -> Iterator[Expr]:
 
 def block_size(factor: Expr) -> Size | None:
     """The size of the blocks that a square matrix keeps to; None for one that mixes all entries, or none."""
+    if factor.op in ("add", "matmul"):
+        sizes = every(map(block_size, factor.args))
+        return None if sizes is None or any(isinstance(size, Dim) for size in sizes) else lcm(*known_shape(sizes))
     if factor.op == "block_diag" and factor.args[0].shape[1] == factor.args[0].shape[2]:
         return factor.args[0].shape[1]
     if factor.op == "kron" and factor.args[0].op == "eye" and permutation(factor) is None:
@@ -59,14 +62,15 @@ def block_size(factor: Expr) -> Size | None:
     if (sizes := permutation(factor)) is not None:
         _, p, q, inner = sizes
         return p * q * inner
-    return 1 if factor.op == "diag" else None
+    return 1 if factor.op in ("diag", "eye") else None
 
 
 def _as_one(run: list[Expr]) -> list[Expr]:
     """The run of factors as one block-diagonal matrix, if their blocks have a small common size; else the run as it
     is."""
     sizes = every(map(block_size, run))
-    if sizes is None or len(run) < 2 or any(isinstance(size, Dim) for size in sizes):
+    is_one = len(run) < 2 and run[0].op != "add"
+    if sizes is None or is_one or any(isinstance(size, Dim) for size in sizes):
         return run
     size, width = lcm(*known_shape(sizes)), known(run[0].shape[0])
     if size == 1 or width % size or not is_thin(size, width):

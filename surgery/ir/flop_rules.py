@@ -17,6 +17,7 @@ FACTORISED = 5e5  # what a factorisation of a small matrix costs beside its arit
 # What it costs to go to another place in memory. Numbers that lie side by side share it, so that it counts for narrow
 # blocks and transpositions alone. Measured on a core: 370 such operations a number that lies alone.
 STRIDE = 400.0
+SMALL_PRODUCTS = 3.0  # what a step of one of many small products costs, where a large one's is 2: by steps of a core
 
 
 def product(node: Expr, count: Count) -> float:
@@ -37,13 +38,13 @@ def each_read(factor: float, axis: int | None = None) -> Flops:
 def blocks(node: Expr, count: Count) -> float:
     """Rows by blocks [b, k, m], which are read and written k and m numbers at a time."""
     a, (_, k, m) = node.args[0], known_shape(node.args[1].shape)
-    return 2 * count(node) * k + STRIDE * (count(a) / k + count(node) / m)
+    return SMALL_PRODUCTS * count(node) * k + STRIDE * (count(a) / k + count(node) / m)
 
 
 def block_dot(node: Expr, count: Count) -> float:
     """Sums over rows of products [b, k, m], the rows read in the same way."""
     (a, g, _), (_, k, m) = node.args, known_shape(node.shape)
-    return 2 * count(a) * m + STRIDE * (count(a) / k + count(g) / m)
+    return SMALL_PRODUCTS * count(a) * m + STRIDE * (count(a) / k + count(g) / m)
 
 
 def swap(node: Expr, count: Count) -> float:

@@ -113,11 +113,13 @@ def test_a_matrix_acts_on_activations():
 
 @torch.no_grad()
 def test_factors_that_keep_to_blocks_are_joined():
-    """Any run of them, beside anything else; what has none is left as it is, and was tried above."""
+    """Any run of them, and any sum, beside anything else; what has none is left as it is, and was tried above."""
     texts = ("block_diag(S) @ block_diag(Z) @ W",
              "W @ block_diag(S) @ kron(I(2), shuffle(2, 3)) @ block_diag(Z) @ diag(d)",
              "(W + p @ q.T) @ kron(I(4), K @ K) @ diag(d)",
-             "diag(d) @ block_diag(S) @ P @ Q.T @ block_diag(cayley(skew(S)))")
+             "diag(d) @ block_diag(S) @ P @ Q.T @ block_diag(cayley(skew(S)))",
+             "(diag(d) + block_diag(S) @ diag(d)) @ W",
+             "W @ (I(12) + diag(d) @ kron(I(2), shuffle(2, 3)) + 2 * block_diag(S))")
     for e in (*matrices(), *(each for text in texts for each in _with_weight(cheapest(expression(text))))):
         joined = blockwise(e := cheapest(e))
         if joined is not e:
