@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from surgery.layers.opaque_linear import said
+
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 _SIZES = ("head_dim", "attention_head_size", "key_value_proj_dim", "d_kv")  # a size that is said outweighs a quotient
 _WIDTHS = ("hidden_size", "d_model", "embed_dim")
@@ -40,5 +42,5 @@ def kernel(module: nn.Module) -> int:
 
 
 def _number(owner: Any, names: Iterable[str]) -> int | None:
-    said = (getattr(owner, name, None) for name in names)
-    return next((n for n in said if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+    found = (said(owner, name) if isinstance(owner, nn.Module) else getattr(owner, name, None) for name in names)
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)

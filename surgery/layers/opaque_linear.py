@@ -31,10 +31,18 @@ _HOOKED = "_old_forward"  # what a hook of accelerate's on the instance runs bet
 def sides(module: nn.Module) -> tuple[int, int] | None:
     """(out, in), if the module says them."""
     for names in _SIDES:
-        out, in_ = (getattr(module, name, None) for name in names)
+        out, in_ = (said(module, name) for name in names)
         if isinstance(out, int) and isinstance(in_, int) and out > 0 and in_ > 0:
             return out, in_
     return None
+
+
+def said(module: nn.Module, name: str) -> Any:
+    """What a module has under a name that is none of a tensor or a module of its own; None if it has nothing. (For what
+    is not there nn.Module makes an error, which takes longer than all else that is asked of a module.)"""
+    is_nothing = (name not in vars(module) and not hasattr(type(module), name)
+                  and type(module).__getattr__ is nn.Module.__getattr__)
+    return None if is_nothing else getattr(module, name, None)
 
 
 def said_sides(module: nn.Module) -> tuple[int, int]:

@@ -142,6 +142,7 @@ class Survey:
     def __init__(self, model: nn.Module):
         self.model = bare(model)
         self.modules: dict[str, nn.Module] = dict(named_modules(model))
+        self._sizes: dict[str | None, tuple[int | None, int | None]] = {}  # of attention, by what holds a module
         self.counts: Mapping[str, int] = {name: len(m._modules) for name, m in self.modules.items() if m._modules}
 
     @cached_property
@@ -166,7 +167,7 @@ class Survey:
         """The norm layers, which only a target that says `norm` takes: each is tried by calls, so that nobody else
         waits for that. To others they are modules without a weight matrix, among those refused."""
         normal = [names for key, names in self.names.items() if key not in self._parts
-                  and not weights(self.modules[names[0]]) and is_norm(self.modules[names[0]])]
+                  and not self._weights[key] and is_norm(self.modules[names[0]])]
         return tuple(self._site(Weight(NORM, "weight"), names) for names in normal)
 
     @cached_property
@@ -187,14 +188,21 @@ class Survey:
         return [list(self._entry(names)) for key, names in self.names.items() if key not in self._parts]
 
     @cached_property
+    def _weights(self) -> dict[int, tuple[Weight, ...]]:
+        """Of each module, by its id: to recognise them takes longer than all else here, and three ask."""
+        return {key: weights(self.modules[names[0]]) for key, names in self.names.items()}
+
+    @cached_property
     def _parts(self) -> frozenset[int]:
         """The ids of the modules that called layers are made of."""
-        layers = [m for m in self.model.modules() if any(w.layout.is_called for w in weights(m))]
+        layers = [self.modules[names[0]] for key, names in self.names.items()
+                  if any(w.layout.is_called for w in self._weights[key])]
         return frozenset(id(inner) for layer in layers for inner in layer.modules() if inner is not layer)
 
     def _entry(self, names: list[str]) -> Iterator[Site | Refused]:
         """The sites of a module, or what is refused of it; nothing of one without parameters of its own."""
-        module, held, above = self.modules[names[0]], weights(self.modules[names[0]]), self._above(names[0])
+        module, above = self.modules[names[0]], self._above(names[0])
+        held = self._weights[id(module)]
         reason = refusal(module, self.modules[above[-1]] if above else None)
         for weight in held if not reason else ():
             yield self._site(weight, names)
@@ -214,11 +222,14 @@ class Survey:
         # each parameter of a stack of experts is a site, and goes by its own name
         spelt = names if stack is None else [f"{name}.{parameter}".lstrip(".") for name in names]
         layer, count, layer_name = self._layer(spelt[0])
-        heads, head_size = attention_sizes(self.modules[name] for name in reversed(self._above(names[0])))
+        above = self._above(names[0])
+        holder = above[-1] if above else None
+        if (sizes := self._sizes.get(holder)) is None:
+            sizes = self._sizes[holder] = attention_sizes(self.modules[name] for name in reversed(above))
         return Site(spelt[0], module, layout, parameter, *layout.shape(module, parameter), stack,
                     layer, layer / max(count - 1, 1) if layer is not None else None,
                     self._ancestors(spelt[0]), id(module) in self.heads, tuple(spelt[1:]), layer_name,
-                    count or None, heads, head_size, kernel(module))
+                    count or None, *sizes, kernel(module))
 
     def _above(self, name: str) -> list[str]:
         """The names of the modules that hold this one, outermost first."""

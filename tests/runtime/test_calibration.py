@@ -206,7 +206,8 @@ def test_what_data_made_is_saved_and_attached_without_it(tmp_path: Path) -> None
     surgeon.save(tmp_path / "a")
     assert load_file(tmp_path / "a/adapter.safetensors").keys() == surgeon.state().keys()
     again = surgery.attach(load_demo(SMALL), tmp_path / "a")
-    assert all(torch.equal(t, again.state()[n]) for n, t in surgeon.state().items())
+    state = again.state()
+    assert all(torch.equal(t, state[n]) for n, t in surgeon.state().items())
 
 
 def test_the_same_data_gives_the_same_numbers() -> None:

@@ -60,7 +60,8 @@ def test_a_trainer_checkpoints_the_adapter_alone_and_resumes_exactly(name: str, 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer(other, tmp_path / "b").train(resume_from_checkpoint=str(checkpoint))
-    assert all(torch.equal(t, again.state()[n]) for n, t in surgeon.state().items() if t.is_floating_point())
+    resumed = again.state()
+    assert all(torch.equal(t, resumed[n]) for n, t in surgeon.state().items() if t.is_floating_point())
     third = load_demo(SMALL)
     attached = surgery.attach(third, tmp_path / "a" / "checkpoint-4")
     assert torch.equal(logits(third), logits(model.eval())) and attached.spec == surgeon.spec
@@ -163,7 +164,8 @@ def test_the_trainer_takes_an_operated_quantised_model_as_it_takes_pefts(tmp_pat
     trainer(model, tmp_path).train()
     assert all(t.abs().max() > 0 for n, t in surgeon.state().items() if n.endswith(".B"))
     other = surgery.attach(load_demo(SMALL), tmp_path / "checkpoint-4")
-    assert all(torch.equal(t, other.state()[n]) for n, t in surgeon.state().items())
+    loaded = other.state()
+    assert all(torch.equal(t, loaded[n]) for n, t in surgeon.state().items())
     surgeon.remove()
     with pytest.raises(ValueError, match="purely quantized"):
         trainer(model, tmp_path)
@@ -175,7 +177,8 @@ def test_a_state_lacks_nothing_if_it_holds_the_adapter_alone() -> None:
     state = {n: t.clone() for n, t in surgeon.state().items()}
     found = model.load_state_dict({n: t + 1 for n, t in state.items()})
     assert found.missing_keys == [] == found.unexpected_keys
-    assert all(torch.equal(surgeon.state()[n], t + 1) for n, t in state.items())
+    now = surgeon.state()
+    assert all(torch.equal(now[n], t + 1) for n, t in state.items())
     first = next(iter(state))
     with pytest.raises(RuntimeError, match=first.rpartition(".")[2]):
         model.load_state_dict({n: t for n, t in state.items() if n != first})

@@ -132,7 +132,8 @@ def test_two_surgeries_share_nothing_with_each_other() -> None:
     both = surgeries.use("a", "b")
     names = [n for n in both.named_tensors() if n.startswith("shared_surgery")]
     assert {n.partition(":")[0] for n in names} == {"shared_surgery.a", "shared_surgery.b"}
-    assert len({id(both.named_tensors()[n]) for n in names}) == len(names)
+    held = both.named_tensors()
+    assert len({id(held[n]) for n in names}) == len(names)
     surgeries.remove()
     assert not any("surgery" in n for n in model.state_dict())
 

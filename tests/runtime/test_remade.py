@@ -62,8 +62,8 @@ def frozen_names(surgeon: surgery.Surgeon) -> set[str]:
 
 
 def same(one: surgery.Surgeon, other: surgery.Surgeon) -> bool:
-    return one.state().keys() == other.state().keys() and all(
-        torch.equal(t, other.state()[n]) for n, t in one.state().items())
+    first, second = one.state(), other.state()
+    return first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -69,7 +69,8 @@ def test_what_two_processes_save_one_attaches(name: str, seen: Seen, tmp_path: P
     ours, other = fresh(), fresh()
     surgeon = perturbed(ours, spec_of(name), check=False)
     attached = surgery.attach(other, seen[0] / name)
-    assert all(torch.equal(t, surgeon.state()[n]) for n, t in attached.state().items())
+    state = surgeon.state()
+    assert all(torch.equal(t, state[n]) for n, t in attached.state().items())
     assert apart(logits(ours), logits(other)) <= 1e-6
 
 
@@ -149,7 +150,8 @@ def test_the_trainer_on_two_processes_is_that_of_one_with_their_batch(name: str,
     other = fresh()
     checkpoint = seen[0] / f"{name} trained" / "checkpoint-3"
     attached = surgery.attach(other, checkpoint)
-    assert all(apart(t, attached.state()[n]) <= 1e-5 for n, t in surgeon.state().items())
+    state = attached.state()
+    assert all(apart(t, state[n]) <= 1e-5 for n, t in surgeon.state().items())
     kept = surgeon.named_tensors().keys() - surgeon.made.keys()  # what is made again is not, and is told beside them
     assert load_file(checkpoint / "model.safetensors").keys() == kept | ({REMADE} if surgeon.made else set())
     assert apart(logits(model.eval()), logits(other)) <= 1e-5
