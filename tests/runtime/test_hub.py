@@ -54,11 +54,15 @@ with running() as hub:
     found |= {"expected": f"{hub.address}/user/adapter/commit/{sha}", "files": [*files],
               "meta": json.loads(files["meta.json"]), "page": files["README.md"].decode()}
 
+    surgery.apply(surgery.load_model("user/base"), "dora", check=False).save("memory")
+
     # The base moves on: the adapter still finds the commit that it was trained on, and tells the new one from it.
     load_demo("llama", seed=1).save_pretrained("base")
     hub.commit("user/base", files_of("base"))
     surgeon, found["warnings"] = warned(lambda: surgery.from_pretrained("user/adapter"))
     found |= {"same": torch.equal(surgeon.model(x).logits, wanted), "name": surgeon.spec.name}
+    surgery.apply_files(f"user/base@{found['commit']}", "dora", "files")  # as it was then
+    found["files alone"] = [Path("memory", n).read_bytes() == Path("files", n).read_bytes() for n in os.listdir("files")]
     base = surgery.load_model("user/base")  # as it is now
     _, found["warnings of another"] = warned(lambda: surgery.attach(base, "user/adapter", revision=sha))
     try:
@@ -83,6 +87,7 @@ def test_pushed_and_loaded_again() -> None:
     assert "base_model: user/base\n" in found["page"]
     assert f"Base model: `user/base` at `{found['commit']}`." in found["page"]
     assert (found["same"], found["name"], found["warnings"], found["warnings of another"]) == (True, "dora", 0, 1)
+    assert found["files alone"] == [True] * 4
     assert "there is no folder user/nothing, and it cannot be had from the hub" in found["error"]
 
 
