@@ -11,8 +11,8 @@ from surgery.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("trainer")
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SPECS = sorted(path for path in EXAMPLES.rglob("*.surg") if path.parent.name != "grid")
-# (test_grid.py has those.)
+SPECS = sorted(path for path in EXAMPLES.rglob("*.surg") if path.parent.name not in ("grid", "sora"))
+# (test_grid.py and test_paper_settings.py have those.)
 
 
 @pytest.fixture(scope="module")

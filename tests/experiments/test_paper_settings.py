@@ -51,3 +51,7 @@ def test_the_table_of_turns_is_of_what_was_run() -> None:
     assert "\n".join(turned.table(runs)) in (PAPER / "README.md").read_text(encoding="utf-8")
     for variant in turned.VARIANTS:
         assert check(turned.spec_of(variant)) == []
+    form, factor, _ = turned.VARIANTS["exact, s_p"]
+    proposed = PAPER / "sora" / "exact_sp.surg"  # which says that it is orthogonal, and is checked for that
+    assert check(proposed) == [] and f"  return {form.format(f'{factor} * (D @ C.T - C @ D.T)')}\n" in proposed.read_text(
+        encoding="utf-8")
