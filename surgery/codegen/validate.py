@@ -11,8 +11,10 @@ No torch.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -204,7 +206,7 @@ class Run:
     # --------------------------------------------------------------------------------------------------- calls
 
     def _call(self, node: ast.Call) -> Any:
-        name = ast.unparse(node.func)
+        name = _name(node.func)
         is_onto = name in ("layer.frozen_onto", "layer.frozen_back_onto")
         if any(keyword.arg not in (("beta",) if is_onto else ("alpha", "value")) for keyword in node.keywords):
             raise Fault("has an argument by a name that none has")
@@ -311,7 +313,7 @@ class Run:
             return self._placed(self.symbols.number(known[1]))
         if name == "squares":
             known = [self._data(arguments[0])]
-        values = [] if known else [self._value(a) for a in arguments if ast.unparse(a) not in _DTYPES]
+        values = [] if known else [self._value(a) for a in arguments if _name(a) not in _DTYPES]
         return self._computed(_SAME_MAP.get(name, f"layer.{name}"), *known, *values)
 
     def _method(self, a: Held, name: str, arguments: list[ast.expr], factor: float) -> Held:
@@ -376,7 +378,26 @@ def step_faults(source: str, body: Expr, gradients: Sequence[Expr | None], kept:
 
 
 def _functions(source: str) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    statements = (statement for part in _PARTS.split(source) for statement in _parsed(part))
+    return {statement.name: statement for statement in statements if isinstance(statement, ast.FunctionDef)}
+
+
+_PARTS = re.compile(r"^(?=def )", re.MULTILINE)
+
+
+@lru_cache(maxsize=1024)  # many programs have one function, as a set-up with other bodies; nothing changes a tree
+def _parsed(part: str) -> list[ast.stmt]:
+    return ast.parse(part).body
+
+
+def _name(node: ast.expr) -> str:
+    """`f` or `a.f`, as nearly all that is called, without the machinery for any expression."""
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=ast.Name(id=owner), attr=name):
+            return f"{owner}.{name}"
+    return ast.unparse(node)
 
 
 def _compared(symbols: Symbols, run: Callable[[], list[Meaning]], outputs: Sequence[Expr],
