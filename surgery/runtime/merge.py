@@ -54,6 +54,9 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
     for name, value in exact.items():
         errors.append(error := departure(value, stored[name]))
         bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps  # a bias may have a dtype of its own
+        if not error <= bound and not value.isfinite().all():
+            raise fail("merge-error", f"W' of {site.name} is not finite", placed.target.span,
+                       helps=("the training that made it diverged",))
         if not error <= bound:  # so that a NaN is refused too
             raise fail("merge-error",
                        f"{site.name} does not fit {str(stored[name].dtype).removeprefix('torch.')} after merging: "
