@@ -91,16 +91,22 @@ def test_a_mask_that_is_drawn_twice():
 def test_what_autograd_needs_is_not_written_over():
     x, weight = Expr("x", (), None, (TOKENS, 12)), Expr("param", (), "step.w", (12, 12))
     y = make("matmul", x, weight)
-    square = make("mul", y, y)
+    square, frozen = make("mul", y, y), Expr("frozen", (x,), None, (TOKENS, 12))
     head = 'def once(layer, dtype):\n    return ()\n\ndef setup(layer, leaves, known, dtype, cast):\n    ' \
            's0 = leaves["step.w"]\n    return (s0.to(cast), )\n\ndef body(layer, x, a0):\n'
     for lines, output, fault in (
             ("y0 = x @ a0\ny1 = y0 * y0\ny2 = y0.add_(y1)\nreturn y2", make("add", y, square), "what a gradient needs"),
             ("y0 = x @ a0\ny1 = y0.mul_(2.0)\nreturn y1", times(2.0, y), "what a gradient needs"),
             ("y0 = x @ a0\ny1 = torch.add(x, y0, alpha=2.0)\nreturn y1", make("add", x, times(2.0, y)), "a compiler"),
+            # an operand of what is added up in place, and all that autograd does not see into
+            ("y0 = x @ a0\ny1 = layer.frozen(x)\ny2 = y1.addmm_(y0, a0)\ny3 = y0.add_(x)\ny4 = y2.add_(y3)\nreturn y4",
+             make("add", make("add", frozen, make("matmul", y, weight)), make("add", y, x)), "what a gradient needs"),
+            ("y0 = x @ a0\ny1 = add_blocks(y0, x, a0)\nreturn y1", y, "what a gradient needs"),
+            ("y0 = x @ a0\ny1 = masked_times(y0, x, a0)\ny2 = y0.add_(y1)\nreturn y2", y, "what a gradient needs"),
+            ("y0 = x @ a0\ny1 = layer.frozen_onto(y0, x)\nreturn y1", make("add", y, frozen), "what a gradient needs"),
             ("with torch.no_grad():\n    y0 = x @ a0\nreturn y0", y, "result 0"),
             ("y0 = layer.frozen(x)\ny1 = y0.addmm_(x, a0)\nreturn y1",
-             make("add", Expr("frozen", (x,), None, (TOKENS, 12)), y), None)):
+             make("add", frozen, y), None)):
         found = program_faults(head + indent(lines, "    "), (output,))
         assert found == [] if fault is None else fault in found[0]
     # a module that is called may give back its input
