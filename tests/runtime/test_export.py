@@ -41,11 +41,14 @@ def test_a_trace_and_a_graph_without_solvers_give_what_the_model_gives(name, mon
 
 def test_elimination_is_the_inverse_and_the_triangle_the_factor():
     draw = torch.Generator().manual_seed(0)
-    a = torch.randn(3, 9, 9, generator=draw, dtype=torch.float64)
+    a = torch.randn(2, 3, 9, 9, generator=draw, dtype=torch.float64)
     rotated = torch.eye(9, dtype=torch.float64) + 2 * (a - a.mT)
     torch.testing.assert_close(eliminated(rotated), torch.linalg.inv(rotated), rtol=1e-10, atol=1e-10)
     gram = a @ a.mT
     torch.testing.assert_close(triangle(gram), torch.linalg.cholesky(gram), rtol=1e-9, atol=1e-9)
+    for made in (eliminated, triangle):
+        found = made(torch.eye(4, dtype=torch.bfloat16, device="meta"))
+        assert (found.dtype, found.device.type) == (torch.bfloat16, "meta")
 
 
 @pytest.mark.engines

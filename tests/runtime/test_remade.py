@@ -66,6 +66,12 @@ def same(one: surgery.Surgeon, other: surgery.Surgeon) -> bool:
     return first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
 
 
+def test_a_model_without_numbers_is_refused_before_they_are_read() -> None:
+    perturbed(load_demo(SMALL), SVFT).save("a")
+    with pytest.raises(SurgeryError, match="no numbers yet"):
+        surgery.attach(load_demo(SMALL).to("meta"), "a")
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_what_follows_is_left_out_and_comes_back_bit_for_bit(name: str) -> None:
     surgeon = perturbed(load_demo(SMALL), RULES[name], seed=3)
