@@ -123,7 +123,8 @@ def reaches(results: Iterable[Tensor], leaves: Sequence[Tensor]) -> bool:
     """Whether a random gradient of W' and b' reaches a parameter. A NaN is not nothing. (A random loss stands for every
     loss: where a gradient is zero for it, it is zero for all, but by chance.)"""
     generator = torch.Generator().manual_seed(2)
-    loss = torch.stack([(torch.randn(r.shape, generator=generator).to(r) * r).sum() for r in results]).sum()
+    draws = ((r, torch.randn(r.shape, generator=generator, device="cpu")) for r in results)
+    loss = torch.stack([(draw.to(r) * r).sum() for r, draw in draws]).sum()
     if not loss.requires_grad:
         return False
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
