@@ -6,7 +6,7 @@ from __future__ import annotations
 from surgery.ir.builders import fill, value_of
 from surgery.ir.expression import Expr, Formula, rebuild, walk
 from surgery.ir.operations import operation
-from surgery.ir.table import Linear
+from surgery.ir.table import Linear, Orthogonal
 from surgery.rewrite.engine import Rule, rewrite, table
 from surgery.rewrite.normal_form import RULES
 
@@ -23,7 +23,7 @@ _DETACH = Rule("detach(x) = x, in value", "detach", lambda n: n.args[0], "detach
 _SAME = Rule("|W| / |W| = 1 where no norm of W is 0", "div", _one, "row_norm(W) / row_norm(W)")
 # Rows that say nothing of gradients, which a start does not need.
 IN_VALUE = (_DETACH, _SAME)
-_STRICT, _GENERIC = table(*RULES, _DETACH), table(*RULES, *IN_VALUE)
+_OF_GRADIENTS, _STRICT, _GENERIC = table(*RULES), table(*RULES, _DETACH), table(*RULES, *IN_VALUE)
 
 
 def starts_as_weight(formula: Formula, generic: bool = True) -> bool:
@@ -52,23 +52,27 @@ def surely_trains(formula: Formula) -> bool:
     for leaf in formula.leaves:
         free = Expr("param", (), f"{leaf.key}*", leaf.shape)
         for expr in () if leaf.frozen else (formula.weight, formula.bias):
-            if _is_linear(rewrite(_put(expr, {**starts, leaf.key: free}), _STRICT), free):
+            if _is_linear(rewrite(_put(expr, {**starts, leaf.key: free}), _OF_GRADIENTS), free):
                 return True  # one is enough: the others move once it does
     return False
 
 
 def _is_linear(expr: Expr, free: Expr) -> bool:
-    """True if only linear operations lead from `free` to `expr`, with one argument that holds it where they are linear
-    in each argument by itself."""
-    holding = {free}
+    """True if `expr` is to first order linear in `free` at 0, and not constant: only linear operations lead there, with
+    one argument that holds it where they are linear in each argument by itself, and maps that begin as I + a."""
+    holding, alone = {free}, {free}  # alone: nothing is added to what holds it, so that it is 0 at 0
     for node in walk(expr):
         if holders := [a for a in node.args if a in holding]:
-            linear = operation(node).linear
-            if linear is Linear.NOT or len(holders) > 1 and linear is not Linear.TOGETHER:
-                return False
-            if node.op == "skew":  # linear, and 0 where a matrix has one entry
+            row = operation(node)
+            is_map = row.orthogonal is Orthogonal.OF_SKEW and node.args[0] in alone
+            is_linear = row.linear is Linear.TOGETHER or row.linear is Linear.EACH and len(holders) == 1
+            is_zero = node.op == "skew" and node.shape[-1] == 1  # a - aᵀ of one entry
+            if row.stops_gradient or is_zero or not (is_map or is_linear):
                 return False
             holding.add(node)
+            others = [a for a in node.args if a not in alone] if row.linear is Linear.TOGETHER else []
+            if not is_map and not others and all(a in alone for a in holders):
+                alone.add(node)
     return expr in holding
 
 

@@ -17,7 +17,7 @@ from weakref import ref
 import torch
 import torch.nn as nn
 
-from surgery.diagnostics import Collector, Diagnostic, SurgeryWarning, fail, tell
+from surgery.diagnostics import Collector, Diagnostic, fail, tell
 from surgery.language.tree import Spec
 from surgery.layers.wrappers import bare, own_parameter
 from surgery.planning.compile import Placed, Plan, compile
@@ -94,13 +94,7 @@ def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype
     """
     surgeon = prepare(model, spec, seed=seed, dtype=dtype, strict=strict, data=data, loss=loss)
     surgeon.check_start(strict)
-    surgeon.begin(example, check, strict)
-    try:
-        tell(surgeon.plan.warnings, stacklevel=3)
-    except SurgeryWarning:  # a filter of the user's makes errors of warnings
-        surgeon.remove()
-        raise
-    return surgeon
+    return surgeon.begin(example, check, strict, tells=True)
 
 
 def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
@@ -236,13 +230,16 @@ class Surgeon:
         return self
 
     @all_or_nothing
-    def begin(self, example: Any = None, check: bool = True, strict: bool = False) -> Surgeon:
-        """Operate, and prove it if asked to. Raises: SurgeryError."""
+    def begin(self, example: Any = None, check: bool = True, strict: bool = False, tells: bool = False) -> Surgeon:
+        """Operate, and prove it if asked to. `tells`: give the plan's warnings as Python's, to the caller of `apply`.
+        Raises: SurgeryError; SurgeryWarning, where a filter of the user's makes errors of warnings."""
         self.operate()
         if check:
             starts = not any(target.shifted for target in self.spec.targets)
             self.proof = self._subject().prove(example, starts)
             self._warn(self.proof.warnings, strict)
+        if tells:
+            tell(self.plan.warnings, stacklevel=5)  # this, the decorator, apply
         return self
 
     def prove(self, example: Any = None) -> Proof:

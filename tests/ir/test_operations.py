@@ -186,11 +186,15 @@ def test_what_is_said_to_stop_a_gradient_does():
 
 
 def test_a_linear_map_that_may_be_zero_proves_no_gradient():
-    """W' = W + skew(A), of a weight with one entry, trains nothing; one entry of A that is taken does."""
+    """W' = W + skew(A), of a weight with one entry, trains nothing; one entry of A that is taken does. A rotation turns
+    to first order with what it is made of where that starts at zero; what is detached has no gradient."""
     for size in (1, 6):
         weight, a = Expr("weight", (), None, (size, size)), Leaf("own.A", (size, size), fill(0.0, (size, size)), None)
         at = Expr("places", (), "own.at", (1,))
-        for update, trains in ((make("skew", a.expr), False), (a.expr, True), (make("take", a.expr, at), True)):
+        turn = make("cayley", make("skew", a.expr))
+        for update, trains in ((make("skew", a.expr), size > 1), (a.expr, True), (make("take", a.expr, at), True),
+                               (turn, size > 1), (make("matmul", turn, turn), False), (make("detach", a.expr), False),
+                               (make("cayley", make("add", weight, a.expr)), False)):
             added = update if update.shape == weight.shape else make("mul", make("total", update), weight)
             formula = Formula(make("add", weight, added), Expr("bias", (), None, (size,)), (a,))
             assert surely_trains(formula) is trains, (size, update)
