@@ -38,7 +38,8 @@ def main() -> None:
             used, seconds, worked = measured([sys.executable, "-m", "surgery", "apply", spec, "base", "-o", spec,
                                               "--no-load", "-q", *SPECS.get(spec, [])])
             saved = sum(path.stat().st_size for path in Path(spec).iterdir())
-            print(f"{spec:10} {used / 1e9:.2f} GB at its peak, {worked:.0f} s of work; the adapter {saved / 1e9:.3f} GB")
+            print(f"{spec:10} {used / 1e9:.2f} GB at its peak, {worked:.0f} s of work; "
+                  f"the adapter {saved / 1e9:.3f} GB")
 
 
 if __name__ == "__main__":

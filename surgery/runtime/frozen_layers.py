@@ -21,7 +21,6 @@ from surgery.layers.layouts import Layout
 from surgery.layers.opaque_linear import stored, stored_weight
 from surgery.runtime.sharding import is_part, whole
 
-
 _PARTS = 32  # of a weight that is read with a stride: what is copied of it at a time is small
 
 
