@@ -114,6 +114,8 @@ NOISE = NoiseLaw("own.m", Draw("bernoulli", (("p", 0.5),)), 0.5)
 MALFORMED: dict[str, tuple[Expr, ...]] = {
     "weight": (Expr("weight", (A,), None, (6, 6)), Expr("weight", (), None, (6,)), Expr("weight", (), "w", (6, 6))),
     "bias": (Expr("bias", (A,), None, (6,)), Expr("bias", (), None, (6, 1))),
+    "weight_squares": (Expr("weight_squares", (A,), 1, (6,)), Expr("weight_squares", (), 1, (6, 6)),
+                       Expr("weight_squares", (), 2, (6,))),
     "gradient": (Expr("gradient", (A,), None, (6, 4)), Expr("gradient", (), None, (6,))),
     "inputs": (Expr("inputs", (A,), None, (6, 6)), Expr("inputs", (), None, (6, 4))),
     "param": (Expr("param", (A,), "own.A", (6, 6)), Expr("param", (), "A", (6, 6)), Expr("param", (), None, (6, 6))),
