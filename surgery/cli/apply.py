@@ -75,10 +75,8 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     if out is not None and not (merge or data) and (no_load or _is_too_large(output, model, dtype)):
         return _unloaded(output, spec, asked, model, out, seed, dtype, force, strict, self_contained)
     subject = loaded(output, model, dtype)
-    measured = None
-    if data is not None:
-        task = read_task(data, kind, label=label, threshold=threshold)
-        measured = _batches(output, subject, model, task, count)
+    task = read_task(data, kind, label=label, threshold=threshold) if data is not None else None
+    measured = _batches(output, subject, model, task, count) if task is not None else None
     with output.busy("operating"):
         surgeon = operate(subject, asked, seed=seed, strict=strict, data=measured)
     if out is not None:
