@@ -197,8 +197,8 @@ def _put(new: Path, target: Path, kind: Kind, force: bool) -> None:
                     _keep_permissions(path, other)
             if not force and target.exists():
                 target.rmdir()  # it is empty, or this fails
-            if not target.exists():
-                new.rename(target)
+            if not force or not target.exists():
+                new.rename(target)  # fails where another writer's folder has come since, which is then looked at
             elif not _exchange(new, target):
                 _swap(new, target)
             return

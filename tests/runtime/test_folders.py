@@ -1,5 +1,6 @@
 """Folders and files that are replaced: what is ours, what a killed run leaves, and several writers at once."""
 
+import contextlib
 import json
 import os
 import random
@@ -337,6 +338,30 @@ def test_three_first_writers_at_once(force: bool, tmp_path: Path, exchange: bool
         assert text_of(out) in "123" and not list(tmp_path.glob(".surgery-*"))
     said = capfd.readouterr().err
     assert said.count("exists already") == said.count("error[") == (0 if force else 8)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_another_writer_comes_after_one_of_the_last_looks(after: int, tmp_path: Path, exchange: bool,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever it comes, what it has written stays."""
+    out, real, looks = tmp_path / "out", Path.exists, []
+
+    def exists(self: Path) -> bool:
+        found = real(self)
+        if self == out and not found:
+            looks.append(self)
+            if len(looks) == after:
+                (tmp_path / "other").mkdir()
+                (tmp_path / "other/one.txt").write_text("1")
+                (tmp_path / "other").rename(out)
+        return found
+
+    monkeypatch.setattr(Path, "exists", exists)
+    with contextlib.suppress(SurgeryError), replacing(out, THING, force=False) as new:
+        (new / "one.txt").write_text("2")
+    monkeypatch.undo()
+    came = len(looks) >= after
+    assert (out / "one.txt").read_text() == ("1" if came else "2") and not list(tmp_path.glob(".surgery-*"))
 
 
 def test_writers_who_take_turns(tmp_path: Path, exchange: bool) -> None:
