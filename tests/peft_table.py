@@ -29,7 +29,7 @@ PEERS = ("lora", "dora", "pissa", "oft", "hra", "loha", "c3a", "vera")
 COSTS = ("step", "PEFT's", "memory", "PEFT's")
 FILES = ("config", "layer", "model")
 _SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-_LAYERS = {"transposed linear": "Conv1D", "convolution": "conv", "trained": "a whole module"}
+_LAYERS = {"transposed linear": "Conv1D", "convolution": "conv", "trained": "a whole module", "turned experts": "experts"}
 
 
 def spec_lines(method: Method) -> int:
@@ -71,7 +71,7 @@ def errors() -> dict[str, float]:
 
 def methods(measured: dict[str, float]) -> list[str]:
     rows = [[method.name, f"`{method.spec}`" if method.spec in shipped() else "", f"`{method.family.config_class}`",
-             ", ".join(_LAYERS.get(layout, layout) for layout in method.tensors), spec_lines(method),
+             ", ".join(dict.fromkeys(_LAYERS.get(layout, layout) for layout in method.tensors)), spec_lines(method),
              peft_lines(method.family), _error(measured, method.name)] for method in METHODS]
     return _table(["method", "spec", "PEFT's", "layers", "lines here", "lines in PEFT", "largest difference"], rows)
 

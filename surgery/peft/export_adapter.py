@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.diagnostics import fail
+from surgery.diagnostics import Diagnostic, fail, tell
+from surgery.language.tree import every_step
 from surgery.peft import nearest_lora
 from surgery.peft.export_trained_values import Beside, changed_biases
 from surgery.peft.folder import SHARED, write, wrong_fields
@@ -25,13 +26,13 @@ from surgery.peft.import_module import WHOLE, Taken, at, drawn_again, row
 from surgery.peft.recognise import Match, match_targets
 from surgery.peft.table.method import Config
 from surgery.peft.table.methods import METHODS
-from surgery.peft.target_modules import in_time, modules, named, resolved
+from surgery.peft.target_modules import in_time, modules, named, names_there, parameters, resolved
 from surgery.peft.tensor_mapping import Place, Tensors
 from surgery.runtime.surgeon import Surgeon
 from surgery.text import listed
 
 # The fields of a configuration that choose modules; another writer's are kept where they still choose the same.
-_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ class Exported:
 @dataclass(frozen=True)
 class _Form:
     """A configuration but for what it says of the choice of modules, and the tensors of the modules by PEFT's names.
-    `names`: the modules; `biases`: the biases that the formulas change, with their values; `lists`: the fields that
-    list modules."""
+    `names`: the modules, and the `parameters` that PEFT reaches by name, each with what holds its tensors; `biases`:
+    the biases that the formulas change, with their values; `lists`: the fields that list modules."""
 
     config: Config
     tensors: Tensors
     names: Sequence[str]
     about: Exported
     biases: Tensors = field(default_factory=dict)
+    parameters: Mapping[str, str] = field(default_factory=dict)
     lists: tuple[str, ...] = ()
 
 
@@ -74,9 +76,6 @@ def export_peft(surgeon: Surgeon, folder: str | PathLike, *, rank: int | None = 
     if wrong := wrong_fields(like):
         raise fail("bad-value", "the configuration that the surgery came from has what cannot stand there as "
                    f"{', '.join(wrong)}")
-    stacks = [p.site.name for p in surgeon.plan.placed if p.site.stack is not None]
-    if stacks:
-        raise fail("no-peft-form", f"there is no form for a stack of matrices: {listed(stacks)}")
     if rank is not None and rank < 1:
         raise fail("bad-value", f"the rank of a LoRA is at least 1, not {rank}")
     model, task = type(surgeon.model), like.get("task_type")
@@ -88,9 +87,15 @@ def export_peft(surgeon: Surgeon, folder: str | PathLike, *, rank: int | None = 
             form = (None if rank else _own(surgeon, like)) or _lora(surgeon, rank)
         else:
             form = _whole(surgeon)
-        beside = Beside.of(surgeon, form.names, form.biases, form.config["peft_type"], like)
+        # of a parameter, PEFT wraps the module
+        adapted = [n.rpartition(".")[0] if n in form.parameters else n for n in form.names]
+        beside = Beside.of(surgeon, adapted, form.biases, form.config["peft_type"], like)
         config = {**about, **form.config, **beside.fields}
         choice = _choice(surgeon, form, config, like)
+    drops = any(step.dropout for p in surgeon.plan.placed for step in every_step(p.target.steps))
+    if form.parameters and drops:
+        tell([Diagnostic("no-peft-form", "PEFT takes no dropout where it adapts parameters: the adapter is written "
+                         "without, which only its further training would tell", severity="warning")])
     write(Path(folder), {**config, **choice}, {**form.tensors, **beside.tensors}, force)
     return form.about
 
@@ -118,7 +123,7 @@ def _own(surgeon: Surgeon, like: Config) -> _Form | None:
         config = {**switches, **kept, "peft_type": kind, **matched.fields, **lists}
         tensors = _tensors(surgeon, matched, config)
         if tensors is not None:
-            return _Form(config, tensors, list(matched.methods), Exported(kind), lists=family.lists)
+            return _Form(config, tensors, list(matched.methods), Exported(kind), {}, matched.parameters, family.lists)
     return None
 
 
@@ -140,15 +145,17 @@ def _tensors(surgeon: Surgeon, matched: Match, config: Config) -> dict[str, Tens
         back = each.map.to_ours({**shared, **own, **more}, each.place)
         if ours.keys() != back.keys() or not all(torch.equal(ours[key], back[key]) for key in ours):
             return None
-    return {**shared, **{f"{each.name}.{n}": t for each, own in zip(taken, kept) for n, t in own.items()}}
+    return {**shared, **{f"{each.holder}.{n}": t for each, own in zip(taken, kept) for n, t in own.items()}}
 
 
 def _taken(surgeon: Surgeon, matched: Match, config: Config, number: int) -> Taken:
     site = surgeon.plan.placed[number].site
-    method, place = matched.methods[site.name], Place.of(site, number)
-    here = at(config, method, site.name)
+    (name, method), place = [*matched.methods.items()][number], Place.of(site, number)
+    here = at(config, method, name)
     ours = {key: t.detach() for key, t in surgeon.adapters[site.name].values().items()}
-    return Taken(site.name, site.weight_name, method, place, here, method.map(here, place).to_peft(ours, place))
+    holder = matched.parameters.get(name, name)
+    return Taken(name, site.name, holder, site.weight_name, method, place, here,
+                 method.map(here, place).to_peft(ours, place))
 
 
 def _still(matched: Match, config: Config, taken: Sequence[Taken]) -> bool:
@@ -222,22 +229,32 @@ def _lora(surgeon: Surgeon, rank: int | None) -> _Form:
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     inexact: list[str] = []
+    names, wrapped = names_there([p.site for p in surgeon.plan.placed])
+    holder = {site: wrapped.get(name, name) for site, name in zip(places, names)}
     for factors in nearest_lora.factors(surgeon, rank):
         theirs = method.map(config, places[factors.name]).to_peft(factors.leaves, places[factors.name])
-        tensors |= {f"{factors.name}.{n}": t for n, t in theirs.items()}
+        tensors |= {f"{holder[factors.name]}.{n}": t for n, t in theirs.items()}
         errors[factors.name] = factors.error
         inexact += [] if factors.exact else [factors.name]
-    return _Form(config, tensors, list(places), Exported("LORA", rank, errors, tuple(inexact)), changed_biases(surgeon))
+    about = Exported("LORA", rank, errors, tuple(inexact))
+    return _Form(config, tensors, names, about, changed_biases(surgeon), wrapped)
 
 
 # ------------------------------------------------------------------------------------------------ what is said beside
 
 
 def _choice(surgeon: Surgeon, form: _Form, config: Config, like: Config) -> dict[str, Any]:
-    """How the configuration names the modules: as it did, by the ends of their names, or by their names."""
-    names = list(form.names)
+    """How the configuration names the modules: as it did, by the ends of their names, or by their names; and the
+    parameters that it names beside."""
+    names, wrapped = [n for n in form.names if n not in form.parameters], [*form.parameters]
     ends = sorted({name.rpartition(".")[2] for name in names})
-    ways = [{n: like[n] for n in _CHOICE if like.get(n) is not None},
+    short = sorted({".".join(name.split(".")[-2:]) for name in wrapped})
+    beside = [{"target_parameters": way} for way in (like.get("target_parameters"), short, wrapped) if way]
+    beside = [way for way in beside if parameters(way, surgeon.model) == wrapped] if wrapped else [{}]
+    if not beside:
+        raise fail("no-peft-form", f"PEFT would wrap other parameters than {listed(wrapped)}")
+    # without a word on modules, PEFT would choose some itself
+    ways = [{"target_modules": [], **{n: like[n] for n in _CHOICE[:-1] if like.get(n) is not None}},
             *({"target_modules": way} for way in (ends, names, "|".join(map(re.escape, names))))]
     # Ends of names are what people write, and may choose too much; a list of names is read as ends too; the regular
     # expression means exactly these.
@@ -246,7 +263,7 @@ def _choice(surgeon: Surgeon, form: _Form, config: Config, like: Config) -> dict
     listed_too = {name for listing in form.lists for name in config.get(listing) or ()}
     for i, chosen_names in chosen.items():
         if chosen_names == names and listed_too <= set(ways[i].get("target_modules") or ()):
-            return ways[i]
+            return {**ways[i], **beside[0]}
     left_out = listed(name for name in names if name not in chosen[3])
     raise fail("no-peft-form", f"PEFT would leave out {left_out}, which lies in a module that it saves whole for what "
                f"`train` names: {listed(config.get('modules_to_save') or ())}")

@@ -25,7 +25,7 @@ from surgery.peft.import_spec import Group, one_spec, train_spec
 from surgery.peft.import_trained_values import Values, values
 from surgery.peft.table.method import Config
 from surgery.peft.table.methods import METHODS
-from surgery.peft.target_modules import ends_of, fits_end, in_time, modules, named, ties
+from surgery.peft.target_modules import ends_of, fits_end, holders, in_time, modules, named, parameters, ties
 from surgery.peft.tensor_mapping import Place, Tensors
 from surgery.runtime.saved_format import compare
 from surgery.runtime.surgeon import Surgeon, prepare
@@ -80,12 +80,20 @@ class _Reader:
         self.config: Config = self.folder.config
         self.survey = Survey(self.model)
         self.sites = {site.name: site for site in self.survey.sites}
-        self.names = named(self.config, self.model)
+        modules, by_parameter = named(self.config, self.model), parameters(self.config, self.model)
+        # what PEFT's patterns see a module as, and where its tensors lie: of a parameter that is wrapped, two names
+        self.holders = {**{name: name for name in modules}, **holders(by_parameter)}
+        self.names = [*modules, *by_parameter]
+        known = {site.weight_name: site for site in self.survey.sites}
+        if any(name not in known for name in by_parameter):  # each router costs a call
+            known |= {site.weight_name: site for site in self.survey.routers}
+        self.sites |= {name: known[name] for name in by_parameter if name in known}
         self.tied = tied(self.survey)
 
     def imported(self) -> Imported:
-        own, rest = _split(self.folder.tensors, self.names, self.model)
-        taken = [t for number, name in enumerate(self.names) if (t := self._taken(name, number, own.get(name, {})))]
+        own, rest = _split(self.folder.tensors, [*self.holders.values()], self.model)
+        taken = [t for number, (name, holder) in enumerate(self.holders.items())
+                 if (t := self._taken(name, number, own.get(holder, {})))]
         taken = self._with_drawn(taken)
         weights, whole = [t for t in taken if t.place.layout != WHOLE], [t for t in taken if t.place.layout == WHOLE]
         self.report.add(*self._faults(), *self._dead())
@@ -113,7 +121,7 @@ class _Reader:
 
     def _fitted(self, surgeon: Surgeon, weights: Sequence[Taken], own_values: Values) -> Imported:
         """The tensors of every module as the surgeon's, compared with those that the model needs."""
-        both = [each.shapes(surgeon.adapters[each.name].values()) for each in weights]
+        both = [each.shapes(surgeon.adapters[each.site].values()) for each in weights]
         saved, wanted = ({name: shape for pair in both for name, shape in pair[side].items()} for side in (0, 1))
         shapes = Collector()
         compare(saved, wanted, "adapter_config.json", shapes, TENSORS)
@@ -161,12 +169,14 @@ class _Reader:
             if fitting is None and site:
                 return self._fault(name, "unknown-method", no_row(self.config, site, places[0]))
             if fitting is None:
-                why = next((r.reason for r in self.survey.refused if r.name == name), "it only holds other modules")
+                # a parameter is refused as its module is
+                owner = name if name in self.survey.modules else name.rpartition(".")[0]
+                why = next((r.reason for r in self.survey.refused if r.name == owner), "it only holds other modules")
                 return self._fault(name, "unsupported-module",
                                    f"PEFT's configuration names what no spec can operate on: {why}")
             place, method, here = fitting
             weight, known = site.weight_name if site else name, {**self.folder.shared, **tensors}
-            taken = Taken(name, weight, method, place, here, known)
+            taken = Taken(name, site.name if site else name, self.holders[name], weight, method, place, here, known)
             return taken if taken.spec else None
         except KeyError as error:
             return self._fault(name, "bad-adapter", f"adapter_config.json does not say {error.args[0]}")
@@ -196,13 +206,15 @@ class _Reader:
         # A switch that no row knows may be why nothing is named; else the names may be misspelt.
         wanted = self.config.get("target_modules")
         ends = {name.rpartition(".")[2] for name in self.sites}
-        words = [wanted] if isinstance(wanted, str) else list(wanted or ())[:_MOST_WORDS]
+        by_parameter = self.config.get("target_parameters") or ()
+        words = [wanted] if isinstance(wanted, str) else [*(wanted or ()), *by_parameter][:_MOST_WORDS]
         similar = filter(None, (did_you_mean(word.rpartition(".")[2], ends) for word in words))
         if unheard := unheard_of(self.config, ""):
             yield Diagnostic("unknown-method", unheard)
         else:
+            more = f", target_parameters no parameter: {listed(by_parameter)}" if by_parameter else ""
             yield Diagnostic("no-match", f"target_modules names no module of this {type(self.model).__name__}: "
-                             f"{wanted}", helps=tuple(islice(similar, 1)))
+                             f"{wanted}{more}", helps=tuple(islice(similar, 1)))
 
     def _dead(self) -> Iterator[Diagnostic]:
         """Names of the configuration that say nothing of this model."""
@@ -211,6 +223,8 @@ class _Reader:
         # The ends of all names at once: a list of thousands against a model of thousands would be millions of matches.
         live = {end for name, _ in modules(self.model) if name for end in ends_of(name)} if names else set()
         dead = [("target_modules", each) for each in names if each not in live]
+        dead += [("target_parameters", each) for each in self.config.get("target_parameters") or () if self.names
+                 and not parameters({"target_parameters": [each]}, self.model)]
         families = (m.family for m in METHODS if m.family.peft_type == self.config["peft_type"])
         fields = {field for family in families for field in family.patterns.values()}
         dead += [(f, key) for f in sorted(fields) for key in self.config.get(f) or {}
@@ -223,7 +237,7 @@ class _Reader:
         alike: dict[tuple, list[Taken]] = {}
         for each in taken:
             alike.setdefault((each.method.name, each.spec.params, each.weight_name in self.tied), []).append(each)
-        groups = [Group(same[0].spec, [t.name for t in same], frozenset(self.sites[t.name].kind for t in same), untie)
+        groups = [Group(same[0].spec, [t.site for t in same], frozenset(self.sites[t.name].kind for t in same), untie)
                   for (*_, untie), same in alike.items()]
         return one_spec(groups, trained) if groups else train_spec(self.config["peft_type"].lower(), trained)
 

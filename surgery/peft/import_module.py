@@ -29,16 +29,19 @@ _ASIDE = frozenset((
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config",
     "megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "revision", "runtime_config",
-    "target_modules", "task_type"))
+    "target_modules", "target_parameters", "task_type"))
 _ASIDE_BEFORE = ("init_", "save_")
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A module that PEFT adapts, by its name; `config` is PEFT's as it holds here, `tensors` are PEFT's by name: the
-    module's own, the model's, and those that PEFT draws again."""
+    """A module that PEFT adapts, or a parameter, by its name there and by that of our site; `config` is PEFT's as it
+    holds here, `tensors` are PEFT's by name: the module's own (in a file below the name `holder`), the model's, and
+    those that PEFT draws again."""
 
     name: str
+    site: str
+    holder: str
     weight_name: str
     method: Method
     place: Place
@@ -66,7 +69,7 @@ class Taken:
         theirs, derived = self.map.to_peft(ours, self.place), self.method.derived
         wanted = {n: t for n, t in theirs.items() if n not in derived or n in self.tensors}
         given = {n: t for n, t in self.tensors.items() if n in wanted or not (n in derived or n.startswith(SHARED))}
-        return _named(self.name, _without_shapes(given)), _named(self.name, _without_shapes(wanted))
+        return _named(self.holder, _without_shapes(given)), _named(self.holder, _without_shapes(wanted))
 
 
 def _without_shapes(tensors: Tensors) -> Shapes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ from surgery.runtime.surgeon import Surgeon
 
 @dataclass(frozen=True)
 class Factors:
-    """B [out, k] and A [k, in] of one module, and ‖ΔW - B A‖ / ‖ΔW‖. `rank`: that of ΔW."""
+    """B [out, k] and A [k, in] of one module, and ‖ΔW - B A‖ / ‖ΔW‖. `rank`: that of ΔW. Of a stack, B and A of all its
+    matrices, with the largest rank and the largest error."""
 
     name: str
     b: Tensor
@@ -40,7 +42,7 @@ class Factors:
     @property
     def exact(self) -> bool:
         """Whether nothing was left out, so that the error is one of rounding alone."""
-        return self.rank <= len(self.a)
+        return self.rank <= self.a.shape[-2]
 
 
 @torch.no_grad()
@@ -52,6 +54,16 @@ def ranks(surgeon: Surgeon) -> dict[str, tuple[int, int]]:
 @torch.no_grad()
 def factors(surgeon: Surgeon, rank: int) -> Iterator[Factors]:
     """The factors of each module's update."""
+    # the matrices of a stack come one by one, each named by its number below the stack
+    owner = {f"{p.site.name}.{i}": p.site.name for p in surgeon.plan.placed for i in range(p.site.stack or 0)}
+    for name, group in groupby(_of_matrices(surgeon, rank), lambda factors: owner.get(factors.name, factors.name)):
+        each = list(group)
+        yield each[0] if each[0].name == name else Factors(
+            name, torch.stack([f.b for f in each]), torch.stack([f.a for f in each]),
+            max(f.rank for f in each), max(f.error for f in each))
+
+
+def _of_matrices(surgeon: Surgeon, rank: int) -> Iterator[Factors]:
     for update in _updates(surgeon):
         delta, spectrum = update.delta, _spectrum(update)
         kept = min(rank, spectrum.numerical_rank)

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
 from surgery.diagnostics import Collector, SurgeryError
 from surgery.ir.builders import every
-from surgery.ir.expression import Formula
+from surgery.ir.expression import Formula, in_evaluation
 from surgery.language.tree import Spec
 from surgery.peft.recognise_parameters import proposals
 from surgery.peft.table.method import Family, Method
 from surgery.peft.table.methods import METHODS
-from surgery.peft.target_modules import resolved
+from surgery.peft.target_modules import names_there, resolved
 from surgery.peft.tensor_mapping import Place
 from surgery.planning.compile import Placed, Plan
 from surgery.semantics.evaluate import nodes
@@ -30,16 +30,19 @@ from surgery.semantics.resolved_spec import ResolvedSpec
 
 @dataclass(frozen=True)
 class Match:
-    """PEFT's `family` with the fields of its configuration, and the row for each module's name."""
+    """PEFT's `family` with the fields of its configuration, and the row for each name of PEFT's; `parameters`: those
+    that it reaches by `target_parameters`, beside which it takes no dropout, each with what holds its tensors."""
 
     family: Family
     fields: Mapping[str, Any]
     methods: Mapping[str, Method]
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> dict[str, Any]:
         """The arguments of the family's configuration class."""
-        return {**self.fields, "target_modules": list(self.methods)}
+        others = {"target_parameters": [*self.parameters]} if self.parameters else {}
+        return {**self.fields, "target_modules": [n for n in self.methods if n not in self.parameters], **others}
 
     @property
     def rewritten(self) -> list[str]:
@@ -54,6 +57,7 @@ def match(plan: Plan) -> Match | None:
 
 def match_targets(plan: Plan) -> Match | None:
     """The one configuration of PEFT's that is all of the plan's targets, whatever it trains beside them."""
+    names, parameters = names_there([p.site for p in plan.placed])
     known: dict[tuple, tuple[_Reading, ...]] = {}
     readings: list[tuple[_Reading, ...]] = []
     for number, placed in enumerate(plan.placed):
@@ -61,13 +65,16 @@ def match_targets(plan: Plan) -> Match | None:
         # Modules of one formula and one shape are read once: a model has thousands, and a proof takes a compilation.
         key = id(placed.formula), place.layout, place.shape
         if key not in known:
-            known[key] = tuple(_proven(plan.spec, placed, place)) if placed.site.stack is None else ()
-        readings.append(tuple(replace(each, name=placed.site.name, place=place) for each in known[key]))
+            known[key] = tuple(_proven(plan.spec, placed, place, drops=not parameters))
+        # a parameter takes what a stack of experts takes
+        readings.append(tuple(replace(each, name=names[number], place=place) for each in known[key]
+                              if names[number] not in parameters or "experts" in each.method.tensors))
     # One formula may be several methods: the kind that is taken must be among the readings of every module.
     kinds = dict.fromkeys(each.kind for each in readings[0]) if readings else ()
     alike = ([next((r for r in of_module if r.kind == kind), None) for of_module in readings] for kind in kinds)
     whole = (of_all for each in alike if (of_all := every(each)) is not None)
-    return next(filter(None, map(_combined, whole)), None)
+    combined = next(filter(None, map(_combined, whole)), None)
+    return combined and replace(combined, parameters=parameters)
 
 
 # --------------------------------------------------------------------------------------------------- one module
@@ -93,18 +100,20 @@ class _Reading:
         return family.peft_type, tuple(sorted((k, v) for k, v in self.method.settings.items() if k not in family.lists))
 
 
-def _proven(spec: Spec, placed: Placed, place: Place) -> Iterator[_Reading]:
-    """The rows, each with a choice of its parameters, that give the module's formula."""
+def _proven(spec: Spec, placed: Placed, place: Place, drops: bool) -> Iterator[_Reading]:
+    """The rows, each with a choice of its parameters, that give the module's formula; its dropout apart, unless PEFT
+    `drops`."""
+    wanted = _meaning(placed.formula, drops)
     for method, row in _rows():
         for values in proposals(row, spec, placed) if place.layout in method.tensors else ():
             # evaluation is exact; a configuration holds no fractions
             parameters = {name: (int(v) if v.denominator == 1 else float(v)) if isinstance(v, Fraction) else v
-                          for name, v in values.items()}
+                          for name, v in values.items()} | ({} if drops or "dropout" not in values else {"dropout": 0})
             reading = _Reading(placed.site.name, place, method, parameters)
             try:
                 bound = method.of(parameters)
-                is_it = method.is_on(reading.fields, place) and _meaning(placed.formula) in map(
-                    _meaning, _formulas(bound, placed))
+                is_it = method.is_on(reading.fields, place) and any(
+                    _meaning(formula, drops) == wanted for formula in _formulas(bound, placed))
             except SurgeryError:  # the values that were proposed are of no use
                 continue
             if is_it:
@@ -119,11 +128,11 @@ def _rows() -> list[tuple[Method, Spec]]:
     return sorted(rows, key=lambda row: -sum(1 for target in row[1].targets for _ in nodes(target)))
 
 
-def _meaning(formula: Formula) -> tuple:
+def _meaning(formula: Formula, drops: bool) -> tuple:
     """W' and b', and of each leaf what else they rest on: whether it is frozen and then where it starts, whether it is
     shared."""
     leaves = [(leaf.key, leaf.frozen, leaf.frozen and leaf.init, leaf.group is None) for leaf in formula.leaves]
-    return formula.weight, formula.bias, leaves
+    return formula.weight if drops else in_evaluation(formula.weight), formula.bias, leaves
 
 
 def _formulas(spec: Spec, placed: Placed) -> Iterator[Formula]:

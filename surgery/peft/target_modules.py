@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import prod
@@ -20,8 +20,8 @@ import regex
 from torch import nn
 
 from surgery.diagnostics import fail
-from surgery.layers.layouts import weights
-from surgery.layers.survey import output_embedding
+from surgery.layers.layouts import LINEAR, weights
+from surgery.layers.survey import Site, output_embedding
 from surgery.peft.table.method import Config, Family
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.step_tensors import StepTensors
@@ -43,6 +43,30 @@ def named(config: Config, model: nn.Module) -> list[str]:
     saved = [_Regular(rf"(^|.*\.){each}($|\..*)") for each in config.get("modules_to_save") or ()]
     return [name for name, _ in modules(model)
             if name and chosen(name) and not (excluded(name) or any(each.match(name) for each in saved))]
+
+
+def parameters(config: Config, model: nn.Module) -> list[str]:
+    """The parameters that `target_parameters` chooses by their names or the ends of those, in the order in which PEFT
+    wraps their modules."""
+    ends = tuple(f".{each}" for each in config.get("target_parameters") or ())
+    return [f"{name}.{own}" for name, module in modules(model) if ends and name
+            for own, _ in module.named_parameters(recurse=False) if f".{name}.{own}".endswith(ends)]
+
+
+def holders(parameters: Sequence[str]) -> dict[str, str]:
+    """In front of what PEFT saves the tensors of each of these parameters: it wraps their module once for each, and the
+    first one's tensors are the innermost."""
+    owners = [name.rpartition(".")[0] for name in parameters]
+    return {name: owner + ".base_layer" * owners[i + 1:].count(owner)
+            for i, (name, owner) in enumerate(zip(parameters, owners))}
+
+
+def names_there(sites: Sequence[Site]) -> tuple[list[str], dict[str, str]]:
+    """What PEFT calls these weights; and of those that it reaches by `target_parameters` alone, having no adapter for
+    the module itself, their holders."""
+    own = {s.name: s.stack is not None or s.layout is LINEAR and not weights(s.module) for s in sites}
+    names = [site.weight_name if own[site.name] else site.name for site in sites]
+    return names, holders([name for name, site in zip(names, sites) if own[site.name]])
 
 
 def modules(model: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:

@@ -15,6 +15,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from surgery.layers.layouts import TRANSPOSED_EXPERTS
 from surgery.layers.survey import Site
 
 Tensors = Mapping[str, Tensor]
@@ -24,7 +25,8 @@ Tensors = Mapping[str, Tensor]
 class Place:
     """One module: its layout's name, its weight's sides as a matrix [out, in], its weight's shape as it is stored,
     whether it has a bias, its number among the modules that PEFT adapts (in the model's order), and whether it is a
-    convolution that is not the same in all directions or that leaves gaps.
+    convolution that is not the same in all directions or that leaves gaps. A stack is `experts`, or `turned experts`
+    where PEFT takes for the outputs what are the inputs.
     """
 
     layout: str
@@ -38,6 +40,8 @@ class Place:
     @classmethod
     def of(cls, site: Site, number: int = 0) -> Place:
         shape, module, uneven = site.stored_shape, site.module, False
+        if site.stack is not None:
+            return cls(_stack(site), site.out, site.in_, shape, False, number)
         if kernel := shape[2:]:
             assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))  # no other layout has a kernel
             gaps = set(module.dilation) != {1}
@@ -50,6 +54,14 @@ class Place:
     def kernel(self) -> tuple[int, ...]:
         """The sides of a convolution's kernel; none for other layouts."""
         return self.shape[2:]
+
+
+def _stack(site: Site) -> str:
+    """How PEFT sees a stack: by an attribute that Llama-4's experts, stored [in, out], do not have."""
+    is_turned = site.layout is TRANSPOSED_EXPERTS
+    if is_turned is not bool(getattr(site.module, "is_transposed", False)):
+        return "turned experts"
+    return "experts" if site.stack != 1 or not is_turned else "single transposed expert"  # which PEFT adds [out, in] to
 
 
 class Correspondence(Protocol):
@@ -133,6 +145,13 @@ ROWS = View(lambda t, place: t[:place.out], lambda t, place: t)
 # size 1.
 KERNELS = View(lambda t, place: t.flatten(1), lambda t, place: t.reshape(-1, *place.shape[1:]))
 POINTS = View(lambda t, place: t.flatten(1), lambda t, place: t.reshape(*t.shape, *(1 for _ in place.kernel)))
+# Of a stack, PEFT has the rows of all A below each other, expert by expert, and the columns of all B side by side, by
+# rank and then by expert.
+EACH_A = View(lambda t, place: t.unflatten(0, (place.shape[0], -1)), lambda t, place: t.flatten(0, 1))
+EACH_B = View(lambda t, place: t.unflatten(1, (-1, place.shape[0])).permute(2, 0, 1),
+              lambda t, place: t.permute(1, 2, 0).flatten(1))
+EACH_A_TURNED = View(lambda t, place: EACH_A.to_ours(t, place).mT, lambda t, place: EACH_A.to_peft(t.mT, place))
+EACH_B_TURNED = View(lambda t, place: EACH_B.to_ours(t, place).mT, lambda t, place: EACH_B.to_peft(t.mT, place))
 CHANNELS = View(lambda t, place: t.flatten(), lambda t, place: t.reshape(1, -1, *(1 for _ in place.kernel)))
 # Places of entries: whole numbers row by row here, 32 bits or pairs of row and column there.
 PLACES = View(lambda t, place: t.long(), lambda t, place: t.int())

@@ -133,7 +133,9 @@ def test_what_is_trained_goes_along(name: str, text: str, tmp_path: Path) -> Non
 
 
 REFUSED = {
-    "a stack": ("mixtral", 'target linear "**.experts.*" {\n  add low_rank(2)\n}', "no form for a stack of matrices"),
+    "a stack's own bias": (
+        "mixtral", 'target linear "**.experts.down_proj" {\n  add low_rank(2)\n}\ntrain "**.experts.gate_up_proj"',
+        "it belongs to `model.layers.0.mlp.experts`, which is operated on"),
     "a bias that PEFT does not keep": (
         "bert", 'target linear "**.query" {\n  pre diagonal() with bias\n}\ntrain "**.query.bias"', "PEFT cannot save"),
     "what holds an operated module": (

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from peft_trips import Demo, apart, config_of, opened, tensors_of
+from layers import perturb
+from peft_trips import Demo, adapted, apart, config_of, opened, saved, tensors_of
+from torch import nn
+from transformers import AutoModelForCausalLM, GptOssConfig, Llama4TextConfig, MixtralConfig, PreTrainedConfig
 
 import surgery
 from surgery.peft.import_module import WHOLE
@@ -76,3 +80,61 @@ def test_there_and_back(method: Method, tmp_path: Path) -> None:
 def is_worked_out(key: str, method: Method) -> bool:
     """Whether PEFT needs not be given a tensor: it works it out, or it is the model's own."""
     return key.endswith(method.derived) or key.endswith(".base_layer.weight")
+
+
+_SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+              vocab_size=32, num_local_experts=3, num_experts_per_tok=2, head_dim=8)
+# How experts lie, and whether PEFT knows it.
+EXPERTS: dict[str, tuple[PreTrainedConfig, list[str]]] = {
+    "out x in": (MixtralConfig(**_SIZES), ["q_proj"]),
+    "in x out": (GptOssConfig(**_SIZES), []),
+    "in x out, which PEFT does not see": (Llama4TextConfig(**_SIZES | {"num_experts_per_tok": 1}, pad_token_id=0), ["q_proj"]),
+}
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+class Experts(Demo):
+    def __init__(self, config: PreTrainedConfig):
+        self.config, self.inputs = config, {"input_ids": torch.arange(20).reshape(2, 10)}
+        self.plain = self.says(self.model())
+
+    def model(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(self.config).eval()
+            for parameter in model.parameters():  # Llama-4's class leaves its experts empty
+                nn.init.normal_(parameter, std=0.2)
+        return model
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_there_and_back(name: str, tmp_path: Path) -> None:
+    (config, modules), there, back = EXPERTS[name], tmp_path / "there", tmp_path / "back"
+    demo, router = Experts(config), ["mlp.gate.weight"] if name == "out x in" else []
+    theirs = adapted(demo.model(), peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=modules, target_parameters=[*BOTH, *router],
+        rank_pattern={r"layers\.1\..*experts.down_proj": 2, "gate.weight": 3}))
+    wanted = demo.says(theirs)
+    saved(theirs, there)
+    surgeon = surgery.import_peft(model := demo.model(), there)
+    assert apart(demo.says(model), wanted) <= SAME < 0.01 < apart(wanted, demo.plain)
+    surgery.export_peft(surgeon, back, like=config_of(there))
+    assert apart(demo.says(opened(demo.model(), back)), wanted) <= SAME
+    before, after = tensors_of(there), tensors_of(back)
+    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in after)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_a_spec_of_ours(name: str, tmp_path: Path) -> None:
+    demo, out = Experts(EXPERTS[name][0]), tmp_path / "out"
+    for text, rank in (("lora", None), ("add low_rank(2)\n  add low_rank(1, 3)", 3), ("post magnitude()", 4)):
+        body = surgery.load(text).retarget("**.experts.down_proj") if text == "lora" else surgery.parse(
+            f'target linear "**.experts.*", "**.q_proj" {{\n  {text}\n}}')
+        surgeon = surgery.apply(demo.model(), body)
+        perturb(surgeon.model, 0.2)
+        with pytest.warns(UserWarning, match="takes no dropout") if text == "lora" else nullcontext():
+            found = surgery.export_peft(surgeon, out, rank=4 if "magnitude" in text else None)
+        assert config_of(out)["target_modules"] == ([] if text == "lora" else ["q_proj"])  # of None PEFT makes some
+        assert (found.rank, found.exact) == (rank, "magnitude" not in text)
+        error = apart(demo.says(opened(demo.model(), out)), demo.says(surgeon.model))
+        assert error <= 1e-5 if found.exact else 1e-3 < error and max(found.errors.values()) > 0.1

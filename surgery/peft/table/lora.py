@@ -5,13 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed
-from surgery.peft.tensor_mapping import CHANNELS, KERNELS, POINTS, SAME, TURNED, Place, pairs
+from surgery.peft.tensor_mapping import (
+    CHANNELS,
+    EACH_A,
+    EACH_A_TURNED,
+    EACH_B,
+    EACH_B_TURNED,
+    KERNELS,
+    POINTS,
+    SAME,
+    TURNED,
+    Place,
+    pairs,
+)
 
 _LORA = Family("LORA", "LoraConfig", {
     **{switch: OFF for switch in (
         "use_dora", "use_rslora", "lora_bias", "use_qalora", "use_bdlora", "arrow_config", "alora_invocation_tokens",
-        "velora_config", "monteclora_config", "kasa_config", "layer_replication", "target_parameters",
-        "trainable_token_indices")},
+        "velora_config", "monteclora_config", "kasa_config", "layer_replication", "trainable_token_indices")},
     "bias": NO_BIAS,
     # The other starts rewrite the frozen weight.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
@@ -25,7 +36,9 @@ _ROW_FACTORS = (("lora_embedding_A", "add_low_rank.B", TURNED), ("lora_embedding
 _M = "lora_magnitude_vector", "post_magnitude.m"
 _BETA = ("lora_B.bias", "add_shift.beta", SAME)
 _ON_ALL = {"linear": pairs(*_FACTORS), "transposed linear": pairs(*_FACTORS), "convolution": pairs(*_CONV_FACTORS),
-           "embedding": pairs(*_ROW_FACTORS)}
+           "embedding": pairs(*_ROW_FACTORS),
+           "experts": pairs((*_A, EACH_A), (*_B, EACH_B)),
+           "turned experts": pairs((_A[0], _B[1], EACH_A_TURNED), (_B[0], _A[1], EACH_B_TURNED))}
 _DORA = {"linear": pairs(*_FACTORS, (*_M, SAME)), "transposed linear": pairs(*_FACTORS, (*_M, SAME)),
          "convolution": pairs(*_CONV_FACTORS, (*_M, CHANNELS))}
 
@@ -50,6 +63,10 @@ target embedding {
 """
 
 
+def _drops(config: Config, place: Place) -> str:
+    return "it takes no dropout there" if "experts" in place.layout and config.get("lora_dropout") else ""
+
+
 def _without_bias(config: Config, place: Place) -> str:
     """PEFT adds the new bias all the same, and then cannot merge it."""
     return "" if place.has_bias else "the layer has no bias to add to"
@@ -61,8 +78,8 @@ def _started(update: str, *layouts: str) -> dict[str, Any]:
 
 
 LORA: tuple[Method, ...] = (
-    Method("lora", _LORA, "lora", _NAMES, _ON_ALL),
-    Method("rslora", _LORA, "rslora", _NAMES, _ON_ALL, {"use_rslora": True}),
+    Method("lora", _LORA, "lora", _NAMES, _ON_ALL, refuses=_drops),
+    Method("rslora", _LORA, "rslora", _NAMES, _ON_ALL, {"use_rslora": True}, _drops),
     Method("lora_bias", _LORA, "lora_bias", _NAMES, {
         "linear": pairs(*_FACTORS, _BETA), "transposed linear": pairs(*_FACTORS, _BETA),
         "convolution": pairs(*_CONV_FACTORS, _BETA)}, {"lora_bias": True}, _without_bias),
