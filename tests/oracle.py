@@ -289,9 +289,9 @@ def circulants(c: Tensor) -> Tensor:
 
 
 def scattered(values: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:
-    entries = {int(place): value for place, value in zip(places, values)}
     zero = values.new_zeros(())
-    return torch.stack([torch.stack([entries.get(i * columns + j, zero) for j in range(columns)]) for i in range(rows)])
+    entries = [sum((value for value, at in zip(values, places) if int(at) == k), zero) for k in range(rows * columns)]
+    return torch.stack(entries).reshape(rows, columns)
 
 
 def in_their_columns(c: Tensor, places: Tensor, columns: int) -> Tensor:

@@ -169,8 +169,9 @@ class Body:
         return f"({text.format(n='n' if 'n' in self.room.texts.values() else 'out', **operands)})"
 
     def places(self) -> str:
-        """Two places that every tensor with more than one entry has."""
-        self.lines.append(f"frozen param at{len(self.lines)}[2] ~ sample(of = 2)")
+        """Two places that every tensor with more than one entry has, perhaps one of them twice."""
+        draw = self.one_of("sample(of = 2)", "integers(below = 2)")
+        self.lines.append(f"frozen param at{len(self.lines)}[2] ~ {draw}")
         return self.lines[-1].split()[2].partition("[")[0]
 
     def leaf(self, shape: Shape) -> str:

@@ -284,7 +284,7 @@ def circulant(c):
 def scatter(values, places, m, n):
     result = np.zeros(m * n)
     for value, place in zip(values, places):
-        result[place] = value
+        result[place] += value
     return result.reshape(m, n)
 
 

@@ -198,6 +198,25 @@ def test_the_norm_of_a_zero_product_is_zero_with_finite_gradients(body):
         perturb(model)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_several_values_at_one_place_are_their_sum(trains):
+    """In the step that adds them onto W and in the one that makes them a matrix of their own."""
+    model, _ = operated(nn.Linear(8, 12), "add several()", """update several() {
+  param v[9] ~ normal()
+  frozen param at[9] ~ integers(below = 5)
+  return scatter(v, at, out, in)
+}""", "shifted")
+    layer = model.train(trains).layers[0]
+    v, at = layer.weight_surgery.add_several.v, layer.weight_surgery.add_several.at
+    moved = torch.stack([sum((x for x, place in zip(v, at) if place == k), torch.zeros(())) for k in range(96)])
+    x = torch.randn(4, 8, dtype=torch.float64)
+    wanted = F.linear(x, layer.get_parameter("weight") + moved.reshape(12, 8), layer.bias)
+    y, direction = model(x), torch.randn_like(wanted)
+    assert_close(y, wanted, EXACT, "the output")
+    found, meant = (gradients(each, direction, {"v": v})["v"] for each in (y, wanted))
+    assert_close(found, meant, EXACT, "the gradient of v")
+
+
 def test_forward_differentiation_sees_every_kernel():
     """As `torch.func.jvp` does, inside `dual_level`, where a node of ours has no tangent to give."""
     texts = ["post own()", "transform own() on n { param X[n, n] = 0\n param d[n] = 1\n"

@@ -145,7 +145,7 @@ def _placed(sizes: Sizes, a: Any, places: Any) -> Any:
 
 
 def _scatter(sizes: Sizes, values: Any, places: Any) -> Any:
-    return values.new_zeros(prod(sizes)).scatter(0, places, values).reshape(sizes)
+    return values.new_zeros(prod(sizes)).scatter_add(0, places, values).reshape(sizes)
 
 
 def _top(sizes: Sizes, a: Any) -> Any:
@@ -265,7 +265,8 @@ ROWS = [
               sizes=("*rows",), transpose=Transpose.KNOWN, notation=rows_of_numbers),
     Operation("circulant", 1, _circulant_shape, _circulant,
               "circulant blocks by their first rows: [p, q, b] -> [p b, q b]", linear=Linear.TOGETHER),
-    Operation("scatter", 2, _scatter_shape, _scatter, "values at their places (row by row) in a [m, n] of zeros",
+    Operation("scatter", 2, _scatter_shape, _scatter,
+              "values at their places (row by row) in a [m, n] of zeros, several at one place added up",
               sizes=("m", "n"), places=(1,), into=lambda node: node.shape, linear=Linear.TOGETHER,
               added=Added(Form("put", kernel="kernels_permute.put", writes=False), scales=False)),
     Operation("take", 2, lambda a, places: places, lambda a, places: a.flatten()[places],
