@@ -67,6 +67,10 @@ def _selects(expr: Expr) -> bool:
     return selection(expr.args[0] if expr.op == "T" else expr) is not None
 
 
+def _moves(expr: Expr) -> bool:
+    return _selects(expr) or permutation(expr) is not None
+
+
 def _led_by(v: Expr, term: Expr, a: Expr) -> Expr:
     """a (V x)ᵀ, V multiplied into the first factor of x; what the other factors give is shared with a xᵀ."""
     scalar, rest = scaled(term)
@@ -215,9 +219,10 @@ def matrix(expr: Expr) -> Expr:
         return make("T", make("placed", eye(places.shape[0]), places, data=expr.shape[:1]))
     if expr.op == "matmul" and len(expr.args[0].shape) == len(expr.args[1].shape) == 2:
         left, right = expr.args
-        if _selects(left) or is_structured(left) and factors(expr) is None:
+        # what only moves entries is never built, whichever the other one is
+        if _moves(left) or not _moves(right) and is_structured(left) and factors(expr) is None:
             return make("T", apply(left, make("T", matrix(right))))
-        if _selects(right) or is_structured(right) and factors(expr) is None:
+        if _moves(right) or is_structured(right) and factors(expr) is None:
             return apply(turned(right), matrix(left))
     if operation(expr).is_transparent:
         return matrix(expr.args[0])

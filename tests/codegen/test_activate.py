@@ -158,6 +158,11 @@ def test_a_matrix_is_built():
     for e in matrices():
         compare(verify(matrix(e), MATERIALISED), e, torch.empty(0), meant(e))
         compare(verify(turned(e), CHEAPEST), e, torch.empty(0), meant(e).mT)
+    for text in ("block_diag(S) @ shuffle(3, 4)", "shuffle(3, 4) @ block_diag(S)",
+                 "block_diag(S) @ kron(I(2), shuffle(2, 3)) @ block_diag(Z)"):
+        e = cheapest(expression(text))
+        compare(matrix(e), e, torch.empty(0), meant(e))
+        assert not any(node.op == "shuffle" for node in walk(matrix(e))), f"a permutation is built in {text}"
 
 
 @torch.no_grad()
