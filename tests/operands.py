@@ -65,6 +65,9 @@ MIXED = (
     "columns(I(n), at) @ A @ rows(I(n), at) + W", "(W + P @ Q.T) @ columns(I(n), range(3, 5)) @ Q.T",
     "rows(diag(d) @ W + P @ Q.T, at)", "columns(block_diag(S) @ W, range(2, 6)) @ rows(kron(K, L), range(2, 6))",
     "diag(row_norm(W + P @ rows(I(n), range(4, 6))))", "rows(diag(d), at) @ columns(diag(e), at)",
+    # parts of what acts by itself: a Toeplitz matrix, blocks, and those turned
+    "columns(rows(circulant(reshape(P, 1, 1, 24)), n), n) @ W", "rows(columns(circulant(reshape(P, 1, 1, 24)), n), n).T",
+    "columns(block_diag(S).T @ A, range(2, 9)) @ rows(kron(K, L), range(1, 8))", "rows(circulant(reshape(A, 3, 4, 12)), n).T",
     "detach(P @ Q.T) + P @ Q.T", "W @ P @ (g * Q.T) + A @ P @ Q.T",
 )
 

@@ -20,6 +20,8 @@ from surgery.ir.sizes import Size, known, known_shape
 from surgery.rewrite.low_rank import factors, is_thin, low_rank_turn
 from surgery.rewrite.normal_form import simplify
 
+_FEW = 8  # of the columns of a structured matrix less than an eighth
+
 
 def turned(expr: Expr) -> Expr:
     """Eᵀ in normal form."""
@@ -94,6 +96,8 @@ def _turned(expr: Expr, a: Expr) -> Expr:
         return Expr("frozen_back", (a,), None, a.shape[:-1] + expr.shape[:1])
     if (places := selection(inner)) is not None:
         return make("columns", a, places)
+    if is_structured(expr):  # rows of a structured matrix: it acts, and what they give is kept
+        return make(inner.op, apply(turned(inner.args[0]), a), *inner.args[1:], data=inner.data)
     return make("matmul", a, matrix(inner))  # a transpose is left only at what has no structure
 
 
@@ -168,9 +172,11 @@ def _circulant(expr: Expr, a: Expr) -> Expr:
 
 
 def _columns(expr: Expr, a: Expr) -> Expr:
-    """x [e_i, e_j, ...]ᵀ: the entries of x at their places."""
-    places = selection(expr)
-    return _dense(expr, a) if places is None else make("placed", a, places, data=expr.shape[:1])
+    """x [s_i, s_j, ...]ᵀ for columns of a structured S: the entries of x at their places, and S."""
+    if selection(expr) is None and not is_structured(expr):
+        return _dense(expr, a)
+    places = make("range", data=expr.data) if expr.op == "between" else expr.args[1]
+    return apply(expr.args[0], make("placed", a, places, data=expr.args[0].shape[1:]))
 
 
 def _fill(expr: Expr, a: Expr) -> Expr:
@@ -193,6 +199,7 @@ _APPLY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "shuffle": _permuted,
     "circulant": _circulant,
     "columns": _columns,
+    "between": _columns,
     "fill": _fill,
 }
 
@@ -208,7 +215,15 @@ def is_structured(expr: Expr) -> bool:
         return factors(expr) is not None or all(map(is_structured, expr.args))
     if expr.op == "add":
         return all(map(is_structured, summands(expr)))
-    return operation(expr).is_structured or _selects(expr)
+    return operation(expr).is_structured or _selects(expr) or _is_cut(expr)
+
+
+def _is_cut(expr: Expr) -> bool:
+    """Some columns or rows of a structured matrix; of few, which are less work than to act with all, it is none."""
+    part = expr.args[0] if expr.op == "T" else expr
+    if part.op not in ("columns", "between") or known(prod(expr.shape)) * _FEW < known(prod(part.args[0].shape)):
+        return False
+    return is_structured(turned(part.args[0]) if expr.op == "T" else part.args[0])
 
 
 def matrix(expr: Expr) -> Expr:

@@ -72,7 +72,8 @@ def _plain(node: Expr, args: list[str]) -> str:
     if text:
         return text.format(*args, data=node.data, shape=tuple(node.shape))
     sizes = [] if node.data is None else [repr(node.data)]
-    return f"{node.op}({', '.join([*sizes, *(args or ['layer.like(dtype)'])])})"
+    like = "layer.like()" if operation(node).whole else "layer.like(dtype)"  # a backward pass has no dtype to choose
+    return f"{node.op}({', '.join([*sizes, *(args or [like])])})"
 
 
 def readers(*outputs: Expr) -> dict[Expr, list[Expr]]:

@@ -59,14 +59,15 @@ def _sum(terms: list[Expr], shape: Shape) -> Expr:
         rest = scaled(term)[1]
         return is_product(rest.args[0] if rest.op == "masked" else rest)
 
-    return simplify(total(sorted(map(simplify, _beside(terms)), key=is_accumulated), shape))
+    return simplify(total(sorted(map(simplify, _beside(terms, shape[-1:])), key=is_accumulated), shape))
 
 
-def _beside(terms: list[Expr]) -> list[Expr]:
-    """The terms, those of neighbouring columns side by side and not as a sum of each among zeros."""
+def _beside(terms: list[Expr], width: Shape) -> list[Expr]:
+    """The terms, those that together are all columns side by side and not as a sum of each among zeros."""
     parts = {term.args[1].data: term.args[0] for term in terms if term.op == "placed" and term.args[1].op == "range"}
     (first, _), *_ = ends = sorted(parts) or [(1, 1)]
     is_whole = len(parts) == len(terms) and first == 0 and all(one[1] == next_[0] for one, next_ in pairwise(ends))
+    is_whole = is_whole and ends[-1][1:] == width
     return [reduce(partial(make, "side_by_side"), (parts[each] for each in ends))] if is_whole else terms
 
 

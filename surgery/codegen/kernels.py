@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surgery.ir.primitives_indexing import mixed_blocks
+
 ROWS = 256  # of an activation that a CPU keeps close while it reads them with a stride
 TILE = 32  # columns of the blocks whose diagonal a device takes for a sum of products
 
@@ -106,8 +108,8 @@ def circulate_back(g: Tensor, c: Tensor) -> Tensor:
     p, q, b = c.shape
     if not g.numel():  # no tokens, of which torch has no transform
         return g.new_zeros(*g.shape[:-1], q * b)
-    mixed = _spectrum(g, p, b).permute(2, 0, 1) @ _spectrum(c, q, b).permute(2, 0, 1)
-    return torch.fft.irfft(mixed.permute(1, 2, 0), n=b).reshape(*g.shape[:-1], q * b).to(g.dtype)
+    mixed = mixed_blocks(_spectrum(g, p, b), _spectrum(c, q, b).transpose(0, 1))
+    return torch.fft.irfft(mixed, n=b).reshape(*g.shape[:-1], q * b).to(g.dtype)
 
 
 def circulate_dot(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
@@ -115,7 +117,10 @@ def circulate_dot(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
     p, q, b = c.shape
     if not g.numel():
         return torch.zeros_like(c)
-    mixed = _spectrum(g, p, b).conj().permute(2, 1, 0) @ _spectrum(a, q, b).permute(2, 0, 1)
+    left, right = _spectrum(g, p, b).conj(), _spectrum(a, q, b)
+    if p == q == 1:  # numbers at each frequency
+        return torch.fft.irfft((left * right).sum(0, keepdim=True), n=b).to(c.dtype)
+    mixed = left.permute(2, 1, 0) @ right.permute(2, 0, 1)
     return torch.fft.irfft(mixed.permute(1, 2, 0), n=b).to(c.dtype)
 
 

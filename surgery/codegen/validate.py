@@ -72,6 +72,9 @@ class Run:
         if missing := set(names) - {*arguments, "layer", *_DTYPES, "leaves"}:
             raise Fault(f"`{function.name}` takes {', '.join(sorted(missing))}, which nothing gives")
         self.names = {name: self._given(arguments[name]) for name in names if name in arguments}
+        read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        if missing := (read & _DTYPES).difference(names):
+            raise Fault(f"`{function.name}` reads {', '.join(sorted(missing))}, which nothing gives")
         result = None
         for statement in function.body:
             result = self._statement(statement)

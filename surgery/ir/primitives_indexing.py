@@ -221,8 +221,13 @@ def _circulate(a: Any, c: Any) -> Any:
     dtype = torch.promote_types(a.dtype, torch.float32)
     spectrum = torch.fft.rfft(a.to(dtype).reshape(-1, q, b))
     kernel = torch.fft.rfft(c.to(dtype)).conj()
-    mixed = (spectrum.permute(2, 0, 1) @ kernel.permute(2, 1, 0)).permute(1, 2, 0)
-    return torch.fft.irfft(mixed, n=b).reshape(*a.shape[:-1], p * b).to(a.dtype)
+    return torch.fft.irfft(mixed_blocks(spectrum, kernel), n=b).reshape(*a.shape[:-1], p * b).to(a.dtype)
+
+
+def mixed_blocks(x: Any, k: Any) -> Any:
+    """[t, q, f] and [p, q, f] to [t, p, f], a product of matrices at each frequency; of one block, of numbers, without
+    turning all of x."""
+    return x * k[:, 0] if x.shape[1] == 1 else (x.permute(2, 0, 1) @ k.permute(2, 1, 0)).permute(1, 2, 0)
 
 
 def _circulate_shape(a: Shape, c: Shape) -> Shape:
@@ -264,7 +269,8 @@ ROWS = [
     Operation("literal", 0, _literal_shape, lambda rows, like: like.new_tensor(rows), "a matrix of numbers", sign="[]",
               sizes=("*rows",), transpose=Transpose.KNOWN, notation=rows_of_numbers),
     Operation("circulant", 1, _circulant_shape, _circulant,
-              "circulant blocks by their first rows: [p, q, b] -> [p b, q b]", linear=Linear.TOGETHER),
+              "circulant blocks by their first rows: [p, q, b] -> [p b, q b]", linear=Linear.TOGETHER,
+              is_structured=True),
     Operation("scatter", 2, _scatter_shape, _scatter,
               "values at their places (row by row) in a [m, n] of zeros, several at one place added up",
               sizes=("m", "n"), places=(1,), into=lambda node: node.shape, linear=Linear.TOGETHER,

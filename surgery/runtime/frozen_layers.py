@@ -88,8 +88,8 @@ class Frozen:
     def eye(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.eye(shape[-1], dtype=dtype, device=self.device).expand(shape)
 
-    def like(self, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of the dtype, where the weight is."""
+    def like(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A tensor of the dtype (torch's default one, where none counts), where the weight is."""
         return torch.empty(0, dtype=dtype, device=self.device)
 
     def frozen_rows(self, rows: torch.Tensor) -> torch.Tensor:

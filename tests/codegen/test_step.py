@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from case import update
 from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, perturb
 from torch import Tensor, nn
 from zoo import CASES
@@ -72,6 +73,17 @@ def agree(op: Operated, leaves: dict[str, Tensor], x: Tensor) -> None:
 def test_it_is_the_plain_body(case):
     op = operated(case, WIDE)
     agree(op, {**op.input(), **op.parameters}, op.x)
+    x = op.input()
+    agree(op, {**x, **op.parameters}, x["x"])
+
+
+def test_some_columns_and_rows_of_what_acts_by_itself():
+    """A Toeplitz matrix, whose gradient is put back among zeros on both sides."""
+    case = update("toeplitz", None, None, "param h[out + in] = 0",
+                  "columns(rows(circulant(reshape(h, 1, 1, out + in)), out), in)")
+    op = operated(case, WIDE)
+    best = programs(op.adapter, op.weight.dtype)[True]
+    assert "activations" in {each.strategy for each in (best, *best.over)}
     x = op.input()
     agree(op, {**x, **op.parameters}, x["x"])
 
@@ -477,12 +489,14 @@ def assert_share(found: Tensor, p: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_circulants_by_fourier_transforms(dtype):
     torch.manual_seed(0)
-    a, b, c = torch.randn(30, 12).to(dtype), torch.randn(30, 9).to(dtype), torch.randn(3, 4, 3).to(dtype)
-    exact, tolerance = c.double().requires_grad_(), 30 * torch.finfo(dtype).eps
-    whole = PRIMITIVES["circulant"].dense(exact)
-    assert_close(kernels.circulate_back(b, c), b.double() @ whole, tolerance)
-    (wanted,) = torch.autograd.grad((a.double() @ whole.mT * b.double()).sum(), exact)
-    assert_close(kernels.circulate_dot(a, b, c), wanted, tolerance)
+    for p, q in ((3, 4), (1, 4), (3, 1), (1, 1)):
+        a, b, c = torch.randn(30, 3 * q).to(dtype), torch.randn(30, 3 * p).to(dtype), torch.randn(p, q, 3).to(dtype)
+        exact, tolerance = c.double().requires_grad_(), 30 * torch.finfo(dtype).eps
+        whole = PRIMITIVES["circulant"].dense(exact)
+        assert_close(kernels.circulate_back(b, c), b.double() @ whole, tolerance)
+        assert_close(PRIMITIVES["circulate"].value(None, [a, c], a), a.double() @ whole.mT, tolerance)
+        (wanted,) = torch.autograd.grad((a.double() @ whole.mT * b.double()).sum(), exact)
+        assert_close(kernels.circulate_dot(a, b, c), wanted, tolerance)
 
 
 @pytest.mark.parametrize("block", [2, 6])
