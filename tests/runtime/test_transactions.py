@@ -15,6 +15,8 @@ from torch import nn
 import surgery
 from surgery.diagnostics import SurgeryError
 
+pytestmark = pytest.mark.sweep  # which interrupts at every line
+
 UNTIED = surgery.parse('spec untied()\ntarget linear "2" untie { add low_rank(rank = 1) }')
 ADDS = surgery.parse('spec adds()\ntarget linear "0" { add low_rank(rank = 1) }')
 
@@ -116,8 +118,8 @@ def several(*used: str) -> surgery.Surgeries:
 
 
 @pytest.mark.parametrize("verb, stride", [
-    (lambda s: s.use("b", "a"), 5), (lambda s: s.use(), 1), (lambda s: s.remove(), 1),
-    (lambda s: s.add("d", ADDS), 37), (lambda s: s.mix({"b": 0.5, "c": 0.25}), 5)],
+    (lambda s: s.use("b", "a"), 11), (lambda s: s.use(), 3), (lambda s: s.remove(), 3),
+    (lambda s: s.add("d", ADDS), 37), (lambda s: s.mix({"b": 0.5, "c": 0.25}), 11)],
     ids=["use", "use none", "remove", "add", "mix"])
 def test_a_verb_of_surgeries(verb, stride):
     surgeries = interrupted_everywhere(lambda: several("a"), verb, stride=stride)
