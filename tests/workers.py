@@ -1,5 +1,7 @@
 """Which tests are `fast`, and which of the workers that run side by side a test goes to."""
 
+from functools import cache
+
 # Files whose tests' last parameter is a case.
 _OF_ZOO = ("test_zoo", "test_as_cuda", "test_step", "test_verify", "test_batched_setups")
 # What takes more than a few seconds, trains, or starts Python again and again. A new file is fast until it stands here.
@@ -25,6 +27,7 @@ _FAST_CASES = {"lora", "dora", "sora", "oft"}  # of the zoo
 _ZOO = "zoo: "
 
 
+@cache
 def piece(nodeid: str) -> str:
     """The piece of work that a test belongs to, which one worker does.
 

@@ -1,6 +1,7 @@
 """Which modules a spec takes, and what is said about the names that take none."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ from surgery.matching.conflicts import tied
 from surgery.matching.selection import select
 from surgery.models.demo import demo_names, load_demo
 
-MODELS = {name: load_demo(name) for name in demo_names()}
+demo = cache(load_demo)
 
 
 def torch_encoder() -> nn.Module:
@@ -54,7 +55,7 @@ def spec_of(header: str) -> Spec:
 
 def run(model: str | nn.Module, header: str):
     spec = spec_of(header)
-    return select(MODELS[model] if isinstance(model, str) else model, spec, library(spec).selects)
+    return select(demo(model) if isinstance(model, str) else model, spec, library(spec).selects)
 
 
 def taken(model, header: str) -> list[str]:
@@ -103,7 +104,7 @@ def test_taken(model, header, names):
 
 @pytest.mark.parametrize("model", [n for n in demo_names() if n != "resnet"])
 def test_a_kind_alone_is_every_layer_of_it_but_the_head(model):
-    expected = [s.name for s in sites(MODELS[model]) if s.kind == "linear" and not s.is_head]
+    expected = [s.name for s in sites(demo(model)) if s.kind == "linear" and not s.is_head]
     assert expected and taken(model, "target linear {}") == expected
 
 
@@ -111,7 +112,7 @@ def test_a_selection_names_its_sites_and_targets():
     chosen = run("llama", 'target linear "**.q_proj" {}\ntarget linear "**.k_proj" {}')
     site, index, target = chosen.targets["model.layers.2.self_attn.k_proj"]
     assert (site.layer, index, target.selectors[0].text) == (2, 1, "**.k_proj")
-    assert list(chosen.targets) == [s.name for s in sites(MODELS["llama"]) if s.name in chosen.targets]
+    assert list(chosen.targets) == [s.name for s in sites(demo("llama")) if s.name in chosen.targets]
     assert chosen.warnings == () and chosen.train == ()
 
 
@@ -138,7 +139,7 @@ def test_an_alias_of_a_module_names_it():
 def test_a_spec_built_in_python_needs_no_places():
     spec = Spec("s", targets=[Target("**.q_porj", pre("diagonal")), Target(Pattern("**.k_proj"), pre("diagonal"))])
     with pytest.raises(SurgeryError, match=r'pattern "\*\*.q_porj" matches no layer of LlamaForCausalLM'):
-        select(MODELS["llama"], spec, {})
+        select(demo("llama"), spec, {})
 
 
 def test_the_order_of_targets_does_not_count():
@@ -164,13 +165,13 @@ BLOOM = (["self_attention.dense", "self_attention.query_key_value"], ["mlp.dense
 OUT = ["self_attn.k_proj", "self_attn.out_proj", "self_attn.q_proj", "self_attn.v_proj"]
 
 ROLES = [
-    (lambda: MODELS["llama"], *LLAMA),
-    (lambda: MODELS["bert"], *BERT),
-    (lambda: MODELS["gpt2"], ["attn.c_attn", "attn.c_proj"], ["mlp.c_fc", "mlp.c_proj"]),
-    (lambda: MODELS["t5"], [f"{a}.{n}" for a in ("EncDecAttention", "SelfAttention") for n in "koqv"],
+    (lambda: demo("llama"), *LLAMA),
+    (lambda: demo("bert"), *BERT),
+    (lambda: demo("gpt2"), ["attn.c_attn", "attn.c_proj"], ["mlp.c_fc", "mlp.c_proj"]),
+    (lambda: demo("t5"), [f"{a}.{n}" for a in ("EncDecAttention", "SelfAttention") for n in "koqv"],
      ["DenseReluDense.wi", "DenseReluDense.wo"]),
-    (lambda: MODELS["mixtral"], LLAMA[0], ["experts.down_proj", "experts.gate_up_proj"]),
-    (lambda: MODELS["vit"], [f"attention.{n}_proj" for n in "koqv"], ["mlp.fc1", "mlp.fc2"]),
+    (lambda: demo("mixtral"), LLAMA[0], ["experts.down_proj", "experts.gate_up_proj"]),
+    (lambda: demo("vit"), [f"attention.{n}_proj" for n in "koqv"], ["mlp.fc1", "mlp.fc2"]),
     (lambda: Qwen3ForCausalLM(Qwen3Config(**WIDE, head_dim=16)), *LLAMA),
     (lambda: RobertaForMaskedLM(RobertaConfig(**WIDE)), *BERT),
     (lambda: DistilBertForSequenceClassification(DistilBertConfig(dim=64, n_layers=2, n_heads=4, hidden_dim=96,
@@ -572,5 +573,5 @@ def test_the_model_is_only_looked_at():
 
 def test_a_select_given_by_hand():
     spec = spec_of("target linear mine {}")
-    chosen = select(MODELS["llama"], spec, {"mine": Select(name="mine", patterns=("**.q_proj", "**.nothing"))})
+    chosen = select(demo("llama"), spec, {"mine": Select(name="mine", patterns=("**.q_proj", "**.nothing"))})
     assert len(chosen.targets) == 4
