@@ -24,7 +24,7 @@ from surgery.planning.initial_values import departure
 
 SMALL = "llama:num_hidden_layers=2,hidden_size=64,intermediate_size=128"
 # what the package rounds beside W: activations to 8 bits, or what leaves a layer to bfloat16
-ROUNDS = {"bitsandbytes int8": 2e-2, "gptq": 5e-3}
+ROUNDS = {"bitsandbytes int8": 2e-2, "gptq": 5e-3, "awq": 5e-3}
 
 
 def compressed(bits: int, kind: str, form: str, **more: Any) -> None:
@@ -64,23 +64,34 @@ def torchao() -> Any:
 
 
 def gptq() -> Any:
-    """As gptqmodel packs 4 bits in groups of 32, each with a scale by its largest number, and transformers loads it."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
+    return in_groups(TorchLinear, {"quant_method": "gptq", "desc_act": False, "sym": True,
+                                   "checkpoint_format": "gptq_v2", "backend": "torch"})
+
+
+def awq() -> Any:
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    return in_groups(AwqTorchLinear, {"quant_method": "awq", "zero_point": True, "version": "gemm",
+                                      "backend": "torch_awq"})
+
+
+def in_groups(layer_class: type, config: dict[str, Any]) -> Any:
+    """As gptqmodel packs 4 bits in groups of 32, each with a scale by its largest number, and transformers loads it."""
     model = load_demo(SMALL).half()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name != "lm_head":
             out, in_ = layer.weight.shape
             scales = layer.weight.data.float().reshape(out, -1, 32).abs().amax(-1) / 7
-            packed = TorchLinear(bits=4, group_size=32, sym=True, desc_act=False, in_features=in_, out_features=out,
+            packed = layer_class(bits=4, group_size=32, sym=True, desc_act=False, in_features=in_, out_features=out,
                                  bias=False, pack_dtype=torch.int32)
             packed.pack(layer.float(), scales, torch.full_like(scales, 8), (torch.arange(in_) // 32).int())
             del state[f"{name}.weight"]
             state |= {f"{name}.{own}": tensor.contiguous() for own, tensor in packed.state_dict().items()}
     model.config.architectures, model.config.dtype = ["LlamaForCausalLM"], "float16"
-    model.config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False,
-                                        "sym": True, "checkpoint_format": "gptq_v2", "backend": "torch"}
+    model.config.quantization_config = {"bits": 4, "group_size": 32, **config}
     model.config.save_pretrained("base")
     save_file(state, "base/model.safetensors", {"format": "pt"})
     return surgery.load_model("base")
@@ -97,6 +108,7 @@ QUANTISED = {
     "bitsandbytes int8": ("bitsandbytes", lambda: whole(BitsAndBytesConfig(load_in_8bit=True))),
     "torchao int8": ("torchao", torchao),
     "gptq": ("gptqmodel", gptq),
+    "awq": ("gptqmodel", awq),
     "compressed-tensors int4": ("compressed_tensors", lambda: of_files(
         4, "int", "pack-quantized", strategy="group", group_size=32)),
     "compressed-tensors int8": ("compressed_tensors", lambda: of_files(8, "int", "int-quantized", strategy="channel")),
@@ -126,7 +138,13 @@ def test_a_quantised_base_is_operated_on_and_merged_as_it_was_trained(name: str)
     assert all(len({*(type(m) for n, m in model.named_modules() if n.endswith(kind))}) == 1 for kind in ("q_proj", "up_proj"))
     surgeon = perturbed(model, "dora", check=True)
     assert surgeon.proof.start is not None and surgeon.proof.start <= surgeon.proof.allowed
-    wanted = logits(model)
+    optimiser = torch.optim.SGD(surgeon.parameters(), lr=1.0)
+    model.train()(**demo_inputs(SMALL)).logits.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in surgeon.parameters())
+    stood = [p.detach().clone() for p in surgeon.parameters()]
+    optimiser.step()
+    assert not any(map(torch.equal, stood, surgeon.parameters()))
+    wanted = logits(model.eval())
     assert departure(before, wanted) > 0.1
     with pytest.raises(SurgeryError, match="W' cannot be written into"):
         surgeon.merge()
@@ -140,15 +158,19 @@ def test_a_quantised_base_is_operated_on_and_merged_as_it_was_trained(name: str)
 
 
 @pytest.mark.engines
-def test_compressed_tensors_says_the_same_in_plan_and_apply() -> None:
-    pytest.importorskip("compressed_tensors", reason="compressed-tensors is of the extra `engines`")
-    compressed(8, "int", "int-quantized", strategy="channel")
+@pytest.mark.parametrize("name", ["compressed-tensors int8", "awq"])
+def test_plan_and_apply_say_the_same(name: str) -> None:
+    package, build = QUANTISED[name]
+    pytest.importorskip(package, reason=f"{package} is of the extra `engines`")
+    build()
     run = CliRunner(env={"NO_COLOR": "1"}).invoke
     assert "14 weights" in run(main, ["plan", "lora", "base"]).stdout
     found = run(main, ["apply", "lora", "base", "-o", "adapter"])
     assert "14 weights" in found.stdout and "14 of 14 adapters act" in found.stdout
     assert "is quantised" in str(run(main, ["apply", "lora", "base", "-o", "none", "--no-load"]).stderr)
     assert "cannot be written into" in str(run(main, ["merge", "adapter", "-o", "merged"]).stderr)
+    if name == "awq":
+        return
     packed = LlamaForCausalLM.from_pretrained("base")
     with pytest.raises(SurgeryError, match="first forward pass: run one before"):
         surgery.apply(packed, "lora")
