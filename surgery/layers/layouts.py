@@ -7,7 +7,8 @@ A layer whose weight is no plain matrix is called and not read: its sides are th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
@@ -204,12 +205,20 @@ _READ_BY_PARENT: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-def refusal(module: nn.Module, parent: nn.Module | None) -> str:
-    """The reason why a module with a layout cannot be operated on; empty if it can."""
+def is_of_peft(module: object) -> bool:
+    """Whether a layer of PEFT's holds a base layer, and an adapter that it merges into that layer's weight."""
+    return isinstance(module, getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ()))
+
+
+def refusal(module: nn.Module, above: Sequence[nn.Module]) -> str:
+    """The reason why a module with a layout cannot be operated on; empty if it can. `above`: the modules that hold it,
+    outermost first."""
     family = _family(module)
     if family is None:
         return ""
-    by_parent = (why for cls, why in _READ_BY_PARENT if isinstance(parent, cls))
+    if any(map(is_of_peft, above)):  # of the base layer and of the adapter it takes, adds to and writes plain weights
+        return "PEFT computes with its weight and merges into it: merge_and_unload() first, or surgery.import_peft"
+    by_parent = (why for cls, why in _READ_BY_PARENT if isinstance(above[-1] if above else None, cls))
     by_itself = (why for is_so, why in family.faults if is_so(module))
     return next(chain(by_parent, by_itself), "")
 

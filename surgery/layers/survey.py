@@ -203,7 +203,7 @@ class Survey:
         """The sites of a module, or what is refused of it; nothing of one without parameters of its own."""
         module, above = self.modules[names[0]], self._above(names[0])
         held = self._weights[id(module)]
-        reason = refusal(module, self.modules[above[-1]] if above else None)
+        reason = refusal(module, [self.modules[name] for name in above])
         for weight in held if not reason else ():
             yield self._site(weight, names)
         if held and not reason:
@@ -267,7 +267,8 @@ def unsupported(model: nn.Module) -> dict[str, str]:
 
 def _heads(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of the output head, of the outermost models that say what they are."""
-    if not hasattr(model, "base_model_prefix") and not hasattr(model, "get_output_embeddings"):
+    # what a class says: an object may answer for the model inside (PeftModel)
+    if not hasattr(type(model), "base_model_prefix") and not hasattr(type(model), "get_output_embeddings"):
         yield from _own_heads(model)
         for child in model.children():
             yield from _heads(child)
@@ -279,7 +280,7 @@ def _own_heads(model: nn.Module) -> Iterator[nn.Module]:
     output = output_embedding(model)
     if output is not None:
         yield output
-    base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    base = getattr(model, getattr(type(model), "base_model_prefix", ""), None)
     if isinstance(base, nn.Module) and base is not model:
         yield from (child for child in model.children() if child is not base)
     elif "For" in type(model).__name__:

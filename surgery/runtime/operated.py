@@ -28,7 +28,7 @@ from surgery.layers.opaque_linear import (
     stored_weight,
 )
 from surgery.runtime.adapter import Adapter
-from surgery.runtime.effective_weight import effective_weight, holds_parameters
+from surgery.runtime.effective_weight import effective_weight, holds_parameters, refuse_peft
 from surgery.runtime.expert_maps import ExpertMaps
 from surgery.runtime.routed_weight import Stack, routed_weight
 from surgery.runtime.sharding import refuse_divided
@@ -158,6 +158,7 @@ def _reading(name: str, owner: str) -> property:
             return was
         if torch.compiler.is_compiling():  # which leaves out what is not used
             return _made(adapter, module, name)
+        refuse_peft(module)
         if holds_parameters():
             return was
         trains = was.requires_grad or any(t.requires_grad for t in adapter.parameters())

@@ -8,9 +8,12 @@ import pytest
 from peft.utils.other import ModulesToSaveWrapper
 
 from surgery.diagnostics import SurgeryError
+from surgery.language.library import parse
+from surgery.layers.survey import Survey
 from surgery.models.demo import load_demo
 from surgery.peft.table.method import Family
 from surgery.peft.target_modules import named, resolved, saved_whole
+from surgery.runtime.surgeon import apply
 
 CONFIGS = [
     ("llama", {"target_modules": ["q_proj", "v_proj"]}),
@@ -59,3 +62,29 @@ def test_a_field_is_resolved_for_a_module() -> None:
 def test_what_is_no_regular_expression_is_said() -> None:
     with pytest.raises(SurgeryError, match="is no regular expression"):
         named({"target_modules": "*q_proj"}, load_demo("llama"))
+
+
+def test_beside_a_layer_of_peft_all_can_be_operated_on_and_of_it_nothing() -> None:
+    """Its merge reads plain weights and writes one: what a formula makes of either was left out without a word."""
+    theirs = peft.get_peft_model(load_demo("llama:num_hidden_layers=1"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    survey, layer = Survey(theirs), "base_model.model.model.layers.0"
+    linear = {site.name: site.is_head for site in survey.sites if site.kind == "linear"}
+    assert linear == {f"{layer}.{name}_proj": False for name in (
+        "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")} | {"base_model.model.lm_head": True}
+    assert {r.name.rpartition("q_proj.")[2] for r in survey.refused if "PEFT" in r.reason} == {
+        "base_layer", "lora_A.default", "lora_B.default"}
+
+
+@pytest.mark.parametrize("config", [
+    peft.LoraConfig(target_modules=["q_proj"]), peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
+    peft.LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"), peft.OFTConfig(target_modules=["q_proj"]),
+    peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    peft.LoraConfig(target_modules=["k_proj"], trainable_token_indices={"embed_tokens": [0]})], ids=lambda c: c.peft_type)
+def test_an_operated_layer_takes_no_adapter_of_peft_before_it_is_merged(config: peft.PeftConfig) -> None:
+    """Whose start and whose merge take the frozen weight for W'."""
+    spec = parse('target linear "**.q_proj" { pre diagonal() }  target embedding { pre diagonal() }')
+    surgeon = apply(load_demo("llama:num_hidden_layers=1"), spec, check=False)
+    with pytest.raises(SurgeryError, match="PEFT was to put an adapter"):
+        peft.get_peft_model(surgeon.model, config)
+    surgeon.merge_and_remove()
+    peft.get_peft_model(surgeon.model, config)
