@@ -28,7 +28,7 @@ from surgery.runtime.adapter import Adapter
 from surgery.runtime.atomic_folders import replacing_file
 from surgery.runtime.operated import Operated, operated_class
 from surgery.runtime.remade import departure, digest_of, is_rounding, said_of
-from surgery.runtime.saved_format import CHECKPOINT, FORMAT, META, REMADE, SPEC, TENSORS, WITH_RULES
+from surgery.runtime.saved_format import CHECKPOINT, FORMAT, META, REMADE, SPEC, TENSORS, WITH_RULES, not_finite
 from surgery.runtime.sharding import gather_up, is_part, on_first, whole
 from surgery.runtime.step_tensors import SharedTensors, refuse_unused
 from surgery.text import dtype_text, listed
@@ -209,6 +209,9 @@ def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor],
         raise fail("bad-output", f"this operated model cannot be saved so: {what}")
     like = next(filter(is_part, state.values()), None)
     tensors = {name: on_cpu(name, whole(state[name].detach())) for name in surgery.names}
+    if broken := not_finite(tensors):  # no error: the training that goes on has more to tell
+        warnings.warn(f"the checkpoint {folder} holds what is not finite, and attach() will refuse it: {broken}",
+                      stacklevel=2)
     remade = surgery.left_out(tensors, self_contained)
     held = {name: tensor for name, tensor in tensors.items() if name not in remade}
     if remade:  # which `load_state_dict` is to know, and it gets the tensors alone

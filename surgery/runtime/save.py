@@ -23,7 +23,7 @@ from surgery.diagnostics import fail
 from surgery.models.loading import parted
 from surgery.runtime.atomic_folders import Kind, refuse_taken, replacing
 from surgery.runtime.checkpoints import on_cpu
-from surgery.runtime.saved_format import ADAPTER, META, SPEC, TENSORS
+from surgery.runtime.saved_format import ADAPTER, DIVERGED, META, SPEC, TENSORS, not_finite
 from surgery.runtime.sharding import is_first, on_first, whole
 
 if TYPE_CHECKING:
@@ -43,9 +43,13 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
     What is frozen, and is still what the spec, the seed and W make, is left out and made again by whoever attaches it;
     `self_contained`: everything is written.
 
-    Raises: SurgeryError (bad-output), and then what stood at `folder` still does.
+    Raises: SurgeryError (bad-output; bad-adapter, for tensors that `attach` would refuse), and then what stood at
+    `folder` still does.
     """
     tensors = {name: on_cpu(name, tensor) for name, tensor in (state or surgeon.state()).items()}
+    if broken := not_finite(tensors):
+        raise fail("bad-adapter", f"the adapter holds what is not finite, and is not saved: {broken}",
+                   helps=(DIVERGED,))
     remade = surgeon.record.left_out(tensors, self_contained)
     held = {name: tensor for name, tensor in tensors.items() if name not in remade}
     texts = {**texts_of(surgeon, tensors, remade, base_model, revision, **more), **files}

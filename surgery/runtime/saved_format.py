@@ -33,6 +33,7 @@ TENSORS, SPEC, META = FILES = ("adapter.safetensors", "adapter.surg", "meta.json
 ADAPTER = Kind("a saved adapter", earlier=frozenset(FILES))
 SEEDS = (-(1 << 63), (1 << 64) - 1)  # the least and the largest that a generator of torch takes
 _SHOWN = 8
+DIVERGED = "the training that made it diverged"
 _NAME_ONE = "name what `surgery apply -o` or `save()` wrote"
 _RESUME_IT = ("it is a checkpoint in shards, which holds the whole model: resume the training from it, then "
               "`surgeon.save()`; or train with FSDP's FULL_STATE_DICT, whose checkpoints hold the adapter")
@@ -233,11 +234,14 @@ class Saved:
         odd = [f"{n} ({dtype_text(t.dtype)})" for n, t in tensors.items() if t.dtype not in DTYPES]
         if odd:
             return self._fault(f"{self.file} holds dtypes that no adapter is trained in: {_listed(odd)}")
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if broken:
-            self._fault(f"{self.file} holds what is not finite: {_listed(broken)}",
-                        "the training that made it diverged")
+        if broken := not_finite(tensors):
+            self._fault(f"{self.file} holds what is not finite: {broken}", DIVERGED)
         return tensors
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The names of those tensors that nobody attaches, listed; empty if there are none."""
+    return _listed([name for name, tensor in tensors.items() if not tensor.isfinite().all()])
 
 
 def compare(saved: Shapes, wanted: Shapes, where: str, report: Collector, file: str = TENSORS) -> None:

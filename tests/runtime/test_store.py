@@ -228,6 +228,21 @@ def test_values_that_are_not_finite(saved: Path) -> None:
     assert name in faults(saved)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_what_attach_would_refuse_is_not_saved(number: float, saved: Path) -> None:
+    """The Trainer's checkpoint says so alone: its training goes on."""
+    surgeon = surgery.attach(load_demo(LLAMA), saved)
+    name, parameter = next(iter(surgeon.named_tensors().items()))
+    before = {file: (saved / file).read_bytes() for file in FILES}
+    with torch.no_grad():
+        parameter.view(-1)[0] = number
+    with pytest.raises(surgery.SurgeryError, match=f"(?s)bad-adapter.*not saved: {name}\n.*diverged"):
+        surgeon.save(saved)
+    assert before == {file: (saved / file).read_bytes() for file in FILES}
+    with pytest.warns(UserWarning, match=f"not finite, and attach.. will refuse it: {name}$"):
+        surgeon.model.save_pretrained(saved.parent / "checkpoint")
+
+
 @pytest.mark.parametrize("change", [lambda at: at - at.max() - 1, lambda at: at * 64 * 64, torch.Tensor.float],
                          ids=["below", "beyond", "no numbers of places"])
 def test_places_that_do_not_exist(tmp_path: Path, change) -> None:
