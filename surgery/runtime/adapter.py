@@ -19,6 +19,7 @@ import torch.nn as nn
 from surgery.codegen.autograd_node import runs_as_on, without_autocast
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program
+from surgery.diagnostics import fail
 from surgery.ir.dense import in_dtype
 from surgery.ir.expression import Formula
 from surgery.ir.notation import Maths, brief, parts_to_name
@@ -169,7 +170,11 @@ class Adapter(nn.Module):
         return drawn(self._noises, device, self.stack) if module.training and self._noises else {}
 
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
-        """What the operated layer gives for its input. Raises: SurgeryError (no-gradient)."""
+        """What the operated layer gives for its input. Raises: SurgeryError (no-gradient; changed-model)."""
+        if self.compiled.has_bias == (layer.bias is None):  # a program would leave it out, or ask for it in vain
+            raise fail("changed-model", f"an operated {type(layer.module).__name__} has "
+                       f"{'lost its bias' if layer.bias is None else 'got a bias'}",
+                       helps=("remove(partly=True), and then operate on the model as it is",))
         dtype, held = layer.dtype_of(x), self.called(layer.device)
         y = self.run(layer, x, dtype, {**self.shaped(held), **self.noise(layer.module, layer.device)}, held)
         if self.serving is not None and dtype is layer.dtype and not (torch.is_grad_enabled() or is_traced()):

@@ -62,8 +62,7 @@ def ready_call(adapter: Adapter, program: Program, layer: Frozen, kept: Kept) ->
     step = autograd_node.step(program.plan.written, (False,) * (1 + len(program.plan.values)), layer.device.type)
     if not bias_fits or step is None:
         return None
-    places = [(layer.module, adapter.parameter, layer.stored)]
-    places += [(layer.module, "bias", layer.bias)] if layer.bias is not None else []
+    places = [(layer.module, adapter.parameter, layer.stored), (layer.module, "bias", layer.bias)]  # or None, as it is
     places += [(adapter._modules[part] if part else adapter.common, name, tensor)
                for (_, part, name), tensor in zip(adapter._paths, kept.on)]
     stands = [(held, name, tensor) for module, name, tensor in places

@@ -78,6 +78,9 @@ class Standing:
             adapter = spot.module._modules.get(spot.parameter + SUFFIX)
             if adapter is not self.adapters[spot.placed.site.name] or "base" not in vars(type(spot.module)):
                 yield f"`{path}` has lost its adapter"
+        site = spot.placed.site if spot.placed is not None else None
+        if site is not None and site.stack is None and site.has_bias != self.adapters[site.name].compiled.has_bias:
+            yield f"`{path}` has {'a bias now' if site.has_bias else 'no bias any more'}"
         if spot.shape is None:
             return
         if spot.tensor is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 from copy import deepcopy
 
 import pytest
@@ -88,6 +89,23 @@ def test_every_verb_says_what_does_not_stand_any_more(name, merged, tmp_path):
     assert not any("_surgery" in key for key in model.state_dict())
     assert not any(hasattr(type(module), "base") for module in model.modules())
     surgery.apply(model, "lora") if family == "llama" and not isinstance(spec, surgery.Spec) else None
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("how", ["a step", "evaluation", "serving", "merge"])
+def test_a_bias_that_comes_or_goes_is_told(how, has_bias):
+    """A program that was made without one left it out, and merged it acted."""
+    model, x = nn.Sequential(nn.Linear(8, 6, has_bias), nn.ReLU()).train(how == "a step"), torch.randn(3, 8)
+    surgeon = perturbed(model, "lora")
+    bias = None if has_bias else nn.Parameter(torch.ones(6))
+    with torch.no_grad(), surgeon.serving() if how == "serving" else nullcontext():
+        model(x)
+        model(x)  # a call of one that serves is ready
+        model[0].bias = bias
+        with pytest.raises(SurgeryError, match="changed-model.*" + ("no bias|lost its" if has_bias else "a bias")):
+            surgeon.merge() if how == "merge" else model(x)
+    surgeon.remove(partly=True)
+    assert not any(name.endswith("_surgery") for name in model[0]._modules)
 
 
 def test_what_still_stands_is_given_back_bit_for_bit():
