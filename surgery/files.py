@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import sleep
@@ -68,6 +69,17 @@ def unchanged(*paths: Path) -> Callable[[], bool]:
     return lambda: _stamps(files) == before
 
 
+def as_written(path: Path) -> Path:
+    """A path below the working directory relative to it, as a user would write it; any other as it is."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number that a float can hold: not True or False, 1e999, nor one of a thousand
+    digits."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _stamps(names: Iterable[str]) -> dict[str, tuple]:
     stamps: dict[str, tuple] = {}
     for name in names:
@@ -79,13 +91,13 @@ def _stamps(names: Iterable[str]) -> dict[str, tuple]:
     return stamps
 
 
-def read_json(path: Path, limit: int = JSON_BYTES, allow_nan: bool = False) -> Any:
+def read_json(path: Path, allow_nan: bool = False) -> Any:
     """The values in a JSON file. `allow_nan`: NaN and Infinity too, which are no JSON, and which Python writes.
 
     Raises: OSError; ValueError for what is not UTF-8 or not JSON, is nested too deeply, or holds a number of more
     digits than Python reads.
     """
-    text = read_bytes(path, limit).decode("utf-8")
+    text = read_bytes(path, JSON_BYTES).decode("utf-8")
     try:
         return json.loads(text, parse_constant=float if allow_nan else _no_number)
     except RecursionError:

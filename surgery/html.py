@@ -37,6 +37,6 @@ def table(header: Iterable[object], rows: Iterable[Iterable[object]]) -> Markup:
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="wide", tabindex="0")
 
 
-def folded(summary: object, *children: object, is_open: bool = False) -> Markup:
+def folded(summary: object, *children: object) -> Markup:
     """Children that a click shows."""
-    return tag("details", tag("summary", summary), *children, **({"open": "open"} if is_open else {}))
+    return tag("details", tag("summary", summary), *children)

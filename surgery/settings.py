@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.diagnostics import CODES, Collector, Diagnostic, Source, Span, as_severe, did_you_mean, fail
-from surgery.files import SPEC_BYTES, read_bytes
+from surgery.files import SPEC_BYTES, as_written, read_bytes
 
 FILE = "surgery.toml"
 SEVERITIES = ("off", "warning", "error")
@@ -54,25 +54,20 @@ def found_file(folder: Path | None = None) -> Path | None:
 
 def _read(file: Path) -> Settings:
     try:
-        text = read_bytes(file, SPEC_BYTES).decode("utf-8")
+        text, shown = read_bytes(file, SPEC_BYTES).decode("utf-8"), str(as_written(file))
     except (OSError, UnicodeDecodeError) as error:
-        raise fail("bad-settings", f"cannot read {_shown(file)}: {error}") from None
+        raise fail("bad-settings", f"cannot read {as_written(file)}: {error}") from None
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"line (\d+)", str(error))
-        raise fail("bad-settings", f"{FILE} is not TOML: {error}", _line(Source(_shown(file), text), line)) from None
-    report, source = Collector(), Source(_shown(file), text)
+        raise fail("bad-settings", f"{FILE} is not TOML: {error}", _line(Source(shown, text), line)) from None
+    report, source = Collector(), Source(shown, text)
     for key, what, label in _faults(values):
         report.error("bad-settings", what, _place(source, key), label=label)
     report.raise_errors()
-    paths = tuple(_shown(file.parent / path) for path in values.get("paths", ()))
+    paths = tuple(str(as_written(file.parent / path)) for path in values.get("paths", ()))
     return Settings(values.get("model", ""), paths, values.get("severity", {}))
-
-
-def _shown(path: Path) -> str:
-    """A path below the working directory relative to it, as a user would write it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

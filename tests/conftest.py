@@ -134,6 +134,13 @@ def _seeds() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, in which the test works."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _proven() -> Iterator[None]:
     """Every program and every step that a test runs is proven to compute its expressions; of equal ones, the first."""

@@ -35,7 +35,7 @@ class Asked:
     `note` is told what a user should know; both get a line of text."""
 
     trust: bool = False
-    step: Callable[[str], AbstractContextManager] = lambda what: nullcontext()
+    step: Callable[[str], AbstractContextManager] = nullcontext
     note: Callable[[str], None] = lambda what: None
 
 

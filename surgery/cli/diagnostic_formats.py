@@ -15,6 +15,7 @@ from urllib.parse import quote
 from surgery import __version__
 from surgery.cli.diagnostic_pages import pages
 from surgery.diagnostics import CODES, Diagnostic, Span
+from surgery.files import as_written
 from surgery.text import plain
 
 _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
@@ -99,8 +100,7 @@ def _is_file(span: Span) -> bool:
 
 def _path(name: str) -> Path:
     """A path as others find it: relative to the working folder, if it lies in there."""
-    path = Path(os.path.normpath(name))
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return as_written(Path(os.path.normpath(name)))
 
 
 def _in_words(diagnostic: Diagnostic) -> str:

@@ -36,13 +36,10 @@ class Memory:
     def shown(self, node: Expr) -> Expr:
         """The value whose memory is written over where this one is: itself, or what it is a view of, all of it. Where
         autograd looks on, no view is written over."""
-        while not self.looked_on and operation(node).memory is Lies.VIEW and _is_whole(node):
+        while (not self.looked_on and operation(node).memory is Lies.VIEW
+               and prod(node.shape) == prod(node.args[0].shape)):
             (node,) = node.args
         return node
-
-
-def _is_whole(view: Expr) -> bool:
-    return prod(view.shape) == prod(view.args[0].shape)
 
 
 def read_by(reads: Sequence[tuple[Expr, Sequence[Expr]]], memory: Memory) -> dict[Expr, frozenset[int]]:

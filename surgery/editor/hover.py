@@ -14,7 +14,6 @@ from surgery.diagnostics import Collector, Span, SurgeryError
 from surgery.editor.document import Document
 from surgery.editor.model import Model
 from surgery.editor.names import Occurrence, at
-from surgery.ir.expression import Formula
 from surgery.ir.operations import PRIMITIVES
 from surgery.ir.sizes import known
 from surgery.language.formatter import spec_text
@@ -127,14 +126,10 @@ def _costs(document: Document, target: Target, model: Model | None) -> Iterator[
         place = next(iter(places_of(target)))
         trial = first_that_fits(target, resolved, place, sizes, Collector())
         if trial is not None:
-            numbers = _trained(trial.formula)
+            numbers = sum(known(prod(leaf.shape)) for leaf in trial.formula.leaves if not leaf.frozen)
             yield f"{numbers:,} trained numbers; {Estimate(Compiled.supposed(trial.formula)).cost_text}"
     except SurgeryError:
         return
-
-
-def _trained(formula: Formula) -> int:
-    return sum(known(prod(leaf.shape)) for leaf in formula.leaves if not leaf.frozen)
 
 
 def _code(text: str, language: str = "surg") -> str:

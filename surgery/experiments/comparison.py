@@ -222,7 +222,7 @@ class Comparison:
         dev = self.dev or cut.pop(0)
         return learned, dev, self.tests or cut
 
-    def runs(self, folder: Path, starting: Starting = lambda what: nullcontext(),
+    def runs(self, folder: Path, starting: Starting = nullcontext,
              ended: Callable[[str, Run, bool], None] = lambda what, run, is_new: None,
              devices: Sequence[str] = ()) -> list[Run]:
         """Every run, from its file in `folder` or performed and kept there. `starting` stands around each that is
@@ -264,7 +264,7 @@ class Comparison:
             keep(folder / RUNS, run)
             yield what, run
 
-    def steps(self, folder: Path, starting: Starting = lambda what: nullcontext(),
+    def steps(self, folder: Path, starting: Starting = nullcontext,
               devices: Sequence[str] = ()) -> Steps:
         """The times of steps, from their file in `folder` or taken (on the first of the devices) and kept there."""
         known = known_steps(folder / STEPS, self.steps_asked)

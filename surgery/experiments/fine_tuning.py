@@ -110,7 +110,7 @@ class Watch:
 
     note: Callable[[str], None] = lambda text: None
     now: Callable[[str], None] = lambda text: None
-    busy: Callable[[str], AbstractContextManager] = lambda what: nullcontext()
+    busy: Callable[[str], AbstractContextManager] = nullcontext
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,11 @@ class Items:
             raise fail("bad-data", f"{self.name} has {len(self)} items, too few to be cut into {len(parts)} parts")
         return parts
 
-    def limited(self, limit: int | None, seed: int = 0) -> Self:
+    def limited(self, limit: int | None) -> Self:
         """`limit` of the items, drawn at random; all where there are not more."""
         if limit is None or limit >= len(self):
             return self
-        return self.taken(sorted(random.Random(seed).sample(range(len(self)), limit)))
+        return self.taken(sorted(random.Random(0).sample(range(len(self)), limit)))
 
 
 @dataclass(frozen=True)

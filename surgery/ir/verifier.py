@@ -73,7 +73,7 @@ def verify(expr: Expr, form: Stage) -> Expr:
     return expr
 
 
-def verify_formula(formula: Formula, form: Stage = ELABORATED) -> Formula:
+def verify_formula(formula: Formula) -> Formula:
     """The formula, if its expressions keep the laws, all their parameters are leaves, and each leaf starts from the
     weight, the bias and the leaves before it. Raises: Malformed."""
     known: dict[str, tuple] = {}
@@ -81,10 +81,10 @@ def verify_formula(formula: Formula, form: Stage = ELABORATED) -> Formula:
         if leaf.key in known or (leaf.init is None) == (leaf.draw is None):
             raise Malformed(f"the leaf {leaf.key} stands twice, or does not have one start")
         if leaf.init is not None:
-            _verify_known(verify(leaf.init, form), known)
+            _verify_known(verify(leaf.init, ELABORATED), known)
         known[leaf.key] = leaf.shape
     for expr in (formula.weight, formula.bias, *(claim.expr for claim in formula.claims)):
-        _verify_known(verify(expr, form), known)
+        _verify_known(verify(expr, ELABORATED), known)
     return formula
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest
-from surgery.files import SPEC_BYTES, read_bytes
+from surgery.files import SPEC_BYTES, as_written, read_bytes
 from surgery.language import resources
 from surgery.language.formatter import step_text
 from surgery.language.other_languages import instead_of_argument
@@ -27,6 +27,7 @@ from surgery.language.unsupported_methods import refusal
 
 PRELUDE = "std"
 _LONGEST_PATH = 100  # characters of a path in a message
+_SET = "<--set>"  # what stands for a setting of the command line in diagnostics
 _KEPT = 2**16  # characters of the longest text whose tree is kept
 
 
@@ -96,7 +97,7 @@ def locate(spec: str | PathLike) -> Path:
     if path.suffix == ".surg" or (path.exists() and not path.is_dir()):
         return path
     if str(spec) in ours:
-        return _as_written(ours[str(spec)])
+        return as_written(ours[str(spec)])
     if path.is_dir():
         raise fail("unknown-spec", f"{spec} is a folder", helps=(f"name its files: {path / '*.surg'}",))
     if why := refusal(str(spec)):
@@ -185,7 +186,7 @@ def _follow(spec: Spec, files: dict[Path, Spec], trail: tuple[tuple[Path, Span |
             raise fail("import-cycle", f"`{use.path}` comes to use itself", use.span, related=earlier,
                        helps=("move what both need into a third file",))
         if place not in files:
-            file = read(_as_written(path), use.span)
+            file = read(as_written(path), use.span)
             _follow(file, files, passed)
             files[place] = file
 
@@ -197,11 +198,6 @@ def _is_no_path(text: str) -> bool:
     except (ValueError, OSError) as error:
         return not isinstance(error, OSError) or error.errno == errno.ENAMETOOLONG
     return False
-
-
-def _as_written(path: Path) -> Path:
-    """A path below the working directory is shown relative to it, as the user wrote the first one."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 # --------------------------------------------------------------------------------------------------- change
@@ -229,14 +225,14 @@ def keywords(parameters: Mapping[str, Any]) -> list[Argument]:
     return [Argument(name, as_expression(value)) for name, value in parameters.items()]
 
 
-def assignment(text: str, source: str = "<--set>") -> Argument:
+def assignment(text: str) -> Argument:
     """What a `--set name=value` says. Raises: SurgeryError (bad-set, syntax), spanned as `<--set>`."""
     name, equals, value = text.partition("=")
-    whole = Span(Source(source, text), 0, len(text))
+    whole = Span(Source(_SET, text), 0, len(text))
     if not equals or not name.strip().isidentifier() or not value.strip():
         raise fail("bad-set", f"`{text}` is not of the form name=value", whole, helps=("for example --set rank=8",))
     place = replace(whole, start=len(name) - len(name.lstrip()), end=len(name.rstrip()))
-    return Argument(name.strip(), parse_expression(text, source, len(name) + 1), place)
+    return Argument(name.strip(), parse_expression(text, _SET, len(name) + 1), place)
 
 
 def retarget(spec: Spec, *patterns: str, at: int | None = None) -> Spec:

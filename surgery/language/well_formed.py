@@ -50,7 +50,7 @@ def check_expression(report: Collector, expression: tree.Expression) -> None:
             return
         for rule in RULES.get(type(node), ()):
             rule(report, node)
-        stack += [(child, depth) for child in reversed(children_of(node))]
+        stack += [(child, depth) for child in reversed(expressions_of(node))]
 
 
 def height(expression: tree.Expression) -> int:
@@ -59,7 +59,7 @@ def height(expression: tree.Expression) -> int:
     while stack:
         node, depth = stack.pop()
         deepest = max(deepest, depth)
-        stack += [(child, depth + 1) for child in children_of(node)]
+        stack += [(child, depth + 1) for child in expressions_of(node)]
     return deepest
 
 
@@ -74,18 +74,12 @@ def nodes_of(value: Any) -> Iterator[tree.Node]:
             yield from nodes_of(getattr(value, field))
 
 
-def expressions_of(node: tree.Node) -> list[tree.Expression]:
-    """The expressions that stand directly in a statement."""
-    values = [getattr(node, field) for field in type(node).model_fields]
-    flat = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
-    return [value for value in flat if isinstance(value, tree.Expression)]
-
-
-def children_of(expression: tree.Expression) -> list[tree.Expression]:
-    """The operands of an expression, in order."""
-    if isinstance(expression, tree.Call):
-        return [argument.value for argument in expression.arguments]
-    values = [getattr(expression, field.name) for field in fields(expression)]
+def expressions_of(node: tree.Node | tree.Expression) -> list[tree.Expression]:
+    """The expressions that stand directly in a statement, or the operands of an expression, in order."""
+    if isinstance(node, tree.Call):
+        return [argument.value for argument in node.arguments]
+    names = type(node).model_fields if isinstance(node, tree.Node) else [field.name for field in fields(node)]
+    values = [getattr(node, name) for name in names]
     flat = [item for value in values for item in (value if isinstance(value, tuple) else (value,))]
     return [value for value in flat if isinstance(value, tree.Expression)]
 

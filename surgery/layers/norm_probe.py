@@ -6,7 +6,9 @@ Promises: the module is not called or changed: a copy of its own, with numbers o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +28,17 @@ def is_norm(module: nn.Module) -> bool:
         return False
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return _normalises(_copy(module), weight.shape[0])
+            return _normalises(copy_with(module, lambda *of, **how: 1 + torch.rand(*of, **how)), weight.shape[0])
     except Exception:  # a third party's module raises whatever it likes
         return False
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """One on the CPU in float32, in evaluation, with gains around 1."""
-    generator = torch.Generator().manual_seed(0)
-    ours = {id(p): nn.Parameter(1 + torch.rand(p.shape, generator=generator))
-            for p in module._parameters.values() if p is not None}
+def copy_with(module: nn.Module, numbers: Callable[..., Tensor]) -> nn.Module:
+    """A copy on the CPU in evaluation, its parameters in float32 with `numbers` (torch.rand, ...), its buffers zero."""
+    draw = torch.Generator().manual_seed(0)
+    ours: dict[int, Any] = {id(p): nn.Parameter(numbers(p.shape, generator=draw))
+                            for p in module._parameters.values() if p is not None}
+    ours |= {id(b): torch.zeros(b.shape, dtype=b.dtype) for b in module._buffers.values() if b is not None}
     return deepcopy(module, ours).eval()  # `deepcopy` takes these for what it has copied already
 
 

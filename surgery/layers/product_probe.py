@@ -9,12 +9,13 @@ not one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from surgery.layers.norm_probe import copy_with
 
 _CASTS = ("float", "double", "half", "bfloat16", "to", "type")
 
@@ -29,21 +30,12 @@ def multiplies(module: nn.Module) -> bool:
         return False
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            copy = _copy(module)
+            copy = copy_with(module, torch.randn)
             with _Uses(copy._parameters["weight"], copy._parameters.get("bias") if bias is not None else None) as uses:
                 copy(torch.randn(1, 3, weight.shape[1], generator=torch.Generator().manual_seed(1)))
     except Exception:  # a third party's module raises whatever it likes
         return False
     return uses.products > 0 and not uses.others
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """One on the CPU in float32, in evaluation."""
-    draw = torch.Generator().manual_seed(0)
-    ours: dict[int, Any] = {id(p): nn.Parameter(torch.randn(p.shape, generator=draw))
-                            for p in module._parameters.values() if p is not None}
-    ours |= {id(b): torch.zeros(b.shape, dtype=b.dtype) for b in module._buffers.values() if b is not None}
-    return deepcopy(module, ours).eval()  # `deepcopy` takes these for what it has copied already
 
 
 class _Uses(TorchFunctionMode):

@@ -8,7 +8,6 @@ faults come in one error, nothing is unpickled; a method that is no map of a wei
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from surgery.diagnostics import Collector, fail
-from surgery.files import WRITTEN, read_json, unchanged
+from surgery.files import WRITTEN, is_number, read_json, unchanged
 from surgery.language.unsupported_methods import SWITCHES, refusal
 from surgery.peft.table.methods import METHODS, WITHOUT_ROW
 from surgery.runtime.atomic_folders import Kind, replacing
@@ -182,14 +181,9 @@ def wrong_fields(config: Mapping[str, Any]) -> list[str]:
     families = [m for m in METHODS if m.family.peft_type == config.get("peft_type")]
     numbers = {n for m in families for n in m.parameters.fields}
     tables = {table for m in families for table in m.family.patterns.values()}
-    wrong = misfits(_Config, config) + sorted(n for n in numbers if n in config and not _is_number(config[n]))
+    wrong = misfits(_Config, config) + sorted(n for n in numbers if n in config and not is_number(config[n]))
     for table in sorted(n for n in tables if config.get(n) is not None):
         value = config[table]
-        if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+        if not isinstance(value, dict) or not all(map(is_number, value.values())):
             wrong.append(table)
     return wrong
-
-
-def _is_number(value: Any) -> bool:
-    """True and False are none, nor is what has no float, as 1e999 and a number of a thousand digits."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

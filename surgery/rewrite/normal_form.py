@@ -196,8 +196,8 @@ def _turn(node: Expr) -> Expr | None:
     return Expr("drop", (make("T", inner.args[0]),), inner.data, node.shape) if inner.op == "drop" else None
 
 
-def _of_value(wanted: float, result: Callable[[Expr], Expr]) -> Callable[[Expr], Expr | None]:
-    return lambda node: result(node) if value_of(node.args[0]) == wanted else None
+def _of_zero(result: Callable[[Expr], Expr]) -> Callable[[Expr], Expr | None]:
+    return lambda node: result(node) if value_of(node.args[0]) == 0 else None
 
 
 def _skew_of_zero(node: Expr) -> Expr | None:
@@ -251,9 +251,9 @@ RULES = (
     Rule("skew(x) = 0 for a symmetric constant", "skew", _skew_of_zero, "skew(0 * A)"),
     Rule("shuffle(1, n) = shuffle(n, 1) = I", "shuffle", lambda n: eye(n.shape) if 1 in n.data else None,
          "shuffle(1, 3)"),
-    Rule("cayley(0) = I", "cayley", _of_value(0, lambda n: eye(n.shape)), "cayley(0 * A)"),
-    Rule("nothing dropped of 0", "drop", _of_value(0, lambda n: n.args[0]), "N"),
-    Rule("e^0 = I", "expm", _of_value(0, lambda n: eye(n.shape)), "expm(0 * A)"),
+    Rule("cayley(0) = I", "cayley", _of_zero(lambda n: eye(n.shape)), "cayley(0 * A)"),
+    Rule("nothing dropped of 0", "drop", _of_zero(lambda n: n.args[0]), "N"),
+    Rule("e^0 = I", "expm", _of_zero(lambda n: eye(n.shape)), "expm(0 * A)"),
     Rule("R⁻¹ = Rᵀ for an orthogonal R", "inverse", _turned_back, "inverse(expm(skew(A)))"),
     Rule("(x ⊗ y)⁻¹ = x⁻¹ ⊗ y⁻¹, and of blocks along a diagonal", "inverse", _inside, "inverse(block_diag(S))"),
     *SHAPED,

@@ -68,7 +68,7 @@ class AppliedFiles:
 
 def apply_files(name: str, spec: Spec | str | PathLike, out: str | PathLike, *, seed: int = 0, dtype: str | None = None,
                 strict: bool = False, force: bool = False, trust: bool = False, self_contained: bool = False,
-                step: Step = lambda what: nullcontext()) -> AppliedFiles:
+                step: Step = nullcontext) -> AppliedFiles:
     """Save the adapter that `apply` would make of a spec and the model of that name (a hub id or a folder), without the
     model in memory: its safetensors files are read one weight at a time. `step` stands around what takes time.
 

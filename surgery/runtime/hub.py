@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def adapter_folder(name: str | PathLike, revision: str | None = None, token: str | None = None) -> Path:
+def adapter_folder(name: str | PathLike, revision: str | None) -> Path:
     """The folder of a saved adapter: one on this machine, or a repository's, which is fetched.
 
     Raises: SurgeryError (missing-file)."""
@@ -36,8 +36,7 @@ def adapter_folder(name: str | PathLike, revision: str | None = None, token: str
     from huggingface_hub import snapshot_download
 
     return Path(_asked("missing-file", f"there is no folder {name}, and it cannot be had from the hub",
-                       lambda: snapshot_download(name, revision=revision, token=token,
-                                                 allow_patterns=[*FILES, CHECKPOINT])))
+                       lambda: snapshot_download(name, revision=revision, allow_patterns=[*FILES, CHECKPOINT])))
 
 
 def push(surgeon: Surgeon, repository: str, *, revision: str | None = None, private: bool | None = None,

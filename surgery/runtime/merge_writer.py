@@ -61,7 +61,8 @@ class Writer:
             mine = {t.name for t in file.tensors}
             here = [unit for key, unit in units.items() if not mine.isdisjoint(key)]
             if not self._is_done(file):
-                tasks += [pool.submit(self._copy, file, *run) for run in self._runs(file)]
+                tasks += [pool.submit(_write_at, self._out(file), begin, chunks(file.path, begin, end))
+                          for begin, end in self._runs(file)]
             for unit in here:
                 del units[unit.stored]
                 if not self._keep(unit):
@@ -96,9 +97,6 @@ class Writer:
             end = file.size if tensor is None else tensor.begin
             yield from ((at, min(at + _RUN, end)) for at in range(begin, end, _RUN))
             begin = end if tensor is None else tensor.end
-
-    def _copy(self, file: TensorFile, begin: int, end: int) -> None:
-        _write_at(self._out(file), begin, chunks(file.path, begin, end))
 
     def _keep(self, unit: Unit) -> bool:
         """Whether the run before has written a unit, and it is still there."""

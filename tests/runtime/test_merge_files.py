@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ from surgery.language.library import parse
 from surgery.models.checkpoint_files import opened_file, weight_files
 from surgery.models.demo import load_demo
 from surgery.runtime import merge_work, merge_writer
-from surgery.runtime.merge_files import _in_memory, _no_step, merge_files
+from surgery.runtime.merge_files import _in_memory, merge_files
 from surgery.runtime.save import MODEL
 from surgery.runtime.saved_format import Saved
+
+pytestmark = pytest.mark.usefixtures("folder")
 
 LLAMA = SMALLER["llama"]
 LOW = "{ add low_rank(rank = 2) }"
@@ -49,7 +52,7 @@ def tensors(folder: str) -> dict[str, torch.Tensor]:
 def reference(*adapters: str) -> dict[str, torch.Tensor]:
     """What the way through a model in memory gives."""
     folders = [Path(each) for each in adapters]
-    _in_memory(folders, Saved(folders[0]), Path("whole"), "base", None, False, False, _no_step, "asked")
+    _in_memory(folders, Saved(folders[0]), Path("whole"), "base", None, False, False, nullcontext, "asked")
     return tensors("whole")
 
 
@@ -58,12 +61,6 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     for name in one:
         assert one[name].dtype == other[name].dtype, name
         assert torch.equal(one[name].flatten().view(torch.uint8), other[name].flatten().view(torch.uint8)), name
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def qwen_moe() -> torch.nn.Module:

@@ -6,13 +6,12 @@ title of their chart. Promises: a run without a state is no error, a state that 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from surgery.analysis.spectra.curves import Curve
 from surgery.diagnostics import fail
-from surgery.files import read_json
+from surgery.files import is_number, read_json
 
 STATE = "trainer_state.json"
 _TITLES = {"loss": "loss", "eval_loss": "loss", "learning_rate": "learning rate", "grad_norm": "norm of the gradient"}
@@ -36,7 +35,7 @@ def charts(state: Path) -> dict[str, list[Curve]]:
         for name, value in entry.items():
             # no times, no totals of the whole run, nothing infinite
             is_curve = name not in _NOT_CURVES and not name.startswith("train_") and not name.endswith(_TIMES)
-            if not (is_curve and _is_number(value)):
+            if not (is_curve and is_number(value)):
                 continue
             # Training and evaluation are two curves of one chart, where a gap between them shows.
             title = _TITLES.get(name, name.removeprefix("eval_").replace("_", " "))
@@ -53,15 +52,10 @@ def charts(state: Path) -> dict[str, list[Curve]]:
             for title in sorted(shown, key=order)}
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a curve can show it: it is finite, and a float can hold it."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
 def _state(file: Path) -> dict[str, Any]:
     try:
         state = read_json(file, allow_nan=True)  # where a loss was none, the Trainer writes NaN
-        if all(_is_number(entry["step"]) for entry in state["log_history"]):
+        if all(is_number(entry["step"]) for entry in state["log_history"]):
             return state
         reason = "a step of its log is no finite number"
     except OSError as error:
