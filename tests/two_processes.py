@@ -7,16 +7,16 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.utils import load_fsdp_model, save_fsdp_model
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from click.testing import CliRunner
 from models import perturbed
 from torch import nn
@@ -24,9 +24,9 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as Flat
-from torch.distributed.fsdp import StateDictType, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 import surgery
@@ -294,9 +294,9 @@ def unshared() -> dict:
 
 def trainer(model: nn.Module, folder: Path, batch: int, rate: float, **more: Any) -> Trainer:
     rows = torch.randint(0, 256, (12, 6), generator=torch.Generator().manual_seed(3))
-    arguments = TrainingArguments(str(folder), per_device_train_batch_size=batch, max_steps=3, save_steps=3, seed=1,
-                                  learning_rate=rate, save_strategy="steps", report_to=[], use_cpu=True,
-                                  disable_tqdm=True, optim="sgd", **more)
+    arguments = TrainingArguments(str(folder), per_device_train_batch_size=batch, seed=1, learning_rate=rate,
+                                  save_strategy="steps", report_to=[], use_cpu=True, disable_tqdm=True,
+                                  **{"max_steps": 3, "save_steps": 3, "optim": "sgd", **more})
     return Trainer(model, arguments, train_dataset=[{"input_ids": ids, "labels": ids} for ids in rows])
 
 
@@ -336,34 +336,40 @@ def learned(name: str) -> dict:
     return {"losses": losses, "said": said}
 
 
+@contextmanager
+def sharding_on_a_cpu() -> Iterator[None]:
+    """accelerate's state takes a plugin of FSDP under MULTI_GPU and its like, and passes over it under MULTI_CPU."""
+    real = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **more: Any) -> None:
+        real(self, *args, fsdp_plugin=fsdp_plugin, **more)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    with patch.object(AcceleratorState, "__init__", init):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def thinned() -> dict:
-    """A checkpoint of accelerate's FSDP2 with FULL_STATE_DICT, by the functions that the Trainer calls (accelerate wraps
-    no model on a CPU), without the base model in it, and loaded again."""
-    PartialState(cpu=True)
-    one, other = fresh(), fresh()
-    surgeon = perturbed(one, spec_of("every kind"), check=False)
-    again = surgery.apply(other, spec_of("every kind"), check=False)
-    for model in (one, other):
-        sharded(model)
-    plugin = SimpleNamespace(state_dict_type=StateDictType.FULL_STATE_DICT, fsdp_version=2, optim_state_dict_config=None,
-                             state_dict_config=SimpleNamespace(offload_to_cpu=True, rank0_only=True))
-    process: Any = SimpleNamespace(num_processes=2, process_index=RANK, is_main_process=RANK == 0, is_fsdp2=True,
-                                   wait_for_everyone=dist.barrier)
-    folder = FOLDER / "thinned" / "checkpoint-3"
-    save_fsdp_model(plugin, process, one, str(folder), adapter_only=True)
-    dist.barrier()
-    sizes = [(folder / WHOLE).stat().st_size]
-    asked: Any = SimpleNamespace(output_dir=FOLDER / "thinned")
-    dist.barrier()
-    AdapterCheckpoints().on_save(asked, TrainerState(global_step=3, is_world_process_zero=RANK == 0), TrainerControl(),
-                                 model=one)
-    dist.barrier()
-    load_fsdp_model(plugin, process, other, str(folder), adapter_only=True)
-    found = {"sizes": [*sizes, (folder / WHOLE).stat().st_size], "state": same(again.state(), surgeon.state()),
-             "forward": apart(logits(one), logits(other)),
-             "kept": sorted(torch.load(folder / WHOLE)) == sorted(surgeon.named_tensors())}
-    dist.barrier()
-    return found
+    """The Trainer's FSDP2 with FULL_STATE_DICT: a run, and one that goes on from its first checkpoint."""
+    folder, states = FOLDER / "thinned", []
+    with sharding_on_a_cpu():
+        for out, start in ((folder, None), (folder / "resumed", str(folder / "checkpoint-2"))):
+            model = fresh()
+            surgeon = surgery.apply(model, spec_of("every kind"), check=False)
+            run = trainer(model, out, 2, 0.05, max_steps=4, save_steps=2, optim="adamw_torch", fsdp=True, fsdp_config={
+                "version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]})
+            run.add_callback(AdapterCheckpoints())
+            run.train(resume_from_checkpoint=start)
+            states.append(surgeon.state())
+    file = folder / "checkpoint-4" / WHOLE
+    attached = surgery.attach(fresh(), folder / "checkpoint-4").state()
+    return {"sharded": run.model_wrapped is model and all(hasattr(p, "placements") for p in model.parameters()),
+            "size": file.stat().st_size, "whole": sum(p.nbytes for p in fresh().parameters()),
+            "kept": sorted(torch.load(file)) == sorted(surgeon.named_tensors()),
+            "resumed": same(*states), "attached": same(attached, states[0])}
 
 
 def attached() -> dict:

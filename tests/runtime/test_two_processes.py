@@ -157,10 +157,10 @@ def test_the_trainer_on_two_processes_is_that_of_one_with_their_batch(name: str,
     assert apart(logits(model.eval()), logits(other)) <= 1e-5
 
 
-def test_a_checkpoint_of_fsdp_holds_the_adapter_alone_and_is_exact(seen: Seen) -> None:
+def test_the_trainers_checkpoints_under_fsdp_hold_the_adapter_alone_and_are_exact(seen: Seen) -> None:
     for found in (process["thinned"] for process in seen[1]):
-        whole, alone = found["sizes"]
-        assert alone < whole / 2 and found["kept"] and found["state"] and found["forward"] == 0
+        assert found["sharded"] and found["size"] < found["whole"] / 2
+        assert found["kept"] and found["resumed"] and found["attached"]
 
 
 def test_nothing_is_left_beside_what_was_saved(seen: Seen) -> None:
