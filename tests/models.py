@@ -4,11 +4,18 @@ import torch
 from torch import nn
 
 import surgery
+from surgery.models.demo import demo_inputs
 
 # Demos with two layers, or with one, where more would say no more.
 SMALLER = {"llama": "llama:num_hidden_layers=2", "bert": "bert:num_hidden_layers=2", "gpt2": "gpt2:n_layer=2",
            "vit": "vit:num_hidden_layers=2", "t5": "t5", "mixtral": "mixtral", "resnet": "resnet"}
 LLAMA = "llama:num_hidden_layers=1"
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    """What a demo gives for its batch."""
+    with torch.no_grad():
+        return model(**demo_inputs(model)).logits
 
 
 def perturbed(model: nn.Module, spec: object, scale: float = 0.05, **options) -> surgery.Surgeon:

@@ -1,15 +1,13 @@
 """Estimates: which program is chosen, what is said to run dense, and where the figures are shown."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command import run
 from formulas import IN, OUT, formula
 from torch import nn
 
-from surgery.cli.main import main
 from surgery.codegen.candidates import by_tokens, frozen_alone
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.cost_model import Cost, body_cost
@@ -184,10 +182,6 @@ def test_experts_that_are_built_are_told():
 
 
 # ------------------------------------------------------------------------------------------------- where it is shown
-
-
-def run(*arguments: str):
-    return CliRunner(env={**os.environ, "NO_COLOR": "1"}).invoke(main, list(arguments))
 
 
 def test_a_plan_has_a_ratio_for_each_module():

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command import run
 from torch import nn
 
-from surgery.cli.main import main
 from surgery.codegen.cost_model import CPU, Machine
 from surgery.diagnostics import SurgeryError, SurgeryWarning
 from surgery.experiments.calibration import keep
@@ -131,10 +130,6 @@ def test_a_module_that_is_moved_is_chosen_for_anew():
 
 
 # ------------------------------------------------------------------------------------------------- the command line
-
-
-def run(*arguments: str):
-    return CliRunner(env={"NO_COLOR": "1"}).invoke(main, arguments)
 
 
 def test_a_set_up_is_as_slow_as_float32_where_a_half_dtype_is_fast():

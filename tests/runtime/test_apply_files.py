@@ -21,6 +21,8 @@ from surgery.runtime import stored_weights
 from surgery.runtime.atomic_folders import MANIFEST
 from surgery.runtime.saved_format import FILES, TENSORS
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 LOW = "{ add low_rank(rank = 2) }"
 SHARED = """update tied(rank: int = 2) {
   shared(model) param A[rank, in] ~ kaiming_uniform(a = sqrt(5))
@@ -67,12 +69,6 @@ def base(family: str, dtype: str, shards: bool = True) -> None:
     model = (own[family]() if family in own else load_demo(SMALLER[family])).to(getattr(torch, dtype))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     model.save_pretrained("base", max_shard_size=size // 3 if shards else size * 2)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import perturbed
+from models import logits, perturbed
 from packed import Int8Linear
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -27,11 +27,6 @@ TUNED = surgery.parse("""spec tuned(rank: int = 2)
 target linear "**.q_proj" { add low_rank(rank) post magnitude() }
 train "**.*norm.weight", "**.embed_tokens.weight" """)
 UNTIED = surgery.parse('spec s\ntarget embedding "**.wte" untie { add low_rank(2) }')
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**demo_inputs(model)).logits
 
 
 def trainer(model: nn.Module, folder: Path, groups: list | None = None, **more) -> Trainer:

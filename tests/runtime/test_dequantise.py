@@ -6,29 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from models import perturbed
+from command import run
+from models import logits, perturbed
 from quantiser import Rows8Config
 from transformers import LlamaForCausalLM
 
 import surgery
-from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
-from surgery.models.demo import demo_inputs, load_demo
+from surgery.models.demo import load_demo
 from surgery.planning.initial_values import departure
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 NARROW = 'target linear "**.{q,v}_proj" { add low_rank(rank = 2) }\ntrain "**.norm.weight"'
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**demo_inputs("llama")).logits
 
 
 def trained(spec: object) -> torch.Tensor:
@@ -39,10 +29,6 @@ def trained(spec: object) -> torch.Tensor:
     surgeon = perturbed(model, spec)
     surgeon.save("adapter")
     return logits(model)
-
-
-def run(*words: str) -> Result:
-    return CliRunner(env={"NO_COLOR": "1"}).invoke(main, words)
 
 
 @pytest.mark.parametrize("spec", ["lora", "dora", "oft", NARROW], ids=["lora", "dora", "oft", "some layers"])

@@ -16,11 +16,7 @@ from surgery.models.demo import load_demo
 from surgery.models.loading import at_revision, parted, revised
 from surgery.runtime.fingerprint import differing, fingerprint_of, is_same
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def told(model: torch.nn.Module, folder: str = "adapter") -> list[str]:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import assert_held_once, perturbed
+from models import assert_held_once, logits, perturbed
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
 import surgery
-from surgery.models.demo import demo_config, demo_inputs
+from surgery.models.demo import demo_config
 from surgery.runtime.saved_format import META, TENSORS
 
 ONE_NUMBER = """spec one()
@@ -37,11 +37,6 @@ def small() -> nn.Module:
     config.num_key_value_heads, config.attention_bias = config.num_attention_heads, True
     torch.manual_seed(0)
     return LlamaForCausalLM(config).eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**demo_inputs(model)).logits
 
 
 # What layers share is held at the root; test_minilm.py has every spec that ships.

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint
-from models import LLAMA, SMALLER, perturbed
+from models import LLAMA, SMALLER, logits, perturbed
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.models.demo import demo_inputs, load_demo
+from surgery.models.demo import load_demo
 from surgery.planning import initial_values
 from surgery.runtime import atomic_folders
 from surgery.runtime.atomic_folders import MANIFEST
@@ -32,11 +32,6 @@ target linear "**.{q,k}_proj" { pre diagonal() add shared_random(rank) post orth
 target linear "**.mlp.*_proj" { add low_rank(rank) post magnitude() }
 train "**.*norm.weight"
 """
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**demo_inputs(model)).logits
 
 
 @pytest.fixture
