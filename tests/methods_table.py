@@ -54,6 +54,10 @@ NOT_SHIPPED = """## What does not ship
 | AdaLoRA, DyLoRA, ReLoRA, GaLore | schedules and budgets over a training, which are no W' |
 | mixtures of adapters, bottleneck adapters, prompts | what they do depends on the input beyond a product with W' |
 | Quantum-PEFT with Pauli matrices ([arXiv 2503.05431](https://arxiv.org/abs/2503.05431)) | a product of log₂ n gates, n being a layer's own size: a definition has a fixed number of factors; with the exponential map it is `tests/methods/quantum_peft.surg` |
+| SingLoRA ([arXiv 2507.05566](https://arxiv.org/abs/2507.05566)) | W' = W + s u A Aᵀ, where u grows from 0 with the steps of the training |
+| PVeRA ([arXiv 2512.07703](https://arxiv.org/abs/2512.07703)), DenseLoRA ([arXiv 2505.23808](https://arxiv.org/abs/2505.23808)) | what is drawn, or passes a nonlinearity, is of the input |
+| LoftQ, QLoRA-like starts at what rounding loses | there is no rounding in the language |
+| LoLDU ([arXiv 2410.13618](https://arxiv.org/abs/2410.13618)) | it starts at the LDU factors of W, with pivots: `qr` and singular vectors are the decompositions that there are |
 | Tied-LoRA ([arXiv 2311.09578](https://arxiv.org/abs/2311.09578)) | `tests/methods/tied_lora.surg` says it; no code of its authors' was found to compare it with |
 | WeDoRA | neither a paper nor code of this name was found; DoRA with a magnitude for each column is `tests/methods/wedora.surg` |
 """

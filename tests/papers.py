@@ -234,6 +234,49 @@ def _sora_input(w, p):
     return _conditioned(y, p["post_skew_rotation", "D"], p["post_skew_rotation", "C"], 0.5)
 
 
+def _hydra(w, p):
+    (a, b), (c, d) = p.of_step("pre_sequential").values(), p.of_step("add_parallel").values()
+    return w + 2 * (d @ c + b @ a @ w)
+
+
+def _hydra_bias(b, p):
+    down, up = p.of_step("pre_sequential").values()
+    return b + 2 * up @ (down @ b)
+
+
+def _pooled(w, A, B):
+    """A on the means of neighbouring inputs, as torch pools them."""
+    pooled = torch.nn.functional.avg_pool1d(torch.eye(w.shape[1], dtype=w.dtype)[None], 2)[0]
+    return w + 6 / 3 * (pooled @ A.T @ B.T).T
+
+
+def _monarch(w, L, R):
+    """The code's products with one-hot inputs: blocks, features in another order, blocks, outputs in another."""
+    x = torch.eye(w.shape[1], dtype=w.dtype)
+    middle = torch.bmm(x.reshape(len(x), len(L), -1).transpose(0, 1), L.mT).transpose(0, 1)
+    middle = middle.reshape(len(x), R.shape[2], len(R)).permute(2, 0, 1)
+    return w + torch.bmm(middle, R.mT).permute(1, 2, 0).reshape(len(x), -1).T
+
+
+def _poet(w, p):
+    """As the code runs it on one-hot inputs, with the exact Cayley transform in the place of its series."""
+    def turned(x: Tensor, rotations: Tensor) -> Tensor:
+        return torch.einsum("tbi,bij->tbj", x.reshape(len(x), *rotations.shape[:2]), rotations).reshape(x.shape)
+
+    (at, G), (at_in, G_in) = p.of_step("pre_shuffled_rotation").values(), p.of_step("pre_shuffled_rotation_2").values()
+    x = torch.eye(w.shape[1], dtype=w.dtype)[:, at_in]
+    y = turned(turned(x, _cayley(2 * G_in)) @ w[at][:, at_in].T, _cayley(2 * G))
+    return y[:, at.argsort()].T
+
+
+def _rank_sharing(w, A, B, C, D, e, f):
+    return w + torch.cat([B, D], 1) @ (torch.cat([e, f])[:, None] * torch.cat([A, C], 0))
+
+
+def _sparsity_preserved(w, A, b):
+    return w + 6 / 3 * torch.repeat_interleave(A, len(w) // len(A), 0) * b.view(-1, 1) * w
+
+
 _SORA = {"rank": 3, "alpha": 5, "skew_rank": 2, "dropout": 0.0}
 PAPERS = (
     _paper("abba", _of("add_hadamard_of_pairs", _abba), lambda m, n: 6 * (m + n), "code: CERT-Lab/abba",
@@ -248,6 +291,8 @@ PAPERS = (
     _paper("fact", lambda w, p: w + 2 * p["shared", "V"] @ p["add_tensor_of_layers", "T"] @ p["shared", "U"],
            lambda m, n: 2 * (m + n) + 4, "code: JieShibo/PETL-ViT", shipped={"rank": 2, "scale": 2}),
     _paper("gsoft", _gsoft, lambda m, n: 6 * n + m, "code: Skonor/group_and_shuffle", claims=2, shipped={"block": 3}),
+    _paper("hydra", _hydra, lambda m, n: 4 * m + 2 * (m + n), "code: extremebird/Hydra", bias=_hydra_bias,
+           shipped={"scale": 2}),
     _paper("hoft", _shoft, lambda m, n: 4 * (m + n), "a summary of the paper", claims=2, shipped={"count": 2}),
     _paper("hyperadapt", lambda w, p: torch.einsum("i,ij,j->ij", p["pre_diagonal", "d"], w, p["pre_diagonal_2", "d"]),
            lambda m, n: m + n, "the paper's abstract", claims=2),
@@ -257,6 +302,8 @@ PAPERS = (
            "code: PaulAlbert31/KRAdapter", shipped={"scale": 0.5}),
     _paper("krona", _of("add_kronecker", lambda w, A, B: w + 2 * torch.einsum("pq,mn->pmqn", A, B).reshape(w.shape)),
            lambda m, n: 6 + m * n // 6, "the paper's abstract", shipped={"p": 2, "q": 3, "scale": 2}),
+    _paper("lift", _of("add_principal_weights", lambda w, v, at: w + _places(w, v, at)), lambda m, n: m + n,
+           "code: zihanghliu/LIFT", shipped={"rank": 3, "like": 1}),
     _paper("loca", _of("add_cosines", _loca), lambda m, n: 7, "the paper's equation, as a summary has it",
            shipped={"count": 7, "scale": 2}),
     _paper("lora_fa", _of("add_frozen_a", lambda w, A, B: w + 5 / 3 * B @ A), lambda m, n: 3 * m,
@@ -276,6 +323,12 @@ PAPERS = (
     _paper("mora", _of("add_square", _mora), lambda m, n: 36, "code: kongds/MoRA", shipped={"side": 6}),
     _paper("mora_rope", _of("add_turned_groups", _mora_rope), lambda m, n: 36, "code: kongds/MoRA, type 6",
            shipped={"side": 6}),
+    _paper("more", _of("add_monarch", _monarch), lambda m, n: 2 * (m + n), "code: SprocketLab/sparse_matrix_fine_tuning",
+           shipped={"blocks": 3, "rank": 2}),
+    _paper("mos_lora", _of("add_mixed_subspaces", lambda w, A, M, B: w + 6 / 3 * B @ (M @ A)),
+           lambda m, n: 3 * (m + n) + 9, "code: wutaiqiang/MoSLoRA", shipped={"rank": 3, "alpha": 6}),
+    _paper("neuroada", _of("add_bypass_of_neurons", lambda w, v, at: w + _places(w, v, at)), lambda m, n: 2 * m,
+           "code: FightingFighting/NeuroAda", shipped={"k": 2}),
     _paper("nlora", _of("add_nystrom", lambda w, A, N, B: w + 6 / 3 * B @ N @ A), lambda m, n: 3 * (m + n) + 9,
            "code: TracyGuo2001/NLoRA", shifted=True, shipped={"rank": 3, "alpha": 6}),
     _paper("nola", _of("add_random_basis", _nola), lambda m, n: 10, "code: UCDvision/NOLA",
@@ -288,12 +341,20 @@ PAPERS = (
            shipped={"rank": 3, "alpha": 6}),
     _paper("peanut", _of("add_on_weight", lambda w, A, B: w + 2 * (relu(w.T @ A.T) @ B.T).T), lambda m, n: 6 * m,
            "PEFT's code", shipped={"rank": 3, "scale": 2}),
+    _paper("poet", _poet, lambda m, n: 3 * (m + n), "code: Sphere-AI-Lab/poet", claims=2, shipped={"block": 3}),
     _paper("polar", _of("add_polar_form", _polar), lambda m, n: 3 * (m + n) + 9, "code: kcc-lion/polar",
            shipped={"rank": 3, "alpha": 6}),
     _paper("prolora", _of("add_partly_rotated", _prolora), lambda m, n: 2 * (m + n) + 2 * (m + n),
            "code: Forence1999/PRoLoRA", shipped={"rank": 6, "unshared": 2, "chunks": 2, "alpha": 9}),
+    _paper("propulsion", lambda w, p: w * torch.pow(p["pre_pushed", "z"], 5)[:, None], lambda m, n: m,
+           "code: Kowsher/Propulsion", bias=lambda b, p: b * torch.pow(p["pre_pushed", "z"], 5), claims=1,
+           shipped={"degree": 5}),
+    _paper("qa_lora", _of("add_on_pooled", _pooled), lambda m, n: 3 * m + 3 * n // 2, "code: yuhuixu1993/qa-lora",
+           shipped={"rank": 3, "alpha": 6, "group": 2}),
     _paper("quanta", _of("add_circuit", _quanta), lambda m, n: sum((max(m, n) // k)**2 for k in (2, 3)) + 36,
            "code: quanta-fine-tuning/quanta", shipped={"p": 2, "q": 3}),
+    _paper("rasa", _of("add_rank_sharing", _rank_sharing), lambda m, n: 3 * (m + n) + 3, "code: zwhe99/RaSA",
+           shipped={"rank": 3, "alpha": 6, "common": 1}),
     _paper("red", lambda w, p: p["pre_diagonal", "d"][:, None] * w, lambda m, n: 2 * m, "code: mlwu22/RED", claims=1,
            bias=lambda b, p: p["pre_diagonal", "d"] * b + p["add_shift", "beta"]),
     _paper("rocoft", _of("add_first_rows", _set_rows), lambda m, n: 2 * n, "code: Kowsher/RoCoFT",
@@ -314,6 +375,8 @@ PAPERS = (
     _paper("spectral_rotation", _of("add_turned_vectors", lambda w, U, size, V, A, B, c: (
         (w - U @ size.diag() @ V) + U @ _cayley(A).T @ (size * c).diag() @ (V.T @ _cayley(B).T).T)),
         lambda m, n: 21, "code: pilancilab/spectral_adapter", shipped={"rank": 3}),
+    _paper("spp", _of("add_sparsity_preserved", _sparsity_preserved), lambda m, n: m + 3 * n,
+           "code: Lucky-Lance/SPP", shipped={"rank": 3, "alpha": 6}),
     _paper("ssvd", _of("add_structured", _ssvd), lambda m, n: 13, "code: espnet/espnet", shipped={"rank": 3}),
     _paper("stella", _of("add_three_factors", lambda w, U, V, S: w + 2 * U @ S @ V.T), lambda m, n: 3 * (m + n) + 9,
            "code: SonyResearch/stella", shifted=True, shipped={"rank": 3, "alpha": 6}),

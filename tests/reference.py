@@ -299,6 +299,10 @@ def top(a, k):
     return np.sort(np.argsort(-a.ravel(), kind="stable")[:k])
 
 
+def row_top(a, k):
+    return np.concatenate([top(row, k) + i * a.shape[1] for i, row in enumerate(a)])
+
+
 def top_softmax(a, k):
     result = np.zeros(a.shape)
     for at in np.ndindex(a.shape[:-1]):
@@ -318,6 +322,8 @@ def divisor(n, most=None):
 
 
 def power(a, b):
+    if is_tensor(a):
+        return a**b
     return whole(Fraction(a) ** b) if isinstance(a, (int, Fraction)) and isinstance(b, int) else float(a) ** float(b)
 
 
@@ -347,7 +353,7 @@ FUNCTIONS = {
     "reshape": lambda a, *sizes: a.reshape(sizes), "shuffle": shuffle, "range": np.arange, "indices": np.arange,
     "columns": lambda a, at: a[..., at] if is_tensor(at) else a[..., :at],
     "rows": lambda a, at: a[..., at, :] if is_tensor(at) else a[..., :at, :],
-    "circulant": circulant, "scatter": scatter, "take": lambda a, places: a.ravel()[places], "top": top,
+    "circulant": circulant, "scatter": scatter, "take": lambda a, places: a.ravel()[places], "top": top, "row_top": row_top,
     "top_softmax": top_softmax, "left_singular": lambda a, k: singular_parts(a)[0][:, :k],
     "singular": lambda a, k: singular_parts(a)[1][:k], "right_singular": lambda a, k: singular_parts(a)[2][:k],
     "inverse": lambda a: np.linalg.solve(a, np.broadcast_to(np.eye(a.shape[-1]), a.shape)),

@@ -227,7 +227,7 @@ class Run:
             return self._drawn(name, *node.args)
         # sizes are tuples: a number by itself is a value
         parts = [self._data(a) if isinstance(a, ast.Tuple) else self._value(a) for a in node.args]
-        if name == "top":  # places take no gradient, whether autograd sees what they are of or not
+        if name in ("top", "row_top"):  # places take no gradient, whether autograd sees what they are of or not
             data, a = parts
             return self._computed(name, data, replace(a, meaning=self.symbols.constant(a.meaning)))
         if name == "masked_":

@@ -124,7 +124,8 @@ _MEANINGS: dict[str, _Rule] = {
     "outer": lambda symbols, node, args: symbols.of("@", symbols.of("T", args[0]), args[1]),
     "detach": lambda symbols, node, args: symbols.constant(args[0]),
     "sign": lambda symbols, node, args: symbols.of("sign", symbols.constant(args[0])),
-    "top": lambda symbols, node, args: symbols.of("top", node.data, symbols.constant(args[0])),
+    **{name: lambda symbols, node, args: symbols.of(node.op, node.data, symbols.constant(args[0]))
+       for name in ("top", "row_top")},
     "split": _with_data("unflatten", lambda data: (-1, data)),
     "join": _as("flatten", -2), "flat": _as("flatten", 0, -2),
     "between": lambda symbols, node, args: symbols.of("index", *args, _some_columns(node)),

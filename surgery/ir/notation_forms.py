@@ -45,11 +45,22 @@ def entrywise_product(maths: Any, expr: Expr) -> Text:
     """`a ∘ b`, or a scalar in front of what it scales."""
     a, b = expr.args
     if a.shape and b.shape:
+        base, count = _power(expr)
+        if count > 2:
+            return f"pow({maths.short(base)}, {count})", ATOM
         return infix("∘", ENTRYWISE, ENTRYWISE, PRODUCT)(maths, expr)
     scalar, scaled = (b, a) if a.shape else (a, b)
     if scalar.op == "const" and scalar.data in (1, -1):  # as where a spec's scale is 1
         return maths.named(scaled) if scalar.data == 1 else (f"-{maths.at_least(scaled, PRODUCT)}", SUM)
     return _side_by_side(maths, scalar, scaled)
+
+
+def _power(expr: Expr) -> tuple[Expr, int]:
+    """x and how often it is a factor, of x ∘ x ∘ ..."""
+    if expr.op != "mul":
+        return expr, 1
+    (a, m), (b, n) = map(_power, expr.args)
+    return (a, m + n) if a is b else (expr, 1)
 
 
 def transpose(maths: Any, expr: Expr) -> Text:

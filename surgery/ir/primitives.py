@@ -338,7 +338,7 @@ ROWS = [
               memory=Memory.VIEW, derivative=derivatives.turned, notation=transpose),
     Operation("diag", 1, lambda a: vector(a) + a[-1:], lambda a: a.diag_embed(), "the diagonal matrix of a vector",
               linear=Linear.TOGETHER, transpose=Transpose.KNOWN, is_structured=True, text="{}.diag_embed()"),
-    Operation("block_diag", 1, _block_diag_shape, _block_diag, "a stack [b, k, k] along the diagonal of [b k, b k]",
+    Operation("block_diag", 1, _block_diag_shape, _block_diag, "a stack [b, p, q] along the diagonal of [b p, b q]",
               linear=Linear.TOGETHER, transpose=Transpose.INSIDE, orthogonal=Orthogonal.OF_ORTHOGONAL,
               is_structured=True),
     Operation("kron", 2, _kron_shape, _kron, "a ⊗ b, the Kronecker product of two matrices or two vectors",

@@ -96,6 +96,12 @@ def _top_shape(sizes: Sizes, a: Shape) -> Shape:
     return sizes
 
 
+def _row_top_shape(sizes: Sizes, a: Shape) -> Shape:
+    rows, columns = exactly(2, "a matrix", a)
+    _at_most(sizes[0], columns, "entries of a row")
+    return (rows * sizes[0],)
+
+
 def _mix_shape(sizes: Sizes, a: Shape) -> Shape:
     _at_most(sizes[0], vector(a)[-1], "entries of a row")
     return a
@@ -150,6 +156,13 @@ def _scatter(sizes: Sizes, values: Any, places: Any) -> Any:
 
 def _top(sizes: Sizes, a: Any) -> Any:
     return a.flatten().topk(sizes[0]).indices.sort().values
+
+
+def _row_top(sizes: Sizes, a: Any) -> Any:
+    import torch
+
+    best = a.topk(sizes[0], dim=-1).indices.sort(dim=-1).values
+    return (best + a.shape[1] * torch.arange(len(a), device=a.device)[:, None]).flatten()
 
 
 def _top_softmax(sizes: Sizes, a: Any) -> Any:
@@ -278,7 +291,10 @@ ROWS = [
     Operation("take", 2, lambda a, places: places, lambda a, places: a.flatten()[places],
               "the entries of a at the places", places=(1,), into=lambda node: node.args[0].shape,
               linear=Linear.TOGETHER),
-    Operation("top", 1, _top_shape, _top, "the places of the k largest entries, row by row", sizes=("k",), whole=True,
+    Operation("top", 1, _top_shape, _top, "the places of the k largest of all entries", sizes=("k",), whole=True,
+              into=lambda node: node.args[0].shape, stops_gradient=True),
+    Operation("row_top", 1, _row_top_shape, _row_top,
+              "the places of the k largest entries of each row: [m, n] -> [m k]", sizes=("k",), whole=True,
               into=lambda node: node.args[0].shape, stops_gradient=True),
     # Of a start alone, which is computed once and in float64: the dtype of a program may not hold them.
     Operation("numbers", 1, _listed, None, "the places as numbers, in what a parameter starts at", stage=OF_A_SPEC,

@@ -16,7 +16,7 @@ _STACK = ("`stacked(A, B)` puts the rows of B below those of A; a stack of matri
           "more: `param A[blocks, m, n] = 0`")
 _ZEROS = "a parameter of zeros is `param A[out, in] = 0`; in an expression, write `0 * ones(m, n)`"
 _IDENTITY = "the identity is `I(n)`"
-_POWER = "a power is a product, `x * x`, or `sqrt(x)`; e^x is `exp(x)`; of known numbers, `pow(2, i)`"
+_POWER = "a power is `x * x`, `pow(x, 3)` or `sqrt(x)`; e^x is `exp(x)`"
 _TRANSPOSE = "the transpose is `A.T`"
 _SUM = "the sum over each row is `A @ ones(n)`, n the number of columns; √Σ a² is `norm(A)`"
 _MEAN = "the mean over each row is `A @ ones(n) / n`, n the number of columns"
@@ -30,6 +30,7 @@ _CONDITION = "write `if condition then a else b`"
 _FROZEN = "all is frozen but adapters, and what `train \"**.norm.*\"` names"
 _TRAINED = "`param A[m, n] = 0` is trained, and `frozen param A[m, n] = 0` is not"
 _SELECTED = "write `rows(A, range(i, j))` or `columns(A, range(i, j))`"
+_TOP = "the places of the k largest entries are `top(A, k)`, those of each row `row_top(A, k)`"
 _NO_FUNCTION = "there is no function of that kind; `docs/language.md` lists what can be called"
 
 #: By the name of a function, a value or a distribution.
@@ -57,7 +58,8 @@ _NAMES: dict[str, str] = {
         "dropout stands after the step that adds the update: `add low_rank(8) dropout(5%)`"),
     "gaussian": "write `normal(std = ...)`", "constant": _DRAWN_ZEROS,
     "round": "`floor(x)` makes a number whole", "ceil": "write `-floor(-x)`", "int": "`floor(x)` makes a number whole",
-    "view": "write `reshape(A, m, n)`", "flatten": "write `reshape(A, n)`", "topk": "write `top(A, k)`",
+    "view": "write `reshape(A, m, n)`", "flatten": "write `reshape(A, n)`",
+    "topk": _TOP, "argsort": _TOP, "argmax": _TOP,
     "gather": "write `take(A, places)`", "index_select": _SELECTED, "slice": _SELECTED, "narrow": _SELECTED,
     "arange": "write `range(i, j)`", "row": _SELECTED, "column": _SELECTED,
     "index_add": "what stands at places of rows is `columns(I(n), places) @ A`",

@@ -37,6 +37,7 @@ MAX_NUMBERS = 2**60  # of a tensor: torch counts its bytes in 63 bits
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": divide}
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_LARGEST_POWER = 64  # of a tensor
 _LARGEST_DIVIDED = 2**40
 _KEEP_WHOLE = ("abs", "min", "max", "relu", "sign", "clamp")
 _CONSTANT_NAMES = {"pi": math.pi}  # where nothing else is called so
@@ -339,7 +340,10 @@ def _at_compile_time(node: tree.Call, names: Mapping[str, Any]) -> Any:
         count = f"{least} to {most} numbers" if most > least else "one number" if most == 1 else f"{most} numbers"
         raise fail("missing-argument" if len(node.arguments) < least else "unknown-argument",
                    f"`{node.function}` takes {count} by position", node.span)
-    values = [read(evaluate(a.value, names), a.value, names) for a in node.arguments]
+    given = [evaluate(a.value, names) for a in node.arguments]
+    if node.function == "pow" and isinstance(given[0], Expr):
+        return _tensor_power(node, given[0], _number(given[1], node.arguments[1].value, names))
+    values = [read(value, a.value, names) for value, a in zip(given, node.arguments)]
     return symbol(f"{node.function}({', '.join(map(str, values))})") if _open(*values) else function(*values)
 
 
@@ -368,6 +372,19 @@ def _power(base: int | float | Fraction, exponent: int | float | Fraction) -> in
     if abs(exponent) > 64 and abs(base) != 1 and base:
         raise OverflowError
     return tidy(Fraction(base) ** exponent)
+
+
+def _tensor_power(node: tree.Call, base: Expr, exponent: int | float | Fraction | Dim) -> Expr:
+    """The product of so many. Raises: SurgeryError (bad-value) for what is no such count."""
+    if _open(exponent):
+        return undecided((base, base), expression_text(node))
+    if not isinstance(exponent, int) or not 1 <= exponent <= _LARGEST_POWER:
+        raise fail("bad-value", f"a tensor is raised to a whole number from 1 to {_LARGEST_POWER}, not {exponent}",
+                   node.arguments[1].value.span,
+                   helps=("of a tensor x, the root is `sqrt(x)`, and x to the power -1 is `1 / x`",))
+    half = _tensor_power(node, base, exponent // 2) if exponent > 1 else None
+    square = base if half is None else make("mul", half, half)
+    return make("mul", square, base) if half is not None and exponent % 2 else square
 
 
 def _number(value: Any, node: tree.Expression, names: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from surgery.ir.operations import FUNCTIONS, is_whole, shape_text
 from surgery.ir.sizes import Dim
 from surgery.language.other_languages import instead_of
 from surgery.language.tree import Call, Definition
+from surgery.semantics.distributions import DISTRIBUTIONS
 
 UNDECIDED = object()  # a truth value or a text that is not known yet
 POISON = object()  # the value of a name whose own statement failed and was reported
@@ -65,6 +66,11 @@ def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | 
     known = sorted(known)
     if code == "unknown-name" and name in FUNCTIONS:
         helps = (*helps, f"`{name}` is a function: `{name}(...)`")
+    if code == "unknown-primitive" and name in DISTRIBUTIONS:
+        helps = (*helps, f"`{name}` is a draw, which stands behind `~` alone: `param z[m, n] ~ {name}(...)`; a `let` "
+                 "or a later start computes with it")
+    if code == "unknown-distribution" and name in FUNCTIONS:
+        helps = (*helps, f"what is computed stands behind `=`: `param z[m, n] = {name}(...)`")
     if instead := instead_of(name, drawn=code == "unknown-distribution"):
         helps = (*helps, instead)
     return fail(code, f"unknown {what} `{name}`", span, label="" if helps else did_you_mean(name, known),
