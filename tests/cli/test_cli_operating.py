@@ -6,26 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from command import run
 from models import LLAMA, SMALLER
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.cli.main import main
 from surgery.experiments.training import with_head
 from surgery.models.demo import demo_inputs, load_demo
 from surgery.models.loading import load, load_with_head
 
-
-def run(*arguments: str) -> Result:
-    return CliRunner(env={"NO_COLOR": "1"}).invoke(main, arguments)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def apply(*more: str, out: str = "adapter") -> Result:

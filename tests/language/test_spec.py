@@ -5,25 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diagnosed import refusal
 from torch.nn import Linear
 
 import surgery
-from surgery import Spec, SurgeryError, Target, add
+from surgery import Spec, Target, add
 from surgery.language.library import assignment, inlined, library, locate
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 LORA = "spec lora(rank: int = 8)\n\ntarget linear \"**.q_proj\" {\n  add low_rank(rank)\n}\n"
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def failed(call, *arguments, **keywords) -> str:
-    with pytest.raises(SurgeryError) as caught:
-        call(*arguments, **keywords)
-    return str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------------- where from
@@ -48,7 +39,7 @@ def test_a_file_without_an_ending_outweighs_a_shipped_name() -> None:
 ])
 def test_what_is_not_there(name: str, words: str) -> None:
     Path("mines.surg").write_text(LORA)
-    assert words in failed(surgery.load, name)
+    assert words in refusal(surgery.load, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- changed
@@ -58,13 +49,13 @@ def test_parameters() -> None:
     spec = surgery.load("lora", rank=4, alpha="2 * 4")
     assert [str(p.default) for p in spec.params[:1]] == [str(surgery.load("lora", rank="4").params[0].default)]
     assert "rank: int = 4, alpha: float = 2 * 4" in spec.to_surg()
-    assert "has no parameter `rnk`" in failed(surgery.load, "lora", rnk=4, rank=4)
+    assert "has no parameter `rnk`" in refusal(surgery.load, "lora", rnk=4, rank=4)
 
 
 @pytest.mark.parametrize("text, place",
                          [("rank=8 *", "<--set>:1:9"), ("rank", "<--set>:1:1"), (" rank = 2 @", "<--set>:1:12")])
 def test_an_assignment_is_shown_as_it_was_typed(text: str, place: str) -> None:
-    said = failed(assignment, text)
+    said = refusal(assignment, text)
     assert f"--> {place}\n" in said and f"1  | {text}\n" in said
 
 
@@ -83,8 +74,8 @@ def test_one_of_several_targets_takes_other_modules() -> None:
     ia3 = surgery.load("ia3")
     (keys, other), before = ia3.retarget("**.k_proj", at=1).targets, ia3.targets
     assert [s.text for s in keys.selectors] == ["**.k_proj"] and keys.steps == before[0].steps and other == before[1]
-    assert "2 targets" in failed(ia3.retarget, "**.k_proj") and "no target 3" in failed(ia3.retarget, "x", at=3)
-    assert "no target 0" in failed(ia3.retarget, "x", at=0)
+    assert "2 targets" in refusal(ia3.retarget, "**.k_proj") and "no target 3" in refusal(ia3.retarget, "x", at=3)
+    assert "no target 0" in refusal(ia3.retarget, "x", at=0)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
@@ -101,12 +92,12 @@ def test_numbers_of_numpy_are_numbers() -> None:
     ("a matrix of finite numbers, not of [2, 2]", lambda: surgery.spectrum(torch.full((2, 2), float("inf")))),
 ], ids=["seed", "large seed", "true seed", "dtype by name", "int8", "vector", "infinite"])
 def test_values_that_cannot_be_used_are_told(said: str, call) -> None:
-    assert said in failed(call)
+    assert said in refusal(call)
 
 
 @pytest.mark.parametrize("read", [Spec.model_validate_json, lambda text: Spec.model_validate({"name": text})])
 def test_json_that_does_not_fit_is_a_diagnostic(read) -> None:
-    assert failed(read, "no json").startswith("error[")
+    assert refusal(read, "no json").startswith("error[")
     assert Spec.model_validate_json(surgery.load("sora").model_dump_json()) == surgery.load("sora")
 
 
@@ -125,7 +116,7 @@ def test_the_files_that_are_used() -> None:
     assert (alone.uses, [d.name for d in alone.definitions], [s.name for s in alone.selects]) == ((), ["twice"],
                                                                                                   ["queries"])
     Path("inner/more.surg").unlink()
-    assert library(alone).definitions.keys() >= {"twice"} and "inner/more.surg" in failed(library, spec)
+    assert library(alone).definitions.keys() >= {"twice"} and "inner/more.surg" in refusal(library, spec)
 
 
 def test_a_spec_from_python_uses_files_of_the_working_folder() -> None:

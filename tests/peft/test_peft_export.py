@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command import run
 from layers import perturb
 from peft_trips import Demo, apart, config_of, opened, tensors_of
 from torch import Tensor, nn
 
 import surgery
-from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
 from surgery.runtime.surgeon import Surgeon
 
@@ -178,10 +177,6 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------ the command
-
-
-def run(*words: object) -> object:
-    return CliRunner().invoke(main, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from click.testing import CliRunner
+from command import run
 from peft_trips import Demo, apart, config_of, opened, tensors_of
 from safetensors.torch import save_file
 
 import surgery
-from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
 
 SAME = 2e-6
@@ -220,10 +219,6 @@ def test_peft_parts_what_the_model_ties(ensure: bool, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ the command
-
-
-def run(*words: object) -> Any:
-    return CliRunner().invoke(main, [str(word) for word in words])
 
 
 def test_the_command(lora: Path, tmp_path: Path) -> None:

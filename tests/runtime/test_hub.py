@@ -17,11 +17,7 @@ from surgery.diagnostics import SurgeryError
 from surgery.models.demo import load_demo
 from surgery.runtime.hub import card
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 # In one process, with the hub in it: huggingface_hub reads its address when it is imported.

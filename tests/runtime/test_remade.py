@@ -19,6 +19,8 @@ from surgery.planning.initial_values import follows
 from surgery.runtime import remade
 from surgery.runtime.remade import departure, digest_of, said_of
 
+pytestmark = pytest.mark.usefixtures("folder")
+
 SMALL = "llama:num_hidden_layers=2,hidden_size=32,intermediate_size=64"
 SVFT = surgery.parse("""spec svft
 update spectral() {
@@ -45,12 +47,6 @@ target "**.q_proj", "**.down_proj" shifted { add many() }""")
 RULES = {"svft": SVFT, "mixed": MIXED, "vera": "vera", "unilora": "unilora", "randlora": surgery.load("randlora", rank=4),
          "psoft": surgery.load("psoft", rank=4),
          "olora": "olora", "supertuning": "supertuning", "tinylora": "tinylora"}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def meta(folder: str = "a") -> dict:
