@@ -12,7 +12,7 @@ from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, 
 from torch import Tensor, nn
 from zoo import CASES
 
-from surgery.codegen import apply_to_activations, autograd_node, kernels, masks, program
+from surgery.codegen import apply_to_activations, autograd_node, dropout_number, kernels, masks, program
 from surgery.codegen.aliases import Memory
 from surgery.codegen.autograd_node import runs_as_on, step, steps_of
 from surgery.codegen.candidates import Candidate
@@ -478,6 +478,16 @@ def test_each_entry_is_dropped_with_its_chance_and_by_itself(p):
         row[masks.mask(torch.empty(5), p).long()] = True
     for entry in few.unbind(1):
         assert_share(entry, p)
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-3, 0.4, 0.95, 1 - 1e-12])
+def test_a_number_drops_each_entry_with_its_chance_and_by_itself(p):
+    """As the kernels of a GPU do, whose draws are the same ones; rows of no whole number of words."""
+    torch.manual_seed(0)
+    dropped = dropout_number.dropped(dropout_number.drawn_number(torch.empty(0), p), (500, 803))
+    assert_share(dropped.flatten(), p)
+    assert_share((dropped[:, 1:] & dropped[:, :-1]).flatten(), p * p)
+    assert_share((dropped[1:] & dropped[:-1]).flatten(), p * p)
 
 
 def assert_share(found: Tensor, p: float) -> None:
