@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.layers.norm_probe import copy_with
 
-_CASTS = ("float", "double", "half", "bfloat16", "to", "type")
+CASTS = ("float", "double", "half", "bfloat16", "to", "type")
 
 
 def multiplies(module: nn.Module) -> bool:
@@ -57,7 +57,7 @@ class _Uses(TorchFunctionMode):
     def _note(self, func: Callable, args: tuple, kwargs: dict, held: list[Any], made: Tensor) -> None:
         if func is nn.functional.linear and _is_product(*args, **kwargs, weights=self.weights, biases=self.biases):
             self.products += held is self.weights
-        elif getattr(func, "__name__", "") in _CASTS and _is_in(held, args[0]):
+        elif getattr(func, "__name__", "") in CASTS and _is_in(held, args[0]):
             held.append(made)
         else:
             self.others = True

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from surgery.layers import linearity_probe, opaque_linear
 from surgery.layers.attention_sizes import attention_sizes, kernel
-from surgery.layers.layouts import LINEAR, NORM, Layout, Weight, refusal, weights
+from surgery.layers.layouts import EXPERTS, LINEAR, NORM, TRANSPOSED_EXPERTS, Layout, Weight, refusal, weights
 from surgery.layers.norm_probe import is_norm
 from surgery.layers.product_probe import multiplies
+from surgery.layers.stack_probe import stacks
 from surgery.layers.wrappers import bare, named_modules
 from surgery.text import sides_text
 
@@ -143,6 +144,7 @@ class Survey:
         self.model = bare(model)
         self.modules: dict[str, nn.Module] = dict(named_modules(model))
         self._sizes: dict[str | None, tuple[int | None, int | None]] = {}  # of attention, by what holds a module
+        self._stacks: dict[str, dict[str, bool]] = {}  # of modules that were asked, by name
         self.counts: Mapping[str, int] = {name: len(m._modules) for name, m in self.modules.items() if m._modules}
 
     @cached_property
@@ -177,6 +179,19 @@ class Survey:
         own = [names for key, names in self.names.items() if key not in self._parts
                and not weights(self.modules[names[0]]) and multiplies(self.modules[names[0]])]
         return tuple(self._site(Weight(LINEAR, "weight"), names) for names in own)
+
+    def stack(self, holder: Refused, parameter: str) -> Site | Refused:
+        """A parameter with three axes of a module without a layout as a stack of experts, which only a pattern that
+        names it takes; refused where no call of a copy shows how its matrices lie."""
+        if (shown := self._stacks.get(holder.name)) is None:
+            shown = self._stacks[holder.name] = stacks(holder.module)
+        stack, name = holder.module.get_parameter(parameter), f"{holder.name}.{parameter}".lstrip(".")
+        if parameter in shown:
+            layout = TRANSPOSED_EXPERTS if shown[parameter] else EXPERTS
+            return self._site(Weight(layout, parameter, len(stack)), self.names[id(holder.module)])
+        reason = (f"no call of a {type(holder.module).__name__} was found in which its {len(stack)} matrices stand in "
+                  "products and nowhere else, one way round, as those of experts do")
+        return Refused(name, holder.module, "", reason, True, holder.ancestors)
 
     @cached_property
     def refused(self) -> tuple[Refused, ...]:

@@ -16,7 +16,7 @@ from surgery.diagnostics import Collector, Span
 from surgery.language.tree import Select, Target
 from surgery.layers.kinds import NORM
 from surgery.layers.survey import Refused, Site, Survey
-from surgery.matching.patterns import marked
+from surgery.matching.patterns import Alternative, marked
 from surgery.matching.selectors import Hits, Matcher, matchers
 from surgery.matching.suggestions import Population
 
@@ -49,13 +49,29 @@ class Catalogue:
         return [s for s in known if fits(s, target)]
 
     def named(self, target: Target, selectors: Iterable[Matcher]) -> list[Site]:
-        """The routers that patterns spell out to the end: `"**"` passes over them."""
+        """The routers and the stacks of experts of a class of their own that patterns spell out to the end: `"**"`
+        passes over them."""
         ends = [a for m in selectors for g in m.globs for a in g.alternatives() if a.literal_end]
         refused = {r.name for r in self.survey.refused if r.matrix and any(a.matches(n) for a in ends
                                                                            for n in self.marked[r])}
         known = [s for s in self.survey.routers if s.name in refused] if refused else []  # each costs a call
+        known += [s for s in self._stacks(ends) if isinstance(s, Site)]
         self._mark(known)
         return [s for s in known if fits(s, target)]
+
+    def _stacks(self, ends: Iterable[Alternative]) -> list[Site | Refused]:
+        """The parameters of refused modules that are named and could be stacks."""
+        could = [(holder, own) for holder in self.survey.refused for own, p in
+                 holder.module.named_parameters(recurse=False) if p.ndim == 3 and holder.matrix]
+        named = [(holder, own) for holder, own in could
+                 if any(a.matches(marked(f"{holder.name}.{own}", self.survey.counts)) for a in ends)]
+        return [self.survey.stack(*each) for each in named]
+
+    def refused(self, ends: Iterable[Alternative]) -> list[Refused]:
+        """What cannot be operated on: modules, and parameters that could be stacks and are named."""
+        unshown = [s for s in self._stacks(ends) if isinstance(s, Refused)]
+        self.marked.update({r: (marked(r.name, self.survey.counts),) for r in unshown})
+        return [*self.survey.refused, *unshown]
 
     def _mark(self, sites: Iterable[Site]) -> None:
         for site in sites:

@@ -142,8 +142,9 @@ def select(model: nn.Module, spec: Spec, selects: Mapping[str, Select]) -> Selec
     no_reason = "no target asks for it"
     left_out = [LeftOut(s.name, next(filter(None, (r.leaves_out(s) for r in reaches)), no_reason), s)
                 for s in sites if s not in owned]
-    left_out += [LeftOut(r.name, r.reason, None) for r in catalogue.survey.refused
-                 if r.matrix and r.name not in targets]
+    # a stack goes by its parameter's name
+    taken = {n.rpartition(".")[0] if each.site.stack is not None else n for n, each in targets.items()}
+    left_out += [LeftOut(r.name, r.reason, None) for r in catalogue.survey.refused if r.matrix and r.name not in taken]
     return Selection(targets, tuple(train), tuple(report.warnings), tuple(left_out), reaches, catalogue.survey)
 
 

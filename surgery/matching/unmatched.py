@@ -162,7 +162,7 @@ def _report_unsupported(matcher: Matcher, hits: Mapping, target: Target, catalog
         return fits(refused, target) or (refused.kind == "" and alternative not in live and not holds_sites)
 
     alternatives = [a for glob in matcher.globs for a in glob.alternatives() if a.literal_end]
-    named = [r for a in alternatives for r in catalogue.survey.refused if means(a, r)]
+    named = [r for a in alternatives for r in catalogue.refused(alternatives) if means(a, r)]
     for reason in dict.fromkeys(r.reason for r in named):
         alike = [r for r in named if r.reason == reason]
         helps = () if any(r.matrix for r in alike) else (f'`train "{alike[0].name}.*"` unfreezes its parameters',)

@@ -1,9 +1,22 @@
 """Fused experts that do not say by transformers' interface how they lie."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, JetMoeConfig, Llama4TextConfig
+from layers import perturb
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, Llama4TextConfig
+from transformers.models.csm.modeling_csm import CsmCodebooksHead
+from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+from transformers.models.inkling.modeling_inkling import InklingSharedExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+from transformers.models.moshi.modeling_moshi import MoshiFlexibleLinear
 
+import surgery
+from surgery import plan
 from surgery.language.library import load
 from surgery.layers.layouts import EXPERTS, TRANSPOSED_EXPERTS
 from surgery.planning.compile import compile
@@ -44,3 +57,87 @@ def test_experts_of_an_own_class_are_stacks(name: str) -> None:
     assert all(p.grad is not None and p.grad.any() for p in surgeon.parameters())
     surgeon.merge()
     torch.testing.assert_close(model(x).logits, operated, rtol=1e-4, atol=1e-5)
+
+
+class Own(nn.Module):
+    """Experts of a user's class, used as `use` says."""
+
+    def __init__(self, use: Callable[..., Tensor], *shape: int):
+        super().__init__()
+        self.up, self.use = nn.Parameter(torch.empty(shape)), use
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        return self.use(x, self.up, *more)
+
+
+def routed(x: Tensor, w: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+    y = x.new_zeros(len(x), w.shape[2])
+    for e in range(len(w)):
+        token, place = torch.where(experts == e)
+        y = y.index_add(0, token, (x[token] @ w[e].to(x.dtype)) * shares[token, place, None])
+    return y
+
+
+ROWS, CHOSEN, SHARES = torch.randn(6, 8), torch.tensor([[0, 1], [2, 1], [1, 0], [2, 0], [0, 2], [1, 2]]), torch.rand(6, 2)
+LONGCAT = SimpleNamespace(expert_ffn_hidden_size=6, hidden_size=8, n_routed_experts=3, zero_expert_num=1, hidden_act="silu")
+INKLING = SimpleNamespace(moe_intermediate_size=6, hidden_size=8, n_shared_experts=2, hidden_act="silu")
+# What is called with what, and of each parameter how many matrices, out, in, and whether it is stored [E, in, out].
+NAMED: dict[str, tuple[Callable[[], nn.Module], tuple, dict[str, tuple[int, int, int, bool]]]] = {
+    "longcat": (lambda: LongcatFlashExperts(LONGCAT), (ROWS, CHOSEN, SHARES),
+                {"gate_up_proj": (4, 12, 8, False), "down_proj": (3, 8, 6, False)}),
+    "inkling": (lambda: InklingSharedExperts(INKLING), (ROWS[None], torch.rand(6, 2)),
+                {"gate_proj": (2, 6, 8, False), "up_proj": (2, 6, 8, False), "down_proj": (2, 8, 6, False)}),
+    "moshi": (lambda: MoshiFlexibleLinear(8, 5, 3), (ROWS[None], torch.arange(6) % 3), {"weight": (3, 5, 8, False)}),
+    "csm": (lambda: CsmCodebooksHead(8, 4, 5), (ROWS[None, :3], torch.arange(1, 4)), {"weight": (3, 5, 8, True)}),
+    "in x out": (lambda: Own(routed, 3, 8, 5), (ROWS, CHOSEN, SHARES), {"up": (3, 5, 8, True)}),
+    "square, in x out": (lambda: Own(routed, 3, 8, 8), (ROWS, CHOSEN, SHARES), {"up": (3, 8, 8, True)}),
+    "square, out x in": (lambda: Own(lambda x, w, *r: routed(x, w.mT, *r), 3, 8, 8), (ROWS, CHOSEN, SHARES),
+                         {"up": (3, 8, 8, False)}),
+    "matrix first": (lambda: Own(lambda x, w: (w @ x.reshape(3, -1, 8).mT).mT.flatten(0, 1), 3, 5, 8), (ROWS,),
+                     {"up": (3, 5, 8, False)}),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_stacks_of_any_class_are_operated_on_where_a_pattern_names_them(name: str) -> None:
+    build, arguments, wanted = NAMED[name]
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": build(), "other": nn.Linear(8, 8)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    patterns = ", ".join(f'"experts.{own}"' for own in wanted)
+    spec = surgery.parse(f"target linear {patterns} {{ add low_rank(2) pre diagonal() post diagonal() }}")
+    for one in (model, nn.ModuleDict({"experts": build(), "other": nn.Linear(8, 8)}).to("meta")):
+        placed = surgery.plan(one, spec).placed
+        assert {p.site.parameter: (p.site.stack, p.site.out, p.site.in_, p.site.layout is TRANSPOSED_EXPERTS)
+                for p in placed} == wanted
+    assert [p.site.name for p in surgery.plan(model, surgery.parse('target linear "**" { add low_rank(2) }')).placed] == ["other"]
+    base = model["experts"](*arguments)
+    surgeon = apply(model, spec, check=False)
+    torch.testing.assert_close(model["experts"](*arguments), base)
+    perturb(model, 0.3)
+    operated = model["experts"](*arguments)
+    operated.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in surgeon.parameters())
+    assert (operated - base).abs().max() > 1e-2
+    surgeon.merge()
+    torch.testing.assert_close(model["experts"](*arguments), operated)
+    surgeon.unmerge()
+    assert all(torch.equal(p, before[n]) for n, p in surgeon.remove().named_parameters())
+
+
+@pytest.mark.parametrize(("module", "name", "words"), [
+    (lambda: Own(lambda x, w, e, s: routed(x, w, e, s) + w.sum(), 3, 8, 8), "up", "no call of a Own was found"),
+    (lambda: Own(lambda x, w, e, s: routed(x, w, e, s) + routed(x, w.mT, e, s), 3, 8, 8), "up", "one way round"),
+    (lambda: Own(lambda x, w, e, s: routed(x, torch.tanh(w), e, s), 3, 8, 8), "up", "nowhere else"),
+    (lambda: Own(lambda x, w, e, s: routed(x[:, :3], w[:, :3], e, s), 3, 8, 8), "up", "no call"),
+    (lambda: Own(lambda x, w, *, table: x @ w[table], 3, 8, 8), "up", "no call"),
+    (lambda: DbrxExperts(DbrxConfig(d_model=8, ffn_config={"ffn_hidden_size": 6, "moe_num_experts": 3}).ffn_config),
+     "mlp.w1", "matches no linear layer")])
+def test_what_is_no_stack_that_is_known_is_refused_in_words(module: Callable[[], nn.Module], name: str, words: str) -> None:
+    for build in (plan, apply):
+        model = nn.ModuleDict({"experts": module(), "other": nn.Linear(8, 8)})
+        with pytest.raises(surgery.SurgeryError, match=words):
+            build(model, surgery.parse(f'target linear "experts.{name}" {{ add low_rank(2) }}'))

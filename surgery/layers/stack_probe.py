@@ -1,0 +1,129 @@
+"""How a module of a class of its own holds stacks of matrices, one for each expert: [E, out, in], or [E, in, out].
+
+Takes a module (on the meta device too); says of each parameter with three axes in which way its matrices stand in
+products. Promises: the module is not called or changed: a copy without memory of its own is, with the arguments that
+experts take; of what is used in another way too, or in both ways, or in no such call, nothing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from surgery.layers.norm_probe import copy_with
+from surgery.layers.product_probe import CASTS
+
+_TURNS = ("transpose", "t", "swapaxes", "permute", "mT.__get__", "T.__get__")
+_PARTS = ("__getitem__", "index_select", "unbind", "contiguous", "clone", "detach", *CASTS)
+_PRODUCTS = ("matmul", "__matmul__", "bmm", "mm", "grouped_mm", "_grouped_mm")
+
+
+def stacks(module: nn.Module) -> dict[str, bool]:
+    """The parameters that are stacks of matrices, by name: whether they are [E, in, out]."""
+    held = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    if not held or any(True for child in module.children() for _ in child.parameters()):
+        return {}
+    for arguments in _calls(held.values()):
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                copy = copy_with(module, lambda shape, generator: torch.zeros(()).expand(shape))
+                with _Uses({name: copy.get_parameter(name) for name in held}) as uses:
+                    copy(*arguments)
+        except Exception:  # a third party's module raises whatever it likes, and these were not its arguments
+            continue
+        if uses.seen:
+            return {name: ways.pop() for name, ways in uses.seen.items() if len(ways) == 1 and name not in uses.others}
+    return {}
+
+
+def _calls(held: Any) -> Iterator[tuple[Any, ...]]:
+    """What modules of experts are called with: rows beside each row's experts and their shares, or how many rows each
+    expert has, or rows in equal parts; rows of each width that the stacks have."""
+    count = min(p.shape[0] for p in held)
+    rows, each = 2 * count, torch.arange(2 * count) % count
+    two = torch.stack([each, (each + 1) % count], dim=1)  # some classes take one for each row otherwise
+    for width in sorted({side for p in held for side in p.shape[1:]}):
+        x = torch.ones(rows, width)
+        yield x, two, torch.ones(rows, 2)
+        yield x, torch.ones(rows, 2), two
+        yield x, torch.ones(rows, count)
+        yield x, [2] * count
+        yield x, each
+        yield x[None], each
+        yield (x,)
+
+
+class _Uses(TorchFunctionMode):
+    """What is done with stacks and their parts. `seen`: of each, in which ways it stands in products (whether it is
+    [in, out]); `others`: those that are used otherwise. Products are not computed: their matrices have no numbers."""
+
+    def __init__(self, held: dict[str, Tensor]):
+        super().__init__()
+        self.seen: dict[str, set[bool]] = {}
+        self.others: set[str] = set()
+        # a tensor is kept beside its name, so that its id stays its own; and whether its axes are turned
+        self.known: dict[int, tuple[Tensor, str, bool]] = {id(t): (t, name, False) for name, t in held.items()}
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name, owner = getattr(func, "__name__", ""), getattr(func, "__self__", None)
+        name = f"{getattr(owner, '__name__', '')}.__get__" if name == "__get__" else name  # of a property
+        stacked = [a for a in (*args, *kwargs.values()) if id(a) in self.known]
+        if len(stacked) == 1 and (made := self._product(name, args, kwargs)) is not None:
+            return made
+        made = func(*args, **kwargs)
+        tensors = [t for t in (made if isinstance(made, (tuple, list)) else (made,)) if isinstance(t, Tensor)]
+        for stack in stacked if tensors else ():
+            _, owner, turned = self.known[id(stack)]
+            if stack is not args[0] or not (name in _TURNS and _turns(stack, tensors[0], args[1:])
+                                            or name in _PARTS and _is_part(name, args)):
+                self.others.add(owner)
+            self.known |= {id(t): (t, owner, turned is not (name in _TURNS)) for t in tensors}
+        return made
+
+    def _product(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+        """The shape of a product of rows with a stack or a part of it, which is noted; None for anything else."""
+        if len(args) < 2 or not (name == "linear" or name in _PRODUCTS):
+            return None
+        left, right = args[:2]
+        if id(right) in self.known:
+            rows, matrix, is_in_out = left, right, name != "linear"
+        elif name in _PRODUCTS and id(left) in self.known:
+            rows, matrix, is_in_out = right.mT, left, False
+        else:
+            return None
+        _, owner, turned = self.known[id(matrix)]
+        in_, out = matrix.shape[-2:] if is_in_out else matrix.shape[:-3:-1]
+        if rows.shape[-1] != in_:
+            raise ValueError("these are not its arguments")
+        self.seen.setdefault(owner, set()).add(is_in_out is not turned)
+        y = rows.new_zeros(*rows.shape[:-1], out)
+        return y if matrix is right else y.mT
+
+
+def _turns(before: Tensor, after: Tensor, axes: tuple) -> bool:
+    """Whether the last two axes are the other way round, and the others as they were."""
+    flat = axes[0] if axes and isinstance(axes[0], (tuple, list)) else axes
+    last = {before.ndim - 2, before.ndim - 1}
+    asked = [axis % before.ndim for axis in flat]
+    is_whole = not asked or {*asked} == last or asked == [*range(before.ndim - 2), before.ndim - 1, before.ndim - 2]
+    return is_whole and after.shape == before.mT.shape
+
+
+def _is_part(name: str, args: tuple) -> bool:
+    """Whether matrices are taken as they are: by numbers of experts, with new axes in front."""
+    if name == "index_select" or name == "unbind":
+        return all(axis == 0 for axis in args[1:2])
+    if name != "__getitem__":
+        return True
+    index, numbers = args[1], 0
+    for each in index if isinstance(index, tuple) else (index,):
+        is_number = isinstance(each, int) or isinstance(each, Tensor) and not each.is_floating_point()
+        if not (is_number and args[0].ndim == 3 or each is None or each == slice(None)):
+            return False
+        numbers += is_number
+    return numbers <= 1
