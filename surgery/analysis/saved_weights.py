@@ -17,7 +17,8 @@ from surgery.analysis.spectra.checkpoint import Weights, of_folder
 from surgery.analysis.spectra.updates import Pending, of_surgeon
 from surgery.diagnostics import fail
 from surgery.layers.survey import Site
-from surgery.models.loading import base_name, folder_of, load, only_whole, skeleton, with_saved_head
+from surgery.models.loading import folder_of, load, skeleton, with_saved_head
+from surgery.models.names import base_name, only_whole
 from surgery.runtime.attach import fitted
 from surgery.runtime.remade import Remade
 from surgery.runtime.saved_format import Saved

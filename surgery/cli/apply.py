@@ -60,7 +60,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     """
     asked = checked(spec, sets, targets)
     from surgery.experiments.tasks import read_task
-    from surgery.models.loading import revised
+    from surgery.models.names import revised
     from surgery.runtime.save import MODEL
     from surgery.runtime.saved_format import ADAPTER
     from surgery.runtime.surgeon import apply as operate

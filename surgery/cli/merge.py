@@ -30,7 +30,8 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
     DIR holds the saved adapter; MODEL is its base model unless you name another. The model's files are rewritten one
     weight at a time, and a merge that was killed goes on when it is run again.
     """
-    from surgery.models.loading import base_name, quiet_libraries, revised
+    from surgery.models.loading import quiet_libraries
+    from surgery.models.names import base_name, revised
     from surgery.runtime.merge_files import merge_files
     from surgery.runtime.save import MODEL
     from surgery.runtime.saved_format import Saved

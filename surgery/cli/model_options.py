@@ -26,7 +26,8 @@ def free(out: str, force: bool, kind: Kind) -> None:
 
 def loaded(output: Output, model: str, dtype: str | None, saved: Trained | None = None) -> Any:
     """MODEL with its weights; with the head that an adapter was trained with."""
-    from surgery.models.loading import load, load_with_saved_head, quiet_libraries, revised
+    from surgery.models.loading import load, load_with_saved_head, quiet_libraries
+    from surgery.models.names import revised
 
     with output.busy(f"loading {model}"):
         quiet_libraries(output.animated)
@@ -39,7 +40,7 @@ def base_of(output: Output, folder: str, model: str | None, dtype: str | None) -
 
     Raises: SurgeryError (bad-adapter, unknown-model).
     """
-    from surgery.models.loading import base_name
+    from surgery.models.names import base_name
     from surgery.runtime.saved_format import Saved
 
     saved = Saved(Path(folder))

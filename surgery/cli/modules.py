@@ -33,7 +33,7 @@ def modules(output: Output, model: str | None, pattern: str | None, every: bool)
 def _models(output: Output) -> None:
     """The models that are here already, by the names that a command takes."""
     from surgery.models.demo import DEMOS, LARGER
-    from surgery.models.loading import DEMO
+    from surgery.models.names import DEMO
     from surgery.models.packages import carried
 
     packages, demos = carried(), [DEMO + name for name in (*DEMOS, *LARGER)]

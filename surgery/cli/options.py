@@ -239,7 +239,8 @@ def files_below(names: Iterable[str], not_folders: Container[str] = ()) -> list[
 
 
 def skeleton_of(output: Output, model: str) -> nn.Module:
-    from surgery.models.loading import quiet_libraries, revised, skeleton
+    from surgery.models.loading import quiet_libraries, skeleton
+    from surgery.models.names import revised
 
     with output.busy(f"reading the configuration of {model}"), _uncollected():
         quiet_libraries(output.animated)

@@ -101,7 +101,7 @@ def _told(sites: list[Site]) -> str:
 def names_of_models() -> list[str]:
     """The models that are here already, for the line that chooses one."""
     from surgery.models.demo import DEMOS, LARGER
-    from surgery.models.loading import DEMO
+    from surgery.models.names import DEMO
     from surgery.models.packages import carried
 
     return [*(DEMO + name for name in (*DEMOS, *LARGER)), *carried()]

@@ -25,7 +25,8 @@ from surgery.experiments.prompts import PROMPT, choices, learned, rendered
 from surgery.experiments.tasks import ASSISTANT, AnyTask, Generative, last_number, read_task
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import longer, outputs
-from surgery.models.loading import base_name, load, load_with_saved_head, tokenizer
+from surgery.models.loading import load, load_with_saved_head, tokenizer
+from surgery.models.names import base_name
 from surgery.runtime.attach import attach
 from surgery.runtime.saved_format import SPEC, Saved
 from surgery.text import counted

@@ -7,12 +7,14 @@ symbol named by its text, equal to itself alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import TypeVar
 
 # What a size of a real spec never comes near: beyond, a chain of `let`s could make it twice as long in each of them.
 _MOST_TERMS, _LONGEST_NAME, _MOST_BITS, _HIGHEST_POWER = 100, 1000, 256, 64
+_LARGEST_DIVIDED = 2**40
 Number = int | Fraction | float
 Monomial = tuple[tuple[str, int], ...]
 
@@ -135,6 +137,33 @@ def divide(a: Number | Dim, b: Number | Dim) -> Number | Dim:
     if isinstance(a, (int, Fraction)) and isinstance(b, (int, Fraction)):
         return tidy(Fraction(a) / Fraction(b))
     return a / b
+
+
+def divisor(n: int, most: int | None = None) -> int:
+    """The largest divisor of n that is at most √n, or at most `most`. Raises: OverflowError for an n for which the
+    search would take seconds."""
+    if n > _LARGEST_DIVIDED:
+        raise OverflowError
+    # In pairs up to √n: the numbers beyond it are the quotients by those below.
+    limit = math.isqrt(n) if most is None else most
+    pairs = ((d, n // d) for d in range(1, math.isqrt(n) + 1) if n % d == 0)
+    return max(d for pair in pairs for d in pair if d <= limit)
+
+
+def log2(x: Number) -> int | float:
+    """Exact for a power of two. Raises: ValueError for what is not positive."""
+    if isinstance(x, int) and x > 0 and x & (x - 1) == 0:
+        return x.bit_length() - 1
+    return math.log2(x)
+
+
+def power(base: Number, exponent: Number) -> Number:
+    """Exact for whole exponents of exact numbers. Raises: OverflowError, ZeroDivisionError, ValueError."""
+    if isinstance(base, float) or not isinstance(exponent, int):
+        return math.pow(base, exponent)
+    if abs(exponent) > 64 and abs(base) != 1 and base:
+        raise OverflowError
+    return tidy(Fraction(base) ** exponent)
 
 
 def tidy(value: _Value) -> _Value | int:

@@ -1,7 +1,6 @@
-"""MODEL on the command line: a hub id, a local folder or GGUF file, `package:NAME`, what a Python package carries, or
-`demo:NAME`.
+"""Models by their names (`names` says what those mean), as transformers makes them.
 
-Takes that text; gives a skeleton on the meta device (from the configuration alone), the model with its weights, or the
+Takes a name; gives a skeleton on the meta device (from the configuration alone), the model with its weights, or the
 pretrained model with a new head for a text task. Promises: the class is the one that the model was saved as, unless a
 head is asked for or an adapter was trained on another; what cannot be loaded is an `unknown-model` in words; Python
 code that lies in a model's folder runs only where the caller says `trust`, and nobody is asked meanwhile.
@@ -14,20 +13,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
-from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.diagnostics import SurgeryError, fail
 from surgery.extras import need
-from surgery.models.packages import GGUF, PACKAGE, in_package
+from surgery.models.names import DEMO, HUB_ID, parted, place
+from surgery.models.packages import GGUF, PACKAGE
 from surgery.text import some
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DEMO = "demo:"
 # Where a model's folder holds its weights in other formats than the one that transformers reads first.
 OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".tflite")
 OTHER_FOLDERS = ("original", "metal", "onnx", "openvino", "coreml")
@@ -50,7 +48,6 @@ class Trained(Protocol):
     def pads_with(self) -> int | None: ...
 
 
-_HUB_ID = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w.-][\w./-]*))?")
 _TRUST = "read the Python files in its folder, and say --trust-remote-code if they may run"
 _MODELS = "a model is a hub id, a local folder or GGUF file, package:NAME, or a demo such as demo:llama"
 
@@ -166,14 +163,6 @@ def _shaped(tensors: Mapping[str, list[int]]) -> str:
     return some(f"{tensor} {shape}" for tensor, shape in tensors.items())
 
 
-def base_name(folder: str | PathLike, named: str | None, said: str | None,
-              how: str = "name the model after the folder") -> str:
-    """The model that is named, or that an adapter says it is for. Raises: SurgeryError (unknown-model) without any."""
-    if base := named or said:
-        return base
-    raise fail("unknown-model", f"{folder} does not say which model it is for", helps=(how,))
-
-
 def folder_of(name: str, all_files: bool = False) -> Path:
     """The folder of a model's files; a hub id's is fetched first: its weights, or `all_files` but for its weights in
     other formats. Raises: SurgeryError (unknown-model)."""
@@ -209,43 +198,6 @@ def preprocessors(name: str, trust: bool = False) -> list[Any]:
         except Exception:  # whatever a third party's tokenizer raises, the weights are what was asked for
             continue
     return []
-
-
-def at_revision(name: str, revision: str | None) -> str:
-    """A model's name with a revision of it (a commit, a branch, a tag): `OWNER/NAME@REVISION`. What has no revisions, a
-    folder, keeps its name."""
-    has = revision and _HUB_ID.fullmatch(name) and "@" not in name and not Path(name).exists()
-    return f"{name}@{revision}" if has else name
-
-
-def revised(name: str, revision: str | None) -> str:
-    """A model's name with another revision than it has, if one is asked for. Raises: SurgeryError (unknown-model)."""
-    if revision is None:
-        return name
-    found = at_revision(parted(name)[0], revision)
-    if parted(found)[1] != revision:
-        raise fail("unknown-model", f"{name} has no revisions, and `{revision}` is asked for",
-                   helps=("a model of the hub has: OWNER/NAME",))
-    return found
-
-
-def parted(name: str) -> tuple[str, str | None]:
-    """A model's name without the revision, and that."""
-    found = _HUB_ID.fullmatch(name) if not Path(name).exists() else None
-    return (found["id"], found["revision"]) if found else (name, None)
-
-
-def place(name: str) -> str:
-    """What transformers knows a model by: a hub id, or the path of a folder or of a GGUF file, which that of
-    `package:NAME`, `package:NAME/FOLDER` or `package:NAME/FILE.gguf` is found without importing the package.
-
-    Raises: SurgeryError (unknown-model)."""
-    return str(in_package(name)) if name.startswith(PACKAGE) else parted(name)[0]
-
-
-def only_whole(name: str) -> bool:
-    """Whether a model's weights cannot be read one at a time: a demo's, and those of a GGUF file."""
-    return name.startswith(DEMO) or Path(place(name)).suffix == GGUF
 
 
 def _source(name: str) -> dict[str, Any]:
@@ -309,8 +261,10 @@ def _config(name: str, trust: bool = False) -> PreTrainedConfig:
     exists = bool(name) and Path(name).exists()
     if exists and Path(name).suffix != GGUF and not (Path(name) / "config.json").is_file():
         what = "has no config.json" if Path(name).is_dir() else "is a file"
-        raise fail("unknown-model", f"{name} {what}, so it is not a model's folder", helps=_near(name))
-    if not (exists or name.startswith(PACKAGE) or _HUB_ID.fullmatch(name)):
+        is_adapter = (Path(name) / "adapter.surg").is_file()
+        near = (f"it is a saved adapter: `surgery merge {name} -o OUT` puts it into its model",) if is_adapter else ()
+        raise fail("unknown-model", f"{name} {what}, so it is not a model's folder", helps=near)
+    if not (exists or name.startswith(PACKAGE) or HUB_ID.fullmatch(name)):
         raise fail("unknown-model", f"there is no folder `{name}`, and it is no id of the hub (OWNER/NAME)",
                    helps=(_MODELS,))
     source = _source(name)
@@ -332,11 +286,6 @@ def _generator(config: PreTrainedConfig) -> list[str]:
 
     tables = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
     return [kind.__name__ for table in tables if (kind := _mapped(table, config))][:1]
-
-
-def _near(name: str) -> tuple[str, ...]:
-    is_adapter = (Path(name) / "adapter.surg").is_file()
-    return (f"it is a saved adapter: `surgery merge {name} -o OUT` puts it into its model",) if is_adapter else ()
 
 
 def _class(name: str, config: PreTrainedConfig, trust: bool) -> type[PreTrainedModel]:

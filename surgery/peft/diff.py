@@ -56,7 +56,8 @@ def _side(each: Spec | str | PathLike, model: nn.Module | None) -> Side:
 
 def _adapter(folder: Path, model: nn.Module | None) -> tuple[Spec, Mapping[str, Any]]:
     """The spec and the tensors of a folder: ours, or what PEFT's is as one of ours."""
-    from surgery.models.loading import base_name, skeleton, with_saved_head
+    from surgery.models.loading import skeleton, with_saved_head
+    from surgery.models.names import base_name
     from surgery.peft.folder import CONFIG, Folder
     from surgery.peft.import_adapter import read
     from surgery.runtime.saved_format import Saved

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, tell
-from surgery.models.loading import base_name, load_with_saved_head
+from surgery.models.loading import load_with_saved_head
+from surgery.models.names import base_name
 from surgery.planning.initial_values import follows
 from surgery.runtime.fingerprint import fingerprints
 from surgery.runtime.hub import adapter_folder

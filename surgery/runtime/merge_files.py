@@ -24,14 +24,8 @@ from torch import nn
 
 from surgery.diagnostics import SurgeryError, SurgeryWarning, fail, tell
 from surgery.models.checkpoint_files import INDEX, weight_files
-from surgery.models.loading import (
-    OTHER_FOLDERS,
-    OTHER_FORMATS,
-    base_name,
-    load,
-    load_with_saved_head,
-    preprocessors,
-)
+from surgery.models.loading import OTHER_FOLDERS, OTHER_FORMATS, load, load_with_saved_head, preprocessors
+from surgery.models.names import base_name
 from surgery.models.stored_names import Unsure
 from surgery.planning.initial_values import departure
 from surgery.runtime.atomic_folders import MANIFEST, refuse_taken, resuming

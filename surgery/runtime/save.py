@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 
 from surgery.diagnostics import fail
-from surgery.models.loading import parted
+from surgery.models.names import parted
 from surgery.runtime.atomic_folders import Kind, refuse_taken, replacing
 from surgery.runtime.checkpoints import on_cpu
 from surgery.runtime.saved_format import ADAPTER, DIVERGED, META, SPEC, TENSORS, not_finite

@@ -21,7 +21,7 @@ from surgery.diagnostics import Collector, Diagnostic, SurgeryError, fail
 from surgery.files import SPEC_BYTES, WRITTEN, read_bytes, read_json, refuse_irregular, unchanged
 from surgery.language.library import parse
 from surgery.language.tree import Spec
-from surgery.models.loading import at_revision
+from surgery.models.names import at_revision
 from surgery.runtime.atomic_folders import Kind
 from surgery.runtime.fingerprint import another_base, differing
 from surgery.text import counted, dtype_text

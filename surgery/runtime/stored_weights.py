@@ -19,7 +19,8 @@ from surgery.layers.survey import Survey
 from surgery.layers.wrappers import named_parameters, own_parameter
 from surgery.matching.conflicts import tied
 from surgery.models.checkpoint_files import StoredTensor, TensorFile, opened_file, read_into, weight_files
-from surgery.models.loading import DEMO, only_whole, skeleton
+from surgery.models.loading import skeleton
+from surgery.models.names import DEMO, only_whole
 from surgery.models.stored_names import Piece, Unsure, pieces
 from surgery.planning.compile import Placed
 from surgery.text import some

@@ -27,7 +27,7 @@ from surgery.ir.operations import (
     shape_text,
     undecided,
 )
-from surgery.ir.sizes import Dim, Size, divide, has_few_digits, is_real, symbol, tidy
+from surgery.ir.sizes import Dim, Size, divide, divisor, has_few_digits, is_real, log2, power, symbol, tidy
 from surgery.language import tree
 from surgery.language.formatter import expression_text
 from surgery.language.well_formed import MAX_INT
@@ -38,7 +38,6 @@ MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": divide}
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _LARGEST_POWER = 64  # of a tensor
-_LARGEST_DIVIDED = 2**40
 _KEEP_WHOLE = ("abs", "min", "max", "relu", "sign", "clamp")
 _CONSTANT_NAMES = {"pi": math.pi}  # where nothing else is called so
 
@@ -347,33 +346,6 @@ def _at_compile_time(node: tree.Call, names: Mapping[str, Any]) -> Any:
     return symbol(f"{node.function}({', '.join(map(str, values))})") if _open(*values) else function(*values)
 
 
-def _divisor(n: int, most: int | None = None) -> int:
-    """The largest divisor of n that is at most √n, or at most `most`. Raises: OverflowError for an n for which the
-    search would take seconds."""
-    if n > _LARGEST_DIVIDED:
-        raise OverflowError
-    # In pairs up to √n: the numbers beyond it are the quotients by those below.
-    limit = math.isqrt(n) if most is None else most
-    pairs = ((d, n // d) for d in range(1, math.isqrt(n) + 1) if n % d == 0)
-    return max(d for pair in pairs for d in pair if d <= limit)
-
-
-def _log2(x: int | float | Fraction) -> int | float:
-    """Exact for a power of two. Raises: ValueError for what is not positive."""
-    if isinstance(x, int) and x > 0 and x & (x - 1) == 0:
-        return x.bit_length() - 1
-    return math.log2(x)
-
-
-def _power(base: int | float | Fraction, exponent: int | float | Fraction) -> int | float | Fraction:
-    """Exact for whole exponents of exact numbers. Raises: OverflowError, ZeroDivisionError, ValueError."""
-    if isinstance(base, float) or not isinstance(exponent, int):
-        return math.pow(base, exponent)
-    if abs(exponent) > 64 and abs(base) != 1 and base:
-        raise OverflowError
-    return tidy(Fraction(base) ** exponent)
-
-
 def _tensor_power(node: tree.Call, base: Expr, exponent: int | float | Fraction | Dim) -> Expr:
     """The product of so many. Raises: SurgeryError (bad-value) for what is no such count."""
     if _open(exponent):
@@ -410,8 +382,8 @@ def size(value: Any, node: tree.Expression, names: Mapping[str, Any], least: int
     return value
 
 
-_COMPILE_TIME = {"divisor": ((1, 2), size, _divisor), "floor": ((1, 1), _number, math.floor),
-                 "log2": ((1, 1), _number, _log2), "pow": ((2, 2), _number, _power)}
+_COMPILE_TIME = {"divisor": ((1, 2), size, divisor), "floor": ((1, 1), _number, math.floor),
+                 "log2": ((1, 1), _number, log2), "pow": ((2, 2), _number, power)}
 
 _RULES = {
     tree.Number: lambda node, names: node.value,

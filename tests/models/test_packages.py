@@ -13,7 +13,8 @@ import surgery
 from surgery.analysis.saved_weights import opened_adapter
 from surgery.cli.main import main
 from surgery.models import packages
-from surgery.models.loading import load_with_head, place, preprocessors, skeleton, tokenizer
+from surgery.models.loading import load_with_head, preprocessors, skeleton, tokenizer
+from surgery.models.names import place
 from surgery.models.packages import carried
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])

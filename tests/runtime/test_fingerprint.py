@@ -13,7 +13,7 @@ from models import perturbed
 import surgery
 from surgery.diagnostics import Diagnostic, SurgeryError, SurgeryWarning
 from surgery.models.demo import load_demo
-from surgery.models.loading import at_revision, parted, revised
+from surgery.models.names import at_revision, parted, revised
 from surgery.runtime.fingerprint import differing, fingerprint_of, is_same
 
 pytestmark = pytest.mark.usefixtures("folder")
