@@ -64,7 +64,8 @@ def _read(file: Path) -> Settings:
         raise fail("bad-settings", f"{FILE} is not TOML: {error}", _line(Source(shown, text), line)) from None
     report, source = Collector(), Source(shown, text)
     for key, what, label in _faults(values):
-        report.error("bad-settings", what, _place(source, key), label=label)
+        found = re.search(rf'^[ \t]*\[?[ \t]*"?({re.escape(key)})\b', source.text, re.MULTILINE)
+        report.error("bad-settings", what, Span(source, *found.span(1)) if found else None, label=label)
     report.raise_errors()
     paths = tuple(str(as_written(file.parent / path)) for path in values.get("paths", ()))
     return Settings(values.get("model", ""), paths, values.get("severity", {}))
@@ -88,11 +89,6 @@ def _faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             yield code, f"`{code}` is no code of a diagnostic", did_you_mean(code, CODES)
         elif value not in SEVERITIES:
             yield code, f"the severity of `{code}` must be {', '.join(SEVERITIES[:-1])} or {SEVERITIES[-1]}", ""
-
-
-def _place(source: Source, key: str) -> Span | None:
-    found = re.search(rf'^[ \t]*\[?[ \t]*"?({re.escape(key)})\b', source.text, re.MULTILINE)
-    return Span(source, *found.span(1)) if found else None
 
 
 def _line(source: Source, number: re.Match[str] | None) -> Span:

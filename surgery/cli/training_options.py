@@ -70,14 +70,10 @@ def settings_from(context: click.Context, parameter: click.Parameter, path: str 
         return
     from surgery.experiments.training_record import read
 
-    names = {_spelt(p): p.name for p in context.command.params if p.expose_value}
+    names = {max(p.opts, key=len).lstrip("-").replace("-", "_"): p.name  # as an option or argument is written
+             for p in context.command.params if p.expose_value}
     asked = read(path, names)
     context.default_map = {str(names[spelt]): value for spelt, value in asked.items()}
-
-
-def _spelt(parameter: click.Parameter) -> str:
-    """The name of an option or argument as it is written."""
-    return max(parameter.opts, key=len).lstrip("-").replace("-", "_")
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:

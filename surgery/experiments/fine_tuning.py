@@ -50,6 +50,8 @@ from surgery.runtime.surgeon import Surgeon
 
 STATE = "trainer_state.json"
 _LOGS = 20  # lines that a run tells of its loss, if it has as many steps
+# The score that the best checkpoint is chosen by, for each kind of task; the loss for any other.
+_CHOSEN_BY = {"classification": "accuracy", "regression": "spearman", "choice": "accuracy", "answer": "exact_match"}
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ class _Run:
         more = {f"save_{name}": value for name, value in when.items()} | {"save_total_limit": 2}
         watchers: list[TrainerCallback] = [Progress(self.watch)]
         if dev is not None:
-            main = _main_score(dev)
+            main = _CHOSEN_BY.get(dev.kind, "loss")
             more |= {f"eval_{name}": value for name, value in when.items()}
             more |= {"load_best_model_at_end": True, "metric_for_best_model": main, "greater_is_better":
                      main not in LOWER}
@@ -240,8 +242,9 @@ class _Run:
                       "score": lambda: scored(model, words, dev, setting.scoring, self._told("dev"))}
             watchers += [EarlyStoppingCallback(setting.patience)] if setting.patience else []
         optimiser = torch.optim.AdamW(groups(surgeon, model, setting))
+        a_pass = -(-len(lesson.items) // (setting.batch * setting.accumulate))
         asked = arguments(str(checkpoints.folder), setting, logging_strategy="steps",
-                          logging_steps=_log_steps(len(lesson.items), setting), **more)
+                          logging_steps=max(1, int((setting.steps or a_pass * setting.epochs) // _LOGS)), **more)
         return trainer_of(model, lesson, asked, callbacks=watchers, optimizers=(optimiser, None), **chosen)
 
     def _save(self, surgeon: Surgeon, task: AnyTask, state: Any, force: bool) -> None:
@@ -266,17 +269,6 @@ def groups(surgeon: Surgeon | None, model: Any, setting: Training) -> list[dict[
     parted = [{**group, "params": [p for p in group["params"] if (id(p) in new) is is_new],
                **({"lr": setting.head_lr} if is_new else {})} for group in found for is_new in (False, True)]
     return [group for group in parted if group["params"]]
-
-
-def _main_score(task: AnyTask) -> str:
-    """The score that the best checkpoint is chosen by."""
-    return {"classification": "accuracy", "regression": "spearman", "choice": "accuracy",
-            "answer": "exact_match"}.get(task.kind, "loss")
-
-
-def _log_steps(items: int, setting: Training) -> int:
-    a_pass = -(-items // (setting.batch * setting.accumulate))
-    return max(1, int((setting.steps or a_pass * setting.epochs) // _LOGS))
 
 
 def _processes() -> Any:

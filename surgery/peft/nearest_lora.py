@@ -94,8 +94,7 @@ def _updates(surgeon: Surgeon) -> Iterator[Update]:
 
 
 def _spectrum(update: Update) -> Spectrum:
-    parts = update.delta if isinstance(update.delta, tuple) else (update.delta,)
-    if not all(bool(t.isfinite().all()) for t in parts):
+    if not all(bool(t.isfinite().all()) for t in update.parts):
         raise fail("bad-value", f"the update of {update.name} is not finite",
                    helps=("the training that made it diverged",))
-    return of_factors(*parts)[0] if len(parts) == 2 else Spectrum.of(parts[0], update.rounding)
+    return of_factors(*update.parts)[0] if len(update.parts) == 2 else Spectrum.of(update.parts[0], update.rounding)

@@ -29,19 +29,14 @@ LARGE = 1000  # rows of a matrix that takes seconds to make: a claim is tried on
 _DISTANCES = (0.1, 1.0)
 
 
-def _placed(trial: Trial) -> Placed:
-    """The target on a random linear layer of its sizes."""
+@torch.no_grad()
+def start(trial: Trial) -> dict[str, Tensor]:
+    """The tensors of a target where it starts, on a random linear layer of its sizes."""
     layer, generator = nn.Linear(trial.in_, trial.out, device="meta"), torch.Generator().manual_seed(0)
     for name, parameter in layer.named_parameters():  # (`to_empty` would import a library of algebra)
         setattr(layer, name, nn.Parameter(torch.randn(parameter.shape, generator=generator)))
     site = replace(sites(layer)[0], name=_title(trial))
-    return Placed(site, trial.target, trial.formula)
-
-
-@torch.no_grad()
-def start(trial: Trial) -> dict[str, Tensor]:
-    """The tensors of a target where it starts, on a random weight."""
-    placed = _placed(trial)
+    placed = Placed(site, trial.target, trial.formula)
     return {**frozen_leaves(placed), **tensors(placed, 0, torch.float32, {}, of_data=_of_data(placed))}
 
 

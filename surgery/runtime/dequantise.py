@@ -95,17 +95,13 @@ def _assert_can_be_plain(model: nn.Module, packed: Iterable[Site]) -> None:
     if not inside:
         raise fail("merge-error", f"no layer of this {type(model).__name__} is quantised, so there is nothing to "
                    "dequantise", helps=("merge without --dequantise",))
+    # Places of an adapter of ours are whole numbers too, and no packed weight.
     left = [f"{path}.{name}" for path, module in model.named_modules() if id(module) not in inside
             for name, tensor in module._parameters.items() if tensor is not None and not is_plain(tensor)
-            and not _is_adapter(module)]
+            and not type(module).__module__.startswith("surgery.")]
     if left:
         raise fail("merge-error", f"{listed(left)} cannot be dequantised: only linear layers can be called for their "
                    "weight")
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    """Whether the tensors are ours: places are whole numbers, and no packed weight."""
-    return type(module).__module__.startswith("surgery.")
 
 
 def _forget_quantisation(model: nn.Module) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from surgery.analysis.spectra.orthogonality import Defect
 from surgery.analysis.spectra.spectrum import Spectrum, condition_number, leading, of_factors, overlap
@@ -167,8 +166,7 @@ def row_of(update: Update, squared: bool = False, top: int = TOP, condition: boo
 
     Raises: SurgeryError (bad-value) for weights that are not finite.
     """
-    parts = update.delta if isinstance(update.delta, tuple) else (update.delta,)
-    if not all(bool(t.isfinite().all()) for t in (update.weight, *parts)):
+    if not all(bool(t.isfinite().all()) for t in (update.weight, *update.parts)):
         raise fail("bad-value", f"{update.name} or its update is not finite",
                    helps=("the training that made it diverged",))
     if isinstance(update.delta, tuple):
@@ -184,10 +182,6 @@ def row_of(update: Update, squared: bool = False, top: int = TOP, condition: boo
         overlap_out, overlap_in = overlap(strongest.out, directions.out), overlap(strongest.in_, directions.in_)
     size = float(update.weight.norm())
     relative = spectrum.norm / size if size else None
-    number = condition_number(update.weight + _dense(update.delta)) if condition else None
+    number = condition_number(update.weight + reduce(torch.matmul, update.parts)) if condition else None
     return Row(update.name, update.type, update.layer, spectrum, relative, overlap_out, overlap_in, update.defects,
                number)
-
-
-def _dense(delta: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    return delta[0] @ delta[1] if isinstance(delta, tuple) else delta

@@ -54,6 +54,11 @@ class Update:
         """The module's name without its layer: `self_attn.q_proj`, `mlp.experts.gate_up_proj`."""
         return module_type(self.name)
 
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The matrices whose product ΔW is: itself, or its factors."""
+        return self.delta if isinstance(self.delta, tuple) else (self.delta,)
+
 
 @dataclass(frozen=True)
 class Pending:
