@@ -47,7 +47,7 @@ from surgery.ir.table import (
 
 
 def _block_diag_shape(a: Shape) -> Shape:
-    blocks, rows, columns = exactly(3, "a stack of blocks [b, k, k]", a)
+    blocks, rows, columns = exactly(3, "a stack of blocks [b, p, q]", a)
     return (blocks * rows, blocks * columns)
 
 

@@ -49,7 +49,11 @@ def product(a: Shape, b: Shape) -> Shape:
         raise ShapeError(f"`@` needs matrices, not {shape_text(a)} and {shape_text(b)}; use `*` to scale")
     inner_a, inner_b = a[-1], b[-2:][0]  # of a vector its only side
     if inner_a != inner_b:
-        raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the inner dimensions {inner_a} and {inner_b} differ")
+        fits = "the other way round they fit" if len(a) == len(b) == 2 and b[1] == a[0] else (
+            "`.T` of the second fits" if len(b) == 2 and b[1] == inner_a else
+            "`.T` of the first fits" if len(a) == 2 and a[0] == inner_b else "")
+        raise ShapeError(f"{shape_text(a)} @ {shape_text(b)}: the inner dimensions {inner_a} and {inner_b} differ",
+                         helps=(fits,) if fits else ())
     stack_a, stack_b = a[:-2], b[:-2]  # one matrix meets each of a stack; two stacks pair up
     if stack_a and stack_b and stack_a != stack_b:
         stacks = f"{shape_text(stack_a)} and {shape_text(stack_b)}"

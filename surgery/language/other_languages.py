@@ -31,6 +31,9 @@ _FROZEN = "all is frozen but adapters, and what `train \"**.norm.*\"` names"
 _TRAINED = "`param A[m, n] = 0` is trained, and `frozen param A[m, n] = 0` is not"
 _SELECTED = "write `rows(A, range(i, j))` or `columns(A, range(i, j))`"
 _TOP = "the places of the k largest entries are `top(A, k)`, those of each row `row_top(A, k)`"
+_AS_COLUMN = ("a vector as a column is `reshape(d, n, 1)`; a gain for each row is `diag(d) @ A`, for each column "
+              "`A @ diag(d)`")
+_REPEATED = "a matrix over and over is `kron(ones(2, 1), A)`, each of its rows twice `kron(A, ones(2, 1))`"
 _NO_FUNCTION = "there is no function of that kind; `docs/language.md` lists what can be called"
 
 #: By the name of a function, a value or a distribution.
@@ -57,6 +60,10 @@ _NAMES: dict[str, str] = {
     "rand": _RANDOM, "randn": _RANDOM, "random": _RANDOM, "randint": _RANDOM, "dropout": (
         "dropout stands after the step that adds the update: `add low_rank(8) dropout(5%)`"),
     "gaussian": "write `normal(std = ...)`", "constant": _DRAWN_ZEROS,
+    "unsqueeze": _AS_COLUMN, "expand": _AS_COLUMN, "broadcast_to": _AS_COLUMN, "squeeze": "write `reshape(A, n)`",
+    "repeat": _REPEATED, "tile": _REPEATED, "repeat_interleave": _REPEATED,
+    "rearrange": "axes are put in another order by `einsum(\"ab->ba\", A)`, and joined by `reshape(A, m, n)`",
+    "requires_grad": _TRAINED,
     "round": "`floor(x)` makes a number whole", "ceil": "write `-floor(-x)`", "int": "`floor(x)` makes a number whole",
     "view": "write `reshape(A, m, n)`", "flatten": "write `reshape(A, n)`",
     "topk": _TOP, "argsort": _TOP, "argmax": _TOP,
@@ -136,6 +143,8 @@ def instead_of_symbols(before: str, symbol: str, after: str, value_due: bool) ->
     """What to write instead of a symbol that cannot stand where it does, between the texts before and after it;
     `value_due`: an operand was due there."""
     last = before[-1:]
+    if symbol == "^" and (what := re.match(r"\{?(T|top|-1)\b", after)):
+        return _INVERSE if what[1] == "-1" else _TRANSPOSE
     if symbol == "*" and last == "*":
         return _POWER
     if symbol == "/" and (last == "/" or after[:1] in ("/", "*")):
@@ -144,6 +153,8 @@ def instead_of_symbols(before: str, symbol: str, after: str, value_due: bool) ->
         return "a name is given its value once: `let sum = a + b`"
     if symbol == "'" and re.match(r"[\w)\]]", last):
         return _TRANSPOSE
+    if symbol == "[" and re.match(r"[:,\s]*None", after):
+        return _AS_COLUMN
     if symbol == "[" and not value_due:
         return ("a tensor has no index: write `rows(A, range(i, j))`, `columns(A, range(i, j))`, or `take(A, places)` "
                 "for entries of it; a part that is trained alone is a `param` of its own")

@@ -173,6 +173,8 @@ def _hint(stop: Stop) -> str:
         return "patterns stand without brackets: `target \"**.q_proj\", \"**.v_proj\" { ... }`"
     if stop.accepted == {"LSQB"} and last == "LSQB":
         listed = bad.type == "STRING"
+        if bad.type == "NAME":
+            return "tensors are arguments, in no brackets of their own: `side_by_side(A, B)`, `stacked(A, B)`"
         return ("there are no lists of texts; patterns stand in the head of a target: `target \"**.q_proj\" { ... }`"
                 if listed else "a matrix stands in two brackets, one for each row: `[[1, 2]]`")
     value_due = "NUMBER" in stop.accepted
@@ -194,6 +196,10 @@ def _header(stop: Stop) -> str:
     if bad == "TIMES" and "STRING" in accepted and "NUMBER" not in accepted:
         pattern = re.compile(r"([\w.*]|\{[^\s{}]*\})+").match(stop.source.text, extent(stop.bad)[0])
         return f"a pattern stands in quotes: `\"{pattern[0]}\"`" if pattern else ""
+    if bad == "EQUAL" and accepted == {"TILDE"}:
+        return "noise is drawn in every training step: `noise m[rank] ~ bernoulli(0.5)`"
+    if accepted == {"LPAR"} and stop.tokens[-2:-1] and stop.tokens[-2].type == "PLACEMENT":
+        return f"a step is a call: `{stop.tokens[-2]} {stop.tokens[-1]}()`"
     if bad == "LPAR" and {"LSQB", "TILDE"} <= accepted:
         return f"a shape stands in brackets: `{stop.tokens[-1]}[out, in]`"
     return ""
@@ -221,7 +227,8 @@ def _no_token(source: Source, offset: int) -> Diagnostic:
         end = offset + len(source.text[offset:].split("\n")[0].rstrip())
         return Diagnostic("syntax", "this string is not closed", Span(source, offset, end),
                           helps=("a string ends on its line with `\"`",))
-    hint = (instead_of_symbols(source.text[:offset], character, "", False) or SYMBOLS.get(character)
+    before, after = source.text[:offset], source.text[offset + 1 :]
+    hint = (instead_of_symbols(before, character, after, False) or SYMBOLS.get(character)
             or ("a name is made of the letters a to z, digits and `_`" if character.isalpha() else ""))
     return Diagnostic("syntax", f"{character!r} cannot stand here", Span(source, offset, offset + 1),
                       helps=(hint,) if hint else ())

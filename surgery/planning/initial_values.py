@@ -260,6 +260,9 @@ def departure(before: torch.Tensor, after: torch.Tensor) -> float:
     return relative if relative == relative else float("inf")
 
 
+_AS_MUCH_AS_W = ("they differ by as much as W: an update returns what is added to W, without W; a gain starts at 1",)
+
+
 def not_identity(target: Target, changes: Mapping[str, float]) -> list[Diagnostic]:
     """The diagnostic for a target of which modules start elsewhere, by their names with the relative change of each."""
     if not changes:
@@ -270,6 +273,7 @@ def not_identity(target: Target, changes: Mapping[str, float]) -> list[Diagnosti
     more = f" (and of {counted(len(changes) - 1, 'other module')}, by less)" if len(changes) > 1 else ""
     return [Diagnostic("not-identity", f"W' of {worst}{more} does not start as W: they differ {how}", target.span,
                        notes=(f"allowed is {IDENTITY_TOLERANCE:.0e}, relative, in float32",),
-                       helps=("start the parameters so that the transform is I and the update, which is added to W, "
+                       helps=(*_AS_MUCH_AS_W * (abs(changes[worst] - 1) < IDENTITY_TOLERANCE),
+                              "start the parameters so that the transform is I and the update, which is added to W, "
                               "is 0",
                               "or say `shifted` after the target's patterns"))]

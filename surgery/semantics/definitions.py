@@ -165,10 +165,9 @@ class Instance:
         if is_undecided(result):
             return undecided(result.args, result.data, wanted)
         if result.shape != wanted:
-            of_w = definition.kind == "transform" and result.has("weight")
             raise fail("shape-mismatch", f"{definition.name} returns {shape_text(result.shape)}, and "
                        f"{with_article(definition.kind)} must return {shape_text(wanted)}", span, notes=self._sizes(),
-                       helps=("a transform is the matrix that W is multiplied by: return it without W",) * of_w)
+                       helps=_instead_of_result(definition, result, wanted))
         return result
 
     def _sizes(self) -> tuple[str, ...]:
@@ -346,3 +345,16 @@ def not_too_deep(value: Any, span: Span | None) -> Any:
 def with_article(kind: str) -> str:
     """`an update`, `a transform`."""
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def _instead_of_result(definition: Definition, result: Expr, wanted: tuple[Size, ...]) -> tuple[str, ...]:
+    """What is meant by a result of another shape, where that is known."""
+    if definition.kind == "transform" and result.has("weight"):
+        return ("a transform is the matrix that W is multiplied by: return it without W",)
+    if definition.kind == "transform" and result.shape == wanted[:1]:
+        return ("the diagonal matrix of a vector is `diag(d)`",)
+    if len(wanted) == 2 and result.shape == wanted[::-1]:
+        return ("W is [out, in], as torch stores it: return `.T` of this, or give each factor its other shape",)
+    if len(wanted) == 2 and result.shape == wanted[:1]:
+        return (f"what is added to the bias is `update {definition.name}(...) on bias`",)
+    return ()

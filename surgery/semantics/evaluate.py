@@ -187,7 +187,9 @@ def _numeric(value: Any, node: tree.Expression) -> None:
 
 def _truth(value: Any, node: tree.Expression) -> bool:
     if not isinstance(value, bool):
-        raise fail("wrong-type", f"a condition is needed here, not {describe(value)}", node.span)
+        of_tensor = "what is known at compile time decides; of tensors, multiply by `a > b`, 1 or 0 for each entry"
+        raise fail("wrong-type", f"a condition is needed here, not {describe(value)}", node.span,
+                   helps=(of_tensor,) * isinstance(value, Expr))
     return value
 
 
@@ -310,11 +312,13 @@ def _assert_count(node: tree.Call, arity: int, sizes: tuple[str, ...]) -> None:
     count = len(node.arguments)
     if count < least or (count > least and not any_number) or any(a.name for a in node.arguments):
         takes = f"{'at least ' if any_number else ''}{least} argument{'s' * (least > 1)} by position"
+        by_rows = node.function == "norm" and bool(node.arguments)
         names = f" ({', '.join(['tensor'] * arity + [s.lstrip('*') for s in sizes])})" if sizes else ""
         raise fail("missing-argument" if count < least else "unknown-argument",
                    f"`{node.function}` takes {takes}{names}",
                    node.span, notes=(f"{node.function} is {PRIMITIVES[node.function].doc}",)
-                   if node.function in PRIMITIVES else ())
+                   if node.function in PRIMITIVES else (),
+                   helps=("of each row it is `row_norm(A)`, of each column `col_norm(A)`",) * by_rows)
 
 
 def _apply(node: tree.Call, values: list, sizes: tuple) -> Any:
@@ -369,7 +373,8 @@ def size(value: Any, node: tree.Expression, names: Mapping[str, Any], least: int
     """The value of `node` as a dimension, or as a place (`least` 0). Raises: SurgeryError (wrong-type, not-divisible,
     bad-value)."""
     if isinstance(value, bool) or not isinstance(value, (int, Fraction, Dim)) or is_real(value):
-        raise fail("wrong-type", f"a dimension must be a whole number, not {describe(value)}", node.span)
+        raise fail("wrong-type", f"a dimension must be a whole number, not {describe(value)}", node.span,
+                   helps=("a parameter that is a size is an `int`",) * is_real(value))
     if isinstance(value, Fraction):
         raise fail("not-divisible", f"the dimension `{expression_text(node)}` is {value}, which is not whole",
                    node.span,
@@ -378,7 +383,7 @@ def size(value: Any, node: tree.Expression, names: Mapping[str, Any], least: int
         what = "dimension" if least else "place"
         raise fail("bad-value", f"the {what} `{expression_text(node)}` is {value}; it must be at least {least}",
                    node.span,
-                   notes=here(node, names))
+                   notes=here(node, names), helps=("each size is written out",) * (expression_text(node) == "-1"))
     return value
 
 

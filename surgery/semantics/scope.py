@@ -73,8 +73,11 @@ def unknown(code: str, what: str, name: str, known: Iterable[str], span: Span | 
         helps = (*helps, f"what is computed stands behind `=`: `param z[m, n] = {name}(...)`")
     if instead := instead_of(name, drawn=code == "unknown-distribution"):
         helps = (*helps, instead)
-    return fail(code, f"unknown {what} `{name}`", span, label="" if helps else did_you_mean(name, known),
-                notes=(f"known here: {', '.join(known)}",) if known and not helps else (), helps=helps)
+    label = "" if helps else did_you_mean(name, known)
+    notes = (f"known here: {', '.join(known)}",) if known and not helps else ()
+    if code == "unknown-name" and not helps and not label:
+        helps = (f"what a definition is given stands in its header, `({name}: float = 1)`, and a target passes it",)
+    return fail(code, f"unknown {what} `{name}`", span, label=label, notes=notes, helps=helps)
 
 
 #: What a name means that nothing declares.

@@ -65,6 +65,9 @@ def test_syntax_errors(text, message, place):
     ("update u { a = 3 return a }", "`let a = ...`"), ("r = 8", "`spec name(rank: int = 8)`"),
     ("spec a\nr: int = 8", "`spec name(rank: int = 8)`"), ("target_modules = [\"q\"]", "head of a target"),
     ("target linear { add f(target_modules = [\"q\"]) }", "head of a target"),
+    ("target linear { add u }", "`add u()`"), ("update u { noise m[4] = 1 return W }", "drawn in every training step"),
+    ("update u { param A[4] = 0 requires_grad return A }", "`frozen param"), ("check a[:, None]", "as a column"),
+    ("check A^T", "`A.T`"), ("check A^-1", "`inverse(A)`"), ("check cat([A, B], 1)", "`stacked(A, B)`"),
     ("target [\"q\"] { add f() }", "without brackets"), ("target linear { lora(8) }", "`add lora(...)`"),
 ])
 def test_hints_for_what_other_languages_write(text, hint):
@@ -81,11 +84,31 @@ def told_of(text: str) -> list:
     ("concat(W, W)", "side_by_side"), ("cat(W, W)", "side_by_side"), ("transpose(W)", "`A.T`"),
     ("sum(W)", "`A @ ones(n)`"), ("clip(W, 0, 1)", "`clamp(x, low, high)`"), ("stack(W, W)", "an axis more"),
     ("det(W)", "no determinant"), ("svd(W)", "`left_singular(A, k)`"), ("inv(W)", "`inverse(A)`"), ("for", "repeats steps of a target"),
-    ("True", "`true`"),
+    ("True", "`true`"), ("unsqueeze(W, 1)", "as a column"), ("repeat(W, 2)", "`kron(ones(2, 1), A)`"),
+    ("rearrange(W, 1)", "einsum"), ("normal()", "behind `~`"), ("topk(W, 3)", "`row_top(A, k)`"),
 ])
 def test_hints_for_functions_of_other_languages(expression, hint):
     (error,) = told_of(f"update u {{ return {expression} }}")
     assert hint in " ".join(error.helps) and not error.label and not error.notes
+
+
+@pytest.mark.parametrize(("text", "hint"), [
+    ("update u { param A[4, in] = 0 param B[out, 4] = 1 return A @ B }", "the other way round they fit"),
+    ("update u { param A[4, in] = 0 param B[out, 4] = 1 return (B @ A).T }", "return `.T` of this"),
+    ("update u { param A[in, 4] = 0 param B[out, 4] = 1 return B @ A }", "`.T` of the second fits"),
+    ("update u { param A[4, in] = 0 param B[4, out] = 1 return B @ A }", "`.T` of the first fits"),
+    ("update u { param c[out] = 0 return c }", "`update u(...) on bias`"),
+    ("transform t on n { param d[n] = 1 return d }", "`diag(d)`"),
+    ("update u { return 0 * mystery * W }", "`(mystery: float = 1)`"),
+    ("update u { return if norm(W) > 1 then W else W }", "known at compile time"),
+    ("update u(r: float) { param A[out, r] = 0 return A @ ones(r, in) }", "is an `int`"),
+    ("update u { param D[out * in] = 0 return reshape(D, out, -1) }", "written out"),
+    ("update u { return W / norm(W, dim = 1) }", "`row_norm(A)`"),
+    ("update u { return W * pow(W, 0.5) }", "`sqrt(x)`"), ("update u { param A[out, in] ~ qr(W) return A }", "behind `=`"),
+    ("spec s()\nupdate u { param A[out, in] = 0 return W + A }\ntarget linear { add u() }", "returns what is added to W"),
+])
+def test_what_a_first_spec_gets_wrong_is_met_with_what_to_write(text, hint):
+    assert hint in " ".join(told_of(text)[0].helps)
 
 
 def test_a_function_is_named_once():
