@@ -3,9 +3,9 @@
     python examples/experts.py                      # a Qwen3-MoE of 2 layers, 16 experts of which a token chooses 4
     python examples/experts.py --hidden 512 --rounds 5
 
-Adapters stand on the experts alone. Told as multiples of the base model's: the processor's time of a training step (512
-tokens, forward and backward), of one decoded token, and of one inside `surgeon.serving()`, each the median of the rounds
-with the least and the most; all take turns in every round. And the memory that a step takes at its peak beside the model.
+Adapters stand on the experts alone. Told as multiples of the base model's: the processor's time of a training step
+(512 tokens, forward and backward), of one decoded token, and of one inside `surgeon.serving()`, each the median of the
+rounds with the least and the most; all take turns in every round. And the memory that a step takes at its peak.
 """
 
 from __future__ import annotations

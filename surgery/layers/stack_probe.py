@@ -19,6 +19,8 @@ from surgery.layers.product_probe import CASTS
 
 _TURNS = ("transpose", "t", "swapaxes", "permute", "mT.__get__", "T.__get__")
 _PARTS = ("__getitem__", "index_select", "unbind", "contiguous", "clone", "detach", *CASTS)
+_ASKED = ("shape.__get__", "dtype.__get__", "device.__get__", "ndim.__get__", "requires_grad.__get__", "size", "dim",
+          "numel", "__len__", "is_floating_point")
 _PRODUCTS = ("matmul", "__matmul__", "bmm", "mm", "grouped_mm", "_grouped_mm")
 
 
@@ -36,7 +38,7 @@ def stacks(module: nn.Module) -> dict[str, bool]:
         except Exception:  # a third party's module raises whatever it likes, and these were not its arguments
             continue
         if uses.seen:
-            return {name: ways.pop() for name, ways in uses.seen.items() if len(ways) == 1 and name not in uses.others}
+            return {name: ways.pop() for name, ways in uses.seen.items() if len(ways) == 1}
     return {}
 
 
@@ -59,31 +61,34 @@ def _calls(held: Any) -> Iterator[tuple[Any, ...]]:
 
 class _Uses(TorchFunctionMode):
     """What is done with stacks and their parts. `seen`: of each, in which ways it stands in products (whether it is
-    [in, out]); `others`: those that are used otherwise. Products are not computed: their matrices have no numbers."""
+    [in, out]). Of products and of parts only the shapes are worked out: stacks may be larger than the memory. Any other
+    use ends the call."""
 
     def __init__(self, held: dict[str, Tensor]):
         super().__init__()
         self.seen: dict[str, set[bool]] = {}
-        self.others: set[str] = set()
         # a tensor is kept beside its name, so that its id stays its own; and whether its axes are turned
         self.known: dict[int, tuple[Tensor, str, bool]] = {id(t): (t, name, False) for name, t in held.items()}
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        name, owner = getattr(func, "__name__", ""), getattr(func, "__self__", None)
-        name = f"{getattr(owner, '__name__', '')}.__get__" if name == "__get__" else name  # of a property
+        name, of = getattr(func, "__name__", ""), getattr(func, "__self__", None)
+        name = f"{getattr(of, '__name__', '')}.__get__" if name == "__get__" else name  # of a property
         stacked = [a for a in (*args, *kwargs.values()) if id(a) in self.known]
+        if not stacked or name in _ASKED:
+            return func(*args, **kwargs)
         if len(stacked) == 1 and (made := self._product(name, args, kwargs)) is not None:
             return made
-        made = func(*args, **kwargs)
-        tensors = [t for t in (made if isinstance(made, (tuple, list)) else (made,)) if isinstance(t, Tensor)]
-        for stack in stacked if tensors else ():
-            _, owner, turned = self.known[id(stack)]
-            if stack is not args[0] or not (name in _TURNS and _turns(stack, tensors[0], args[1:])
-                                            or name in _PARTS and _is_part(name, args)):
-                self.others.add(owner)
-            self.known |= {id(t): (t, owner, turned is not (name in _TURNS)) for t in tensors}
-        return made
+        is_part = name in _PARTS and _is_part(name, args)
+        if stacked[0] is not args[0] or not (is_part or name in _TURNS):
+            raise ValueError("no product")
+        shapes = func(*(a.to("meta") if isinstance(a, Tensor) else a for a in args), **kwargs)
+        if not is_part and not _turns(args[0], shapes, args[1:]):
+            raise ValueError("no product")
+        _, owner, turned = self.known[id(args[0])]
+        parts = [torch.zeros(()).expand(s.shape) for s in (shapes if isinstance(shapes, tuple) else (shapes,))]
+        self.known |= {id(part): (part, owner, turned is is_part) for part in parts}
+        return tuple(parts) if isinstance(shapes, tuple) else parts[0]
 
     def _product(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         """The shape of a product of rows with a stack or a part of it, which is noted; None for anything else."""

@@ -33,7 +33,7 @@ def report_dead(found: Reach, catalogue: Catalogue, report: Collector) -> None:
         return
     target = found.target
     named = [_report_unsupported(m, hits, target, catalogue, report) for m, hits in found.takes.items()]
-    if not catalogue.candidates(target):
+    if not (catalogue.candidates(target) or any(found.takes.values())):  # a name may take what no other pattern does
         if not any(named):  # which is why there is nothing, and has been reported
             report.add(_nothing_there(target, catalogue))
         return

@@ -141,3 +141,13 @@ def test_what_is_no_stack_that_is_known_is_refused_in_words(module: Callable[[],
         model = nn.ModuleDict({"experts": module(), "other": nn.Linear(8, 8)})
         with pytest.raises(surgery.SurgeryError, match=words):
             build(model, surgery.parse(f'target linear "experts.{name}" {{ add low_rank(2) }}'))
+
+
+def test_a_stack_larger_than_the_memory_which_is_all_there_is_is_asked_without_any() -> None:
+    def use(x: Tensor, w: Tensor, experts: Tensor) -> Tensor:
+        return torch.matmul(x[:, :, None], w.contiguous()[experts].clone().transpose(1, 2)[None]).squeeze(2)
+
+    with torch.device("meta"):
+        model = nn.ModuleDict({"experts": Own(use, 1 << 6, 1 << 14, 1 << 15)})
+    (placed,) = plan(model, surgery.parse('target linear "experts.up" { add low_rank(2) }')).placed
+    assert (placed.site.stack, placed.site.out, placed.site.in_) == (1 << 6, 1 << 14, 1 << 15)
