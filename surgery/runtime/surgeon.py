@@ -58,7 +58,7 @@ from surgery.runtime.sharding import (
 from surgery.runtime.standing import Spot, Standing, changed, refuse_empty, refuse_offloaded
 from surgery.runtime.step_tensors import SharedTensors
 from surgery.runtime.tensor_names import TensorNames
-from surgery.runtime.transaction import Scope, all_or_nothing, put
+from surgery.runtime.transaction import Scope, all_or_nothing, put, refuse_gradients_of_before
 from surgery.text import listed
 
 _MODES = {"operated": "operated on, not merged", "merged": "merged", "base": "switched off", "removed": "given back"}
@@ -566,6 +566,8 @@ class Surgeon:
         kept = {name: each.holding(self._mode) for name, each in self._kept.items() if name not in without}
         for each in kept.values():
             put(each.parameter, each.form(mode))
+            if "merged" in (mode, self._mode):
+                refuse_gradients_of_before(each.parameter)
         for adapter in self.adapters.values():
             adapter.switch(mode == "operated")
         self._kept, self._mode = kept, mode

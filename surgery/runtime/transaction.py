@@ -110,6 +110,13 @@ def put(parameter: torch.Tensor, data: torch.Tensor) -> None:
     held(parameter).copy_(part(data, parameter))
 
 
+def refuse_gradients_of_before(parameter: torch.Tensor) -> None:
+    """Have a backward pass through what was computed with other numbers of the parameter be torch's error, as it is
+    after any change in place: `put` writes unseen by autograd, since what is written is often put back before it."""
+    if not (is_part(parameter) or parameter.is_inference()):
+        torch.autograd.graph.increment_version(parameter)
+
+
 def finish(work: Callable[[], Any]) -> None:
     """Run `work`, which can be repeated, to its end: a KeyboardInterrupt meanwhile is raised afterwards."""
     interrupt = None
