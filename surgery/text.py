@@ -26,6 +26,11 @@ def plain(text: str, keep: str = "") -> str:
     return "".join(shown)
 
 
+def said_by(error: BaseException) -> list[str]:
+    """The lines of an error's message, or the name of its class where it has none."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+
+
 def counted(number: int, noun: str) -> str:
     """`1 module`, `1,024 modules`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -152,9 +152,7 @@ def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int], dat
         "forward, step: the frozen model's median time, and the median ratio to it ± half the distance between its",
         f"quartiles, in {passes} rounds of forward passes and {steps} of steps (forward and backward)",
         "peak: the most memory that a step allocates at one time; the models' weights are not in it"]))
-    for row in rows[1:]:
-        if row["peft_note"]:
-            output.note(f"{row['name']}: {row['peft_note']}")
+    _note_peft(output, rows)
     output.data(model=model, tokens=list(tokens), data=data, machine=machine, rounds=rounds, rows=rows)
 
 
@@ -174,10 +172,15 @@ def _show_counts(output: Output, rows: list[dict[str, Any]], against_peft: bool,
         what, "", *aligned(lines), "",
         "set-up, forward, backward: launches, those of a set-up in both directions; passes: how often a number for",
         "every token and feature is read or written, in each operated layer, beyond what the frozen model does"]))
+    _note_peft(output, rows)
+    output.data(rows=rows)
+
+
+def _note_peft(output: Output, rows: list[dict[str, Any]]) -> None:
+    """Why PEFT has no row beside a spec."""
     for row in rows[1:]:
         if row["peft_note"]:
             output.note(f"{row['name']}: {row['peft_note']}")
-    output.data(rows=rows)
 
 
 _MOVED = ["read", "written", "passes"]

@@ -93,8 +93,7 @@ class Candidate:
     @cached_property
     def rests_on_layer(self) -> bool:
         """Whether the set-up depends on the frozen layer's tensors."""
-        on_layer = names(lambda row: row.of_layer or row.source is Source.LAYER)
-        return any(value.has(*on_layer) for value in self.values)
+        return any(map(rests_on_layer, self.values))
 
     @cached_property
     def computes(self) -> bool:
@@ -127,6 +126,11 @@ class Candidate:
 
 
 @cache
+def rests_on_layer(value: Expr) -> bool:
+    """Whether a value of a set-up depends on the frozen layer's tensors."""
+    return value.has(*names(lambda row: row.of_layer or row.source is Source.LAYER))
+
+
 def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool,
                tokens: int = TOKENS_SUPPOSED, machine: Machine = CPU) -> tuple[Candidate, ...]:
     """The programs of a layer's output, the cheapest for so many tokens on a machine first; of a called layer, which

@@ -19,7 +19,7 @@ from surgery.editor.document import Document
 from surgery.editor.model import Candidate, Model, names_of_models
 from surgery.ir.operations import PRIMITIVES
 from surgery.language.formatter import expression_text
-from surgery.language.grammar import WORDS, item_words, machine
+from surgery.language.grammar import WORDS, items, machine
 from surgery.language.tree import Definition
 from surgery.semantics.arguments import signature
 from surgery.semantics.distributions import DISTRIBUTIONS, choices
@@ -123,9 +123,7 @@ def _patterns(candidates: tuple[Candidate, ...], written: str, start: int) -> It
 
 def _item_start(code: str) -> int:
     """Where the statement of the file begins that a text ends in."""
-    words = "|".join(word for word in item_words() if word != "check")  # which may also stand in a body
-    starts = [m.start(1) for m in re.finditer(rf"^[ \t]*((?:{words})\b)", code, re.MULTILINE)]
-    return starts[-1] if starts else 0
+    return max((m.end() for m in items().finditer(code)), default=0)
 
 
 def _stop(document: Document, item: int, offset: int) -> Stop | None:

@@ -17,18 +17,26 @@ from surgery.editor.names import Occurrence, at
 from surgery.ir.operations import PRIMITIVES
 from surgery.ir.sizes import known
 from surgery.language.formatter import spec_text
-from surgery.language.tree import Argument, Call, Definition, Node, Pattern, Select, Spec, Step, Target, as_expression
+from surgery.language.tree import (
+    Definition,
+    Node,
+    Pattern,
+    Select,
+    Spec,
+    Step,
+    Target,
+    every_selector,
+)
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.formulas import formula_lines
 from surgery.planning.trial_sizes import first_that_fits, places_of, sizes_to_try
-from surgery.semantics.arguments import signature
+from surgery.semantics.arguments import example_step, signature
 from surgery.semantics.distributions import DISTRIBUTIONS
 from surgery.semantics.evaluate import callable_names
 from surgery.semantics.scope import MEANINGS, OF_DATA_MEANINGS
 
 _GIVEN = {**MEANINGS, **OF_DATA_MEANINGS}
 _USUAL = (1024, 4096)  # the sizes that costs are told for, where nothing says others
-_EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
 
 
 def hover(document: Document, offset: int, model: Model | None = None) -> tuple[str, tuple[int, int]] | None:
@@ -53,12 +61,9 @@ def _guessed(document: Document, offset: int) -> Occurrence | None:
 
 
 def _pattern_at(document: Document, offset: int) -> Pattern | None:
-    spec = document.spec
-    if spec is None:
-        return None
-    listed = [s for each in (*spec.selects, *spec.train) for s in each.patterns]
-    listed += [s for target in spec.targets for s in (*target.selectors, *target.exclude)]
-    return next((s for s in listed if isinstance(s, Pattern) and s.span and s.span.start <= offset <= s.span.end), None)
+    selectors = every_selector(document.spec) if document.spec else ()
+    return next((s for s in selectors
+                 if isinstance(s, Pattern) and s.span and s.span.start <= offset <= s.span.end), None)
 
 
 def _about(document: Document, name: Occurrence, model: Model | None) -> Iterator[str]:
@@ -101,18 +106,11 @@ def _of_definition(document: Document, definition: Definition, step: Step | None
     yield from _declared(definition)
     if document.resolved is None:
         return
-    target = Target(kind="linear", steps=(step or _alone(definition),))
+    target = Target(kind="linear", steps=(step or example_step(definition),))
     formula = document.resolved.formula(target, Collector())
     if formula is not None:
         yield _code("\n".join(formula_lines(target, formula)), "text")
         yield from _costs(document, target, model)
-
-
-def _alone(definition: Definition) -> Step:
-    """A step that places a definition with its defaults; what has none gets some value of its type."""
-    arguments = [Argument(p.name, as_expression(_EXAMPLES[p.type])) for p in definition.params if p.default is None]
-    return Step(placement="pre" if definition.kind == "transform" else "add",
-                call=Call(definition.name, tuple(arguments)))
 
 
 def _costs(document: Document, target: Target, model: Model | None) -> Iterator[str]:

@@ -23,6 +23,7 @@ from surgery.language.tree import (
     Spec,
     Step,
     Target,
+    every_selector,
     every_step,
 )
 from surgery.semantics.evaluate import definition_calls, nodes
@@ -88,9 +89,8 @@ def _of_selectors(spec: Spec) -> Iterator[Occurrence]:
     for select in spec.selects:
         if select.name_span:
             yield Occurrence(select.name_span, select.name, "selector", node=select, declares=True)
-    listed = [s for each in (*spec.selects, *spec.train) for s in each.patterns]
-    listed += [s for target in spec.targets for s in (*target.selectors, *target.exclude)]
-    yield from (Occurrence(s.span, s.name, "selector") for s in listed if isinstance(s, Reference) and s.span)
+    yield from (Occurrence(s.span, s.name, "selector") for s in every_selector(spec)
+                if isinstance(s, Reference) and s.span)
 
 
 def _of_definition(document: Document, definition: Definition) -> Iterator[Occurrence]:

@@ -72,3 +72,10 @@ def item_words() -> tuple[str, ...]:
     """The words that begin a statement at the top of a file."""
     first = machine("", "file").accepts() - {"_LANGUAGE"}  # which stands above them all
     return tuple(word for terminal in first for word in WORDS.get(terminal, ()))
+
+
+@cache
+def items() -> re.Pattern[str]:
+    """What begins a statement of the file, as group 1, at the start of a line; nothing behind its blanks is taken."""
+    words = "|".join(word for word in item_words() if word != "check")  # which may also stand in a body
+    return re.compile(rf"^[ \t]*(?=({words})\b)", re.MULTILINE)

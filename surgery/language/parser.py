@@ -15,7 +15,7 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedToken
 
 from surgery.diagnostics import Collector, Diagnostic, Source, Span, SurgeryError
 from surgery.language.comments import trivia_of
-from surgery.language.grammar import WORDS, extent, item_words, machine
+from surgery.language.grammar import WORDS, extent, item_words, items, machine
 from surgery.language.json_errors import told_of
 from surgery.language.syntax_errors import explain
 from surgery.language.tree import Expression, Node, Spec
@@ -76,9 +76,8 @@ def _parse(source: Source, start: str, report: Collector, begin: int = 0) -> tup
         # the statement alone, and where that is not possible all up to the next statement of the file.
         rest = _without_statement(text, result) if start == "file" else None
         if rest is None and start == "file":
-            words = "|".join(word for word in item_words() if word != "check")  # which may also stand in a body
-            lines = re.compile(rf"^[ \t]*(?=({words})\b)", re.MULTILINE).finditer(text, max(result.offset - 1, 0))
-            item = next((m.end() for m in lines if m.end() >= max(result.offset, resume + 1)), None)
+            begins = items().finditer(text, max(result.offset - 1, 0))
+            item = next((m.end() for m in begins if m.end() >= max(result.offset, resume + 1)), None)
             if item is not None:
                 resume, rest = item, re.sub(r"[^\n]", " ", text[:item]) + text[item:]
         if rest is None or not is_new or len(report.found) >= MAX_ERRORS:

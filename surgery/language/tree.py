@@ -280,6 +280,12 @@ def every_step(steps: Iterable[Step | Repeat]) -> Iterator[Step]:
         yield from every_step(each.steps) if isinstance(each, Repeat) else (each,)
 
 
+def every_selector(spec: Spec) -> list[Pattern | Reference]:
+    """The selectors as they are written: those of targets, then those of each `select` and `train`."""
+    in_targets = [s for target in spec.targets for s in (*target.selectors, *target.exclude)]
+    return [*in_targets, *(s for each in (*spec.selects, *spec.train) for s in each.patterns)]
+
+
 def _call(definition: str, values: tuple[Any, ...], named: dict[str, Any]) -> Call:
     pairs = [*((None, value) for value in values), *named.items()]
     return Call(definition, tuple(Argument(name, as_expression(value)) for name, value in pairs))

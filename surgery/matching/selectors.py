@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
-from surgery.language.tree import Pattern, Reference, Select, Spec
+from surgery.language.tree import Pattern, Reference, Select, Spec, every_selector
 from surgery.matching.patterns import Alternative, Glob, compile_pattern
 
 _Item = TypeVar("_Item")
@@ -81,7 +81,5 @@ def _globs(selector: Pattern | Reference, selects: Mapping[str, Select], report:
 def selector_faults(spec: Spec, selects: Mapping[str, Select]) -> list[Diagnostic]:
     """What is wrong with the selectors of a spec, whatever the model."""
     report = Collector()
-    in_targets = [s for target in spec.targets for s in (*target.selectors, *target.exclude)]
-    listed = [s for each in (*spec.selects, *spec.train) for s in each.patterns]
-    matchers([*in_targets, *listed], selects, report)
+    matchers(every_selector(spec), selects, report)
     return report.found

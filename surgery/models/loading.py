@@ -20,7 +20,7 @@ from surgery.diagnostics import SurgeryError, fail
 from surgery.extras import need
 from surgery.models.names import DEMO, HUB_ID, parted, place
 from surgery.models.packages import GGUF, PACKAGE
-from surgery.text import some
+from surgery.text import said_by, some
 
 if TYPE_CHECKING:
     import torch
@@ -359,6 +359,6 @@ def _asked(name: str, ask: Callable[[], Any]) -> Any:
     except Exception as error:  # transformers and the hub raise whatever they like for a model that they cannot load
         helps = (_TRUST,) if "trust_remote_code" in str(error) else (_MODELS,)
         # their messages are long: the first line, and the next where that only announces it
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        lines = said_by(error)
         why = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         raise fail("unknown-model", f"cannot load `{name}`: {why}", helps=helps) from error

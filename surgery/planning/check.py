@@ -17,20 +17,18 @@ from surgery.codegen.compiled import Compiled
 from surgery.codegen.program_text import program_text, step_text
 from surgery.codegen.validate import program_faults, step_faults
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, unknown_allowed
-from surgery.language.expressions import Argument, Call, as_expression
 from surgery.language.library import load
-from surgery.language.tree import Spec, Step, Target, every_step
+from surgery.language.tree import Spec, Target, every_step
 from surgery.matching.selectors import selector_faults
 from surgery.planning.cost_estimates import Estimate, fallback
 from surgery.planning.trial_sizes import Trial, first_that_fits, places_of, sizes_to_try, trials_of
 from surgery.rewrite.prove_identity import starts_as_weight, surely_trains
+from surgery.semantics.arguments import example_step
 from surgery.semantics.lint import lint
 from surgery.semantics.resolved_spec import ResolvedSpec
 
 if TYPE_CHECKING:
     from torch import nn
-
-_EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
 
 
 def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bool = True,
@@ -135,9 +133,5 @@ def _unplaced(spec: Spec) -> Iterator[Target]:
     placed = {step.call.function for target in spec.targets for step in every_step(target.steps)}
     for definition in spec.definitions:
         if definition.claims and definition.name not in placed:
-            # what has no default gets some value of its type: a claim must hold for every one
-            arguments = [Argument(p.name, as_expression(_EXAMPLES[p.type])) for p in definition.params
-                         if p.default is None]
-            step = Step(placement="pre" if definition.kind == "transform" else "add",
-                        call=Call(definition.name, tuple(arguments)))
-            yield Target(steps=(step,), span=definition.name_span)
+            # a claim must hold for every value of a parameter, and so for that of the example
+            yield Target(steps=(example_step(definition),), span=definition.name_span)

@@ -32,11 +32,7 @@ def starts_as_weight(formula: Formula, generic: bool = True) -> bool:
     False means not proven, which is not a proof of the contrary.
     """
     rules = _GENERIC if generic else _STRICT
-    starts: dict[str, Expr] = {}
-    for leaf in formula.leaves:
-        if leaf.init is not None:
-            value = value_of(leaf.init)
-            starts[leaf.key] = fill(value, leaf.shape) if value is not None else _put(leaf.init, starts)
+    starts = _starts(formula)
     weight, bias = (rewrite(_put(e, starts), rules) for e in (formula.weight, formula.bias))
     return weight.op == "weight" and bias.op == "bias"
 
@@ -44,17 +40,23 @@ def starts_as_weight(formula: Formula, generic: bool = True) -> bool:
 def surely_trains(formula: Formula) -> bool:
     """Whether W' or b' is linear in a parameter where the others start, with a factor that is not zero, so that it has
     a gradient there. False means not proven."""
-    starts: dict[str, Expr] = {}
-    for leaf in formula.leaves:
-        if leaf.init is not None:
-            value = value_of(leaf.init)
-            starts[leaf.key] = fill(value, leaf.shape) if value is not None else _put(leaf.init, starts)
+    starts = _starts(formula)
     for leaf in formula.leaves:
         free = Expr("param", (), f"{leaf.key}*", leaf.shape)
         for expr in () if leaf.frozen else (formula.weight, formula.bias):
             if _is_linear(rewrite(_put(expr, {**starts, leaf.key: free}), _OF_GRADIENTS), free):
                 return True  # one is enough: the others move once it does
     return False
+
+
+def _starts(formula: Formula) -> dict[str, Expr]:
+    """What the leaves start at, by key, where an expression says it: of W, of b, and of nothing else."""
+    starts: dict[str, Expr] = {}
+    for leaf in formula.leaves:
+        if leaf.init is not None:
+            value = value_of(leaf.init)
+            starts[leaf.key] = fill(value, leaf.shape) if value is not None else _put(leaf.init, starts)
+    return starts
 
 
 def _is_linear(expr: Expr, free: Expr) -> bool:

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery.codegen.autograd_node import without_autocast
+from surgery.codegen.candidates import rests_on_layer
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program
 from surgery.diagnostics import fail
 from surgery.ir.dense import in_dtype
-from surgery.ir.operations import names
 from surgery.ir.orthogonal_maps import is_traced
-from surgery.ir.table import Source
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.serving import are_same, hints
 
@@ -138,8 +137,7 @@ def _fixed(program: Program, layers: Sequence[Frozen], dtype: torch.dtype) -> tu
     """What rests on the frozen weights alone, of each layer, and constants, once for all; and which of these it is."""
     if not program.fixed:
         return (), ()
-    on_layer = names(lambda row: row.of_layer or row.source is Source.LAYER)
-    apart = [each.has(*on_layer) for each in program.fixed]
+    apart = list(map(rests_on_layer, program.fixed))
     each_layer = layers if any(apart) else layers[:1]
     known = tuple(zip(*(program.once(layer, dtype) for layer in each_layer)))
     return (tuple(torch.stack(values) if own else values[0] for values, own in zip(known, apart)),

@@ -18,7 +18,7 @@ from surgery.ir.notation import Maths
 from surgery.runtime.atomic_folders import MANIFEST
 from surgery.runtime.save import save
 from surgery.runtime.saved_format import CHECKPOINT, FILES
-from surgery.text import counted
+from surgery.text import counted, said_by
 
 if TYPE_CHECKING:
     from surgery.runtime.surgeon import Surgeon
@@ -107,5 +107,4 @@ def _asked(code: str, what: str, ask: Callable[[], Any]) -> Any:
     except (SurgeryError, KeyboardInterrupt):
         raise
     except Exception as error:  # huggingface_hub and what carries its requests raise whatever they like
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise fail(code, f"{what}: {lines[0]}") from error
+        raise fail(code, f"{what}: {said_by(error)[0]}") from error

@@ -15,9 +15,22 @@ from surgery.ir.expression import Expr
 from surgery.ir.sizes import Dim
 from surgery.language.formatter import expression_text
 from surgery.language.other_languages import instead_of_argument
-from surgery.language.tree import Binary, Call, Check, Definition, Name, Parameter, Spec
+from surgery.language.tree import (
+    Argument,
+    Binary,
+    Call,
+    Check,
+    Definition,
+    Name,
+    Parameter,
+    Spec,
+    Step,
+    as_expression,
+)
 from surgery.semantics.evaluate import evaluate, here
 from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
+
+_EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
 
 _TYPES = {"int": (int, Dim), "float": NUMBERS, "bool": (bool,), "str": (str,)}
 
@@ -93,6 +106,13 @@ def bind_call(call: Call, definition: Definition, scope: Mapping[str, Any], repo
                 given[parameter.name] = typed(evaluate(argument.value, scope), parameter, argument.value.span)
     return defaults(definition.params, given, {}, report, lambda p: fail(
         "missing-argument", f"{definition.name} needs an argument `{p.name}: {p.type}`", call.span, notes=(defined,)))
+
+
+def example_step(definition: Definition) -> Step:
+    """A step that places a definition with its defaults; what has none gets some value of its type."""
+    arguments = [Argument(p.name, as_expression(_EXAMPLES[p.type])) for p in definition.params if p.default is None]
+    return Step(placement="pre" if definition.kind == "transform" else "add",
+                call=Call(definition.name, tuple(arguments)))
 
 
 def signature(definition: Definition | Spec) -> str:
