@@ -232,16 +232,17 @@ def test_forward_differentiation_sees_every_kernel():
 # -------------------------------------------------------------------------------------------- what is kept, and written
 
 
+@pytest.mark.parametrize("verb", ["merge", "load"])
 @pytest.mark.parametrize("steps", ["add low_rank(2)", "add low_rank(2)\n post magnitude()"])
-def test_a_backward_pass_after_a_merge_is_an_error(steps):
-    """Its gradients would be of W' in the place of W; what was switched off meanwhile, and is on again, gives its own."""
+def test_a_backward_pass_after_other_numbers_is_an_error(steps, verb):
+    """Its gradients would be of W' in the place of W, or of what was loaded; what was switched off meanwhile, and is on again, gives its own."""
     model, surgeon = operated(nn.Linear(6, 12), steps)
     model.train()
     loss = model(torch.randn(3, 6, dtype=torch.float64, requires_grad=True)).square().sum()
     with surgeon.disabled():
         model(torch.randn(3, 6, dtype=torch.float64))
     loss.backward(retain_graph=True)
-    surgeon.merge()
+    surgeon.merge() if verb == "merge" else surgeon.load({n: 2 * t for n, t in surgeon.state().items()})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

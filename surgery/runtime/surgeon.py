@@ -362,6 +362,7 @@ class Surgeon:
             tensor = tensors[name]
             dtype = tensor.dtype if name in self.plan.train or is_part(tensor) else value.dtype
             put(tensor, value.detach().to(tensor.device, dtype, copy=True))
+            refuse_gradients_of_before(tensor)
 
     def report(self) -> Report:
         """What was operated on; prints as a table."""
