@@ -49,6 +49,12 @@ from surgery.layers.kinds import LayerKind
 from surgery.rewrite.cheaper_forms import MOST_NODES, cheapest
 from surgery.rewrite.low_rank import is_thin
 
+# What rests on the layer's tensors, what reads the frozen weight, and what rests on anything else.
+_ON_LAYER = names(lambda row: row.of_layer or row.source is Source.LAYER)
+_ON_WEIGHT = names(lambda row: row.of_layer)
+_OF_WEIGHT = names(lambda row: row.of_layer and row.source is Source.LAYER)
+_OTHERS = names(lambda row: row.source is not None and not row.of_layer)
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
@@ -128,9 +134,10 @@ class Candidate:
 @cache
 def rests_on_layer(value: Expr) -> bool:
     """Whether a value of a set-up depends on the frozen layer's tensors."""
-    return value.has(*names(lambda row: row.of_layer or row.source is Source.LAYER))
+    return value.has(*_ON_LAYER)
 
 
+@cache
 def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool,
                tokens: int = TOKENS_SUPPOSED, machine: Machine = CPU) -> tuple[Candidate, ...]:
     """The programs of a layer's output, the cheapest for so many tokens on a machine first; of a called layer, which
@@ -138,6 +145,8 @@ def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool
     # without dropout and noise, training and evaluation run the same programs, which are made once
     differs = formula.weight.has("drop", "noise") or formula.bias.has("noise")
     distinct = _distinct(formula, kind, training and differs, has_bias)
+    if len(distinct) == 1:
+        return distinct
     return tuple(sorted(distinct, key=lambda each: (kind.is_called and each.reads_weight,
                                                     each.cost(tokens).seconds(machine))))
 
@@ -339,9 +348,6 @@ _SMALL = 2**15  # numbers of a constant that is held rather than made at every s
 def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
     """What a set-up computes once: its largest parts that depend on the frozen weight alone and are smaller than it, or
     that are small constants."""
-    on_weight = names(lambda row: row.of_layer)
-    of_weight = names(lambda row: row.of_layer and row.source is Source.LAYER)
-    others = names(lambda row: row.source is not None and not row.of_layer)
     fixed: dict[Expr, None] = {}
     stack, seen = list(reversed(values)), set()
     while stack:
@@ -349,10 +355,10 @@ def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
         if node in seen:
             continue
         seen.add(node)
-        is_known = not node.has(*others)
-        is_of_weight = node.has(*of_weight) and is_known
+        is_known = not node.has(*_OTHERS)
+        is_of_weight = node.has(*_OF_WEIGHT) and is_known
         is_smaller = len(node.shape) < 2 or node.op == "gram"
-        is_constant = is_known and not node.has(*on_weight) and not operation(node).is_inline
+        is_constant = is_known and not node.has(*_ON_WEIGHT) and not operation(node).is_inline
         if is_of_weight and is_smaller or is_constant and size(node, 0) <= _SMALL:
             fixed[node] = None
         else:

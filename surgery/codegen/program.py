@@ -10,10 +10,12 @@ tolerance; the frozen layer is called and not read unless `reads_weight` says ot
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -105,10 +107,18 @@ def compiled(plan: Candidate, others: tuple[Candidate, ...] = (),
     return replace(_compile(plan), others=others, up_to=tuple((end, _compile(other)) for end, other in up_to))
 
 
+_COMMENT = re.compile(r"  # .*")  # a value's shape: programs of layers of other sizes are often one but for that
+
+
+@cache
+def _code(text: str) -> CodeType:
+    return compile(text, "<surgery program>", "exec")
+
+
 @cache
 def _compile(plan: Candidate) -> Program:
     text = program_text(plan)
     scope = names_called(in_step=False)
-    exec(compile(text, "<surgery program>", "exec"), scope)
+    exec(_code(_COMMENT.sub("", text)), scope)
     return Program(text, scope["once"], scope["setup"], scope.get("body"), plan, plan.reads_weight,
                    plan.rests_on_layer)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from numbers import Real
+from fractions import Fraction
 from typing import Any, TypeVar
 
 from surgery.ir.expression import UNFOLDED, Expr, Shape
 from surgery.ir.table import constant, make
 
 _Part = TypeVar("_Part")
+_NUMBERS = (float, int, Fraction)  # and no abstract class, which takes long to ask
 
 
 def every(parts: Iterable[_Part | None]) -> list[_Part] | None:
@@ -31,7 +32,7 @@ def eye(shape: Shape) -> Expr:
 
 def value_of(node: Expr) -> float | None:
     """The one number that a node consists of, if it is known."""
-    return float(node.data) if node.op in ("const", "fill") and isinstance(node.data, Real) else None
+    return float(node.data) if node.op in ("const", "fill") and isinstance(node.data, _NUMBERS) else None
 
 
 def is_zero(node: Expr) -> bool:

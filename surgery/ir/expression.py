@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -26,6 +27,7 @@ _LONGEST_REPR = 2000
 # What is longer when it is written out, or deeper, is never taken apart: it is computed node by node, as it stands.
 UNFOLDED, DEEP = 10_000, 60  # the largest of the tests, with magnitudes on rotations, has 1,324 nodes, 30 deep
 DEEPEST_FORMULA = 100  # operations on one another in a formula: half of what Python's stack holds of the rest
+_REMEMBERED = 500  # nodes under one whose order it keeps
 _DEEPEST = 4 * DEEP  # what taking apart may make of something that is not deep
 
 
@@ -51,7 +53,7 @@ class Expr:
     (all beyond 2^60 alike), which is the work of a function that recurses without a memory.
     """
 
-    __slots__ = ("op", "args", "data", "shape", "depth", "unfolded", "_ops", "__weakref__")
+    __slots__ = ("op", "args", "data", "shape", "depth", "unfolded", "_ops", "_below", "__weakref__")
     op: str
     args: tuple[Expr, ...]
     data: Any
@@ -59,6 +61,7 @@ class Expr:
     depth: int
     unfolded: int
     _ops: int  # the bits of the operations in it
+    _below: tuple[Expr, ...] | None  # the nodes under it as `walk` gives them, once somebody has walked
 
     def __new__(cls, op: str, args: tuple[Expr, ...] = (), data: Any = None, shape: Shape = ()) -> Expr:
         left = _left.get()
@@ -78,6 +81,7 @@ class Expr:
             node._ops = _bits.setdefault(op, 1 << len(_bits))
             for a in args:
                 node._ops |= a._ops
+            node._below = None
             _interned[key] = node
         return node
 
@@ -98,7 +102,10 @@ class Expr:
 
     def has(self, *ops: str) -> bool:
         """Whether one of these operations stands in it, at its root or below. (Known without a walk.)"""
-        return any(self._ops & _bits.get(op, 0) for op in ops)
+        asked = 0
+        for op in ops:
+            asked |= _bits.get(op, 0)
+        return bool(self._ops & asked)
 
     def with_args(self, args: tuple[Expr, ...]) -> Expr:
         """The same operation on other arguments of the same shapes."""
@@ -224,6 +231,18 @@ class Formula:
 
 def walk(*exprs: Expr) -> Iterator[Expr]:
     """Every distinct node below and including `exprs`, arguments first."""
+    if len(exprs) != 1:
+        return _walked(exprs)
+    (root,) = exprs
+    if root._below is None:  # a node never changes, and most are walked again and again
+        *below, _ = _walked(exprs)
+        if len(below) > _REMEMBERED:
+            return chain(below, exprs)
+        root._below = tuple(below)
+    return chain(root._below, exprs)
+
+
+def _walked(exprs: tuple[Expr, ...]) -> Iterator[Expr]:
     entered: set[Expr] = set()  # those whose arguments are on the stack, above them
     done: set[Expr] = set()
     stack = list(exprs[::-1])  # and no recursion: a formula may be deeper than Python's stack

@@ -303,15 +303,17 @@ def names(is_such: Callable[[Operation], bool]) -> tuple[str, ...]:
 def make(op: str, *args: Expr, data: Any = None) -> Expr:
     """The node of an operation on its arguments, `data` its sizes. Raises: ShapeError."""
     row = OPERATIONS[op]
-    if any(map(is_undecided, args)):
-        return undecided(args, (op, data))
+    for argument in args:
+        if argument.op == "undecided":
+            return undecided(args, (op, data))
     for i, argument in enumerate(args):
-        if is_whole(argument) and i not in row.places:
+        if (whole := OPERATIONS[argument.op].whole) == (i in row.places):
+            continue
+        if whole:
             raise ShapeError("cannot compute with places, which say what rows, columns or entries are meant")
-        if i in row.places and not is_whole(argument):
-            raise ShapeError("needs places here, and this is a tensor", i, (
-                "places are what `range`, `indices` and `top` give, and a `frozen param` that starts at one of them or "
-                "is drawn from `sample` or `integers`",))
+        raise ShapeError("needs places here, and this is a tensor", i, (
+            "places are what `range`, `indices` and `top` give, and a `frozen param` that starts at one of them or "
+            "is drawn from `sample` or `integers`",))
     return Expr(op, args, data, row.shape_of(data, tuple(a.shape for a in args)))
 
 

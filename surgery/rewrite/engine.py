@@ -16,13 +16,15 @@ from surgery.ir.expression import Expr
 class Rule:
     """One identity: what it `states`, the operation at its left side's root, and the `change` that applies it.
 
-    `example` is an expression of the language that it must fire on, over the operands of tests/operands.py.
+    `example` is an expression of the language that it must fire on, over the operands of tests/operands.py. `rounds`:
+    that what it takes away is zero, or what it turns back is there again, is true but for rounding.
     """
 
     states: str
     op: str
     change: Callable[[Expr], Expr | None]
     example: str
+    rounds: bool = False
 
 
 Table = dict[str, tuple[Rule, ...]]

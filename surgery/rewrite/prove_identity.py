@@ -3,11 +3,13 @@ every start is put in and W' comes out as W."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from surgery.ir.builders import fill, value_of
 from surgery.ir.expression import Expr, Formula, rebuild, walk
 from surgery.ir.operations import operation
 from surgery.ir.table import Linear, Orthogonal
-from surgery.rewrite.engine import Rule, rewrite, table
+from surgery.rewrite.engine import Rule, Table, rewrite, table
 from surgery.rewrite.normal_form import RULES
 
 
@@ -24,19 +26,32 @@ _SAME = Rule("|W| / |W| = 1 where no norm of W is 0", "div", _one, "row_norm(W) 
 # Rows that say nothing of gradients, which a start does not need.
 IN_VALUE = (_DETACH, _SAME)
 _OF_GRADIENTS, _STRICT, _GENERIC = table(*RULES), table(*RULES, _DETACH), table(*RULES, *IN_VALUE)
+_EXACT = table(*(rule for rule in RULES if not rule.rounds), _DETACH)
 
 
+@lru_cache(maxsize=1024)
 def starts_as_weight(formula: Formula, generic: bool = True) -> bool:
     """Whether W' = W and b' = b follow from the leaves' starts. `generic` supposes that no norm of the weight is zero.
 
     False means not proven, which is not a proof of the contrary.
     """
-    rules = _GENERIC if generic else _STRICT
-    starts = _starts(formula)
+    return _comes_out(formula, _starts(formula), _GENERIC if generic else _STRICT)
+
+
+@lru_cache(maxsize=1024)
+def starts_bit_for_bit(formula: Formula) -> bool:
+    """The same of floating point, where all that is read is finite: it follows from parameters that start at numbers,
+    whatever the others are, and from no rule that rounding would break."""
+    numbers = {key: start for key, start in _starts(formula).items() if value_of(start) is not None}
+    return _comes_out(formula, numbers, _EXACT)
+
+
+def _comes_out(formula: Formula, starts: dict[str, Expr], rules: Table) -> bool:
     weight, bias = (rewrite(_put(e, starts), rules) for e in (formula.weight, formula.bias))
     return weight.op == "weight" and bias.op == "bias"
 
 
+@lru_cache(maxsize=1024)
 def surely_trains(formula: Formula) -> bool:
     """Whether W' or b' is linear in a parameter where the others start, with a factor that is not zero, so that it has
     a gradient there. False means not proven."""

@@ -26,7 +26,7 @@ from surgery.models.loading import folder_of
 from surgery.models.stored_names import Unsure
 from surgery.planning.compile import Placed, Plan
 from surgery.planning.figures import Report
-from surgery.planning.initial_values import Origin, Shared, tensors
+from surgery.planning.initial_values import Origin, Shared, is_finite, tensors
 from surgery.rewrite.prove_identity import starts_as_weight
 from surgery.runtime.atomic_folders import refuse_taken, replacing
 from surgery.runtime.calibration import asked, needs_data
@@ -42,7 +42,6 @@ from surgery.text import counted
 
 Step = Callable[[str], AbstractContextManager]
 _CODES = {**CODES, torch.int64: "I64", torch.int32: "I32"}
-_SLICE = 1 << 22  # numbers that are looked at together
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,6 @@ class _Work:
     remade: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     computed: int = 0
     proven: int = 0
-    _starts_as_weight: dict[int, bool] = field(default_factory=dict)  # by the id of a formula
 
     @torch.no_grad()
     def run(self) -> None:
@@ -173,10 +171,7 @@ class _Work:
         if placed.target.shifted:
             return 0.0
         # W' takes several copies of W in float32: it is computed where the formula alone does not say that it is W
-        formula = placed.formula
-        if id(formula) not in self._starts_as_weight:
-            self._starts_as_weight[id(formula)] = starts_as_weight(formula, generic=False)
-        if self._starts_as_weight[id(formula)] and all(map(_is_finite, read)):
+        if starts_as_weight(placed.formula, generic=False) and all(map(is_finite, read)):
             self.proven += 1
             return 0.0
         self.computed += 1
@@ -187,6 +182,3 @@ class _Work:
         self.forms[name] = held.to("meta")
         self.file.add(name, _CODES[held.dtype], tuple(held.shape), held.flatten().view(torch.uint8).numpy().data)
 
-
-def _is_finite(tensor: Tensor) -> bool:
-    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(_SLICE))

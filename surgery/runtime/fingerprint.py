@@ -14,6 +14,8 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -29,18 +31,22 @@ _STEP = 37  # from one number to the next, beside equal parts of the weight: els
 
 def fingerprint_of(weight: Tensor) -> str:
     """A few numbers of a stored weight, with its dtype: `bfloat16 zczMPQ...`."""
-    count = weight.numel()
-    at = [(i * count // _NUMBERS + i * _STEP) % count for i in range(_NUMBERS)] if count else []
-    places = torch.tensor(at, device=weight.device, dtype=torch.int64)
     # By index, since a weight may lie transposed, and a flattened one would then be a copy of all of it.
-    shape = weight.shape
-    index = []
-    for size in reversed(shape):
-        index.append(places % size)
-        places = places // size
-    found = weight.detach()[tuple(reversed(index))].cpu().to(torch.float32)
-    held = struct.pack(f"<{len(at)}f", *found.tolist())
+    at = tuple(torch.tensor(axis, dtype=torch.int64, device="cpu") for axis in _places(tuple(weight.shape)))
+    found = weight.detach()[at].cpu().to(torch.float32).tolist()
+    held = struct.pack(f"<{len(found)}f", *found)
     return f"{dtype_text(weight.dtype)} {base64.b64encode(held).decode()}"
+
+
+@lru_cache(maxsize=64)  # models have few shapes
+def _places(shape: tuple[int, ...]) -> list[list[int]]:
+    """Where those numbers are, axis by axis."""
+    count, axes = prod(shape), []
+    at = [(i * count // _NUMBERS + i * _STEP) % count for i in range(_NUMBERS)] if count else []
+    for size in reversed(shape):
+        axes.append([place % size for place in at])
+        at = [place // size for place in at]
+    return axes[::-1]
 
 
 def fingerprints(placed: Iterable[Placed]) -> dict[str, str]:

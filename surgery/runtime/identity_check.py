@@ -2,31 +2,40 @@
 where training can move them.
 
 Takes placed formulas and their adapters; raises where one starts elsewhere, and warns of what never trains. Promises:
-W' is computed by the program that a merge would run, where algebra does not suffice; a target that says `shifted` is
-not asked where it starts.
+W' is computed by the program that a merge would run, unless it is W to the bit by algebra alone; a target that says
+`shifted` is not asked where it starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.language.tree import Target
 from surgery.planning.compile import Placed
-from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity
+from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, frozen_leaves, is_finite, not_identity
 from surgery.planning.numeric_check import never_trains, reaches, trained
-from surgery.rewrite.prove_identity import starts_as_weight, surely_trains
+from surgery.rewrite.prove_identity import starts_as_weight, starts_bit_for_bit, surely_trains
 from surgery.runtime.adapter import Adapter
 
 
 def assert_identity(targets: Sequence[Target], placed: Sequence[Placed], adapters: Mapping[str, Adapter]) -> None:
     """Raises: SurgeryError (not-identity) with each target's modules that start elsewhere, and how far off."""
-    # to read the weight of a called layer takes as many calls as it has columns: algebra is asked first
-    asked = [p for p in placed if not p.target.shifted and not p.site.is_meta
-             and not (p.site.layout.is_called and starts_as_weight(p.formula))]
-    refuse_moved(targets, [(p, moved_by(p, adapters[p.site.name])) for p in asked])
+    asked = [p for p in placed if not p.target.shifted and not p.site.is_meta]
+    refuse_moved(targets, [(p, moved_by(p, adapters[p.site.name])) for p in asked
+                           if not is_proven(p, adapters[p.site.name].tensors().values())])
+
+
+def is_proven(placed: Placed, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether it follows from the formula that W' starts as W, with those tensors in the adapter: nothing is computed
+    then, but looked through for what is not finite."""
+    site = placed.site
+    if site.layout.is_called:  # to read its weight takes as many calls as it has columns
+        return starts_as_weight(placed.formula)
+    return starts_bit_for_bit(placed.formula) and all(
+        is_finite(t) for t in (site.weight, site.bias, *tensors) if t is not None)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from surgery.diagnostics import fail
 from surgery.layers.opaque_linear import is_packed_again
 from surgery.layers.wrappers import own_parameter
 from surgery.planning.compile import Placed
-from surgery.planning.initial_values import departure
+from surgery.planning.initial_values import departure, is_finite
 from surgery.runtime.adapter import Adapter
 from surgery.text import listed
 
@@ -54,7 +54,7 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
     for name, value in exact.items():
         errors.append(error := departure(value, stored[name]))
         bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps  # a bias may have a dtype of its own
-        if not error <= bound and not value.isfinite().all():
+        if not error <= bound and not is_finite(value):
             raise fail("merge-error", f"W' of {site.name} is not finite", placed.target.span,
                        helps=("the training that made it diverged",))
         if not error <= bound:  # so that a NaN is refused too

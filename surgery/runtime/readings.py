@@ -26,16 +26,16 @@ class Readings(TorchFunctionMode):
     def __init__(self, placed: Sequence[Placed]):
         super().__init__()
         self.read: dict[str, None] = {}
-        self._owners = {id(t): p.site for p in placed if p.site.layout.is_called for t in pieces(p.site.module)}
+        self.owners = {id(t): p.site for p in placed if p.site.layout.is_called for t in pieces(p.site.module)}
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         # whose dtype, device or shape is asked for is not computed with
-        if self._owners and name != "__get__" and not name.endswith("_like"):
+        if self.owners and name != "__get__" and not name.endswith("_like"):
             asked = args[:1] if name in ("to", "type_as") else (*args, *kwargs.values())
             for each in (t for a in asked for t in (a if isinstance(a, (tuple, list)) else (a,))):
-                site = self._owners.get(id(each)) if isinstance(each, Tensor) else None
+                site = self.owners.get(id(each)) if isinstance(each, Tensor) else None
                 if site is not None and not _runs(site.module):
                     self.read[site.weight_name] = None
         return func(*args, **kwargs)

@@ -25,6 +25,7 @@ from torch import Tensor
 from surgery.diagnostics import Diagnostic, fail
 from surgery.planning.compile import Placed, Plan
 from surgery.planning.initial_values import Origin, again, follows
+from surgery.planning.initial_values import departure as change_between
 from surgery.runtime.fingerprint import fingerprint_of
 from surgery.text import counted, dtype_text, listed
 
@@ -144,10 +145,15 @@ def _loose(placed: Placed, tensors: Mapping[str, Tensor], rules: Mapping[str, Or
     loose: set[str] = set()
     for nudge in (1, -1):  # of two equal numbers one is larger in the first, the other in the second
         made = again(placed, fine, seed, dtype, {}, weight, nudge)
-        changes = {key: departure(said_of(t), made[key].reshape(t.shape)) for key, t in fine.items()}
-        loose |= {key for key, change in changes.items() if change and not (
-            fine[key].is_floating_point() and is_rounding(change, fine[key].dtype))}
+        loose |= {key for key, t in fine.items() if not _is_alike(t, made[key].reshape(t.shape))}
     return loose
+
+
+def _is_alike(tensor: Tensor, made: Tensor) -> bool:
+    """Whether two tensors that are both here differ by rounding at most: places not at all."""
+    if not tensor.is_floating_point():
+        return torch.equal(tensor.cpu(), made)
+    return is_rounding(change_between(tensor.detach().cpu(), made.detach()), tensor.dtype)
 
 
 class Remade:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import surgery
 from surgery.diagnostics import SurgeryError
 from surgery.models.demo import demo_inputs, load_demo
+from surgery.rewrite.prove_identity import starts_as_weight, starts_bit_for_bit
 
 FAMILIES = ("llama", "bert", "gpt2", "t5", "mixtral", "vit", "resnet")
 
@@ -211,3 +212,40 @@ def test_half_precision():
 def test_tokens_of_a_users_own(family):
     model = load_demo(family)
     assert surgery.apply(model, spec_of(family), example=demo_inputs(model, seed=3)).proof.merged is not None
+
+
+def one_layer() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 96))
+
+
+@pytest.mark.parametrize("name", ["lora", "hira", "loha", "oft", "vera", "fourierft", "polar", "svf", "red"])
+def test_a_start_that_follows_to_the_bit_is_one(name):
+    """Where nothing is computed because the formula says so, W' would be W bit for bit."""
+    surgeon = surgery.apply(one_layer(), surgery.load(name).retarget("**"), check=False)
+    (placed,) = surgeon.plan.placed
+    assert starts_bit_for_bit(placed.formula)
+    weights = surgeon.adapters[placed.site.name].weights(placed.site.module)
+    assert all(torch.equal(made, own) for made, own in zip(weights, placed.site.module.parameters()))
+
+
+UP = 'update up() {{ param A[2, in] = {}  param B[out, 2] = 0  return B @ A }}\ntarget "**" {{ add up() }}'
+
+
+def test_a_start_that_floating_point_may_miss_is_computed():
+    """One that takes away what it has added, one whose tensor overflows in its dtype, and a W that is not finite."""
+    taken = surgery.parse('update up() { frozen param F[out, in] ~ normal(0, 1)  param k = 1  return k * F - F }\n'
+                          'target "**" { add up() }')
+    (placed,) = surgery.plan(one_layer(), taken).placed
+    assert starts_as_weight(placed.formula) and not starts_bit_for_bit(placed.formula)
+    (placed,) = surgery.plan(one_layer(), surgery.parse(UP.format("7e4"))).placed
+    assert starts_bit_for_bit(placed.formula)
+    surgery.apply(one_layer(), surgery.parse(UP.format("7e4")), check=False)
+    with pytest.raises(SurgeryError, match="not-identity.*not finite"):
+        surgery.apply(one_layer(), surgery.parse(UP.format("7e4")), check=False, dtype=torch.float16)
+    for broken in (torch.nan, torch.inf):
+        model = one_layer()
+        with torch.no_grad():
+            model.get_parameter("0.weight")[3, 4] = broken
+        with pytest.raises(SurgeryError, match="not-identity.*not finite"):
+            surgery.apply(model, surgery.parse(UP.format("1")), check=False)
