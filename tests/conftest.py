@@ -70,7 +70,7 @@ def pytest_sessionfinish() -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """A worker tells the process that hands out tests what that has a use for: nothing of a test that begins, or of
-    what goes well before and after one. Half of that process's time went by taking note of it."""
+    what goes well before and after one. A third of that process's time went by taking note of it."""
     of_worker = (p for p in session.config.pluginmanager.get_plugins() if type(p).__name__ == "WorkerInteractor")
     for worker in of_worker:
         def send(name: str, send: Any = worker.sendevent, **about: Any) -> None:

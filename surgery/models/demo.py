@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from surgery.diagnostics import did_you_mean, fail
+from surgery.models.draws import same_draws
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,11 +75,8 @@ def demo_config(name: str) -> PreTrainedConfig:
 
 def load_demo(name: str, seed: int = 0) -> PreTrainedModel:
     """A demo model with random weights, in eval mode. Raises: SurgeryError (`unknown-model`)."""
-    import torch
-
     config = demo_config(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with same_draws(seed):
         return _model_class(name)(config).eval()
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.diagnostics import SurgeryError, fail
 from surgery.extras import need
+from surgery.models.draws import same_draws
 from surgery.models.names import DEMO, HUB_ID, parted, place
 from surgery.models.packages import GGUF, PACKAGE
 from surgery.text import said_by, some
@@ -105,8 +106,7 @@ def load_with_head(name: str, outputs: int, seed: int = 0, trust: bool = False, 
 
     shape = _config(name, trust)
     shape.update({"num_labels": outputs, **config})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with same_draws(seed):
         if name.startswith(DEMO):
             return _asked(name, lambda: Headed.from_config(shape, trust_remote_code=trust)).eval()
         return _from_files(name, Headed, config=shape, dtype=torch.float32, trust_remote_code=trust).eval()

@@ -25,6 +25,7 @@ from surgery.diagnostics import Diagnostic, SurgeryError, fail
 from surgery.layers.layouts import weights
 from surgery.layers.wrappers import own_parameter
 from surgery.models.demo import demo_inputs
+from surgery.models.draws import same_draws
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, is_finite
 from surgery.runtime.adapter import Adapter
@@ -121,7 +122,6 @@ class Subject:
                   for b in m.buffers()}
         before = Snapshot(self.scope)
         buffers = [(b, b.clone()) for b in self.model.buffers() if id(b) not in packed]
-        devices = list({p.device for p in self.model.parameters() if p.device.type == "cuda"})
         numpy = sys.modules.get("numpy")
         states = random.getstate(), numpy.random.get_state() if numpy else None
 
@@ -137,9 +137,8 @@ class Subject:
 
         try:
             try:
-                with torch.random.fork_rng(devices=devices):
-                    self.model.eval()
-                    yield
+                self.model.eval()
+                yield
             finally:
                 finish(put_back)
         finally:  # done already, but for an interrupt at the line above
@@ -165,9 +164,9 @@ class Subject:
         return None, None, _without(self.model, *failures[:1])
 
     def _call(self, batch: Any) -> Tensor:
-        torch.manual_seed(0)  # what draws, draws the same each time
-        output = (self.model(**batch) if isinstance(batch, Mapping) else
-                 self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch))
+        with same_draws(devices={p.device for p in self.model.parameters() if p.device.type == "cuda"}):
+            output = (self.model(**batch) if isinstance(batch, Mapping) else
+                      self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch))
         return torch.cat([t.flatten().double() for t in _floats(output)])
 
     def _run(self, batch: Any) -> Tensor:
@@ -281,9 +280,8 @@ def outputs(model: nn.Module) -> Tensor | None:
     modes = [(module, module.training) for module in model.modules()]
     subject = Subject(model, (), {}, Scope((), (), ()))
     try:
-        with torch.random.fork_rng(devices=[]):
-            model.eval()
-            return subject._first(None)[1]
+        model.eval()
+        return subject._first(None)[1]
     finally:
         for module, mode in modes:
             module.training = mode

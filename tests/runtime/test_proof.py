@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import surgery
 from surgery.diagnostics import SurgeryError
 from surgery.models.demo import demo_inputs, load_demo
+from surgery.models.loading import load_with_head
 from surgery.rewrite.prove_identity import starts_as_weight, starts_bit_for_bit
 
 FAMILIES = ("llama", "bert", "gpt2", "t5", "mixtral", "vit", "resnet")
@@ -149,6 +150,15 @@ def test_batch_norm_and_dropout_are_left_alone():
     before, state = everything(model), torch.get_rng_state()
     surgery.apply(model, "lora", example=x).remove()
     assert_same(everything(model), before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_seed_is_given_to_devices_that_the_model_is_not_on(monkeypatch):
+    """torch.manual_seed gives it to all of them, later where CUDA is not in use yet: a user's own seed would be lost."""
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("every device is seeded"))
+    state = torch.get_rng_state()
+    assert surgery.apply(load_demo("bert"), "lora").proof.merged is not None
+    load_with_head("demo:bert", 2)
     assert torch.equal(torch.get_rng_state(), state)
 
 
