@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 from surgery.ir.expression import Expr
@@ -46,7 +47,7 @@ def entrywise_product(maths: Any, expr: Expr) -> Text:
     a, b = expr.args
     if a.shape and b.shape:
         base, count = _power(expr)
-        if count > 2:
+        if count > 2 and maths.symbols.keys().isdisjoint(expr.args):
             return f"pow({maths.short(base)}, {count})", ATOM
         return infix("∘", ENTRYWISE, ENTRYWISE, PRODUCT)(maths, expr)
     scalar, scaled = (b, a) if a.shape else (a, b)
@@ -55,6 +56,7 @@ def entrywise_product(maths: Any, expr: Expr) -> Text:
     return _side_by_side(maths, scalar, scaled)
 
 
+@cache  # a formula may hold one factor twice, and that one another
 def _power(expr: Expr) -> tuple[Expr, int]:
     """x and how often it is a factor, of x ∘ x ∘ ..."""
     if expr.op != "mul":
