@@ -43,7 +43,7 @@ def draw(rows: Sequence[Row], file: Path, title: str = "") -> None:
                 axes.set_xscale("log")
 
 
-def draw_spectra(runs: Sequence[Run], file: Path, sweep: int | None = None) -> None:
+def draw_spectra(runs: Sequence[Run], file: Path, title: str = "", sweep: int | None = None) -> None:
     """Write the picture of the spectra across layers, a line for each method at its best learning rate: means over its
     seeds and, of the singular values, over its layers. The folder must be there."""
     chosen = {method: at_best(mine, sweep)[1] for method, mine in by_method(runs).items()}
@@ -53,7 +53,7 @@ def draw_spectra(runs: Sequence[Run], file: Path, sweep: int | None = None) -> N
     spread = [_curve(method, (point for layer in mine for point in zip(layer.places, layer.shares)))
               for method, mine in layers.items()]
     draw_curves({figure: [curve for curve in curves if curve.x] for figure, curves in layered.items()},
-                [curve for curve in spread if curve.x], file)
+                [curve for curve in spread if curve.x], file, title)
 
 
 def _curve(label: str, points: Iterable[tuple[float, float | None]]) -> Curve:

@@ -21,7 +21,8 @@ _TURNS = ("transpose", "t", "swapaxes", "permute", "mT.__get__", "T.__get__")
 _PARTS = ("__getitem__", "index_select", "unbind", "contiguous", "clone", "detach", *CASTS)
 _ASKED = ("shape.__get__", "dtype.__get__", "device.__get__", "ndim.__get__", "requires_grad.__get__", "size", "dim",
           "numel", "__len__", "is_floating_point")
-_PRODUCTS = ("matmul", "__matmul__", "bmm", "mm", "grouped_mm", "_grouped_mm")
+_TAKES_OUT_IN = ("linear",)
+_PRODUCTS = (*_TAKES_OUT_IN, "matmul", "__matmul__", "bmm", "mm", "grouped_mm", "_grouped_mm")
 
 
 def stacks(module: nn.Module) -> dict[str, bool]:
@@ -92,12 +93,12 @@ class _Uses(TorchFunctionMode):
 
     def _product(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         """The shape of a product of rows with a stack or a part of it, which is noted; None for anything else."""
-        if len(args) < 2 or not (name == "linear" or name in _PRODUCTS):
+        if len(args) < 2 or name not in _PRODUCTS:
             return None
         left, right = args[:2]
         if id(right) in self.known:
-            rows, matrix, is_in_out = left, right, name != "linear"
-        elif name in _PRODUCTS and id(left) in self.known:
+            rows, matrix, is_in_out = left, right, name not in _TAKES_OUT_IN
+        elif name not in _TAKES_OUT_IN and id(left) in self.known:
             rows, matrix, is_in_out = right.mT, left, False
         else:
             return None

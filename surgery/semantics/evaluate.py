@@ -38,6 +38,7 @@ MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": divide}
 _ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _LARGEST_POWER = 64  # of a tensor
+_OF_ALL = ("norm",)  # entries, where authors may mean those of a row
 _KEEP_WHOLE = ("abs", "min", "max", "relu", "sign", "clamp")
 _CONSTANT_NAMES = {"pi": math.pi}  # where nothing else is called so
 
@@ -312,7 +313,7 @@ def _assert_count(node: tree.Call, arity: int, sizes: tuple[str, ...]) -> None:
     count = len(node.arguments)
     if count < least or (count > least and not any_number) or any(a.name for a in node.arguments):
         takes = f"{'at least ' if any_number else ''}{least} argument{'s' * (least > 1)} by position"
-        by_rows = node.function == "norm" and bool(node.arguments)
+        by_rows = node.function in _OF_ALL and bool(node.arguments)
         names = f" ({', '.join(['tensor'] * arity + [s.lstrip('*') for s in sizes])})" if sizes else ""
         raise fail("missing-argument" if count < least else "unknown-argument",
                    f"`{node.function}` takes {takes}{names}",
