@@ -100,10 +100,11 @@ def _measured() -> dict[str, dict[str, Any]]:
 
 
 def _costs(row: dict[str, Any]) -> list[str]:
-    """The ratio of a step's time to the frozen model's, and the memory of a step in MiB, ours and PEFT's."""
-    ratios = [row.get(f"{who}step_ratio") for who in ("", "peft_")]
+    """The ratio of a step's time to the frozen model's with its spread, and the memory of a step in MiB, ours and
+    PEFT's."""
+    ratios = [(row.get(f"{who}step_ratio"), row.get(f"{who}step_ratio_spread")) for who in ("", "peft_")]
     sizes = [row.get(f"{who}peak_bytes") for who in ("", "peft_")]
-    return [*(r and f"{r:.2f}" or "" for r in ratios), *(size and f"{size / 2**20:.0f}" or "" for size in sizes)]
+    return [*(f"{r:.2f} ± {spread:.2f}" if r else "" for r, spread in ratios), *(size and f"{size / 2**20:.0f}" or "" for size in sizes)]
 
 
 def differences() -> list[str]:
