@@ -5,33 +5,42 @@ Takes formulas of the same weight; gives a formula. Promises: its leaves are the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from surgery.ir.expression import Expr, Formula, in_evaluation, noises, substituted
+from surgery.ir.expression import Expr, Formula, in_evaluation, rebuild
 from surgery.ir.table import constant, make
 
 
-def _mapped(formula: Formula, table: Mapping[Expr, Expr]) -> Formula:
+def _mapped(formula: Formula, change: Callable[[Expr, tuple[Expr, ...]], Expr]) -> Formula:
     # everything that names a leaf must name it by its new key: starts, claims and parts too
     def put(expr: Expr) -> Expr:
-        return substituted(expr, table)
+        return rebuild(expr, change)
 
-    leaves = tuple(replace(leaf, key=getattr(table.get(leaf.expr), "data", leaf.key), init=leaf.init and put(leaf.init))
-                   for leaf in formula.leaves)
+    leaves = tuple(replace(leaf, key=put(leaf.expr).data, init=leaf.init and put(leaf.init)) for leaf in formula.leaves)
     claims = tuple(replace(claim, expr=put(claim.expr)) for claim in formula.claims)
     parts = tuple(replace(part, expr=put(part.expr), operand=put(part.operand)) for part in formula.parts)
     return Formula(put(formula.weight), put(formula.bias), leaves, claims, parts)
 
 
 def named(formula: Formula, name: str) -> Formula:
-    """The formula with each leaf's key led by a name: `style:add_low_rank.A`, and its group, if it is shared."""
-    table = {leaf.expr: Expr(leaf.expr.op, (), f"{name}:{leaf.key}", leaf.shape) for leaf in formula.leaves}
-    for noise in noises(formula.weight, formula.bias):  # of two surgeries each draws its own
-        table[noise] = Expr("noise", (), replace(noise.data, key=f"{name}:{noise.data.key}"), noise.shape)
-    renamed = _mapped(formula, table)
-    leaves = tuple(replace(leaf, group=leaf.group and f"{name}:{leaf.group}") for leaf in renamed.leaves)
-    return replace(renamed, leaves=leaves)
+    """The formula with each leaf's key led by a name: `style:add_low_rank.A`, and its group, if it is shared. What is
+    drawn in training has the name too, since of two surgeries each has noise and dropout of its own."""
+    leaves = {leaf.expr for leaf in formula.leaves}
+
+    def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        if node in leaves:
+            return Expr(node.op, (), f"{name}:{node.data}", node.shape)
+        if node.op == "noise":
+            return Expr("noise", (), replace(node.data, key=f"{name}:{node.data.key}"), node.shape)
+        if node.op == "drop":
+            share, step = node.data
+            return Expr("drop", args, (share, f"{name}:{step}"), node.shape)
+        return node.with_args(args)
+
+    renamed = _mapped(formula, change)
+    shared = tuple(replace(leaf, group=leaf.group and f"{name}:{leaf.group}") for leaf in renamed.leaves)
+    return replace(renamed, leaves=shared)
 
 
 def stacked(first: Formula, second: Formula) -> Formula:
@@ -40,7 +49,8 @@ def stacked(first: Formula, second: Formula) -> Formula:
     Dropout, which belongs to training one surgery, is kept in the second alone.
     """
     weight, bias = in_evaluation(first.weight), in_evaluation(first.bias)
-    over = _mapped(second, {_leaf("weight", first): weight, _leaf("bias", first): bias})
+    below_it = {_leaf("weight", first): weight, _leaf("bias", first): bias}
+    over = _mapped(second, lambda node, args: below_it.get(node) or node.with_args(args))
     below = tuple(replace(part, expr=in_evaluation(part.expr)) for part in first.parts)
     return Formula(over.weight, over.bias, first.leaves + over.leaves, first.claims + over.claims, below + over.parts)
 

@@ -137,6 +137,21 @@ def test_a_mix_is_a_weighted_sum(model, x):
         with_all(nn.Sequential(nn.Linear(IN, OUT)), a=TURN).mix({"a": 0.5})
 
 
+def test_each_of_a_mix_drops_entries_of_its_own():
+    """Two equal updates of opposite signs: by one mask they would cancel."""
+    model = nn.Sequential(nn.Linear(IN, OUT)).double()
+    surgeries = with_all(model, **dict.fromkeys("ab", 'spec s()\ntarget linear "**" { add low_rank(2) dropout(50%) }'))
+    one, other = (surgeries._known[name].surgeon.adapters["0"].tensors() for name in "ab")
+    with torch.no_grad():
+        for key, tensor in one.items():
+            other[key].copy_(tensor)
+    surgeries.mix({"a": 1.0, "b": -1.0})
+    x = torch.randn(5, IN, dtype=torch.float64)
+    frozen = nn.functional.linear(x, model[0].get_parameter("weight"), model[0].bias)
+    assert_close(model.eval()(x), frozen, EXACT)
+    assert (model.train()(x) - frozen).abs().max() > 1e-3
+
+
 def test_each_is_saved_and_attached_by_itself(model, x, tmp_path: Path):
     base = deepcopy(model)
     surgeries = with_all(model, a=TURN, e=TRAINED)
