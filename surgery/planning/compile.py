@@ -9,7 +9,7 @@ every mistake of the spec against this model is reported in one error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -23,7 +23,8 @@ from surgery.ir.expression import Formula, Leaf
 from surgery.ir.sizes import known
 from surgery.language.library import Library, load
 from surgery.language.tree import Spec, Target, every_step
-from surgery.layers.survey import Site
+from surgery.layers.survey import Site, Survey
+from surgery.matching.conflicts import tied
 from surgery.matching.selection import Selection, select
 from surgery.planning.figures import Report
 from surgery.planning.sharing import SharedTensor, held, shared_tensors
@@ -127,6 +128,7 @@ def compile(model: nn.Module, spec: Spec | str | PathLike, strict: bool = False)
     placed = [(site, target, formulas.of(site, target)) for site, _, target in selection.targets.values()]
     report.add(*formulas.faults())
     report.add(*_unbiased(spec, resolved.library, [row[:2] for row in selection.targets.values()]))
+    report.add(*_tied_biases(selection.survey, [row[:2] for row in placed if row[2] and row[2].changes_bias]))
     shared = shared_tensors(((site, formula.leaves) for site, _, formula in placed if formula), report)
     report.raise_errors(strict)
     total = sum(p.numel() for p in model.parameters())
@@ -150,6 +152,22 @@ def _unbiased(spec: Spec, scope: Library, taken: list[tuple[Site, int]]) -> Iter
             yield Diagnostic("no-bias", f"{step.call.function} is added to the bias, and {some}", step.span,
                              severity="error" if nothing_left else "warning",
                              helps=("name the modules that have a bias, or leave the step out",))
+
+
+def _tied_biases(survey: Survey, changed: Sequence[tuple[Site, Target]]) -> Iterator[Diagnostic]:
+    """An error for each bias that a formula changes and another layer has too: b' would stand there as well. (What a
+    module above the layer calls by a name of its own, as the head of BERT does, is this layer's all the same.)"""
+    shared, told = tied(survey) if changed else {}, set[str]()
+    for site, target in changed:
+        name = f"{site.name}.bias".lstrip(".")
+        owners = {other: other.rpartition(".")[0] for other in shared.get(name, ())}
+        others = [other for other, owner in owners.items() if not f"{site.name}.".startswith(f"{owner}." * bool(owner))]
+        if others and name not in told:
+            told |= {name, *others}
+            yield Diagnostic("tied-weight", f"`{name}` is tied to {listed(others)}: they share one bias, and changing "
+                             "it at one place would change it at the other", target.span,
+                             helps=("give the layer a bias of its own first: `layer.bias = "
+                                    "nn.Parameter(layer.bias.detach().clone())`",))
 
 
 def _title(spec: Spec) -> str:

@@ -39,6 +39,7 @@ from surgery.layers.survey import Survey, sites
 from surgery.matching.conflicts import tied
 from surgery.matching.selection import select
 from surgery.models.demo import demo_names, load_demo
+from surgery.planning.compile import compile as plan
 
 demo = cache(load_demo)
 
@@ -438,6 +439,20 @@ def test_a_vector_that_weights_are_parts_of_is_tied_to_each():
     model.register_parameter("flat", flat)
     assert _tied(model) == {"flat": ("a.weight", "b.weight"), "a.weight": ("flat",), "b.weight": ("flat",)}
     assert failure(model, 'target linear "b" { add low_rank(rank = 1) }\ntrain "flat"').diagnostics[0].code == "tied-weight"
+
+
+def test_a_bias_that_two_layers_share_is_not_changed_at_one():
+    """b' would stand in both once it is merged. What a head calls its bias beside its decoder's, as BERT's, is that one."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(3, 4)})
+    model["a"].bias = model["b"].bias
+    for steps in ("add shift()", "pre diagonal() with bias"):
+        with pytest.raises(SurgeryError, match="tied-weight.: `a.bias` is tied to `b.bias`"):
+            plan(model, spec_of(f'target linear "**" untie {{ {steps} }}'))
+    assert len(plan(model, spec_of('target linear "**" { add low_rank(1)  pre diagonal() }')).placed) == 2
+    head = nn.ModuleDict({"decoder": nn.Linear(3, 4)})
+    head.register_parameter("bias", head["decoder"].bias)
+    for root in (head, nn.ModuleDict({"cls": head})):
+        assert len(plan(root, spec_of('target linear "**" { add shift() }')).placed) == 1
 
 
 def test_tied_weights_on_the_meta_device():
