@@ -238,6 +238,12 @@ class Operation:
         return bool(Stage.ELABORATED & self.stage) and self.shape is not None and not self.is_transparent
 
     @property
+    def call(self) -> str:
+        """How a spec calls it: `scatter(a, places, m, n)`."""
+        tensors = ["places" if i in self.places else "abc"[i] for i in range(self.arity or 0)]
+        return f"{self.name}({', '.join((*tensors, *self.sizes))})"
+
+    @property
     def is_leaf(self) -> bool:
         """Whether it is a tensor or a number that is there already."""
         return self.memory is Memory.GIVEN
@@ -310,7 +316,8 @@ def make(op: str, *args: Expr, data: Any = None) -> Expr:
         if (whole := OPERATIONS[argument.op].whole) == (i in row.places):
             continue
         if whole:
-            raise ShapeError("cannot compute with places, which say what rows, columns or entries are meant")
+            raise ShapeError("cannot compute with places, which say what rows, columns or entries are meant",
+                             i if row.places else None, (f"the call is `{row.call}`",) * bool(row.places))
         raise ShapeError("needs places here, and this is a tensor", i, (
             "places are what `range`, `indices` and `top` give, and a `frozen param` that starts at one of them or "
             "is drawn from `sample` or `integers`",))

@@ -13,7 +13,7 @@ from surgery.diagnostics import did_you_mean
 
 _CONCAT = "`side_by_side(A, B)` joins columns, and `stacked(A, B)` rows"
 _STACK = ("`stacked(A, B)` puts the rows of B below those of A; a stack of matrices is one parameter with an axis "
-          "more: `param A[blocks, m, n] = 0`")
+          "more, `param A[blocks, m, n] = 0`, and sum over it, `einsum(\"bij,bjk->ik\", A, B)`")
 _ZEROS = "a parameter of zeros is `param A[out, in] = 0`; in an expression, write `0 * ones(m, n)`"
 _IDENTITY = "the identity is `I(n)`"
 _POWER = "a power is `x * x`, `pow(x, 3)` or `sqrt(x)`; e^x is `exp(x)`"
@@ -25,7 +25,7 @@ _INVERSE = "write `inverse(A)`; of an orthogonal matrix it is `A.T`"
 _RANDOM = "what is random is a parameter: `param A[m, n] ~ normal(std = 0.02)`, `frozen param` if it is not trained"
 _DRAWN_ZEROS = "a value that is not drawn stands after `=`: `param A[m, n] = 0`"
 _LOOP = ("`for i in 0..count { pre turns(i) }` repeats steps of a target; in a definition, give a parameter an axis "
-         "more: `param A[blocks, m, n] = 0`")
+         "more, `param A[blocks, m, n] = 0`, and sum over it, `einsum(\"bij,bjk->ik\", A, B)`")
 _CONDITION = "write `if condition then a else b`"
 _FROZEN = "all is frozen but adapters, and what `train \"**.norm.*\"` names"
 _TRAINED = "`param A[m, n] = 0` is trained, and `frozen param A[m, n] = 0` is not"
@@ -72,6 +72,8 @@ _NAMES: dict[str, str] = {
     "index_add": "what stands at places of rows is `columns(I(n), places) @ A`",
     "where": _CONDITION + "; on entries, multiply by a mask of ones and zeros",
     "stop_gradient": "write `detach(x)`", "no_grad": "write `detach(x)`",
+    **dict.fromkeys(("d_out", "out_dim", "out_features", "nf"), "the number of rows of W is `out`"),
+    **dict.fromkeys(("d_in", "in_dim", "in_features", "nx"), "the number of columns of W is `in`"),
     "tril": _NO_FUNCTION, "triu": _NO_FUNCTION,
     "for": _LOOP, "while": _LOOP,
     "None": "leave it out", "True": "write `true`", "False": "write `false`",

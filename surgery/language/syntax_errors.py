@@ -196,6 +196,9 @@ def _header(stop: Stop) -> str:
     if bad == "TIMES" and "STRING" in accepted and "NUMBER" not in accepted:
         pattern = re.compile(r"([\w.*]|\{[^\s{}]*\})+").match(stop.source.text, extent(stop.bad)[0])
         return f"a pattern stands in quotes: `\"{pattern[0]}\"`" if pattern else ""
+    if bad == "_NOISE" and {"_PARAM"} <= accepted and not {"_LET"} <= accepted:
+        return ("each module draws noise for itself, and it never trains: it is neither shared nor frozen, "
+                "`noise m[rank] ~ bernoulli(0.5)`")
     if bad == "EQUAL" and accepted == {"TILDE"}:
         return "noise is drawn in every training step: `noise m[rank] ~ bernoulli(0.5)`"
     if accepted == {"LPAR"} and stop.tokens[-2:-1] and stop.tokens[-2].type == "PLACEMENT":
@@ -215,10 +218,14 @@ def _result(stop: Stop) -> str:
 
 def _product(stop: Stop) -> str:
     """What to write for two operands side by side, which are a product on paper."""
-    side_by_side = "TIMES" in stop.accepted and stop.bad.type in ("NAME", "LPAR") and not stop.on_another_line
+    last, bad = stop.tokens[-1:], stop.bad
+    is_given = bad.type in ("NAME", "NUMBER") and [token.type for token in last] == ["NAME"]  # to a function, perhaps
+    side_by_side = "TIMES" in stop.accepted and (bad.type in ("NAME", "LPAR") or is_given) and not stop.on_another_line
     # between two arguments it is rather the comma that is missing
+    if not side_by_side or "COMMA" in stop.accepted:
+        return ""
     return ("a product has its sign: `A @ B` of matrices, `2 * A` where one is a number"
-            if side_by_side and "COMMA" not in stop.accepted else "")
+            + f"; a function has parentheses: `{_short(last[0])}({_short(bad)})`" * is_given)
 
 
 def _no_token(source: Source, offset: int) -> Diagnostic:

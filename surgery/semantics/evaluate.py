@@ -290,6 +290,10 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
     values = [evaluate(a.value, names) for a in node.arguments]
     for value, argument in zip(values, node.arguments):
         _numeric(value, argument.value)
+    for value, argument in zip(values[arity:], node.arguments[arity:]) if arity else ():
+        if isinstance(value, Expr):
+            raise fail("wrong-type", f"a dimension must be a whole number, not {describe(value)}", argument.value.span,
+                       helps=(f"the call is `{PRIMITIVES[node.function].call}`",))
     least = 0 if node.function == "range" else 1
     given = tuple(size(v, a.value, names, least) for v, a in zip(values[arity:], node.arguments[arity:]))
     if node.function in _CONSTANTS:
