@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from surgery.language.library import parse
 from surgery.layers.opaque_linear import is_plain
 from surgery.planning.check import check
 from surgery.runtime.atomic_folders import replacing_file
+from surgery.runtime.noise import drawn
 from surgery.runtime.save import save
 from surgery.runtime.surgeon import Surgeon, apply
 
@@ -168,6 +171,68 @@ def test_weight_and_bias_of_two_dtypes_keep_their_own(weight, bias, steps):
         assert_close(layer.weight, w, torch.finfo(weight).eps)
         assert_close(layer.bias, b, max(torch.finfo(bias).eps, 1e-6))  # to which float32's adapter rounds
         surgeon.unmerge()
+
+
+@pytest.mark.parametrize("layer, x", [(nn.Linear(6, 12), torch.randn(4, 6)), (nn.Conv1d(2, 12, 3), torch.randn(4, 2, 5))])
+def test_an_input_that_the_layer_refuses_is_refused(layer, x):
+    """One number is not spread over six features, an imaginary part not left out, and no dtype cast without a word."""
+    model, surgeon = operated(layer, "pre diagonal() on in\n add low_rank(2)")
+    model.eval()(x.double())
+    wrong = [x.double()[..., :1], x.double().repeat(1, *[2] * (x.ndim - 1)), x, x.long(), x.to(torch.complex128), x > 0]
+    for each in (wrong if x.ndim == 2 else wrong[2:]):
+        for kept in (nullcontext(), surgeon.serving()):
+            with torch.no_grad(), kept:
+                model(x.double())
+                with pytest.raises(RuntimeError):
+                    model(each)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 alone
+        assert model(x.double()).dtype == torch.float64
+        with pytest.raises(RuntimeError):
+            model(x.long())
+
+
+# ------------------------------------------------------------------------------------------ what is set around a call
+
+
+@contextmanager
+def around(what: str) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype({"float64": torch.float64, "float16": torch.float16}.get(what, before))
+        with torch.device("meta") if what == "meta" else torch.autocast("cpu", torch.bfloat16, what == "autocast"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SEEDED = """update masked() {
+  frozen param m[out, in] ~ bernoulli(0.3)
+  frozen param R[out, in] = (W @ W.T) @ m
+  param X[out, 3] ~ orthogonal() on stiefel
+  param A[3, in] = 0
+  noise z[out, in] ~ bernoulli(0.001)
+  return m * (X @ A) * (1 + 100 * z) + 0 * R
+}"""
+
+
+@pytest.mark.parametrize("what", ["float64", "float16", "meta", "autocast"])
+def test_nothing_of_the_users_defaults_is_in_a_start_a_draw_or_a_retraction(what):
+    found, wanted = ({}, {})
+    for each, start in ((what, found), ("nothing", wanted)):
+        torch.manual_seed(2)
+        model, x = Tower(nn.Linear(6, 12), nn.LayerNorm(12)), torch.randn(2, 6)
+        with around(each):
+            surgeon = apply(model, spec("add masked()", SEEDED, more='target norm "**" { pre diagonal() }'), example=x)
+        start |= {name: t.detach().clone() for name, t in surgeon.named_tensors().items()}
+    assert found.keys() == wanted.keys() and len(found) == 5
+    assert all(torch.equal(t, wanted[name]) and t.dtype == wanted[name].dtype for name, t in found.items())
+    factor = surgeon.adapters["layers.0"].tensors()["add_masked.X"]
+    factor.grad = torch.ones_like(factor)
+    with around(what):
+        noise = drawn(surgeon.adapters["layers.0"].compiled.noises, torch.device("cpu"))
+        torch.optim.SGD([factor], 0.5).step()
+    assert {t.dtype for t in noise.values()} == {torch.float32}
+    assert_close(factor.mT @ factor, torch.eye(3), 1e-5, "XᵀX")
 
 
 # --------------------------------------------------------------------------------------------------- norms of nothing

@@ -8,7 +8,7 @@ nothing reads it any more, and passed over as seldom as the table of `adjoint` a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -20,6 +20,7 @@ from surgery.codegen.cost_model import frozen_last, one_pass
 from surgery.codegen.kernel_names import names_called
 from surgery.codegen.kernels_one_pass import has_triton
 from surgery.codegen.program_text import step_text
+from surgery.ir.dense import without_autocast
 from surgery.ir.expression import Expr
 from surgery.ir.operations import operation
 from surgery.ir.orthogonal_maps import is_traced
@@ -118,17 +119,6 @@ def _no_view(y: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.
     if memory and any(each is not None and each.untyped_storage().data_ptr() == memory for each in others):
         return y
     return y.new_empty(0).set_(y)  # pyright: ignore[reportArgumentType]  # torch's stubs know storages alone
-
-
-def without_autocast(device: str) -> AbstractContextManager:
-    """A context in which products are computed in the dtype of what they are given; nothing where they are anyway, as
-    to enter one takes longer than a small product."""
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on; for tensors without numbers there is none, and torch refuses to be asked."""
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def run(body: Expr, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor | None:

@@ -18,6 +18,8 @@ from torch import Tensor
 from surgery.codegen import kernels, kernels_one_pass
 from surgery.codegen.dropout_number import drawn_number
 
+_ENDLESS = 2.0**40  # more than a tensor holds; a chance of 1e-19 has gaps that no integer holds
+
 
 def mask(a: Tensor, p: float) -> Tensor:
     """A dropout mask, each entry dropped with probability p: places on a CPU, elsewhere bits."""
@@ -94,7 +96,7 @@ class Places:
         # The gaps between entries that chance takes are geometric. More than are drawn would be taken once in 1e15.
         draws = int(count * p + 8 * (count * p) ** 0.5) + 8
         rolled = torch.rand(draws, dtype=torch.float32, device="cpu")  # whatever the user's defaults are
-        gaps = rolled.neg_().log1p_().mul_(1 / log1p(-p)).to(torch.int64).add_(1)
+        gaps = rolled.neg_().log1p_().mul_(1 / log1p(-p)).clamp_(max=_ENDLESS).to(torch.int64).add_(1)
         places = gaps.cumsum(0).sub_(1)
         return places[:int(torch.searchsorted(places, count))].to(torch.int32 if count < 2**31 else torch.int64)
 

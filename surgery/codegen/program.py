@@ -25,6 +25,7 @@ from surgery.codegen.candidates import Candidate
 from surgery.codegen.cost_model import TOKENS_SUPPOSED, Cost
 from surgery.codegen.kernel_names import names_called
 from surgery.codegen.program_text import program_text
+from surgery.ir.dense import without_autocast
 from surgery.ir.expression import Expr
 from surgery.ir.orthogonal_maps import is_traced
 
@@ -86,7 +87,7 @@ class Program:
         y = autograd_node.run(self.plan.written, layer.as_dtype(x.dtype), x, values) if self._is_known(layer) else None
         if y is not None:
             return y
-        with nullcontext() if layer.follows_autocast else autograd_node.without_autocast(layer.device.type):
+        with nullcontext() if layer.follows_autocast else without_autocast(layer.device.type):
             assert self.body is not None  # a program of W' alone has none, and is not run
             return self.body(layer, x, *values)
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.codegen.autograd_node import Step, once, step, without_autocast
+from surgery.codegen.autograd_node import Step, once, step
 from surgery.codegen.candidates import Candidate
+from surgery.ir.dense import without_autocast
 
 Make = Callable[[Sequence[Tensor]], tuple]
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery.ir.dense import without_autocast
+
 
 @dataclass(frozen=True)
 class Manifold:
@@ -37,13 +39,16 @@ def polar(a: Tensor) -> Tensor:
     if not a.isfinite().all():
         return a
     left, _, right = torch.linalg.svd(_upright(a), full_matrices=False)
-    found = left @ right
+    with without_autocast(a.device.type):  # a step may be made inside of one
+        found = left @ right
     return (found if a.shape[-2] >= a.shape[-1] else found.mT).to(a.dtype)
 
 
 def _from_orthonormal(a: Tensor) -> float:
     tall = _upright(a)
-    gap = (tall.mT @ tall - torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device)).abs().max()
+    with without_autocast(tall.device.type):
+        gram = tall.mT @ tall
+    gap = (gram - torch.eye(tall.shape[-1], dtype=tall.dtype, device=tall.device)).abs().max()
     return float(gap) if gap.isfinite() else float("inf")
 
 

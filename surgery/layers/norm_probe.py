@@ -6,7 +6,8 @@ Promises: the module is not called or changed: a copy of its own, with numbers o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -27,10 +28,17 @@ def is_norm(module: nn.Module) -> bool:
     if not alike or not held.keys() <= {"weight", "bias"} or module._modules or module._buffers:
         return False
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with by_ourselves():
             return _normalises(copy_with(module, lambda *of, **how: 1 + torch.rand(*of, **how)), weight.shape[0])
     except Exception:  # a third party's module raises whatever it likes
         return False
+
+
+@contextmanager
+def by_ourselves() -> Iterator[None]:
+    """Inside, calls of copies are computed on the CPU as they are written, whatever the user's defaults are."""
+    with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def copy_with(module: nn.Module, numbers: Callable[..., Tensor]) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from surgery.layers.norm_probe import copy_with
+from surgery.layers.norm_probe import by_ourselves, copy_with
 
 CASTS = ("float", "double", "half", "bfloat16", "to", "type")
 
@@ -29,7 +29,7 @@ def multiplies(module: nn.Module) -> bool:
     if not all(p.is_floating_point() and p.itemsize > 1 for p in held.values()):
         return False
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with by_ourselves():
             copy = copy_with(module, torch.randn)
             with _Uses(copy._parameters["weight"], copy._parameters.get("bias") if bias is not None else None) as uses:
                 copy(torch.randn(1, 3, weight.shape[1], generator=torch.Generator().manual_seed(1)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from surgery.layers.norm_probe import copy_with
+from surgery.layers.norm_probe import by_ourselves, copy_with
 from surgery.layers.product_probe import CASTS
 
 _TURNS = ("transpose", "t", "swapaxes", "permute", "mT.__get__", "T.__get__")
@@ -30,16 +30,16 @@ def stacks(module: nn.Module) -> dict[str, bool]:
     held = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
     if not held or any(True for child in module.children() for _ in child.parameters()):
         return {}
-    for arguments in _calls(held.values()):
-        try:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with by_ourselves():
+        for arguments in _calls(held.values()):
+            try:
                 copy = copy_with(module, lambda shape, generator: torch.zeros(()).expand(shape))
                 with _Uses({name: copy.get_parameter(name) for name in held}) as uses:
                     copy(*arguments)
-        except Exception:  # a third party's module raises whatever it likes, and these were not its arguments
-            continue
-        if uses.seen:
-            return {name: ways.pop() for name, ways in uses.seen.items() if len(ways) == 1}
+            except Exception:  # a third party's module raises whatever it likes, and these were not its arguments
+                continue
+            if uses.seen:
+                return {name: ways.pop() for name, ways in uses.seen.items() if len(ways) == 1}
     return {}
 
 

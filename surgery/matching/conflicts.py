@@ -136,9 +136,9 @@ def have_common(first: Tensor, second: Tensor) -> bool:
         return apart < held * size
     places = []
     for tensor, start in ((lower, 0), (higher, apart // size)):
-        at = torch.tensor(start)
+        at = torch.tensor(start, device="cpu")
         for length, step in zip(tensor.shape, tensor.stride()):
-            at = at[..., None] + step * torch.arange(length if step else 1)
+            at = at[..., None] + step * torch.arange(length if step else 1, device="cpu")
         places.append(at.flatten())
     return bool(torch.isin(*places).any())
 

@@ -148,7 +148,7 @@ def starts_around_zero(leaf: Leaf) -> bool:
     assert leaf.init is not None  # a leaf that is not drawn starts at an expression
     if leaf.is_of_module:
         return False
-    return not dense(leaf.init, {"weight": torch.zeros(1, 1)}).any()  # which says the dtype and the device
+    return not dense(leaf.init, {"weight": torch.zeros(1, 1, device="cpu")}).any()  # it says the dtype and the device
 
 
 def frozen_leaves(placed: Placed, reads: bool = True) -> dict[str, torch.Tensor]:

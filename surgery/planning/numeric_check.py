@@ -34,7 +34,7 @@ def start(trial: Trial) -> dict[str, Tensor]:
     """The tensors of a target where it starts, on a random linear layer of its sizes."""
     layer, generator = nn.Linear(trial.in_, trial.out, device="meta"), torch.Generator().manual_seed(0)
     for name, parameter in layer.named_parameters():  # (`to_empty` would import a library of algebra)
-        setattr(layer, name, nn.Parameter(torch.randn(parameter.shape, generator=generator)))
+        setattr(layer, name, nn.Parameter(torch.randn(parameter.shape, generator=generator, device="cpu")))
     site = replace(sites(layer)[0], name=_title(trial))
     placed = Placed(site, trial.target, trial.formula)
     return {**frozen_leaves(placed), **tensors(placed, 0, torch.float32, {}, of_data=_of_data(placed))}
@@ -45,8 +45,8 @@ def _of_data(placed: Placed) -> dict[str, Tensor]:
     entries."""
     generator, site = torch.Generator().manual_seed(3), placed.site
     asked = {op for leaf in placed.formula.leaves for op in leaf.of_data}
-    drawn = {"gradient": torch.randn(site.out, site.in_, generator=generator),
-             "inputs": torch.randn(2 * site.in_, site.in_, generator=generator)} if asked else {}
+    drawn = {"gradient": torch.randn(site.out, site.in_, generator=generator, device="cpu"),
+             "inputs": torch.randn(2 * site.in_, site.in_, generator=generator, device="cpu")} if asked else {}
     return {op: x.mT @ x if op == "inputs" else x for op, x in drawn.items()}
 
 
@@ -145,7 +145,8 @@ class Property:
 def _unorthogonal(r: Tensor) -> Tensor:
     # A product with a few random vectors shows a defect anywhere in R Rᵀ; how large it is, all of R Rᵀ.
     if r.shape[-1] > LARGE:
-        probes = torch.randn(r.shape[-1], 4, dtype=r.dtype, generator=torch.Generator().manual_seed(3)).to(r.device)
+        draw = torch.Generator().manual_seed(3)
+        probes = torch.randn(r.shape[-1], 4, dtype=r.dtype, generator=draw, device="cpu").to(r.device)
         defect = (r @ (r.mT @ probes) - probes).abs().max()
         if defect <= CLAIM_TOLERANCE:
             return defect

@@ -59,7 +59,7 @@ def _leaves(trial: Trial, compiled: Compiled, training: bool) -> dict[str, Tenso
     generator = torch.Generator().manual_seed(4)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     values = {name: value.detach().double() if value.is_floating_point() else value
               for name, value in start(trial).items()}
@@ -68,7 +68,8 @@ def _leaves(trial: Trial, compiled: Compiled, training: bool) -> dict[str, Tenso
     for drawn in compiled.noises if training else ():
         values[drawn.data.key] = noise(*known_shape(drawn.shape))
     # token ids stand for rows with a single 1, and have no gradient
-    x = torch.eye(trial.out, dtype=torch.float64)[-_TOKENS:] if compiled.kind.takes_ids else noise(_TOKENS, trial.in_)
+    x = torch.eye(trial.out, dtype=torch.float64, device="cpu")[-_TOKENS:] if compiled.kind.takes_ids else noise(
+        _TOKENS, trial.in_)
     return {**values, "x": x.requires_grad_(not compiled.kind.takes_ids)}
 
 
@@ -83,6 +84,7 @@ def _output(compiled: Compiled, leaves: dict[str, Tensor], training: bool) -> Te
 def _results(y: Tensor, leaves: dict[str, Tensor]) -> list[Tensor]:
     """The output, and what a random loss of it has for gradients in the input and in all that trains."""
     trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
-    loss = (torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * y).sum()
+    draw = torch.Generator().manual_seed(5)
+    loss = (torch.randn(y.shape, generator=draw, dtype=torch.float64, device="cpu") * y).sum()
     gradients = torch.autograd.grad(loss, trained, allow_unused=True) if loss.requires_grad else [None] * len(trained)
     return [y.detach(), *(torch.zeros_like(leaf) if g is None else g for leaf, g in zip(trained, gradients))]

@@ -16,11 +16,11 @@ from weakref import ref
 import torch
 import torch.nn as nn
 
-from surgery.codegen.autograd_node import runs_as_on, without_autocast
+from surgery.codegen.autograd_node import runs_as_on
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program
 from surgery.diagnostics import fail
-from surgery.ir.dense import in_dtype
+from surgery.ir.dense import in_dtype, without_autocast
 from surgery.ir.expression import Formula
 from surgery.ir.notation import Maths, brief, parts_to_name
 from surgery.ir.orthogonal_maps import is_traced

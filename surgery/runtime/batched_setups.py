@@ -18,12 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from surgery.codegen.autograd_node import without_autocast
 from surgery.codegen.candidates import rests_on_layer
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program
 from surgery.diagnostics import fail
-from surgery.ir.dense import in_dtype
+from surgery.ir.dense import in_dtype, without_autocast
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.runtime.frozen_layers import Frozen
 from surgery.runtime.serving import are_same, hints

@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from surgery.codegen.autograd_node import without_autocast
 from surgery.diagnostics import SurgeryError, fail
+from surgery.ir.dense import without_autocast
 from surgery.layers.wrappers import own_parameter
 from surgery.planning.compile import Placed
 from surgery.runtime.transaction import finish

@@ -13,9 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from surgery.codegen.autograd_node import autocasts
 from surgery.codegen.kernels import on_cpu
 from surgery.codegen.masks import mask, masked
+from surgery.ir.dense import autocasts
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout
 from surgery.layers.opaque_linear import stored, stored_weight
@@ -53,10 +53,18 @@ class Frozen:
         return other
 
     def dtype_of(self, x: torch.Tensor) -> torch.dtype:
-        """The dtype of the activations for an input: the layer's own, or that of an autocast."""
-        device = self.device.type
-        narrows = self.follows_autocast and autocasts(device)
-        return torch.get_autocast_dtype(device) if narrows else self.dtype
+        """The dtype of the activations for an input: the layer's own, or that of an autocast. Raises: RuntimeError, as
+        torch's own layer, for an input of another dtype."""
+        if not self.follows_autocast:
+            return self.dtype
+        # autocast leaves float64 alone, and whole numbers
+        narrows = x.is_floating_point() and torch.float64 not in (x.dtype, self.dtype) and autocasts(self.device.type)
+        if narrows:
+            return torch.get_autocast_dtype(self.device.type)
+        if x.dtype != self.dtype:
+            raise RuntimeError(f"an operated {type(self.module).__name__} takes {self.dtype}, as it does by itself, "
+                               f"and is given {x.dtype}")
+        return self.dtype
 
     @property
     def is_trained(self) -> bool:
@@ -147,7 +155,15 @@ class FrozenLinear(Frozen):
         other.weight, other.bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         return other
 
+    @property
+    def width(self) -> int:
+        """How many features it takes."""
+        return self.weight.shape[-1]
+
     def enter(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if x.shape[-1:] != (self.width,):  # what is multiplied entry by entry would be spread over all features
+            raise RuntimeError(f"an operated {type(self.module).__name__} takes rows of {self.width} features, and is "
+                               f"given {list(x.shape)}")
         self.shape = x.shape[:-1]
         return x.reshape(-1, x.shape[-1]).to(dtype)
 

@@ -34,6 +34,10 @@ class FrozenCalled(FrozenLinear):
         return opaque_linear.device(self.module)
 
     @property
+    def width(self) -> int:
+        return opaque_linear.said_sides(self.module)[1]
+
+    @property
     def held(self) -> tuple[torch.Tensor, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]  # looked up anew
         """The tensors that W and b are made of."""
         loose = (t for t in vars(self.module).values() if isinstance(t, torch.Tensor))

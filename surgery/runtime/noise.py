@@ -18,9 +18,11 @@ from surgery.semantics.distributions import DISTRIBUTIONS
 
 #: How each law that has a mean draws a tensor of a shape on a device, its arguments by name.
 _LAWS = {
-    "normal": lambda shape, device, mean, std: torch.randn(shape, device=device) * std + mean,
-    "uniform": lambda shape, device, low, high: torch.rand(shape, device=device) * (high - low) + low,
-    "bernoulli": lambda shape, device, p: torch.bernoulli(torch.full(shape, p, device=device)),
+    "normal": lambda shape, device, mean, std: torch.randn(shape, dtype=torch.float32, device=device) * std + mean,
+    "uniform": lambda shape, device, low, high: (
+        torch.rand(shape, dtype=torch.float32, device=device) * (high - low) + low),
+    "bernoulli": lambda shape, device, p: torch.bernoulli(
+        torch.full(shape, p, dtype=torch.float32, device=device)),
 }
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import Diagnostic, SurgeryError, fail
+from surgery.ir.dense import autocasts
 from surgery.layers.layouts import weights
 from surgery.layers.wrappers import own_parameter
 from surgery.models.demo import demo_inputs
@@ -183,7 +184,9 @@ class Subject:
 
     @property
     def _eps(self) -> float:
-        return max((torch.finfo(p.dtype).eps for p in self.model.parameters() if p.is_floating_point()), default=0.0)
+        held = [p for p in self.model.parameters() if p.is_floating_point()]
+        narrow = {torch.get_autocast_dtype(p.device.type) for p in held if autocasts(p.device.type)}
+        return max((torch.finfo(dtype).eps for dtype in narrow | {p.dtype for p in held}), default=0.0)
 
     # ------------------------------------------------------------------------------------------- acts, and is the same
 
@@ -193,7 +196,7 @@ class Subject:
         for tensor in (t for own in self._trained().values() for t in own):
             if id(tensor) not in moved:
                 moved.add(id(tensor))
-                noise = _MOVE * torch.randn(tensor.shape, generator=draw)
+                noise = _MOVE * torch.randn(tensor.shape, generator=draw, dtype=torch.float32, device="cpu")
                 tensor.data = tensor.data + noise.to(tensor.device, tensor.dtype)
 
     def _trained(self) -> dict[str, list[nn.Parameter]]:
@@ -228,7 +231,8 @@ class Subject:
             with torch.enable_grad():
                 y = self._call(batch)
                 # a random direction: along a plain sum, what a norm follows has no gradient
-                direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+                draw = torch.Generator().manual_seed(1)
+                direction = torch.randn(y.shape, generator=draw, dtype=y.dtype, device="cpu")
                 gradients = torch.autograd.grad(y, leaves, direction.to(y.device), allow_unused=True)
         except SurgeryError as error:  # a layer that gives no gradient to its input
             skipped.append(f"no backward pass: {error.diagnostics[0].message}")

@@ -40,7 +40,7 @@ class ReadyCall:
         layer = self.layer
         if type(x) is not Tensor or x.dtype is not layer.dtype or x.device != layer.device or torch.is_grad_enabled():
             return None
-        if is_traced() or torch.is_autocast_enabled(layer.device.type):
+        if is_traced() or torch.is_autocast_enabled(layer.device.type) or x.shape[-1:] != layer.weight.shape[-1:]:
             return None
         for held, name, tensor in self.stands:
             if held.get(name) is not tensor:

@@ -62,7 +62,7 @@ def draw(law: Draw, shape: tuple[int, ...], *names: object) -> Any:
     if row.init == "bernoulli":
         (_, p), = law.arguments
         assert isinstance(p, float)  # as for a real module any argument is
-        return torch.bernoulli(torch.full(shape, p), generator=generator)
+        return torch.bernoulli(torch.full(shape, p, dtype=torch.float32, device="cpu"), generator=generator)
     if row.whole:
         most = law.arguments[0][1]
         assert isinstance(most, (int, float))  # a real module's sizes are known, and so is a number made of them
