@@ -6,12 +6,14 @@ device, no copy of an activation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from surgery.ir.primitives_indexing import mixed_blocks
 
-ROWS = 256  # of an activation that a CPU keeps close while it reads them with a stride
+ROWS, CLOSE = 256, 2**17  # of an activation, and numbers, that a CPU keeps close while it reads them with a stride
 TILE = 32  # columns of the blocks whose diagonal a device takes for a sum of products
 
 
@@ -46,11 +48,18 @@ def _wide_products(a: Tensor, b: Tensor) -> Tensor:
     """a b in the dtype of sums, on a CPU with rows added up, a cacheful of them at a time: [t, n], [t, n] -> [u, n]."""
     if not on_cpu(a):
         return a * b if a.dtype == wide(a) else a.to(wide(a)).mul_(b)  # no more memory than that of the sum's terms
-    (first, other), *rest = zip(a.split(ROWS), b.split(ROWS))
+    (first, other), *rest = _parts(a, b)
     sums = first.to(wide(a)) * other
     for x, y in rest:
         sums[:len(x)].addcmul_(x, y)
     return sums
+
+
+def side_by_side(a: Tensor, b: Tensor) -> Tensor:
+    """[a, b], the columns of both: [..., m], [..., n] -> [..., m + n]; in memory column after column if they are."""
+    if a.ndim == 2 and a.stride(0) == b.stride(0) == 1:
+        return torch.cat([a.mT, b.mT]).mT
+    return torch.cat([a, b], dim=-1)
 
 
 def column_sum(a: Tensor) -> Tensor:
@@ -63,16 +72,19 @@ def _slices(a: Tensor, count: int) -> Tensor:
     return a.unflatten(-1, (count, -1)).transpose(-3, -2)
 
 
-def _parts(a: Tensor) -> tuple[Tensor, ...]:
-    """The rows, a cacheful at a time on a CPU."""
-    return a.split(ROWS) if on_cpu(a) else (a,)
+def _parts(*activations: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of each, on a CPU a cacheful of the widest at a time."""
+    if not on_cpu(activations[0]):
+        return iter([activations])
+    rows = max(1, min(ROWS, CLOSE // max(1, *(a.shape[-1] for a in activations))))
+    return zip(*(a.split(rows) for a in activations))
 
 
 def blocks(a: Tensor, s: Tensor) -> Tensor:
     """a block_diag(s): [t, b k], [b, k, m] -> [t, b m], with no second activation beside it."""
     rows = a.flatten(0, -2)
     result = a.new_empty(len(rows), s.shape[0] * s.shape[2])
-    for part, into in zip(_parts(rows), _parts(result)):
+    for part, into in _parts(rows, result):
         if on_cpu(a):  # whose product of small blocks is up to twice as fast into memory of its own, and then copied
             _slices(into, len(s)).copy_(_slices(part, len(s)) @ s)
         else:
@@ -80,9 +92,14 @@ def blocks(a: Tensor, s: Tensor) -> Tensor:
     return result.unflatten(0, a.shape[:-1])
 
 
+def column_blocks(a: Tensor, s: Tensor) -> Tensor:
+    """The same, in memory column after column, for a product that reads it: [t, b k], [b, k, m] -> [t, b m]."""
+    return (s.mT @ _slices(a, len(s)).mT).flatten(0, 1).mT
+
+
 def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
     """y + alpha a block_diag(s), written into y: [t, b m], [t, b k], [b, k, m]."""
-    for part, into in zip(_parts(a), _parts(y)):
+    for part, into in _parts(a, y):
         _slices(into, len(s)).baddbmm_(_slices(part, len(s)), s, alpha=alpha)
     return y
 
@@ -91,15 +108,11 @@ def block_dot(a: Tensor, g: Tensor, s: Tensor) -> Tensor:
     """aᵀ g on the blocks of the diagonal: [t, b k], [t, b m] -> [b, k, m], the shape of s."""
     if s.shape[-1] < s.shape[-2]:  # a product with a narrow result is faster flat: measured, up to 14 times
         return block_dot(g, a, s.mT).mT.contiguous()
-    if not on_cpu(a):  # one product, which sums in float32 at least and rounds once
+    if not on_cpu(a) or a.dtype == wide(a):  # one product, which sums in float32 at least and rounds once
         return _slices(a, len(s)).mT @ _slices(g, len(s))
     result = a.new_zeros(s.shape, dtype=wide(a))
-    for rows, grads in zip(_parts(a), _parts(g)):
-        left, right = _slices(rows, len(s)).mT, _slices(grads, len(s))
-        if result.dtype == a.dtype:
-            result.baddbmm_(left, right)
-        else:  # rounded in each part, and not in their sum
-            result += left @ right
+    for rows, grads in _parts(a, g):  # rounded in each part, and not in their sum
+        result += _slices(rows, len(s)).mT @ _slices(grads, len(s))
     return result.to(a.dtype)
 
 

@@ -14,6 +14,7 @@ from surgery.codegen.aliases import Memory
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.emit import Lines, emitted, without_gradient
 from surgery.codegen.gradients import gradients
+from surgery.codegen.memory_order import in_order
 from surgery.codegen.one_pass import fused, gains_fused
 from surgery.codegen.operation_counts import size
 from surgery.codegen.schedule import Region
@@ -111,11 +112,17 @@ def step_text(body: Expr, needs: tuple[bool, ...], frozen_last: bool = False,
 _OWN = Memory(looked_on=False, writes=True)
 
 
+def _laid_out(outputs: tuple[Expr, ...], frozen_last: bool, one_pass: bool) -> tuple[Expr, ...]:
+    """What a pass computes, in the operations that its device is best at; where the frozen product is not summed last,
+    that is a CPU."""
+    return fused(*outputs) if one_pass else outputs if frozen_last else in_order(*outputs)
+
+
 def _forward(body: Expr, inputs: Sequence[Expr], kept: Sequence[Expr], frozen_last: bool,
              one_pass: bool) -> str:
     names = {leaf: "x" if operation(leaf).source is Source.INPUT else f"a{leaf.data}" for leaf in inputs}
     outputs = (body, *(k for k in kept if not operation(k).is_leaf))
-    computed = fused(*outputs) if one_pass else outputs
+    computed = _laid_out(outputs, frozen_last, one_pass)
     text = _let_go(Region(computed, names.keys(), _OWN, frozen_last=frozen_last), names, "y")
     called = {**names, **{output: text.results[as_fused] for output, as_fused in zip(outputs, computed)}}
     returned = "".join(f"{called[k]}, " for k in kept)
@@ -125,7 +132,7 @@ def _forward(body: Expr, inputs: Sequence[Expr], kept: Sequence[Expr], frozen_la
 
 def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr], frozen_last: bool, one_pass: bool) -> str:
     outputs = tuple(e for e in wanted if e is not None)
-    computed = fused(*outputs) if one_pass else outputs
+    computed = _laid_out(outputs, frozen_last, one_pass)
     names = {leaf: f"k{i}" for i, leaf in enumerate(kept)}
     arguments = ", ".join(["layer", "grad", *names.values()])
     names |= {node: "grad" for node in walk(*computed) if operation(node).source is Source.BACKWARD}

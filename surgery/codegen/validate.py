@@ -4,8 +4,8 @@ Takes the text of a program or of a step, and the expressions that it was made o
 (nothing for a proof). Promises: it knows nothing of how text is made, and has tables of its own. Each name stands for a
 symbol and the memory in which that lies; a line that writes over memory makes every other name for it unreadable; only
 memory that the function itself has allocated may be written over, and, where autograd looks on, only what no gradient
-needs. Sums and products are commutative, and a fused operation is the sum that it computes; nothing else is rewritten.
-No torch.
+needs. Sums and products are commutative, what is turned twice is itself, and a fused operation is the sum that it
+computes; nothing else is rewritten. No torch.
 """
 
 from __future__ import annotations
@@ -148,14 +148,10 @@ class Run:
                 return self._read(f"{name}[{index}]", values[index])
             case ast.Subscript(value=a, slice=index):
                 return self._view("index", self._value(a), ast.unparse(index).strip("()"))
-            case ast.Attribute(value=ast.BinOp(left=ast.Attribute(value=a, attr="mT"), op=ast.MatMult(),
-                                               right=ast.Attribute(value=b, attr="mT")), attr="mT"):  # (aᵀ bᵀ)ᵀ = b a
-                right = self._value(b)
-                return self._computed("@", right, self._value(a))
-            case ast.Attribute(value=ast.BinOp(left=ast.Attribute(value=a, attr="mT"), op=ast.MatMult(), right=b),
-                               attr="mT"):  # (aᵀ b)ᵀ = bᵀ a, of matrices
-                right = self._value(b)
-                return self._computed("@", self._view("T", right), self._value(a))
+            case ast.Attribute(value=ast.BinOp(left=a, op=ast.MatMult(), right=b), attr="mT") \
+                    if "mT" in (getattr(a, "attr", ""), getattr(b, "attr", "")):  # (aᵀ bᵀ)ᵀ = b a, (aᵀ b)ᵀ = bᵀ a, ...
+                right = self._transposed(b)
+                return self._computed("@", right, self._transposed(a))
             case ast.Attribute(value=a, attr="mT"):
                 held = self._value(a)
                 return replace(self._view("T", held), owned=held.owned)
@@ -167,6 +163,13 @@ class Run:
             case ast.Call():
                 return self._call(node)
         raise Fault(f"`{ast.unparse(node)}` is nothing that a program has")
+
+    def _transposed(self, node: ast.expr) -> Held:
+        """aᵀ, which of a text `aᵀ` is a itself."""
+        match node:
+            case ast.Attribute(value=a, attr="mT"):
+                return self._value(a)
+        return self._view("T", self._value(node))
 
     # -------------------------------------------------------------------------------------------------- memory
 
@@ -237,7 +240,7 @@ class Run:
             return self._sum(name, parts, factor)
         if name in _ONE_PASS:
             return self._in_one_pass(name, parts)
-        return self._computed(name, *parts)
+        return self._computed("blocks" if name == "column_blocks" else name, *parts)
 
     def _in_one_pass(self, name: str, parts: list[Any]) -> Any:
         """What is computed together, each in memory of its own: one value, or a list of them."""

@@ -1,9 +1,9 @@
 """What expressions mean, as terms of symbols that the text of a program is compared with.
 
 Takes expressions; gives for each node the number of a term, and of one for its gradient. Promises: equal terms are
-equal numbers; sums and products are commutative, and nothing else is rewritten. The table is its own on purpose: from
-the table of operations `validate` would hear what the emitter heard, and a row that is wrong would prove itself right.
-No torch.
+equal numbers; sums and products are commutative, what is turned twice is itself, and nothing else is rewritten. The
+table is its own on purpose: from the table of operations `validate` would hear what the emitter heard, and a row that
+is wrong would prove itself right. No torch.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Symbols:
         self.numbers: dict[tuple, int] = {}
         self.names: list[str] = []  # of the operation that each comes of
         self.shapes: dict[int, tuple] = {}  # of values that the expressions name
+        self._turned: dict[Meaning, Meaning] = {}  # of each transpose what it is of
 
     def _number(self, *key: Any) -> int:
         if key not in self.numbers:
@@ -43,8 +44,13 @@ class Symbols:
         if name in ("+", "*"):
             return Meaning(*(self._number(name, *sorted(getattr(part, way) for part in parts))
                              for way in ("value", "live")))
-        return Meaning(*(self._number(name, *(getattr(part, way) if isinstance(part, Meaning) else f"{part!r}"
-                                              for part in parts)) for way in ("value", "live")))
+        if name == "T" and parts[0] in self._turned:
+            return self._turned[parts[0]]
+        meaning = Meaning(*(self._number(name, *(getattr(part, way) if isinstance(part, Meaning) else f"{part!r}"
+                                                 for part in parts)) for way in ("value", "live")))
+        if name == "T":
+            self._turned[meaning] = parts[0]
+        return meaning
 
     def number(self, value: Any) -> Meaning:
         return self.of("number", float(value))

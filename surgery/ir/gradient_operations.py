@@ -38,6 +38,12 @@ def _outer_shape(a: Shape, g: Shape) -> Shape:
     return a[1:] + g[1:]
 
 
+def _thin_shape(a: Shape, m: Shape) -> Shape:
+    if len(a) != 2 or len(m) != 2 or a[1] != m[1]:
+        raise ShapeError(f"needs two matrices of as many columns, not {shape_text(a)} and {shape_text(m)}")
+    return a[0], m[0]
+
+
 def _circulate_back_shape(g: Shape, c: Shape) -> Shape:
     p, q, b = exactly(3, "a stack of first rows", c)
     if g[-1:] != (p * b,):
@@ -106,6 +112,8 @@ ROWS = [
             in_place=InPlace(Form("masked_", kernel="masks.masked_", is_fused=False), lambda node: node.args[:1]),
             added=Added(Form("add_masked", kernel="masks.add_masked"), fits=lambda z: z.args[0].op == "matmul",
                         takes=lambda z: z.args[:1], when=When.IN_STEP)),
+    Operation("thin", 2, _thin_shape, lambda a, m: a @ m.mT, "a mᵀ for few rows m, a read in order", stage=IN_STEP,
+              linear=Linear.EACH, text="({1} @ {0}.mT).mT", memory=Memory.NEW, flops=flop_rules.product),
     Operation("outer", 2, _outer_shape, lambda a, g: a.mT @ g, "aᵀ g", stage=IN_STEP, linear=Linear.EACH,
               text=_outer_text, memory=Memory.NEW, flops=flop_rules.each_read(2, -1)),
     Operation("flat", 1, lambda a: (prod(matrix(a)[:-1]), a[-1]), lambda a: a.flatten(0, -2),
@@ -120,6 +128,9 @@ ROWS = [
             linear=Linear.TOGETHER),
     in_step("block_dot", 3, lambda a, g, s: exactly(3, "a stack of blocks", s), _block_dot,
             "aᵀ g on the blocks of the diagonal, in the shape of s", flops=flop_rules.block_dot),
+    in_step("column_blocks", 2, lambda a, s: OPERATIONS["blocks"].shape_of(None, (a, s)),
+            lambda a, s: OPERATIONS["blocks"].value(None, [a, s], a), "a block_diag(s), in memory column after column",
+            linear=Linear.EACH, flops=flop_rules.blocks),
     in_step("circulate_back", 2, _circulate_back_shape, _circulate_back, "g circulant(c)", linear=Linear.EACH,
             flops=flop_rules.circulate),
     in_step("circulate_dot", 3, lambda a, g, c: exactly(3, "a stack of first rows", c), _circulate_dot,

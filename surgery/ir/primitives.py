@@ -353,7 +353,8 @@ ROWS = [
     Operation("reflect", 1, _reflect_shape, _reflect, "Π (I - 2 u uᵀ / uᵀu) over the columns u, first column leftmost",
               orthogonal=Orthogonal.ALWAYS, flops=flop_rules.each(4, 0, 1)),
     Operation("side_by_side", 2, _side_by_side_shape, _side_by_side, "[a, b], the columns of both",
-              linear=Linear.TOGETHER, memory=Memory.NEW, derivative=derivatives.side_by_side),
+              linear=Linear.TOGETHER, step_kernel="kernels.side_by_side", memory=Memory.NEW,
+              derivative=derivatives.side_by_side),
     Operation("stacked", 2, _stacked_shape, _stacked, "the rows of a above those of b", stage=SUGAR,
               linear=Linear.TOGETHER),
     # For the compiler alone: the small cores of structured maps, and maps on the last axis of activations.

@@ -48,6 +48,8 @@ SUM = make("add", PRODUCT, OTHER)
     ("y0 = x @ a0\ny1 = y0.flatten(0, -2)\ny2 = y0.mul_(2.0)\nreturn y1, ()", SUM, "`y1` has been written over"),
     ("y0 = (a0.mT @ x.mT).mT\nreturn y0, ()", PRODUCT, None),
     ("y0 = (x.mT @ a0.mT).mT\nreturn y0, ()", PRODUCT, "result 0"),
+    ("y0 = a0.mT\ny1 = (y0 @ x.mT).mT\nreturn y1, ()", PRODUCT, None),
+    ("y0 = (a0 @ x.mT).mT\nreturn y0, ()", PRODUCT, "result 0"),
     # a view of what is its own is written over as that is, and may be a copy
     ("y0 = x @ a0\ny1 = y0.flatten(0, -2)\ny2 = y1.addmm_(x, a1)\nreturn y2, ()",
      make("add", make("flat", PRODUCT), OTHER), None),
