@@ -204,9 +204,11 @@ def test_copies_pickles_and_calls_with_other_tensors():
 
 def test_an_error_in_a_pass_ends_it():
     model, surgeon = operated(spec_of("lora"), SQUARE)
+    hook = model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with batches() as sizes, surgeon.batched_setups():
-        with pytest.raises(RuntimeError):
-            model(torch.randn(5, 7, dtype=torch.float64))
+        with pytest.raises(ZeroDivisionError):
+            model(torch.randn(5, 96, dtype=torch.float64))
+        hook.remove()
         model.layers[0](torch.randn(5, 96, dtype=torch.float64))
     assert sizes == [COUNT]
 
