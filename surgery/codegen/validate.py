@@ -72,8 +72,7 @@ class Run:
         if missing := set(names) - {*arguments, "layer", *_DTYPES, "leaves"}:
             raise Fault(f"`{function.name}` takes {', '.join(sorted(missing))}, which nothing gives")
         self.names = {name: self._given(arguments[name]) for name in names if name in arguments}
-        read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-        if missing := (read & _DTYPES).difference(names):
+        if missing := (_read_by(function) & _DTYPES).difference(names):
             raise Fault(f"`{function.name}` reads {', '.join(sorted(missing))}, which nothing gives")
         result = None
         for statement in function.body:
@@ -394,6 +393,11 @@ _PARTS = re.compile(r"^(?=def )", re.MULTILINE)
 @lru_cache(maxsize=1024)  # many programs have one function, as a set-up with other bodies; nothing changes a tree
 def _parsed(part: str) -> list[ast.stmt]:
     return ast.parse(part).body
+
+
+@lru_cache(maxsize=1024)
+def _read_by(function: ast.FunctionDef) -> frozenset[str]:
+    return frozenset(node.id for node in ast.walk(function) if isinstance(node, ast.Name))
 
 
 def _name(node: ast.expr) -> str:

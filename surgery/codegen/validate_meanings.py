@@ -34,20 +34,24 @@ class Symbols:
         self.shapes: dict[int, tuple] = {}  # of values that the expressions name
         self._turned: dict[Meaning, Meaning] = {}  # of each transpose what it is of
 
-    def _number(self, *key: Any) -> int:
+    def _number(self, key: tuple) -> int:
         if key not in self.numbers:
             self.names.append(key[0])
         return self.numbers.setdefault(key, len(self.numbers))
 
     def of(self, name: str, *parts: Any) -> Meaning:
         """An operation on meanings and on known data."""
-        if name in ("+", "*"):
-            return Meaning(*(self._number(name, *sorted(getattr(part, way) for part in parts))
-                             for way in ("value", "live")))
         if name == "T" and parts[0] in self._turned:
             return self._turned[parts[0]]
-        meaning = Meaning(*(self._number(name, *(getattr(part, way) if isinstance(part, Meaning) else f"{part!r}"
-                                                 for part in parts)) for way in ("value", "live")))
+        values, lives = [], []
+        for part in parts:
+            value, live = part if isinstance(part, Meaning) else (f"{part!r}",) * 2
+            values.append(value)
+            lives.append(live)
+        if name in ("+", "*"):
+            values.sort()
+            lives.sort()
+        meaning = Meaning(self._number((name, *values)), self._number((name, *lives)))
         if name == "T":
             self._turned[meaning] = parts[0]
         return meaning
@@ -62,7 +66,7 @@ class Symbols:
 
     def constant(self, a: Meaning) -> Meaning:
         """Without a gradient."""
-        return Meaning(a.value, self._number("constant", a.value))
+        return Meaning(a.value, self._number(("constant", a.value)))
 
 
 # ------------------------------------------------------------------------------------------- what expressions mean
