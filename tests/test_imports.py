@@ -135,6 +135,10 @@ WITHOUT_TORCH = ["--help", "apply --help", "--version", "specs", "fmt lora.surg"
                  "check gate.surg",  # which runs dense, as it warns
                  "from surgery.matching import patterns, suggestions", "import surgery.models.demo as d; d.demo_names()"]
 
+# What libraries are imported for good is looked through for garbage at no time; here a stub stands for transformers.
+FOR_GOOD = ("import gc, sys; sys.path.insert(0, 'stub'); from surgery.models import loading; loading.quiet_libraries(False); "
+            "import transformers.modeling_utils as stub; sys.modules.pop('transformers'); "
+            "sys.exit(stub.collects or not gc.isenabled() or not gc.get_freeze_count())")
 
 # Each command, and what Python runs, runs in a fork of a process that has read a spec, which takes longer than most of them.
 EACH_IN_A_FORK = """
@@ -173,21 +177,33 @@ def imported_by(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     (folder / "broken.surg").write_text("target linear { add low_rnk() }\n")
     (folder / "gate.surg").write_text(
         "update own() { param G[out, in] = 0  return W * G }\ntarget linear { add own() }\n")
-    subprocess.run([sys.executable, "-c", EACH_IN_A_FORK, json.dumps(WITHOUT_TORCH)], cwd=folder, check=True,
+    stub = folder / "stub/transformers"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").write_text("")
+    (stub / "modeling_utils.py").write_text("import gc\ncollects = gc.isenabled()\n")
+    (stub / "utils.py").write_text("class logging:\n    set_verbosity_error = disable_progress_bar = staticmethod(int)\n")
+    subprocess.run([sys.executable, "-c", EACH_IN_A_FORK, json.dumps([*WITHOUT_TORCH, FOR_GOOD])], cwd=folder, check=True,
                    capture_output=True)
     rows = map(json.loads, (folder / "found").read_text().splitlines())
     return {command: rest for command, *rest in rows}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that can fork is needed")
-@pytest.mark.parametrize("command", WITHOUT_TORCH)
+@pytest.mark.parametrize("command", [*WITHOUT_TORCH, FOR_GOOD])
 def test_what_needs_no_torch_imports_none(imported_by: dict[str, list], command: str) -> None:
     assert imported_by[command] == [int("broken" in command), []]
 
 
-def test_layouts_do_not_import_transformers() -> None:
-    """Neither they, nor the packages that they are in, nor what those import."""
-    left, reached = ["surgery.layers.layouts", "surgery.layers.survey"], set()
+HEAVY = {"transformers", "accelerate", "peft", "matplotlib", "scipy", "sklearn", "pandas", "numpy", "safetensors"}
+PLAN = ["surgery.cli.plan", "surgery.models.loading", "surgery.planning.compile", "surgery.planning.figures",
+        "surgery.planning.quantised_sizes"]  # what `surgery plan` begins with, or imports when it runs
+
+
+@pytest.mark.parametrize("names", [["surgery.layers.layouts", "surgery.layers.survey"], PLAN], ids=["layouts", "plan"])
+def test_what_is_imported_at_once(names: list[str]) -> None:
+    """Neither transformers, which models alone need and which takes longer than all else, nor what only measures or draws:
+    not by these modules, nor by the packages that they are in, nor by what those import."""
+    left, reached = [*names], set()
     while left:
         if (name := left.pop()) in MODULES and name not in reached:
             reached.add(name)
@@ -195,7 +211,8 @@ def test_layouts_do_not_import_transformers() -> None:
     assert {"surgery", "surgery.layers", "surgery.layers.kinds"} <= reached
     at_once = {word for name in reached for node in trees()[name].body for word in re.findall(
         r"^(?:import|from) (\w+)", ast.unparse(node), re.MULTILINE)}
-    assert "torch" in at_once and "transformers" not in at_once
+    assert "torch" in at_once and at_once.isdisjoint(HEAVY)
+    assert {part(name) for name in reached}.isdisjoint({"runtime", "analysis", "peft", "experiments", "editor"})
 
 
 def test_the_package_alone_imports_no_torch() -> None:

@@ -59,16 +59,19 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     memory is not loaded, as with --no-load.
     """
     asked = checked(spec, sets, targets)
+    if merge and out is None:
+        raise click.UsageError("--merge needs -o DIR.")
+    if no_load and (out is None or merge or data is not None):
+        raise click.UsageError("--no-load needs -o DIR, and neither --merge nor --data.")
+    from surgery.models.loading import quiet_libraries
+
+    quiet_libraries(output.animated)
     from surgery.experiments.tasks import read_task
     from surgery.models.names import revised
     from surgery.runtime.save import MODEL
     from surgery.runtime.saved_format import ADAPTER
     from surgery.runtime.surgeon import apply as operate
 
-    if merge and out is None:
-        raise click.UsageError("--merge needs -o DIR.")
-    if no_load and (out is None or merge or data is not None):
-        raise click.UsageError("--no-load needs -o DIR, and neither --merge nor --data.")
     if out is not None:  # refused now, since loading may take minutes
         free(out, force, MODEL if merge else ADAPTER)
     model = revised(model, output.revision)
@@ -91,10 +94,8 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
 
 
 def _is_too_large(output: Output, model: str, dtype: str | None) -> bool:
-    from surgery.models.loading import quiet_libraries
     from surgery.runtime.apply_files import too_large
 
-    quiet_libraries(output.animated)
     if why := too_large(model, dtype, output.trust):
         output.note(f"{model} is not loaded: {why}")
     return bool(why)
@@ -102,10 +103,8 @@ def _is_too_large(output: Output, model: str, dtype: str | None) -> bool:
 
 def _unloaded(output: Output, spec: str, asked: Spec, model: str, out: str, seed: int, dtype: str | None, force: bool,
               strict: bool, self_contained: bool) -> None:
-    from surgery.models.loading import quiet_libraries
     from surgery.runtime.apply_files import apply_files
 
-    quiet_libraries(output.animated)
     done = apply_files(model, asked, out, seed=seed, dtype=dtype, strict=strict, force=force, trust=output.trust,
                        self_contained=self_contained, step=output.busy)
     output.diagnostics(done.plan.warnings)

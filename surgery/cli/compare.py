@@ -109,11 +109,13 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: 
     methods = _methods(specs if no_full else (FULL, *specs), sets, targets)
     if against is not None and against not in methods:
         raise click.UsageError(f"--against {against} is none of {', '.join(methods)}.")
+    from surgery.models.loading import quiet_libraries
+
+    quiet_libraries(bars=False)
     from surgery.experiments.comparison import comparison_of
     from surgery.experiments.comparison_workers import refuse_unknown
     from surgery.experiments.fine_tuning import Data, Training
     from surgery.extras import need
-    from surgery.models.loading import quiet_libraries
     from surgery.runtime.atomic_folders import refuse_file
 
     # All that can be refused without a model, before hours of training.
@@ -123,7 +125,6 @@ def compare(output: Output, specs: tuple[str, ...], model: str, data: str, dev: 
     refuse_unknown(devices)
     tried, setting = _by_method(rates, methods), Training(**given(how), rates=dict(parameter_rates))
     with output.busy(f"loading {model}"):
-        quiet_libraries(bars=False)
         comparison = comparison_of(methods, model, Data(data, dev, tests, kind, label, threshold, limit, test_limit),
                                    output.trust, dtype, rates=tried, seeds=seeds, sweep=sweep, how=setting)
         comparison.check()

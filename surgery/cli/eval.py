@@ -27,12 +27,13 @@ def eval_(output: Output, model: str, files: tuple[str, ...], kind: str | None, 
     labelled texts or pairs, {question, choices, answer} by log-likelihood, conversations and texts by perplexity,
     questions whose answer is a number (`#### 42`) by what the model writes. Each score has its standard error.
     """
-    from surgery.experiments.evaluation import Scoring, open_model, read_for, scored
     from surgery.models.loading import quiet_libraries
+
+    quiet_libraries(output.animated)
+    from surgery.experiments.evaluation import Scoring, open_model, read_for, scored
 
     scoring = Scoring(**given(how))
     with output.busy(f"loading {model}"):
-        quiet_libraries(output.animated)
         opened = open_model(model, dtype, output.trust)
     tasks = [read_for(opened, file, kind, label, threshold).limited(limit) for file in files]
     found = []

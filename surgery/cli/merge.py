@@ -31,15 +31,16 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
     weight at a time, and a merge that was killed goes on when it is run again.
     """
     from surgery.models.loading import quiet_libraries
+
+    # Every weight is met once, in memory that is new: torch then asks the system for it in large pages, and waits less.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    quiet_libraries(output.animated)
     from surgery.models.names import base_name, revised
     from surgery.runtime.merge_files import merge_files
     from surgery.runtime.save import MODEL
     from surgery.runtime.saved_format import Saved
 
-    # Every weight is met once, in memory that is new: torch then asks the system for it in large pages, and waits less.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     free(out, force, MODEL)
-    quiet_libraries(output.animated)
     if output.revision:
         model = revised(base_name(folder, model, Saved(Path(folder)).base), output.revision)
     done = merge_files(folder, out, model, then=after, dtype=dtype, jobs=jobs, force=force, trust=output.trust,

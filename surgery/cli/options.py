@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -242,19 +240,6 @@ def skeleton_of(output: Output, model: str) -> nn.Module:
     from surgery.models.loading import quiet_libraries, skeleton
     from surgery.models.names import revised
 
-    with output.busy(f"reading the configuration of {model}"), _uncollected():
+    with output.busy(f"reading the configuration of {model}"):
         quiet_libraries(output.animated)
         return skeleton(revised(model, output.revision), output.trust)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Inside, Python looks for no garbage: importing makes a million objects, all of which stay, and looking through
-    them again and again takes a tenth of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -53,13 +53,14 @@ def train(output: Output, spec: str, model: str, out: str, sets: tuple[str, ...]
     saved with training.toml, which --config takes to train so again; checkpoints lie in DIR-checkpoints.
     """
     asked = checked(spec, sets, targets)
-    from surgery.experiments.fine_tuning import Data, Training
-    from surgery.experiments.fine_tuning import train as fine_tune
-    from surgery.models.loading import quiet_libraries
-
     if how["patience"] and dev is None:
         raise click.UsageError("--patience needs --dev FILE.")
+    from surgery.models.loading import quiet_libraries
+
     quiet_libraries(output.animated)
+    from surgery.experiments.fine_tuning import Data, Training
+    from surgery.experiments.fine_tuning import train as fine_tune
+
     with _watch(output) as watch:
         trained = fine_tune(
             asked, model, Data(data, dev, tests, kind, label, threshold, limit, test_limit), out,

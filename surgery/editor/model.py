@@ -36,10 +36,11 @@ class Model:
 
     def __init__(self, name: str):
         # Imported here: these need torch, which an editor without a model does without.
-        from surgery.matching.matches import Catalogue
         from surgery.models.loading import quiet_libraries, skeleton
 
         quiet_libraries(bars=False)
+        from surgery.matching.matches import Catalogue
+
         self.name = name
         self.skeleton: nn.Module = skeleton(name)
         self.catalogue: Catalogue = Catalogue(self.skeleton)

@@ -8,8 +8,11 @@ code that lies in a model's folder runs only where the caller says `trust`, and 
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from io import StringIO
@@ -54,12 +57,30 @@ _MODELS = "a model is a hub id, a local folder or GGUF file, package:NAME, or a 
 
 
 def quiet_libraries(bars: bool) -> None:
-    """Keep transformers' warnings, and its bars where none are wanted, off the screen."""
+    """Import torch and transformers, for good, and keep their warnings, and bars where none are wanted, off the
+    screen. A command begins with it: what it imports itself would else be looked through for garbage with all that."""
+    _import_for_good()
     from transformers.utils import logging as talk
 
     talk.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     (talk.enable_progress_bar if bars else talk.disable_progress_bar)()
+
+
+def _import_for_good() -> None:
+    """Import what makes a million objects, all of which stay: Python looks for garbage among them neither meanwhile,
+    nor later, nor when the process ends, which would take a quarter of the start's time."""
+    if "transformers.modeling_utils" in sys.modules:
+        return
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        import transformers.modeling_utils  # noqa: F401
+    finally:
+        if was_enabled:
+            gc.enable()
+    gc.freeze()
+    atexit.register(gc.freeze)
 
 
 def skeleton(name: str, trust: bool = False) -> PreTrainedModel:
