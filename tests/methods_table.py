@@ -22,7 +22,7 @@ from surgery.peft.table.methods import METHODS
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.families import FAMILIES
 from surgery.planning.formulas import formula_lines, formulas
-from surgery.planning.shipped_specs import Entry, catalogue
+from surgery.planning.shipped_specs import Entry, catalogue, entry_of
 
 _STEP = re.compile(r" {3,}(pre|add|post) ")  # the note of a line that says what a step is
 _MARKS = re.compile(r"[*_<`|\\]")  # what Markdown would read
@@ -43,6 +43,11 @@ parameter, `surgery specs --family FAMILY` lists a family; families are told fro
 
 Written by `python tests/methods_table.py`.
 """
+COUNTED = """
+{shipped} specs ship, and {said} more stand in `tests/methods` (at the end of this page).
+Of the {classed} whose sizes a lone layer gives, {structured} run structured.
+"""
+UNSHIPPED = Path(__file__).parent / "methods"
 
 
 NOT_SHIPPED = """## What does not ship
@@ -74,6 +79,16 @@ their spread says how much they are worth. What is not in the table has not been
 |---|---|---|---|"""
 
 
+SAID = """## Said, and not shipped
+
+Methods that a spec says, and that do not ship: they are variants of one that does, what their authors say of them is more than a
+W' (a schedule, a router), or no code of theirs was found to compare with. Each file is in `tests/methods`.
+
+| spec | of | lines | runs | a step, x the frozen layer's |
+|---|---|---|---|---|"""
+OF_A_MODEL = {"flora_tucker", "head_gain", "loha_tucker", "rank_by_layer"}  # of sizes that a lone layer has not
+
+
 def page(entries: list[Entry], estimates: Mapping[str, float] = MappingProxyType({})) -> str:
     """The whole page: a section for each family, a block for each spec, in the section of its narrowest family; and
     what was measured, beside the `estimates` for the same model."""
@@ -84,7 +99,22 @@ def page(entries: list[Entry], estimates: Mapping[str, float] = MappingProxyType
     for name, members in sections.items():
         lines += [f"## {name.capitalize()}", "", f"{FAMILIES[name].means[0].upper()}{FAMILIES[name].means[1:]}.", ""]
         lines += [line for entry in members for line in _block(entry)]
-    return "\n".join([*lines, *_measured(estimates), "", NOT_SHIPPED])
+    said = {path.stem: entry_of(path.stem, read(path)) for path in sorted(UNSHIPPED.glob("*.surg"))
+            if path.stem not in OF_A_MODEL}
+    classes = [_class(each) for each in (*entries, *said.values()) if each.parameters is not None]
+    lines[0] += COUNTED.format(shipped=len(entries), said=len(said) + len(OF_A_MODEL), classed=len(classes),
+                               structured=classes.count("structured"))
+    return "\n".join([*lines, *_measured(estimates), "", *_said(said), "", NOT_SHIPPED])
+
+
+def _said(entries: Mapping[str, Entry]) -> Iterator[str]:
+    yield SAID
+    for path in sorted(UNSHIPPED.glob("*.surg")):
+        text = path.read_text(encoding="utf-8")
+        about = _MARKS.sub(r"\\\g<0>", text.partition("\n")[0].removeprefix("# "))
+        each = entries.get(path.stem)
+        figures = f"{_class(each)} | {each.step_ratio:.2f}" if each else "by a model's own sizes | "
+        yield f"| `{path.stem}` | {about} | {lines_of(text)} | {figures} |"
 
 
 def measured() -> dict[str, dict[str, Any]]:
@@ -174,7 +204,8 @@ def _compared(name: str) -> str:
 def without_estimates(text: str) -> list[str]:
     """The page's lines, but for what the cost model says: that follows every change of a program."""
     return [line.partition(" parameters, ")[0] if " parameters, " in line else
-            line.rsplit("|", 3)[0] if line.startswith("| `") and " ± " in line else line for line in text.splitlines()]
+            line.rsplit("|", 3)[0] if line.startswith("| `") and (" ± " in line or line.count("|") == 6) else line
+            for line in text.splitlines() if not line.startswith("Of the ")]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 from surgery.codegen.compiled import Compiled
 from surgery.ir.sizes import known
 from surgery.language.library import read, shipped
+from surgery.language.tree import Spec
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.families import families
 from surgery.semantics.evaluate import OF_DATA_NAMES
@@ -44,20 +45,20 @@ class Entry:
 
 def catalogue() -> list[Entry]:
     """The shipped specs in the order of their names."""
-    entries = []
-    for name, path in shipped().items():
-        spec = read(path)
-        paper = _PAPER.search(spec.doc)
-        formulas = [formula for _, formula in resolved(spec).formulas(OUT, IN)]
-        about = (name, spec.doc.partition("\n")[0], paper and paper[0], families(formulas))
-        if not formulas:  # it only unfreezes what the model has
-            entries.append(Entry(*about, None, "the model's own parameters", None))
-            continue
-        formula = formulas[0]
-        estimate = Estimate(Compiled.supposed(formula))
-        program = "dense" if estimate.built else estimate.candidates[0].strategy
-        trained = sum(known(prod(leaf.shape)) for leaf in formula.leaves if not leaf.frozen)
-        asked = {op for each in formulas for leaf in each.leaves for op in leaf.of_data}
-        data = tuple(name for name, (op, _) in OF_DATA_NAMES.items() if op in asked)
-        entries.append(Entry(*about, trained, program, estimate.ratio(), data))
-    return entries
+    return [entry_of(name, read(path)) for name, path in shipped().items()]
+
+
+def entry_of(name: str, spec: Spec) -> Entry:
+    """The figures of a spec for the common layer."""
+    paper = _PAPER.search(spec.doc)
+    formulas = [formula for _, formula in resolved(spec).formulas(OUT, IN)]
+    about = (name, spec.doc.partition("\n")[0], paper and paper[0], families(formulas))
+    if not formulas:  # it only unfreezes what the model has
+        return Entry(*about, None, "the model's own parameters", None)
+    formula = formulas[0]
+    estimate = Estimate(Compiled.supposed(formula))
+    program = "dense" if estimate.built else estimate.candidates[0].strategy
+    trained = sum(known(prod(leaf.shape)) for leaf in formula.leaves if not leaf.frozen)
+    asked = {op for each in formulas for leaf in each.leaves for op in leaf.of_data}
+    data = tuple(name for name, (op, _) in OF_DATA_NAMES.items() if op in asked)
+    return Entry(*about, trained, program, estimate.ratio(), data)
