@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from cpu_seconds import Seconds
-from each import SWEEP
-from workers import is_fast, is_of_zoo, is_slow, piece
+from each import SWEEP, is_its_turn
+from workers import is_daily, is_fast, is_of_zoo, is_slow, piece
 
 pytest.register_assert_rewrite("formatting", "interrupted")
+
+WHOLE = "SURGERY_WHOLE_SUITE"  # set where nobody has named a part of it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,7 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["SURGERY_CACHE"] = os.devnull  # whoever has measured their machine tests the same programs
     if config.getoption("markexpr") == "sweep":
         os.environ[SWEEP] = "1"
-    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+    is_worker = hasattr(config, "workerinput")  # it is given its arguments, whoever named them
+    if not is_worker and config.args_source is pytest.Config.ArgsSource.TESTPATHS and SWEEP not in os.environ:
+        os.environ[WHOLE] = "1"
+    if getattr(config.option, "numprocesses", None) and not is_worker:
         return  # it hands out the tests and runs none
     gc.disable()  # until all is imported: nearly all of it stays, and to look through it again and again takes long
     import torch
@@ -41,9 +46,18 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The pieces of the zoo come last: they are short, so that at the end no worker waits long for the other. All tests of
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of what takes turns, the whole suite tries a part. The pieces of the zoo come last: they are short, so that at the end no worker waits long for the other. All tests of
     a case stand together, for which they share what they operate on."""
+    waiting = []
+    for item in items:
+        if turns := item.get_closest_marker("in_turns"):
+            item.add_marker("sweep")
+            if WHOLE in os.environ and not is_daily(item.nodeid) and not is_its_turn(item.nodeid, *turns.args):
+                waiting.append(item)
+    if waiting:
+        config.hook.pytest_deselected(items=waiting)
+        items[:] = [item for item in items if item not in {*waiting}]
     items.sort(key=lambda item: (is_of_zoo(item.nodeid), is_of_zoo(item.nodeid) and piece(item.nodeid)))
     for item in items:
         if is_fast(item.nodeid):

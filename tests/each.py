@@ -14,6 +14,17 @@ import pytest
 SWEEP = "SURGERY_SWEEP"  # set by conftest.py: what is thinned tries everything
 
 
+def in_turns(of: int) -> pytest.MarkDecorator:
+    """Marks a test over many cases, of which the whole suite tries those in daily use and one in so many of the others,
+    by the test's name. It is for what hardly rests on the formula: that each case computes what it says is asked of all.
+    A sweep tries every case, and so does pytest where a file, a folder or a test is named."""
+    return pytest.mark.in_turns(of)
+
+
+def is_its_turn(nodeid: str, of: int) -> bool:
+    return crc32(nodeid.encode()) % of == 0
+
+
 def of_each(**values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[[Any], None]]:
     """Makes of a test of a `case` and further arguments one of the case alone, which tries all of those `values`. No
     failure hides another: all are raised, each with the values that it is of."""

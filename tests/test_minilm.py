@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each import in_turns
 from models import assert_held_once
 from torch import Tensor, nn
 
@@ -72,6 +73,7 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@in_turns(3)
 @pytest.mark.parametrize("name", surgery.shipped())
 def test_from_start_to_merged(name: str, pretrained: nn.Module, words, tmp_path: Path) -> None:
     model, base = deepcopy(pretrained), embeddings(pretrained, words)

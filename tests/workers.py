@@ -23,7 +23,7 @@ _SLOW = {
     "test_train_cli.py", "test_training_memory.py", "test_transactions.py", "test_two_processes.py", "test_typed.py",
     "test_validate.py", "test_wheel.py", "test_wrappers.py", "test_zero_rows.py",
 }
-_FAST_CASES = {"lora", "dora", "sora", "oft"}  # of the zoo
+_DAILY = {"lora", "dora", "sora", "oft"}  # cases that are tried whenever some are
 _ZOO = "zoo: "
 
 
@@ -44,6 +44,11 @@ def is_of_zoo(nodeid: str) -> bool:
     return piece(nodeid).startswith(_ZOO)
 
 
+def is_daily(nodeid: str) -> bool:
+    """Whether a test is of a case that is tried whenever some are."""
+    return any(f"{end}{case}]" in nodeid for case in _DAILY for end in "[-")
+
+
 def is_slow(file: str) -> bool:
     """Whether no test of a file is fast."""
     return file in _SLOW
@@ -51,4 +56,4 @@ def is_slow(file: str) -> bool:
 
 def is_fast(nodeid: str) -> bool:
     file, place = nodeid.partition("::")[0].rpartition("/")[2], piece(nodeid)
-    return place.removeprefix(_ZOO) in _FAST_CASES if place.startswith(_ZOO) else not is_slow(file)
+    return place.removeprefix(_ZOO) in _DAILY if place.startswith(_ZOO) else not is_slow(file)

@@ -15,7 +15,7 @@ from surgery.language.parser import from_json, parse_expression, parse_text
 
 GRAMMAR_AS_DATA = Lark(GRAMMAR, parser="lalr", start="file")
 PARSER_WORDS = {terminal.name for terminal in GRAMMAR_AS_DATA.terminals}
-fuzz = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+fuzz = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 SPACES = st.sampled_from([" ", "\n", "  # c\n", "\n\n"])
 #: Each terminal with a space after it, so that words do not run together.
 TERMINALS = {

@@ -11,7 +11,7 @@ from surgery.language.grammar import machine
 from surgery.language.parser import from_json, parse_expression, parse_text
 from surgery.language.tree import Binary, Name, Number, Parameter, Spec, Target, Unary, add, post, pre
 
-random_specs = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+random_specs = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -62,13 +62,13 @@ def told(run) -> bool:
     return any(d.render() for d in found)
 
 
-@some(25)
+@some(16)
 @given(mistaken())
 def test_check_says_what_is_wrong(spec):
     told(lambda: check(spec))
 
 
-@some(40)
+@some(26)
 @given(mistaken())
 def test_apply_says_what_is_wrong_and_leaves_the_model(spec):
     model = Linear(18, 12)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from command import run
+from each import in_turns
 from formulas import IN, OUT, formula
 from torch import nn
 
@@ -222,6 +223,7 @@ def test_the_costs_of_the_programs_are_data_too():
     assert found["programs"][0]["shape"] == [1024, 4096]
 
 
+@in_turns(3)
 @pytest.mark.parametrize("name", shipped())
 def test_every_shipped_spec_has_a_program_to_show(name):
     assert run("show", name, "--program", "--shape", "768,768").exit_code == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from as_cuda import AsCuda, Refused
 from dropout import METHODS
-from each import of_some
+from each import in_turns, of_some
 from layers import LAYOUTS, Tower, assert_close, operated
 from packed import Int8Linear
 from torch import Tensor, nn
@@ -103,6 +103,7 @@ NARROW = [(WIDE, torch.bfloat16)]
 OTHERS = [(WIDE, torch.float32), (LAYOUTS["Conv2d 12x18"], torch.bfloat16), (LAYOUTS["Embedding 18x12"], torch.float32)]
 
 
+@in_turns(2)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @of_some("layout dtype", NARROW, OTHERS)
 def test_the_zoo_asks_for_nothing_that_cuda_refuses(case, layout, dtype):
@@ -124,6 +125,7 @@ def test_the_zoo_asks_for_nothing_that_cuda_refuses(case, layout, dtype):
     assert {"mm", "addmm", "bmm", "convolution", "embedding"} & mode.seen
 
 
+@in_turns(2)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_embedding_under_autocast_stays_wide(case):
     """As torch's own does. Some of its updates are products, which autocast would narrow before they are added."""

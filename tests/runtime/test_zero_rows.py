@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from each import in_turns
 from layers import LAYOUTS, Layout, Tower, assert_close, gradients, perturb
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -97,6 +98,7 @@ def compare(model: Tower, surgeon: Surgeon, base: nn.Module, x: Tensor, layout: 
         assert_close(found[key], gradient, tolerance, f"the gradient of {key}")
 
 
+@in_turns(2)
 @pytest.mark.parametrize("spec, layout", ROWS)
 @pytest.mark.parametrize("zeros", ZEROS)
 def test_zeros_start_as_they_are_and_stay_finite(spec, layout, zeros):
@@ -115,6 +117,7 @@ NORMED = [row for row in ROWS if row.id in ("dora", "dora on an embedding", "pso
                                             *DIVIDED)]
 
 
+@in_turns(2)
 @pytest.mark.parametrize("spec, layout", NORMED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_narrow_dtypes(spec, layout, dtype):
@@ -127,6 +130,7 @@ def test_in_narrow_dtypes(spec, layout, dtype):
     compare(model, surgeon, base, x, layout, TOLERANCES[dtype])
 
 
+@in_turns(2)
 @pytest.mark.parametrize("spec, layout", NORMED)
 def test_under_forward_differentiation(spec, layout):
     """The tangent is finite, and it is the transpose of the gradient: <J v, g> = <v, Jᵀ g>."""

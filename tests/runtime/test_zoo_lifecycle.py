@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 from case import Parameters
-from each import of_some
+from each import in_turns, of_some
 from layers import ALWAYS, IN_TURN, LAYOUTS, Tower, assert_close, gradients, operated, perturb
 from torch import nn
 from zoo import CASES
@@ -23,6 +23,7 @@ WIDE = LAYOUTS["linear 12x18"]
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+@in_turns(2)
 @on_every_case
 @of_some("layout", [WIDE], [layout for layout in ALWAYS if layout is not WIDE], IN_TURN)
 def test_disabled_merged_and_removed(case, layout):
@@ -47,6 +48,7 @@ def test_disabled_merged_and_removed(case, layout):
     assert torch.equal(op.model(op.x), op.base(op.x))
 
 
+@in_turns(3)
 @on_every_case
 def test_unmerging_restores_every_bit(case):
     op = operated(case, WIDE, torch.bfloat16, adapter=torch.float32)
@@ -59,6 +61,7 @@ def test_unmerging_restores_every_bit(case):
     assert torch.equal(op.model(op.x), outputs)
 
 
+@in_turns(3)
 @on_every_case
 @pytest.mark.parametrize("training", [False, True])
 def test_a_batch_of_no_tokens(case, training):
@@ -97,6 +100,7 @@ def test_an_exception_inside_disabled_leaves_the_mode_as_it_was(merged):
     assert op.surgeon.merged == merged and torch.equal(op.model(op.x), y)
 
 
+@in_turns(3)
 @on_every_case
 def test_a_copy_is_equal_and_independent(case):
     op = operated(case, WIDE)
@@ -109,6 +113,7 @@ def test_a_copy_is_equal_and_independent(case):
     assert all(g.norm() > 0 for g in found.values()) and all(p.grad is None for p in op.model.parameters())
 
 
+@in_turns(3)
 @on_every_case
 def test_without_dropout_training_and_evaluation_agree(case):
     op = operated(case, WIDE)
@@ -116,6 +121,7 @@ def test_without_dropout_training_and_evaluation_agree(case):
     assert_close(op.model.eval()(op.x), trained, EXACT)
 
 
+@in_turns(3)
 @on_every_case
 def test_the_model_keeps_its_class_and_names_and_a_base_checkpoint_loads(case):
     op = operated(case, WIDE)
@@ -127,6 +133,7 @@ def test_the_model_keeps_its_class_and_names_and_a_base_checkpoint_loads(case):
     assert torch.equal(op.model.get_parameter("layers.0.weight"), op.base.weight) and torch.equal(op.model(op.x), y)
 
 
+@in_turns(3)
 @on_every_case
 def test_a_changed_base_layer_is_seen(case):
     """Whatever is kept of the frozen weight and bias, between training steps or in evaluation, it follows them."""
