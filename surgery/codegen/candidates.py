@@ -19,6 +19,7 @@ from surgery.codegen.cost_model import (
     Machine,
     body_cost,
     has_gradients,
+    numbers_made,
     recompute_cost,
     setup_cost,
 )
@@ -121,6 +122,11 @@ class Candidate:
         """The cost of recomputing the set-up in the backward pass; None if holding it is cheaper."""
         fits = self.has_body and has_gradients(self.written, self.needs)
         return recompute_cost(self.values, self.fixed) if fits else None
+
+    @cached_property
+    def setup_numbers(self) -> int:
+        """How many numbers the set-up computes."""
+        return numbers_made(self.values, self.fixed)
 
     def cost(self, tokens: int = TOKENS_SUPPOSED) -> Cost:
         """What a training step costs."""

@@ -137,6 +137,11 @@ def setup_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost:
     return total
 
 
+def numbers_made(values: Sequence[Expr], fixed: Sequence[Expr]) -> int:
+    """How many numbers a set-up computes, its values among them."""
+    return sum(size(node, 0) for node in _made(values, fixed) if not operation(node).is_free)
+
+
 def _made(values: Sequence[Expr], fixed: Sequence[Expr]) -> list[Expr]:
     """The nodes that a set-up computes at every step."""
     once = set(walk(*fixed)) - {node for root in fixed for node in root.args}

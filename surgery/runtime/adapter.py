@@ -46,16 +46,17 @@ _LONGEST = 120  # characters of a formula in `repr`
 class Adapter(nn.Module):
     """The tensors and the programs of one operated weight. The programs are received: `compiled` is what the compiler
     made of the weight's formula, and is asked for the program of each mode. `active` is False while disabled or merged;
-    `serving` holds its set-ups while a user promises that no tensor changes."""
+    `serving` holds its set-ups while a user promises that no tensor changes; `path` is the operated module's, as it was
+    when it was operated on."""
 
     _modules: dict[str, StepTensors]  # pyright: ignore[reportIncompatibleVariableOverride]  # it has no other children
     common: SharedTensors
 
     def __init__(self, compiled: Compiled, layout: Layout, parameter: str, stack: int | None,
                  tensors: Mapping[str, torch.Tensor], common: SharedTensors, shared: Mapping[str, str],
-                 gives_gradient: bool = True):
+                 gives_gradient: bool = True, path: str = ""):
         super().__init__()
-        self.gives_gradient = gives_gradient
+        self.gives_gradient, self.path = gives_gradient, path
         self.compiled, self.layout, self.parameter, self.stack, self.active = compiled, layout, parameter, stack, True
         self.prepared: bool | None = None  # for a module whose output programs give (True), or W' alone; None: not yet
         formula = compiled.formula
@@ -136,10 +137,14 @@ class Adapter(nn.Module):
         found = {key: t.reshape(()) if key in self._numbers else t for key, t in held.items()}
         return found | {key: part_of(found[key], leaf) for key, leaf in self._parts.items()} if self._parts else found
 
+    def words(self, module: nn.Module) -> str:
+        """The operated module in the words of an error."""
+        return f"{type(module).__name__} (`{self.path}`)" if self.path else type(module).__name__
+
     def refuse_divided(self, module: nn.Module, inputs: Iterable[Any]) -> None:
         """Raises: SurgeryError (unsupported-module), if the module is to compute with a part of its weight or input."""
         if not torch.compiler.is_compiling():
-            refuse_divided(module, self.parameter, *inputs, shape=self.stored_shape)
+            refuse_divided(module, self.parameter, self.words(module), *inputs, shape=self.stored_shape)
             if self.owner is None:  # as in a copy, which is told here whose it is
                 self.owner = ref(module)
 
@@ -172,17 +177,19 @@ class Adapter(nn.Module):
     def forward(self, layer: Frozen, x: torch.Tensor) -> torch.Tensor:
         """What the operated layer gives for its input. Raises: SurgeryError (no-gradient; changed-model)."""
         if self.compiled.has_bias == (layer.bias is None):  # a program would leave it out, or ask for it in vain
-            raise fail("changed-model", f"an operated {type(layer.module).__name__} has "
+            raise fail("changed-model", f"the operated {self.words(layer.module)} has "
                        f"{'lost its bias' if layer.bias is None else 'got a bias'}",
                        helps=("remove(partly=True), and then operate on the model as it is",))
         dtype, held = layer.dtype_of(x), self.called(layer.device)
         y = self.run(layer, x, dtype, {**self.shaped(held), **self.noise(layer.module, layer.device)}, held)
-        if self.serving is not None and dtype is layer.dtype and not (torch.is_grad_enabled() or is_traced()):
-            self._make_ready(self.serving, layer, held)
+        self.make_ready(layer, dtype, held)
         return y
 
-    def _make_ready(self, serving: Serving, layer: Frozen, held: Mapping[str, torch.Tensor]) -> None:
+    def make_ready(self, layer: Frozen, dtype: torch.dtype, held: Mapping[str, torch.Tensor]) -> None:
         """Have further calls of a layer that has run while serving answered at once."""
+        serving = self.serving
+        if serving is None or dtype is not layer.dtype or torch.is_grad_enabled() or is_traced():
+            return
         if self not in serving.ready:
             program = self.program(layer, None)  # in evaluation one for any number
             on = (*held.values(), *(layer.held if program.rests_on_layer else ()))

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from surgery.diagnostics import fail
-from surgery.layers.layouts import is_of_peft
 
 ASKED = set("""size dim ndimension numel nelement stride element_size is_contiguous is_floating_point is_complex
     get_device storage_offset is_inference __len__ is_signed""".split()) | {
@@ -68,6 +67,11 @@ class EffectiveWeight(Tensor):
         return func(*values_of(args), **values_of(kwargs))
 
 
+# Models ask for these in every call, where the protocol takes a part of a token's time.
+for _name in ("shape", "dtype", "device"):
+    setattr(EffectiveWeight, _name, property(lambda weight, name=_name: getattr(weight._stored, name)))
+
+
 def effective_weight(make: Callable[[], Tensor], stored: Tensor, trains: bool) -> EffectiveWeight:
     """W', which `make` makes; `trains`: whether a parameter that trains is reached through it."""
     trains = trains and torch.is_grad_enabled()
@@ -89,17 +93,6 @@ def holds_parameters() -> bool:
         frame = frame.f_back
     name = f"{frame.f_globals.get('__name__')}."
     return name != _FUSION and name.startswith(tuple(f"{holder.removesuffix('.')}." for holder in _HOLDERS))
-
-
-def refuse_peft(module: torch.nn.Module) -> None:
-    """Raises: SurgeryError (changed-model), if the code that reads the attribute (two frames up) is of a layer of
-    PEFT's around `module`: it would start from the frozen weight and merge into it, where the formula acts anew."""
-    frame = sys._getframe(2)
-    if frame.f_globals.get("__name__", "").startswith("peft.") and is_of_peft(frame.f_locals.get("self")):
-        raise fail("changed-model", "PEFT was to put an adapter of its own around an operated "
-                   f"{type(module).__name__}, whose frozen weight it would merge into",
-                   helps=("merge_and_remove() first, and then PEFT's adapter on what that makes",
-                          "or a spec that says both; or leave operated layers out of `target_modules`"))
 
 
 def name_of(func: Callable) -> str:

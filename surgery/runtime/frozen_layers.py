@@ -7,7 +7,7 @@ layer's own input and output. Nothing here changes the module.
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn as nn
@@ -50,6 +50,12 @@ class Frozen:
         other = copy(self)
         other.stored, other.bias = whole(self.stored), None if self.bias is None else whole(self.bias)
         other.weight = self.layout.matrix(other.stored)
+        return other
+
+    def of(self, weight: torch.Tensor) -> Self:
+        """The layer with another matrix [out, in]: one of a stack, say."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), weight=weight)  # as `copy` does, in a tenth of its time
         return other
 
     def dtype_of(self, x: torch.Tensor) -> torch.dtype:

@@ -15,10 +15,11 @@ from weakref import ref
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from surgery.diagnostics import fail
 from surgery.ir.orthogonal_maps import is_traced
-from surgery.layers.layouts import TRANSPOSED_EXPERTS, is_direct, runs_by_torch
+from surgery.layers.layouts import TRANSPOSED_EXPERTS, is_direct, is_of_peft, runs_by_torch
 from surgery.layers.opaque_linear import (
     SUFFIX,
     forward_of,
@@ -28,7 +29,7 @@ from surgery.layers.opaque_linear import (
     stored_weight,
 )
 from surgery.runtime.adapter import Adapter
-from surgery.runtime.effective_weight import effective_weight, holds_parameters, refuse_peft
+from surgery.runtime.effective_weight import effective_weight, holds_parameters
 from surgery.runtime.expert_maps import ExpertMaps
 from surgery.runtime.routed_weight import Stack, routed_weight
 from surgery.runtime.sharding import refuse_divided
@@ -61,12 +62,12 @@ class Operated(_Mixin):
         """As ever; refuses a part in an operated weight's place, where torch's parallelize_module would put one, and
         what others may have made of W', on which the adapter would act once more. Raises: SurgeryError."""
         if name in type(self).names:
-            refuse_divided(self, name, param)
+            refuse_divided(self, name, _words(self), param)
         adapter = self._modules.get((name if name in type(self).names else "weight") + SUFFIX)
         acts = isinstance(adapter, Adapter) and adapter.active and not adapter.layout.is_called and (
             name == adapter.parameter or name == "bias" and adapter.formula.changes_bias)
         if acts and param is not self._parameters.get(name) and not holds_parameters():
-            raise fail("changed-model", f"another `{name}` was to stand in an operated {type(self).__name__}: reading "
+            raise fail("changed-model", f"another `{name}` was to stand in the operated {_words(self)}: reading "
                        "it gives W', and the adapter would act once more on what is made of that",
                        helps=("merge_and_remove() first, then fuse, quantise or replace it",
                               f"`get_parameter(\"{name}\")` is the frozen one, to write other numbers into"))
@@ -75,6 +76,26 @@ class Operated(_Mixin):
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple:
         operated = type(self)
         return _blank, (operated.base, operated.names, operated.kind), self.__dict__
+
+
+def _words(module: nn.Module) -> str:
+    adapters = (a for a in module._modules.values() if isinstance(a, Adapter))
+    return next((adapter.words(module) for adapter in adapters), type(module).__name__)
+
+
+@cache
+def _refuse_peft() -> None:
+    """From when the first module is operated on, torch tells of each module that is put into another."""
+
+    def check(holder: nn.Module, name: str, module: nn.Module | None) -> None:
+        if isinstance(module, Operated) and is_of_peft(holder):
+            # it would start from the frozen weight, and merge into it, where the formula acts anew
+            raise fail("changed-model", "PEFT was to put an adapter of its own around the operated "
+                       f"{_words(module)}, whose frozen weight it would merge into",
+                       helps=("merge_and_remove() first, and then PEFT's adapter on what that makes",
+                              "or a spec that says both; or leave operated layers out of `target_modules`"))
+
+    register_module_module_registration_hook(check)
 
 
 def _blank(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> nn.Module:
@@ -129,9 +150,10 @@ def _in_place(adapter: Adapter, module: nn.Module) -> Mapping[str, torch.Tensor]
     noise = adapter.noise(module, layer.device)
     if not adapter.stack or not runs_by_torch(module) or _is_recorded(layer.device):
         return adapter.substitutes(module, noise)
-    stack = Stack(ExpertMaps(adapter, module, noise), lambda: adapter.substitutes(module, noise)[adapter.parameter],
-                  torch.is_grad_enabled())
-    trains = layer.is_trained or any(t.requires_grad for t in adapter.tensors().values())
+    takes_gradient = torch.is_grad_enabled()
+    stack = Stack(ExpertMaps(adapter, layer, noise), lambda: adapter.substitutes(module, noise)[adapter.parameter],
+                  takes_gradient)
+    trains = takes_gradient and (layer.is_trained or any(t.requires_grad for t in adapter.tensors().values()))
     return {adapter.parameter: routed_weight(stack, layer.stored, adapter.layout is TRANSPOSED_EXPERTS, trains)}
 
 
@@ -158,7 +180,6 @@ def _reading(name: str, owner: str) -> property:
             return was
         if torch.compiler.is_compiling():  # which leaves out what is not used
             return _made(adapter, module, name)
-        refuse_peft(module)
         if holds_parameters():
             return was
         trains = was.requires_grad or any(t.requires_grad for t in adapter.parameters())
@@ -179,12 +200,13 @@ def _made(adapter: Adapter, module: nn.Module, name: str) -> torch.Tensor:
     try:
         return adapter.substitutes(module)[name]
     except AttributeError as error:  # nn.Module would take it for a missing attribute, and give the frozen weight
-        raise RuntimeError(f"the {name} of an operated {type(module).__name__} cannot be computed") from error
+        raise RuntimeError(f"the {name} of the operated {_words(module)} cannot be computed") from error
 
 
 @cache
 def operated_class(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> type[Operated]:
     """The class of operated modules of the class `base`, whose parameters `names` are operated on."""
+    _refuse_peft()
     known: dict[str, Any] = {"base": base, "names": names, "kind": kind,
              "__module__": base.__module__, "__qualname__": base.__qualname__}
     owners = {name: name for name in names} | ({"bias": "weight"} if "weight" in names else {})

@@ -1,4 +1,5 @@
-"""A call of an operated linear layer while serving, with everything decided that stays the same from token to token.
+"""A call of an operated linear layer, or of experts of a stack, while serving, with everything decided that stays the
+same from token to token.
 
 Takes an adapter whose set-up is kept; gives what runs its program on an input. Promises: it answers only while every
 tensor is the one that it was made with, as far as torch tells, and nobody listens to the calls that it leaves out; for
@@ -7,7 +8,7 @@ anything else it gives None, and the call goes the long way, which sees what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,26 +38,42 @@ class ReadyCall:
 
     def run(self, x: Tensor) -> Tensor | None:
         """What the operated layer gives for its input [..., in]; None where it is not known to be as it was."""
+        outputs = self.run_each((None,), (x,))
+        return None if outputs is None else outputs[0]
+
+    def run_each(self, experts: Sequence[int | None], inputs: Sequence[Tensor]) -> list[Tensor] | None:
+        """What experts of a stack give, each for its own input; `None` among them is a layer that is none. None where
+        that is not known to be as it was, or an expert has no set-up yet."""
+        values = self.kept.values
+        if not self._is_for(inputs[0]) or any(expert not in values for expert in experts):
+            return None
+        outputs, matrices = [], self.layer.layout.matrix(self.layer.stored)  # of the numbers that stand there now
+        for expert, x in zip(experts, inputs):
+            layer = self.layer.of(matrices if expert is None else matrices[expert])
+            is_flat = x.ndim == 2  # as nearly always, and then of a token's time a reshape is a part
+            y, _ = self.forward(layer, x if is_flat else x.reshape(-1, x.shape[-1]), *values[expert])
+            outputs.append(y if is_flat else y.reshape(*x.shape[:-1], y.shape[-1]))
+        return outputs
+
+    def _is_for(self, x: Tensor) -> bool:
+        """Whether an input is of those that it answers, and all is known to be as it was."""
         layer = self.layer
         if type(x) is not Tensor or x.dtype is not layer.dtype or x.device != layer.device or torch.is_grad_enabled():
-            return None
+            return False
         if is_traced() or torch.is_autocast_enabled(layer.device.type) or x.shape[-1:] != layer.weight.shape[-1:]:
-            return None
+            return False
         for held, name, tensor in self.stands:
             if held.get(name) is not tensor:
-                return None
+                return False
         for module in self.calls:
             if module._forward_pre_hooks or module._forward_hooks:
-                return None
-        if hints(self.kept.on) != self.kept.hints:
-            return None
-        y, _ = self.forward(layer, x.reshape(-1, x.shape[-1]), *self.kept.values[None])
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+                return False
+        return hints(self.kept.on) == self.kept.hints
 
 
 def ready_call(adapter: Adapter, program: Program, layer: Frozen, kept: Kept) -> ReadyCall | None:
     """The call of a layer whose set-up is `kept`; None where more than its own tensors decides what it gives."""
-    if type(layer) is not FrozenLinear or layer.is_trained or None not in kept.values:
+    if type(layer) is not FrozenLinear or layer.is_trained:
         return None
     bias_fits = layer.bias is None or layer.bias.dtype == layer.dtype
     step = autograd_node.step(program.plan.written, (False,) * (1 + len(program.plan.values)), layer.device.type)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.codegen.autograd_node import without_autocast
 from surgery.runtime.effective_weight import ASKED, EffectiveWeight, hollow, name_of, values_of
 from surgery.runtime.expert_maps import ExpertMaps
 
@@ -69,8 +70,8 @@ class RoutedWeight(EffectiveWeight):
 
 
 def routed_weight(stack: Stack, stored: Tensor, is_in_out: bool, trains: bool) -> RoutedWeight:
-    """The stack in the place of what the module stores; `trains`: whether a parameter that trains is reached."""
-    return _routed(_View(stack, is_in_out), stored, trains and torch.is_grad_enabled())
+    """The stack in the place of what the module stores; `trains`: whether a gradient is taken through it."""
+    return _routed(_View(stack, is_in_out), stored, trains)
 
 
 def _routed(view: _View, stored: Tensor, trains: bool) -> RoutedWeight:
@@ -163,7 +164,7 @@ def _grouped_mm(x: Any, weight: Any, offs: Tensor | None = None, bias: Any = Non
         return None
     ends = offs.tolist()
     counts = [end - start for start, end in zip([0, *ends], ends)]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return view.stack.maps.grouped(range(len(ends)), counts, x)
 
 

@@ -136,7 +136,7 @@ def adapter_of(placed: Placed, values: Mapping[str, torch.Tensor], common: Share
     site = placed.site
     shared = {leaf.key: placed.held(leaf).name for leaf in placed.formula.leaves if leaf.group}
     adapter = Adapter(placed.compiled, site.layout, site.parameter, site.stack, values, common, shared,
-                      site.answer.gives_gradient)
+                      site.answer.gives_gradient, site.weight_name.rpartition(".")[0])
     return adapter.train(site.module.training)
 
 

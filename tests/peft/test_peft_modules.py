@@ -5,6 +5,7 @@ from typing import Any
 
 import peft
 import pytest
+from packed import Int4Linear
 from peft.utils.other import ModulesToSaveWrapper
 
 from surgery.diagnostics import SurgeryError
@@ -84,7 +85,22 @@ def test_an_operated_layer_takes_no_adapter_of_peft_before_it_is_merged(config: 
     """Whose start and whose merge take the frozen weight for W'."""
     spec = parse('target linear "**.q_proj" { pre diagonal() }  target embedding { pre diagonal() }')
     surgeon = apply(load_demo("llama:num_hidden_layers=1"), spec, check=False)
-    with pytest.raises(SurgeryError, match="PEFT was to put an adapter"):
-        peft.get_peft_model(surgeon.model, config)
+    for put_in in (lambda: None, surgeon.merge):  # which unmerge() would take back, with PEFT's merge in it
+        put_in()
+        with pytest.raises(SurgeryError, match="PEFT was to put an adapter.*(layers.0.self_attn.q_proj|embed_tokens)`"):
+            peft.get_peft_model(surgeon.model, config)
     surgeon.merge_and_remove()
     peft.get_peft_model(surgeon.model, config)
+
+
+@pytest.mark.parametrize(("name", "config"), [
+    ("llama", peft.LoraConfig(target_modules=["q_proj"])),
+    ("mixtral", peft.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"]))])
+def test_nor_does_one_that_is_called_or_a_stack_of_experts(name: str, config: peft.PeftConfig) -> None:
+    model = load_demo(f"{name}:num_hidden_layers=1")
+    layer = model.model.layers[0]
+    if name == "llama":
+        layer.self_attn.q_proj = Int4Linear(layer.self_attn.q_proj.in_features, layer.self_attn.q_proj.out_features)
+    apply(model, parse('target linear "**.q_proj", "**.experts.*" { add low_rank(2) }'), check=False)
+    with pytest.raises(SurgeryError, match=r"operated \w+ \(`model.layers.0.(self_attn.q_proj|mlp.experts)`\)"):
+        peft.get_peft_model(model, config)

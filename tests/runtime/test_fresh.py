@@ -13,6 +13,7 @@ from layers import operated as with_layer
 from packed import Int8Linear
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 from zoo import CASES
 
 from surgery.codegen.candidates import Candidate
@@ -380,3 +381,15 @@ def test_every_kind_of_layer_serves(layout):
         with op.surgeon.serving():
             for _ in range(3):
                 assert_close(op.model(op.x), wanted, 1e-12)
+
+
+def test_other_numbers_of_a_weight_that_no_set_up_rests_on_are_read_while_serving():
+    """A layer that stores its weight turned kept a view of the numbers of before."""
+    model, x = nn.Sequential(Conv1D(40, 60)).eval(), torch.randn(3, 60)
+    surgeon = apply(model, load("lora", rank=2), check=False)
+    with torch.no_grad(), surgeon.serving():
+        model(x)
+        stored = model[0].get_parameter("weight")
+        stored.data = 2 * stored.data  # as torch.nn.utils.vector_to_parameters does it
+        served = model(x)
+    assert_close(served, model(x), 1e-6)
