@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cpu_seconds import Seconds
 from each import SWEEP, is_its_turn
-from workers import is_daily, is_fast, is_of_zoo, is_slow, piece
+from workers import is_daily, is_fast, is_left_out, is_of_zoo, piece
 
 pytest.register_assert_rewrite("formatting", "interrupted")
 
@@ -41,8 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """A file of which nothing is asked for is not even imported."""
-    wanted, file = config.getoption("markexpr"), collection_path.name
-    return wanted == "fast" and is_slow(file) or wanted in ("fast", "not gpu") and file.startswith("test_gpu") or None
+    return is_left_out(collection_path.name, config.getoption("markexpr")) or None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,8 +1,10 @@
 """What is said of the suite's time after a run: what has grown, at the speed of the machine."""
 
+import tomllib
 from pathlib import Path
 
 from cpu_seconds import COLLECTED, known, summary, written
+from workers import is_left_out
 
 ROOT = Path(__file__).parents[1]
 BEFORE = {"tests/ir/test_a.py": 10.0, "tests/ir/test_b.py": 5.0, "tests/test_c.py": 3.0, COLLECTED: 20.0}
@@ -24,3 +26,9 @@ def test_what_is_small_is_written_as_one_sum() -> None:
 
 def test_what_is_known_is_of_files_that_there_are() -> None:
     assert [file for file in known() if "/" in file and not (ROOT / file).exists()] == []
+
+
+def test_files_of_which_nothing_is_asked_for_are_not_imported() -> None:
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["addopts"]
+    assert is_left_out("test_gpu.py", options.split("'")[1]) and is_left_out("test_gpu_kernels.py", "fast")
+    assert not is_left_out("test_gpu.py", "gpu") and not is_left_out("test_cli.py", "not gpu") and is_left_out("test_cli.py", "fast")

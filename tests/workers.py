@@ -49,11 +49,11 @@ def is_daily(nodeid: str) -> bool:
     return any(f"{end}{case}]" in nodeid for case in _DAILY for end in "[-")
 
 
-def is_slow(file: str) -> bool:
-    """Whether no test of a file is fast."""
-    return file in _SLOW
+def is_left_out(file: str, wanted: str) -> bool:
+    """Whether no test of a file is among those that pytest's `-m` asks for."""
+    return wanted == "fast" and file in _SLOW or file.startswith("test_gpu") and (wanted == "fast" or "not gpu" in wanted)
 
 
 def is_fast(nodeid: str) -> bool:
     file, place = nodeid.partition("::")[0].rpartition("/")[2], piece(nodeid)
-    return place.removeprefix(_ZOO) in _DAILY if place.startswith(_ZOO) else not is_slow(file)
+    return place.removeprefix(_ZOO) in _DAILY if place.startswith(_ZOO) else file not in _SLOW

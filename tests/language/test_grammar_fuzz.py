@@ -6,15 +6,13 @@ from formatting import SHIPPED, assert_same_after_formatting
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.lark import from_lark
-from lark import Lark
 from spec_strategies import names
 
 from surgery.diagnostics import SurgeryError
-from surgery.language.grammar import GRAMMAR, WORDS
+from surgery.language.grammar import WORDS, _lark
 from surgery.language.parser import from_json, parse_expression, parse_text
 
-GRAMMAR_AS_DATA = Lark(GRAMMAR, parser="lalr", start="file")
-PARSER_WORDS = {terminal.name for terminal in GRAMMAR_AS_DATA.terminals}
+PARSER_WORDS = {terminal.name for terminal in _lark().terminals}
 fuzz = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 SPACES = st.sampled_from([" ", "\n", "  # c\n", "\n\n"])
 #: Each terminal with a space after it, so that words do not run together.
@@ -42,7 +40,7 @@ def accepted(parse, text: str) -> bool:
 
 
 @fuzz
-@given(from_lark(GRAMMAR_AS_DATA, explicit=TERMINALS))
+@given(from_lark(_lark(), start="file", explicit=TERMINALS))
 def test_what_the_grammar_makes_parses_or_is_diagnosed(text):
     if accepted(parse_text, text):
         assert_same_after_formatting(text)
