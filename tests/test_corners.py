@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from surgery.analysis.spectra.spectrum import Spectrum, of_factors
-from surgery.diagnostics import SurgeryError
+from surgery.diagnostics import SurgeryError, SurgeryWarning
 from surgery.ir.dense import dense
 from surgery.language.library import parse
 from surgery.layers.opaque_linear import is_plain
@@ -310,6 +311,25 @@ def test_a_backward_pass_after_other_numbers_is_an_error(steps, verb):
     surgeon.merge() if verb == "merge" else surgeon.load({n: 2 * t for n, t in surgeon.state().items()})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("verb", ["unmerge", "remove"])
+def test_a_change_of_what_was_merged_is_told_where_it_is_lost(name, verb):
+    model, surgeon = operated(nn.Linear(6, 12), "add low_rank(2)\n add shift()")
+    surgeon.merge()
+    with surgeon.disabled():
+        model.float()
+    with warnings.catch_warnings(action="error", category=SurgeryWarning):
+        surgeon.unmerge()
+        surgeon.merge()
+        model.layers[0].get_parameter(name).mul_(2)
+        with pytest.raises(SurgeryWarning, match=f"`layers.0.{name}` changed after merge"):
+            getattr(surgeon, verb)()
+    assert surgeon.merged
+    with pytest.warns(SurgeryWarning, match="merge_and_remove"):
+        getattr(surgeon, verb)()
 
 
 @torch.no_grad()

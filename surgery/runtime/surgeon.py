@@ -28,7 +28,7 @@ from surgery.runtime.adapter import Adapter
 from surgery.runtime.batched_setups import batched_setups
 from surgery.runtime.calibration import Loss, of_data
 from surgery.runtime.checkpoints import Surgery, have_save_adapters, note, save_adapters_no_more
-from surgery.runtime.fingerprint import fingerprints
+from surgery.runtime.fingerprint import differing, fingerprint_of, fingerprints
 from surgery.runtime.hub import push
 from surgery.runtime.identity_check import assert_identity, idle
 from surgery.runtime.kept_weights import Kept, with_merged
@@ -160,6 +160,7 @@ class Surgeon:
         self._is_on = False  # whether the adapters are in
         self._kept = {n: Kept(self._spots[n].module, self._spots[n].parameter,
                               {"base": self._spots[n].present.detach().clone()}) for n in plan.train}
+        self._as_merged: dict[str, str] = {}
         self._tied: dict[str, nn.Parameter] = {}
         self._savers: list[Any] = []  # the models of transformers that adapters are in: the model, and those within it
         self._objects: dict[str, ref[torch.Tensor]] = {}  # the tensors that were there when it was operated on
@@ -455,12 +456,26 @@ class Surgeon:
         refuse_called(self.plan.placed)
         self._kept, errors = with_merged(self._kept, self.plan.placed, self.adapters)
         self._enter("merged")
+        self._as_merged = self._of_merged()
         return errors
+
+    def _of_merged(self, without: Iterable[str] = ()) -> dict[str, str]:
+        """A few numbers of each weight and bias that was merged, as they stand now, by name."""
+        held = {n: kept.parameter for n, kept in self._kept.items() if "merged" in kept.forms and n not in without}
+        return {name: fingerprint_of(p) for name, p in held.items() if not (is_part(p) or p.is_meta)}
+
+    def _tell_of_edits(self, without: Iterable[str] = ()) -> None:
+        """A warning, where what stood in a merged weight's place is about to be lost, and is no W' any more."""
+        edited = differing(self._as_merged, self._of_merged(without)) if self._mode == "merged" else []
+        tell([Diagnostic("changed-tensor", f"{listed(edited)} changed after merge(), and what was kept of before takes "
+                         f"{'their' if len(edited) > 1 else 'its'} place: the change is lost", severity="warning",
+                         helps=("merge_and_remove() leaves the model as it stands",))] if edited else [], stacklevel=5)
 
     @all_or_nothing
     def unmerge(self) -> None:
-        """Put the kept weights back, bit for bit."""
+        """Put the kept weights back, bit for bit. What was written into the merged ones is lost, with a warning."""
         self._must_be("merged", "unmerge")
+        self._tell_of_edits()
         self._enter("operated")
         self._kept = {name: replace(kept, forms={"base": kept.forms["base"]})
                       for name, kept in self._kept.items() if name in self.plan.train}
@@ -480,6 +495,7 @@ class Surgeon:
             raise changed(lost, _REST)
         if self._kept or self._tied:
             refuse_offloaded(self.model, self._written)
+        self._tell_of_edits(lost)
         self._switch("base", lost)
         for name, tied in self._tied.items():
             spot = self._spots[name]
