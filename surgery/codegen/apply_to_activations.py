@@ -21,6 +21,7 @@ from surgery.rewrite.low_rank import factors, is_thin, low_rank_turn
 from surgery.rewrite.normal_form import simplify
 
 _FEW = 8  # of the columns of a structured matrix less than an eighth
+_THIN = 16  # columns of blocks in all, beside which zeros cost nothing: the activation is what is read
 
 
 def turned(expr: Expr) -> Expr:
@@ -171,6 +172,15 @@ def _circulant(expr: Expr, a: Expr) -> Expr:
     return make("waves", make("mixed", make("spectrum", a, basis), make("kernel", rows, basis)), basis)
 
 
+def _blocks(expr: Expr, a: Expr) -> Expr:
+    """x block_diag(s)ᵀ block by block; of blocks that are few and narrow as one thin product, zeros and all: it reads x
+    once and in order, and is summed into what it is added to."""
+    few, many = sorted(known_shape(expr.shape))
+    if few <= _THIN and few * _FEW <= many:
+        return _dense(expr, a)
+    return make("blocks", a, simplify(make("T", expr.args[0])))
+
+
 def _columns(expr: Expr, a: Expr) -> Expr:
     """x [s_i, s_j, ...]ᵀ for columns of a structured S: the entries of x at their places, and S."""
     if selection(expr) is None and not is_structured(expr):
@@ -195,7 +205,7 @@ _APPLY: dict[str, Callable[[Expr, Expr], Expr]] = {
     "drop": _drop,
     "kron": _kron,
     "diag": lambda expr, a: make("scale", a, expr.args[0]),
-    "block_diag": lambda expr, a: make("blocks", a, simplify(make("T", expr.args[0]))),
+    "block_diag": _blocks,
     "shuffle": _permuted,
     "circulant": _circulant,
     "columns": _columns,

@@ -141,9 +141,7 @@ def _reflect(u: Any) -> Any:
 
 
 def _block_diag(blocks: Any) -> Any:
-    import torch
-
-    return torch.block_diag(*blocks.unbind(0))
+    return blocks.permute(1, 2, 0).diag_embed(dim1=0, dim2=2).flatten(2).flatten(0, 1)
 
 
 def _kron(a: Any, b: Any) -> Any:
