@@ -124,6 +124,23 @@ def test_experts_there_and_back(name: str, tmp_path: Path) -> None:
     assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in after)
 
 
+def test_a_single_expert_that_is_stored_turned_acts_here_and_is_refused_there(tmp_path: Path) -> None:
+    """PEFT's own forward adds B A, [out, in], to it: an error, or where its sides are equal another update."""
+    sides = {"hidden_size": 16, "intermediate_size": 8, "num_local_experts": 1, "num_experts_per_tok": 1}
+    demo = Experts(GptOssConfig(**_SIZES | sides))
+    surgeon = surgery.apply(demo.model(), surgery.load("sora").retarget("**.experts.*"), check=False)
+    perturb(surgeon.model, 0.2)
+    operated = demo.says(surgeon.model)
+    with pytest.raises(surgery.SurgeryError, match="no update of the weight of `a single transposed expert`"):
+        surgery.export_peft(surgeon, tmp_path / "ours", rank=2)
+    surgeon.merge()
+    assert apart(demo.says(surgeon.model), operated) <= SAME < apart(operated, demo.plain)
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"])  # 16 x 16
+    theirs = saved(adapted(demo.model(), config), tmp_path / "theirs")
+    with pytest.raises(surgery.SurgeryError, match="PEFT's LORA on a single transposed expert"):
+        surgery.import_peft(demo.model(), theirs)
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_of_a_spec_of_ours(name: str, tmp_path: Path) -> None:
     demo, out = Experts(EXPERTS[name][0]), tmp_path / "out"
