@@ -192,6 +192,27 @@ def test_an_input_that_the_layer_refuses_is_refused(layer, x):
             model(x.long())
 
 
+_IMAGE = torch.randn(2, 4, 5, 6)
+LYING = {"a narrow layer": (lambda: nn.Linear(64, 4), torch.randn(3, 5, 64)), "rows": (lambda: nn.Linear(64, 4), torch.randn(300, 64)),
+         "images": (lambda: nn.Conv2d(4, 6, 3), _IMAGE), "one image": (lambda: nn.Conv2d(4, 6, 3), _IMAGE[0]),
+         "images by pixels": (lambda: nn.Conv2d(4, 6, 3), _IMAGE.to(memory_format=torch.channels_last)),
+         "ids": (lambda: nn.Embedding(9, 6), torch.randint(9, (2, 4)))}
+
+
+@pytest.mark.parametrize("kind", LYING)
+def test_an_output_lies_in_memory_as_the_layers_own(kind):
+    """Models `view` it: what lies by columns cannot be seen in another shape."""
+    build, x = LYING[kind]
+    x = x.double() if x.is_floating_point() else x
+    for steps in ("add low_rank(1)", "post orthogonal(1)", "add low_rank(1)\n post magnitude()"):
+        model, surgeon = operated(build(), steps)
+        with surgeon.disabled():
+            wanted = model(x).stride()
+        assert model.train()(x).stride() == model.eval()(x).stride() == wanted
+        with torch.no_grad(), surgeon.serving():
+            assert [model(x).stride() for _ in range(2)] == [wanted, wanted]
+
+
 # ------------------------------------------------------------------------------------------ what is set around a call
 
 

@@ -199,7 +199,8 @@ class FrozenConv(Frozen):
     def leave(self, y: torch.Tensor) -> torch.Tensor:
         if self.is_alone:
             return y
-        return y.reshape(*self.shape, y.shape[-1]).movedim(-1, self.channels)
+        y = y.reshape(*self.shape, y.shape[-1]).movedim(-1, self.channels)
+        return y.contiguous() if self.is_dense else y  # where torch's own is, which models take for granted (`view`)
 
     def run_alone(self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """All that the layer gives, with a matrix and a bias in the place of its own, in the layer's form: not rows."""
@@ -209,6 +210,7 @@ class FrozenConv(Frozen):
     def run(self, x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         y = self.module._conv_forward(x, matrix.reshape(-1, *self.stored.shape[1:]), bias)
         self.channels = y.ndim - self.stored.ndim + 1  # an input without a batch axis is one image
+        self.is_dense = y.is_contiguous()
         y = y.movedim(self.channels, -1)
         self.shape = y.shape[:-1]
         return y.reshape(-1, y.shape[-1])
