@@ -56,7 +56,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 waiting.append(item)
     if waiting:
         config.hook.pytest_deselected(items=waiting)
-        items[:] = [item for item in items if item not in {*waiting}]
+        out = {*waiting}
+        items[:] = [item for item in items if item not in out]
     items.sort(key=lambda item: (is_of_zoo(item.nodeid), is_of_zoo(item.nodeid) and piece(item.nodeid)))
     for item in items:
         if is_fast(item.nodeid):
@@ -65,7 +66,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """What is there before the first test stays to the end: no collection of garbage need look at it again."""
-    gc.collect()
     gc.freeze()
     gc.enable()
     gc.set_threshold(50_000, 20, 10)  # most of what a compiler makes stays or goes at once
