@@ -13,8 +13,8 @@ from torch import Tensor
 
 from surgery.ir.primitives_indexing import mixed_blocks
 
-ROWS, CLOSE = 256, 2**17  # of an activation, and numbers, that a CPU keeps close while it reads them with a stride
-TILE = 32  # columns of the blocks whose diagonal a device takes for a sum of products
+ROWS = 128  # of an activation that a CPU keeps close while it reads them with a stride
+TILE = 32  # columns of blocks that a device multiplies well
 
 
 def on_cpu(a: Tensor) -> bool:
@@ -73,11 +73,8 @@ def _slices(a: Tensor, count: int) -> Tensor:
 
 
 def _parts(*activations: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of each, on a CPU a cacheful of the widest at a time."""
-    if not on_cpu(activations[0]):
-        return iter([activations])
-    rows = max(1, min(ROWS, CLOSE // max(1, *(a.shape[-1] for a in activations))))
-    return zip(*(a.split(rows) for a in activations))
+    """Rows of each, on a CPU a cacheful at a time."""
+    return zip(*(a.split(ROWS) if on_cpu(a) else (a,) for a in activations))
 
 
 def blocks(a: Tensor, s: Tensor) -> Tensor:
@@ -85,15 +82,17 @@ def blocks(a: Tensor, s: Tensor) -> Tensor:
     rows = a.flatten(0, -2)
     result = a.new_empty(len(rows), s.shape[0] * s.shape[2])
     for part, into in _parts(rows, result):
-        if on_cpu(a):  # whose product of small blocks is up to twice as fast into memory of its own, and then copied
-            _slices(into, len(s)).copy_(_slices(part, len(s)) @ s)
-        else:
+        if not on_cpu(a):
             torch.bmm(_slices(part, len(s)), s, out=_slices(into, len(s)))
+        elif s.shape[2] < TILE:  # turned in cache: narrow blocks that are written with a stride take twice as long
+            into.copy_(column_blocks(part, s))
+        else:  # into memory of its own, which takes up to half the time, and then copied
+            _slices(into, len(s)).copy_(_slices(part, len(s)) @ s)
     return result.unflatten(0, a.shape[:-1])
 
 
 def column_blocks(a: Tensor, s: Tensor) -> Tensor:
-    """The same, in memory column after column, for a product that reads it: [t, b k], [b, k, m] -> [t, b m]."""
+    """a block_diag(s) in memory column after column, for a product that reads it: [t, b k], [b, k, m] -> [t, b m]."""
     return (s.mT @ _slices(a, len(s)).mT).flatten(0, 1).mT
 
 

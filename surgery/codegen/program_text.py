@@ -6,7 +6,7 @@ Takes a candidate, or the expression of a body and what takes a gradient; gives 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -104,25 +104,28 @@ def step_text(body: Expr, needs: tuple[bool, ...], frozen_last: bool = False,
     of = iter(derived.of)
     wanted = tuple(next(of) if need else None for need in needs)
     kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(derived.kept)]
-    source = "\n\n".join((_forward(runs, inputs, (*used, *derived.kept), frozen_last, one_pass),
-                          _backward(wanted, (*used, *kept), frozen_last, one_pass)))
+    # where no gradient reads the thin values again, and a token or a few are all, nothing is turned
+    lay_out = fused if one_pass else in_order if any(needs) and not frozen_last else _as_they_are
+    source = "\n\n".join((_forward(runs, inputs, (*used, *derived.kept), frozen_last, lay_out),
+                          _backward(wanted, (*used, *kept), frozen_last, lay_out)))
     return StepText(source, body, wanted, derived.kept, (*used, *derived.kept))
 
 
 _OWN = Memory(looked_on=False, writes=True)
 
 
-def _laid_out(outputs: tuple[Expr, ...], frozen_last: bool, one_pass: bool) -> tuple[Expr, ...]:
-    """What a pass computes, in the operations that its device is best at; where the frozen product is not summed last,
-    that is a CPU."""
-    return fused(*outputs) if one_pass else outputs if frozen_last else in_order(*outputs)
+_LayOut = Callable[..., tuple[Expr, ...]]  # the outputs of a pass in the operations that its device is best at
+
+
+def _as_they_are(*outputs: Expr) -> tuple[Expr, ...]:
+    return outputs
 
 
 def _forward(body: Expr, inputs: Sequence[Expr], kept: Sequence[Expr], frozen_last: bool,
-             one_pass: bool) -> str:
+             lay_out: _LayOut) -> str:
     names = {leaf: "x" if operation(leaf).source is Source.INPUT else f"a{leaf.data}" for leaf in inputs}
     outputs = (body, *(k for k in kept if not operation(k).is_leaf))
-    computed = _laid_out(outputs, frozen_last, one_pass)
+    computed = lay_out(*outputs)
     text = _let_go(Region(computed, names.keys(), _OWN, frozen_last=frozen_last), names, "y")
     called = {**names, **{output: text.results[as_fused] for output, as_fused in zip(outputs, computed)}}
     returned = "".join(f"{called[k]}, " for k in kept)
@@ -130,9 +133,9 @@ def _forward(body: Expr, inputs: Sequence[Expr], kept: Sequence[Expr], frozen_la
                      f"{called[body]}, ({returned})")
 
 
-def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr], frozen_last: bool, one_pass: bool) -> str:
+def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr], frozen_last: bool, lay_out: _LayOut) -> str:
     outputs = tuple(e for e in wanted if e is not None)
-    computed = _laid_out(outputs, frozen_last, one_pass)
+    computed = lay_out(*outputs)
     names = {leaf: f"k{i}" for i, leaf in enumerate(kept)}
     arguments = ", ".join(["layer", "grad", *names.values()])
     names |= {node: "grad" for node in walk(*computed) if operation(node).source is Source.BACKWARD}
