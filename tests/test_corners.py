@@ -335,6 +335,30 @@ def test_a_backward_pass_after_other_numbers_is_an_error(steps, verb):
 
 
 @torch.no_grad()
+def test_tensors_may_be_exchanged_when_a_model_moves():
+    """As torch can be asked to, in `to`, `float` and `load_state_dict`; it refuses where anything refers to a tensor."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        x = torch.randn(4, 6)
+        (model, surgeon), (other, _) = (operated(nn.Linear(6, 12), "add low_rank(2)\n post magnitude()") for _ in "12")
+        perturb(other, 0.7)
+        for assign in (False, True):
+            perturb(other, 0.2)
+            model.load_state_dict(other.state_dict(), assign=assign)
+            assert_close(model(x.double()), y := other(x.double()), EXACT)
+        frozen = F.linear(x, *(p.detach().float() for p in other.layers[0]._parameters.values()))
+        model.float()
+        for verb in (lambda: None, surgeon.merge, surgeon.unmerge):
+            verb()
+            assert_close(model(x).double(), y, 1e-6)
+        surgeon.remove()
+        assert_close(model(x), frozen, 1e-6)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize("verb", ["unmerge", "remove"])
 def test_a_change_of_what_was_merged_is_told_where_it_is_lost(name, verb):

@@ -278,7 +278,9 @@ class Surgeon:
         return next(filter(is_part, held), None)
 
     def _see_objects(self) -> None:
-        self._objects = {name: ref(tensor) for name, tensor in self._written.items()}
+        # what torch moves by exchanging tensors, as it can be asked to, nothing may refer to
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        self._objects = {} if swaps else {name: ref(tensor) for name, tensor in self._written.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """In a copy, or in another process, the tensors are other objects."""
