@@ -15,6 +15,7 @@ from surgery.cli.options import (
     command,
     dtype_option,
     force_option,
+    import_libraries,
     model_argument,
     revision_option,
     self_contained_option,
@@ -63,9 +64,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
         raise click.UsageError("--merge needs -o DIR.")
     if no_load and (out is None or merge or data is not None):
         raise click.UsageError("--no-load needs -o DIR, and neither --merge nor --data.")
-    from surgery.models.loading import quiet_libraries
-
-    quiet_libraries(output.animated)
+    import_libraries(output)
     from surgery.experiments.tasks import read_task
     from surgery.models.names import revised
     from surgery.runtime.save import MODEL

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.model_options import loaded
-from surgery.cli.options import PAIR, command, dtype_option, opened_together, sets, targets
+from surgery.cli.options import PAIR, command, dtype_option, import_libraries, opened_together, sets, targets
 from surgery.cli.output import Output, aligned
 from surgery.diagnostics import fail
 from surgery.text import dtype_text, size_text
@@ -60,6 +60,7 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
     if not specs or not model:
         raise click.UsageError("Missing argument 'SPEC...'." if not specs else "Missing option '--model'.")
     named = opened_together(specs, sets, targets)
+    import_libraries(output)
     from surgery.experiments.bench import Bench, batches_of
     from surgery.models.loading import tokenizer
 

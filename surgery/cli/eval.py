@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.options import command, dtype_option, trust_option
+from surgery.cli.options import command, dtype_option, import_libraries, trust_option
 from surgery.cli.output import Output
 from surgery.cli.training_options import ASKED, COUNT, READ, given
 
@@ -27,9 +27,7 @@ def eval_(output: Output, model: str, files: tuple[str, ...], kind: str | None, 
     labelled texts or pairs, {question, choices, answer} by log-likelihood, conversations and texts by perplexity,
     questions whose answer is a number (`#### 42`) by what the model writes. Each score has its standard error.
     """
-    from surgery.models.loading import quiet_libraries
-
-    quiet_libraries(output.animated)
+    import_libraries(output)
     from surgery.experiments.evaluation import Scoring, open_model, read_for, scored
 
     scoring = Scoring(**given(how))

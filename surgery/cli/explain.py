@@ -6,6 +6,7 @@ import click
 
 from surgery.cli.options import (
     command,
+    import_libraries,
     model_argument,
     opened,
     revision_option,
@@ -26,6 +27,7 @@ def explain(output: Output, spec: str, model: str, name: str, sets: tuple[str, .
     Gives the line of SPEC that takes the module NAME of MODEL, or the reason why none does.
     """
     asked = opened(spec, sets, targets)
+    import_libraries(output)
     from surgery.language.library import library
     from surgery.matching.selection import select
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from surgery.cli.model_options import base_of, free, say_errors
-from surgery.cli.options import command, dtype_option, force_option, revision_option, trust_option
+from surgery.cli.options import command, dtype_option, force_option, import_libraries, revision_option, trust_option
 from surgery.cli.output import Output
 from surgery.text import counted
 
@@ -24,6 +24,7 @@ def export(output: Output, folder: str, model: str | None, form: str, out: str, 
     PEFT's own form; another one as the LoRA of the least rank that is exact, or of --rank, with the error of each
     module.
     """
+    import_libraries(output)
     from surgery.peft.export_adapter import export_peft
     from surgery.peft.folder import ADAPTER
     from surgery.runtime.attach import attach

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from surgery.cli.model_options import free, loaded
-from surgery.cli.options import command, dtype_option, force_option, revision_option, trust_option
+from surgery.cli.options import command, dtype_option, force_option, import_libraries, revision_option, trust_option
 from surgery.cli.output import Output
 from surgery.text import counted
 
@@ -22,6 +22,7 @@ def import_(output: Output, folder: str, model: str | None, out: str, dtype: str
     PEFT_DIR holds adapter_config.json and adapter_model.safetensors; MODEL is the model that the adapter was made for
     unless you name another. PEFT need not be installed.
     """
+    import_libraries(output)
     from surgery.models.names import base_name
     from surgery.peft.folder import Folder
     from surgery.peft.import_adapter import read

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from surgery.cli.model_options import free, say_errors
-from surgery.cli.options import command, dtype_option, force_option, revision_option, trust_option
+from surgery.cli.options import command, dtype_option, force_option, import_libraries, revision_option, trust_option
 from surgery.cli.output import Output
 from surgery.text import some
 
@@ -30,11 +30,9 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
     DIR holds the saved adapter; MODEL is its base model unless you name another. The model's files are rewritten one
     weight at a time, and a merge that was killed goes on when it is run again.
     """
-    from surgery.models.loading import quiet_libraries
-
     # Every weight is met once, in memory that is new: torch then asks the system for it in large pages, and waits less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    quiet_libraries(output.animated)
+    import_libraries(output)
     from surgery.models.names import base_name, revised
     from surgery.runtime.merge_files import merge_files
     from surgery.runtime.save import MODEL

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.cli.options import import_libraries
 from surgery.cli.output import Output
 from surgery.diagnostics import fail
 
@@ -26,11 +27,11 @@ def free(out: str, force: bool, kind: Kind) -> None:
 
 def loaded(output: Output, model: str, dtype: str | None, saved: Trained | None = None) -> Any:
     """MODEL with its weights; with the head that an adapter was trained with."""
-    from surgery.models.loading import load, load_with_saved_head, quiet_libraries
+    from surgery.models.loading import load, load_with_saved_head
     from surgery.models.names import revised
 
     with output.busy(f"loading {model}"):
-        quiet_libraries(output.animated)
+        import_libraries(output)
         model = revised(model, output.revision)
         return load_with_saved_head(model, saved, dtype, output.trust) if saved else load(model, dtype, output.trust)
 

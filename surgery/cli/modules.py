@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from surgery.cli.options import command, revision_option, skeleton_of, trust_option
+from surgery.cli.options import command, import_libraries, revision_option, skeleton_of, trust_option
 from surgery.cli.output import Output
 
 
@@ -21,6 +21,7 @@ def modules(output: Output, model: str | None, pattern: str | None, every: bool)
     """
     if model is None:
         return _models(output)
+    import_libraries(output)
     from surgery.cli.module_tree_view import tree
     from surgery.matching.module_tree import matching_names
     from surgery.matching.module_tree import modules as entries

@@ -236,10 +236,18 @@ def files_below(names: Iterable[str], not_folders: Container[str] = ()) -> list[
     return list(files)
 
 
+def import_libraries(output: Output) -> None:
+    """Import torch and transformers, whose bars show where ours do. A command that needs them begins with it, once what
+    is wrong in a spec is told: what it imports itself then comes after what is looked through for garbage no more."""
+    from surgery.models.loading import quiet_libraries
+
+    quiet_libraries(output.animated)
+
+
 def skeleton_of(output: Output, model: str) -> nn.Module:
-    from surgery.models.loading import quiet_libraries, skeleton
+    from surgery.models.loading import skeleton
     from surgery.models.names import revised
 
     with output.busy(f"reading the configuration of {model}"):
-        quiet_libraries(output.animated)
+        import_libraries(output)
         return skeleton(revised(model, output.revision), output.trust)

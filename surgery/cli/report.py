@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from surgery.cli.options import command, trust_option
+from surgery.cli.options import command, import_libraries, trust_option
 from surgery.cli.output import Output
 from surgery.cli.spectra_options import asked, base_option, squared_option, tracked
 
@@ -19,6 +19,7 @@ def report(output: Output, folder: str, base: str | None, out: str, squared: boo
     One HTML file that needs no network: the model and what was operated on, formulas, parameters, costs, spectra, and
     training curves where the state of a Trainer lies in DIR or beside it.
     """
+    import_libraries(output)
     from surgery.analysis.page import report_page
 
     written = report_page(folder, out, base=base, squared=squared, asked=asked(output), measured=tracked(output))

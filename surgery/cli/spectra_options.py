@@ -20,9 +20,7 @@ squared_option = click.option("--squared", is_flag=True, help="Entropies of σ²
 def asked(output: Output) -> Asked:
     """How models are opened: with what this run shows of it."""
     from surgery.analysis.saved_weights import Asked
-    from surgery.models.loading import quiet_libraries
 
-    quiet_libraries(output.animated)
     return Asked(output.trust, output.busy, output.note)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli.options import command, trust_option
+from surgery.cli.options import command, import_libraries, trust_option
 from surgery.cli.output import Output, aligned
 from surgery.cli.spectra_options import asked, base_option, squared_option, tracked
 from surgery.diagnostics import did_you_mean, fail
@@ -46,9 +46,10 @@ def spectrum(output: Output, subjects: tuple[str, ...], base: str | None, square
     ‖ΔW‖_F² / ‖ΔW‖₂²; effective rank, which is e to the entropy; size; and how much of its strongest directions lies
     among the strongest of W. Singular values that rounding alone makes are not counted.
     """
+    _ready(table, picture)
+    import_libraries(output)
     from surgery.analysis.spectra import gathered
 
-    _ready(table, picture)
     found, others = {}, {}
     for label, pending, left_out in _opened(output, subjects, base):
         found[label] = gathered(pending, squared, top, tracked(output), condition)

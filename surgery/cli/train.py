@@ -15,6 +15,7 @@ from surgery.cli.options import (
     command,
     dtype_option,
     force_option,
+    import_libraries,
     model_argument,
     self_contained_option,
     sets,
@@ -55,9 +56,7 @@ def train(output: Output, spec: str, model: str, out: str, sets: tuple[str, ...]
     asked = checked(spec, sets, targets)
     if how["patience"] and dev is None:
         raise click.UsageError("--patience needs --dev FILE.")
-    from surgery.models.loading import quiet_libraries
-
-    quiet_libraries(output.animated)
+    import_libraries(output)
     from surgery.experiments.fine_tuning import Data, Training
     from surgery.experiments.fine_tuning import train as fine_tune
 
