@@ -217,7 +217,10 @@ def _stacked(a: Any, b: Any) -> Any:
 
 
 def _face(a: Any, b: Any) -> Any:
-    return (a[..., :, None] * b[..., None, :]).flatten(-2)
+    """By columns, of which there are few and long ones: their gradient sums whole columns."""
+    if a.ndim == 1:
+        return (a[:, None] * b).flatten()
+    return (a.mT[..., :, None, :] * b.mT[..., None, :, :]).flatten(-3, -2).mT
 
 
 def _norm(a: Any) -> Any:
