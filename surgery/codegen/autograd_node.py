@@ -7,7 +7,7 @@ nothing reads it any more, and passed over as seldom as the table of `adjoint` a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -109,6 +109,47 @@ class _Node(torch.autograd.Function):
         return None, None, *ctx.step.backward(ctx.layer, *grad_outputs, *kept)
 
 
+class _GroupedNode(torch.autograd.Function):
+    """A step on rows of several layers of one shape, such as experts. It is one node since with one for each, joining
+    their outputs, and the gradients of the rows and the values, takes as long as some of the products."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, layers: Sequence[Any], counts: list[int], apart: Sequence[bool],
+                x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        y, kept = x.new_empty(len(x), layers[0].weight.shape[0]), []
+        each = of_each(values, apart, len(layers))
+        for layer, rows, own, place in zip(layers, x.split(counts), each, y.split(counts)):
+            part, saved = step.forward(layer, rows, *own)
+            place.copy_(part)  # while it is in the cache
+            kept += saved
+        ctx.step, ctx.layers, ctx.counts, ctx.apart = step, layers, counts, apart
+        ctx.save_for_backward(layers[0].stored, *kept)  # what they are matrices of, so that its change is an error
+        return y
+
+    @staticmethod
+    @once
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the name of `ctx`
+            ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
+        (grad,), (_, *kept) = grad_outputs, ctx.saved_tensors
+        of_x = grad.new_empty(len(grad), ctx.layers[0].weight.shape[1]) if ctx.needs_input_grad[4] else None
+        places = [None] * len(ctx.layers) if of_x is None else of_x.split(ctx.counts)
+        size, each = len(kept) // len(ctx.layers), []
+        for i, (layer, rows, place) in enumerate(zip(ctx.layers, grad.split(ctx.counts), places)):
+            of_rows, *of_values = ctx.step.backward(layer, rows, *kept[i * size:(i + 1) * size])
+            each.append(of_values)
+            if place is not None:
+                place.copy_(of_rows)
+        of_values = (None if parts[0] is None else torch.stack(parts) if own else sum(parts[1:], parts[0])
+                     for parts, own in zip(zip(*each), ctx.apart))
+        return None, None, None, None, of_x, *of_values
+
+
+def of_each(values: Sequence[torch.Tensor], apart: Sequence[bool], count: int) -> list[tuple[torch.Tensor, ...]]:
+    """The values of each of several layers: parts of those that they have `apart`, and the others themselves."""
+    parts = [value.unbind() if own else [value] * count for value, own in zip(values, apart)]
+    return [tuple(part[i] for part in parts) for i in range(count)]
+
+
 def _no_view(y: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
     """y, as no view where it is one of memory that nothing else is in, such as blocks seen as rows: torch refuses to
     write into a view that a node gives, as `ReLU(inplace=True)` does. A view of what is kept stays one, for the same
@@ -119,6 +160,18 @@ def _no_view(y: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> torch.
     if memory and any(each is not None and each.untyped_storage().data_ptr() == memory for each in others):
         return y
     return y.new_empty(0).set_(y)  # pyright: ignore[reportArgumentType]  # torch's stubs know storages alone
+
+
+def run_grouped(body: Expr, layers: Sequence[Any], counts: list[int], x: torch.Tensor, values: Sequence[torch.Tensor],
+                apart: Sequence[bool]) -> torch.Tensor | None:
+    """Run the body on rows, `counts[i]` of them of `layers[i]`, as one node of autograd; None where there is none, or
+    autograd must see its parts. `apart`: which values have a part for each layer."""
+    needs = tuple(torch.is_grad_enabled() and a.requires_grad for a in (x, *values))
+    known = step(body, needs, x.device.type) if any(needs) else None
+    if known is None:
+        return None
+    with without_autocast(x.device.type):
+        return _GroupedNode.apply(known, layers, counts, apart, x, *values)
 
 
 def run(body: Expr, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ tolerance; the frozen layer is called and not read unless `reads_weight` says ot
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -90,6 +90,17 @@ class Program:
         with nullcontext() if layer.follows_autocast else without_autocast(layer.device.type):
             assert self.body is not None  # a program of W' alone has none, and is not run
             return self.body(layer, x, *values)
+
+    def run_grouped(self, values: Sequence[torch.Tensor], apart: Sequence[bool], layers: Sequence[Any],
+                    counts: list[int], x: torch.Tensor) -> torch.Tensor:
+        """The body on rows, `counts[i]` of them of `layers[i]`. `apart`: which values have a part for each layer."""
+        if self._is_known(layers[0]):
+            cast = [layer.as_dtype(x.dtype) for layer in layers]
+            y = autograd_node.run_grouped(self.plan.written, cast, counts, x, values, apart)
+            if y is not None:
+                return y
+        each = autograd_node.of_each(values, apart, len(layers))
+        return torch.cat([self.run_on(own, layer, rows) for own, layer, rows in zip(each, layers, x.split(counts))])
 
     def _is_known(self, layer: Any) -> bool:
         """Whether the layer's map and its transpose are products with a weight at hand."""

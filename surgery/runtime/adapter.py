@@ -16,7 +16,7 @@ from weakref import ref
 import torch
 import torch.nn as nn
 
-from surgery.codegen.autograd_node import runs_as_on
+from surgery.codegen.autograd_node import of_each, runs_as_on
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program
 from surgery.diagnostics import fail
@@ -221,23 +221,27 @@ class Adapter(nn.Module):
         return self.programs(on)[layer.module.training].at(tokens)
 
     def set_ups(self, program: Program, layer: Frozen, stacks: Mapping[str, torch.Tensor], cast: torch.dtype,
-                held: Mapping[str, torch.Tensor], experts: Sequence[int]) -> Mapping[int, tuple]:
-        """The set-ups of several experts at once, by number, of a program that does not rest on the frozen weight."""
+                experts: Sequence[int]) -> tuple[tuple[torch.Tensor, ...], list[bool]]:
+        """The set-ups of several experts at once, of a program that does not rest on the frozen weight: its values, and
+        which of them have a part for each expert, and are not one that modules share."""
+        at = torch.tensor(experts, device=layer.device)
+        chosen = {key: t if key in self.shared or [*experts] == [*range(self.stack or 0)] else t.index_select(0, at)
+                  for key, t in stacks.items()}
+
+        def make(leaves: Mapping[str, torch.Tensor]) -> tuple:
+            return self._computed(program, layer, leaves, cast, [])
+
+        axes = {key: None if key in self.shared else 0 for key in chosen}
+        made = torch.vmap(make, in_dims=(axes,))(chosen) if program.plan.computes else make(chosen)
+        return made, [t.ndim > len(value.shape) for value, t in zip(program.plan.values, made)]
+
+    def kept_set_ups(self, program: Program, layer: Frozen, stacks: Mapping[str, torch.Tensor], cast: torch.dtype,
+                     held: Mapping[str, torch.Tensor], experts: Sequence[int]) -> Mapping[int, tuple]:
+        """The same by expert, kept while serving."""
         known = self._kept((program, cast, layer.device), tuple(held.values()), dict)
-        missing = [expert for expert in experts if expert not in known]
-        if missing:
-            at = torch.tensor(missing, device=layer.device)
-            chosen = {key: t if key in self.shared or missing == [*range(self.stack or 0)] else t.index_select(0, at)
-                      for key, t in stacks.items()}
-
-            def make(leaves: Mapping[str, torch.Tensor]) -> tuple:
-                return self._computed(program, layer, leaves, cast, [])
-
-            axes = {key: None if key in self.shared else 0 for key in chosen}
-            made = torch.vmap(make, in_dims=(axes,))(chosen) if program.plan.computes else make(chosen)
-            parts = (t.unbind() if t.ndim > len(value.shape) else [t] * len(missing)  # which modules share
-                     for value, t in zip(program.plan.values, made))
-            known.update(zip(missing, zip(*parts)))
+        if missing := [expert for expert in experts if expert not in known]:
+            values, apart = self.set_ups(program, layer, stacks, cast, missing)
+            known.update(zip(missing, of_each(values, apart, len(missing))))
         return known
 
     def set_up(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,

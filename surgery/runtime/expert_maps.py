@@ -43,28 +43,33 @@ class ExpertMaps:
     def grouped(self, experts: Sequence[int], counts: Sequence[int], x: Tensor) -> Tensor:
         """Rows x [n, ..., in], the first `counts[0]` of them for `experts[0]`, and so on: [n, ..., out]. What is left
         over at the end is of no expert, and 0."""
-        groups = [(e, n) for e, n in zip(experts, counts) if n] or [(0, 0)]
-        rest = x.shape[0] - sum(counts)
-        *parts, _ = x.split([*(n for _, n in groups), rest])
-        outputs = self._many([e for e, _ in groups], parts)
-        outputs += [outputs[0].new_zeros(rest, *outputs[0].shape[1:])] * bool(rest)
-        return torch.cat(outputs)  # which the caller may change
+        if x.ndim != 2:
+            size, flat = x.shape[1:-1].numel(), x.reshape(-1, x.shape[-1])
+            y = self.grouped(experts, [n * size for n in counts], flat)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+        own = [(expert, count) for expert, count in zip(experts, counts) if count] or [(0, 0)]
+        used = sum(counts)
+        y = self._many([e for e, _ in own], [n for _, n in own], x if used == len(x) else x[:used])
+        return y if used == len(x) else torch.cat([y, y.new_zeros(len(x) - used, y.shape[1])])
 
-    def _many(self, experts: Sequence[int], parts: Sequence[Tensor]) -> list[Tensor]:
-        """The output of each expert for its part of the tokens."""
-        if self.ready is not None and (outputs := self.ready.run_each(experts, parts)) is not None:
-            return outputs
-        dtype, rows = self.layer.dtype_of(parts[0]), sum(part[..., 0].numel() for part in parts)
-        program, weights = self.adapter.program(self.layer, rows // len(parts)), self._apart[0]
+    def _many(self, experts: list[int], counts: list[int], x: Tensor) -> Tensor:
+        """Rows x [n, in], all of them some expert's: [n, out], which the caller may change."""
+        if self.ready is not None and (outputs := self.ready.run_each(experts, x.split(counts))) is not None:
+            return torch.cat(outputs)
+        dtype, program = self.layer.dtype_of(x), self.adapter.program(self.layer, len(x) // len(experts))
+        weights = self._apart[0]
         is_large = 2 * program.plan.setup_numbers > weights[0].numel()
         if program.plan.rests_on_layer or is_large and program.plan.recompute_cost is not None:
-            return [self.one(expert, part) for expert, part in zip(experts, parts)]  # made one by one, and not held
-        values = self.adapter.set_ups(program, self.layer, self.stacks, dtype, self.held, experts)
-        outputs, layers = [], (self.layer.of(weights[expert]) for expert in experts)
-        for layer, expert, part in zip(layers, experts, parts):
-            outputs.append(layer.leave(program.run_on(values[expert], layer, layer.enter(part, dtype))))
+            # made one by one, and not held
+            return torch.cat([self.one(expert, rows) for expert, rows in zip(experts, x.split(counts))])
+        layers, x = [self.layer.of(weights[expert]) for expert in experts], self.layer.enter(x, dtype)
+        if self.adapter.serving is None or torch.is_grad_enabled():
+            values, apart = self.adapter.set_ups(program, self.layer, self.stacks, dtype, experts)
+            return program.run_grouped(values, apart, layers, counts, x)
+        known = self.adapter.kept_set_ups(program, self.layer, self.stacks, dtype, self.held, experts)
         self.adapter.make_ready(self.layer, dtype, self.held)
-        return outputs
+        return torch.cat([program.run_on(known[expert], layer, rows)
+                          for expert, layer, rows in zip(experts, layers, x.split(counts))])
 
     @cached_property
     def held(self) -> Mapping[str, Tensor]:

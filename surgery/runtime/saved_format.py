@@ -36,7 +36,7 @@ _SHOWN = 8
 DIVERGED = "the training that made it diverged"
 _NAME_ONE = "name what `surgery apply -o` or `save()` wrote"
 _RESUME_IT = ("it is a checkpoint in shards, which holds the whole model: resume the training from it, then "
-              "`surgeon.save()`; or train with `callbacks=[surgery.AdapterCheckpoints()]`, which writes that")
+              "`surgeon.save()`; or train with `callbacks=[surgery.AdapterCheckpoints()]`, which writes the adapter")
 
 # The whole numbers are for places.
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)

@@ -183,14 +183,35 @@ def test_autocast_gives_what_it_gives_to_the_whole_weight(monkeypatch):
     model, _ = operated(BUILDS["out x in"], STEPS["three steps"], torch.float32)
     for way in WAYS:
         model.experts.config._experts_implementation = way
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
             x, experts, shares = tokens(torch.float32)
             found = model(x, experts, shares)
             with monkeypatch.context() as patch:
                 patch.setattr(operated_module, "runs_by_torch", lambda module: False)
                 wanted = model(x, experts, shares)
         assert found.dtype == wanted.dtype
-        torch.testing.assert_close(found.float(), wanted.float(), rtol=0.05, atol=0.05)
+        trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+        ours, theirs = ([y, *torch.autograd.grad(y.float().square().sum(), trained)] for y in (found, wanted))
+        for one, other in zip(ours, theirs):
+            torch.testing.assert_close(one.float(), other.float(), rtol=0.05, atol=0.05 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_experts_are_one_node_which_sees_changes_and_leaves_rows_of_none_at_zero(name):
+    model, surgeon = operated(BUILDS[name], STEPS["shared"])
+    adapter, stored = surgeon.adapters["experts.down_proj"], model.experts.get_parameter("down_proj")
+    maps = expert_maps.ExpertMaps(adapter, adapter.frozen(model.experts), {})
+    x = torch.randn(6, maps.layer.width, dtype=torch.float64, requires_grad=True)
+    y = maps.grouped([0, 1, 3], [2, 0, 3], x)
+    assert torch.equal(y, torch.cat([maps.one(0, x[:2]), maps.one(3, x[2:5]), torch.zeros_like(y[:1])]))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
+    assert (gradient.abs().sum(1) > 0).tolist() == [True] * 5 + [False]
+    with torch.no_grad():
+        stored.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_what_is_computed_at_once_is_what_each_alone_gives(monkeypatch):
@@ -198,6 +219,7 @@ def test_what_is_computed_at_once_is_what_each_alone_gives(monkeypatch):
         model, _ = operated(BUILDS["in x out"], STEPS[steps])
         wanted = results(model, "grouped_mm")
         with monkeypatch.context() as patch:
-            patch.setattr(expert_maps.ExpertMaps, "_many", lambda self, *groups: [*map(self.one, *groups)])
+            patch.setattr(expert_maps.ExpertMaps, "_many", lambda self, experts, counts, x: torch.cat(
+                [*map(self.one, experts, x.split(counts))]))
             for key, value in results(model, "grouped_mm").items():
                 torch.testing.assert_close(value, wanted[key], rtol=1e-9, atol=1e-9)
