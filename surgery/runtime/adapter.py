@@ -144,7 +144,7 @@ class Adapter(nn.Module):
     def refuse_divided(self, module: nn.Module, inputs: Iterable[Any]) -> None:
         """Raises: SurgeryError (unsupported-module), if the module is to compute with a part of its weight or input."""
         if not torch.compiler.is_compiling():
-            refuse_divided(module, self.parameter, self.words(module), *inputs, shape=self.stored_shape)
+            refuse_divided(module, self.parameter, self.words, *inputs, shape=self.stored_shape)
             if self.owner is None:  # as in a copy, which is told here whose it is
                 self.owner = ref(module)
 

@@ -62,7 +62,7 @@ class Operated(_Mixin):
         """As ever; refuses a part in an operated weight's place, where torch's parallelize_module would put one, and
         what others may have made of W', on which the adapter would act once more. Raises: SurgeryError."""
         if name in type(self).names:
-            refuse_divided(self, name, _words(self), param)
+            refuse_divided(self, name, _words, param)
         adapter = self._modules.get((name if name in type(self).names else "weight") + SUFFIX)
         acts = isinstance(adapter, Adapter) and adapter.active and not adapter.layout.is_called and (
             name == adapter.parameter or name == "bias" and adapter.formula.changes_bias)

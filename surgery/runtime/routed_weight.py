@@ -112,7 +112,8 @@ def _turned(weight: Any, *axes: int) -> RoutedWeight | None:
 
 def _flipped(weight: Any) -> RoutedWeight:
     view = weight._view
-    return _part(weight, weight._stored.mT, is_in_out=not view.is_in_out, seen=lambda whole: view.seen(whole).mT)
+    flipped = _View(view.stack, not view.is_in_out, lambda whole: view.seen(whole).mT, view.experts)
+    return _routed(flipped, weight._stored.mT, weight._trains)
 
 
 def _part(weight: RoutedWeight, stored: Tensor, **changes: Any) -> RoutedWeight:

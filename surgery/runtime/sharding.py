@@ -110,15 +110,15 @@ _UNDIVIDED = ("to train: operate on the whole model, then shard it with torch.di
               "one and load it divided)")
 
 
-def refuse_divided(module: nn.Module, name: str, words: str, *tensors: Any,
+def refuse_divided(module: nn.Module, name: str, words: Callable[[nn.Module], str], *tensors: Any,
                    shape: tuple[int, ...] | None = None) -> None:
-    """Raises: SurgeryError (unsupported-module) where an operated module (in `words`) is to compute with a part of the
-    weight `name`, which has `shape` as a whole, or of an input: an adapter is one of the whole, and a norm of a part,
-    say, is another number. (FSDP2 gathers the weights of a unit before it runs.)"""
+    """Raises: SurgeryError (unsupported-module) where an operated module (`words` of it) is to compute with a part of
+    the weight `name`, which has `shape` as a whole, or of an input: an adapter is one of the whole, and a norm of a
+    part, say, is another number. (FSDP2 gathers the weights of a unit before it runs.)"""
     weight = module._parameters.get(name)
     is_cut = shape is not None and weight is not None and tuple(weight.shape) != shape
-    if is_cut or is_part(weight) or any(map(is_part, tensors)):
-        raise fail("unsupported-module", f"the operated {words} was to compute with a part of its "
+    if is_cut or any(map(is_part, (weight, *tensors))):
+        raise fail("unsupported-module", f"the operated {words(module)} was to compute with a part of its "
                    f"{name}{f' ({list(shape)})' if shape else ''} or of its input, and an adapter is one of the whole "
                    "weight (tensor parallelism, or a layer of a sharded model that is called by itself)",
                    helps=_UNDIVIDED)
