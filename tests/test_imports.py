@@ -135,10 +135,12 @@ WITHOUT_TORCH = ["--help", "apply --help", "--version", "specs", "fmt lora.surg"
                  "check gate.surg",  # which runs dense, as it warns
                  "from surgery.matching import patterns, suggestions", "import surgery.models.demo as d; d.demo_names()"]
 
-# What libraries are imported for good is looked through for garbage at no time; here a stub stands for transformers.
-FOR_GOOD = ("import gc, sys; sys.path.insert(0, 'stub'); from surgery.models import loading; loading.quiet_libraries(False); "
+# Libraries are imported for good, and looked through for garbage at no time; where a folder is missing they are not. A stub
+# stands for transformers.
+FOR_GOOD = ("import gc, sys; sys.path.insert(0, 'stub'); from surgery.cli.options import Output, import_libraries; "
+            "import_libraries(Output(), 'nowhere'); early = 'transformers' in sys.modules; import_libraries(Output(), 'stub'); "
             "import transformers.modeling_utils as stub; sys.modules.pop('transformers'); "
-            "sys.exit(stub.collects or not gc.isenabled() or not gc.get_freeze_count())")
+            "sys.exit(early or stub.collects or not gc.isenabled() or not gc.get_freeze_count())")
 
 # Each command, and what Python runs, runs in a fork of a process that has read a spec, which takes longer than most of them.
 EACH_IN_A_FORK = """

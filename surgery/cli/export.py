@@ -24,7 +24,7 @@ def export(output: Output, folder: str, model: str | None, form: str, out: str, 
     PEFT's own form; another one as the LoRA of the least rank that is exact, or of --rank, with the error of each
     module.
     """
-    import_libraries(output)
+    import_libraries(output, folder)
     from surgery.peft.export_adapter import export_peft
     from surgery.peft.folder import ADAPTER
     from surgery.runtime.attach import attach

@@ -22,7 +22,7 @@ def import_(output: Output, folder: str, model: str | None, out: str, dtype: str
     PEFT_DIR holds adapter_config.json and adapter_model.safetensors; MODEL is the model that the adapter was made for
     unless you name another. PEFT need not be installed.
     """
-    import_libraries(output)
+    import_libraries(output, folder)
     from surgery.models.names import base_name
     from surgery.peft.folder import Folder
     from surgery.peft.import_adapter import read

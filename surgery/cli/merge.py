@@ -32,7 +32,7 @@ def merge(output: Output, folder: str, model: str | None, out: str, after: tuple
     """
     # Every weight is met once, in memory that is new: torch then asks the system for it in large pages, and waits less.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    import_libraries(output)
+    import_libraries(output, folder, *after)
     from surgery.models.names import base_name, revised
     from surgery.runtime.merge_files import merge_files
     from surgery.runtime.save import MODEL

@@ -236,12 +236,14 @@ def files_below(names: Iterable[str], not_folders: Container[str] = ()) -> list[
     return list(files)
 
 
-def import_libraries(output: Output) -> None:
+def import_libraries(output: Output, *folders: str) -> None:
     """Import torch and transformers, whose bars show where ours do. A command that needs them begins with it, once what
-    is wrong in a spec is told: what it imports itself then comes after what is looked through for garbage no more."""
+    is wrong in a spec is told: what it imports itself then comes after what is looked through for garbage no more. Not
+    where one of the `folders` that it reads is not there: it will say so, and needs no transformers for that."""
     from surgery.models.loading import quiet_libraries
 
-    quiet_libraries(output.animated)
+    if all(map(os.path.exists, folders)):
+        quiet_libraries(output.animated)
 
 
 def skeleton_of(output: Output, model: str) -> nn.Module:

@@ -19,10 +19,11 @@ def report(output: Output, folder: str, base: str | None, out: str, squared: boo
     One HTML file that needs no network: the model and what was operated on, formulas, parameters, costs, spectra, and
     training curves where the state of a Trainer lies in DIR or beside it.
     """
-    import_libraries(output)
+    import_libraries(output, folder)
     from surgery.analysis.page import report_page
 
-    written = report_page(folder, out, base=base, squared=squared, asked=asked(output), measured=tracked(output))
+    written = report_page(folder, out, base=base, squared=squared, asked=asked(output, folder),
+                          measured=tracked(output))
     output.say(f"{written.spectra.summary}\nsaved     {out}")
     output.data(adapter=folder, base=written.base, out=out, training=written.training and str(written.training),
                 **written.spectra.to_json())

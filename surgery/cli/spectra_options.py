@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from surgery.cli.options import import_libraries
 from surgery.cli.output import Output
 
 if TYPE_CHECKING:
@@ -17,10 +18,11 @@ base_option = click.option("--base", metavar="MODEL",
 squared_option = click.option("--squared", is_flag=True, help="Entropies of σ² / Σ σ² instead of σ / Σ σ.")
 
 
-def asked(output: Output) -> Asked:
-    """How models are opened: with what this run shows of it."""
+def asked(output: Output, *folders: str) -> Asked:
+    """How models are opened, for adapters in `folders`: with what this run shows of it."""
     from surgery.analysis.saved_weights import Asked
 
+    import_libraries(output, *folders)
     return Asked(output.trust, output.busy, output.note)
 
 

@@ -47,7 +47,7 @@ def spectrum(output: Output, subjects: tuple[str, ...], base: str | None, square
     among the strongest of W. Singular values that rounding alone makes are not counted.
     """
     _ready(table, picture)
-    import_libraries(output)
+    import_libraries(output, subjects[0])  # or a model of the hub, which is asked for later
     from surgery.analysis.spectra import gathered
 
     found, others = {}, {}
@@ -101,7 +101,7 @@ def _opened(output: Output, subjects: Sequence[str],
     for name in measured:
         # a name alone is an adapter's: what it lacks of one is told
         if is_adapter(name) or not (rest or base):
-            yield name, opened_adapter(name, base, asked(output)).updates(), []
+            yield name, opened_adapter(name, base, asked(output, name)).updates(), []
         else:
             yield name, *_of_models(output, base or first, name)
 
