@@ -16,6 +16,7 @@ import torch
 
 from surgery.diagnostics import fail
 from surgery.experiments.tasks import ASSISTANT, Choice, Conversation, Generative
+from surgery.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Words
@@ -24,7 +25,8 @@ READ = -100  # the label of a token that is only read, which no loss counts
 PROMPT = "Question: {question}\nAnswer:"
 PLAIN = ("{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}"
          "{{ eos_token if m.role == 'assistant' else '' }}\n{% endfor %}"
-         "{% if add_generation_prompt %}Assistant: {% endif %}")
+         # without the space behind it, which is learned as a part of the answer's first token
+         "{% if add_generation_prompt %}Assistant:{% endif %}")
 Item = dict[str, list[int]]
 Part = tuple[str, bool]  # a piece of a text, and whether it is learned
 
@@ -52,11 +54,18 @@ def learned(words: Words, task: Generative, length: int, prompt: str = PROMPT) -
 
 
 def choices(words: Words, task: Generative, length: int, prompt: str = PROMPT) -> Encoded:
-    """Every choice of every question, each after its question; what is cut off is the start of the question."""
+    """Every choice of every question, each after its question; what is cut off is the start of the question.
+
+    Raises: SurgeryError (bad-data) for a choice with no token before it, whose first token has no likelihood."""
     whole = [marked(words, _answered(each, place, prompt), True)
              for each in task.items for place in range(len(each.choices))]
-    return Encoded(tuple(_cut(item, slice(-length, None)) for item in whole),
-                   sum(len(item["labels"]) > length for item in whole))
+    kept = tuple(_cut(item, slice(-length, None)) for item in whole)
+    parts = sum(item["labels"][0] != READ for item in kept)
+    if parts:  # a choice would be the likelier the less of it is counted
+        raise fail("bad-data", f"{counted(parts, 'choice')} of {task.name} cannot be scored whole: nothing stands "
+                   f"before the first of the {length} tokens that are kept",
+                   helps=("keep more of each: --length; or say more before a choice: --prompt",))
+    return Encoded(kept, sum(len(item["labels"]) > length for item in whole))
 
 
 def _answered(item: Choice, place: int, prompt: str) -> list[Part]:

@@ -1,8 +1,8 @@
 """Text tasks: labelled text from a file, and its parts.
 
-Takes a file with a column `text` (or GLUE's `sentence`, or `sentence1` and `sentence2`) and one of labels; gives a
-`Task`. Promises: the same seed gives the same parts; labels that are all numbers, one of them with a fraction, are
-regressed on, and others are names of classes, unless the caller says otherwise.
+Takes a file with a column `text` (or GLUE's `sentence`, or one of its pairs) and one of labels; gives a `Task`.
+Promises: the same seed gives the same parts; labels that are all numbers, one of them with a fraction, are regressed
+on, and others are names of classes, unless the caller says otherwise; one number spelt in two ways is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from surgery.diagnostics import did_you_mean, fail
 from surgery.experiments.data_files import Rows, read_rows
 
 TEXT, LABEL = "text", "label"
-TEXTS = (("sentence1", "sentence2"), (TEXT,), ("sentence",))
+# A pair before a single one of its texts: of GLUE's QNLI the sentence alone says nothing.
+TEXTS = (("sentence1", "sentence2"), ("question", "sentence"), ("question1", "question2"), ("premise", "hypothesis"),
+         (TEXT,), ("sentence",))
 NOT_LABELS = ("idx",)  # GLUE numbers its rows
 Kind = Literal["classification", "regression"]
 
@@ -109,6 +111,7 @@ def of_rows(rows: Rows, kind: Kind | None = None, threshold: float | None = None
     Raises: SurgeryError (bad-data)."""
     texts = next((columns for columns in TEXTS if rows.has(*columns)), (TEXT,))
     labels = rows.column(_label(rows, texts, label), str, int, float)
+    rows.refuse("has no label", [not str(each).strip() for each in labels])
     first, *second = (tuple(rows.column(column)) for column in texts)
     found = _labelled(rows, first, [str(each) for each in labels], kind, threshold, tuple(classes))
     return replace(found, seconds=second[0]) if second else found
@@ -118,7 +121,7 @@ def _label(rows: Rows, texts: Sequence[str], label: str | None) -> str:
     """The name of the column of labels."""
     if not rows.has(*texts):
         raise fail("bad-data", f"{rows.file} has no column `{TEXT}`, only {', '.join(rows.columns)}",
-                   helps=(f"texts are {TEXT}, sentence, or sentence1 and sentence2",))
+                   helps=(f"texts are {', or '.join(map(' and '.join, reversed(TEXTS)))}",))
     others = [column for column in rows.columns if column not in (*texts, *NOT_LABELS)]
     if label is not None and label not in others:
         raise fail("bad-data", f"{rows.file} has no column `{label}`",
@@ -149,6 +152,10 @@ def _labelled(rows: Rows, texts: Sequence[str], labels: Sequence[str], kind: Kin
     has_names = len(numbers) < len(values)
     # Whole numbers are names of classes more often than amounts, so they are regressed on only when that is asked for.
     if threshold is None and kind != "regression" and (has_names or kind or all(n.is_integer() for n in numbers)):
+        spelt: dict[float, str] = {}
+        rows.refuse("has a label that another row spells in another way, as 1 and 01", [
+            not classes and value is not None and spelt.setdefault(value, label) != label
+            for value, label in zip(values, labels)], "they would be two classes: spell them alike")
         return _classified(rows, texts, labels, classes)
     if has_names:
         raise fail("bad-data", f"{rows.file} has labels that are no numbers, such as `{labels[values.index(None)]}`",

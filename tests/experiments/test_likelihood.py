@@ -15,7 +15,7 @@ from surgery.experiments.comparison_table import Mean
 from surgery.experiments.evaluation import Scoring, evaluate, perplexity
 from surgery.experiments.likelihood import Likelihood, likelihoods, written
 from surgery.experiments.metrics import of_classes, of_numbers, spearman, with_errors
-from surgery.experiments.prompts import READ, choices, conversation, learned, marked
+from surgery.experiments.prompts import PROMPT, READ, choices, conversation, learned, marked, rendered
 from surgery.experiments.tasks import Choice, Generative, Message
 
 ASKED = Generative("asked", "choice", tuple(Choice(q["question"], tuple(q["choices"]), q["answer"])
@@ -64,6 +64,10 @@ def test_what_is_cut_off_a_choice_is_the_start_of_its_question() -> None:
     asked = ASKED.taken([0])
     whole, cut = choices(pieces(), asked, 512), choices(pieces(), asked, 12)
     assert cut.cut == 3 and all(short["labels"] == item["labels"][-12:] for item, short in zip(whole.items, cut.items))
+    # without a token before it, the first of a choice has no likelihood: a choice of one token had that of 1, and won
+    for length, prompt in ((1, PROMPT), (512, "")):
+        with pytest.raises(surgery.SurgeryError, match="cannot be scored whole"):
+            choices(pieces(), asked, length, prompt)
 
 
 # ---------------------------------------------------------------------------------------------- what is learned
@@ -117,7 +121,9 @@ def test_a_template_that_forgets_leaves_the_last_answer(monkeypatch) -> None:
 def test_without_a_template_a_conversation_is_plain_text(monkeypatch) -> None:
     monkeypatch.setattr(pieces(), "chat_template", None)
     parts, special = conversation(pieces(), SAID[1:3])
-    assert parts == [("User: q\nAssistant: ", False), ("a</s>\n", True)] and special
+    assert parts == [("User: q\nAssistant:", False), (" a</s>\n", True)] and special
+    whole, asked = (pieces()(rendered(pieces(), SAID[1:n], n == 2))["input_ids"] for n in (3, 2))
+    assert asked == whole[:len(asked)]  # asked as it was trained: a space of its own stands in no text that is learned
 
 
 def test_texts_are_learned_to_the_last_token_in_blocks() -> None:

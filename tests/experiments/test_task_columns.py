@@ -106,6 +106,9 @@ def test_glue(tmp_path: Path) -> None:
     pairs = read_task(written(tmp_path, "a.tsv", "idx\tsentence1\tsentence2\tlabel\n0\ta\tb\t0.5\n1\tc\td\t3\n"))
     assert pairs == Task("a", ("a", "c"), (0.5, 3.0), (), ("b", "d"))
     assert pairs.taken([1]) == Task("a", ("c",), (3.0,), (), ("d",))
+    for names in (("question", "sentence"), ("question1", "question2"), ("premise", "hypothesis")):  # none is left out
+        asked = read_task(lines(tmp_path, *({**dict(zip(names, "ab")), "label": label} for label in ("no", "yes"))))
+        assert asked == Task("some", ("a", "a"), (0.0, 1.0), ("no", "yes"), ("b", "b"))
     single = read_task(written(tmp_path, "b.tsv", "sentence\tlabel\na\t1\nb\t0\n"))
     assert single == Task("b", ("a", "b"), (1.0, 0.0), ("0", "1"))
 

@@ -59,6 +59,8 @@ def test_numbers_are_classes_when_whole_or_asked_for(tmp_path: Path) -> None:
     ("text\tmood\n", {}, "holds no text"),
     ("text\tmood\na\tgood\nb\tgood\n", {}, "every text of .* has the label `good`"),
     ("text\tmood\na\t1\nb\tgood\n", {"threshold": 0}, "labels that are no numbers, such as `good`"),
+    ("text\tmood\na\t0.5\nb\t \nc\t1.5\n", {}, "some.tsv:3 has no label"),
+    ("text\tmood\na\t1\nb\t0\nc\t01\n", {}, "some.tsv:4 has a label that another row spells in another way"),
     ("text\tmood\na\tnan\nb\t0.5\n", {"kind": "regression"}, "labels that are no numbers, such as `nan`"),
 ])
 def test_a_file_that_is_no_task(text: str, options: dict, said: str, tmp_path: Path) -> None:
