@@ -99,7 +99,11 @@ class Report:
     @cached_property
     def unfrozen(self) -> dict[str, int]:
         """The parameters that `train` unfreezes, with how many numbers each holds."""
-        return {name: parameter(self.plan.selection.survey.model, name).numel() for name in self.plan.train}
+        return {name: p.numel() for name, p in self._unfrozen.items()}
+
+    @cached_property
+    def _unfrozen(self) -> dict[str, torch.Tensor]:
+        return {name: parameter(self.plan.selection.survey.model, name) for name in self.plan.train}
 
     @property
     def trainable(self) -> int:
@@ -126,9 +130,10 @@ class Report:
         plain = (p for name, p in survey.model.named_parameters() if f"{SUFFIX}." not in name)
         base = {id(t): opaque_linear.size(t) for t in (*packed, *plain)}
         copies = sum(map(copy_size, self.plan.placed))
+        trained = self.plan.trainable * self.dtype.itemsize + sum(p.nbytes for p in self._unfrozen.values())
         size = sum(base.values()) - math.floor(packed_saving(survey) or 0)
         return {"base": size, **({"dense copies": copies} if copies else {}), "adapter": self.bytes,
-                "gradients and AdamW": 3 * self.trainable * self.dtype.itemsize}
+                "gradients and AdamW": 3 * trained}
 
     @cached_property
     def left_out(self) -> dict[str, list[str]]:

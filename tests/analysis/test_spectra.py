@@ -248,6 +248,23 @@ def test_rounding_to_a_narrow_dtype_is_not_taken_for_an_update():
         assert abs(row.spectrum.entropy - merged[row.name].spectrum.entropy) < 0.02
 
 
+def test_a_small_update_of_narrow_parameters_is_measured():
+    """Rotations by angles of 5e-4 in bfloat16, half a unit in the last place of W, were said to change nothing."""
+    surgeon = perturbed(load_demo("llama:num_hidden_layers=1"), "oft", scale=5e-4)
+    wide = surgery.spectrum(surgeon)
+    for parameter in surgeon.parameters():
+        parameter.data = parameter.data.bfloat16()
+    narrow = surgery.spectrum(surgeon)
+    assert max(row.relative_size for row in narrow.rows) < torch.finfo(torch.bfloat16).eps and not narrow.unchanged
+    for one, other in zip(wide.rows, narrow.rows):
+        assert other.spectrum.entropy == pytest.approx(one.spectrum.entropy, rel=1e-3)
+        assert other.relative_size == pytest.approx(one.relative_size, rel=1e-2)
+    scaled = surgery.apply(load_demo("llama:num_hidden_layers=1"), "dora")
+    for parameter in scaled.parameters():
+        parameter.data = parameter.data.bfloat16()
+    assert len(surgery.spectrum(scaled).unchanged) == 7  # its magnitudes are rounded, and that is no update
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_is_bounded_and_not_by_much(dtype, monkeypatch):
     """The largest singular value of what rounding a matrix changes, of rows and columns of very different sizes."""

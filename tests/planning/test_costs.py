@@ -182,6 +182,14 @@ def test_experts_that_are_built_are_told():
     assert report.memory["dense copies"] == 2 * 4 * (256 * 64 + 64 * 128) * 4 and report.step_ratio > ratio
 
 
+def test_what_train_unfreezes_takes_memory_in_its_own_dtype():
+    model = load_demo("gpt2").bfloat16()  # its embedding is its head, too
+    surgeon = apply(model, parse(
+        'spec s()\ntrain "**.wte.weight"\ntarget linear {\n  add low_rank(rank = 2, alpha = 2)\n}\n'), check=False)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert surgeon.report().memory["gradients and AdamW"] == 3 * trained
+
+
 # ------------------------------------------------------------------------------------------------- where it is shown
 
 

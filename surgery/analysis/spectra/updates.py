@@ -129,10 +129,24 @@ def _operated(surgeon: Surgeon, placed: Placed, stored: Tensor, leaves: Leaves) 
         values = {"weight": w.to(WIDE), **{key: in_dtype(t.detach().to(w.device), WIDE) for key, t in own.items()}}
         delta, noise = _delta(placed, values)
         coarsest = max((torch.finfo(t.dtype).eps for t in own.values() if t.is_floating_point()), default=0.0)
-        if isinstance(delta, Tensor) and delta.norm() <= coarsest * values["weight"].norm():
+        if isinstance(delta, Tensor) and delta.norm() <= coarsest * values["weight"].norm() and \
+                delta.norm() <= _moved(placed, values, own):
             noise = float("inf")  # no larger than the rounding of the parameters themselves
         yield Update(name, site.layer, values["weight"], delta, noise,
                      defects(placed.formula, {key: in_dtype(t, narrow) for key, t in values.items()}))
+
+
+def _moved(placed: Placed, values: Leaves, own: Leaves) -> Tensor:
+    """How far ΔW is from itself with each parameter a unit in its last place larger or smaller, at random: a rotation
+    by small angles, that are as exact as large ones, by little; one whose parameters are near 1 by their rounding."""
+    draw, moved = torch.Generator().manual_seed(0), dict(values)
+    for key, stored in own.items():
+        if stored.is_floating_point():
+            signs = torch.randint(0, 2, stored.shape, generator=draw, device="cpu").to(values[key]) * 2 - 1
+            moved[key] = values[key] * (1 + torch.finfo(stored.dtype).eps * signs)
+    one, other = (_delta(placed, each)[0] for each in (values, moved))
+    assert isinstance(one, Tensor) and isinstance(other, Tensor)
+    return (one - other).norm()
 
 
 def _delta(placed: Placed, values: Leaves) -> tuple[Tensor | tuple[Tensor, Tensor], float]:
