@@ -77,8 +77,8 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     if out is not None and not (merge or data) and (no_load or _is_too_large(output, model, dtype)):
         return _unloaded(output, spec, asked, model, out, seed, dtype, force, strict, self_contained)
     subject = loaded(output, model, dtype)
-    task = read_task(data, kind, label=label, threshold=threshold) if data is not None else None
-    measured = _batches(output, subject, model, task, count) if task is not None else None
+    measured = None if data is None else _batches(
+        output, subject, model, read_task(data, kind, label=label, threshold=threshold), count)
     with output.busy("operating"):
         surgeon = operate(subject, asked, seed=seed, strict=strict, data=measured)
     if out is not None:
@@ -86,8 +86,7 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     report = surgeon.report()
     output.say(f"{spec} on {model}: {counted(len(surgeon.plan.placed), 'weight')}\n\n{report}\n"
                f"start     {surgeon.proof}")
-    if out is not None:
-        _say_saved(output, out, merge)
+    _say_saved(output, out, merge)
     output.data(source=spec, model=model, out=out, merged=merge, seed=seed, loaded=True,
                 logits_change=surgeon.proof.start, **report.to_json())
 
@@ -114,8 +113,10 @@ def _unloaded(output: Output, spec: str, asked: Spec, model: str, out: str, seed
                 **done.report.to_json())
 
 
-def _say_saved(output: Output, out: str, merged: bool) -> None:
-    """What was saved, and a command to paste, so its paths are quoted as a shell reads them."""
+def _say_saved(output: Output, out: str | None, merged: bool) -> None:
+    """What was saved, if anything, and a command to paste, so its paths are quoted as a shell reads them."""
+    if out is None:
+        return
     saved, after = shlex.quote(out), shlex.quote(f"{Path(out)}-merged")
     following = f"surgery modules {saved}" if merged else f"surgery merge {saved} -o {after}"
     output.say(f"saved     {out}\nnext      {following}")

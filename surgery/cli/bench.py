@@ -62,11 +62,10 @@ def bench(output: Output, specs: tuple[str, ...], model: str | None, tokens: tup
     named = opened_together(specs, sets, targets)
     import_libraries(output)
     from surgery.experiments.bench import Bench, batches_of
+    from surgery.extras import need
     from surgery.models.loading import tokenizer
 
     if against:
-        from surgery.extras import need
-
         need("peft", "peft", "--against peft")
     with _in_memory_of(device):
         subject = loaded(output, model, dtype).to(_device("cpu" if count else device))

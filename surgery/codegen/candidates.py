@@ -124,7 +124,7 @@ class Candidate:
         return recompute_cost(self.values, self.fixed) if fits else None
 
     @cached_property
-    def setup_numbers(self) -> int:
+    def setup_numbers(self) -> float:
         """How many numbers the set-up computes."""
         return numbers_made(self.values, self.fixed)
 

@@ -137,7 +137,7 @@ def setup_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost:
     return total
 
 
-def numbers_made(values: Sequence[Expr], fixed: Sequence[Expr]) -> int:
+def numbers_made(values: Sequence[Expr], fixed: Sequence[Expr]) -> float:
     """How many numbers a set-up computes, its values among them."""
     return sum(size(node, 0) for node in _made(values, fixed) if not operation(node).is_free)
 
