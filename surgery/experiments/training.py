@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, mse_loss, pad
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from surgery.diagnostics import fail
-from surgery.experiments.prompts import PROMPT, collated, learned
+from surgery.experiments.prompts import PROMPT, READ, collated, learned
 from surgery.experiments.tasks import AnyTask
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.timing import training_device
@@ -126,8 +126,10 @@ def lesson_of(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyT
     if not found.items:
         raise fail("bad-data", f"nothing of {task.name} is left to be learned in {setting.length} tokens",
                    helps=("keep more of each text: --length",))
-    pad = words.pad_token_id if isinstance(words.pad_token_id, int) else 0
-    return Lesson(found.items, partial(collated, pad=pad), found.cut)
+    filler = words.pad_token_id if isinstance(words.pad_token_id, int) else 0
+    # A loss of routers is in the model's own alone, where its configuration asks for one.
+    loss = None if getattr(model.config, "output_router_logits", False) else token_loss
+    return Lesson(found.items, partial(collated, pad=filler), found.cut, loss)
 
 
 def batches(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyTask, setting: Setting,
@@ -146,6 +148,18 @@ def headed_loss(has_classes: bool, outputs: Any, labels: torch.Tensor,
     logits = outputs["logits"]
     mean = cross_entropy(logits, labels) if has_classes else mse_loss(logits.squeeze(-1), labels)
     return mean if num_items_in_batch is None else mean * (len(labels) / num_items_in_batch)
+
+
+def token_loss(outputs: Any, labels: torch.Tensor,
+               num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """The cross entropy of these tokens [texts, tokens], each of those before it, as their part of the mean over the
+    `num_items_in_batch` of a step. The own loss of some models (BART's decoder, CPM-Ant) is that of each token given
+    itself, and a mean over one batch."""
+    logits = outputs["logits"].float().flatten(0, 1)
+    wanted = pad(labels, (0, 1), value=READ)[:, 1:].flatten().to(logits.device)
+    count = (wanted != READ).sum() if num_items_in_batch is None else num_items_in_batch
+    total = cross_entropy(logits, wanted, ignore_index=READ, reduction="sum")
+    return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
 
 
 class OrderedTrainer(Trainer):

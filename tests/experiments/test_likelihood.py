@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from small_text import causal, pieces, questions
+from transformers import BartConfig, BartForCausalLM, BertConfig, BertLMHeadModel
 
 import surgery
 from surgery.experiments.comparison_table import Mean
 from surgery.experiments.evaluation import Scoring, evaluate, perplexity
 from surgery.experiments.likelihood import Likelihood, likelihoods, written
 from surgery.experiments.metrics import of_classes, of_numbers, spearman, with_errors
-from surgery.experiments.prompts import PROMPT, READ, choices, conversation, learned, marked, rendered
+from surgery.experiments.prompts import PROMPT, READ, choices, collated, conversation, learned, marked, rendered
 from surgery.experiments.tasks import Choice, Generative, Message
+from surgery.experiments.training import Setting, arguments, lesson_of, trainer_of
 
 ASKED = Generative("asked", "choice", tuple(Choice(q["question"], tuple(q["choices"]), q["answer"])
                                             for q in questions(50)))
@@ -133,6 +135,7 @@ def test_texts_are_learned_to_the_last_token_in_blocks() -> None:
     blocks = learned(pieces(), task, 4).items
     assert [i for block in blocks for i in block["input_ids"]] == whole["input_ids"][: sum(
         len(block["input_ids"]) for block in blocks)] and len(blocks[0]["input_ids"]) == 4
+    assert collated(blocks, 0)["labels"][:, 0].eq(READ).all()  # nothing predicts it, and no version may count it
 
 
 def test_what_has_nothing_left_to_learn_is_left_out() -> None:
@@ -224,4 +227,21 @@ def test_a_model_that_cannot_answer_is_told(tmp_path: Path) -> None:
         broken.lm_head.weight.fill_(float("nan"))
     with pytest.raises(surgery.SurgeryError, match="no finite numbers"):
         evaluate(broken, ASKED, words=pieces(), scoring=Scoring(batch=50))
-    assert words().pad_token == "[PAD]"
+    sees_all = BertLMHeadModel(BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                          intermediate_size=8, initializer_range=1.0))
+    with pytest.raises(surgery.SurgeryError, match="this BertLMHeadModel sees the tokens that come after"):
+        evaluate(sees_all, ASKED, words=pieces())
+    assert words().pad_token == "[PAD]" and sees_all.training
+
+
+def test_a_loss_is_of_each_token_given_those_before_it_whatever_the_model_has(tmp_path: Path) -> None:
+    """BART's decoder has the mean over a batch of tokens given themselves."""
+    model = BartForCausalLM(BartConfig(vocab_size=300, d_model=16, decoder_layers=1, decoder_attention_heads=2,
+                                       decoder_ffn_dim=8, dropout=0.0)).eval()
+    lesson = lesson_of(model, pieces(), ASKED.taken(range(4)), Setting())
+    trainer = trainer_of(model, lesson, arguments(str(tmp_path), Setting()))
+    found = likelihoods(model, lesson.items, 0, 4)
+    count = torch.tensor(sum(each.tokens for each in found))
+    for parts in ([lesson.items], [lesson.items[:1], lesson.items[1:]]):  # in one batch and in two
+        losses = [trainer.compute_loss(model, lesson.collator(list(part)), num_items_in_batch=count) for part in parts]
+        assert float(sum(losses).detach()) == pytest.approx(-sum(each.total for each in found) / int(count), rel=1e-5)
