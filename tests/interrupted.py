@@ -77,7 +77,7 @@ class Interrupt:
 
 
 def interrupted_everywhere(make: Callable[[], Any], verb: Callable[[Any], Any],
-                           model: Callable[[Any], nn.Module] = lambda subject: subject.model, stride: int = 3) -> Any:
+                           model: Callable[[Any], nn.Module] = lambda subject: subject.model, stride: int = 5) -> Any:
     """Interrupt a verb at one of so many of its lines (a sweep: at each), one after the other on the same subject; then
     let it happen."""
     for _ in range(2):  # the first run fills caches

@@ -73,7 +73,7 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@in_turns(3)
+@in_turns(4)
 @pytest.mark.parametrize("name", surgery.shipped())
 def test_from_start_to_merged(name: str, pretrained: nn.Module, words, tmp_path: Path) -> None:
     model, base = deepcopy(pretrained), embeddings(pretrained, words)

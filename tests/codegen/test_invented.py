@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dense_formula import error, lowered, meant, operated
-from each import of_some
+from each import in_turns, of_some
 from formulas import formula
 from invented import INVENTED, spec
 from watched import ALLOWED, IN, OUT, largest
@@ -26,6 +26,7 @@ def test_it_is_in_order_and_has_a_cheap_program(name):
     assert not estimate.built and estimate.candidates[0].strategy != "built weight"
 
 
+@in_turns(2)
 @on_each
 def test_no_large_matrix_is_made(name):
     what, size = largest(spec(name, "0"))
@@ -65,6 +66,7 @@ target "**" { add own() }
 """
 
 
+@in_turns(2)
 @pytest.mark.parametrize("name", [*INVENTED, "terms that cancel"])
 def test_so_is_every_program_that_was_found_for_it(name):
     op = operated(spec(name) if name in INVENTED else surgery.parse(CANCELLED), "linear 12x18", torch.float64, torch.float64)

@@ -62,7 +62,7 @@ def sized(case: str) -> list[list[Formula]]:
     return list(formulas(SPECS[case](), *SIZES))
 
 
-@in_turns(2)
+@in_turns(3)
 @on_every_spec
 @of_some("at kind has_bias", [(0, LINEAR, True)], [(at, kind, has_bias) for at in range(len(SIZES))
                                                   for kind in (LINEAR, CONV, EMBEDDING)
@@ -86,7 +86,7 @@ def programs(formula: Formula, kind: LayerKind, has_bias: bool) -> Iterator[Prog
         yield from (best, *best.over)
 
 
-@in_turns(2)
+@in_turns(3)
 @on_every_spec
 def test_symbolic_sizes_keep_the_laws(case):
     for formula, in formulas(SPECS[case](), (OUT, IN), place=PLACES):
@@ -94,7 +94,7 @@ def test_symbolic_sizes_keep_the_laws(case):
         verify(simplify(formula.weight), SIMPLIFIED)
 
 
-@in_turns(2)
+@in_turns(3)
 @on_every_spec
 @of_some("at", [], range(2))
 def test_gradients_keep_the_laws(case, at):

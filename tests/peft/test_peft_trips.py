@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from each import in_turns
 from layers import perturb
 from peft_trips import Demo, adapted, apart, config_of, opened, saved, tensors_of
 from torch import nn
@@ -59,6 +60,7 @@ def full(method: Method, modules: list[str]) -> peft.PeftConfig:
 ROWS = [pytest.param(method, id=method.name) for method in METHODS if not method.needs_cuda]
 
 
+@in_turns(2)
 @pytest.mark.parametrize("method", ROWS)
 def test_there_and_back(method: Method, tmp_path: Path) -> None:
     name, modules = demo_and_modules(method)

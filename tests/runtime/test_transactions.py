@@ -54,7 +54,7 @@ def test_apply(make, spec):
     """The surgeon is lost with the call, so the model must be as before."""
     taken: list[surgery.Surgeon] = []
     model = interrupted_everywhere(make, lambda model: taken.append(surgery.apply(model, spec)), lambda model: model,
-                                   stride=17)
+                                   stride=29)
     assert taken[-1].remove() is model and looks(model) == looks(make())
 
 
@@ -101,7 +101,7 @@ def test_attach(tmp_path):
     operated(LORA).save(tmp_path / "saved")
     taken: list[surgery.Surgeon] = []
     model = interrupted_everywhere(small, lambda model: taken.append(surgery.attach(model, tmp_path / "saved")),
-                                   lambda model: model, stride=17)
+                                   lambda model: model, stride=29)
     assert looks(taken[-1].remove()) == looks(small()) == looks(model)
 
 
@@ -118,8 +118,8 @@ def several(*used: str) -> surgery.Surgeries:
 
 
 @pytest.mark.parametrize("verb, stride", [
-    (lambda s: s.use("b", "a"), 11), (lambda s: s.use(), 3), (lambda s: s.remove(), 3),
-    (lambda s: s.add("d", ADDS), 37), (lambda s: s.mix({"b": 0.5, "c": 0.25}), 11)],
+    (lambda s: s.use("b", "a"), 19), (lambda s: s.use(), 5), (lambda s: s.remove(), 5),
+    (lambda s: s.add("d", ADDS), 61), (lambda s: s.mix({"b": 0.5, "c": 0.25}), 19)],
     ids=["use", "use none", "remove", "add", "mix"])
 def test_a_verb_of_surgeries(verb, stride):
     surgeries = interrupted_everywhere(lambda: several("a"), verb, stride=stride)

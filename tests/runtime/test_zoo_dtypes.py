@@ -38,7 +38,7 @@ def compare(op: Operated, y: torch.Tensor, mine: dict[str, torch.Tensor], tolera
         assert_close(actual[key], gradient, tolerances[1], f"the gradient of {key}")
 
 
-@in_turns(2)
+@in_turns(3)
 @on_every_case
 @of_some("layout dtype", [], of_layout("linear 12x18", 0), of_layout("Conv2d 12x18", 1), of_layout("Embedding 18x12", 2))
 def test_a_narrow_weight_with_a_float32_adapter(case, layout, dtype):
@@ -52,7 +52,7 @@ def test_a_narrow_weight_with_a_float32_adapter(case, layout, dtype):
     compare(op, y, mine, TOLERANCES[dtype])
 
 
-@in_turns(2)
+@in_turns(3)
 @on_every_case
 def test_a_merge_rounds_once(case):
     """W' in bfloat16 is the exact W' rounded to nearest: no further than half a unit in the last place."""
@@ -63,7 +63,7 @@ def test_a_merge_rounds_once(case):
     assert ((op.layer.weight.double() - exact).abs() <= half * exact.abs() * 1.01 + 1e-6).all()
 
 
-@in_turns(2)
+@in_turns(3)
 @on_every_case
 def test_under_autocast_only_products_with_activations_are_narrow(case):
     op = operated(case, LAYOUTS["linear 12x18"], torch.float32)
@@ -77,7 +77,7 @@ def test_under_autocast_only_products_with_activations_are_narrow(case):
     assert_close(op.layer.weight, case.formula(op.weight, op.p), 2e-6, "the merged weight")
 
 
-@in_turns(2)
+@in_turns(3)
 @on_every_case
 def test_a_wide_weight_makes_the_adapter_wide(case):
     op = operated(case, LAYOUTS["linear 12x18"], torch.float64, adapter=torch.float32)
