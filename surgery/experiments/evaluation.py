@@ -166,7 +166,7 @@ def _sees_ahead(model: Any) -> bool:
     a causal one's name. (A model that is not whole here is not asked.)"""
     if any(p.is_meta or not p.numel() for p in model.parameters()):
         return False
-    was_training, size = model.training, model.get_input_embeddings().num_embeddings
+    was_training, size = model.training, model.config.get_text_config().vocab_size
     tokens = torch.tensor([[10, 11, 12, 13, 14, 15], [10, 11, 12, 16, 17, 18]], device=model.device) % size
     model.eval()
     try:

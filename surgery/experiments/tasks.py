@@ -23,7 +23,9 @@ HEADED, KINDS = ("classification", "regression"), ("classification", "regression
                                                    "language")
 USER, ASSISTANT = "user", "assistant"
 MARK = "####"  # before the number of an answer, as GSM8K has it
-_NUMBER = re.compile(r"(?<!\d)-?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
+# 1,234.5, -.5, -$5, 2e-3, 1/2: with all that makes it another number than its digits are
+_NUMBER = re.compile(r"(?<!\d)(?:-[$€£]?)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+                     r"(?:[eE][+-]?\d{1,3}(?!\d)|/0*[1-9]\d*)?")
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,11 @@ def _is_labelled(rows: Rows, kind: str | None) -> bool:
 def last_number(text: str) -> Decimal | None:
     """The last number in a text, or the first after `####` where that stands in it; None where there is none."""
     _, mark, after = text.rpartition(MARK)
-    found = _NUMBER.findall(after)
-    return Decimal(found[0 if mark else -1].replace(",", "")) if found else None
+    found = _NUMBER.findall(after.replace("\u2212", "-"))  # the minus sign of Unicode
+    if not found:
+        return None
+    above, _, below = re.sub("[,$€£]", "", found[0 if mark else -1]).partition("/")
+    return Decimal(above) / Decimal(below) if below else Decimal(above)
 
 
 # ------------------------------------------------------------------------------------------------------------ forms

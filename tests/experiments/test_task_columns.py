@@ -141,6 +141,9 @@ def test_columns_that_are_no_task_are_told(rows: list, options: dict, said: str,
 @pytest.mark.parametrize(("text", "number"), [
     ("so 3 + 4 = 7", "7"), ("it is $1,234.50.", "1234.5"), ("5 #### 42", "42"), ("#### 42 apples of 3", "42"),
     ("from -3", "-3"), ("between 3-4", "4"), ("1,2", "2"), ("none", None), ("7 #### none", None),
-    ("it is .75", "0.75"), ("-.5.", "-0.5"), ("1.5.", "1.5"), ("see 3. Then", "3")])
+    ("it is .75", "0.75"), ("-.5.", "-0.5"), ("1.5.", "1.5"), ("see 3. Then", "3"),
+    # two answers that end alike are not one: 2e-3 and 5e-3 were both -3, 1/2 and 1/3 both 1
+    ("#### 2e-3", "0.002"), ("it is 1.5E+2.", "150"), ("#### 1/2", "0.5"), ("or -3/4", "-0.75"), ("5/0", "0"),
+    ("a loss of -$5", "-5"), ("#### \u22127", "-7"), ("9\u22125", "5"), ("1e9999", "9999"), ("10/2 = 5", "5")])
 def test_the_last_number_of_a_text(text: str, number: str | None) -> None:
     assert last_number(text) == (None if number is None else Decimal(number))
