@@ -14,15 +14,16 @@ import pytest
 SWEEP = "SURGERY_SWEEP"  # set by conftest.py: what is thinned tries everything
 
 
-def in_turns(of: int) -> pytest.MarkDecorator:
+def in_turns(of: int, together: bool = False) -> pytest.MarkDecorator:
     """Marks a test over many cases, of which the whole suite tries those in daily use and one in so many of the others,
-    by the test's name. It is for what hardly rests on the formula: that each case computes what it says is asked of all.
-    A sweep tries every case, and so does pytest where a file, a folder or a test is named."""
-    return pytest.mark.in_turns(of)
+    by the test's name, or by the case's where its tests share what it takes long to make (`together`). It is for what
+    hardly rests on the formula: that each case computes what it says is asked of all. A sweep tries every case, and so
+    does pytest where a file, a folder or a test is named."""
+    return pytest.mark.in_turns(of, together)
 
 
-def is_its_turn(nodeid: str, of: int) -> bool:
-    return crc32(nodeid.encode()) % of == 0
+def is_its_turn(nodeid: str, of: int, together: bool) -> bool:
+    return crc32(nodeid.partition("[" if together else "\0")[2 if together else 0].encode()) % of == 0
 
 
 def of_each(**values: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[[Any], None]]:

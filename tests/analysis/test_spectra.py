@@ -45,7 +45,7 @@ def by_svd(matrix: Tensor, squared: bool = False) -> tuple[float, float]:
     return float(-(p * p.log()).sum()), float((s**2).sum() / s.max() ** 2)
 
 
-@in_turns(2)
+@in_turns(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @of_some("layout", [], SEEN)
 def test_every_structure_is_as_a_dense_svd_says(case, layout):
@@ -188,7 +188,7 @@ def test_overlap_is_one_within_and_zero_beside():
 # ----------------------------------------------------------------------------------------------------- orthogonality
 
 
-@in_turns(2)
+@in_turns(3)
 @pytest.mark.parametrize("case", [c for c in CASES if c.claims and not c.shifted], ids=str)
 def test_the_transforms_that_claim_it_are_orthogonal(case):
     op = operated(case, LAYOUTS["linear 12x18"])

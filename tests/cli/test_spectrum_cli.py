@@ -109,7 +109,7 @@ def test_another_base(adapter: Path, tmp_path: Path) -> None:
 def test_a_fresh_adapter_is_said_to_do_nothing(tmp_path: Path) -> None:
     surgery.apply(load_demo(LLAMA), "lora").save(tmp_path / "adapter", base_model=f"demo:{LLAMA}")
     text = said(tmp_path / "adapter", "--csv", tmp_path / "t.csv", "--plot", tmp_path / "p.png")
-    assert "7 weights, none of them changed" in text and (tmp_path / "p.png").stat().st_size > 1000
+    assert "7 weights, none of them changed" in text and (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ----------------------------------------------------------------------------------------------------------- models
@@ -196,11 +196,11 @@ def test_the_table_and_the_csv(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_a_plot_is_the_same_each_time(adapter: Path, tmp_path: Path) -> None:
-    files = [tmp_path / name for name in ("one.svg", "other.svg", "one.png")]
+    files = [tmp_path / name for name in ("one.svg", "other.svg")]
     for file in files:
         said(adapter, "--top", "0", "--plot", file)
-    first, second, other = (file.read_bytes() for file in files)
-    assert first == second and first.startswith(b"<?xml") and other.startswith(b"\x89PNG")
+    first, second = (file.read_bytes() for file in files)
+    assert first == second and first.startswith(b"<?xml")
 
 
 # ----------------------------------------------------------------------------------------------------------- faults

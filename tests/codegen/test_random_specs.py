@@ -35,7 +35,7 @@ def finite(found: Results) -> bool:
     return all(value.isfinite().all() for value in found.values())
 
 
-@some(40)
+@some(32)
 @given(operations())
 def test_the_layer_is_the_dense_formula(operation):
     text, layer = operation
@@ -49,7 +49,7 @@ def test_the_layer_is_the_dense_formula(operation):
         assert error(found[what], value) <= 1e-8, f"{what} is off by {error(found[what], value):.1e}"
 
 
-@some(20)
+@some(16)
 @given(operations())
 def test_the_operated_weight_is_what_the_text_says(operation):
     """W', b' and their gradients against a reading of the text that shares no code with the package; of a stack, those
@@ -92,7 +92,7 @@ def test_the_operated_weight_is_what_the_text_says(operation):
 NARROW = {torch.float32: (30.0, 2e-5), torch.bfloat16: (5.0, 6e-2)}
 
 
-@some(26)
+@some(20)
 @given(operations(), st.sampled_from(sorted(NARROW, key=str)))
 def test_in_narrow_dtypes_it_is_as_exact_as_the_dense_formula(operation, dtype):
     text, layer = operation
@@ -108,7 +108,7 @@ def test_in_narrow_dtypes_it_is_as_exact_as_the_dense_formula(operation, dtype):
                      value) <= most, f"{what} is off by {error(found[what], value):.1e}, {most:.1e} is allowed"
 
 
-@some(26)
+@some(20)
 @given(operations())
 def test_merged_and_unmerged_agree(operation):
     text, layer = operation
@@ -123,7 +123,7 @@ def test_merged_and_unmerged_agree(operation):
                for name, value in model.state_dict().items()) and torch.equal(model(op.x), y)
 
 
-@some(26)
+@some(20)
 @given(specs())
 def test_three_forms_are_one_spec(text):
     spec = parse(text)

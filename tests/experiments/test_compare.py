@@ -273,6 +273,7 @@ def test_the_command_trains_once_and_shows_the_same_again(model: str, tmp_path: 
 
     for name in ("perform", "time"):
         monkeypatch.setattr(Comparison, name, lambda *_: pytest.fail("what is finished is done again"))
+    monkeypatch.setattr("surgery.cli.compare._keep", lambda *_: None)  # the pictures are drawn above
     status, again, _ = told(*words, "--json")
     found, kept = json.loads(again), json.loads((tmp_path / "out/comparison.json").read_text())
     assert status == 0 and found["rows"] == kept["rows"] and [row["method"] for row in kept["rows"]] == ["full", "lora"]

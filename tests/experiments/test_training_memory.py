@@ -27,7 +27,6 @@ EXPERTS = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_
 
 @pytest.mark.parametrize("spec, config, batch, length, checkpointing", [
     ("lora", llama(64, 3, 300), 2, 64, False),
-    ("lora", llama(64, 3, 300), 2, 64, True),
     ("dora", llama(128, 2, 1000), 4, 32, False),
     ("sora", llama(64, 2, 100), 1, 256, True),
     ("lora", MixtralConfig(**EXPERTS, num_local_experts=4), 2, 128, False),

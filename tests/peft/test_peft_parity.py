@@ -10,6 +10,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from each import in_turns
 from layers import assert_close
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_cases import CONFIGS, EXACT, SINGLE, WRONG_IN_PEFT, cases
@@ -32,7 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # PEF
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param(row, id=f"{row[0].name}, {row[1]}, {row[2]}") for row in cases()])
+    pytest.param(row, id=f"{row[0].name}, {row[1]}, {row[2]}",
+                 marks=[in_turns(2, together=True)] * (str(row[1]) != "linear")) for row in cases()])
 def both(request) -> Pair:
     """One pair for the tests of a row, which run one after the other and take its parameters as they are."""
     return pair(*request.param)

@@ -103,7 +103,7 @@ NARROW = [(WIDE, torch.bfloat16)]
 OTHERS = [(WIDE, torch.float32), (LAYOUTS["Conv2d 12x18"], torch.bfloat16), (LAYOUTS["Embedding 18x12"], torch.float32)]
 
 
-@in_turns(2)
+@in_turns(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @of_some("layout dtype", NARROW, OTHERS)
 def test_the_zoo_asks_for_nothing_that_cuda_refuses(case, layout, dtype):
@@ -125,7 +125,7 @@ def test_the_zoo_asks_for_nothing_that_cuda_refuses(case, layout, dtype):
     assert {"mm", "addmm", "bmm", "convolution", "embedding"} & mode.seen
 
 
-@in_turns(2)
+@in_turns(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_embedding_under_autocast_stays_wide(case):
     """As torch's own does. Some of its updates are products, which autocast would narrow before they are added."""

@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from each import in_turns
 from models import perturbed
 from torch import nn
 
@@ -175,6 +176,7 @@ def test_a_strict_or_assigned_checkpoint_is_no_change(family):
 # ------------------------------------------------------------------------------------------------------------- moves
 
 
+@in_turns(2)
 @pytest.mark.parametrize("family, spec", [
     ("llama", "dora"), ("gpt2", HEAD), ("t5", EVERY), ("mixtral", "lora"),
     ("bert", surgery.parse('spec h()\ntarget linear "**.query" { add low_rank(rank = 2) }\ntrain "classifier.**"'))],

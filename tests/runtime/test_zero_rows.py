@@ -98,7 +98,7 @@ def compare(model: Tower, surgeon: Surgeon, base: nn.Module, x: Tensor, layout: 
         assert_close(found[key], gradient, tolerance, f"the gradient of {key}")
 
 
-@in_turns(2)
+@in_turns(3)
 @pytest.mark.parametrize("spec, layout", ROWS)
 @pytest.mark.parametrize("zeros", ZEROS)
 def test_zeros_start_as_they_are_and_stay_finite(spec, layout, zeros):
@@ -117,7 +117,7 @@ NORMED = [row for row in ROWS if row.id in ("dora", "dora on an embedding", "pso
                                             *DIVIDED)]
 
 
-@in_turns(2)
+@in_turns(3)
 @pytest.mark.parametrize("spec, layout", NORMED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_narrow_dtypes(spec, layout, dtype):
@@ -130,7 +130,7 @@ def test_in_narrow_dtypes(spec, layout, dtype):
     compare(model, surgeon, base, x, layout, TOLERANCES[dtype])
 
 
-@in_turns(2)
+@in_turns(3)
 @pytest.mark.parametrize("spec, layout", NORMED)
 def test_under_forward_differentiation(spec, layout):
     """The tangent is finite, and it is the transpose of the gradient: <J v, g> = <v, Jᵀ g>."""

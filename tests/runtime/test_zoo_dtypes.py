@@ -123,6 +123,7 @@ def _survey(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable
     return make_boxed_func(graph.forward)
 
 
+@in_turns(2)
 @pytest.mark.parametrize("case", COMPILED, ids=str)
 def test_it_compiles_as_one_graph(case):
     torch.compiler.reset()
