@@ -104,7 +104,7 @@ def step_text(body: Expr, needs: tuple[bool, ...], frozen_last: bool = False,
     of = iter(derived.of)
     wanted = tuple(next(of) if need else None for need in needs)
     kept = [Expr("kept", (), i, e.shape) for i, e in enumerate(derived.kept)]
-    # where no gradient reads the thin values again, and a token or a few are all, nothing is turned
+    # where no gradient is taken, and a token or a few are all, nothing is turned
     lay_out = fused if one_pass else in_order if any(needs) and not frozen_last else _as_they_are
     source = "\n\n".join((_forward(runs, inputs, (*used, *derived.kept), frozen_last, lay_out),
                           _backward(wanted, (*used, *kept), frozen_last, lay_out)))

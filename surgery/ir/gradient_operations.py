@@ -38,12 +38,6 @@ def _outer_shape(a: Shape, g: Shape) -> Shape:
     return a[1:] + g[1:]
 
 
-def _thin_shape(a: Shape, m: Shape) -> Shape:
-    if len(a) != 2 or len(m) != 2 or a[1] != m[1]:
-        raise ShapeError(f"needs two matrices of as many columns, not {shape_text(a)} and {shape_text(m)}")
-    return a[0], m[0]
-
-
 def _circulate_back_shape(g: Shape, c: Shape) -> Shape:
     p, q, b = exactly(3, "a stack of first rows", c)
     if g[-1:] != (p * b,):
@@ -112,8 +106,6 @@ ROWS = [
             in_place=InPlace(Form("masked_", kernel="masks.masked_", is_fused=False), lambda node: node.args[:1]),
             added=Added(Form("add_masked", kernel="masks.add_masked"), fits=lambda z: z.args[0].op == "matmul",
                         takes=lambda z: z.args[:1], when=When.IN_STEP)),
-    Operation("thin", 2, _thin_shape, lambda a, m: a @ m.mT, "a mᵀ for few rows m, a read in order", stage=IN_STEP,
-              linear=Linear.EACH, text="({1} @ {0}.mT).mT", memory=Memory.NEW, flops=flop_rules.product),
     Operation("outer", 2, _outer_shape, lambda a, g: a.mT @ g, "aᵀ g", stage=IN_STEP, linear=Linear.EACH,
               text=_outer_text, memory=Memory.NEW, flops=flop_rules.each_read(2, -1)),
     Operation("flat", 1, lambda a: (prod(matrix(a)[:-1]), a[-1]), lambda a: a.flatten(0, -2),
