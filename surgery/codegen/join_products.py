@@ -29,13 +29,13 @@ def joined(output: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
     return _added_up(_of_one_activation(output, is_trained), is_trained)
 
 
-def is_product(node: Expr) -> bool:
+def _is_product(node: Expr) -> bool:
     """Whether it is a [tokens, n] times a matrix that does not depend on the input."""
     is_matrix = node.op == "matmul" and all(len(a.shape) == 2 for a in node.args)
     return is_matrix and TOKENS in node.args[0].shape and not node.args[1].has("x")
 
 
-def is_narrow(columns: Iterable[Size], width: Size) -> bool:
+def _is_narrow(columns: Iterable[Size], width: Size) -> bool:
     return _NARROW * sum(map(known, columns)) <= known(width)
 
 
@@ -43,12 +43,12 @@ def _of_one_activation(output: Expr, is_trained: Callable[[Expr], bool]) -> Expr
     """Thin products of one activation as parts of one product."""
     groups: dict[tuple[Expr, bool], list[Expr]] = {}
     for node in walk(output):
-        if is_product(node) and is_narrow([node.shape[1]], node.args[0].shape[1]):
+        if _is_product(node) and _is_narrow([node.shape[1]], node.args[0].shape[1]):
             groups.setdefault((node.args[0], is_trained(node.args[1])), []).append(node)
     place: dict[Expr, tuple[Expr, tuple[int, int]]] = {}  # of a product, all the columns, and which of them are its own
     for (activation, _), products in groups.items():
         ends = list(accumulate((known(p.shape[1]) for p in products), initial=0))
-        if len(products) > 1 and is_narrow(ends[-1:], activation.shape[1]):
+        if len(products) > 1 and _is_narrow(ends[-1:], activation.shape[1]):
             columns = _side_by_side(p.args[1] for p in products)
             place |= {p: (columns, part) for p, part in zip(products, pairwise(ends))}
 
@@ -69,14 +69,14 @@ def _added_up(output: Expr, is_trained: Callable[[Expr], bool]) -> Expr:
     def is_low_rank(term: Expr) -> bool:
         scalar, product = scaled(term)
         is_known = scalar is None or value_of(scalar) is not None
-        return is_known and is_product(product) and len(reads[term]) == len(reads[product]) == 1
+        return is_known and _is_product(product) and len(reads[term]) == len(reads[product]) == 1
 
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         terms = list(_terms(node, reads)) if node.op == "add" and TOKENS in node.shape else []
         low = [term for term in terms if is_low_rank(term)]
         groups = [[term for term in low if is_trained(_matrix(term)) is trains] for trains in (True, False)]
         joins = [group for group in groups if len(group) > 1
-                 and is_narrow([_matrix(term).shape[0] for term in group], node.shape[1])]
+                 and _is_narrow([_matrix(term).shape[0] for term in group], node.shape[1])]
         others = [made[term] for term in terms if term not in chain(*joins)]
         made[node] = node.with_args(args) if not joins else total(
             [*others, *(_as_one([made[term] for term in group]) for group in joins)], node.shape)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.codegen.autograd_node import without_autocast
+from surgery.ir.dense import without_autocast
 from surgery.runtime.effective_weight import ASKED, EffectiveWeight, hollow, name_of, values_of
 from surgery.runtime.expert_maps import ExpertMaps
 
