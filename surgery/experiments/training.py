@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, mse_loss, pad
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from surgery.diagnostics import fail
 from surgery.experiments.prompts import PROMPT, READ, collated, learned
@@ -162,16 +163,34 @@ def token_loss(outputs: Any, labels: torch.Tensor,
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
 
 
+class Order(Sampler):
+    """The order of items in each epoch: random, and of like length in a step of `size` items. `epoch` tells which one
+    begins. It rests on the seed and the epoch alone: drawn from torch's own numbers, as the Trainer draws it, it would
+    rest on how many of them dropout took before, which differs by method and is not there where a run goes on."""
+
+    def __init__(self, lengths: Sequence[int], size: int, seed: int, epoch: Callable[[], int]):
+        self.lengths, self.size, self.seed, self.epoch = list(lengths), size, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.epoch()):  # seeds that follow one another must not share orders
+            torch.randperm(len(self), generator=draw)
+        return iter(get_length_grouped_indices(self.lengths, self.size, generator=draw))
+
+
 class OrderedTrainer(Trainer):
-    """A Trainer whose steps learn the same items however many processes share them out."""
+    """A Trainer whose steps learn the same items however many processes share them out, whatever else draws random
+    numbers, and where a run goes on."""
 
     def _get_train_sampler(self, *arguments: Any, **more: Any) -> Any:
         # By itself it orders items by length for the batch of one process, of which there are several in a step.
-        args = self.args
-        if args.world_size == 1:
-            return super()._get_train_sampler(*arguments, **more)
+        args, items = self.args, cast(Sequence[Any], self.train_dataset)
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthGroupedSampler(step, dataset=self.train_dataset)  # type: ignore[arg-type]
+        # an epoch begins where the last one ended, which is a whole number, or in its midst where a run goes on
+        return Order([len(item["input_ids"]) for item in items], step, args.seed, lambda: int(self.state.epoch or 0))
 
 
 def trainer_of(model: PreTrainedModel, lesson: Lesson, arguments: Any, kind: Any = None, **more: Any) -> Any:

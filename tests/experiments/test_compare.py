@@ -16,7 +16,7 @@ import surgery
 from surgery.cli.compare import RATES, _by_method, _methods, _swept
 from surgery.cli.main import main
 from surgery.experiments import comparison as comparison_module
-from surgery.experiments import comparison_workers
+from surgery.experiments import comparison_workers, training
 from surgery.experiments.comparison import FIGURES, Comparison, comparison_of, layers_of
 from surgery.experiments.comparison_files import place_of
 from surgery.experiments.comparison_table import rows
@@ -100,6 +100,31 @@ def test_the_same_run_is_the_same_again(model: str) -> None:
     first, second = whole.asked()
     one, same, other = whole.perform(first), whole.perform(first), whole.perform(second)
     assert (one.tests, one.layers) == (same.tests, same.layers) and one.update != other.update
+
+
+def test_all_methods_learn_the_same_batches_in_every_epoch(model: str, monkeypatch) -> None:
+    """However many random numbers the dropout of one takes; and each epoch and each seed in another order."""
+    learned: list[tuple] = []
+
+    def padded(model, words, items):
+        learned.append(tuple(tuple(item["input_ids"]) for item in items))
+        return real(model, words, items)
+
+    real = training.padded
+    monkeypatch.setattr(training, "padded", padded)
+    whole = comparison(model, "lora", seeds=2)
+    whole = replace(whole, how=replace(whole.how, epochs=2), specs={
+        "plain": surgery.load("lora", rank=2), "dropped": surgery.load("sora", rank=2, dropout=0.5)})
+    orders = []
+    for asked in whole.asked():
+        learned.clear()
+        whole.perform(asked)
+        orders.append(learned[:10])  # 36 texts in batches of 8, twice
+    plain, dropped, other, _ = orders
+    assert plain == dropped and plain != other and plain[:5] != plain[5:]
+    for one in (plain, other):
+        assert sorted(map(len, one)) == [4] * 2 + [8] * 8 and not {*plain[5:]} & {*other[:5]}
+        assert sorted(text for batch in one[:5] for text in batch) == sorted(text for batch in one[5:] for text in batch)
 
 
 def test_a_rate_that_a_spec_says_is_kept_to(model: str) -> None:
