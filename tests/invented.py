@@ -64,6 +64,12 @@ INVENTED = {
         " return columns(I(out), i) @ M @ rows(I(in), j)"),
     "a turn of a few rows": _transform("param Q[2, 2] = 0\n let S = rows(I(n), range(1, 3))\n"
                                        " return I(n) + S.T @ (cayley(skew(Q)) - I(2)) @ S"),
+    "a magnitude after columns at places": (
+        "update own() {\n frozen param at[2] ~ sample(of = in)\n param C[out, 2] = 0\n return C @ rows(I(in), at)\n}",
+        "add own()  post magnitude()"),
+    "one choice of columns for two steps": (
+        "update own() {\n frozen shared(module) param at[2] ~ sample(of = in)\n param C[out, 2] = 0\n"
+        " return C @ rows(I(in), at)\n}", "add own()  add own()"),
     # functions of matrices
     "an exponential series": _transform("param P[n, 1] ~ normal(std = 0.1)\n param Q[n, 1] = P\n"
                                         " let K = skew(P @ Q.T)\n"

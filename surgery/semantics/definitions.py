@@ -7,7 +7,7 @@ every shape is checked; the mistakes of all its statements are reported at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import prod
@@ -44,6 +44,7 @@ class Instance:
     group: str = ""
     leaves: list[Leaf] = field(default_factory=list)
     common: list[Leaf] = field(default_factory=list)  # what steps share, whichever of them says it first
+    before: Sequence[Leaf] = ()  # of all that is there already: W of a later step and `common` read those too
     claims: list[Claim] = field(default_factory=list)
     around: tuple[Definition, ...] = ()
     made: list[str] = field(default_factory=list)  # a name for each call in the outermost definition
@@ -73,7 +74,7 @@ class Instance:
         with guard(self.report):
             result = self._result()
             starts = [leaf.init for leaf in self.leaves if leaf.init is not None]
-            index_bounds.assert_exist([*starts, result], self.leaves, self.definition.result.span)
+            index_bounds.assert_exist([*starts, result], [*self.before, *self.leaves], self.definition.result.span)
             spans = self.definition.claims_spans or (self.definition.name_span,) * len(self.definition.claims)
             self.claims += [Claim(c, result, self.definition.name, s) for c, s in zip(self.definition.claims, spans)]
             return result
@@ -91,7 +92,8 @@ class Instance:
         values = {**self._arguments_of(call, definition), **{n: self.values[n] for n in ("out", "in", "W")},
                   **({"b": self.values["b"]} if definition.bias else {})}
         inner = Instance(definition, f"{self.prefix}-{name}", values, faults, self.known, self.group,
-                         common=self.common, around=(*self.around, self.definition), made=self.made,
+                         common=self.common, before=[*self.before, *self.leaves],
+                         around=(*self.around, self.definition), made=self.made,
                          nested=self._nested)
         result = inner.run()
         place = ((call.span, CALLED),) if call.span else ()

@@ -128,7 +128,8 @@ class _Builder:
         # the mistakes of the body are gathered apart, since each is told with the step that places the definition
         within = Collector()
         instance = Instance(definition, name, {**values, **self.sizes, **side, "W": operand}, within,
-                            self.context.library.definitions, self.context.group, common=self.common)
+                            self.context.library.definitions, self.context.group, common=self.common,
+                            before=self.leaves)
         result = instance.run()
         for diagnostic in within.found:
             placed = ((step.call.span, "placed here"),) if step.call.span else ()
