@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,10 +76,10 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     if out is not None and not (merge or data) and (no_load or _is_too_large(output, model, dtype)):
         return _unloaded(output, spec, asked, model, out, seed, dtype, force, strict, self_contained)
     subject = loaded(output, model, dtype)
-    measured = None if data is None else _batches(
+    measured = {} if data is None else _measured(
         output, subject, model, read_task(data, kind, label=label, threshold=threshold), count)
     with output.busy("operating"):
-        surgeon = operate(subject, asked, seed=seed, strict=strict, data=measured)
+        surgeon = operate(subject, asked, seed=seed, strict=strict, **measured)
     if out is not None:
         _save(output, surgeon, out, model, merge, force, self_contained)
     report = surgeon.report()
@@ -122,15 +121,15 @@ def _say_saved(output: Output, out: str | None, merged: bool) -> None:
     output.say(f"saved     {out}\nnext      {following}")
 
 
-def _batches(output: Output, subject: PreTrainedModel, model: str, task: AnyTask, count: int | None) -> Iterable[Any]:
-    """What starts that data gives are measured on: `count` batches of a task."""
+def _measured(output: Output, subject: PreTrainedModel, model: str, task: AnyTask, count: int | None) -> dict[str, Any]:
+    """What starts that data gives are measured on: `count` batches of a task, and its loss."""
     from surgery.experiments.evaluation import refuse_unfit
-    from surgery.experiments.training import Setting, batches
+    from surgery.experiments.training import Setting, measured_on
     from surgery.models.loading import tokenizer
 
     refuse_unfit(subject, task)
     setting = Setting(batch=8, length=512)
-    return batches(subject, tokenizer(model, output.trust), task, setting, **given({"count": count}))
+    return measured_on(subject, tokenizer(model, output.trust), task, setting, **given({"count": count}))
 
 
 def _save(output: Output, surgeon: Surgeon, out: str, model: str, merge: bool, force: bool,

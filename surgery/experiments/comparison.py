@@ -50,7 +50,7 @@ from surgery.experiments.fine_tuning import Data, Training, groups
 from surgery.experiments.tasks import AnyTask
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.timing import sharing, training_device
-from surgery.experiments.training import batches, lesson_of, operated, train, whole
+from surgery.experiments.training import lesson_of, operated, train, whole
 from surgery.experiments.training_cost import Clock, side_by_side, step_bytes
 from surgery.language.library import inlined
 from surgery.language.tree import Spec, Target, add
@@ -282,8 +282,7 @@ class Comparison:
         spec, (learned, dev, tests) = self.specs[asked["method"]], self.parts
         setting = replace(self.how, lr=asked["rate"], seed=asked["seed"])
         model, clock = self._placed(setting.seed), Clock()
-        data = batches(model, self.words, learned, setting)
-        surgeon = operated(model, spec, self.task, setting.seed, data) if spec else None
+        surgeon = operated(model, spec, self.task, self.words, learned, setting) if spec else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         optimiser = torch.optim.AdamW(groups(surgeon, model, setting))
         train(model, self.words, learned, setting, optimiser=optimiser, callbacks=[clock])
@@ -307,8 +306,7 @@ class Comparison:
                 continue
             # on the weights of `model`, but for those that it trains: ten methods then need one model's memory
             models[method] = sharing(model, compile(model, whole(spec, model, self.task)).train)
-            data = batches(models[method], self.words, self.parts[0], self.how)
-            operated(models[method], spec, self.task, 0, data)
+            operated(models[method], spec, self.task, self.words, self.parts[0], replace(self.how, seed=0))
         return Steps(self.steps_asked, side_by_side(models, self._longest(model)), machine())
 
     def _placed(self, seed: int) -> PreTrainedModel:

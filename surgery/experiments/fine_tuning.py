@@ -33,7 +33,6 @@ from surgery.experiments.training import (
     OrderedTrainer,
     Setting,
     arguments,
-    batches,
     heads,
     lesson_of,
     operated,
@@ -175,7 +174,7 @@ class _Run:
             words, model = tokenizer(self.model, self.trust), self._loaded(task)
         for each in (task, *filter(None, [dev]), *tests):
             refuse_unfit(model, each)
-        surgeon = operated(model, self.spec, task, self.setting.seed, batches(model, words, task, self.setting))
+        surgeon = operated(model, self.spec, task, words, task, self.setting)
         tell(surgeon.plan.warnings)  # now, before hours of training
         if last is not None and Saved(last).differing(surgeon.base):
             raise fail("bad-output", f"the run in {last.parent} began on other weights than {self.model} has now",

@@ -80,10 +80,11 @@ def whole(spec: Spec, model: PreTrainedModel, task: AnyTask) -> Spec:
     return with_head(spec, model) if isinstance(task, Task) else spec
 
 
-def operated(model: PreTrainedModel, spec: Spec, task: AnyTask, seed: int, data: Iterable[Any]) -> Surgeon:
-    """Apply the spec to a model that is to learn a task; `data`: batches that starts are measured on. Raises:
+def operated(model: PreTrainedModel, spec: Spec, task: AnyTask, words: PreTrainedTokenizerBase, learned: AnyTask,
+             setting: Setting) -> Surgeon:
+    """Apply the spec to a model that is to learn a task; starts are measured on `learned`, a part of it or all. Raises:
     SurgeryError, as `apply`. The caller tells its warnings: once, and not for each run of a comparison."""
-    surgeon = prepare(model, whole(spec, model, task), seed=seed, data=data)
+    surgeon = prepare(model, whole(spec, model, task), seed=setting.seed, **measured_on(model, words, learned, setting))
     surgeon.check_start()
     return surgeon.begin()
 
@@ -122,15 +123,37 @@ def lesson_of(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyT
     if isinstance(task, Task):
         model.config.pad_token_id = words.pad_token_id
         return Lesson(encoded(task, words, setting.length), partial(padded, model, words),
-                      longer(task, words, setting.length), partial(headed_loss, bool(task.classes)))
+                      longer(task, words, setting.length), _loss_of(model, task))
     found = learned(words, task, setting.length, setting.prompt)
     if not found.items:
         raise fail("bad-data", f"nothing of {task.name} is left to be learned in {setting.length} tokens",
                    helps=("keep more of each text: --length",))
     filler = words.pad_token_id if isinstance(words.pad_token_id, int) else 0
-    # A loss of routers is in the model's own alone, where its configuration asks for one.
-    loss = None if getattr(model.config, "output_router_logits", False) else token_loss
-    return Lesson(found.items, partial(collated, pad=filler), found.cut, loss)
+    return Lesson(found.items, partial(collated, pad=filler), found.cut, _loss_of(model, task))
+
+
+def _loss_of(model: PreTrainedModel, task: AnyTask) -> Callable[..., torch.Tensor] | None:
+    """The loss that a task is learned by; None for the model's own."""
+    if isinstance(task, Task):
+        return partial(headed_loss, bool(task.classes))
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return token_loss
+    # how much the balance of routers counts, by its name in transformers
+    weight = getattr(config, "router_aux_loss_coef", getattr(config, "aux_loss_coef", None))
+    return None if weight is None else partial(routed_loss, weight)
+
+
+def measured_on(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyTask, setting: Setting,
+                **count: int) -> dict[str, Any]:
+    """What `apply` measures starts on: batches of a task and the loss that it is learned by, which is not every model's
+    own."""
+    own = _loss_of(model, task)
+
+    def loss(model: Any, batch: Any) -> torch.Tensor:
+        return own(model(**{name: values for name, values in batch.items() if name != "labels"}), batch["labels"])
+
+    return {"data": batches(model, words, task, setting, **count), "loss": loss if own else None}
 
 
 def batches(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyTask, setting: Setting,
@@ -146,7 +169,7 @@ def headed_loss(has_classes: bool, outputs: Any, labels: torch.Tensor,
                 num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
     """The cross entropy, or squared error, of these texts as their part of the mean over the `num_items_in_batch` of a
     step. A model's own loss is a mean over one batch, whose sum over the batches of a step the Trainer takes."""
-    logits = outputs["logits"]
+    logits = outputs["logits"].float()
     mean = cross_entropy(logits, labels) if has_classes else mse_loss(logits.squeeze(-1), labels)
     return mean if num_items_in_batch is None else mean * (len(labels) / num_items_in_batch)
 
@@ -161,6 +184,17 @@ def token_loss(outputs: Any, labels: torch.Tensor,
     count = (wanted != READ).sum() if num_items_in_batch is None else num_items_in_batch
     total = cross_entropy(logits, wanted, ignore_index=READ, reduction="sum")
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
+
+
+def routed_loss(weight: float, outputs: Any, labels: torch.Tensor,
+                num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """`token_loss`, and how unevenly routers spread their tokens, times `weight`: of the batches of a step the mean, by
+    their tokens. In a model's own loss it is the sum over the batches."""
+    loss, uneven = token_loss(outputs, labels, num_items_in_batch), outputs.get("aux_loss")
+    if uneven is None:
+        return loss
+    share = 1 if num_items_in_batch is None else (labels[:, 1:] != READ).sum() / num_items_in_batch
+    return loss + weight * share * uneven.to(loss.device)
 
 
 class Order(Sampler):

@@ -8,12 +8,14 @@ from shutil import copytree
 
 import pytest
 import torch
-from small_text import questions, save_causal, save_model, texts
+from small_text import pieces, questions, save_causal, save_model, texts
+from torch.nn.functional import cross_entropy
+from transformers import BartConfig, BartForCausalLM
 
 import surgery
 from surgery.experiments import fine_tuning
 from surgery.experiments.fine_tuning import Data, Training, groups
-from surgery.experiments.training import with_head
+from surgery.experiments.training import lesson_of, with_head
 from surgery.models.loading import load_with_head
 
 SHORT = Training(lr=1e-2, steps=6, batch=4, every=3, length=64, tokens=4)
@@ -211,6 +213,27 @@ def test_a_step_of_two_batches_is_that_of_one(name: str, models, files, tmp_path
         logs = json.loads((tmp_path / str(batch) / "trainer_state.json").read_text())["log_history"]
         losses.append([each["loss"] for each in logs if "loss" in each])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 4
+
+
+def test_starts_are_measured_by_the_loss_that_is_learned(files, tmp_path: Path) -> None:
+    """Not by the model's own, where that of BART's decoder is of each token given itself."""
+    config = BartConfig(vocab_size=300, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8,
+                        init_std=0.5)
+    model = BartForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "bart")
+    pieces().save_pretrained(tmp_path / "bart")
+    spec = surgery.parse("""update u() { frozen param g[out, in] = G  param k = 0  return k * g }
+                            target linear "**.self_attn.q_proj" { add u() }""")
+    setting = replace(SHORT, steps=1)
+    trained = surgery.train(spec, str(tmp_path / "bart"), choices(files), tmp_path / "out", setting=setting).surgeon
+    wanted = lesson_of(model, pieces(), choices(files).read()[0], setting)
+    for start in range(0, 24, 4):
+        batch = wanted.collator(list(wanted.items[start : start + 4]))
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        (cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()) / 6).backward()
+    found, = (t for name, t in trained.state().items() if name.endswith(".g"))
+    gradient = model.model.decoder.layers[0].self_attn.q_proj.weight.grad
+    assert gradient is not None and (found - gradient).norm() < 1e-5 * gradient.norm()
 
 
 def test_what_is_wrong_is_told_before_anything_is_trained(models, files, tmp_path: Path) -> None:

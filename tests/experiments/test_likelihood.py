@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from small_text import causal, pieces, questions
-from transformers import BartConfig, BartForCausalLM, BertConfig, BertLMHeadModel
+from transformers import BartConfig, BartForCausalLM, BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import surgery
 from surgery.experiments.comparison_table import Mean
@@ -18,7 +18,7 @@ from surgery.experiments.likelihood import Likelihood, likelihoods, written
 from surgery.experiments.metrics import of_classes, of_numbers, spearman, with_errors
 from surgery.experiments.prompts import PROMPT, READ, choices, collated, conversation, learned, marked, rendered
 from surgery.experiments.tasks import Choice, Generative, Message
-from surgery.experiments.training import Setting, arguments, lesson_of, trainer_of
+from surgery.experiments.training import Setting, arguments, lesson_of, token_loss, trainer_of
 
 ASKED = Generative("asked", "choice", tuple(Choice(q["question"], tuple(q["choices"]), q["answer"])
                                             for q in questions(50)))
@@ -245,3 +245,20 @@ def test_a_loss_is_of_each_token_given_those_before_it_whatever_the_model_has(tm
     for parts in ([lesson.items], [lesson.items[:1], lesson.items[1:]]):  # in one batch and in two
         losses = [trainer.compute_loss(model, lesson.collator(list(part)), num_items_in_batch=count) for part in parts]
         assert float(sum(losses).detach()) == pytest.approx(-sum(each.total for each in found) / int(count), rel=1e-5)
+
+
+def test_the_balance_of_routers_counts_once_in_a_step(tmp_path: Path) -> None:
+    """In however many batches its texts are: two batches of the same are as one of both."""
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=300, num_hidden_layers=1, num_local_experts=4, **sizes,
+                                             output_router_logits=True, router_aux_loss_coef=0.7)).eval()
+    lesson = lesson_of(model, pieces(), ASKED.taken(range(2)), Setting())
+    trainer = trainer_of(model, lesson, arguments(str(tmp_path), Setting()))
+    items, count = list(lesson.items), sum(each.tokens for each in likelihoods(model, lesson.items, 0, 4))
+    own = model(**lesson.collator(items)).loss.detach()
+    plain = token_loss(model(**lesson.collator(items)), lesson.collator(items)["labels"]).detach()
+    assert own - plain > 0.5
+    for parts in ([items], [items, items], [2 * items]):
+        of_all = torch.tensor(count * sum(map(len, parts)) // 2)
+        losses = [trainer.compute_loss(model, lesson.collator(list(part)), num_items_in_batch=of_all) for part in parts]
+        torch.testing.assert_close(sum(losses).detach(), own)
