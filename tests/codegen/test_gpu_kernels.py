@@ -1,10 +1,12 @@
 """Kernels of one pass on a GPU against their plain forms in float64. `python3 dev.py gpu` runs it, and it is skipped where
-there is no CUDA. SURGERY_GPU_DEVICE=cpu holds the plain forms to themselves, to try the tests."""
+there is no CUDA. SURGERY_GPU_DEVICE=cpu holds the plain forms to themselves, to try the tests; with TRITON_INTERPRET=1 too
+the kernels run on a CPU, in Triton's interpreter (test_triton_interpreted.py does so)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,12 +14,15 @@ import torch
 from layers import assert_close
 from torch import Tensor
 
+import surgery
 from surgery.codegen import kernels_one_pass as one_pass
+from surgery.codegen.autograd_node import steps_of
 from surgery.codegen.dropout_number import drawn_number
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device(os.environ.get("SURGERY_GPU_DEVICE", "cuda"))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROUNDINGS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 # Tokens, features, rank, and whether all lie by columns: none, one, not a power of 2, as in a model. (Each kind of
 # sizes is a kernel to compile.)
@@ -28,6 +33,9 @@ CASES = [(torch.float32, shape) for shape in SHAPES] + [
 GIVEN = [("gained", True), ("gained", False), ("gained_back", None), ("gained_back", True), ("gained_back", False),
          ("masked", None), ("masked_", None), ("times_masked", None), ("masked_times", None), ("masked_outer", True),
          ("masked_outer", False)]
+if INTERPRETED:  # it runs one tile after another in NumPy: few of them; and its products of bfloat16 are garbage
+    CASES = [(torch.float32, (1, 700, 16, True)), (torch.float32, (65, 130, 1, False)),
+             (torch.float16, (129, 257, 128, True))]
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +43,9 @@ def _small_too(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     monkeypatch.setattr(one_pass, "SMALL", 0)
+    if INTERPRETED:
+        monkeypatch.setattr(one_pass, "_fits", lambda numbers, tensors: numbers > 0 and tensors[0].dtype in ROUNDINGS)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
 
 
 def draw(*shape: int, dtype: torch.dtype, turned: bool = False) -> Tensor:
@@ -77,6 +88,31 @@ def test_a_kernel_is_its_plain_form(name, way, dtype, shape):
         assert_close(one, other, ROUNDINGS[dtype], f"{name} of {shape}")
         if "masked" in name and one.shape == tuple(shape[:2]):
             assert torch.equal(one[other == 0], torch.zeros_like(one[other == 0])), "what is dropped is 0"
+
+
+def stepped(dtype: torch.dtype, spec: surgery.Spec) -> list[Tensor]:
+    """The output of a layer as its step runs on a GPU, and the gradients, in this dtype. The same draws in each."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(70, 90))
+    surgeon = surgery.apply(model, spec)
+    for p in surgeon.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x = draw(3, 41, 70, dtype=torch.float32).to(dtype).requires_grad_()
+    model.to(DEVICE, dtype)
+    with steps_of("cuda"):
+        torch.manual_seed(1)
+        y = model(x)
+    (y * torch.linspace(-1, 1, y.numel(), device=DEVICE, dtype=dtype).view_as(y)).sum().backward()
+    return [y, *(p.grad for p in (x, *surgeon.parameters()) if p.grad is not None)]
+
+
+@pytest.mark.parametrize("dropout", [0, 0.3])
+@pytest.mark.parametrize("name", ["lora", "dora", "sora", "pre_diag", "hra"])
+def test_a_step_by_kernels_is_that_of_plain_forms(name, dropout):
+    spec = surgery.load(name)
+    spec = spec if "dropout" not in {p.name for p in spec.params} else surgery.load(name, dropout=dropout)
+    for found, wanted in zip(stepped(torch.float32, spec), stepped(torch.float64, spec), strict=True):
+        assert_close(found, wanted, 3e-6, name)
 
 
 def test_triton_works_where_there_is_a_gpu():
