@@ -25,6 +25,7 @@ _SLICE = 1024  # rows of the identity in one call
 _FAR, _FAR_IN_HALF = 1024.0, 32.0  # float16 ends at 65504
 SUFFIX = "_surgery"  # how the names of adapters end
 _ASIDE = "_forward_of_its_own"  # where the forward that stood on an instance waits while the layer is operated on
+BASE = "surgery_base"  # by this name the class of an operated module has the one that the module had before
 _HOOKED = "_old_forward"  # what a hook of accelerate's on the instance runs between moving tensors here and away
 
 
@@ -141,9 +142,15 @@ def device(module: nn.Module) -> torch.device:
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The module's forward without surgery: its class's, or one on the instance, as accelerate puts it."""
-    base = getattr(type(module), "base", None)
-    known = vars(module).get(_ASIDE if base else "forward")  # what is put on an operated module runs ours
-    return known or (base or type(module)).forward.__get__(module)
+    base = own_class(module)
+    is_operated = base is not type(module)
+    known = vars(module).get(_ASIDE if is_operated else "forward")  # what is put on an operated module runs ours
+    return known or base.forward.__get__(module)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before it was operated on."""
+    return getattr(type(module), BASE, type(module))
 
 
 def has_forward_of_its_own(module: nn.Module) -> bool:
@@ -183,7 +190,7 @@ def twin(module: nn.Module) -> nn.Module:
     What cannot be copied (under a compiler, with a forward of its own, by its nature) is the module itself."""
     if torch.compiler.is_compiling() or not {_ASIDE, "forward"}.isdisjoint(vars(module)):
         return module
-    base = getattr(type(module), "base", type(module))
+    base = own_class(module)
     bare = base.__new__(base)
     own = {name: child for name, child in module._modules.items() if not name.endswith(SUFFIX)}
     vars(bare).update(vars(module), _modules=own)

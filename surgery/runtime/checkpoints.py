@@ -173,7 +173,7 @@ def note(savers: Iterable[Any], model: nn.Module, surgery: Surgery) -> None:
 def save_adapters_no_more(savers: Iterable[Any]) -> None:
     """Give models that `have_save_adapters` gave back their own classes."""
     for saver in savers:
-        saver.__class__ = type(saver).base
+        saver.__class__ = type(saver).surgery_base
         del saver._surgery
 
 

@@ -21,8 +21,10 @@ from surgery.diagnostics import fail
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import TRANSPOSED_EXPERTS, is_direct, is_of_peft, runs_by_torch
 from surgery.layers.opaque_linear import (
+    BASE,
     SUFFIX,
     forward_of,
+    own_class,
     put_forward_aside,
     put_forward_back,
     stored,
@@ -52,18 +54,19 @@ else:
 
 
 class Operated(_Mixin):
-    """Mixed into the class of an operated module: `base`, whose parameters `names` are operated on."""
+    """Mixed into the class of an operated module, which was `surgery_base` and whose parameters `surgery_names` are
+    operated on. (By names that no class of a user's has: a forward of its own may read what its class calls `base`.)"""
 
-    base: ClassVar[type[nn.Module]]
-    names: ClassVar[tuple[str, ...]]
-    kind: ClassVar[type[Operated]]
+    surgery_base: ClassVar[type[nn.Module]]
+    surgery_names: ClassVar[tuple[str, ...]]
+    surgery_kind: ClassVar[type[Operated]]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ever; refuses a part in an operated weight's place, where torch's parallelize_module would put one, and
         what others may have made of W', on which the adapter would act once more. Raises: SurgeryError."""
-        if name in type(self).names:
+        if name in type(self).surgery_names:
             refuse_divided(self, name, _words, param)
-        adapter = self._modules.get((name if name in type(self).names else "weight") + SUFFIX)
+        adapter = self._modules.get((name if name in type(self).surgery_names else "weight") + SUFFIX)
         acts = isinstance(adapter, Adapter) and adapter.active and not adapter.layout.is_called and (
             name == adapter.parameter or name == "bias" and adapter.formula.changes_bias)
         if acts and param is not self._parameters.get(name) and not holds_parameters():
@@ -75,7 +78,14 @@ class Operated(_Mixin):
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple:
         operated = type(self)
-        return _blank, (operated.base, operated.names, operated.kind), self.__dict__
+        return _blank, (operated.surgery_base, operated.surgery_names, operated.surgery_kind), self.__dict__
+
+
+def _one(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The input of a layer that takes one, by whatever name (`layer(input=x)`). Raises: TypeError."""
+    if len(given) != 1:
+        raise TypeError(f"an operated {_words(module)} takes one input, and is given {len(given)}")
+    return given
 
 
 def _words(module: nn.Module) -> str:
@@ -108,10 +118,11 @@ class Direct(Operated):
 
     weight_surgery: Adapter
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
         adapter = self.weight_surgery
         if not adapter.active:
-            return forward_of(self)(x)
+            return forward_of(self)(*args, **named)
+        (x,) = args if len(args) == 1 and not named else _one(self, (*args, *named.values()))
         if adapter.serving is not None and not torch.compiler.is_compiling():
             ready = adapter.serving.ready.get(adapter)
             if ready is not None and (y := ready.run(x)) is not None:
@@ -130,8 +141,9 @@ class Substituted(Operated):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if id(self) in _CALLS.running:  # a forward on the instance, which runs now, asks for its class's
-            return type(self).base.forward(self, *args, **kwargs)
-        adapters = [adapter for name in type(self).names if (adapter := getattr(self, name + SUFFIX)).active]
+            return type(self).surgery_base.forward(self, *args, **kwargs)
+        held = (getattr(self, name + SUFFIX) for name in type(self).surgery_names)
+        adapters = [adapter for adapter in held if adapter.active]
         for adapter in adapters:
             adapter.refuse_divided(self, args)
         values = [_in_place(adapter, self) for adapter in adapters]
@@ -207,7 +219,7 @@ def _made(adapter: Adapter, module: nn.Module, name: str) -> torch.Tensor:
 def operated_class(base: type[nn.Module], names: tuple[str, ...], kind: type[Operated]) -> type[Operated]:
     """The class of operated modules of the class `base`, whose parameters `names` are operated on."""
     _refuse_peft()
-    known: dict[str, Any] = {"base": base, "names": names, "kind": kind,
+    known: dict[str, Any] = {BASE: base, "surgery_names": names, "surgery_kind": kind,
              "__module__": base.__module__, "__qualname__": base.__qualname__}
     owners = {name: name for name in names} | ({"bias": "weight"} if "weight" in names else {})
     readings = {} if kind is Called else {name: _reading(name, owner) for name, owner in owners.items()}
@@ -224,8 +236,8 @@ def install(module: nn.Module, adapter: Adapter) -> None:
     adapter.prepare(direct, None if layer is None else (layer.device.type, layer.dtype))
     adapter.owner = ref(module)
     adapter.stored_shape = None if adapter.layout.is_called else tuple(stored_weight(module, adapter.parameter).shape)
-    names = (*getattr(type(module), "names", ()), adapter.parameter)
-    base = getattr(type(module), "base", type(module))
+    names = (*getattr(type(module), "surgery_names", ()), adapter.parameter)
+    base = own_class(module)
     kind = Called if adapter.layout.is_called else Direct if direct else Substituted
     module.add_module(adapter.parameter + SUFFIX, adapter)
     try:
@@ -251,7 +263,7 @@ def uninstall_all(root: nn.Module, pairs: Sequence[tuple[nn.Module, Adapter]]) -
     for module, adapter in pairs:  # what a module has lost is put there, to be taken out like the others
         module._modules.setdefault(adapter.parameter + SUFFIX, adapter)
     for module in {id(module): module for module, _ in pairs}.values():
-        if "base" in vars(type(module)):
+        if BASE in vars(type(module)):
             uninstall(module)
     for module, adapter in pairs:
         module._modules.pop(adapter.parameter + SUFFIX, None)
@@ -263,7 +275,7 @@ def uninstall(module: nn.Module) -> None:
     """Give `module` its own class back and drop its adapters."""
     operated = type(module)
     assert issubclass(operated, Operated)  # `install` made it one
-    for name in operated.names:
+    for name in operated.surgery_names:
         delattr(module, name + SUFFIX)
-    module.__class__ = operated.base
+    module.__class__ = operated.surgery_base
     put_forward_back(module, operated.forward)

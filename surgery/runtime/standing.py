@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from surgery.diagnostics import SurgeryError, fail
-from surgery.layers.opaque_linear import SUFFIX
+from surgery.layers.opaque_linear import BASE, SUFFIX
 from surgery.layers.wrappers import named_modules, own_parameter, submodule
 from surgery.planning.compile import Placed, Plan
 from surgery.runtime.adapter import Adapter
@@ -76,7 +76,7 @@ class Standing:
             yield f"`{path}` is another module now ({type(now).__name__})"
         if operated and spot.placed is not None:
             adapter = spot.module._modules.get(spot.parameter + SUFFIX)
-            if adapter is not self.adapters[spot.placed.site.name] or "base" not in vars(type(spot.module)):
+            if adapter is not self.adapters[spot.placed.site.name] or BASE not in vars(type(spot.module)):
                 yield f"`{path}` has lost its adapter"
         site = spot.placed.site if spot.placed is not None else None
         if site is not None and site.stack is None and site.has_bias != self.adapters[site.name].compiled.has_bias:

@@ -479,3 +479,41 @@ def test_an_effective_weight_is_no_parameter():
     assert isinstance(model.layers[0].weight, EffectiveWeight) and type(model.layers[0].bias) is nn.Parameter
     with pytest.raises(TypeError, match="cannot assign"):
         nn.Linear(16, 12).weight = model.layers[0].weight
+
+
+class OfItsClass(nn.Linear):
+    """A layer whose own forward reads what its class says, by names that a class of ours might have too."""
+
+    base, names, kind = 10000, ("a", "b"), "mine"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.base / len(self.names) * len(self.kind)
+
+
+@pytest.mark.parametrize("layer", [OfItsClass, type("Plain", (nn.Linear,), {n: vars(OfItsClass)[n] for n in ("base", "names", "kind")})])
+def test_what_a_class_says_is_what_its_layers_read(layer: type[nn.Linear]) -> None:
+    model, x = nn.Sequential(layer(6, 6)), torch.randn(2, 6)
+    before, said = model(x), (layer.base, layer.names, layer.kind)
+    surgeon = apply(model, both(), check=False)
+    torch.testing.assert_close(model(x), before)
+    assert (model[0].base, model[0].names, model[0].kind) == said and isinstance(deepcopy(model)[0], layer)
+    perturb(model)
+    operated = model(x)
+    surgeon.merge()
+    torch.testing.assert_close(model(x), operated)
+    surgeon.remove()
+    assert type(model[0]) is layer and torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(("layer", "name", "x"), [
+    (nn.Linear(6, 6), "input", torch.randn(2, 6)), (tf.pytorch_utils.Conv1D(6, 6), "x", torch.randn(2, 6)),
+    (nn.Conv1d(6, 6, 1), "input", torch.randn(2, 6, 3)), (nn.Embedding(6, 6), "input", torch.arange(4))])
+def test_an_input_may_be_given_by_its_name(layer: nn.Module, name: str, x: Tensor) -> None:
+    surgeon = apply(nn.Sequential(layer), both("any"), check=False)
+    perturb(layer)
+    assert torch.equal(layer(**{name: x}), layer(x))
+    with surgeon.disabled():
+        assert torch.equal(layer(**{name: x}), layer(x))
+    for given in ((), (x, x)):
+        with pytest.raises(TypeError, match=f"takes one input, and is given {len(given)}"):
+            layer(*given)
