@@ -129,11 +129,12 @@ def _is_true(attribute: str) -> Callable[[nn.Module], bool]:
     return lambda module: bool(getattr(module, attribute))
 
 
+PACKED = "its weight is quantised, and only linear layers can be called for their map"
 Faults = tuple[tuple[Callable[[nn.Module], bool], str], ...]
 _UNREADABLE: Faults = (
     (_no_parameter, "its weight is computed from other parameters (a parametrisation)"),
     (_lazy, "its weight has no shape yet: run a forward pass first"),
-    (_quantised, "its weight is quantised, and only linear layers can be called for their map"),
+    (_quantised, PACKED),
 )
 
 
@@ -215,7 +216,9 @@ def refusal(module: nn.Module, above: Sequence[nn.Module]) -> str:
     outermost first."""
     family = _family(module)
     if family is None:
-        return ""
+        # of packed experts the scales lie beside them, and are stacks too
+        stacked = (module._parameters[weight.parameter] for weight in weights(module))
+        return "" if all(map(opaque_linear.is_plain, stacked)) else PACKED
     if any(map(is_of_peft, above)):  # of the base layer and of the adapter it takes, adds to and writes plain weights
         return "PEFT computes with its weight and merges into it: merge_and_unload() first, or surgery.import_peft"
     by_parent = (why for cls, why in _READ_BY_PARENT if isinstance(above[-1] if above else None, cls))
@@ -230,7 +233,7 @@ _PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 def is_direct(module: nn.Module, layout: Layout) -> bool:
     """Whether the layout's map is all that the module's forward does. (A forward on the instance does what it likes,
     unless it is a hook that moves tensors and then runs the class's.)"""
-    base = getattr(type(module), "base", type(module))
+    base = opaque_linear.own_class(module)
     is_conv1d = f"{base.__module__}.{base.__name__}" == TRANSFORMERS_CONV1D
     is_plain = is_conv1d or any(issubclass(base, c) and base.forward is c.forward for c in _PLAIN)
     return layout.is_called or is_plain and not opaque_linear.has_forward_of_its_own(module)
@@ -244,6 +247,6 @@ def runs_by_torch(module: nn.Module) -> bool:
     """Whether the forward of fused experts, as the model's config now chooses it, is known to use torch's operations
     alone, so that a tensor class of ours can stand in the place of their weights."""
     config = getattr(module, "config", None)
-    base = getattr(type(module), "base", type(module))
+    base = opaque_linear.own_class(module)
     is_known = getattr(opaque_linear.forward_of(module), "__func__", None) is base.forward
     return is_known and getattr(config, "_experts_implementation", "") in _BY_TORCH

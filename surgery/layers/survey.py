@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from surgery.layers import linearity_probe, opaque_linear
 from surgery.layers.attention_sizes import attention_sizes, kernel
-from surgery.layers.layouts import EXPERTS, LINEAR, NORM, TRANSPOSED_EXPERTS, Layout, Weight, refusal, weights
+from surgery.layers.layouts import (
+    EXPERTS,
+    LINEAR,
+    NORM,
+    PACKED,
+    TRANSPOSED_EXPERTS,
+    Layout,
+    Weight,
+    refusal,
+    weights,
+)
 from surgery.layers.norm_probe import is_norm
 from surgery.layers.product_probe import multiplies
 from surgery.layers.stack_probe import stacks
@@ -183,9 +193,11 @@ class Survey:
     def stack(self, holder: Refused, parameter: str) -> Site | Refused:
         """A parameter with three axes of a module without a layout as a stack of experts, which only a pattern that
         names it takes; refused where no call of a copy shows how its matrices lie."""
+        stack, name = holder.module.get_parameter(parameter), f"{holder.name}.{parameter}".lstrip(".")
+        if not all(map(opaque_linear.is_plain, holder.module._parameters.values())):
+            return Refused(name, holder.module, "", PACKED, True, holder.ancestors)
         if (shown := self._stacks.get(holder.name)) is None:
             shown = self._stacks[holder.name] = stacks(holder.module)
-        stack, name = holder.module.get_parameter(parameter), f"{holder.name}.{parameter}".lstrip(".")
         if parameter in shown:
             layout = TRANSPOSED_EXPERTS if shown[parameter] else EXPERTS
             return self._site(Weight(layout, parameter, len(stack)), self.names[id(holder.module)])

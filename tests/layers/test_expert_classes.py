@@ -8,7 +8,12 @@ import pytest
 import torch
 from layers import perturb
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, Llama4TextConfig
+from transformers import AutoModelForCausalLM, DbrxConfig, JetMoeConfig, Llama4TextConfig, PreTrainedConfig
+from transformers.integrations.finegrained_fp8 import (
+    ALL_FP8_EXPERTS_FUNCTIONS,
+    FP8Experts,
+    use_experts_implementation,
+)
 from transformers.models.csm.modeling_csm import CsmCodebooksHead
 from transformers.models.dbrx.modeling_dbrx import DbrxExperts
 from transformers.models.inkling.modeling_inkling import InklingSharedExperts
@@ -62,9 +67,9 @@ def test_experts_of_an_own_class_are_stacks(name: str) -> None:
 class Own(nn.Module):
     """Experts of a user's class, used as `use` says."""
 
-    def __init__(self, use: Callable[..., Tensor], *shape: int):
+    def __init__(self, use: Callable[..., Tensor], *shape: int, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.up, self.use = nn.Parameter(torch.empty(shape)), use
+        self.up, self.use = nn.Parameter(torch.empty(shape, dtype=dtype), dtype.is_floating_point), use
 
     def forward(self, x: Tensor, *more: Any) -> Tensor:
         return self.use(x, self.up, *more)
@@ -76,6 +81,14 @@ def routed(x: Tensor, w: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
         token, place = torch.where(experts == e)
         y = y.index_add(0, token, (x[token] @ w[e].to(x.dtype)) * shares[token, place, None])
     return y
+
+
+def packed(how: str) -> nn.Module:
+    """Experts of transformers in 8 or 4 bits, their scales beside them."""
+    config = PreTrainedConfig(hidden_size=64, num_experts=4, moe_intermediate_size=32, hidden_act="silu")
+    kind = use_experts_implementation(experts_class=FP8Experts, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS,
+                                      has_bias=False, has_gate=True)
+    return kind(config=config, block_size=(16, 16), expert_dtype=how)
 
 
 ROWS, CHOSEN, SHARES = torch.randn(6, 8), torch.tensor([[0, 1], [2, 1], [1, 0], [2, 0], [0, 2], [1, 2]]), torch.rand(6, 2)
@@ -135,7 +148,11 @@ def test_stacks_of_any_class_are_operated_on_where_a_pattern_names_them(name: st
     (lambda: Own(lambda x, w, e, s: routed(x[:, :3], w[:, :3], e, s), 3, 8, 8), "up", "no call"),
     (lambda: Own(lambda x, w, *, table: x @ w[table], 3, 8, 8), "up", "no call"),
     (lambda: DbrxExperts(DbrxConfig(d_model=8, ffn_config={"ffn_hidden_size": 6, "moe_num_experts": 3}).ffn_config),
-     "mlp.w1", "matches no linear layer")])
+     "mlp.w1", "matches no linear layer"),
+    (lambda: packed("fp8"), "gate_up_proj", "its weight is quantised"),
+    (lambda: packed("fp8"), "gate_up_proj_scale_inv", "its weight is quantised"),
+    (lambda: packed("fp4"), "down_proj", "its weight is quantised"),
+    (lambda: Own(routed, 3, 8, 8, dtype=torch.int8), "up", "its weight is quantised")])
 def test_what_is_no_stack_that_is_known_is_refused_in_words(module: Callable[[], nn.Module], name: str, words: str) -> None:
     for build in (plan, apply):
         model = nn.ModuleDict({"experts": module(), "other": nn.Linear(8, 8)})
