@@ -261,10 +261,14 @@ def groups(surgeon: Surgeon | None, model: Any, setting: Training) -> list[dict[
     """What trains, as an optimiser's groups, a new head at a rate of its own; without a surgeon all of the model.
     Raises: SurgeryError (bad-value)."""
     named = {f"lr_{name}": rate for name, rate in setting.rates.items()}
-    trained = [{"params": list(model.parameters()), "lr": setting.lr, "weight_decay": setting.weight_decay}]
+    # without a surgeon as a surgeon gives what `train` names: decay to matrices alone
+    trained = [{"params": [p for p in model.parameters() if (p.ndim > 1) is decays], "lr": setting.lr,
+                "weight_decay": setting.weight_decay if decays else 0.0} for decays in (True, False)]
     found = surgeon.parameter_groups(setting.lr, setting.weight_decay, **named) if surgeon else trained
     tops = heads(model) if setting.head_lr is not None else []
-    new = {id(p) for name, p in model.named_parameters() if name.partition(".")[0] in tops}
+    # of the model itself: what adapters share stands at its root too
+    own = {name: surgeon.named_tensors()[name] for name in surgeon.plan.train} if surgeon else model.named_parameters()
+    new = {id(p) for name, p in dict(own).items() if name.partition(".")[0] in tops}
     parted = [{**group, "params": [p for p in group["params"] if (id(p) in new) is is_new],
                **({"lr": setting.head_lr} if is_new else {})} for group in found for is_new in (False, True)]
     return [group for group in parted if group["params"]]

@@ -42,7 +42,8 @@ def _value(value: Any) -> str:
         return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, (bool, int, float)):
         return str(value).lower() if isinstance(value, bool) else repr(value)
-    return json.dumps(str(value), ensure_ascii=True).replace("\x7f", "\\u007f")
+    # not in ASCII: JSON writes what is beyond 16 bits as two surrogates, which TOML refuses
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read(path: str | os.PathLike, known: Iterable[str]) -> dict[str, Any]:

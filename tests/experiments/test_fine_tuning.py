@@ -76,7 +76,7 @@ def test_what_is_saved_says_how_it_was_made(models, files, tmp_path: Path) -> No
     assert asked["prompt"] == SHORT.prompt and f'torch = "{versions()["torch"]}"' in text
     assert files["train.jsonl"] in text.partition("[data_sha256]")[2]
     assert "loss" in charts(found_state(tmp_path / "out")) and found.loss > 0
-    odd = {"a": 'x"\\\n\x7f é', "b": [1, 2.5e-7, True], "c": None}
+    odd = {"a": 'x"\\\n\x7f é 😀', "b": [1, 2.5e-7, True], "c": None}
     (tmp_path / "odd.toml").write_text(toml(odd, {}))
     assert read(tmp_path / "odd.toml", "ab") == {"a": odd["a"], "b": odd["b"]}
 
@@ -198,6 +198,26 @@ def test_a_new_head_and_a_parameter_have_rates_of_their_own(models) -> None:
         assert rate == (1e-3 if name.startswith("classifier") else 5e-3 if name.endswith(".B") else 1e-4)
     with pytest.raises(surgery.SurgeryError, match="lr_C"):
         groups(surgeon, model, Training(rates={"C": 1.0}))
+
+
+def test_the_heads_rate_is_that_of_the_heads_own_parameters(models) -> None:
+    """And of no adapter's: what adapters share stands at the model's root, as a head does, and some stand in the head."""
+    model = load_with_head(models["bert"], 2)
+    everywhere = surgery.parse("""
+        update common() { shared(model) param U[2, in] ~ normal()  param B[out, 2] = 0  return B @ U }
+        target linear "**" { add common() }""")
+    surgeon = surgery.apply(model, everywhere, check=False)
+    setting = Training(lr=1e-4, head_lr=1e-3, rates={"B": 5e-3})
+    rates = {id(p): group["lr"] for group in groups(surgeon, model, setting) for p in group["params"]}
+    for name, p in surgeon.named_tensors().items():
+        assert rates[id(p)] == (5e-3 if name.endswith(".B") else 1e-4), name
+    assert {name.partition(".")[0] for name in surgeon.named_tensors()} == {"bert", "classifier", "shared_surgery"}
+    # and without a spec all of the model trains, with decay where a spec's `train` has it
+    plain = load_with_head(models["bert"], 2)
+    found = {id(p): group for group in groups(None, plain, replace(setting, weight_decay=0.1)) for p in group["params"]}
+    for name, p in plain.named_parameters():
+        assert found[id(p)]["lr"] == (1e-3 if name.startswith("classifier") else 1e-4)
+        assert found[id(p)]["weight_decay"] == (0.1 if p.ndim > 1 else 0.0)
 
 
 @pytest.mark.parametrize("name", ["train.tsv", "train.jsonl"])
