@@ -18,9 +18,8 @@ from surgery.diagnostics import fail
 from surgery.layers.opaque_linear import is_packed_again, is_plain
 from surgery.layers.survey import Site, Survey
 from surgery.layers.wrappers import own_parameter, submodule
-from surgery.planning.initial_values import departure
 from surgery.runtime.atomic_folders import replacing
-from surgery.runtime.merge import merged
+from surgery.runtime.merge import merged, rounded
 from surgery.runtime.save import MODEL
 from surgery.runtime.surgeon import Surgeon
 from surgery.text import listed
@@ -43,9 +42,10 @@ def merge_plainly(surgeon: Surgeon) -> dict[str, float]:
     for placed in surgeon.plan.placed:
         site, adapter = placed.site, surgeon.adapters[placed.site.name]
         if site.name in operated:
-            exact = adapter.weights(site.module)
-            dense[site.name] = _linear(site, *exact, dtype=dtype)
-            errors[site.name] = departure(exact[0], dense[site.name].weight)
+            exact = dict(zip(("weight", "bias"), adapter.weights(site.module)))
+            made = rounded(placed, exact, dict.fromkeys(exact, dtype))
+            dense[site.name] = _linear(site, *made.tensors.values(), dtype=dtype)
+            errors[site.name] = made.error
         else:
             made = merged(placed, adapter)
             written += [(site.module, name, tensor) for name, tensor in made.tensors.items()]

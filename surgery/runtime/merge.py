@@ -6,7 +6,7 @@ rounded once; a result that its dtype cannot hold is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from surgery.layers.wrappers import own_parameter
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import departure, is_finite
 from surgery.runtime.adapter import Adapter
-from surgery.text import listed
+from surgery.text import dtype_text, listed
 
 # A value rounded to nearest is off by at most half a unit in the last place, eps / 2 of itself.
 ROUNDINGS = 1.0
@@ -49,17 +49,23 @@ def merged(placed: Placed, adapter: Adapter) -> Merged:
     # in float32 or wider, so that W + ΔW is rounded once, to the stored dtype
     exact = dict(zip((site.parameter, "bias"), adapter.weights(module)))
     exact[site.parameter] = site.layout.unmatrix(exact[site.parameter], site.weight.shape)
-    stored = {name: value.to(own_parameter(module, name).dtype).contiguous() for name, value in exact.items()}
+    # a bias may have a dtype of its own
+    return rounded(placed, exact, {name: own_parameter(module, name).dtype for name in exact})
+
+
+def rounded(placed: Placed, exact: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> Merged:
+    """W' and b' in the dtypes that they are stored in, by parameter name. Raises: SurgeryError (merge-error)."""
+    stored = {name: value.to(dtypes[name]).contiguous() for name, value in exact.items()}
     errors: list[float] = []
     for name, value in exact.items():
         errors.append(error := departure(value, stored[name]))
-        bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps  # a bias may have a dtype of its own
+        bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps
         if not error <= bound and not is_finite(value):
-            raise fail("merge-error", f"W' of {site.name} is not finite", placed.target.span,
+            raise fail("merge-error", f"W' of {placed.site.name} is not finite", placed.target.span,
                        helps=("the training that made it diverged",))
         if not error <= bound:  # so that a NaN is refused too
             raise fail("merge-error",
-                       f"{site.name} does not fit {str(stored[name].dtype).removeprefix('torch.')} after merging: "
+                       f"{placed.site.name} does not fit {dtype_text(stored[name].dtype)} after merging: "
                        f"the relative error is {error:.1e}, and rounding allows {bound:.1e}", placed.target.span,
                        helps=("load the model in a wider dtype, then merge",))
     return Merged(stored, max(errors))

@@ -92,3 +92,21 @@ def test_what_cannot_be_compared_is_said() -> None:
     meta.write_text(json.dumps({**known, "quantization": {"quant_method": "nobody's"}}))
     done = surgery.merge_files("adapter", "merged")
     assert done.logits is None and done.not_compared.startswith("cannot load `base`")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_its_dtype_cannot_hold_is_refused(bias: bool) -> None:
+    """As in a merge of plain weights: W', and b' where a formula changes it."""
+    config = load_demo("llama").config
+    config.attention_bias = True
+    LlamaForCausalLM(config).half().save_pretrained("base")
+    quantised = LlamaForCausalLM.from_pretrained("base", quantization_config=Rows8Config(), dtype=torch.float16)
+    shift = " add shift()" * bias
+    surgeon = surgery.apply(quantised, surgery.parse(f'target linear "**.q_proj" {{ add low_rank(2){shift} }}'), check=False)
+    far = "beta" if bias else "B"
+    with torch.no_grad():
+        next(t for n, t in surgeon.named_tensors().items() if n.endswith(f".{far}")).fill_(1e8)
+    surgeon.save("adapter")
+    with pytest.raises(SurgeryError, match="merge-error.*does not fit float16"):
+        surgery.merge_files("adapter", "merged", dequantise=True)
+    assert not Path("merged").exists()
