@@ -35,7 +35,7 @@ from surgery.runtime.identity_check import moved_by, refuse_moved
 from surgery.runtime.remade import latest_origin, made_again, said_of
 from surgery.runtime.save import texts_of, write_texts
 from surgery.runtime.saved_format import ADAPTER, TENSORS
-from surgery.runtime.step_tensors import SharedTensors
+from surgery.runtime.step_tensors import SharedTensors, as_held
 from surgery.runtime.stored_weights import CODES, StoredWeights, read_by, skeleton_of_files, standing_in
 from surgery.runtime.surgeon import Surgeon, adapter_of, prepare
 from surgery.text import counted
@@ -156,7 +156,7 @@ class _Work:
             again = made_again(placed, made, self.latest, seed, dtype)
             self.surgeon.base[site.weight_name] = fingerprint_of(site.weight)
             moved = self._moved(placed, made, own.values())
-        for key, tensor in made.items():
+        for key, tensor in ((key, as_held(tensor)) for key, tensor in made.items()):
             name = self.surgeon.name_of(placed, key)
             if name in self.forms:  # which modules share
                 continue
@@ -178,7 +178,7 @@ class _Work:
         return moved_by(placed, adapter_of(placed, made, SharedTensors()))
 
     def _add(self, name: str, tensor: Tensor) -> None:
-        held = (tensor if tensor.ndim else tensor.reshape(1)).detach().contiguous()  # as adapters hold a number
+        held = as_held(tensor).detach().contiguous()
         self.forms[name] = held.to("meta")
         self.file.add(name, _CODES[held.dtype], tuple(held.shape), held.flatten().view(torch.uint8).numpy().data)
 

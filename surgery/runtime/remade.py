@@ -27,6 +27,7 @@ from surgery.planning.compile import Placed, Plan
 from surgery.planning.initial_values import Origin, again, follows
 from surgery.planning.initial_values import departure as change_between
 from surgery.runtime.fingerprint import fingerprint_of
+from surgery.runtime.step_tensors import as_held
 from surgery.text import counted, dtype_text, listed
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ class Remade:
             self.of_rounded |= {*names.values()} if stored.dtype != now.dtype else set()
         made = again(placed, names, self.saved.meta["seed"], getattr(torch, self.saved.meta["dtype"]), self._shared,
                      stored)
-        made = {key: t.reshape(1) if not t.ndim else t for key, t in made.items()}  # as adapters hold a number
+        made = {key: as_held(t) for key, t in made.items()}
         for key, tensor in made.items():
             if names[key] in self._agreed:
                 continue

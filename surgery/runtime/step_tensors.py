@@ -15,6 +15,11 @@ SHARED = f"shared{SUFFIX}"  # the module of a model's root that holds what sever
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # to their users, each child is one of the layers
 
 
+def as_held(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the shape in which adapters hold it: a number [] as [1]."""
+    return tensor if tensor.ndim else tensor.reshape(1)
+
+
 class StepTensors(nn.Module):
     """The tensors of one step, or those that adapters share. It is called for them, so that what hangs on a module's
     call (offloading, pruning, a hook of the user's) runs before they are read.
@@ -57,8 +62,8 @@ class StepTensors(nn.Module):
         if not self.in_use:
             return refuse_unused(key for key in state_dict if key.startswith(prefix))
         for name in self.names:  # a checkpoint of before held a number as []
-            if (saved := state_dict.get(prefix + name)) is not None and not saved.ndim:
-                state_dict[prefix + name] = saved.reshape(1)
+            if (saved := state_dict.get(prefix + name)) is not None:
+                state_dict[prefix + name] = as_held(saved)
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 

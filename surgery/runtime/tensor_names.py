@@ -14,7 +14,7 @@ from torch import nn
 from surgery.layers.opaque_linear import SUFFIX
 from surgery.planning.compile import Placed, Plan
 from surgery.runtime.adapter import Adapter
-from surgery.runtime.step_tensors import CONTAINERS, SHARED, held_at
+from surgery.runtime.step_tensors import CONTAINERS, SHARED, as_held, held_at
 
 
 class TensorNames:
@@ -46,5 +46,5 @@ class TensorNames:
                for key in self.adapters[p.site.name].shared}
         named: dict[str, torch.Tensor] = {}  # of a shared tensor's several old copies the first counts
         for name, value in values.items():
-            named.setdefault(now.get(name, name), value if value.ndim else value.reshape(1))
+            named.setdefault(now.get(name, name), as_held(value))
         return named

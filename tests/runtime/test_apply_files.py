@@ -59,6 +59,10 @@ CASES = {
     "untied": ("gemma", "bfloat16", None, parse(f'target embedding untie {LOW}')),
     "shifted": ("llama", "float32", None, parse('update more() { param B[out, in] ~ normal(0, 1)  return B }\n'
                                                 'target linear "**.q_proj" shifted { add more() }')),
+    "a number": ("llama", "float32", None, parse(
+        "update sized(rank: int) {\n  frozen param c = norm(W) / 1000\n  param B[out, rank] = 0\n"
+        "  param A[rank, in] ~ normal(std = 0.02)\n  return c * (B @ A)\n}\n"
+        'target linear "**.q_proj" { add sized(2) }')),
 }
 
 
@@ -81,6 +85,7 @@ def test_it_writes_what_apply_writes_of_the_model_in_memory(case: str, monkeypat
         done = surgery.apply_files("base", spec, "files", seed=3, dtype=asked)
     for name in FILES:
         assert Path("files", name).read_bytes() == Path("memory", name).read_bytes(), name
+    surgery.attach(surgery.load_model("base", asked), "files")
     assert done.computed + done.proven == (0 if case == "shifted" else len(done.plan.placed))
     assert sorted(p.name for p in Path("files").iterdir()) == sorted([*FILES, MANIFEST])
 
