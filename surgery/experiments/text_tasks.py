@@ -111,7 +111,8 @@ def of_rows(rows: Rows, kind: Kind | None = None, threshold: float | None = None
     Raises: SurgeryError (bad-data)."""
     texts = next((columns for columns in TEXTS if rows.has(*columns)), (TEXT,))
     labels = rows.column(_label(rows, texts, label), str, int, float)
-    rows.refuse("has no label", [not str(each).strip() for each in labels])
+    # JSON's NaN is how tables are written that have none there
+    rows.refuse("has no label", [not str(each).strip() or each != each for each in labels])
     first, *second = (tuple(rows.column(column)) for column in texts)
     found = _labelled(rows, first, [str(each) for each in labels], kind, threshold, tuple(classes))
     return replace(found, seconds=second[0]) if second else found

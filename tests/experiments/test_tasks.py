@@ -69,6 +69,14 @@ def test_a_file_that_is_no_task(text: str, options: dict, said: str, tmp_path: P
     assert {d.code for d in caught.value.diagnostics} == {"bad-data"}
 
 
+def test_a_label_that_is_not_a_number_is_none(tmp_path: Path) -> None:
+    """As tables are written as JSON that have no value there; the others would be names of classes."""
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"text": "a", "label": 0.5}\n{"text": "b", "label": NaN}\n{"text": "c", "label": 1.5}\n')
+    with pytest.raises(surgery.SurgeryError, match="some.jsonl:2 has no label"):
+        read(file)
+
+
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert "missing-file" in refusal(read, tmp_path / "none.tsv")
     (tmp_path / "latin.tsv").write_bytes(b"text\tmood\n\xe9t\xe9\tgood\n")
