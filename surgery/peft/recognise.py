@@ -62,8 +62,8 @@ def match_targets(plan: Plan) -> Match | None:
     readings: list[tuple[_Reading, ...]] = []
     for number, placed in enumerate(plan.placed):
         place = Place.of(placed.site, number)
-        # Modules of one formula and one shape are read once: a model has thousands, and a proof takes a compilation.
-        key = id(placed.formula), place.layout, place.shape
+        # Modules of one formula and one kind are read once: a model has thousands, and a proof takes a compilation.
+        key = id(placed.formula), replace(place, number=0)
         if key not in known:
             known[key] = tuple(_proven(plan.spec, placed, place, drops=not parameters))
         # a parameter takes what a stack of experts takes

@@ -127,8 +127,3 @@ def _does_not_fit(model: nn.Module, saved: Saved, why: Iterable[Diagnostic]) -> 
     first = Diagnostic("bad-adapter", f"the adapter in {saved.folder} does not fit this {type(model).__name__}",
                        notes=(f"it was saved for {base}",) if base else ())
     return SurgeryError((first, *why))
-
-
-# ---------------------------------------------------------------------------------------------------------- merged
-
-

@@ -139,5 +139,7 @@ def _distance(a: Any, b: Any) -> float | None:
         return far if far < float("inf") else None
     if a.shape != b.shape:
         return None
+    if not (a.is_floating_point() and b.is_floating_point()):  # between places there is no distance
+        return 0.0 if bool((a == b).all()) else None
     a, b = a.double(), b.double()
     return float((a - b).norm() / a.norm()) if a.norm() else float((a - b).norm())

@@ -429,9 +429,9 @@ class Surgeon:
         that compute much (rotations, norms) is then no longer bound by the launches of small operations; what autograd
         holds of a set-up is held for all layers. Around a training loop, or `trainer.train()`; nests.
 
-        A layer that a pass leaves out has gradients of 0 instead of None. Calls of a part of the model, and what
-        torch.compile runs, are as ever. Raises: SurgeryError (unsupported-module), for a sharded or offloaded model and
-        for one with gradient checkpointing, which runs layers again.
+        Calls of a part of the model, and what torch.compile runs, are as ever. Raises: SurgeryError
+        (unsupported-module), for a sharded or offloaded model and for one with gradient checkpointing, which runs
+        layers again.
         """
         refuse_parts(self.part, "batched_setups")
         refuse_offloaded(self.model, self._written)

@@ -304,6 +304,15 @@ def test_two_adapters_compared(here: Path) -> None:
     assert run("diff", "a", "lora").exit_code == 1 and run("diff", "nope", "lora").exit_code == 2
 
 
+def test_between_other_places_there_is_no_distance(here: Path) -> None:
+    spec = surgery.load("curlora", rank=2).retarget("**.layers.0.**.q_proj")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        surgery.apply(load_demo("llama"), spec, seed=seed, check=False).save(name, self_contained=True)
+    assert surgery.diff("a", "b").tensors == {}
+    found = {name.rpartition(".")[2]: far for name, far in surgery.diff("a", "c").tensors.items()}
+    assert found["i"] is None and found["j"] is None
+
+
 def test_what_adapters_do_not_hold_is_compared(here: Path) -> None:
     """Frozen tensors that are made again at attach: two adapters may differ in these alone."""
     spec = surgery.load("vera", rank=2).retarget("**.layers.0.**.q_proj")

@@ -246,6 +246,16 @@ def test_what_peft_does_not_read_of_a_convolution_is_refused(fields):
     assert not any(m.fits(config) and m.is_on(config, place_of(layer)) for m in METHODS)
 
 
+@pytest.mark.parametrize("even_first", [True, False])
+def test_each_convolution_is_asked_by_itself(even_first):
+    """Two of one shape, of which PEFT reads one otherwise."""
+    pair_of = [nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3, dilation=2)]
+    model = nn.Sequential(*(pair_of if even_first else reversed(pair_of)))
+    spec = parse("spec mine(rank: int = 2) target conv { pre householder(count = rank / 2) on in }")
+    assert match(compile(model, spec)) is None
+    assert match(compile(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)), spec)) is not None
+
+
 # ---------------------------------------------------------------------------------- where PEFT is not the method's map
 
 

@@ -196,8 +196,6 @@ _ROAD = Family("ROAD", "RoadConfig", {})
 _GROUP = Renamed({"group": "group_size"})
 
 
-
-
 def _grouped(config: Config) -> Pairs:
     """A row of numbers for each group of outputs."""
     view = View(lambda t, place: t.reshape(place.out // config["group_size"], -1), lambda t, place: t.flatten())
