@@ -148,12 +148,14 @@ def measured_on(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: An
                 **count: int) -> dict[str, Any]:
     """What `apply` measures starts on: batches of a task and the loss that it is learned by, which is not every model's
     own."""
-    own = _loss_of(model, task)
+    found, own = batches(model, words, task, setting, **count), _loss_of(model, task)
+    if own is None:
+        return {"data": found}
 
     def loss(model: Any, batch: Any) -> torch.Tensor:
         return own(model(**{name: values for name, values in batch.items() if name != "labels"}), batch["labels"])
 
-    return {"data": batches(model, words, task, setting, **count), "loss": loss if own else None}
+    return {"data": found, "loss": loss}
 
 
 def batches(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyTask, setting: Setting,

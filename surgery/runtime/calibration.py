@@ -10,6 +10,8 @@ refused. What a checkpoint computes again in the backward pass is read once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
 from math import prod
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ from surgery.runtime.transaction import finish
 from surgery.text import listed
 
 ROOM = 1 << 27  # numbers that are measured at once: 512 MiB in float32
+READ = -100  # the label of a token that no loss counts
 Loss = Callable[[nn.Module, Any], Tensor]
 Measured = dict[str, dict[str, Tensor]]  # by the name of a site, and by operation
 
@@ -142,7 +145,7 @@ class _Sums:
         self.weights = [own_parameter(p.site.module, p.site.parameter) for p in self.of_loss]
         self.gradients: list[Tensor | None] = [None] * len(self.weights)
         self.inputs: dict[int, Tensor] = {}  # by the id of the module
-        self.mask: Tensor | None = None  # [texts, tokens], of a batch that is padded
+        self.padding = _Padding.of({})
         self.is_backward = False
         config = getattr(model, "config", None)
         # whose decoder reads two sequences, of which the mask tells one
@@ -160,6 +163,7 @@ class _Sums:
             parameter.requires_grad_(True)
         for module in {id(p.site.module): p.site.module for p in self.reading}.values():
             module.register_forward_pre_hook(self._read, with_kwargs=True)
+        self.model.register_forward_pre_hook(self._look, with_kwargs=True)
         for i, batch in enumerate(batches):
             self._add(i, batch, loss)
 
@@ -167,9 +171,7 @@ class _Sums:
         """Run the model on a batch. Raises: SurgeryError (bad-data)."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         batch = _on(batch, device)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        is_padded = isinstance(mask, Tensor) and mask.ndim == 2 and not mask.bool().all()
-        self.mask = mask.bool() if is_padded and mask is not None else None
+        self.padding = _Padding.of(batch if isinstance(batch, Mapping) else {})  # if the loss runs a part of the model
         self.batches += 1
         with torch.set_grad_enabled(bool(self.weights)):
             try:
@@ -204,6 +206,11 @@ class _Sums:
         finally:
             self.is_backward = False
 
+    def _look(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Note what pads the batch that the model is about to run on, however the loss gives it."""
+        names = [*signature(module.forward).parameters]
+        self.padding = _Padding.of({**dict(zip(names, args)), **kwargs})
+
     @torch.no_grad()
     def _read(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Note the inputs of a layer that is about to run."""
@@ -218,10 +225,10 @@ class _Sums:
 
     def _rows(self, module: nn.Module, x: Tensor) -> Tensor:
         """The inputs [n, in] that are no padding. Raises: SurgeryError (bad-data)."""
-        mask = self.mask
-        if mask is None:
+        mask, pads, is_masked = self.padding.mask, self.padding.pads, id(module) in self.masked
+        if not pads or is_masked and pads == _IN_DECODER:
             return x.reshape(-1, x.shape[-1])
-        if id(module) in self.masked:
+        if mask is not None and is_masked:
             if x.ndim > 2 and x.shape[:2] == mask.shape:
                 return x[mask].reshape(-1, x.shape[-1])
             if x.ndim == 2 and len(x) == mask.numel():  # tokens of all texts in a row, as routers have them
@@ -229,7 +236,7 @@ class _Sums:
             if x.ndim == 2 and len(x) in (len(mask), int(mask.sum())):  # one input of each text; or without padding
                 return x
         raise fail("bad-data", f"which inputs of {self.names[id(module)]} are padding is not known: they are "
-                   f"{list(x.shape)}, and attention_mask is {list(mask.shape)}",
+                   f"{list(x.shape)}, and {pads}",
                    helps=("give batches that are not padded, of one text each for instance",))
 
     def means(self) -> Measured:
@@ -250,6 +257,36 @@ class _Sums:
         if broken:
             raise fail("bad-data", f"what the data gives of {listed(broken)} is not finite")
         return found
+
+
+_IN_DECODER = "what the decoder reads is padded"
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """What pads a batch: the `mask` [texts, tokens] of what is none, where there is one like that; `pads`, in words,
+    and empty where nothing does."""
+
+    mask: Tensor | None
+    pads: str
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> _Padding:
+        """Of what a model is given, by the names that transformers has for it."""
+        mask, of_decoder, labels = (given.get(n) for n in ("attention_mask", "decoder_attention_mask", "labels"))
+        if isinstance(mask, Tensor) and not _is_whole(mask):
+            is_plain = mask.ndim == 2 and bool(((mask == 0) | (mask == 1)).all())
+            return cls(mask.bool() if is_plain else None, f"attention_mask is {list(mask.shape)}"
+                       + ("" if is_plain else ", and not one of 0 and 1 for each token"))
+        # what a decoder reads is made of the labels where nothing else is given
+        shifted = of_decoder is None and given.get("decoder_input_ids") is None and isinstance(labels, Tensor)
+        is_cut = isinstance(of_decoder, Tensor) and not _is_whole(of_decoder)
+        return cls(None, _IN_DECODER if is_cut or shifted and bool((labels == READ).any()) else "")
+
+
+def _is_whole(mask: Tensor) -> bool:
+    """Whether a mask leaves nothing out, in either of its forms: 1 for what is seen, or 0 added to its scores."""
+    return bool((mask == 1).all()) or mask.is_floating_point() and bool((mask == 0).all())
 
 
 def _on(batch: Any, device: torch.device) -> Any:

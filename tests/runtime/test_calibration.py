@@ -1,6 +1,7 @@
 """What a start may name that data gives: G and C, against sums made by hand; the model is left as it was."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -298,6 +299,28 @@ def test_padding_is_left_out_in_any_shape_or_refused(shape: tuple[int, ...]) -> 
     torch.testing.assert_close(tensor(surgeon, "layer", "g"), rows.T @ rows)
 
 
+@pytest.mark.parametrize("form", ["tuple", "object", "inside", "four", "added", "none"])
+def test_padding_is_left_out_or_refused_however_a_batch_says_it(form: str) -> None:
+    x, mask = torch.randn(2, 4, 5), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    named = {"x": x, "attention_mask": mask}
+    batch, loss = {
+        "tuple": ((x, mask), None), "none": ((x, torch.zeros(2, 1, 4, 4)), None),  # nothing added to any score
+        "object": (SimpleNamespace(**named), lambda model, each: model(each.x, each.attention_mask).sum()),
+        "inside": ((named, 1), lambda model, each: model(**each[0]).sum()),
+        "four": ({**named, "attention_mask": mask[:, None, None]}, None),
+        "added": ({**named, "attention_mask": (1.0 - mask) * -1e9}, None)}[form]
+
+    def found() -> torch.Tensor:
+        return tensor(surgery.apply(Shaped((2, 4)), only("C"), data=[batch], loss=loss, check=False), "layer", "g")
+
+    if form in ("four", "added"):
+        with pytest.raises(SurgeryError, match="which inputs of layer are padding is not known.*not one of 0 and 1"):
+            found()
+        return
+    rows = x.flatten(0, 1) if form == "none" else x[mask.bool()]
+    torch.testing.assert_close(found(), rows.T @ rows)
+
+
 def test_the_mask_of_an_encoder_is_not_that_of_the_decoder() -> None:
     model, ids = load_demo("t5:num_layers=1"), torch.randint(3, 200, (2, 6))
     mask = torch.ones_like(ids)
@@ -306,3 +329,9 @@ def test_the_mask_of_an_encoder_is_not_that_of_the_decoder() -> None:
     surgery.apply(model, only("C").retarget("encoder.**.q"), data=data, check=False).remove()
     with pytest.raises(SurgeryError, match="are padding is not known"):
         surgery.apply(model, only("C").retarget("decoder.**.q"), data=data, check=False)
+    whole, cut = {"input_ids": ids, "decoder_input_ids": ids}, ids.masked_fill(mask == 0, -100)
+    for padded in ({**whole, "decoder_attention_mask": mask}, {"input_ids": ids, "labels": cut}):
+        surgery.apply(model, only("C").retarget("encoder.**.q"), data=[padded], check=False).remove()
+        with pytest.raises(SurgeryError, match="what the decoder reads is padded"):
+            surgery.apply(model, only("C").retarget("decoder.**.q"), data=[padded], check=False)
+    surgery.apply(model, only("C").retarget("decoder.**.q"), data=[{**whole, "labels": cut}], check=False)
