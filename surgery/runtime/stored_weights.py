@@ -7,6 +7,7 @@ certain what a parameter is, `Unsure` says why.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,7 @@ class StoredWeights:
         others = tied(Survey(model))
         self.names = {name: list(dict.fromkeys([*names[id(p)], *others.get(name, ())]))
                       for name, p in self.parameters.items()}
+        self._said = _dtype_of(model.config.dtype or torch.float32)  # which a skeleton is made in
         self.dtype = getattr(torch, dtype) if dtype else self._loaded_as()
         self._assert_whole()
 
@@ -82,8 +84,7 @@ class StoredWeights:
         kept = {t.dtype for t in self.stored.values() if t.dtype in DTYPES}
         if said is None and len(kept) > 1:
             raise Unsure("its config.json does not say its dtype, and its files hold several")
-        said = said or DTYPES[min(kept, default="F32")]
-        return getattr(torch, said) if isinstance(said, str) else said
+        return _dtype_of(said or DTYPES[min(kept, default="F32")])
 
     def _assert_whole(self) -> None:
         lacking = [name for name in self.parameters if not any(alias in self.pieces for alias in self.names[name])]
@@ -106,11 +107,14 @@ class StoredWeights:
         return alias, piece
 
     def loaded_as(self, alias: str) -> torch.dtype:
-        """The dtype that a parameter, by its name in the files, is loaded in: some are kept in float32."""
-        patterns = {*(getattr(self.model, "_keep_in_fp32_modules", None) or ()),
-                    *(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())}
-        wide = any(pattern.strip(".*") in alias for pattern in patterns)
-        return torch.float32 if wide and self.dtype.itemsize < 4 else self.dtype
+        """The dtype that a parameter, by its name in the files, is loaded in: a class may keep some in float32 where it
+        is loaded in a half dtype (in float16 alone, unless it is strict), and some have a dtype of their own."""
+        loose, strict = (getattr(self.model, f"_keep_in_fp32_modules{how}", None) or () for how in ("", "_strict"))
+        kept = {torch.float16: (*loose, *strict), torch.bfloat16: (*strict,)}.get(self.dtype, ())
+        if any(re.search(pattern.replace("*", ".*"), alias) for pattern in kept):  # as transformers reads them
+            return torch.float32
+        own = self.parameters[alias].dtype
+        return own if own != self._said else self.dtype
 
     def read(self, name: str) -> Tensor:
         """A stored tensor, by its name in the files."""
@@ -131,6 +135,11 @@ class StoredWeights:
         if made.shape != shape:
             raise Unsure(f"{name} has another shape in the files")
         return made
+
+
+def _dtype_of(said: torch.dtype | str) -> torch.dtype:
+    """A dtype as configurations say it."""
+    return getattr(torch, said) if isinstance(said, str) else said
 
 
 def read_by(placed: Placed) -> list[str]:

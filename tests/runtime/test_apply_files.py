@@ -59,6 +59,9 @@ CASES = {
     "untied": ("gemma", "bfloat16", None, parse(f'target embedding untie {LOW}')),
     "shifted": ("llama", "float32", None, parse('update more() { param B[out, in] ~ normal(0, 1)  return B }\n'
                                                 'target linear "**.q_proj" shifted { add more() }')),
+    # T5 keeps its `wo` in float32 where it is loaded in float16, and not where in bfloat16
+    **{f"kept wide, {asked}": ("t5", "bfloat16", asked, surgery.load("lora").retarget("encoder.**.wo", "encoder.**.wi"))
+       for asked in (None, "float16")},
     "a number": ("llama", "float32", None, parse(
         "update sized(rank: int) {\n  frozen param c = norm(W) / 1000\n  param B[out, rank] = 0\n"
         "  param A[rank, in] ~ normal(std = 0.02)\n  return c * (B @ A)\n}\n"
@@ -88,6 +91,16 @@ def test_it_writes_what_apply_writes_of_the_model_in_memory(case: str, monkeypat
     surgery.attach(surgery.load_model("base", asked), "files")
     assert done.computed + done.proven == (0 if case == "shifted" else len(done.plan.placed))
     assert sorted(p.name for p in Path("files").iterdir()) == sorted([*FILES, MANIFEST])
+
+
+def test_a_parameter_may_have_a_dtype_of_its_own() -> None:
+    base("llama", "bfloat16")
+    for asked, wanted in ((None, torch.bfloat16), ("float16", torch.float16)):
+        model = stored_weights.skeleton_of_files("base")
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.float())  # as a class of it would make it
+        weights = stored_weights.StoredWeights(model, Path("base"), asked)
+        assert weights.parameter("lm_head.weight").dtype == torch.float32
+        assert weights.parameter("model.layers.0.self_attn.q_proj.weight").dtype == wanted
 
 
 def test_frozen_tensors_too() -> None:

@@ -85,7 +85,7 @@ def test_it_is_what_merging_in_memory_gives(family: str, shards: bool) -> None:
     spec = surgery.load(spec)
     if kind:
         spec = spec.model_copy(update={"targets": tuple(t.model_copy(update={"kind": kind}) for t in spec.targets)})
-    saved_model(model.to(torch.bfloat16) if family in ("llama", "qwen2-moe") else model, shards=shards)
+    saved_model(model.to(torch.bfloat16) if family in ("llama", "qwen2-moe", "t5") else model, shards=shards)
     saved_adapter(spec)
     done = merge_files("adapter", "merged", jobs=2 if shards else 1)
     assert done.in_memory == "" and len(weight_files(Path("merged"))) > 2 * shards
