@@ -1,5 +1,5 @@
 """`python -m surgery` is `surgery`."""
 
-from surgery.cli.main import main
+from surgery.cli.main import program
 
-main(prog_name="surgery")
+program()

@@ -68,8 +68,8 @@ def quiet_libraries(bars: bool) -> None:
 
 
 def _import_for_good() -> None:
-    """Import what makes a million objects, all of which stay: Python looks for garbage among them neither meanwhile,
-    nor later, nor when the process ends, which would take a quarter of the start's time."""
+    """Import what makes a million objects, all of which stay: Python looks for garbage among them neither meanwhile
+    nor later. Only when the process ends it does: some libraries count then what of theirs has stayed, and complain."""
     if "transformers.modeling_utils" in sys.modules:
         return
     was_enabled = gc.isenabled()
@@ -80,7 +80,7 @@ def _import_for_good() -> None:
         if was_enabled:
             gc.enable()
     gc.freeze()
-    atexit.register(gc.freeze)
+    atexit.register(gc.unfreeze)
 
 
 def skeleton(name: str, trust: bool = False) -> PreTrainedModel:

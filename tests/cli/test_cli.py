@@ -459,6 +459,12 @@ def test_a_pipe_that_nobody_reads(command: str) -> None:
     assert result.stderr == b"" and result.returncode != 0
 
 
+def test_a_process_ends_with_the_status_of_its_command_and_says_no_more() -> None:
+    """That it imported torch and transformers included: what they leave is nobody's business."""
+    done = process("plan", "lora", "demo:llama", "--target", "**.nothing", capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error[no-match]") and "leak" not in done.stderr
+
+
 def test_streams_that_are_closed_full_or_of_another_alphabet() -> None:
     assert subprocess.run(f"{sys.executable} -m surgery show lora >&- 2>&- <&-", shell=True).returncode == 0
     latin = process("show", "sora", capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
