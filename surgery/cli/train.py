@@ -25,6 +25,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.output import Output, aligned
 from surgery.cli.training_options import ABOVE_ZERO, COUNT, DATA, HOW, config_option, given
+from surgery.text import counted
 
 if TYPE_CHECKING:
     from surgery.experiments.fine_tuning import Trained, Watch
@@ -71,7 +72,8 @@ def train(output: Output, spec: str, model: str, out: str, sets: tuple[str, ...]
     _report(output, trained)
     saved, merged = shlex.quote(out), shlex.quote(f"{Path(out)}-merged")
     output.say(f"saved     {out}\nnext      surgery merge {saved} -o {merged}")
-    output.data(spec=spec, model=model, out=out, steps=trained.steps, loss=trained.loss, seconds=trained.seconds,
+    output.data(spec=spec, model=model, out=out, steps=trained.steps, earlier=trained.earlier, loss=trained.loss,
+                seconds=trained.seconds,
                 before=[each.to_json() for each in trained.before], after=[each.to_json() for each in trained.after])
 
 
@@ -91,7 +93,9 @@ def _watch(output: Output) -> Iterator[Watch]:
 
 def _report(output: Output, trained: Trained) -> None:
     """What was trained, and every score before and after."""
-    output.say(f"{trained.steps} steps in {trained.seconds:.0f} s, {trained.surgeon.report().summary}")
+    after = f" after {counted(trained.earlier, 'step')} of the run that went on" if trained.earlier else ""
+    output.say(f"{counted(trained.steps - trained.earlier, 'step')} in {trained.seconds:.0f} s{after}, "
+               f"{trained.surgeon.report().summary}")
     for before, after in zip(trained.before, trained.after):
         rows = [["", "before", "after"], *([name, str(was), str(after.scores[name])]
                                            for name, was in before.scores.items())]

@@ -116,8 +116,9 @@ class Watch:
 
 @dataclass(frozen=True)
 class Trained:
-    """A training that ended: the surgeon of the operated model, and the scores on each test, before and after.
-    `is_first`: of processes that train together, the one that saves and tells."""
+    """A training that ended: the surgeon of the operated model, and the scores on each test, before and after. Where it
+    went on after `earlier` steps of a run that was stopped, `loss` (their mean) and `seconds` are of the others of its
+    `steps`. `is_first`: of processes that train together, the one that saves and tells."""
 
     surgeon: Surgeon
     folder: Path
@@ -127,6 +128,7 @@ class Trained:
     loss: float
     seconds: float
     is_first: bool = True
+    earlier: int = 0
 
 
 def train(spec: Spec | str | PathLike, model: str, data: Data | str | PathLike, folder: str | PathLike, *,
@@ -187,7 +189,8 @@ class _Run:
         if trainer.is_world_process_zero():
             self._save(surgeon, task, trainer.state, force)
         return Trained(surgeon, self.folder, before, after, done.global_step, done.training_loss,
-                       done.metrics["train_runtime"], trainer.is_world_process_zero())
+                       done.metrics["train_runtime"], trainer.is_world_process_zero(),
+                       int(last.name.rpartition("-")[2]) if last else 0)
 
     def record(self) -> str:
         """What the training is asked for, as TOML: a command's options, and what it was made with."""

@@ -258,6 +258,7 @@ def arguments(folder: str, setting: Setting, **more: Any) -> Any:
         "weight_decay": setting.weight_decay, "bf16": setting.bf16, "seed": setting.seed,
         "use_cpu": training_device().type == "cpu", "train_sampling_strategy": "group_by_length",
         "save_strategy": "no", "report_to": "none", "logging_steps": 50, "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # which writes a loss of 0 where there is none
         "dataloader_pin_memory": torch.cuda.is_available()}
     if setting.checkpointing:  # which has another name from some version on
         name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"

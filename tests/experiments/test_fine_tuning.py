@@ -3,6 +3,7 @@ of a model that score the same."""
 
 import json
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 from shutil import copytree
 
@@ -14,7 +15,7 @@ from transformers import BartConfig, BartForCausalLM
 
 import surgery
 from surgery.experiments import fine_tuning
-from surgery.experiments.fine_tuning import Data, Training, groups
+from surgery.experiments.fine_tuning import Data, Training, Watch, groups
 from surgery.experiments.training import lesson_of, with_head
 from surgery.models.loading import load_with_head
 
@@ -88,7 +89,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(models, files, tmp_path:
     def run(folder: str, **more):
         return surgery.train(FEW, models["causal"], choices(files), tmp_path / folder, setting=setting, **more)
 
-    whole = run("whole").surgeon.state()
+    first = run("whole")
+    whole = first.surgeon.state()
 
     def stops(self, args, state, control, **more) -> None:
         if state.global_step == 5:
@@ -104,7 +106,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(models, files, tmp_path:
     with pytest.raises(surgery.SurgeryError, match="began with other settings: lr"):
         surgery.train(FEW, models["causal"], choices(files), tmp_path / "half", setting=replace(setting, lr=1e-3),
                       resume=True)
-    resumed = run("half", resume=True).surgeon.state()
+    later = run("half", resume=True)
+    resumed = later.surgeon.state()
+    logs = json.loads((tmp_path / "half" / "trainer_state.json").read_text())["log_history"]
+    losses = [each["loss"] for each in logs if "loss" in each]
+    assert (first.earlier, first.steps, later.earlier, later.steps) == (0, 6, 4, 6) and len(losses) == 6
+    assert [first.loss, later.loss] == pytest.approx([sum(losses) / 6, sum(losses[4:]) / 2])
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     again = run("half", force=True).surgeon.state()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
@@ -254,6 +261,15 @@ def test_starts_are_measured_by_the_loss_that_is_learned(files, tmp_path: Path) 
     found, = (t for name, t in trained.state().items() if name.endswith(".g"))
     gradient = model.model.decoder.layers[0].self_attn.q_proj.weight.grad
     assert gradient is not None and (found - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_a_loss_that_is_no_number_is_not_told_as_0(models, files, tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(surgery.SurgeryError, match="the training that made it diverged"):
+        surgery.train(FEW, models["causal"], files["train.jsonl"], tmp_path / "out",
+                      setting=replace(SHORT, lr=1e30, every=None), watch=Watch(note=said.append))
+    losses = [float(line.partition("loss ")[2].split()[0]) for line in said if "loss" in line]
+    assert len(losses) == 6 and losses[0] > 1 and isnan(losses[-1]) and not any(loss < 1 for loss in losses)
 
 
 def test_what_is_wrong_is_told_before_anything_is_trained(models, files, tmp_path: Path) -> None:
