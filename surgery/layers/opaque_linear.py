@@ -247,13 +247,32 @@ def matrix(module: nn.Module, wanted: torch.dtype) -> Tensor:
     """Recover W [out, in] by feeding the layer rows of the identity, in a dtype that it accepts; returned as `wanted`.
 
     Cost: in / 1024 calls."""
-    (out, in_), module = said_sides(module), twin(module)
+    (out, in_), given, module = said_sides(module), module, twin(module)
     accepted = taken_dtype(module, wanted)
+    if module is not given:
+        _drop_bias(module, accepted)
     weight = torch.empty(out, in_, dtype=wanted, device=device(module))
     columns = torch.arange(in_, device=weight.device)
     for part in columns.split(_SLICE):
         weight[:, part] = through(module, asking((columns == part[:, None]).to(accepted))).mT.to(wanted)
     return weight
+
+
+def _drop_bias(copy: nn.Module, accepted: torch.dtype) -> None:
+    """Make the bias of a copy zero: a layer that computes in two bytes rounds W m + b as its bias is, and beside a
+    large one (of hundreds in the keys of some models) little of W is left. Where the layer adds a bias that it keeps
+    elsewhere, the copy stays as it is."""
+    held = next((own for own in (copy._parameters, copy._buffers) if own.get("bias") is not None), None)
+    if held is None:
+        return
+    before = held["bias"]
+    assert before is not None  # which is what it was chosen for
+    held["bias"] = torch.zeros_like(before, requires_grad=False)
+    if "bias" in copy._parameters:
+        held["bias"] = nn.Parameter(held["bias"], requires_grad=False)
+    nothing = torch.zeros(1, said_sides(copy)[1], dtype=accepted, device=device(copy))
+    if forward_of(copy)(asking(nothing)).any():  # what is not a number counts, too
+        held["bias"] = before
 
 
 def taken_dtype(module: nn.Module, wanted: torch.dtype) -> torch.dtype:

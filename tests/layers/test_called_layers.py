@@ -311,4 +311,4 @@ def test_the_whole_weight_is_read_in_slices_and_in_the_dtype_that_the_layer_take
 
     layer = Half(2500, 3)
     assert_close(matrix(layer, torch.float32), layer.dequantised(), 1e-3)
-    assert layer.rows == [1, 1024, 1024, 452]
+    assert layer.rows == [1, 1, 1024, 1024, 452]

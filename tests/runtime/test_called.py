@@ -17,7 +17,7 @@ from zoo import CASES
 
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import parse
-from surgery.layers.opaque_linear import through
+from surgery.layers.opaque_linear import matrix, through
 from surgery.runtime.surgeon import apply
 
 EXACT = 1e-10
@@ -87,8 +87,8 @@ def test_the_layer_is_called_once_for_each_step_and_its_norms_are_taken_once():
     for _ in range(3):
         model.train()  # as a Trainer says at each step
         model(torch.randn(5, IN, dtype=torch.float64, requires_grad=True)).sum().backward()
-    # A row to see the dtype and the identity for ‖w‖²; then W Aᵀ and W x at each step.
-    assert layer.rows == [1, IN, 3, 5, 3, 5, 3, 5]
+    # A row to see the dtype, one to see that the copy has no bias, the identity for ‖w‖²; then W Aᵀ and W x at each step.
+    assert layer.rows == [1, 1, IN, 3, 5, 3, 5, 3, 5]
     model.eval()
     layer.rows.clear()
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_copy_of_the_whole_weight_is_made_once_and_told_of():
     layer.rows.clear()
     for _ in range(3):
         model(torch.randn(5, IN, dtype=torch.float64, requires_grad=True)).sum().backward()
-    assert layer.rows == [1, IN]
+    assert layer.rows == [1, 1, IN]  # a row to see the dtype, one to see that the copy has no bias
     (told,) = surgeon.plan.warnings
     assert told.code == "dense-copy" and f"dense copies take {4 * OUT * IN} bytes" in told.message
     memory, (packed, scales, bias) = surgeon.report().memory, (OUT * IN, 4 * OUT, 4 * OUT)
@@ -195,6 +195,42 @@ def test_a_large_bias_does_not_round_small_products_away(dtype):
     layer, rows = Int8Linear(32, 24), torch.randn(4, 32).to(dtype) / 100
     layer.bias.data *= 3
     assert_close(through(layer, rows), rows.double() @ layer.dequantised().mT, 4 * torch.finfo(dtype).eps)
+
+
+class InTwoBytes(Int8Linear):
+    """Computes in a dtype of its own whatever comes in, as most quantised layers do."""
+
+    computes_in = torch.bfloat16
+
+    def forward(self, x):
+        return super().forward(x.to(self.computes_in)).to(x.dtype)
+
+
+class WithABiasOfItsOwn(InTwoBytes):
+    """Adds what no other hand reaches: a copy that was made when it was packed."""
+
+    def forward(self, x):
+        given = self.bias
+        self._parameters["bias"] = nn.Parameter(self.packed_bias)
+        try:
+            return super().forward(x)
+        finally:
+            self._parameters["bias"] = given
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_is_read_as_exactly_beside_a_large_bias(dtype):
+    """Qwen2's keys have biases of some hundreds; such a layer rounded W beside them to a few hundredths."""
+    torch.manual_seed(1)
+    layer = InTwoBytes(32, 24)
+    layer.computes_in, before = dtype, layer.bias.detach().clone() * 400
+    layer.bias.data = before.clone()
+    found = matrix(layer, torch.float32)
+    assert torch.equal(layer.bias, before)
+    assert_close(found, layer.dequantised(dtype), 1e-7)
+    kept = WithABiasOfItsOwn(32, 24)
+    kept.computes_in, kept.packed_bias = dtype, kept.bias.detach().clone()
+    assert_close(matrix(kept, torch.float32), kept.dequantised(), 8 * torch.finfo(dtype).eps)
 
 
 def test_an_output_in_another_dtype_than_the_input_stays_so():
