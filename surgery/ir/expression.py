@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
+from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,6 +21,7 @@ from surgery.ir.sizes import Dim, Size
 Shape = tuple[Size, ...]
 OF_DATA = ("gradient", "inputs")  # the operations whose values data gives, and no model alone
 _interned: WeakValueDictionary[tuple, Expr] = WeakValueDictionary()
+_making = RLock()
 _bits: dict[str, int] = {}  # a bit for each operation's name
 _left: ContextVar[list[int] | None] = ContextVar("nodes that may still be made", default=None)
 _NESTED_IN_PICKLE = 50  # arguments within arguments, which pickle writes by recursion
@@ -72,17 +74,23 @@ class Expr:
         key = (op, tuple(map(id, args)), type(data), data, shape)
         node = _interned.get(key)
         if node is None:
-            node = object.__new__(cls)
-            node.op, node.args, node.data, node.shape = op, args, data, shape
-            node.depth = 1 + max((a.depth for a in args), default=0)
-            if left is not None and node.depth > _DEEPEST:
-                raise Exhausted
-            node.unfolded = min(1 + sum(a.unfolded for a in args), 2**60)
-            node._ops = _bits.setdefault(op, 1 << len(_bits))
-            for a in args:
-                node._ops |= a._ops
-            node._below = None
-            _interned[key] = node
+            with _making:  # a replica's thread may make programs too, and two objects for one node would be two nodes
+                node = _interned.get(key) or cls._made(key, args, left is not None)
+        return node
+
+    @classmethod
+    def _made(cls, key: tuple, args: tuple[Expr, ...], is_bounded: bool) -> Expr:
+        node = object.__new__(cls)
+        node.args, (node.op, _, _, node.data, node.shape) = args, key
+        node.depth = 1 + max((a.depth for a in args), default=0)
+        if is_bounded and node.depth > _DEEPEST:
+            raise Exhausted
+        node.unfolded = min(1 + sum(a.unfolded for a in args), 2**60)
+        node._ops = _bits.setdefault(node.op, 1 << len(_bits))
+        for a in args:
+            node._ops |= a._ops
+        node._below = None
+        _interned[key] = node
         return node
 
     def __reduce__(self) -> tuple:

@@ -6,9 +6,12 @@ from __future__ import annotations
 import ast
 import copy
 import re
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -307,3 +310,20 @@ def test_a_primitive_is_trained_and_merged(cube):
     assert_close(*(torch.autograd.grad(y.square().sum(), a)[0] for y in (model(x), wanted)), 1e-5)
     surgeon.merge()
     assert_close(model(x), wanted, 1e-5)
+
+
+def test_threads_that_make_one_node_get_one_object() -> None:
+    """As replicas do whose programs are first made where they run."""
+    def make_some(of: int) -> list[Expr]:
+        start.wait()
+        return [Expr("param", (), f"threads.{of}_{i}", (2, 3)) for i in range(100)]
+
+    interval, start = sys.getswitchinterval(), Barrier(6)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            for of in range(40):
+                made = zip(*threads.map(make_some, [of] * 6))
+                assert all(one is other for one, *others in made for other in others)
+    finally:
+        sys.setswitchinterval(interval)
