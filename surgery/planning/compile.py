@@ -9,7 +9,7 @@ every mistake of the spec against this model is reported in one error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -89,15 +89,20 @@ class Plan:
     @cached_property
     def trainable(self) -> int:
         """The number of adapter parameters that are trained, shared tensors counted once."""
-        return self._count(frozen=False)
+        return self._count(lambda leaf: not leaf.frozen)
 
     @cached_property
     def frozen(self) -> int:
         """The number of adapter parameters that are not trained (`frozen param`), shared tensors counted once."""
-        return self._count(frozen=True)
+        return self._count(lambda leaf: leaf.frozen)
 
-    def _count(self, frozen: bool) -> int:
-        found = [(p, leaf) for p in self.placed for leaf in p.formula.leaves if leaf.frozen == frozen]
+    @cached_property
+    def whole(self) -> int:
+        """How many of those are whole numbers, such as places, which are held in 64 bits."""
+        return self._count(lambda leaf: leaf.whole)
+
+    def _count(self, counts: Callable[[Leaf], bool]) -> int:
+        found = [(p, leaf) for p in self.placed for leaf in p.formula.leaves if counts(leaf)]
         shared = {p.held(leaf).name: p.held(leaf).shape for p, leaf in found if leaf.group}
         own = sum(p.count(leaf) for p, leaf in found if not leaf.group)
         return own + sum(map(prod, shared.values()))

@@ -117,7 +117,8 @@ class Report:
     @property
     def bytes(self) -> int:
         """What the adapter's tensors take, those that are not trained too."""
-        return (self.plan.trainable + self.plan.frozen) * self.dtype.itemsize
+        numbers = self.plan.trainable + self.plan.frozen - self.plan.whole
+        return numbers * self.dtype.itemsize + self.plan.whole * torch.int64.itemsize
 
     @property
     def memory(self) -> dict[str, int]:

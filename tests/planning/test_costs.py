@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from command import run
 from each import in_turns
 from formulas import IN, OUT, formula
@@ -188,6 +189,15 @@ def test_what_train_unfreezes_takes_memory_in_its_own_dtype():
         'spec s()\ntrain "**.wte.weight"\ntarget linear {\n  add low_rank(rank = 2, alpha = 2)\n}\n'), check=False)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     assert surgeon.report().memory["gradients and AdamW"] == 3 * trained
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", ["lora", "shira", "curlora", "unilora", "poet"])
+def test_the_adapter_takes_what_its_tensors_do(spec: str, dtype: torch.dtype) -> None:
+    """Places among them, whole numbers of 64 bits; of shared tensors each once."""
+    surgeon = apply(load_demo("gpt2"), spec, dtype=dtype, check=False)
+    tensors = {id(t): t.nbytes for adapter in surgeon.adapters.values() for t in adapter.tensors().values()}
+    assert surgeon.report().bytes == sum(tensors.values()) == surgeon.report().memory["adapter"]
 
 
 # ------------------------------------------------------------------------------------------------- where it is shown
