@@ -21,11 +21,12 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from surgery import __version__
-from surgery.diagnostics import fail
+from surgery.diagnostics import fail, tell
 from surgery.language.library import inlined
 from surgery.language.tree import Spec
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.atomic_folders import replacing_file
+from surgery.runtime.beside_adapter import moved
 from surgery.runtime.operated import Operated, operated_class
 from surgery.runtime.remade import departure, digest_of, is_rounding, said_of
 from surgery.runtime.saved_format import CHECKPOINT, FORMAT, META, REMADE, SPEC, TENSORS, WITH_RULES, not_finite
@@ -38,8 +39,9 @@ from surgery.text import dtype_text, listed
 class Surgery:
     """What a model knows of the surgery that it carries: enough to save it, in a copy of the model too. `names` are
     those of its tensors in the model; `saves_as`: how else to save it, where the model alone cannot; `base`: the
-    fingerprints of the operated weights as they were then; `made`: the digests of the frozen tensors that the spec, the
-    seed and W make again, as they were made, in an adapter of the dtype `made_in`."""
+    fingerprints of the operated weights as they were then, `beside` those of all else that the model saves; `made`: the
+    digests of the frozen tensors that the spec, the seed and W make again, as they were made, in an adapter of the
+    dtype `made_in`."""
 
     spec: Spec
     seed: int
@@ -49,6 +51,7 @@ class Surgery:
     mode: str = "operated"
     saves_as: str = ""
     base: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, str] = field(default_factory=dict)
     made: Mapping[str, str] = field(default_factory=dict)
     made_in: torch.dtype = torch.float32
 
@@ -212,6 +215,7 @@ def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor],
     if broken := not_finite(tensors):  # no error: the training that goes on has more to tell
         warnings.warn(f"the checkpoint {folder} holds what is not finite, and attach() will refuse it: {broken}",
                       stacklevel=2)
+    tell(moved(model, surgery.beside))
     remade = surgery.left_out(tensors, self_contained)
     held = {name: tensor for name, tensor in tensors.items() if name not in remade}
     if remade:  # which `load_state_dict` is to know, and it gets the tensors alone

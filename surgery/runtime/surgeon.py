@@ -26,6 +26,7 @@ from surgery.planning.fitness import dense_copies, unfit
 from surgery.planning.initial_values import Shared, tensors
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.batched_setups import batched_setups
+from surgery.runtime.beside_adapter import beside
 from surgery.runtime.calibration import Loss, of_data
 from surgery.runtime.checkpoints import Surgery, have_save_adapters, note, save_adapters_no_more
 from surgery.runtime.fingerprint import differing, fingerprint_of, fingerprints
@@ -165,6 +166,7 @@ class Surgeon:
         self._savers: list[Any] = []  # the models of transformers that adapters are in: the model, and those within it
         self._objects: dict[str, ref[torch.Tensor]] = {}  # the tensors that were there when it was operated on
         self.base: dict[str, str] = {}  # fingerprints of the operated weights
+        self.beside: dict[str, str] = {}  # and of what the adapter does not hold
         self.made: dict[str, str] = {}  # digests of what the spec, the seed and W make again
         self.made_in = self.dtype
         self.saves_as = ""  # how, where it is no surgery of one spec
@@ -225,6 +227,7 @@ class Surgeon:
         self._savers = have_save_adapters(self.model)
         self._mode, self._is_on = "operated", True
         self.base = fingerprints(self.plan.placed)
+        self.beside = beside(self.model, [p.site.module for p in self.plan.placed], self.plan.train)
         self._see_objects()
         self._note()
         self._put(values or {})
@@ -600,4 +603,5 @@ class Surgeon:
     def record(self) -> Surgery:
         """What a saved adapter says of the surgery, beside its tensors."""
         return Surgery(self.spec, self.seed, self.dtype, tuple(self.named_tensors()), self.untied,
-                       saves_as=self.saves_as, base=self.base, made=self.made, made_in=self.made_in)
+                       saves_as=self.saves_as, base=self.base, beside=self.beside, made=self.made,
+                       made_in=self.made_in)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from models import perturbed
 
 import surgery
 from surgery.diagnostics import Diagnostic, SurgeryError, SurgeryWarning
-from surgery.models.demo import load_demo
+from surgery.models.demo import demo_inputs, load_demo
 from surgery.models.names import at_revision, parted, revised
 from surgery.runtime.fingerprint import differing, fingerprint_of, is_same
 
@@ -139,3 +140,63 @@ def test_a_warning_and_an_error_reach_another_process_whole(kind) -> None:
     said = kind(Diagnostic("another-base", "these are other weights", helps=("look",)))
     for copy in (pickle.loads(pickle.dumps(said)), deepcopy(said)):
         assert type(copy) is type(said) and str(copy) == str(said) and "other weights" in str(copy)
+
+
+def said_when_saved(save: Callable[..., None]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save("adapter")
+    return [w.message.diagnostic.message for w in caught if isinstance(w.message, SurgeryWarning)]
+
+
+def stepped(model: torch.nn.Module) -> None:
+    """One step in training mode of all that trains."""
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(**demo_inputs(model)).logits.square().mean().backward()
+    optimiser.step()
+    model.eval()
+
+
+@pytest.mark.parametrize("verb", ["save", "save_pretrained"])
+def test_what_moved_beside_the_adapter_is_told_when_it_is_saved(verb: str) -> None:
+    """Running statistics, which batch norms move in training mode, and a head that was unfrozen by hand: on the base
+    model the adapter gives other outputs."""
+    model = load_demo("resnet")
+    surgeon = surgery.apply(model, surgery.parse("target conv { add low_rank(rank = 2) }"))
+    save = surgeon.save if verb == "save" else model.save_pretrained
+    assert said_when_saved(save) == []
+    stepped(model)
+    (message,) = said_when_saved(save)
+    assert "normalization.running_mean`" in message and "normalization.running_var`" in message
+    assert "weight" not in message
+
+    model = load_demo("bert")
+    surgeon = surgery.apply(model, surgery.parse('target linear "**.query" { add low_rank() }\ntrain "**.pooler.**"'))
+    model.classifier.requires_grad_(True)
+    stepped(model)
+    save = surgeon.save if verb == "save" else model.save_pretrained
+    (message,) = said_when_saved(lambda folder: save(f"{folder}-bert"))
+    assert message.startswith("since the model was operated on, `classifier.weight`, `classifier.bias` changed")
+
+
+@pytest.mark.parametrize("change", ["merged", "bfloat16", "wide again", "tied", "norms in evaluation"])
+def test_nothing_is_told_of_what_an_adapter_holds_or_a_dtype_rounds(change: str) -> None:
+    text = 'target linear "**.c_attn" { post diagonal() with bias }\ntrain "**.ln_f.*"'
+    model = load_demo("resnet" if change == "norms in evaluation" else "gpt2")
+    if change == "tied":
+        text = 'target linear "lm_head" untie { add low_rank() }\ntrain "transformer.h.0.ln_1.weight"'
+    if change == "norms in evaluation":
+        text = "target conv { add low_rank() }"
+    surgeon = surgery.apply(model, surgery.parse(text))
+    if change == "norms in evaluation":
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.train = lambda mode=True: module  # as who fine-tunes detectors has them
+    stepped(model)
+    if change == "merged":
+        surgeon.merge()
+    if change == "bfloat16":
+        model.to(torch.bfloat16)
+    if change == "wide again":
+        model.double()
+    assert said_when_saved(surgeon.save) == []

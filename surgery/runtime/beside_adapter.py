@@ -1,0 +1,55 @@
+"""Whether what an adapter does not hold is still as it was when the model was operated on.
+
+Takes an operated model; gives a few numbers of each parameter and buffer that no adapter is on, and later says which of
+them differ. Promises: what was moved beside the adapter (running statistics, which batch norms move in every forward
+pass in training mode; parameters that somebody unfroze or edited) is not left out of what is saved in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import Tensor, nn
+
+from surgery.diagnostics import Diagnostic
+from surgery.layers.wrappers import named_modules
+from surgery.matching.name_ranges import alike, ranged
+from surgery.runtime.adapter import Adapter
+from surgery.runtime.fingerprint import differing, fingerprint_of
+from surgery.runtime.sharding import is_part
+from surgery.runtime.step_tensors import SharedTensors
+from surgery.text import listed
+
+
+def beside(model: nn.Module, operated: Iterable[nn.Module] = (), held: Collection[str] = ()) -> dict[str, str]:
+    """A few numbers of each tensor that is saved with the model, by name, but for those of adapters, of `operated`
+    modules, and those whose names are `held`. Only what is here as plain numbers has any."""
+    aside = [*operated, *(m for m in model.modules() if isinstance(m, (Adapter, SharedTensors)))]
+    passed = {id(inner) for module in aside for inner in module.modules()}
+    known = {id(parameter) for module in aside for parameter in module._parameters.values()}  # by all their names
+    found: dict[str, str] = {}
+    for path, module in named_modules(model):
+        saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for own, tensor in () if id(module) in passed else {**module._parameters, **saved}.items():
+            name = f"{path}.{own}".lstrip(".")
+            if name not in held and tensor is not None and id(tensor) not in known and _is_here(tensor):
+                found[name] = fingerprint_of(tensor)
+    return found
+
+
+def _is_here(tensor: Tensor) -> bool:
+    """Whether it is plain real numbers, and all of them here."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    return is_plain and tensor.numel() > 0 and not tensor.is_meta and not is_part(tensor)
+
+
+def moved(model: nn.Module, before: Mapping[str, str]) -> list[Diagnostic]:
+    """A warning of what is another one than `before`."""
+    names = differing(before, beside(model)) if before else []
+    if not names:
+        return []
+    what = listed([ranged(group) for group in alike(names)])
+    return [Diagnostic("changed-tensor", f"since the model was operated on, {what} changed, which the adapter does not "
+                       "hold: put on its base model, it gives other outputs than here", severity="warning",
+                       helps=("while you train, put batch norms in evaluation mode; name in `train` what else is to be "
+                              "trained", "surgery.save_merged(surgeon, \"out\") saves the model as it is now"))]
