@@ -103,34 +103,44 @@ class Parser:
     def body(self, made: Definition) -> Definition:
         while self.take() != "{":
             pass
-        scope = ""
-        while (word := self.take()) != "return":
+        made.body = self.statements("return")
+        made.result = self.expression()
+        self.take("}")
+        return made
+
+    def statements(self, end: str) -> list:
+        """Up to a word; a repetition is (variable, first, end, statements)."""
+        found, scope = [], ""
+        while (word := self.take()) != end:
             if word == "let":
                 name = self.take()
                 self.take("=")
-                made.body.append((name, None, self.expression()))
+                found.append((name, None, self.expression()))
+            elif word == "for":
+                name = self.take()
+                self.take("in")
+                bounds = self.expression(), self.take("..") and self.expression()
+                found.append((name, *bounds, self.take("{") and self.statements("}")))
             elif word == "param":
                 name, dims = f"{scope}{self.take()}", []
                 scope = ""
                 while self.peek() not in "=~":
                     self.take("[", ","), dims.append(self.expression())
                     self.if_next("]")
-                made.body.append((name, dims, self.expression() if self.take("=", "~") == "=" else self.drawn()))
+                found.append((name, dims, self.expression() if self.take("=", "~") == "=" else self.drawn()))
             elif word == "noise":
                 name, dims = self.take(), []
                 while self.peek() != "~":
                     self.take("[", ","), dims.append(self.expression())
                     self.if_next("]")
                 self.take("~")
-                made.body.append((name, None, ("mean", self.expression(), *dims)))
+                found.append((name, None, ("mean", self.expression(), *dims)))
             elif word == "check":
                 self.expression()
             elif word == "shared" and self.if_next("("):
                 scope = "" if self.take() == "target" else "shared."  # one tensor for all steps that say its name
                 self.take(")")
-        made.result = self.expression()
-        self.take("}")
-        return made
+        return found
 
     def drawn(self) -> None:
         self.expression()
@@ -426,17 +436,25 @@ class Reading:
         return found
 
     def instance(self, definition: Definition, prefix: str, scope: dict, tensors, starts):
-        for name, dims, start in definition.body:
-            if dims is None:
+        self.read(definition.body, prefix, scope, tensors, starts, {})
+        return self.value(definition.result, scope)
+
+    def read(self, body: list, prefix: str, scope: dict, tensors, starts, seen: dict) -> None:
+        for name, dims, start, *inner in body:
+            if inner:  # a repetition, whose bounds these are; a tensor of its second round is called A_2
+                for number in range(self.value(dims, scope), self.value(start, scope)):
+                    scope[name] = number
+                    self.read(*inner, prefix, scope, tensors, starts, seen)
+            elif dims is None:
                 scope[name] = self.value(start, scope)
             else:
-                key = name if "." in name else f"{prefix}.{name}"
+                seen[name] = seen.get(name, 0) + 1
+                key = (name if "." in name else f"{prefix}.{name}") + f"_{seen[name]}" * (seen[name] > 1)
                 name, shape = name.rpartition(".")[2], tuple(self.value(d, scope) for d in dims)
                 scope[name] = tensors[key]
                 assert scope[name].shape == shape, f"{key} is {scope[name].shape}, not {shape}"
                 if starts is not None and start is not None:
                     starts[key] = np.broadcast_to(np.asarray(self.value(start, scope), float), shape)
-        return self.value(definition.result, scope)
 
     def value(self, node: tuple, scope: dict) -> Any:
         kind, *parts = node

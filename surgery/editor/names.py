@@ -16,15 +16,21 @@ from surgery.editor.document import Document
 from surgery.language.tree import (
     Call,
     Definition,
+    For,
+    Let,
     Name,
     Node,
+    Noise,
+    Param,
+    Parameter,
     Reference,
-    Repeat,
     Spec,
     Step,
     Target,
     every_selector,
+    every_statement,
     every_step,
+    inside,
 )
 from surgery.semantics.evaluate import definition_calls, nodes
 
@@ -95,7 +101,9 @@ def _of_selectors(spec: Spec) -> Iterator[Occurrence]:
 
 def _of_definition(document: Document, definition: Definition) -> Iterator[Occurrence]:
     home = f"{definition.name}()"
-    declared: dict[str, Any] = {node.name: node for node in (*definition.params, *definition.body)}
+    declared: dict[str, Any] = {}
+    for node in (*definition.params, *every_statement(definition.body)):
+        declared.setdefault(node.name, node)  # what gives it its next value in a `for` names it too
     if definition.name_span:
         yield Occurrence(definition.name_span, definition.name, "definition", node=definition, declares=True)
     if definition.dim and definition.name_span and definition.span:
@@ -112,7 +120,7 @@ def _of_definition(document: Document, definition: Definition) -> Iterator[Occur
 def _read(document: Document, part: Node, home: str, declared: dict[str, Any]) -> Iterator[Occurrence]:
     """What the expressions of a statement name, and what it declares itself."""
     # An inner `for` comes after the one around it, and its variable is the one that is read there.
-    variables = {id(node): each for each in nodes(part) if isinstance(each, Repeat) for inner in each.steps
+    variables = {id(node): each for each in nodes(part) if isinstance(each, For) for inner in inside(each)
                  for node in nodes(inner) if isinstance(node, Name) and node.id == each.name}
     for node in nodes(part):
         if isinstance(node, Name):
@@ -120,22 +128,17 @@ def _read(document: Document, part: Node, home: str, declared: dict[str, Any]) -
             kind = "local" if loop or node.id in declared else "given"
             where = _loop(document, loop) if loop else home if kind == "local" else ""
             yield Occurrence(_place(document, node), node.id, kind, where, loop or declared.get(node.id))
-        elif isinstance(node, Repeat) and node.name_span:
+        elif isinstance(node, For) and node.name_span:
             yield Occurrence(node.name_span, node.name, "local", _loop(document, node), node, declares=True)
         elif isinstance(node, Call) and node.name_span:
             yield from _called(document, part, node)
-        elif isinstance(node, Node) and node.name_span and (name := _declared_by(node, declared)):
-            yield Occurrence(node.name_span, name, "local", home, node, declares=True)
+        elif isinstance(node, (Parameter, Param, Noise, Let)) and node.name_span and node.name in declared:
+            yield Occurrence(node.name_span, node.name, "local", home, node, declares=True)
 
 
-def _declared_by(node: Node, declared: dict[str, Any]) -> str:
-    """The name that a statement or a parameter declares here; empty for any other node."""
-    return next((name for name, each in declared.items() if each is node), "")
-
-
-def _loop(document: Document, loop: Repeat) -> str:
+def _loop(document: Document, loop: For) -> str:
     """Which `for` of the file: by its number, which stays as it is when names become longer."""
-    loops = [node for node in nodes(document.spec) if isinstance(node, Repeat)]
+    loops = [node for node in nodes(document.spec) if isinstance(node, For)]
     return f"for {next(number for number, each in enumerate(loops) if each is loop)}"
 
 

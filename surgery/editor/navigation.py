@@ -15,7 +15,7 @@ from surgery.editor.document import Document
 from surgery.editor.names import Occurrence, at, occurrences
 from surgery.language.grammar import is_name
 from surgery.language.library import PRELUDE, locate
-from surgery.language.tree import Param, Spec, Target, every_step
+from surgery.language.tree import Param, Spec, Target, every_statement, every_step
 from surgery.semantics.arguments import signature
 from surgery.semantics.scope import MEANINGS
 
@@ -74,7 +74,7 @@ def _symbols(spec: Spec) -> Iterator[Symbol]:
             yield Symbol(select.name, "selector", "select", select.span, select.name_span)
     for definition in spec.definitions:
         if definition.span and definition.name_span:
-            inner = (*definition.params, *definition.body)
+            inner = (*definition.params, *every_statement(definition.body))
             children = tuple(Symbol(node.name, "parameter", getattr(node, "what", "") or getattr(node, "type", ""),
                                     node.span, node.name_span) for node in inner if node.span and node.name_span)
             yield Symbol(definition.name, "definition", definition.kind, definition.span, definition.name_span,

@@ -18,7 +18,7 @@ from surgery.language.json_fields import Trivia
 
 FILE = -1
 STATEMENTS = {"language", "use", "header", "check", "select", "train", "parameter", "transform",
-              "update", "param", "noise", "let", "result", "target", "step", "repeat"}
+              "update", "param", "noise", "let", "result", "target", "step", "repeat", "rounds"}
 STRING_OR_COMMENT = re.compile(f"{pattern_of('STRING')}|({pattern_of('COMMENT')})")
 
 
@@ -51,9 +51,10 @@ class Place:
         return part if part and part.start < offset < part.end else None
 
     def everything(self) -> Iterator[Place]:
-        yield self
-        for part in self.parts:
-            yield from part.everything()
+        stack = [self]  # and no recursion: nothing has said yet how deep the text may be
+        while stack:
+            yield (place := stack.pop())
+            stack += place.parts
 
 
 def trivia_of(text: str, root: Tree, tokens: list[Token]) -> dict[int, Trivia]:

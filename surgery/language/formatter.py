@@ -139,9 +139,16 @@ def _definition(node: tree.Definition) -> list[Line]:
     claims = f" : {', '.join(node.claims)}" if node.claims else ""
     head = _signed(f"{node.kind} {node.name}", node.params, f"{dim}{claims} {{")
     statements = [*node.checks, *node.body]
-    body = [line for s in _in_order(statements) or statements for line in _plain(s.trivia, [_simple(s)], 1)]
+    body = _body(_in_order(statements) or statements, 1)
     result = _plain(node.result_trivia, [f"return {expression_text(node.result)}"], 1)
     return _statement(node.trivia, head, body + result)
+
+
+def _body(statements: Iterable[tree.Node], level: int) -> list[Line]:
+    """The lines of the statements of a definition, or of its rounds."""
+    return [line for each in statements for line in (
+        _statement(each.trivia, [(f"{for_text(each)} {{", "")], _body(each.body, level + 1), level)
+        if isinstance(each, tree.Rounds) else _plain(each.trivia, [_simple(each)], level))]
 
 
 def _target(node: tree.Target) -> list[Line]:
@@ -162,13 +169,13 @@ def _steps(steps: Iterable[tree.Step | tree.Repeat], level: int) -> list[Line]:
     lines: list[Line] = []
     for each in steps:
         if isinstance(each, tree.Repeat):
-            lines += _statement(each.trivia, [(f"{repeat_text(each)} {{", "")], _steps(each.steps, level + 1), level)
+            lines += _statement(each.trivia, [(f"{for_text(each)} {{", "")], _steps(each.steps, level + 1), level)
         else:
             lines += _plain(each.trivia, [step_text(each, width)], level)
     return lines
 
 
-def repeat_text(node: tree.Repeat) -> str:
+def for_text(node: tree.For) -> str:
     """`for i in 0..count`."""
     return f"for {node.name} in {expression_text(node.first)}..{expression_text(node.end)}"
 

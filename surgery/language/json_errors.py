@@ -29,7 +29,7 @@ def misfits(error: ValidationError, root: str) -> SurgeryError:
         if details["type"] == "json_invalid":
             message = f"this is not JSON: {details.get('ctx', {}).get('error')}"
         elif details["type"].startswith("union_tag"):
-            message = f"{_path(root, details['loc'])}.what must be 'param', 'noise' or 'let'"
+            message = f"{_path(root, details['loc'])}.what must be 'param', 'noise', 'let' or 'for'"
         elif details["type"] == "extra_forbidden":
             message = f"{_path(root, owner)} has no field `{last}`"
         elif details["type"] == "missing":

@@ -24,8 +24,8 @@ _PRODUCT = "the product of matrices is `A @ B`"
 _INVERSE = "write `inverse(A)`; of an orthogonal matrix it is `A.T`"
 _RANDOM = "what is random is a parameter: `param A[m, n] ~ normal(std = 0.02)`, `frozen param` if it is not trained"
 _DRAWN_ZEROS = "a value that is not drawn stands after `=`: `param A[m, n] = 0`"
-_LOOP = ("`for i in 0..count { pre turns(i) }` repeats steps of a target; in a definition, give a parameter an axis "
-         "more, `param A[blocks, m, n] = 0`, and sum over it, `einsum(\"bij,bjk->ik\", A, B)`")
+_LOOP = ("`for i in 0..count { pre turns(i) }` repeats steps in a target; in a definition, "
+         "`for i in 0..count { let R = R @ T }` gives what a `let` above it names its next value")
 _CONDITION = "write `if condition then a else b`"
 _FROZEN = "all is frozen but adapters, and what `train \"**.norm.*\"` names"
 _TRAINED = "`param A[m, n] = 0` is trained, and `frozen param A[m, n] = 0` is not"

@@ -23,10 +23,11 @@ from surgery.language.tree_builder import Builder, read_number
 from surgery.language.well_formed import check_expression, check_language
 
 MAX_ERRORS = 20
+_SOME_FOR = "for i in 0..1 {"
 _VERSION = re.compile(r"(?:\s|#[^\r\n]*[\r\n])*language\s+([0-9]+)(?![\w.%])")
 #: What begins a statement of a body; `check` may stand in a file too.
 BODY_WORDS = tuple(word for terminal in ("FROZEN", "SHARED", "_PARAM", "_NOISE", "_LET", "_CHECK", "_RETURN",
-                                         "PLACEMENT") for word in WORDS[terminal])
+                                         "_FOR", "PLACEMENT") for word in WORDS[terminal])
 
 
 def parse_text(text: str, name: str = "<text>") -> Spec:
@@ -103,7 +104,14 @@ def _without_statement(text: str, stopped: _Stopped) -> str | None:
     if word not in BODY_WORDS and (word != "}" or item not in ("target", "override")):
         return None
     start = at if stopped.is_due else before[-1][0]
-    return text[:start] + re.sub(r"[^\n]", " ", text[start:after]) + text[after:]
+    wrong = text[start:after]
+    blank = re.sub(r"[^\n]", " ", wrong)
+    if wrong.count("{") > wrong.count("}"):  # its block goes on, so that some `for` stands there, on a line of its own
+        lines = blank.split("\n")
+        if len(lines[0]) < len(_SOME_FOR):
+            return None
+        blank = "\n".join([_SOME_FOR.ljust(len(lines[0])), *lines[1:]])
+    return text[:start] + blank + text[after:]
 
 
 def _run(source: Source, text: str, start: str) -> tuple[Tree, list[Token]] | _Stopped:

@@ -19,6 +19,7 @@ from surgery.language.other_languages import SYMBOLS, instead_of_statement, inst
 #: Sets of terminals that read as one thing; the first that the grammar allows in full replaces its members.
 OPERAND = {"NUMBER", "STRING", "BOOLEAN", "NAME", "LPAR", "LSQB", "MINUS"}
 STATEMENT = {"_USE", "_SPEC", "_CHECK", "_SELECT", "_TRAIN", "_TRANSFORM", "_UPDATE", "OVERRIDE", "_TARGET", "$END"}
+IN_BODY = {"FROZEN", "SHARED", "_PARAM", "_NOISE", "_LET", "_FOR"}
 GROUPS = (
     ("a statement", STATEMENT | {"_LANGUAGE"}),
     ("a statement", STATEMENT),
@@ -26,10 +27,10 @@ GROUPS = (
     ("an expression", OPERAND | {"NOT"}),
     ("an expression", OPERAND),
     # behind a parameter's start its clauses may stand too, which is seldom what was meant
-    ("`param`, `noise`, `let`, `check` or `return`",
-     {"FROZEN", "SHARED", "_PARAM", "_NOISE", "_LET", "_CHECK", "_RETURN", "_RATE", "_NO", "_ON"}),
-    ("`param`, `noise`, `let`, `check` or `return`",
-     {"FROZEN", "SHARED", "_PARAM", "_NOISE", "_LET", "_CHECK", "_RETURN"}),
+    *((words, group | clauses) for words, group in (
+        ("`param`, `noise`, `let`, `for`, `check` or `return`", IN_BODY | {"_CHECK", "_RETURN"}),
+        ("`param`, `noise`, `let`, `for` or `}`", IN_BODY | {"RBRACE"}))
+      for clauses in ({"_RATE", "_NO", "_ON"}, set())),
     ("a pattern or the name of a `select`", {"STRING", "NAME"}),
 )
 #: The words that begin a statement of a definition alone.
@@ -163,6 +164,10 @@ def _hint(stop: Stop) -> str:
     if bad.type in ("NAME", "_FOR") and stop.accepted & {"_TARGET", "_LET"}:
         return (instead_of_statement(str(bad), rest, in_file="_TARGET" in stop.accepted) or _product(stop)
                 or _result(stop))
+    if bad.type in ("_CHECK", "_RETURN") and {"_LET", "RBRACE"} <= stop.accepted:
+        return f"`{bad}` stands outside of a `for`, " + ("behind it" if bad.type == "_RETURN" else "above it")
+    if stop.accepted == {"_IN"} or "_UP_TO" in stop.accepted and bad.type in ("LBRACE", "COMMA", "COLON"):
+        return "a `for` goes from a number up to another, without it: `for i in 0..count { ... }`"
     if bad in item_words() and stop.unclosed:
         return f"`{bad}` begins a statement of the file, which stands in no `{{`"
     if [token.type for token in stop.tokens[-3::2]] in (["_UPDATE", "LPAR"], ["_TRANSFORM", "LPAR"]):

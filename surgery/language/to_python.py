@@ -14,14 +14,15 @@ from surgery.language.json_fields import Pattern, Reference
 from surgery.language.tree import (
     Boolean,
     Expression,
+    For,
     Node,
     Number,
     Parameter,
-    Repeat,
     Spec,
     Step,
     Target,
     as_expression,
+    inside,
 )
 
 WIDTH = 100
@@ -84,8 +85,8 @@ def _node(node: Node, depth: int, used: set[str]) -> str:
         parts = [_code(v, depth + 1, used) for v in (node.name, node.type, node.default) if v is not None]
     if isinstance(node, Spec) and node.name is not None:
         parts[0] = _quoted(node.name)
-    if isinstance(node, Repeat):
-        parts = [_code(v, depth + 1, used) for v in (node.name, node.first, node.end, *node.steps)]
+    if isinstance(node, For):
+        parts = [_code(v, depth + 1, used) for v in (node.name, node.first, node.end, *inside(node))]
     if isinstance(node, Target):
         places = [*node.selectors, *node.steps]
         kept = {n: v for n, v in _fields(node).items() if n not in ("selectors", "steps")}

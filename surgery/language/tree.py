@@ -63,6 +63,7 @@ __all__ = [
     "Pattern",
     "Reference",
     "Repeat",
+    "Rounds",
     "Select",
     "Spec",
     "Step",
@@ -220,6 +221,32 @@ class Let(Node):
     value: Expr
 
 
+Statement = Param | Noise | Let
+
+
+class For(Node):
+    """What is said once for each whole number from `first` up to `end`, without `end`."""
+
+    name: str
+    first: Expr
+    end: Expr
+
+
+class Rounds(For):
+    """`for i in 0..count { statements }` in a definition: a `let` of a name that stands above gives it its next value.
+
+    In Python: `Rounds("i", 0, "count", Param(...), Let(...))`.
+    """
+
+    what: Literal["for"] = "for"
+    body: Many[Annotated[Param | Noise | Let | Rounds, Field(discriminator="what")]] = ()
+
+    @_by_fields
+    def __init__(self, *parts: Any, **fields: Any):
+        super().__init__(**dict(zip(("name", "first", "end"), parts)), **({"body": parts[3:]} if parts[3:] else {}),
+                         **fields)
+
+
 class Definition(Node):
     """A transform (`on` its dimension's name) or an update, with its body and the expression that it returns.
 
@@ -233,7 +260,7 @@ class Definition(Node):
     bias: bool = False
     claims: Many[str] = ()
     checks: Many[Check] = ()
-    body: Many[Annotated[Param | Noise | Let, Field(discriminator="what")]] = ()
+    body: Many[Annotated[Param | Noise | Let | Rounds, Field(discriminator="what")]] = ()
     result: Expr
     result_trivia: Comments = Field(default=Trivia(), exclude=True, repr=False)
     claims_spans: tuple[Place, ...] = Field(default=(), exclude=True, repr=False)
@@ -257,15 +284,12 @@ def _kind_of_step(value: Any) -> str:
 AnyStep = Annotated[Annotated[Step, Tag("")] | Annotated["Repeat", Tag("for")], Discriminator(_kind_of_step)]
 
 
-class Repeat(Node):
+class Repeat(For):
     """`for i in 0..count { steps }`: the steps once for each whole number from `first` up to `end`, without `end`.
 
     In Python: `Repeat("i", 0, "count", pre("turns", "i"))`.
     """
 
-    name: str
-    first: Expr
-    end: Expr
     steps: Many[AnyStep] = ()
 
     @_by_fields
@@ -278,6 +302,12 @@ def every_step(steps: Iterable[Step | Repeat]) -> Iterator[Step]:
     """The steps as they are written, each once, those that are repeated too."""
     for each in steps:
         yield from every_step(each.steps) if isinstance(each, Repeat) else (each,)
+
+
+def every_statement(body: Iterable[Statement | Rounds]) -> Iterator[Statement]:
+    """The statements of a definition as they are written, each once, those of its rounds too."""
+    for each in body:
+        yield from every_statement(each.body) if isinstance(each, Rounds) else (each,)
 
 
 def every_selector(spec: Spec) -> list[Pattern | Reference]:
@@ -317,6 +347,11 @@ def add(definition: str, /, *values: Any, dropout: Any = None, **named: Any) -> 
     <target linear { add low_rank(rank = 8) }>
     """
     return Step(placement="add", call=_call(definition, values, named), dropout=dropout)
+
+
+def inside(loop: Node) -> tuple[Node, ...]:
+    """What a `for` repeats; nothing of another node."""
+    return loop.steps if isinstance(loop, Repeat) else loop.body if isinstance(loop, Rounds) else ()
 
 
 class Target(Node):

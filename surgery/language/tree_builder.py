@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lark import Token, Tree
 
@@ -16,8 +16,9 @@ from surgery.diagnostics import Collector, Source, Span
 from surgery.language import tree
 from surgery.language.comments import FILE
 from surgery.language.grammar import extent
-from surgery.language.well_formed import check_clause
+from surgery.language.well_formed import check_clause, check_repeats
 
+Loop = TypeVar("Loop", tree.Repeat, tree.Rounds)
 FLAGS = {"FROZEN": "frozen", "SHIFTED": "shifted", "UNTIE": "untie"}
 
 
@@ -26,6 +27,7 @@ class Builder:
 
     def __init__(self, source: Source, trivia: dict[int, tree.Trivia], report: Collector):
         self.source, self.trivia, self.report = source, trivia, report
+        self.is_too_deep = False  # a `for`, which was told
 
     def build(self, root: Tree) -> Any:
         """The node of a parse tree, from the leaves up."""
@@ -113,7 +115,7 @@ class Builder:
         *statements, (result, result_trivia) = body
         return tree.Definition(
             kind=kind, name=str(name), params=params or (), **place, claims=tuple(map(str, claims or ())),
-            checks=_all(statements, tree.Check), body=_all(statements, (tree.Param, tree.Noise, tree.Let)),
+            checks=_all(statements, tree.Check), body=_all(statements, (tree.Param, tree.Noise, tree.Let, tree.Rounds)),
             result=result, result_trivia=result_trivia, claims_spans=tuple(map(self._at, claims or ())),
             **self._place(span, name))
 
@@ -160,6 +162,11 @@ class Builder:
     def let(self, span: Span, name: Token, value: tree.Expression) -> tree.Let:
         return tree.Let(name=str(name), value=value, **self._place(span, name))
 
+    def rounds(self, span: Span, name: Token, first: tree.Expression, end: tree.Expression,
+               *body: tree.Statement | tree.Rounds) -> tree.Rounds:
+        return self._not_too_deep(tree.Rounds(
+            name=str(name), first=first, end=end, body=body, **self._place(span, name)))
+
     def result(self, span: Span, value: tree.Expression) -> tuple[tree.Expression, tree.Trivia]:
         return value, self.trivia.get(span.start, tree.Trivia())
 
@@ -178,7 +185,15 @@ class Builder:
 
     def repeat(self, span: Span, name: Token, first: tree.Expression, end: tree.Expression,
                *steps: tree.Step | tree.Repeat) -> tree.Repeat:
-        return tree.Repeat(name=str(name), first=first, end=end, steps=steps, **self._place(span, name))
+        return self._not_too_deep(tree.Repeat(
+            name=str(name), first=first, end=end, steps=steps, **self._place(span, name)))
+
+    def _not_too_deep(self, loop: Loop) -> Loop:
+        """The `for`; where it stands around too many, the one in it: a deeper tree is not read by recursion."""
+        if check_repeats(Collector() if self.is_too_deep else self.report, loop):
+            return loop
+        self.is_too_deep = True
+        return next(each for each in tree.inside(loop) if isinstance(each, type(loop)))
 
     def step(self, span: Span, placement: Token, call: tree.Call, *clauses: tuple) -> tree.Step:
         fields: dict[str, Any] = {"placement": str(placement)}

@@ -108,11 +108,26 @@ def _step(report: Collector, step: tree.Step) -> None:
 def _repeat(report: Collector, repeat: tree.Repeat) -> None:
     _has_steps(report, "a `for`", repeat)
     _name(report, repeat.name, repeat.name_span)
-    inside, depth = [*repeat.steps], 0
-    while inside := [step for each in inside if isinstance(each, tree.Repeat) for step in each.steps]:
+    check_repeats(report, repeat)
+
+
+def _rounds(report: Collector, rounds: tree.Rounds) -> None:
+    if not rounds.body:
+        report.error("syntax", "a `for` needs at least one statement", rounds.span,
+                     helps=("write `param`, `let` or `noise` between the braces",))
+    _name(report, rounds.name, rounds.name_span)
+    check_repeats(report, rounds)
+
+
+def check_repeats(report: Collector, loop: tree.For) -> bool:
+    """Whether no more `for` stand in one another than may; told of the innermost that holds too many."""
+    loops: list[tree.Node] = [loop]
+    depth = 0
+    while loops := [each for outer in loops for each in tree.inside(outer) if isinstance(each, tree.For)]:
         depth += 1
     if depth == MAX_REPEATS:
-        report.error("syntax", f"`for` stands inside `for` more than {MAX_REPEATS} times", repeat.span)
+        report.error("syntax", f"`for` stands inside `for` more than {MAX_REPEATS} times", loop.span)
+    return depth < MAX_REPEATS
 
 
 def _has_steps(report: Collector, what: str, node: tree.Target | tree.Repeat) -> None:
@@ -151,13 +166,44 @@ def _definition(report: Collector, definition: tree.Definition) -> None:
         _name(report, name, definition.name_span)
     _once(report, "claim", zip(definition.claims, definition.claims_spans or [None] * len(definition.claims)))
     # the dimension, the parameters and the statements share one scope in the body
-    dim = [(definition.dim, definition.name_span)] if definition.dim else []
-    _once(report, "name", dim + [(n.name, n.name_span) for n in (*definition.params, *definition.body)])
+    dim = {definition.dim: definition} if definition.dim else {}
+    _names_of_body(report, _first_of_each(report, definition.params, dim), definition.body, {})
     if (definition.kind == "transform") is (definition.dim is None):
         report.error("syntax", f"{definition.kind} `{definition.name}`: a transform names its dimension with `on`, "
                                "an update does not", definition.name_span)
     if definition.bias and definition.kind == "transform":
         report.error("syntax", f"transform `{definition.name}`: only an update can be `on bias`", definition.name_span)
+
+
+def _first_of_each(report: Collector, nodes: Iterable[Any], known: dict[str, Any]) -> dict[str, Any]:
+    """`known` with the nodes by their names; a name that has a meaning already is told."""
+    for node in nodes:
+        if node.name in known:
+            _stands_twice(report, "name", node.name, node.name_span, known[node.name].name_span)
+        known.setdefault(node.name, node)
+    return known
+
+
+def _names_of_body(report: Collector, around: dict[str, Any], body: Iterable[Any], tensors: dict[str, Any]) -> None:
+    """Names that stand twice. In a `for` a `let` may have the name of one above, whose next value it is. What is a
+    tensor has its name in the whole definition, and what else a `for` names has it there alone."""
+    own: dict[str, Any] = {}
+    for node in body:
+        is_next = isinstance(node, tree.Let) and isinstance(around.get(node.name), tree.Let)
+        is_tensor = isinstance(node, (tree.Param, tree.Noise))
+        first = own.get(node.name) or (None if is_next else around.get(node.name)) or (
+            tensors.get(node.name) if is_tensor else None)
+        if first is not None:
+            _stands_twice(report, "name", node.name, node.name_span, first.name_span,
+                          helps=("the next value is given to what a `let` above the `for` names",)
+                          if isinstance(node, tree.Let) and node.name not in own else ())
+        if isinstance(node, tree.Rounds):
+            variable = {} if first else {node.name: node}
+            _names_of_body(report, {**around, **own, **variable}, node.body, tensors)
+            continue
+        own.setdefault(node.name, node)
+        if is_tensor:
+            tensors.setdefault(node.name, node)
 
 
 def _param(report: Collector, param: tree.Param) -> None:
@@ -245,6 +291,7 @@ RULES: dict[type, tuple] = {
     tree.Spec: (_spec,), tree.Parameter: (_named,), tree.Use: (_use,), tree.Select: (_select,), tree.Train: (_train,),
     tree.Definition: (_definition,), tree.Param: (_param,), tree.Noise: (_named,),
     tree.Let: (_named,), tree.Target: (_target,), tree.Step: (_step,), tree.Repeat: (_repeat,),
+    tree.Rounds: (_rounds,),
     tree.Call: (_call,), tree.Name: (_id,), tree.Number: (_number,), tree.String: (_string,),
     tree.Matrix: (_matrix,),
 }
@@ -257,9 +304,14 @@ def _once(report: Collector, what: str, names: Iterable[tuple[str, Span | None]]
     first: dict[str, Span | None] = {}
     for name, span in names:
         if name in first:
-            related = ((first[name], "the first is here"),) if first[name] else ()
-            report.error("duplicate-name", f"{what} `{name}` stands twice", span, related=related)
+            _stands_twice(report, what, name, span, first[name])
         first.setdefault(name, span)
+
+
+def _stands_twice(report: Collector, what: str, name: str, span: Span | None, first: Span | None,
+                  helps: tuple[str, ...] = ()) -> None:
+    report.error("duplicate-name", f"{what} `{name}` stands twice", span, helps=helps,
+                 related=((first, "the first is here"),) if first else ())
 
 
 def _name(report: Collector, name: str | None, span: Span | None) -> None:

@@ -63,10 +63,10 @@ def defaults(params: Iterable[Parameter], given: dict[str, Any], scope: Mapping[
 
 
 class guard:
-    """Reports the diagnostics of its block, and poisons `name` in `values` when the block failed."""
+    """Reports the diagnostics of its block, and poisons `names` in `values` when the block failed."""
 
-    def __init__(self, report: Collector, values: dict[str, Any] | None = None, name: str = ""):
-        self.report, self.values, self.name = report, values, name
+    def __init__(self, report: Collector, values: dict[str, Any] | None = None, *names: str):
+        self.report, self.values, self.names = report, values, names
 
     def __enter__(self) -> guard:
         return self
@@ -75,7 +75,7 @@ class guard:
         if isinstance(error, SurgeryError):
             self.report.add(*error.diagnostics)
         if self.values is not None and error is not None:
-            self.values[self.name] = POISON
+            self.values.update(dict.fromkeys(self.names, POISON))
         return isinstance(error, (SurgeryError, Poisoned))
 
 

@@ -7,25 +7,40 @@ every shape is checked; the mistakes of all its statements are reported at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
 from surgery.ir.expression import DEEPEST_FORMULA, OF_DATA, Claim, Draw, Expr, Leaf, NoiseLaw, in_evaluation
 from surgery.ir.operations import is_undecided, is_whole, shape_text, undecided
-from surgery.ir.sizes import Dim, Size
+from surgery.ir.sizes import Dim, Size, is_real, symbol
+from surgery.language.formatter import for_text
 from surgery.language.parser import parse_expression
-from surgery.language.tree import Argument, Call, Definition, Expression, Let, Name, Noise, Param
+from surgery.language.tree import (
+    Argument,
+    Call,
+    Definition,
+    Expression,
+    Let,
+    Name,
+    Noise,
+    Param,
+    Rounds,
+    Statement,
+    every_statement,
+)
 from surgery.language.well_formed import expressions_of, height, nodes_of
 from surgery.semantics import index_bounds
 from surgery.semantics.arguments import assert_checks, bind_call, guard
 from surgery.semantics.distributions import DISTRIBUTIONS, choices
 from surgery.semantics.evaluate import assert_can_exist, definition_calls, evaluate, here, size, tensor
-from surgery.semantics.scope import NUMBERS, UNDECIDED, Body, Poisoned, assert_is_free, describe, unknown
+from surgery.semantics.repetition import assert_is_new, bounds
+from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Body, Poisoned, assert_is_free, describe, unknown
 
+Tensor = TypeVar("Tensor", Param, Noise)
 CALLED = "called here"
 MOST_CALLS = 100  # of definitions in one another, in a step
 MOST_NESTED = 200  # expressions in one another, over all definitions that stand around a call
@@ -47,7 +62,8 @@ class Instance:
     before: Sequence[Leaf] = ()  # of all that is there already: W of a later step and `common` read those too
     claims: list[Claim] = field(default_factory=list)
     around: tuple[Definition, ...] = ()
-    made: list[str] = field(default_factory=list)  # a name for each call in the outermost definition
+    made: list[str] = field(default_factory=list)  # a name for each call and each round in the outermost definition
+    tensors: dict[str, int] = field(default_factory=dict)  # how many there are so far by a name
     nested: int = 0  # expressions in one another, in all that is around it
 
     def __post_init__(self) -> None:
@@ -57,9 +73,8 @@ class Instance:
         """The expression that the definition returns (None when a mistake was reported)."""
         # A name that means something in the body already could be read as either: an error, before anything is read.
         before, definition = len(self.report.errors), self.definition
-        for node in (*definition.params, *definition.body):
-            assert_is_free(node.name, ("out", "in", "W", *(["b"] if definition.bias else [])), node.name_span,
-                           self.report)
+        for node in (*definition.params, *every_statement(definition.body)):
+            assert_is_free(node.name, self._given, node.name_span, self.report)
         if definition.dim:
             assert_is_free(definition.dim, ("out", "in", "W"), definition.name_span, self.report)
         if len(self.report.errors) > before:
@@ -67,10 +82,7 @@ class Instance:
         # Its checks say which sizes it is for: at others its body would fail at a place that explains nothing.
         if not assert_checks(self.definition.checks, self.values, self.report):
             return None
-        for statement in self.definition.body:
-            with guard(self.report, self.values, statement.name):
-                value = self._meaning(statement)
-                self.values[statement.name] = not_too_deep(value, statement.span)
+        self._read(definition.body)
         with guard(self.report):
             result = self._result()
             starts = [leaf.init for leaf in self.leaves if leaf.init is not None]
@@ -79,6 +91,63 @@ class Instance:
             self.claims += [Claim(c, result, self.definition.name, s) for c, s in zip(self.definition.claims, spans)]
             return result
         return None
+
+    def _read(self, statements: Iterable[Statement | Rounds]) -> None:
+        for statement in statements:
+            if isinstance(statement, Rounds):
+                self._repeat(statement)
+                continue
+            with guard(self.report, self.values, statement.name):
+                value = self._meaning(statement)
+                self.values[statement.name] = not_too_deep(value, statement.span)
+
+    def _repeat(self, rounds: Rounds) -> None:
+        """The statements of a `for`, once for each number. A name from above has the value that the last round gave it;
+        what else a round names is known in it alone."""
+        known, names = set(self.values), [each.name for each in every_statement(rounds.body)]
+        handed_on = [name for name in names if name in known]
+        assert isinstance(self.values, Body)
+        self.values.inside |= {name: for_text(rounds) for name in names if name not in known}
+        with guard(self.report, self.values, *handed_on):
+            assert_is_new(rounds, self._given)
+            first, end = bounds(rounds, self.values)
+            if isinstance(first, Dim) or isinstance(end, Dim):
+                self._repeat_unknown(rounds, handed_on)
+            else:
+                self._repeat_known(rounds, range(first, end))
+        for name in set(self.values) - known:
+            if self.values[name] is not POISON:  # which was told, and is not told again where it is read
+                del self.values[name]
+
+    def _repeat_known(self, rounds: Rounds, numbers: range) -> None:
+        before = len(self.report.errors)
+        for number in numbers:
+            self.made.append(rounds.name)
+            if len(self.made) > MOST_CALLS:
+                raise fail("too-large", f"this makes more than {MOST_CALLS} rounds and calls of definitions",
+                           rounds.span, helps=("what is alike can be one parameter with an axis more",))
+            self.values[rounds.name] = number
+            self._read(rounds.body)
+            if len(self.report.errors) > before:
+                return  # which the next round would tell again
+
+    def _repeat_unknown(self, rounds: Rounds, handed_on: list[str]) -> None:
+        """How many rounds there are is not known: once, and what comes out is not guessed."""
+        before = {name: self.values[name] for name in handed_on}
+        numbers = {name: symbol(name, is_real(v)) for name, v in before.items() if isinstance(v, NUMBERS)}
+        self.values.update({**numbers, rounds.name: symbol(rounds.name)})
+        self._read(rounds.body)
+        for name, value in before.items():
+            after = self.values[name]
+            if isinstance(value, Expr) and isinstance(after, Expr):
+                self.values[name] = value if after is value else undecided((value, after), for_text(rounds))
+            elif name in numbers and after is not POISON:
+                self.values[name] = symbol(f"({name} after {for_text(rounds)})", is_real(value) or is_real(after))
+
+    @property
+    def _given(self) -> tuple[str, ...]:
+        """What means something in the body that nothing declares."""
+        return "out", "in", "W", *["b"] * self.definition.bias
 
     @cached_property
     def _nested(self) -> int:
@@ -112,7 +181,7 @@ class Instance:
             circle = (*names[names.index(call.function):], call.function)
             raise fail("definition-cycle", f"`{call.function}` comes to call itself", place,
                        notes=(" calls ".join(f"`{name}`" for name in circle),),
-                       helps=("steps are repeated in a target: `for i in 0..count { ... }`",))
+                       helps=("what is repeated stands in a `for i in 0..count { ... }`, here or in a target",))
         # Each of the expressions around a call is being read when it is made, by recursion.
         is_deep = self._nested > MOST_NESTED
         if is_deep or len(self.made) >= MOST_CALLS:
@@ -143,7 +212,19 @@ class Instance:
     def _meaning(self, statement: Param | Noise | Let) -> Any:
         if isinstance(statement, Let):
             return evaluate(statement.value, self.values)
-        return self._param(statement) if isinstance(statement, Param) else self._noise(statement)
+        named = self._numbered(statement)
+        return self._param(named) if isinstance(named, Param) else self._noise(named)
+
+    def _numbered(self, statement: Tensor) -> Tensor:
+        """A tensor of a `for` by the name that it would have by hand: Q in the first round, Q_2 in the second."""
+        self.tensors[statement.name] = count = self.tensors.get(statement.name, 0) + 1
+        if count == 1:
+            return statement
+        name = f"{statement.name}_{count}"
+        if name in {each.name for each in every_statement(self.definition.body)}:
+            raise fail("duplicate-name", f"`{statement.name}` is called `{name}` in round {count} of its `for`, which "
+                       "stands here already", statement.name_span or statement.span, helps=("rename one of the two",))
+        return statement.model_copy(update={"name": name})
 
     def _result(self) -> Expr:
         definition, values = self.definition, self.values

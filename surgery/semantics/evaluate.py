@@ -114,7 +114,10 @@ def _name(node: tree.Name, names: Mapping[str, Any]) -> Any:
     if node.id not in names and node.id in _CONSTANT_NAMES:
         return _CONSTANT_NAMES[node.id]
     if node.id not in names:
-        raise unknown("unknown-name", "name", node.id, names, node.span, known_elsewhere(node.id))
+        inside = names.inside.get(node.id) if isinstance(names, Body) else None
+        helps = (f"`{node.id}` is made anew in each round of `{inside}`; what is handed on is a `let` that stands "
+                 "above it",) if inside else known_elsewhere(node.id)
+        raise unknown("unknown-name", "name", node.id, names, node.span, helps)
     if names[node.id] is POISON:
         raise Poisoned
     return names[node.id]

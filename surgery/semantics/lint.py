@@ -12,7 +12,7 @@ from typing import Any
 
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.ir.expression import Expr
-from surgery.language.tree import Definition, Spec
+from surgery.language.tree import Definition, Spec, every_statement
 from surgery.semantics.arguments import says_square, unknowns
 from surgery.semantics.definitions import CALLED, Instance, in_body
 from surgery.semantics.evaluate import names_in
@@ -104,7 +104,7 @@ def _unused(spec: Spec) -> Iterator[Diagnostic]:
     for definition in spec.definitions:
         read = names_in(definition)
         yield from (_never("parameter", p) for p in definition.params if p.name not in read)
-        yield from (_never(s.what, s) for s in definition.body
+        yield from (_never(s.what, s) for s in every_statement(definition.body)
                     if s.name not in read)
 
 

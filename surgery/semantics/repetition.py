@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 from surgery.diagnostics import Collector, fail
 from surgery.ir.sizes import Dim, is_real, symbol
 from surgery.language.expressions import Argument, Expression, Name, as_expression
-from surgery.language.formatter import expression_text, repeat_text
-from surgery.language.tree import Repeat, Step
+from surgery.language.formatter import expression_text, for_text
+from surgery.language.tree import For, Repeat, Step
 from surgery.semantics.arguments import guard
 from surgery.semantics.evaluate import evaluate, here
 from surgery.semantics.scope import assert_is_free, describe
@@ -59,11 +60,11 @@ def _steps(steps: Iterable[Step | Repeat], values: Mapping[str, Any], around: Wr
 
 def _repeated(repeat: Repeat, values: Mapping[str, Any], around: WrittenOut) -> Iterator[WrittenOut]:
     name = repeat.name
-    _assert_is_new(repeat, values)
-    first, end = (_bound(bound, values) for bound in (repeat.first, repeat.end))
+    assert_is_new(repeat, ("out", "in", "layer", "depth"), values)
+    first, end = bounds(repeat, values)
     if isinstance(first, Dim) or isinstance(end, Dim):  # which of them there are is not known: once, for any of them
         unknown = {**around.unknown, name: symbol(name)}
-        times = " ".join(filter(None, [around.times, repeat_text(repeat)]))
+        times = " ".join(filter(None, [around.times, for_text(repeat)]))
         yield from _steps(repeat.steps, {**values, name: symbol(name)}, replace(around, unknown=unknown, times=times))
         return
     for number in range(first, end):
@@ -71,13 +72,20 @@ def _repeated(repeat: Repeat, values: Mapping[str, Any], around: WrittenOut) -> 
         yield from _steps(steps, {**values, name: number}, around)
 
 
-def _assert_is_new(repeat: Repeat, values: Mapping[str, Any]) -> None:
-    place, report = repeat.name_span or repeat.span, Collector()
-    assert_is_free(repeat.name, ("out", "in", "layer", "depth"), place, report)
-    if not report.errors and repeat.name in values:
-        report.error("duplicate-name", f"`{repeat.name}` has a value here already", place,
+def assert_is_new(loop: For, taken: Iterable[str], values: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raises: SurgeryError (duplicate-name), if the variable is one of the names that mean something everywhere, or of
+    those that have a value where the `for` stands."""
+    place, report = loop.name_span or loop.span, Collector()
+    assert_is_free(loop.name, taken, place, report)
+    if not report.errors and loop.name in values:
+        report.error("duplicate-name", f"`{loop.name}` has a value here already", place,
                      helps=("give the variable another name",))
     report.raise_errors()
+
+
+def bounds(loop: For, values: Mapping[str, Any]) -> tuple[int | Dim, int | Dim]:
+    """The first number of a `for` and the one behind its last. Raises: SurgeryError (wrong-type)."""
+    return _bound(loop.first, values), _bound(loop.end, values)
 
 
 def _bound(bound: Expression, values: Mapping[str, Any]) -> int | Dim:

@@ -32,6 +32,7 @@ class Body(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any], known: Mapping[str, Definition], call: Callable[[Call, str], Expr]):
         super().__init__(values)
         self.known, self.call = known, call
+        self.inside: dict[str, str] = {}  # what a round of a `for` above named, with that `for`
         self._counts: dict[str, int] = {}
 
     def named(self, function: str) -> str:

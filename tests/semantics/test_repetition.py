@@ -122,7 +122,7 @@ def test_for_is_no_reserved_word():
     ("for i in 0..2 { }", "syntax", "a `for` needs at least one step"),
     ("for i in 0.2 { pre diagonal() }", "syntax", "expected `..`"),
     ("for i in 0..2 pre diagonal()", "syntax", "expected"),
-    (9 * "for i in 0..2 { " + "pre diagonal() " + 9 * "}", "syntax", "`for` stands inside `for`"),
+    *((n * "for i in 0..2 { " + "pre diagonal() " + n * "}", "syntax", "`for` stands inside `for`") for n in (9, 3000)),
 ])
 def test_mistakes(body, code, said):
     text = f"spec own(rank: int = 2) target linear {{ {body} }}"
