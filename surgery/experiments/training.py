@@ -228,6 +228,13 @@ class OrderedTrainer(Trainer):
         # an epoch begins where the last one ended, which is a whole number, or in its midst where a run goes on
         return Order([len(item["input_ids"]) for item in items], step, args.seed, lambda: int(self.state.epoch or 0))
 
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        # Every label of a text with a head is learned. By itself it counts none of -100, which a number to regress on
+        # may be.
+        counted = [{"labels": torch.zeros_like(each["labels"])} if each["labels"].ndim == 1 else each
+                   for each in batch_samples]
+        return super()._get_num_items_in_batch(counted, device)
+
 
 def trainer_of(model: PreTrainedModel, lesson: Lesson, arguments: Any, kind: Any = None, **more: Any) -> Any:
     """The Trainer of transformers, or another `kind` of it, that prints nothing by itself."""

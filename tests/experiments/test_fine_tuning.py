@@ -263,6 +263,14 @@ def test_starts_are_measured_by_the_loss_that_is_learned(files, tmp_path: Path) 
     assert gradient is not None and (found - gradient).norm() < 1e-5 * gradient.norm()
 
 
+def test_a_number_of_minus_100_is_learned_as_others_are(models, tmp_path: Path) -> None:
+    rows = [f"{text}\t{number}" for text, number in zip(texts(8), (-100.0, -99.5, -100.0, -100.5) * 2)]
+    (tmp_path / "cold.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    found = surgery.train(FEW, models["bert"], str(tmp_path / "cold.tsv"), tmp_path / "out",
+                          setting=replace(SHORT, every=None, steps=1, batch=8))
+    assert found.loss == pytest.approx(1e4, rel=0.1)  # the mean of the squares, of outputs around 0
+
+
 def test_a_loss_that_is_no_number_is_not_told_as_0(models, files, tmp_path: Path) -> None:
     said: list[str] = []
     with pytest.raises(surgery.SurgeryError, match="the training that made it diverged"):
