@@ -36,9 +36,10 @@ class Side:
 
     @property
     def lines(self) -> list[str]:
-        """Its formulas as `surgery show` has them."""
-        return [line for target, formula in formulas(self.spec) for line in (
+        """Its formulas as `surgery show` has them, and what it trains besides."""
+        found = [line for target, formula in formulas(self.spec) for line in (
             Spec(targets=(target,)).to_surg().partition(" {\n")[0].strip(), *formula_lines(target, formula))]
+        return [*found, *(Spec(train=(each,)).to_surg().strip() for each in self.spec.train)]
 
     @property
     def parameters(self) -> dict[str, str]:

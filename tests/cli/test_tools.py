@@ -289,6 +289,8 @@ def test_where_they_act(here: Path) -> None:
     assert only_a == [] and only_b and all(name.endswith("v_proj") for name in only_b)
     assert "weights of lora alone" in str(found)
     assert '+ target linear "**.{q,k}_proj"' in surgery.diff(spec, spec.retarget("**.{q,k}_proj")).formulas
+    trained = [parse(f'{text}target linear {{ add low_rank(2) }}') for text in ("", 'train "**.norm.weight"\n')]
+    assert surgery.diff(*trained).formulas == ['+ train "**.norm.weight"']
 
 
 def test_two_adapters_compared(here: Path) -> None:
