@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
+from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -94,10 +95,13 @@ def skeleton(name: str, trust: bool = False) -> PreTrainedModel:
 def _bare(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     import torch
 
-    dtype = config.dtype or torch.float32
+    said, own = config.dtype, deepcopy(config)
+    dtype = said or torch.float32
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with torch.device("meta"):
-        model = _asked(name, lambda: kind._from_config(config, dtype=dtype))
+        model = _asked(name, lambda: kind._from_config(own, dtype=dtype))
+    # transformers writes down the dtype that it is asked for: one that no file says would be taken for the model's
+    model.config.dtype = said
     model.tie_weights()
     return model.eval()
 

@@ -61,6 +61,8 @@ class StoredWeights:
         if (root / "adapter_config.json").exists():
             raise Unsure("the base model's folder has transformers load something else than its usual files")
         self.where = {t.name: (file, t) for file in self.files for t in file.tensors}
+        if len(self.where) < sum(len(file.tensors) for file in self.files):
+            raise Unsure("two of its files hold a tensor of the same name")
         self.stored: dict[str, StoredTensor] = {name: tensor for name, (_, tensor) in self.where.items()}
         empty = {name: torch.empty(t.shape, dtype=DTYPES.get(t.dtype, torch.uint8), device="meta")
                  for name, t in self.stored.items()}

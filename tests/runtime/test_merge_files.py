@@ -19,6 +19,7 @@ from surgery.diagnostics import SurgeryError, SurgeryWarning
 from surgery.language.library import parse
 from surgery.models.checkpoint_files import opened_file, weight_files
 from surgery.models.demo import load_demo
+from surgery.models.loading import load_with_saved_head
 from surgery.runtime import merge_work, merge_writer
 from surgery.runtime.merge_files import _in_memory, merge_files
 from surgery.runtime.save import MODEL
@@ -173,7 +174,17 @@ def narrowed() -> None:
     Path("base/config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
 
 
+def doubled() -> None:
+    """Two shards with the same tensors, as a folder has that a smaller number of shards was written over."""
+    shutil.copyfile("base/model.safetensors", "base/model-00001-of-00002.safetensors")
+    Path("base/model.safetensors").rename("base/model-00002-of-00002.safetensors")
+    names = [*load_file("base/model-00001-of-00002.safetensors")]
+    shards = [f"model-0000{1 + i % 2}-of-00002.safetensors" for i in range(len(names))]
+    Path("base/model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict(zip(names, shards))}))
+
+
 @pytest.mark.parametrize("change, why", [
+    (doubled, "two of its files hold a tensor of the same name"),
     (pickled, "the base model has no safetensors files"),
     (narrowed, "is stored as F32, and loaded as BF16")])
 def test_it_says_why_the_model_is_loaded(change: object, why: str) -> None:
@@ -183,6 +194,24 @@ def test_it_says_why_the_model_is_loaded(change: object, why: str) -> None:
     done = merge_files("adapter", "merged")
     assert why in done.in_memory
     assert_same(tensors("merged"), reference("adapter"))
+
+
+def test_a_model_whose_configuration_says_no_dtype_has_that_of_its_files() -> None:
+    """The skeleton that the adapter's class is told from wrote float32 into the configuration: the base was then loaded
+    in that, and merged, evaluated and continued so."""
+    saved_model(load_demo(LLAMA).to(torch.bfloat16))
+    config = json.loads(Path("base/config.json").read_text())
+    Path("base/config.json").write_text(json.dumps({n: v for n, v in config.items() if n != "dtype"}))
+    saved_adapter("pissa")
+    assert load_with_saved_head("base", Saved(Path("adapter"))).dtype == torch.bfloat16
+    assert surgery.from_pretrained("adapter").model.dtype == torch.bfloat16
+    assert merge_files("adapter", "merged").in_memory == ""
+    assert {t.dtype for t in tensors("merged").values()} == {torch.bfloat16}
+    assert_same(tensors("merged"), reference("adapter"))
+    surgery.apply(surgery.load_model("base"), "pissa").save("whole-adapter", base_model="base")
+    surgery.apply_files("base", "pissa", "adapter-of-files")
+    assert Path("adapter-of-files/adapter.safetensors").read_bytes() == \
+        Path("whole-adapter/adapter.safetensors").read_bytes()
 
 
 def test_the_classes_of_a_head_are_written_into_the_configuration() -> None:
