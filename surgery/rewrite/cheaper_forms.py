@@ -218,7 +218,8 @@ def _thin_blocks_in_a_sum(node: Expr) -> Expr | None:
         _, rest = scaled(term)
         if rest.op == "matmul" and all(a.op == "block_diag" for a in rest.args):
             u, v = (a.args[0].shape for a in rest.args)
-            alike.setdefault((*u[:2], v[2]), []).append(term)
+            if u[0] == v[0]:  # else the blocks of the one are not those of the other
+                alike.setdefault((*u[:2], v[2]), []).append(term)
     for group in alike.values():
         stacks = (times(scaled(term)[0] or 1.0, make("matmul", *(a.args[0] for a in scaled(term)[1].args)))
                   for term in group)
@@ -262,7 +263,9 @@ def _khatri_rao(node: Expr) -> Expr | None:
     for a, b in (node.args, node.args[::-1]):
         if a.op == b.op == "kron" and len(node.shape) == 2:
             (ones, x), (y, others) = a.args, b.args
-            if value_of(ones) == value_of(others) == 1 and ones.shape[0] == others.shape[0] == 1:
+            # x once for each column of y, and a column of y once for each of x
+            fits = ones.shape == (1, y.shape[1]) and others.shape == (1, x.shape[1])
+            if fits and value_of(ones) == value_of(others) == 1:
                 return make("face", y, x)
     return None
 

@@ -70,5 +70,6 @@ def first(rules: Iterable[Rule], node: Expr) -> Expr | None:
     for rule in rules:
         better = rule.change(node)
         if better is not None and better is not node:  # a rule may find a form in place already
+            assert better.shape == node.shape, f"{rule.states}: {node.shape} became {better.shape}"
             return better
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import combinations_with_replacement, product
 
 import pytest
 from operands import MIXED, NAMES, every_call, expression, tensors, value_and_gradients
@@ -110,6 +110,20 @@ def test_rules_hold_whatever_stands_in_front_of_an_operand(part):
             for what, value in wanted.items():
                 error = (found[what] - value).norm() / (1 + value.norm())
                 assert error <= 1e-9 or not value.isfinite().all(), f"{what} of {text}, as {before}: off by {error:.1e}"
+
+
+SPLITS = (  # twelve rows and twelve columns, each in another way
+    "kron(P, ones(1, 6))", "kron(ones(1, 6), Q)", "kron(ones(12, 1), p.T)", "kron(columns(A, 3).T, ones(4, 1))",
+    "block_diag(S)", "block_diag(reshape(d, n, 1, 1))", "kron(I(n), reshape(g, 1, 1))",
+    "block_diag(reshape(P, 2, 6, 2)) @ block_diag(reshape(q, 4, 1, 3))",
+    "block_diag(reshape(Q, 2, 6, 2)) @ block_diag(reshape(P, 2, 2, 6))",
+)
+
+
+def test_rules_do_not_take_one_split_of_a_matrix_for_another():
+    for (a, b), sign in product(combinations_with_replacement(SPLITS, 2), "*@+"):
+        before = expression(f"diag(row_norm(({a}) {sign} ({b})))")
+        assert agree(before, cheapest(before)), before
 
 
 def test_every_primitive_keeps_its_meaning_on_all_that_it_takes():
