@@ -130,9 +130,9 @@ def _left_blocks(node: Expr) -> Expr | None:
     """The stack of square blocks, of more than one entry, that a matrix of a known size consists of."""
     if isinstance(node.shape[0], Dim):
         return None
-    if node.op == "block_diag" and 1 < node.args[0].shape[1] == node.args[0].shape[2]:
+    if node.op == "block_diag" and 1 != node.args[0].shape[1] == node.args[0].shape[2]:
         return node.args[0]
-    if node.op == "kron" and node.args[0].op == "eye" and 1 < node.args[1].shape[0] == node.args[1].shape[1]:
+    if node.op == "kron" and node.args[0].op == "eye" and 1 != node.args[1].shape[0] == node.args[1].shape[1]:
         count, block = node.args[0].shape[0], node.args[1]
         return make("reshape", make("kron", fill(1, (count, 1)), block), data=(count, *block.shape))
     return None
