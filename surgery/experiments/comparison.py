@@ -57,7 +57,9 @@ from surgery.language.tree import Spec, Target, add
 from surgery.models.loading import load as load_model
 from surgery.models.loading import load_with_head, tokenizer
 from surgery.planning.compile import compile
+from surgery.runtime.calibration import refuse
 from surgery.runtime.fingerprint import fingerprint_of
+from surgery.runtime.optimiser_groups import refuse_unknown
 from surgery.runtime.surgeon import Surgeon
 from surgery.text import counted
 
@@ -158,7 +160,10 @@ class Comparison:
             refuse_unfit(model, task)
         for spec in filter(None, self.specs.values()):
             try:
-                tell(compile(model, whole(spec, model, self.task)).warnings)
+                plan = compile(model, whole(spec, model, self.task))
+                refuse(model, plan.placed)
+                refuse_unknown(plan, [f"lr_{name}" for name in self.how.rates])
+                tell(plan.warnings)
             except SurgeryError as error:
                 report.add(*error.diagnostics)
         report.raise_errors()

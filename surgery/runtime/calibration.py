@@ -45,7 +45,7 @@ def of_data(model: nn.Module, placed: Sequence[Placed], data: Iterable[Any] | No
         return
     if data is None:
         raise needs_data(needy)
-    _refuse(model, needy)
+    refuse(model, needy)
     batches = list(data)  # they are gone through once for each group of weights
     if not batches:
         raise fail("bad-data", "the data has no batch to measure on")
@@ -64,8 +64,9 @@ def needs_data(needy: Sequence[Placed]) -> Exception:
                        "`surgery train` measures it on what it learns from"))
 
 
-def _refuse(model: nn.Module, needy: Sequence[Placed]) -> None:
-    """Raises: SurgeryError (unsupported-module) for what cannot be measured."""
+def refuse(model: nn.Module, placed: Sequence[Placed]) -> None:
+    """Raises: SurgeryError (unsupported-module) for what starts name and cannot be measured."""
+    needy = [p for p in placed if asked(p)]
     held: dict[int, int] = {}
     for parameter in (p for m in model.modules() for p in m._parameters.values() if p is not None):
         held[id(parameter)] = held.get(id(parameter), 0) + 1

@@ -7,7 +7,7 @@ group; a rate that names nothing that trains is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,12 +36,8 @@ def parameter_groups(plan: Plan, tensors: Mapping[str, torch.Tensor], name_of: C
                 assert not isinstance(leaf.rate, Dim)  # a real module's sizes are known
                 own_names[name], factors[name] = leaf.key.rpartition(".")[2], leaf.rate
                 decays[name] = leaf.decays and not leaf.manifold and starts_around_zero(leaf)
-    known = {own for own in own_names.values() if own}
+    refuse_unknown(plan, rates)
     given = {name.removeprefix("lr_"): rate for name, rate in rates.items()}
-    unknown = [name for name in rates if not name.startswith("lr_") or name.removeprefix("lr_") not in known]
-    if unknown:
-        raise fail("bad-value", f"`{unknown[0]}` names no parameter that trains",
-                   notes=(f"there are: {', '.join(f'lr_{name}' for name in sorted(known))}",))
     if not all(rate >= 0 for rate in (lr, weight_decay, *rates.values())):  # a NaN is not either
         raise fail("bad-value", "rates and decay are numbers from 0 on")
     groups: dict[tuple[float, float], list[torch.Tensor]] = {}
@@ -49,3 +45,12 @@ def parameter_groups(plan: Plan, tensors: Mapping[str, torch.Tensor], name_of: C
         key = given.get(own, lr * factors[name]), weight_decay if decays[name] else 0.0
         groups.setdefault(key, []).append(tensors[name])
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def refuse_unknown(plan: Plan, rates: Iterable[str]) -> None:
+    """Raises: SurgeryError (bad-value) for a rate `lr_NAME` of no parameter that trains."""
+    known = {leaf.key.rpartition(".")[2] for placed in plan.placed for leaf in placed.formula.leaves if not leaf.frozen}
+    unknown = [name for name in rates if not name.startswith("lr_") or name.removeprefix("lr_") not in known]
+    if unknown:
+        raise fail("bad-value", f"`{unknown[0]}` names no parameter that trains",
+                   notes=(f"there are: {', '.join(f'lr_{name}' for name in sorted(known))}",))

@@ -167,6 +167,11 @@ def test_what_does_not_fit_is_said_before_any_training(model: str) -> None:
         replace(whole, specs=specs).check()
     assert {d.code for d in caught.value.diagnostics} == {"not-divisible", "no-match"}
     whole.check()
+    specs = {"lora": surgery.load("lora"), "oft": surgery.load("oft"), "eva": surgery.parse(
+        'update u() { frozen param c[in, in] = C  param k = 0  return k * W @ c }\ntarget embedding "**" { add u() }')}
+    with pytest.raises(surgery.SurgeryError) as caught:  # of one method a rate, of another what data cannot give
+        replace(whole, specs=specs, how=replace(whole.how, rates={"B": 1e-3})).check()
+    assert [d.code for d in caught.value.diagnostics] == ["bad-value", "unsupported-module"]
 
 
 def test_methods_side_by_side_share_what_they_do_not_train(model: str, monkeypatch) -> None:
