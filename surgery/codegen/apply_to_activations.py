@@ -251,6 +251,9 @@ def matrix(expr: Expr) -> Expr:
             return apply(turned(right), matrix(left))
     if operation(expr).is_transparent:
         return matrix(expr.args[0])
-    if expr.op in ("add", "mul", "matmul", "T"):
+    if expr.op == "T":
+        built = matrix(expr.args[0])
+        return built.args[0] if built.op == "T" else make("T", built)
+    if expr.op in ("add", "mul", "matmul"):
         return expr.with_args(tuple(matrix(a) if len(a.shape) == 2 else a for a in expr.args))
     return expr

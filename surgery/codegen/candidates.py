@@ -6,7 +6,7 @@ that `check` can ask what a spec will cost; all candidates have the values and g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial, reduce
 from math import inf
@@ -31,6 +31,7 @@ from surgery.codegen.join_products import joined
 from surgery.codegen.operation_counts import size
 from surgery.codegen.setup_order import in_cheapest_order, solved_once
 from surgery.codegen.split_products import reassociated
+from surgery.codegen.two_ways import at_once, by_transforms, either, with_gains_made
 from surgery.ir.builders import summands
 from surgery.ir.expression import (
     Exhausted,
@@ -55,13 +56,16 @@ _ON_LAYER = names(lambda row: row.of_layer or row.source is Source.LAYER)
 _ON_WEIGHT = names(lambda row: row.of_layer)
 _OF_WEIGHT = names(lambda row: row.of_layer and row.source is Source.LAYER)
 _OTHERS = names(lambda row: row.source is not None and not row.of_layer)
+_SAVES = 1.1  # by how much, at least, a program is cheaper by estimate that makes another matrix as large as W
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
     """A program before it is code: its `outputs`; the `values` of the set-up, which the body reads or (without a body)
     which are the outputs; the parts of those that are `fixed` as long as the frozen weight is; the keys of the
-    parameters that are `trained`. `is_called`: of a layer that is a module of someone else's."""
+    parameters that are `trained`. `is_called`: of a layer that is a module of someone else's. `at_once`: an equal
+    expression in which W' is one matrix without a gradient, from which the value and the input's gradient come where
+    no part of the program is seen from outside; where one is, `plain` is the candidate without it."""
 
     strategy: str
     outputs: tuple[Expr, ...]
@@ -70,13 +74,20 @@ class Candidate:
     has_body: bool
     trained: frozenset[str] = frozenset()
     is_called: bool = False
+    at_once: Expr | None = None
+    plain: Candidate | None = None
+
+    @cached_property
+    def whole(self) -> Expr:
+        """The output, of its two ways if it has them."""
+        return self.outputs[0] if self.at_once is None else either(self.at_once, self.outputs[0])
 
     @cached_property
     def written(self) -> Expr:
         """The body over leaves `value` in the place of the set-up's values."""
         leaves = {node: Expr("value_at" if is_whole(node) else "value", (), i, node.shape)
                   for i, node in enumerate(self.values)}
-        return substituted(self.outputs[0], leaves)
+        return substituted(self.whole, leaves)
 
     @cached_property
     def calls_back(self) -> bool:
@@ -132,6 +143,10 @@ class Candidate:
         """What a training step costs."""
         return self._setup_cost + (body_cost(self.written, self.needs, tokens) if self.has_body else Cost())
 
+    def seconds(self, tokens: int, machine: Machine) -> float:
+        """The time of a training step by which programs are compared."""
+        return (1.0 if self.at_once is None else _SAVES) * self.cost(tokens).seconds(machine)
+
     @cached_property
     def _setup_cost(self) -> Cost:
         return setup_cost(self.values, self.fixed) + (self.recompute_cost or Cost())
@@ -151,10 +166,12 @@ def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool
     # without dropout and noise, training and evaluation run the same programs, which are made once
     differs = formula.weight.has("drop", "noise") or formula.bias.has("noise")
     distinct = _distinct(formula, kind, training and differs, has_bias)
+    if not training or machine.rounds:  # W' made at once is for steps, and what is small beside W would be rounded away
+        distinct = tuple(each for each in distinct if each.at_once is None)
     if len(distinct) == 1:
         return distinct
     return tuple(sorted(distinct, key=lambda each: (kind.is_called and each.reads_weight,
-                                                    each.cost(tokens).seconds(machine))))
+                                                    each.seconds(tokens, machine))))
 
 
 @cache
@@ -176,8 +193,26 @@ def _distinct(formula: Formula, kind: LayerKind, draws: bool, has_bias: bool) ->
     def prepare(output: Expr) -> Expr:
         return joined(_unread(output, always=kind.is_called), is_trained)
 
-    return tuple(candidate((output,), prepare, name, trained, kind.is_called)
-                 for output, name in reversed(outputs.items()))
+    plain = tuple(candidate((output,), prepare, name, trained, kind.is_called)
+                  for output, name in reversed(outputs.items()))
+    return plain + _shortened(operand, x, kind, trained, outputs, bias, prepare, plain[0])
+
+
+def _shortened(operand: Expr, x: Expr, kind: LayerKind, trained: frozenset[str], outputs: Mapping[Expr, str],
+               bias: Expr | None, prepare: Callable[[Expr], Expr], plain: Candidate) -> tuple[Candidate, ...]:
+    """The programs whose value and input's gradient come of W' as one matrix, and their other gradients of one of the
+    outputs."""
+    is_trained = partial(_is_reached, trained=trained)
+    made = with_gains_made(operand, is_trained)
+    wholes = [at_once(each, x, kind, is_trained) for each in (operand, made)]
+    if wholes[0] is None:
+        return ()
+    ways = {output: (name, wholes[0]) for output, name in reversed(outputs.items()) if name != "built weight"}
+    if made is not operand and (output := _output("activations", made, x, kind, trained)) is not None:
+        ways.setdefault(_with_bias(output, bias, kind), ("gains made", wholes[1]))
+    found = (candidate((by_transforms(output),), prepare, f"{name}, W' at once", trained,
+                       at_once=_with_bias(whole, bias, kind), plain=plain) for output, (name, whole) in ways.items())
+    return tuple(each for each in found if has_gradients(each.written, each.needs))
 
 
 def _output(strategy: str, operand: Expr, x: Expr, kind: LayerKind, trained: frozenset[str]) -> Expr | None:
@@ -198,8 +233,8 @@ def by_tokens(programs: Sequence[Candidate], machine: Machine = CPU) -> tuple[tu
     """Which program is the cheapest up to how many tokens on a machine, in rising order. A cost is linear in them."""
     # The lower envelope of those lines: from the cheapest for no token on, always to the line that is flatter and met
     # first. (Sorting by slope alone would keep lines that are nowhere the lowest.)
-    start = {each: each.cost(0).seconds(machine) for each in programs}
-    slope = {each: (each.cost(TOKENS_SUPPOSED).seconds(machine) - start[each]) / TOKENS_SUPPOSED for each in programs}
+    start = {each: each.seconds(0, machine) for each in programs}
+    slope = {each: (each.seconds(TOKENS_SUPPOSED, machine) - start[each]) / TOKENS_SUPPOSED for each in programs}
     at, now, ranges = 0.0, min(programs, key=lambda each: (start[each], slope[each])), []
     while flatter := [each for each in programs if slope[each] < slope[now]]:
         ends = {each: (start[each] - start[now]) / (slope[now] - slope[each]) for each in flatter}
@@ -223,21 +258,25 @@ def frozen_alone(kind: LayerKind, out: int, in_: int) -> Expr:
 
 
 def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strategy: str = "weights",
-              trained: frozenset[str] = frozenset(), is_called: bool = False) -> Candidate:
+              trained: frozenset[str] = frozenset(), is_called: bool = False, at_once: Expr | None = None,
+              plain: Candidate | None = None) -> Candidate:
     """The candidate that computes `outputs`; `prepare` is the last change to each of them."""
-    outputs = solved_once(tuple(prepare(in_cheapest_order(output)) for output in outputs))
+    both = outputs if at_once is None else (*outputs, at_once)
+    both = solved_once(tuple(prepare(in_cheapest_order(output)) for output in both))
+    outputs, whole = both[:len(outputs)], both[len(outputs):]
     has_body, values = outputs[0].has("x"), outputs
     if has_body:
         # What the body reads that does not depend on the input, in order; numbers are written into it. A matrix that it
         # reads turned is the matrix itself, so that the gradient of it lies in memory as it does.
         reads: dict[Expr, None] = {}
-        for arg in (a for node in walk(*outputs) if node.has("x") for a in node.args if not a.has("x")):
+        for arg in (a for node in walk(*both) if node.has("x") for a in node.args if not a.has("x")):
             while arg.op == "T":
                 arg = arg.args[0]
             if not operation(arg).is_inline:
                 reads[arg] = None
         values = tuple(reads)
-    return Candidate(strategy, outputs, values, _fixed(values), has_body, trained, is_called)
+    first = whole[0] if whole else None
+    return Candidate(strategy, outputs, values, _fixed(values), has_body, trained, is_called, first, plain)
 
 
 @lru_cache(maxsize=4096)

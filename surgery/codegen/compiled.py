@@ -74,7 +74,9 @@ class Compiled:
     def by_tokens(self, training: bool = True, machine: Machine = CPU) -> tuple[tuple[float, Candidate], ...]:
         """Which candidate runs up to how many tokens, in rising order; empty where one runs for any number: in
         evaluation, and for a called layer, of which the user was told whether it copies the weight."""
-        return by_tokens(self.candidates(training), machine) if training and not self.kind.is_called else ()
+        if not training or self.kind.is_called:
+            return ()
+        return by_tokens(self.candidates(training, machine=machine), machine)
 
     def program(self, training: bool = True, tokens: int = TOKENS_SUPPOSED, machine: Machine = CPU) -> Program:
         """The code of the layer's output: the cheapest for so many tokens on a machine, with those for other numbers in

@@ -8,16 +8,17 @@ each argument that takes a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from surgery.codegen.emit import readers, without_gradient
 from surgery.codegen.gradients import Gradients, gradients
 from surgery.codegen.operation_counts import flops, is_accumulated, is_taken_in, moved, size
+from surgery.codegen.two_ways import ways
 from surgery.ir.expression import Expr, walk
 from surgery.ir.operations import is_ids, operation
-from surgery.ir.table import Linear
+from surgery.ir.table import Linear, When
 
 TOKENS_SUPPOSED = 1024  # the number that a choice supposes where nothing is said
 
@@ -26,12 +27,17 @@ TOKENS_SUPPOSED = 1024  # the number that a choice supposes where nothing is sai
 class Machine:
     """What a device takes, in seconds: for one multiplication or addition, for moving one number between memory and
     processor, and for starting one operation from Python. `setup_flop`: for one in a set-up, which computes in float32
-    at least (None: as long as any)."""
+    at least (None: in the same dtype, and so as long as any)."""
 
     flop: float
     number: float
     launch: float
     setup_flop: float | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a set-up's values are rounded to a narrower dtype before a body reads them."""
+        return self.setup_flop is not None
 
     @property
     def measured(self) -> dict[str, float]:
@@ -90,11 +96,12 @@ class Cost:
 def body_cost(body: Expr, needs: tuple[bool, ...], tokens: int = TOKENS_SUPPOSED) -> Cost:
     """The cost of a body over leaves `x` and `value`; `needs` says which of them take a gradient (x first)."""
     leaves, known = _leaves(body, needs), _gradients(body, needs)
+    value, body = ways(body)
     if known is None:
         # autograd runs it backwards: as much again for each argument that a gradient goes through
         led = {node for node in walk(body) if not is_ids(node) and any(below in leaves for below in walk(node))}
         return _counted(walk(body), tokens, lambda node: 1 + sum(a in led for a in node.args))
-    outputs = (body, *known.of)
+    outputs = (value, *known.kept, *known.of)
     reads, nodes = readers(*outputs), list(walk(*outputs))
     total = _counted([node for node in nodes if not is_taken_in(node, reads)], tokens, lambda node: 1)
     return total + Cost(moved=-sum(size(node, tokens) for node in nodes if is_accumulated(node, reads)))
@@ -102,7 +109,7 @@ def body_cost(body: Expr, needs: tuple[bool, ...], tokens: int = TOKENS_SUPPOSED
 
 def _leaves(body: Expr, needs: tuple[bool, ...]) -> list[Expr]:
     """The leaves of a body that take a gradient."""
-    inputs = (node for node in walk(body) if operation(node).is_step_input)
+    inputs = (node for node in walk(*ways(body)) if operation(node).is_step_input)
     return [node for node in inputs if needs[node.data + 1 if isinstance(node.data, int) else 0]]
 
 
@@ -113,7 +120,8 @@ def has_gradients(body: Expr, needs: tuple[bool, ...]) -> bool:
 
 @lru_cache(maxsize=4096)
 def _gradients(body: Expr, needs: tuple[bool, ...]) -> Gradients | None:
-    return gradients(body, _leaves(body, needs))
+    first, second = ways(body)
+    return gradients(first, _leaves(body, needs), second)
 
 
 def _counted(nodes: Iterable[Expr], tokens: int, times: Callable[[Expr], int]) -> Cost:
@@ -134,7 +142,7 @@ def setup_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost:
     for node in _made(values, fixed):
         takes = 0 if node in gradless else sum(a.has("param") for a in node.args)
         total += _once(node).times(1 + takes)
-    return total
+    return total + _not_moved(values, gradless)
 
 
 def numbers_made(values: Sequence[Expr], fixed: Sequence[Expr]) -> float:
@@ -154,6 +162,16 @@ def _once(node: Expr) -> Cost:
     return Cost(0.0, flops(node, 0), moved(node, 0), 0.0 if operation(node).is_free else 2.0)
 
 
+def _not_moved(values: Sequence[Expr], gradless: Collection[Expr]) -> Cost:
+    """What is saved where a sum that takes no gradient computes its term in one pass, as no value of its own."""
+    terms, reads = set(), readers(*values)
+    for node in (each for each in gradless if each.op == "add"):
+        added = {a: operation(a).added for a in node.args}
+        terms |= {a for a, way in added.items() if way is not None and way.when is When.WITHOUT_GRADIENT and way.fits(a)
+                  and len(reads[a]) == 1 and a not in values}
+    return Cost(moved=-sum(2 * size(term, 0) for term in terms), calls=-2.0 * len(terms))
+
+
 def recompute_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None:
     """The cost of recomputing a set-up in its backward pass; None if holding what it computed is cheaper: a choice of
     memory, and the same on all machines."""
@@ -170,7 +188,7 @@ def recompute_cost(values: Sequence[Expr], fixed: Sequence[Expr]) -> Cost | None
             held |= {_viewed(a) for i, a in enumerate(node.args) if any(trains[:i] + trains[i + 1:])}
         elif any(trains):
             held |= {_viewed(a) for a in (node, *node.args)}
-    cost = sum(map(_once, computed), Cost())
+    cost = sum(map(_once, computed), _not_moved(values, gradless))
     numbers = sum(size(node, 0) for node in set(computed) & held if not operation(node).is_free)
     return cost if cost.seconds() + AGAIN < HELD * CPU.flop * numbers else None
 

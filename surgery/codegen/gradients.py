@@ -18,6 +18,7 @@ from surgery.ir.builders import is_zero, scaled, total
 from surgery.ir.expression import Expr, Shape, rebuild, walk
 from surgery.ir.operations import make, operation
 from surgery.ir.sizes import TOKENS
+from surgery.ir.table import Source
 from surgery.rewrite.normal_form import simplify
 
 
@@ -29,8 +30,23 @@ class Gradients:
     kept: tuple[Expr, ...]
 
 
-def gradients(output: Expr, leaves: Sequence[Expr]) -> Gradients | None:
-    """The gradients of <output, grad>; None where an operation has no row in the table."""
+def gradients(output: Expr, leaves: Sequence[Expr], second: Expr | None = None) -> Gradients | None:
+    """The gradients of <output, grad>; None where an operation has no row in the table. Those of all leaves but the
+    input are taken of `second`, an equal expression, if there is one."""
+    is_one = second is None or second is output
+    of_input = [leaf for leaf in leaves if is_one or operation(leaf).source is Source.INPUT]
+    of_values = [leaf for leaf in leaves if leaf not in of_input]
+    first, others = _derived(output, of_input), _derived(second or output, of_values)
+    if first is None or others is None:
+        return None
+    # of tokens as matrices, a product may be there as it is and turned
+    known = dict(zip((*of_input, *of_values), (*first, *others)))
+    made = tuple(known[leaf] for leaf in leaves)
+    return _keeping(made_once(made, lambda node: node.op == "matmul" and TOKENS in node.shape))
+
+
+def _derived(output: Expr, leaves: Sequence[Expr]) -> tuple[Expr, ...] | None:
+    """The gradients of <output, grad> over values `forward`."""
     order, leads = list(walk(output)), set(leaves)
     for node in order:  # arguments stand before what they are in
         if not operation(node).stops_gradient and any(a in leads for a in node.args):
@@ -48,9 +64,7 @@ def gradients(output: Expr, leaves: Sequence[Expr]) -> Gradients | None:
                     terms.setdefault(arg, []).append(term)
     sums = [_sum(terms.get(leaf, []), leaf.shape) for leaf in leaves]
     # where terms cancel the gradient is zeros of the leaf's size, which with a number of tokens only the leaf knows
-    made = tuple(make("zeros", leaf) if is_zero(sum_) else sum_ for leaf, sum_ in zip(leaves, sums))
-    # of tokens as matrices, a product may be there as it is and turned
-    return _keeping(made_once(made, lambda node: node.op == "matmul" and TOKENS in node.shape))
+    return tuple(make("zeros", leaf) if is_zero(sum_) else sum_ for leaf, sum_ in zip(leaves, sums))
 
 
 def _sum(terms: list[Expr], shape: Shape) -> Expr:

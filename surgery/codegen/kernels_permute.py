@@ -38,3 +38,17 @@ def add_placed(y: Tensor, a: Tensor, places: Tensor, alpha: float = 1.0) -> Tens
 def put(a: Tensor, values: Tensor, places: Tensor) -> Tensor:
     """a + scatter(values, places): [m, n], [k], [k] -> [m, n], in one copy."""
     return a.flatten().scatter_add(0, places, values).view(a.shape)
+
+
+def add_circulant(a: Tensor, c: Tensor) -> Tensor:
+    """a + circulant(c): [p b, q b], [p, q, b] -> [p b, q b], with a fourth of a matrix beside it."""
+    p, q, b = c.shape
+    count, result = -(-b // 4), a.new_empty(a.shape)
+    # of a row that is repeated, what begins one number before the end of each turn has moved right by one more
+    rows = c.repeat(1, 1, count + 1)
+    here, there = (m.unflatten(-1, (q, b)).unflatten(0, (p, b)) for m in (a, result))
+    for first in range(0, b, count):
+        some = slice(first, first + count)
+        shape, steps = here[:, some].shape, (rows.stride(0), b - 1, rows.stride(1), 1)
+        torch.add(here[:, some], rows.as_strided(shape, steps, -first % b), out=there[:, some])
+    return result

@@ -38,7 +38,8 @@ class Program:
     for), and `up_to` says which of them all is the cheapest up to how many tokens.
 
     `reads_weight`: the code reads the frozen weight itself at every step; `rests_on_layer`: the set-up depends on the
-    frozen layer's tensors. (Both are found here, since no compiler of torch's can trace what finds them.)"""
+    frozen layer's tensors. (Both are found here, since no compiler of torch's can trace what finds them.) `plain`: the
+    program in the place of one that pays only as one node of autograd, and in the dtype of its set-up."""
 
     source: str
     once: Callable[..., tuple]
@@ -49,6 +50,7 @@ class Program:
     rests_on_layer: bool
     others: tuple[Candidate, ...] = ()
     up_to: tuple[tuple[float, Program], ...] = ()
+    plain: Program | None = None
 
     def at(self, tokens: int | None) -> Program:
         """The cheapest program for so many tokens (itself where they are not known)."""
@@ -132,5 +134,6 @@ def _compile(plan: Candidate) -> Program:
     text = program_text(plan)
     scope = names_called(in_step=False)
     exec(_code(_COMMENT.sub("", text)), scope)
+    plain = None if plan.plain is None else _compile(plan.plain)
     return Program(text, scope["once"], scope["setup"], scope.get("body"), plan, plan.reads_weight,
-                   plan.rests_on_layer)
+                   plan.rests_on_layer, plain=plain)

@@ -18,6 +18,7 @@ from surgery.codegen.memory_order import in_order
 from surgery.codegen.one_pass import fused, gains_fused
 from surgery.codegen.operation_counts import size
 from surgery.codegen.schedule import Region
+from surgery.codegen.two_ways import ways
 from surgery.ir.builders import times
 from surgery.ir.expression import Expr, rebuild, walk
 from surgery.ir.operations import is_whole, make, operation
@@ -93,11 +94,11 @@ def step_text(body: Expr, needs: tuple[bool, ...], frozen_last: bool = False,
             "number" if one_pass else "mask", *args, data=node.data)))
 
     # dropout as a mask, which the backward pass reads again, and a scaling that simplifying gives to a thin factor
-    body = simplify(rebuild(body, masked))
-    leaves = {node.data: node for node in walk(body) if operation(node).is_step_input}
+    body, second = (simplify(rebuild(way, masked)) for way in ways(body))
+    leaves = {node.data: node for node in walk(body, second) if operation(node).is_step_input}
     inputs = [leaves[key] for key in (None, *range(len(needs) - 1))]
-    (runs,) = gains_fused(body) if one_pass else (body,)
-    derived = gradients(runs, [leaf for leaf, need in zip(inputs, needs) if need])
+    runs, second = gains_fused(body, second) if one_pass else (body, second)
+    derived = gradients(runs, [leaf for leaf, need in zip(inputs, needs) if need], second)
     if derived is None:
         return None
     used = dict.fromkeys(n for n in walk(*derived.of) if operation(n).is_step_input)

@@ -235,7 +235,7 @@ class Run:
         if name == "masked_":
             base, mask = parts
             return self._written(base, self.symbols.of("masked", base.meaning, mask.meaning), mask)
-        if name in ("add_blocks", "add_masked", "add_placed", "put"):
+        if name in ("add_blocks", "add_masked", "add_placed", "add_circulant", "put"):
             return self._sum(name, parts, factor)
         if name in _ONE_PASS:
             return self._in_one_pass(name, parts)
@@ -289,6 +289,10 @@ class Run:
                 added = symbols.of("masked", symbols.of("@", a, b), mask)
             case "add_placed", [a, places]:
                 added = symbols.of("placed", tuple(symbols.shapes.get(base.meaning.value, ())[-1:]), a, places)
+            case "add_circulant", [c]:
+                if not self.without_gradient:
+                    raise Fault("takes a gradient through a sum that is written into memory")
+                added = symbols.of("circulant", c)
             case "put", [values, places]:
                 added = symbols.of("scatter", symbols.shapes.get(base.meaning.value), values, places)
             case _:

@@ -12,7 +12,7 @@ from typing import Any
 
 from surgery.ir import derivatives, flop_rules
 from surgery.ir.expression import Expr, Shape
-from surgery.ir.shape_rules import ShapeError, dropped, matrix, shape_text
+from surgery.ir.shape_rules import ShapeError, dropped, elementwise, matrix, shape_text
 from surgery.ir.sizes import TOKENS
 from surgery.ir.table import ACTING, BACK_ONTO, ON_INPUT, ONTO, Law, Linear, Memory, Operation
 
@@ -119,6 +119,9 @@ ROWS = [
     Operation("mix", 1, _mix_shape, lambda rows, a: a.new_tensor(rows) @ a, "L a for a matrix L of known numbers",
               stage=ACTING, sizes=("*rows",), linear=Linear.TOGETHER, text="mix({}, {data})",
               kernel="kernels_permute.mix", memory=Memory.NEW, passes=1, derivative=derivatives.mix),
+    # It stands at the root of a body alone, and is taken apart before there is code.
+    Operation("either", 2, elementwise, lambda a, b: a + (b - b.detach()),
+              "a, with the gradients of an equal b beside its own", stage=ON_INPUT),
     Operation("add_bias", 2, _add_bias_shape, lambda a, b: a + b, "a number added to each feature", stage=ON_INPUT,
               linear=Linear.TOGETHER, text="{} + {}", memory=Memory.NEW, derivative=derivatives.add_bias),
 ]

@@ -45,8 +45,7 @@ def supposed(device: str, dtype: str) -> Machine:
 def machine(device: str, dtype: str = "float32") -> Machine:
     """The numbers of a device ("cpu", "cuda") for tensors of a dtype."""
     known = measured().get("cpu" if device == "meta" else device, {}).get(dtype) or supposed(device, dtype)
-    wide = known.flop if _BYTES.get(dtype, 2) >= _BYTES["float32"] else machine(device).flop
-    return known if wide == known.flop else replace(known, setup_flop=wide)
+    return known if _BYTES.get(dtype, 2) >= _BYTES["float32"] else replace(known, setup_flop=machine(device).flop)
 
 
 # ------------------------------------------------------------------------------------------------------ what is kept

@@ -46,7 +46,7 @@ def _fault(trial: Trial) -> str:
         if not all(bool(w.isfinite().all()) for w in wanted):
             continue  # the formula itself has no value there
         for candidate in compiled.candidates(training):
-            given = _results(dense(candidate.outputs[0], leaves), leaves)
+            given = _results(dense(candidate.whole, leaves), leaves)
             error = max(float((g - w).abs().max() / w.abs().max().clamp_min(1)) for g, w in zip(given, wanted))
             if not error <= TOLERANCE:  # so written, a NaN is an error too
                 return (f"{candidate.strategy} at [{trial.out}, {trial.in_}] is off by {error:.1e}; allowed is "

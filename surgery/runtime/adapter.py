@@ -201,7 +201,7 @@ class Adapter(nn.Module):
         """What the layer (of a stack, that of an expert) gives for its input by the program of its mode. `held`: the
         tensors that `tensors` are views of."""
         entered = layer.enter(x, dtype)
-        program = self.program(layer, layer.tokens(entered))
+        program = self.program(layer, layer.tokens(entered), dtype)
         if self.batches is not None and expert is None:
             values = self.batches.values(self, program, layer, dtype, held)
             if values is not None:
@@ -213,12 +213,18 @@ class Adapter(nn.Module):
 
         return layer.leave(program.run(layer, entered, make, tensors))
 
-    def program(self, layer: Frozen, tokens: int | None) -> Program:
-        """The program of the layer's mode and machine for so many tokens."""
+    def program(self, layer: Frozen, tokens: int | None, dtype: torch.dtype | None = None) -> Program:
+        """The program of the layer's mode and machine for so many tokens, whose activations are of a dtype (if none is
+        said, the layer's)."""
         on = (runs_as_on(layer.device.type), layer.dtype)
         if is_traced() and on not in self._programs:  # a compiler cannot trace the choice for where it was moved since
             on = self._machine
-        return self.programs(on)[layer.module.training].at(tokens)
+        program = self.programs(on)[layer.module.training].at(tokens)
+        if program.plain is None:
+            return program
+        # what is made for many layers at once holds no matrix as large as the weight for each
+        is_alone = dtype in (None, layer.dtype) and self.batches is None
+        return program if is_alone and not (is_traced() or layer.is_trained) else program.plain
 
     def set_ups(self, program: Program, layer: Frozen, stacks: Mapping[str, torch.Tensor], cast: torch.dtype,
                 experts: Sequence[int]) -> tuple[tuple[torch.Tensor, ...], list[bool]]:

@@ -56,7 +56,8 @@ class ExpertMaps:
         """Rows x [n, in], all of them some expert's: [n, out], which the caller may change."""
         if self.ready is not None and (outputs := self.ready.run_each(experts, x.split(counts))) is not None:
             return torch.cat(outputs)
-        dtype, program = self.layer.dtype_of(x), self.adapter.program(self.layer, len(x) // len(experts))
+        dtype = self.layer.dtype_of(x)
+        program = self.adapter.program(self.layer, len(x) // len(experts), dtype)
         weights = self._apart[0]
         is_large = 2 * program.plan.setup_numbers > weights[0].numel()
         if program.plan.rests_on_layer or is_large and program.plan.recompute_cost is not None:

@@ -31,7 +31,7 @@ def test_each_spec_has_its_figures():
         assert entry.description and (entry.step_ratio is None or entry.step_ratio >= 1), entry.name
     assert of["lora_ga"].data == ("G",) and of["eva"].data == ("C",) and of["lora_xs"].data == ()
     cheap = {"lora", "dora", "pre_diag", "post_diag", "sora", "oft", "boft", "hra", "loha", "lokr", "c3a", "road_1"}
-    assert {of[name].program for name in cheap} == {"activations", "joined blocks"}
+    assert {of[name].program for name in cheap} == {"activations", "activations, W' at once", "joined blocks"}
     assert of["hira"].program == of["fourierft"].program == "dense"
 
 
