@@ -365,10 +365,12 @@ class Checkpoints:
         """Raises: SurgeryError (bad-output) unless the checkpoints were made by what is asked for now."""
         try:
             before = (self.folder / training_record.FILE).read_text(encoding="utf-8")
+            names = training_record.unequal(before, self.record)
         except OSError:
             raise fail("bad-output", f"there is no run to go on with: {self.folder} holds none") from None
-        differ = sorted(set(before.splitlines()) ^ set(self.record.splitlines()))
-        names = list(dict.fromkeys(line.partition(" = ")[0].strip('"') for line in differ))
-        if differ:
+        except ValueError as error:  # TOML's, and UTF-8's
+            raise fail("bad-output", f"{self.folder / training_record.FILE} is not TOML any more: {error}",
+                       helps=("--force starts anew; in Python, force=True",)) from None
+        if names:
             raise fail("bad-output", f"the run in {self.folder} began with other settings: {', '.join(names)}",
                        helps=(f"what it began with is in {self.folder / training_record.FILE}",))

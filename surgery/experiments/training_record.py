@@ -66,6 +66,17 @@ def read(path: str | os.PathLike, known: Iterable[str]) -> dict[str, Any]:
     return asked
 
 
+def unequal(one: str, other: str) -> list[str]:
+    """The names of what two records do not say alike, as numbers and not as text: 2 epochs are 2.0."""
+    def said(text: str) -> dict[str, Any]:
+        found = tomllib.loads(text)
+        tables = {name: value for table in ABOUT for name, value in found.pop(table, {}).items()}
+        return {**found, **tables}
+
+    a, b = said(one), said(other)
+    return sorted(name for name in {**a, **b} if a.get(name) != b.get(name))
+
+
 def versions() -> dict[str, str]:
     """What a training was made with."""
     import accelerate

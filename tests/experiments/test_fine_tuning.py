@@ -66,7 +66,7 @@ def test_a_model_learns_choices_and_scores_the_same_reloaded_and_merged(models, 
 
 def test_what_is_saved_says_how_it_was_made(models, files, tmp_path: Path) -> None:
     from surgery.analysis.page.training_curves import charts, found_state
-    from surgery.experiments.training_record import read, toml, versions
+    from surgery.experiments.training_record import read, toml, unequal, versions
 
     found = surgery.train(FEW, models["causal"], choices(files), tmp_path / "out",
                           setting=replace(SHORT, rates={"B": 2e-2}), about={"spec": "few.surg", "set": ["rank=2"]})
@@ -79,6 +79,7 @@ def test_what_is_saved_says_how_it_was_made(models, files, tmp_path: Path) -> No
     assert "loss" in charts(found_state(tmp_path / "out")) and found.loss > 0
     odd = {"a": 'x"\\\n\x7f é 😀', "b": [1, 2.5e-7, True], "c": None}
     (tmp_path / "odd.toml").write_text(toml(odd, {}))
+    assert unequal("epochs = 2\nlr = 1e-3\n[versions]\ntorch = '2'", "lr = 0.001\nepochs = 2.0\n") == ["torch"]
     assert read(tmp_path / "odd.toml", "ab") == {"a": odd["a"], "b": odd["b"]}
 
 
