@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
+from numbers import Real
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
@@ -61,6 +63,19 @@ class Setting:
     checkpointing: bool = False
     bf16: bool = False
     prompt: str = PROMPT
+
+    def __post_init__(self) -> None:
+        """Raises: SurgeryError (bad-value), for what nothing can be trained with."""
+        for name, value in vars(self).items():
+            is_fit = not isinstance(value, Real) or isfinite(value) and (value > 0 or value == 0 and name in _MAY_BE_0)
+            if not is_fit:
+                raise fail("bad-value", f"`{name}` is a number {'from 0 on' if name in _MAY_BE_0 else 'above 0'}, and "
+                           f"not {value}")
+        if self.schedule not in SCHEDULES:
+            raise fail("bad-value", f"there is no schedule `{self.schedule}`, but {', '.join(SCHEDULES)}")
+
+
+_MAY_BE_0 = ("seed", "warmup", "weight_decay", "checkpointing", "bf16")
 
 
 def heads(model: PreTrainedModel) -> list[str]:

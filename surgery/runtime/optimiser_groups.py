@@ -8,6 +8,7 @@ group; a rate that names nothing that trains is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import inf
 from typing import Any
 
 import torch
@@ -38,8 +39,8 @@ def parameter_groups(plan: Plan, tensors: Mapping[str, torch.Tensor], name_of: C
                 decays[name] = leaf.decays and not leaf.manifold and starts_around_zero(leaf)
     refuse_unknown(plan, rates)
     given = {name.removeprefix("lr_"): rate for name, rate in rates.items()}
-    if not all(rate >= 0 for rate in (lr, weight_decay, *rates.values())):  # a NaN is not either
-        raise fail("bad-value", "rates and decay are numbers from 0 on")
+    if not all(0 <= rate < inf for rate in (lr, weight_decay, *rates.values())):  # a NaN is not either
+        raise fail("bad-value", "rates and decay are finite numbers from 0 on")
     groups: dict[tuple[float, float], list[torch.Tensor]] = {}
     for name, own in own_names.items():
         key = given.get(own, lr * factors[name]), weight_decay if decays[name] else 0.0

@@ -3,7 +3,7 @@ of a model that score the same."""
 
 import json
 from dataclasses import replace
-from math import isnan
+from math import inf, isnan, nan
 from pathlib import Path
 from shutil import copytree
 
@@ -206,6 +206,15 @@ def test_a_new_head_and_a_parameter_have_rates_of_their_own(models) -> None:
         assert rate == (1e-3 if name.startswith("classifier") else 5e-3 if name.endswith(".B") else 1e-4)
     with pytest.raises(surgery.SurgeryError, match="lr_C"):
         groups(surgeon, model, Training(rates={"C": 1.0}))
+
+
+@pytest.mark.parametrize("asked", [
+    *({name: value} for name in ("lr", "head_lr", "epochs", "warmup", "weight_decay") for value in (nan, inf, -1)),
+    *({name: 0} for name in ("lr", "epochs", "batch", "accumulate", "steps", "length", "every")), {"schedule": "lineal"}])
+def test_what_nothing_can_be_trained_with_is_refused_before_anything_is_loaded(asked) -> None:
+    with pytest.raises(surgery.SurgeryError, match=next(iter(asked))):
+        Training(**asked)
+    assert Training(seed=0, warmup=0, weight_decay=0).head_lr is None
 
 
 def test_the_heads_rate_is_that_of_the_heads_own_parameters(models) -> None:

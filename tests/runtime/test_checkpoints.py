@@ -216,8 +216,9 @@ def test_a_rate_of_no_parameter_is_an_error() -> None:
     for wrong in ({"lr_C": 1.0}, {"momentum": 0.9}):
         with pytest.raises(surgery.SurgeryError, match="lr_A, lr_B"):
             surgeon.parameter_groups(lr=1e-3, **wrong)
-    with pytest.raises(surgery.SurgeryError, match="from 0 on"):
-        surgeon.parameter_groups(lr=-1e-3)
+    for wrong in (-1e-3, float("inf"), float("nan")):
+        with pytest.raises(surgery.SurgeryError, match="from 0 on"):
+            surgeon.parameter_groups(lr=wrong)
 
 
 # -------------------------------------------------------------------------------------------------- merged for good
