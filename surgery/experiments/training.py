@@ -8,6 +8,7 @@ depend on the batch that a text is in but for rounding. Needs the extra `train`.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,11 +176,13 @@ def measured_on(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: An
 
 def batches(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyTask, setting: Setting,
             count: int = MEASURED_ON) -> Iterator[Any]:
-    """The first batches of a task in its order, with labels; nothing is read before the first is asked for. Raises:
-    SurgeryError (bad-data)."""
+    """Batches of a task, with labels, of items drawn at random, since a file may be sorted by them. Nothing is read
+    before the first is asked for. Raises: SurgeryError (bad-data)."""
     lesson = lesson_of(model, words, task, setting)
-    for start in range(0, min(len(lesson.items), count * setting.batch), setting.batch):
-        yield lesson.collator(list(lesson.items[start:start + setting.batch]))
+    size, drawn = len(lesson.items), random.Random(setting.seed)
+    places = drawn.sample(range(size), min(size, count * setting.batch))
+    for start in range(0, len(places), setting.batch):
+        yield lesson.collator([lesson.items[i] for i in places[start : start + setting.batch]])
 
 
 def headed_loss(has_classes: bool, outputs: Any, labels: torch.Tensor,

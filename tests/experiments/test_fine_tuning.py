@@ -9,14 +9,15 @@ from shutil import copytree
 
 import pytest
 import torch
-from small_text import pieces, questions, save_causal, save_model, texts
+from small_text import pieces, questions, save_causal, save_model, texts, words
 from torch.nn.functional import cross_entropy
 from transformers import BartConfig, BartForCausalLM
 
 import surgery
 from surgery.experiments import fine_tuning
 from surgery.experiments.fine_tuning import Data, Training, Watch, groups
-from surgery.experiments.training import lesson_of, with_head
+from surgery.experiments.text_tasks import Task
+from surgery.experiments.training import batches, with_head
 from surgery.models.loading import load_with_head
 
 SHORT = Training(lr=1e-2, steps=6, batch=4, every=3, length=64, tokens=4)
@@ -263,14 +264,28 @@ def test_starts_are_measured_by_the_loss_that_is_learned(files, tmp_path: Path) 
                             target linear "**.self_attn.q_proj" { add u() }""")
     setting = replace(SHORT, steps=1)
     trained = surgery.train(spec, str(tmp_path / "bart"), choices(files), tmp_path / "out", setting=setting).surgeon
-    wanted = lesson_of(model, pieces(), choices(files).read()[0], setting)
-    for start in range(0, 24, 4):
-        batch = wanted.collator(list(wanted.items[start : start + 4]))
+    for batch in batches(model, pieces(), choices(files).read()[0], setting):
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         (cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()) / 6).backward()
     found, = (t for name, t in trained.state().items() if name.endswith(".g"))
     gradient = model.model.decoder.layers[0].self_attn.q_proj.weight.grad
     assert gradient is not None and (found - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_starts_are_measured_on_all_of_a_file_that_is_sorted(models) -> None:
+    """On items drawn at random, each once, the same ones for one seed; a file of fewer items is measured on whole."""
+    model, found = load_with_head(models["bert"], 2), {}
+    task = Task("sorted", tuple(texts(80)), (0.0,) * 40 + (1.0,) * 40, ("no", "yes"))
+    for seed in (0, 0, 1):
+        setting = replace(SHORT, batch=4, seed=seed)
+        found.setdefault(seed, []).append([*batches(model, words(), task, setting, count=5)])
+    same, again, other = *found[0], found[1][0]
+    assert [len(each["labels"]) for each in same] == [4] * 5
+    assert 4 < sum(float(each["labels"].sum()) for each in same) < 16
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(same, again))
+    assert not all(a["input_ids"].equal(b["input_ids"]) for a, b in zip(same, other))
+    whole = torch.cat([each["labels"] for each in batches(model, words(), task, SHORT, count=50)])
+    assert len(whole) == 80 and whole.sum() == 40
 
 
 def test_a_number_of_minus_100_is_learned_as_others_are(models, tmp_path: Path) -> None:
