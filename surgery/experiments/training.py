@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
-from numbers import Real
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,9 +66,8 @@ class Setting:
 
     def __post_init__(self) -> None:
         """Raises: SurgeryError (bad-value), for what nothing can be trained with."""
-        for name, value in vars(self).items():
-            is_fit = not isinstance(value, Real) or isfinite(value) and (value > 0 or value == 0 and name in _MAY_BE_0)
-            if not is_fit:
+        for name, value in ((n, v) for n, v in vars(self).items() if isinstance(v, (int, float))):
+            if not isfinite(value) or value < 0 or value == 0 and name not in _MAY_BE_0:
                 raise fail("bad-value", f"`{name}` is a number {'from 0 on' if name in _MAY_BE_0 else 'above 0'}, and "
                            f"not {value}")
         if self.schedule not in SCHEDULES:

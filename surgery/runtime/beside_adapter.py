@@ -26,15 +26,15 @@ def beside(model: nn.Module, operated: Iterable[nn.Module] = (), held: Collectio
     modules, and those whose names are `held`. Only what is here as plain numbers has any."""
     aside = [*operated, *(m for m in model.modules() if isinstance(m, (Adapter, SharedTensors)))]
     passed = {id(inner) for module in aside for inner in module.modules()}
-    known = {id(parameter) for module in aside for parameter in module._parameters.values()}  # by all their names
-    found: dict[str, str] = {}
+    there: list[tuple[str, Tensor]] = []
     for path, module in named_modules(model):
         saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        for own, tensor in () if id(module) in passed else {**module._parameters, **saved}.items():
-            name = f"{path}.{own}".lstrip(".")
-            if name not in held and tensor is not None and id(tensor) not in known and _is_here(tensor):
-                found[name] = fingerprint_of(tensor)
-    return found
+        there += ((f"{path}.{own}".lstrip("."), tensor) for own, tensor in {**module._parameters, **saved}.items()
+                  if id(module) not in passed and tensor is not None)
+    # A tensor is known by all its names: one that is trained may be tied to another module's.
+    known = {id(parameter) for module in aside for parameter in module._parameters.values()}
+    known |= {id(tensor) for name, tensor in there if name in held}
+    return {name: fingerprint_of(tensor) for name, tensor in there if id(tensor) not in known and _is_here(tensor)}
 
 
 def _is_here(tensor: Tensor) -> bool:

@@ -179,12 +179,15 @@ def test_what_moved_beside_the_adapter_is_told_when_it_is_saved(verb: str) -> No
     assert message.startswith("since the model was operated on, `classifier.weight`, `classifier.bias` changed")
 
 
-@pytest.mark.parametrize("change", ["merged", "bfloat16", "wide again", "tied", "norms in evaluation"])
+@pytest.mark.parametrize("change", ["merged", "bfloat16", "wide again", "tied", "tied and trained",
+                                    "norms in evaluation"])
 def test_nothing_is_told_of_what_an_adapter_holds_or_a_dtype_rounds(change: str) -> None:
     text = 'target linear "**.c_attn" { post diagonal() with bias }\ntrain "**.ln_f.*"'
     model = load_demo("resnet" if change == "norms in evaluation" else "gpt2")
     if change == "tied":
         text = 'target linear "lm_head" untie { add low_rank() }\ntrain "transformer.h.0.ln_1.weight"'
+    if change == "tied and trained":
+        text = 'target linear "**.c_attn" { add low_rank() }\ntrain "transformer.wte.weight"'
     if change == "norms in evaluation":
         text = "target conv { add low_rank() }"
     surgeon = surgery.apply(model, surgery.parse(text))
