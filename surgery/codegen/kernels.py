@@ -96,6 +96,11 @@ def column_blocks(a: Tensor, s: Tensor) -> Tensor:
     return (s.mT @ _slices(a, len(s)).mT).flatten(0, 1).mT
 
 
+def in_columns(a: Tensor) -> Tensor:
+    """a, in memory column after column: a copy where it is not so."""
+    return a.mT.contiguous().mT
+
+
 def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
     """y + alpha a block_diag(s), written into y: [t, b m], [t, b k], [b, k, m]."""
     for part, into in _parts(a, y):

@@ -237,6 +237,9 @@ class Run:
             return self._written(base, self.symbols.of("masked", base.meaning, mask.meaning), mask)
         if name in ("add_blocks", "add_masked", "add_placed", "add_circulant", "put"):
             return self._sum(name, parts, factor)
+        if name == "in_columns":
+            (a,) = parts
+            return replace(a, owned=False)
         if name in _ONE_PASS:
             return self._in_one_pass(name, parts)
         return self._computed("blocks" if name == "column_blocks" else name, *parts)

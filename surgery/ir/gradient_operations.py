@@ -123,6 +123,8 @@ ROWS = [
     in_step("column_blocks", 2, lambda a, s: OPERATIONS["blocks"].shape_of(None, (a, s)),
             lambda a, s: OPERATIONS["blocks"].value(None, [a, s], a), "a block_diag(s), in memory column after column",
             linear=Linear.EACH, flops=flop_rules.blocks),
+    Operation("in_columns", 1, same, lambda a: a, "a in memory column after column, for a product that sums over them",
+              stage=IN_STEP, linear=Linear.TOGETHER, step_kernel="kernels.in_columns"),
     in_step("circulate_back", 2, _circulate_back_shape, _circulate_back, "g circulant(c)", linear=Linear.EACH,
             flops=flop_rules.circulate),
     in_step("circulate_dot", 3, lambda a, g, c: exactly(3, "a stack of first rows", c), _circulate_dot,
