@@ -8,7 +8,7 @@ what has no form in PEFT is said and nothing is written.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -28,11 +28,18 @@ from surgery.peft.table.method import Config
 from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import in_time, modules, named, names_there, parameters, resolved
 from surgery.peft.tensor_mapping import Place, Tensors
-from surgery.runtime.surgeon import Surgeon
+from surgery.planning.compile import Placed
+from surgery.planning.initial_values import departure
+from surgery.planning.initial_values import tensors as starts
+from surgery.runtime.step_tensors import SharedTensors
+from surgery.runtime.surgeon import Surgeon, adapter_of
 from surgery.text import listed
 
 # The fields of a configuration that choose modules; another writer's are kept where they still choose the same.
 _CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+
+# How far off W' may be for singular vectors that PEFT finds in float32, where the next singular value is a close one.
+_ROUNDED = 1e-4
 
 
 @dataclass(frozen=True)
@@ -130,9 +137,10 @@ def _own(surgeon: Surgeon, like: Config) -> _Form | None:
 def _tensors(surgeon: Surgeon, matched: Match, config: Config) -> dict[str, Tensor] | None:
     """The tensors of all modules by PEFT's names; None where what they share, or draw again, would not be ours."""
     try:
-        taken = [_taken(surgeon, matched, config, number) for number in range(len(matched.methods))]
+        with surgeon.disabled():
+            taken = [_taken(surgeon, matched, config, number) for number in range(len(matched.methods))]
         again = drawn_again(taken)
-    except KeyError:  # a seed that no configuration says
+    except (KeyError, _AnotherWeight):  # a seed that no configuration says
         return None
     if not _still(matched, config, taken):
         return None
@@ -148,14 +156,39 @@ def _tensors(surgeon: Surgeon, matched: Match, config: Config) -> dict[str, Tens
     return {**shared, **{f"{each.holder}.{n}": t for each, own in zip(taken, kept) for n, t in own.items()}}
 
 
+class _AnotherWeight(Exception):
+    """PEFT works something out from W otherwise than we do, and would get another W' of it."""
+
+
 def _taken(surgeon: Surgeon, matched: Match, config: Config, number: int) -> Taken:
-    site = surgeon.plan.placed[number].site
+    """Raises: _AnotherWeight."""
+    placed = surgeon.plan.placed[number]
+    site = placed.site
     (name, method), place = [*matched.methods.items()][number], Place.of(site, number)
     here = at(config, method, name)
-    ours = {key: t.detach() for key, t in surgeon.adapters[site.name].values().items()}
+    ours: Tensors = {key: t.detach() for key, t in surgeon.adapters[site.name].values().items()}
+    if method.rebased is not None:
+        ours = _rebased(surgeon, placed, method.rebased, ours)
     holder = matched.parameters.get(name, name)
     return Taken(name, site.name, holder, site.weight_name, method, place, here,
                  method.map(here, place).to_peft(ours, place))
+
+
+@torch.no_grad()
+def _rebased(surgeon: Surgeon, placed: Placed, rebased: Callable[[Tensors, Tensors], Tensors],
+             ours: Tensors) -> Tensors:
+    """Ours where PEFT's singular vectors of W, which it finds in float32 and does not save, stand in the place of ours.
+    Raises: _AnotherWeight, if that is another W': vectors of equal singular values may be turned among each other."""
+    adapter = surgeon.adapters[placed.site.name]
+    made = starts(placed, surgeon.seed, torch.float32, {}, wide=False)
+    frozen = {leaf.key: made[leaf.key].detach() for leaf in placed.formula.leaves if leaf.frozen}
+    trained = {**adapter.tensors(), **rebased(ours, frozen)}
+    for key in made.keys() - frozen.keys():
+        made[key].data = trained[key].detach().clone()
+    theirs, module = adapter_of(placed, made, SharedTensors()), placed.site.module
+    if not departure(adapter.weights(module)[0], theirs.weights(module)[0]) <= _ROUNDED:
+        raise _AnotherWeight
+    return {key: tensor.detach() for key, tensor in theirs.values().items()}
 
 
 def _still(matched: Match, config: Config, taken: Sequence[Taken]) -> bool:
@@ -187,6 +220,10 @@ def _shared(taken: Sequence[Taken]) -> dict[str, Tensor]:
 def _whole(surgeon: Surgeon) -> _Form:
     """A surgery that only trains: PEFT's form for modules that are trained as a whole."""
     method = next(m for m in METHODS if WHOLE in m.tensors)
+    if not surgeon.plan.train:
+        model = type(surgeon.model).__name__
+        raise fail("no-peft-form", f"the surgery operates on nothing of this {model}, and trains nothing",
+                   helps=("`surgery plan` says what its patterns match",))
     owners = list(dict.fromkeys(name.rpartition(".")[0] for name in surgeon.plan.train))
     state, tensors = surgeon.state(), {}
     for owner in owners:

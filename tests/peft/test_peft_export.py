@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,40 @@ def test_a_method_is_told_by_its_formula_and_not_by_its_parameters(tmp_path: Pat
     assert found.rank is None and error <= SAME
     assert (config["r"], config["lora_alpha"]) == (3, 4)
     assert set(config["rank_pattern"].values()) == {4} and set(config["alpha_pattern"].values()) == {5}
+
+
+def turned(model: nn.Module, names: str) -> Surgeon:
+    """PSOFT on some layers, what it trains moved."""
+    surgeon = surgery.apply(model, surgery.load("psoft", rank=6).retarget(names))
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in surgeon.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=draw)
+    return surgeon
+
+
+def test_a_rotation_between_singular_vectors_is_written_for_those_that_peft_finds(tmp_path: Path) -> None:
+    """PEFT decomposes W in float32 and saves none of it, we in float64: the signs of the vectors differ."""
+    demo = Demo("llama")
+    surgeon = turned(demo.model(), "**.{q,k,down}_proj")
+    found, error = through_peft(demo, surgeon, tmp_path / "own")
+    assert found.peft_type == "PSOFT" and error <= 1e-5 < 0.02 < apart(demo.says(surgeon.model), demo.plain)
+    # of equal singular values the vectors are anyone's, and a rotation between ours is none between PEFT's
+    base = surgeon.remove()
+    with torch.no_grad():
+        for layer in base.model.layers:
+            nn.init.orthogonal_(layer.self_attn.q_proj.weight)
+    demo.model = lambda: deepcopy(base)
+    found, error = through_peft(demo, turned(demo.model(), "**.q_proj"), tmp_path / "lora")
+    assert (found.peft_type, found.rank, found.exact) == ("LORA", 6, True) and error <= SAME
+
+
+def test_a_surgery_that_does_nothing_is_no_adapter_of_pefts(tmp_path: Path) -> None:
+    """PEFT refuses a configuration without modules."""
+    with pytest.warns(surgery.SurgeryWarning, match="dead-name"):
+        surgeon = surgery.apply(Demo("llama").model(), "bitfit")
+    with pytest.raises(SurgeryError, match="no-peft-form.*trains nothing"):
+        surgery.export_peft(surgeon, tmp_path / "out")
 
 
 # -------------------------------------------------------------------------------------------------- trained beside it

@@ -15,7 +15,7 @@ from layers import assert_close
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_cases import CONFIGS, EXACT, SINGLE, WRONG_IN_PEFT, cases
 from peft_differences import DIFFERENCES
-from peft_pair import LAYERS, One, Pair, adapted, compare, full, pair, perturb, place_of, resolve, run
+from peft_pair import LAYERS, One, Pair, adapted, compare, full, pair, perturb, place_of, resolve, run, spec_of
 from peft_table import PAGE, README, SPEED, costs, peers
 from torch import nn
 
@@ -163,6 +163,16 @@ def _same_training(mine: nn.Module, theirs: nn.Module, x: torch.Tensor, names: d
     assert own.keys() == {*names.values(), "x"}
     for name, gradient in given.items():
         assert_close(own[names.get(name, name)], gradient, EXACT, name)
+
+
+def test_what_peft_works_out_from_the_weight_is_said_by_the_row():
+    """A frozen tensor that PEFT neither saves nor draws again it makes of W, and not as we do to the sign."""
+    for method, layer, config in {method.name: (method, layer, config) for method, layer, config in cases()}.values():
+        here = resolve(method, full(method, config))
+        (placed,) = compile(One(layer.build()), spec_of(method, here, layer.build())).placed
+        frozen = {leaf.key for leaf in placed.formula.leaves if leaf.frozen}
+        mapped = {key for pair in method.map(here, layer.place).pairs for key in pair.ours}
+        assert frozen <= mapped or method.rewrites or method.rebased, f"{method.name}: {frozen - mapped}"
 
 
 def test_the_tables_have_a_line_for_every_method():

@@ -84,9 +84,10 @@ class Method:
 
     `again`: the tensors of each module (in the model's order) that PEFT draws again from a seed rather than saves;
     `shared`: the shapes of the tensors that PEFT keeps once and of which no one module may need the whole; `derived`:
-    those that it saves and, where they are missing, works out from the frozen weight; `rewrites`: whether
-    PEFT takes what the adapter starts as off the frozen weight; `needs_cuda`: whether PEFT does another method where
-    there is none.
+    those that it saves and, where they are missing, works out from the frozen weight; `rebased`: what our trained
+    tensors are where those that PEFT works out from the frozen weight and never saves stand in the place of ours, given
+    both; `rewrites`: whether PEFT takes what the adapter starts as off the frozen weight; `needs_cuda`: whether PEFT
+    does another method where there is none.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Method:
     again: Callable[[Config, Sequence[Place]], Sequence[Tensors]] = lambda config, places: [{} for _ in places]
     shared: Callable[[Config, Sequence[Place]], Mapping[str, tuple[int, ...]]] = lambda config, places: {}
     derived: tuple[str, ...] = ()
+    rebased: Callable[[Tensors, Tensors], Tensors] | None = None
     rewrites: bool = False
     needs_cuda: bool = False
 

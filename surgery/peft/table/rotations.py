@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed
 from surgery.peft.tensor_mapping import (
@@ -19,6 +20,7 @@ from surgery.peft.tensor_mapping import (
     SKEW_TURNED,
     Pairs,
     Place,
+    Tensors,
     View,
     pairs,
 )
@@ -223,10 +225,21 @@ ROAD_ROWS = (
 _PSOFT = Family("PSOFT", "PsoftConfig", {
     "ab_svd_init": ("psoft_init", None), "psoft_svd": ("full", None), "use_cayley_neumann": OFF,
     **{switch: (True,) for switch in ("psoft_orth", "psoft_mag_a", "psoft_mag_b")}})
+
+
+
+def _in_pefts_basis(ours: Tensors, theirs: Tensors) -> dict[str, Tensor]:
+    """The rotation between singular vectors of other signs: D R D, which K ↦ D K D is of what R is made of."""
+    key = "add_subspace_rotation.{}".format
+    signs = (ours[key("A")] * theirs[key("A")].to(ours[key("A")])).sum(1).sign()
+    return {key("Q"): signs[:, None] * ours[key("Q")] * signs}
+
+
 PSOFT_ROWS = (
     Method("psoft", _PSOFT, "psoft", Renamed({"rank": "r", "dropout": "psoft_dropout"}), {"linear": pairs(
         ("psoft_R.weight", "add_subspace_rotation.Q", SKEW_OF_ONE),
-        ("psoft_R.vector_a", "add_subspace_rotation.a", SAME), ("psoft_R.vector_b", "add_subspace_rotation.b", SAME))}),
+        ("psoft_R.vector_a", "add_subspace_rotation.a", SAME), ("psoft_R.vector_b", "add_subspace_rotation.b", SAME))},
+           rebased=_in_pefts_basis),
 )
 
 ROTATIONS: tuple[Method, ...] = (*OFT_ROWS, *HRA_ROWS, *ROAD_ROWS, *PSOFT_ROWS)
