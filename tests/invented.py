@@ -70,6 +70,15 @@ INVENTED = {
     "one choice of columns for two steps": (
         "update own() {\n frozen shared(module) param at[2] ~ sample(of = in)\n param C[out, 2] = 0\n"
         " return C @ rows(I(in), at)\n}", "add own()  add own()"),
+    "few entries, turned and under a magnitude": (
+        "update own() {\n frozen param at[2] ~ integers(below = out * in)\n param v[2] = 0\n"
+        " param C[in, 1] ~ normal()\n param D[in, 1] = C\n"
+        " return scatter(v, at, out, in) @ cayley(skew(C @ D.T))\n}", f"{LOW_RANK}  add own()  post magnitude()"),
+    "a few entries of I and more, on the inputs": _transform(
+        "frozen param at[2] ~ sample(of = n * n)\n param v[2] = 0\n return I(n) + 2 * scatter(v, at, n, n).T",
+        f"pre own() on in  {LOW_RANK}  post own()"),
+    "a low-rank update at the largest entries alone": _update(
+        f"{FACTORS}\n frozen param at[2] = top(abs(W), 2)\n return scatter(ones(2), at, out, in) * (B @ A)"),
     # functions of matrices
     "an exponential series": _transform("param P[n, 1] ~ normal(std = 0.1)\n param Q[n, 1] = P\n"
                                         " let K = skew(P @ Q.T)\n"

@@ -324,7 +324,8 @@ def top_softmax(a, k):
 
 def on_numbers(plain, entrywise):
     """A function of compile-time numbers, and of the entries of tensors."""
-    return lambda *xs: entrywise(*xs) if any(map(is_tensor, xs)) else plain(*xs)
+    return lambda *xs: (entrywise(*(float(x) if isinstance(x, Fraction) else x for x in xs))
+                        if any(map(is_tensor, xs)) else plain(*xs))
 
 
 def divisor(n, most=None):

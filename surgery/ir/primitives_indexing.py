@@ -298,6 +298,12 @@ ROWS = [
     Operation("row_top", 1, _row_top_shape, _row_top,
               "the places of the k largest entries of each row: [m, n] -> [m k]", sizes=("k",), whole=True,
               into=lambda node: node.args[0].shape, stops_gradient=True),
+    Operation("row_of", 1, lambda sizes, places: _listed(places), lambda sizes, places: places // sizes[1],
+              "the rows of places in a matrix [m, n]", stage=CORE, sizes=("m", "n"), places=(0,), whole=True,
+              into=lambda node: node.data[:1], stops_gradient=True),
+    Operation("column_of", 1, lambda sizes, places: _listed(places), lambda sizes, places: places % sizes[1],
+              "the columns of places in a matrix [m, n]", stage=CORE, sizes=("m", "n"), places=(0,), whole=True,
+              into=lambda node: node.data[1:], stops_gradient=True),
     # Of a start alone, which is computed once and in float64: the dtype of a program may not hold them.
     Operation("numbers", 1, _listed, None, "the places as numbers, in what a parameter starts at", stage=OF_A_SPEC,
               places=(0,), evaluate=lambda node, args, leaves: args[0].to(leaves["weight"].dtype),

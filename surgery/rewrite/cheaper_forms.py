@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial, reduce
 from math import prod
 
-from surgery.ir.builders import every, eye, scaled, selection, summands, times, total, value_of
+from surgery.ir.builders import every, eye, fill, scaled, selection, summands, times, total, value_of
 from surgery.ir.expression import Exhausted, Expr, Shape, at_most, walk
 from surgery.ir.operations import make
 from surgery.ir.sizes import Dim, known
@@ -253,6 +253,44 @@ def _unstacked(blocks: Expr, shape: Shape) -> Expr | None:
     return make("diag", make("reshape", blocks.args[0], data=shape[:1])) if blocks.op == "diag" else None
 
 
+def _few_places(node: Expr) -> Expr | None:
+    """In a product or a sum, a matrix of zeros but at no more places than it has rows and columns: it reads columns and
+    adds to columns."""
+    changed = tuple(_one_by_one(a) for a in node.args)
+    return None if changed == node.args else make(node.op, *changed)
+
+
+def _one_by_one(term: Expr) -> Expr:
+    scalar, rest = scaled(term)
+    sparse = rest.args[0] if rest.op == "T" else rest
+    if sparse.op != "scatter" or not is_thin(sparse.args[0].shape[0], *(2 * side for side in sparse.shape)):
+        return term
+    values, places = sparse.args
+    rows, columns = (make("columns", eye((side, side)), make(of, places, data=sparse.shape))
+                     for of, side in zip(("row_of", "column_of"), sparse.shape))
+    first, last = (columns, rows) if sparse is not rest else (rows, columns)
+    return make("matmul", first, make("matmul", make("diag", values if scalar is None else times(scalar, values)),
+                                      make("T", last)))
+
+
+def _at_places(node: Expr) -> Expr | None:
+    for x, sparse in (node.args, node.args[::-1]):
+        if sparse.op == "scatter" and x.shape == sparse.shape:
+            values, places = sparse.args
+            return make("scatter", make("mul", values, make("take", x, places)), places, data=sparse.data)
+    return None
+
+
+def _entries_of_a_product(node: Expr) -> Expr | None:
+    inner, places = node.args
+    if inner.op != "matmul" or any(len(a.shape) != 2 for a in inner.args) or isinstance(inner.args[1].shape[0], Dim):
+        return None
+    (x, y), (count,) = inner.args, node.shape
+    entries = make("mul", make("columns", make("T", x), make("row_of", places, data=inner.shape)),
+                   make("columns", y, make("column_of", places, data=inner.shape)))
+    return make("reshape", make("matmul", fill(1, (1, y.shape[0])), entries), data=(count,))
+
+
 def _hadamard(node: Expr) -> Expr | None:
     pair = factors(node) if len(node.shape) == 2 and all(len(a.shape) == 2 for a in node.args) else None
     return pair and make("matmul", *pair)
@@ -321,6 +359,12 @@ CHEAP = (
          "block_diag(reshape(p, 2, 6, 1)) @ block_diag(reshape(q, 2, 1, 6))"),
     Rule("(I + U V) (I + P Q) = I + [U, P] [V + (V P) Q; Q]", "matmul", _turn_pair,
          "reflect(P) @ cayley(P @ Q.T - Q @ P.T)"),
+    *(Rule("scatter(v, places) = [e_i, ...] diag(v) [e_j, ...]ᵀ for few places, the rows i and the columns j", op,
+           _few_places, f"2 * scatter(take(d, range(3, 5)), range(40, 42), n, n) {sign} A")
+      for op, sign in (("matmul", "@"), ("add", "+"))),
+    Rule("x * scatter(v, places) = scatter(v take(x, places), places)", "mul", _at_places, "W * scatter(d, at, n, n)"),
+    Rule("take(x y, places) = the sums of x_i y_j, the rows i of x and the columns j of y", "take",
+         _entries_of_a_product, "take(P @ Q.T, at)"),
     Rule("(U V) * (P Q) = face(U, P) face(Vᵀ, Qᵀ)ᵀ", "mul", _hadamard, "(p @ q.T) * (q @ p.T)"),
     Rule("top_softmax(x) y = the rows of y at the places of the largest, mixed", "matmul", _mixed_rows,
          "top_softmax(A, 2) @ B"),

@@ -48,6 +48,21 @@ def test_columns_of_a_called_weight_are_its_images():
     assert best(body).reads_weight and not best(body, CALLED).reads_weight
 
 
+@pytest.mark.parametrize("body", [
+    "return scatter(v, at, out, in)", "return 2 * scatter(v, at, in, out).T", "return W * scatter(v, at, out, in)",
+    "frozen param C[out, out] ~ normal() return C @ scatter(v, at, out, in)",
+    "param A[4, in] ~ normal() return scatter(v, at, out, in) * (ones(out, 4) @ A)"])
+def test_few_entries_are_no_matrix(body):
+    plan = best(f"frozen param at[100] ~ sample(of = out * in) param v[100] = 0 {body}")
+    text = program_text(plan)
+    assert plan.strategy != "built weight" and "row_of(" in text and "scatter(" not in text
+
+
+def test_many_entries_are_one():
+    plan = best("frozen param at[513] ~ sample(of = out * in) param v[513] = 0 return scatter(v, at, out, in)")
+    assert plan.strategy == "built weight" and "row_of(" not in program_text(plan)
+
+
 def test_a_number_is_the_first_so_many():
     first = formula("param C[out, 4] = 0 return C @ rows(I(in), 4)")
     for same in ("range(0, 4)", "indices(4)"):
