@@ -262,14 +262,11 @@ def _drop_bias(copy: nn.Module, accepted: torch.dtype) -> None:
     """Make the bias of a copy zero: a layer that computes in two bytes rounds W m + b as its bias is, and beside a
     large one (of hundreds in the keys of some models) little of W is left. Where the layer adds a bias that it keeps
     elsewhere, the copy stays as it is."""
-    held = next((own for own in (copy._parameters, copy._buffers) if own.get("bias") is not None), None)
-    if held is None:
+    held: dict[str, Any] = copy._parameters if copy._parameters.get("bias") is not None else copy._buffers
+    if (before := held.get("bias")) is None:
         return
-    before = held["bias"]
-    assert before is not None  # which is what it was chosen for
-    held["bias"] = torch.zeros_like(before, requires_grad=False)
-    if "bias" in copy._parameters:
-        held["bias"] = nn.Parameter(held["bias"], requires_grad=False)
+    zeros = torch.zeros_like(before, requires_grad=False)
+    held["bias"] = nn.Parameter(zeros, requires_grad=False) if held is copy._parameters else zeros
     nothing = torch.zeros(1, said_sides(copy)[1], dtype=accepted, device=device(copy))
     if forward_of(copy)(asking(nothing)).any():  # what is not a number counts, too
         held["bias"] = before
