@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, mse_loss, pad
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -127,6 +127,15 @@ class Lesson:
     cut: int = 0
     loss: Callable[..., torch.Tensor] | None = None  # as the Trainer has it; None: the model's own
 
+    @property
+    def blank(self) -> Any:
+        """An item of which nothing is learned."""
+        item = min(self.items, key=lambda item: len(item["input_ids"]))
+        labels = item["labels"]
+        if isinstance(labels, list):
+            return {**item, "labels": [READ] * len(labels)}
+        return {**item, "labels": READ if isinstance(labels, int) else float("nan")}
+
     def longest(self, batch: int) -> dict[str, torch.Tensor]:
         """The longest items as one batch: the most that a step can take."""
         return dict(self.collator(sorted(self.items, key=lambda item: -len(item["input_ids"]))[:batch]))
@@ -187,9 +196,16 @@ def headed_loss(has_classes: bool, outputs: Any, labels: torch.Tensor,
                 num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
     """The cross entropy, or squared error, of these texts as their part of the mean over the `num_items_in_batch` of a
     step. A model's own loss is a mean over one batch, whose sum over the batches of a step the Trainer takes."""
-    logits = outputs["logits"].float()
-    mean = cross_entropy(logits, labels) if has_classes else mse_loss(logits.squeeze(-1), labels)
-    return mean if num_items_in_batch is None else mean * (len(labels) / num_items_in_batch)
+    logits, known = outputs["logits"].float(), _known(labels)
+    count = known.sum() if num_items_in_batch is None else num_items_in_batch
+    if has_classes:
+        return cross_entropy(logits, labels, ignore_index=READ, reduction="sum") / count
+    return (logits.squeeze(-1) - labels)[known].square().sum() / count
+
+
+def _known(labels: torch.Tensor) -> torch.Tensor:
+    """Which of the labels of texts with a head are learned: those of blank items are not."""
+    return ~labels.isnan() if labels.is_floating_point() else labels != READ
 
 
 def token_loss(outputs: Any, labels: torch.Tensor,
@@ -218,36 +234,40 @@ def routed_loss(weight: float, outputs: Any, labels: torch.Tensor,
 class Order(Sampler):
     """The order of items in each epoch: random, and of like length in a step of `size` items. `epoch` tells which one
     begins. It rests on the seed and the epoch alone: drawn from torch's own numbers, as the Trainer draws it, it would
-    rest on how many of them dropout took before, which differs by method and is not there where a run goes on."""
+    rest on how many of them dropout took before, which differs by method and is not there where a run goes on. `blanks`
+    stand behind the items, in each epoch too."""
 
-    def __init__(self, lengths: Sequence[int], size: int, seed: int, epoch: Callable[[], int]):
-        self.lengths, self.size, self.seed, self.epoch = list(lengths), size, seed, epoch
+    def __init__(self, lengths: Sequence[int], size: int, seed: int, epoch: Callable[[], int], blanks: int = 0):
+        self.lengths, self.size, self.seed, self.epoch, self.blanks = list(lengths), size, seed, epoch, blanks
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.blanks
 
     def __iter__(self) -> Iterator[int]:
         draw = torch.Generator().manual_seed(self.seed)
         for _ in range(self.epoch()):  # seeds that follow one another must not share orders
-            torch.randperm(len(self), generator=draw)
-        return iter(get_length_grouped_indices(self.lengths, self.size, generator=draw))
+            torch.randperm(len(self.lengths), generator=draw)
+        yield from get_length_grouped_indices(self.lengths, self.size, generator=draw)
+        yield from range(len(self.lengths), len(self))
 
 
 class OrderedTrainer(Trainer):
     """A Trainer whose steps learn the same items however many processes share them out, whatever else draws random
-    numbers, and where a run goes on."""
+    numbers, and where a run goes on. The last of its items are `blanks`."""
+
+    blanks = 0
 
     def _get_train_sampler(self, *arguments: Any, **more: Any) -> Any:
         # By itself it orders items by length for the batch of one process, of which there are several in a step.
         args, items = self.args, cast(Sequence[Any], self.train_dataset)
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         # an epoch begins where the last one ended, which is a whole number, or in its midst where a run goes on
-        return Order([len(item["input_ids"]) for item in items], step, args.seed, lambda: int(self.state.epoch or 0))
+        lengths = [len(item["input_ids"]) for item in items[: len(items) - self.blanks]]
+        return Order(lengths, step, args.seed, lambda: int(self.state.epoch or 0), self.blanks)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        # Every label of a text with a head is learned. By itself it counts none of -100, which a number to regress on
-        # may be.
-        counted = [{"labels": torch.zeros_like(each["labels"])} if each["labels"].ndim == 1 else each
+        # By itself it counts no label of -100, which a number to regress on may be.
+        counted = [{"labels": torch.where(_known(each["labels"]), 0, READ)} if each["labels"].ndim == 1 else each
                    for each in batch_samples]
         return super()._get_num_items_in_batch(counted, device)
 
@@ -256,8 +276,14 @@ def trainer_of(model: PreTrainedModel, lesson: Lesson, arguments: Any, kind: Any
     """The Trainer of transformers, or another `kind` of it, that prints nothing by itself."""
     from transformers import PrinterCallback
 
-    trainer = (kind or OrderedTrainer)(model, arguments, train_dataset=lesson.items, data_collator=lesson.collator,
+    # Several processes have whole batches: what is missing of the last ones is filled with items that were learned
+    # already, unless blank ones stand there.
+    processes = arguments.world_size
+    blanks = -len(lesson.items) % (arguments.train_batch_size * processes) if processes > 1 else 0
+    items = [*lesson.items, *[lesson.blank] * blanks]
+    trainer = (kind or OrderedTrainer)(model, arguments, train_dataset=items, data_collator=lesson.collator,
                                        compute_loss_func=lesson.loss, **more)
+    trainer.blanks = blanks
     trainer.remove_callback(PrinterCallback)  # which prints on stdout, where results are
     return trainer
 

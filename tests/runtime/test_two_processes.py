@@ -46,8 +46,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     config = Path(save_model(folder / "bert")) / "config.json"  # without dropout, which each process draws for itself
     config.write_text(config.read_text().replace('_prob": 0.1', '_prob": 0.0'))
     # of many lengths, so that batches hold unlike numbers of tokens
-    (folder / "choices.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions(24)))
-    labelled = [f"{text}\t{'yes' if 'a' in text else 'no'}" for text in texts(24)]
+    (folder / "choices.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions(27)))
+    labelled = [f"{text}\t{'yes' if 'a' in text else 'no'}" for text in texts(27)]
     (folder / "texts.tsv").write_text("\n".join(["text\tlabel", *labelled]))
     forked.run(lambda: run(folder))
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
@@ -185,7 +185,7 @@ def test_surgery_train_on_two_processes_has_the_losses_of_one(name: str, seen: S
     """Averaged over tokens, of which the two have unlike numbers, and over texts; the same adapter comes out, and one of
     the two tells of it."""
     alone, said = fine_tuned(name, seen[0], LEARN.batch, f"{name} of one")
-    assert len(alone) == 12 and max(alone) - min(alone) > 0.01
+    assert len(alone) == 14 and max(alone) - min(alone) > 0.01
     for process in seen[1]:
         assert process[f"{name} learned"]["losses"] == pytest.approx(alone, abs=1e-4)
     first, second = (process[f"{name} learned"]["said"] for process in seen[1])
