@@ -297,7 +297,7 @@ class Comparison:
         if len(known) < len(scores):  # it diverged: there is no score of it, and no update to look at
             return Run(asked, None, None, trained, {}, *costs, weights=self._weights)
         validation, *found = ({name: mean.value for name, mean in each.items()} for each in known)
-        names, spectra = [test.name for test in tests], self._spectra(surgeon, model)
+        names, spectra = [test.name for test in tests], self._spectra(surgeon, model, setting.seed)
         errors = [next(iter(each.values())).error for each in known[1:]]
         return Run(asked, validation, dict(zip(names, found)), trained, _means(spectra.rows), *costs,
                    dict(zip(names, errors)), layers_of(spectra), self._weights)
@@ -329,12 +329,12 @@ class Comparison:
                 raise
             return None  # outputs that are not finite
 
-    def _spectra(self, surgeon: Surgeon | None, model: PreTrainedModel) -> Spectra:
+    def _spectra(self, surgeon: Surgeon | None, model: PreTrainedModel, seed: int) -> Spectra:
         """Those of ΔW. Full fine-tuning changes everything: it is measured where the specs operate, or means would not
-        compare."""
+        compare; from what it began with, since a layer that the checkpoint lacks (a pooler) is drawn by the seed."""
         if surgeon is not None:
             return spectrum(surgeon, top=0, condition=True)
-        changed = of_models(pairs(Weights(self.load(0)), Weights(model)))
+        changed = of_models(pairs(Weights(self.load(seed)), Weights(model)))
         return gathered([each for each in changed if each.name in self._operated], top=0, condition=True)
 
     @cached_property

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from small_text import Deadly, Forked, questions, save_causal, save_model, texts, words
-from transformers import TrainingArguments
+from transformers import BertModel, TrainingArguments
 
 import surgery
 from surgery.cli.compare import RATES, _by_method, _methods, _swept
@@ -93,6 +93,17 @@ def test_the_spectra_of_each_layer_are_kept(model: str, monkeypatch) -> None:
             assert layer.figures == {name: means[name] for name in FIGURES} and means["condition_number"] > 1
             assert layer.places[0] == 1 and 0 < sum(layer.shares) <= 1 + 1e-9
         assert len(seen[-1].rows) == 13 and run.update["entropy"] == seen[-1].total.means["entropy"]
+
+
+def test_full_fine_tuning_is_measured_from_what_it_began_with(tmp_path: Path) -> None:
+    """With another pooler for each seed, where the checkpoint has none: at a rate of nearly 0 nothing moves."""
+    model, bare = BertModel.from_pretrained(save_model(tmp_path), add_pooling_layer=False), tmp_path / "bare"
+    model.save_pretrained(bare)
+    words().save_pretrained(bare)
+    whole = comparison(str(bare), "full", "lora", rates=(1e-4,), seeds=2)
+    runs = [whole.perform(each) for each in whole.asked() if each["method"] == "full"]
+    sizes = [run.update["relative_size"] for run in runs]
+    assert len(sizes) == 2 and all(0 < size < 0.01 for size in sizes)
 
 
 def test_the_same_run_is_the_same_again(model: str) -> None:
