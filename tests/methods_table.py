@@ -58,7 +58,7 @@ NOT_SHIPPED = """## What does not ship
 | LoSiA ([arXiv 2507.04487](https://arxiv.org/abs/2507.04487)), SMT ([arXiv 2405.15525](https://arxiv.org/abs/2405.15525)) | they choose what they train again during training; what is chosen once can be said (`tests/methods`) |
 | AdaLoRA, DyLoRA, ReLoRA, GaLore | schedules and budgets over a training, which are no W' |
 | mixtures of adapters, bottleneck adapters, prompts | what they do depends on the input beyond a product with W' |
-| Quantum-PEFT with Pauli matrices ([arXiv 2503.05431](https://arxiv.org/abs/2503.05431)) | a product of log₂ n gates, n being a layer's own size: a definition has a fixed number of factors; with the exponential map it is `tests/methods/quantum_peft.surg` |
+| Quantum-PEFT ([arXiv 2503.05431](https://arxiv.org/abs/2503.05431)) | no code of its authors' was found to compare its gates with; from memory it is `tests/methods/quantum_pauli.surg`, with the exponential map `quantum_peft.surg` |
 | SingLoRA ([arXiv 2507.05566](https://arxiv.org/abs/2507.05566)) | W' = W + s u A Aᵀ, where u grows from 0 with the steps of the training |
 | PVeRA ([arXiv 2512.07703](https://arxiv.org/abs/2512.07703)), DenseLoRA ([arXiv 2505.23808](https://arxiv.org/abs/2505.23808)) | what is drawn, or passes a nonlinearity, is of the input |
 | LoftQ, QLoRA-like starts at what rounding loses | there is no rounding in the language |

@@ -333,6 +333,7 @@ PAPERS = (
            "code: TracyGuo2001/NLoRA", shifted=True, shipped={"rank": 3, "alpha": 6}),
     _paper("nola", _of("add_random_basis", _nola), lambda m, n: 10, "code: UCDvision/NOLA",
            shipped={"rank": 3, "alpha": 6, "count": 5}),
+    _paper("one_lora", lambda w, p: w + p["add_summed", "b"].expand(w.shape), lambda m, n: m, "a summary of the paper"),
     _paper("oft_shared", _oft_shared, lambda m, n: (n // 3)**2 + m, "code: MaeChd/SORA", claims=2,
            shipped={"blocks": 3}),
     _paper("oplora", _of("add_projected", _oplora), lambda m, n: 3 * (m + n), "the paper's abstract",

@@ -437,6 +437,19 @@ class Reading:
         return found
 
     def instance(self, definition: Definition, prefix: str, scope: dict, tensors, starts):
+        calls: dict[str, int] = {}
+
+        def called(name: str, given: list):
+            """What another definition returns, with tensors of its own for each call."""
+            calls[name] = calls.get(name, 0) + 1
+            inner = self.definitions[name]
+            sides = {inner.side: self.value(dict(given).get(inner.side, ("name", definition.side)), scope)} if inner.side else {}
+            arguments = self.arguments(inner, [(n, e) for n, e in given if n is None or n not in sides], scope)
+            outer = {each: scope[each] for each in ("out", "in", "W", "b") if each in scope}
+            return self.instance(inner, f"{prefix}-{name}" + f"_{calls[name]}" * (calls[name] > 1),
+                                 {**outer, **sides, **arguments}, tensors, starts)
+
+        scope["()"] = called
         self.read(definition.body, prefix, scope, tensors, starts, {})
         return self.value(definition.result, scope)
 
@@ -472,6 +485,8 @@ class Reading:
             return self.value(parts[1 if self.value(parts[0], scope) else 2], scope)
         if kind == "rows":
             return np.array([[float(self.value(e, scope)) for _, e in row] for row in parts[0]])
+        if kind == "call" and parts[0] not in FUNCTIONS and parts[0] != "detach":
+            return scope["()"](*parts)
         if kind == "call":
             values = [self.value(e, scope) for _, e in parts[1]]
             return self.constant(values[0]) if parts[0] == "detach" else FUNCTIONS[parts[0]](*values)

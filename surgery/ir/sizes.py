@@ -166,6 +166,17 @@ def power(base: Number, exponent: Number) -> Number:
     return tidy(Fraction(base) ** exponent)
 
 
+def open_power(base: Size | float, exponent: Size | float) -> Size:
+    """base^exponent where one of them is unknown. Of a whole base and a sum of unknowns it is a product of the powers
+    of each, so that pow(2, i + 1) is 2 pow(2, i) whatever i is."""
+    terms = dict(_terms(exponent))
+    if not isinstance(base, int) or base < 1 or any(c.denominator > 1 for c in terms.values()):
+        return symbol(f"pow({base}, {exponent})")
+    constant = power(base, int(terms.pop((), Fraction(0))))
+    parts = {f"pow({base}, {_monomial_text(monomial, Fraction(1))})": int(c) for monomial, c in terms.items()}
+    return _collect([(tuple(sorted(parts.items())), Fraction(constant))])
+
+
 def tidy(value: _Value) -> _Value | int:
     """A whole Fraction as an int, anything else as it is."""
     return int(value) if isinstance(value, Fraction) and value.denominator == 1 else value

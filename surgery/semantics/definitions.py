@@ -43,6 +43,7 @@ from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Body, Poisoned, 
 Tensor = TypeVar("Tensor", Param, Noise)
 CALLED = "called here"
 MOST_CALLS = 100  # of definitions in one another, in a step
+MOST_ROUNDS = 1000  # of every `for` in a step
 MOST_NESTED = 200  # expressions in one another, over all definitions that stand around a call
 
 @dataclass
@@ -62,7 +63,8 @@ class Instance:
     before: Sequence[Leaf] = ()  # of all that is there already: W of a later step and `common` read those too
     claims: list[Claim] = field(default_factory=list)
     around: tuple[Definition, ...] = ()
-    made: list[str] = field(default_factory=list)  # a name for each call and each round in the outermost definition
+    made: list[str] = field(default_factory=list)  # a name for each call in the outermost definition
+    rounds: list[int] = field(default_factory=list)  # a number for each, in the outermost definition
     tensors: dict[str, int] = field(default_factory=dict)  # how many there are so far by a name
     nested: int = 0  # expressions in one another, in all that is around it
 
@@ -122,10 +124,10 @@ class Instance:
     def _repeat_known(self, rounds: Rounds, numbers: range) -> None:
         before = len(self.report.errors)
         for number in numbers:
-            self.made.append(rounds.name)
-            if len(self.made) > MOST_CALLS:
-                raise fail("too-large", f"this makes more than {MOST_CALLS} rounds and calls of definitions",
-                           rounds.span, helps=("what is alike can be one parameter with an axis more",))
+            self.rounds.append(number)
+            if len(self.rounds) > MOST_ROUNDS:
+                raise fail("too-large", f"this makes more than {MOST_ROUNDS:,} rounds", rounds.span,
+                           helps=("what is alike can be one parameter with an axis more",))
             self.values[rounds.name] = number
             self._read(rounds.body)
             if len(self.report.errors) > before:
@@ -162,7 +164,7 @@ class Instance:
                   **({"b": self.values["b"]} if definition.bias else {})}
         inner = Instance(definition, f"{self.prefix}-{name}", values, faults, self.known, self.group,
                          common=self.common, before=[*self.before, *self.leaves],
-                         around=(*self.around, self.definition), made=self.made,
+                         around=(*self.around, self.definition), made=self.made, rounds=self.rounds,
                          nested=self._nested)
         result = inner.run()
         place = ((call.span, CALLED),) if call.span else ()

@@ -27,7 +27,7 @@ from surgery.ir.operations import (
     shape_text,
     undecided,
 )
-from surgery.ir.sizes import Dim, Size, divide, divisor, has_few_digits, is_real, log2, power, symbol, tidy
+from surgery.ir.sizes import Dim, Size, divide, divisor, has_few_digits, is_real, log2, open_power, power, symbol, tidy
 from surgery.language import tree
 from surgery.language.formatter import expression_text
 from surgery.language.well_formed import MAX_INT
@@ -355,7 +355,9 @@ def _at_compile_time(node: tree.Call, names: Mapping[str, Any]) -> Any:
     if node.function == "pow" and isinstance(given[0], Expr):
         return _tensor_power(node, given[0], _number(given[1], node.arguments[1].value, names))
     values = [read(value, a.value, names) for value, a in zip(given, node.arguments)]
-    return symbol(f"{node.function}({', '.join(map(str, values))})") if _open(*values) else function(*values)
+    if not _open(*values):
+        return function(*values)
+    return open_power(*values) if node.function == "pow" else symbol(f"{node.function}({', '.join(map(str, values))})")
 
 
 def _tensor_power(node: tree.Call, base: Expr, exponent: int | float | Fraction | Dim) -> Expr:

@@ -129,6 +129,14 @@ def test_a_bound_may_rest_on_a_size():
         formula(text, 24, 48)
 
 
+def test_a_power_of_an_unknown_sum_is_a_product():
+    """So that sizes agree before it is known how many rounds there are."""
+    text = ("transform own() on n { let U = I(n) for i in 0..log2(n) { param t = 1 "
+            "let U = kron(I(pow(2, i)), kron(t * I(2), I(n / pow(2, i + 1)))) @ U } return U } "
+            "target linear { pre own() on in }")
+    assert check(parse(text)) == [] and len(formula(text).leaves) == 4
+
+
 def test_what_comes_out_of_unknown_rounds_is_not_guessed():
     """Neither a number nor a shape, which each round may change."""
     text = ("update own() { let k = 1 let H = [[1]] for i in 0..log2(in) { let k = 2 * k let H = kron(H, [[1, 1], [1, -1]]) } "
@@ -169,7 +177,7 @@ def test_for_is_no_reserved_word():
     ("for i in 0..2 { param A = 0 } for j in 0..2 { param A = 0 }", "duplicate-name", "name `A` stands twice"),
     ("param A_2 = 0 for i in 0..2 { param A = 0 }", "duplicate-name", "`A` is called `A_2` in round 2"),
     ("for in in 0..2 { param A = 0 }", "duplicate-name", "`in` is the number of columns of W here"),
-    ("let R = W for i in 0..101 { let P = R }", "too-large", "more than 100 rounds and calls"),
+    ("let R = W for i in 0..1001 { let P = R }", "too-large", "more than 1,000 rounds"),
     ("let R = W for i in 0..90 { let R = R + R - R }", "too-large", "more than 100 operations"),
     ("let R = W for i in 0..3 { let R = R @ R }", "shape-mismatch", "the inner dimensions"),
     ("for i in 0..2 { }", "syntax", "a `for` needs at least one statement"),
