@@ -7,6 +7,7 @@ device, no copy of an activation.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -134,11 +135,19 @@ def circulate_dot(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
     p, q, b = c.shape
     if not g.numel():
         return torch.zeros_like(c)
-    left, right = _spectrum(g, p, b).conj(), _spectrum(a, q, b)
     if p == q == 1:  # numbers at each frequency
-        return torch.fft.irfft((left * right).sum(0, keepdim=True), n=b).to(c.dtype)
-    mixed = left.permute(2, 1, 0) @ right.permute(2, 0, 1)
+        return torch.fft.irfft((_spectrum(g, p, b).conj() * _spectrum(a, q, b)).sum(0, keepdim=True), n=b).to(c.dtype)
+    # on a CPU in parts, since spectra of all rows are new memory that takes longer to get than they do
+    mixed = reduce(torch.add, (_correlated(*part, c) for part in _parts(g, a)))
     return torch.fft.irfft(mixed.permute(1, 2, 0), n=b).to(c.dtype)
+
+
+def _correlated(g: Tensor, a: Tensor, c: Tensor) -> Tensor:
+    """The sum over rows of the spectra of g, conjugated, and of a at each frequency: [f, p, q]."""
+    left, right = _spectrum(g, c.shape[0], c.shape[2]).conj(), _spectrum(a, c.shape[1], c.shape[2])
+    left, right = left.permute(2, 1, 0), right.permute(2, 0, 1)
+    # what a product reads with strides it copies itself, in one thread
+    return left.resolve_conj().contiguous() @ right.contiguous() if on_cpu(g) else left @ right
 
 
 def _spectrum(a: Tensor, count: int, size: int) -> Tensor:

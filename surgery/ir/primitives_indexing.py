@@ -239,8 +239,10 @@ def _circulate(a: Any, c: Any) -> Any:
 
 def mixed_blocks(x: Any, k: Any) -> Any:
     """[t, q, f] and [p, q, f] to [t, p, f], a product of matrices at each frequency; of one block, of numbers, without
-    turning all of x."""
-    return x * k[:, 0] if x.shape[1] == 1 else (x.permute(2, 0, 1) @ k.permute(2, 1, 0)).permute(1, 2, 0)
+    turning all of x. (What a product reads with strides it copies itself, in one thread of a CPU.)"""
+    if x.shape[1] == 1:
+        return x * k[:, 0]
+    return (x.permute(2, 0, 1).contiguous() @ k.permute(2, 1, 0).contiguous()).permute(1, 2, 0)
 
 
 def _circulate_shape(a: Shape, c: Shape) -> Shape:
