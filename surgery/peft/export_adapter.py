@@ -186,7 +186,8 @@ def _rebased(surgeon: Surgeon, placed: Placed, rebased: Callable[[Tensors, Tenso
     for key in made.keys() - frozen.keys():
         made[key].data = trained[key].detach().clone()
     theirs, module = adapter_of(placed, made, SharedTensors()), placed.site.module
-    if not departure(adapter.weights(module)[0], theirs.weights(module)[0]) <= _ROUNDED:
+    rounded = max(_ROUNDED, torch.finfo(surgeon.dtype).eps)  # ours are held in the adapter's dtype
+    if not departure(adapter.weights(module)[0], theirs.weights(module)[0]) <= rounded:
         raise _AnotherWeight
     return {key: tensor.detach() for key, tensor in theirs.values().items()}
 

@@ -111,13 +111,13 @@ def test_a_method_is_told_by_its_formula_and_not_by_its_parameters(tmp_path: Pat
     assert set(config["rank_pattern"].values()) == {4} and set(config["alpha_pattern"].values()) == {5}
 
 
-def turned(model: nn.Module, names: str) -> Surgeon:
+def turned(model: nn.Module, names: str, dtype: torch.dtype = torch.float32) -> Surgeon:
     """PSOFT on some layers, what it trains moved."""
-    surgeon = surgery.apply(model, surgery.load("psoft", rank=6).retarget(names))
+    surgeon = surgery.apply(model, surgery.load("psoft", rank=6).retarget(names), dtype=dtype)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in surgeon.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=draw)
+            parameter += (0.2 * torch.randn(parameter.shape, generator=draw)).to(dtype)
     return surgeon
 
 
@@ -127,6 +127,9 @@ def test_a_rotation_between_singular_vectors_is_written_for_those_that_peft_find
     surgeon = turned(demo.model(), "**.{q,k,down}_proj")
     found, error = through_peft(demo, surgeon, tmp_path / "own")
     assert found.peft_type == "PSOFT" and error <= 1e-5 < 0.02 < apart(demo.says(surgeon.model), demo.plain)
+    narrow = turned(demo.model(), "**.q_proj", torch.bfloat16)
+    found, error = through_peft(demo, narrow, tmp_path / "narrow")
+    assert found.peft_type == "PSOFT" and error <= torch.finfo(torch.bfloat16).eps / 4
     # of equal singular values the vectors are anyone's, and a rotation between ours is none between PEFT's
     base = surgeon.remove()
     with torch.no_grad():
