@@ -42,10 +42,11 @@ from surgery.extras import need
 from surgery.language.library import inlined, load
 from surgery.language.tree import Spec
 from surgery.models.loading import load as load_model
-from surgery.models.loading import load_with_head, tokenizer
+from surgery.models.loading import load_with_drawn, tokenizer
 from surgery.runtime.atomic_folders import refuse_taken, refuse_unwritable, replacing_file
 from surgery.runtime.saved_format import ADAPTER, Saved
 from surgery.runtime.surgeon import Surgeon
+from surgery.text import listed
 
 STATE = "trainer_state.json"
 _LOGS = 20  # lines that a run tells of its loss, if it has as many steps
@@ -173,11 +174,12 @@ class _Run:
         with _processes().main_process_first():
             last = checkpoints.begin(resume, force)
         with self.watch.busy(f"loading {self.model}"):
-            words, model = tokenizer(self.model, self.trust), self._loaded(task)
+            words, (model, drawn) = tokenizer(self.model, self.trust), self._loaded(task)
         for each in (task, *filter(None, [dev]), *tests):
             refuse_unfit(model, each)
         surgeon = operated(model, self.spec, task, words, task, self.setting)
         tell(surgeon.plan.warnings)  # now, before hours of training
+        self._refuse_lost(surgeon, drawn)
         if last is not None and Saved(last).differing(surgeon.base):
             raise fail("bad-output", f"the run in {last.parent} began on other weights than {self.model} has now",
                        helps=("--force starts anew; in Python, force=True",))
@@ -205,13 +207,25 @@ class _Run:
         return training_record.toml(asked, {
             "versions": made, "data_sha256": {path: training_record.digest_of(path) for path in self.data.files}})
 
-    def _loaded(self, task: AnyTask) -> Any:
+    def _loaded(self, task: AnyTask) -> tuple[Any, Mapping[str, Sequence[int]]]:
+        """The model, and the shapes of what is drawn of it."""
+        model: Any
         if isinstance(task, Task):
-            model = load_with_head(self.model, task.outputs, self.setting.seed, self.trust, **task.head)
+            model, drawn = load_with_drawn(self.model, task.outputs, self.setting.seed, self.trust, **task.head)
             model = model.to(getattr(torch, self.dtype)) if self.dtype else model
         else:
-            model = load_model(self.model, self.dtype, self.trust)
-        return model.to(_processes().device)
+            model, drawn = load_model(self.model, self.dtype, self.trust), {}
+        return model.to(_processes().device), drawn
+
+    def _refuse_lost(self, surgeon: Surgeon, drawn: Mapping[str, Sequence[int]]) -> None:
+        """Raises: SurgeryError (bad-adapter) for what is drawn and not trained: nothing that is saved would hold it."""
+        lost = [name for name in drawn if name not in surgeon.plan.train]
+        if lost:
+            module = lost[0].rpartition(".")[0]
+            raise fail("bad-adapter", f"what is trained could not be loaded again: the files of {self.model} do not "
+                       f"hold {listed(lost)}, and an adapter would not either",
+                       helps=(f'train it: `train "{module}.*"` in the spec, and `except "{module}"` where a target '
+                              "takes it",))
 
     def _scores(self, model: Any, words: Any, tests: Sequence[AnyTask], when: str) -> tuple[Evaluation, ...]:
         found = []

@@ -126,6 +126,13 @@ def load(name: str, dtype: str | None = None, trust: bool = False) -> PreTrained
 def load_with_head(name: str, outputs: int, seed: int = 0, trust: bool = False, **config: Any) -> PreTrainedModel:
     """The pretrained model with a new head of `outputs` numbers per text, drawn from `seed`; `config` goes to the
     model's configuration. A demo has random weights. Raises: SurgeryError (unknown-model)."""
+    return load_with_drawn(name, outputs, seed, trust, **config)[0]
+
+
+def load_with_drawn(name: str, outputs: int, seed: int = 0, trust: bool = False,
+                    **config: Any) -> tuple[PreTrainedModel, dict[str, list[int]]]:
+    """The same, and the shapes of all that is drawn since the model's files do not hold it: the head, and a pooler
+    where there is none. Raises: SurgeryError (unknown-model)."""
     import torch
     from transformers import AutoModelForSequenceClassification as Headed
 
@@ -133,8 +140,10 @@ def load_with_head(name: str, outputs: int, seed: int = 0, trust: bool = False, 
     shape.update({"num_labels": outputs, **config})
     with same_draws(seed):
         if name.startswith(DEMO):
-            return _asked(name, lambda: Headed.from_config(shape, trust_remote_code=trust)).eval()
-        return _from_files(name, Headed, config=shape, dtype=torch.float32, trust_remote_code=trust).eval()
+            return _asked(name, lambda: Headed.from_config(shape, trust_remote_code=trust)).eval(), {}
+        model, info = _from_files(name, Headed, config=shape, dtype=torch.float32, trust_remote_code=trust,
+                                  output_loading_info=True)
+    return model.eval(), {key: list(p.shape) for key, p in model.named_parameters() if key in info["missing_keys"]}
 
 
 def with_saved_head(name: str, model: PreTrainedModel, saved: Trained, trust: bool = False) -> PreTrainedModel:

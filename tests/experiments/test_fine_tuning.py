@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_text import pieces, questions, save_causal, save_model, texts, words
 from torch.nn.functional import cross_entropy
-from transformers import BartConfig, BartForCausalLM
+from transformers import BartConfig, BartForCausalLM, BertModel
 
 import surgery
 from surgery.experiments import fine_tuning
@@ -270,6 +270,17 @@ def test_starts_are_measured_by_the_loss_that_is_learned(files, tmp_path: Path) 
     found, = (t for name, t in trained.state().items() if name.endswith(".g"))
     gradient = model.model.decoder.layers[0].self_attn.q_proj.weight.grad
     assert gradient is not None and (found - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_what_is_drawn_and_would_not_be_saved_is_told_before_training(models, files, tmp_path: Path) -> None:
+    """A pooler that the checkpoint lacks: nobody could load what is trained with it."""
+    BertModel.from_pretrained(models["bert"], add_pooling_layer=False).save_pretrained(tmp_path / "bare")
+    words().save_pretrained(tmp_path / "bare")
+    data, bare = Data(files["train.tsv"], None, (files["test.tsv"],)), str(tmp_path / "bare")
+    assert "do not hold `bert.pooler.dense.weight`" in refusal(FEW, bare, data, tmp_path / "out", setting=SHORT)
+    trained = surgery.parse(FEW.to_surg() + 'train "bert.pooler.dense.*"')
+    found = surgery.train(trained, bare, data, tmp_path / "out", setting=replace(SHORT, every=None))
+    assert surgery.evaluate(tmp_path / "out", files["test.tsv"], scoring=SHORT.scoring) == found.after[0]
 
 
 def test_starts_are_measured_on_all_of_a_file_that_is_sorted(models) -> None:
