@@ -145,9 +145,11 @@ def _block_diag(blocks: Any) -> Any:
 
 
 def _kron(a: Any, b: Any) -> Any:
-    import torch
-
-    return torch.kron(a.contiguous(), b.contiguous())  # torch's own needs it, or fails in a view
+    # torch's own fails in a view of what lies in another order, which a turned row does though it is contiguous
+    a, b = a.contiguous(), b.contiguous()
+    if a.ndim == 1:
+        return (a[:, None] * b).flatten()
+    return (a[:, None, :, None] * b[:, None]).flatten(2).flatten(0, 1)
 
 
 def _frame(u: Any) -> Any:
