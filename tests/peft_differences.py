@@ -119,6 +119,14 @@ def _input_gradient() -> float:
     return relative(found - direction @ base.layer.weight, direction @ (weight - base.layer.weight))
 
 
+def _padded() -> float:
+    """How far PEFT's layer is from what it merges, for a LoRA on a convolution that pads by reflection."""
+    layer = nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect")
+    _, theirs, x = _layers(_of(peft.LoraConfig, r=4), layer, noise=0.1)
+    with torch.no_grad():
+        return relative(theirs(x), theirs.merge_and_unload()(x))
+
+
 def _scrambled() -> float:
     base, theirs, x = _layers(_of(peft.LoKrConfig, r=8, alpha=8), nn.Conv1d(4, 8, 3), noise=0.1)
     layer = theirs.base_model.model.layer
@@ -220,6 +228,10 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "lokr", "On a one-dimensional convolution with a whole second factor, the kernel is mixed with the channels. "
         "Refused here.", "the update and the Kronecker product", _scrambled),
+    Difference(
+        "lora", "On a convolution that pads otherwise than with zeros (`padding_mode`), the update is padded with zeros "
+        "all the same (so is that of LoHa, LoKr and HiRA). Refused here.", "the output and that of PEFT's own merge",
+        _padded),
     Difference(
         "randlora", "The columns of B meet the rows of the scaled A in another order than in the paper's sum. As B is "
         "random, it is the paper's with other columns, which is how the row sees it.",

@@ -117,7 +117,7 @@ def no_row(config: Config, site: Site, place: Place) -> str:
         return unheard
     kind = config["peft_type"]
     fitting = [m for m in METHODS if not _misfits(at(config, m, site.name), m) and m.family.peft_type == kind]
-    there = (m.refuses(at(config, m, site.name), place) for m in fitting if place.layout in m.tensors)
+    there = (m.why_not(at(config, m, site.name), place) for m in fitting if place.layout in m.tensors)
     why = next(filter(None, there), "no spec here says what it does there")
     layer = f"{'stack of ' * place.layout.endswith('experts')}{place.layout}"
     return f"PEFT's {kind} on a {layer}: {why}"

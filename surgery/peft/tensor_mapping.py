@@ -24,8 +24,9 @@ Tensors = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class Place:
     """One module: its layout's name, its weight's sides as a matrix [out, in], its weight's shape as it is stored,
-    whether it has a bias, its number among the modules that PEFT adapts (in the model's order), and whether it is a
-    convolution that is not the same in all directions or that leaves gaps. A stack is `experts`, or `turned experts`
+    whether it has a bias, its number among the modules that PEFT adapts (in the model's order), whether it is a
+    convolution that is not the same in all directions or that leaves gaps, and whether it is one that pads with
+    something else than zeros. A stack is `experts`, or `turned experts`
     where PEFT takes for the outputs what are the inputs.
     """
 
@@ -36,19 +37,22 @@ class Place:
     has_bias: bool = True
     number: int = 0
     uneven: bool = False
+    pads_otherwise: bool = False
 
     @classmethod
     def of(cls, site: Site, number: int = 0) -> Place:
-        shape, module, uneven = site.stored_shape, site.module, False
+        shape, module, uneven, otherwise = site.stored_shape, site.module, False, False
         if site.stack is not None:
             return cls(_stack(site), site.out, site.in_, shape, False, number)
         if kernel := shape[2:]:
             assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))  # no other layout has a kernel
             gaps = set(module.dilation) != {1}
+            pads = module.padding == "same" if isinstance(module.padding, str) else any(module.padding)
+            otherwise = pads and module.padding_mode != "zeros"
             plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
             uneven = gaps or not plain or any(
                 len(set(sides)) > 1 for sides in (kernel, module.stride, module.padding))
-        return cls(site.layout.name, site.out, site.in_, shape, site.has_bias, number, uneven)
+        return cls(site.layout.name, site.out, site.in_, shape, site.has_bias, number, uneven, otherwise)
 
     @property
     def kernel(self) -> tuple[int, ...]:

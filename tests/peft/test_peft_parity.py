@@ -256,6 +256,30 @@ def test_what_peft_does_not_read_of_a_convolution_is_refused(fields):
     assert not any(m.fits(config) and m.is_on(config, place_of(layer)) for m in METHODS)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if "convolution" in m.tensors], ids=lambda m: m.name)
+def test_an_update_that_peft_pads_with_zeros_is_no_row_of_a_layer_that_pads_otherwise(method):
+    """PEFT's layer is then another map than its own merge; IA3's gains stand around the layer's own padding."""
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    layer = nn.Conv2d(4, 12, 3, padding=1, padding_mode="reflect", dtype=torch.float64)
+    configs = [(full(method, c), resolve(method, full(method, c))) for c in CONFIGS[method.name]]
+    fitting = [c for c, here in configs if method.is_on(here, place_of(nn.Conv2d(4, 12, 3, padding=1)))]
+    for config in fitting[:1]:
+        here = resolve(method, config)
+        assert method.is_on(here, place_of(layer)) == method.pads_as_layer
+        theirs = adapted(One(layer), config).double().eval()
+        perturb(theirs.parameters())
+        with torch.no_grad():
+            y, merged = theirs(x), theirs.merge_and_unload()(x)
+        assert ((y - merged).norm() / merged.norm() < 1e-6) == method.pads_as_layer
+
+
+@pytest.mark.parametrize("padding", [{"padding": 0, "padding_mode": "reflect"}, {"padding": "same"},
+                                     {"padding": "valid", "padding_mode": "circular"}], ids=str)
+def test_where_nothing_or_zeros_are_padded_pefts_update_is_ours(padding):
+    config = resolve(BY_NAME["lora"], full(BY_NAME["lora"], {"r": 2}))
+    assert BY_NAME["lora"].is_on(config, place_of(nn.Conv2d(4, 12, 3, **padding)))
+
+
 @pytest.mark.parametrize("even_first", [True, False])
 def test_each_convolution_is_asked_by_itself(even_first):
     """Two of one shape, of which PEFT reads one otherwise."""

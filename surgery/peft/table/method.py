@@ -87,7 +87,8 @@ class Method:
     those that it saves and, where they are missing, works out from the frozen weight; `rebased`: what our trained
     tensors are where those that PEFT works out from the frozen weight and never saves stand in the place of ours, given
     both; `rewrites`: whether PEFT takes what the adapter starts as off the frozen weight; `needs_cuda`: whether PEFT
-    does another method where there is none.
+    does another method where there is none; `pads_as_layer`: whether PEFT leaves the padding of a convolution to the
+    layer itself, and pads no update with zeros.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Method:
     rebased: Callable[[Tensors, Tensors], Tensors] | None = None
     rewrites: bool = False
     needs_cuda: bool = False
+    pads_as_layer: bool = False
 
     def fits(self, config: Config) -> bool:
         """Whether a configuration of PEFT's is this method's, whatever its parameters."""
@@ -112,7 +114,13 @@ class Method:
 
     def is_on(self, config: Config, place: Place) -> bool:
         """Whether PEFT has the method on such a module, with the formula of our spec."""
-        return place.layout in self.tensors and not self.refuses(config, place)
+        return place.layout in self.tensors and not self.why_not(config, place)
+
+    def why_not(self, config: Config, place: Place) -> str:
+        """Why there is no such layer, if so, where the method is on the module's layout."""
+        if place.pads_otherwise and not self.pads_as_layer:
+            return "PEFT pads what its update sees with zeros, whatever the layer pads with"
+        return self.refuses(config, place)
 
     def map(self, config: Config, place: Place) -> Correspondence:
         """How PEFT's tensors of a module are ours."""

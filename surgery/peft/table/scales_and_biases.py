@@ -31,10 +31,11 @@ def _flat(config: Config, place: Place) -> str:
 
 IA3_ROWS = (
     Method("ia3", _IA3, "ia3", NOTHING, {
-        **linears(pairs((*_D, COLUMN))), "convolution": pairs((*_D, CHANNELS))}, refuses=_flat),
+        **linears(pairs((*_D, COLUMN))), "convolution": pairs((*_D, CHANNELS))}, refuses=_flat, pads_as_layer=True),
     Method("ia3 on inputs", _IA3, "ia3", NOTHING, linears(pairs((*_D, FLAT))), {"feedforward_modules": True}, target=1),
     Method("ia3 on channels", _IA3, _CHANNEL_GAINS, Renamed({}, kernel), {
-        "convolution": pairs((_D[0], "pre_channel_gains.d", CHANNELS))}, {"feedforward_modules": True}, _flat),
+        "convolution": pairs((_D[0], "pre_channel_gains.d", CHANNELS))}, {"feedforward_modules": True}, _flat,
+           pads_as_layer=True),
 )
 
 # ------------------------------------------------------------------------------------------------------ GLoRA and DEFT
