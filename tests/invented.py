@@ -79,6 +79,9 @@ INVENTED = {
         f"pre own() on in  {LOW_RANK}  post own()"),
     "a low-rank update at the largest entries alone": _update(
         f"{FACTORS}\n frozen param at[2] = top(abs(W), 2)\n return scatter(ones(2), at, out, in) * (B @ A)"),
+    "a few columns of a Kronecker product": _update(
+        "param K[2, 2] ~ normal()\n param B[2, in] = 0\n"
+        " return kron(I(out / 2), K) @ columns(kron(K, I(out / 2)), 2) @ B"),
     # functions of matrices
     "an exponential series": _transform("param P[n, 1] ~ normal(std = 0.1)\n param Q[n, 1] = P\n"
                                         " let K = skew(P @ Q.T)\n"

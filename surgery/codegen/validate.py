@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-from surgery.codegen.validate_meanings import DRAWS, Meaning, Symbols, meanings, one_pass, orders
+from surgery.codegen.validate_meanings import DRAWS, OF_PLACES, Meaning, Symbols, meanings, one_pass, orders
 from surgery.ir.expression import Expr, walk
 
 # Functions that give memory of their own. (Any other may give a view of what it takes.)
@@ -229,7 +229,7 @@ class Run:
             return self._drawn(name, *node.args)
         # sizes are tuples: a number by itself is a value
         parts = [self._data(a) if isinstance(a, ast.Tuple) else self._value(a) for a in node.args]
-        if name in ("top", "row_top"):  # places take no gradient, whether autograd sees what they are of or not
+        if name in OF_PLACES:
             data, a = parts
             return self._computed(name, data, replace(a, meaning=self.symbols.constant(a.meaning)))
         if name == "masked_":

@@ -128,6 +128,7 @@ def _some_columns(node: Expr) -> str:
     return f"{':' if len(node.shape) == 2 else '...'}, {first}:{end}"
 
 
+OF_PLACES = ("top", "row_top", "row_of", "column_of")  # take no gradient, whether autograd sees what they are of or not
 _MEANINGS: dict[str, _Rule] = {
     "const": lambda symbols, node, args: symbols.number(node.data),
     "add": _as("+"), "add_bias": _as("+"), "mul": _as("*"), "scale": _as("*"), "matmul": _as("@"),
@@ -135,7 +136,7 @@ _MEANINGS: dict[str, _Rule] = {
     "detach": lambda symbols, node, args: symbols.constant(args[0]),
     "sign": lambda symbols, node, args: symbols.of("sign", symbols.constant(args[0])),
     **{name: lambda symbols, node, args: symbols.of(node.op, node.data, symbols.constant(args[0]))
-       for name in ("top", "row_top")},
+       for name in OF_PLACES},
     "split": _with_data("unflatten", lambda data: (-1, data)),
     "join": _as("flatten", -2), "flat": _as("flatten", 0, -2),
     "between": lambda symbols, node, args: symbols.of("index", *args, _some_columns(node)),

@@ -273,6 +273,17 @@ def _one_by_one(term: Expr) -> Expr:
                                       make("T", last)))
 
 
+def _columns_of_kron(node: Expr) -> Expr | None:
+    """Each is a column of the one factor times a column of the other."""
+    inner = node.args[0]
+    if inner.op != "kron" or len(inner.shape) != 2:
+        return None
+    places = node.args[1] if node.op == "columns" else make("range", data=node.data)
+    sides = tuple(a.shape[1] for a in inner.args)
+    return make("T", make("face", *(make("T", make("columns", a, make(of, places, data=sides)))
+                                    for of, a in zip(("row_of", "column_of"), inner.args))))
+
+
 def _at_places(node: Expr) -> Expr | None:
     for x, sparse in (node.args, node.args[::-1]):
         if sparse.op == "scatter" and x.shape == sparse.shape:
@@ -362,6 +373,9 @@ CHEAP = (
     *(Rule("scatter(v, places) = [e_i, ...] diag(v) [e_j, ...]ᵀ for few places, the rows i and the columns j", op,
            _few_places, f"2 * scatter(take(d, range(3, 5)), range(40, 42), n, n) {sign} A")
       for op, sign in (("matmul", "@"), ("add", "+"))),
+    Rule("the columns of x ⊗ y are columns of x times columns of y", "columns", _columns_of_kron,
+         "columns(kron(K, L), at)"),
+    Rule("the columns of x ⊗ y, side by side", "between", _columns_of_kron, "columns(kron(K, L), 2)"),
     Rule("x * scatter(v, places) = scatter(v take(x, places), places)", "mul", _at_places, "W * scatter(d, at, n, n)"),
     Rule("take(x y, places) = the sums of x_i y_j, the rows i of x and the columns j of y", "take",
          _entries_of_a_product, "take(P @ Q.T, at)"),

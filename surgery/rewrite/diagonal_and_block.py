@@ -33,8 +33,8 @@ def _kron_of_identities(node: Expr) -> Expr | None:
 
 def _kron_of_a_number(node: Expr) -> Expr | None:
     for one, other in (node.args, node.args[::-1]):
-        if one.op == "fill" and all(size == 1 for size in one.shape):
-            return times(one.data, other)
+        if one.op in ("fill", "eye") and all(size == 1 for size in one.shape):
+            return times(one.data if one.op == "fill" else 1, other)
     return None
 
 
