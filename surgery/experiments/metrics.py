@@ -26,7 +26,8 @@ def of_outputs(task: Task, outputs: np.ndarray) -> dict[str, Mean]:
     labels = np.asarray(task.labels)
     if task.classes:
         return with_errors(partial(of_classes, len(task.classes)), outputs.argmax(-1), labels.astype(int))
-    return with_errors(of_numbers, outputs[:, 0].astype(float), labels)
+    # a correlation of two numbers is 1 or -1 whatever they are: leaving one out of three says nothing
+    return with_errors(of_numbers, outputs[:, 0].astype(float), labels, least=4)
 
 
 def of_classes(classes: int, given: np.ndarray, labels: np.ndarray) -> Scores:
@@ -36,9 +37,11 @@ def of_classes(classes: int, given: np.ndarray, labels: np.ndarray) -> Scores:
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     nothing: Any = 0  # where no text is of a class: the stubs know the word `warn` alone
-    f1 = f1_score(labels, given, average="binary" if classes == 2 else "macro", zero_division=nothing)
-    return {"accuracy": float(accuracy_score(labels, given)), "f1": float(f1),
-            "matthews": float(matthews_corrcoef(labels, given))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a single class in both, which leaving a text out may leave
+        f1 = f1_score(labels, given, average="binary" if classes == 2 else "macro", zero_division=nothing)
+        matthews = matthews_corrcoef(labels, given)
+    return {"accuracy": float(accuracy_score(labels, given)), "f1": float(f1), "matthews": float(matthews)}
 
 
 def of_numbers(given: np.ndarray, labels: np.ndarray) -> Scores:
@@ -64,10 +67,10 @@ def _correlation(name: str, given: np.ndarray, labels: np.ndarray) -> float:
 
 
 def with_errors(score: Callable[[np.ndarray, np.ndarray], Scores], given: np.ndarray,
-                labels: np.ndarray) -> dict[str, Mean]:
-    """The scores, each with its standard error by the jackknife; without one for a single text."""
+                labels: np.ndarray, least: int = 2) -> dict[str, Mean]:
+    """The scores, each with its standard error by the jackknife; without one for fewer texts than `least`."""
     values = score(given, labels)
-    if len(labels) < 2:
+    if len(labels) < least:
         return {name: Mean(value, None) for name, value in values.items()}
     left_out, times = _left_out(given, labels)
     without = [score(np.delete(given, places), np.delete(labels, places)) for places in left_out]

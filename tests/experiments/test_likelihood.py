@@ -15,9 +15,10 @@ import surgery
 from surgery.experiments.comparison_table import Mean
 from surgery.experiments.evaluation import Scoring, evaluate, perplexity
 from surgery.experiments.likelihood import Likelihood, likelihoods, written
-from surgery.experiments.metrics import of_classes, of_numbers, spearman, with_errors
+from surgery.experiments.metrics import of_classes, of_numbers, of_outputs, spearman, with_errors
 from surgery.experiments.prompts import PROMPT, READ, choices, collated, conversation, learned, marked, rendered
 from surgery.experiments.tasks import Choice, Generative, Message
+from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import Setting, arguments, lesson_of, token_loss, trainer_of
 
 ASKED = Generative("asked", "choice", tuple(Choice(q["question"], tuple(q["choices"]), q["answer"])
@@ -214,6 +215,14 @@ def test_errors_of_scores() -> None:
     assert found["pearson"].error == pytest.approx((1 - value**2) / 1000**0.5, rel=0.2)
     assert found == with_errors(of_numbers, x, y)
     assert with_errors(of_numbers, np.array([1.0]), np.array([2.0]))["mse"].error is None
+    few = {n: of_outputs(Task("few", ("a",) * n, tuple(x[:n])), y[:n, None])["pearson"].error for n in (2, 3, 4, 5)}
+    assert few[2] is few[3] is None and all(few[n] > 0 for n in (4, 5))  # of two, each correlation is 1 or -1
+
+
+def test_one_class_alone_is_scored_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    found = of_outputs(Task("one", ("a",) * 5, (1.0,) * 5, ("no", "yes")), np.array([[0.0, 1.0]] * 5))
+    assert {name: mean.value for name, mean in found.items()} == {"accuracy": 1, "f1": 1, "matthews": 0}
+    assert not list(recwarn)
 
 
 def test_a_model_that_cannot_answer_is_told(tmp_path: Path) -> None:
