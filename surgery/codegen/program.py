@@ -78,7 +78,7 @@ class Program:
         """The body on the values that `make` makes of the adapter's tensors: as one node of autograd where the layer's
         map and its transpose are products with a weight at hand; the set-up too where it is better made again than
         held."""
-        if self._is_known(layer) and self.plan.recompute_cost is not None and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.plan.recompute_cost is not None and self._is_known(layer):
             y = recompute.run(self.plan, layer.as_dtype(x.dtype), x, make, tensors)
             if y is not None:
                 return y

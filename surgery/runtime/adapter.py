@@ -217,7 +217,7 @@ class Adapter(nn.Module):
         """The program of the layer's mode and machine for so many tokens, whose activations are of a dtype (if none is
         said, the layer's)."""
         on = (runs_as_on(layer.device.type), layer.dtype)
-        if is_traced() and on not in self._programs:  # a compiler cannot trace the choice for where it was moved since
+        if on not in self._programs and is_traced():  # a compiler cannot trace the choice for where it was moved since
             on = self._machine
         program = self.programs(on)[layer.module.training].at(tokens)
         if program.plain is None:
