@@ -17,7 +17,7 @@ from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fai
 from surgery.ir.expression import DEEPEST_FORMULA, OF_DATA, Claim, Draw, Expr, Leaf, NoiseLaw, in_evaluation
 from surgery.ir.operations import is_undecided, is_whole, shape_text, undecided
 from surgery.ir.sizes import Dim, Size, is_real, symbol
-from surgery.language.formatter import for_text
+from surgery.language.formatter import expression_text, for_text
 from surgery.language.parser import parse_expression
 from surgery.language.tree import (
     Argument,
@@ -344,7 +344,7 @@ class Instance:
         if start.shape not in ((), shape):  # a number is the value of every entry
             raise fail("shape-mismatch",
                        f"`{param.name}` is {shape_text(shape)} but starts at {shape_text(start.shape)}",
-                       init.span or param.span, notes=self._sizes())
+                       init.span or param.span, notes=self._sizes(), helps=_as_stack(init, start.shape, param))
         return start
 
     def _draw(self, param: Param | Noise, call: Call, shape: tuple[Size, ...]) -> Draw:
@@ -379,6 +379,15 @@ class Instance:
             wanted = " or ".join(f'"{a}"' for a in allowed) or "a number"
             raise fail("wrong-type", f"`{name}` must be {wanted}, not {describe(value)}", argument.value.span)
         return name, value if allowed or isinstance(value, Dim) else float(value)
+
+
+def _as_stack(init: Expression, start: tuple[Size, ...], param: Param) -> tuple[str, ...]:
+    """What is meant by one matrix as the start of a stack."""
+    if len(start) != 2 or len(param.dims) != 3:
+        return ()
+    count, *sides = map(expression_text, param.dims)
+    stack = f"kron(ones({count}, 1), {expression_text(init)})"
+    return (f"so many of it are `reshape({stack}, {count}, {', '.join(sides)})`",)
 
 
 def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) -> None:

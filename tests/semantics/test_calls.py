@@ -69,6 +69,14 @@ def codes(body: str, kind: str = "update own()") -> list[tuple[str, str]]:
     return [(d.code, d.message) for d in check(parse(text), tried=False)]
 
 
+def test_a_stack_that_starts_at_one_matrix_is_told_how():
+    (error,) = (d for d in check(parse("transform own(k: int = 2) on n { param S[n / k, k, k] = I(k) return block_diag(S) } "
+                                       "target linear { pre own() }")) if d.severity == "error")
+    fixed = error.helps[0].partition("`")[2].rstrip("`")
+    text = f"transform own(k: int = 2) on n {{ param S[n / k, k, k] = {fixed} return block_diag(S) }} target linear {{ pre own() }}"
+    assert error.code == "shape-mismatch" and check(parse(text)) == []
+
+
 def test_it_is_what_the_text_written_out_is():
     calling, written = formula(CALLING), formula(WRITTEN_OUT)
     assert [leaf.shape for leaf in calling.leaves] == [leaf.shape for leaf in written.leaves]
