@@ -60,6 +60,7 @@ MIXED = (
     'reshape(einsum("nab,ncd->acbd", S, Z), 9, 9)', 'einsum("ia,bj,ab->ij", P, Q.T, reshape(g * ones(2, 2), 2, 2)) @ W',
     'reshape(einsum("abr,rc->abc", S, K), 12, 3)', 'einsum("ij,jk,kl->il", P.T, A, Q)', 'einsum("ij,kl->jl", A, B)',
     'reshape(einsum("ab,cd->cadb", K, L), n, n)', 'reshape(einsum("ab,cd->acdb", K, L), n, n)',
+    "g * W.T - W", "(W + W.T) @ diag(d)",
     # a row that is turned is contiguous, and does not lie as a column does
     "kron(reshape(q, 1, n).T, reshape(p, 1, n))", 'reshape(einsum("ba,fc->abfc", K, I(2)), 3, n)',
     "(A > B) * W + (d @ e <= g) * W", "(0.5 >= A) * (A < g) * B",

@@ -49,7 +49,7 @@ def enter_in_parts(expr: Expr, x: Expr, groups: int = 1) -> Expr:
 def enter(expr: Expr, x: Expr, groups: int = 1) -> Expr:
     """x Eᵀ where x is a layer's own kind of input (an image, token ids): the layer's map runs with the first factor in
     its weight's place, and the rest acts on what comes out. `groups`: each run of E's rows sees its part of x alone."""
-    if is_weight(expr):
+    if _is_own(expr, x):
         return Expr("frozen", (x,), None, x.shape[:-1] + expr.shape[:1])
     if expr.is_large:
         return run(expr, x)
@@ -63,8 +63,13 @@ def enter(expr: Expr, x: Expr, groups: int = 1) -> Expr:
 
 
 def is_weight(expr: Expr) -> bool:
-    """W, or Wᵀ for a layer that looks rows up."""
+    """W or Wᵀ."""
     return expr.op == "weight" or expr.op == "T" and expr.args[0].op == "weight"
+
+
+def _is_own(expr: Expr, x: Expr) -> bool:
+    """Whether the layer's own map is with this matrix: W, or Wᵀ for a layer that looks rows up."""
+    return is_weight(expr) and is_ids(x) is (expr.op == "T")
 
 
 def run(expr: Expr, x: Expr) -> Expr:
@@ -80,16 +85,16 @@ def alone(output: Expr) -> Expr:
     return Expr("run_alone", (*ran.args, *bias), None, output.shape) if fits else output
 
 
-def _enters(expr: Expr) -> bool:
+def _enters(expr: Expr, x: Expr) -> bool:
     """True if the layer can run it without more work: the weight, a matrix with few rows, sums of those, a product that
     ends in one."""
     if expr.op == "add":
-        return all(map(_enters, expr.args))
+        return all(_enters(term, x) for term in expr.args)
     if expr.op == "mul" and scaled(expr)[0] is not None:
-        return _enters(scaled(expr)[1])
+        return _enters(scaled(expr)[1], x)
     if expr.op == "matmul":
-        return _enters(expr.args[1])
-    return is_weight(expr) or known(expr.shape[0]) < known(expr.shape[1])
+        return _enters(expr.args[1], x)
+    return _is_own(expr, x) or known(expr.shape[0]) < known(expr.shape[1])
 
 
 def _enter_product(expr: Expr, x: Expr) -> Expr:
@@ -99,11 +104,11 @@ def _enter_product(expr: Expr, x: Expr) -> Expr:
         ids = x.args[0] if x.op == "dropout" else x
         gains = make("reshape", right.args[0], data=(1, right.shape[0]))
         return make("face", enter(left, x), run(gains, ids))
-    if right.op == "add" and not _enters(right):  # x (L (p + q))ᵀ = x (L p)ᵀ + x (L q)ᵀ
+    if right.op == "add" and not _enters(right, x):  # x (L (p + q))ᵀ = x (L p)ᵀ + x (L q)ᵀ
         return make("add", *(enter(simplify(make("matmul", left, term)), x) for term in right.args))
     if (pair := factors(right)) is not None and known(right.shape[0]) > known(left.shape[0]):
         return make("matmul", enter(pair[1], x), matrix(turned(make("matmul", left, pair[0]))))
-    return apply(left, enter(right, x)) if _enters(right) else run(expr, x)
+    return apply(left, enter(right, x)) if _enters(right, x) else run(expr, x)
 
 
 def _enter_groups(expr: Expr, x: Expr, groups: int) -> Expr:

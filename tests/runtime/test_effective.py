@@ -517,3 +517,23 @@ def test_an_input_may_be_given_by_its_name(layer: nn.Module, name: str, x: Tenso
     for given in ((), (x, x)):
         with pytest.raises(TypeError, match=f"takes one input, and is given {len(given)}"):
             layer(*given)
+
+
+@pytest.mark.parametrize("layer, x", [
+    (nn.Embedding(12, 12), torch.arange(12).reshape(2, 6)), (nn.Conv2d(3, 12, 2), torch.ones(2, 3, 5, 5)),
+    (nn.Linear(12, 12), torch.ones(2, 12))])
+def test_a_square_layer_is_run_with_its_weight_and_not_with_that_turned(layer, x) -> None:
+    """A layer that looks rows up has Wᵀ for its map, any other W: of a square one both are matrices of one shape."""
+    model = nn.Sequential(layer)
+    apply(model, parse("""
+        update turned() { param g = 0.5  return g * reshape(W.T, out, in) }
+        target any shifted { add turned() }"""), check=False)
+    found = model(x)
+    weight = layer.weight.detach()
+    frozen = model.get_parameter("0.weight")
+    with torch.no_grad():
+        assert torch.allclose(weight.reshape(12, 12), frozen.reshape(12, 12) + 0.5 * frozen.reshape(12, 12).T)
+        plain = {nn.Embedding: lambda: weight[x], nn.Linear: lambda: x @ weight.T + layer.bias,
+                 nn.Conv2d: lambda: nn.functional.conv2d(x, weight, layer.bias)}
+        wanted = next(make for kind, make in plain.items() if isinstance(layer, kind))()
+        assert torch.allclose(found, wanted, atol=1e-5)
