@@ -46,8 +46,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of what takes turns, the whole suite tries a part. The pieces of the zoo come last: they are short, so that at the end no worker waits long for the other. All tests of
-    a case stand together, for which they share what they operate on."""
+    """Of what takes turns, the whole suite tries a part. The pieces of the zoo come last: they are short, so that at the
+    end no worker waits long for the other. All tests of a case stand together, for which they share what they operate
+    on."""
     waiting = []
     for item in items:
         if turns := item.get_closest_marker("in_turns"):

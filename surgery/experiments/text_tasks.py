@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from surgery.diagnostics import did_you_mean, fail
 from surgery.experiments.data_files import Rows, read_rows
+from surgery.text import counted
 
 TEXT, LABEL = "text", "label"
 # A pair before a single one of its texts: of GLUE's QNLI the sentence alone says nothing.
@@ -45,7 +46,8 @@ class Items:
         cuts = [0, *(round(sum(shares[: i + 1]) * len(self)) for i in range(len(shares))), len(self)]
         parts = tuple(self.taken(order[a:b]) for a, b in zip(cuts, cuts[1:]))
         if not all(map(len, parts)):
-            raise fail("bad-data", f"{self.name} has {len(self)} items, too few to be cut into {len(parts)} parts")
+            items = counted(len(self), "item")
+            raise fail("bad-data", f"{self.name} has {items}, too few to be cut into {len(parts)} parts")
         return parts
 
     def limited(self, limit: int | None) -> Self:

@@ -96,7 +96,7 @@ def test_parts_are_seeded_and_hold_each_text_once() -> None:
     assert sorted(t for p in parts for t in p.texts) == sorted(map(str, range(50)))
     assert all(float(text) == label for p in parts for text, label in zip(p.texts, p.labels))
     assert parts == numbered(50).parts(0.6, 0.2, seed=3) != numbered(50).parts(0.6, 0.2, seed=4)
-    assert "too few to be cut into 3 parts" in refusal(numbered(2).parts, 0.6, 0.2)
+    assert "2 items, too few to be cut into 3 parts" in refusal(numbered(2).parts, 0.6, 0.2)
 
 
 def test_a_limit_draws_some_of_all() -> None:

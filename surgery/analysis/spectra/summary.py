@@ -137,7 +137,7 @@ class Spectra:
         """The means in one line."""
         changed = len(self.rows) - len(self.unchanged)
         if not changed:
-            return f"{counted(len(self.rows), 'weight')}, none of them changed"
+            return f"{counted(len(self.rows), 'weight')}, none of them changed (norms and biases have no spectrum)"
         means = self.total.means
         entropy, stable, effective = (figure_text(means[f]) for f in ("entropy", "stable_rank", "effective_rank"))
         return (f"{counted(changed, 'changed weight')}: entropy {entropy}, {means['normalised_entropy']:.0%} of the "
