@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread each since two workers run side by side, and a terminal of one width."""
 
+import atexit
 import gc
 import os
 import sys
@@ -78,8 +79,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish() -> None:
-    """The process is about to end: pytest need not look, again and again, for what could be let go of."""
+    """The process is about to end: pytest need not look, again and again, for what could be let go of. (Python does at
+    the very end, else Triton complains of what has stayed.)"""
     gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -67,7 +67,7 @@ def test_what_a_wheel_holds(installed: Path) -> None:
     assert names(installed / "surgery", "*.json") == names(ROOT / "surgery", "*.json")
     (about,) = installed.glob("*.dist-info")
     assert about.name == f"surgery-{surgery.__version__}.dist-info"
-    assert "surgery = surgery.cli.main:main" in (about / "entry_points.txt").read_text()
+    assert "surgery = surgery.cli.main:program" in (about / "entry_points.txt").read_text()
     assert {path.name for path in installed.iterdir()} == {"surgery", about.name}
 
 

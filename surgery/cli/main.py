@@ -190,7 +190,8 @@ def program() -> None:
 
     def end() -> None:
         try:
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
         except (OSError, ValueError):
             return  # Python's own end tells of it
         os._exit(status)

@@ -6,7 +6,7 @@ that `check` can ask what a spec will cost; all candidates have the values and g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial, reduce
 from math import inf
@@ -198,18 +198,19 @@ def _distinct(formula: Formula, kind: LayerKind, draws: bool, has_bias: bool) ->
     return plain + _shortened(operand, x, kind, trained, outputs, bias, prepare, plain[0])
 
 
-def _shortened(operand: Expr, x: Expr, kind: LayerKind, trained: frozenset[str], outputs: Mapping[Expr, str],
+def _shortened(operand: Expr, x: Expr, kind: LayerKind, trained: frozenset[str], outputs: dict[Expr, str],
                bias: Expr | None, prepare: Callable[[Expr], Expr], plain: Candidate) -> tuple[Candidate, ...]:
     """The programs whose value and input's gradient come of W' as one matrix, and their other gradients of one of the
     outputs."""
     is_trained = partial(_is_reached, trained=trained)
     made = with_gains_made(operand, is_trained)
-    wholes = [at_once(each, x, kind, is_trained) for each in (operand, made)]
-    if wholes[0] is None:
+    whole, gained = (at_once(each, x, kind, is_trained) for each in (operand, made))
+    if whole is None:
         return ()
-    ways = {output: (name, wholes[0]) for output, name in reversed(outputs.items()) if name != "built weight"}
-    if made is not operand and (output := _output("activations", made, x, kind, trained)) is not None:
-        ways.setdefault(_with_bias(output, bias, kind), ("gains made", wholes[1]))
+    ways = {output: (name, whole) for output, name in reversed(outputs.items()) if name != "built weight"}
+    output = _output("activations", made, x, kind, trained) if made is not operand else None
+    if output is not None and gained is not None:
+        ways.setdefault(_with_bias(output, bias, kind), ("gains made", gained))
     found = (candidate((by_transforms(output),), prepare, f"{name}, W' at once", trained,
                        at_once=_with_bias(whole, bias, kind), plain=plain) for output, (name, whole) in ways.items())
     return tuple(each for each in found if has_gradients(each.written, each.needs))

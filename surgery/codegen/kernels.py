@@ -138,7 +138,7 @@ def circulate_dot(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
     if p == q == 1:  # numbers at each frequency
         return torch.fft.irfft((_spectrum(g, p, b).conj() * _spectrum(a, q, b)).sum(0, keepdim=True), n=b).to(c.dtype)
     # on a CPU in parts, since spectra of all rows are new memory that takes longer to get than they do
-    mixed = reduce(torch.add, (_correlated(*part, c) for part in _parts(g, a)))
+    mixed = reduce(torch.add, (_correlated(rows, read, c) for rows, read in _parts(g, a)))
     return torch.fft.irfft(mixed.permute(1, 2, 0), n=b).to(c.dtype)
 
 

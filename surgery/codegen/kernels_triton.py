@@ -3,7 +3,9 @@
 `kernels_one_pass` says what each computes, and has its plain form. Promises: products and sums in float32, in an order
 that the shapes alone decide; matrices of any strides; one program may be run on any number of tokens.
 """
+# What Triton compiles is its own language, and where it is missing there is none.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

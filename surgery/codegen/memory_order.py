@@ -20,8 +20,8 @@ _FEW = range(2, 12)  # columns; of more, and of one, a product is as fast either
 
 def _is_thin(a: Expr, m: Expr) -> bool:
     """Whether a m is one of activations with a few columns, which lie in rows."""
-    return TOKENS in a.shape and len(a.shape) == len(m.shape) == 2 and m.shape[1] in _FEW and m.op != "T" and known(
-        m.shape[0]) > m.shape[1]
+    is_one = TOKENS in a.shape and len(a.shape) == len(m.shape) == 2 and m.op != "T"
+    return is_one and m.shape[1] in _FEW and known(m.shape[0]) > known(m.shape[1])
 
 
 def in_order(*outputs: Expr) -> tuple[Expr, ...]:

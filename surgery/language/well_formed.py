@@ -121,7 +121,7 @@ def _rounds(report: Collector, rounds: tree.Rounds) -> None:
 
 def check_repeats(report: Collector, loop: tree.For) -> bool:
     """Whether no more `for` stand in one another than may; told of the innermost that holds too many."""
-    loops: list[tree.Node] = [loop]
+    loops = [loop]
     depth = 0
     while loops := [each for outer in loops for each in tree.inside(outer) if isinstance(each, tree.For)]:
         depth += 1

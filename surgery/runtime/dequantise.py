@@ -42,7 +42,7 @@ def merge_plainly(surgeon: Surgeon) -> dict[str, float]:
     for placed in surgeon.plan.placed:
         site, adapter = placed.site, surgeon.adapters[placed.site.name]
         if site.name in operated:
-            exact = dict(zip(("weight", "bias"), adapter.weights(site.module)))
+            exact: dict[str, Tensor] = dict(zip(("weight", "bias"), adapter.weights(site.module)))
             made = rounded(placed, exact, dict.fromkeys(exact, dtype))
             dense[site.name] = _linear(site, *made.tensors.values(), dtype=dtype)
             errors[site.name] = made.error

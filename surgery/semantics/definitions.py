@@ -214,8 +214,9 @@ class Instance:
     def _meaning(self, statement: Param | Noise | Let) -> Any:
         if isinstance(statement, Let):
             return evaluate(statement.value, self.values)
-        named = self._numbered(statement)
-        return self._param(named) if isinstance(named, Param) else self._noise(named)
+        if isinstance(statement, Param):
+            return self._param(self._numbered(statement))
+        return self._noise(self._numbered(statement))
 
     def _numbered(self, statement: Tensor) -> Tensor:
         """A tensor of a `for` by the name that it would have by hand: Q in the first round, Q_2 in the second."""
