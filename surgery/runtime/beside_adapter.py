@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import Diagnostic
@@ -38,8 +39,10 @@ def beside(model: nn.Module, operated: Iterable[nn.Module] = (), held: Collectio
 
 
 def _is_here(tensor: Tensor) -> bool:
-    """Whether it is plain real numbers, and all of them here."""
-    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    """Whether it is plain real numbers, and all of them here: not one without a shape yet, nor a sparse or nested one,
+    whose numbers no index finds."""
+    is_dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_nested
+    is_plain = is_dense and tensor.is_floating_point() and tensor.dtype.itemsize > 1
     return is_plain and tensor.numel() > 0 and not tensor.is_meta and not is_part(tensor)
 
 

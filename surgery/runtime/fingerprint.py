@@ -33,7 +33,7 @@ def fingerprint_of(weight: Tensor) -> str:
     """A few numbers of a stored weight, with its dtype: `bfloat16 zczMPQ...`."""
     # By index, since a weight may lie transposed, and a flattened one would then be a copy of all of it.
     at = tuple(torch.tensor(axis, dtype=torch.int64, device="cpu") for axis in _places(tuple(weight.shape)))
-    found = weight.detach()[at].cpu().to(torch.float32).tolist()
+    found = weight.detach()[at].cpu().to(torch.float32).flatten().tolist()  # of a number [] too
     held = struct.pack(f"<{len(found)}f", *found)
     return f"{dtype_text(weight.dtype)} {base64.b64encode(held).decode()}"
 
@@ -60,10 +60,15 @@ def is_same(saved: str, now: str) -> bool:
     (one, first), (two, second) = (_read(each) for each in (saved, now))
     if one == two or {one, two} != {torch.float16, torch.bfloat16}:
         narrower = min(one, two, key=lambda dtype: dtype.itemsize)
-        return torch.equal(first.to(narrower), second.to(narrower))
+        return _is_close(first.to(narrower), second.to(narrower))
     # Neither holds the other's numbers: both were rounded from some third.
     relative, least = 2 * torch.finfo(torch.bfloat16).eps, torch.finfo(torch.float16).tiny
-    return first.shape == second.shape and torch.allclose(first, second, rtol=relative, atol=least)
+    return _is_close(first, second, relative, least)
+
+
+def _is_close(one: Tensor, other: Tensor, relative: float = 0, least: float = 0) -> bool:
+    """Whether the numbers are equal but for so much; what is not a number is as before if it is none still."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=relative, atol=least, equal_nan=True)
 
 
 def _read(fingerprint: str) -> tuple[torch.dtype, Tensor]:

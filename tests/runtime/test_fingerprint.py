@@ -203,3 +203,21 @@ def test_nothing_is_told_of_what_an_adapter_holds_or_a_dtype_rounds(change: str)
     if change == "wide again":
         model.double()
     assert said_when_saved(surgeon.save) == []
+
+
+def test_what_stands_beside_an_adapter_is_of_any_form() -> None:
+    """A scale [] as CLIP learns it, buffers without an index (a graph's edges), and what was no number from the first."""
+    model = load_demo("bert")
+    model.scale = torch.nn.Parameter(torch.tensor(2.65))
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    for name, buffer in {"edges": torch.eye(3).to_sparse(), "ragged": ragged,
+                         "packed": torch.ones(3, 3).to_mkldnn(), "unknown": torch.full((3,), float("nan"))}.items():
+        model.register_buffer(name, buffer)
+    surgeon = surgery.apply(model, surgery.parse('target linear "**.query" { add low_rank() }'))
+    stepped(model)
+    assert said_when_saved(surgeon.save) == []
+    with torch.no_grad():
+        model.scale += 1
+        model.unknown[0] = 1
+    (message,) = said_when_saved(lambda folder: surgeon.save(f"{folder}-again"))
+    assert message.startswith("since the model was operated on, `scale`, `unknown` changed")
