@@ -88,6 +88,9 @@ class SetupBatches:
         # a stack of whole weights would be as large as the model
         if program.reads_weight or layer.is_trained or all(key in adapter.shared for key in held):
             return {}
+        # each call of a layer draws its own noise, in the order of the calls
+        if layer.module.training and adapter.compiled.noises:
+            return {}
         kind, members = _kind(adapter, layer, held), {}
         for other in self._like.get(adapter.compiled, []):
             module = other.owner() if other.owner is not None else None

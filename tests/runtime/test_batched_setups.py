@@ -96,6 +96,25 @@ def test_the_zoo_is_the_dense_formula(case: Case, monkeypatch: pytest.MonkeyPatc
         assert_close(gradient, wanted[name], 1e-8, name)
 
 
+def test_what_draws_noise_is_made_by_each_layer():
+    """In evaluation, where its mean stands in its place, at once."""
+    model, surgeon = operated(surgery.parse("""update dropped() {
+      param A[8, in] ~ normal() param B[out, 8] = 0 noise m[8] ~ bernoulli(0.5) return B @ diag(m) @ A }
+    target linear { add dropped() }"""), SQUARE)
+    x = SQUARE.inputs().double()
+    for training, made in ((True, []), (False, [COUNT])):
+        model.train(training)
+        torch.manual_seed(4)
+        y, alone = of_own(model, x)
+        torch.manual_seed(4)
+        with batches() as sizes, surgeon.batched_setups():
+            batched, gradient = of_own(model, x)
+        assert sizes == made
+        assert_close(batched, y, 1e-12)
+        for name in alone:
+            assert_close(gradient[name], alone[name], 1e-10, name)
+
+
 @pytest.mark.parametrize("spec", ["lora", "dora", "sora", "oft", "hra", "c3a"])
 def test_a_pass_makes_one_batch_and_the_numbers_of_each_alone(spec: str):
     model, surgeon = operated(spec_of(spec), SQUARE, torch.bfloat16, torch.float32)
