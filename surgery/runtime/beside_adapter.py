@@ -46,9 +46,9 @@ def _is_here(tensor: Tensor) -> bool:
     return is_plain and tensor.numel() > 0 and not tensor.is_meta and not is_part(tensor)
 
 
-def moved(model: nn.Module, before: Mapping[str, str]) -> list[Diagnostic]:
-    """A warning of what is another one than `before`."""
-    names = differing(before, beside(model)) if before else []
+def moved(model: nn.Module, before: Mapping[str, str], elsewhere: Collection[str] = ()) -> list[Diagnostic]:
+    """A warning of what is another one than `before`, but for what is held `elsewhere`."""
+    names = differing(before, beside(model, held=elsewhere)) if before else []
     if not names:
         return []
     what = listed([ranged(group) for group in alike(names)])

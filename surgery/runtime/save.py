@@ -8,7 +8,7 @@ knows what it may replace. Promises: a folder appears whole or not at all.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -35,11 +35,12 @@ MODEL = Kind("a saved model")
 
 def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
          state: Mapping[str, torch.Tensor] | None = None, force: bool = True,
-         files: Mapping[str, str] = MappingProxyType({}), self_contained: bool = False, **more: Any) -> None:
+         files: Mapping[str, str] = MappingProxyType({}), self_contained: bool = False,
+         elsewhere: Collection[str] = (), **more: Any) -> None:
     """Write the adapter into `folder`, in the place of one that we wrote there unless `force` is off; `state` where its
     tensors' values are not the surgeon's own; `files` beside it, their texts by name; what else is said of it goes into
     `meta.json`. The model may be merged or disabled. `base_model` and `revision` are the model's own, as it was loaded,
-    where they are not said.
+    where they are not said. `elsewhere`: parameters of the model that another adapter holds.
 
     What is frozen, and is still what the spec, the seed and W make, is left out and made again by whoever attaches it;
     `self_contained`: everything is written.
@@ -51,7 +52,7 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
     if broken := not_finite(tensors):
         raise fail("bad-adapter", f"the adapter holds what is not finite, and is not saved: {broken}",
                    helps=(DIVERGED,))
-    tell(moved(surgeon.model, surgeon.record.beside))
+    tell(moved(surgeon.model, surgeon.record.beside, elsewhere))
     remade = surgeon.record.left_out(tensors, self_contained)
     held = {name: tensor for name, tensor in tensors.items() if name not in remade}
     texts = {**texts_of(surgeon, tensors, remade, base_model, revision, **more), **files}

@@ -117,7 +117,9 @@ class Surgeries:
         known = self._of(name)
         self._keep_trained()
         surgeon = known.surgeon
-        save(surgeon, folder, base_model, revision, {**surgeon.state(), **known.trained}, force, **about)
+        elsewhere = {parameter for each in self._known.values() for parameter in each.trained}
+        save(surgeon, folder, base_model, revision, {**surgeon.state(), **known.trained}, force, elsewhere=elsewhere,
+             **about)
 
     @all_or_nothing
     def remove(self, partly: bool = False) -> nn.Module:

@@ -221,3 +221,18 @@ def test_what_stands_beside_an_adapter_is_of_any_form() -> None:
         model.unknown[0] = 1
     (message,) = said_when_saved(lambda folder: surgeon.save(f"{folder}-again"))
     assert message.startswith("since the model was operated on, `scale`, `unknown` changed")
+
+
+def test_what_another_surgery_of_the_model_trains_is_not_told() -> None:
+    model = load_demo("gpt2")  # whose embedding is the head, too
+    surgeries = surgery.Surgeries(model)
+    for name, trained in {"one": "**.ln_1.*", "two": "transformer.wte.weight"}.items():
+        surgeries.add(name, surgery.parse(f'target linear "**.c_attn" {{ add low_rank() }}\ntrain "{trained}"'))
+    surgeries.use("one", "two")
+    stepped(model)
+    for name in surgeries.names:
+        assert said_when_saved(lambda folder, name=name: surgeries.save(name, f"{folder}-{name}")) == []
+    with torch.no_grad():
+        model.transformer.ln_f.bias += 1
+    (message,) = said_when_saved(lambda folder: surgeries.save("one", f"{folder}-one"))
+    assert "`transformer.ln_f.bias` changed" in message
