@@ -79,8 +79,7 @@ def write_base(gigabytes: float) -> int:
 
 
 def write_shards(shapes: dict[str, tuple[int, ...]]) -> None:
-
-
+    """Their random weights, in files of a gigabyte, and the index of them."""
     shards: list[dict] = [{}]
     for name, shape in shapes.items():
         if sum(2 * torch.Size(s).numel() for s in shards[-1].values()) > SHARD:
@@ -120,19 +119,28 @@ def measured(command: list[str]) -> tuple[int, float, float]:
 
 
 def killed(times: int, jobs: int, seconds: float) -> None:
+    """Kill a merge at random moments; what goes on after each, and what one does that was not killed, is the same."""
     draw = random.Random(0)
     for _ in range(times):
         running = subprocess.Popen([*MERGE, "-o", "again", "--jobs", str(jobs)], stdout=subprocess.DEVNULL)
-        time.sleep(draw.uniform(5, max(6, seconds)))
-        running.kill()
-        running.wait()
-        left = [p for p in Path().glob(".surgery-*/journal")]
-        steps = len(left[0].read_text().splitlines()) - 1 if left else 0
-        print(f"killed     with {steps} steps noted")
+        try:
+            running.wait(draw.uniform(3, max(4, seconds)))
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.wait()
+            left = [p for p in Path().glob(".surgery-*/journal")]
+            steps = len(left[0].read_text().splitlines()) - 1 if left else 0
+            print(f"killed     with {steps} steps noted")
+        else:
+            same("done before it was killed")
+            shutil.rmtree("again")
     _, seconds, _ = measured([*MERGE, "-o", "again", "--jobs", str(jobs)])
-    print(f"run again  {seconds:.1f} s")
+    same(f"run again  {seconds:.1f} s")
+
+
+def same(what: str) -> None:
     subprocess.run(["diff", "-r", "merged", "again"], check=True)
-    print("the same   bit for bit")
+    print(f"{what}, the same bit for bit")
 
 
 if __name__ == "__main__":
