@@ -6,7 +6,7 @@ Takes a candidate, or the expression of a body and what takes a gradient; gives 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,10 +20,11 @@ from surgery.codegen.operation_counts import size
 from surgery.codegen.schedule import Region
 from surgery.codegen.two_ways import ways
 from surgery.ir.builders import times
-from surgery.ir.expression import Expr, rebuild, walk
+from surgery.ir.expression import Expr, rebuild, substituted, walk
 from surgery.ir.operations import is_whole, make, operation
 from surgery.ir.sizes import Dim
-from surgery.ir.table import Source
+from surgery.ir.table import Linear, Source
+from surgery.ir.table import Memory as Shows
 from surgery.rewrite.normal_form import simplify
 
 LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
@@ -32,8 +33,9 @@ LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
 def program_text(plan: Candidate) -> str:
     """The functions of a program, as `program.Program` calls them."""
     known = {node: f"known[{i}]" for i, node in enumerate(plan.fixed)}
+    values = _told_apart(plan.values, plan.trained)
     functions = [_prepared("once", "layer, dtype", plan.fixed, {}, "k"),
-                 _prepared("setup", "layer, leaves, known, dtype, cast", plan.values, known, "s", ".to(cast)")]
+                 _prepared("setup", "layer, leaves, known, dtype, cast", values, known, "s", ".to(cast)")]
     if plan.has_body:
         output = plan.outputs[0]
         x = next(node for node in walk(output) if operation(node).source is Source.INPUT)
@@ -44,6 +46,25 @@ def program_text(plan: Candidate) -> str:
         functions.append(_function(f"body(layer, x{arguments})", [line for _, line in text.lines],
                                    text.results[output]))
     return "\n\n".join(functions)
+
+
+def _told_apart(values: Sequence[Expr], trained: frozenset[str]) -> tuple[Expr, ...]:
+    """The values of a set-up, with the parameters `apart` that would share the memory of one gradient. That of a sum
+    goes to each term as it is, through views as a view of it, and torch keeps what comes as the parameter's own: in
+    `A.T + B.T` one memory would be both gradients, to which the next pass, and clipping, would do everything twice."""
+    passed: dict[Expr, frozenset[Expr]] = {}  # the leaves to which a node's gradient goes as it is
+    shared: set[Expr] = set()
+    for node in walk(*values):
+        row = operation(node)
+        if node.op in ("weight", "bias") or node.op == "param" and node.data in trained:
+            passed[node] = frozenset([node])
+            continue
+        is_passed = row.linear is Linear.TOGETHER or row.linear is Linear.EACH and len(node.args) == 1
+        passed[node] = frozenset().union(*(passed[a] for a in node.args)) if is_passed else frozenset()
+        if node.op == "add" and len(passed[node]) > 1:  # parts of one memory, as of `stacked`, do no harm
+            shared |= passed[node]
+    table = {leaf: make("apart", leaf) for leaf in shared if leaf.op == "param"}
+    return tuple(substituted(value, table) for value in values)
 
 
 def _prepared(name: str, arguments: str, results: Sequence[Expr], names: dict[Expr, str], prefix: str,
@@ -141,9 +162,20 @@ def _backward(wanted: Sequence[Expr | None], kept: Sequence[Expr], frozen_last: 
     arguments = ", ".join(["layer", "grad", *names.values()])
     names |= {node: "grad" for node in walk(*computed) if operation(node).source is Source.BACKWARD}
     text = _let_go(Region(computed, names.keys(), _OWN, frozen_last=frozen_last), names, "g")
-    results = iter(text.results[output] for output in computed)
+    results = iter(_apart(computed, text.results))
     returned = "".join("None, " if e is None else f"{next(results)}, " for e in wanted)
     return _function(f"backward({arguments})", [line for _, line in text.lines], f"({returned})")
+
+
+def _apart(outputs: Sequence[Expr], called: Mapping[Expr, str]) -> Iterator[str]:
+    """What is returned as gradients: of several that show one memory, copies of all but the first."""
+    seen = set()
+    for output in outputs:
+        held = output
+        while operation(held).memory is Shows.VIEW:
+            held = held.args[0]
+        yield f"{called[output]}.clone()" if held in seen else called[output]
+        seen.add(held)
 
 
 def _let_go(region: Region, names: dict[Expr, str], prefix: str) -> Lines:

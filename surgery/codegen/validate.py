@@ -237,6 +237,8 @@ class Run:
             return self._written(base, self.symbols.of("masked", base.meaning, mask.meaning), mask)
         if name in ("add_blocks", "add_masked", "add_placed", "add_circulant", "put"):
             return self._sum(name, parts, factor)
+        if name == "apart":
+            return self._placed(parts[0].meaning)
         if name == "in_columns":
             (a,) = parts
             return replace(a, owned=False)

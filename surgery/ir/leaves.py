@@ -114,6 +114,9 @@ PASSING = [
               notation=as_its_argument),
     Operation("built", 1, same, lambda a: a, "a matrix that the set-up makes, whatever it is made of", stage=Stage.NONE,
               is_transparent=True),
+    # A program's alone. The gradient of a product is new memory, where that of a sum or a view is not.
+    Operation("apart", 1, same, lambda a: a * 1, "a parameter, whose gradient has memory of its own", stage=Stage.NONE,
+              memory=Memory.NEW),
     Operation("forward", 0, None, None, "a value of the forward pass in a gradient", stage=Stage.NONE,
               law=Law("an expression", lambda n: isinstance(n.data, Expr))),
 ]
