@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery.experiments.prompts import READ, Item, collated
+from surgery.experiments.prompts import Item, collated
+from surgery.runtime.calibration import READ
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Words

@@ -16,12 +16,12 @@ import torch
 
 from surgery.diagnostics import fail
 from surgery.experiments.tasks import ASSISTANT, Choice, Conversation, Generative
+from surgery.runtime.calibration import READ
 from surgery.text import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Words
 
-READ = -100  # the label of a token that is only read, which no loss counts
 PROMPT = "Question: {question}\nAnswer:"
 PLAIN = ("{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}"
          "{{ eos_token if m.role == 'assistant' else '' }}\n{% endfor %}"

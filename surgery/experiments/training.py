@@ -25,13 +25,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from surgery.diagnostics import fail
-from surgery.experiments.prompts import PROMPT, READ, collated, learned
+from surgery.experiments.prompts import PROMPT, collated, learned
 from surgery.experiments.tasks import AnyTask
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.timing import training_device
 from surgery.extras import need
 from surgery.language.json_fields import Pattern
 from surgery.language.tree import Spec, Train
+from surgery.runtime.calibration import READ
 from surgery.runtime.surgeon import Surgeon, prepare
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from surgery.runtime.transaction import finish
 from surgery.text import listed
 
 ROOM = 1 << 27  # numbers that are measured at once: 512 MiB in float32
-READ = -100  # the label of a token that no loss counts
+READ = -100  # the label of a token that is only read, which no loss counts
 Loss = Callable[[nn.Module, Any], Tensor]
 Measured = dict[str, dict[str, Tensor]]  # by the name of a site, and by operation
 

@@ -16,10 +16,11 @@ from surgery.experiments.comparison_table import Mean
 from surgery.experiments.evaluation import Scoring, evaluate, perplexity
 from surgery.experiments.likelihood import Likelihood, likelihoods, written
 from surgery.experiments.metrics import of_classes, of_numbers, of_outputs, spearman, with_errors
-from surgery.experiments.prompts import PROMPT, READ, choices, collated, conversation, learned, marked, rendered
+from surgery.experiments.prompts import PROMPT, choices, collated, conversation, learned, marked, rendered
 from surgery.experiments.tasks import Choice, Generative, Message
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import Setting, arguments, lesson_of, token_loss, trainer_of
+from surgery.runtime.calibration import READ
 
 ASKED = Generative("asked", "choice", tuple(Choice(q["question"], tuple(q["choices"]), q["answer"])
                                             for q in questions(50)))
