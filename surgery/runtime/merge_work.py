@@ -179,6 +179,28 @@ def numbered(i: int) -> str:
     return f"number_{i + 1}"
 
 
+# ------------------------------------------------------------------------------------------ what the end of it tells
+
+
+def seen(unit: Unit, work: Work) -> dict[str, dict]:
+    """What was seen of a unit that was computed and is told at the end: what its weights were, and which of the tensors
+    that were made again for it are off by rounding, by surgery."""
+    met = {name: work.met[name] for name in (p.site.weight_name for p in unit.placed)}
+    modules = {placed.site.name for placed in unit.placed}
+    rounded = {}
+    for number, remade in work.remade.items():
+        own = [name for p in remade.surgeon.plan.placed if p.site.name in modules for name in remade.names(p).values()]
+        rounded[number] = {name: remade.rounded[name] for name in own if name in remade.rounded}
+    return {"met": met, "rounded": rounded}
+
+
+def see_again(work: Work, noted: Mapping[str, Mapping]) -> None:
+    """Have the end tell of a unit that an earlier run has computed, by what that noted of it."""
+    work.met.update(noted["met"])
+    for number, rounded in noted["rounded"].items():
+        work.remade[number].rounded.update(rounded)
+
+
 # ------------------------------------------------------------------------------------------------------------ computing
 
 

@@ -17,7 +17,7 @@ import torch
 from surgery.models.checkpoint_files import TensorFile, chunks, opened_file, read_at
 from surgery.models.stored_names import Unsure
 from surgery.runtime.atomic_folders import Unfinished, flush
-from surgery.runtime.merge_work import Unit, Work, computed
+from surgery.runtime.merge_work import Unit, Work, computed, see_again, seen
 from surgery.runtime.stored_weights import CODES
 
 if TYPE_CHECKING:
@@ -101,13 +101,13 @@ class Writer:
     def _keep(self, unit: Unit) -> bool:
         """Whether the run before has written a unit, and it is still there."""
         noted = self._units.get(unit.stored[0])
-        if noted is None or {*noted["digests"]} != {*unit.stored} or "met" not in noted:
+        if noted is None or {*noted["digests"]} != {*unit.stored} or "rounded" not in noted:
             return False
         for name, digest in noted["digests"].items():
             file, tensor = self.work.weights.where[name]
             if not self._is_done(file) and _digest(self._out(file), tensor.begin, tensor.end) != digest:
                 return False
-        self.work.met.update(noted["met"])  # what its weights were, which the end of the merge compares
+        see_again(self.work, noted)
         self._done(unit, noted["digests"], noted["errors"])
         self.kept += len(unit.placed)
         return True
@@ -122,8 +122,7 @@ class Writer:
             _write_at(self._out(file), tensor.begin, (held[at:at + _CHUNK] for at in range(0, len(held), _CHUNK)))
             digests[name] = hashlib.sha256(held).hexdigest()
         self._done(unit, digests, errors)
-        met = {name: self.work.met[name] for name in (p.site.weight_name for p in unit.placed)}
-        self.unfinished.note({"unit": unit.stored[0], "digests": digests, "errors": errors, "met": met})
+        self.unfinished.note({"unit": unit.stored[0], "digests": digests, "errors": errors, **seen(unit, self.work)})
 
     def _done(self, unit: Unit, digests: Mapping[str, str], errors: Mapping[str, float]) -> None:
         self.digests.update(digests)

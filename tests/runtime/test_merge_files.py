@@ -20,7 +20,7 @@ from surgery.language.library import parse
 from surgery.models.checkpoint_files import opened_file, weight_files
 from surgery.models.demo import load_demo
 from surgery.models.loading import load_with_saved_head
-from surgery.runtime import merge_work, merge_writer
+from surgery.runtime import atomic_folders, merge_work, merge_writer, remade
 from surgery.runtime.merge_files import _in_memory, merge_files
 from surgery.runtime.save import MODEL
 from surgery.runtime.saved_format import Saved
@@ -112,6 +112,13 @@ def test_each_file_but_the_weights_is_copied_and_the_layout_is_kept() -> None:
     assert MODEL.foreign(Path("merged")) == []
 
 
+SPECTRAL = """update spectral() {
+  frozen param U[out, min(out, in)] = left_singular(W, min(out, in))
+  frozen param V[min(out, in), in] = right_singular(W, min(out, in))
+  param m[min(out, in)] = 0
+  return U @ diag(m) @ V
+}
+"""
 SHARED = """update tied(rank: int = 2) {
   shared(model) param A[rank, in] ~ kaiming_uniform(a = sqrt(5))
   shared(layer) param B[out, rank] = 0
@@ -290,6 +297,24 @@ def test_what_a_run_before_has_left_is_told_and_compared_with_the_base(monkeypat
     with pytest.warns(SurgeryWarning, match="another-base"):
         assert merge_files("adapter", "merged").kept == 28
     assert_same(tensors("merged"), tensors("elsewhere"))
+
+
+@pytest.mark.parametrize("stop", ["a file is read back", "the folder takes its place"])
+def test_rounding_that_a_run_before_has_met_is_told(monkeypatch: pytest.MonkeyPatch, stop: str) -> None:
+    """Of what is made of W for a unit alone, and of what an adapter after another makes."""
+    saved_model(load_demo(LLAMA), shards=True)
+    saved_adapter("lora")
+    saved_adapter(parse(f"{SPECTRAL} target \"**.q_proj\" {{ add spectral() }}"), "second")
+    made = remade.again
+    monkeypatch.setattr(remade, "again", lambda *of: {k: t.detach() * (1 + 1e-7) for k, t in made(*of).items()})
+    with monkeypatch.context() as patch, pytest.raises(SurgeryError, match="it stops"):
+        if stop == "a file is read back":
+            patch.setattr(merge_writer.Writer, "_check", stopped)
+        else:
+            patch.setattr(atomic_folders, "_put", stopped)
+        merge_files("adapter", "merged", then=["second"])
+    with pytest.warns(SurgeryWarning, match="4 frozen tensors of the adapter in second.*differ by rounding"):
+        assert merge_files("adapter", "merged", then=["second"]).kept > 7
 
 
 def test_another_adapter_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
