@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import fail
+from surgery.ir.orthogonal_maps import is_traced
 
 # What modules call the numbers of features that they give and take: nn.Linear and most, AutoGPTQ, transformers' Conv1D.
 _SIDES = (("out_features", "in_features"), ("outfeatures", "infeatures"), ("nf", "nx"))
@@ -148,6 +149,30 @@ def forward_of(module: nn.Module) -> Callable[..., Any]:
     return known or base.forward.__get__(module)
 
 
+def call(module: nn.Module, x: Tensor, *more: Any, **named: Any) -> Tensor:
+    """What the layer gives without surgery. It does not repack itself for inference."""
+    asked = unsuspicious(module, x)
+    if asked is x:
+        return forward_of(module)(x, *more, **named)
+    trains = any(t is not None and t.requires_grad for t in module._parameters.values())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains):  # what is asked for nobody takes
+        return forward_of(module)(asked, *more, **named)
+
+
+def unsuspicious(module: nn.Module, x: Tensor) -> Tensor:
+    """The input of a layer, asking for a gradient where the layer would take it for one of inference alone: on some
+    processors bitsandbytes then repacks its weight for good, rounds it, and gives no gradient from that call on."""
+    safe = module.training or x.requires_grad or x.device.type != "cpu" or is_traced()
+    if safe or not x.is_floating_point() or x.is_inference() and not torch.is_inference_mode_enabled():
+        return x
+    return x.detach().requires_grad_()
+
+
+def unsuspected(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same as a hook before a forward pass."""
+    return tuple(unsuspicious(module, x) if isinstance(x, Tensor) else x for x in given)
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has, or had before it was operated on."""
     return getattr(type(module), BASE, type(module))
@@ -209,9 +234,9 @@ def through(module: nn.Module, rows: Tensor) -> Tensor:
     """W m for each row m, [r, in] -> [r, out]: the layer is called, once."""
     b = bias(module)
     if b is None:
-        return forward_of(module)(rows).to(rows.dtype)
+        return call(module, rows).to(rows.dtype)
     far = _FAR_IN_HALF if rows.dtype == torch.float16 else _FAR
-    return (forward_of(module)(far * rows).to(rows.dtype) - b.to(rows.dtype)) / far
+    return (call(module, far * rows).to(rows.dtype) - b.to(rows.dtype)) / far
 
 
 def back(module: nn.Module, rows: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class FrozenCalled(FrozenLinear):
         return opaque_linear.back(self.module, rows.to(self.dtype)).to(rows.dtype)
 
     def frozen_biased(self, x: torch.Tensor) -> torch.Tensor:
-        y = self._checked(x, opaque_linear.forward_of(self.module)(x))
+        y = self._checked(x, opaque_linear.call(self.module, x))
         self.given = y.dtype
         return y.to(x.dtype)
 
@@ -84,7 +84,9 @@ class FrozenCalled(FrozenLinear):
         if x.requires_grad and torch.is_grad_enabled() and not (self.gives_gradient and y.requires_grad):
             name = type(self.module).__name__
             raise fail("no-gradient", f"{name} gives no gradient to its input: nothing before it can train",
-                       helps=("evaluate under torch.no_grad(), or leave such layers out with `except`",))
+                       helps=("evaluate under torch.no_grad(), or leave such layers out with `except`",
+                              "if the model was evaluated before the surgery, load it anew: some layers then repack "
+                              "themselves for good"))
         return y
 
 

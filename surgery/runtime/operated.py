@@ -23,6 +23,7 @@ from surgery.layers.layouts import TRANSPOSED_EXPERTS, is_direct, is_of_peft, ru
 from surgery.layers.opaque_linear import (
     BASE,
     SUFFIX,
+    call,
     forward_of,
     own_class,
     put_forward_aside,
@@ -133,6 +134,11 @@ class Direct(Operated):
 
 class Called(Direct):
     """A module without a plain weight. Reading `weight` gives what it stores under that name, since that is not W."""
+
+    def forward(self, *args: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        if self.weight_surgery.active or not args:
+            return super().forward(*args, **named)
+        return call(self, *args, **named)
 
 
 class Substituted(Operated):

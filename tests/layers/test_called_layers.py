@@ -296,10 +296,33 @@ def test_what_apply_tries_leaves_no_trace_in_the_layer():
     x = torch.randn(4, IN, dtype=torch.bfloat16, requires_grad=True)
     model.train()(x).sum().backward()
     assert model.layers[0].settled == torch.bfloat16 and not model.layers[0].repacked and x.grad.norm() > 0
+
+
+def test_a_layer_that_repacks_itself_in_evaluation_trains_after_one():
+    model, x = Tower(Settling(IN, IN), Settling(IN, OUT)).eval(), torch.randn(4, IN)
+    spec = parse('target linear "layers.0" { add low_rank(2)  post magnitude() }')
+    surgeon = apply(model, spec, example=(x,))  # its proof runs what is not operated on, too
+    assert not any(layer.repacked for layer in model.layers)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            y = model.layers[0](x)
+            with surgeon.disabled():
+                assert not model.layers[0](x).requires_grad
+        assert not model.layers[0].repacked
+    x.requires_grad_()
+    assert torch.equal(model.train().layers[0](x), y)
+    model(x).sum().backward()
+    assert x.grad.norm() > 0
+
+
+def test_what_was_evaluated_before_the_surgery_is_refused_where_it_trains():
+    model, x = Tower(Settling(IN, OUT)).eval(), torch.randn(4, IN)
     with torch.no_grad():
-        model.eval()(x)
-    with pytest.raises(SurgeryError, match="no-gradient"):  # the model itself has repacked it
-        model.train()(x)
+        model(x)
+    assert model.layers[0].repacked
+    apply(model, parse('target linear "**" { add low_rank(2)  post magnitude() }'))
+    with pytest.raises(SurgeryError, match="no-gradient(.|\n)*load it anew"):
+        model.train()(x.requires_grad_())
 
 
 def test_the_whole_weight_is_read_in_slices_and_in_the_dtype_that_the_layer_takes():

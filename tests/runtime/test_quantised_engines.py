@@ -128,19 +128,30 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(**demo_inputs(SMALL)).logits.float()
 
 
+def gradients(surgeon: surgery.Surgeon) -> list[torch.Tensor]:
+    for parameter in surgeon.parameters():
+        parameter.grad = None
+    torch.manual_seed(0)  # dropout
+    surgeon.model.train()(**demo_inputs(SMALL)).logits.float().square().mean().backward()
+    return [p.grad.clone() for p in surgeon.parameters() if p.grad is not None]
+
+
 @pytest.mark.engines
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_quantised_base_is_operated_on_and_merged_as_it_was_trained(name: str) -> None:
     package, build = QUANTISED[name]
     pytest.importorskip(package, reason=f"{package} is of the extra `engines`")
     model = build()
-    before = logits(model)
     assert all(len({*(type(m) for n, m in model.named_modules() if n.endswith(kind))}) == 1 for kind in ("q_proj", "up_proj"))
     surgeon = perturbed(model, "dora", check=True)
     assert surgeon.proof.start is not None and surgeon.proof.start <= surgeon.proof.allowed
+    with surgeon.disabled():
+        before = logits(model)
     optimiser = torch.optim.SGD(surgeon.parameters(), lr=1.0)
-    model.train()(**demo_inputs(SMALL)).logits.float().square().mean().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in surgeon.parameters())
+    slopes = gradients(surgeon)
+    assert len(slopes) == len([*surgeon.parameters()]) and all(g.isfinite().all() and g.any() for g in slopes)
+    logits(model.eval())  # bitsandbytes repacks a layer that is evaluated, on some processors, and gives no gradient more
+    assert all(departure(g, again) < ROUNDS.get(name, 1e-5) for g, again in zip(slopes, gradients(surgeon), strict=True))
     stood = [p.detach().clone() for p in surgeon.parameters()]
     optimiser.step()
     assert not any(map(torch.equal, stood, surgeon.parameters()))
