@@ -19,8 +19,8 @@ from surgery.text import counted
 def import_(output: Output, folder: str, model: str | None, out: str, dtype: str | None, force: bool) -> None:
     """Make a PEFT adapter a saved surgery.
 
-    PEFT_DIR holds adapter_config.json and adapter_model.safetensors; MODEL is the model that the adapter was made for
-    unless you name another. PEFT need not be installed.
+    PEFT_DIR holds adapter_config.json and adapter_model.safetensors (or adapter_model.bin, of which tensors alone are
+    read); MODEL is the model that the adapter was made for unless you name another. PEFT need not be installed.
     """
     import_libraries(output, folder)
     from surgery.models.names import base_name

@@ -11,9 +11,12 @@ import sys
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import nn
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# By these names torch.compile, the parallel ones and FullyShardedDataParallel hold what they run.
+HELD = ("_orig_mod", "module", "_fsdp_wrapped_module")
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -46,6 +49,33 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{path}.{name}".lstrip("."), parameter
+
+
+def named_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every buffer under all its names, in module order."""
+    for path, module in named_modules(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield f"{path}.{name}".lstrip("."), buffer
+
+
+def unwrapped(model: nn.Module, name: str) -> str:
+    """A name that was given to a tensor or a module where wrappers were around parts of the model, without them.
+
+    What a module of the model is really called stays, `module` too; so does what follows the last module.
+
+    >>> unwrapped(nn.Sequential(nn.Linear(1, 1)), "_orig_mod.0.module.weight")
+    '0.weight'
+    """
+    parts, kept, here = name.split("."), [], bare(model)
+    for i, part in enumerate(parts):
+        inner = here._modules.get(part)
+        if inner is None and part not in HELD:
+            return ".".join((*kept, *parts[i:]))
+        if inner is not None:
+            here = bare(inner)
+            kept.append(part)
+    return ".".join(kept)
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module | None:

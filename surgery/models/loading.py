@@ -162,11 +162,14 @@ def load_with_saved_head(name: str, saved: Trained, dtype: str | None = None, tr
     is for the adapter's tensors to fill. `quantisation`: quantised so when it is loaded, where its files are not.
 
     Raises: SurgeryError (unknown-model; bad-adapter where MODEL and the adapter together lack a tensor)."""
+    from surgery.layers.wrappers import unwrapped
+
     if name.startswith(DEMO):
         return load(name, dtype)
     trained, config = _form_of(name, saved, trust)
     model, new = _pretrained(name, trained, config, _torch_dtype(dtype), quantisation)
-    lacking = {tensor: shape for tensor, shape in new.items() if tensor not in saved.tensors}
+    held = {unwrapped(model, tensor) for tensor in saved.tensors}
+    lacking = {tensor: shape for tensor, shape in new.items() if tensor not in held}
     if lacking:
         raise fail("bad-adapter", f"the adapter was trained on a {trained.__name__}, and neither it nor {name} holds "
                    f"{_shaped(lacking)}",
@@ -342,11 +345,14 @@ def _class(name: str, config: PreTrainedConfig, trust: bool) -> type[PreTrainedM
 def _form_of(name: str, saved: Trained, trust: bool) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """The class that an adapter was trained on, and MODEL's configuration with as many labels as the adapter's head
     has."""
+    from surgery.layers.wrappers import unwrapped
+
     config = _config(name, trust)
     kind = _class_of(config, saved, _class(name, config, trust))
-    forms = {tensor: tuple(p.shape) for tensor, p in _bare(name, kind, config).named_parameters()}
+    made = _bare(name, kind, config)
+    forms = {tensor: tuple(p.shape) for tensor, p in made.named_parameters()}
     for tensor, value in saved.tensors.items():
-        (rows, *rest), (wanted, *others) = forms.get(tensor) or (0,), tuple(value.shape) or (0,)
+        (rows, *rest), (wanted, *others) = forms.get(unwrapped(made, tensor)) or (0,), tuple(value.shape) or (0,)
         if rows == config.num_labels != wanted and rest == others:
             config.num_labels = wanted
     if len(saved.classes) == config.num_labels:

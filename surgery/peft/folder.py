@@ -1,33 +1,41 @@
-"""A PEFT adapter as it lies on the disk: `adapter_config.json` and `adapter_model.safetensors`.
+"""A PEFT adapter as it lies on the disk: `adapter_config.json` and `adapter_model.safetensors`, or in the place of the
+latter a pickle of tensors (`adapter_model.bin`).
 
 Takes a folder; gives the configuration as plain values, and the tensors: those of modules by the names that follow the
 model's, those of the whole model by their full names. Promises: nothing is believed before it is checked, all the
-faults come in one error, nothing is unpickled; a method that is no map of a weight is refused by its name.
+faults come in one error, of a pickle tensors alone are read, so that none runs code; a method that is no map of a
+weight is refused by its name.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.diagnostics import Collector, fail
-from surgery.files import WRITTEN, is_number, read_json, unchanged
+from surgery.files import WRITTEN, is_number, read_json, refuse_irregular, unchanged
 from surgery.language.unsupported_methods import SWITCHES, refusal
+from surgery.layers.wrappers import HELD
 from surgery.peft.table.methods import METHODS, WITHOUT_ROW
 from surgery.runtime.atomic_folders import Kind, replacing
 from surgery.runtime.saved_format import DTYPES, Name, misfits
-from surgery.text import dtype_text
+from surgery.text import dtype_text, listed
 
 CONFIG, TENSORS = ("adapter_config.json", "adapter_model.safetensors")
 _PICKLE = "adapter_model.bin"
+_BY_HAND = "where you trust who made it, load it by hand, and write its tensors with safetensors.torch.save_file"
 MODEL, SHARED = "base_model.model.", "base_model."  # in front of what belongs to a module, and to the whole model
+_WRAPPER = rf"(?:(?:{'|'.join(HELD)})\.)*"
+_AROUND = re.compile(rf"{_WRAPPER}{re.escape(SHARED)}{_WRAPPER}")  # what is around PEFT's model, or its inner one
 
 ADAPTER = Kind("a PEFT adapter")
 TYPES = tuple(dict.fromkeys(m.family.peft_type for m in METHODS))
@@ -38,7 +46,8 @@ _TASKS = {"SEQ_CLS": "AutoModelForSequenceClassification", "TOKEN_CLS": "AutoMod
 
 
 class Folder:
-    """A PEFT adapter: its `config`, its `tensors` below modules and the `shared` ones of the model, read and checked.
+    """A PEFT adapter: its `config`, its `tensors` below modules and the `shared` ones of the model, read and checked,
+    from the `file` of this name; `wrapped`: names in it that begin with what a wrapper around PEFT's model adds.
 
     Raises: SurgeryError (bad-adapter, no-weight, unknown-method).
     """
@@ -56,12 +65,15 @@ class Folder:
                      ["it is a saved surgery already"] if (path / "adapter.surg").is_file() else [])
             what = f"has no {CONFIG}, so it is not a PEFT adapter's folder" if path.is_dir() else "is not a folder"
             raise fail("bad-adapter", f"{path} {what}", helps=tuple(helps))
-        are_same = unchanged(path / CONFIG, path / TENSORS)
+        is_pickle = not (path / TENSORS).is_file() and (path / _PICKLE).is_file()
+        self.file, self.wrapped = _PICKLE if is_pickle else TENSORS, list[str]()
+        are_same = unchanged(path / CONFIG, path / self.file)
         self.config = self._config()
         self.report.raise_errors()
         self._refuse_method()
         self.tensors, self.shared = {}, {}
-        for name, tensor in self._tensors().items():
+        found = self._unpickled() if is_pickle else self._tensors()
+        for name, tensor in self._bare(found).items():
             if tensor.dtype not in DTYPES:
                 self._fault(f"{name} is of dtype {dtype_text(tensor.dtype)}, which no adapter is trained in")
             elif not tensor.isfinite().all():
@@ -121,14 +133,45 @@ class Folder:
 
     def _tensors(self) -> Mapping[str, Tensor]:
         if not (self.path / TENSORS).is_file():
-            pickled = (self.path / _PICKLE).is_file()
-            what = f", only {_PICKLE}, a pickle, which may run code when it is read" if pickled else ""
-            how = "load it with PEFT where you trust it, and save it again: save_pretrained(...) writes safetensors"
-            return self._fault(f"there is no {TENSORS}{what}", *([how] if pickled else [])) or {}
+            return self._fault(f"there is no {TENSORS}") or {}
         try:
             return load_file(self.path / TENSORS)
         except (OSError, SafetensorError) as error:
             return self._fault(f"cannot read {TENSORS}: {getattr(error, 'strerror', None) or error}") or {}
+
+    def _unpickled(self) -> Mapping[str, Tensor]:
+        try:
+            refuse_irregular(self.path / _PICKLE)
+            found = torch.load(self.path / _PICKLE, map_location="cpu", weights_only=True)
+        except OSError as error:
+            return self._fault(f"cannot read {_PICKLE}: {error.strerror or error}") or {}
+        except Exception:  # bytes of any kind make it raise whatever it likes
+            return self._fault(f"{_PICKLE} is no pickle of tensors alone, and nothing else is read of a pickle, which "
+                               "may run code", _BY_HAND) or {}
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+            return self._fault(f"{_PICKLE} is no table of tensors by name", _BY_HAND) or {}
+        odd = [name for name, tensor in found.items() if not _is_whole(tensor)]
+        if odd:
+            return self._fault(f"{_PICKLE} holds what is no plain tensor: {listed(odd)}", _BY_HAND) or {}
+        return {name: tensor.detach().contiguous() for name, tensor in found.items()}
+
+    def _bare(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors by PEFT's names."""
+        bare: dict[str, Tensor] = {}
+        for name, tensor in found.items():
+            own = _AROUND.sub(SHARED, name, count=1) if _AROUND.match(name) else name
+            if own in bare or own != name and own in found:
+                self._fault(f"{name} is there once more, without what wrappers add to names")
+            if own != name:
+                self.wrapped.append(name)
+            bare[own] = tensor
+        return bare
+
+
+def _is_whole(tensor: Any) -> bool:
+    """Whether it is a plain tensor, whose numbers were all in the file: a few bytes can be said to be billions."""
+    return (type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_nested
+            and tensor.device.type == "cpu" and tensor.nbytes <= tensor.untyped_storage().nbytes())
 
 
 def write(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], force: bool = True) -> None:

@@ -15,11 +15,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean, tell
 from surgery.language.tree import Spec
 from surgery.layers.survey import Survey
+from surgery.layers.wrappers import HELD, named_parameters, unwrapped
+from surgery.layers.wrappers import bare as bare_module
 from surgery.matching.conflicts import tied
-from surgery.peft.folder import TENSORS, Folder
+from surgery.peft.folder import Folder
 from surgery.peft.import_module import WHOLE, Taken, drawn_again, no_row, row, unheard_of
 from surgery.peft.import_spec import Group, one_spec, train_spec
 from surgery.peft.import_trained_values import Values, values
@@ -29,7 +31,7 @@ from surgery.peft.target_modules import ends_of, fits_end, holders, in_time, mod
 from surgery.peft.tensor_mapping import Place, Tensors
 from surgery.runtime.saved_format import compare
 from surgery.runtime.surgeon import Surgeon, prepare
-from surgery.text import listed
+from surgery.text import counted, listed
 
 _MOST_WORDS = 100  # of a configuration that names nothing, among which a misspelt one is looked for
 # What fields and tensors give that no layer can have, as a rank of 0.
@@ -40,12 +42,15 @@ _AGAIN = (".modules_to_save.", ".original_module.")
 
 
 def import_peft(model: nn.Module, folder: str | PathLike) -> Surgeon:
-    """Put a PEFT adapter on a model, in place, as a surgery: a spec of this language with the adapter's tensors.
+    """Put a PEFT adapter on a model, in place, as a surgery: a spec of this language with the adapter's tensors. What
+    is odd about it is a warning (SurgeryWarning).
 
     Raises: SurgeryError with all that does not fit (bad-adapter, unknown-method, no-weight, ...); the model is then as
     it was.
     """
-    return read(model, Folder(Path(folder))).operate()
+    imported = read(model, Folder(Path(folder)))
+    tell(imported.warnings, stacklevel=3)
+    return imported.operate()
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,9 @@ class _Reader:
     faults: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.config: Config = self.folder.config
         self.survey = Survey(self.model)
+        self.config: Config = self._bare_config()
+        self.tensors = self._bare_tensors()
         self.sites = {site.name: site for site in self.survey.sites}
         modules, by_parameter = named(self.config, self.model), parameters(self.config, self.model)
         # what PEFT's patterns see a module as, and where its tensors lie: of a parameter that is wrapped, two names
@@ -91,7 +97,7 @@ class _Reader:
         self.tied = tied(self.survey)
 
     def imported(self) -> Imported:
-        own, rest = _split(self.folder.tensors, [*self.holders.values()], self.model)
+        own, rest = _split(self.tensors, [*self.holders.values()], self.model)
         taken = [t for number, (name, holder) in enumerate(self.holders.items())
                  if (t := self._taken(name, number, own.get(holder, {})))]
         taken = self._with_drawn(taken)
@@ -108,7 +114,7 @@ class _Reader:
             used = each.map.to_peft(each.map.to_ours(each.tensors, each.place), each.place)
             rest = {**rest, **each.ours(), **{f"{each.name}.{n}": t for n, t in each.tensors.items() if n not in used}}
         own_values = values(rest, self.config, self.survey, {t.weight_name for t in weights},
-                            tuple(f"{t.name}." for t in whole))
+                            tuple(f"{t.name}." for t in whole), self.folder.file)
         # `most`: a configuration may name a rank of billions, and what it asks for is made before it is compared.
         spec = self._spec(weights, own_values.trained)
         held = (*self.folder.tensors.values(), *self.folder.shared.values())
@@ -124,21 +130,22 @@ class _Reader:
         both = [each.shapes(surgeon.adapters[each.site].values()) for each in weights]
         saved, wanted = ({name: shape for pair in both for name, shape in pair[side].items()} for side in (0, 1))
         shapes = Collector()
-        compare(saved, wanted, "adapter_config.json", shapes, TENSORS)
+        compare(saved, wanted, "adapter_config.json", shapes, self.folder.file)
         self._raise(*shapes.found, *own_values.faults)
         leaves: dict[str, Tensor] = {}
         for each in weights:
             try:
                 leaves |= each.ours()
             except _IMPOSSIBLE as error:
-                self._fault(each.name, "bad-adapter", f"{TENSORS} holds what does not go together: {error}")
+                self._fault(each.name, "bad-adapter", f"{self.folder.file} holds what does not go together: {error}")
         ours, known = surgeon.as_named(leaves), surgeon.named_tensors()
         self.report.add(*self._faults())
         # Shapes alone let pass whole numbers in the place of real ones, and parts of shared tensors that are too small.
         wrong = [n for n, t in ours.items() if n in known and (
             t.shape != known[n].shape or t.is_floating_point() != known[n].is_floating_point())]
         if wrong:
-            self.report.error("bad-adapter", f"{TENSORS} holds tensors of a size or a dtype that they cannot have",
+            self.report.error("bad-adapter",
+                              f"{self.folder.file} holds tensors of a size or a dtype that they cannot have",
                               notes=(f"for {listed(wrong)}",))
         self._raise()
         return Imported(surgeon, {**{n: t for n, t in ours.items() if n in known}, **own_values.trained},
@@ -156,6 +163,40 @@ class _Reader:
         notes = [f"it was made for {base}"] * bool(base) + [f"it was trained on a {of}"] * bool(of)
         return Diagnostic("bad-adapter", f"the PEFT adapter in {self.folder.path} cannot be put on this "
                           f"{type(self.model).__name__}", notes=tuple(notes))
+
+    # ------------------------------------------------------------------------------------------------- wrappers
+
+    def _bare_tensors(self) -> Tensors:
+        """The adapter's tensors by the names that they have without wrappers, such as torch.compile's, around the model
+        that it was made of, or around parts of it; what the model really has by such a name keeps it."""
+        bare: dict[str, Tensor] = {}
+        wrapped = [*self.folder.wrapped]
+        for name, tensor in self.folder.tensors.items():
+            own = unwrapped(self.model, name)
+            if own in bare or own != name and own in self.folder.tensors:
+                self.report.error("bad-adapter", f"{self.folder.file} holds `{own}` twice, once as `{name}`")
+            wrapped += [name] * (own != name)
+            bare[own] = tensor
+        if wrapped:
+            self.report.warn("bad-adapter", f"names of {self.folder.file} hold what wrappers add to a model's "
+                             f"({', '.join(HELD)}), which this {type(bare_module(self.model)).__name__} has not; they "
+                             "are read without", notes=(f"{counted(len(wrapped), 'name')}: {listed(wrapped)}",))
+        return bare
+
+    def _bare_config(self) -> Config:
+        """The configuration, whose whole names of modules may hold the same."""
+        config = dict(self.folder.config)
+        for listing in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+            if isinstance(names := config.get(listing), list):
+                config[listing] = [self._bare_name(name) for name in names]
+        return config
+
+    def _bare_name(self, name: str) -> str:
+        """A name that ends no module's, without wrappers, where that is one: alone it would say more than it said."""
+        own, known = unwrapped(self.model, name), self.survey.modules
+        is_end = own == name or any(f".{each}".endswith(f".{name}") for each in known)
+        is_one = any(each and each in known for each in (own, own.rpartition(".")[0]))
+        return own if is_one and not is_end else name
 
     # ------------------------------------------------------------------------------------------------- modules
 
@@ -247,7 +288,7 @@ def _split(tensors: Tensors, names: Sequence[str], model: nn.Module) -> tuple[di
     parameter that they are a value of."""
     own: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
-    modules, parameters = set(names), {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    modules, parameters = set(names), {name for name, _ in named_parameters(model)}
     for key, tensor in tensors.items():
         if any(part in key and key.replace(part, ".") in tensors for part in _AGAIN):
             continue

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.layers.survey import Survey
+from surgery.layers.wrappers import named_buffers, named_parameters
 from surgery.matching.conflicts import tied
-from surgery.peft.folder import TENSORS
 from surgery.peft.table.method import Config
 from surgery.peft.target_modules import saved_whole, ties
 from surgery.runtime.saved_format import compare, shapes
@@ -31,18 +31,18 @@ class Values:
 
 
 def values(given: Mapping[str, Tensor], config: Config, survey: Survey, taken_weights: Collection[str],
-           whole: tuple[str, ...]) -> Values:
+           whole: tuple[str, ...], file: str) -> Values:
     """What the adapter says of the model's own parameters. `taken_weights`: the names of the weights that it operates
-    on; `whole`: the beginnings of the names of what it trains as a whole."""
+    on; `whole`: the beginnings of the names of what it trains as a whole; `file`: what holds the tensors."""
     report, model = Collector(), survey.model
-    stored = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    parameters, buffers = [*named_parameters(model)], dict(named_buffers(model))
+    stored = dict(parameters) | buffers
     wanted = {n: list(stored[n].shape) for n in given if n in stored}
-    compare(shapes(given), wanted, f"this {type(model).__name__}", report, TENSORS)
+    compare(shapes(given), wanted, f"this {type(model).__name__}", report, file)
     if report.errors:
         return Values({}, tuple(report.found))
     # PEFT saves more than it trains (embeddings, buffers of modules that it saves whole): what the model has already is
     # left out, unless the configuration says that it is trained; then it is, from that value on.
-    buffers = dict(model.named_buffers(remove_duplicate=False))
     whole = (*whole, *(f"{name}." for name in saved_whole(config.get("modules_to_save"), model)))
     biases = config.get("bias") not in (None, "none")
     asked = {n for n in given if n.startswith(whole) or (biases and n.rpartition(".")[2] == "bias")} - buffers.keys()
@@ -56,7 +56,7 @@ def values(given: Mapping[str, Tensor], config: Config, survey: Survey, taken_we
                      helps=("name the model that it was trained on",))
     if not ties(config, "modules_to_save"):
         report.add(*_parted(changed, given, survey))
-    first = {id(p): n for n, p in model.named_parameters()}
+    first = {id(p): n for n, p in reversed(parameters)}
     return Values({first[id(stored[n])]: t for n, t in changed.items()
                    if id(stored[n]) in first and n not in taken_weights}, tuple(report.found))
 

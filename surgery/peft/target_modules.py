@@ -22,6 +22,7 @@ from torch import nn
 from surgery.diagnostics import fail
 from surgery.layers.layouts import LINEAR, weights
 from surgery.layers.survey import Site, output_embedding
+from surgery.layers.wrappers import bare, named_modules
 from surgery.peft.table.method import Config, Family
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.step_tensors import StepTensors
@@ -70,17 +71,22 @@ def names_there(sites: Sequence[Site]) -> tuple[list[str], dict[str, str]]:
 
 
 def modules(model: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """The model's own modules by name, in module order, under all their names if `aliases`; those of adapters are not
-    its own."""
-    ours = {id(inner) for m in model.modules() if isinstance(m, (Adapter, StepTensors)) for inner in m.modules()}
-    return ((name, m) for name, m in model.named_modules(remove_duplicate=not aliases) if id(m) not in ours)
+    """The model's own modules by name, in module order, under all their names if `aliases`; those of adapters, and
+    wrappers around parts of the model, are not its own."""
+    seen = {id(inner) for m in model.modules() if isinstance(m, (Adapter, StepTensors)) for inner in m.modules()}
+    for name, module in named_modules(model):
+        if id(module) not in seen:
+            yield name, module
+        if not aliases:
+            seen.add(id(module))
 
 
 def all_linear(model: nn.Module, task: str | None = None) -> list[str]:
     """What `all-linear` stands for: every linear layer but the output head, or a text classifier's."""
-    head = output_embedding(model)
+    own = bare(model)
+    head = output_embedding(own)
     if head is None and task == "SEQ_CLS":
-        head = next((getattr(model, name) for name in _CLASSIFIERS if hasattr(model, name)), None)
+        head = next((getattr(own, name) for name in _CLASSIFIERS if hasattr(own, name)), None)
     # The first weight says what a module is: a stack of experts is no linear layer to PEFT, nor is an embedding.
     first = ((name, m, next(iter(weights(m)), None)) for name, m in modules(model))
     return [name for name, m, weight in first

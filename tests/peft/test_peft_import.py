@@ -189,10 +189,42 @@ def test_a_field_that_is_missing(lora: Path, tmp_path: Path) -> None:
         surgery.import_peft(Demo("llama").model(), folder)
 
 
-def test_a_pickle_is_not_read(lora: Path, tmp_path: Path) -> None:
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("bomb"),)
+
+
+PICKLES = {
+    "code": ({"base_model.model.x": Bomb()}, "is no pickle of tensors alone"),
+    "an object": (torch.nn.Linear(2, 2), "is no pickle of tensors alone"),
+    "no table": ([torch.zeros(2)], "is no table of tensors by name"),
+    "numbers as names": ({1: torch.zeros(2)}, "is no table of tensors by name"),
+    "no tensor": ({"base_model.model.x": 3}, "no plain tensor: `base_model.model.x`"),
+    "sparse": ({"base_model.model.x": torch.zeros(2, 2).to_sparse()}, "no plain tensor: `base_model.model.x`"),
+    "more numbers than bytes": ({"base_model.model.x": torch.zeros(1).expand(1 << 40)}, "no plain tensor: `base_model.model"),
+    "no numbers": ({"base_model.model.x": torch.zeros(2, device="meta")}, "no plain tensor: `base_model.model.x`"),
+    "not finite": ({"base_model.model.x": torch.full((2,), torch.inf)}, "base_model.model.x is not finite"),
+}
+
+
+@pytest.mark.parametrize("held, words", PICKLES.values(), ids=PICKLES)
+def test_of_a_pickle_tensors_alone_are_read(
+        held: Any, words: str, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     folder = changed(lora, tmp_path / "changed", {})
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(SurgeryError, match="a pickle, which may run code(.|\n)*save_pretrained"):
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(held, folder / "adapter_model.bin")
+    with pytest.raises(SurgeryError, match=words):
+        surgery.import_peft(Demo("llama").model(), folder)
+    assert not Path("bomb").exists()
+
+
+@pytest.mark.parametrize("written", [b"", b"PK\x03\x04", b"a pickle"])
+def test_bytes_that_are_no_pickle(written: bytes, lora: Path, tmp_path: Path) -> None:
+    folder = changed(lora, tmp_path / "changed", {})
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(written)
+    with pytest.raises(SurgeryError, match="is no pickle of tensors alone"):
         surgery.import_peft(Demo("llama").model(), folder)
 
 
