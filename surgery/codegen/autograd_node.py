@@ -79,14 +79,16 @@ def _compiled(body: Expr, needs: tuple[bool, ...], frozen_last: bool, one_pass: 
 def once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     """The `backward` of a node whose gradients have no derivative, and which therefore refuses to be one of those of
     `create_graph=True`. (Torch's `once_differentiable` refuses at the derivative, and only where it comes by this node:
-    a penalty of gradients lost its terms without a word.) Raises: RuntimeError."""
+    a penalty of gradients lost its terms without a word.) It runs without autocast, as the forward pass did, wherever
+    `.backward()` is called. Raises: RuntimeError."""
 
     @wraps(backward)
     def checked(ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
         if torch.is_grad_enabled():
             raise RuntimeError("an operated layer's gradients are written out, and have no second derivative, which "
                                "create_graph=True asks for: torch.func (hessian, jacrev) takes it")
-        return backward(ctx, *grad_outputs)
+        with without_autocast(grad_outputs[0].device.type):
+            return backward(ctx, *grad_outputs)
 
     return checked
 

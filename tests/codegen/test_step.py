@@ -227,6 +227,20 @@ def test_a_set_up_is_made_again_as_it_was_made_under_autocast(monkeypatch):
     assert all(torch.equal(wanted, found[1][name]) for name, wanted in found[0].items())
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "sora"])
+def test_a_backward_pass_is_as_its_forward_pass_inside_autocast_too(name, monkeypatch):
+    """`loss.backward()` within `torch.autocast`, of a pass that was none of it."""
+    monkeypatch.setattr(Candidate, "recompute_cost", property(lambda plan: Cost()))  # the set-up's gradients too
+    op = operated(next(case for case in CASES if case.name == name), WIDE, torch.float32)
+    x = op.input()
+    leaves = {**x, **op.parameters}
+    wanted = gradients(op.model(x["x"]), torch.ones(2, 3, 12), leaves)
+    y = op.model(x["x"])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(y, torch.ones(2, 3, 12), leaves)
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
 def test_a_few_tokens_run_another_program_than_many():
     model = Tower(nn.Linear(64, 64, bias=False))
     apply(model, load("lora").retarget("**"))
