@@ -157,23 +157,29 @@ def _show(output: Output, ready: Bench, model: str, tokens: tuple[int, int], dat
 
 
 def _show_counts(output: Output, rows: list[dict[str, Any]], against_peft: bool, what: str) -> None:
-    """The counts as a table: launches of a set-up are of its forward and of its backward pass, PEFT's of a step."""
+    """The counts as a table: launches of a set-up are of its forward and of its backward pass (`batched`: inside of
+    `batched_setups()`), PEFT's of a step."""
     from surgery.experiments.step_counts import PARTS
 
-    lines = [["", "parameters", "set-up", "forward", "backward", *_MOVED,
+    lines = [["", "parameters", "set-up", "batched", "forward", "backward", *_MOVED,
               *(["PEFT: launches", *_MOVED] if against_peft else [])]]
     for row in rows:
-        of_setup = f"{row['setup_launches']:,} + {row['setup_backward_launches']:,}"
         theirs = sum(row.get(f"peft_{part}_launches", 0) for part in PARTS)
-        lines.append([row["name"], f"{row['trained']:,}", of_setup, f"{row['forward_launches']:,}",
-                      f"{row['backward_launches']:,}", *_moved(row),
+        lines.append([row["name"], f"{row['trained']:,}", _of_setup(row), _of_setup(row, "batched_"),
+                      f"{row['forward_launches']:,}", f"{row['backward_launches']:,}", *_moved(row),
                       *([f"{theirs:,}", *_moved(row, "peft_")] if theirs else [])])
     output.say("\n".join([
         what, "", *aligned(lines), "",
-        "set-up, forward, backward: launches, those of a set-up in both directions; passes: how often a number for",
-        "every token and feature is read or written, in each operated layer, beyond what the frozen model does"]))
+        "set-up, forward, backward: launches, those of a set-up in both directions; batched: its launches inside of",
+        "surgeon.batched_setups(), where like layers make theirs at once; passes: how often a number for every token",
+        "and feature is read or written, in each operated layer, beyond what the frozen model does"]))
     _note_peft(output, rows)
     output.data(rows=rows)
+
+
+def _of_setup(row: dict[str, Any], how: str = "") -> str:
+    forward, backward = (row.get(f"{how}{part}_launches") for part in ("setup", "setup_backward"))
+    return "-" if forward is None or backward is None else f"{forward:,} + {backward:,}"
 
 
 def _note_peft(output: Output, rows: list[dict[str, Any]]) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgery.codegen.autograd_node import steps_of
-from surgery.diagnostics import fail, tell
+from surgery.diagnostics import SurgeryError, fail, tell
 from surgery.experiments.step_counts import Layers, StepCount, count_step
 from surgery.experiments.tasks import read_task
 from surgery.experiments.timing import peak_bytes, seconds, sharing, turned
@@ -247,7 +247,8 @@ class Bench:
 
     def count_rows(self, device: str = "cpu") -> list[dict[str, Any]]:
         """What a step asks of a type of device, for the frozen model and for each spec: launches of the parts of a
-        step, bytes read and written, and passes over activations for each operated layer, over the frozen model's.
+        step (of the set-up also as batches, `batched_setup_launches`), bytes read and written, and passes over
+        activations for each operated layer, over the frozen model's.
         `surgery.experiments.step_counts` defines them. Cost: a few steps of every model. Raises: SurgeryError."""
         if self.device.type != "cpu" or self.compiled:
             raise fail("bad-value", "steps are counted on a CPU, and as torch runs them without its compiler")
@@ -268,7 +269,8 @@ class Bench:
                 return {prefix + key: value for key, value in figures.items()}
 
             yield {"name": each.name, "trained": each.trained, "layers": layers.count, **counted(each.ours),
-                   **(counted(each.peft, "peft_") if each.peft else {}), "peft_note": each.why or None}
+                   **(counted(each.peft, "peft_") if each.peft else {}), "peft_note": each.why or None,
+                   **_of_setups(each)}
 
     def _figures(self, subject: Subject | None) -> dict[str, Any]:
         figures: dict[str, Any] = {}
@@ -280,6 +282,17 @@ class Bench:
                         f"{phase}_ratio": median(ratios) if ratios else None,
                         f"{phase}_ratio_spread": spread(ratios)}
         return {**figures, "peak_bytes": subject.peak if subject else None}
+
+
+def _of_setups(contender: Contender) -> dict[str, int]:
+    """The launches of its set-ups inside `batched_setups()`; nothing of a model that cannot go there."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(contender.surgeon.batched_setups())
+        except SurgeryError:
+            return {}
+        figures = contender.ours.count().figures
+    return {f"batched_{key}": figures[key] for key in ("setup_launches", "setup_backward_launches")}
 
 
 def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mapping[str, Spec],

@@ -66,6 +66,39 @@ def cayley(k: Tensor) -> Tensor:
     return _solved(k, 0.5, -0.25, -1.0)
 
 
+def rotation(a: Tensor) -> Tensor:
+    """cayley(a - aᵀ), of each matrix in [..., n, n]: of a skew k one factorisation gives M⁻¹ Mᵀ, M = 2 I - k."""
+    return cayley(skew(a)) if is_traced() else _Rotation.apply(a)
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient in k of <q, g>, q = cayley(k), is h = (I + q)ᵀ g (I + q)ᵀ / 4, and that in a is h - hᵀ."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        m = _shifted(a.mT - a, 2.0)
+        result = torch.linalg.solve_ex(m, m.mT).result  # does not wait for a device to say that there is one
+        ctx.save_for_backward(result)
+        ctx.is_turned = a.mT.is_contiguous()
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (result,), (g,) = ctx.saved_tensors, grad_outputs
+        # laid out as `a` is, so that a parameter seen turned takes the gradient as it is, and no copy
+        turned, g = (result, g.mT) if ctx.is_turned else (result.mT, g)
+        half = _plus_product(g, turned, g)
+        h = _plus_product(half, half, turned, 0.25)
+        return h.mT - h if ctx.is_turned else h - h.mT
+
+
+def _plus_product(c: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    """factor (c + a b), or those of a stack."""
+    if c.ndim > 3:
+        return factor * (c + a @ b)
+    return (torch.addmm if c.ndim == 2 else torch.baddbmm)(c, a, b, beta=factor, alpha=factor)
+
+
 def resolvent(m: Tensor) -> Tensor:
     """(I - m/2)⁻¹, of each matrix in [..., n, n]; not finite where there is none."""
     return _solved(m, 1.0, -0.5, 0.0)
@@ -138,7 +171,7 @@ class _Mirrored(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor) -> Tensor:
         triangle = torch.addmm(u.new_empty(()), u.mT, u, beta=0, alpha=2)  # what is below the diagonal nobody reads
         diagonal = triangle.diagonal().mul_(0.5)
-        diagonal.masked_fill_(diagonal == 0, 1.0)
+        torch.threshold_(diagonal, 0.0, 1.0)
         result = torch.linalg.solve_triangular(triangle, u.mT, upper=True)
         ctx.save_for_backward(u, triangle, result)
         return result
@@ -172,4 +205,10 @@ class _Root(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (result,), (g,) = ctx.saved_tensors, grad_outputs
-        return 0.5 * g / result.masked_fill(result == 0, torch.inf)
+        return 0.5 * g / torch.threshold(result, 0.0, torch.inf)
+
+
+def over_root(a: Tensor, s: Tensor) -> Tensor:
+    """a / √s, and 0 with no gradient where s ≤ 0."""
+    above = s.masked_fill(s <= 0, torch.inf) if is_traced() else torch.threshold(s, 0.0, torch.inf)
+    return a / above.sqrt()

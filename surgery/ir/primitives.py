@@ -115,6 +115,12 @@ def _cayley(k: Any) -> Any:
     return cayley(k)
 
 
+def _rotation(a: Any) -> Any:
+    from surgery.ir.orthogonal_maps import rotation
+
+    return rotation(a)
+
+
 def _expm(k: Any) -> Any:
     """torch takes too few terms for a matrix alone (3e-5 off in float32), and enough for one of a stack."""
     import torch
@@ -234,6 +240,12 @@ def _root(a: Any) -> Any:
     from surgery.ir.orthogonal_maps import root
 
     return root(a)
+
+
+def _over_root(a: Any, s: Any) -> Any:
+    from surgery.ir.orthogonal_maps import over_root
+
+    return over_root(a, s)
 
 
 def _blocks(a: Any, s: Any) -> Any:
@@ -365,6 +377,8 @@ ROWS = [
               stage=CORE, stops_gradient=True),
     Operation("framed", 2, lambda a, frame: elementwise(a, a), _framed, "a L⁻ᵀ, nearly orthonormal for the L of a",
               stage=CORE),
+    Operation("rotation", 1, square, _rotation, "cayley(a - aᵀ)", stage=CORE, transpose=Transpose.INSIDE,
+              orthogonal=Orthogonal.ALWAYS, is_solve=True, flops=flop_rules.cubic(10)),
     Operation("resolvent", 1, square, _resolvent, "(I - a/2)⁻¹", stage=CORE, is_solve=True, flops=flop_rules.cubic(10)),
     Operation("phi", 1, square, _phi, "(e^a - I) a⁻¹", stage=CORE, is_solve=True, flops=flop_rules.cubic(320)),
     Operation("mirrored", 1, lambda a: exactly(2, "a matrix whose columns are the mirrors", a)[::-1], _mirrored,
@@ -374,6 +388,8 @@ ROWS = [
     Operation("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]",
               stage=CORE, linear=Linear.EACH),
     Operation("root", 1, same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0",
+              stage=CORE),
+    Operation("over_root", 2, elementwise, _over_root, "a / √b of sums of squares b: 0 where rounding leaves b ≤ 0",
               stage=CORE),
     Operation("total", 1, lambda a: (), lambda a: a.sum(), "Σ a over all entries", stage=CORE, linear=Linear.TOGETHER,
               text="{}.sum()"),

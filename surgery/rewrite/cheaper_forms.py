@@ -65,6 +65,10 @@ def _inverse(node: Expr) -> Expr | None:
     return make("add", eye(node.shape), times(-1, make("matmul", u, make("matmul", small, v))))
 
 
+def _rotation(node: Expr) -> Expr | None:
+    return make("rotation", node.args[0].args[0]) if node.args[0].op == "skew" else None
+
+
 def _reflect(node: Expr) -> Expr | None:
     mirrors = node.args[0]
     if not is_thin(mirrors.shape[1], mirrors.shape[0]):
@@ -353,6 +357,7 @@ JOINED = (
 )
 CHEAP = (
     Rule("cayley(U V) = I + U (I - V U / 2)⁻¹ V", "cayley", _by_core("resolvent"), "cayley(P @ Q.T - Q @ P.T)"),
+    Rule("cayley(x - xᵀ) by one solve", "cayley", _rotation, "cayley(skew(A))"),
     Rule("e^(U V) = I + U φ(V U) V, φ(x) = (e^x - I) x⁻¹", "expm", _by_core("phi"), "expm(P @ Q.T - Q @ P.T)"),
     Rule("(I + U V)⁻¹ = I - U (I + V U)⁻¹ V", "inverse", _inverse, "inverse(I(n) + P @ Q.T)"),
     Rule("reflect(U) = I - 2 U V, V the triangle of UᵀU solved for Uᵀ", "reflect", _reflect, "reflect(P)"),

@@ -143,7 +143,28 @@ def _in_blocks(a: Expr, k: int) -> Expr:
 
 
 def _added(parts: list[Expr]) -> Expr:
-    return total(parts, parts[0].shape)
+    """Their sum, those over the rows of one matrix as one: c ⟨u, x⟩ + d ⟨u, y⟩ = c ⟨u, x + d/c y⟩, by rows."""
+    alike: dict[Expr, list[Expr]] = {}
+    for part in map(simplify, parts):
+        scalar, dot = scaled(part)
+        is_known = scalar is None or value_of(scalar)
+        alike.setdefault(dot.args[0] if dot.op == "row_dot" and is_known else part, []).append(part)
+    return total([_joined(u, each) if len(each) > 1 else each[0] for u, each in alike.items()], parts[0].shape)
+
+
+def _joined(u: Expr, parts: list[Expr]) -> Expr:
+    factors = [1.0 if scalar is None else value_of(scalar) or 1.0 for scalar, _ in map(scaled, parts)]
+    others = [scaled(part)[1].args[1] for part in parts]
+    inner = total([times(c / factors[0], other) for c, other in zip(factors, others)], others[0].shape)
+    return times(factors[0], make("row_dot", u, inner))
+
+
+def _over_root(node: Expr) -> Expr | None:
+    a, b = node.args
+    below = b.args[0] if b.op == "detach" else b
+    if below.op != "root":
+        return None
+    return make("over_root", a, make("detach", below.args[0]) if below is not b else below.args[0])
 
 
 def spread(a: Expr) -> Expr | None:
@@ -162,5 +183,6 @@ def _spread(a: Expr, is_apart: Callable[[Expr], bool]) -> Expr | None:
 NORMS = (
     Rule("‖x + y‖² = ‖x‖² + 2 ⟨x, y⟩ + ‖y‖², by rows", "row_norm", _row_norm, "row_norm(A + P @ Q.T)"),
     Rule("the columns of x are the rows of xᵀ", "col_norm", _col_norm, "col_norm(A + P @ Q.T)"),
+    Rule("x / √y by one root, without a gradient too", "div", _over_root, "d / row_norm(W + P @ Q.T)"),
     Rule("‖x‖² = Σ of its rows' squares", "norm", _norm, "norm(P @ Q.T)"),
 )

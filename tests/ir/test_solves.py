@@ -6,7 +6,7 @@ from torch import Tensor
 
 from surgery.codegen.kernels_row_sums import weighted_dot
 from surgery.ir import orthogonal_maps
-from surgery.ir.orthogonal_maps import cayley, mirrored, resolvent, root, skew
+from surgery.ir.orthogonal_maps import cayley, mirrored, over_root, resolvent, root, rotation, skew
 
 
 def plain(k: Tensor) -> Tensor:
@@ -21,6 +21,29 @@ def test_cayley_has_the_gradients_of_the_formula(shape):
     torch.testing.assert_close(cayley(k), plain(k))
     for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert order(cayley, k)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 4, 4), (2, 3, 4, 4), (0, 2, 2), (1, 1)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_rotation_has_the_gradients_of_the_formula(shape, turned):
+    """And that of a parameter that is seen turned lies in memory as the parameter does, so that torch takes it as it
+    is."""
+    torch.manual_seed(0)
+    a = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def f(a: Tensor) -> Tensor:
+        return rotation(a.mT if turned else a)
+
+    torch.testing.assert_close(f(a), plain(a.mT - a if turned else a - a.mT))
+    assert not a.numel() or torch.autograd.grad(f(a).sum(), a)[0].stride() == a.stride()
+    for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert order(f, a)
+
+
+def test_a_rotation_of_what_is_no_number_is_none():
+    a = torch.zeros(3, 3)
+    a[1, 1] = torch.nan  # which a - aᵀ would have on its diagonal
+    assert rotation(a).isnan().any() and skew(a).isnan().any()
 
 
 def test_resolvent_has_the_gradients_of_the_formula():
@@ -39,7 +62,9 @@ def test_skew_has_the_gradients_of_the_formula():
         assert order(skew, a)
 
 
-@pytest.mark.parametrize(("f", "formula"), [(cayley, plain), (skew, lambda a: a - a.mT)], ids=["cayley", "skew"])
+@pytest.mark.parametrize(("f", "formula"), [
+    (cayley, plain), (skew, lambda a: a - a.mT), (rotation, lambda a: plain(a - a.mT))],
+    ids=["cayley", "skew", "rotation"])
 def test_under_transforms(f, formula):
     torch.manual_seed(0)
     k, direction = torch.randn(2, 3, 4, 4, dtype=torch.float64)
@@ -96,4 +121,14 @@ def test_a_root_is_flat_where_rounding_leaves_less_than_nothing():
     (second,) = torch.autograd.grad(first.sum(), a)
     # what is no number stays none, and is not taken for less than nothing
     for values, expected in ((root(a), (2.0, 0.0, 0.0)), (first, (0.25, 0.0, 0.0)), (second, (-1 / 32, 0.0, 0.0))):
+        torch.testing.assert_close(values, torch.tensor([*expected, torch.nan]), equal_nan=True)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_quotient_by_a_root_is_none_where_rounding_leaves_less_than_nothing(traced, monkeypatch):
+    monkeypatch.setattr(orthogonal_maps, "is_traced", lambda: traced)
+    a = torch.full((4,), 6.0, requires_grad=True)
+    s = torch.tensor([4.0, 0.0, -1.0, torch.nan], requires_grad=True)
+    of_a, of_s = torch.autograd.grad(over_root(a, s).sum(), (a, s))
+    for values, expected in ((over_root(a, s), (3.0, 0.0, 0.0)), (of_a, (0.5, 0.0, 0.0)), (of_s, (-0.375, 0.0, 0.0))):
         torch.testing.assert_close(values, torch.tensor([*expected, torch.nan]), equal_nan=True)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from surgery.ir.dense import dense
-from surgery.ir.expression import Expr
+from surgery.ir.expression import Expr, walk
 from surgery.ir.operations import make
 from surgery.language.parser import parse_expression
 from surgery.rewrite.cheaper_forms import cheapest
@@ -42,3 +42,12 @@ def test_what_takes_itself_away_is_squared_as_a_whole(norm, inner):
 @pytest.mark.parametrize("inner", ["W + B @ A", "W - B @ A", "W + B @ A + detach(B @ A)", "detach(W) + B @ A"])
 def test_other_norms_are_made_in_parts(inner):
     assert cheapest(make("row_norm", expression(inner))).op == "root"
+
+
+@pytest.mark.parametrize("inner", ["W + 3 * B @ A", "W - 3 * B @ A", "W + g * B @ A"])
+def test_products_with_the_rows_of_one_factor_are_summed_before_they_are_multiplied(inner):
+    """‖w + c b A‖² = ‖w‖² + c ⟨b, c A Aᵀ b + 2 A w⟩: two products of rows and not three, where c is known."""
+    expr = expression(f"row_norm({inner})")
+    assert len([node for node in walk(cheapest(expr)) if node.op == "row_dot"]) == (3 if "g" in inner else 2)
+    for found, wanted in zip(values_of(cheapest(expr)), values_of(expr), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2e-6, atol=5e-6)
