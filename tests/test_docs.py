@@ -1,6 +1,7 @@
 """The documentation runs: each block of each page does what the page says, and the site is built without a warning."""
 
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,30 @@ def test_pygments_knows_every_word_of_a_spec() -> None:
         said = list(lexer.get_tokens(path.read_text(encoding="utf-8")))
         assert not [text for kind, text in said if kind is Error], path
         assert all(kind in Keyword for kind, text in said if text in KEYWORDS), path
+
+
+# The matrix, and the engines whose versions it says, by what it calls them.
+MATRIX = (DOCS / "ecosystem.md").read_text(encoding="utf-8").partition("\n## ")[0]
+ENGINES = {"DeepSpeed": "deepspeed", "TRL": "trl", "ONNX Runtime": "onnxruntime", "torchao": "torchao",
+           "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors", "optimum": "optimum",
+           "gptqmodel": "gptqmodel"}
+
+
+def test_each_row_of_the_matrix_names_tests_that_there_are() -> None:
+    rows = re.findall(r"^\|.*\| ([^|]*) \|$", MATRIX, re.MULTILINE)[1:]  # without the heads of its columns
+    assert len(rows) > 40
+    for how in rows:
+        named = re.findall(r"`((?:tests|examples)/[\w/]+\.py)`", how)
+        assert named and all((ROOT / name).is_file() for name in named), how
+        assert "-m engines" not in how or any("mark.engines" in (ROOT / name).read_text("utf-8") for name in named), how
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_versions_that_the_matrix_says_are_those_that_are_tried(name: str) -> None:
+    said = re.findall(rf"{name}(?:'s)? (\d+\.\d+)", MATRIX)
+    try:
+        found = version(ENGINES[name])
+    except PackageNotFoundError:
+        pytest.skip(f"{ENGINES[name]} is of the extra `engines`")
+    assert any(found.startswith(f"{each}.") for each in said), (said, found)

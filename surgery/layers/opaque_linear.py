@@ -169,7 +169,7 @@ def unsuspicious(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def unsuspected(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same as a hook before a forward pass."""
+    """The same as a hook before a forward pass, for a layer that is not operated on."""
     return tuple(unsuspicious(module, x) if isinstance(x, Tensor) else x for x in given)
 
 

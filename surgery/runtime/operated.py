@@ -16,10 +16,11 @@ from weakref import ref
 import torch
 import torch.nn as nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from surgery.diagnostics import fail
 from surgery.ir.orthogonal_maps import is_traced
-from surgery.layers.layouts import TRANSPOSED_EXPERTS, is_direct, is_of_peft, runs_by_torch
+from surgery.layers.layouts import TRANSPOSED_EXPERTS, is_direct, is_of_peft, runs_by_torch, weights
 from surgery.layers.opaque_linear import (
     BASE,
     SUFFIX,
@@ -30,6 +31,7 @@ from surgery.layers.opaque_linear import (
     put_forward_back,
     stored,
     stored_weight,
+    unsuspected,
 )
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.effective_weight import effective_weight, holds_parameters
@@ -139,6 +141,13 @@ class Called(Direct):
         if self.weight_surgery.active or not args:
             return super().forward(*args, **named)
         return call(self, *args, **named)
+
+
+def spare(model: nn.Module) -> list[RemovableHandle]:
+    """Have the called layers that no adapter is in, too, not repack themselves for inference: what stands before them
+    would get no gradient any more, without a word. Gives what ends it."""
+    return [m.register_forward_pre_hook(unsuspected) for m in model.modules()
+            if not isinstance(m, Operated) and any(weight.layout.is_called for weight in weights(m))]
 
 
 class Substituted(Operated):

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from surgery.diagnostics import Diagnostic, SurgeryError, fail
 from surgery.ir.dense import autocasts
 from surgery.layers.layouts import weights
-from surgery.layers.opaque_linear import own_class, unsuspected
 from surgery.layers.wrappers import own_parameter
 from surgery.models.demo import demo_inputs
 from surgery.models.draws import same_draws
@@ -120,10 +119,8 @@ class Subject:
     def _trial(self) -> Iterator[None]:
         """Inside, the model is in evaluation mode and may be changed; at the end everything is restored."""
         # What a layer packs its weight into is as large as the model, and no state that a pass goes on with.
-        called = [m for m in self.model.modules() if any(w.layout.is_called for w in weights(m))]
-        packed = {id(b) for m in called for b in m.buffers()}
-        # what is not operated on, too, would repack itself for inference, for good
-        hooks = [m.register_forward_pre_hook(unsuspected) for m in called if own_class(m) is type(m)]
+        packed = {id(b) for m in self.model.modules() if any(w.layout.is_called for w in weights(m))
+                  for b in m.buffers()}
         before = Snapshot(self.scope)
         buffers = [(b, b.clone()) for b in self.model.buffers() if id(b) not in packed]
         numpy = sys.modules.get("numpy")
@@ -131,8 +128,6 @@ class Subject:
 
         def put_back() -> None:
             before.restore()
-            for hook in hooks:
-                hook.remove()
             with torch.no_grad():
                 for buffer, value in buffers:
                     is_dense = buffer.layout == torch.strided and not buffer.is_nested  # others have no `equal`

@@ -16,6 +16,7 @@ from weakref import ref
 
 import torch
 import torch.nn as nn
+from torch.utils.hooks import RemovableHandle
 
 from surgery.diagnostics import Collector, Diagnostic, fail, tell
 from surgery.language.tree import Spec
@@ -34,7 +35,7 @@ from surgery.runtime.hub import push
 from surgery.runtime.identity_check import assert_identity, idle
 from surgery.runtime.kept_weights import Kept, with_merged
 from surgery.runtime.merge import refuse_called
-from surgery.runtime.operated import hold_common, install, uninstall_all
+from surgery.runtime.operated import hold_common, install, spare, uninstall_all
 from surgery.runtime.optimiser_groups import parameter_groups
 from surgery.runtime.proof import Proof, Subject
 from surgery.runtime.reference import Reference
@@ -164,6 +165,7 @@ class Surgeon:
         self._as_merged: dict[str, str] = {}
         self._tied: dict[str, nn.Parameter] = {}
         self._savers: list[Any] = []  # the models of transformers that adapters are in: the model, and those within it
+        self._spared: list[RemovableHandle] = []  # on the called layers that no adapter is in
         self._objects: dict[str, ref[torch.Tensor]] = {}  # the tensors that were there when it was operated on
         self.base: dict[str, str] = {}  # fingerprints of the operated weights
         self.beside: dict[str, str] = {}  # and of what the adapter does not hold
@@ -231,6 +233,7 @@ class Surgeon:
         self._see_objects()
         self._note()
         self._put(values or {})
+        self._spared = spare(self.model)
         return self
 
     @all_or_nothing
@@ -532,6 +535,8 @@ class Surgeon:
         """The adapters out, whatever numbers stand in the model."""
         uninstall_all(self.model, [(p.site.module, self.adapters[p.site.name]) for p in self.plan.placed])
         save_adapters_no_more(self._savers)
+        for hook in self._spared:
+            hook.remove()
         for module, flags in self._required:
             for name, flag in flags.items():
                 if (parameter := module._parameters.get(name)) is not None:

@@ -76,7 +76,7 @@ class Snapshot:
 def _dicts(owner: object) -> Iterator[dict]:
     yield vars(owner)
     if isinstance(owner, nn.Module) and not isinstance(owner, torch.jit.ScriptModule):
-        yield from (owner._modules, owner._parameters, owner._buffers)
+        yield from (owner._modules, owner._parameters, owner._buffers, owner._forward_pre_hooks)
 
 
 def all_or_nothing(verb: Callable[..., Any]) -> Callable[..., Any]:

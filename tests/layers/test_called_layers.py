@@ -302,17 +302,21 @@ def test_a_layer_that_repacks_itself_in_evaluation_trains_after_one():
     model, x = Tower(Settling(IN, IN), Settling(IN, OUT)).eval(), torch.randn(4, IN)
     spec = parse('target linear "layers.0" { add low_rank(2)  post magnitude() }')
     surgeon = apply(model, spec, example=(x,))  # its proof runs what is not operated on, too
-    assert not any(layer.repacked for layer in model.layers)
     for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
         with mode:
-            y = model.layers[0](x)
+            y = model(x)
             with surgeon.disabled():
                 assert not model.layers[0](x).requires_grad
-        assert not model.layers[0].repacked
+        assert not any(layer.repacked for layer in model.layers)
     x.requires_grad_()
-    assert torch.equal(model.train().layers[0](x), y)
+    assert torch.equal(model.train()(x), y)
     model(x).sum().backward()
     assert x.grad.norm() > 0
+    surgeon.remove()
+    assert not any(layer._forward_pre_hooks for layer in model.layers)
+    with pytest.raises(SurgeryError, match="not-identity"):
+        apply(model, parse('target linear "layers.0" { add low_rank(2)  post magnitude() }'), example=(torch.full((1, IN), torch.nan),))
+    assert not any(layer._forward_pre_hooks for layer in model.layers)
 
 
 def test_what_was_evaluated_before_the_surgery_is_refused_where_it_trains():
