@@ -44,6 +44,7 @@ from surgery.language.tree import Spec
 from surgery.models.loading import load as load_model
 from surgery.models.loading import load_with_drawn, tokenizer
 from surgery.runtime.atomic_folders import refuse_taken, refuse_unwritable, replacing_file
+from surgery.runtime.batched_setups import batched_setups
 from surgery.runtime.saved_format import ADAPTER, Saved
 from surgery.runtime.surgeon import Surgeon
 from surgery.text import listed
@@ -185,7 +186,8 @@ class _Run:
                        helps=("--force starts anew; in Python, force=True",))
         before = self._scores(model, words, tests, "before")
         trainer = self._trainer(surgeon, words, task, dev, checkpoints)
-        done = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        with self._batches(surgeon):
+            done = trainer.train(resume_from_checkpoint=str(last) if last else None)
         model.eval()
         after = self._scores(model, words, tests, "after")
         if trainer.is_world_process_zero():
@@ -263,6 +265,15 @@ class _Run:
                           logging_steps=max(1, int((setting.steps or a_pass * setting.epochs) // _LOGS)), **more)
         return trainer_of(model, lesson, asked, callbacks=watchers, optimizers=(optimiser, None), **chosen)
 
+    def _batches(self, surgeon: Surgeon) -> AbstractContextManager[None]:
+        """The set-ups of like layers at once, where it is launches that they cost. That no adapter changes while a
+        forward pass runs is known here, as it is not of a loop of a user's: the model was loaded for this training, the
+        Trainer alone calls it, and callbacks and the optimiser run between passes. Of several processes each may hold
+        a part, and what checkpoints is run again: there each layer makes its own."""
+        if self.setting.checkpointing or not _launches_cost():
+            return nullcontext()
+        return batched_setups(surgeon.model, list(surgeon.adapters.values()), frugal=True)
+
     def _save(self, surgeon: Surgeon, task: AnyTask, state: Any, force: bool) -> None:
         with self.watch.busy(f"saving {self.folder}"):
             config: Any = surgeon.model.config
@@ -296,6 +307,14 @@ def _processes() -> Any:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def _launches_cost() -> bool:
+    """Whether this process trains alone, on a GPU."""
+    from accelerate.utils import DistributedType
+
+    processes = _processes()
+    return processes.device.type == "cuda" and processes.distributed_type == DistributedType.NO
 
 
 class _Scored(OrderedTrainer):

@@ -223,7 +223,7 @@ class Adapter(nn.Module):
         if program.plain is None:
             return program
         # what is made for many layers at once holds no matrix as large as the weight for each
-        is_alone = dtype in (None, layer.dtype) and self.batches is None
+        is_alone = dtype in (None, layer.dtype) and (self.batches is None or self.batches.frugal)
         return program if is_alone and not (is_traced() or layer.is_trained) else program.plain
 
     def set_ups(self, program: Program, layer: Frozen, stacks: Mapping[str, torch.Tensor], cast: torch.dtype,

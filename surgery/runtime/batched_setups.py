@@ -50,10 +50,11 @@ class _Calls(threading.local):
 
 
 class SetupBatches:
-    """The set-ups of a model's adapters, in batches of those with equal formulas."""
+    """The set-ups of a model's adapters, in batches of those with equal formulas. `frugal`: a program that holds less
+    by itself, or is the better one, stays alone."""
 
-    def __init__(self, model: nn.Module, adapters: Sequence[Adapter]):
-        self.depth, self.calls = 0, _Calls()
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], frugal: bool = False):
+        self.depth, self.calls, self.frugal = 0, _Calls(), frugal
         self._may_checkpoint = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._like: dict[Compiled, list[Adapter]] = {}
         for adapter in adapters:
@@ -68,7 +69,7 @@ class SetupBatches:
                held: Mapping[str, Tensor]) -> tuple[Tensor, ...] | None:
         """The set-up of one of the layers; None where it is to make its own."""
         made = self.calls.made
-        if made is None or is_traced():
+        if made is None or is_traced() or self._stays_alone(program):
             return None
         key = (program, cast, torch.is_grad_enabled())
         if (adapter, *key) not in made:
@@ -81,6 +82,9 @@ class SetupBatches:
                 made[each, *key] = _Made(values, tuple(tensors.values()), hints(tuple(tensors.values())))
         known = made[adapter, *key]
         return known.values if known.is_of(tuple(held.values())) else None
+
+    def _stays_alone(self, program: Program) -> bool:
+        return self.frugal and (program.plain is not None or program.plan.recompute_cost is not None)
 
     def _members(self, adapter: Adapter, program: Program, layer: Frozen,
                  held: Mapping[str, Tensor]) -> dict[Adapter, tuple[Frozen, Mapping[str, Tensor]]]:
@@ -247,12 +251,13 @@ def _end(model: nn.Module, args: Any, output: Any) -> None:
 
 
 @contextmanager
-def batched_setups(model: nn.Module, adapters: Sequence[Adapter]) -> Iterator[None]:
-    """Inside, a forward pass of the model makes set-ups in batches. Nests.
+def batched_setups(model: nn.Module, adapters: Sequence[Adapter], frugal: bool = False) -> Iterator[None]:
+    """Inside, a forward pass of the model makes set-ups in batches. `frugal`: but those that are made again in the
+    backward pass, or make W' at once. Nests.
 
     Raises: SurgeryError (unsupported-module), for a model that checkpoints gradients."""
     # the hooks find the batches by the model, so that a copy or a pickle of it holds nothing of them
-    batches = _BATCHES.get(model) or SetupBatches(model, adapters)
+    batches = _BATCHES.get(model) or SetupBatches(model, adapters, frugal)
     if batches.checkpoints:
         raise fail("unsupported-module", "this model checkpoints gradients: it runs layers again in the backward pass, "
                    "when a batch of set-ups is gone", helps=("train it without batched_setups()",))

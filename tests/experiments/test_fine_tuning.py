@@ -19,6 +19,7 @@ from surgery.experiments.fine_tuning import Data, Training, Watch, groups
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import batches, with_head
 from surgery.models.loading import load_with_head
+from surgery.runtime import batched_setups
 
 SHORT = Training(lr=1e-2, steps=6, batch=4, every=3, length=64, tokens=4)
 FEW = surgery.parse("""spec few()
@@ -251,6 +252,31 @@ def test_a_step_of_two_batches_is_that_of_one(name: str, models, files, tmp_path
         logs = json.loads((tmp_path / str(batch) / "trainer_state.json").read_text())["log_history"]
         losses.append([each["loss"] for each in logs if "loss" in each])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == 4
+
+
+def test_set_ups_at_once_train_the_same(models, files, tmp_path: Path, monkeypatch) -> None:
+    """As they are made on a GPU by one process, unless the model checkpoints; but for rounding."""
+    spec = surgery.parse("""spec turned()
+    target linear "**.{q,k,v}_proj" { add low_rank(2) post orthogonal(rank = 1) }
+    target linear "**.up_proj" { add low_rank(2) post magnitude() }""")
+    setting = replace(SHORT, steps=3, batch=2, accumulate=2, every=None)
+    losses, tensors, made, make = [], [], [], batched_setups._batch
+    monkeypatch.setattr(batched_setups, "_batch", lambda *args: (made.append(len(args[2])), make(*args))[1])
+    for name, on_gpu, checkpointing in (("alone", False, False), ("at once", True, False), ("checkpoints", True, True)):
+        monkeypatch.setattr(fine_tuning, "_launches_cost", lambda on_gpu=on_gpu: on_gpu)
+        before = len(made)
+        found = surgery.train(spec, models["causal"], files["train.jsonl"], tmp_path / name,
+                              setting=replace(setting, checkpointing=checkpointing))
+        assert (len(made) > before) is (name == "at once"), name
+        assert all(adapter.batches is None for adapter in found.surgeon.adapters.values())
+        log = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        losses.append([each["loss"] for each in log if "loss" in each])
+        tensors.append(found.surgeon.named_tensors())
+    assert min(made) > 1
+    for others, trained in zip(losses[1:], tensors[1:]):
+        assert others == pytest.approx(losses[0], abs=1e-5) and len(others) == 3
+        for name, tensor in trained.items():
+            torch.testing.assert_close(tensor, tensors[0][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_starts_are_measured_by_the_loss_that_is_learned(files, tmp_path: Path) -> None:

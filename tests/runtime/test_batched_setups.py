@@ -19,7 +19,8 @@ from zoo import CASES
 
 import surgery
 from surgery import SurgeryError
-from surgery.codegen.cost_model import Machine
+from surgery.codegen.candidates import Candidate
+from surgery.codegen.cost_model import Cost, Machine
 from surgery.runtime import adapter
 from surgery.runtime import batched_setups as module
 
@@ -139,6 +140,21 @@ def spec_of(name: str) -> surgery.Spec:
     settings = {"oft": {"block": 3}, "hra": {"rank": 4}, "c3a": {"block": 3}}
     small = settings.get(name, {"rank": 3, "dropout": 0.0})
     return surgery.load(name, **small).retarget("layers.*")
+
+
+@pytest.mark.parametrize(("is_held", "made"), [(True, [COUNT]), (False, [])])
+def test_where_nobody_asked_what_would_hold_more_stays_alone(is_held: bool, made: list[int], monkeypatch):
+    """A set-up that is better made again in the backward pass than held."""
+    monkeypatch.setattr(Candidate, "recompute_cost", property(lambda plan: None if is_held else Cost()))
+    model, surgeon = operated(spec_of("sora"), SQUARE)
+    x = torch.randn(5, 96, dtype=torch.float64)
+    y, alone = of_own(model, x)
+    with batches() as sizes, module.batched_setups(model, list(surgeon.adapters.values()), frugal=True):
+        batched, gradient = of_own(model, x)
+    assert sizes == made
+    assert_close(batched, y, 1e-12)
+    for name in alone:
+        assert_close(gradient[name], alone[name], 1e-10, name)
 
 
 def test_what_is_unlike_makes_its_own():
