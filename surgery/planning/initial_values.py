@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import reduce
 from types import MappingProxyType
 
 import torch
@@ -30,7 +31,8 @@ IDENTITY_TOLERANCE = 1e-5
 # On the CPU these are computed in float64, so that another library of linear algebra, or another number of threads,
 # gives what rounds to the same numbers.
 _DECOMPOSITIONS = ("left_singular", "singular", "right_singular", "qr", "inverse")
-_SLICE, _SLICE_ELSEWHERE = 1 << 15, 1 << 24  # numbers: they stay in a CPU's cache, and no threads are asked for so few
+_SLICE, _SLICE_ELSEWHERE = 1 << 19, 1 << 24  # numbers: in float32 a CPU's cache has them, and threads are asked seldom
+_LEAST = 1e-20  # a sum of squares in float32 beside which those that are too small for it are nothing
 MANIFOLD_TOLERANCE = 1e-4  # what float32 leaves of W's singular vectors and of what is drawn is a tenth of it
 
 
@@ -253,18 +255,31 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def departure(before: torch.Tensor, after: torch.Tensor) -> float:
-    """‖after - before‖ / ‖before‖ (the norm of `after` where `before` is zero; infinite for a NaN), in double
-    precision, slice by slice: the whole in that is four times the weight."""
+    """‖after - before‖ / ‖before‖ (the norm of `after` where `before` is zero; infinite for a NaN), to 6 digits,
+    slice by slice: the whole in a wider dtype is several times the weight."""
     if before is after or before.dtype == after.dtype and torch.equal(before, after):  # as most of what is asked is
         return 0.0 if is_finite(before) else float("inf")
+    is_cpu = before.device.type == "cpu"
+    length, least = (_SLICE, torch.float32) if is_cpu else (_SLICE_ELSEWHERE, torch.float64)
+    dtype = reduce(torch.promote_types, (before.dtype, after.dtype, least))
+    room = torch.empty(min(length, before.numel()), dtype=dtype, device=before.device)
     change = size = torch.zeros((), dtype=torch.float64, device=before.device)
-    length = _SLICE if before.device.type == "cpu" else _SLICE_ELSEWHERE
-    for one, other in zip(after.flatten().split(length), before.flatten().split(length)):
-        wide = other.double()
-        off = one.double() - wide
-        change, size = change + torch.dot(off, off), size + torch.dot(wide, wide)
+    for one, other in zip(after.detach().flatten().split(length), before.detach().flatten().split(length)):
+        squares = _squares(one, other, room[:len(one)])
+        change, size = change + squares[0], size + squares[1]
     relative = float((change / size if size > 0 else change).sqrt())
     return relative if relative == relative else float("inf")
+
+
+def _squares(one: torch.Tensor, other: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """‖one - other‖² and ‖other‖² in the dtype that there is `room` in. In float32 the difference of two numbers of its
+    own is rounded once, and torch adds up in a tree: 6 digits are right, unless a square falls out of its range, and
+    then all is done in float64."""
+    change = room.copy_(one).sub_(other).square_().sum()
+    size = room.copy_(other).square_().sum()
+    if room.dtype is torch.float32 and not all(_LEAST < float(each) < torch.inf for each in (change, size)):
+        return _squares(one, other, torch.empty_like(room, dtype=torch.float64))
+    return change.double(), size.double()
 
 
 _AS_MUCH_AS_W = ("they differ by as much as W: an update returns what is added to W, without W; a gain starts at 1",)

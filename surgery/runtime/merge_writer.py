@@ -1,14 +1,16 @@
 """Writes the files of a merge into an unfinished folder, computed tensors among copied bytes, and reads them back.
 
 Takes a `Work` and the unfinished folder; a run that was killed is gone on with where its notes end. Promises: what is
-called done has been read back: copied bytes beside the base model's, computed ones by their digest.
+called done has been read back: copied bytes beside the base model's, computed ones by their checksum.
 """
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +37,7 @@ class Writer:
         self.work, self.unfinished = work, unfinished
         self.errors: dict[str, float] = {}
         self.written = {name for unit in work.units for name in unit.stored}
-        self.digests: dict[str, str] = {}  # of each computed tensor's bytes
+        self.checksums: dict[str, int] = {}  # of each computed tensor's bytes
         self.kept = 0
         noted = {kind: {entry[kind]: entry for entry in unfinished.done if kind in entry} for kind in ("unit", "file")}
         self._units, self._files = noted["unit"], noted["file"]
@@ -101,31 +103,33 @@ class Writer:
     def _keep(self, unit: Unit) -> bool:
         """Whether the run before has written a unit, and it is still there."""
         noted = self._units.get(unit.stored[0])
-        if noted is None or {*noted["digests"]} != {*unit.stored} or "rounded" not in noted:
+        if noted is None or {*noted.get("checksums", ())} != {*unit.stored} or "rounded" not in noted:
             return False
-        for name, digest in noted["digests"].items():
+        for name, checksum in noted["checksums"].items():
             file, tensor = self.work.weights.where[name]
-            if not self._is_done(file) and _digest(self._out(file), tensor.begin, tensor.end) != digest:
+            if not self._is_done(file) and _checksum(chunks(self._out(file), tensor.begin, tensor.end)) != checksum:
                 return False
         see_again(self.work, noted)
-        self._done(unit, noted["digests"], noted["errors"])
+        self._done(noted["checksums"], noted["errors"])
         self.kept += len(unit.placed)
         return True
 
     def _put(self, unit: Unit, tensors: Mapping[str, Tensor], errors: Mapping[str, float]) -> None:
-        digests = {}
+        checksums = {}
         for name, value in tensors.items():
             file, tensor = self.work.weights.where[name]
             held = value.contiguous().flatten().view(torch.uint8).numpy().data
             if len(held) != tensor.size or CODES[value.dtype] != tensor.dtype:
                 raise Unsure(f"{name} does not fit the place that it has in the files")
-            _write_at(self._out(file), tensor.begin, (held[at:at + _CHUNK] for at in range(0, len(held), _CHUNK)))
-            digests[name] = hashlib.sha256(held).hexdigest()
-        self._done(unit, digests, errors)
-        self.unfinished.note({"unit": unit.stored[0], "digests": digests, "errors": errors, **seen(unit, self.work)})
+            views = [held[at:at + _CHUNK] for at in range(0, len(held), _CHUNK)]
+            _write_at(self._out(file), tensor.begin, views)
+            checksums[name] = _checksum(views)
+        self._done(checksums, errors)
+        about = {"unit": unit.stored[0], "checksums": checksums, "errors": errors}
+        self.unfinished.note({**about, **seen(unit, self.work)})
 
-    def _done(self, unit: Unit, digests: Mapping[str, str], errors: Mapping[str, float]) -> None:
-        self.digests.update(digests)
+    def _done(self, checksums: Mapping[str, int], errors: Mapping[str, float]) -> None:
+        self.checksums.update(checksums)
         self.errors.update(errors)
 
     def _check(self, file: TensorFile, tasks: Sequence[Future]) -> None:
@@ -138,21 +142,21 @@ class Writer:
         flush(out)
         if opened_file(out).tensors != file.tensors:
             raise OSError(f"the header of {out.name} reads back as another one")
-        seen = hashlib.sha256()
+        digest = hashlib.sha256()
         places = [(0, file.start, ""), *((*run, "") for run in self._runs(file)),
                   *((t.begin, t.end, t.name) for t in file.tensors if t.name in self.written)]
         for begin, end, name in sorted(places):
-            own, given = hashlib.sha256(), chunks(file.path, begin, end)
+            own, given = 0, chunks(file.path, begin, end)
             for found in chunks(out, begin, end):
-                seen.update(found)
+                digest.update(found)
                 if name:
-                    own.update(found)
+                    own = zlib.crc32(found, own)
                 elif bytes(found) != bytes(next(given)):  # two memoryviews are compared byte by byte
                     raise OSError(f"{out.name} reads back otherwise than the base model's, after byte {begin}")
-            if name and own.hexdigest() != self.digests[name]:
+            if name and own != self.checksums[name]:
                 raise OSError(f"{name} reads back otherwise than it was written")
-        self.unfinished.digests[file.path.name] = seen.hexdigest()
-        self.unfinished.note({"file": file.path.name, "sha256": seen.hexdigest()})
+        self.unfinished.digests[file.path.name] = digest.hexdigest()
+        self.unfinished.note({"file": file.path.name, "sha256": digest.hexdigest()})
 
 
 def _write_at(path: Path, begin: int, held: Iterable[memoryview]) -> None:
@@ -164,8 +168,6 @@ def _write_at(path: Path, begin: int, held: Iterable[memoryview]) -> None:
                 view = view[file.write(view) or 0:]
 
 
-def _digest(path: Path, begin: int, end: int) -> str:
-    seen = hashlib.sha256()
-    for chunk in chunks(path, begin, end):
-        seen.update(chunk)
-    return seen.hexdigest()
+def _checksum(held: Iterable[memoryview]) -> int:
+    """What tells the mistakes of a disk, which nobody forges: in less than half the time of a digest."""
+    return reduce(lambda so_far, view: zlib.crc32(view, so_far), held, 0)

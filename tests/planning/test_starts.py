@@ -10,6 +10,7 @@ from torch import nn
 
 import surgery
 from surgery.diagnostics import SurgeryError
+from surgery.planning.initial_values import departure
 
 OUT, IN = 12, 18
 
@@ -117,3 +118,37 @@ def test_an_update_on_the_bias(name, has_bias):
     surgeon.merge()
     assert_close(model(x), y, 1e-10)
     assert has_bias or "beta" not in p and "c" not in p
+
+
+NUMBERS = 0.02 * torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(0))
+HALF = torch.arange(len(NUMBERS)) < len(NUMBERS) // 2
+
+
+PAIRS = {
+    "rounded": (NUMBERS, NUMBERS.bfloat16()),
+    "rounded equally": (torch.full_like(NUMBERS, 0.01234567), torch.full_like(NUMBERS, 0.01234567).bfloat16()),
+    "the other way": (NUMBERS.half(), NUMBERS), "both narrow": (NUMBERS.half(), NUMBERS.bfloat16()),
+    "a slice without a change": (NUMBERS, torch.where(HALF, NUMBERS, 1.001 * NUMBERS)),
+    "a slice of zeros": (NUMBERS * HALF, NUMBERS.bfloat16()),
+    "squares below float32": (1e-28 * NUMBERS, (1e-28 * NUMBERS).bfloat16()),
+    "squares above float32": (1e28 * NUMBERS, (1e28 * NUMBERS).bfloat16()),
+    "changes below float32": (NUMBERS, NUMBERS.double() * (1 + 1e-22 * HALF) + 1e-30),
+    "some below float32": (NUMBERS * torch.where(HALF, 1.0, 1e-28), NUMBERS.bfloat16() * torch.where(HALF, 1.0, 1e-28)),
+    "from zero": (torch.zeros(5), torch.ones(5)), "wide": (NUMBERS.double(), NUMBERS.double() * (1 + 1e-12)),
+    "turned": (NUMBERS[:10**6].view(1000, 1000).T, NUMBERS[:10**6].view(1000, 1000).T.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("before, after", PAIRS.values(), ids=PAIRS)
+def test_how_far_one_tensor_is_from_another(before: torch.Tensor, after: torch.Tensor) -> None:
+    """To six digits of what float64 gives of all numbers at once, wherever they lie in float32's range."""
+    change, size = (after.double() - before.double()).norm(), before.double().norm()
+    assert departure(before, after) == pytest.approx(float(change / size if size else change), rel=1e-6)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_what_is_no_number_is_infinitely_far(number: float) -> None:
+    """Wherever it stands, also where nothing else has changed."""
+    bad = NUMBERS.index_fill(0, torch.tensor(len(NUMBERS) - 3), number)
+    for before, after in ((NUMBERS, bad), (bad, NUMBERS.bfloat16()), (bad, bad), (bad, bad.bfloat16())):
+        assert departure(before, after) == torch.inf
