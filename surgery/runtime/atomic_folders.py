@@ -38,6 +38,7 @@ FORMAT = "1.0"
 _STAGING, _LOCK = ".surgery-", "lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _TRIES = 100  # of writers that take turns at one path
+_SETTLED = 10 * 10**9  # nanoseconds after which a file's next change bears another time, on any file system
 _PAUSE = 0.01  # seconds between two tries to have an unfinished folder
 
 
@@ -87,12 +88,29 @@ def _names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in _below(folder))
 
 
+_read: dict[tuple[int, ...], str] = {}  # digests of files, by what the system says of each
+
+
 def _digest(path: Path) -> str | None:
-    """The digest of a file's bytes; None for what is no file itself (a link, a folder, a pipe)."""
+    """The digest of a file's bytes; None for what is no file itself (a link, a folder, a pipe). A large model is looked
+    at several times before it is replaced: a file is read again only where the system says that it was changed. Of one
+    that was changed just now it may not say so: two changes can bear the same time."""
     if path.is_symlink() or not path.is_file():
         return None
+    before = _state(path)
+    if before in _read:
+        return _read[before]
     with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+        digest = file_digest(file, "sha256").hexdigest()
+    if before[-1] < time.time_ns() - _SETTLED and _state(path) == before:
+        _read[before] = digest
+    return digest
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes with a file's bytes, the time of its last change last."""
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 # ---------------------------------------------------------------------------------------------------- may it be taken

@@ -19,7 +19,7 @@ from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
 from surgery.models.demo import load_demo
 from surgery.runtime import atomic_folders
-from surgery.runtime.atomic_folders import MANIFEST, Kind, replacing, replacing_file
+from surgery.runtime.atomic_folders import MANIFEST, Kind, refuse_taken, replacing, replacing_file
 from surgery.runtime.save import save_merged
 
 THING = Kind("a thing")
@@ -92,6 +92,28 @@ def test_what_has_changed_since_we_wrote_it_is_not_ours(change: Callable, tmp_pa
     with pytest.raises(SurgeryError, match="not a thing as surgery wrote it, .*(one.txt .changed since|more)"):
         put(tmp_path / "out", "2")
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("settled, reads", [(0, 2), (10**10, 4)], ids=["long ago", "just now"])
+def test_a_file_that_was_not_changed_is_read_once(settled: int, reads: int, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is looked at before it is replaced; and once as the new one. What was written just now may be
+    changed within one tick of the file system's clock, and is read each time."""
+    folder, seen, digest = tmp_path / "thing", [], atomic_folders.file_digest
+    put(folder)
+    time.sleep(0.05)
+    monkeypatch.setattr(atomic_folders, "_read", {})
+    monkeypatch.setattr(atomic_folders, "_SETTLED", settled)
+    monkeypatch.setattr(atomic_folders, "file_digest", lambda file, how: seen.append(file.name) or digest(file, how))
+    refuse_taken(folder, THING, force=True)
+    put(folder, "2")
+    assert [sum(name.endswith(each) for name in seen) for each in NAMES] == [reads] * 3
+    assert text_of(folder) == "2"
+    time.sleep(0.05)
+    times = (folder / "one.txt").stat()
+    (folder / "one.txt").write_text("3")  # as long as it was, and of the same time
+    os.utime(folder / "one.txt", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert THING.foreign(folder) == ["one.txt (changed since)"]
 
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, "[]", "null", '{"kind": "a thing"}', '{"kind": "a thing", '
