@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pages import BLOCK, DOCS, KINDS, ROOT, run
 from pygments.lexers import get_lexer_by_name
-from pygments.token import Error, Keyword
+from pygments.token import Error, Keyword, Number
 
 from surgery.language.grammar import KEYWORDS
 from surgery.language.library import PRELUDE, locate, shipped
@@ -64,6 +64,8 @@ def test_pygments_knows_every_word_of_a_spec() -> None:
         said = list(lexer.get_tokens(path.read_text(encoding="utf-8")))
         assert not [text for kind, text in said if kind is Error], path
         assert all(kind in Keyword for kind, text in said if text in KEYWORDS), path
+    for number in ("8", "1_024", "0.05", "1e-4", "2E+10", "5%"):
+        assert (Number, number) in lexer.get_tokens(f"let x = {number}")
 
 
 # The matrix, and the engines whose versions it says, by what it calls them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pygments.lexer import RegexLexer, bygroups, words
 from pygments.token import Comment, Keyword, Name, Number, Operator, Punctuation, String, Text
 
-from surgery.language.grammar import WORDS
+from surgery.language.grammar import WORDS, pattern_of
 
 _TYPES = {*WORDS["TYPE"], *WORDS["KIND"]}
 _WORDS = {word for each in WORDS.values() for word in each} - _TYPES
@@ -29,7 +29,7 @@ class SurgLexer(RegexLexer):
         (words(sorted(_WORDS), prefix=r"\b", suffix=r"\b"), Keyword),
         (rf"({_NAME})(\s*)(\()", bygroups(Name.Function, Text, Punctuation)),
         (_NAME, Name),
-        (r"\d+(\.\d+)?(e[+-]?\d+)?%?", Number),
+        (pattern_of("NUMBER"), Number),
         (r"==|!=|<=|>=|\.\.|[-+*/@=<>~^.]", Operator),
         (r"[(){}\[\],:;]", Punctuation),
         (r"\s+", Text),

@@ -5,7 +5,9 @@ A form takes a writer (`notation.Maths`) and a node; it gives a text and how tig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from fractions import Fraction
 from functools import cache
 from typing import Any
@@ -17,6 +19,7 @@ from surgery.ir.sizes import Dim
 SUM, ENTRYWISE, PRODUCT, ATOM = range(4)
 Text = tuple[str, int]
 Notation = Callable[[Any, Expr], Text]
+_is_in_full: ContextVar[bool] = ContextVar("whether numbers are written with all their digits", default=False)
 
 
 def infix(sign: str, binding: int, left: int, right: int) -> Notation:
@@ -115,5 +118,18 @@ def undecided(maths: Any, expr: Expr) -> Text:
 
 
 def number_text(value: Any) -> str:
-    """A compile-time value: `2`, `0.5`, `2/3`, `out / 2`."""
-    return f"{value:.6g}" if isinstance(value, float) else value.rounded if isinstance(value, Dim) else str(value)
+    """A compile-time value: `2`, `0.5`, `2/3`, `out / 2`; a long one is rounded, unless numbers are written in full."""
+    if isinstance(value, float):
+        text = f"{value:.6g}"
+        return repr(value) if _is_in_full.get() and float(text) != value else text
+    return value.rounded if isinstance(value, Dim) and not _is_in_full.get() else str(value)
+
+
+@contextmanager
+def in_full() -> Iterator[None]:
+    """Inside, two numbers that differ are two texts."""
+    token = _is_in_full.set(True)
+    try:
+        yield
+    finally:
+        _is_in_full.reset(token)

@@ -207,7 +207,8 @@ def _alike(rows: Iterable[Row]) -> list[list[Row]]:
     """The rows in groups that differ only in an index of their names, and in nothing shown."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.target, starred(row.name), row.sides, row.formula, row.parameters), []).append(row)
+        shown = row.sides, row.formula, row.parameters, f"{row.step_ratio:.2f}"
+        groups.setdefault((row.target, starred(row.name), *shown), []).append(row)
     return list(groups.values())
 
 

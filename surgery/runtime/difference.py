@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from surgery.ir.notation_forms import in_full
 from surgery.language.expressions import Number
 from surgery.language.formatter import expression_text
 from surgery.language.tree import Parameter, Spec
@@ -36,9 +37,10 @@ class Side:
 
     @property
     def lines(self) -> list[str]:
-        """Its formulas as `surgery show` has them, and what it trains besides."""
-        found = [line for target, formula in formulas(self.spec) for line in (
-            Spec(targets=(target,)).to_surg().partition(" {\n")[0].strip(), *formula_lines(target, formula))]
+        """Its formulas as `surgery show` has them, but with all digits of their numbers, and what it trains besides."""
+        with in_full():
+            found = [line for target, formula in formulas(self.spec) for line in (
+                Spec(targets=(target,)).to_surg().partition(" {\n")[0].strip(), *formula_lines(target, formula))]
         return [*found, *(Spec(train=(each,)).to_surg().strip() for each in self.spec.train)]
 
     @property

@@ -282,6 +282,15 @@ def test_two_specs_compared() -> None:
     assert "formulas" in run("diff", "lora", "dora").stdout
 
 
+def test_numbers_that_differ_in_their_last_digits_differ() -> None:
+    near = (0.1, 0.1000000001)
+    for text in ("return {} * A", "return {} * out * A", "return kron([[{}]], A)", "noise m ~ normal({}, 1)\n return m * A",
+                 "param B[in] ~ normal(std = {})\n return A @ diag(B)", "param B[out, in] = 0 rate {}\n return A + B"):
+        one, other = (parse(f"update u() {{\n param A[out, in] = 0\n {text.format(number)} }}\ntarget linear {{ add u() }}")
+                      for number in near)
+        assert str(surgery.diff(one, one)) == "no difference" and len(surgery.diff(one, other).formulas) >= 2, text
+
+
 def test_where_they_act(here: Path) -> None:
     spec = surgery.load("lora")
     found = surgery.diff(spec.retarget("**.q_proj"), spec.retarget("**.q_proj", "**.v_proj"), load_demo("llama"))

@@ -184,6 +184,14 @@ def test_experts_that_are_built_are_told():
     assert report.memory["dense copies"] == 2 * 4 * (256 * 64 + 64 * 128) * 4 and report.step_ratio > ratio
 
 
+def test_weights_in_one_line_cost_the_same():
+    report = Report(compile(load_demo("llama"), "lora"))
+    assert "layers.{0..3}.mlp.up_proj" in str(report)
+    vars(report)["rows"] = tuple(row._replace(step_ratio=9.5) if row.name.endswith("layers.3.mlp.up_proj") else row
+                                 for row in report.rows)
+    assert "step 9.50 x" in str(report) and "layers.{0..2}.mlp.up_proj" in str(report) and "9.50 x" in report._repr_html_()
+
+
 def test_what_train_unfreezes_takes_memory_in_its_own_dtype():
     model = load_demo("gpt2").bfloat16()  # its embedding is its head, too
     surgeon = apply(model, parse(
