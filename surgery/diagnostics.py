@@ -8,6 +8,7 @@ no colour here.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import warnings
 from bisect import bisect_right
@@ -118,12 +119,22 @@ def as_severe(diagnostic: Diagnostic, by_code: Mapping[str, str]) -> Diagnostic 
     return None if asked == "off" else replace(diagnostic, severity=asked)
 
 
+def working_folder() -> str:
+    """The folder that the process is in; nothing where it has been removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
+
+
 @dataclass(frozen=True)
 class Source:
-    """A text and the name that diagnostics show for it (a path, or `<--set>`)."""
+    """A text and the name that diagnostics show for it (a path, or `<--set>`); `folder` is what the process was in when
+    it was read, to which a path is relative."""
 
     name: str
     text: str = field(repr=False)
+    folder: str = field(default_factory=working_folder, repr=False, compare=False)
 
     @cached_property
     def line_starts(self) -> list[int]:

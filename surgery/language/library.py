@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest
+from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest, working_folder
 from surgery.files import SPEC_BYTES, as_written, read_bytes
 from surgery.language import resources
 from surgery.language.formatter import step_text
@@ -122,11 +122,14 @@ def read(path: Path, asked: Span | None = None) -> Spec:
                    helps=tuple(helps)) from None
     except UnicodeDecodeError as error:
         raise fail("missing-file", f"cannot read {path}: byte {error.start} is not UTF-8", asked) from None
-    return _parsed(text, str(path)) if len(text) <= _KEPT else parse_text(text, str(path))
+    return _parsed(text, str(path), working_folder()) if len(text) <= _KEPT else parse_text(text, str(path))
 
 
-# A tree is frozen: a file that is read again, and says the same, is the same spec.
-_parsed = lru_cache(maxsize=256)(parse_text)
+# A tree is frozen: a file that is read again, and says the same, is the same spec. (In another folder one of that name
+# is another file, whose `use` brings in others.)
+@lru_cache(maxsize=256)
+def _parsed(text: str, name: str, folder: str) -> Spec:
+    return parse_text(text, name)
 
 
 def _shortened(path: Path) -> str:
@@ -173,7 +176,7 @@ def used(spec: Spec) -> list[Spec]:
 
 
 def _follow(spec: Spec, files: dict[Path, Spec], trail: tuple[tuple[Path, Span | None], ...]) -> None:
-    here = Path(spec.span.source.name).resolve() if spec.span else Path("spec").resolve()
+    here = Path(spec.span.source.folder, spec.span.source.name).resolve() if spec.span else Path("spec").resolve()
     for use in spec.uses:
         path = here.parent / use.path
         if _is_no_path(str(path)):

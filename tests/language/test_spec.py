@@ -1,5 +1,7 @@
 """Specs as a whole: where they are found, how they are changed, and what is in scope in them."""
 
+import pickle
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,23 @@ def test_the_files_that_are_used() -> None:
                                                                                                   ["queries"])
     Path("inner/more.surg").unlink()
     assert library(alone).definitions.keys() >= {"twice"} and "inner/more.surg" in refusal(library, spec)
+
+
+def test_files_are_used_from_where_the_spec_was_read() -> None:
+    specs = []
+    for folder in (Path("here"), Path("there")):  # two files of one name and one text
+        folder.mkdir()
+        (folder / "roles.surg").write_text(f'use "deeper/more.surg"\nselect of_{folder} = "**.q_proj"\n')
+        (folder / "deeper").mkdir()
+        (folder / "deeper/more.surg").write_text(f'select deep_{folder} = "**.q_proj"\n')
+        (folder / "mine.surg").write_text('use "roles.surg"\ntarget linear { add low_rank() }\n')
+        with chdir(folder):
+            specs += [surgery.load("mine.surg"), surgery.parse('use "roles.surg"\ntarget linear { add low_rank() }', "mine.surg")]
+    with chdir("here"):
+        found = [sorted(name for name in library(spec).selects if name.endswith("here") or name.endswith("there"))
+                 for spec in (*specs, pickle.loads(pickle.dumps(specs[2])))]
+    here, there = ["deep_here", "of_here"], ["deep_there", "of_there"]
+    assert found == [here, here, there, there, there]
 
 
 def test_a_spec_from_python_uses_files_of_the_working_folder() -> None:
