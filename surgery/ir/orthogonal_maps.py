@@ -104,6 +104,70 @@ def resolvent(m: Tensor) -> Tensor:
     return _solved(m, 1.0, -0.5, 0.0)
 
 
+def centred(x: Tensor, y: Tensor) -> Tensor:
+    """[x - y, x + y]: [n, r], [n, r] -> [n, 2 r]."""
+    return torch.cat([x - y, x + y], dim=-1) if is_traced() else _Centred.apply(x, y)
+
+
+class _Centred(torch.autograd.Function):
+    """With g = [g, h] the gradients are g + h and h - g."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        result = torch.empty((*x.shape[:-1], 2 * x.shape[-1]), dtype=x.dtype, device=x.device)
+        less, more = result.chunk(2, dim=-1)
+        torch.sub(x, y, out=less)
+        torch.add(x, y, out=more)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        less, more = grad_outputs[0].chunk(2, dim=-1)
+        if torch.is_grad_enabled():
+            return less + more, more - less
+        of_x, of_y = less.new_empty(less.shape), less.new_empty(less.shape)  # row after row, as parameters lie
+        return torch.add(less, more, out=of_x), torch.sub(more, less, out=of_y)
+
+
+def skew_core(basis: Tensor, frame: Tensor, factor: float) -> Tensor:
+    """R = K (I - Fᵀ F K / 2)⁻¹ for the skew K = factor Lᵀ [0, I; -I, 0] L, so that cayley(F K Fᵀ) = I + F R Fᵀ:
+    F [n, 2 r] and L [2 r, 2 r] -> [2 r, 2 r]. L takes no gradient."""
+    if not is_traced():
+        return _SkewCore.apply(basis, frame, factor)
+    upper, lower = frame.chunk(2, dim=-2)
+    half = factor * (upper.mT @ lower)
+    k = half - half.mT
+    inner = torch.eye(len(k), dtype=k.dtype, device=k.device) - 0.5 * (basis.mT @ basis @ k)
+    return k @ eliminated(inner) if torch.onnx.is_in_onnx_export() else torch.linalg.solve_ex(
+        inner, k, left=False).result
+
+
+class _SkewCore(torch.autograd.Function):
+    """R is (K⁻¹ - G / 2)⁻¹ for G = Fᵀ F, so the gradient of <R, g> in G is h / 2, h = Rᵀ g Rᵀ, and in F
+    F (h + hᵀ) / 2."""
+
+    @staticmethod
+    def forward(ctx: Any, basis: Tensor, frame: Tensor, factor: float) -> Tensor:
+        upper, lower = frame.chunk(2, dim=-2)
+        half = _times(factor, upper.mT, lower)
+        k = half - half.mT
+        inner = _shifted(_times(-0.5, basis.mT @ basis, k), 1.0)
+        result = torch.linalg.solve_ex(inner, k, left=False).result
+        ctx.save_for_backward(basis, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (basis, result), (g,) = ctx.saved_tensors, grad_outputs
+        h = result.mT @ g @ result.mT
+        return _times(0.5, basis, h + h.mT), None, None
+
+
+def _times(factor: float, a: Tensor, b: Tensor) -> Tensor:
+    """factor a b, of two matrices, in one operation."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=factor)
+
+
 def inverse(a: Tensor) -> Tensor:
     """a⁻¹, of each matrix in [..., n, n]; not finite where there is none."""
     return _solved(a, 0.0, 1.0, 0.0)

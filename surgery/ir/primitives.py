@@ -166,10 +166,12 @@ def _frame(u: Any) -> Any:
 
     with torch.no_grad():
         gram = u.mT @ u
-        ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean() + torch.finfo(u.dtype).tiny
+        diagonal, least = gram.diagonal(dim1=-2, dim2=-1), torch.finfo(u.dtype).tiny
+        mean = diagonal.mean()
         if torch.onnx.is_in_onnx_export():  # which has neither a factorisation nor writes into views
+            ridge = _RIDGE * mean + least
             return triangle(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-        gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        diagonal.add_(mean, alpha=_RIDGE).add_(least)
         return torch.linalg.cholesky_ex(gram).L
 
 
@@ -181,6 +183,18 @@ def _framed(u: Any, frame: Any) -> Any:
     if torch.onnx.is_in_onnx_export():  # which has no solver
         return u @ eliminated(frame.mT)
     return torch.linalg.solve_triangular(frame.mT, u, upper=True, left=False)
+
+
+def _centred(x: Any, y: Any) -> Any:
+    from surgery.ir.orthogonal_maps import centred
+
+    return centred(x, y)
+
+
+def _skew_core(sizes: tuple[float], basis: Any, frame: Any) -> Any:
+    from surgery.ir.orthogonal_maps import skew_core
+
+    return skew_core(basis, frame, *sizes)
 
 
 def _inverse(a: Any) -> Any:
@@ -379,6 +393,10 @@ ROWS = [
               stage=CORE),
     Operation("rotation", 1, square, _rotation, "cayley(a - aᵀ)", stage=CORE, transpose=Transpose.INSIDE,
               orthogonal=Orthogonal.ALWAYS, is_solve=True, flops=flop_rules.cubic(10)),
+    Operation("centred", 2, lambda a, b: _side_by_side_shape(elementwise(a, b), b), _centred, "[a - b, a + b]",
+              stage=CORE, linear=Linear.TOGETHER, memory=Memory.NEW),
+    Operation("skew_core", 2, lambda sizes, a, frame: frame, _skew_core,
+              "K (I - aᵀa K / 2)⁻¹, K = c Lᵀ [0, I; -I, 0] L", stage=CORE, sizes=("c",), flops=flop_rules.cubic(10)),
     Operation("resolvent", 1, square, _resolvent, "(I - a/2)⁻¹", stage=CORE, is_solve=True, flops=flop_rules.cubic(10)),
     Operation("phi", 1, square, _phi, "(e^a - I) a⁻¹", stage=CORE, is_solve=True, flops=flop_rules.cubic(320)),
     Operation("mirrored", 1, lambda a: exactly(2, "a matrix whose columns are the mirrors", a)[::-1], _mirrored,

@@ -36,19 +36,37 @@ def _by_core(core: str) -> Callable[[Expr], Expr | None]:
 
 def _centred(node: Expr) -> Factors | None:
     """x yᵀ - y xᵀ = ((x - y) (x + y)ᵀ - (x + y) (x - y)ᵀ) / 2, which is exact where x = y and cancels less near it."""
+    if (found := _thin_skew(node)) is None:
+        return None
+    value, x, y = found
+    less, more = simplify(make("sub", x, y)), simplify(make("add", x, y))
+    columns = make("side_by_side", less, times(-1, more))
+    return times(0.5 * value, columns), make("T", make("side_by_side", more, less))
+
+
+def _thin_skew(node: Expr) -> tuple[float, Expr, Expr] | None:
+    """(c, x, y) of c (x yᵀ - y xᵀ), low-rank."""
     terms = list(summands(node))
     if len(terms) != 2 or factors(node) is None or not opposed(*terms):
         return None
     scalar, product = scaled(terms[0])
     if (pair := factors(product)) is None:
         return None
-    x, y = pair[0], simplify(make("T", pair[1]))
-    less, more = simplify(make("sub", x, y)), simplify(make("add", x, y))
     value = 1.0 if scalar is None else value_of(scalar)
     assert value is not None  # `opposed` compared it
-    half = 0.5 * value
-    columns = make("side_by_side", less, times(-1, more))
-    return times(half, columns), make("T", make("side_by_side", more, less))
+    return value, pair[0], simplify(make("T", pair[1]))
+
+
+def _turn_of_thin_skew(node: Expr) -> Expr | None:
+    """With F = U L⁻ᵀ of U = [x - y, x + y], x yᵀ - y xᵀ is F K Fᵀ for a small skew K: one matrix and not two."""
+    if (found := _thin_skew(node.args[0])) is None:
+        return None
+    value, x, y = found
+    columns = make("centred", x, y)
+    frame = make("frame", columns)
+    basis = make("framed", columns, frame)
+    core = make("skew_core", basis, frame, data=(0.5 * value,))
+    return make("add", eye(node.shape), make("matmul", basis, make("matmul", core, make("T", basis))))
 
 
 def _framed(u: Expr, v: Expr) -> Factors:
@@ -356,7 +374,9 @@ JOINED = (
     Rule("reflect(U) reflect(V) = reflect([U, V])", "matmul", _mirrors_in_a_row, "reflect(P) @ reflect(Q)"),
 )
 CHEAP = (
-    Rule("cayley(U V) = I + U (I - V U / 2)⁻¹ V", "cayley", _by_core("resolvent"), "cayley(P @ Q.T - Q @ P.T)"),
+    Rule("cayley(c (x yᵀ - y xᵀ)) = I + F K (I - Fᵀ F K / 2)⁻¹ Fᵀ, K small and skew", "cayley", _turn_of_thin_skew,
+         "cayley(3 * P @ Q.T - 3 * Q @ P.T)"),
+    Rule("cayley(U V) = I + U (I - V U / 2)⁻¹ V", "cayley", _by_core("resolvent"), "cayley(P @ Q.T)"),
     Rule("cayley(x - xᵀ) by one solve", "cayley", _rotation, "cayley(skew(A))"),
     Rule("e^(U V) = I + U φ(V U) V, φ(x) = (e^x - I) x⁻¹", "expm", _by_core("phi"), "expm(P @ Q.T - Q @ P.T)"),
     Rule("(I + U V)⁻¹ = I - U (I + V U)⁻¹ V", "inverse", _inverse, "inverse(I(n) + P @ Q.T)"),

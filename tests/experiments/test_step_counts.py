@@ -146,6 +146,11 @@ def test_each_part_has_its_launches(rows):
     assert dora["setup_launches"] == 7 * 11 and 7 <= dora["setup_backward_launches"] < dora["setup_launches"]
 
 
+def test_a_turn_of_thin_factors_is_few_launches(rows):
+    """A turn 15, its gradient 11; the rest is the products that a body of few passes reads."""
+    assert (rows["sora"]["setup_launches"], rows["sora"]["setup_backward_launches"]) == (7 * 18, 7 * 20)
+
+
 def test_a_block_rotation_is_made_by_one_solve_and_its_gradient_by_two_products():
     """With a difference and 2 I before the one, and a difference behind the others."""
     row = Bench(small(), {"oft": load("oft", block=8)}, (4, 128)).count_rows("cuda")[1]

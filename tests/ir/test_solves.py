@@ -6,7 +6,17 @@ from torch import Tensor
 
 from surgery.codegen.kernels_row_sums import weighted_dot
 from surgery.ir import orthogonal_maps
-from surgery.ir.orthogonal_maps import cayley, mirrored, over_root, resolvent, root, rotation, skew
+from surgery.ir.orthogonal_maps import (
+    cayley,
+    centred,
+    mirrored,
+    over_root,
+    resolvent,
+    root,
+    rotation,
+    skew,
+    skew_core,
+)
 
 
 def plain(k: Tensor) -> Tensor:
@@ -38,6 +48,24 @@ def test_rotation_has_the_gradients_of_the_formula(shape, turned):
     assert not a.numel() or torch.autograd.grad(f(a).sum(), a)[0].stride() == a.stride()
     for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert order(f, a)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_turn_of_thin_factors_has_the_gradients_of_the_formula(traced, monkeypatch):
+    """Whatever stands for the triangle, which takes no gradient: F K Fᵀ is the same for all of them."""
+    torch.manual_seed(0)
+    x, y = (torch.randn(7, 2, dtype=torch.float64, requires_grad=True) for _ in "xy")
+    frame = torch.randn(4, 4, dtype=torch.float64).tril() + 2 * torch.eye(4, dtype=torch.float64)
+    monkeypatch.setattr(orthogonal_maps, "is_traced", lambda: traced)
+
+    def turned(x: Tensor, y: Tensor) -> Tensor:
+        basis = torch.linalg.solve_triangular(frame.mT, centred(x, y), upper=True, left=False)
+        return torch.eye(7, dtype=x.dtype) + basis @ skew_core(basis, frame, 1.5) @ basis.mT
+
+    # c [0, I; -I, 0] of [x - y, x + y] is 2 c (x yᵀ - y xᵀ)
+    torch.testing.assert_close(turned(x, y), plain(3 * (x @ y.mT - y @ x.mT)))
+    for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert order(turned, (x, y))
 
 
 def test_a_rotation_of_what_is_no_number_is_none():
