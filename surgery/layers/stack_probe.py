@@ -7,6 +7,7 @@ experts take; of what is used in another way too, or in both ways, or in no such
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -93,6 +94,8 @@ class _Uses(TorchFunctionMode):
 
     def _product(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
         """The shape of a product of rows with a stack or a part of it, which is noted; None for anything else."""
+        if name == "einsum":
+            return self._contraction(*args)
         if len(args) < 2 or name not in _PRODUCTS:
             return None
         left, right = args[:2]
@@ -109,6 +112,23 @@ class _Uses(TorchFunctionMode):
         self.seen.setdefault(owner, set()).add(is_in_out is not turned)
         y = rows.new_zeros(*rows.shape[:-1], out)
         return y if matrix is right else y.mT
+
+
+    def _contraction(self, equation: Any, *operands: Any) -> Tensor | None:
+        """The same of a product that einsum is told: one axis of the matrices is summed, the other one is kept."""
+        told = re.fullmatch(r"(\w+),(\w+)->(\w*)", equation.replace(" ", "")) if isinstance(equation, str) else None
+        if told is None or len(operands) != 2 or not all(isinstance(each, Tensor) for each in operands):
+            return None
+        is_second = id(operands[1]) in self.known
+        of_rows, of_stack = told[2 - is_second], told[1 + is_second]
+        _, owner, turned = self.known[id(operands[is_second])]
+        ways = [summed in of_rows and summed not in told[3] and kept in told[3] and kept not in of_rows
+                for summed, kept in (of_stack[-2:], of_stack[:-3:-1])]
+        if len({*of_stack}) < len(of_stack) or ways.count(True) != 1:
+            raise ValueError("no product")
+        made = torch.einsum(equation, *(each.to("meta") for each in operands))  # which sizes that do not fit make fail
+        self.seen.setdefault(owner, set()).add(ways[0] is not turned)
+        return torch.zeros(()).expand(made.shape)
 
 
 def _turns(before: Tensor, after: Tensor, axes: tuple) -> bool:

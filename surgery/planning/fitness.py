@@ -49,6 +49,7 @@ def dense_copies(plan: Plan) -> Iterator[Diagnostic]:
         copied = [(p, size) for p in plan.placed if p.target is target and (size := copy_size(p))]
         called = {p.site.name: size for p, size in copied if not p.site.stack}
         built = {p.site.name: size for p, size in copied if p.site.stack}
+        is_told = any(hasattr(getattr(p.site.module, "config", None), "_experts_implementation") for p, _ in copied)
         if called:
             yield Diagnostic(
                 "dense-copy",
@@ -61,7 +62,7 @@ def dense_copies(plan: Plan) -> Iterator[Diagnostic]:
                 f"{size_text(sum(built.values()))}: their forward is not known to multiply by torch's operations alone",
                 target.span, severity="warning",
                 helps=("`model.set_experts_implementation(\"grouped_mm\")` of transformers runs the tokens of each "
-                       "expert alone",))
+                       "expert alone",) * is_told)
 
 
 def copy_size(placed: Placed) -> int:

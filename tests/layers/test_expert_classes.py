@@ -108,6 +108,13 @@ NAMED: dict[str, tuple[Callable[[], nn.Module], tuple, dict[str, tuple[int, int,
                          {"up": (3, 8, 8, False)}),
     "matrix first": (lambda: Own(lambda x, w: (w @ x.reshape(3, -1, 8).mT).mT.flatten(0, 1), 3, 5, 8), (ROWS,),
                      {"up": (3, 5, 8, False)}),
+    "einsum": (lambda: Own(lambda x, w: torch.einsum("td,efd->tef", x, w), 3, 5, 8), (ROWS,), {"up": (3, 5, 8, False)}),
+    "einsum, square, turned": (lambda: Own(lambda x, w: torch.einsum("td, efd -> etf", x, w.mT), 3, 8, 8), (ROWS,),
+                               {"up": (3, 8, 8, True)}),
+    "einsum, in x out, all added": (lambda: Own(lambda x, w: torch.einsum("edf,etd->tf", w, x.expand(3, -1, -1)), 3, 8, 5),
+                                    (ROWS,), {"up": (3, 5, 8, True)}),
+    "einsum, one by one": (lambda: Own(lambda x, w: sum(torch.einsum("td,fd->tf", x, each) for each in w.unbind()), 3, 5, 8),
+                           (ROWS,), {"up": (3, 5, 8, False)}),
 }
 
 
@@ -147,6 +154,8 @@ def test_stacks_of_any_class_are_operated_on_where_a_pattern_names_them(name: st
     (lambda: Own(lambda x, w, e, s: routed(x, torch.tanh(w), e, s), 3, 8, 8), "up", "nowhere else"),
     (lambda: Own(lambda x, w, e, s: routed(x[:, :3], w[:, :3], e, s), 3, 8, 8), "up", "no call"),
     (lambda: Own(lambda x, w, *, table: x @ w[table], 3, 8, 8), "up", "no call"),
+    *((lambda how=how: Own(lambda x, w: torch.einsum(how, x, w), 3, 8, 8), "up", "no call")
+      for how in ("td,edd->te", "tf,efd->tef", "td,efd->tefd", "t...,e...d->ted")),
     (lambda: DbrxExperts(DbrxConfig(d_model=8, ffn_config={"ffn_hidden_size": 6, "moe_num_experts": 3}).ffn_config),
      "mlp.w1", "matches no linear layer"),
     (lambda: packed("fp8"), "gate_up_proj", "its weight is quantised"),

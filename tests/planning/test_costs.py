@@ -182,6 +182,10 @@ def test_experts_that_are_built_are_told():
     (warning,) = report.fallbacks
     assert warning.code == "dense-copy" and "set_experts_implementation" in warning.helps[0]
     assert report.memory["dense copies"] == 2 * 4 * (256 * 64 + 64 * 128) * 4 and report.step_ratio > ratio
+    del model.config  # as of a user's class, which has no such choice
+    for module in model.modules():
+        vars(module).pop("config", None)
+    assert not Report(compile(model, "lora")).fallbacks[0].helps
 
 
 def test_weights_in_one_line_cost_the_same():
