@@ -44,7 +44,8 @@ from surgery.runtime.step_tensors import CONTAINERS, SHARED
 class _Calls(threading.local):
     """For each thread, what is in the place of the weights of the modules whose own forward it runs just now."""
 
-    running: dict[int, dict[str, torch.Tensor]] = {}
+    def __init__(self) -> None:  # of each thread: a compiler asks whether it is there, and must not find it made since
+        self.running: dict[int, dict[str, torch.Tensor]] = {}
 
 
 _CALLS = _Calls()

@@ -255,6 +255,22 @@ class OwnForward(nn.Linear):
         return torch.stack([nn.functional.linear(row, self.weight, self.bias) for row in x])
 
 
+def test_models_are_compiled_before_any_of_them_has_run():
+    """In a thread that has run none: what a compiler finds of it must be there from the first on."""
+    def each() -> list[Tensor]:
+        models = [Tower(OwnForward(6, width)).double() for width in (4, 5)]
+        x, found = torch.randn(3, 6, dtype=torch.float64), []
+        for model in models:
+            apply(model, both("any"), dtype=torch.float64, check=False)
+            perturb(model)
+            torch.compiler.reset()
+            found.append(torch.compile(model, backend="eager", fullgraph=True)(x))
+        return [y - model(x) for y, model in zip(found, models)]
+
+    with ThreadPoolExecutor(1) as thread:
+        assert all(y.abs().max() < EXACT for y in thread.submit(each).result())
+
+
 @pytest.mark.parametrize("build", [lambda: OwnForward(16, 16), lambda: nn.Linear(16, 16), lambda: nn.Conv1d(4, 16, 4)])
 def test_four_threads_at_once(build):
     torch.manual_seed(0)
