@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def main() -> None:
     options = asked.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         os.chdir(folder)
-        largest = write_base(options.gigabytes)
+        largest = write_base(llama(options.gigabytes))
         write_adapter(options.spec)
         size = sum(path.stat().st_size for path in Path("base").iterdir())
         print(f"model      {size / 1e9:.2f} GB, the largest tensor {largest / 1e9:.3f} GB")
@@ -54,45 +55,69 @@ def main() -> None:
             killed(options.kill, options.jobs, seconds)
 
 
-def write_base(gigabytes: float) -> int:
-    """A Llama in `base`, made shard by shard; the bytes of its largest tensor."""
+def llama(gigabytes: float) -> dict:
+    """The shape of a Llama of about so many gigabytes, in the words of its configuration."""
+    hidden = 4096 if gigabytes >= 4 else 2048
+    shape = dict(hidden_size=hidden, intermediate_size=7 * hidden // 2, num_attention_heads=32, num_key_value_heads=8,
+                 vocab_size=128256 if gigabytes >= 4 else 32000, num_hidden_layers=1)
+    one, two = (sum(map(bytes_of, shapes_of(shape | dict(num_hidden_layers=n)).values())) for n in (1, 2))
+    return shape | dict(num_hidden_layers=max(1, round((gigabytes * 1e9 - one) / (two - one)) + 1))
+
+
+def shapes_of(shape: dict) -> dict[str, tuple[int, ...]]:
+    """The shapes of a Llama's tensors by their names."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hidden = 4096 if gigabytes >= 4 else 2048
-    config = LlamaConfig(hidden_size=hidden, intermediate_size=7 * hidden // 2, num_attention_heads=32,
-                         num_key_value_heads=8, vocab_size=128256 if gigabytes >= 4 else 32000,
-                         architectures=["LlamaForCausalLM"], dtype="bfloat16", num_hidden_layers=1)
     with torch.device("meta"):
-        sizes = {n: tuple(p.shape) for n, p in LlamaForCausalLM(config).named_parameters()}
-    layer = {n: s for n, s in sizes.items() if ".layers.0." in n}
-
-    def bytes_of(forms: dict[str, tuple[int, ...]]) -> int:
-        return sum(2 * torch.Size(s).numel() for s in forms.values())
-
-    config.num_hidden_layers = max(1, round((gigabytes * 1e9 - bytes_of(sizes)) / bytes_of(layer)) + 1)
-    config.save_pretrained("base")
-    shapes = {n: s for n, s in sizes.items() if n not in layer}
-    for i in range(config.num_hidden_layers):
-        shapes |= {n.replace(".layers.0.", f".layers.{i}."): s for n, s in layer.items()}
-    write_shards(shapes)
-    return max(2 * torch.Size(s).numel() for s in shapes.values())
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    return {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
 
 
-def write_shards(shapes: dict[str, tuple[int, ...]]) -> None:
-    """Their random weights, in files of a gigabyte, and the index of them."""
+def bytes_of(shape: tuple[int, ...]) -> int:
+    return 2 * torch.Size(shape).numel()
+
+
+def write_base(shape: dict, shard: int = SHARD, zeros: bool = False) -> int:
+    """A Llama of that shape in `base`, made shard by shard; the bytes of its largest tensor."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained("base")
+    shapes = shapes_of(shape)
+    write_shards(shapes, shard, write_zeros if zeros else write_random)
+    return max(map(bytes_of, shapes.values()))
+
+
+def write_shards(shapes: dict[str, tuple[int, ...]], most: int, write: Callable[[dict, str], None]) -> None:
+    """Files of so many bytes at most (of one tensor at least), and the index of them."""
     shards: list[dict] = [{}]
     for name, shape in shapes.items():
-        if sum(2 * torch.Size(s).numel() for s in shards[-1].values()) > SHARD:
+        if shards[-1] and sum(map(bytes_of, shards[-1].values())) + bytes_of(shape) > most:
             shards.append({})
         shards[-1][name] = shape
     where = {}
     for i, forms in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        save_file({n: (0.02 * torch.randn(s)).bfloat16() for n, s in forms.items()}, f"base/{file}", {"format": "pt"})
+        write(forms, f"base/{file}")
         where |= dict.fromkeys(forms, file)
-    total = sum(2 * torch.Size(s).numel() for s in shapes.values())
+    total = sum(map(bytes_of, shapes.values()))
     Path("base/model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
+
+
+def write_random(forms: dict[str, tuple[int, ...]], path: str) -> None:
+    save_file({n: (0.02 * torch.randn(s)).bfloat16() for n, s in forms.items()}, path, {"format": "pt"})
+
+
+def write_zeros(forms: dict[str, tuple[int, ...]], path: str) -> None:
+    """A file with a header, and a hole in the place of its numbers: it reads as zeros and takes no room on a disk."""
+    header, end = {}, 0
+    for name, shape in forms.items():
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + bytes_of(shape)]}
+        end += bytes_of(shape)
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def write_adapter(spec: str) -> None:
