@@ -39,14 +39,19 @@ def dense(expr: Expr, leaves: Leaves, known: dict[Any, Any] | None = None) -> to
     """The value of `expr`. `leaves` maps "weight", "bias" and each parameter's key to its tensor.
 
     The weight's dtype and device decide those of constants and identities. `known` holds values of the same leaves, and
-    grows.
+    grows; without it each is let go of after the last that reads it.
     """
     like = leaves["weight"]
     values = {} if known is None else known
+    nodes = [*walk(expr)]
+    last = {arg: node for node in nodes for arg in node.args} if known is None else {}
     with without_autocast(like.device.type):
-        for node in walk(expr):
+        for node in nodes:
             if node not in values:
                 values[node] = _value(node, values, leaves)
+            for arg in {*node.args} if known is None else ():
+                if last[arg] is node:
+                    del values[arg]
     result = values[expr]
     return result if isinstance(result, torch.Tensor) else like.new_tensor(result)
 

@@ -19,6 +19,7 @@ from surgery.diagnostics import Diagnostic, fail
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import OF_DATA, Expr, Leaf, walk
 from surgery.ir.manifolds import MANIFOLDS
+from surgery.ir.operations import operation
 from surgery.ir.sizes import known_shape
 from surgery.language.tree import Target
 from surgery.layers.survey import Site
@@ -221,12 +222,22 @@ class _Starts:
         return torch.stack([draw(leaf.draw, shape, self.seed, f"{name}.{i}", leaf.key)
                             for i in range(stack)]).to(weight.device)
 
+    def _has_in_common(self, leaf: Leaf) -> bool:
+        """Whether another leaf may start at something that is computed for this one too: a part of the same
+        decomposition is another expression."""
+        own = {*walk(leaf.init)} if leaf.init is not None else set()
+        others = [other.init for other in self.placed.formula.leaves if other is not leaf and other.init is not None]
+        shared = own.intersection(walk(*others))
+        return any(operation(node).jointly for node in own) or any(node.args for node in shared)
+
     def _computed(self, leaf: Leaf, shape: tuple[int, ...]) -> torch.Tensor:
         """A leaf's start; for a stack, that of each of its matrices."""
         init, values, known = leaf.init, self.values, self.known
         assert init is not None  # a leaf that is not drawn starts at an expression
         if self.wide and init.has(*_DECOMPOSITIONS, "numbers") and values["weight"].device.type == "cpu":
             values, known = {key: in_dtype(v, torch.float64) for key, v in values.items()}, self.known_wide
+        if not self._has_in_common(leaf):  # else all that it is made of would stay, each as large as W
+            known = None
         if self.nudge:
             values = {key: _nudged(value, self.nudge) for key, value in values.items()}
         if self.placed.site.stack is None:

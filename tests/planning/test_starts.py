@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import oracle as o
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import surgery
 from surgery.diagnostics import SurgeryError
+from surgery.ir import dense as evaluate
 from surgery.planning.initial_values import departure
 
 OUT, IN = 12, 18
@@ -118,6 +121,21 @@ def test_an_update_on_the_bias(name, has_bias):
     surgeon.merge()
     assert_close(model(x), y, 1e-10)
     assert has_bias or "beta" not in p and "c" not in p
+
+
+def test_a_start_holds_no_more_than_what_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part of `row_norm(W + 2 B A)` is as large as the weight, in float32."""
+    alive, most, value = weakref.WeakSet(), [], evaluate._value
+
+    def counted(*of):
+        made = value(*of)
+        alive.update([made] if isinstance(made, torch.Tensor) else [])
+        most.append(sum(t.numel() >= OUT * IN for t in alive))
+        return made
+
+    monkeypatch.setattr(evaluate, "_value", counted)
+    leaves("dora", rank=2)
+    assert max(most) == 3  # what is added, and the sum
 
 
 NUMBERS = 0.02 * torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(0))
