@@ -18,7 +18,7 @@ from surgery.text import some
          click.option("-o", "--out", metavar="OUT", required=True, help="Save the merged model here."),
          click.option("--then", "after", multiple=True, metavar="DIR",
                       help="Merge this adapter too, on what those before made."),
-         click.option("--jobs", type=click.IntRange(1, 64), default=1, show_default=True, metavar="N",
+         click.option("--jobs", type=click.IntRange(1, 64), default=2, show_default=True, metavar="N",
                       help="Read and write in N threads."),
          click.option("--dequantise", is_flag=True, help="Write the weights that were trained on a quantised base, "
                       "dequantised."),
