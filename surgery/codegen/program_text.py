@@ -33,7 +33,7 @@ LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
 def program_text(plan: Candidate) -> str:
     """The functions of a program, as `program.Program` calls them."""
     known = {node: f"known[{i}]" for i, node in enumerate(plan.fixed)}
-    values = _told_apart(plan.values, plan.trained)
+    values = _told_apart(plan.values)
     functions = [_prepared("once", "layer, dtype", plan.fixed, {}, "k"),
                  _prepared("setup", "layer, leaves, known, dtype, cast", values, known, "s", ".to(cast)")]
     if plan.has_body:
@@ -48,7 +48,7 @@ def program_text(plan: Candidate) -> str:
     return "\n\n".join(functions)
 
 
-def _told_apart(values: Sequence[Expr], trained: frozenset[str]) -> tuple[Expr, ...]:
+def _told_apart(values: Sequence[Expr]) -> tuple[Expr, ...]:
     """The values of a set-up, with the parameters `apart` that would share the memory of one gradient. That of a sum
     goes to each term as it is, through views as a view of it, and torch keeps what comes as the parameter's own: in
     `A.T + B.T` one memory would be both gradients, to which the next pass, and clipping, would do everything twice."""
@@ -56,7 +56,7 @@ def _told_apart(values: Sequence[Expr], trained: frozenset[str]) -> tuple[Expr, 
     shared: set[Expr] = set()
     for node in walk(*values):
         row = operation(node)
-        if node.op in ("weight", "bias") or node.op == "param" and node.data in trained:
+        if node.op in ("weight", "bias", "param"):  # a frozen one too, which a user may unfreeze
             passed[node] = frozenset([node])
             continue
         is_passed = row.linear is Linear.TOGETHER or row.linear is Linear.EACH and len(node.args) == 1

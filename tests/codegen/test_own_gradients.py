@@ -25,10 +25,15 @@ SUMS = {
 }
 
 
+SUMS["frozen, unfrozen by hand"] = "frozen param A[out, in] = 0\n param B[in, out] = 0\n return A + B.T"
+
+
 def trained(kind: str, body: str, is_unfrozen: bool) -> tuple[nn.Module, list[nn.Parameter]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8) if kind == "linear" else nn.Embedding(9, 6))
-    surgery.apply(model, surgery.parse(f"spec t()\nupdate u() {{\n{body}\n}}\ntarget {kind} {{ add u() }}\n"))
+    surgeon = surgery.apply(model, surgery.parse(f"spec t()\nupdate u() {{\n{body}\n}}\ntarget {kind} {{ add u() }}\n"))
+    for tensor in surgeon.adapters["0"].parameters():
+        tensor.requires_grad_(True)
     model.get_parameter("0.weight").requires_grad_(is_unfrozen)
     return model, [p for p in model.parameters() if p.requires_grad]
 
