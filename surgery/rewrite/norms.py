@@ -144,11 +144,12 @@ def _in_blocks(a: Expr, k: int) -> Expr:
 
 def _added(parts: list[Expr]) -> Expr:
     """Their sum, those over the rows of one matrix as one: c ⟨u, x⟩ + d ⟨u, y⟩ = c ⟨u, x + d/c y⟩, by rows."""
-    alike: dict[Expr, list[Expr]] = {}
-    for part in map(simplify, parts):
+    alike: dict[Expr | int, list[Expr]] = {}
+    for i, part in enumerate(map(simplify, parts)):
         scalar, dot = scaled(part)
         is_known = scalar is None or value_of(scalar)
-        alike.setdefault(dot.args[0] if dot.op == "row_dot" and is_known else part, []).append(part)
+        # what is no such product stays alone, though there may be another one like it
+        alike.setdefault(dot.args[0] if dot.op == "row_dot" and is_known else i, []).append(part)
     return total([_joined(u, each) if len(each) > 1 else each[0] for u, each in alike.items()], parts[0].shape)
 
 

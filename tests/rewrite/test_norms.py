@@ -12,7 +12,7 @@ from surgery.rewrite.cheaper_forms import cheapest
 from surgery.semantics.evaluate import evaluate
 
 LEAVES = {"W": Expr("weight", (), "weight", (9, 7)), **{name: Expr("param", (), name, shape) for name, shape in (
-    ("B", (9, 2)), ("A", (2, 7)), ("d", (7,)), ("g", ()))}}
+    ("B", (9, 2)), ("A", (2, 7)), ("d", (7,)), ("e", (9,)), ("g", ()), ("X", (7, 7)), ("Y", (7, 7)), ("S", (3, 3, 3)))}}
 
 
 def values_of(expr: Expr) -> list[Tensor]:
@@ -51,3 +51,16 @@ def test_products_with_the_rows_of_one_factor_are_summed_before_they_are_multipl
     assert len([node for node in walk(cheapest(expr)) if node.op == "row_dot"]) == (3 if "g" in inner else 2)
     for found, wanted in zip(values_of(cheapest(expr)), values_of(expr), strict=True):
         torch.testing.assert_close(found, wanted, rtol=2e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize("norm", ["norm", "row_norm"])
+@pytest.mark.parametrize("inner", [
+    "W @ {} + W @ {}", "W @ diag(d) @ {} + W @ diag(d) @ {}", "diag(e) @ W @ {} + diag(e) @ W @ {}",
+    "diag(e) @ W @ {} - diag(e) @ W @ {} + B @ A", "block_diag(S) @ (W @ {} + W @ {})",
+    "block_diag(S) @ (W @ diag(d) @ {} + W @ diag(d) @ {})"])
+def test_two_terms_with_the_same_squares_are_both_counted(norm, inner):
+    """After a rotation ‖x‖ is what it was, so that two parts of the sum are one expression; some are no products of
+    rows, with which they were summed."""
+    expr = expression(f"{norm}({inner.format('cayley(skew(X))', 'cayley(skew(Y))')})")
+    for found, wanted in zip(values_of(cheapest(expr)), values_of(expr), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
