@@ -42,11 +42,13 @@ def _pays(node: Expr) -> bool:
 
 
 def _cancels(node: Expr) -> bool:
-    """Whether terms of a sum in it take each other away, but for a `detach`: squares that cancel leave √ε x where x - x
-    is 0."""
-    if not node.has("detach") or node.unfolded > UNFOLDED:
+    """Whether terms of a sum in it take each other away, maybe but for a `detach`: squares that cancel leave √ε x where
+    x - x is 0. (The normal form leaves x + y - (x + y), of sums in brackets.)"""
+    if node.unfolded > UNFOLDED:
         return False
-    bare = simplify(rebuild(node, lambda n, args: args[0] if n.op == "detach" else n.with_args(args)))
+    bare = node
+    if node.has("detach"):
+        bare = simplify(rebuild(node, lambda n, args: args[0] if n.op == "detach" else n.with_args(args)))
     return is_zero(bare) or any(_has_opposites(each) for each in walk(bare) if each.op == "add")
 
 
@@ -150,14 +152,14 @@ def _added(parts: list[Expr]) -> Expr:
         is_known = scalar is None or value_of(scalar)
         # what is no such product stays alone, though there may be another one like it
         alike.setdefault(dot.args[0] if dot.op == "row_dot" and is_known else i, []).append(part)
-    return total([_joined(u, each) if len(each) > 1 else each[0] for u, each in alike.items()], parts[0].shape)
+    return total([_joined(each) if len(each) > 1 else each[0] for each in alike.values()], parts[0].shape)
 
 
-def _joined(u: Expr, parts: list[Expr]) -> Expr:
+def _joined(parts: list[Expr]) -> Expr:
     factors = [1.0 if scalar is None else value_of(scalar) or 1.0 for scalar, _ in map(scaled, parts)]
-    others = [scaled(part)[1].args[1] for part in parts]
-    inner = total([times(c / factors[0], other) for c, other in zip(factors, others)], others[0].shape)
-    return times(factors[0], make("row_dot", u, inner))
+    products = [scaled(part)[1].args for part in parts]
+    inner = total([times(c / factors[0], other) for c, (_, other) in zip(factors, products)], products[0][1].shape)
+    return times(factors[0], make("row_dot", products[0][0], inner))
 
 
 def _over_root(node: Expr) -> Expr | None:

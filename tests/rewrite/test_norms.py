@@ -31,7 +31,8 @@ def expression(text: str) -> Expr:
 @pytest.mark.parametrize("inner", [
     "W + B @ A - detach(W + B @ A)", "detach(W + B @ A) - B @ A - W", "2 * (W + B @ A) - 2 * detach(W) - 2 * detach(B @ A)",
     "(W + B @ A - detach(W + B @ A)) @ diag(d)", "g * (W + B @ A) - g * detach(W + B @ A)",
-    "W - detach(W) + B @ A", "W + B @ A + 3 * (B @ A - detach(B) @ A)"])
+    "W - detach(W) + B @ A", "W + B @ A + 3 * (B @ A - detach(B) @ A)", "(W + B @ A) - (W + B @ A)", "(W - 0.3) - (W - 0.3)",
+    "2 * (W + B @ A - B @ A) - 2 * (W - 0.3) - 0.6", "((W + B @ A) - (W + B @ A)) @ diag(d)"])
 def test_what_takes_itself_away_is_squared_as_a_whole(norm, inner):
     """In parts ‖x - detach(x)‖ is the root of a rounding: 1e-3 of ‖x‖ in float32, with a gradient of any direction."""
     expr = expression(f"{norm}({inner})")
