@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 
 from surgery.diagnostics import Diagnostic, fail
+from surgery.ir.builders import fill, value_of
 from surgery.ir.dense import dense, in_dtype
 from surgery.ir.expression import OF_DATA, Expr, Leaf, walk
 from surgery.ir.manifolds import MANIFOLDS
@@ -24,6 +25,7 @@ from surgery.ir.sizes import known_shape
 from surgery.language.tree import Target
 from surgery.layers.survey import Site
 from surgery.planning.compile import Placed
+from surgery.rewrite.prove_identity import without_known
 from surgery.semantics.distributions import DISTRIBUTIONS, draw
 from surgery.text import counted
 
@@ -240,6 +242,7 @@ class _Starts:
             known = None
         if self.nudge:
             values = {key: _nudged(value, self.nudge) for key, value in values.items()}
+        init = self._plainer(init, values)
         if self.placed.site.stack is None:
             return dense(init, values, known).expand(shape)
         groups = {other.key for other in self.placed.formula.leaves if other.group}
@@ -248,6 +251,30 @@ class _Starts:
             return dense(init, {key: v if key in groups else v[0] for key, v in values.items()}).expand(shape)
         axes = {key: None if key in groups else 0 for key in values}
         return torch.vmap(lambda each: dense(init, each).expand(shape), in_dims=(axes,))(values)
+
+    def _plainer(self, init: Expr, values: Mapping[str, torch.Tensor]) -> Expr:
+        """The same start without what is lost on zeros, ones and identities, as are those that it reads: of W + 2 B A
+        with B = 0 only W is left, and no product is made as large as W. A tensor counts for what it holds: one that
+        data, a user or another module gave need not be what the spec says. 0 times what is not finite is not 0."""
+        read = _reads(init)
+        laws = {leaf.key: law for leaf in self.placed.formula.leaves if leaf.key in read and (law := _unit(leaf))}
+        known = frozenset((key, law) for key, law in laws.items()
+                          if (values[key] == dense(law, {"weight": values[key]})).all())
+        plainer = without_known(init, known) if known else init
+        if plainer is init:
+            return init
+        read |= {node.op for node in walk(init)} & values.keys()
+        return plainer if all(is_finite(values[key]) for key in read) else init
+
+
+def _unit(leaf: Leaf) -> Expr | None:
+    """Zeros, ones or an identity, if a leaf starts so by its law."""
+    if (law := leaf.init) is None:
+        return None
+    number = value_of(law)
+    if number == 0 or number == 1:
+        return fill(number, leaf.shape)
+    return law if law.op == "eye" and law.shape == leaf.shape else None
 
 
 def _nudged(value: torch.Tensor, way: int) -> torch.Tensor:

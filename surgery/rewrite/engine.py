@@ -17,7 +17,8 @@ class Rule:
     """One identity: what it `states`, the operation at its left side's root, and the `change` that applies it.
 
     `example` is an expression of the language that it must fire on, over the operands of tests/operands.py. `rounds`:
-    that what it takes away is zero, or what it turns back is there again, is true but for rounding.
+    that what it takes away is zero, or what it turns back is there again, is true but for rounding. `drops`: that it
+    does no more than drop work whose result is known, so that finite numbers stay what they are to the bit.
     """
 
     states: str
@@ -25,6 +26,7 @@ class Rule:
     change: Callable[[Expr], Expr | None]
     example: str
     rounds: bool = False
+    drops: bool = False
 
 
 Table = dict[str, tuple[Rule, ...]]

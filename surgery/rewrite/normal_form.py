@@ -75,10 +75,15 @@ def _collect(node: Expr) -> Expr | None:
     return total([times(w, x) for x, w in weights.items() if w], node.shape)
 
 
+def _mul_unit(node: Expr) -> Expr | None:
+    if any(map(is_zero, node.args)):
+        return fill(0, node.shape)
+    a, b = node.args
+    return next((x for x, other in ((a, b), (b, a)) if value_of(other) == 1 and x.shape == node.shape), None)
+
+
 def _mul_number(node: Expr) -> Expr:
     a, b = node.args
-    if is_zero(a) or is_zero(b):
-        return fill(0, node.shape)
     if (a.shape and not b.shape) or (a.shape == b.shape and value_of(a) is None and value_of(b) is not None):
         a, b = b, a
     return make("mul", a, b) if value_of(a) is None else times(value_of(a), b)
@@ -181,8 +186,6 @@ def _turn(node: Expr) -> Expr | None:
         return inner
     if inner.op == "T":
         return inner.args[0]
-    if inner.op == "fill":
-        return fill(inner.data, node.shape)
     if inner.op == "shuffle":
         return make("shuffle", data=inner.data[::-1])
     if inner.op == "literal":
@@ -214,6 +217,13 @@ def _turned_skew(node: Expr) -> Expr | None:
 
 # For each operation they are tried in this order, so that numbers are computed before anything is moved.
 RULES = (
+    *(Rule("f(0, 0, ...) = 0 for what moves entries", op, _moved_zero, example, drops=True) for op, example in {
+        "neg": "-(0 * A)", "scatter": "scatter(0 * d, at, n, n)",
+        "take": "take(0 * A, at)", "circulant": "circulant(0 * S)", "ifft2": "ifft2(0 * A)"}.items()),
+    *(Rule("the entries of c 1 are all c", op, _moved_number, example, drops=True) for op, example in {
+        "reshape": "reshape(ones(n, n), n * n)", "T": "(0 * A).T"}.items()),
+    Rule("x - 0 = x", "sub", lambda n: n.args[0] if is_zero(n.args[1]) and n.args[0].shape == n.shape else None,
+         "A - 0 * B", drops=True),
     Rule("-x = -1 x", "neg", lambda n: times(-1, n.args[0]), "-A"),
     Rule("x - y = x + -1 y", "sub", lambda n: make("add", n.args[0], times(-1, n.args[1])), "A - B"),
     Rule("the rows of both = [xᵀ, yᵀ]ᵀ", "stacked", _as_neighbours, "stacked(A, B)"),
@@ -225,20 +235,17 @@ RULES = (
         "cos": "cos(3 + 0 * g)", "sin": "sin(3 + 0 * g)",
         "tanh": "tanh(3 + 0 * g)", "sigmoid": "sigmoid(3 + 0 * g)", "relu": "relu(3 + 0 * g)",
         "sign": "sign(3 + 0 * g)", "clamp": "clamp(3 + 0 * g, 0, 1)", "detach": "detach(3 + 0 * g)"}.items()),
-    *(Rule("f(0, 0, ...) = 0 for what moves entries", op, _moved_zero, example) for op, example in {
-        "scatter": "scatter(0 * d, at, n, n)",
-        "take": "take(0 * A, at)", "circulant": "circulant(0 * S)", "ifft2": "ifft2(0 * A)"}.items()),
-    *(Rule("the entries of c 1 are all c", op, _moved_number, example) for op, example in {
-        "reshape": "reshape(ones(n, n), n * n)"}.items()),
     Rule("x / c = 1/c x", "div", _div_by_number, "A / 3"),
     Rule("x / c = 1/c x for a scalar c that is computed", "div", _div_by_scalar, "A / norm(B)"),
-    Rule("x + 0 = x", "add", _add_zero, "A + 0 * B"),
+    Rule("x + 0 = x", "add", _add_zero, "A + 0 * B", drops=True),
     Rule("x + c = x + c 1", "add", _spread_scalar, "A + norm(B)"),
     Rule("c x + k x = (c + k) x", "add", _collect, "2 * A + B - A", rounds=True),
-    Rule("0 x = 0, c (k x) = (c k) x, x c = c x", "mul", _mul_number, "2 * (3 * A)"),
+    Rule("0 x = 0, 1 x = x", "mul", _mul_unit, "(0 * A) * B", drops=True),
+    Rule("c (k x) = (c k) x, x c = c x", "mul", _mul_number, "2 * (3 * A)"),
     Rule("x (y + c 1) = c x + x y, entry by entry", "mul", _mul_sum, "A * (1 + B)"),
-    Rule("I x = x = x I", "matmul", _product_of_identity, "I(n) @ A"),
-    Rule("0 x = 0", "matmul", _product_of_zero, "(0 * A) @ B"),
+    Rule("I x = x = x I", "matmul", _product_of_identity, "I(n) @ A", drops=True),
+    Rule("0 x = 0", "matmul", _product_of_zero, "(0 * A) @ B", drops=True),
+    Rule("0 ⊗ x = 0", "kron", _product_of_zero, "kron(0 * K, L)", drops=True),
     Rule("(c x) y = c (x y)", "matmul", _scalar_out_of_product, "(2 * A) @ B"),
     Rule("R Rᵀ = I for an orthogonal R", "matmul", _orthogonal_pair, "expm(skew(A)).T @ expm(skew(A))", rounds=True),
     Rule("diag(d) diag(e) = diag(d e)", "matmul", _joined("diag", "mul"), "diag(d) @ diag(e)"),
@@ -248,12 +255,12 @@ RULES = (
     Rule("(c x) ⊗ y = c (x ⊗ y)", "kron", _scalar_out_of_product, "kron(2 * K, L)"),
     Rule("skew(x)ᵀ = skew(xᵀ), and kᵀ = -k for another skew k", "T", _turned_skew, "skew(A).T"),
     Rule("(x y)ᵀ = yᵀ xᵀ, f(x)ᵀ = f(xᵀ)", "T", _turn, "(A @ B).T"),
-    Rule("skew(x) = 0 for a symmetric constant", "skew", _skew_of_zero, "skew(0 * A)"),
+    Rule("skew(x) = 0 for a symmetric constant", "skew", _skew_of_zero, "skew(0 * A)", drops=True),
     Rule("shuffle(1, n) = shuffle(n, 1) = I", "shuffle", lambda n: eye(n.shape) if 1 in n.data else None,
          "shuffle(1, 3)"),
-    Rule("cayley(0) = I", "cayley", _of_zero(lambda n: eye(n.shape)), "cayley(0 * A)"),
-    Rule("nothing dropped of 0", "drop", _of_zero(lambda n: n.args[0]), "N"),
-    Rule("e^0 = I", "expm", _of_zero(lambda n: eye(n.shape)), "expm(0 * A)"),
+    Rule("cayley(0) = I", "cayley", _of_zero(lambda n: eye(n.shape)), "cayley(0 * A)", drops=True),
+    Rule("nothing dropped of 0", "drop", _of_zero(lambda n: n.args[0]), "N", drops=True),
+    Rule("e^0 = I", "expm", _of_zero(lambda n: eye(n.shape)), "expm(0 * A)", drops=True),
     Rule("R⁻¹ = Rᵀ for an orthogonal R", "inverse", _turned_back, "inverse(expm(skew(A)))", rounds=True),
     Rule("(x ⊗ y)⁻¹ = x⁻¹ ⊗ y⁻¹, and of blocks along a diagonal", "inverse", _inside, "inverse(block_diag(S))"),
     *SHAPED,

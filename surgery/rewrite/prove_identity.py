@@ -27,6 +27,7 @@ _SAME = Rule("|W| / |W| = 1 where no norm of W is 0", "div", _one, "row_norm(W) 
 IN_VALUE = (_DETACH, _SAME)
 _OF_GRADIENTS, _STRICT, _GENERIC = table(*RULES), table(*RULES, _DETACH), table(*RULES, *IN_VALUE)
 _EXACT = table(*(rule for rule in RULES if not rule.rounds), _DETACH)
+_DROPS = table(*(rule for rule in RULES if rule.drops), _DETACH)
 
 
 @lru_cache(maxsize=1024)
@@ -72,6 +73,13 @@ def _starts(formula: Formula) -> dict[str, Expr]:
             value = value_of(leaf.init)
             starts[leaf.key] = fill(value, leaf.shape) if value is not None else _put(leaf.init, starts)
     return starts
+
+
+@lru_cache(maxsize=1024)
+def without_known(expr: Expr, known: frozenset[tuple[str, Expr]]) -> Expr:
+    """`expr` without the work that the parameters of `known` values make needless: of what is finite it has the same
+    numbers, to the bit."""
+    return rewrite(_put(expr, dict(known)), _DROPS)
 
 
 def _is_linear(expr: Expr, free: Expr) -> bool:

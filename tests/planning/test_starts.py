@@ -13,7 +13,9 @@ from torch import nn
 import surgery
 from surgery.diagnostics import SurgeryError
 from surgery.ir import dense as evaluate
-from surgery.planning.initial_values import departure
+from surgery.planning import initial_values
+from surgery.planning.compile import Placed, compile
+from surgery.planning.initial_values import Shared, departure, tensors
 
 OUT, IN = 12, 18
 
@@ -123,7 +125,11 @@ def test_an_update_on_the_bias(name, has_bias):
     assert has_bias or "beta" not in p and "c" not in p
 
 
-def test_a_start_holds_no_more_than_what_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("start, large", [
+    ("= 0", 1),  # W alone
+    ("~ normal(std = 0.1)", 3)])  # what is added, and the sum
+def test_a_start_holds_no_more_than_what_is_still_read(start: str, large: int,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part of `row_norm(W + 2 B A)` is as large as the weight, in float32."""
     alive, most, value = weakref.WeakSet(), [], evaluate._value
 
@@ -134,8 +140,60 @@ def test_a_start_holds_no_more_than_what_is_still_read(monkeypatch: pytest.Monke
         return made
 
     monkeypatch.setattr(evaluate, "_value", counted)
-    leaves("dora", rank=2)
-    assert max(most) == 3  # what is added, and the sum
+    placed = adapted(f"param A[2, in] ~ normal() param B[out, 2] {start} param m[out] = row_norm(W + 2 * (B @ A))")
+    tensors(placed, 0, torch.float32, {})
+    assert max(most) == large
+
+
+def adapted(params: str) -> Placed:
+    """A layer with parameters of which nothing is made."""
+    torch.manual_seed(0)
+    spec = surgery.parse(f"update u() {{ {params} return 0 * W }} spec s target linear shifted {{ add u() }}")
+    return compile(nn.ModuleList([nn.Linear(IN, OUT)]), spec.retarget("0")).placed[0]
+
+
+def started(text: str, monkeypatch: pytest.MonkeyPatch, placed: Placed | None = None, shared: Shared | None = None,
+            ) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """What is computed for a parameter that starts at the text, its value, and that of the text as it stands."""
+    placed, asked = placed or adapted(f"{UNITS} frozen param C[out, in] = {text}"), []
+    leaf, calls = placed.formula.leaves[-1], initial_values.dense
+    monkeypatch.setattr(initial_values, "dense", lambda *of: asked.append(of) or calls(*of))
+    found = tensors(placed, 0, torch.float32, shared or {})[leaf.key].detach()
+    last, values, *_ = asked[-1]
+    assert leaf.init is not None
+    return str(last), found, calls(leaf.init, values).expand(OUT, IN)
+
+
+UNITS = ("param A[in, in] ~ normal() shared param z[out, in] = 0 param g = 0 param h[out] = 1 "
+         "param R[out, out] = I(out) param s = 0.3")
+
+
+@pytest.mark.parametrize("text, plain", [
+    ("W + z @ A", "weight()"), ("W - z @ A", "weight()"), ("W + 0.3 * (-z) @ A", "weight()"),
+    ("W * (1 + g)", "weight()"), ("R @ diag(h) @ W", "weight()"), ("W @ expm(skew(g * A))", "weight()"),
+    ("diag(row_norm(detach(W + kron(z, I(1))))) @ W", "matmul(diag(row_norm(weight())), weight())"),
+    ("3 * (W @ z.T @ W)", "fill(0.0)"), ("W + (z / g) @ A", ""),
+    ("s * W + z @ A", "mul(param('add_u.s'), weight())"), ("s * W + 0.5 * (2 * W @ A)", "")])
+def test_a_start_leaves_out_what_is_lost_on_zeros_ones_and_identities(text, plain, monkeypatch):
+    done, found, wanted = started(text, monkeypatch)
+    assert done == plain or not plain
+    assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_zero_times_what_is_not_finite_is_not_left_out(number, monkeypatch):
+    placed = adapted(f"{UNITS} frozen param C[out, in] = W + (g * W) @ A")
+    placed.site.module.weight.data[0, 0] = number
+    _, found, _ = started("", monkeypatch, placed)
+    assert found[0].isnan().all() and found[1:].isfinite().all()
+
+
+def test_what_is_no_zero_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spec says that `z` starts at 0, and whoever gives it says otherwise."""
+    placed = adapted(f"{UNITS} frozen param C[out, in] = W + z @ A")
+    z = next(leaf for leaf in placed.formula.leaves if leaf.key.endswith(".z"))
+    _, found, wanted = started("", monkeypatch, placed, {placed.held(z).name: torch.ones(OUT, IN)})
+    assert torch.equal(found, wanted) and not torch.equal(found, placed.site.module.weight)
 
 
 NUMBERS = 0.02 * torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(0))
