@@ -114,9 +114,10 @@ def step_text(body: Expr, needs: tuple[bool, ...], frozen_last: bool = False,
         return times(1 / (1 - node.data[0]), make("masked", *args, make(
             "number" if one_pass else "mask", *args, data=node.data)))
 
+    # all that the step is given, of which simplifying may leave some unread: their gradient is zeros
+    leaves = {node.data: node for node in walk(body) if operation(node).is_step_input}
     # dropout as a mask, which the backward pass reads again, and a scaling that simplifying gives to a thin factor
     body, second = (simplify(rebuild(way, masked)) for way in ways(body))
-    leaves = {node.data: node for node in walk(body, second) if operation(node).is_step_input}
     inputs = [leaves[key] for key in (None, *range(len(needs) - 1))]
     runs, second = gains_fused(body, second) if one_pass else (body, second)
     derived = gradients(runs, [leaf for leaf, need in zip(inputs, needs) if need], second)

@@ -88,6 +88,17 @@ def test_some_columns_and_rows_of_what_acts_by_itself():
     agree(op, {**x, **op.parameters}, x["x"])
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_cancels_in_a_body_leaves_its_step_whole(device):
+    """(P + Q) D + (P - Q) D reads no Q any more, which the step is given all the same."""
+    case = update("undone", None, None, "param P[out, 2] = 0\nparam Q[out, 2] = 0\nparam D[2, in] ~ normal()",
+                  "(P + Q) @ D + (P - Q) @ D")
+    op = operated(case, WIDE)
+    x = op.input()
+    with steps_of(device):
+        agree(op, {**x, **op.parameters}, x["x"])
+
+
 @on_every_case
 def test_the_step_of_a_gpu_in_plain_operations(case):
     """The frozen product is summed last, and gains beside low-rank terms are one operation."""
