@@ -154,7 +154,7 @@ def call(module: nn.Module, x: Tensor, *more: Any, **named: Any) -> Tensor:
     asked = unsuspicious(module, x)
     if asked is x:
         return forward_of(module)(x, *more, **named)
-    trains = any(t is not None and t.requires_grad for t in module._parameters.values())
+    trains = any(t is not None and t.requires_grad for t in (*pieces(module), bias(module)))
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains):  # what is asked for nobody takes
         return forward_of(module)(asked, *more, **named)
 

@@ -319,6 +319,31 @@ def test_a_layer_that_repacks_itself_in_evaluation_trains_after_one():
     assert not any(layer._forward_pre_hooks for layer in model.layers)
 
 
+class Gained(nn.Linear):
+    """A layer with gains of its own, in a module within it."""
+
+    def __init__(self, in_: int, out: int):
+        super().__init__(in_, out)
+        self.codes = nn.Parameter(torch.randint(-8, 8, (out, in_), dtype=torch.int8), requires_grad=False)
+        del self.weight
+        self.inner = nn.ParameterDict({"gain": nn.Parameter(torch.rand(out) + 0.5)})
+
+    def forward(self, x):
+        return self.inner["gain"] * (x @ self.codes.T.to(x.dtype)) + self.bias
+
+
+def test_in_evaluation_too_what_trains_in_a_layer_takes_its_gradient():
+    model, x = Tower(Gained(IN, OUT)), torch.randn(4, IN)
+    apply(model, parse('target linear "**" { add low_rank(2)  post magnitude() }'))
+    own = [model.layers[0].inner["gain"], model.layers[0].bias]
+    for each in own:
+        each.requires_grad_()
+        wanted = torch.autograd.grad(model.train()(x).square().sum(), [each])
+        assert wanted[0].norm() > 0
+        torch.testing.assert_close(torch.autograd.grad(model.eval()(x).square().sum(), [each]), wanted)
+        each.requires_grad_(False)
+
+
 def test_what_was_evaluated_before_the_surgery_is_refused_where_it_trains():
     model, x = Tower(Settling(IN, OUT)).eval(), torch.randn(4, IN)
     with torch.no_grad():
