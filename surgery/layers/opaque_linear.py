@@ -163,9 +163,11 @@ def unsuspicious(module: nn.Module, x: Tensor) -> Tensor:
     """The input of a layer, asking for a gradient where the layer would take it for one of inference alone: on some
     processors bitsandbytes then repacks its weight for good, rounds it, and gives no gradient from that call on."""
     safe = module.training or x.requires_grad or x.device.type != "cpu" or is_traced()
-    if safe or not x.is_floating_point() or x.is_inference() and not torch.is_inference_mode_enabled():
+    if safe or not x.is_floating_point():
         return x
-    return x.detach().requires_grad_()
+    # what was made for inference can ask for nothing where gradients are taken, a copy of it can
+    asks = x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x.detach()
+    return asks.requires_grad_()
 
 
 def unsuspected(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:

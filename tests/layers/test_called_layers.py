@@ -308,6 +308,10 @@ def test_a_layer_that_repacks_itself_in_evaluation_trains_after_one():
             with surgeon.disabled():
                 assert not model.layers[0](x).requires_grad
         assert not any(layer.repacked for layer in model.layers)
+    with torch.inference_mode():
+        made = x.clone()
+    with torch.no_grad():
+        assert torch.equal(model(made), y) and not any(layer.repacked for layer in model.layers)
     x.requires_grad_()
     assert torch.equal(model.train()(x), y)
     model(x).sum().backward()
