@@ -405,6 +405,8 @@ ROWS = [
               linear=Linear.TOGETHER),
     Operation("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]",
               stage=CORE, linear=Linear.EACH),
+    Operation("unmoved", 1, same, lambda a: a - a.detach(), "a - detach(a): 0 with the gradient of a", stage=CORE,
+              transpose=Transpose.INSIDE),
     Operation("root", 1, same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0",
               stage=CORE),
     Operation("over_root", 2, elementwise, _over_root, "a / √b of sums of squares b: 0 where rounding leaves b ≤ 0",

@@ -3,6 +3,8 @@ the text is the spec."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from dense_formula import (
@@ -88,7 +90,10 @@ def test_the_operated_weight_is_what_the_text_says(operation):
                               tensors, grads, 1)
 
 
-# How far from the exact results a dtype may be: so many times what the dense formula is in it, and a few roundings.
+# How far from the exact results a dtype may be: so many times what the dense formula is in it, and a few roundings. What
+# that is off by is the largest of some draws of its roundings (inputs of other sizes round otherwise): in a sum that
+# cancels, one draw may be near the exact result by luck.
+DRAWS = (1.0, 1.1, 1.3, 1.7)
 NARROW = {torch.float32: (30.0, 2e-5), torch.bfloat16: (5.0, 6e-2)}
 
 
@@ -99,11 +104,13 @@ def test_in_narrow_dtypes_it_is_as_exact_as_the_dense_formula(operation, dtype):
     text = text.replace('"**" {', '"**" shifted {')  # large terms that cancel do so up to a rounding
     op = operated(parse(text), layer, dtype, torch.float32)
     op.surgeon.model.train("dropout(10%)" not in text)
-    found, plain, exact = lowered(op), meant(op, torch.float32, dtype), meant(op, torch.float64, torch.float64)
-    assume(finite(plain) and finite(exact))
-    factor, rounding = NARROW[dtype]
-    for what, value in exact.items():
-        most = factor * error(plain[what], value) + rounding
+    drawn = [[meant(replace(op, x=size * op.x if size != 1 else op.x), *each)
+              for each in ((torch.float32, dtype), (torch.float64, torch.float64))]
+             for size in (DRAWS if op.x.is_floating_point() else (1,))]
+    assume(all(finite(each) for pair in drawn for each in pair))
+    found, (factor, rounding) = lowered(op), NARROW[dtype]
+    for what, value in drawn[0][1].items():
+        most = factor * max(error(plain[what], exact[what]) for plain, exact in drawn) + rounding
         assert error(found[what],
                      value) <= most, f"{what} is off by {error(found[what], value):.1e}, {most:.1e} is allowed"
 
