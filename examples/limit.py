@@ -83,7 +83,7 @@ class ByHand(nn.Module):
         else:
             gain = self.gain / self._norms(W) if self.method == "dora" else self.gain
             y = Gain.apply(rows, W, self.A, self.B, gain, self.method == "dora")
-        return y.view(*x.shape[:-1], -1)  # type: ignore[union-attr]
+        return y.view(*x.shape[:-1], -1)
 
     @torch.no_grad()
     def _norms(self, W: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class MergedFiles:
 
 
 def merge_files(folder: str | PathLike, out: str | PathLike, base: str | None = None, *,
-                then: Iterable[str | PathLike] = (), dtype: str | None = None, jobs: int = 1, force: bool = False,
+                then: Iterable[str | PathLike] = (), dtype: str | None = None, jobs: int = 2, force: bool = False,
                 trust: bool = False, dequantise: bool = False, step: Step = nullcontext) -> MergedFiles:
     """Write the base model of a saved adapter (or another, `base`) with the adapter merged in, and the adapters `then`
     after it, as a plain model's folder: the same shards, index and other files. `step` stands around what takes time.
