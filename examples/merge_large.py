@@ -124,8 +124,8 @@ def write_adapter(spec: str) -> None:
     """A moved adapter, made on a skeleton: its tensors start from no weight."""
     import surgery
     from surgery.models.loading import skeleton
+    from surgery.runtime.apply import prepare
     from surgery.runtime.save import save
-    from surgery.runtime.surgeon import prepare
 
     surgeon = prepare(skeleton("base"), surgery.load(spec))
     values = {name: 0.02 * torch.randn(tensor.shape) for name, tensor in surgeon.named_tensors().items()}

@@ -35,13 +35,14 @@ if TYPE_CHECKING:  # what a type checker and an editor read: `_HOMES` says the s
     from surgery.planning.compile import Plan
     from surgery.planning.compile import compile as plan
     from surgery.planning.figures import Report
+    from surgery.runtime.apply import apply
     from surgery.runtime.apply_files import AppliedFiles, apply_files
     from surgery.runtime.attach import attach, from_pretrained
     from surgery.runtime.difference import Difference
     from surgery.runtime.merge_files import MergedFiles, merge_files
     from surgery.runtime.save import save_merged
     from surgery.runtime.stack import Surgeries
-    from surgery.runtime.surgeon import Surgeon, apply
+    from surgery.runtime.surgeon import Surgeon
 
 _HOMES = {
     "Diagnostic": "diagnostics", "SurgeryError": "diagnostics", "SurgeryWarning": "diagnostics",
@@ -52,7 +53,7 @@ _HOMES = {
     "load_model": "models.loading", "modules": "matching.module_tree", "explain": "matching.selection",
     "AdapterCheckpoints": "experiments.fsdp_checkpoints",
     "apply_files": "runtime.apply_files", "AppliedFiles": "runtime.apply_files",
-    "Surgeon": "runtime.surgeon", "apply": "runtime.surgeon", "attach": "runtime.attach",
+    "Surgeon": "runtime.surgeon", "apply": "runtime.apply", "attach": "runtime.attach",
     "from_pretrained": "runtime.attach",
     "save_merged": "runtime.save", "merge_files": "runtime.merge_files", "MergedFiles": "runtime.merge_files",
     "Surgeries": "runtime.stack", "diff": "peft.diff", "Difference": "runtime.difference",

@@ -8,7 +8,8 @@ from layers import Tower, perturb
 from torch import nn
 from zoo import CASES
 
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.apply import apply
+from surgery.runtime.surgeon import Surgeon
 
 OUT, IN = 12, 18
 

@@ -16,7 +16,8 @@ from surgery.ir.dense import dense
 from surgery.ir.expression import Expr
 from surgery.language.tree import Spec
 from surgery.planning.compile import Placed
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.apply import apply
+from surgery.runtime.surgeon import Surgeon
 
 # More examples, and new ones, are a matter of SURGERY_EXAMPLES=5000; the suite runs the same few each time.
 EXAMPLES = int(os.environ.get("SURGERY_EXAMPLES", 0))

@@ -13,7 +13,8 @@ from case import Case, Parameters
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.apply import apply
+from surgery.runtime.surgeon import Surgeon
 
 EXACT = 1e-10
 

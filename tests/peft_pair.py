@@ -25,7 +25,8 @@ from surgery.layers.survey import sites
 from surgery.peft.table.method import Config, Method
 from surgery.peft.table.methods import METHODS
 from surgery.peft.tensor_mapping import Correspondence, Place
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.apply import apply
+from surgery.runtime.surgeon import Surgeon
 
 PREFIX = "base_model.model.layer."
 

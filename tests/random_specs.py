@@ -27,7 +27,7 @@ from surgery.language.parser import parse_expression
 from surgery.language.tree import Definition, Spec
 from surgery.rewrite.cheaper_forms import CHEAP
 from surgery.rewrite.normal_form import RULES
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 from surgery.semantics.evaluate import evaluate
 
 SIGNS = {op: sign for sign, op in OPERATORS.items()}

@@ -22,10 +22,11 @@ from surgery.ir.dense import dense
 from surgery.language.library import parse
 from surgery.layers.opaque_linear import is_plain
 from surgery.planning.check import check
+from surgery.runtime.apply import apply
 from surgery.runtime.atomic_folders import replacing_file
 from surgery.runtime.noise import drawn
 from surgery.runtime.save import save
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.surgeon import Surgeon
 
 EXACT = 1e-10
 

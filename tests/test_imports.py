@@ -256,7 +256,7 @@ def test_a_name_that_is_not_public() -> None:
 def test_the_files_that_a_document_names_are_there(name: str) -> None:
     text = (ROOT.parent / name).read_text(encoding="utf-8")
     named = re.findall(r"[`(]((?:surgery|tests|docs|specs|examples|grammar)/[\w./*-]*)[`)]", text)
-    # the architecture names modules from the package on: `runtime/surgeon.apply`
+    # the architecture names modules from the package on: `runtime/apply.apply`
     modules = re.findall(r"`((?:%s)/\w+)[.`]" % "|".join(map(part, MODULES)), text)
     named += [f"surgery/{module}.py" for module in modules]
     assert named and [path for path in named if not list(ROOT.parent.glob(path.rstrip("/")))] == []

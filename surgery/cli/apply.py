@@ -66,9 +66,9 @@ def apply(output: Output, spec: str, model: str, out: str | None, sets: tuple[st
     import_libraries(output)
     from surgery.experiments.tasks import read_task
     from surgery.models.names import revised
+    from surgery.runtime.apply import apply as operate
     from surgery.runtime.save import MODEL
     from surgery.runtime.saved_format import ADAPTER
-    from surgery.runtime.surgeon import apply as operate
 
     if out is not None:  # refused now, since loading may take minutes
         free(out, force, MODEL if merge else ADAPTER)

@@ -39,7 +39,8 @@ from surgery.language.tree import Spec
 from surgery.models.demo import demo_inputs
 from surgery.peft.recognise import match
 from surgery.planning.compile import Plan, compile
-from surgery.runtime.surgeon import Surgeon, prepare
+from surgery.runtime.apply import prepare
+from surgery.runtime.surgeon import Surgeon
 
 PHASES = ("step", "forward")
 _WARM_UP = 2

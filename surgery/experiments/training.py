@@ -32,8 +32,9 @@ from surgery.experiments.timing import training_device
 from surgery.extras import need
 from surgery.language.json_fields import Pattern
 from surgery.language.tree import Spec, Train
+from surgery.runtime.apply import prepare
 from surgery.runtime.calibration import READ
-from surgery.runtime.surgeon import Surgeon, prepare
+from surgery.runtime.surgeon import Surgeon
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback

@@ -23,8 +23,9 @@ from surgery.experiments.timing import Allocations
 from surgery.layers.survey import Survey
 from surgery.models.demo import demo_inputs
 from surgery.planning.figures import Report
+from surgery.runtime.apply import prepare
 from surgery.runtime.operated import hold_common, install
-from surgery.runtime.surgeon import Surgeon, prepare
+from surgery.runtime.surgeon import Surgeon
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

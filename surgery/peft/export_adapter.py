@@ -31,8 +31,9 @@ from surgery.peft.tensor_mapping import Place, Tensors
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import departure
 from surgery.planning.initial_values import tensors as starts
+from surgery.runtime.apply import adapter_of
 from surgery.runtime.step_tensors import SharedTensors
-from surgery.runtime.surgeon import Surgeon, adapter_of
+from surgery.runtime.surgeon import Surgeon
 from surgery.text import listed
 
 # The fields of a configuration that choose modules; another writer's are kept where they still choose the same.

@@ -29,8 +29,9 @@ from surgery.peft.table.method import Config
 from surgery.peft.table.methods import METHODS
 from surgery.peft.target_modules import ends_of, fits_end, holders, in_time, modules, named, parameters, ties
 from surgery.peft.tensor_mapping import Place, Tensors
+from surgery.runtime.apply import prepare
 from surgery.runtime.saved_format import compare
-from surgery.runtime.surgeon import Surgeon, prepare
+from surgery.runtime.surgeon import Surgeon
 from surgery.text import counted, listed
 
 _MOST_WORDS = 100  # of a configuration that names nothing, among which a misspelt one is looked for

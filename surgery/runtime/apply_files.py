@@ -28,6 +28,7 @@ from surgery.planning.compile import Placed, Plan
 from surgery.planning.figures import Report
 from surgery.planning.initial_values import Origin, Shared, is_finite, tensors
 from surgery.rewrite.prove_identity import starts_as_weight
+from surgery.runtime.apply import adapter_of, prepare
 from surgery.runtime.atomic_folders import refuse_taken, replacing
 from surgery.runtime.calibration import asked, needs_data
 from surgery.runtime.fingerprint import fingerprint_of
@@ -37,7 +38,7 @@ from surgery.runtime.save import texts_of, write_texts
 from surgery.runtime.saved_format import ADAPTER, TENSORS
 from surgery.runtime.step_tensors import SharedTensors, as_held
 from surgery.runtime.stored_weights import CODES, StoredWeights, read_by, skeleton_of_files, standing_in
-from surgery.runtime.surgeon import Surgeon, adapter_of, prepare
+from surgery.runtime.surgeon import Surgeon
 from surgery.text import counted
 
 Step = Callable[[str], AbstractContextManager]

@@ -17,11 +17,12 @@ from surgery.diagnostics import Collector, Diagnostic, SurgeryError, tell
 from surgery.models.loading import load_with_saved_head
 from surgery.models.names import base_name
 from surgery.planning.initial_values import follows
+from surgery.runtime.apply import prepare
 from surgery.runtime.fingerprint import fingerprints
 from surgery.runtime.hub import adapter_folder
 from surgery.runtime.remade import Remade, digest_of
 from surgery.runtime.saved_format import TENSORS, Saved, compare, shapes
-from surgery.runtime.surgeon import Surgeon, prepare
+from surgery.runtime.surgeon import Surgeon
 from surgery.semantics.index_bounds import bounds
 from surgery.text import listed
 

@@ -27,6 +27,7 @@ from surgery.models.loading import folder_of, with_saved_head
 from surgery.models.stored_names import Piece, Unsure, reverses
 from surgery.planning.compile import Placed
 from surgery.runtime.adapter import Adapter
+from surgery.runtime.apply import adapter_of
 from surgery.runtime.attach import fitted
 from surgery.runtime.fingerprint import fingerprint_of
 from surgery.runtime.merge import merged, refuse_called
@@ -35,7 +36,7 @@ from surgery.runtime.saved_format import Saved
 from surgery.runtime.stack import Known, together
 from surgery.runtime.step_tensors import SharedTensors
 from surgery.runtime.stored_weights import CODES, DTYPES, StoredWeights, read_by, skeleton_of_files, standing_in
-from surgery.runtime.surgeon import Surgeon, adapter_of
+from surgery.runtime.surgeon import Surgeon
 from surgery.text import some
 
 if TYPE_CHECKING:

@@ -26,11 +26,12 @@ from surgery.language.grammar import is_name
 from surgery.language.tree import Spec, Target, every_step
 from surgery.layers.wrappers import bare
 from surgery.planning.compile import Placed, Plan
+from surgery.runtime.apply import adapter_of, prepare
 from surgery.runtime.attach import attach
 from surgery.runtime.calibration import Loss
 from surgery.runtime.save import save
 from surgery.runtime.step_tensors import SharedTensors
-from surgery.runtime.surgeon import Surgeon, adapter_of, prepare
+from surgery.runtime.surgeon import Surgeon
 from surgery.runtime.transaction import Scope, all_or_nothing
 
 

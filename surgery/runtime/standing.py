@@ -1,21 +1,25 @@
 """Detect changes of the model: what a surgery operates on must still be there.
 
 Takes the plan of a surgery and its adapters; gives, in words, what was replaced, resized, tied or taken out since.
-Promises: the model is only looked at; names are looked up in the model as it is now.
+Promises: no numbers of the model are written or kept; names are looked up in the model as it is now.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import SurgeryError, fail
 from surgery.layers.opaque_linear import BASE, SUFFIX
 from surgery.layers.wrappers import named_modules, own_parameter, submodule
-from surgery.planning.compile import Placed, Plan
-from surgery.runtime.adapter import Adapter
+from surgery.planning.compile import Placed
+from surgery.runtime.sharding import gather_up, refuse_elsewhere, refuse_flattened, refuse_unseen, refuse_unshared
+from surgery.runtime.tensor_names import TensorNames
 from surgery.text import listed
 
 _SHOWN = 8
@@ -44,19 +48,60 @@ class Spot:
 
 
 class Standing:
-    """The parameters that a surgery operates on, and where each was."""
+    """The tensors of a surgery, of the model and of its adapters, and where each was."""
 
-    def __init__(self, model: nn.Module, plan: Plan, adapters: Mapping[str, Adapter]):
-        self.model, self.adapters = model, adapters
+    def __init__(self, names: TensorNames):
+        self.names, self.model, self.adapters = names, names.model, names.adapters
         self.spots: dict[str, Spot] = {}
-        for placed in plan.placed:
+        self._objects: dict[str, ref[Tensor]] = {}  # the tensors that were there when it was operated on
+        for placed in names.plan.placed:
             site = placed.site  # a called layer's tensors are its own affair: whatever it stores, it is called
             shape = None if site.layout.is_called else site.stored_shape
             self.spots[site.weight_name] = Spot(site.weight_name, site.module, site.parameter, shape, placed)
-        for name in plan.train:
+        for name in names.plan.train:
             path, _, own = name.rpartition(".")
-            owner = plan.selection.survey.modules[path]
+            owner = names.plan.selection.survey.modules[path]
             self.spots[name] = Spot(name, owner, own, tuple(own_parameter(owner, own).shape))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every adapter tensor and every `train` tensor by its name, as they stand now. Raises: KeyError, for a `train`
+        tensor that does not."""
+        return self.names.tensors() | {name: self.spots[name].present for name in self.names.plan.train}
+
+    @property
+    def written(self) -> dict[str, Tensor]:
+        """The tensors that verbs write into, as they stand now."""
+        spots = {name: spot.tensor for name, spot in self.spots.items() if spot.shape and spot.tensor is not None}
+        return {**spots, **self.tensors()}
+
+    def remember(self) -> None:
+        """Note which objects the tensors are now, to know them again."""
+        # what torch moves by exchanging tensors, as it can be asked to, nothing may refer to
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        self._objects = {} if swaps else {name: ref(tensor) for name, tensor in self.written.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """In a copy, or in another process, the tensors are other objects."""
+        return {**vars(self), "_objects": dict.fromkeys(self._objects)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._objects:
+            self.remember()
+
+    def refuse_away(self, operated: bool, reads: bool) -> None:
+        """Raises: SurgeryError (unsupported-module) where this process does not hold the tensors as they can be used:
+        in parts, in other tensors than it was operated on with or, where numbers are read or written (`reads`),
+        offloaded."""
+        gather_up(self.model)
+        weights = {name: spot.tensor for name, spot in self.spots.items()}
+        refuse_elsewhere({**weights, **self.names.tensors()})
+        refuse_flattened(weights.items())
+        refuse_unseen(self.written, self._objects)
+        if operated:
+            refuse_unshared(self.written)
+            if reads:
+                refuse_offloaded(self.model, self.written)
 
     def faults(self, operated: bool) -> dict[str, str]:
         """By the name of each parameter that was changed, what changed. `operated`: adapters must be on."""

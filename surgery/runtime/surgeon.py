@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
 from typing import Any
-from weakref import ref
 
 import torch
 import torch.nn as nn
@@ -21,14 +20,11 @@ from torch.utils.hooks import RemovableHandle
 from surgery.diagnostics import Collector, Diagnostic, fail, tell
 from surgery.language.tree import Spec
 from surgery.layers.wrappers import bare, own_parameter
-from surgery.planning.compile import Placed, Plan, compile
+from surgery.planning.compile import Placed, Plan
 from surgery.planning.figures import Report
-from surgery.planning.fitness import dense_copies, unfit
-from surgery.planning.initial_values import Shared, tensors
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.batched_setups import batched_setups
 from surgery.runtime.beside_adapter import beside
-from surgery.runtime.calibration import Loss, of_data
 from surgery.runtime.checkpoints import Surgery, have_save_adapters, note, save_adapters_no_more
 from surgery.runtime.fingerprint import differing, fingerprint_of, fingerprints
 from surgery.runtime.hub import push
@@ -39,26 +35,11 @@ from surgery.runtime.operated import hold_common, install, spare, uninstall_all
 from surgery.runtime.optimiser_groups import parameter_groups
 from surgery.runtime.proof import Proof, Subject
 from surgery.runtime.reference import Reference
-from surgery.runtime.remade import ROOM, made_by_rule
 from surgery.runtime.retraction import retract
 from surgery.runtime.save import save
-from surgery.runtime.saved_format import SEEDS
 from surgery.runtime.serving import serving
-from surgery.runtime.sharding import (
-    gather_up,
-    is_part,
-    joined,
-    refuse_elsewhere,
-    refuse_flattened,
-    refuse_parts,
-    refuse_replicated,
-    refuse_sharded,
-    refuse_unseen,
-    refuse_unshared,
-    whole,
-)
+from surgery.runtime.sharding import gather_up, is_part, joined, refuse_parts, refuse_replicated, refuse_sharded, whole
 from surgery.runtime.standing import Spot, Standing, changed, refuse_empty, refuse_offloaded
-from surgery.runtime.step_tensors import SharedTensors
 from surgery.runtime.tensor_names import TensorNames
 from surgery.runtime.transaction import Scope, all_or_nothing, put, refuse_gradients_of_before
 from surgery.text import listed
@@ -67,79 +48,6 @@ _MODES = {"operated": "operated on, not merged", "merged": "merged", "base": "sw
 _WAY_BACK = {"operated": "merge() it first", "merged": "unmerge() it first",
              "base": "leave the block of disabled() first", "removed": "apply the spec again, or attach what was saved"}
 _REST = "remove(partly=True) gives back what still stands; then apply the spec to the model as it is now"
-
-
-def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
-          strict: bool = False, check: bool = True, example: Any = None, data: Iterable[Any] | None = None,
-          loss: Loss | None = None) -> Surgeon:
-    """Operate on `model` in place as `spec` (a spec, a file's path or a shipped name) says; `dtype` is the adapter's.
-
-    `check`: prove on a forward pass that the model starts unchanged, that every adapter acts and that merged it gives
-    the same (`Surgeon.prove`); what cannot be proven is said in `surgeon.proof`. `example`: a batch for that: keyword
-    arguments, a tuple of arguments or a tensor; without one it is made up where the model's configuration allows.
-
-    `data`: batches (of those kinds, with labels) for starts that name `G`, the mean over them of the gradient of the
-    loss in W [out, in], or `C`, Σ x xᵀ [in, in] over the inputs of the layer; `loss(model, batch)` where the model's
-    output has none.
-
-    What is probably not meant is a warning (SurgeryWarning, and in `surgeon.plan.warnings`); `strict`: an error.
-
-    Raises: SurgeryError, and then the model is as it was. A W' that does not start as W is such an error, unless the
-    target says `shifted`.
-
-    >>> import surgery
-    >>> model = surgery.load_model("demo:llama")
-    >>> surgeon = surgery.apply(model, surgery.load("lora", rank=4).retarget("**.q_proj"))
-    >>> sum(parameter.numel() for parameter in surgeon.parameters())
-    2048
-    >>> surgeon.save("out")  # the adapter alone
-    """
-    surgeon = prepare(model, spec, seed=seed, dtype=dtype, strict=strict, data=data, loss=loss)
-    surgeon.check_start(strict)
-    return surgeon.begin(example, check, strict, tells=True)
-
-
-def prepare(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
-            strict: bool = False, most: int | None = None, starts: bool = True, wide: bool = True,
-            data: Iterable[Any] | None = None, loss: Loss | None = None) -> Surgeon:
-    """A surgeon whose model is not yet touched. `most`: how many numbers a saved adapter holds; a spec that asks for
-    more than that and the model together is refused before any is made. Without `starts` the adapters hold NaNs, for
-    whoever puts values into all of their tensors. `wide`: as in `tensors`; without it nothing of the starts is made
-    again at attach, but saved. Raises: SurgeryError."""
-    refuse_sharded(model)
-    if any(isinstance(m, Adapter) for m in model.modules()):
-        raise fail("already-operated", f"this {type(bare(model)).__name__} carries a surgery already",
-                   helps=("remove() the first one, or put both in one spec",))
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise fail("bad-value", f"an adapter's parameters cannot be {dtype}",
-                   helps=("give a floating dtype, such as torch.float32",))
-    if not isinstance(seed, int) or isinstance(seed, bool) or not SEEDS[0] <= seed <= SEEDS[1]:
-        raise fail("bad-value", f"a seed is a whole number from -2^63 to 2^64 - 1, not {seed!r}")
-    plan = compile(model, spec, strict)
-    report = Collector()
-    report.add(*plan.warnings, *unfit(plan), *dense_copies(plan))
-    report.raise_errors(strict)
-    if most is not None and plan.trainable + plan.frozen > most + ROOM * plan.total:
-        raise fail("bad-adapter", f"the spec asks for {plan.trainable + plan.frozen:,} numbers, and the adapter "
-                   f"holds {most:,}")
-    plan = replace(plan, warnings=tuple(report.warnings))
-    shared: Shared = {}
-    common = SharedTensors()
-    measured = of_data(bare(model), plan.placed, data, loss) if starts else ((p, {}) for p in plan.placed)
-    adapters = {p.site.name: adapter_of(p, tensors(p, seed, dtype, shared, starts, found, wide), common)
-                for p, found in measured}
-    surgeon = Surgeon(model, plan, adapters, seed)
-    surgeon.made = made_by_rule(surgeon) if starts and wide else {}
-    return surgeon
-
-
-def adapter_of(placed: Placed, values: Mapping[str, torch.Tensor], common: SharedTensors) -> Adapter:
-    """The adapter of one operated weight, with those tensors by key; `common` grows by what adapters share."""
-    site = placed.site
-    shared = {leaf.key: placed.held(leaf).name for leaf in placed.formula.leaves if leaf.group}
-    adapter = Adapter(placed.compiled, site.layout, site.parameter, site.stack, values, common, shared,
-                      site.answer.gives_gradient, site.weight_name.rpartition(".")[0])
-    return adapter.train(site.module.training)
 
 
 class Surgeon:
@@ -155,7 +63,8 @@ class Surgeon:
     def __init__(self, model: nn.Module, plan: Plan, adapters: dict[str, Adapter], seed: int):
         self.model, self.plan, self.adapters, self.seed = bare(model), plan, adapters, seed
         self._given = model
-        self._standing, self._names = Standing(self.model, plan, adapters), TensorNames(self.model, plan, adapters)
+        self._names = TensorNames(self.model, plan, adapters)
+        self._standing = Standing(self._names)
         self._mode = "base"
         self._required = [(module, {name: p.requires_grad for name, p in module._parameters.items() if p is not None})
                           for module in self.model.modules()]
@@ -166,7 +75,6 @@ class Surgeon:
         self._tied: dict[str, nn.Parameter] = {}
         self._savers: list[Any] = []  # the models of transformers that adapters are in: the model, and those within it
         self._spared: list[RemovableHandle] = []  # on the called layers that no adapter is in
-        self._objects: dict[str, ref[torch.Tensor]] = {}  # the tensors that were there when it was operated on
         self.base: dict[str, str] = {}  # fingerprints of the operated weights
         self.beside: dict[str, str] = {}  # and of what the adapter does not hold
         self.made: dict[str, str] = {}  # digests of what the spec, the seed and W make again
@@ -230,7 +138,7 @@ class Surgeon:
         self._mode, self._is_on = "operated", True
         self.base = fingerprints(self.plan.placed)
         self.beside = beside(self.model, [p.site.module for p in self.plan.placed], self.plan.train)
-        self._see_objects()
+        self._standing.remember()
         self._note()
         self._put(values or {})
         self._spared = spare(self.model)
@@ -271,31 +179,11 @@ class Surgeon:
         refuse_sharded(self._given)
 
     @property
-    def _written(self) -> dict[str, torch.Tensor]:
-        """The tensors that verbs write into, as they stand now."""
-        spots = {name: spot.tensor for name, spot in self._spots.items() if spot.shape and spot.tensor is not None}
-        return {**spots, **self.named_tensors()}
-
-    @property
     def part(self) -> torch.Tensor | None:
         """A sharded tensor of the surgery; None if the model is not sharded."""
         gather_up(self.model)
         held = (*self.named_tensors().values(), *(spot.tensor for spot in self._spots.values()))
         return next(filter(is_part, held), None)
-
-    def _see_objects(self) -> None:
-        # what torch moves by exchanging tensors, as it can be asked to, nothing may refer to
-        swaps = torch.__future__.get_swap_module_params_on_conversion()
-        self._objects = {} if swaps else {name: ref(tensor) for name, tensor in self._written.items()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """In a copy, or in another process, the tensors are other objects."""
-        return {**vars(self), "_objects": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        if self._is_on:
-            self._see_objects()
 
     def __repr__(self) -> str:
         model, summary = type(self.model).__name__, Report(self.plan, self.dtype).summary
@@ -329,7 +217,7 @@ class Surgeon:
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """Every adapter tensor and every `train` tensor by its name in the model, shared ones once. A number [] is held
         as [1]."""
-        return self._names.tensors() | {name: self._spots[name].present for name in self.plan.train}
+        return self._standing.tensors()
 
     def name_of(self, placed: Placed, key: str) -> str:
         """What the tensor of an adapter's key is called in the model."""
@@ -420,7 +308,7 @@ class Surgeon:
         computed from is another one bit for bit: at the next forward pass where torch tells, and at the end always.
         """
         refuse_parts(self.part, "serving")
-        refuse_offloaded(self.model, self._written)
+        refuse_offloaded(self.model, self._standing.written)
         if any(placed.site.module.training for placed in self.plan.placed):
             raise fail("wrong-mode", "this model is in training mode, and serving() is for one that is evaluated",
                        helps=("call model.eval() first",))
@@ -440,7 +328,7 @@ class Surgeon:
         layers again.
         """
         refuse_parts(self.part, "batched_setups")
-        refuse_offloaded(self.model, self._written)
+        refuse_offloaded(self.model, self._standing.written)
         with batched_setups(self.model, list(self.adapters.values())):
             yield
 
@@ -502,7 +390,7 @@ class Surgeon:
         if lost and not partly:
             raise changed(lost, _REST)
         if self._kept or self._tied:
-            refuse_offloaded(self.model, self._written)
+            refuse_offloaded(self.model, self._standing.written)
         self._tell_of_edits(lost)
         self._switch("base", lost)
         for name, tied in self._tied.items():
@@ -554,7 +442,8 @@ class Surgeon:
                for p in placed.site.module._parameters.values() if p is not None]
         written = [spot.tensor for spot in self._spots.values() if spot.placed is None and spot.tensor is not None]
         adapters = [t for adapter in self.adapters.values() for t in adapter.tensors().values()]
-        return Scope([self], [self.model, *modules, *self.adapters.values()], [*own, *written, *adapters])
+        return Scope([self, self._standing], [self.model, *modules, *self.adapters.values()],
+                     [*own, *written, *adapters])
 
     @property
     def _spots(self) -> Mapping[str, Spot]:
@@ -568,15 +457,7 @@ class Surgeon:
     def _assert_standing(self, reads: bool = True) -> None:
         """`reads`: whether numbers of the surgery's tensors are read or written. Raises: SurgeryError (changed-model;
         unsupported-module for a flattened model, and for an offloaded one where numbers are read)."""
-        gather_up(self.model)
-        weights = {name: spot.tensor for name, spot in self._spots.items()}
-        refuse_elsewhere({**weights, **self._names.tensors()})
-        refuse_flattened(weights.items())
-        refuse_unseen(self._written, self._objects)
-        if self._is_on:
-            refuse_unshared(self._written)
-            if reads:
-                refuse_offloaded(self.model, self._written)
+        self._standing.refuse_away(self._is_on, reads)
         lost = self._standing.faults(self._is_on) if self._mode != "removed" else {}
         if lost:
             raise changed(lost, _REST if self._is_on else "apply the spec to the model as it is now")

@@ -27,7 +27,7 @@ from surgery.ir.operations import PRIMITIVES, is_whole, make
 from surgery.ir.sizes import TOKENS
 from surgery.language.library import load, parse
 from surgery.runtime.adapter import Adapter
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]

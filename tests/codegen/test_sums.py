@@ -17,7 +17,7 @@ from surgery.codegen.autograd_node import runs_as_on, steps_of
 from surgery.codegen.program_text import step_text
 from surgery.ir.dense import dense
 from surgery.language.library import parse
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 CASES = sorted((Path(__file__).parents[1] / "data" / "sums").glob("*.surg"))
 # What the suite runs: twelve seeds, and twelve of the week. SURGERY_EXAMPLES=3000 runs so many others.

@@ -6,7 +6,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from surgery.experiments.timing import Allocations, peak_bytes, seconds
 from surgery.models.demo import demo_inputs, load_demo
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 CPU = torch.device("cpu")
 MEGABYTE = 4 * 2**18  # of a float32 tensor of 512 x 512

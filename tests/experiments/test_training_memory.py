@@ -13,7 +13,7 @@ from surgery.experiments.timing import peak_bytes
 from surgery.experiments.training_memory import Training, training_memory
 from surgery.language.library import load
 from surgery.models.demo import demo_inputs
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 
 def llama(hidden: int, layers: int, vocabulary: int) -> LlamaConfig:

@@ -11,7 +11,7 @@ from surgery.language.library import parse
 from surgery.language.parser import from_json
 from surgery.language.to_python import python_text
 from surgery.language.tree import Spec
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 TEXT = """# What this file is about.
 language 1  # the first

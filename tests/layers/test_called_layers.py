@@ -17,7 +17,7 @@ from surgery.language.library import load, parse
 from surgery.layers.layouts import CALLED, LINEAR
 from surgery.layers.opaque_linear import matrix, size, twin
 from surgery.layers.survey import sites, unsupported
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 OUT, IN = 12, 18
 

@@ -25,7 +25,7 @@ from surgery import plan
 from surgery.language.library import load
 from surgery.layers.layouts import EXPERTS, TRANSPOSED_EXPERTS
 from surgery.planning.compile import compile
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50, "num_key_value_heads": 2}
 CONFIGS = {

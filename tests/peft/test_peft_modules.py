@@ -14,7 +14,7 @@ from surgery.layers.survey import Survey
 from surgery.models.demo import load_demo
 from surgery.peft.table.method import Family
 from surgery.peft.target_modules import named, resolved, saved_whole
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 CONFIGS = [
     ("llama", {"target_modules": ["q_proj", "v_proj"]}),

@@ -25,7 +25,7 @@ from surgery.peft.recognise import match
 from surgery.peft.table.methods import METHODS, WITHOUT_ROW
 from surgery.peft.tensor_mapping import Place
 from surgery.planning.compile import compile
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 BY_NAME = {m.name: m for m in METHODS}
 GLORA = BY_NAME["glora"].family

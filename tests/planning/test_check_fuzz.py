@@ -20,7 +20,7 @@ from surgery.language.grammar import pattern_of
 from surgery.language.library import parse, shipped
 from surgery.language.tree import Spec
 from surgery.planning.check import check
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 TOKEN = re.compile(r'"[^"\n]*"|[A-Za-z_]\w*|[0-9.]+%?|[^\s\w]')
 # What may stand where a token stood, so that most texts still parse.

@@ -23,7 +23,7 @@ from surgery.planning.check import check
 from surgery.planning.compile import compile
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.figures import Report
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 METHODS = Path(__file__).parents[1] / "methods"
 # What no structure of the compiler's makes cheap: entry-by-entry products, a full solve.

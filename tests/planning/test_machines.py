@@ -18,7 +18,7 @@ from surgery.language.library import parse
 from surgery.planning import machines
 from surgery.planning.fitness import estimated
 from surgery.planning.machines import machine, measured, place, supposed
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 SLOW = Machine(1e-6, 1e-12, 1e-12)  # its arithmetic takes long
 AGILE = Machine(1e-15, 1e-12, 1e-3)  # starting an operation does

@@ -8,7 +8,7 @@ from surgery.ir.expression import walk
 from surgery.language.library import parse
 from surgery.rewrite.cheaper_forms import cheapest
 from surgery.rewrite.taken_away import taken_away
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 TERMS = ["X + Y - detach(X + Y)", "detach(X) - X", "3 * X @ Y - 3 * detach(X @ Y)", "g * X - detach(g) * detach(X)",
          "X @ detach(Y) - detach(X @ Y)", "norm(Y) * X + Y - detach(norm(Y) * X) - detach(Y)", "X.T - detach(X).T",

@@ -19,7 +19,7 @@ import surgery
 from surgery.codegen import kernels, kernels_row_sums, masks
 from surgery.ir.operations import PRIMITIVES
 from surgery.language.library import load
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 WIDE = LAYOUTS["linear 12x18"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,7 +18,7 @@ from zoo import CASES
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import parse
 from surgery.layers.opaque_linear import matrix, through
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 EXACT = 1e-10
 LAYERS = [Int8Linear, Int4Linear]

@@ -18,9 +18,9 @@ from surgery.language.library import load, parse
 from surgery.models.demo import load_demo
 from surgery.planning.compile import compile
 from surgery.planning.figures import Report
+from surgery.runtime.apply import apply
 from surgery.runtime.attach import attach
 from surgery.runtime.stack import Surgeries
-from surgery.runtime.surgeon import apply
 
 
 def packed_llama() -> nn.Module:

@@ -20,8 +20,9 @@ from zoo import CASES
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import load, parse
 from surgery.models.demo import demo_inputs, load_demo
+from surgery.runtime.apply import apply
 from surgery.runtime.effective_weight import EffectiveWeight
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.surgeon import Surgeon
 
 EXACT = 1e-10
 

@@ -21,8 +21,9 @@ from surgery.codegen.cost_model import Cost
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import load, parse
 from surgery.models.demo import load_demo
+from surgery.runtime.apply import apply
 from surgery.runtime.serving import fingerprint
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.surgeon import Surgeon
 
 SPECS = ["lora", "dora", "sora", "oft", "hra", "hira"]
 EXACT = 1e-10

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from surgery.language.library import parse
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 EXACT = 1e-12
 

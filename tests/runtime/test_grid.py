@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgery.cli.options import opened_together
 from surgery.language.library import parse
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 
 def test_the_folder_is_the_grid() -> None:

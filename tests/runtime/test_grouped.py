@@ -37,7 +37,7 @@ from surgery.layers.survey import sites
 from surgery.models.demo import demo_inputs
 from surgery.planning.compile import compile
 from surgery.planning.figures import Report
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 EXACT = 1e-10
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import parse
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 OFFLOADED = """spec offloaded
 target linear "layers.0" { add low_rank(2) }

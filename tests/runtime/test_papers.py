@@ -13,7 +13,7 @@ from papers import PAPERS
 from torch import nn
 
 from surgery.language.library import load
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 EXACT = 1e-10
 

@@ -17,7 +17,8 @@ from surgery.diagnostics import SurgeryError
 from surgery.ir.dense import dense
 from surgery.language.library import parse
 from surgery.language.tree import Spec
-from surgery.runtime.surgeon import Surgeon, apply
+from surgery.runtime.apply import apply
+from surgery.runtime.surgeon import Surgeon
 
 LINEAR, TABLE = LAYOUTS["linear 12x18"], LAYOUTS["Embedding 18x12"]
 BY_NAME = {case.name: case for case in CASES}

@@ -31,7 +31,7 @@ from surgery.codegen import kernels
 from surgery.codegen.autograd_node import steps_of
 from surgery.ir.dense import dense
 from surgery.language.library import load
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 EXACT = 1e-10
 MANY = Layout("linear 96x144, 100 tokens", lambda: nn.Linear(144, 96), lambda: torch.randn(100, 144))

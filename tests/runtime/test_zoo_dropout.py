@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from surgery.codegen import masks
 from surgery.codegen.autograd_node import steps_of
 from surgery.language.library import parse
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 LAYOUT = LAYOUTS["linear 12x18"]
 

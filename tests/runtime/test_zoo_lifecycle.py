@@ -16,7 +16,7 @@ from zoo import CASES
 
 from surgery.ir.operations import PRIMITIVES
 from surgery.language.library import load, parse
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 EXACT = 1e-10
 WIDE = LAYOUTS["linear 12x18"]

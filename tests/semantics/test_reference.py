@@ -14,7 +14,7 @@ from reference import Reading, compare_gradients
 from torch import nn
 
 from surgery.language.library import load, parse, retarget
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 HERE = Path(__file__).parents[1]
 OUT, IN = 32, 64

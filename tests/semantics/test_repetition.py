@@ -16,7 +16,7 @@ from surgery.language.to_python import python_text
 from surgery.language.tree import Spec, every_step
 from surgery.planning.check import check
 from surgery.planning.formulas import formula_lines, formulas
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 from surgery.semantics.resolved_spec import resolved
 
 TURNS = """

@@ -8,7 +8,7 @@ import torch
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import parse
 from surgery.planning.check import check
-from surgery.runtime.surgeon import apply
+from surgery.runtime.apply import apply
 
 SPEC = """
 spec s()
