@@ -76,7 +76,7 @@ def _framed(u: Expr, v: Expr) -> Factors:
 
 
 def _inverse(node: Expr) -> Expr | None:
-    if len(node.shape) != 2 or (turn := low_rank_turn(node.args[0])) is None:
+    if (turn := low_rank_turn(node.args[0])) is None:
         return None
     u, v = _framed(*turn)
     small = make("resolvent", times(-2, make("matmul", v, u)))  # the resolvent of m is (I - m / 2)⁻¹
@@ -131,7 +131,7 @@ def _work(node: Expr) -> float:
 
 def _turn_pair(node: Expr) -> Expr | None:
     """Combine two low-rank updates into one: fewer passes over the activations."""
-    turns = every(low_rank_turn(a) if len(a.shape) == 2 else None for a in node.args)
+    turns = every(map(low_rank_turn, node.args))
     if turns is None:
         return None
     (u, v), (p, q) = turns
@@ -143,7 +143,7 @@ def _turn_pair(node: Expr) -> Expr | None:
 
 def _skew(node: Expr) -> Expr | None:
     inner = node.args[0]
-    if len(inner.shape) != 2 or factors(inner) is None:
+    if factors(inner) is None:
         return None
     # of rank 2 r, which `factors` sees in a sum and not through `skew`
     return make("add", inner, times(-1, simplify(make("T", inner))))
@@ -191,7 +191,7 @@ def _ones_in_a_row(node: Expr) -> Expr | None:
 
 
 def _neighbours(node: Expr) -> Expr | None:
-    pair = factors(node) if len(node.shape) == 2 and not all(map(_is_made, node.args)) else None
+    pair = None if all(map(_is_made, node.args)) else factors(node)
     return pair and make("matmul", *pair)
 
 

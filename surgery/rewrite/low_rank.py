@@ -1,6 +1,6 @@
 """Low-rank matrices: the factors of an expression, derived from its parts by rules.
 
-Takes an expression in the normal form of `algebra`. Promises: what is said holds for all values of the leaves.
+Takes an expression in normal form. Promises: what is said holds for all values of the leaves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def is_thin(inner: Size, *outer: Size) -> bool:
 
 @lru_cache(maxsize=4096)
 def factors(node: Expr) -> Factors | None:
-    """(U, V) with node = U V and fewer columns in U than half of either side; None for what is not low-rank."""
+    """(U, V) with node = U V and fewer columns in U than half of either side; None for what is not low-rank, and for a
+    stack."""
     scalar, rest = scaled(node)
     if scalar is not None:
         inner = factors(rest)
@@ -98,7 +99,7 @@ def _of_transpose(node: Expr) -> Factors | None:
 
 
 def low_rank_turn(node: Expr) -> Factors | None:
-    """(U, V) with node = I + U V, U V low-rank."""
+    """(U, V) with node = I + U V, U V low-rank; None for what is not such a sum, and for a stack."""
     terms = list(summands(node))
     if len(terms) < 2 or terms[0].op != "eye":
         return None

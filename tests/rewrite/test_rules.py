@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, permutations, product
 
 import pytest
+import torch
 from operands import MIXED, NAMES, every_call, expression, tensors, value_and_gradients
 
+from surgery.ir.dense import dense
 from surgery.ir.expression import Expr, substituted, walk
 from surgery.ir.operations import constant, make
 from surgery.rewrite.cheaper_forms import CHEAP, JOINED, cheapest
@@ -129,3 +131,20 @@ def test_rules_do_not_take_one_split_of_a_matrix_for_another():
 def test_every_primitive_keeps_its_meaning_on_all_that_it_takes():
     compared = {call.op for call in every_call() if agree(call, *(form(call) for form in FORMS))}
     assert compared == {call.op for call in every_call()}
+
+
+def test_every_primitive_keeps_its_meaning_when_it_is_turned():
+    turned = [make("T", call) for call in every_call() if len(call.shape) > 1]
+    assert {node.args[0].op for node in turned} > {"shuffle", "literal", "kron", "skew"}
+    leaves = tensors(0)
+    for node in turned:
+        wanted, found = (dense(e, leaves) for e in (node, simplify(node)))
+        assert torch.allclose(found, wanted, rtol=EXACT, atol=EXACT, equal_nan=True), node
+
+
+def test_three_factors_are_multiplied_in_the_cheaper_order():
+    for m, k, j, n in permutations((2, 3, 5, 40)):
+        a, b, c = (Expr("param", (), f"own.{key}", shape) for key, shape in {"a": (m, k), "b": (k, j), "c": (j, n)}.items())
+        left, right = make("matmul", make("matmul", a, b), c), make("matmul", a, make("matmul", b, c))
+        best = left if m * k * j + m * j * n < k * j * n + m * k * n else right
+        assert cheapest(left) is best and cheapest(right) is best, (m, k, j, n)
