@@ -7,15 +7,12 @@ way (`codegen.gradients` decides what of it is kept, and what is made again).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from surgery.ir.builders import scaled, times
 from surgery.ir.expression import Expr
 from surgery.ir.sizes import Dim
 from surgery.ir.table import make, operation
 
 Terms = tuple[Expr, ...]
-Derivative = Callable[[Expr, Expr], Terms]
 
 
 def forward(node: Expr) -> Expr:

@@ -33,7 +33,7 @@ class Group:
         return {p.name: p.default for p in self.spec.params if p.default is not None}
 
 
-def one_spec(groups: Sequence[Group], train: Iterable[str] = ()) -> Spec:
+def one_spec(groups: Sequence[Group], train: Iterable[str]) -> Spec:
     """The spec that does to every group what its own spec says, and trains the parameters of these names."""
     # The signature is that of the largest group, so that the spec reads as what most modules have.
     lead, *others = sorted(groups, key=lambda group: -len(group.names))

@@ -81,7 +81,7 @@ def modules(model: nn.Module, aliases: bool = False) -> Iterator[tuple[str, nn.M
             seen.add(id(module))
 
 
-def all_linear(model: nn.Module, task: str | None = None) -> list[str]:
+def all_linear(model: nn.Module, task: str | None) -> list[str]:
     """What `all-linear` stands for: every linear layer but the output head, or a text classifier's."""
     own = bare(model)
     head = output_embedding(own)

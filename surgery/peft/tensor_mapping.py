@@ -141,7 +141,6 @@ TURNED = View(lambda t, place: t.mT, lambda t, place: t.mT)
 FLAT = View(lambda t, place: t.flatten(), lambda t, place: t[None])
 COLUMN = View(lambda t, place: t.flatten(), lambda t, place: t[:, None])
 SCALAR = View(lambda t, place: t.squeeze(0), lambda t, place: t[None])
-STACKED = View(lambda t, place: t[0], lambda t, place: t[None])
 # Of a tensor that all modules share, a module takes the leading columns or rows.
 COLUMNS = View(lambda t, place: t[:, :place.in_], lambda t, place: t)
 ROWS = View(lambda t, place: t[:place.out], lambda t, place: t)

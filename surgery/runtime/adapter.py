@@ -54,7 +54,7 @@ class Adapter(nn.Module):
 
     def __init__(self, compiled: Compiled, layout: Layout, parameter: str, stack: int | None,
                  tensors: Mapping[str, torch.Tensor], common: SharedTensors, shared: Mapping[str, str],
-                 gives_gradient: bool = True, path: str = ""):
+                 gives_gradient: bool, path: str):
         super().__init__()
         self.gives_gradient, self.path = gives_gradient, path
         self.compiled, self.layout, self.parameter, self.stack, self.active = compiled, layout, parameter, stack, True

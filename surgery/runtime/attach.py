@@ -64,7 +64,7 @@ def from_pretrained(adapter: str | PathLike, *, revision: str | None = None, bas
     return attached(load_with_saved_head(name, saved, dtype, trust), saved, strict)
 
 
-def attached(model: nn.Module, saved: Saved, strict: bool = False) -> Surgeon:
+def attached(model: nn.Module, saved: Saved, strict: bool) -> Surgeon:
     """A saved adapter on a model. Raises: SurgeryError, and then the model is as it was."""
     surgeon = fitted(model, saved)
     report, remade = Collector(), Remade(surgeon, saved)

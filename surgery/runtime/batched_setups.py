@@ -53,7 +53,7 @@ class SetupBatches:
     """The set-ups of a model's adapters, in batches of those with equal formulas. `frugal`: a program that holds less
     by itself, or is the better one, stays alone."""
 
-    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], frugal: bool = False):
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], frugal: bool):
         self.depth, self.calls, self.frugal = 0, _Calls(), frugal
         self._may_checkpoint = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._like: dict[Compiled, list[Adapter]] = {}

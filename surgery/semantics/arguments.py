@@ -46,7 +46,7 @@ def typed(value: Any, parameter: Parameter, span: Span | None) -> Any:
     raise fail("wrong-type", f"`{parameter.name}` is of type {parameter.type}, not {describe(value)}", span)
 
 
-def defaults(params: Iterable[Parameter], given: dict[str, Any], scope: Mapping[str, Any], report: Collector,
+def defaults(params: Iterable[Parameter], given: dict[str, Any], report: Collector,
              missing: Callable[[Parameter], SurgeryError]) -> dict[str, Any]:
     """The values of formal parameters: those given, else their defaults; one with neither is the error `missing`."""
     values: dict[str, Any] = {}
@@ -56,7 +56,7 @@ def defaults(params: Iterable[Parameter], given: dict[str, Any], scope: Mapping[
                 values[p.name] = given[p.name]
             elif p.default is not None:
                 # a default may name the parameters before it: `alpha: float = 2 * rank`
-                values[p.name] = typed(evaluate(p.default, {**scope, **values}), p, p.default.span or p.span)
+                values[p.name] = typed(evaluate(p.default, values), p, p.default.span or p.span)
             else:
                 raise missing(p)
     return values
@@ -104,7 +104,7 @@ def bind_call(call: Call, definition: Definition, scope: Mapping[str, Any], repo
             # a value that is wrong counts as given: that it has none would be a second report of one mistake
             with guard(report, given, parameter.name):
                 given[parameter.name] = typed(evaluate(argument.value, scope), parameter, argument.value.span)
-    return defaults(definition.params, given, {}, report, lambda p: fail(
+    return defaults(definition.params, given, report, lambda p: fail(
         "missing-argument", f"{definition.name} needs an argument `{p.name}: {p.type}`", call.span, notes=(defined,)))
 
 

@@ -30,7 +30,7 @@ def spec_values(spec: Spec, report: Collector) -> dict[str, Any]:
     """The values of a spec's parameters. Reports a missing value, a wrong type, a `check` that is not met."""
     for parameter in spec.params:
         assert_is_free(parameter.name, ("out", "in", "layer", "depth"), parameter.name_span, report)
-    values = defaults(spec.params, {}, {}, report, lambda p: fail(
+    values = defaults(spec.params, {}, report, lambda p: fail(
         "missing-argument", f"the spec's parameter `{p.name}` has no value", p.name_span,
         helps=(f"give it a default, or --set {p.name}=...",)))
     assert_checks(spec.checks, values, report)

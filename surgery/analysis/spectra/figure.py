@@ -29,7 +29,7 @@ _DATELESS = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 @contextmanager
-def picture(file: Path, size: tuple[float, float], title: str = "") -> Iterator[Figure]:
+def picture(file: Path, size: tuple[float, float], title: str) -> Iterator[Figure]:
     """A figure of `size` inches, written when the block ends well. The ending of the name says the format."""
     with rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
