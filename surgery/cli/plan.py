@@ -79,8 +79,8 @@ def _step(output: Output, skeleton: Any, spec: Spec, how: Training) -> dict[str,
     try:
         step = training_memory(skeleton, spec, how)
     except RuntimeError as error:
-        output.note(f"what a training step takes is not known: {type(skeleton).__name__} asks for numbers "
-                    f"({str(error).splitlines()[0]})")
+        output.note(f"what a training step takes is not known: {type(skeleton).__name__} does not run on a batch that "
+                    f"is made up and has no numbers ({(str(error).splitlines() or [type(error).__name__])[0]})")
         return None
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in step.items())
     total = size_text(sum(step.values()))

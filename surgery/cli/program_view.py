@@ -13,7 +13,7 @@ from surgery.codegen.program_text import program_text, step_text
 from surgery.language.tree import Spec
 from surgery.planning.cost_estimates import FLOAT, Estimate, amount
 from surgery.planning.machines import machine
-from surgery.planning.trial_sizes import PLACES_TRIED
+from surgery.planning.trial_sizes import place_of
 from surgery.semantics.resolved_spec import resolved
 
 
@@ -21,7 +21,7 @@ def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int, on: tuple
     """Print the programs of a spec, as they are chosen `on` a device for a dtype. Raises: SurgeryError where the shape
     does not fit."""
     estimates = [(target, Estimate(Compiled.supposed(formula, target.kind), tokens, machine=machine(*on)))
-                 for target, formula in resolved(spec).formulas(out, in_, PLACES_TRIED[0])]
+                 for target, formula in resolved(spec).formulas(out, in_, place_of(out))]
     text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(estimate, on)])
                        for target, estimate in estimates)
     output.raw(f"{text}\n")

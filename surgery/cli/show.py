@@ -67,13 +67,13 @@ def _pages(spec: Spec) -> str:
 def _stage(spec: Spec, stage: str, shape: tuple[int, int] | None, tokens: int) -> str:
     """Each target with its expressions as they are after a stage of the compiler."""
     from surgery.codegen.compiled import Compiled
-    from surgery.planning.trial_sizes import PLACES_TRIED
+    from surgery.planning.trial_sizes import place_of
     from surgery.semantics.resolved_spec import resolved
 
     # rules of the normal form hold for any size; what is cheapest depends on the sizes
     any_size = shape is None and stage in ("ir", "normal-form")
     out, in_ = shape or (1024, 4096)
-    formulas = resolved(spec).formulas() if any_size else resolved(spec).formulas(out, in_, PLACES_TRIED[0])
+    formulas = resolved(spec).formulas() if any_size else resolved(spec).formulas(out, in_, place_of(out))
     lines = [(target, Compiled.supposed(formula, target.kind).lines(stage, tokens)) for target, formula in formulas]
     return "\n\n".join("\n".join([_block(target), *(f"  {line}" for line in own)]) for target, own in lines)
 

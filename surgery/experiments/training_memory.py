@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from surgery.diagnostics import SurgeryError
 from surgery.experiments.timing import Allocations
 from surgery.layers.survey import Survey
 from surgery.models.demo import demo_inputs
@@ -57,7 +58,7 @@ def training_memory(model: PreTrainedModel, spec: Spec, how: Training) -> dict[s
     so.
 
     Raises: SurgeryError; RuntimeError (of which NotImplementedError is one), if a step of it cannot be run without
-    numbers."""
+    numbers, or not on a batch that is made up."""
     surgeon = prepare(model, spec)
     parts, memory = how.gpus if how.sharded else 1, Report(surgeon.plan).memory
     layer = _largest_layer(model)
@@ -106,17 +107,24 @@ def _step(model: PreTrainedModel, how: Training) -> int:
     if how.checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-    batch = {name: tensor.to("meta") for name, tensor in demo_inputs(model, batch=how.batch, length=how.length).items()}
-    with Allocations() as counted, _Supposed():
-        _loss(model, batch).backward()
+    try:
+        batch = demo_inputs(model, batch=how.batch, length=how.length)
+        shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
+        with Allocations() as counted, _Supposed():
+            _loss(model, shapes).backward()
+    except (SurgeryError, RuntimeError):
+        raise
+    except Exception as error:  # whatever a model's own code says to a batch that is made up
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
     return counted.peak
 
 
-def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Of a batch whose labels are its own tokens, or else of the numbers that the model gives; nothing holds those."""
+def _loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Of a batch whose labels are its own tokens, where a model gives numbers for each of the vocabulary (a classifier
+    has other labels), or else of the numbers that the model gives; nothing holds those."""
     tokens = [tensor for tensor in batch.values() if tensor.dtype == torch.int64]
-    output = model(**batch, **({"labels": tokens[-1]} if tokens and "labels" in signature(model.forward).parameters
-                               else {}))
+    takes_tokens = "labels" in signature(model.forward).parameters and model.get_output_embeddings() is not None
+    output = model(**batch, **({"labels": tokens[-1]} if tokens and takes_tokens else {}))
     return output[0] if output[0].ndim == 0 else output[0].float().square().mean()
 
 

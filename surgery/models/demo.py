@@ -93,7 +93,9 @@ def demo_inputs(model: PreTrainedModel | str, seed: int = 0, batch: int = BATCH,
         size = getattr(config, "image_size", IMAGE)
         return {main: torch.randn(batch, config.num_channels, size, size, generator=draw, device="cpu")}
     names = ("input_ids", "decoder_input_ids")[: 1 + bool(config.is_encoder_decoder)]
-    return {n: torch.randint(3, config.vocab_size, (batch, length), generator=draw, device="cpu") for n in names}
+    # of images and texts the text's own configuration has it
+    count = config.vocab_size if hasattr(config, "vocab_size") else config.get_text_config().vocab_size
+    return {n: torch.randint(3, count, (batch, length), generator=draw, device="cpu") for n in names}
 
 
 @cache  # to look whether a config has such sizes makes one

@@ -26,6 +26,13 @@ _MODEL = {"layers": 12, "heads": 6, "head_size": 16, "kernel": 4}
 PLACES_TRIED = ({"layer": 0, "depth": 0.0, **_MODEL}, {"layer": 11, "depth": 1.0, **_MODEL})
 
 
+def place_of(out: int) -> Mapping[str, Any]:
+    """Where a weight of so many rows is supposed to stand, if no model says it: in the first layer, its rows in heads of
+    64, or else in as many heads as divide them, those of `PLACES_TRIED` at most."""
+    heads = out // 64 if out % 64 == 0 else next(n for n in range(_MODEL["heads"], 0, -1) if out % n == 0)
+    return {**PLACES_TRIED[0], "heads": heads, "head_size": out // heads}
+
+
 @dataclass(frozen=True)
 class Trial:
     """A target at concrete sizes."""

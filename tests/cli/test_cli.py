@@ -254,6 +254,20 @@ def test_lines_of_a_stage_are_those_that_the_plan_has_for_a_layer_of_that_shape(
         assert shown[5:] == [f"  {line}" for line in placed.compiled.lines(stage)]
 
 
+@pytest.mark.parametrize("shape", ["1024,4096", "96,64", "640,64", "5,4"])
+def test_what_asks_for_heads_is_shown_with_as_many_as_fit_the_shape(shape: str) -> None:
+    Path("heads.surg").write_text("""spec heads()
+transform per_head(heads: int) on n : diagonal {
+  param g[heads] = 1
+  return diag(kron(g, ones(n / heads)))
+}
+target linear { pre per_head(heads) }
+""")
+    for how in (("--program",), ("--emit", "lowered")):
+        shown = run("show", "heads.surg", *how, "--shape", shape)
+        assert shown.exit_code == 0, shown.output
+
+
 def test_explain() -> None:
     found = told(run("explain", "lora", "demo:llama", "lm_head", "--json"))
     assert found["taken"] is False and "output head" in found["text"]

@@ -76,6 +76,16 @@ def test_devices_and_optimisers_change_what_is_held():
     assert plan("demo:llama")["step_bytes"] is None
 
 
+def test_a_classifier_has_no_tokens_for_labels_and_a_model_may_refuse_a_batch(tmp_path: Path):
+    assert plan("demo:bert", "--batch", "2", "--length", "16")["step_bytes"]["activations"]
+    config = llama(64, 2, 100)  # it scores a text by its last token, and says of none that it is padding
+    config.architectures = ["LlamaForSequenceClassification"]
+    config.save_pretrained(tmp_path)
+    said = CliRunner().invoke(main, ["plan", "lora", str(tmp_path), "--batch", "2"])
+    assert said.exit_code == 0 and "is not known" in said.output and "no padding token" in said.output, said.output
+    assert plan(str(tmp_path), "--batch", "1")["step_bytes"]["activations"]
+
+
 @pytest.mark.parametrize("about, size", [
     ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 0.5625),
     ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}, 0.515869140625),
