@@ -13,21 +13,22 @@ from surgery.codegen.program_text import program_text, step_text
 from surgery.language.tree import Spec
 from surgery.planning.cost_estimates import FLOAT, Estimate, amount
 from surgery.planning.machines import machine
-from surgery.planning.trial_sizes import place_of
+from surgery.planning.trial_sizes import shown_at
 from surgery.semantics.resolved_spec import resolved
 
 
-def shown(output: Output, spec: Spec, out: int, in_: int, tokens: int, on: tuple[str, str]) -> None:
+def shown(output: Output, spec: Spec, shape: tuple[int, int] | None, tokens: int, on: tuple[str, str]) -> None:
     """Print the programs of a spec, as they are chosen `on` a device for a dtype. Raises: SurgeryError where the shape
     does not fit."""
-    estimates = [(target, Estimate(Compiled.supposed(formula, target.kind), tokens, machine=machine(*on)))
-                 for target, formula in resolved(spec).formulas(out, in_, place_of(out))]
-    text = "\n\n".join("\n".join([Spec(targets=(target,)).to_surg().strip(), *_page(estimate, on)])
-                       for target, estimate in estimates)
+    trials = shown_at(resolved(spec), shape)
+    estimates = [Estimate(Compiled.supposed(trial.formula, trial.target.kind), tokens, machine=machine(*on))
+                 for trial in trials]
+    text = "\n\n".join("\n".join([Spec(targets=(trial.target,)).to_surg().strip(), *_page(estimate, on)])
+                       for trial, estimate in zip(trials, estimates))
     output.raw(f"{text}\n")
     output.data(spec=spec.model_dump(mode="json"), emit="program", text=text,
-                programs=[{"shape": [out, in_], "tokens": tokens, "device": on[0], "dtype": on[1],
-                           "candidates": _rows(e)} for _, e in estimates])
+                programs=[{"shape": [trial.out, trial.in_], "tokens": tokens, "device": on[0], "dtype": on[1],
+                           "candidates": _rows(e)} for trial, e in zip(trials, estimates)])
 
 
 def _page(estimate: Estimate, on: tuple[str, str]) -> Iterator[str]:

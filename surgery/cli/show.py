@@ -27,7 +27,7 @@ _STAGES = ("ir", "normal-form", "cheapest", "lowered")  # as `codegen.compiled` 
                       help="How many tokens a step has, for --program and --emit lowered. Default: 1024."),
          click.option("--shape", type=PAIR, metavar="OUT,IN",
                       help="The weight's shape, for --program and the compiler's expressions. "
-                      "Default: 1024,4096; ir and normal-form are of any shape."),
+                      "Default: 1024,4096, or another that fits; ir and normal-form are of any shape."),
          click.option("--device", type=click.Choice(["cpu", "cuda"]),
                       help="The device that --program chooses for. Default: cpu."),
          click.option("--dtype", type=click.Choice(DTYPES), help="The dtype of the weight there. Default: float32."),
@@ -47,7 +47,7 @@ def show(output: Output, spec: str, sets: tuple[str, ...], emit: str, program: b
     if program:
         from surgery.cli.program_view import shown
 
-        return shown(output, resolved, *(shape or (1024, 4096)), tokens or 1024, (device or "cpu", dtype or "float32"))
+        return shown(output, resolved, shape, tokens or 1024, (device or "cpu", dtype or "float32"))
     text = _stage(resolved, emit, shape, tokens or 1024) if emit in _STAGES else _EMITTED[emit](resolved)
     output.raw(text if text.endswith("\n") else f"{text}\n")
     output.data(spec=resolved.model_dump(mode="json"), emit=emit, text=text)
@@ -67,13 +67,13 @@ def _pages(spec: Spec) -> str:
 def _stage(spec: Spec, stage: str, shape: tuple[int, int] | None, tokens: int) -> str:
     """Each target with its expressions as they are after a stage of the compiler."""
     from surgery.codegen.compiled import Compiled
-    from surgery.planning.trial_sizes import place_of
+    from surgery.planning.trial_sizes import shown_at
     from surgery.semantics.resolved_spec import resolved
 
     # rules of the normal form hold for any size; what is cheapest depends on the sizes
     any_size = shape is None and stage in ("ir", "normal-form")
-    out, in_ = shape or (1024, 4096)
-    formulas = resolved(spec).formulas() if any_size else resolved(spec).formulas(out, in_, place_of(out))
+    formulas = (resolved(spec).formulas() if any_size
+                else [(trial.target, trial.formula) for trial in shown_at(resolved(spec), shape)])
     lines = [(target, Compiled.supposed(formula, target.kind).lines(stage, tokens)) for target, formula in formulas]
     return "\n\n".join("\n".join([_block(target), *(f"  {line}" for line in own)]) for target, own in lines)
 

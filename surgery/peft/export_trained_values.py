@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.diagnostics import fail
-from surgery.ir.dense import dense
+from surgery.ir.dense import dense, in_dtype
 from surgery.peft.import_module import WHOLE
 from surgery.peft.table.method import Config
 from surgery.peft.table.methods import METHODS
@@ -73,8 +74,11 @@ def changed_biases(surgeon: Surgeon) -> dict[str, Tensor]:
             name = f"{placed.site.name}.bias"
             if placed.formula.changes_bias and placed.site.has_bias:
                 values = {**frozen_leaves(placed), **surgeon.adapters[placed.site.name].values()}
-                own = {"bias": trained[name]} if name in trained else {}
-                biases[name] = dense(placed.formula.bias, {**values, **own})
+                if name in trained:
+                    values["bias"] = trained[name]
+                # what an adapter of another dtype makes is made in the wider one, as in a forward pass
+                wide = reduce(torch.promote_types, (t.dtype for t in values.values() if t.is_floating_point()))
+                biases[name] = dense(placed.formula.bias, {key: in_dtype(t, wide) for key, t in values.items()})
     return biases
 
 

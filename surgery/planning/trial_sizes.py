@@ -20,6 +20,7 @@ from surgery.semantics.resolved_spec import PLACES, ResolvedSpec
 # Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
 _SIDES = ((96, 64), (192, 128), (128, 64), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))
 _LONGEST = 4096
+_USUAL = (1024, 4096)
 _MOST_NUMBERS = 2**26
 # Where a module can stand: in the first layer and in the last one.
 _MODEL = {"layers": 12, "heads": 6, "head_size": 16, "kernel": 4}
@@ -27,8 +28,8 @@ PLACES_TRIED = ({"layer": 0, "depth": 0.0, **_MODEL}, {"layer": 11, "depth": 1.0
 
 
 def place_of(out: int) -> Mapping[str, Any]:
-    """Where a weight of so many rows is supposed to stand, if no model says it: in the first layer, its rows in heads of
-    64, or else in as many heads as divide them, those of `PLACES_TRIED` at most."""
+    """Where a weight of so many rows is supposed to stand, if no model says it: in the first layer, its rows in heads
+    of 64, or else in as many heads as divide them, those of `PLACES_TRIED` at most."""
     heads = out // 64 if out % 64 == 0 else next(n for n in range(_MODEL["heads"], 0, -1) if out % n == 0)
     return {**PLACES_TRIED[0], "heads": heads, "head_size": out // heads}
 
@@ -64,6 +65,25 @@ def trials_of(target: Target, resolved: ResolvedSpec, report: Collector) -> Iter
                         "start and its claims are not tested")
                 helps = ("`surgery apply` tests the start on a model",)
             report.warn("untested", what, target.span, notes=tuple(f.message for f in faults.found[:1]), helps=helps)
+
+
+def shown_at(resolved: ResolvedSpec, shape: tuple[int, int] | None) -> list[Trial]:
+    """Each target at one shape, where no model says one: at that given, or else at the usual one, or the largest of
+    those to try that fits. Raises: SurgeryError, for a target that does not fit."""
+    report, found = Collector(), []
+    for target in resolved.spec.targets:
+        usual = (_USUAL[0], 1) if supposed(target.kind).is_gain else _USUAL
+        others = sorted({side for sizes in sizes_to_try(target, resolved) for side in sizes}, key=prod, reverse=True)
+        shapes = [shape] if shape else [usual, *others]
+        for out, in_ in shapes:
+            formula = resolved.formula(target, Collector(), out, in_, place_of(out))
+            if formula is not None:
+                found.append(Trial(target, out, in_, formula))
+                break
+        else:
+            resolved.formula(target, report, *shapes[0], place_of(shapes[0][0]))  # for what it says
+    report.raise_errors()
+    return found
 
 
 def places_of(target: Target) -> Iterable[Mapping[str, Any]]:

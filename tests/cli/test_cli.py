@@ -268,6 +268,22 @@ target linear { pre per_head(heads) }
         assert shown.exit_code == 0, shown.output
 
 
+@pytest.mark.parametrize("target, shape", [
+    ("linear { add third() }", "[2520, 2520]"), ("linear { pre of(dim) }", "[768, 768]"),
+    ("norm { pre diagonal() }", "[1024, 1]")])
+def test_what_does_not_fit_the_usual_shape_is_shown_at_one_that_it_fits(target: str, shape: str) -> None:
+    Path("sizes.surg").write_text(f"""spec sizes(dim: int = 768)
+update third() {{ param C[out / 3, in] = 0 return stacked(C, stacked(C, C)) }}
+transform of(dim: int) on n {{ check n == dim param d[n] = 1 return diag(d) }}
+target {target}
+""")
+    shown = run("show", "sizes.surg", "--program")
+    assert f"weight {shape}, a step" in shown.stdout, shown.output
+    if "third" in target:
+        refused = run("show", "sizes.surg", "--program", "--shape", "64,64")
+        assert refused.exit_code == 1 and "64/3" in refused.output
+
+
 def test_explain() -> None:
     found = told(run("explain", "lora", "demo:llama", "lm_head", "--json"))
     assert found["taken"] is False and "output head" in found["text"]

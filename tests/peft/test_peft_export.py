@@ -59,6 +59,25 @@ def test_an_update_of_low_rank_is_an_exact_lora(name: str, text: str, rank: int,
     assert error <= SAME
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_bias_of_an_adapter_in_another_dtype_is_made_as_the_model_makes_it(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The product was refused, and one of two parameters was rounded to bfloat16."""
+    text = """update moved() on bias {
+      param P[out, 3] ~ normal()
+      param v[3] = 0
+      return P @ v + ones(out, 3) @ v
+    }
+    target linear "**.query" { add moved() }"""
+    surgeon = surgery.apply(model := Demo("bert").model(), surgery.parse(text), dtype=dtype)
+    perturb(model, 0.2)
+    surgery.export_peft(surgeon, tmp_path / "out")
+    tensors = tensors_of(tmp_path / "out")
+    for name, adapter in surgeon.adapters.items():
+        wanted = adapter.weights(model.get_submodule(name))[1]
+        (held,) = (t for key, t in tensors.items() if name in key and key.endswith("bias"))
+        assert apart(held.double(), wanted.double()) < 1e-6
+
+
 FULL = 'target linear "**.{q,v}_proj" {\n  pre  diagonal()\n  add  low_rank(2)\n  post orthogonal(rank = 2)\n}'
 
 
