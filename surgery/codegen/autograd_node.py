@@ -2,7 +2,7 @@
 
 Takes the expression of a body over `x` and `value` leaves, and which of them take a gradient; gives a `Step`. Promises:
 the values and gradients of the plain body; an activation is kept only where a gradient needs it, written over where
-nothing reads it any more, and passed over as seldom as the table of `adjoint` allows.
+nothing reads it any more, and passed over as seldom as the table of `gradients` allows.
 """
 
 from __future__ import annotations

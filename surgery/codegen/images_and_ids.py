@@ -1,8 +1,8 @@
 """How W' meets a layer's input: rows of features, an image, or token ids, which the frozen layer's own map takes.
 
 Takes an expression in the lowering's normal form and a layer's input; gives the activation expression. Promises: the
-layer's map runs with one matrix at a time in its weight's place, and the rest acts on what comes out as in `activate`;
-what drops entries of the input does so before the map.
+layer's map runs with one matrix at a time in its weight's place, and the rest acts on what comes out as in
+`apply_to_activations`; what drops entries of the input does so before the map.
 """
 
 from __future__ import annotations

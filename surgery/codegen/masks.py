@@ -1,4 +1,4 @@
-"""What dropout takes out of an activation, in the form that its device is best at; a form is a class.
+"""Dropout masks, each in the form that its device is fastest with; a form is a class.
 
     Places   int32 or int64 [count]   the indices of what is dropped: few, and their gaps quickly drawn by a CPU
     Bits     bool [t, n]              True for each entry that is dropped

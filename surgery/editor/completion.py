@@ -1,4 +1,4 @@
-"""What may be written next.
+"""Completion: what may be written at a place of a text.
 
 Takes a document and an offset; gives `Item`s. Promises: words of the language are those that the parser would take
 there; what stands before may be broken. No torch without a model.

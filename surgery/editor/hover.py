@@ -1,4 +1,4 @@
-"""What a name is: its signature, what it says about itself, the formula, parameters and cost.
+"""Hover: what a name is, by its signature, its comment, its formula, parameters and cost.
 
 Takes a document and an offset; gives Markdown and the place that it is about. Promises: what cannot be known is left
 out. No torch without a model.

@@ -1,4 +1,4 @@
-"""Where each name of a spec stands, and what it names there.
+"""Find where each name of a spec stands, and what it names there.
 
 Takes a document whose text parses; gives its `Occurrence`s. Promises: every place that must change when a name is
 changed is one, and two that mean the same thing have one `key`.

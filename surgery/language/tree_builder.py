@@ -268,7 +268,7 @@ def _all(items: Any, kind: Any) -> tuple:
 
 
 def read_number(text: str) -> int | float:
-    """The value of a literal; an integer of many digits is infinite, and so refused by `wellformed`."""
+    """The value of a literal; an integer of many digits is infinite, and so refused by `well_formed`."""
     if text.endswith("%"):
         return float(f"{text[:-1]}e-2")
     # Python reads a long integer in a time that grows with the square of its digits, and refuses one of thousands.

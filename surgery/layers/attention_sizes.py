@@ -1,4 +1,4 @@
-"""How many heads the attention has that a module stands in, and how long each is.
+"""Find the number of heads, and their size, of the attention that a module is a part of.
 
 Takes modules; gives numbers, or None where nothing says them. Promises: nothing is guessed from the shape of a weight.
 """

@@ -1,4 +1,4 @@
-"""Which modules are norm layers: told by what they hold and by what a few calls give, and not by their class.
+"""Recognise norm layers by what they hold and by what a few calls give, and not by their class.
 
 Takes a module (on the meta device too); says whether it normalises the last axis and scales it by a vector of its own.
 Promises: the module is not called or changed: a copy of its own, with numbers of ours, is.

@@ -1,5 +1,5 @@
-"""Which modules multiply their input by a matrix of their own, and use that in no other way: routers of experts, which
-are no `nn.Linear`, since what they give is chosen from the products.
+"""Recognise modules that multiply their input by a matrix of their own, and use it in no other way: routers of experts,
+which are no `nn.Linear`, since what they give is chosen from the products.
 
 Takes a module (on the meta device too); says whether its weight [out, in] only ever stands in x Wᵀ. Promises: the
 module is not called or changed: a copy of its own, with numbers of ours, is; what cannot be called with rows alone is

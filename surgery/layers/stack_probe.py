@@ -1,4 +1,4 @@
-"""How a module of a class of its own holds stacks of matrices, one for each expert: [E, out, in], or [E, in, out].
+"""Find how an unknown class stores its stacks of matrices, one for each expert: [E, out, in] or [E, in, out].
 
 Takes a module (on the meta device too); says of each parameter with three axes in which way its matrices stand in
 products. Promises: the module is not called or changed: a copy without memory of its own is, with the arguments that

@@ -1,6 +1,6 @@
-"""Claims: which target a site belongs to, when several take it, and which weights are tied.
+"""Conflicts: which target a site belongs to when several take it, and which weights are tied.
 
-Takes the reaches of all targets. Gives the owner of each site. Promises: an override wins only where its sites are a
+Takes the matches of all targets; gives the owner of each site. Promises: an override wins only where its sites are a
 strict subset of the other target's, whatever the order of the targets;
 two targets that take one site otherwise are an error.
 """
@@ -15,41 +15,41 @@ from torch import Tensor, nn
 
 from surgery.diagnostics import Collector
 from surgery.layers.survey import Site, Survey
-from surgery.matching.matches import Reach
+from surgery.matching.matches import Matches
 from surgery.text import counted, listed
 
 
-def owners(reaches: Sequence[Reach], report: Collector) -> dict[Site, Reach]:
-    """The reach that each site belongs to: the narrowest, which must be an override of the others."""
-    for first, second in combinations(reaches, 2):
+def owners(matches: Sequence[Matches], report: Collector) -> dict[Site, Matches]:
+    """The target that each site belongs to: the narrowest, which must be an override of the others."""
+    for first, second in combinations(matches, 2):
         _report_pair(first, second, report)
     # The wide ones first, so that a narrower one writes over them. The order of the targets in the spec plays no part:
     # moving a target must never change what a spec means.
-    owned: dict[Site, Reach] = {}
-    for reach in sorted(reaches, key=lambda r: len(r.sites), reverse=True):
-        owned |= dict.fromkeys(reach.sites, reach)
-    for reach in reaches:
-        others = [o for o in reaches if o is not reach and _shared(reach, o)]
-        if reach.target.override and reach.sites and not others:
+    owned: dict[Site, Matches] = {}
+    for each in sorted(matches, key=lambda each: len(each.sites), reverse=True):
+        owned |= dict.fromkeys(each.sites, each)
+    for each in matches:
+        others = [o for o in matches if o is not each and _shared(each, o)]
+        if each.target.override and each.sites and not others:
             report.error("not-narrower", "the override overrides nothing: no other target takes "
-                         f"{listed(s.name for s in reach.sites)}", reach.target.span, helps=("write `target`",))
+                         f"{listed(s.name for s in each.sites)}", each.target.span, helps=("write `target`",))
         # Two overrides can take all of a third target between them, though each alone is narrower than it. Where a pair
         # is wrong already, that has been reported, and is the cause.
-        if reach.sites and reach not in owned.values() and all(_overrides(o, reach) for o in others):
+        if each.sites and each not in owned.values() and all(_overrides(o, each) for o in others):
             report.error("not-narrower", "nothing is left of this target: overrides take all of its "
-                         f"{counted(len(reach.sites), 'module')}", reach.target.span)
+                         f"{counted(len(each.sites), 'module')}", each.target.span)
     return owned
 
 
-def _shared(first: Reach, second: Reach) -> list[Site]:
+def _shared(first: Matches, second: Matches) -> list[Site]:
     return [s for s in first.sites if s in second.sites]
 
 
-def _overrides(reach: Reach, other: Reach) -> bool:
-    return reach.target.override and reach.sites.keys() < other.sites.keys()
+def _overrides(narrow: Matches, wide: Matches) -> bool:
+    return narrow.target.override and narrow.sites.keys() < wide.sites.keys()
 
 
-def _report_pair(first: Reach, second: Reach, report: Collector) -> None:
+def _report_pair(first: Matches, second: Matches, report: Collector) -> None:
     """An error where two targets take a site and neither is an override that is narrower than the other."""
     shared = _shared(first, second)
     if not shared or _overrides(first, second) or _overrides(second, first):
@@ -92,7 +92,7 @@ def tied(survey: Survey) -> dict[str, tuple[str, ...]]:
     sources = {name: parameters.get(promised.get(name, name), parameter) if parameter.is_meta else parameter
                for name, parameter in parameters.items()}
     shared: dict[str, list[str]] = {}
-    for group in _near(sources):
+    for group in _overlapping(sources):
         for first, second in combinations(group, 2):
             if have_common(sources[first], sources[second]):
                 shared.setdefault(first, []).append(second)
@@ -100,7 +100,7 @@ def tied(survey: Survey) -> dict[str, tuple[str, ...]]:
     return {name: tuple(shared[name]) for name in parameters if name in shared}
 
 
-def _near(sources: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
+def _overlapping(sources: Mapping[str, nn.Parameter]) -> Iterator[list[str]]:
     """The names of parameters whose stretches of memory overlap, two or more at a time, in their order."""
     order = {name: place for place, name in enumerate(sources)}
     stretches: dict[object, list[tuple[int, int, str]]] = {}
@@ -143,15 +143,15 @@ def have_common(first: Tensor, second: Tensor) -> bool:
     return bool(torch.isin(*places).any())
 
 
-def report_tied(owned: Mapping[Site, Reach], survey: Survey, report: Collector) -> None:
+def report_tied(owned: Mapping[Site, Matches], survey: Survey, report: Collector) -> None:
     """An error for every targeted weight that is tied, unless its target says `untie`."""
     shared = tied(survey)
     reported: set[frozenset[str]] = set()  # one error a group, though each of its weights may be targeted
-    for site, reach in owned.items():
+    for site, owner in owned.items():
         others = shared.get(site.weight_name, ())
         group = frozenset((site.weight_name, *others))
-        if others and not reach.target.untie and group not in reported:
+        if others and not owner.target.untie and group not in reported:
             reported.add(group)
             report.error("tied-weight", f"`{site.weight_name}` is tied to {listed(others)}: they share one weight, and "
-                         "conditioning it at one place would not condition it at the other", reach.place(site),
+                         "conditioning it at one place would not condition it at the other", owner.place(site),
                          helps=("`untie` before the `{` gives this one a weight of its own",))

@@ -1,6 +1,6 @@
-"""Reach: which sites each target's selectors take, and which of its patterns and alternatives do.
+"""Matches: which sites a target's selectors take, and which of its patterns and their alternatives do.
 
-Takes a model's survey and a target, gives a `Reach`. Promises: nothing is decided here between targets; what is wrong
+Takes a model's survey and a target, gives `Matches`. Promises: nothing is decided here between targets; what is wrong
 with a selector is reported, not raised.
 """
 
@@ -51,7 +51,7 @@ class Catalogue:
     def named(self, target: Target, selectors: Iterable[Matcher]) -> list[Site]:
         """The routers and the stacks of experts of a class of their own that patterns spell out to the end: `"**"`
         passes over them."""
-        ends = [a for m in selectors for g in m.globs for a in g.alternatives() if a.literal_end]
+        ends = [a for m in selectors for g in m.globs for a in g.alternatives if a.literal_end]
         refused = {r.name for r in self.survey.refused if r.matrix and any(a.matches(n) for a in ends
                                                                            for n in self.marked[r])}
         known = [s for s in self.survey.routers if s.name in refused] if refused else []  # each costs a call
@@ -88,7 +88,7 @@ def fits(item: Site | Refused, target: Target) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Reach:
+class Matches:
     """What one target takes: the `sites` with the matcher of each (None without selectors). `takes` and `drops` are the
     hits of its selectors and of its `except`, before one is taken from the other."""
 
@@ -124,7 +124,8 @@ class Reach:
         return self.leaves_out(site) or f"no pattern of {self} matches it: {', '.join(map(str, self.takes))}"
 
 
-def reach(index: int, target: Target, catalogue: Catalogue, selects: Mapping[str, Select], report: Collector) -> Reach:
+def matches_of(index: int, target: Target, catalogue: Catalogue, selects: Mapping[str, Select],
+               report: Collector) -> Matches:
     """What a target takes, from its kind, its selectors and its `except`."""
     selectors = matchers(target.selectors, selects, report)
     candidates = [*catalogue.candidates(target), *catalogue.named(target, selectors)]
@@ -135,4 +136,4 @@ def reach(index: int, target: Target, catalogue: Catalogue, selects: Mapping[str
     # A target without a pattern leaves the output head alone: few methods train it, and it is often tied to the
     # embedding. A pattern that matches it asks for it.
     kept = [s for s in taken if not any(s in hits for hits in drops.values()) and (target.selectors or not s.is_head)]
-    return Reach(index, target, takes, drops, {s: first[s] for s in kept})
+    return Matches(index, target, takes, drops, {s: first[s] for s in kept})

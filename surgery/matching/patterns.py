@@ -83,15 +83,11 @@ class Glob:
     """A compiled pattern."""
 
     pattern: Pattern
-    expansion: tuple[Alternative, ...] = field(repr=False)
+    alternatives: tuple[Alternative, ...] = field(repr=False)  # one for each choice in its braces, in order
 
     @property
     def text(self) -> str:
         return self.pattern.text
-
-    def alternatives(self) -> tuple[Alternative, ...]:
-        """The single patterns that the braces stand for, in order."""
-        return self.expansion
 
     def matches(self, name: str, counts: Mapping[str, int]) -> bool:
         """Whether the pattern takes the whole name; `counts` gives how many children each container has."""
@@ -99,17 +95,17 @@ class Glob:
 
     def live(self, marked_name: str) -> tuple[Alternative, ...]:
         """The alternatives that take a `marked` name."""
-        return tuple(a for a in self.expansion if a.matches(marked_name))
+        return tuple(a for a in self.alternatives if a.matches(marked_name))
 
-    def dead(self, live: Collection[Alternative]) -> tuple[Choice, ...]:
-        """The choices that no live alternative makes, the outermost of each dead brace only."""
+    def unmatched(self, live: Collection[Alternative]) -> tuple[Choice, ...]:
+        """The choices that no live alternative makes, of each brace the outermost only."""
         used = {c for a in live for c in a.choices}
-        unused = dict.fromkeys(c for a in self.expansion for c in a.choices if c not in used)
+        unused = dict.fromkeys(c for a in self.alternatives for c in a.choices if c not in used)
         return tuple(c for c in unused if not any(other.holds(c) for other in unused))
 
     def making(self, choice: Choice) -> Glob:
         """The part of it that makes a choice."""
-        return Glob(self.pattern, tuple(a for a in self.expansion if choice in a.choices))
+        return Glob(self.pattern, tuple(a for a in self.alternatives if choice in a.choices))
 
     def place(self, choice: Choice) -> Span | None:
         return inside(self.pattern, choice.start, choice.end)

@@ -19,12 +19,12 @@ from surgery.language.tree import Select, Spec, Target
 from surgery.layers.survey import Site, Survey
 from surgery.layers.wrappers import named_parameters
 from surgery.matching.conflicts import owners, report_tied
-from surgery.matching.matches import Catalogue, Reach, reach
+from surgery.matching.matches import Catalogue, Matches, matches_of
 from surgery.matching.name_ranges import alike, ranged
 from surgery.matching.patterns import Glob, marked
 from surgery.matching.selectors import matchers
 from surgery.matching.suggestions import Population
-from surgery.matching.unmatched import report_dead, suggestion
+from surgery.matching.unmatched import report_unmatched, suggestion
 from surgery.text import listed
 
 
@@ -52,7 +52,7 @@ class Selection:
     train: tuple[str, ...]
     warnings: tuple[Diagnostic, ...]
     left_out: tuple[LeftOut, ...] = field(repr=False)
-    reaches: tuple[Reach, ...] = field(repr=False)
+    matches: tuple[Matches, ...] = field(repr=False)
     survey: Survey = field(repr=False)
 
     def explain(self, name: str) -> str:
@@ -65,15 +65,15 @@ class Selection:
             return self._explain_other(name)
         lines = [f"`{name}` ({site.kind}, {site.sides})"]
         if taken := self.targets.get(site.name):
-            owner = self.reaches[taken.number]
+            owner = self.matches[taken.number]
             matcher = owner.sites[site]
             through = f"through {matcher}" if matcher else f"as every `{taken.target.kind}` (it has no pattern)"
             place = f" at {matcher.selector.span}" if matcher and matcher.selector.span else ""
             lines.append(f"  is taken by {owner}, {through}{place}")
-            # the site has one owner: whatever else reaches it has been overridden, or there would be an error
-            lines += [f"  which overrides {r}" for r in self.reaches if site in r.sites and r is not owner]
+            # the site has one owner: whatever else takes it has been overridden, or there would be an error
+            lines += [f"  which overrides {r}" for r in self.matches if site in r.sites and r is not owner]
         else:
-            lines += ["  is not taken", *(f"  {r.why_not(site)}" for r in self.reaches)]
+            lines += ["  is not taken", *(f"  {r.why_not(site)}" for r in self.matches)]
         return "\n".join([*lines, *self._trained(name)])
 
     def _trained(self, name: str) -> list[str]:
@@ -119,11 +119,11 @@ def select(model: nn.Module, spec: Spec, selects: Mapping[str, Select]) -> Selec
     """What the spec takes of the model. Raises: SurgeryError with all that is wrong with it for this model."""
     report, catalogue = Collector(), Catalogue(model)
     sites = catalogue.survey.sites
-    # First what each target reaches by itself, then which one owns a site: no target's meaning hangs on another's.
-    reaches = tuple(reach(i, t, catalogue, selects, report) for i, t in enumerate(spec.targets))
-    for one in reaches:
-        report_dead(one, catalogue, report)
-    owned = owners(reaches, report)
+    # First what each target takes by itself, then which one owns a site: no target's meaning hangs on another's.
+    matches = tuple(matches_of(i, t, catalogue, selects, report) for i, t in enumerate(spec.targets))
+    for each in matches:
+        report_unmatched(each, catalogue, report)
+    owned = owners(matches, report)
     report_tied(owned, catalogue.survey, report)
     # A target promises that its weight stays frozen, so `train` may not unfreeze it. Parameters are compared by
     # identity: a tied one has several names.
@@ -140,12 +140,12 @@ def select(model: nn.Module, spec: Spec, selects: Mapping[str, Select]) -> Selec
     targets = {s.name: Taken(s, owned[s].index, owned[s].target)
                for s in sorted(owned, key=lambda s: (order[id(s.module)], place.get(s, 0)))}
     no_reason = "no target asks for it"
-    left_out = [LeftOut(s.name, next(filter(None, (r.leaves_out(s) for r in reaches)), no_reason), s)
+    left_out = [LeftOut(s.name, next(filter(None, (r.leaves_out(s) for r in matches)), no_reason), s)
                 for s in sites if s not in owned]
     # a stack goes by its parameter's name
     taken = {n.rpartition(".")[0] if each.site.stack is not None else n for n, each in targets.items()}
     left_out += [LeftOut(r.name, r.reason, None) for r in catalogue.survey.refused if r.matrix and r.name not in taken]
-    return Selection(targets, tuple(train), tuple(report.warnings), tuple(left_out), reaches, catalogue.survey)
+    return Selection(targets, tuple(train), tuple(report.warnings), tuple(left_out), matches, catalogue.survey)
 
 
 # ----------------------------------------------------------------------------------------------------------- train
@@ -172,6 +172,6 @@ def _train(spec: Spec, catalogue: Catalogue, selects: Mapping[str, Select],
         if not hits and matcher.globs:  # without globs the pattern could not be read, which is reported already
             warn(str(matcher), matcher.globs[0], matcher.selector.span)
         live = {alternative for taken_by in hits.values() for alternative in taken_by}
-        for choice in () if matcher.portable or not hits else matcher.globs[0].dead(live):
+        for choice in () if matcher.portable or not hits else matcher.globs[0].unmatched(live):
             warn(f"{choice} in {matcher}", matcher.globs[0].making(choice), matcher.globs[0].place(choice))
     return {names[p][0]: p for p in names if p in chosen}

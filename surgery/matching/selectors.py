@@ -32,7 +32,7 @@ class Matcher:
 
     @property
     def portable(self) -> bool:
-        """Whether its alternatives may be dead: those of a `select` are."""
+        """Whether its alternatives may match nothing: those of a `select` are."""
         return isinstance(self.selector, Reference)
 
     def hits(self, marked_names: Mapping[Any, tuple[str, ...]], items: Iterable[_Item]) -> Hits[_Item]:

@@ -1,4 +1,4 @@
-"""Near misses: what a pattern that matches nothing was probably meant to say.
+"""Suggestions: what a pattern that matches nothing was probably meant to say.
 
 Takes a population of names and a `Glob`, gives a corrected pattern with how much it matches. Spelling is mended per
 segment, against the segments that the names are made of; shape by a missing `**`, a `*` that should cross dots, or a
@@ -40,8 +40,8 @@ class Population:
 
     def suggest(self, glob: Glob) -> tuple[str, int] | None:
         """(pattern, how many it matches) nearest to what was written, or None."""
-        texts = [text for alternative in glob.alternatives() for text in self._mended(alternative)]
-        if len(glob.alternatives()) > 1:
+        texts = [text for alternative in glob.alternatives for text in self._mended(alternative)]
+        if len(glob.alternatives) > 1:
             # a pattern with braces may be right as a whole: tried first at any depth, and as all that is below it
             texts = [f"**.{glob.text}", f"{glob.text}.*", f"{glob.text}.**", *texts]
         counted = ((text, self.count(compile_pattern(text))) for text in dict.fromkeys(texts) if text)

@@ -1,6 +1,6 @@
-"""Dead names: what a spec names and the model does not have.
+"""Unmatched names: what a spec names and the model does not have.
 
-Takes a target's `Reach`, reports: a target that takes nothing (`no-match`), a selector or one alternative of it that
+Takes a target's `Matches`, reports: a target that takes nothing (`no-match`), a selector or one alternative of it that
 does (`dead-name`, a warning), and one that names what cannot be operated on (`unsupported-module`). Promises: every
 report says what is near, or what the name does stand for, or what there is.
 """
@@ -16,7 +16,7 @@ from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean
 from surgery.language.tree import Target
 from surgery.layers.kinds import NOUNS
 from surgery.layers.survey import Refused
-from surgery.matching.matches import Catalogue, Reach, fits
+from surgery.matching.matches import Catalogue, Matches, fits
 from surgery.matching.patterns import Alternative, Glob
 from surgery.matching.selectors import Matcher
 from surgery.matching.suggestions import Population
@@ -27,8 +27,8 @@ _NAMED_END = re.compile(r"([^.]*[^.\d][^.]*(?:\.\d+)*)?$")
 _HEAD_ALONE = "it leaves the output head out, and there is no other", ('a pattern takes the head too: `"**"`',)
 
 
-def report_dead(found: Reach, catalogue: Catalogue, report: Collector) -> None:
-    """What is dead in a target. A pattern that could not be read is not looked at again."""
+def report_unmatched(found: Matches, catalogue: Catalogue, report: Collector) -> None:
+    """What matches nothing in a target. A pattern that could not be read is not looked at again."""
     if any(not m.globs for m in (*found.takes, *found.drops)):
         return
     target = found.target
@@ -37,7 +37,7 @@ def report_dead(found: Reach, catalogue: Catalogue, report: Collector) -> None:
         if not any(named):  # which is why there is nothing, and has been reported
             report.add(_nothing_there(target, catalogue))
         return
-    # A target that takes nothing is a mistake; one dead name among live ones may be meant for another model.
+    # A target that takes nothing is a mistake; one unmatched name among others may be meant for another model.
     takes_none = found.takes and not any(found.takes.values())
     for (matcher, hits), unsupported in zip(found.takes.items(), named):
         if not hits and not unsupported:
@@ -97,7 +97,7 @@ def _report_matcher(matcher: Matcher, target: Target, catalogue: Catalogue, repo
 def _report_choices(matcher: Matcher, hits: Mapping, target: Target, catalogue: Catalogue, report: Collector) -> None:
     live = {alternative for taken_by in hits.values() for alternative in taken_by}
     for glob in matcher.globs:
-        for choice in glob.dead(live):
+        for choice in glob.unmatched(live):
             notes, helps = _advice([glob.making(choice)], target, catalogue)
             report.warn("dead-name", f'{choice} in pattern "{glob.text}" matches no {wanted(target)} of '
                         f"{catalogue.title}", glob.place(choice), notes=notes, helps=helps)
@@ -131,7 +131,7 @@ def _lists(glob: Glob, catalogue: Catalogue) -> tuple[str, ...]:
     """How long the model's lists of layers are, for a glob that counts layers."""
     lists = [(n, m) for n, m in catalogue.survey.modules.items() if isinstance(m, nn.ModuleList)]
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    counts = any(t.kind == "range" or t.text.isdecimal() for a in glob.alternatives() for s in a.segments for t in s)
+    counts = any(t.kind == "range" or t.text.isdecimal() for a in glob.alternatives for s in a.segments for t in s)
     return tuple(f"`{n}` has {counted(len(m), 'layer')}" for n, m in outer[:3]) if counts else ()
 
 
@@ -161,7 +161,7 @@ def _report_unsupported(matcher: Matcher, hits: Mapping, target: Target, catalog
         holds_sites = any(s.name.startswith(f"{refused.name}.") for s in catalogue.survey.sites)
         return fits(refused, target) or (refused.kind == "" and alternative not in live and not holds_sites)
 
-    alternatives = [a for glob in matcher.globs for a in glob.alternatives() if a.literal_end]
+    alternatives = [a for glob in matcher.globs for a in glob.alternatives if a.literal_end]
     named = [r for a in alternatives for r in catalogue.refused(alternatives) if means(a, r)]
     for reason in dict.fromkeys(r.reason for r in named):
         alike = [r for r in named if r.reason == reason]

@@ -1,4 +1,4 @@
-"""Which stored tensors a model's parameters are made of, as transformers loads them.
+"""Map a model's parameters to the stored tensors that they are made of, as transformers loads them.
 
 Takes a skeleton and the names and forms of a checkpoint's tensors; gives `Piece`s. transformers renames tensors when it
 loads them, and joins or splits some (a Mixtral's experts lie in a file one by one); its own rules are run here, on

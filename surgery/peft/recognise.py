@@ -1,4 +1,4 @@
-"""Which method of PEFT's a spec is, by its formula and whatever the spec is called.
+"""Recognise which method of PEFT's a spec is, by its formula and whatever the spec is called.
 
 Takes a plan; gives the configuration with which PEFT does the same to the same modules, or None. Promises: a match is a
 proof: on every module the row's spec, given its parameters, has the very formula that the plan has, and the one

@@ -1,7 +1,7 @@
-"""What the parameters of a row's spec would have to be for its steps to be those of another spec.
+"""Propose values of a known method's parameters that would make its spec equal to another; the caller proves them.
 
-Takes the row's spec and a module as a plan has it; gives values to try. Promises: none but that they come from the
-plan: whoever tries them must prove that they are right.
+Takes the spec of a row of PEFT's table and a module as a plan has it; gives values to try. Promises: none but that
+they come from the plan.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which modules a configuration of PEFT's names, by PEFT's own rules, and what it says for each of them.
+"""Find the modules that a configuration of PEFT's names, by PEFT's own rules, and what it says for each of them.
 
 Takes the fields of `adapter_config.json` as plain values; gives module names, and the fields as they hold for one
 module. Promises: the model is only looked at; the rules are those of PEFT 0.21.2, which names a module by the end of

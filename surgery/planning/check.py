@@ -1,8 +1,8 @@
 """Checking a spec without a model: names, types, shapes and patterns from its text, its start, and its claims.
 
 Takes a spec; gives diagnostics. Promises: the programs that its targets run are proven to compute their formulas; no
-torch while the text suffices; where it does not (a claim, a start that algebra cannot prove), `trial` tries it in
-numbers.
+torch while the text suffices; where it does not (a claim, a start that algebra cannot prove), `numeric_check` tries it
+in numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which families of methods a spec belongs to, as its formulas show.
+"""Classify a spec into families of methods, by its formulas.
 
 Takes a spec's formulas; gives names of `FAMILIES`. Promises: no torch; nothing has to be written into a spec for it.
 """

@@ -1,5 +1,5 @@
-"""Which machine programs are chosen for: a device's own numbers where `surgery bench --calibrate` measured them, and
-sane ones elsewhere.
+"""The machine that programs are chosen for: a device's own numbers where `surgery bench --calibrate` measured them, and
+supposed ones elsewhere.
 
 Takes a kind of device as torch calls it and a dtype; gives a `Machine`. Promises: the same in one process whenever it
 is asked; a choice rests on it and nothing else does, so that saved adapters are the same on every machine; a file that

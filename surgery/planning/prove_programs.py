@@ -1,4 +1,4 @@
-"""Whether the programs of a target compute its formula: in numbers, values and gradients.
+"""Compare the programs of a target with its formula in numbers: values and gradients.
 
 Takes targets at concrete sizes; gives diagnostics. Promises: a program is computed as the expression that its text is
 proven to mean, and the formula as it stands in the spec, with nothing rewritten; all in float64.

@@ -1,4 +1,4 @@
-"""What a quantised model's weights take, told from its configuration.
+"""Estimate how many bytes a quantised model's weights take, from its configuration.
 
 Takes a survey of a skeleton; gives bytes. A skeleton has the plain layers of the configuration's class, and not those
 that a quantiser puts in their place. Promises: a quantiser that is not known here gives None, and no guess.

@@ -1,4 +1,4 @@
-"""Which tensors modules have in common, and how large those are.
+"""Find the tensors that modules share, and their shapes.
 
 Takes the sites that a spec operates on with the leaves of their formulas; gives, for each leaf that is `shared`, the
 one tensor that is held. Promises: what is held once has one name, one start and one shape; what cannot be one tensor is

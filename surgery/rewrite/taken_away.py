@@ -1,4 +1,4 @@
-"""Sums from which a detached copy of their own terms is taken away: x - detach(x) is 0 in value, and x in gradient.
+"""Cancel terms of a sum against detached copies of them: x - detach(x) is 0 in value, and x in gradient.
 
 Takes what acts on activations; gives it with products in the place of such pairs, each with one factor that is 0 in
 value. Promises: value and gradient stay; what is computed of tensors alone stays as it was written. Why: over

@@ -1,4 +1,4 @@
-"""Whether what an adapter does not hold is still as it was when the model was operated on.
+"""Detect changes of the tensors that a saved adapter does not hold, since the model was operated on.
 
 Takes an operated model; gives a few numbers of each parameter and buffer that no adapter is on, and later says which of
 them differ. Promises: what was moved beside the adapter (running statistics, which batch norms move in every forward

@@ -1,4 +1,4 @@
-"""What a start may name that data gives: G, the gradient of the loss in W, and C, Σ x xᵀ over a layer's inputs.
+"""Compute from data what a start may name: G, the gradient of the loss in W, and C, Σ x xᵀ over a layer's inputs.
 
 Takes a model, operated weights whose starts name them, and batches; gives the tensors of a few weights at a time.
 Promises: the model runs in evaluation mode, and is afterwards as it was, its own gradients, modes and hooks, whatever

@@ -1,4 +1,4 @@
-"""In what two specs, or two adapters, differ: formulas, parameters, modules, costs and tensors.
+"""Compare two specs, or two adapters: their formulas, parameters, modules, costs and tensors.
 
 Takes what `surgery.peft.diff` reads of the two; gives a `Difference`. Promises: of an adapter's tensors no more than
 their numbers is looked at.

@@ -1,4 +1,4 @@
-"""Whether a saved adapter meets the weights that it was trained on.
+"""Fingerprints of weights, by which a saved adapter tells the weights that it was trained on from others.
 
 Takes the weights of operated layers; gives a few numbers of each, for `meta.json`, and later says which differ.
 Promises: a weight costs sixteen reads, whatever its size; one that is held in another dtype now is the same where

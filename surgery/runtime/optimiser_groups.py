@@ -1,5 +1,5 @@
-"""What trains, as the parameter groups of an optimiser: a learning rate for each parameter of the spec, and decay only
-where it does no harm.
+"""The parameter groups of an optimiser: a learning rate for each parameter of the spec, and decay only where it does no
+harm.
 
 Takes an operated model's named tensors and its plan; gives groups for `torch.optim`. Promises: each tensor is in one
 group; a rate that names nothing that trains is refused.

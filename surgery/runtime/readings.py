@@ -1,4 +1,4 @@
-"""Who computes with the tensors of a layer that stores no plain weight.
+"""Find code outside a quantised layer that computes with the layer's tensors, and so passes its adapter by.
 
 A quantised layer's tensors are not W, and no W' can stand in their place: where a model computes with them beside the
 layer's own forward, an adapter is not seen. Takes the operated weights and a forward pass; gives the names.

@@ -1,4 +1,4 @@
-"""Frozen tensors that a saved adapter does not hold: what the spec, the seed and W make again.
+"""Frozen tensors that a saved adapter leaves out, because the spec, the seed and W make them again.
 
 Takes tensors as they were made, and gives what a folder says of each; takes that, and gives the tensors. Promises: only
 what is, bit for bit, still what was made is left out of a folder; what is made again is compared with what the folder

@@ -1,4 +1,4 @@
-"""A step of an optimiser over a model that is sharded in part: tensors of adapters that nothing averages are told of.
+"""Refuse an optimiser's step in a model that is sharded in part, where nothing averages an adapter's gradients.
 
 Takes adapters; needs no call of the user's: torch tells of every optimiser's step. Promises: the step is not made, so
 that all processes still hold the same values.

@@ -1,4 +1,4 @@
-"""Places of entries: whether those that a parameter holds exist in what they point into.
+"""Check that the places (indices of entries) that a parameter holds exist in the tensor that they point into.
 
 Takes a formula's expressions and leaves. Promises: sizes that are not known yet are left for later, when they are.
 """

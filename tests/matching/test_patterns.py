@@ -136,10 +136,10 @@ def test_a_bad_pattern_without_a_place_is_named():
 
 def test_alternatives_are_patterns_of_their_own():
     glob = compile_pattern("{a,{b,c}}.{q,kk}_{0..3}")
-    assert [a.text for a in glob.alternatives()] == [
+    assert [a.text for a in glob.alternatives] == [
         f"{x}.{y}_{{0..3}}" for x in "abc" for y in ("q", "kk")]
-    for alternative in glob.alternatives():
-        assert compile_pattern(alternative.text).alternatives()[0].names == alternative.names
+    for alternative in glob.alternatives:
+        assert compile_pattern(alternative.text).alternatives[0].names == alternative.names
 
 
 @pytest.mark.parametrize(("text", "name", "dead"), [
@@ -153,8 +153,8 @@ def test_alternatives_are_patterns_of_their_own():
 def test_dead_choices(text, name, dead):
     source = Source("x.surg", f'"{text}"')
     glob = compile_pattern(Pattern(text, Span(source, 0, len(text) + 2)))
-    live = [a for a in glob.alternatives() if compile_pattern(a.text).matches(name, COUNTS)]
-    places = [glob.place(c) for c in glob.dead(live)]
+    live = [a for a in glob.alternatives if compile_pattern(a.text).matches(name, COUNTS)]
+    places = [glob.place(c) for c in glob.unmatched(live)]
     assert sorted(source.text[p.start:p.end] for p in places) == sorted(dead)
 
 

@@ -1,4 +1,4 @@
-"""How our pictures look and how they are written.
+"""The style of our pictures, and how they are written to a file.
 
 Takes a file's name; gives a figure to draw on, and writes it. Promises: the same drawing gives the same file; no
 display is needed. Needs the extra `plot`.
