@@ -16,6 +16,7 @@ from surgery.ir.primitives_indexing import mixed_blocks
 
 ROWS = 128  # of an activation that a CPU keeps close while it reads them with a stride
 TILE = 32  # columns of blocks that a device multiplies well
+BAND, MOST_BANDS = 64, 16  # rows or columns of a part of a thin product, and parts
 
 
 def on_cpu(a: Tensor) -> bool:
@@ -97,9 +98,35 @@ def column_blocks(a: Tensor, s: Tensor) -> Tensor:
     return (s.mT @ _slices(a, len(s)).mT).flatten(0, 1).mT
 
 
-def in_columns(a: Tensor) -> Tensor:
-    """a, in memory column after column: a copy where it is not so."""
-    return a.mT.contiguous().mT
+def thin(a: Tensor, m: Tensor) -> Tensor:
+    """a m for a few columns: [t, k], [k, r] -> [t, r]."""
+    columns = m.mT.contiguous()
+    count = _bands(a, len(a))
+    if not count:
+        return a @ columns.mT
+    rows, rest = a.split([len(a) // count * count, len(a) % count])
+    turned = torch.bmm(columns.expand(count, -1, -1), rows.unflatten(0, (count, -1)).mT)
+    first = turned.mT.reshape(len(rows), len(columns))
+    return torch.cat([first, rest @ columns.mT]) if len(rest) else first
+
+
+def thin_dot(a: Tensor, g: Tensor) -> Tensor:
+    """aᵀ g for a few columns of a: [t, r], [t, n] -> [r, n]."""
+    width = g.shape[1]
+    count = _bands(g, width)
+    if not count or len(g) < BAND:
+        return a.mT @ g
+    columns, rest = g.split([width // count * count, width % count], dim=1)
+    parts = torch.bmm(a.mT.expand(count, -1, -1), _slices(columns, count))
+    first = parts.transpose(0, 1).flatten(1)
+    return torch.cat([first, a.mT @ rest], dim=1) if rest.shape[1] else first
+
+
+def _bands(a: Tensor, size: int) -> int:
+    """In how many parts of so many rows or columns a thin product of a is shared out, which is one batch of products:
+    what multiplies matrices for torch on a CPU shares out a product with a side of 2 to 64 badly, with threads and
+    without. 0: it is no better in parts, as in narrow floats."""
+    return min(MOST_BANDS, size // BAND) if on_cpu(a) and a.dtype == wide(a) else 0
 
 
 def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:

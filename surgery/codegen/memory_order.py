@@ -1,11 +1,10 @@
-"""Lay the values of a pass out in memory as a CPU reads them best: by columns where a product alone reads them.
+"""Put what a CPU is best at in the place of products of activations: the order of memory, and parts of thin ones.
 
     x block_diag(s), then W     =  in columns       column_blocks: each block's product fills memory in order
-    x m for a few columns m     =  x in_columns(m)  a column's numbers lie side by side, as those of a row of x do
+    x m for a few columns m     =  thin(x, m)       (mᵀ xᵀ)ᵀ, a batch of products with parts of the rows of x
+    hᵀ x for few columns h      =  thin_dot(h, x)   a batch of products with parts of the columns of x
 
-Takes expressions of a body or of its gradients; gives equal ones. What is kept, given on or added up stays in rows. A
-thin product stays in rows too: turned, `(Mᵀ xᵀ)ᵀ`, it is up to twice as fast on one thread, and no other thread takes a
-part of it. (With m in columns each of two threads has half of what one had, a half to a fifth of that with m in rows.)
+Takes expressions of a body or of its gradients; gives equal ones. What is kept, given on or added up stays in rows.
 """
 
 from __future__ import annotations
@@ -15,13 +14,20 @@ from surgery.ir.expression import Expr, rebuild
 from surgery.ir.operations import make
 from surgery.ir.sizes import TOKENS, known
 
-_FEW = range(2, 12)  # columns; of more, and of one, a product is as fast either way
+_FEW = range(2, 12)  # columns of m; with more, and with one, a product is as fast either way
+_THIN = range(2, 65)  # columns of h
 
 
 def _is_thin(a: Expr, m: Expr) -> bool:
-    """Whether a m is one of activations with a few columns, which lie in rows."""
-    is_one = TOKENS in a.shape and len(a.shape) == len(m.shape) == 2 and m.op != "T"
+    """Whether a m is a product of activations with a few columns."""
+    is_one = TOKENS in a.shape and len(a.shape) == len(m.shape) == 2
     return is_one and m.shape[1] in _FEW and known(m.shape[0]) > known(m.shape[1])
+
+
+def _is_thin_dot(a: Expr, g: Expr) -> bool:
+    """Whether in aᵀ g one side has few columns, and the other more."""
+    few, many = sorted(known(each.shape[1]) for each in (a, g))
+    return len(g.shape) == 2 and few in _THIN and many > few
 
 
 def in_order(*outputs: Expr) -> tuple[Expr, ...]:
@@ -33,7 +39,9 @@ def in_order(*outputs: Expr) -> tuple[Expr, ...]:
                 reader.op in ("frozen", "frozen_back") for reader in reads[node]):
             return make("column_blocks", *args)
         if node.op == "matmul" and _is_thin(*args):
-            return make("matmul", args[0], make("in_columns", args[1]))
+            return make("thin", *args)
+        if node.op == "outer" and _is_thin_dot(*args):
+            return make("thin_dot", *args)
         return node.with_args(args)
 
     return tuple(rebuild(output, change) for output in outputs)

@@ -33,6 +33,7 @@ _VIEWS = {"unflatten", "flatten", "reshape"}  # methods; they may copy, and are 
 _METHODS = {"exp", "sqrt", "abs", "tanh", "sigmoid", "cos", "sin", "relu", "sign", "sum", "diag_embed"}
 _SAME_MAP = {"frozen": "frozen", "frozen_flat": "frozen", "frozen_rows": "frozen", "frozen_biased": "frozen_biased",
              "frozen_back": "frozen_back"}
+_ELSEWHERE = {"column_blocks": "blocks", "thin": "@"}  # the same, made in another way
 _DTYPES = {"dtype", "cast"}
 _ONE_PASS = {"gained", "gained_dot", "gained_back", "masked_times", "times_masked", "masked_outer"}
 
@@ -151,6 +152,8 @@ class Run:
                     if "mT" in (getattr(a, "attr", ""), getattr(b, "attr", "")):  # (aᵀ bᵀ)ᵀ = b a, (aᵀ b)ᵀ = bᵀ a, ...
                 right = self._transposed(b)
                 return self._computed("@", right, self._transposed(a))
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="thin_dot"), args=[a, b]), attr="mT"):  # (aᵀ b)ᵀ = bᵀ a
+                return self._outer(self._value(b), self._value(a))
             case ast.Attribute(value=a, attr="mT"):
                 held = self._value(a)
                 return replace(self._view("T", held), owned=held.owned)
@@ -169,6 +172,11 @@ class Run:
             case ast.Attribute(value=a, attr="mT"):
                 return self._value(a)
         return self._view("T", self._value(node))
+
+    def _outer(self, a: Held, g: Held) -> Held:
+        """aᵀ g."""
+        meaning = self.symbols.of("@", self.symbols.of("T", a.meaning), g.meaning)
+        return self._computed("@", a, g, meaning=meaning)
 
     # -------------------------------------------------------------------------------------------------- memory
 
@@ -239,12 +247,11 @@ class Run:
             return self._sum(name, parts, factor)
         if name == "apart":
             return self._placed(parts[0].meaning)
-        if name == "in_columns":
-            (a,) = parts
-            return replace(a, owned=False)
         if name in _ONE_PASS:
             return self._in_one_pass(name, parts)
-        return self._computed("blocks" if name == "column_blocks" else name, *parts)
+        if name == "thin_dot":
+            return self._outer(*parts)
+        return self._computed(_ELSEWHERE.get(name, name), *parts)
 
     def _in_one_pass(self, name: str, parts: list[Any]) -> Any:
         """What is computed together, each in memory of its own: one value, or a list of them."""

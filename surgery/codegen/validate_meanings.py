@@ -151,7 +151,6 @@ _MEANINGS: dict[str, _Rule] = {
     "run": _as("layer.run"), "run_alone": _as("layer.run_alone"), "x": _as("x"), "grad": _as("grad"),
     "value": _with_data("value", lambda data: (data,)), "value_at": _with_data("value", lambda data: (data,)),
     "gained": _of_one_pass, "gained_dot": _of_one_pass,
-    "in_columns": lambda symbols, node, args: args[0],
     "swap": _with_data("swap", lambda data: (data,)), "mix": _with_data("mix", lambda data: (data,)),
 }
 

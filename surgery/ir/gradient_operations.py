@@ -28,6 +28,13 @@ def _outer_text(node: Expr, args: list[str]) -> str:
     return f"({g}.mT @ {a}).mT" if rows > _NARROW * columns else f"{a}.mT @ {g}"
 
 
+def _thin_text(node: Expr, args: list[str]) -> str:
+    """aᵀ g by the kernel, which has the side with few columns in front."""
+    a, g = args
+    rows, columns = known_shape(node.shape)
+    return f"thin_dot({g}, {a}).mT" if rows > columns else f"thin_dot({a}, {g})"
+
+
 def _columns_shape(a: Shape, g: Shape) -> Shape:
     return exactly(2, "two matrices of as many rows", elementwise(a, g))[1:]
 
@@ -123,8 +130,10 @@ ROWS = [
     in_step("column_blocks", 2, lambda a, s: OPERATIONS["blocks"].shape_of(None, (a, s)),
             lambda a, s: OPERATIONS["blocks"].value(None, [a, s], a), "a block_diag(s), in memory column after column",
             linear=Linear.EACH, flops=flop_rules.blocks),
-    Operation("in_columns", 1, same, lambda a: a, "a in memory column after column, for a product that sums over them",
-              stage=IN_STEP, linear=Linear.TOGETHER, step_kernel="kernels.in_columns"),
+    in_step("thin", 2, lambda a, m: OPERATIONS["matmul"].shape_of(None, (a, m)), lambda a, m: a @ m,
+            "a m for a few columns of m", linear=Linear.EACH, flops=flop_rules.each_read(2, -1)),
+    in_step("thin_dot", 2, _outer_shape, lambda a, g: a.mT @ g, "aᵀ g where a side has few columns", linear=Linear.EACH,
+            text=_thin_text, flops=flop_rules.each_read(2, -1)),
     in_step("circulate_back", 2, _circulate_back_shape, _circulate_back, "g circulant(c)", linear=Linear.EACH,
             flops=flop_rules.circulate),
     in_step("circulate_dot", 3, lambda a, g, c: exactly(3, "a stack of first rows", c), _circulate_dot,

@@ -1,4 +1,4 @@
-"""How values lie in memory where a product reads them: as a CPU reads them best."""
+"""What a CPU is best at, in the place of products of activations: the same numbers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,34 @@ import torch
 from formulas import formula
 
 from surgery.codegen.compiled import Compiled
-from surgery.codegen.kernels import in_columns
+from surgery.codegen.kernels import thin, thin_dot
 from surgery.codegen.program_text import step_text
 from surgery.language.library import load
 
 
-@pytest.mark.parametrize("rank, turned", [(1, 0), (2, 1), (8, 1), (11, 1), (12, 0), (16, 0)])
-def test_a_few_columns_lie_one_after_the_other_where_a_product_sums_over_them(rank, turned):
+@pytest.mark.parametrize("rank, products, gradients", [
+    (1, 0, 0), (2, 2, 2), (8, 2, 2), (11, 2, 2), (12, 0, 2), (64, 0, 2), (65, 0, 0)])
+def test_thin_products_are_made_in_parts(rank, products, gradients):
     plan = Compiled.supposed(formula(load("lora", rank=rank))).candidates()[0]
     step = step_text(plan.written, plan.needs)
-    assert step is not None and step.source.count("in_columns(") == turned
+    assert step is not None
+    assert (step.source.count("thin("), step.source.count("thin_dot(")) == (products, gradients)
     for others in (step_text(plan.written, plan.needs, frozen_last=True), step_text(plan.written, (False,) * 3)):
-        assert others is not None and "in_columns" not in others.source
+        assert others is not None and "thin" not in others.source
 
 
-def test_what_lies_so_is_not_copied():
-    a = torch.randn(5, 3)
-    assert torch.equal(in_columns(a), a) and in_columns(a).stride() == (1, 5)
-    assert in_columns(a.mT).data_ptr() == a.data_ptr()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 63, 64, 130, 509, 1030])
+@pytest.mark.parametrize("width", [16, 65, 128, 1003])
+def test_a_product_in_parts_is_the_product(tokens, width, dtype):
+    a, m, h = (torch.randint(-8, 8, size).to(dtype) / 8 for size in ((tokens, width), (width, 5), (tokens, 5)))
+    for x in (a, torch.cat([a, a], dim=1)[:, :width]):  # in memory of its own, and part of other rows
+        for columns in (m, m.mT.contiguous().mT):
+            assert_near(thin(x, columns), x @ m)
+        for rows in (h, h.mT.contiguous().mT):
+            assert_near(thin_dot(rows, x), h.mT @ x)
+
+
+def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Sums of exact products, in whatever order they are added."""
+    torch.testing.assert_close(found, wanted, rtol=1e-2 if wanted.dtype == torch.bfloat16 else 1e-5, atol=1e-3)
