@@ -151,8 +151,8 @@ class Leaf:
     same for all that share the tensor within its `scope`, and None when it is the module's own. In the scope `target`
     those are modules that need equal shapes; in any other one, the tensor has the size of the largest along each axis,
     and each takes the first entries of it.
-    `whole` numbers are places of entries, never trained. How it trains: at `rate` times the learning rate, without
-    weight decay unless it `decays`, and kept on a `manifold` (a row of `manifolds.MANIFOLDS`).
+    `whole` numbers are places of entries, never trained. `said` is its name in the spec. How it trains: at `rate` times
+    the learning rate, without weight decay unless it `decays`, and kept on a `manifold` (a row of `MANIFOLDS`).
     """
 
     key: str
@@ -167,6 +167,12 @@ class Leaf:
     decays: bool = True
     manifold: str | None = None
     scope: str = "target"
+    said: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """What its `param` is called; the key of a round's tensor, or of one in a second size, has a number behind."""
+        return self.said or self.key.rpartition(".")[2]
 
     def unlike(self, other: Leaf) -> str:
         """In what two leaves differ that cannot where they are one tensor; empty if they can be one."""

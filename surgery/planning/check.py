@@ -7,7 +7,7 @@ in numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from math import prod
 from os import PathLike
@@ -81,11 +81,12 @@ def _on(model: nn.Module, spec: Spec) -> Sequence[Diagnostic]:
 def _tried(resolved: ResolvedSpec, prove: bool) -> list[Diagnostic]:
     """What shows at concrete sizes alone. Algebra goes first: only what it cannot prove is computed in numbers."""
     report = Collector()
-    targets = {t: list(trials_of(t, resolved, report)) for t in resolved.spec.targets}
+    targets = {t: _shareable(trials_of(t, resolved, report), report) for t in resolved.spec.targets}
     unproven = [t for trials in targets.values() for t in trials
                 if not t.target.shifted and not starts_as_weight(t.formula)]
     on_manifolds = [t for trials in targets.values() for t in trials if any(leaf.manifold for leaf in t.formula.leaves)]
-    unused = [t for target in _unplaced(resolved.spec) for t in trials_of(target, resolved, report)]
+    unused = [t for target in _unplaced(resolved.spec)
+              for t in _shareable(trials_of(target, resolved, report), Collector())]
     claiming = [t for t in (*sum(targets.values(), []), *unused) if t.formula.claims]
     idle = [trials for trials in targets.values() if trials and not any(surely_trains(t.formula) for t in trials)]
     if unproven or claiming or idle or on_manifolds or prove:
@@ -108,6 +109,19 @@ def _tried(resolved: ResolvedSpec, prove: bool) -> list[Diagnostic]:
         estimates = [Estimate(Compiled.supposed(trial.formula, target.kind)) for trial in largest if trial]
         report.add(*filter(None, [fallback(target, estimates)]))
     return report.found
+
+
+def _shareable(trials: Iterable[Trial], report: Collector) -> list[Trial]:
+    """Those at whose sizes each tensor that steps of the target share can be one; reports why none has such sizes."""
+    trials = [*trials]
+    if not any(leaf.group for trial in trials for leaf in trial.formula.leaves):
+        return trials
+    from surgery.planning.numeric_check import unshared
+
+    faults = [unshared(trial) for trial in trials]
+    if all(faults):
+        report.add(*dict.fromkeys(chain.from_iterable(faults)))
+    return [trial for trial, fault in zip(trials, faults) if not fault]
 
 
 def _miscompiled(trial: Trial) -> Iterator[Diagnostic]:

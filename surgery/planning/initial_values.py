@@ -139,7 +139,7 @@ def assert_on_manifold(leaf: Leaf, start: torch.Tensor, module: str) -> None:
         return
     manifold = MANIFOLDS[leaf.manifold]
     if not (defect := manifold.defect(start)) <= MANIFOLD_TOLERANCE:
-        name = leaf.key.rpartition(".")[2]
+        name = leaf.name
         raise fail("off-manifold", f"`{name}` is kept `on {leaf.manifold}`, and does not start there in {module}",
                    leaf.span, notes=(f"{manifold.maths} is {defect:.1e}; allowed is {MANIFOLD_TOLERANCE:.0e}",),
                    helps=(f"start it at {manifold.starts}",))
@@ -214,7 +214,7 @@ class _Starts:
             # of what is not finite; torch's documentation names the error so
             except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
                 notes = () if is_finite(weight) else ("W holds numbers that are not finite",)
-                raise fail("bad-value", f"`{leaf.key.rpartition('.')[2]}` has no start in {name}: {error}", leaf.span,
+                raise fail("bad-value", f"`{leaf.name}` has no start in {name}: {error}", leaf.span,
                            notes=notes, helps=("`except` leaves such a weight out",)) from error
         if leaf.group:
             group = placed.held(leaf).identity if leaf.scope != "target" else leaf.group

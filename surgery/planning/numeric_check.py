@@ -6,13 +6,13 @@ weight; a claim is tried with parameters away from their start, so that a trivia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from surgery.diagnostics import Diagnostic, SurgeryError
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError
 from surgery.ir.dense import dense
 from surgery.ir.expression import Claim, Formula
 from surgery.ir.manifolds import MANIFOLDS
@@ -20,7 +20,15 @@ from surgery.ir.sizes import known, known_shape
 from surgery.language.tree import Target
 from surgery.layers.survey import sites
 from surgery.planning.compile import Placed
-from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, frozen_leaves, not_identity, tensors
+from surgery.planning.initial_values import (
+    IDENTITY_TOLERANCE,
+    departure,
+    frozen_leaves,
+    not_identity,
+    part_of,
+    tensors,
+)
+from surgery.planning.sharing import shared_tensors
 from surgery.planning.trial_sizes import Trial
 from surgery.text import listed
 
@@ -29,15 +37,46 @@ LARGE = 1000  # rows of a matrix that takes seconds to make: a claim is tried on
 _DISTANCES = (0.1, 1.0)
 
 
-@torch.no_grad()
-def start(trial: Trial) -> dict[str, Tensor]:
-    """The tensors of a target where it starts, on a random linear layer of its sizes."""
+def _placed(trial: Trial, report: Collector) -> Placed:
+    """A target on a random linear layer of its sizes, the only one of a model. Reports what cannot be one tensor and is
+    said to be."""
     layer, generator = nn.Linear(trial.in_, trial.out, device="meta"), torch.Generator().manual_seed(0)
     for name, parameter in layer.named_parameters():  # (`to_empty` would import a library of algebra)
         setattr(layer, name, nn.Parameter(torch.randn(parameter.shape, generator=generator, device="cpu")))
-    site = replace(sites(layer)[0], name=_title(trial))
-    placed = Placed(site, trial.target, trial.formula)
-    return {**frozen_leaves(placed), **tensors(placed, 0, torch.float32, {}, of_data=_of_data(placed))}
+    site = replace(sites(layer)[0], name=_title(trial), layer_name="layers.0")
+    shared = shared_tensors([(site, trial.formula.leaves)], report)
+    return Placed(site, trial.target, trial.formula, shared.get(site.name, {}))
+
+
+def unshared(trial: Trial) -> list[Diagnostic]:
+    """Why what a target shares between its own steps cannot be one tensor at these sizes."""
+    report = Collector()
+    _placed(trial, report)
+    return list(report.found)
+
+
+@torch.no_grad()
+def start(trial: Trial) -> dict[str, Tensor]:
+    """The tensors of a target where it starts, each as the formula reads it, on a random linear layer of its sizes."""
+    placed = _placed(trial, Collector())
+    held = tensors(placed, 0, torch.float32, {}, of_data=_of_data(placed))
+    shared = {leaf.key: part_of(held[leaf.key], leaf) for leaf in trial.formula.leaves if leaf.group and leaf.shape}
+    return {**frozen_leaves(placed), **held, **shared}
+
+
+def moved(trial: Trial, begins: Mapping[str, Tensor], distance: float, seed: int) -> dict[str, Tensor]:
+    """Values away from where they begin, by random numbers; what several steps share by the same ones."""
+    generator, values = torch.Generator().manual_seed(seed), dict(begins)
+    placed, known = _placed(trial, Collector()), {}
+    for leaf in trial.formula.leaves:
+        if leaf.frozen:
+            continue
+        held = placed.held(leaf) if leaf.group else None
+        key, shape = (held.name, held.shape) if held else (leaf.key, known_shape(leaf.shape))
+        if key not in known:
+            known[key] = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        values[leaf.key] = begins[leaf.key] + distance * part_of(known[key], leaf)
+    return values
 
 
 def _of_data(placed: Placed) -> dict[str, Tensor]:
@@ -94,7 +133,7 @@ def try_gradients(targets: Iterable[Iterable[Trial]]) -> list[Diagnostic]:
 
 def never_trains(target: Target, formula: Formula) -> Diagnostic:
     """The warning about a target of that formula in which no parameter has a gradient at the start."""
-    names = listed(key.rpartition(".")[2] for key in trained(formula))
+    names = listed(dict.fromkeys(leaf.name for leaf in formula.leaves if not leaf.frozen))
     return Diagnostic(
         "never-trains", "nothing in this target can train: where its parameters start, W' changes with none of them",
         target.span, severity="warning",
@@ -201,11 +240,8 @@ def _defects(trial: Trial, large: set[tuple]) -> Iterator[tuple[Claim, float]]:
     defects: dict[Claim, list[float]] = {claim: [] for claim in trial.formula.claims}
     for distance in _DISTANCES:
         # Away from the start, where most transforms are the identity and every claim would hold.
-        generator, values = torch.Generator().manual_seed(1), dict(begins)
+        values = moved(trial, begins, distance, seed=1)
         for leaf in trial.formula.leaves:
-            if not leaf.frozen:
-                noise = torch.randn(known_shape(leaf.shape), generator=generator, dtype=torch.float64, device="cpu")
-                values[leaf.key] = begins[leaf.key] + distance * noise
             # what is kept on a manifold never leaves it, and a claim may rest on that
             if leaf.manifold:
                 values[leaf.key] = MANIFOLDS[leaf.manifold].retract(values[leaf.key])

@@ -82,7 +82,7 @@ def _faults(rows: list[tuple[Site, Leaf]]) -> Iterator[Diagnostic]:
     (site, first), shapes = rows[0], {leaf.shape for _, leaf in rows}
     if first.scope == "layer" and site.layer_name is None:
         yield Diagnostic("unsupported-module", f"{site.name} stands in no list of layers, and "
-                         f"`{first.key.rpartition('.')[2]}` is one tensor of each layer", first.span,
+                         f"`{first.name}` is one tensor of each layer", first.span,
                          helps=("leave the module out with `except`, or say `shared(model)`",))
     for _, leaf in rows[1:]:
         # In a target a start may name W, and is that of the first module; but places that exist in its weight need not
@@ -91,11 +91,11 @@ def _faults(rows: list[tuple[Site, Leaf]]) -> Iterator[Diagnostic]:
         if what := first.unlike(replace(leaf, init=first.init) if of_first else leaf):
             yield from unlike_shared(leaf, first, what).diagnostics
     if len(shapes) > 1 and first.manifold:
-        yield Diagnostic("unlike-shared", f"`{first.key.rpartition('.')[2]}` is needed in {len(shapes)} sizes, and a "
+        yield Diagnostic("unlike-shared", f"`{first.name}` is needed in {len(shapes)} sizes, and a "
                          f"part of a matrix `on {first.manifold}` is not on it", first.span,
                          helps=("share it among modules of one size, as `shared(target)` does",))
     if len(shapes) > 1 and first.init is not None and first.init.shape:
-        yield Diagnostic("unlike-shared", f"`{first.key.rpartition('.')[2]}` is needed in {len(shapes)} sizes, and it "
+        yield Diagnostic("unlike-shared", f"`{first.name}` is needed in {len(shapes)} sizes, and it "
                          f"starts at a tensor {shape_text(first.init.shape)}", first.span,
                          helps=("start it at a number or a draw, which fill any size",))
 

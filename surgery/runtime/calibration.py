@@ -58,7 +58,7 @@ def needs_data(needy: Sequence[Placed]) -> Exception:
     """The error of weights whose starts name what data gives, where there is none."""
     leaf = next(leaf for leaf in needy[0].formula.leaves if leaf.of_data)
     names = {"gradient": "`G`, the gradient of the loss in W", "inputs": "`C`, the sum of x xᵀ over the layer's inputs"}
-    return fail("needs-data", f"`{leaf.key.rpartition('.')[2]}` starts at what data gives: "
+    return fail("needs-data", f"`{leaf.name}` starts at what data gives: "
                 f"{' and '.join(names[op] for op in leaf.of_data)}", leaf.span,
                 helps=("`surgery apply ... --data FILE`, or surgery.apply(model, spec, data=batches) in Python",
                        "`surgery train` measures it on what it learns from"))

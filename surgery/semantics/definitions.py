@@ -215,7 +215,7 @@ class Instance:
         if isinstance(statement, Let):
             return evaluate(statement.value, self.values)
         if isinstance(statement, Param):
-            return self._param(self._numbered(statement))
+            return self._param(self._numbered(statement), statement.name)
         return self._noise(self._numbered(statement))
 
     def _numbered(self, statement: Tensor) -> Tensor:
@@ -261,7 +261,7 @@ class Instance:
         known = [f"{n} = {self.values[n]}" for n in names if str(self.values[n]) != n]
         return (f"here {', '.join(known)}",) if known else ()
 
-    def _param(self, param: Param) -> Expr:
+    def _param(self, param: Param, said: str) -> Expr:
         shape, known = self._shape(param), len(self.leaves)
         init = self._init(param, param.init, shape) if param.init is not None else None
         law = self._draw(param, param.draw, shape) if param.draw is not None else None
@@ -280,7 +280,7 @@ class Instance:
                        f"{shape_text(shape)}", param.name_span or param.span)
         rate = self._rate(param, param.rate) if param.rate is not None else 1.0
         leaf = Leaf(key, shape, init, law, param.frozen, group, param.name_span or param.span, whole, rate, param.decay,
-                    param.manifold, scope)
+                    param.manifold, scope, said)
         if scope != "target":
             return self._common(leaf).expr
         self.leaves.append(leaf)

@@ -29,7 +29,7 @@ def assert_exist(exprs: Iterable[Expr], leaves: Iterable[Leaf], span: Span | Non
         beyond = places - entries  # a number, where both are or the same unknown stands in both
         if not isinstance(beyond, Dim) and beyond > 0:
             leaf = by_key.get(node.args[at].data)
-            what = f"`{leaf.key.rpartition('.')[2]}` holds" if leaf else "these are"
+            what = f"`{leaf.name}` holds" if leaf else "these are"
             raise fail("bad-value", f"{what} places among {_text(places)} entries, and `{node.op}` is given "
                        f"{_text(entries)}", leaf.span if leaf else span)
 

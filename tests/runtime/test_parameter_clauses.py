@@ -159,6 +159,20 @@ def test_groups_have_the_rates_and_the_decay_that_the_spec_says() -> None:
     assert groups_of(surgeon, lr_B=0.25)["B"] == (0.25, 0.1)
 
 
+def test_a_rate_is_of_every_tensor_of_that_param() -> None:
+    """In the rounds of a `for`, and in the second size that steps of a module need, its name has a number behind it."""
+    text = """transform gains() on n { shared(module) param d[n] = 1 return diag(d) }
+    update rounds() {
+      let S = 0 * W
+      for i in 0..3 { param t[out, in] = 0 let S = S + t }
+      return S
+    }
+    target linear { pre gains() pre gains() on in add rounds() }"""
+    surgeon = surgery.apply(nn.Sequential(nn.Linear(6, 4)), surgery.parse(text.replace("linear", '"**"')))
+    found = groups_of(surgeon, lr_d=0.25, lr_t=2.0, lr_t_2=3.0)
+    assert {name: rate for name, (rate, _) in found.items()} == {"module-0-d": 0.25, "t": 2.0, "t_2": 3.0, "t_3": 2.0}
+
+
 def test_a_saved_adapter_keeps_its_clauses(tmp_path: Path) -> None:
     _, surgeon = layer()
     surgeon.save(tmp_path / "a")

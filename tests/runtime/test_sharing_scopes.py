@@ -270,6 +270,38 @@ def test_two_steps_of_a_module_may_need_it_in_two_sizes() -> None:
     assert torch.equal(values["shared.A"][:8], values["shared.A#2"])
 
 
+TWO_SIDES = """spec both()
+transform around(scale: float = 1) on n {
+  shared(module) param C[n, 2] ~ normal()
+  shared(module) param D[n, 2] = 0
+  return expm(scale * (C @ D.T - D @ C.T))
+}
+transform there_and_back() on n : symmetric { return around() + around(scale = -1) - I(n) }
+"""
+
+
+@pytest.mark.parametrize("steps, codes", [
+    ("pre there_and_back() pre there_and_back() on in", []),
+    ("pre around() pre around(scale = -1) on in", []),
+    ("pre around(scale = 2) pre there_and_back() pre around() on in", []),
+    ("add low_rank(2) post around() post around() on in", []),
+])
+def test_check_tries_what_steps_share_in_two_sizes(steps: str, codes: list[str]) -> None:
+    """Of its numbers they had one tensor for both sizes, and a claim that rests on the sharing was refuted."""
+    found = surgery.check(surgery.parse(f"{TWO_SIDES} target linear {{ {steps} }}"), prove=True)
+    assert [d.code for d in found if d.severity == "error"] == codes, found
+
+
+def test_what_cannot_be_one_tensor_of_two_sizes_is_told_by_check() -> None:
+    text = """transform turn() on n : orthogonal { shared(module) param R[n, n] ~ orthogonal() on stiefel return R }
+    target linear shifted { pre turn() pre turn() on in }"""
+    assert not surgery.check(surgery.parse(text))  # for square weights alone
+    narrow = text.replace("pre turn() on in", "check_wide() on in").replace("target", """
+    transform check_wide() on n : orthogonal { shared(module) param R[2 * n, 2 * n] ~ orthogonal() on stiefel
+      return rows(R, n) @ columns(I(2 * n), n) } target""").replace("check_wide() on in", "pre check_wide() on in")
+    assert "unlike-shared" in [d.code for d in surgery.check(surgery.parse(narrow))]
+
+
 def test_the_draw_rests_on_the_seed_and_the_name_alone() -> None:
     """Whoever shares it, in whatever order the modules stand."""
     one, two = (surgery.apply(model(), surgery.parse(text), check=False, seed=3).state()["shared_surgery.model-B"]
