@@ -76,7 +76,7 @@ def _about(document: Document, name: Occurrence, model: Model | None) -> Iterato
                 yield from _declared(select)
         case "primitive" if name.name in PRIMITIVES:
             row = PRIMITIVES[name.name]
-            yield _code(f"{name.name}({', '.join([*'ab'[: row.arity or 0], *row.sizes])})")
+            yield _code(row.call)
             yield row.doc
         case "distribution" if name.name in DISTRIBUTIONS:
             yield _code(f"~ {name.name}({', '.join(DISTRIBUTIONS[name.name].arguments)})")

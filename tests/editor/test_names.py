@@ -49,3 +49,10 @@ def test_what_data_gives_is_told_and_offered_where_a_start_reads_it() -> None:
         return {item.text for item in complete(document, text.index(words) + len(words))}
 
     assert {"G", "C"} <= offered("= right_singular(") and not {"G", "C"} & offered("return ")
+
+
+def test_a_primitive_is_told_as_it_is_called() -> None:
+    text = ("spec s()\nupdate u() {\n  param A[out, in] = 0\n  return clamp(rows(A, out), 0, 1)\n}\n"
+            "target linear { add u() }\n")
+    told = [hover(Document("s.surg", text), text.index(f"{name}("))[0] for name in ("clamp", "rows")]
+    assert "clamp(a, b, c)\n" in told[0] and "rows(a, places)\n" in told[1]

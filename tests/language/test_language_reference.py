@@ -30,7 +30,7 @@ def primitives() -> str:
 
 
 def _call(row: Operation) -> str:
-    return SIGNS.get(row.name) or f"`{row.name}({', '.join([*'ab'[:row.arity], *row.sizes])})`"
+    return SIGNS.get(row.name) or f"`{row.call}`"
 
 
 def distributions() -> str:
