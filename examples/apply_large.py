@@ -36,6 +36,8 @@ def main() -> None:
     asked.add_argument("--folder", help="where to write")
     asked.add_argument("specs", nargs="*", default=[*SPECS])
     options = asked.parse_args()
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         os.chdir(folder)
         if options.layers:

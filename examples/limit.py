@@ -95,9 +95,11 @@ class ByHand(nn.Module):
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--rounds", type=int, default=8)
+    asked.add_argument("--rounds", type=int, default=8, help="at least 2, for a spread")
     asked.add_argument("--tokens", default="4,128", help="batch and length")
     options = asked.parse_args()
+    if options.rounds < 2:
+        asked.error("--rounds must be at least 2")
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     torch.manual_seed(0)

@@ -37,6 +37,8 @@ def main() -> None:
     asked.add_argument("--spec", default="lora")
     asked.add_argument("--folder", help="where to write; three times the size is needed (four with --kill)")
     options = asked.parse_args()
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         os.chdir(folder)
         largest = write_base(llama(options.gigabytes))
