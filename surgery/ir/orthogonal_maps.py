@@ -104,63 +104,89 @@ def resolvent(m: Tensor) -> Tensor:
     return _solved(m, 1.0, -0.5, 0.0)
 
 
-def centred(x: Tensor, y: Tensor) -> Tensor:
-    """[x - y, x + y]: [n, r], [n, r] -> [n, 2 r]."""
-    return torch.cat([x - y, x + y], dim=-1) if is_traced() else _Centred.apply(x, y)
+@torch.no_grad()
+def balance(x: Tensor, y: Tensor) -> Tensor:
+    """t, powers of two by which x diag(t) and y diag(1/t) have columns about as long as each other: [n, r] -> [r]. It
+    takes no gradient: what is made of them is the same for any t, but for what a short column beside a long one loses
+    to its rounding, of which the gradient has nothing left. Powers of two round nothing."""
+    lengths = torch.linalg.vector_norm(torch.cat([x, y], dim=-1), dim=-2).clamp_min(torch.finfo(x.dtype).tiny)
+    of_x, of_y = lengths.log2().chunk(2, dim=-1)
+    return torch.div(of_y - of_x, 2, rounding_mode="trunc").exp2()  # 1, where they are as good as alike
+
+
+def centred(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """[y / t - x t, y / t + x t]: [n, r], [n, r], [r] -> [n, 2 r]. t takes no gradient."""
+    if is_traced():
+        left, right = x * t, y / t
+        return torch.cat([right - left, right + left], dim=-1)
+    return _Centred.apply(x, y, t)
 
 
 class _Centred(torch.autograd.Function):
-    """With g = [g, h] the gradients are g + h and h - g."""
+    """With g = [g, h] the gradients are t (h - g) and (g + h) / t."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
         result = torch.empty((*x.shape[:-1], 2 * x.shape[-1]), dtype=x.dtype, device=x.device)
         less, more = result.chunk(2, dim=-1)
-        torch.sub(x, y, out=less)
-        torch.add(x, y, out=more)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        less, more = grad_outputs[0].chunk(2, dim=-1)
-        if torch.is_grad_enabled():
-            return less + more, more - less
-        of_x, of_y = less.new_empty(less.shape), less.new_empty(less.shape)  # row after row, as parameters lie
-        return torch.add(less, more, out=of_x), torch.sub(more, less, out=of_y)
-
-
-def skew_core(basis: Tensor, frame: Tensor, factor: float) -> Tensor:
-    """R = K (I - Fᵀ F K / 2)⁻¹ for the skew K = factor Lᵀ [0, I; -I, 0] L, so that cayley(F K Fᵀ) = I + F R Fᵀ:
-    F [n, 2 r] and L [2 r, 2 r] -> [2 r, 2 r]. L takes no gradient."""
-    if not is_traced():
-        return _SkewCore.apply(basis, frame, factor)
-    upper, lower = frame.chunk(2, dim=-2)
-    half = factor * (upper.mT @ lower)
-    k = half - half.mT
-    inner = torch.eye(len(k), dtype=k.dtype, device=k.device) - 0.5 * (basis.mT @ basis @ k)
-    return k @ eliminated(inner) if torch.onnx.is_in_onnx_export() else torch.linalg.solve_ex(
-        inner, k, left=False).result
-
-
-class _SkewCore(torch.autograd.Function):
-    """R is (K⁻¹ - G / 2)⁻¹ for G = Fᵀ F, so the gradient of <R, g> in G is h / 2, h = Rᵀ g Rᵀ, and in F
-    F (h + hᵀ) / 2."""
-
-    @staticmethod
-    def forward(ctx: Any, basis: Tensor, frame: Tensor, factor: float) -> Tensor:
-        upper, lower = frame.chunk(2, dim=-2)
-        half = _times(factor, upper.mT, lower)
-        k = half - half.mT
-        inner = _shifted(_times(-0.5, basis.mT @ basis, k), 1.0)
-        result = torch.linalg.solve_ex(inner, k, left=False).result
-        ctx.save_for_backward(basis, result)
+        torch.div(y, t, out=more)
+        torch.addcmul(more, x, t, value=-1, out=less)
+        more.addcmul_(x, t)
+        ctx.save_for_backward(t)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (basis, result), (g,) = ctx.saved_tensors, grad_outputs
+        (t,), (less, more) = ctx.saved_tensors, grad_outputs[0].chunk(2, dim=-1)
+        if torch.is_grad_enabled():
+            return (more - less) * t, (less + more) / t, None
+        of_x, of_y = less.new_empty(less.shape), less.new_empty(less.shape)  # row after row, as parameters lie
+        return torch.sub(more, less, out=of_x).mul_(t), torch.add(less, more, out=of_y).div_(t), None
+
+
+def skew_core(u: Tensor, factor: float) -> Tensor:
+    """R = -(J / c + UᵀU / 2)⁻¹ for J = [0, I; -I, 0], so that cayley(c U J Uᵀ) = I + U R Uᵀ: [n, 2 r] -> [2 r, 2 r]."""
+    if torch.onnx.is_in_onnx_export():
+        return _core_by_elimination(u, factor)
+    return -_inverse(0.5 * (u.mT @ u) + _paired(u) / factor) if is_traced() else _SkewCore.apply(u, factor)
+
+
+def _paired(u: Tensor) -> Tensor:
+    """J = [0, I; -I, 0], for the columns of u."""
+    eye = torch.eye(u.shape[-1] // 2, dtype=u.dtype, device=u.device)
+    zero = torch.zeros_like(eye)
+    return torch.cat([torch.cat([zero, eye], dim=-1), torch.cat([-eye, zero], dim=-1)])
+
+
+def _core_by_elimination(u: Tensor, factor: float) -> Tensor:
+    """The same without a choice of pivots: from the columns U L⁻ᵀ, which are nearly orthonormal for L Lᵀ = UᵀU and a
+    little more, c U J Uᵀ has the core K = c Lᵀ J L, and I - UᵀU K / 2 of these columns has no small pivot."""
+    gram = u.mT @ u
+    eye = torch.eye(gram.shape[-1], dtype=u.dtype, device=u.device)
+    with torch.no_grad():
+        frame = triangle(gram + (1e-6 * gram.diagonal().mean() + torch.finfo(u.dtype).tiny) * eye)
+        turn = eliminated(frame)
+    k = factor * frame.mT @ _paired(u) @ frame
+    return turn.mT @ k @ eliminated(eye - 0.5 * (turn @ gram @ turn.mT @ k)) @ turn
+
+
+class _SkewCore(torch.autograd.Function):
+    """The gradient of <R, g> in UᵀU is h / 2, h = Rᵀ g Rᵀ, and in U it is U (h + hᵀ) / 2."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, factor: float) -> Tensor:
+        inner, r = _times(-0.5, u.mT, u), u.shape[-1] // 2
+        inner.diagonal(r).sub_(1 / factor)
+        inner.diagonal(-r).add_(1 / factor)
+        result = _inverse(inner)
+        ctx.save_for_backward(u, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (u, result), (g,) = ctx.saved_tensors, grad_outputs
         h = result.mT @ g @ result.mT
-        return _times(0.5, basis, h + h.mT), None, None
+        return _times(0.5, u, h + h.mT), None
 
 
 def _times(factor: float, a: Tensor, b: Tensor) -> Tensor:

@@ -100,8 +100,6 @@ def _blocks_shape(a: Shape, s: Shape) -> Shape:
 
 # ------------------------------------------------------------------------------------------- dense meanings
 
-_RIDGE = 1e-6  # of the mean square of the columns
-
 
 def _skew(a: Any) -> Any:
     from surgery.ir.orthogonal_maps import skew
@@ -158,43 +156,22 @@ def _kron(a: Any, b: Any) -> Any:
     return (a[:, None, :, None] * b[:, None]).flatten(2).flatten(0, 1)
 
 
-def _frame(u: Any) -> Any:
-    """L with L Lᵀ = uᵀu and a little more, so that there is one whatever the columns are."""
-    import torch
+def _balance(x: Any, y: Any) -> Any:
+    from surgery.ir.orthogonal_maps import balance
 
-    from surgery.ir.orthogonal_maps import triangle
-
-    with torch.no_grad():
-        gram = u.mT @ u
-        diagonal, least = gram.diagonal(dim1=-2, dim2=-1), torch.finfo(u.dtype).tiny
-        mean = diagonal.mean()
-        if torch.onnx.is_in_onnx_export():  # which has neither a factorisation nor writes into views
-            ridge = _RIDGE * mean + least
-            return triangle(gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-        diagonal.add_(mean, alpha=_RIDGE).add_(least)
-        return torch.linalg.cholesky_ex(gram).L
+    return balance(x, y)
 
 
-def _framed(u: Any, frame: Any) -> Any:
-    import torch
-
-    from surgery.ir.orthogonal_maps import eliminated
-
-    if torch.onnx.is_in_onnx_export():  # which has no solver
-        return u @ eliminated(frame.mT)
-    return torch.linalg.solve_triangular(frame.mT, u, upper=True, left=False)
-
-
-def _centred(x: Any, y: Any) -> Any:
+def _centred(x: Any, y: Any, t: Any) -> Any:
     from surgery.ir.orthogonal_maps import centred
 
-    return centred(x, y)
+    return centred(x, y, t)
 
 
-def _skew_core(sizes: tuple[float], basis: Any, frame: Any) -> Any:
+def _skew_core(sizes: tuple[float], a: Any) -> Any:
     from surgery.ir.orthogonal_maps import skew_core
 
-    return skew_core(basis, frame, *sizes)
+    return skew_core(a, *sizes)
 
 
 def _inverse(a: Any) -> Any:
@@ -387,16 +364,15 @@ ROWS = [
     Operation("stacked", 2, _stacked_shape, _stacked, "the rows of a above those of b", stage=SUGAR,
               linear=Linear.TOGETHER),
     # For the compiler alone: the small cores of structured maps, and maps on the last axis of activations.
-    Operation("frame", 1, lambda a: 2 * exactly(2, "a matrix", a)[1:], _frame, "L with L Lᵀ ≈ aᵀa, and no gradient",
-              stage=CORE, stops_gradient=True),
-    Operation("framed", 2, lambda a, frame: elementwise(a, a), _framed, "a L⁻ᵀ, nearly orthonormal for the L of a",
-              stage=CORE),
+    Operation("balance", 2, lambda a, b: elementwise(a, b)[-1:], _balance,
+              "t with the columns of a diag(t) and b diag(1/t) alike in length, and no gradient", stage=CORE,
+              stops_gradient=True),
     Operation("rotation", 1, square, _rotation, "cayley(a - aᵀ)", stage=CORE, transpose=Transpose.INSIDE,
               orthogonal=Orthogonal.ALWAYS, is_solve=True, flops=flop_rules.cubic(10)),
-    Operation("centred", 2, lambda a, b: _side_by_side_shape(elementwise(a, b), b), _centred, "[a - b, a + b]",
-              stage=CORE, linear=Linear.TOGETHER, memory=Memory.NEW),
-    Operation("skew_core", 2, lambda sizes, a, frame: frame, _skew_core,
-              "K (I - aᵀa K / 2)⁻¹, K = c Lᵀ [0, I; -I, 0] L", stage=CORE, sizes=("c",), flops=flop_rules.cubic(10)),
+    Operation("centred", 3, lambda a, b, t: _side_by_side_shape(elementwise(a, b), b), _centred,
+              "[b / t - a t, b / t + a t], t for each column", stage=CORE, memory=Memory.NEW),
+    Operation("skew_core", 1, lambda sizes, a: 2 * exactly(2, "a matrix", a)[1:], _skew_core,
+              "-([0, I; -I, 0] / c + aᵀa / 2)⁻¹", stage=CORE, sizes=("c",), flops=flop_rules.cubic(10)),
     Operation("resolvent", 1, square, _resolvent, "(I - a/2)⁻¹", stage=CORE, is_solve=True, flops=flop_rules.cubic(10)),
     Operation("phi", 1, square, _phi, "(e^a - I) a⁻¹", stage=CORE, is_solve=True, flops=flop_rules.cubic(320)),
     Operation("mirrored", 1, lambda a: exactly(2, "a matrix whose columns are the mirrors", a)[::-1], _mirrored,

@@ -21,64 +21,73 @@ from surgery.rewrite.norms import NORMS
 
 
 def _by_core(core: str) -> Callable[[Expr], Expr | None]:
-    """f(U V) = I + U core(V U) V, with U L⁻ᵀ and Lᵀ V in the place of U and V: whatever L is, the value and the
-    gradient are the same, and with nearly orthonormal columns in front the core is well conditioned and nothing
-    cancels."""
+    """f(U V) = I + U core(V U) V. It is as exact as U V itself, however its columns lie and whatever their lengths."""
     def change(node: Expr) -> Expr | None:
-        if (pair := _centred(node.args[0]) or factors(node.args[0])) is None:
+        if (pair := _skew_pair(node.args[0]) or factors(node.args[0])) is None:
             return None
-        u, v = _framed(*pair)
+        u, v = _balanced(*pair)
         small = make(core, make("matmul", v, u))
         return make("add", eye(node.shape), make("matmul", u, make("matmul", small, v)))
 
     return change
 
 
-def _centred(node: Expr) -> Factors | None:
-    """x yᵀ - y xᵀ = ((x - y) (x + y)ᵀ - (x + y) (x - y)ᵀ) / 2, which is exact where x = y and cancels less near it."""
+def _balanced(u: Expr, v: Expr) -> Factors:
+    """U T and T⁻¹ V, whose product is U V: V U may be small where U or V is large, and then its powers, of which an
+    exponential is made, cancel."""
+    rows = make("T", v)
+    return make("scale", u, make("balance", u, rows)), make("T", make("scale", rows, make("balance", rows, u)))
+
+
+def _skew_pair(node: Expr) -> Factors | None:
+    """(U, V) of a thin skew c (q pᵀ - p qᵀ), [p, q] the columns of `_thin_skew`."""
     if (found := _thin_skew(node)) is None:
         return None
-    value, x, y = found
-    less, more = simplify(make("sub", x, y)), simplify(make("add", x, y))
-    columns = make("side_by_side", less, times(-1, more))
-    return times(0.5 * value, columns), make("T", make("side_by_side", more, less))
+    value, columns = found
+    p, q = _halves(columns)
+    return times(value, columns), make("T", make("side_by_side", times(-1, q), p))
 
 
-def _thin_skew(node: Expr) -> tuple[float, Expr, Expr] | None:
-    """(c, x, y) of c (x yᵀ - y xᵀ), low-rank."""
-    terms = list(summands(node))
-    if len(terms) != 2 or factors(node) is None or not opposed(*terms):
+def _thin_skew(node: Expr) -> tuple[float, Expr] | None:
+    """(c, [p, q]) of c (q pᵀ - p qᵀ), made of a low-rank x yᵀ - y xᵀ as (y / t + x t) (y / t - x t)ᵀ / 2 and that
+    turned. Where x = y it is exactly 0, and cancels less near it; t makes their columns alike in length, or p and q
+    would be the longer one, rounded."""
+    front, bare = scaled(node)
+    terms = list(summands(bare))
+    if len(terms) != 2 or factors(bare) is None or not opposed(*terms):
         return None
     scalar, product = scaled(terms[0])
     if (pair := factors(product)) is None:
         return None
     value = 1.0 if scalar is None else value_of(scalar)
     assert value is not None  # `opposed` compared it
-    return value, pair[0], simplify(make("T", pair[1]))
+    x, y = pair[0], simplify(make("T", pair[1]))
+    columns = make("centred", x, y, make("balance", x, y))
+    number = 1.0 if front is None else value_of(front)
+    if number is not None:
+        return 0.5 * value * number, columns
+    p, q = _halves(columns)
+    return 0.5 * value, make("side_by_side", p, times(front, q))
+
+
+def _halves(columns: Expr) -> tuple[Expr, Expr]:
+    r = known(columns.shape[1]) // 2
+    return make("between", columns, data=(0, r)), make("between", columns, data=(r, 2 * r))
 
 
 def _turn_of_thin_skew(node: Expr) -> Expr | None:
-    """With F = U L⁻ᵀ of U = [x - y, x + y], x yᵀ - y xᵀ is F K Fᵀ for a small skew K: one matrix and not two."""
+    """q pᵀ - p qᵀ is -U J Uᵀ for U = [p, q]: one matrix and not two."""
     if (found := _thin_skew(node.args[0])) is None:
         return None
-    value, x, y = found
-    columns = make("centred", x, y)
-    frame = make("frame", columns)
-    basis = make("framed", columns, frame)
-    core = make("skew_core", basis, frame, data=(0.5 * value,))
-    return make("add", eye(node.shape), make("matmul", basis, make("matmul", core, make("T", basis))))
-
-
-def _framed(u: Expr, v: Expr) -> Factors:
-    """U L⁻ᵀ and Lᵀ V, whose product is U V."""
-    frame = make("frame", u)
-    return make("framed", u, frame), make("matmul", make("T", frame), v)
+    value, columns = found
+    core = make("skew_core", columns, data=(-value,))
+    return make("add", eye(node.shape), make("matmul", columns, make("matmul", core, make("T", columns))))
 
 
 def _inverse(node: Expr) -> Expr | None:
     if (turn := low_rank_turn(node.args[0])) is None:
         return None
-    u, v = _framed(*turn)
+    u, v = turn
     small = make("resolvent", times(-2, make("matmul", v, u)))  # the resolvent of m is (I - m / 2)⁻¹
     return make("add", eye(node.shape), times(-1, make("matmul", u, make("matmul", small, v))))
 
@@ -374,7 +383,7 @@ JOINED = (
     Rule("reflect(U) reflect(V) = reflect([U, V])", "matmul", _mirrors_in_a_row, "reflect(P) @ reflect(Q)"),
 )
 CHEAP = (
-    Rule("cayley(c (x yᵀ - y xᵀ)) = I + F K (I - Fᵀ F K / 2)⁻¹ Fᵀ, K small and skew", "cayley", _turn_of_thin_skew,
+    Rule("cayley(c (x yᵀ - y xᵀ)) = I - U (J / c + Uᵀ U / 2)⁻¹ Uᵀ, J small and skew", "cayley", _turn_of_thin_skew,
          "cayley(3 * P @ Q.T - 3 * Q @ P.T)"),
     Rule("cayley(U V) = I + U (I - V U / 2)⁻¹ V", "cayley", _by_core("resolvent"), "cayley(P @ Q.T)"),
     Rule("cayley(x - xᵀ) by one solve", "cayley", _rotation, "cayley(skew(A))"),

@@ -52,20 +52,21 @@ def test_rotation_has_the_gradients_of_the_formula(shape, turned):
 
 @pytest.mark.parametrize("traced", [False, True])
 def test_a_turn_of_thin_factors_has_the_gradients_of_the_formula(traced, monkeypatch):
-    """Whatever stands for the triangle, which takes no gradient: F K Fᵀ is the same for all of them."""
+    """For any t, which takes no gradient; where a graph has no solvers, too."""
     torch.manual_seed(0)
     x, y = (torch.randn(7, 2, dtype=torch.float64, requires_grad=True) for _ in "xy")
-    frame = torch.randn(4, 4, dtype=torch.float64).tril() + 2 * torch.eye(4, dtype=torch.float64)
     monkeypatch.setattr(orthogonal_maps, "is_traced", lambda: traced)
 
     def turned(x: Tensor, y: Tensor) -> Tensor:
-        basis = torch.linalg.solve_triangular(frame.mT, centred(x, y), upper=True, left=False)
-        return torch.eye(7, dtype=x.dtype) + basis @ skew_core(basis, frame, 1.5) @ basis.mT
+        columns = centred(x, y, torch.tensor([0.5, 3.0], dtype=x.dtype))
+        return torch.eye(7, dtype=x.dtype) + columns @ skew_core(columns, -1.5) @ columns.mT
 
-    # c [0, I; -I, 0] of [x - y, x + y] is 2 c (x yᵀ - y xᵀ)
-    torch.testing.assert_close(turned(x, y), plain(3 * (x @ y.mT - y @ x.mT)))
+    wanted = plain(3 * (x @ y.mT - y @ x.mT))
+    torch.testing.assert_close(turned(x, y), wanted)
     for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert order(turned, (x, y))
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    torch.testing.assert_close(turned(x, y), wanted)
 
 
 def test_a_rotation_of_what_is_no_number_is_none():
