@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from time import monotonic
 from types import MappingProxyType
 from typing import Any
 
@@ -335,12 +336,10 @@ class Progress(TrainerCallback):
     """Tells of a training's steps, losses and scores."""
 
     def __init__(self, watch: Watch):
-        from time import monotonic
-
-        self.watch, self.clock, self.started, self.first = watch, monotonic, 0.0, 0
+        self.watch, self.started, self.first = watch, 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.started, self.first = self.clock(), state.global_step
+        self.started, self.first = monotonic(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self.watch.now(f"{self._at(state)}  {self._time(state)}")
@@ -359,7 +358,7 @@ class Progress(TrainerCallback):
         return f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
 
     def _time(self, state: Any) -> str:
-        each = (self.clock() - self.started) / max(1, state.global_step - self.first)
+        each = (monotonic() - self.started) / max(1, state.global_step - self.first)
         left = int(each * (state.max_steps - state.global_step))
         return f"{each:.2f} s a step, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 

@@ -146,14 +146,14 @@ def trained(formula: Formula) -> list[str]:
     return [leaf.key for leaf in formula.leaves if not leaf.frozen]
 
 
-def _begins(trial: Trial) -> dict[str, Tensor]:
+def begins(trial: Trial) -> dict[str, Tensor]:
     """What a trial starts at, numbers in float64 and places as they are."""
     return {name: value.detach().double() if value.is_floating_point() else value
             for name, value in start(trial).items()}
 
 
 def _has_gradient(trial: Trial) -> bool:
-    values = _begins(trial)
+    values = begins(trial)
     leaves = [values[key].requires_grad_() for key in trained(trial.formula)]
     return reaches([dense(expr, values) for expr in (trial.formula.weight, trial.formula.bias)], leaves)
 
@@ -236,11 +236,11 @@ def try_claims(trials: Iterable[Trial]) -> list[Diagnostic]:
 def _defects(trial: Trial, large: set[tuple]) -> Iterator[tuple[Claim, float]]:
     """Each claim with its largest defect (infinite if it never has one). Where a matrix is not finite,
     it says nothing. `large` are the claims that a large matrix has been tried for, and grows."""
-    begins = _begins(trial)
+    start_values = begins(trial)
     defects: dict[Claim, list[float]] = {claim: [] for claim in trial.formula.claims}
     for distance in _DISTANCES:
         # Away from the start, where most transforms are the identity and every claim would hold.
-        values = moved(trial, begins, distance, seed=1)
+        values = moved(trial, start_values, distance, seed=1)
         for leaf in trial.formula.leaves:
             # what is kept on a manifold never leaves it, and a claim may rest on that
             if leaf.manifold:

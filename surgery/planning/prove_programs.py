@@ -16,7 +16,7 @@ from surgery.diagnostics import Diagnostic
 from surgery.ir.dense import dense
 from surgery.ir.expression import in_evaluation, in_training
 from surgery.ir.sizes import known_shape
-from surgery.planning.numeric_check import moved, start
+from surgery.planning.numeric_check import begins, moved
 from surgery.planning.trial_sizes import Trial
 
 TOLERANCE = 1e-6  # relative to the largest number
@@ -61,9 +61,7 @@ def _leaves(trial: Trial, compiled: Compiled, training: bool) -> dict[str, Tenso
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    begins = {name: value.detach().double() if value.is_floating_point() else value
-              for name, value in start(trial).items()}
-    values = moved(trial, begins, _DISTANCE, seed=3)
+    values = moved(trial, begins(trial), _DISTANCE, seed=3)
     for leaf in (each for each in trial.formula.leaves if not each.frozen):
         values[leaf.key].requires_grad_()
     for drawn in compiled.noises if training else ():

@@ -13,7 +13,7 @@ from surgery.ir.sizes import known
 from surgery.language.expressions import Number
 from surgery.language.tree import Target, every_step
 from surgery.layers.kinds import supposed
-from surgery.semantics.definitions import in_body
+from surgery.semantics.definitions import with_called
 from surgery.semantics.evaluate import names_in, nodes
 from surgery.semantics.resolved_spec import PLACES, ResolvedSpec
 
@@ -81,7 +81,8 @@ def shown_at(resolved: ResolvedSpec, shape: tuple[int, int] | None) -> list[Tria
                 found.append(Trial(target, out, in_, formula))
                 break
         else:
-            resolved.formula(target, report, *shapes[0], place_of(shapes[0][0]))  # for what it says
+            out, in_ = shapes[0]
+            resolved.formula(target, report, out, in_, place_of(out))  # for what it says
     report.raise_errors()
     return found
 
@@ -123,7 +124,7 @@ def sizes_to_try(target: Target, resolved: ResolvedSpec) -> list[list[tuple[int,
 def numbers_named(target: Target, resolved: ResolvedSpec) -> set[int]:
     """The whole numbers that can be a block's size: those of the spec's parameters, the target and its definitions."""
     known = resolved.library.definitions
-    placed = [known[step.call.function] for step in every_step(target.steps)]
-    named = [each for definition in placed for each in (definition, *in_body(definition, known))]
+    placed = (known[step.call.function] for step in every_step(target.steps))
+    named = [each for definition in placed for each in with_called(definition, known)]
     literals = [n.value for part in (target, *named) for n in nodes(part) if isinstance(n, Number)]
     return {n for n in (*resolved.values.values(), *literals) if type(n) is int and n > 1}

@@ -411,8 +411,8 @@ def unlike_shared(leaf: Leaf, other: Leaf, what: str) -> SurgeryError:
                 helps=("say it alike, or give one of the two another name",))
 
 
-def in_body(definition: Definition, known: Mapping[str, Definition]) -> list[Definition]:
-    """The definitions that a body calls, and those that they call, each once; no more than can be called at all."""
+def with_called(definition: Definition, known: Mapping[str, Definition]) -> list[Definition]:
+    """A definition, those that its body calls, and those that they call, each once; no more than can be called."""
     found: dict[str, Definition] = {}
     stack = [definition]
     while stack and len(found) < MOST_CALLS:
@@ -420,7 +420,7 @@ def in_body(definition: Definition, known: Mapping[str, Definition]) -> list[Def
             if call.function not in found:
                 found[call.function] = known[call.function]
                 stack.append(found[call.function])
-    return list(found.values())
+    return [definition, *found.values()]
 
 
 @cache

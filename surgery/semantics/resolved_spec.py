@@ -16,7 +16,7 @@ from surgery.ir.sizes import Size
 from surgery.language.library import library
 from surgery.language.tree import Spec, Target, every_step
 from surgery.semantics.arguments import assert_checks, defaults, says_square
-from surgery.semantics.definitions import in_body
+from surgery.semantics.definitions import with_called
 from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import names_in
 from surgery.semantics.scope import assert_is_free
@@ -55,8 +55,8 @@ class ResolvedSpec:
             known = self.library.definitions
             placed = [known[step.call.function] for step in every_step(target.steps)
                       if step.call.function in known]
-            placed = [each for definition in placed for each in (definition, *in_body(definition, known))]
-            in_ = OUT if any(says_square(definition.checks) for definition in placed) else in_
+            called = (each for definition in placed for each in with_called(definition, known))
+            in_ = OUT if any(says_square(definition.checks) for definition in called) else in_
         asked = {name: value for name, value in place.items() if value is not None}
         # a place that nothing reads makes no other formula; what may be read anywhere is said of an unknown name
         asked = asked if place is PLACES or names_in(target).keys() & PLACES.keys() else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed
+from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed, without_bias
 from surgery.peft.tensor_mapping import (
     CHANNELS,
     EACH_A,
@@ -67,11 +67,6 @@ def _drops(config: Config, place: Place) -> str:
     return "it takes no dropout there" if "experts" in place.layout and config.get("lora_dropout") else ""
 
 
-def _without_bias(config: Config, place: Place) -> str:
-    """PEFT adds the new bias all the same, and then cannot merge it."""
-    return "" if place.has_bias else "the layer has no bias to add to"
-
-
 def _started(update: str, *layouts: str) -> dict[str, Any]:
     factors = pairs(("lora_A.weight", f"{update}.A", SAME), ("lora_B.weight", f"{update}.B", SAME))
     return {layout: factors for layout in layouts}
@@ -82,7 +77,7 @@ LORA: tuple[Method, ...] = (
     Method("rslora", _LORA, "rslora", _NAMES, _ON_ALL, {"use_rslora": True}, _drops),
     Method("lora_bias", _LORA, "lora_bias", _NAMES, {
         "linear": pairs(*_FACTORS, _BETA), "transposed linear": pairs(*_FACTORS, _BETA),
-        "convolution": pairs(*_CONV_FACTORS, _BETA)}, {"lora_bias": True}, _without_bias),
+        "convolution": pairs(*_CONV_FACTORS, _BETA)}, {"lora_bias": True}, without_bias),
     # In training PEFT's dropout also reaches the frozen layer's part of DoRA, (m / ‖·‖ - 1) x Wᵀ; ours the update's
     # alone.
     Method("dora", _LORA, "dora", _NAMES, _DORA, {"use_dora": True}),

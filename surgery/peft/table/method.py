@@ -70,6 +70,11 @@ class Family:
     biases: str = ""
 
 
+def without_bias(config: Config, place: Place) -> str:
+    """Why a method that adds a bias is on no layer without one: PEFT adds it all the same, and then cannot merge it."""
+    return "" if place.has_bias else "the layer has no bias to add to"
+
+
 @cache  # a model has hundreds of modules of one row
 def _read(spec: str, name: str) -> Spec:
     return parse(spec, name) if "\n" in spec else load(spec)

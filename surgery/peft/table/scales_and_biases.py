@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from surgery.peft.table.additive import NOTHING, kernel, linears
-from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed
+from surgery.peft.table.method import NO_BIAS, OFF, Config, Family, Method, Renamed, without_bias
 from surgery.peft.tensor_mapping import CHANNELS, COLUMN, FLAT, SAME, SCALAR, Place, pairs
 
 # --------------------------------------------------------------------------------------------------------------- IA3
@@ -92,15 +92,9 @@ PROJECTIONS = (
 _BEFT = Family("BEFT", "BeftConfig", {})
 _LN = Family("LN_TUNING", "LNTuningConfig", {})
 
-
-def _without_bias(config: Config, place: Place) -> str:
-    """PEFT adds the bias all the same, and then cannot merge it."""
-    return "" if place.has_bias else "the layer has no bias to add to"
-
-
 BIASES = (
     Method("beft", _BEFT, "beft", NOTHING, {
-        "linear": pairs(("beft_bias", "add_shift.beta", FLAT))}, refuses=_without_bias),
+        "linear": pairs(("beft_bias", "add_shift.beta", FLAT))}, refuses=without_bias),
     # Of a module that is trained as a whole, our tensors go by the names of its parameters.
     Method("ln_tuning", _LN, "ln_tuning", NOTHING, {"trained": pairs(
         *((f"ln_tuning_layers.{name}", name, SAME) for name in ("weight", "bias")))}),
