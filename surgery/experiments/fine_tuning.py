@@ -173,8 +173,7 @@ class _Run:
         refuse_taken(self.folder, ADAPTER, force)
         refuse_unwritable(self.folder)
         checkpoints = Checkpoints(Path(f"{self.folder}-checkpoints"), self.record())
-        with _processes().main_process_first():
-            last = checkpoints.begin(resume, force)
+        last = checkpoints.last(resume, force)
         with self.watch.busy(f"loading {self.model}"):
             words, (model, drawn) = tokenizer(self.model, self.trust), self._loaded(task)
         for each in (task, *filter(None, [dev]), *tests):
@@ -187,6 +186,9 @@ class _Run:
                        helps=("--force starts anew; in Python, force=True",))
         before = self._scores(model, words, tests, "before")
         trainer = self._trainer(surgeon, words, task, dev, checkpoints)
+        with _processes().main_process_first():
+            if not resume:  # not before all else is right: what fails leaves the earlier run's checkpoints
+                checkpoints.begin_anew()
         with self._batches(surgeon):
             done = trainer.train(resume_from_checkpoint=str(last) if last else None)
         model.eval()
@@ -370,10 +372,14 @@ class Checkpoints:
     folder: Path
     record: str
 
-    def begin(self, resume: bool, force: bool) -> Path | None:
+    @property
+    def _found(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+
+    def last(self, resume: bool, force: bool) -> Path | None:
         """The checkpoint to go on from; None to start anew. Raises: SurgeryError (bad-output) for a folder that holds
         something else, or a training that began otherwise."""
-        found = sorted(self.folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+        found = self._found
         others = [p.name for p in self.folder.glob("*") if p not in found and p.name != training_record.FILE]
         if others:
             raise fail("bad-output", f"{self.folder} is for checkpoints, and holds {', '.join(sorted(others)[:5])}",
@@ -386,12 +392,15 @@ class Checkpoints:
             raise fail("bad-output", f"{self.folder} holds checkpoints of an earlier run",
                        helps=("--resume goes on from the last one, --force starts anew; in Python, resume=True and "
                               "force=True",))
-        for path in found:
+        return None
+
+    def begin_anew(self) -> None:
+        """Clear the folder for a training, and note there what it is asked for."""
+        for path in self._found:
             shutil.rmtree(path)
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing_file(self.folder / training_record.FILE) as new:
             new.write_text(self.record, encoding="utf-8")
-        return None
 
     def _refuse_other(self) -> None:
         """Raises: SurgeryError (bad-output) unless the checkpoints were made by what is asked for now."""

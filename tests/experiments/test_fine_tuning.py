@@ -120,6 +120,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(models, files, tmp_path:
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
     with pytest.raises(surgery.SurgeryError, match="there is no run to go on with"):
         run("none", resume=True)
+    # what fails before it trains takes nothing away, and leaves nothing
+    checkpoints = sorted((tmp_path / "half-checkpoints").rglob("*"))
+    for folder in ("half", "fresh"):
+        with pytest.raises(surgery.SurgeryError, match="no-match"):
+            surgery.train(FEW.retarget("**.misspelt"), models["causal"], choices(files), tmp_path / folder,
+                          setting=setting, force=True)
+    assert sorted((tmp_path / "half-checkpoints").rglob("*")) == checkpoints and checkpoints
+    assert not (tmp_path / "fresh-checkpoints").exists()
 
 
 def test_the_best_checkpoint_is_the_one_that_is_saved(models, files, tmp_path: Path, monkeypatch) -> None:
