@@ -167,8 +167,8 @@ def _proven() -> Iterator[None]:
     write_program, write_step = program.program_text, autograd_node.step_text
     of_program, of_step = cache(program_faults), cache(step_faults)
 
-    def proven_program(plan: Any) -> str:
-        source = write_program(plan)
+    def proven_program(plan: Any, **settings: Any) -> str:
+        source = write_program(plan, **settings)
         assert of_program(source, tuple(plan.outputs), plan.is_called) == [], source
         return source
 

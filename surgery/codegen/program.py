@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from types import CodeType
 from typing import Any
 
@@ -27,7 +27,7 @@ from surgery.codegen.kernel_names import names_called
 from surgery.codegen.program_text import program_text
 from surgery.ir.dense import without_autocast
 from surgery.ir.expression import Expr
-from surgery.ir.orthogonal_maps import is_traced
+from surgery.ir.orthogonal_maps import is_traced, is_transformed
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,12 @@ class Program:
         """The cheapest program for so many tokens (itself where they are not known)."""
         fitting = (program for limit, program in self.up_to if tokens is not None and tokens <= limit)
         return next(fitting, self)
+
+    @cached_property
+    def unwritten(self) -> Callable[..., torch.Tensor]:
+        """The body with no value written over: what is the same for all items of a `vmap` cannot hold a sum with what
+        each item has of its own."""
+        return _scope(program_text(self.plan, writes=False))["body"]
 
     @property
     def over(self) -> tuple[Program, ...]:
@@ -91,7 +97,8 @@ class Program:
             return y
         with nullcontext() if layer.follows_autocast else without_autocast(layer.device.type):
             assert self.body is not None  # a program of W' alone has none, and is not run
-            return self.body(layer, x, *values)
+            body = self.body if torch.compiler.is_compiling() or not is_transformed() else self.unwritten
+            return body(layer, x, *values)
 
     def run_grouped(self, values: Sequence[torch.Tensor], apart: Sequence[bool], layers: Sequence[Any],
                     counts: list[int], x: torch.Tensor) -> torch.Tensor:
@@ -129,11 +136,17 @@ def _code(text: str) -> CodeType:
     return compile(text, "<surgery program>", "exec")
 
 
+def _scope(text: str) -> dict[str, Any]:
+    """The functions of a program's text by name."""
+    scope = names_called(in_step=False)
+    exec(_code(_COMMENT.sub("", text)), scope)
+    return scope
+
+
 @cache
 def _compile(plan: Candidate) -> Program:
     text = program_text(plan)
-    scope = names_called(in_step=False)
-    exec(_code(_COMMENT.sub("", text)), scope)
+    scope = _scope(text)
     plain = None if plan.plain is None else _compile(plan.plain)
     return Program(text, scope["once"], scope["setup"], scope.get("body"), plan, plan.reads_weight,
                    plan.rests_on_layer, plain=plain)

@@ -30,8 +30,8 @@ from surgery.rewrite.normal_form import simplify
 LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
 
 
-def program_text(plan: Candidate) -> str:
-    """The functions of a program, as `program.Program` calls them."""
+def program_text(plan: Candidate, writes: bool = True) -> str:
+    """The functions of a program, as `program.Program` calls them. `writes`: whether the body may write over values."""
     known = {node: f"known[{i}]" for i, node in enumerate(plan.fixed)}
     values = _told_apart(plan.values)
     functions = [_prepared("once", "layer, dtype", plan.fixed, {}, "k"),
@@ -40,7 +40,7 @@ def program_text(plan: Candidate) -> str:
         output = plan.outputs[0]
         x = next(node for node in walk(output) if operation(node).source is Source.INPUT)
         names = {**{node: f"a{i}" for i, node in enumerate(plan.values)}, x: "x"}
-        region = Region((output,), names.keys(), Memory(writes=True, is_called=plan.is_called))
+        region = Region((output,), names.keys(), Memory(writes=writes, is_called=plan.is_called))
         text = emitted(region, names, "y")
         arguments = "".join(f", a{i}" for i in range(len(plan.values)))
         functions.append(_function(f"body(layer, x{arguments})", [line for _, line in text.lines],

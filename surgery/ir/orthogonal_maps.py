@@ -15,9 +15,13 @@ from torch import Tensor
 def is_traced() -> bool:
     """Whether something looks into the program that knows autograd's own operations better than a node of ours: a
     compiler (which plans the backward pass itself), a transform of torch.func, forward differentiation."""
-    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  # torch's documentation names it so
-    return torch.compiler.is_compiling() or transformed or traced
+    return torch.compiler.is_compiling() or is_transformed() or traced
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func looks on, or forward differentiation."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def eliminated(a: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import fail
-from surgery.ir.orthogonal_maps import is_traced
+from surgery.ir.orthogonal_maps import is_traced, is_transformed
 
 # What modules call the numbers of features that they give and take: nn.Linear and most, AutoGPTQ, transformers' Conv1D.
 _SIDES = (("out_features", "in_features"), ("outfeatures", "infeatures"), ("nf", "nx"))
@@ -229,7 +229,7 @@ def twin(module: nn.Module) -> nn.Module:
 
 def asking(rows: Tensor) -> Tensor:
     """The rows with requires_grad, since a layer may repack itself when it runs for inference alone."""
-    return rows if torch.compiler.is_compiling() else rows.requires_grad_()
+    return rows if _is_seen_through() else rows.requires_grad_()
 
 
 def through(module: nn.Module, rows: Tensor) -> Tensor:
@@ -243,9 +243,15 @@ def through(module: nn.Module, rows: Tensor) -> Tensor:
 
 def back(module: nn.Module, rows: Tensor) -> Tensor:
     """Wᵀ m for each row m, [r, out] -> [r, in]: the gradient that the layer gives."""
-    if torch.compiler.is_compiling():  # which sees through this, and not through a gradient inside of a node of ours
+    if _is_seen_through():
         return torch.func.vjp(forward_of(module), _ones(module, rows))[1](rows)[0]
     return _Back.apply(rows, module)
+
+
+def _is_seen_through() -> bool:
+    """Whether a compiler or a transform looks on, which does not see through a gradient inside of a node of ours, nor
+    takes what asks for one by itself; it does see through torch.func."""
+    return torch.compiler.is_compiling() or is_transformed()
 
 
 def _ones(module: nn.Module, rows: Tensor) -> Tensor:
