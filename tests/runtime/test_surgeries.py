@@ -220,6 +220,8 @@ def test_the_command_line_merges_a_stack(tmp_path: Path):
         surgeries.save(name, tmp_path / name, base_model="demo:llama")
     surgeries.use("b", "a")
     y = surgeries.model(**demo_inputs("llama")).logits
+    with pytest.raises(SurgeryError, match=r"surgeries\.save\(name, folder\) writes each"):
+        surgeries.model.save_pretrained(tmp_path / "both")  # which no one spec says
     told = CliRunner().invoke(main, ["merge", str(tmp_path / "b"), "--then", str(tmp_path / "a"), "-o",
                                      str(tmp_path / "out")])
     assert told.exit_code == 0, told.output
