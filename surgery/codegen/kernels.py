@@ -100,21 +100,21 @@ def column_blocks(a: Tensor, s: Tensor) -> Tensor:
 
 def thin(a: Tensor, m: Tensor) -> Tensor:
     """a m for a few columns: [t, k], [k, r] -> [t, r]."""
-    columns = m.mT.contiguous()
     count = _bands(a, len(a))
     if not count:
-        return a @ columns.mT
+        return a @ m
+    columns = m.mT.contiguous()
     rows, rest = a.split([len(a) // count * count, len(a) % count])
     turned = torch.bmm(columns.expand(count, -1, -1), rows.unflatten(0, (count, -1)).mT)
     first = turned.mT.reshape(len(rows), len(columns))
-    return torch.cat([first, rest @ columns.mT]) if len(rest) else first
+    return torch.cat([first, rest @ m]) if len(rest) else first
 
 
 def thin_dot(a: Tensor, g: Tensor) -> Tensor:
     """aᵀ g for a few columns of a: [t, r], [t, n] -> [r, n]."""
     width = g.shape[1]
     count = _bands(g, width)
-    if not count or len(g) < BAND:
+    if not count:
         return a.mT @ g
     columns, rest = g.split([width // count * count, width % count], dim=1)
     parts = torch.bmm(a.mT.expand(count, -1, -1), _slices(columns, count))
@@ -125,8 +125,8 @@ def thin_dot(a: Tensor, g: Tensor) -> Tensor:
 def _bands(a: Tensor, size: int) -> int:
     """In how many parts of so many rows or columns a thin product of a is shared out, which is one batch of products:
     what multiplies matrices for torch on a CPU shares out a product with a side of 2 to 64 badly, with threads and
-    without. 0: it is no better in parts, as in narrow floats."""
-    return min(MOST_BANDS, size // BAND) if on_cpu(a) and a.dtype == wide(a) else 0
+    without. 0: it is no better in parts, as with few tokens or in narrow floats."""
+    return min(MOST_BANDS, size // BAND) if len(a) >= BAND and on_cpu(a) and a.dtype == wide(a) else 0
 
 
 def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
