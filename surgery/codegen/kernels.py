@@ -15,7 +15,9 @@ from torch import Tensor
 from surgery.ir.primitives_indexing import mixed_blocks
 
 ROWS = 128  # of an activation that a CPU keeps close while it reads them with a stride
+SMALL_PARTS = 32  # of a weight, at least, of which one at a time is copied
 TILE = 32  # columns of blocks that a device multiplies well
+NARROW = 16  # columns of blocks below which a CPU does not
 BAND, MOST_BANDS = 64, 16  # rows or columns of a part of a thin product, and parts
 
 
@@ -46,13 +48,24 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return _wide_products(a, b).sum().to(a.dtype)
 
 
+def column_squares(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ w² over the rows of a weight, summed in a dtype, with a small part of it as memory: [m, n] -> [n]."""
+    parts = w.split(min(ROWS, -(-len(w) // SMALL_PARTS)))
+    return _added_up(zip(parts, parts), dtype).sum(0)
+
+
 def _wide_products(a: Tensor, b: Tensor) -> Tensor:
     """a b in the dtype of sums, on a CPU with rows added up, a cacheful of them at a time: [t, n], [t, n] -> [u, n]."""
-    if not on_cpu(a):
-        return a * b if a.dtype == wide(a) else a.to(wide(a)).mul_(b)  # no more memory than that of the sum's terms
-    (first, other), *rest = _parts(a, b)
-    sums = first.to(wide(a)) * other
-    for x, y in rest:
+    if on_cpu(a):
+        return _added_up(zip(a.split(ROWS), b.split(ROWS)), wide(a))
+    return a * b if a.dtype == wide(a) else a.to(wide(a)).mul_(b)  # no more memory than that of the sum's terms
+
+
+def _added_up(pairs: Iterator[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """The products of pairs, the first ones no smaller than the others, added up row by row in a dtype."""
+    first, other = next(pairs)
+    sums = first.to(dtype) * other
+    for x, y in pairs:
         sums[:len(x)].addcmul_(x, y)
     return sums
 
@@ -83,13 +96,13 @@ def blocks(a: Tensor, s: Tensor) -> Tensor:
     """a block_diag(s): [t, b k], [b, k, m] -> [t, b m], with no second activation beside it."""
     rows = a.flatten(0, -2)
     result = a.new_empty(len(rows), s.shape[0] * s.shape[2])
-    for part, into in _parts(rows, result):
-        if not on_cpu(a):
-            torch.bmm(_slices(part, len(s)), s, out=_slices(into, len(s)))
-        elif s.shape[2] < TILE:  # turned in cache: narrow blocks that are written with a stride take twice as long
+    if not on_cpu(a):
+        torch.bmm(_slices(rows, len(s)), s, out=_slices(result, len(s)))
+    elif s.shape[2] < NARROW:  # turned in cache: written with a stride they take up to four times as long
+        for part, into in _parts(rows, result):
             into.copy_(column_blocks(part, s))
-        else:  # into memory of its own, which takes up to half the time, and then copied
-            _slices(into, len(s)).copy_(_slices(part, len(s)) @ s)
+    else:
+        _slices(result, len(s)).baddbmm_(_slices(rows, len(s)), s, beta=0)
     return result.unflatten(0, a.shape[:-1])
 
 
@@ -131,8 +144,7 @@ def _bands(a: Tensor, size: int) -> int:
 
 def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:
     """y + alpha a block_diag(s), written into y: [t, b m], [t, b k], [b, k, m]."""
-    for part, into in _parts(a, y):
-        _slices(into, len(s)).baddbmm_(_slices(part, len(s)), s, alpha=alpha)
+    _slices(y, len(s)).baddbmm_(_slices(a, len(s)), s, alpha=alpha)
     return y
 
 

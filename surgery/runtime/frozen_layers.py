@@ -13,15 +13,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from surgery.codegen.kernels import on_cpu
+from surgery.codegen.kernels import column_squares, on_cpu
 from surgery.codegen.masks import mask, masked
 from surgery.ir.dense import autocasts
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout
 from surgery.layers.opaque_linear import stored, stored_weight
 from surgery.runtime.sharding import is_part, whole
-
-_PARTS = 32  # of a weight that is read with a stride: what is copied of it at a time is small
 
 
 class Frozen:
@@ -87,8 +85,7 @@ class Frozen:
         if weight.requires_grad:  # the second derivative of a norm is not finite at 0
             return weight.to(dtype).square().sum(axis)
         if on_cpu(weight) and weight.stride(axis) != 1:  # which torch's own norm takes twenty times as long for
-            first, *rest = (weight if axis == 0 else weight.mT).chunk(_PARTS)
-            return sum((part.to(dtype).square().sum(0) for part in rest), first.to(dtype).square().sum(0))
+            return column_squares(weight if axis == 0 else weight.mT, dtype)
         return torch.linalg.vector_norm(weight, dim=axis, dtype=dtype).square()
 
     def offset(self, dtype: torch.dtype) -> torch.Tensor:
