@@ -65,7 +65,13 @@ def test_an_adapter_needs_only_the_weights_that_it_reads(tmp_path: Path, monkeyp
     """The base model lies in files of a tensor each, and is never loaded."""
     load_demo(LLAMA).save_pretrained(tmp_path / "base", max_shard_size="1KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 5
-    spec = 'spec s\ntarget linear "**.q_proj" { pre diagonal() add low_rank(3) post orthogonal(2) }'
+    # an identity and ones that the program makes, where the layers themselves have no numbers
+    spec = """transform turned() on n : orthogonal {
+      param t = 0
+      return cos(t) * I(n) + sin(t) * kron(I(n / 2), [[0, -1], [1, 0]])
+    }
+    update level() { param c = 0 return W * (c * ones(out, in)) }
+    target linear "**.q_proj" { pre diagonal() pre turned() on in add low_rank(3) add level() post orthogonal(2) }"""
     surgeon = perturbed(load_demo(LLAMA), surgery.parse(spec))
     surgeon.save(tmp_path / "adapter", base_model=str(tmp_path / "base"))
     monkeypatch.setattr(saved_weights, "load", None)

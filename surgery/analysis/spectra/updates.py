@@ -158,6 +158,7 @@ def _delta(placed: Placed, values: Leaves) -> tuple[Tensor | tuple[Tensor, Tenso
     program = placed.compiled.of_weight(expr).weights
     layer = frozen(placed.site.module, placed.site.layout, placed.site.parameter)
     layer.weight = values["weight"]
+    layer.device = layer.weight.device  # of a model of which one weight is in memory at a time: the rest has no numbers
     leaves = {key: t for key, t in values.items() if key != "weight"}
     delta = program.setup(layer, leaves, program.once(layer, WIDE), WIDE, WIDE)[0]
     return delta, max(delta.shape) * torch.finfo(WIDE).eps * float(values["weight"].norm() + delta.norm())
