@@ -37,7 +37,7 @@ def console(output: Output, shape: tuple[int, int], tokens: int) -> None:
             if told.spec is not None:
                 from surgery.cli.program_view import shown
 
-                shown(output, told.spec, *shape, tokens, ("cpu", "float32"))
+                shown(output, told.spec, shape, tokens, ("cpu", "float32"))
         except SurgeryError as error:
             output.diagnostics(error.diagnostics)
 
