@@ -47,6 +47,12 @@ def some(texts: Iterable[str], most: int = 3) -> str:
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
+def some_lines(lines: Iterable[str], most: int = 8) -> list[str]:
+    """The first lines, and behind them how many more there are: `and 4 more`."""
+    lines = list(lines)
+    return [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
+
+
 def size_text(count: int) -> str:
     """A size in bytes with its unit: `361 KiB`."""
     size, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]

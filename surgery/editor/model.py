@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from surgery.diagnostics import SurgeryError
 from surgery.layers.kinds import LINEAR
-from surgery.text import counted
+from surgery.text import counted, some_lines
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,9 +88,9 @@ class Model:
         except SurgeryError:
             return ""
         taken = [s for s in self.sites if any(glob.live(name) for name in self.catalogue.marked[s])]
-        named = [f"- `{s.name}` ({s.kind}, {s.sides})" for s in taken[:_MOST_NAMES]]
-        more = [f"- and {len(taken) - _MOST_NAMES} more"] * (len(taken) > _MOST_NAMES)
-        return "\n".join([f'`"{pattern}"` matches {counted(len(taken), "weight")} of {self.name}', "", *named, *more])
+        named = some_lines((f"`{s.name}` ({s.kind}, {s.sides})" for s in taken), _MOST_NAMES)
+        return "\n".join([f'`"{pattern}"` matches {counted(len(taken), "weight")} of {self.name}', "",
+                          *(f"- {line}" for line in named)])
 
 
 def _told(sites: list[Site]) -> str:

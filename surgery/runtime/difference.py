@@ -17,7 +17,7 @@ from surgery.language.formatter import expression_text
 from surgery.language.tree import Parameter, Spec
 from surgery.matching.name_ranges import alike, ranged
 from surgery.planning.formulas import formula_lines, formulas
-from surgery.text import counted, figure_text
+from surgery.text import counted, figure_text, some_lines
 
 if TYPE_CHECKING:
     from surgery.planning.figures import Report
@@ -114,8 +114,8 @@ class Difference:
         if self.tensors:
             far = sorted(self.tensors, key=lambda name: -(self.tensors[name] or float("inf")))
             yield f"{counted(len(far), 'tensor')} of the adapters, by their distance"
-            yield from (f"  {name}: {figure_text(self.tensors[name])}" for name in far[:_MOST])
-            yield from [f"  and {len(far) - _MOST} more"] * (len(far) > _MOST)
+            told = some_lines((f"{name}: {figure_text(self.tensors[name])}" for name in far), _MOST)
+            yield from (f"  {line}" for line in told)
 
 
 def _value_text(parameter: Parameter) -> str:

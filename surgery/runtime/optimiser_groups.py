@@ -29,7 +29,8 @@ def parameter_groups(plan: Plan, tensors: Mapping[str, torch.Tensor], name_of: C
     # Decay pulls to 0. A gain that starts at 1 it would pull away from W, so it is given to what starts around 0, and
     # to the matrices of `train`, as trainers do (a bias or a norm gets none). On a manifold there is no way to 0.
     decays = {name: tensors[name].ndim > 1 for name in plan.train}
-    own_names = dict.fromkeys(plan.train, ("",))  # of each tensor, its own name, and that of its `param`
+    # of each tensor, its own name, and that of its `param`
+    own_names: dict[str, tuple[str, ...]] = dict.fromkeys(plan.train, ("",))
     factors = dict.fromkeys(plan.train, 1.0)  # and what `rate` says
     for placed in plan.placed:
         for leaf in placed.formula.leaves:

@@ -7,7 +7,7 @@ faults come in one error, nothing is unpickled.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,7 @@ from surgery.language.tree import Spec
 from surgery.models.names import at_revision
 from surgery.runtime.atomic_folders import Kind
 from surgery.runtime.fingerprint import another_base, differing
-from surgery.text import counted, dtype_text
+from surgery.text import counted, dtype_text, some_lines
 
 FORMAT, WITH_RULES = "1.0", "2.0"  # of a folder that holds every tensor, and of one that has some made again
 REMADE = "surgery.remade"  # in a checkpoint's tensors: what is said of those that it does not hold, as JSON
@@ -32,7 +32,6 @@ CHECKPOINT = "model.safetensors"  # holds the tensors where `save_pretrained` wr
 TENSORS, SPEC, META = FILES = ("adapter.safetensors", "adapter.surg", "meta.json")
 ADAPTER = Kind("a saved adapter", earlier=frozenset(FILES))
 SEEDS = (-(1 << 63), (1 << 64) - 1)  # the least and the largest that a generator of torch takes
-_SHOWN = 8
 DIVERGED = "the training that made it diverged"
 _NAME_ONE = "name what `surgery apply -o` or `save()` wrote"
 _RESUME_IT = ("it is a checkpoint in shards, which holds the whole model: resume the training from it, then "
@@ -254,12 +253,9 @@ def compare(saved: Shapes, wanted: Shapes, where: str, report: Collector, file: 
                              ("holds", unknown, f"that {where} has no place for"),
                              ("holds", wrong, "of another shape")):
         if names:
-            report.error("bad-adapter", f"{file} {has} {counted(len(names), 'tensor')} {what}", notes=_lines(names))
+            report.error("bad-adapter", f"{file} {has} {counted(len(names), 'tensor')} {what}",
+                         notes=tuple(some_lines(names)))
 
 
-def _lines(lines: Sequence[str]) -> tuple[str, ...]:
-    return (*lines[:_SHOWN], *([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(_lines(names))
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(some_lines(names))

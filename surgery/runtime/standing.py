@@ -20,9 +20,7 @@ from surgery.layers.wrappers import named_modules, own_parameter, submodule
 from surgery.planning.compile import Placed
 from surgery.runtime.sharding import gather_up, refuse_elsewhere, refuse_flattened, refuse_unseen, refuse_unshared
 from surgery.runtime.tensor_names import TensorNames
-from surgery.text import listed
-
-_SHOWN = 8
+from surgery.text import listed, some_lines
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,8 @@ class Standing:
 def changed(faults: Mapping[str, str], *helps: str) -> SurgeryError:
     """The error of a verb that would act on a changed model."""
     first, *rest = dict.fromkeys(faults.values())
-    more = [f"and {len(rest) - _SHOWN} more"] if len(rest) > _SHOWN else []
     return fail("changed-model", f"the model was changed after it was operated on: {first}",
-                notes=(*rest[:_SHOWN], *more), helps=helps)
+                notes=tuple(some_lines(rest)), helps=helps)
 
 
 def refuse_empty(spots: Iterable[Spot]) -> None:

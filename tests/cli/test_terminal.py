@@ -20,7 +20,7 @@ from surgery.cli.main import main
 from surgery.cli.spectrum import _cell, _csv
 from surgery.diagnostics import Diagnostic, Source, Span
 from surgery.models.demo import load_demo
-from surgery.text import plain
+from surgery.text import plain, some, some_lines
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -37,6 +37,11 @@ def run(*arguments: str, status: int | None = None) -> Result:
 
 def assert_plain(text: str) -> None:
     assert [c for c in text if not c.isprintable() and c != "\n"] == []
+
+
+def test_of_many_the_first_are_told_and_how_many_more_there_are() -> None:
+    assert some("abc") == "a, b, c" and some("abcde") == "a, b, c and 2 more"
+    assert some_lines("ab", 2) == ["a", "b"] and some_lines("abc", 2) == ["a", "b", "and 1 more"]
 
 
 @pytest.mark.parametrize("text, shown", [
