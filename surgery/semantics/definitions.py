@@ -452,4 +452,18 @@ def _instead_of_result(definition: Definition, result: Expr, wanted: tuple[Size,
         return ("W is [out, in], as torch stores it: return `.T` of this, or give each factor its other shape",)
     if len(wanted) == 2 and result.shape == wanted[:1]:
         return (f"what is added to the bias is `update {definition.name}(...) on bias`",)
-    return ()
+    sides = (definition.dim,) * 2 if definition.dim else ("out", "in")
+    told = (_as_what_is_left(found, name, side) for found, name, side in zip(result.shape, sides, wanted)
+            if len(result.shape) == len(wanted) and found != side)
+    return tuple(filter(None, told))[:1]
+
+
+def _as_what_is_left(found: Size, name: str, side: Size) -> str:
+    """That a parameter in a product is to follow from the side that this is to be; empty where that says nothing."""
+    own = sorted(found.symbols() - {"out", "in"}) if isinstance(found, Dim) and len(found.terms) == 1 else []
+    rest = found / symbol(own[-1]) if own and isinstance(found, Dim) else 1
+    if rest == 1 or own[-1] in str(rest):
+        return ""
+    text = f"({rest})" if " " in str(rest) else f"{rest}"
+    return (f"sizes are compared before a model is there, whatever they are: write `{name} / {text}` in the place of "
+            f"`{own[-1]}`")
