@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.diagnostics import fail
+from surgery.ir.dense import without_autocast
 from surgery.ir.orthogonal_maps import is_traced, is_transformed
 
 # What modules call the numbers of features that they give and take: nn.Linear and most, AutoGPTQ, transformers' Conv1D.
@@ -272,7 +273,8 @@ class _Back(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (grad,) = grad_outputs
-        return through(ctx.module, grad), None
+        with without_autocast(grad.device.type):  # as the forward pass had it: in float16 far images would be infinite
+            return through(ctx.module, grad), None
 
 
 @torch.no_grad()

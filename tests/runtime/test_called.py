@@ -259,6 +259,20 @@ def test_under_autocast_and_compiled():
             assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["dora", "a projection from W on in", "columns and rows of W"])
+def test_a_backward_pass_under_autocast_is_finite_and_near(name, dtype):
+    """`loss.backward()` within autocast: calls that a set-up made outside of it are differentiated by calls."""
+    model, surgeon = operated(named(name), Int8Linear(IN, OUT), dtype=torch.float32)
+    parameters = [*surgeon.parameters()]
+    wanted = torch.autograd.grad(model(torch.ones(5, IN)).sum(), parameters)
+    y = model(torch.ones(5, IN)).sum()
+    with torch.autocast("cpu", dtype):
+        found = torch.autograd.grad(y, parameters)
+    for one, other in zip(found, wanted):
+        assert_close(one, other, 5e-2)
+
+
 @pytest.mark.parametrize("quotient", ["norm(B @ A) / norm(B @ A) * W", "diag(row_norm(B @ A) / row_norm(B @ A)) @ W",
                                       "W @ diag(col_norm(B @ A) / col_norm(B @ A))"])
 def test_a_norm_that_starts_at_zero_is_no_one(quotient):
