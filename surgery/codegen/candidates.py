@@ -281,6 +281,11 @@ def candidate(outputs: tuple[Expr, ...], prepare: Callable[[Expr], Expr], strate
     return Candidate(strategy, outputs, values, _fixed(values), has_body, trained, is_called, first, plain)
 
 
+def of_values(values: tuple[Expr, ...]) -> Candidate:
+    """The program of such values alone, as they stand."""
+    return Candidate("values", values, values, _fixed(values), False)
+
+
 @lru_cache(maxsize=4096)
 def _is_reached(value: Expr, trained: frozenset[str]) -> bool:
     """Whether a parameter that trains is reached without passing a `detach`."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from surgery.codegen.candidates import Candidate, by_tokens, candidates, weights
 from surgery.codegen.cost_model import CPU, TOKENS_SUPPOSED, Machine
+from surgery.codegen.row_blocks import RowBlocks, row_blocks
 from surgery.ir.expression import Expr, Formula, in_evaluation, in_training, noises
 from surgery.ir.notation import brief, listing
 from surgery.layers.kinds import LayerKind, supposed
@@ -97,6 +98,11 @@ class Compiled:
         from surgery.codegen.program import compiled
 
         return compiled(weights(self.formula, self.has_bias))
+
+    @property
+    def weight_rows(self) -> RowBlocks | None:
+        """The same in runs of rows, where a row of W' rests on no other row of W."""
+        return row_blocks(weights(self.formula, self.has_bias))
 
     @property
     def drawn_weights(self) -> Program:

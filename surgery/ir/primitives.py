@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from surgery.ir import derivatives, flop_rules
+from surgery.ir import derivatives, flop_rules, row_rules
 from surgery.ir.expression import Expr, Shape
 from surgery.ir.notation_forms import ATOM, ENTRYWISE, PRODUCT, SUM, around, entrywise_product, infix, transpose
 from surgery.ir.notation_forms import product as product_notation
@@ -271,7 +271,7 @@ def _clamp(a: Any, lowest: Any, highest: Any) -> Any:
 def _entrywise(name: str, number: Callable[[float], float], doc: str, **more: Any) -> Operation:
     """A function of each entry that torch has as a method by the same name."""
     return Operation(name, 1, same, lambda a: getattr(a, name)(), f"{doc}, entry by entry", number=number,
-                     transpose=Transpose.INSIDE, text=f"{{}}.{name}()", **more)
+                     transpose=Transpose.INSIDE, text=f"{{}}.{name}()", rows=row_rules.entrywise, **more)
 
 
 def _are_matrices(node: Expr) -> bool:
@@ -300,7 +300,7 @@ ROWS = [
               notation=around("-", "", PRODUCT, SUM)),
     Operation("add", 2, elementwise, lambda a, b: a + b, "a + b", sign="+", linear=Linear.TOGETHER,
               transpose=Transpose.INSIDE, number=lambda a, b: a + b, text="{} + {}", memory=Memory.NEW, is_unkept=True,
-              derivative=derivatives.add, notation=infix("+", SUM, SUM, ENTRYWISE)),
+              derivative=derivatives.add, notation=infix("+", SUM, SUM, ENTRYWISE), rows=row_rules.entrywise),
     Operation("sub", 2, elementwise, lambda a, b: a - b, "a - b", stage=SUGAR, sign="-", linear=Linear.TOGETHER,
               notation=infix("-", SUM, SUM, ENTRYWISE)),
     Operation("mul", 2, product_shape, lambda a, b: a * b, "a * b, entry by entry", sign="*", linear=Linear.EACH,
@@ -308,14 +308,14 @@ ROWS = [
               in_place=InPlace(MUL, _scaled_activation),
               # autograd makes a matrix more for the gradient of `addcmul`
               added=Added(ADDCMUL, fits=_are_alike, when=When.WITHOUT_GRADIENT),
-              derivative=derivatives.mul, notation=entrywise_product),
+              derivative=derivatives.mul, notation=entrywise_product, rows=row_rules.entrywise),
     Operation("div", 2, elementwise, divided, "a / b, entry by entry; 0 where b is 0", sign="/",
               transpose=Transpose.INSIDE, number=lambda a, b: a / b,
-              notation=infix("/", ENTRYWISE, ENTRYWISE, ATOM)),
+              notation=infix("/", ENTRYWISE, ENTRYWISE, ATOM), rows=row_rules.entrywise),
     Operation("min", 2, elementwise, _extreme("minimum"), "the smaller of each pair of entries",
-              transpose=Transpose.INSIDE, number=min),
+              transpose=Transpose.INSIDE, number=min, rows=row_rules.entrywise),
     Operation("max", 2, elementwise, _extreme("maximum"), "the larger of each pair of entries",
-              transpose=Transpose.INSIDE, number=max),
+              transpose=Transpose.INSIDE, number=max, rows=row_rules.entrywise),
     _entrywise("exp", math.exp, "e^a"),
     _entrywise("cos", math.cos, "cos a"),
     _entrywise("sin", math.sin, "sin a"),
@@ -326,22 +326,25 @@ ROWS = [
     _entrywise("relu", lambda a: max(a, 0), "max(a, 0), with no gradient at 0"),
     Operation("sign", 1, same, lambda a: a.detach().sign(), "1, 0 or -1, entry by entry, with no gradient",
               stops_gradient=True, transpose=Transpose.INSIDE, number=lambda a: (a > 0) - (a < 0),
-              text="{}.detach().sign()"),
+              text="{}.detach().sign()", rows=row_rules.entrywise),
     Operation("clamp", 3, _clamp_shape, _clamp, "min(max(a, b), c), at b and c with the gradient of a",
-              transpose=Transpose.INSIDE, number=lambda a, b, c: min(max(a, b), c)),
+              transpose=Transpose.INSIDE, number=lambda a, b, c: min(max(a, b), c), rows=row_rules.entrywise),
     Operation("detach", 1, same, lambda a: a.detach(), "a, through which no gradient flows", stops_gradient=True,
-              transpose=Transpose.INSIDE, number=lambda a: a, text="{}.detach()", memory=Memory.VIEW),
+              transpose=Transpose.INSIDE, number=lambda a: a, text="{}.detach()", memory=Memory.VIEW,
+              rows=row_rules.entrywise),
     Operation("norm", 1, lambda a: (), _norm, "√Σ a², the Frobenius norm", notation=around("‖", "‖")),
-    Operation("row_norm", 1, lambda a: matrix(a)[:-1], lambda a: a.norm(dim=-1), "the norm of each row: [m, n] -> [m]"),
+    Operation("row_norm", 1, lambda a: matrix(a)[:-1], lambda a: a.norm(dim=-1), "the norm of each row: [m, n] -> [m]",
+              rows=row_rules.of_rows),
     Operation("col_norm", 1, lambda a: matrix(a)[:-2] + a[-1:], lambda a: a.norm(dim=-2),
-              "the norm of each column: [m, n] -> [n]"),
+              "the norm of each column: [m, n] -> [n]", rows=row_rules.of_columns),
     Operation("matmul", 2, product, lambda a, b: a @ b, "a @ b, the matrix product", sign="@", linear=Linear.EACH,
               transpose=Transpose.KNOWN, orthogonal=Orthogonal.OF_ORTHOGONAL, text=_product_text, memory=Memory.NEW,
               is_unkept=True, is_matmul=True, added=Added(ADDMM, fits=_are_matrices, is_product=True),
-              flops=flop_rules.product, derivative=derivatives.matmul, notation=product_notation),
+              flops=flop_rules.product, derivative=derivatives.matmul, notation=product_notation,
+              rows=row_rules.product),
     Operation("T", 1, lambda a: matrix(a)[:-2] + (a[-1], a[-2]), lambda a: a.mT, "aᵀ, of the last two axes", sign=".T",
               linear=Linear.TOGETHER, transpose=Transpose.KNOWN, orthogonal=Orthogonal.OF_ORTHOGONAL, text="{}.mT",
-              memory=Memory.VIEW, derivative=derivatives.turned, notation=transpose),
+              memory=Memory.VIEW, derivative=derivatives.turned, notation=transpose, rows=row_rules.turned),
     Operation("diag", 1, lambda a: vector(a) + a[-1:], lambda a: a.diag_embed(), "the diagonal matrix of a vector",
               linear=Linear.TOGETHER, transpose=Transpose.KNOWN, is_structured=True, text="{}.diag_embed()"),
     Operation("block_diag", 1, _block_diag_shape, _block_diag, "a stack [b, p, q] along the diagonal of [b p, b q]",
@@ -360,7 +363,7 @@ ROWS = [
               orthogonal=Orthogonal.ALWAYS, flops=flop_rules.each(4, 0, 1)),
     Operation("side_by_side", 2, _side_by_side_shape, _side_by_side, "[a, b], the columns of both",
               linear=Linear.TOGETHER, step_kernel="kernels.side_by_side", memory=Memory.NEW,
-              derivative=derivatives.side_by_side),
+              derivative=derivatives.side_by_side, rows=row_rules.row_by_row),
     Operation("stacked", 2, _stacked_shape, _stacked, "the rows of a above those of b", stage=SUGAR,
               linear=Linear.TOGETHER),
     # For the compiler alone: the small cores of structured maps, and maps on the last axis of activations.
@@ -378,21 +381,21 @@ ROWS = [
     Operation("mirrored", 1, lambda a: exactly(2, "a matrix whose columns are the mirrors", a)[::-1], _mirrored,
               "V with reflect(U) = I - 2 U V", stage=CORE, flops=flop_rules.mirrored),
     Operation("reversed", 1, matrix, lambda a: a.flip(-1), "the columns in reverse order", stage=CORE,
-              linear=Linear.TOGETHER),
+              linear=Linear.TOGETHER, rows=row_rules.row_by_row),
     Operation("face", 2, _face_shape, _face, "the products of each row's entries: [m, r], [m, s] -> [m, r s]",
-              stage=CORE, linear=Linear.EACH),
+              stage=CORE, linear=Linear.EACH, rows=row_rules.row_by_row),
     Operation("unmoved", 1, same, lambda a: a - a.detach(), "a - detach(a): 0 with the gradient of a", stage=CORE,
-              transpose=Transpose.INSIDE),
+              transpose=Transpose.INSIDE, rows=row_rules.entrywise),
     Operation("root", 1, same, _root, "√a of a sum of squares: 0 with no gradient where rounding leaves a ≤ 0",
-              stage=CORE),
+              stage=CORE, rows=row_rules.entrywise),
     Operation("over_root", 2, elementwise, _over_root, "a / √b of sums of squares b: 0 where rounding leaves b ≤ 0",
-              stage=CORE),
+              stage=CORE, rows=row_rules.entrywise),
     Operation("total", 1, lambda a: (), lambda a: a.sum(), "Σ a over all entries", stage=CORE, linear=Linear.TOGETHER,
               text="{}.sum()"),
     Operation("scale", 2, _scale_shape, lambda a, d: a * d, "a diag(d): each column of a times its d", stage=CORE,
               linear=Linear.EACH, text="{} * {}", memory=Memory.NEW, is_unkept=True, passes=1,
               in_place=InPlace(MUL, lambda node: node.args[:1]), added=Added(ADDCMUL, when=When.WITHOUT_GRADIENT),
-              derivative=derivatives.scale),
+              derivative=derivatives.scale, rows=row_rules.entrywise),
     Operation("block_stack", 1, lambda a: (a[1] // a[0], a[0], a[0]),
               lambda a: a.unflatten(-1, (-1, len(a))).transpose(0, 1),
               "k rows of b blocks as a stack: [k, b k] -> [b, k, k]", stage=CORE, linear=Linear.TOGETHER,
@@ -401,5 +404,5 @@ ROWS = [
               step_kernel="kernels.blocks", memory=Memory.NEW, is_unkept=True,
               added=Added(Form("add_blocks", kernel="kernels.add_blocks"), fits=lambda z: len(z.shape) == 2,
                           when=When.IN_STEP, is_product=True),
-              flops=flop_rules.blocks, derivative=derivatives.blocks),
+              flops=flop_rules.blocks, derivative=derivatives.blocks, rows=row_rules.first_by_row),
 ]

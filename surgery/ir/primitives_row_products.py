@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.ir import flop_rules
+from surgery.ir import flop_rules, row_rules
 from surgery.ir.expression import Shape
 from surgery.ir.shape_rules import ShapeError, elementwise, exactly, shape_text
 from surgery.ir.table import CORE, Linear, Operation
@@ -35,7 +35,7 @@ def _row_dot(a: Any, b: Any) -> Any:
 
 ROWS = [
     Operation("row_dot", 2, lambda a, b: elementwise(a, b)[:-1], _row_dot, "Σ a b over each row", stage=CORE,
-              linear=Linear.EACH),
+              linear=Linear.EACH, rows=row_rules.of_rows),
     Operation("gram", 2, _gram_shape, _gram, "a bᵀ of each k rows: [m, n], [m, n] -> [m / k, k, k]", stage=CORE,
               sizes=("k",), linear=Linear.EACH, flops=flop_rules.each(2, 0, -1)),
     Operation("weighted_dot", 3, _weighted_shape, lambda a, b, d: (a * b) @ d, "Σ a b d over each row", stage=CORE,

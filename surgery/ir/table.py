@@ -182,7 +182,8 @@ class Operation:
     (`is_unkept`); how it is computed over an operand (`in_place`), by the sum that reads it (`added`), or as the last
     thing that is summed into another value, which has the number in front (`onto`).
     `is_inline`: it is written where it is read. `is_matmul`: torch computes it as one product of matrices.
-    `of_layer`: it rests on the frozen weight.
+    `of_layer`: it rests on the frozen weight. `rows`: what some rows of it are made of (`row_rules`); without, of all
+    its arguments.
 
     What it costs: `flops(node, count)`, `count` giving the numbers in a node's value; `passes` over memory that make it
     again in a backward pass (a view takes none), None if it is kept instead.
@@ -227,6 +228,7 @@ class Operation:
     is_inline: bool = False
     is_matmul: bool = False
     of_layer: bool = False
+    rows: Callable[[Expr, int], tuple[int | None, ...] | None] | None = None
     flops: Callable[[Expr, Callable[[Expr], float]], float] | None = None
     passes: int | None = None
     derivative: Callable[[Expr, Expr], tuple[Expr, ...]] | None = None

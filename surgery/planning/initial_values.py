@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import reduce
+from math import isfinite, sqrt
 from types import MappingProxyType
 
 import torch
@@ -159,11 +160,17 @@ def starts_around_zero(leaf: Leaf) -> bool:
 def frozen_leaves(placed: Placed, reads: bool = True) -> dict[str, torch.Tensor]:
     """The frozen weight (as a matrix or a stack) and bias of a site, in float32 or wider. Where nothing `reads` it, the
     weight is neither copied nor called for: NaNs that take no memory stand in its place."""
+    weight, *bias = frozen_parts(placed, reads)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return dict(zip(("weight", "bias"), (each.to(dtype) for each in (weight, *bias))))
+
+
+def frozen_parts(placed: Placed, reads: bool = True) -> tuple[torch.Tensor, ...]:
+    """The same as they are stored."""
     site = placed.site
     can = not (site.layout.is_called and site.is_meta)
     weight = site.layout.matrix(site.read()) if reads and can else _unread(site, site.device)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return {"weight": weight.to(dtype), **({"bias": site.bias.detach().to(dtype)} if site.bias is not None else {})}
+    return (weight, *(() if site.bias is None else (site.bias.detach(),)))
 
 
 def _unread(site: Site, device: torch.device) -> torch.Tensor:
@@ -293,20 +300,44 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def departure(before: torch.Tensor, after: torch.Tensor) -> float:
-    """‖after - before‖ / ‖before‖ (the norm of `after` where `before` is zero; infinite for a NaN), to 6 digits,
-    slice by slice: the whole in a wider dtype is several times the weight."""
-    if before is after or before.dtype == after.dtype and torch.equal(before, after):  # as most of what is asked is
+    """‖after - before‖ / ‖before‖ (the norm of `after` where `before` is zero; infinite for a NaN), to 6 digits."""
+    if _are_equal(before, after):  # as most of what is asked is
         return 0.0 if is_finite(before) else float("inf")
-    is_cpu = before.device.type == "cpu"
-    length, least = (_SLICE, torch.float32) if is_cpu else (_SLICE_ELSEWHERE, torch.float64)
-    dtype = reduce(torch.promote_types, (before.dtype, after.dtype, least))
-    room = torch.empty(min(length, before.numel()), dtype=dtype, device=before.device)
-    change = size = torch.zeros((), dtype=torch.float64, device=before.device)
-    for one, other in zip(after.detach().flatten().split(length), before.detach().flatten().split(length)):
-        squares = _squares(one, other, room[:len(one)])
-        change, size = change + squares[0], size + squares[1]
-    relative = float((change / size if size > 0 else change).sqrt())
-    return relative if relative == relative else float("inf")
+    found = Departure()
+    found.add(before, after)
+    return found.relative
+
+
+def _are_equal(before: torch.Tensor, after: torch.Tensor) -> bool:
+    return before is after or before.dtype == after.dtype and torch.equal(before, after)
+
+
+class Departure:
+    """The same of what comes part by part. Within a part slice by slice: the whole in a wider dtype is several times
+    the weight."""
+
+    def __init__(self) -> None:
+        self.is_finite = True  # of what was before
+        self._change, self._size = 0.0, 0.0
+
+    def add(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Of a part what was before, and what came after."""
+        is_cpu = before.device.type == "cpu"
+        length, least = (_SLICE, torch.float32) if is_cpu else (_SLICE_ELSEWHERE, torch.float64)
+        dtype = reduce(torch.promote_types, (before.dtype, after.dtype, least))
+        room = torch.empty(min(length, before.numel()), dtype=dtype, device=before.device)
+        change = size = torch.zeros((), dtype=torch.float64, device=before.device)
+        for one, other in zip(after.detach().flatten().split(length), before.detach().flatten().split(length)):
+            squares = _squares(one, other, room[:len(one)])
+            change, size = change + squares[0], size + squares[1]
+        self._change, self._size = self._change + float(change), self._size + float(size)
+        if not isfinite(self._change + self._size):
+            self.is_finite = self.is_finite and is_finite(before)
+
+    @property
+    def relative(self) -> float:
+        relative = sqrt(self._change / self._size) if self._size > 0 else sqrt(self._change)
+        return relative if relative == relative and self.is_finite else float("inf")
 
 
 def _squares(one: torch.Tensor, other: torch.Tensor, room: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,7 +346,8 @@ def _squares(one: torch.Tensor, other: torch.Tensor, room: torch.Tensor) -> tupl
     then all is done in float64."""
     change = room.copy_(one).sub_(other).square_().sum()
     size = room.copy_(other).square_().sum()
-    if room.dtype is torch.float32 and not all(_LEAST < float(each) < torch.inf for each in (change, size)):
+    asked = (size,) if not change and _are_equal(one, other) else (change, size)
+    if room.dtype is torch.float32 and not all(_LEAST < float(each) < torch.inf for each in asked):
         return _squares(one, other, torch.empty_like(room, dtype=torch.float64))
     return change.double(), size.double()
 

@@ -7,7 +7,7 @@ they are then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import reduce
 from typing import Any
@@ -18,7 +18,7 @@ import torch.nn as nn
 
 from surgery.codegen.autograd_node import of_each, runs_as_on
 from surgery.codegen.compiled import Compiled
-from surgery.codegen.program import Program
+from surgery.codegen.program import Program, compiled
 from surgery.diagnostics import fail
 from surgery.ir.dense import in_dtype, without_autocast
 from surgery.ir.expression import Formula
@@ -40,6 +40,9 @@ from surgery.runtime.sharding import refuse_divided, whole
 from surgery.runtime.step_tensors import SharedTensors, StepTensors, held_at
 from surgery.text import dtype_text
 
+# Numbers of W that W' is made of at once: 32 MB in float32. (Fewer, that a core's cache has, are no faster, and several
+# threads wait for each other at each of them.)
+BLOCK = 1 << 23
 _LONGEST = 120  # characters of a formula in `repr`
 
 
@@ -317,6 +320,28 @@ class Adapter(nn.Module):
         # of a stack of E matrices each tensor has E parts, but one that modules share, which every matrix reads
         axes = {key: None if key in self.shared else 0 for key in leaves}
         return torch.vmap(one, in_dims=(0, axes))(layer.weight, leaves)
+
+    def weights_by_rows(self, module: nn.Module) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
+        """The same with the mean of the noise, some rows at a time where a row of W' rests on no other row of W: in
+        float32 all of W' and its parts are several times the weight."""
+        layer = self.frozen(module).whole()
+        blocks = None if self.stack is not None or layer.weight is None else self.compiled.weight_rows
+        if blocks is None or layer.weight.numel() < 2 * BLOCK:
+            yield slice(None), self.weights(module)
+            return
+        leaves = self.shaped({key: whole(t) for key, t in self.called(layer.device).items()})
+        dtype = self.setup_dtype(layer, leaves.values())
+        leaves = {key: in_dtype(t, dtype) for key, t in leaves.items()}
+        if blocks.common is not None:
+            leaves |= zip(blocks.names, self._computed(compiled(blocks.common), layer, leaves, None, []))
+        out, in_ = layer.weight.shape
+        step, program = max(1, BLOCK // in_), compiled(blocks.block)
+        for rows in (slice(at, min(at + step, out)) for at in range(0, out, step)):
+            own = {name: leaves[key].narrow(axis, rows.start, rows.stop - rows.start)
+                   for name, (key, axis) in blocks.sliced.items()}
+            some = layer.of(layer.weight[rows])
+            some.bias = None if layer.bias is None else layer.bias[rows]
+            yield rows, self._computed(program, some, leaves | own, None, [])
 
     def substitutes(self, module: nn.Module,
                     noise: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

@@ -42,8 +42,9 @@ def merge_plainly(surgeon: Surgeon) -> dict[str, float]:
     for placed in surgeon.plan.placed:
         site, adapter = placed.site, surgeon.adapters[placed.site.name]
         if site.name in operated:
-            exact: dict[str, Tensor] = dict(zip(("weight", "bias"), adapter.weights(site.module)))
-            made = rounded(placed, exact, dict.fromkeys(exact, dtype))
+            exact = adapter.weights(site.module)
+            made = rounded(placed, [(slice(None), exact)], {
+                name: torch.empty_like(value, dtype=dtype) for name, value in zip(("weight", "bias"), exact)})
             dense[site.name] = _linear(site, *made.tensors.values(), dtype=dtype)
             errors[site.name] = made.error
         else:

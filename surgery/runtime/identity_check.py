@@ -15,7 +15,13 @@ import torch
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.language.tree import Target
 from surgery.planning.compile import Placed
-from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, frozen_leaves, is_finite, not_identity
+from surgery.planning.initial_values import (
+    IDENTITY_TOLERANCE,
+    Departure,
+    frozen_parts,
+    is_finite,
+    not_identity,
+)
 from surgery.planning.numeric_check import never_trains, reaches, trained
 from surgery.rewrite.prove_identity import starts_as_weight, starts_bit_for_bit, surely_trains
 from surgery.runtime.adapter import Adapter
@@ -41,8 +47,11 @@ def is_proven(placed: Placed, tensors: Iterable[torch.Tensor]) -> bool:
 @torch.no_grad()
 def moved_by(placed: Placed, adapter: Adapter) -> float:
     """How far W' starts from W, relative; 0 for what the dtypes allow."""
-    after = adapter.weights(placed.site.module)
-    change = max(departure(old, new) for old, new in zip(frozen_leaves(placed).values(), after))
+    before, off = frozen_parts(placed), (Departure(), Departure())
+    for rows, after in adapter.weights_by_rows(placed.site.module):
+        for old, new, each in zip(before, after, off):
+            each.add(old[rows].to(new.dtype), new)
+    change = max(each.relative for each in off)
     # no start is nearer to W than the adapter's own dtype can say
     held = (torch.finfo(t.dtype).eps for t in adapter.tensors().values() if t.is_floating_point())
     return 0.0 if change <= max([IDENTITY_TOLERANCE, *held]) else change

@@ -6,7 +6,7 @@ rounded once; a result that its dtype cannot hold is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from surgery.diagnostics import fail
 from surgery.layers.opaque_linear import is_packed_again
 from surgery.layers.wrappers import own_parameter
 from surgery.planning.compile import Placed
-from surgery.planning.initial_values import departure, is_finite
+from surgery.planning.initial_values import Departure
 from surgery.runtime.adapter import Adapter
 from surgery.text import dtype_text, listed
 
@@ -46,21 +46,25 @@ def refuse_called(placed: Sequence[Placed]) -> None:
 def merged(placed: Placed, adapter: Adapter) -> Merged:
     """W' and b' of one operated module, in the dtype and layout that it stores. Raises: SurgeryError (merge-error)."""
     site, module = placed.site, placed.site.module
-    # in float32 or wider, so that W + ΔW is rounded once, to the stored dtype
-    exact = dict(zip((site.parameter, "bias"), adapter.weights(module)))
-    exact[site.parameter] = site.layout.unmatrix(exact[site.parameter], site.weight.shape)
+    forms = {site.parameter: site.weight} | ({"bias": site.bias} if adapter.compiled.has_bias else {})
     # a bias may have a dtype of its own
-    return rounded(placed, exact, {name: own_parameter(module, name).dtype for name in exact})
+    return rounded(placed, adapter.weights_by_rows(module), {
+        name: torch.empty(form.shape, dtype=own_parameter(module, name).dtype, device=form.device)
+        for name, form in forms.items() if form is not None})
 
 
-def rounded(placed: Placed, exact: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> Merged:
-    """W' and b' in the dtypes that they are stored in, by parameter name. Raises: SurgeryError (merge-error)."""
-    stored = {name: value.to(dtypes[name]).contiguous() for name, value in exact.items()}
-    errors: list[float] = []
-    for name, value in exact.items():
-        errors.append(error := departure(value, stored[name]))
-        bound = ROUNDINGS * torch.finfo(stored[name].dtype).eps
-        if not error <= bound and not is_finite(value):
+def rounded(placed: Placed, parts: Iterable[tuple[slice, Sequence[torch.Tensor]]],
+            stored: dict[str, torch.Tensor]) -> Merged:
+    """W' (and b'), which come as some rows after others in float32 or wider, in what they are `stored` in, by parameter
+    name: so W + ΔW is rounded once. Raises: SurgeryError (merge-error)."""
+    weight, *bias = stored.values()
+    places, off = (placed.site.layout.matrix(weight), *bias), {name: Departure() for name in stored}
+    for rows, values in parts:
+        for place, value, each in zip(places, values, off.values()):
+            each.add(value, place[rows].copy_(value))
+    for name, each in off.items():
+        error, bound = each.relative, ROUNDINGS * torch.finfo(stored[name].dtype).eps
+        if not error <= bound and not each.is_finite:
             raise fail("merge-error", f"W' of {placed.site.name} is not finite", placed.target.span,
                        helps=("the training that made it diverged",))
         if not error <= bound:  # so that a NaN is refused too
@@ -68,4 +72,4 @@ def rounded(placed: Placed, exact: Mapping[str, torch.Tensor], dtypes: Mapping[s
                        f"{placed.site.name} does not fit {dtype_text(stored[name].dtype)} after merging: "
                        f"the relative error is {error:.1e}, and rounding allows {bound:.1e}", placed.target.span,
                        helps=("load the model in a wider dtype, then merge",))
-    return Merged(stored, max(errors))
+    return Merged(stored, max(each.relative for each in off.values()))

@@ -31,10 +31,12 @@ from surgery.codegen import kernels
 from surgery.codegen.autograd_node import steps_of
 from surgery.ir.dense import dense
 from surgery.language.library import load
+from surgery.runtime import adapter
 from surgery.runtime.apply import apply
 
 EXACT = 1e-10
 MANY = Layout("linear 96x144, 100 tokens", lambda: nn.Linear(144, 96), lambda: torch.randn(100, 144))
+BY_ROWS = ("lora", "dora", "pissa", "oft", "hra", "vera", "loha", "sora_input")  # W' is made of rows of W alone
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
 on_linears = of_each(layout=OBLONG)
 
@@ -70,6 +72,21 @@ def compare_with_dense(op: Operated) -> None:
     frozen = {"weight": op.weight, **({"bias": op.bias} if op.bias is not None else {})}
     bias = dense(formula.bias, {**frozen, **leaves}) if op.bias is not None else None
     compare(op, torch.nn.functional.linear(x["x"], dense(formula.weight, {**frozen, **leaves}), bias), x, leaves)
+
+
+@on_every_case
+@on_linears
+def test_rows_of_the_weight_are_those_of_all_of_it(case, layout):
+    """W' in runs of rows, where a row of it rests on no other row of W."""
+    op = standing(case, layout)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        whole, width = op.adapter.weights(op.layer), op.weight.shape[1]
+        patch.setattr(adapter, "BLOCK", 3 * width)
+        parts = [*op.adapter.weights_by_rows(op.layer)]
+    for values, wanted in zip(zip(*(values for _, values in parts), strict=True), whole, strict=True):
+        assert_close(torch.cat(values), wanted, EXACT)
+    if str(case) in BY_ROWS:
+        assert len(parts) == -(-len(op.weight) // 3)
 
 
 @on_every_case
