@@ -48,9 +48,9 @@ from surgery.ir.operations import eye, is_ids, is_whole, make, names, operation
 from surgery.ir.sizes import TOKENS, known
 from surgery.ir.table import Source
 from surgery.layers.kinds import LayerKind
+from surgery.rewrite.cancellation import without_cancellation
 from surgery.rewrite.cheaper_forms import MOST_NODES, cheapest
 from surgery.rewrite.low_rank import is_thin
-from surgery.rewrite.taken_away import taken_away
 
 # What rests on the layer's tensors, what reads the frozen weight, and what rests on anything else.
 _ON_LAYER = names(lambda row: row.of_layer or row.source is Source.LAYER)
@@ -179,7 +179,7 @@ def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool
 def _distinct(formula: Formula, kind: LayerKind, draws: bool, has_bias: bool) -> tuple[Candidate, ...]:
     """The different programs that the strategies give, with the formula's dropout and noise or without, in no order."""
     mode = in_training if draws else in_evaluation
-    weight = taken_away(cheapest(mode(formula.weight)))
+    weight = without_cancellation(cheapest(mode(formula.weight)))
     # token ids look rows of W up, so that what acts on an embedding's output is W'ᵀ
     operand = turned(weight) if kind.takes_ids else weight
     x, bias = _input(known(operand.shape[1]), kind), cheapest(mode(formula.bias)) if has_bias else None

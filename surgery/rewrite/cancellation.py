@@ -20,14 +20,14 @@ _APART = (*names(lambda row: row.of_layer), "drop")  # W may take a gradient, wh
 _ALIKE = ("T", "diag", "block_diag")  # of the differences of their arguments
 
 
-def taken_away(expr: Expr) -> Expr:
-    """The expression, with c x - c detach(x) made by themselves in the sums that act term by term."""
+def without_cancellation(expr: Expr) -> Expr:
+    """`expr` with each pair c x - c detach(x), in the sums that act term by term, in a form that is 0 exactly."""
     acts_by_parts = expr.op == "drop" or operation(expr).linear is not Linear.NOT
     if not acts_by_parts or not expr.has("detach") or expr.is_large:
         return expr
     if expr.op == "add" and (found := _without_pairs(expr)) is not None:
-        return taken_away(simplify(found))
-    return expr.with_args(tuple(map(taken_away, expr.args)))
+        return without_cancellation(simplify(found))
+    return expr.with_args(tuple(map(without_cancellation, expr.args)))
 
 
 def _without_pairs(node: Expr) -> Expr | None:
