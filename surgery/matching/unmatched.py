@@ -8,6 +8,7 @@ report says what is near, or what the name does stand for, or what there is.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import nn
@@ -80,7 +81,22 @@ def _nothing_there(target: Target, catalogue: Catalogue) -> Diagnostic:
         text = place.source.text[place.start:place.end]
         if word := re.search(rf"\bin\s+({re.escape(target.ancestor)})\b", text):
             place = Span(place.source, place.start + word.start(1), place.start + word.end(1))
-    return Diagnostic("no-match", message, place, notes=tuple(refused[:3]), helps=(near,) if near else ())
+    notes = refused[:3] if refused or near else _instead(target, catalogue)
+    return Diagnostic("no-match", message, place, notes=tuple(notes), helps=(near,) if near else ())
+
+
+def _instead(target: Target, catalogue: Catalogue) -> list[str]:
+    """What there is where no layer has the kind of a target: layers of other kinds, or what else holds numbers."""
+    known = (*catalogue.survey.sites, *catalogue.survey.norms)
+    kinds = Counter(s.kind for s in known if target.ancestor is None or target.ancestor in s.ancestors)
+    where = f"in a {target.ancestor} " if target.ancestor else ""
+    if kinds:
+        return [f"{where}there {'is' if count == 1 else 'are'} {counted(count, NOUNS[kind])}: `target {kind}` takes "
+                f"{'it' if count == 1 else 'them'}" for kind, count in kinds.items()]
+    held = [(name, type(module).__name__) for name, module in catalogue.survey.modules.items()
+            if any(p.ndim > 1 for p in module.parameters(recurse=False))]
+    return [f"{f'`{name}`' if name else 'the model itself'}, of class {kind}, is no layer of a known kind; `train` "
+            "unfreezes its parameters" for name, kind in held[:3]]
 
 
 # ------------------------------------------------------------------------------- a selector, or a part of one

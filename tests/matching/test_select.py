@@ -233,7 +233,11 @@ FAILURES = [
     ("llama", 'target linear "**.embed_tokens" {}', "no-match", "matches no linear", "`target embedding` takes it"),
     ("llama", 'target linear "**.layers.{4..9}.**" {}', "no-match", "matches no linear", "`model.layers` has 4 layers"),
     ("llama", 'target linear in LlamaMlp {}', "no-match", "no linear layer in a LlamaMlp", "did you mean `LlamaMLP`?"),
-    ("llama", "target conv {}", "no-match", "LlamaForCausalLM has no convolution", ""),
+    ("llama", "target conv {}", "no-match", "LlamaForCausalLM has no convolution",
+     "there are 29 linear layers: `target linear` takes them"),
+    ("llama", "target embedding in LlamaMLP {}", "no-match", "has no embedding in a LlamaMLP",
+     "in a LlamaMLP there are 12 linear layers: `target linear` takes them"),
+    ("resnet", "target embedding {}", "no-match", "has no embedding", "there are 10 convolutions: `target conv` takes them"),
     ("llama", 'target linear "**.q_proj" except "**" {}', "no-match", "leaves all of them out", ""),
     ("resnet", "target linear {}", "no-match", "leaves the output head out", ""),
     ("resnet", "target linear attention {}", "no-match", "selector `attention` matches no linear", "std.surg"),
@@ -263,6 +267,11 @@ def test_failures(model, header, code, words, advice):
     assert found.code == code and words in found.message
     assert any(advice in line for line in (*found.notes, *found.helps, ""))
     assert found.span is not None and found.span.source.name == "s.surg"
+
+
+def test_a_model_without_a_layer_of_a_known_kind_says_what_holds_its_numbers():
+    (found,) = failure(nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(2, 2, 2)), 'target any "**" {}').diagnostics
+    assert found.notes[0].startswith("`1`, of class ConvTranspose2d, is no layer of a known kind")
 
 
 @pytest.mark.parametrize(("header", "words"), [
