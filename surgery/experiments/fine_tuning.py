@@ -74,6 +74,7 @@ class Training(Setting):
 
     @property
     def scoring(self) -> Scoring:
+        """How the model is scored, before and after: in the batches and lengths that it trains in."""
         return Scoring(self.batch, self.length, self.prompt, self.tokens)
 
 

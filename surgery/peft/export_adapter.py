@@ -55,6 +55,7 @@ class Exported:
 
     @property
     def exact(self) -> bool:
+        """Whether PEFT's adapter gives every W' that the surgery gives, to rounding."""
         return not self.inexact
 
 

@@ -84,6 +84,7 @@ class Plan:
 
     @property
     def train(self) -> tuple[str, ...]:
+        """The names of the model's own parameters that are unfrozen."""
         return self.selection.train
 
     @cached_property

@@ -112,6 +112,7 @@ class Report:
 
     @property
     def percent(self) -> float:
+        """`trainable` as a share of `total`, in per cent."""
         return 100 * self.trainable / max(self.total, 1)
 
     @property

@@ -200,13 +200,9 @@ def _ones_in_a_row(node: Expr) -> Expr | None:
 
 
 def _neighbours(node: Expr) -> Expr | None:
-    pair = None if all(map(_is_made, node.args)) else factors(node)
+    # of tensors and constants alone, which have no factors of their own, there is nothing to join
+    pair = None if all(a.op == "fill" or factors(a) is None for a in node.args) else factors(node)
     return pair and make("matmul", *pair)
-
-
-def _is_made(node: Expr) -> bool:
-    """True for what `factors` would find no product in: a tensor, or a constant."""
-    return node.op == "fill" or factors(node) is None
 
 
 def _detached(node: Expr) -> Expr | None:

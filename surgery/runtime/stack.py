@@ -60,6 +60,7 @@ class Surgeries:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of all surgeries that are at hand, in use or not."""
         return tuple(self._known)
 
     @all_or_nothing

@@ -100,6 +100,7 @@ class Surgeon:
 
     @property
     def merged(self) -> bool:
+        """Whether W' stands in the place of W."""
         return self._mode == "merged"
 
     def check_start(self, strict: bool = False) -> None:
@@ -382,6 +383,9 @@ class Surgeon:
 
         `partly`: where the model was changed since, give back what still stands, and leave the rest as it is now. A
         layer that was taken out of the model is given its own class back too.
+
+        Raises: SurgeryError (changed-model; unsupported-module, for a model that is sharded or, where numbers are to be
+        put back, offloaded).
         """
         if self._mode == "removed":
             return self._given
