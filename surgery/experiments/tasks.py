@@ -19,8 +19,8 @@ from surgery.experiments.data_files import Rows, read_rows
 from surgery.experiments.text_tasks import TEXT, TEXTS, Items, Kind, Task, of_rows
 
 GenerativeKind = Literal["choice", "chat", "answer", "language"]
-HEADED, KINDS = ("classification", "regression"), ("classification", "regression", "choice", "chat", "answer",
-                                                   "language")
+HEADED = ("classification", "regression")  # by a new head on the model
+KINDS = (*HEADED, "choice", "chat", "answer", "language")
 USER, ASSISTANT = "user", "assistant"
 MARK = "####"  # before the number of an answer, as GSM8K has it
 # 1,234.5, -.5, -$5, 2e-3, 1/2: with all that makes it another number than its digits are
