@@ -23,7 +23,6 @@ from surgery.codegen.cost_model import (
     recompute_cost,
     setup_cost,
 )
-from surgery.codegen.emit import without_gradient
 from surgery.codegen.fuse_blocks import blockwise
 from surgery.codegen.fuse_low_rank import thinly
 from surgery.codegen.images_and_ids import alone, built, is_weight, spread
@@ -44,6 +43,7 @@ from surgery.ir.expression import (
     substituted,
     walk,
 )
+from surgery.ir.graph import without_gradient
 from surgery.ir.operations import eye, is_ids, is_whole, make, names, operation
 from surgery.ir.sizes import TOKENS, known
 from surgery.ir.table import Source

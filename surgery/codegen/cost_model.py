@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from surgery.codegen.emit import readers, without_gradient
 from surgery.codegen.gradients import Gradients, gradients
 from surgery.codegen.operation_counts import flops, is_accumulated, is_taken_in, moved, size
 from surgery.codegen.two_ways import ways
 from surgery.ir.expression import Expr, walk
+from surgery.ir.graph import readers, without_gradient
 from surgery.ir.operations import is_ids, operation
 from surgery.ir.table import Linear, When
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from surgery.codegen.lifetimes import lifetimes, written_over
 from surgery.codegen.schedule import Instruction, Region, scheduled
-from surgery.ir.expression import Expr, walk
+from surgery.ir.expression import Expr
 from surgery.ir.operations import operation
 
 
@@ -74,24 +74,3 @@ def _plain(node: Expr, args: list[str]) -> str:
     sizes = [] if node.data is None else [repr(node.data)]
     like = "layer.like()" if operation(node).whole else "layer.like(dtype)"  # a backward pass has no dtype to choose
     return f"{node.op}({', '.join([*sizes, *(args or [like])])})"
-
-
-def readers(*outputs: Expr) -> dict[Expr, list[Expr]]:
-    """The nodes that read each node's value, as often as they do."""
-    reads: dict[Expr, list[Expr]] = {}
-    for node in walk(*outputs):
-        for arg in node.args:
-            reads.setdefault(arg, []).append(node)
-    return reads
-
-
-def without_gradient(*outputs: Expr) -> frozenset[Expr]:
-    """The nodes that no gradient reaches: every way to them passes a `detach` or its like."""
-    live: set[Expr] = set()
-    stack = list(outputs)
-    while stack:
-        node = stack.pop()
-        if node not in live:
-            live.add(node)
-            stack += () if operation(node).stops_gradient else node.args
-    return frozenset(walk(*outputs)) - live

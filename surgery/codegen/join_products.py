@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import accumulate, chain, pairwise
 
-from surgery.codegen.emit import readers
 from surgery.ir.builders import scaled, times, total, value_of
 from surgery.ir.expression import Expr, rebuild, walk
+from surgery.ir.graph import readers
 from surgery.ir.operations import make
 from surgery.ir.sizes import TOKENS, Size, known
 from surgery.rewrite.normal_form import simplify

@@ -9,8 +9,8 @@ Takes expressions of a body or of its gradients; gives equal ones. What is kept,
 
 from __future__ import annotations
 
-from surgery.codegen.emit import readers
 from surgery.ir.expression import Expr, rebuild
+from surgery.ir.graph import readers
 from surgery.ir.operations import make
 from surgery.ir.sizes import TOKENS, known
 

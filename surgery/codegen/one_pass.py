@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from surgery.codegen.emit import readers
 from surgery.ir.builders import scaled, value_of
 from surgery.ir.expression import Expr, substituted, walk
+from surgery.ir.graph import readers
 from surgery.ir.operations import make
 from surgery.ir.sizes import Dim, known
 

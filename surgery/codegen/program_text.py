@@ -12,7 +12,7 @@ from functools import cache
 
 from surgery.codegen.aliases import Memory
 from surgery.codegen.candidates import Candidate
-from surgery.codegen.emit import Lines, emitted, without_gradient
+from surgery.codegen.emit import Lines, emitted
 from surgery.codegen.gradients import gradients
 from surgery.codegen.memory_order import in_order
 from surgery.codegen.one_pass import fused, gains_fused
@@ -21,6 +21,7 @@ from surgery.codegen.schedule import Region
 from surgery.codegen.two_ways import ways
 from surgery.ir.builders import times
 from surgery.ir.expression import Expr, rebuild, substituted, walk
+from surgery.ir.graph import without_gradient
 from surgery.ir.operations import is_whole, make, operation
 from surgery.ir.sizes import Dim
 from surgery.ir.table import Linear, Source
