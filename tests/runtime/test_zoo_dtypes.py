@@ -9,8 +9,10 @@ import pytest
 import torch
 from each import in_turns, of_some
 from functorch.compile import make_boxed_func
-from layers import LAYOUTS, Operated, assert_close, assert_starts, gradients, operated, perturb
+from layers import LAYOUTS, Layout, Operated, assert_close, assert_starts, gradients, operated, perturb
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.nn import functional as F
 from zoo import CASES
 
 on_every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -84,6 +86,35 @@ def test_a_wide_weight_makes_the_adapter_wide(case):
     y = op.model(op.x)
     assert y.dtype == torch.float64
     assert_close(y, op.oracle(op.x, op.leaves()), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [0.0, 1.0, 100.0])
+def test_a_narrow_layer_is_as_exact_as_the_same_formula_by_torchs_own_operations(bias, dtype):
+    """x Wᵀ + b + 5/3 (x Aᵀ) Bᵀ, the factors rounded to the activations' dtype as autocast does, against float64: a large
+    bias rounds the output of both, and what is small beside it."""
+    op = operated(next(case for case in CASES if case.name == "lora"),
+                  Layout("linear 64x64", lambda: nn.Linear(64, 64), lambda: torch.randn(200, 64)), dtype, adapter=torch.float32)
+    held = op.layer.get_parameter("bias")
+    with torch.no_grad():
+        held.mul_(bias)
+    w, (x, *leaves) = op.base.weight.detach(), ({**op.input(), **op.parameters}).values()
+    direction = torch.randn(200, 64, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+    def results(run: Callable[..., torch.Tensor], narrow: torch.dtype, wide: torch.dtype) -> list[torch.Tensor]:
+        given = [t.detach().to(d).requires_grad_() for t, d in zip((x, *leaves), (narrow, wide, wide))]
+        y = run(*given)
+        return [y.detach(), *torch.autograd.grad(y, given, direction.to(y.dtype))]
+
+    def form(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        thin = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        return F.linear(x, w.to(x.dtype), held.detach().to(x.dtype)) + 5 / 3 * thin
+
+    exact, plain = results(form, torch.float64, torch.float64), results(form, dtype, torch.float32)
+    y = op.model(x)
+    for found, other, wanted in zip([y.detach(), *torch.autograd.grad(y, [x, *leaves], direction)], plain, exact):
+        off, most = ((each.double() - wanted).norm() / wanted.norm() for each in (found, other))
+        assert off <= 1.15 * most, f"off by {off:.2e}, where torch's own form is by {most:.2e}"
 
 
 ROTATIONS = [case for case in CASES if case.name in ("rotation on in", "oft", "mirrors on in", "expm on in")]
