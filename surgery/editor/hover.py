@@ -29,14 +29,13 @@ from surgery.language.tree import (
 )
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.formulas import formula_lines
-from surgery.planning.trial_sizes import first_that_fits, places_of, sizes_to_try
+from surgery.planning.trial_sizes import USUAL, first_that_fits, places_of, sizes_to_try
 from surgery.semantics.arguments import example_step, signature
 from surgery.semantics.distributions import DISTRIBUTIONS
 from surgery.semantics.evaluate import callable_names
 from surgery.semantics.scope import MEANINGS, OF_DATA_MEANINGS
 
 _GIVEN = {**MEANINGS, **OF_DATA_MEANINGS}
-_USUAL = (1024, 4096)  # the sizes that costs are told for, where nothing says others
 
 
 def hover(document: Document, offset: int, model: Model | None = None) -> tuple[str, tuple[int, int]] | None:
@@ -120,7 +119,7 @@ def _costs(document: Document, target: Target, model: Model | None) -> Iterator[
     largest = model.largest_linear if model else None
     try:
         usual = sorted((s for each in sizes_to_try(target, resolved) for s in each), reverse=True)
-        sizes = [*([largest] if largest else []), _USUAL, *usual]
+        sizes = [*([largest] if largest else []), USUAL, *usual]
         place = next(iter(places_of(target)))
         trial = first_that_fits(target, resolved, place, sizes, Collector())
         if trial is not None:

@@ -1,6 +1,6 @@
 """The specs that ship, each with its figures for one common layer.
 
-Takes nothing; gives an `Entry` for each. Promises: no torch; counted on a linear layer [1024, 4096] (out, in) with a
+Takes nothing; gives an `Entry` for each. Promises: no torch; counted on a linear layer of the `USUAL` sizes with a
 bias, at the cost model's number of tokens, with the spec's own defaults.
 """
 
@@ -17,10 +17,10 @@ from surgery.language.library import read, shipped
 from surgery.language.tree import Spec
 from surgery.planning.cost_estimates import Estimate
 from surgery.planning.families import families
+from surgery.planning.trial_sizes import USUAL
 from surgery.semantics.evaluate import OF_DATA_NAMES
 from surgery.semantics.resolved_spec import resolved
 
-OUT, IN = 1024, 4096
 _PAPER = re.compile(r"arXiv \d{4}\.\d{4,5}")
 
 
@@ -51,7 +51,7 @@ def catalogue() -> list[Entry]:
 def entry_of(name: str, spec: Spec) -> Entry:
     """The figures of a spec for the common layer."""
     paper = _PAPER.search(spec.doc)
-    formulas = [formula for _, formula in resolved(spec).formulas(OUT, IN)]
+    formulas = [formula for _, formula in resolved(spec).formulas(*USUAL)]
     about = (name, spec.doc.partition("\n")[0], paper and paper[0], families(formulas))
     if not formulas:  # it only unfreezes what the model has
         return Entry(*about, None, "the model's own parameters", None)

@@ -20,7 +20,7 @@ from surgery.semantics.resolved_spec import PLACES, ResolvedSpec
 # Wide, tall and square weights to try a target on, the small ones first: block sizes must divide them.
 _SIDES = ((96, 64), (192, 128), (128, 64), (120, 80), (768, 512), (840, 420), (1536, 1024), (2520, 1260), (4096, 1024))
 _LONGEST = 4096
-_USUAL = (1024, 4096)
+USUAL = (1024, 4096)  # what costs and programs are shown for where nothing says another
 _MOST_NUMBERS = 2**26
 # Where a module can stand: in the first layer and in the last one.
 _MODEL = {"layers": 12, "heads": 6, "head_size": 16, "kernel": 4}
@@ -72,7 +72,7 @@ def shown_at(resolved: ResolvedSpec, shape: tuple[int, int] | None) -> list[Tria
     those to try that fits. Raises: SurgeryError, for a target that does not fit."""
     report, found = Collector(), []
     for target in resolved.spec.targets:
-        usual = (_USUAL[0], 1) if supposed(target.kind).is_gain else _USUAL
+        usual = (USUAL[0], 1) if supposed(target.kind).is_gain else USUAL
         others = sorted({side for sizes in sizes_to_try(target, resolved) for side in sizes}, key=prod, reverse=True)
         shapes = [shape] if shape else [usual, *others]
         for out, in_ in shapes:
