@@ -84,6 +84,8 @@ class SetupBatches:
         return known.values if known.is_of(tuple(held.values())) else None
 
     def _stays_alone(self, program: Program) -> bool:
+        if not program.plan.values:  # W' is W: there is nothing to make
+            return True
         return self.frugal and (program.plain is not None or program.plan.recompute_cost is not None)
 
     def _members(self, adapter: Adapter, program: Program, layer: Frozen,

@@ -172,6 +172,16 @@ def test_what_is_unlike_makes_its_own():
         assert_close(gradient[name], alone[name], 1e-10, name)
 
 
+@pytest.mark.parametrize("clause", ["", "dropout(10%)"])
+def test_a_formula_that_comes_to_nothing_has_no_set_up(clause: str):
+    spec = surgery.parse(f"""update nothing() {{ param g = 0 param A[out, in] = 1 return g * (sin(A) - sin(A)) }}
+    target any "**" {{ add nothing() {clause} }}""")
+    model, surgeon = operated(spec, SQUARE)
+    x = SQUARE.inputs().double()
+    with surgeon.batched_setups():
+        assert torch.equal(model(x), torch.stack([layer(x) for layer in model.layers]))
+
+
 @pytest.mark.parametrize("spec", ["lora", "sora", "oft"])
 def test_a_layer_that_a_pass_does_not_use_gets_no_gradient(spec: str):
     """As alone. Of zeros AdamW would decay the weights of a layer that was skipped, and move them by its momentum."""
