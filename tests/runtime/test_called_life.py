@@ -153,3 +153,21 @@ def test_a_plan_of_a_skeleton_needs_no_numbers():
     plan = compile(model, parse('target linear { add low_rank(2)  post magnitude() }'))
     assert plan.trainable == 4 * (OUT + IN) + OUT + IN
     assert "2 weights operated on" in str(Report(plan)) and Report(plan).memory["base"]
+
+
+@pytest.mark.parametrize(("layer", "name", "given"), [
+    (nn.Linear(6, 4), "input", torch.randn(5, 6)), (nn.Conv1d(6, 4, 3), "input", torch.randn(2, 6, 5)),
+    (nn.Embedding(6, 4), "input", torch.arange(5)), (Int8Linear(6, 4), "x", torch.randn(5, 6))],
+    ids=["linear", "convolution", "embedding", "called"])
+def test_the_input_may_be_given_by_its_name(layer, name, given):
+    model = Tower(layer)
+    before = layer(given)
+    surgeon = apply(model, parse("target { add low_rank(2) }"), check=False)
+    perturb(model)
+    operated_layer = model.layers[0]
+    assert torch.equal(operated_layer(**{name: given}), operated_layer(given))
+    assert not torch.equal(operated_layer(given), before)
+    with surgeon.disabled():
+        assert torch.equal(operated_layer(**{name: given}), before)
+    with pytest.raises(TypeError, match="takes one input, and is given 2"):
+        operated_layer(given, given)
