@@ -23,7 +23,7 @@ from surgery.ir.orthogonal_maps import is_traced, is_transformed
 _SIDES = (("out_features", "in_features"), ("outfeatures", "infeatures"), ("nf", "nx"))
 _SLICE = 1024  # rows of the identity in one call
 # W m + b for a small m is rounded as b is. For a power of two c, c m is exact, and its image so large that it is
-# rounded as W m is.
+# rounded as W m is. These are c for an m whose largest entry is 1.
 _FAR, _FAR_IN_HALF = 1024.0, 32.0  # float16 ends at 65504
 SUFFIX = "_surgery"  # how the names of adapters end
 _ASIDE = "_forward_of_its_own"  # where the forward that stood on an instance waits while the layer is operated on
@@ -155,7 +155,8 @@ def call(module: nn.Module, x: Tensor, *more: Any, **named: Any) -> Tensor:
     asked = unsuspicious(module, x)
     if asked is x:
         return forward_of(module)(x, *more, **named)
-    trains = any(t is not None and t.requires_grad for t in (*pieces(module), bias(module)))
+    b = bias(module)
+    trains = _is_trained(module) or b is not None and b.requires_grad
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains):  # what is asked for nobody takes
         return forward_of(module)(asked, *more, **named)
 
@@ -239,7 +240,35 @@ def through(module: nn.Module, rows: Tensor) -> Tensor:
     if b is None:
         return call(module, rows).to(rows.dtype)
     far = _FAR_IN_HALF if rows.dtype == torch.float16 else _FAR
-    return (call(module, far * rows).to(rows.dtype) - b.to(rows.dtype)) / far
+    if is_traced() or _is_trained(module):  # whose own gradient is of what it is given
+        return (call(module, far * rows).to(rows.dtype) - b.to(rows.dtype)) / far
+    c = far / _size_of(rows)
+    return _Multiple.apply(call(module, _Multiple.apply(rows, c)).to(rows.dtype) - b.to(rows.dtype), 1 / c)
+
+
+def _is_trained(module: nn.Module) -> bool:
+    """Whether what W is made of takes a gradient."""
+    return any(t.requires_grad for t in pieces(module))
+
+
+@torch.no_grad()
+def _size_of(rows: Tensor) -> Tensor:
+    """Of each row [r, in] a power of two about as large as its largest entry, and not much too small for any dtype: of
+    gradients, too, the images stay within what a layer that computes in float16 can hold."""
+    return rows.abs().amax(-1, keepdim=True).clamp_min(2.0**-10).log2().ceil().exp2()
+
+
+class _Multiple(torch.autograd.Function):
+    """c x, of two of which the second takes back what the first did. Neither does anything to a gradient: in a layer
+    that computes in float16, a thousandth of it could be nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, c: Tensor) -> Tensor:
+        return x * c
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
 
 
 def back(module: nn.Module, rows: Tensor) -> Tensor:

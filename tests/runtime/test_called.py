@@ -17,6 +17,7 @@ from zoo import CASES
 
 from surgery.diagnostics import SurgeryError
 from surgery.language.library import parse
+from surgery.layers import opaque_linear
 from surgery.layers.opaque_linear import matrix, through
 from surgery.runtime.apply import apply
 
@@ -204,6 +205,27 @@ class InTwoBytes(Int8Linear):
 
     def forward(self, x):
         return super().forward(x.to(self.computes_in)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3e2])
+def test_rows_and_gradients_of_any_size_pass_a_layer_that_computes_in_two_bytes(size, dtype):
+    """As bitsandbytes' do, in float16 or bfloat16 whatever the activations are. A thousandth of a gradient would be nothing in
+    float16, and a thousand times a large row infinite."""
+    torch.manual_seed(1)
+    layer, rows = InTwoBytes(32, 24), (size * torch.randn(4, 32)).requires_grad_()
+    layer.computes_in, direction, weight = dtype, torch.randn(4, 24), layer.dequantised(torch.float32)
+    y = through(layer, rows)
+    assert_close(y, rows @ weight.T, 6 * torch.finfo(dtype).eps)
+    for small in (1e-4, 1.0, 3e2):
+        (found,) = torch.autograd.grad(y, rows, small * direction, retain_graph=True)
+        assert_close(found, small * direction @ weight, 6 * torch.finfo(dtype).eps)
+        # the transposed map, whose gradient is the map of a gradient
+        given = (size * direction).requires_grad_()
+        turned = opaque_linear.back(layer, given)
+        assert_close(turned, given @ weight, 6 * torch.finfo(dtype).eps)
+        (found,) = torch.autograd.grad(turned, given, small * rows.detach() / size)
+        assert_close(found, small * rows.detach() / size @ weight.T, 6 * torch.finfo(dtype).eps)
 
 
 class WithABiasOfItsOwn(InTwoBytes):
