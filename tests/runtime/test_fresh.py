@@ -394,3 +394,13 @@ def test_other_numbers_of_a_weight_that_no_set_up_rests_on_are_read_while_servin
         stored.data = 2 * stored.data  # as torch.nn.utils.vector_to_parameters does it
         served = model(x)
     assert_close(served, model(x), 1e-6)
+
+
+def test_serving_ends_with_the_outermost_block():
+    model, surgeon = operated("lora")
+    with surgeon.serving():
+        with surgeon.serving():
+            pass
+        with pytest.raises(SurgeryError, match="is serving"):
+            model.train()
+    assert model.train().training

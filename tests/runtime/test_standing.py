@@ -266,3 +266,17 @@ def test_a_copy_of_a_surgeon_operates_the_copy_of_its_model(mode, copied):
     assert not torch.equal(other.model(x), y) and torch.equal(model(x), y)
     other.merge_and_remove()
     assert torch.equal(model(x), y) and not any("_surgery" in name for name in other.model.state_dict())
+
+
+@pytest.mark.parametrize("given", [
+    {"seed": -2**63 - 1}, {"seed": 2**64}, {"seed": 1.5}, {"seed": True}, {"dtype": torch.int8}, {"dtype": "float32"}])
+def test_a_seed_or_a_dtype_that_cannot_be_is_refused_before_the_model_is_touched(given):
+    model = nn.Sequential(nn.Linear(3, 3))
+    with pytest.raises(SurgeryError, match="a seed is a whole number|parameters cannot be"):
+        surgery.apply(model, "lora", **given)
+    assert type(model[0]) is nn.Linear and [*model.state_dict()] == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("seed", [-2**63, 2**64 - 1])
+def test_the_least_and_the_largest_seed_are_taken(seed):
+    surgery.apply(nn.Sequential(nn.Linear(3, 3)), "lora", seed=seed)
