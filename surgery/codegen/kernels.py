@@ -18,7 +18,9 @@ ROWS = 128  # of an activation that a CPU keeps close while it reads them with a
 SMALL_PARTS = 32  # of a weight, at least, of which one at a time is copied
 TILE = 32  # columns of blocks that a device multiplies well
 NARROW = 16  # columns of blocks below which a CPU does not
-BAND, MOST_BANDS = 64, 16  # rows or columns of a part of a thin product, and parts
+FEWEST = 64  # tokens of which a thin product is made in parts:
+BAND = 16  # of so many rows, which is what a CPU's registers hold,
+RUN, RUNS = 64, 16  # or of so many columns at least, and so many parts at most
 
 
 def on_cpu(a: Tensor) -> bool:
@@ -113,12 +115,11 @@ def column_blocks(a: Tensor, s: Tensor) -> Tensor:
 
 def thin(a: Tensor, m: Tensor) -> Tensor:
     """a m for a few columns: [t, k], [k, r] -> [t, r]."""
-    count = _bands(a, len(a))
-    if not count:
+    if not _is_shared_out(a):
         return a @ m
-    columns = m.mT.contiguous()
-    rows, rest = a.split([len(a) // count * count, len(a) % count])
-    turned = torch.bmm(columns.expand(count, -1, -1), rows.unflatten(0, (count, -1)).mT)
+    columns, count = m.mT.contiguous(), len(a) // BAND
+    rows, rest = a.split([count * BAND, len(a) % BAND])
+    turned = torch.bmm(columns.expand(count, -1, -1), rows.unflatten(0, (count, BAND)).mT)
     first = turned.mT.reshape(len(rows), len(columns))
     return torch.cat([first, rest @ m]) if len(rest) else first
 
@@ -126,8 +127,8 @@ def thin(a: Tensor, m: Tensor) -> Tensor:
 def thin_dot(a: Tensor, g: Tensor) -> Tensor:
     """aᵀ g for a few columns of a: [t, r], [t, n] -> [r, n]."""
     width = g.shape[1]
-    count = _bands(g, width)
-    if not count:
+    count = min(RUNS, width // RUN)
+    if not count or not _is_shared_out(g):
         return a.mT @ g
     columns, rest = g.split([width // count * count, width % count], dim=1)
     parts = torch.bmm(a.mT.expand(count, -1, -1), _slices(columns, count))
@@ -135,11 +136,11 @@ def thin_dot(a: Tensor, g: Tensor) -> Tensor:
     return torch.cat([first, a.mT @ rest], dim=1) if rest.shape[1] else first
 
 
-def _bands(a: Tensor, size: int) -> int:
-    """In how many parts of so many rows or columns a thin product of a is shared out, which is one batch of products:
-    what multiplies matrices for torch on a CPU shares out a product with a side of 2 to 64 badly, with threads and
-    without. 0: it is no better in parts, as with few tokens or in narrow floats."""
-    return min(MOST_BANDS, size // BAND) if len(a) >= BAND and on_cpu(a) and a.dtype == wide(a) else 0
+def _is_shared_out(a: Tensor) -> bool:
+    """Whether a thin product of a is a batch of products of its parts: what multiplies matrices for torch on a CPU
+    shares one with a side of 2 to 64 out badly, with threads and without. Few tokens and narrow floats are no better
+    in parts."""
+    return len(a) >= FEWEST and on_cpu(a) and a.dtype == wide(a)
 
 
 def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:

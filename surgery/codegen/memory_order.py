@@ -14,7 +14,7 @@ from surgery.ir.graph import readers
 from surgery.ir.operations import make
 from surgery.ir.sizes import TOKENS, known
 
-_FEW = range(2, 12)  # columns of m; with more, and with one, a product is as fast either way
+_FEW = range(2, 25)  # columns of m; with more, and with one, a product is as fast either way
 _THIN = range(2, 65)  # columns of h
 
 

@@ -9,10 +9,11 @@ Definitions.
 is written), changes of a tensor's shape in place, and memory that is asked for and not filled (`empty`).
 
 *Bytes*: every tensor that an operation takes is read once, every tensor that it makes is written once, and what it
-changes in place is read and written (of `copy_`, `fill_` and draws of chance, which do not look at what was there, and
-of `out=`, only written), and of what a tensor is made like nothing is read. An expanded axis is no memory. So
-`addmm(c, a, b)` reads all three and writes the result, a bias [n] as n numbers, and `addmm_` writes c. Of what is
-looked up or changed at places given by indices, the numbers that are named count, and the indices.
+changes in place is read and written (of `copy_`, `fill_`, draws of chance and a product added to 0 times what was
+there, which do not look at that, and of `out=`, only written), and of what a tensor is made like nothing is read. An
+expanded axis is no memory. So `addmm(c, a, b)` reads all three and writes the result, a bias [n] as n numbers, and
+`addmm_` writes c. Of what is looked up or changed at places given by indices, the numbers that are named count, and the
+indices.
 
 *Pass*: reading or writing, once, a number for every token and feature of a layer. The unit is the mean of the layer's
 input and output, summed over the operated layers; so `passes` is a mean over them, and a whole number where a program
@@ -198,7 +199,8 @@ def _traffic(function: Any, args: tuple, kwargs: dict, results: Any) -> Iterator
             numbers = min(numbers, sum(map(_numbers, made)))
         elif name in _CHANGE_AT and i == 0:
             numbers = min(numbers, max(map(_numbers, taken[1:]), default=numbers))
-        is_overwritten = name in _OVERWRITE and i == 0 or any(tensor is t for t in plain_tensors(kwargs.get("out")))
+        looks_away = name in _OVERWRITE or kwargs.get("beta") == 0
+        is_overwritten = looks_away and i == 0 or any(tensor is t for t in plain_tensors(kwargs.get("out")))
         yield tensor, 0 if is_overwritten else numbers, numbers if id(tensor) in changed else 0
     yield from ((tensor, 0, _numbers(tensor)) for tensor in made)
 
