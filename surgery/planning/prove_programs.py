@@ -11,7 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from surgery.codegen.candidates import Candidate
 from surgery.codegen.compiled import Compiled
+from surgery.codegen.two_ways import ways
 from surgery.diagnostics import Diagnostic
 from surgery.ir.dense import dense
 from surgery.ir.expression import in_evaluation, in_training
@@ -46,7 +48,7 @@ def _fault(trial: Trial) -> str:
         if not all(bool(w.isfinite().all()) for w in wanted):
             continue  # the formula itself has no value there
         for candidate in compiled.candidates(training):
-            given = _results(dense(candidate.whole, leaves), leaves)
+            given = _given(candidate, leaves)
             error = max(float((g - w).abs().max() / w.abs().max().clamp_min(1)) for g, w in zip(given, wanted))
             if not error <= TOLERANCE:  # so written, a NaN is an error too
                 return (f"{candidate.strategy} at [{trial.out}, {trial.in_}] is off by {error:.1e}; allowed is "
@@ -78,6 +80,18 @@ def _output(compiled: Compiled, leaves: dict[str, Tensor], training: bool) -> Te
     weight = dense(mode(formula.weight), leaves)
     y = leaves["x"] @ (weight if compiled.kind.takes_ids else weight.mT)
     return y + dense(mode(formula.bias), leaves) if compiled.has_bias else y
+
+
+def _given(candidate: Candidate, leaves: dict[str, Tensor]) -> list[Tensor]:
+    """The same of a program: of two ways the first gives the output and the input's gradient, and the second the rest.
+    (A bias that trains stands in both.)"""
+    first, second = ways(candidate.whole)
+    rest = _results(dense(second, leaves), leaves)
+    if first is second:
+        return rest
+    own = _results(dense(first, leaves), leaves)
+    is_input = [False, *(leaf is leaves["x"] for leaf in leaves.values() if leaf.requires_grad)]
+    return [own[0], *(a if of_input else b for a, b, of_input in list(zip(own, rest, is_input))[1:])]
 
 
 def _results(y: Tensor, leaves: dict[str, Tensor]) -> list[Tensor]:

@@ -33,6 +33,13 @@ def test_programs_of_every_kind_are_right(kind: str) -> None:
     assert [d for d in check(surgery.parse(text), prove=True) if d.severity == "error"] == []
 
 
+def test_a_bias_that_trains_beside_a_weight_that_is_made_at_once_counts_once() -> None:
+    """It stands in both ways of such a program, and was said to have twice its gradient: a mistake of ours."""
+    text = """update dense() { param z[out, in] = 0 return relu(z) / 4 }
+    target linear shifted { add dense() add shift() }"""
+    assert [d for d in check(surgery.parse(text), prove=True) if d.severity == "error"] == []
+
+
 @pytest.mark.parametrize(("rank", "wrong"), [
     (3, lambda y: make("mul", constant(1.001), y)), (4, lambda y: make("detach", y)),
     (5, lambda y: make("add", y, make("mul", constant(1e-4), y)))], ids=["value", "gradient", "a little"])
