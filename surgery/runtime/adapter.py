@@ -43,6 +43,8 @@ from surgery.text import dtype_text
 # Numbers of W that W' is made of at once: 32 MB in float32. (Fewer, that a core's cache has, are no faster, and several
 # threads wait for each other at each of them.)
 BLOCK = 1 << 23
+# Of rows in whole numbers of so many a product of matrices is the one of all rows, bit for bit: it has no other edges.
+TILE = 64
 _LONGEST = 120  # characters of a formula in `repr`
 
 
@@ -335,7 +337,7 @@ class Adapter(nn.Module):
         if blocks.common is not None:
             leaves |= zip(blocks.names, self._computed(compiled(blocks.common), layer, leaves, None, []))
         out, in_ = layer.weight.shape
-        step, program = max(1, BLOCK // in_), compiled(blocks.block)
+        step, program = max(TILE, BLOCK // in_ // TILE * TILE), compiled(blocks.block)
         for rows in (slice(at, min(at + step, out)) for at in range(0, out, step)):
             own = {name: leaves[key].narrow(axis, rows.start, rows.stop - rows.start)
                    for name, (key, axis) in blocks.sliced.items()}

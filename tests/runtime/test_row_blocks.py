@@ -25,6 +25,7 @@ TURNED = "target any { post orthogonal(rank = 2) }"  # each row of W' rests on a
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows at a time: the last block has a single one."""
     monkeypatch.setattr(adapter, "BLOCK", 7 * IN + 3)
+    monkeypatch.setattr(adapter, "TILE", 1)
 
 
 def operated(layer: nn.Module, spec: str) -> tuple[surgery.Surgeon, object, adapter.Adapter]:

@@ -82,6 +82,7 @@ def test_rows_of_the_weight_are_those_of_all_of_it(case, layout):
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         whole, width = op.adapter.weights(op.layer), op.weight.shape[1]
         patch.setattr(adapter, "BLOCK", 3 * width)
+        patch.setattr(adapter, "TILE", 1)
         parts = [*op.adapter.weights_by_rows(op.layer)]
     for values, wanted in zip(zip(*(values for _, values in parts), strict=True), whole, strict=True):
         assert_close(torch.cat(values), wanted, EXACT)
