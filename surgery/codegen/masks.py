@@ -111,18 +111,18 @@ class Places:
     def clear(a: Tensor, mask: Tensor) -> None:
         places = mask.long()
         if a.is_contiguous():
-            a.view(-1).scatter_(0, places, 0.0)
+            a.view(-1).index_fill_(0, places, 0.0)  # which threads share; `put_` is refused where algorithms are fixed
         else:
-            a.put_(places, a.new_zeros(()).expand(len(places)))
+            a[places // a.shape[-1], places % a.shape[-1]] = 0.0
 
     @staticmethod
     def add(y: Tensor, a: Tensor, m: Tensor, mask: Tensor, alpha: float) -> Tensor:
         if not y.is_contiguous():
             return Bits.add(y, a, m, mask, alpha)
         flat, places = y.view(-1), mask.long()
-        before = flat.index_select(0, places)
+        before = flat.take(places)
         y.addmm_(a, m, alpha=alpha)
-        flat.scatter_(0, places, before)
+        flat.index_copy_(0, places, before)
         return y
 
 
