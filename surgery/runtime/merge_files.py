@@ -30,7 +30,7 @@ from surgery.models.stored_names import Unsure
 from surgery.planning.initial_values import departure
 from surgery.runtime.atomic_folders import MANIFEST, refuse_taken, resuming
 from surgery.runtime.dequantise import merge_plainly, save_plain
-from surgery.runtime.merge_work import Work, numbered, work_of
+from surgery.runtime.merge_work import Work, job_of, numbered, work_of
 from surgery.runtime.merge_writer import Writer
 from surgery.runtime.proof import outputs
 from surgery.runtime.save import MODEL, save_merged
@@ -175,6 +175,9 @@ def _streamed(work: Work, saved: Sequence[Saved], out: Path, name: str, jobs: in
             shutil.copyfile(path, target)
             if path.read_bytes() != target.read_bytes():
                 raise OSError(f"{target.name} reads back as something else than was written")
+        if job_of(saved, work.files) != work.job:
+            raise fail("merge-error", f"files of {name} or of an adapter were changed while they were merged",
+                       helps=("merge again, when nothing writes there",))
     for each in saved:
         tell(each.differing(work.met))
     for remade in work.remade.values():

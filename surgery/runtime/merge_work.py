@@ -93,7 +93,7 @@ def work_of(name: str, saved: Sequence[Saved], dtype: str | None, trust: bool) -
     surgeon, trained, remade = _on_skeleton(model, saved)
     refuse_called(surgeon.plan.placed)
     units, aliases = _units(weights, surgeon, trained)
-    return Work(root, weights, surgeon, trained, units, aliases, _job(saved, weights.files), remade)
+    return Work(root, weights, surgeon, trained, units, aliases, job_of(saved, weights.files), remade)
 
 
 def _on_skeleton(model: PreTrainedModel,
@@ -163,7 +163,7 @@ def _joined(owners: Iterable[tuple[tuple[Placed, ...], tuple[Piece, ...]]]) -> I
     yield from units
 
 
-def _job(saved: Sequence[Saved], files: Sequence[TensorFile]) -> str:
+def job_of(saved: Sequence[Saved], files: Sequence[TensorFile]) -> str:
     """What a merge is made of: a run goes on with what was written from the very same."""
     seen = hashlib.sha256()
     for each in saved:

@@ -351,6 +351,25 @@ def test_what_reads_back_otherwise_is_not_called_done(monkeypatch: pytest.Monkey
             shutil.rmtree(left)
 
 
+@pytest.mark.parametrize("changed", ["base/model.safetensors", "adapter/adapter.safetensors"])
+def test_what_changes_while_it_is_merged_is_refused(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it would be of the one, and half of the other."""
+    saved_model(load_demo(LLAMA))
+    saved_adapter("lora")
+    run = merge_writer.Writer.run
+
+    def late(writer: object, jobs: int) -> None:
+        run(writer, jobs)
+        held = bytearray(Path(changed).read_bytes())
+        held[-1] ^= 1
+        Path(changed).write_bytes(held)
+
+    monkeypatch.setattr(merge_writer.Writer, "run", late)
+    with pytest.raises(SurgeryError, match="were changed while they were merged"):
+        merge_files("adapter", "merged")
+    assert not Path("merged").exists() and not [*Path().glob(".surgery-*")]
+
+
 def killed_at(stop: int) -> int:
     """How a process ends that is killed in the middle of its so manieth tensor."""
     number = os.fork()
