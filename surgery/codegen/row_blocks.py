@@ -56,8 +56,6 @@ def row_blocks(plan: Candidate) -> RowBlocks | None:
         else:
             made[node] = node.with_args(tuple(whole(arg) if need is None else made[arg]
                                               for arg, need in zip(node.args, needs.get(node, ()))))
-    if any(map(rests_on_layer, common)):
-        return None
     return RowBlocks(of_values(tuple(made[value] for value in plan.values)), sliced,
                      of_values((*common,)) if common else None, tuple(leaf.data for leaf in common.values()))
 
@@ -77,7 +75,7 @@ def _asked(plan: Candidate, nodes: list[Expr]) -> tuple[Asked, dict[Expr, tuple[
             continue
         (axis,) = asked[node]
         found = row.rows(node, axis) if row.rows is not None else None
-        if found is None:
+        if found is None or any(need is None and rests_on_layer(arg) for arg, need in zip(node.args, found)):
             return None
         needs[node] = found
         for arg, need in zip(node.args, found):

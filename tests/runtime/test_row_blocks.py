@@ -122,3 +122,19 @@ def test_no_second_weight_is_made_for_the_check_of_the_start() -> None:
     with torch.no_grad():
         ((rows, _),) = held.weights_by_rows(placed.site.module)
     assert rows == slice(None)
+
+
+@pytest.mark.parametrize("given", ["post mixed() with bias", "post mixed()", "add of_bias()"])
+def test_what_rests_on_all_of_w_or_b_is_made_at_once(given: str) -> None:
+    """Rows of A W are those of A times all of W, which no part of the layer has."""
+    spec = """transform mixed() on n { param A[n, n] = 0  return I(n) + A }
+        update of_bias() on bias { param A[out, out] = 0  return A @ b }
+        target any { %s }""".replace("%s", given)
+    _, placed, held = operated(nn.Linear(IN, OUT), spec)
+    assert moved_by(placed, held) == 0
+    moved(held)
+    with torch.no_grad():
+        ((rows, values),) = held.weights_by_rows(placed.site.module)
+        wanted = held.weights(placed.site.module)
+    assert rows == slice(None)
+    assert all(map(torch.equal, values, wanted))
