@@ -31,6 +31,11 @@ LYING: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "near each other": lambda x, y: (3 * x, 3 * x + 1e-2 * y),
     "a column of zeros": lambda x, y: (x * torch.tensor([1.0, 0, 1]), y),
     "one of zeros": lambda x, y: (x, 0 * y),
+    # whose squares float32 has no numbers for
+    "one nearly nothing": lambda x, y: (1e-30 * x, y),
+    "one endless, one nearly nothing": lambda x, y: (1e25 * x, 1e-25 * y),
+    "a column of zeros beside an endless one": lambda x, y: (x * torch.tensor([1.0, 0, 1]),
+                                                             y * torch.tensor([1, 1e25, 1])),
 }
 
 
