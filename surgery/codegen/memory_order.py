@@ -16,18 +16,19 @@ from surgery.ir.sizes import TOKENS, known
 
 _FEW = range(2, 25)  # columns of m; with more, and with one, a product is as fast either way
 _THIN = range(2, 65)  # columns of h
+WIDER = 8  # times as many has the other side, or there is little to share out
 
 
 def _is_thin(a: Expr, m: Expr) -> bool:
     """Whether a m is a product of activations with a few columns."""
     is_one = TOKENS in a.shape and len(a.shape) == len(m.shape) == 2
-    return is_one and m.shape[1] in _FEW and known(m.shape[0]) > known(m.shape[1])
+    return is_one and m.shape[1] in _FEW and known(m.shape[0]) >= WIDER * known(m.shape[1])
 
 
 def _is_thin_dot(a: Expr, g: Expr) -> bool:
-    """Whether in aᵀ g one side has few columns, and the other more."""
+    """Whether in aᵀ g one side has few columns, and the other many."""
     few, many = sorted(known(each.shape[1]) for each in (a, g))
-    return len(g.shape) == 2 and few in _THIN and many > few
+    return len(g.shape) == 2 and few in _THIN and many >= WIDER * few
 
 
 def in_order(*outputs: Expr) -> tuple[Expr, ...]:
