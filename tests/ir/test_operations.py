@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -33,7 +34,7 @@ from surgery.ir.expression import Expr, Formula, Leaf, rebuild
 from surgery.ir.notation import Maths
 from surgery.ir.notation_forms import around
 from surgery.ir.operations import FUNCTIONS, OPERATIONS, PRIMITIVES, Operation, make, operation
-from surgery.ir.shape_rules import same, vector
+from surgery.ir.shape_rules import ShapeError, same, vector
 from surgery.ir.sizes import TOKENS
 from surgery.ir.table import ACTING, Linear, Memory
 from surgery.ir.verifier import LOWERED, STEP, Malformed, verify
@@ -102,6 +103,32 @@ def test_a_derivative_is_that_of_the_dense_meaning(name):
         verified = rebuild(term, lambda n, args: n.data if n.op == "forward" else n.with_args(args))
         assert verified.shape == arg.shape
         assert_close(dense(verify(verified, STEP), {**leaves, "grad": grad}), wanted, 1e-12)
+
+
+BY_ROWS = [name for name, row in OPERATIONS.items() if row.rows]
+# Axes of one size and of several, and of a single entry.
+OF_ROWS = ((), (3,), (6,), (1, 3), (3, 1), (3, 3), (4, 3), (3, 4), (4, 6), (2, 3, 4), (2, 4, 3), (3, 3, 3))
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_some_rows_of_a_value_are_made_of_those_of_its_arguments(name):
+    row, generator = OPERATIONS[name], torch.Generator().manual_seed(0)
+    compared = 0
+    for shapes in product(OF_ROWS, repeat=row.arity):
+        try:
+            node = make(name, *(Expr("param", (), str(i), shape) for i, shape in enumerate(shapes)))
+        except ShapeError:
+            continue
+        values = [torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1 for shape in shapes]
+        whole = row.dense(*values)
+        for axis in range(-len(node.shape), 0):
+            needs = row.rows(node, axis)
+            last = node.shape[axis] - 1
+            for first, count in {(0, 1), (last, 1), (0, last + 1), (last // 2, last - last // 2)} if needs else ():
+                own = [v if need is None else v.narrow(need, first, count) for v, need in zip(values, needs, strict=True)]
+                assert_close(row.dense(*own), whole.narrow(axis, first, count), 1e-12, (shapes, axis, first, count))
+                compared += 1
+    assert compared > 2
 
 
 def by_kernel(node: Expr, args: list, in_step: bool) -> Tensor:
