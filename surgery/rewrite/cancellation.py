@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from surgery.ir.builders import scaled, summands, times, total, value_of
+from surgery.ir.builders import fill, scaled, summands, times, total, value_of
 from surgery.ir.expression import Expr, rebuild
 from surgery.ir.operations import make, names, operation
 from surgery.ir.table import Linear
@@ -57,9 +57,14 @@ def _terms(node: Expr) -> Iterator[tuple[float, Expr]]:
             yield 1.0, term
         elif rest.op == "detach" or rest.op in _ALIKE:
             for inner, part in _terms(rest.args[0]):
-                yield factor * inner, make(rest.op, part)
+                yield factor * inner, make(rest.op, _spread(part, rest.args[0]))
         else:
             yield factor, rest
+
+
+def _spread(part: Expr, whole: Expr) -> Expr:
+    """A term in the shape of its sum, where it is a number that is added to each entry: T, say, has none of that."""
+    return part if part.shape == whole.shape else make("mul", part, fill(1, whole.shape))
 
 
 def _undetached(node: Expr) -> Expr:
@@ -91,6 +96,6 @@ def _changes(node: Expr) -> Iterator[Expr]:
         for i, part in enumerate(node.args):
             before = [make("detach", each) for each in node.args[:i]]
             for change in _changes(part):
-                yield node.with_args((*before, change, *node.args[i + 1:]))
+                yield node.with_args((*before, _spread(change, part), *node.args[i + 1:]))
     else:
         yield make("unmoved", node)

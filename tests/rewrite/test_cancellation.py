@@ -12,7 +12,11 @@ from surgery.runtime.apply import apply
 
 TERMS = ["X + Y - detach(X + Y)", "detach(X) - X", "3 * X @ Y - 3 * detach(X @ Y)", "g * X - detach(g) * detach(X)",
          "X @ detach(Y) - detach(X @ Y)", "norm(Y) * X + Y - detach(norm(Y) * X) - detach(Y)", "X.T - detach(X).T",
-         "diag(d) - detach(diag(d))", "cayley(X - X.T) - detach(cayley(X - X.T))", "2 * exp(X) - detach(2 * exp(X))"]
+         "diag(d) - detach(diag(d))", "cayley(X - X.T) - detach(cayley(X - X.T))", "2 * exp(X) - detach(2 * exp(X))",
+         # numbers within what acts on matrices, and has none of a number
+         "(X + g).T - detach(X + g).T", "diag(d + g) - detach(diag(d + g))", "(X + g) @ Y - detach((X + g) @ Y)",
+         "X @ (Y + norm(X)) - detach(X @ (Y + norm(X)))", "diag(d + g) @ X - detach(diag(d + g) @ X)",
+         "norm(Y + g) * X - detach(norm(Y + g) * X)"]
 
 
 @pytest.mark.parametrize("rest", ["", " + Y", " - X @ diag(d) @ X", " + 2 * detach(Y)"])
@@ -23,7 +27,7 @@ def test_it_has_the_value_and_the_gradients_of_the_formula(text, rest):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("text", TERMS)
+@pytest.mark.parametrize("text", [*TERMS, "block_diag(S + g) - detach(block_diag(S + g))"])
 def test_nothing_of_it_is_in_the_value(text):
     assert not values_of(without_cancellation(cheapest(expression(text))))[0].any()
 
