@@ -44,6 +44,7 @@ from surgery.text import dtype_text
 # threads wait for each other at each of them.)
 BLOCK = 1 << 23
 # Of rows in whole numbers of so many a product of matrices is the one of all rows, bit for bit: it has no other edges.
+# Of fewer, as the last ones would be by themselves, several threads may make it in another order.
 TILE = 64
 _LONGEST = 120  # characters of a formula in `repr`
 
@@ -338,7 +339,8 @@ class Adapter(nn.Module):
             leaves |= zip(blocks.names, self._computed(compiled(blocks.common), layer, leaves, None, []))
         out, in_ = layer.weight.shape
         step, program = max(TILE, BLOCK // in_ // TILE * TILE), compiled(blocks.block)
-        for rows in (slice(at, min(at + step, out)) for at in range(0, out, step)):
+        starts = range(0, max(out - TILE, 0) + 1, step)
+        for rows in map(slice, starts, (*starts[1:], out)):
             own = {name: leaves[key].narrow(axis, rows.start, rows.stop - rows.start)
                    for name, (key, axis) in blocks.sliced.items()}
             some = layer.of(layer.weight[rows])

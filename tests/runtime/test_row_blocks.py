@@ -138,3 +138,15 @@ def test_what_rests_on_all_of_w_or_b_is_made_at_once(given: str) -> None:
         wanted = held.weights(placed.site.module)
     assert rows == slice(None)
     assert all(map(torch.equal, values, wanted))
+
+
+def test_no_part_is_so_small_that_its_products_are_made_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A last row alone differed in its last bits with two threads from the same row of all of W'."""
+    monkeypatch.setattr(adapter, "TILE", 64)
+    for out in (577, 576, 703, 640):
+        _, placed, held = operated(nn.Linear(IN, out), ANY)
+        with torch.no_grad():
+            parts = [*held.weights_by_rows(placed.site.module)]
+        rows = [len(weight) for _, (weight, _) in parts]
+        assert min(rows) >= 64 and max(rows) < 128 and len(rows) == out // 64
+        assert [i for part, _ in parts for i in range(part.start, part.stop)] == [*range(out)]
