@@ -30,3 +30,13 @@ def test_a_mask_drops_the_same_in_each_of_its_uses(laid, fixed):
     wanted = kept + 0.5 * (h @ m).masked_fill(is_dropped, 0)
     torch.testing.assert_close(add_masked(a, h, m, places, 0.5), wanted)
     assert torch.equal(masked_(a, places)[is_dropped], torch.zeros(len(places)))
+
+
+def test_a_mask_reaches_the_end_of_what_is_larger_than_32_bits_count():
+    """The numbers are one and the same, so that they take no memory."""
+    torch.manual_seed(0)
+    for count, p in ((2**31 + 2**20, 2e-3), (2**33, 1e-7), (100, 1e-6)):
+        places = mask(torch.empty(1).expand(count), p).long()
+        assert (places.diff() > 0).all() and ((places >= 0) & (places < count)).all()
+        assert abs(len(places) - count * p) < 5 * (count * p) ** 0.5 + 1
+        assert count * p < 100 or places[-1] > 0.9 * count
