@@ -110,14 +110,12 @@ def resolvent(m: Tensor) -> Tensor:
 
 @torch.no_grad()
 def balance(x: Tensor, y: Tensor) -> Tensor:
-    """t, powers of two by which x diag(t) and y diag(1/t) have columns about as long as each other: [n, r] -> [r]. It
+    """t, powers of two by which x diag(t) and y diag(1/t) have columns about as large as each other: [n, r] -> [r]. It
     takes no gradient: what is made of them is the same for any t, but for what a short column beside a long one loses
     to its rounding, of which the gradient has nothing left. Powers of two round nothing."""
-    both = torch.cat([x, y], dim=-1)
-    largest = both.abs().amax(-2).clamp_min(torch.finfo(x.dtype).tiny)
-    # over the largest entry: in float32 the square of 1e20 is infinite, and that of 1e-23 is nothing
-    lengths = torch.linalg.vector_norm(both / largest, dim=-2).clamp_min(1.0)
-    of_x, of_y = (largest.log2() + lengths.log2()).chunk(2, dim=-1)
+    # by the largest entries: in float32 the square of 1e20 is infinite, and that of 1e-23 is nothing
+    largest = torch.linalg.vector_norm(torch.cat([x, y], dim=-1), float("inf"), dim=-2)
+    of_x, of_y = largest.clamp_min(torch.finfo(x.dtype).tiny).log2().chunk(2, dim=-1)
     return torch.div(of_y - of_x, 2, rounding_mode="trunc").exp2()  # 1, where they are as good as alike
 
 
