@@ -27,6 +27,7 @@ from surgery.experiments.tasks import ASSISTANT, AnyTask, Generative, last_numbe
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import longer, outputs
 from surgery.models.loading import load, load_with_saved_head, tokenizer
+from surgery.models.modes import in_mode
 from surgery.models.names import base_name
 from surgery.runtime.attach import attach
 from surgery.runtime.saved_format import SPEC, Saved
@@ -132,15 +133,12 @@ def read_for(opened: Opened, path: str | PathLike, kind: str | None = None, labe
 
 def scored(model: Any, words: Words, task: AnyTask, scoring: Scoring = Scoring(),
            told: Told = lambda done, of: None) -> Evaluation:
-    """The scores of a model on a task; it is in evaluation mode meanwhile. `told` of items that are done.
+    """The scores of a model on a task, in evaluation mode; afterwards each module is in its own mode again. `told` is
+    called as items are done.
     Raises: SurgeryError (bad-data, bad-value, missing-extra)."""
     refuse_unfit(model, task)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_mode(model, False):
         scores, cut = _SCORERS[task.kind](model, words, task, scoring, told)
-    finally:
-        model.train(was_training)
     return Evaluation(task.name, task.kind, len(task), scores, cut, asdict(scoring))
 
 
@@ -166,13 +164,10 @@ def _sees_ahead(model: Any) -> bool:
     a causal one's name. (A model that is not whole here is not asked.)"""
     if any(p.is_meta or not p.numel() for p in model.parameters()):
         return False
-    was_training, size = model.training, model.config.get_text_config().vocab_size
+    size = model.config.get_text_config().vocab_size
     tokens = torch.tensor([[10, 11, 12, 13, 14, 15], [10, 11, 12, 16, 17, 18]], device=model.device) % size
-    model.eval()
-    try:
+    with in_mode(model, False):
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
-    finally:
-        model.train(was_training)
     one, other = logits[:, :3].float()
     rounding = torch.finfo(logits.dtype).eps ** 0.5  # and more than what other tokens beside them make by that
     return bool((one - other).norm() > rounding * one.norm())

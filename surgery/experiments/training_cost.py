@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from surgery.experiments.timing import peak_bytes, seconds, turned
+from surgery.models.modes import in_mode
 
 WARM_UP = 2
 ROUNDS = 7
@@ -70,12 +71,10 @@ def _step(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Callable[[], N
 def step_bytes(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> int:
     """The most bytes held at once in a step of AdamW on a batch that has labels: weights, gradients, the optimizer's
     state and activations. The model is then as it was."""
-    mode = model.training
-    step, optimizer = _step(model.train(), batch)
-    step()  # the optimizer's state comes to be in its first step
-    # What stands between two steps, tied tensors once, and on top of it what a step allocates.
-    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers(), *states)}
-    most = sum(held.values()) + peak_bytes(step, model.device)
-    model.train(mode)
-    return most
+    step, optimizer = _step(model, batch)
+    with in_mode(model, True):
+        step()  # the optimizer's state is made in its first step
+        # What stands between two steps, tied tensors once, and on top of it what a step allocates.
+        states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+        held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers(), *states)}
+        return sum(held.values()) + peak_bytes(step, model.device)

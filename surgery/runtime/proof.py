@@ -27,6 +27,7 @@ from surgery.layers.layouts import weights
 from surgery.layers.wrappers import own_parameter
 from surgery.models.demo import demo_inputs
 from surgery.models.draws import same_draws
+from surgery.models.modes import in_mode
 from surgery.planning.compile import Placed
 from surgery.planning.initial_values import IDENTITY_TOLERANCE, departure, is_finite
 from surgery.runtime.adapter import Adapter
@@ -282,14 +283,8 @@ class Subject:
 def outputs(model: nn.Module) -> Tensor | None:
     """The numbers that a model in evaluation gives for a batch that is made up, the same for each model of its
     configuration: [n] in float64; None where none can be made up. Its random state is afterwards as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    subject = Subject(model, (), {}, Scope((), (), ()))
-    try:
-        model.eval()
-        return subject._first(None)[1]
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with in_mode(model, False):
+        return Subject(model, (), {}, Scope((), (), ()))._first(None)[1]
 
 
 def _without(model: nn.Module, *why: str) -> str:

@@ -6,27 +6,14 @@ it runs with the surgery off; it holds no parameters, so that nothing shards, sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from surgery.models.modes import in_mode
+
 if TYPE_CHECKING:
     from surgery.runtime.surgeon import Surgeon
-
-
-@contextmanager
-def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Inside, every module is in training or in evaluation; each is afterwards in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = training
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class Reference(nn.Module):
@@ -44,7 +31,7 @@ class Reference(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # around the call and not in `forward`, in the place of which a trainer may put one of its own
         surgeon: Surgeon = self.__dict__["surgeon"]
-        with surgeon.disabled(), _in_mode(surgeon.model, self.training):
+        with surgeon.disabled(), in_mode(surgeon.model, self.training):
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

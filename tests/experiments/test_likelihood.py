@@ -20,7 +20,9 @@ from surgery.experiments.prompts import PROMPT, choices, collated, conversation,
 from surgery.experiments.tasks import Choice, Generative, Message
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import Setting, arguments, lesson_of, token_loss, trainer_of
+from surgery.experiments.training_cost import step_bytes
 from surgery.runtime.calibration import READ
+from surgery.runtime.proof import outputs
 
 ASKED = Generative("asked", "choice", tuple(Choice(q["question"], tuple(q["choices"]), q["answer"])
                                             for q in questions(50)))
@@ -242,6 +244,17 @@ def test_a_model_that_cannot_answer_is_told(tmp_path: Path) -> None:
     with pytest.raises(surgery.SurgeryError, match="this BertLMHeadModel sees the tokens that come after"):
         evaluate(sees_all, ASKED, words=pieces())
     assert words().pad_token == "[PAD]" and sees_all.training
+
+
+def test_a_score_leaves_each_module_in_the_mode_that_it_was_in() -> None:
+    """Batch norms that stay in evaluation while the rest trains would else train from the first score on."""
+    model = deepcopy(causal()).train()
+    model.lm_head.eval()
+    batch = {key: torch.tensor([[5, 6, 7]]) for key in ("input_ids", "labels")}
+    evaluate(model, ASKED.limited(2), words=pieces())
+    outputs(model)
+    step_bytes(model, batch)
+    assert model.training and {name for name, m in model.named_modules() if not m.training} == {"lm_head"}
 
 
 def test_a_loss_is_of_each_token_given_those_before_it_whatever_the_model_has(tmp_path: Path) -> None:
