@@ -81,7 +81,10 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
         m = _shifted(a.mT - a, 2.0)
-        result = torch.linalg.solve_ex(m, m.mT).result  # does not wait for a device to say that there is one
+        # k of odd side leaves one direction alone, which a solve rounds by as much as the others turn. (`solve_ex` does
+        # not wait for a device to say that there is a solution.)
+        is_odd = a.shape[-1] % 2
+        result = _shifted(_inverse(m).mul_(4.0), -1.0) if is_odd else torch.linalg.solve_ex(m, m.mT).result
         ctx.save_for_backward(result)
         ctx.is_turned = a.mT.is_contiguous()
         return result
@@ -101,6 +104,37 @@ def _plus_product(c: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tenso
     if c.ndim > 3:
         return factor * (c + a @ b)
     return (torch.addmm if c.ndim == 2 else torch.baddbmm)(c, a, b, beta=factor, alpha=factor)
+
+
+def expm(k: Tensor) -> Tensor:
+    """e^k, of each matrix in [..., n, n]."""
+    return _exponential(k) if is_traced() else _Exponential.apply(k)
+
+
+def _exponential(k: Tensor) -> Tensor:
+    """torch takes too few terms for a matrix alone (3e-5 off in float32), and enough for one of a stack."""
+    return torch.linalg.matrix_exp(torch.stack([k, torch.zeros_like(k)]))[0]
+
+
+class _Exponential(torch.autograd.Function):
+    """The gradient of <e^k, g> is the corner of the exponential of [[kᵀ, g], [0, kᵀ]]. It is linear in g, which is
+    made small first: as autograd takes it, a large g (a loss that is scaled, a sum over tokens) has k divided by as
+    much before its series, and 1e-4 of the gradient lost."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor) -> Tensor:
+        ctx.save_for_backward(k)
+        return _exponential(k)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (k,), (g,) = ctx.saved_tensors, grad_outputs
+        n = k.shape[-1]
+        with torch.no_grad():
+            largest = torch.linalg.vector_norm(g, float("inf"), dim=(-2, -1), keepdim=True) if g.numel() else g
+            size = (64 * n * largest).clamp_min(torch.finfo(g.dtype).tiny)
+        both = torch.cat([torch.cat([k.mT, g / size], dim=-1), torch.nn.functional.pad(k.mT, (n, 0))], dim=-2)
+        return expm(both)[..., :n, n:] * size
 
 
 def resolvent(m: Tensor) -> Tensor:

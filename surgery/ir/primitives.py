@@ -120,10 +120,9 @@ def _rotation(a: Any) -> Any:
 
 
 def _expm(k: Any) -> Any:
-    """torch takes too few terms for a matrix alone (3e-5 off in float32), and enough for one of a stack."""
-    import torch
+    from surgery.ir.orthogonal_maps import expm
 
-    return torch.linalg.matrix_exp(torch.stack([k, torch.zeros_like(k)]))[0]
+    return expm(k)
 
 
 def divided(a: Any, b: Any) -> Any:
@@ -187,13 +186,14 @@ def _resolvent(m: Any) -> Any:
 
 
 def _phi(m: Any) -> Any:
-    """(e^m - I) m⁻¹ without the inverse: the corner of the exponential of [[m, I], [0, 0]]."""
+    """(e^m - I) m⁻¹ without the inverse: the corner of the exponential of [[m, I], [0, 0]]. In float64, as its gradient
+    is multiplied by the lengths of columns that may be far apart; it is small."""
     import torch
 
-    size = m.shape[-1]
-    eye = torch.eye(size, dtype=m.dtype, device=m.device)
-    top = torch.cat([m, eye.expand_as(m)], dim=-1)
-    return _expm(torch.cat([top, torch.zeros_like(top)], dim=-2))[..., :size, size:]
+    size, wide = m.shape[-1], m.double()
+    eye = torch.eye(size, dtype=wide.dtype, device=m.device)
+    top = torch.cat([wide, eye.expand_as(m)], dim=-1)
+    return _expm(torch.cat([top, torch.zeros_like(top)], dim=-2))[..., :size, size:].to(m.dtype)
 
 
 def _mirrored(u: Any) -> Any:

@@ -9,6 +9,7 @@ from surgery.ir import orthogonal_maps
 from surgery.ir.orthogonal_maps import (
     cayley,
     centred,
+    expm,
     mirrored,
     over_root,
     resolvent,
@@ -67,6 +68,46 @@ def test_a_turn_of_thin_factors_has_the_gradients_of_the_formula(traced, monkeyp
         assert order(turned, (x, y))
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     torch.testing.assert_close(turned(x, y), wanted)
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 4, 4), (0, 2, 2), (1, 1)])
+def test_an_exponential_has_the_gradients_of_the_formula(shape):
+    torch.manual_seed(0)
+    k = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(expm(k), torch.linalg.matrix_exp(k))
+    for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert order(expm, k)
+    assert not k.numel() or not torch.autograd.grad(expm(k), k, torch.zeros_like(k))[0].any()
+
+
+def off(f, formula, a: Tensor, direction: Tensor) -> tuple[float, float]:
+    """How far the value of f and its gradient are in float32 from those of a formula in float64."""
+    found, exact = a.clone().requires_grad_(), a.double().requires_grad_()
+    value, wanted = f(found), formula(exact)
+    pairs = [(value, wanted), (*torch.autograd.grad(value, found, direction),
+                               *torch.autograd.grad(wanted, exact, direction.double()))]
+    return tuple(((x.double() - y).norm() / y.norm()).item() for x, y in pairs)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e3, 1e7, 1e25])
+def test_an_exponential_has_exact_gradients_however_large_those_of_its_value_are(size):
+    """A loss that is scaled for float16, or summed over tokens, has large ones."""
+    torch.manual_seed(0)
+    a, direction = torch.randn(2, 3, 16, 16)
+    assert max(off(expm, torch.linalg.matrix_exp, 0.1 * skew(a), size * direction)) < 1e-6
+
+
+@pytest.mark.parametrize("n", [6, 7])
+def test_a_rotation_by_far_is_as_exact_as_the_formula(n):
+    torch.manual_seed(0)
+    a, direction = torch.randn(2, n, n)
+
+    def formula(a: Tensor) -> Tensor:
+        return plain(a - a.mT)
+
+    for f in (rotation, lambda a: cayley(skew(a))):
+        for found, allowed in zip(off(f, formula, 1e3 * a, direction), off(formula, formula, 1e3 * a, direction)):
+            assert found <= 3 * allowed
 
 
 def test_a_rotation_of_what_is_no_number_is_none():
