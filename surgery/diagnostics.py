@@ -296,6 +296,12 @@ def fail(code: str, message: str, span: Span | None = None, **more) -> SurgeryEr
     return SurgeryError([Diagnostic(code, message, span, **more)])
 
 
+def internal(message: str, span: Span | None, where: str) -> Diagnostic:
+    """The diagnostic of a mistake of ours: what a user can do about it is to report it."""
+    return Diagnostic("internal", message, span, notes=(where,),
+                      helps=("this is a mistake of surgery's, and not of the spec: please report it",))
+
+
 class Collector:
     """Gathers diagnostics so that one run shows them all."""
 

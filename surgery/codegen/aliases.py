@@ -12,37 +12,37 @@ from math import prod
 
 from surgery.ir.expression import Expr
 from surgery.ir.operations import operation
-from surgery.ir.table import Memory as Lies
+from surgery.ir.table import Memory
 
 
 @dataclass(frozen=True)
-class Memory:
-    """How a region may use memory. `looked_on`: autograd sees each line; `writes`: whether anything is written over at
-    all; `is_called`: the layer is a module that is called."""
+class MemoryUse:
+    """How a region may use memory. `recorded`: autograd records each line; `writes`: whether anything is written over
+    at all; `is_called`: the layer is a module that is called."""
 
-    looked_on: bool = True
+    recorded: bool = True
     writes: bool = False
     is_called: bool = False
 
     def is_own(self, node: Expr) -> bool:
         """True if computing this node allocates memory that no other value shares."""
-        lies = operation(node).memory
-        return lies is Lies.NEW or lies is Lies.OF_LAYER and not self.is_called
+        memory = operation(node).memory
+        return memory is Memory.NEW or memory is Memory.OF_LAYER and not self.is_called
 
     def may_end(self, node: Expr) -> bool:
         """True if this value may be overwritten after its last read."""
-        return self.writes and self.is_own(node) and (not self.looked_on or operation(node).is_unkept)
+        return self.writes and self.is_own(node) and (not self.recorded or operation(node).is_unkept)
 
     def shown(self, node: Expr) -> Expr:
         """The value whose memory is written over where this one is: itself, or what it is a view of, all of it. Where
-        autograd looks on, no view is written over."""
-        while (not self.looked_on and operation(node).memory is Lies.VIEW
+        autograd records, no view is written over."""
+        while (not self.recorded and operation(node).memory is Memory.VIEW
                and prod(node.shape) == prod(node.args[0].shape)):
             (node,) = node.args
         return node
 
 
-def read_by(reads: Sequence[tuple[Expr, Sequence[Expr]]], memory: Memory) -> dict[Expr, frozenset[int]]:
+def read_by(reads: Sequence[tuple[Expr, Sequence[Expr]]], memory: MemoryUse) -> dict[Expr, frozenset[int]]:
     """For each value, the numbers of the instructions that read its memory, directly or through a view. `reads` lists
     what each instruction computes and what it reads, operands before their readers."""
     readers: dict[Expr, frozenset[int]] = {}
@@ -54,7 +54,7 @@ def read_by(reads: Sequence[tuple[Expr, Sequence[Expr]]], memory: Memory) -> dic
     return readers
 
 
-def held_by(outputs: Iterable[Expr], operands: Mapping[Expr, Sequence[Expr]], memory: Memory) -> set[Expr]:
+def held_by(outputs: Iterable[Expr], operands: Mapping[Expr, Sequence[Expr]], memory: MemoryUse) -> set[Expr]:
     """The outputs, and every value that an output may be a view of."""
     held: set[Expr] = set()
     stack = list(outputs)

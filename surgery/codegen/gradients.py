@@ -73,10 +73,10 @@ def _sum(terms: list[Expr], shape: Shape) -> Expr:
         rest = scaled(term)[1]
         return is_product(rest.args[0] if rest.op == "masked" else rest)
 
-    return simplify(total(sorted(map(simplify, _beside(terms, shape[-1:])), key=is_accumulated), shape))
+    return simplify(total(sorted(map(simplify, _columns_joined(terms, shape[-1:])), key=is_accumulated), shape))
 
 
-def _beside(terms: list[Expr], width: Shape) -> list[Expr]:
+def _columns_joined(terms: list[Expr], width: Shape) -> list[Expr]:
     """The terms, those that together are all columns side by side and not as a sum of each among zeros."""
     parts = {term.args[1].data: term.args[0] for term in terms if term.op == "placed" and term.args[1].op == "range"}
     (first, _), *_ = ends = sorted(parts) or [(1, 1)]

@@ -113,10 +113,10 @@ def _as_one(terms: list[Expr]) -> Expr:
 
 def _side_by_side(parts: Iterable[Expr]) -> Expr:
     """[a, b, ...]; neighbouring columns of one matrix are columns of that, or all of it."""
-    return reduce(_beside, parts)
+    return reduce(_joined_pair, parts)
 
 
-def _beside(a: Expr, b: Expr) -> Expr:
+def _joined_pair(a: Expr, b: Expr) -> Expr:
     if not (a.op == b.op == "between" and a.args == b.args and a.data[1] == b.data[0]):
         return make("side_by_side", a, b)
     first, end = a.data[0], b.data[1]

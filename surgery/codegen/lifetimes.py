@@ -40,13 +40,13 @@ def written_over(region: Region, schedule: Sequence[Instruction], alive: Lifetim
         base = region.memory.shown(base)  # whoever reads a view of it reads it
         is_own = base in reads and base not in alive.stay and region.memory.may_end(base)
         places = alive.readers[base]
-        # where autograd looks on, an earlier reader may need the value again, for a gradient: one reader alone ends it
-        return is_own and (places == {at} if region.memory.looked_on else max(places) == at)
+        # where autograd records, an earlier reader may need the value again, for a gradient: one reader alone ends it
+        return is_own and (places == {at} if region.memory.recorded else max(places) == at)
 
-    def is_read_beside(base: Expr, each: Instruction) -> bool:
+    def is_read_by_another_operand(base: Expr, each: Instruction) -> bool:
         """Whether another operand of the instruction may show the same memory."""
         others = [operand for operand in each.reads if operand is not base]
         return each.reads.count(base) > 1 or region.memory.shown(base) in held_by(others, reads, region.memory)
 
-    return [next((base for base in each.bases if ends(base, i) and not is_read_beside(base, each)), None)
+    return [next((base for base in each.bases if ends(base, i) and not is_read_by_another_operand(base, each)), None)
             for i, each in enumerate(schedule)]

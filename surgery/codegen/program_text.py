@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from surgery.codegen.aliases import Memory
+from surgery.codegen.aliases import MemoryUse
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.emit import Lines, emitted
 from surgery.codegen.gradients import gradients
@@ -24,8 +24,7 @@ from surgery.ir.expression import Expr, rebuild, substituted, walk
 from surgery.ir.graph import without_gradient
 from surgery.ir.operations import is_whole, make, operation
 from surgery.ir.sizes import Dim
-from surgery.ir.table import Linear, Source
-from surgery.ir.table import Memory as Shows
+from surgery.ir.table import Linear, Memory, Source
 from surgery.rewrite.normal_form import simplify
 
 LARGE = 2**16  # numbers of a value that a set-up lets go of as soon as it can
@@ -41,7 +40,7 @@ def program_text(plan: Candidate, writes: bool = True) -> str:
         output = plan.outputs[0]
         x = next(node for node in walk(output) if operation(node).source is Source.INPUT)
         names = {**{node: f"a{i}" for i, node in enumerate(plan.values)}, x: "x"}
-        region = Region((output,), names.keys(), Memory(writes=writes, is_called=plan.is_called))
+        region = Region((output,), names.keys(), MemoryUse(writes=writes, is_called=plan.is_called))
         text = emitted(region, names, "y")
         arguments = "".join(f", a{i}" for i in range(len(plan.values)))
         functions.append(_function(f"body(layer, x{arguments})", [line for _, line in text.lines],
@@ -71,7 +70,7 @@ def _told_apart(values: Sequence[Expr]) -> tuple[Expr, ...]:
 def _prepared(name: str, arguments: str, results: Sequence[Expr], names: dict[Expr, str], prefix: str,
               cast: str = "") -> str:
     """A function of the set-up: what carries no gradient is computed without one."""
-    region = Region(tuple(results), names.keys(), Memory(), without_gradient(*results))
+    region = Region(tuple(results), names.keys(), MemoryUse(), without_gradient(*results))
     text = emitted(region, names, prefix, lambda node: size(node, 0) >= LARGE)
     lines: list[str] = []
     for gradless, line in text.lines:
@@ -135,7 +134,7 @@ def step_text(body: Expr, needs: tuple[bool, ...], frozen_last: bool = False,
     return StepText(source, body, wanted, derived.kept, (*used, *derived.kept))
 
 
-_OWN = Memory(looked_on=False, writes=True)
+_OWN = MemoryUse(recorded=False, writes=True)
 
 
 _LayOut = Callable[..., tuple[Expr, ...]]  # the outputs of a pass in the operations that its device is best at
@@ -174,7 +173,7 @@ def _apart(outputs: Sequence[Expr], called: Mapping[Expr, str]) -> Iterator[str]
     seen = set()
     for output in outputs:
         held = output
-        while operation(held).memory is Shows.VIEW:
+        while operation(held).memory is Memory.VIEW:
             held = held.args[0]
         yield f"{called[output]}.clone()" if held in seen else called[output]
         seen.add(held)

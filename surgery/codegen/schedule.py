@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from surgery.codegen.aliases import Memory, held_by, read_by
+from surgery.codegen.aliases import MemoryUse, held_by, read_by
 from surgery.ir.builders import scaled, value_of
 from surgery.ir.expression import Expr
 from surgery.ir.operations import operation
@@ -39,7 +39,7 @@ class Region:
 
     outputs: tuple[Expr, ...]
     given: Collection[Expr]
-    memory: Memory = Memory()
+    memory: MemoryUse = MemoryUse()
     gradless: frozenset[Expr] = frozenset()
     frozen_last: bool = False
     uses: Counter[Expr] = field(default_factory=Counter)
@@ -65,7 +65,7 @@ def scheduled(region: Region) -> list[Instruction]:
     fused = {part for instruction in instructions.values() for part in instruction.parts}
     operands = {node: instruction.reads for node, instruction in instructions.items() if node not in fused}
     first = list(_ordered(region.outputs, lambda node: operands.get(node, ())))
-    late = {**_late(region, [instructions[node] for node in first if node in operands], operands), **_beside(first)}
+    late = {**_late(region, [instructions[node] for node in first if node in operands], operands), **_in_pairs(first)}
     order = _ordered(region.outputs, lambda node: (*operands.get(node, ()), *late.get(node, ())))
     return [instructions[node] for node in order if node in operands]
 
@@ -85,7 +85,7 @@ def _ordered(roots: Sequence[Expr], below: Callable[[Expr], Sequence[Expr]]) -> 
             stack += [(node, True), *((each, False) for each in reversed(below(node)))]
 
 
-def _beside(nodes: Sequence[Expr]) -> dict[Expr, list[Expr]]:
+def _in_pairs(nodes: Sequence[Expr]) -> dict[Expr, list[Expr]]:
     """For the first of two values that are computed together the second, which is then named at once: as long as the
     pair is there it holds both."""
     second = {node.args[0]: node for node in nodes if node.op == "part" and node.data == (1,)}
@@ -96,7 +96,7 @@ def _beside(nodes: Sequence[Expr]) -> dict[Expr, list[Expr]]:
 def _late(region: Region, instructions: Sequence[Instruction],
           operands: Mapping[Expr, Sequence[Expr]]) -> dict[Expr, list[Expr]]:
     """For an instruction's value the values that are to be there before, so that it is the last to read its base."""
-    if region.memory.looked_on:  # there nothing is written over that has a second reader
+    if region.memory.recorded:  # there nothing is written over that has a second reader
         return {}
     late: dict[Expr, list[Expr]] = {}
     seen = read_by([(each.node, each.reads) for each in instructions], region.memory)
@@ -121,7 +121,7 @@ def _late(region: Region, instructions: Sequence[Instruction],
 
 def _instruction(region: Region, node: Expr) -> Instruction:
     """The node's own operation, or one in which a part of what it reads is computed too."""
-    own = not region.memory.looked_on
+    own = not region.memory.recorded
     if node.op == "add" and node.shape and all(a.shape == node.shape for a in node.args):
         both = (node.args, node.args[::-1])
         tried = (_summed_onto, _term_added) if region.frozen_last else (_term_added, _summed_onto)
@@ -145,7 +145,7 @@ def _term_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction 
         return None
     # autograd does not see through a kernel of ours
     unseen = way.when is When.IN_STEP or z not in region.gradless
-    if way.when is not When.ALWAYS and region.memory.looked_on and unseen:
+    if way.when is not When.ALWAYS and region.memory.recorded and unseen:
         return None
     inside = way.takes(z)
     if not region.is_once(*{term, z}, *inside):
@@ -160,7 +160,7 @@ def _summed_onto(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction
     (factor, y), form = _multiple(base := y), operation(term).onto
     is_fresh = not operation(y).is_inline and region.memory.is_own(region.memory.shown(y)) and region.is_once(
         *{base, y}, term)
-    if form is None or factor is None or term.data is not None or region.memory.looked_on or not is_fresh:
+    if form is None or factor is None or term.data is not None or region.memory.recorded or not is_fresh:
         return None
     parts = (term,) if base is y else (base, term)
     return Instruction(node, (y, *term.args), form, factor, (y,), parts)
@@ -169,7 +169,7 @@ def _summed_onto(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction
 def _multiple_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
     """y + c z. Not of a product, detached or not, where a compiler may look on: torch 2.13's forgets the factor."""
     factor, z = _multiple(term)
-    own, seen = not region.memory.looked_on, z.args[0] if z.op == "detach" else z
+    own, seen = not region.memory.recorded, z.args[0] if z.op == "detach" else z
     if factor in (None, 1.0) or not region.is_once(term) or not own and operation(seen).is_matmul:
         return None
     return Instruction(node, (y, z), ADD, factor, (y,) if own else (), (term,))

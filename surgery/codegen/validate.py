@@ -3,7 +3,7 @@
 Takes the text of a program or of a step, and the expressions that it was made of; gives what is wrong with it, in words
 (nothing for a proof). Promises: it knows nothing of how text is made, and has tables of its own. Each name stands for a
 symbol and the memory in which that lies; a line that writes over memory makes every other name for it unreadable; only
-memory that the function itself has allocated may be written over, and, where autograd looks on, only what no gradient
+memory that the function itself has allocated may be written over, and, where autograd records, only what no gradient
 needs. Sums and products are commutative, what is turned twice is itself, and a fused operation is the sum that it
 computes; nothing else is rewritten. No torch.
 """
@@ -56,11 +56,11 @@ class Held:
 
 
 class Run:
-    """One function, run on symbols. `looked_on`: whether autograd sees its lines; `owns_calls`: whether what the layer
-    gives is memory of its own, as that of a module that is called need not be."""
+    """One function, run on symbols. `recorded`: whether autograd records its lines; `owns_calls`: whether what the
+    layer gives is memory of its own, as that of a module that is called need not be."""
 
-    def __init__(self, symbols: Symbols, looked_on: bool, owns_calls: bool = True):
-        self.symbols, self.looked_on, self.owns_calls = symbols, looked_on, owns_calls
+    def __init__(self, symbols: Symbols, recorded: bool, owns_calls: bool = True):
+        self.symbols, self.recorded, self.owns_calls = symbols, recorded, owns_calls
         self.names: dict[str, Any] = {}
         self.versions: list[int] = []
         self.kept: set[int] = set()  # memory that a gradient needs
@@ -200,7 +200,7 @@ class Run:
         return result
 
     def _keep(self, *values: Held) -> None:
-        if self.looked_on and not self.without_gradient:
+        if self.recorded and not self.without_gradient:
             self.kept |= {memory for held in values for memory, _ in held.memory}
 
     def _written(self, base: Held, meaning: Meaning, *operands: Held) -> Held:
@@ -288,7 +288,7 @@ class Run:
         match name.removesuffix("_"), means:
             case "add", [z]:
                 is_product = symbols.names[z.value] in ("@", "frozen", "frozen_biased", "frozen_back")
-                if self.looked_on and factor != 1 and is_product:
+                if self.recorded and factor != 1 and is_product:
                     raise Fault("takes a multiple of a product, of which a compiler forgets the factor")
                 added = z
             case "addmm", [a, b]:

@@ -238,6 +238,16 @@ class Formula:
     parts: tuple[Part, ...] = ()
 
     @property
+    def of_data(self) -> set[str]:
+        """The operations in the starts of its leaves whose values data gives."""
+        return {op for leaf in self.leaves for op in leaf.of_data}
+
+    @property
+    def symbols(self) -> dict[Expr, str]:
+        """The last part of each leaf's key, `B` of `add_low_rank.B`, by which a formula is written for a reader."""
+        return {leaf.expr: leaf.key.rpartition(".")[2] for leaf in self.leaves}
+
+    @property
     def changes_bias(self) -> bool:
         """Whether b' is anything but b."""
         return self.bias.op != "bias"

@@ -90,7 +90,7 @@ class Orthogonal(Enum):
 
 
 class When(Enum):
-    """Where a fused instruction computes a term: it depends on who looks on."""
+    """Where a fused instruction computes a term: it depends on whether autograd records it."""
 
     ALWAYS = auto()
     WITHOUT_GRADIENT = auto()  # where no gradient is taken of the term, or it is written out

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program_text import program_text, step_text
 from surgery.codegen.validate import program_faults, step_faults
-from surgery.diagnostics import Collector, Diagnostic, SurgeryError, unknown_allowed
+from surgery.diagnostics import Collector, Diagnostic, SurgeryError, internal, unknown_allowed
 from surgery.language.library import load
 from surgery.language.tree import Spec, Target, every_step
 from surgery.matching.selectors import selector_faults
@@ -136,10 +136,8 @@ def _miscompiled(trial: Trial) -> Iterator[Diagnostic]:
             for step in filter(None, steps):  # of a CPU, and of other devices
                 faults += step_faults(step.source, step.body, step.gradients, step.forwarded)
             if faults:
-                yield Diagnostic("internal", "the program for this target is not proven to compute its formula",
-                                 trial.target.span,
-                                 notes=(f"{plan.strategy} at [{trial.out}, {trial.in_}]: {faults[0]}",),
-                                 helps=("this is a mistake of surgery's, and not of the spec: please report it",))
+                yield internal("the program for this target is not proven to compute its formula", trial.target.span,
+                               f"{plan.strategy} at [{trial.out}, {trial.in_}]: {faults[0]}")
 
 
 def _unplaced(spec: Spec) -> Iterator[Target]:

@@ -82,11 +82,12 @@ def moved(trial: Trial, begins: Mapping[str, Tensor], distance: float, seed: int
 def _of_data(placed: Placed) -> dict[str, Tensor]:
     """Random numbers in the place of what data gives: a gradient, and the sum over more inputs than there are
     entries."""
+    if not placed.formula.of_data:
+        return {}
     generator, site = torch.Generator().manual_seed(3), placed.site
-    asked = {op for leaf in placed.formula.leaves for op in leaf.of_data}
-    drawn = {"gradient": torch.randn(site.out, site.in_, generator=generator, device="cpu"),
-             "inputs": torch.randn(2 * site.in_, site.in_, generator=generator, device="cpu")} if asked else {}
-    return {op: x.mT @ x if op == "inputs" else x for op, x in drawn.items()}
+    gradient = torch.randn(site.out, site.in_, generator=generator, device="cpu")
+    inputs = torch.randn(2 * site.in_, site.in_, generator=generator, device="cpu")
+    return {"gradient": gradient, "inputs": inputs.mT @ inputs}
 
 
 # -------------------------------------------------------------------------------------------------------- start

@@ -14,7 +14,7 @@ from torch import Tensor
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.two_ways import ways
-from surgery.diagnostics import Diagnostic
+from surgery.diagnostics import Diagnostic, internal
 from surgery.ir.dense import dense
 from surgery.ir.expression import in_evaluation, in_training
 from surgery.ir.sizes import known_shape
@@ -33,9 +33,8 @@ def try_programs(trials: Iterable[Trial]) -> list[Diagnostic]:
     for trial in trials:
         is_open = trial.out * trial.in_ <= _MOST_NUMBERS and id(trial.target) not in wrong
         if is_open and (fault := _fault(trial)):
-            wrong[id(trial.target)] = Diagnostic(
-                "internal", "a program for this target does not compute its formula", trial.target.span, notes=(fault,),
-                helps=("this is a mistake of surgery's, and not of the spec: please report it",))
+            wrong[id(trial.target)] = internal("a program for this target does not compute its formula",
+                                               trial.target.span, fault)
     return [*wrong.values()]
 
 

@@ -59,6 +59,5 @@ def entry_of(name: str, spec: Spec) -> Entry:
     estimate = Estimate(Compiled.supposed(formula))
     program = "dense" if estimate.built else estimate.candidates[0].strategy
     trained = sum(known(prod(leaf.shape)) for leaf in formula.leaves if not leaf.frozen)
-    asked = {op for each in formulas for leaf in each.leaves for op in leaf.of_data}
-    data = tuple(name for name, (op, _) in OF_DATA_NAMES.items() if op in asked)
+    data = tuple(name for name, (op, _) in OF_DATA_NAMES.items() if any(op in each.of_data for each in formulas))
     return Entry(*about, trained, program, estimate.ratio(), data)

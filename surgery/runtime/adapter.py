@@ -369,8 +369,7 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         """`weight' = W + 2 B A`, with each tensor by its own name."""
-        symbols = {leaf.expr: leaf.key.rpartition(".")[2] for leaf in self.formula.leaves}
-        weight = self.formula.weight
+        symbols, weight = self.formula.symbols, self.formula.weight
         # where parts are shared, written out they could be longer than memory
         formula = brief(weight) if parts_to_name((weight,), symbols) else Maths(symbols).text(weight)
         shown = formula if len(formula) <= _LONGEST else f"{formula[:_LONGEST]} …"

@@ -30,7 +30,7 @@ from surgery.planning.initial_values import Origin, Shared, is_finite, tensors
 from surgery.rewrite.prove_identity import starts_as_weight
 from surgery.runtime.apply import adapter_of, prepare
 from surgery.runtime.atomic_folders import refuse_taken, replacing
-from surgery.runtime.calibration import asked, needs_data
+from surgery.runtime.calibration import needs_data
 from surgery.runtime.fingerprint import fingerprint_of
 from surgery.runtime.identity_check import moved_by, refuse_moved
 from surgery.runtime.remade import latest_origin, made_again, said_of
@@ -81,7 +81,7 @@ def apply_files(name: str, spec: Spec | str | PathLike, out: str | PathLike, *, 
         with step(f"reading the headers of {name}"):
             weights = _opened(name, dtype, trust)
             surgeon = prepare(weights.model, spec, seed=seed, strict=strict)
-        if needy := [placed for placed in surgeon.plan.placed if asked(placed)]:
+        if needy := [placed for placed in surgeon.plan.placed if placed.formula.of_data]:
             raise needs_data(needy)
         with step(f"operating, a weight at a time, and saving {out}"), replacing(Path(out), ADAPTER, force) as new:
             with GrowingFile(new / TENSORS) as file:

@@ -31,15 +31,10 @@ Loss = Callable[[nn.Module, Any], Tensor]
 Measured = dict[str, dict[str, Tensor]]  # by the name of a site, and by operation
 
 
-def asked(placed: Placed) -> set[str]:
-    """The operations in a weight's starts whose values data gives."""
-    return {op for leaf in placed.formula.leaves for op in leaf.of_data}
-
-
 def of_data(model: nn.Module, placed: Sequence[Placed], data: Iterable[Any] | None,
             loss: Loss | None = None) -> Iterator[tuple[Placed, dict[str, Tensor]]]:
     """Each weight with what its starts name. Raises: SurgeryError (needs-data, bad-data, unsupported-module)."""
-    needy = [p for p in placed if asked(p)]
+    needy = [p for p in placed if p.formula.of_data]
     if not needy or any(p.site.is_meta for p in placed):  # which is told where the adapters would be put in
         yield from ((p, {}) for p in placed)
         return
@@ -50,7 +45,7 @@ def of_data(model: nn.Module, placed: Sequence[Placed], data: Iterable[Any] | No
     if not batches:
         raise fail("bad-data", "the data has no batch to measure on")
     for group in _groups(placed):
-        found = _measured(model, [p for p in group if asked(p)], batches, loss)
+        found = _measured(model, [p for p in group if p.formula.of_data], batches, loss)
         yield from ((p, found.pop(p.site.name, {})) for p in group)
 
 
@@ -66,17 +61,17 @@ def needs_data(needy: Sequence[Placed]) -> Exception:
 
 def refuse(model: nn.Module, placed: Sequence[Placed]) -> None:
     """Raises: SurgeryError (unsupported-module) for what starts name and cannot be measured."""
-    needy = [p for p in placed if asked(p)]
+    needy = [p for p in placed if p.formula.of_data]
     held: dict[int, int] = {}
     for parameter in (p for m in model.modules() for p in m._parameters.values() if p is not None):
         held[id(parameter)] = held.get(id(parameter), 0) + 1
     for what, names, why in (
-            ("G", [p.site.name for p in needy if "gradient" in asked(p) and p.site.layout.is_called],
+            ("G", [p.site.name for p in needy if "gradient" in p.formula.of_data and p.site.layout.is_called],
              "they have no plain weight to take it in (quantised layers)"),
-            ("G", [p.site.name for p in needy if "gradient" in asked(p) and not p.site.layout.is_called
+            ("G", [p.site.name for p in needy if "gradient" in p.formula.of_data and not p.site.layout.is_called
                    and held[id(own_parameter(p.site.module, p.site.parameter))] > 1],
              "their weights are used in other places of the model too, and it would be that of all of them"),
-            ("C", [p.site.name for p in needy if "inputs" in asked(p)
+            ("C", [p.site.name for p in needy if "inputs" in p.formula.of_data
                    and (not p.site.layout.kind.acts_by_rows or p.site.stack)],
              "it is measured of linear layers")):
         if names:
@@ -90,7 +85,7 @@ def _groups(placed: Sequence[Placed]) -> Iterator[list[Placed]]:
     size = 0
     for each in placed:
         sizes = {"gradient": prod(each.site.stored_shape), "inputs": each.site.in_**2}
-        own = sum(sizes[op] for op in asked(each))
+        own = sum(sizes[op] for op in each.formula.of_data)
         if group and size + own > ROOM:
             yield group
             group, size = [], 0
@@ -141,8 +136,8 @@ class _Sums:
 
     def __init__(self, model: nn.Module, group: Sequence[Placed]):
         self.model = model
-        self.of_loss = [p for p in group if "gradient" in asked(p)]
-        self.reading = [p for p in group if "inputs" in asked(p)]
+        self.of_loss = [p for p in group if "gradient" in p.formula.of_data]
+        self.reading = [p for p in group if "inputs" in p.formula.of_data]
         self.weights = [own_parameter(p.site.module, p.site.parameter) for p in self.of_loss]
         self.gradients: list[Tensor | None] = [None] * len(self.weights)
         self.inputs: dict[int, Tensor] = {}  # by the id of the module

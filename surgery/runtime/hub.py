@@ -94,8 +94,7 @@ def _formulas(surgeon: Surgeon) -> list[str]:
     """One line for each formula, with how many weights it is for."""
     counts: dict[str, int] = {}
     for placed in surgeon.plan.placed:
-        symbols = {leaf.expr: leaf.key.rpartition(".")[2] for leaf in placed.formula.leaves}
-        text = Maths(symbols).text(placed.formula.weight)
+        text = Maths(placed.formula.symbols).text(placed.formula.weight)
         counts[text] = counts.get(text, 0) + 1
     return [f"- `W' = {text}` for {counted(count, 'weight')}" for text, count in counts.items()]
 

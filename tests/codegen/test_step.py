@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import CASES
 
 from surgery.codegen import apply_to_activations, autograd_node, dropout_number, kernels, masks, program
-from surgery.codegen.aliases import Memory
+from surgery.codegen.aliases import MemoryUse
 from surgery.codegen.autograd_node import runs_as_on, step, steps_of
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.cost_model import Cost
@@ -285,14 +285,14 @@ def test_a_product_that_a_compiler_may_see_is_added_without_a_factor():
     outputs = (make("add", b, times(2.0, product)), product)
     for owner, factors in ((False, 0), (True, 1)):
         names = {a: "a", b: "b"}
-        found = emitted(Region(outputs, names.keys(), Memory(looked_on=not owner, writes=True)), names, "y")
+        found = emitted(Region(outputs, names.keys(), MemoryUse(recorded=not owner, writes=True)), names, "y")
         assert sum("alpha" in line for _, line in found.lines) == factors
 
 
 def computed(*outputs: Expr, **values: Tensor) -> list[Tensor]:
     """What the lines of a region that owns its values give."""
     leaves = {node: node.data for output in outputs for node in walk(output) if node.op == "param"}
-    found = emitted(Region(outputs, leaves.keys(), Memory(looked_on=False, writes=True)), leaves, "y")
+    found = emitted(Region(outputs, leaves.keys(), MemoryUse(recorded=False, writes=True)), leaves, "y")
     scope = {"torch": torch, **values}
     exec("\n".join(line for _, line in found.lines), scope)
     return [scope[found.results[output]] for output in outputs]
@@ -323,7 +323,7 @@ def test_what_else_reads_a_value_is_computed_before_it_is_written_over():
     values = {"a": torch.randn(3, 3), "b": torch.randn(3, 3)}
     for outputs, writes in (((first, other), 1), ((other, first), 1), ((first, apart), 1), ((first, other, y), 0)):
         names = {a: "a", b: "b"}
-        text = emitted(Region(outputs, names.keys(), Memory(looked_on=False, writes=True)), names, "y")
+        text = emitted(Region(outputs, names.keys(), MemoryUse(recorded=False, writes=True)), names, "y")
         assert sum("_(" in line for _, line in text.lines) == writes, text.lines
         means = {a: values["a"].double(), b: values["b"].double()}
         for found, output in zip(computed(*outputs, **values), outputs):
