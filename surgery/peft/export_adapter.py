@@ -20,7 +20,7 @@ from torch import Tensor
 from surgery.diagnostics import Diagnostic, fail, tell
 from surgery.language.tree import every_step
 from surgery.peft import nearest_lora
-from surgery.peft.export_trained_values import Beside, changed_biases
+from surgery.peft.export_trained_values import TrainedValues, changed_biases
 from surgery.peft.folder import SHARED, write, wrong_fields
 from surgery.peft.import_module import WHOLE, Taken, at, drawn_again, row
 from surgery.peft.recognise import Match, match_targets
@@ -98,14 +98,14 @@ def export_peft(surgeon: Surgeon, folder: str | PathLike, *, rank: int | None = 
             form = _whole(surgeon)
         # of a parameter, PEFT wraps the module
         adapted = [n.rpartition(".")[0] if n in form.parameters else n for n in form.names]
-        beside = Beside.of(surgeon, adapted, form.biases, form.config["peft_type"], like)
-        config = {**about, **form.config, **beside.fields}
+        values = TrainedValues.of(surgeon, adapted, form.biases, form.config["peft_type"], like)
+        config = {**about, **form.config, **values.fields}
         choice = _choice(surgeon, form, config, like)
     drops = any(step.dropout for p in surgeon.plan.placed for step in every_step(p.target.steps))
     if form.parameters and drops:
         tell([Diagnostic("no-peft-form", "PEFT takes no dropout where it adapts parameters: the adapter is written "
                          "without, which only its further training would tell", severity="warning")])
-    write(Path(folder), {**config, **choice}, {**form.tensors, **beside.tensors}, force)
+    write(Path(folder), {**config, **choice}, {**form.tensors, **values.tensors}, force)
     return form.about
 
 

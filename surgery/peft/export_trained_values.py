@@ -29,14 +29,15 @@ _BIASES = {m.family.peft_type: m.family.biases for m in METHODS if m.family.bias
 
 
 @dataclass(frozen=True)
-class Beside:
+class TrainedValues:
     """Fields of the configuration, and tensors by the names below the model's."""
 
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, surgeon: Surgeon, adapted: Collection[str], biases: Tensors, peft_type: str, like: Config) -> Beside:
+    def of(cls, surgeon: Surgeon, adapted: Collection[str], biases: Tensors, peft_type: str,
+           like: Config) -> TrainedValues:
         """`adapted`: the modules that PEFT adapts; `like`: another configuration, of which is kept what says the same.
 
         Raises: SurgeryError (no-peft-form).

@@ -34,7 +34,7 @@ from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.noise import drawn
 from surgery.runtime.ready_calls import ready_call
 from surgery.runtime.retraction import watch
-from surgery.runtime.serving import Serving, fingerprint
+from surgery.runtime.serving import Serving, checksums
 from surgery.runtime.sharded_steps import watch_sharding
 from surgery.runtime.sharding import refuse_divided, whole
 from surgery.runtime.step_tensors import SharedTensors, StepTensors, held_at
@@ -299,7 +299,7 @@ class Adapter(nn.Module):
         has changed. (To read them all is a small part of the cost of such calls.)"""
         if is_traced() or not layer.held:
             return compute()
-        bits, known = fingerprint(layer.held), self._of_calls.get(key)
+        bits, known = checksums(layer.held), self._of_calls.get(key)
         if known is None or known[0] != bits:
             with torch.inference_mode(False), torch.no_grad():
                 known = self._of_calls[key] = (bits, compute())

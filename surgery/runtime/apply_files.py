@@ -33,7 +33,7 @@ from surgery.runtime.atomic_folders import refuse_taken, replacing
 from surgery.runtime.calibration import needs_data
 from surgery.runtime.fingerprint import fingerprint_of
 from surgery.runtime.identity_check import moved_by, refuse_moved
-from surgery.runtime.remade import latest_origin, made_again, said_of
+from surgery.runtime.remade import latest_origin, made_again, summary_of
 from surgery.runtime.save import texts_of, write_texts
 from surgery.runtime.saved_format import ADAPTER, TENSORS
 from surgery.runtime.step_tensors import SharedTensors, as_held
@@ -162,7 +162,7 @@ class _Work:
             if name in self.forms:  # which modules share
                 continue
             if key in again and not self.self_contained:
-                self.remade[name] = said_of(tensor)
+                self.remade[name] = summary_of(tensor)
                 self.forms[name] = tensor.to("meta")
             else:
                 self._add(name, tensor)

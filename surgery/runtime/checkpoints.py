@@ -26,9 +26,9 @@ from surgery.language.library import inlined
 from surgery.language.tree import Spec
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.atomic_folders import replacing_file
-from surgery.runtime.beside_adapter import moved
 from surgery.runtime.operated import Operated, operated_class
-from surgery.runtime.remade import departure, digest_of, is_rounding, said_of
+from surgery.runtime.outside_adapter import changes_outside
+from surgery.runtime.remade import departure_from_summary, digest_of, is_rounding, summary_of
 from surgery.runtime.saved_format import CHECKPOINT, FORMAT, META, REMADE, SPEC, TENSORS, WITH_RULES, not_finite
 from surgery.runtime.sharding import gather_up, is_part, on_first, whole
 from surgery.runtime.step_tensors import SharedTensors, refuse_unused
@@ -37,11 +37,10 @@ from surgery.text import dtype_text, listed
 
 @dataclass(frozen=True)
 class Surgery:
-    """What a model knows of the surgery that it carries: enough to save it, in a copy of the model too. `names` are
-    those of its tensors in the model; `saves_as`: how else to save it, where the model alone cannot; `base`: the
-    fingerprints of the operated weights as they were then, `beside` those of all else that the model saves; `made`: the
-    digests of the frozen tensors that the spec, the seed and W make again, as they were made, in an adapter of the
-    dtype `made_in`."""
+    """What a model knows of the surgery that it carries: enough to save it, also from a copy of the model. `names`: its
+    tensors in the model; `saves_as`: how to save it where the model alone cannot; `base`: the fingerprints of the
+    operated weights when they were operated on, `outside` those of all other tensors that the model saves; `made`: the
+    digests of the frozen tensors that the spec, the seed and W determine, in an adapter of the dtype `made_in`."""
 
     spec: Spec
     seed: int
@@ -51,7 +50,7 @@ class Surgery:
     mode: str = "operated"
     saves_as: str = ""
     base: Mapping[str, str] = field(default_factory=dict)
-    beside: Mapping[str, str] = field(default_factory=dict)
+    outside: Mapping[str, str] = field(default_factory=dict)
     made: Mapping[str, str] = field(default_factory=dict)
     made_in: torch.dtype = torch.float32
 
@@ -59,7 +58,7 @@ class Surgery:
         """The tensors that need not be saved, since they still are what is made again, and what is said of each."""
         # They are made again in the dtype that `meta.json` says, and what is rounded on the way would be another one.
         made = {} if self_contained or self.dtype != self.made_in else self.made
-        return {name: said_of(tensors[name]) for name, digest in made.items() if digest == digest_of(tensors[name])}
+        return {name: summary_of(tensors[name]) for name, digest in made.items() if digest == digest_of(tensors[name])}
 
     def meta(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], remade: Mapping[str, Any],
              **more: Any) -> dict[str, Any]:
@@ -191,7 +190,7 @@ def refuse_others(model: nn.Module, remade: Mapping[str, Any]) -> None:
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in remade} if remade else {}
     for name, said in remade.items():
         held = whole(tensors[name].detach()) if name in tensors else torch.empty(0)
-        change = departure(said, held)
+        change = departure_from_summary(said, held)
         if change and not (held.is_floating_point() and is_rounding(change, held.dtype)):
             raise fail("not-remade", f"{name}, which this checkpoint does not hold, is another one in this model",
                        notes=(f"the checkpoint was made with the seed {said['seed']}",),
@@ -215,7 +214,7 @@ def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor],
     if broken := not_finite(tensors):  # no error: the training that goes on has more to tell
         warnings.warn(f"the checkpoint {folder} holds what is not finite, and attach() will refuse it: {broken}",
                       stacklevel=2)
-    tell(moved(model, surgery.beside))
+    tell(changes_outside(model, surgery.outside))
     remade = surgery.left_out(tensors, self_contained)
     held = {name: tensor for name, tensor in tensors.items() if name not in remade}
     if remade:  # which `load_state_dict` is to know, and it gets the tensors alone

@@ -136,9 +136,9 @@ def _distance(a: Any, b: Any) -> float | None:
     if a is None or b is None:
         return None
     if isinstance(a, Mapping) or isinstance(b, Mapping):
-        from surgery.runtime.remade import between, said_of
+        from surgery.runtime.remade import departure_between, summary_of
 
-        far = between(*(each if isinstance(each, Mapping) else said_of(each) for each in (a, b)))
+        far = departure_between(*(each if isinstance(each, Mapping) else summary_of(each) for each in (a, b)))
         return far if far < float("inf") else None
     if a.shape != b.shape:
         return None

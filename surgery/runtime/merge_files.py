@@ -10,15 +10,16 @@ the model is loaded and merged as a whole.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -40,6 +41,7 @@ from surgery.runtime.surgeon import Surgeon
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 Step = Callable[[str], AbstractContextManager]
@@ -83,78 +85,110 @@ def merge_files(folder: str | PathLike, out: str | PathLike, base: str | None = 
     refuse_taken(Path(out), MODEL, force)
     if not isinstance(jobs, int) or jobs < 1:
         raise fail("bad-value", f"jobs is a number of threads from 1 on, not {jobs!r}")
-    if dequantise:
-        return _dequantised(folders, saved[0], Path(out), name, dtype, force, trust, step)
-    done = _merged(folders, saved, Path(out), name, dtype, jobs, force, trust, step)
-    return _with_logits(done, folders, saved[0], trust, step)
+    merge = _Merge(folders, saved, name, Path(out), dtype, force, trust, step)
+    return merge.dequantised() if dequantise else merge.with_logits(merge.merged(jobs))
 
 
-def _merged(folders: Sequence[Path], saved: Sequence[Saved], out: Path, name: str, dtype: str | None, jobs: int,
-            force: bool, trust: bool, step: Step) -> MergedFiles:
-    try:
-        with step(f"reading the headers of {name}"):
-            work = work_of(name, saved, dtype, trust)
-        with step(f"merging into {out}"):
-            return _streamed(work, saved, out, name, jobs, force)
-    except Unsure as why:
-        return _in_memory(folders, saved[0], out, name, dtype, force, trust, step, str(why))
+@dataclass(frozen=True)
+class _Merge:
+    """One call of `merge_files`: the adapters' `folders` and what is `saved` in them, the base model's `name`."""
 
+    folders: Sequence[Path]
+    saved: Sequence[Saved]
+    name: str
+    out: Path
+    dtype: str | None = None
+    force: bool = False
+    trust: bool = False
+    step: Step = nullcontext
 
-def _in_memory(folders: Sequence[Path], saved: Saved, out: Path, name: str, dtype: str | None, force: bool, trust: bool,
-               step: Step, why: str) -> MergedFiles:
-    """The way that takes any model: load it, merge, save it."""
-    with step(f"loading {name}"):
-        model = load_with_saved_head(name, saved, dtype, trust)
-    with step("merging"):
-        surgeon = _operated(model, folders)
-        errors = surgeon.merge()
-    with step(f"saving {out}"):
-        save_merged(surgeon, out, preprocessors(name, trust), force)
-    return MergedFiles(out, name, errors, why)
+    def merged(self, jobs: int) -> MergedFiles:
+        """Weight by weight where the files allow it, else with the whole model in memory."""
+        try:
+            with self.step(f"reading the headers of {self.name}"):
+                work = work_of(self.name, self.saved, self.dtype, self.trust)
+            with self.step(f"merging into {self.out}"):
+                return self._streamed(work, jobs)
+        except Unsure as why:
+            return self.in_memory(str(why))
 
+    def in_memory(self, why: str) -> MergedFiles:
+        """Load the model, merge, save it: works for any model. `why`: the reason for doing so."""
+        model = self._loaded()
+        with self.step("merging"):
+            surgeon = self._operated(model)
+            errors = surgeon.merge()
+        with self.step(f"saving {self.out}"):
+            save_merged(surgeon, self.out, preprocessors(self.name, self.trust), self.force)
+        return MergedFiles(self.out, self.name, errors, why)
 
-def _operated(model: nn.Module, folders: Sequence[Path]) -> Surgeon:
-    surgeries = Surgeries(model)
-    for i, each in enumerate(folders):
-        surgeries.add(numbered(i), each)
-    surgeon = surgeries.use(*surgeries.names)
-    assert surgeon is not None  # it is None where no name is given
-    return surgeon
+    def dequantised(self) -> MergedFiles:
+        """Write plain weights W' of the dequantised base. Raises: SurgeryError (merge-error), if nothing of it is
+        quantised."""
+        model = self._loaded(self.saved[0].meta.get("quantization"))
+        with self.step("merging"):
+            surgeon = self._operated(model)
+            before = outputs(model)
+            errors = merge_plainly(surgeon)
+            logits, why = _departure(before, outputs(model), model)
+        with self.step(f"saving {self.out}"):
+            save_plain(model, self.out, preprocessors(self.name, self.trust), self.force)
+        return MergedFiles(self.out, self.name, errors, "the base model is quantised, and is written dequantised",
+                           logits=logits, not_compared=why)
 
+    def with_logits(self, done: MergedFiles) -> MergedFiles:
+        """Add the difference between the model that was trained, on a quantised base, and the plain one written."""
+        first = self.saved[0]
+        quantisation, trained_on = first.meta.get("quantization"), first.base
+        if quantisation is None or trained_on is None:
+            return done
+        try:
+            with self.step(f"comparing with {trained_on} as it was trained"):
+                model = load_with_saved_head(trained_on, first, None, self.trust, quantisation)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", SurgeryWarning)
+                    before = outputs(self._operated(model).model)
+                del model  # the two are not in memory at once
+                written = load(str(done.out), trust=self.trust)
+                logits, why = _departure(before, outputs(written), written)
+        except SurgeryError as error:
+            logits, why = None, error.diagnostics[0].message
+        return replace(done, logits=logits, not_compared=why)
 
-def _dequantised(folders: Sequence[Path], saved: Saved, out: Path, name: str, dtype: str | None, force: bool,
-                 trust: bool, step: Step) -> MergedFiles:
-    """Plain weights W' of the dequantised base. Raises: SurgeryError (merge-error), if nothing of it is quantised."""
-    with step(f"loading {name}"):
-        model = load_with_saved_head(name, saved, dtype, trust, saved.meta.get("quantization"))
-    with step("merging"):
-        surgeon = _operated(model, folders)
-        before = outputs(model)
-        errors = merge_plainly(surgeon)
-        logits, why = _departure(before, outputs(model), model)
-    with step(f"saving {out}"):
-        save_plain(model, out, preprocessors(name, trust), force)
-    return MergedFiles(out, name, errors, "the base model is quantised, and is written dequantised", logits=logits,
-                       not_compared=why)
+    def _loaded(self, quantisation: Mapping[str, Any] | None = None) -> PreTrainedModel:
+        with self.step(f"loading {self.name}"):
+            return load_with_saved_head(self.name, self.saved[0], self.dtype, self.trust, quantisation)
 
+    def _operated(self, model: nn.Module) -> Surgeon:
+        """The surgeon of all the adapters on a model, one after the other."""
+        surgeries = Surgeries(model)
+        for i, each in enumerate(self.folders):
+            surgeries.add(numbered(i), each)
+        surgeon = surgeries.use(*surgeries.names)
+        assert surgeon is not None  # it is None where no name is given
+        return surgeon
 
-def _with_logits(done: MergedFiles, folders: Sequence[Path], saved: Saved, trust: bool, step: Step) -> MergedFiles:
-    """With the difference between what was trained, on a quantised base, and what was written of a plain one."""
-    quantisation, trained_on = saved.meta.get("quantization"), saved.base
-    if quantisation is None or trained_on is None:
-        return done
-    try:
-        with step(f"comparing with {trained_on} as it was trained"):
-            model = load_with_saved_head(trained_on, saved, None, trust, quantisation)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SurgeryWarning)
-                before = outputs(_operated(model, folders).model)
-            del model  # the two are not in memory at once
-            written = load(str(done.out), trust=trust)
-            logits, why = _departure(before, outputs(written), written)
-    except SurgeryError as error:
-        logits, why = None, error.diagnostics[0].message
-    return replace(done, logits=logits, not_compared=why)
+    def _streamed(self, work: Work, jobs: int) -> MergedFiles:
+        """Raises: Unsure, and then nothing is left of it; SurgeryError."""
+        copied, left_out = _other_files(work)
+        with resuming(self.out, MODEL, work.job, self.force, abandon=Unsure) as unfinished:
+            writer = Writer(work, unfinished)
+            writer.run(jobs)
+            for path in copied:
+                target = unfinished.new / path.relative_to(work.root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+                if not filecmp.cmp(path, target, shallow=False):  # by their bytes, a few at a time
+                    raise OSError(f"{target.name} reads back as something else than was written")
+            if job_of(self.saved, work.files) != work.job:
+                raise fail("merge-error", f"files of {self.name} or of an adapter were changed while they were merged",
+                           helps=("merge again, when nothing writes there",))
+        for each in self.saved:
+            tell(each.differing(work.met))
+        for remade in work.remade.values():
+            tell(remade.warnings())
+        errors = {p.site.name: writer.errors[p.site.name] for p in work.surgeon.plan.placed}
+        return MergedFiles(self.out, self.name, errors, left_out=tuple(left_out), kept=writer.kept)
 
 
 def _departure(before: Tensor | None, after: Tensor | None, model: nn.Module) -> tuple[float | None, str]:
@@ -163,30 +197,7 @@ def _departure(before: Tensor | None, after: Tensor | None, model: nn.Module) ->
     return departure(before, after), ""
 
 
-def _streamed(work: Work, saved: Sequence[Saved], out: Path, name: str, jobs: int, force: bool) -> MergedFiles:
-    """Raises: Unsure, and then nothing is left of it; SurgeryError."""
-    beside, left_out = _beside(work)
-    with resuming(out, MODEL, work.job, force, abandon=Unsure) as unfinished:
-        writer = Writer(work, unfinished)
-        writer.run(jobs)
-        for path in beside:
-            target = unfinished.new / path.relative_to(work.root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            if path.read_bytes() != target.read_bytes():
-                raise OSError(f"{target.name} reads back as something else than was written")
-        if job_of(saved, work.files) != work.job:
-            raise fail("merge-error", f"files of {name} or of an adapter were changed while they were merged",
-                       helps=("merge again, when nothing writes there",))
-    for each in saved:
-        tell(each.differing(work.met))
-    for remade in work.remade.values():
-        tell(remade.warnings())
-    return MergedFiles(out, name, {p.site.name: writer.errors[p.site.name] for p in work.surgeon.plan.placed},
-                       left_out=tuple(left_out), kept=writer.kept)
-
-
-def _beside(work: Work) -> tuple[list[Path], list[str]]:
+def _other_files(work: Work) -> tuple[list[Path], list[str]]:
     """The files of the base model's folder that are copied as they are, and the names of those that hold its weights in
     another format, or that no model is loaded from: a reader of one of those would get the model as it was."""
     copied, left_out = [], []

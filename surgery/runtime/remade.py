@@ -1,14 +1,14 @@
-"""Frozen tensors that a saved adapter leaves out, because the spec, the seed and W make them again.
+"""Frozen tensors that a saved adapter leaves out, because the spec, the seed and W determine them.
 
-Takes tensors as they were made, and gives what a folder says of each; takes that, and gives the tensors. Promises: only
-what is, bit for bit, still what was made is left out of a folder; what is made again is compared with what the folder
-says of it, by a digest of its bits and, where these differ, by sums over all its entries: what is off by more than
-rounding is refused, and what is off by rounding is told.
+Takes tensors as they were computed, and gives a summary of each for the folder; takes the summaries, and gives the
+tensors, computed once more. Promises: a tensor is left out of a folder only if it still has the bits that it was
+computed with; a recomputed tensor is compared with its summary, by a digest of its bits and, if that differs, by sums
+over all its entries: a difference of more than rounding is an error, one of rounding a warning.
 
-Draws are made on the CPU, by generators of their own. What follows from W is left out only where it was made on the
-CPU, and is made again there: decompositions of other devices differ in more than rounding. What rounding decides is
-held, since another number of threads makes another one; and what takes minutes to make: whoever attaches an adapter
-would wait for it each time.
+Draws are computed on the CPU, by generators of their own. A tensor that follows from W is left out only if it was
+computed on the CPU, and is recomputed there: decompositions on other devices differ by more than rounding. A tensor
+that rounding decides is saved, since another number of threads gives another one; so is one that takes minutes to
+compute, for which whoever attaches the adapter would wait each time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from torch import Tensor
 
 from surgery.diagnostics import Diagnostic, fail
 from surgery.planning.compile import Placed, Plan
-from surgery.planning.initial_values import Origin, again, follows
-from surgery.planning.initial_values import departure as change_between
+from surgery.planning.initial_values import Origin, again, departure, follows
 from surgery.runtime.fingerprint import fingerprint_of
 from surgery.runtime.step_tensors import as_held
 from surgery.text import counted, dtype_text, listed
@@ -40,7 +39,7 @@ _ROUNDING = 1e-5  # relative; of a dtype that is coarser, an eighth of its eps: 
 _SUMS, _PRIME, _CHUNK = 8, 2**31 - 1, 1 << 18
 
 
-# --------------------------------------------------------------------------------------------- what is said of a tensor
+# --------------------------------------------------------------------------------------------- summaries of tensors
 
 
 def digest_of(tensor: Tensor) -> str:
@@ -51,8 +50,8 @@ def digest_of(tensor: Tensor) -> str:
     return seen.hexdigest()[:32]
 
 
-def said_of(tensor: Tensor) -> dict[str, Any]:
-    """What a folder says of a tensor that it does not hold."""
+def summary_of(tensor: Tensor) -> dict[str, Any]:
+    """The summary of a tensor that a folder does not hold: its shape, dtype, digest and sums."""
     numbers = struct.pack(f"<{_SUMS + 1}f", *_sums(tensor))
     return {"shape": list(tensor.shape), "dtype": dtype_text(tensor.dtype), "digest": digest_of(tensor),
             "sums": base64.b64encode(numbers).decode()}
@@ -73,21 +72,21 @@ def _sums(tensor: Tensor) -> list[float]:
     return [squares**0.5, *sums.tolist()]
 
 
-def departure(said: Mapping[str, Any], made: Tensor) -> float:
-    """How far a tensor is from what is said of it, relative to its norm; 0 for the same bits, infinite for another
-    shape or dtype, and for other places."""
-    return 0.0 if digest_of(made) == said["digest"] else between(said, said_of(made))
+def departure_from_summary(summary: Mapping[str, Any], made: Tensor) -> float:
+    """The distance of a tensor from the one that was summarised, relative to its norm: 0 for equal bits, infinite for
+    another shape or dtype, and for other places."""
+    return 0.0 if digest_of(made) == summary["digest"] else departure_between(summary, summary_of(made))
 
 
-def between(said: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """`departure` of a tensor of which no more is known than what is said of it."""
-    if other["digest"] == said["digest"]:
+def departure_between(summary: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """The same for a tensor of which only a summary is known."""
+    if other["digest"] == summary["digest"]:
         return 0.0
-    is_alike = other["shape"] == said["shape"] and other["dtype"] == said["dtype"]
-    if not is_alike or not getattr(torch, said["dtype"]).is_floating_point:
+    is_alike = other["shape"] == summary["shape"] and other["dtype"] == summary["dtype"]
+    if not is_alike or not getattr(torch, summary["dtype"]).is_floating_point:
         return float("inf")
     (norm, *then), (_, *now) = (struct.unpack(f"<{_SUMS + 1}f", base64.b64decode(each["sums"]))
-                                for each in (said, other))
+                                for each in (summary, other))
     change = sum((one - other)**2 for one, other in zip(now, then)) / _SUMS
     relative = change**0.5 / norm if norm else float("inf")
     return relative if relative == relative else float("inf")
@@ -154,7 +153,7 @@ def _is_alike(tensor: Tensor, made: Tensor) -> bool:
     """Whether two tensors that are both here differ by rounding at most: places not at all."""
     if not tensor.is_floating_point():
         return torch.equal(tensor.cpu(), made)
-    return is_rounding(change_between(tensor.detach().cpu(), made.detach()), tensor.dtype)
+    return is_rounding(departure(tensor.detach().cpu(), made.detach()), tensor.dtype)
 
 
 class Remade:
@@ -199,7 +198,7 @@ class Remade:
         for key, tensor in made.items():
             if names[key] in self._agreed:
                 continue
-            change = departure(self.saved.remade[names[key]], tensor)
+            change = departure_from_summary(self.saved.remade[names[key]], tensor)
             is_base = rules[key] is Origin.SEED or stored is not None and fingerprint_of(stored) == self._known(placed)
             if change and not (is_base and tensor.is_floating_point() and is_rounding(change, tensor.dtype)):
                 raise self._refused(placed, names[key], change, is_base, stored)

@@ -22,8 +22,8 @@ from safetensors.torch import save as to_bytes
 from surgery.diagnostics import fail, tell
 from surgery.models.names import parted
 from surgery.runtime.atomic_folders import Kind, refuse_taken, replacing
-from surgery.runtime.beside_adapter import moved
 from surgery.runtime.checkpoints import on_cpu
+from surgery.runtime.outside_adapter import changes_outside
 from surgery.runtime.saved_format import ADAPTER, DIVERGED, META, SPEC, TENSORS, not_finite
 from surgery.runtime.sharding import is_first, on_first, whole
 
@@ -52,7 +52,7 @@ def save(surgeon: Surgeon, folder: str | PathLike, base_model: str | None = None
     if broken := not_finite(tensors):
         raise fail("bad-adapter", f"the adapter holds what is not finite, and is not saved: {broken}",
                    helps=(DIVERGED,))
-    tell(moved(surgeon.model, surgeon.record.beside, elsewhere))
+    tell(changes_outside(surgeon.model, surgeon.record.outside, elsewhere))
     remade = surgeon.record.left_out(tensors, self_contained)
     held = {name: tensor for name, tensor in tensors.items() if name not in remade}
     texts = {**texts_of(surgeon, tensors, remade, base_model, revision, **more), **files}

@@ -33,7 +33,7 @@ _LOCK = RLock()
 
 @dataclass
 class Kept:
-    """A kept value: what it was computed from, the fingerprint of that, and torch's hints about it (see `hints`);
+    """A kept value: what it was computed from, the checksums of that, and torch's hints about it (see `hints`);
     `values` is what was computed."""
 
     on: tuple[Tensor, ...]
@@ -60,13 +60,13 @@ class Serving:
             return compute()
         kept = self._kept.get((adapter, *key))
         if kept is None:
-            bits, signs = fingerprint(on), hints(on)  # before it is computed: a write in between is then found
+            bits, signs = checksums(on), hints(on)  # before it is computed: a write in between is then found
             with torch.no_grad():
                 kept = self._kept[adapter, *key] = Kept(tuple(on), bits, signs, compute())
         elif not are_same(on, kept.on):
             return compute()  # of other tensors for this call, as under functional_call: no promise was made of those
         elif (now := hints(on)) != kept.hints:
-            if fingerprint(kept.on) != kept.bits:
+            if checksums(kept.on) != kept.bits:
                 raise _changed([self.names[adapter]])
             kept.hints = now  # it was written over with what it was
         return kept.values
@@ -80,7 +80,7 @@ class Serving:
         """Raises: SurgeryError (changed-tensor), if a tensor that a kept value depends on has other bits than when it
         was computed."""
         changed = {self.names[adapter]: None for (adapter, *_), kept in self._kept.items()
-                   if fingerprint(kept.on) != kept.bits}
+                   if checksums(kept.on) != kept.bits}
         if changed:
             raise _changed(changed)
 
@@ -135,7 +135,7 @@ def hints(tensors: Sequence[Tensor]) -> tuple:
 
 
 @torch.no_grad()
-def fingerprint(tensors: Sequence[Tensor]) -> list[tuple]:
+def checksums(tensors: Sequence[Tensor]) -> list[tuple]:
     """The kind of each tensor and 64 bits that another content has with a chance of 2⁻⁶³: a multilinear hash, one pass
     over it. A change of a single number is always seen. Any device, any dtype, a tensor that is made of others too."""
     parts = [part for tensor in tensors for part in _plain(tensor)]

@@ -24,7 +24,6 @@ from surgery.planning.compile import Placed, Plan
 from surgery.planning.figures import Report
 from surgery.runtime.adapter import Adapter
 from surgery.runtime.batched_setups import batched_setups
-from surgery.runtime.beside_adapter import beside
 from surgery.runtime.checkpoints import Surgery, have_save_adapters, note, save_adapters_no_more
 from surgery.runtime.fingerprint import differing, fingerprint_of, fingerprints
 from surgery.runtime.hub import push
@@ -33,6 +32,7 @@ from surgery.runtime.kept_weights import Kept, with_merged
 from surgery.runtime.merge import refuse_called
 from surgery.runtime.operated import hold_common, install, spare, uninstall_all
 from surgery.runtime.optimiser_groups import parameter_groups
+from surgery.runtime.outside_adapter import fingerprints_outside
 from surgery.runtime.proof import Proof, Subject
 from surgery.runtime.reference import Reference
 from surgery.runtime.retraction import retract
@@ -76,7 +76,7 @@ class Surgeon:
         self._savers: list[Any] = []  # the models of transformers that adapters are in: the model, and those within it
         self._spared: list[RemovableHandle] = []  # on the called layers that no adapter is in
         self.base: dict[str, str] = {}  # fingerprints of the operated weights
-        self.beside: dict[str, str] = {}  # and of what the adapter does not hold
+        self.outside: dict[str, str] = {}  # and of what the adapter does not hold
         self.made: dict[str, str] = {}  # digests of what the spec, the seed and W make again
         self.made_in = self.dtype
         self.saves_as = ""  # how, where it is no surgery of one spec
@@ -138,7 +138,7 @@ class Surgeon:
         self._savers = have_save_adapters(self.model)
         self._mode, self._is_on = "operated", True
         self.base = fingerprints(self.plan.placed)
-        self.beside = beside(self.model, [p.site.module for p in self.plan.placed], self.plan.train)
+        self.outside = fingerprints_outside(self.model, [p.site.module for p in self.plan.placed], self.plan.train)
         self._standing.remember()
         self._note()
         self._put(values or {})
@@ -493,5 +493,5 @@ class Surgeon:
     def record(self) -> Surgery:
         """What a saved adapter says of the surgery, beside its tensors."""
         return Surgery(self.spec, self.seed, self.dtype, tuple(self.named_tensors()), self.untied,
-                       saves_as=self.saves_as, base=self.base, beside=self.beside, made=self.made,
+                       saves_as=self.saves_as, base=self.base, outside=self.outside, made=self.made,
                        made_in=self.made_in)

@@ -22,7 +22,7 @@ from surgery.diagnostics import SurgeryError
 from surgery.language.library import load, parse
 from surgery.models.demo import load_demo
 from surgery.runtime.apply import apply
-from surgery.runtime.serving import fingerprint
+from surgery.runtime.serving import checksums
 from surgery.runtime.surgeon import Surgeon
 
 SPECS = ["lora", "dora", "sora", "oft", "hra", "hira"]
@@ -339,18 +339,18 @@ def test_a_dense_copy_of_a_packed_layer_is_of_its_bits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool,
                                    torch.complex64])
-def test_a_fingerprint_sees_a_single_number(dtype):
+def test_a_checksum_sees_a_single_number(dtype):
     draw = torch.Generator().manual_seed(0)
     for count in (1, 3, 64, 70_001):
         tensor = (torch.randn(count, generator=draw) * 9).to(dtype)
-        before = fingerprint([tensor])
-        assert fingerprint([tensor.clone()]) == before
+        before = checksums([tensor])
+        assert checksums([tensor.clone()]) == before
         for place in (0, count // 2, count - 1):
             other = tensor.clone()
             other[place] = ~other[place] if dtype == torch.bool else other[place] + 1
-            assert fingerprint([other]) != before
-    assert fingerprint([torch.zeros(2, 3)]) != fingerprint([torch.zeros(3, 2)])
-    assert fingerprint([torch.arange(6.).view(2, 3).T]) == fingerprint([torch.arange(6.).view(2, 3).T.contiguous()])
+            assert checksums([other]) != before
+    assert checksums([torch.zeros(2, 3)]) != checksums([torch.zeros(3, 2)])
+    assert checksums([torch.arange(6.).view(2, 3).T]) == checksums([torch.arange(6.).view(2, 3).T.contiguous()])
 
 
 def test_threads_serve_together():

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from surgery.models.checkpoint_files import opened_file, weight_files
 from surgery.models.demo import load_demo
 from surgery.models.loading import load_with_saved_head
 from surgery.runtime import atomic_folders, merge_work, merge_writer, remade
-from surgery.runtime.merge_files import _in_memory, merge_files
+from surgery.runtime.merge_files import _Merge, merge_files
 from surgery.runtime.save import MODEL
 from surgery.runtime.saved_format import Saved
 
@@ -53,7 +52,7 @@ def tensors(folder: str) -> dict[str, torch.Tensor]:
 def reference(*adapters: str) -> dict[str, torch.Tensor]:
     """What the way through a model in memory gives."""
     folders = [Path(each) for each in adapters]
-    _in_memory(folders, Saved(folders[0]), Path("whole"), "base", None, False, False, nullcontext, "asked")
+    _Merge(folders, [*map(Saved, folders)], "base", Path("whole")).in_memory("asked")
     return tensors("whole")
 
 

@@ -17,7 +17,7 @@ from surgery.diagnostics import SurgeryError, SurgeryWarning
 from surgery.models.demo import load_demo
 from surgery.planning.initial_values import follows
 from surgery.runtime import remade
-from surgery.runtime.remade import departure, digest_of, said_of
+from surgery.runtime.remade import departure_from_summary, digest_of, summary_of
 
 pytestmark = pytest.mark.usefixtures("folder")
 
@@ -121,7 +121,7 @@ def test_other_numbers_are_refused_and_the_model_is_as_it_was(what: str) -> None
         about["seed"] = 1
     elif what == "digest":
         for said in about["remade"].values():
-            said["digest"], said["sums"] = "0" * 32, said_of(torch.randn(said["shape"]))["sums"]
+            said["digest"], said["sums"] = "0" * 32, summary_of(torch.randn(said["shape"]))["sums"]
     elif what == "W":
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight.mul_(1.0001)
@@ -179,11 +179,11 @@ def test_the_sums_see_what_the_digest_sees(change: str) -> None:
         other[:, :2] = other[:, :2] @ torch.tensor([[0.6, -0.8], [0.8, 0.6]])
     else:
         other += 1e-3 * torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
-    said, wanted = said_of(tensor), float((other - tensor).norm() / tensor.norm())
-    assert departure(said, tensor.clone()) == 0 and digest_of(other) != said["digest"]
-    assert wanted / 2 < departure(said, other) < 2 * wanted
-    assert departure(said, tensor.bfloat16()) == departure(said, tensor.T.contiguous()) == float("inf")
-    assert departure(said_of(torch.arange(5)), torch.arange(5) + 1) == float("inf")
+    said, wanted = summary_of(tensor), float((other - tensor).norm() / tensor.norm())
+    assert departure_from_summary(said, tensor.clone()) == 0 and digest_of(other) != said["digest"]
+    assert wanted / 2 < departure_from_summary(said, other) < 2 * wanted
+    assert departure_from_summary(said, tensor.bfloat16()) == departure_from_summary(said, tensor.T.contiguous()) == float("inf")
+    assert departure_from_summary(summary_of(torch.arange(5)), torch.arange(5) + 1) == float("inf")
 
 
 def test_adapters_of_before_attach_as_before_and_rules_need_their_version() -> None:

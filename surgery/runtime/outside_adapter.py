@@ -1,8 +1,8 @@
 """Detect changes of the tensors that a saved adapter does not hold, since the model was operated on.
 
-Takes an operated model; gives a few numbers of each parameter and buffer that no adapter is on, and later says which of
-them differ. Promises: what was moved beside the adapter (running statistics, which batch norms move in every forward
-pass in training mode; parameters that somebody unfroze or edited) is not left out of what is saved in silence.
+Takes an operated model; gives a fingerprint of each parameter and buffer outside of the adapters, and later says which
+of them changed. Promises: what changed there (running statistics, which batch norms update in every forward pass in
+training mode; parameters that somebody unfroze or edited) is never left out of a saved adapter without a warning.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from surgery.runtime.step_tensors import SharedTensors
 from surgery.text import listed
 
 
-def beside(model: nn.Module, operated: Iterable[nn.Module] = (), held: Collection[str] = ()) -> dict[str, str]:
-    """A few numbers of each tensor that is saved with the model, by name, but for those of adapters, of `operated`
-    modules, and those whose names are `held`. Only what is here as plain numbers has any."""
+def fingerprints_outside(model: nn.Module, operated: Iterable[nn.Module] = (),
+                         held: Collection[str] = ()) -> dict[str, str]:
+    """The fingerprint of each tensor that is saved with the model, by name, except for those of adapters and of
+    `operated` modules, and those whose names are in `held`. A tensor without plain numbers in this process has none."""
     aside = [*operated, *(m for m in model.modules() if isinstance(m, (Adapter, SharedTensors)))]
     passed = {id(inner) for module in aside for inner in module.modules()}
     there: list[tuple[str, Tensor]] = []
@@ -46,9 +47,10 @@ def _is_here(tensor: Tensor) -> bool:
     return is_plain and tensor.numel() > 0 and not tensor.is_meta and not is_part(tensor)
 
 
-def moved(model: nn.Module, before: Mapping[str, str], elsewhere: Collection[str] = ()) -> list[Diagnostic]:
-    """A warning of what is another one than `before`, but for what is held `elsewhere`."""
-    names = differing(before, beside(model, held=elsewhere)) if before else []
+def changes_outside(model: nn.Module, before: Mapping[str, str], elsewhere: Collection[str] = ()) -> list[Diagnostic]:
+    """A warning that names the tensors whose fingerprints differ from `before`; `elsewhere`: names that another adapter
+    holds."""
+    names = differing(before, fingerprints_outside(model, held=elsewhere)) if before else []
     if not names:
         return []
     what = listed([ranged(group) for group in alike(names)])
