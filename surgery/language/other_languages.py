@@ -34,6 +34,8 @@ _TOP = "the places of the k largest entries are `top(A, k)`, those of each row `
 _AS_COLUMN = ("a vector as a column is `reshape(d, n, 1)`; a gain for each row is `diag(d) @ A`, for each column "
               "`A @ diag(d)`")
 _REPEATED = "a matrix over and over is `kron(ones(2, 1), A)`, each of its rows twice `kron(A, ones(2, 1))`"
+_SIZES = "sizes are `out`, `in` and parameters"
+_COMMENT = "a comment begins with `#`"
 _NO_FUNCTION = "there is no function of that kind; `docs/language.md` lists what can be called"
 
 #: By the name of a function, a value or a distribution.
@@ -47,7 +49,7 @@ _NAMES: dict[str, str] = {
     "freeze": _FROZEN, "unfreeze": _FROZEN, "trainable": _TRAINED, "learnable": _TRAINED,
     "concat": _CONCAT, "cat": _CONCAT, "concatenate": _CONCAT, "hstack": _CONCAT, "vstack": _CONCAT, "stack": _STACK,
     "transpose": _TRANSPOSE, "t": _TRANSPOSE, "permute": _TRANSPOSE, "swapaxes": _TRANSPOSE,
-    "sum": _SUM, "mean": _MEAN, "trace": "there is no trace; " + _SUM, "len": "sizes are `out`, `in` and parameters",
+    "sum": _SUM, "mean": _MEAN, "trace": "there is no trace; " + _SUM, "len": _SIZES,
     "clip": "write `clamp(x, low, high)`", "minimum": "write `min(a, b)`", "maximum": "write `max(a, b)`",
     "power": _POWER, "square": "write `x * x`",
     "log": "of known numbers, write `log2(n)`; of tensors there is none: the inverse, e^x, is `exp`",
@@ -77,11 +79,14 @@ _NAMES: dict[str, str] = {
     "tril": _NO_FUNCTION, "triu": _NO_FUNCTION,
     "for": _LOOP, "while": _LOOP,
     "None": "leave it out", "True": "write `true`", "False": "write `false`",
+    "shape": _SIZES, "size": _SIZES,
     "lambda": "a function of one's own is an `update` or a `transform`",
     "def": "a definition is `update name() { return ... }`, or `transform name() on n { return ... }`",
     "import": "write `use \"file.surg\"`", "class": "a definition is an `update` or a `transform`",
     "elif": _CONDITION, "const": "write `let name = value`", "var": "write `let name = value`",
 }
+_VALUES = {"None", "True", "False"}
+_MODULES = {"torch", "np", "numpy", "nn", "F", "functional", "linalg", "init", "math", "jnp", "jax", "tf"}
 _DRAWS = {"zeros": _DRAWN_ZEROS, "ones": "a value that is not drawn stands after `=`: `param A[m, n] = 1`",
           "eye": "an identity is `param A[n, n] = I(n)`",
           "randn": "write `normal()`", "rand": "write `uniform()`"}
@@ -138,7 +143,7 @@ def instead_of_statement(word: str, text: str, in_file: bool) -> str:
         meant = _ARGUMENT_NAMES.get(word, word)
         return (f"a spec's parameters stand in its header: `spec name({meant}: int = 8)`" if in_file else
                 f"`let {word} = ...` gives a name to a value, `param {word} = ...` is trained")
-    return instead_of(word)
+    return "" if word in _VALUES else instead_of(word)
 
 
 def instead_of_symbols(before: str, symbol: str, after: str, value_due: bool) -> str:
@@ -150,7 +155,11 @@ def instead_of_symbols(before: str, symbol: str, after: str, value_due: bool) ->
     if symbol == "*" and last == "*":
         return _POWER
     if symbol == "/" and (last == "/" or after[:1] in ("/", "*")):
-        return "a comment begins with `#`; a quotient made whole is `floor(a / b)`"
+        return f"{_COMMENT}; a quotient made whole is `floor(a / b)`"
+    if (symbol == "-" and after[:1] == "-" or symbol[:2] == '""' or symbol == "%" and re.search(r"[})]\s*$", before)):
+        return _COMMENT
+    if symbol == ".":
+        return _member(before, after)
     if symbol == "=" and last in tuple("+-*/@"):
         return "a name is given its value once: `let sum = a + b`"
     if symbol == "'" and re.match(r"[\w)\]]", last):
@@ -161,3 +170,16 @@ def instead_of_symbols(before: str, symbol: str, after: str, value_due: bool) ->
         return ("a tensor has no index: write `rows(A, range(i, j))`, `columns(A, range(i, j))`, or `take(A, places)` "
                 "for entries of it; a part that is trained alone is a `param` of its own")
     return ""
+
+
+def _member(before: str, after: str) -> str:
+    """What to write for `torch.norm(A)`, and for `A.norm()`."""
+    owner, member = re.search(r"[A-Za-z_]\w*$", before), re.match(r"([A-Za-z_][\w.]*)(\s*\()?", after)
+    if owner is None or member is None:
+        return ""
+    name = member[1].rpartition(".")[2]
+    if owner[0] in _MODULES and member[2]:
+        return instead_of(name) or f"a function stands without its module: `{name}(...)`"
+    if owner[0] in _MODULES:
+        return "classes of torch are no words of the language: `target linear { ... }`"
+    return instead_of(name) or (f"a function takes it as an argument: `{name}({owner[0]})`" if member[2] else "")

@@ -13,6 +13,7 @@ from lark.exceptions import UnexpectedCharacters
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from surgery.diagnostics import Diagnostic, Source, Span, did_you_mean
+from surgery.language import odd_characters
 from surgery.language.grammar import KEYWORDS, WORDS, extent, item_words
 from surgery.language.other_languages import SYMBOLS, instead_of_statement, instead_of_symbols
 
@@ -51,8 +52,11 @@ def explain(source: Source, stopped: InteractiveParser, tokens: list[Token],
         return _no_token(source, bad.pos_in_stream)
     stop = Stop(source, tokens, bad, stopped.accepts() or {"$END"})
     place = stop.after if stop.at_end else Span(source, *extent(bad))  # the end of an empty text has no extent
+    if bad.type == "NAME" and place.end < len(source.text) and odd_characters.is_odd(source.text[place.end]):
+        return _no_token(source, place.end)  # which cuts a word in two
     if stop.is_reserved_name:
-        return Diagnostic("reserved-name", f"`{bad}` is a word of the language and cannot be a name", place)
+        return Diagnostic("reserved-name", f"`{bad}` is a word of the language and cannot be a name", place,
+                          helps=tuple(filter(None, [_around(stop)])))
     # A bracket that was left open is the likelier mistake: then its end is what is expected, where it may stand.
     bracket, related = stop.unclosed, ()
     closer = {BRACKETS[bracket.type]} if bracket else set()
@@ -161,6 +165,8 @@ def _hint(stop: Stop) -> str:
         return stop.misplaced
     if bad.type == "NAME" and "PLACEMENT" in stop.accepted and rest.lstrip().startswith("("):
         return f"say where it acts: `add {bad}(...)`, or `pre` or `post` for a transform"
+    if bad == "in" and "COMPARE" in stop.accepted:
+        return "one of several is `a == 1 or a == 2`"
     if bad.type in ("NAME", "_FOR") and stop.accepted & {"_TARGET", "_LET"}:
         return (instead_of_statement(str(bad), rest, in_file="_TARGET" in stop.accepted) or _product(stop)
                 or _result(stop))
@@ -172,7 +178,7 @@ def _hint(stop: Stop) -> str:
         return f"`{bad}` begins a statement of the file, which stands in no `{{`"
     if [token.type for token in stop.tokens[-3::2]] in (["_UPDATE", "LPAR"], ["_TRANSFORM", "LPAR"]):
         return f"a definition declares its parameters, `{stop.tokens[-2]}(rank: int = 8)`; a target gives them values"
-    if form := _header(stop) or _product(stop) or _result(stop):
+    if form := _header(stop) or _product(stop) or _result(stop) or _around(stop):
         return form
     if last == "_TARGET" and bad.type == "LSQB":
         return "patterns stand without brackets: `target \"**.q_proj\", \"**.v_proj\" { ... }`"
@@ -187,6 +193,25 @@ def _hint(stop: Stop) -> str:
     means_nothing = not stop.tokens or (value_due and bad.type != "_IF") or (bad.type == "EQUAL" and stop.unclosed)
     hint = "" if means_nothing else SYMBOLS.get(bad.type, "")
     return instead_of_symbols(text[:begin], str(bad), rest, value_due) or hint
+
+
+def _around(stop: Stop) -> str:
+    """What to write where a sign of another language stands before or after a value, or before a block."""
+    bad, (before, last) = stop.bad.type, [*("", ""), *(token.type for token in stop.tokens)][-2:]
+    begin = extent(stop.bad)[0]
+    if bad == "COLON" and "EQUAL" in stop.accepted:
+        return "a value stands after `=`" + (f": `{stop.tokens[-1]} = ...`" if last == "NAME" else "")
+    if bad in ("EQUAL", "COMPARE") and last == "EQUAL":
+        return "one `=` gives a value; `==` compares two"
+    if last == "COLON" and before == "RPAR" and bad != "NAME":
+        return "a block stands in braces: `{ ... }`"
+    if bad == "NAME" and last == "NUMBER" and stop.after.end == begin:
+        return "a number has no unit, and is written out: `1_000`, or `5%` for a part of a hundred"
+    if last == "_ON" and stop.bad == "bias":
+        return "that an update is added to the bias stands in its own head: `update name() on bias { ... }`"
+    if "LBRACE" in stop.accepted and bad in {"PLACEMENT", *IN_BODY, "_RETURN"}:
+        return f"`{stop.bad}` stands in the braces of its block: `{{ {stop.bad} ... }}`"
+    return ""
 
 
 def _header(stop: Stop) -> str:
@@ -241,7 +266,7 @@ def _no_token(source: Source, offset: int) -> Diagnostic:
                           helps=("a string ends on its line with `\"`",))
     before, after = source.text[:offset], source.text[offset + 1 :]
     hint = (instead_of_symbols(before, character, after, False) or SYMBOLS.get(character)
-            or ("a name is made of the letters a to z, digits and `_`" if character.isalpha() else ""))
+            or odd_characters.instead_of(character))
     return Diagnostic("syntax", f"{character!r} cannot stand here", Span(source, offset, offset + 1),
                       helps=(hint,) if hint else ())
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean
 from surgery.language.tree import Pattern, Reference, Select, Spec, every_selector
+from surgery.layers.kinds import NOUNS
 from surgery.matching.patterns import Alternative, Glob, compile_pattern
 
 _Item = TypeVar("_Item")
@@ -70,7 +71,8 @@ def _globs(selector: Pattern | Reference, selects: Mapping[str, Select], report:
         elif each.name not in selects:
             report.error("unknown-selector", f"no selector is called `{each.name}`", each.span,
                          notes=(f"known selectors: {', '.join(selects) or 'none'}",),
-                         helps=(did_you_mean(each.name, selects) or f'a pattern stands in quotes: "**.{each.name}"',))
+                         helps=(did_you_mean(each.name, [*selects, *NOUNS])
+                                or f'a pattern stands in quotes: "**.{each.name}"',))
         elif each.name not in read:
             read.add(each.name)
             within[each.name] = None

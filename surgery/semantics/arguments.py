@@ -21,13 +21,14 @@ from surgery.language.tree import (
     Call,
     Check,
     Definition,
+    Expression,
     Name,
     Parameter,
     Spec,
     Step,
     as_expression,
 )
-from surgery.semantics.evaluate import evaluate, here
+from surgery.semantics.evaluate import evaluate, here, truth
 from surgery.semantics.scope import NUMBERS, POISON, UNDECIDED, Poisoned, describe
 
 _EXAMPLES = {"int": 2, "float": 0.5, "bool": True, "str": '"text"'}
@@ -56,10 +57,25 @@ def defaults(params: Iterable[Parameter], given: dict[str, Any], report: Collect
                 values[p.name] = given[p.name]
             elif p.default is not None:
                 # a default may name the parameters before it: `alpha: float = 2 * rank`
-                values[p.name] = typed(evaluate(p.default, values), p, p.default.span or p.span)
+                values[p.name] = _default(p, p.default, values)
             else:
                 raise missing(p)
     return values
+
+
+def _default(parameter: Parameter, default: Expression, before: Mapping[str, Any]) -> Any:
+    return typed(evaluate(default, before), parameter, default.span or parameter.span)
+
+
+def assert_defaults(params: Iterable[Parameter], report: Collector) -> None:
+    """Reports each default that is not of its parameter's type, whatever the parameters before it are: also where every
+    call gives another value."""
+    values: dict[str, Any] = {}
+    for p in params:
+        with guard(report):
+            if p.default is not None:
+                _default(p, p.default, values)
+        values |= unknowns([p])
 
 
 class guard:
@@ -131,7 +147,7 @@ def assert_checks(checks: Iterable[Check], values: Mapping[str, Any], report: Co
             value = evaluate(check.condition, values)
             if isinstance(value, Expr):
                 raise fail("wrong-type", f"a check is of compile-time values, not of {describe(value)}", check.span)
-            if value is False:
+            if value is not UNDECIDED and not truth(value, check.condition):
                 raise fail("check-failed", f"`check {expression_text(check.condition)}` is not met", check.span,
                            notes=here(check.condition, values))
     return len(report.errors) == before

@@ -126,7 +126,7 @@ def _name(node: tree.Name, names: Mapping[str, Any]) -> Any:
 def _unary(node: tree.Unary, names: Mapping[str, Any]) -> Any:
     value = evaluate(node.operand, names)
     if node.op == "not":
-        return value if value is UNDECIDED else not _truth(value, node.operand)
+        return value if value is UNDECIDED else not truth(value, node.operand)
     _numeric(value, node.operand)
     return make("neg", value) if isinstance(value, Expr) else -value
 
@@ -135,7 +135,7 @@ def _binary(node: tree.Binary, names: Mapping[str, Any]) -> Any:
     left, right = evaluate(node.left, names), evaluate(node.right, names)
     if node.op in ("and", "or"):
         # One true decides `or`, one false decides `and`, whatever is not known of the other side.
-        sides = [v if v is UNDECIDED else _truth(v, n) for v, n in ((left, node.left), (right, node.right))]
+        sides = [v if v is UNDECIDED else truth(v, n) for v, n in ((left, node.left), (right, node.right))]
         decisive = node.op == "or"
         if decisive in [v for v in sides if v is not UNDECIDED]:
             return decisive
@@ -189,7 +189,8 @@ def _numeric(value: Any, node: tree.Expression) -> None:
         raise fail("wrong-type", f"a number or a tensor is needed here, not {describe(value)}", node.span)
 
 
-def _truth(value: Any, node: tree.Expression) -> bool:
+def truth(value: Any, node: tree.Expression) -> bool:
+    """The value of a condition. Raises: SurgeryError (wrong-type), for what is none."""
     if not isinstance(value, bool):
         of_tensor = "what is known at compile time decides; of tensors, multiply by `a > b`, 1 or 0 for each entry"
         raise fail("wrong-type", f"a condition is needed here, not {describe(value)}", node.span,
@@ -215,7 +216,7 @@ def _transpose(node: tree.Transpose, names: Mapping[str, Any]) -> Expr:
 def _if(node: tree.If, names: Mapping[str, Any]) -> Any:
     condition = evaluate(node.condition, names)
     if condition is not UNDECIDED:
-        is_then = _truth(condition, node.condition)
+        is_then = truth(condition, node.condition)
         # What stands in the other side counts where calls are numbered: which side holds renames no parameter.
         if not is_then:
             _pass_over(node.then, names)

@@ -13,7 +13,7 @@ from typing import Any
 from surgery.diagnostics import Collector, Diagnostic
 from surgery.ir.expression import Expr
 from surgery.language.tree import Definition, Spec, every_statement
-from surgery.semantics.arguments import says_square, unknowns
+from surgery.semantics.arguments import assert_defaults, says_square, unknowns
 from surgery.semantics.definitions import CALLED, Instance, with_called
 from surgery.semantics.evaluate import names_in
 from surgery.semantics.resolved_spec import IN, OUT, ResolvedSpec
@@ -83,6 +83,7 @@ def _definition(definition: Definition, known: Mapping[str, Definition]) -> list
     for claim, span in zip(definition.claims, definition.claims_spans or (None,) * len(definition.claims)):
         if claim not in CLAIMS:
             report.add(*unknown("unknown-claim", "claim", claim, CLAIMS, span).diagnostics)
+    assert_defaults(definition.params, report)
     in_ = OUT if any(says_square(d.checks) for d in with_called(definition, known)) else IN
     of_sides: list[list[Diagnostic]] = []
     for n in (OUT, in_) if definition.dim else (OUT,):

@@ -57,7 +57,7 @@ def test_syntax_errors(text, message, place):
     ("update u { shared noise m[4] ~ bernoulli(0.5) return W }", "neither shared nor frozen"),
     ("use 'a'", "double quotes"), ("spec a;", "`;`"), ("check a & b", "`and`"), ("check a | b", "`or`"),
     ("check !a", "`not`"),
-    ("check 5 %", "`5%`"), ("check .5", "both sides"), ("check a.shape", "`.T`"), ("check a < b < c", "`and`"),
+    ("check 5 %", "`5%`"), ("check .5", "both sides"), ("check a.b", "`.T`"), ("check a < b < c", "`and`"),
     ("check a = b", "`==`"), ("check 1 + if a then b else c", "parentheses"),
     ("check a ** 2", "`x * x`"), ("check a ^ 2", "`x * x`"), ("check a += 1", "once"), ("check a' @ a", "`A.T`"),
     ("check a[0] > 1", "no index"), ("check f(a)[0, 1]", "no index"), ("check f([1, 2])", "`[[1, 2]]`"),
@@ -76,10 +76,32 @@ def test_syntax_errors(text, message, place):
     ("update u { param A[4] = 0 requires_grad return A }", "`frozen param"), ("check a[:, None]", "as a column"),
     ("check A^T", "`A.T`"), ("check A^-1", "`inverse(A)`"), ("check cat([A, B], 1)", "`stacked(A, B)`"),
     ("target [\"q\"] { add f() }", "without brackets"), ("target linear { lora(8) }", "`add lora(...)`"),
+    ("update u { param A[4]: 0 return A }", "after `=`"), ("target linear { add u(rank: 8) }", "`rank = ...`"),
+    ("spec a(b: int == 8)", "one `=`"), ("spec a(b: int := 8)", "after `=`"), ("update u(b: int = 8): return W", "braces"),
+    ("update u(b: int = 8):\n  param A[out, in] = 0\n  return A", "braces"), ("spec a(b: int = 8k)", "no unit"),
+    ("target linear { add u(150px) }", "no unit"), ("target linear { add u() on bias }", "its own head"),
+    ("target linear add u()", "`{ add ... }`"), ("update u param A[4] = 0 return A", "`{ param ... }`"),
+    ("check a in [1, 2]", "`a == 1 or a == 2`"), ("spec a -- a comment", "`#`"), ("spec a() % a comment", "`#`"),
+    ("check torch.cat(A, B)", "stacked"), ("check F.tanh(A) > 1", "`tanh(...)`"), ("check A.norm() > 1", "`norm(A)`"),
+    ("check A.t() > 1", "`A.T`"), ("target nn.Linear { add u() }", "`target linear"), ("check A.shape[0] > 1", "sizes are"),
 ])
 def test_hints_for_what_other_languages_write(text, hint):
     (first, *_) = errors_of(text)
     assert hint in " ".join(first.helps) and not first.label
+
+
+@pytest.mark.parametrize(("text", "hint"), [
+    ("spec а", "CYRILLIC SMALL LETTER A, which looks like `a`"), ("spеc a", "CYRILLIC SMALL LETTER IE"),
+    ("spec a(α: int = 8)", "write `alpha`"), ("spec a(λ: int = 8)", "write `lambda`"), ("spec a(ｂ: int = 8)", "write `b`"),
+    ("spec a(b: int ＝ 8)", "write `=`"), ("spec sp\u200bec", "not seen (ZERO WIDTH SPACE, U+200B): delete"),
+    ("spec a\x00", "not seen"), ("update u { return A · B }", "`A @ B`"), ("update u { return A ⊙ B }", "`A * B`"),
+    ("update u { return A ⊗ B }", "`kron(A, B)`"), ("update u { return Aᵀ }", "`A.T`"), ("check 1 − 1", "`-`"),
+    ("check 8 ÷ 2", "`a / b`"), ("check a ≤ 8", "`<=`"), ("check √2", "`sqrt(x)`"), ("check A²", "`pow(x, 2)`"),
+    ("target “**.q_proj” { add u() }", "double quotes"), ("spec 中", "letters a to z"), ("check 5€", "EURO SIGN"),
+])
+def test_a_character_of_another_alphabet_is_named_and_what_it_means(text, hint):
+    (first, *_) = errors_of(text)
+    assert hint in " ".join(first.helps) and not underlined(first).isascii() or "\x00" in text
 
 
 def told_of(text: str) -> list:
