@@ -15,8 +15,8 @@ Rows = Callable[[Expr, int], tuple[int | None, ...] | None]
 
 
 def entrywise(node: Expr, axis: int) -> tuple[int | None, ...]:
-    """Entry by entry. What has no such axis, or one entry along it, is read whole."""
-    return tuple(axis if len(a.shape) >= -axis and a.shape[axis] == node.shape[axis] else None for a in node.args)
+    """Entry by entry. What has no such axis, such as a number, is read whole."""
+    return tuple(axis if len(a.shape) >= -axis else None for a in node.args)
 
 
 def turned(node: Expr, axis: int) -> tuple[int | None, ...] | None:
@@ -48,6 +48,5 @@ def row_by_row(node: Expr, axis: int) -> tuple[int | None, ...] | None:
 
 
 def first_by_row(node: Expr, axis: int) -> tuple[int | None, ...] | None:
-    """A row for each row of the first argument, a matrix."""
-    is_matrix = axis == -2 and len(node.args[0].shape) == 2
-    return (-2, *(None,) * (len(node.args) - 1)) if is_matrix else None
+    """A row for each row of the first argument."""
+    return (-2, *(None,) * (len(node.args) - 1)) if axis == -2 else None

@@ -22,8 +22,7 @@ _ALIKE = ("T", "diag", "block_diag")  # of the differences of their arguments
 
 def without_cancellation(expr: Expr) -> Expr:
     """`expr` with each pair c x - c detach(x), in the sums that act term by term, in a form that is 0 exactly."""
-    acts_by_parts = expr.op == "drop" or operation(expr).linear is not Linear.NOT
-    if not acts_by_parts or not expr.has("detach") or expr.is_large:
+    if operation(expr).linear is Linear.NOT or not expr.has("detach") or expr.is_large:
         return expr
     if expr.op == "add" and (found := _without_pairs(expr)) is not None:
         return without_cancellation(simplify(found))

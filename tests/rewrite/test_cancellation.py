@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from test_norms import expression, values_of
+from test_norms import LEAVES, expression, values_of
 
-from surgery.ir.expression import walk
+from surgery.ir.expression import Expr, walk
+from surgery.ir.operations import make
 from surgery.language.library import parse
 from surgery.rewrite.cancellation import without_cancellation
 from surgery.rewrite.cheaper_forms import cheapest
@@ -39,6 +40,28 @@ def test_what_is_something_else_stays(text):
     assert not any(node.op == "unmoved" for node in walk(after))
     for found, wanted in zip(values_of(after), values_of(expression(text)), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["exp(X - detach(X))", "cayley(X - detach(X) + Y)", "norm(X - detach(X) + Y) * X"])
+def test_what_is_computed_of_tensors_alone_stays_as_it_was_written(text):
+    expr = cheapest(expression(text))
+    assert without_cancellation(expr) is expr
+
+
+@pytest.mark.parametrize("text", ["3 * B @ A - 3 * detach(B @ A)", "W + B @ A - detach(B) @ detach(A)",
+                                  "(B @ A @ X).T - detach(B @ A @ X).T", "diag(e) @ B - diag(detach(e)) @ detach(B)"])
+def test_what_is_0_is_a_factor_and_no_product(text):
+    """A product of a few columns stays one."""
+    after = without_cancellation(cheapest(expression(text)))
+    found = [node.args[0] for node in walk(after) if node.op == "unmoved"]
+    assert found and not any(each.has("matmul", "scale", "diag") for each in found)
+
+
+def test_what_an_update_sees_through_dropout_is_0_too():
+    inner = expression("B @ A - detach(B @ A)")
+    expr = make("add", LEAVES["W"], Expr("drop", (inner,), (0.5, "own"), inner.shape))
+    after = without_cancellation(cheapest(expr))
+    assert after.has("drop") and after.has("unmoved") and torch.equal(values_of(after)[0], values_of(LEAVES["W"])[0])
 
 
 def test_beside_it_an_output_in_bfloat16_is_that_of_the_layer():

@@ -140,6 +140,20 @@ def test_what_rests_on_all_of_w_or_b_is_made_at_once(given: str) -> None:
     assert all(map(torch.equal, values, wanted))
 
 
+@pytest.mark.parametrize("turned", ["C + C.T", "C * C.T"])
+def test_what_is_read_by_rows_and_by_columns_is_made_at_once(turned: str) -> None:
+    spec = f"""update own() {{ param C[out, out] = 0  param B[out, in] ~ normal()  return ({turned}) @ B }}
+        target any {{ add own() }}"""
+    _, placed, held = operated(nn.Linear(IN, OUT), spec)
+    assert moved_by(placed, held) == 0
+    moved(held)
+    with torch.no_grad():
+        ((rows, values),) = held.weights_by_rows(placed.site.module)
+        wanted = held.weights(placed.site.module)
+    assert rows == slice(None)
+    assert all(map(torch.equal, values, wanted))
+
+
 def test_no_part_is_so_small_that_its_products_are_made_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """A last row alone differed in its last bits with two threads from the same row of all of W'."""
     monkeypatch.setattr(adapter, "TILE", 64)
