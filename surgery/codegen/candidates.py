@@ -31,6 +31,7 @@ from surgery.codegen.operation_counts import size
 from surgery.codegen.setup_order import in_cheapest_order, solved_once
 from surgery.codegen.split_products import reassociated
 from surgery.codegen.two_ways import at_once, by_transforms, either, with_gains_made
+from surgery.ir.activations import EXACT
 from surgery.ir.builders import summands
 from surgery.ir.expression import (
     Exhausted,
@@ -356,22 +357,25 @@ def _with_bias(y: Expr, bias: Expr | None, kind: LayerKind) -> Expr:
 
 def _unread(expr: Expr, always: bool = False) -> Expr:
     """Replace W M for a thin M (or `always`) by the frozen layer run on the rows of Mᵀ, so that the weight is not
-    read."""
+    read. What decides a jump (which entries of `relu(A W)` are none) is not rounded to the weight's dtype."""
+    deciding = {*walk(*(node for node in walk(expr) if operation(node).jumps and TOKENS not in node.shape))}
+
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:
         new = node.with_args(args)
+        how = EXACT if node in deciding else None
         if (squares := _squares(new)) is not None:
             return squares
         if always and node.op in ("columns", "between") and is_weight(args[0]):
             places = args[1] if node.op == "columns" else make("range", data=node.data)
             rows = make("placed", eye(node.shape[1]), places, data=args[0].shape[1:])
-            return make("T", _called(turned(args[0]), rows))
+            return make("T", _called(turned(args[0]), rows, how))
         if node.op != "matmul" or len(node.shape) != 2 or TOKENS in node.shape:
             return new
         left, right = args
         if is_weight(left) and (always or is_thin(right.shape[1], *left.shape)):
-            return make("T", _called(turned(left), turned(right)))
+            return make("T", _called(turned(left), turned(right), how))
         if is_weight(right) and (always or is_thin(left.shape[0], *right.shape)):
-            return _called(right, left)
+            return _called(right, left, how)
         return new
 
     return rebuild(expr, change)
@@ -386,9 +390,9 @@ def _squares(node: Expr) -> Expr | None:
     return squares if node.op == "row_dot" else make("root", squares)
 
 
-def _called(weight: Expr, rows: Expr) -> Expr:
-    """Rows times W or Wᵀ, by the layer itself."""
-    return Expr("frozen_back" if weight.op == "weight" else "frozen", (rows,), None, (rows.shape[0], weight.shape[1]))
+def _called(weight: Expr, rows: Expr, how: str | None) -> Expr:
+    """Rows times W or Wᵀ, by the layer itself, `how` it says."""
+    return Expr("frozen_back" if weight.op == "weight" else "frozen", (rows,), how, (rows.shape[0], weight.shape[1]))
 
 
 # -------------------------------------------------------------------------------------------------------- regions

@@ -32,7 +32,7 @@ _KEEP_OPERANDS = {"*", "@", "frozen", "frozen_biased", "frozen_back", "layer.run
 _VIEWS = {"unflatten", "flatten", "reshape"}  # methods; they may copy, and are then held to what holds for a view
 _METHODS = {"exp", "sqrt", "abs", "tanh", "sigmoid", "cos", "sin", "relu", "sign", "sum", "diag_embed"}
 _SAME_MAP = {"frozen": "frozen", "frozen_flat": "frozen", "frozen_rows": "frozen", "frozen_biased": "frozen_biased",
-             "frozen_back": "frozen_back"}
+             "frozen_exact": "frozen", "frozen_back": "frozen_back", "frozen_back_exact": "frozen_back"}
 _ELSEWHERE = {"column_blocks": "blocks", "thin": "@"}  # the same, made in another way
 _DTYPES = {"dtype", "cast"}
 _ONE_PASS = {"gained", "gained_dot", "gained_back", "masked_times", "times_masked", "masked_outer"}

@@ -148,6 +148,7 @@ _MEANINGS: dict[str, _Rule] = {
     "fill": lambda symbols, node, args: symbols.of("layer.fill", tuple(node.shape), node.data),
     "eye": lambda symbols, node, args: symbols.of("layer.eye", tuple(node.shape)),
     "frozen": lambda symbols, node, args: symbols.of("frozen_biased" if node.data == "biased" else "frozen", *args),
+    "frozen_back": lambda symbols, node, args: symbols.of("frozen_back", *args),
     "run": _as("layer.run"), "run_alone": _as("layer.run_alone"), "x": _as("x"), "grad": _as("grad"),
     "value": _with_data("value", lambda data: (data,)), "value_at": _with_data("value", lambda data: (data,)),
     "gained": _of_one_pass, "gained_dot": _of_one_pass,

@@ -16,6 +16,9 @@ from surgery.ir.shape_rules import ShapeError, dropped, elementwise, matrix, sha
 from surgery.ir.sizes import TOKENS
 from surgery.ir.table import ACTING, BACK_ONTO, ON_INPUT, ONTO, Law, Linear, Memory, Operation
 
+# How a set-up's product with the frozen weight is made: in the dtype of the set-up, whatever the weight's is.
+EXACT = "exact"
+
 
 def is_ids(node: Expr) -> bool:
     """Whether an input is token ids, which stand for rows with a single 1."""
@@ -82,16 +85,18 @@ def _add_bias_shape(a: Shape, b: Shape) -> Shape:
 
 
 ROWS = [
-    Operation("frozen", 1, None, None, "x Wᵀ, by the layer itself: biased or not", stage=ON_INPUT,
-              law=Law("rows through the layer, biased or not",
-                      lambda n: n.shape[:-1] == _rows(n) and n.data in (None, "biased")),
+    Operation("frozen", 1, None, None, "x Wᵀ, by the layer itself: biased or not, or in the dtype of x", stage=ON_INPUT,
+              law=Law("rows through the layer, biased or not, or exactly",
+                      lambda n: n.shape[:-1] == _rows(n) and n.data in (None, "biased", EXACT)),
               evaluate=_frozen, linear=Linear.TOGETHER, text=_frozen_text, memory=Memory.OF_LAYER, is_unkept=True,
               is_matmul=True, of_layer=True, onto=ONTO, flops=flop_rules.product, derivative=derivatives.frozen),
     Operation("frozen_back", 1, None, None, "x W, by the layer itself", stage=ON_INPUT,
-              law=Law("rows back through the layer", lambda n: n.shape[:-1] == _rows(n) and n.data is None),
+              law=Law("rows back through the layer, exactly or not",
+                      lambda n: n.shape[:-1] == _rows(n) and n.data in (None, EXACT)),
               evaluate=lambda node, args, leaves: args[0] @ leaves["weight"], linear=Linear.TOGETHER,
-              text="layer.frozen_back({})", memory=Memory.OF_LAYER, is_unkept=True, is_matmul=True, of_layer=True,
-              onto=BACK_ONTO, flops=flop_rules.product, derivative=derivatives.frozen_back),
+              text=lambda node, args: f"layer.frozen_back{'_exact' if node.data else ''}({args[0]})",
+              memory=Memory.OF_LAYER, is_unkept=True, is_matmul=True, of_layer=True, onto=BACK_ONTO,
+              flops=flop_rules.product, derivative=derivatives.frozen_back),
     Operation("run", 2, _run_shape, lambda x, m: x @ m.mT, "an input through the layer with a matrix in W's place",
               stage=ON_INPUT, linear=Linear.EACH, text="layer.run({}, {})", memory=Memory.OF_LAYER, is_unkept=True,
               flops=flop_rules.each(2, 1, -1)),

@@ -173,7 +173,8 @@ class Operation:
 
     What is known of the map: `linear`, `transpose`, `orthogonal`; `number(*numbers)`, what it makes of known numbers;
     `is_structured`, whether acting with it is cheaper than building it; `is_transparent`, whether its value is its
-    argument's; `is_solve`, whether it factorises a matrix, so that it pays to do so once; `stops_gradient`.
+    argument's; `is_solve`, whether it factorises a matrix, so that it pays to do so once; `stops_gradient`; `jumps`,
+    whether its value or its gradient does, so that a rounding of what it is taken of decides it.
 
     How it is computed: `text`, a template of its arguments, `data` and `shape`, or a function of the node and the
     arguments' texts. Without one it is called by its name: by the function `kernel` ("module.name" of codegen) or, in
@@ -217,6 +218,7 @@ class Operation:
     is_transparent: bool = False
     is_solve: bool = False
     stops_gradient: bool = False
+    jumps: bool = False
     text: str | Callable[[Expr, list[str]], str] = ""
     kernel: str = ""
     step_kernel: str = ""

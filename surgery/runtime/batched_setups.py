@@ -204,35 +204,45 @@ class _Layers:
         return self._bias.to(dtype)
 
     def frozen_rows(self, rows: Tensor) -> Tensor:
-        return _Rows.apply(rows, self._bias, self._layers, False)
+        return _Rows.apply(rows, self._bias, self._layers, "frozen_rows")
 
     def frozen_back(self, rows: Tensor) -> Tensor:
-        return _Rows.apply(rows, self._bias, self._layers, True)
+        return _Rows.apply(rows, self._bias, self._layers, "frozen_back")
+
+    def frozen_exact(self, rows: Tensor) -> Tensor:
+        return _Rows.apply(rows, self._bias, self._layers, "frozen_exact")
+
+    def frozen_back_exact(self, rows: Tensor) -> Tensor:
+        return _Rows.apply(rows, self._bias, self._layers, "frozen_back_exact")
+
+
+# Of each way of a layer's with rows the other, which is its gradient.
+_BACK = {"frozen_rows": "frozen_back", "frozen_exact": "frozen_back_exact"}
+_BACK |= {back: way for way, back in _BACK.items()}
 
 
 class _Rows(torch.autograd.Function):
-    """A few rows for each layer [layers, r, in] through its map: [layers, r, out], or those turned (`back`)."""
+    """A few rows for each layer [layers, r, in] through its map in a `way`: [layers, r, out], or those turned."""
 
     @staticmethod
-    def forward(rows: Tensor, bias: Tensor, layers: Sequence[Frozen], back: bool) -> Tensor:
-        narrow = rows.to(layers[0].dtype)  # once for all
-        runs = (layer.frozen_back if back else layer.frozen_rows for layer in layers)
-        return torch.stack([run(each) for run, each in zip(runs, narrow)]).to(rows.dtype)
+    def forward(rows: Tensor, bias: Tensor, layers: Sequence[Frozen], way: str) -> Tensor:
+        given = rows if way.endswith("exact") else rows.to(layers[0].dtype)  # once for all
+        return torch.stack([getattr(layer, way)(each) for layer, each in zip(layers, given)]).to(rows.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, ctx.bias, ctx.layers, ctx.back = inputs
+        _, ctx.bias, ctx.layers, ctx.way = inputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple:
-        return _Rows.apply(*grad_outputs, ctx.bias, ctx.layers, not ctx.back), None, None, None
+        return _Rows.apply(*grad_outputs, ctx.bias, ctx.layers, _BACK[ctx.way]), None, None, None
 
     @staticmethod
     def vmap(  # pyright: ignore[reportIncompatibleMethodOverride]  # as torch's documentation writes it
             info: Any, in_dims: tuple, rows: Tensor, bias: Tensor, layers: Sequence[Frozen],
-             back: bool) -> tuple[Tensor, int]:
+             way: str) -> tuple[Tensor, int]:
         each = rows.expand(info.batch_size, *rows.shape) if in_dims[0] is None else rows.movedim(in_dims[0], 0)
-        return _Rows.apply(each, bias, layers, back), 0
+        return _Rows.apply(each, bias, layers, way), 0
 
 
 # ------------------------------------------------------------------------------------------------------- the promise

@@ -107,6 +107,14 @@ class Frozen:
         """A few rows [r, in] through the map: [r, out]. The weight is read in order, as the larger one."""
         return (self.weight @ rows.to(self.weight.dtype).mT).mT.to(rows.dtype)
 
+    def frozen_exact(self, rows: torch.Tensor) -> torch.Tensor:
+        """`frozen_rows`, in the dtype of the rows, whatever the weight's is."""
+        return self.frozen_rows(rows) if rows.dtype == self.weight.dtype else _exact(rows, self.weight, False)
+
+    def frozen_back_exact(self, rows: torch.Tensor) -> torch.Tensor:
+        """`frozen_back`, in the dtype of the rows."""
+        return self.frozen_back(rows) if rows.dtype == self.weight.dtype else _exact(rows, self.weight, True)
+
     def frozen_flat(self, x: torch.Tensor) -> torch.Tensor:
         """Activations [tokens, in] inside of the program through the map: [tokens, out]."""
         return F.linear(x, self.weight)
@@ -145,6 +153,37 @@ class Frozen:
     def leave(self, y: torch.Tensor) -> torch.Tensor:
         """The program's output as the layer's own."""
         raise NotImplementedError
+
+
+PART = 1 << 21  # numbers of a weight that are in a wider dtype at once
+
+
+def _exact(rows: torch.Tensor, weight: torch.Tensor, back: bool) -> torch.Tensor:
+    """Rows times Wᵀ, or W (`back`), in the dtype of the rows."""
+    if is_traced() or weight.requires_grad:
+        return rows @ (weight if back else weight.mT).to(rows.dtype)
+    return _Exact.apply(rows, weight, back)
+
+
+class _Exact(torch.autograd.Function):
+    """A part of W at a time, of which none is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, back: bool) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.back = back
+        size = max(1, PART // max(1, weight.shape[1]))
+        wide = (part.to(rows.dtype) for part in weight.split(size))
+        if not back:
+            return torch.cat([rows @ part.mT for part in wide], dim=-1)
+        result = rows.new_zeros(len(rows), weight.shape[1])
+        for some, part in zip(rows.split(size, dim=-1), wide):
+            result.addmm_(some, part)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _Exact.apply(*grad_outputs, *ctx.saved_tensors, not ctx.back), None, None
 
 
 class FrozenLinear(Frozen):

@@ -68,6 +68,13 @@ class FrozenCalled(FrozenLinear):
     def frozen_back(self, rows: torch.Tensor) -> torch.Tensor:
         return opaque_linear.back(self.module, rows.to(self.dtype)).to(rows.dtype)
 
+    # a layer that is called computes in its own dtype, whatever is asked
+    def frozen_exact(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.frozen_rows(rows)
+
+    def frozen_back_exact(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.frozen_back(rows)
+
     def frozen_biased(self, x: torch.Tensor) -> torch.Tensor:
         y = self._checked(x, opaque_linear.call(self.module, x))
         self.given = y.dtype
