@@ -21,15 +21,13 @@ from surgery.ir.table import ADD, ADDCMUL, Form, When
 @dataclass(frozen=True, eq=False)
 class Instruction:
     """One line: the value `node`, of the values `reads`, by an instruction `form` (None: the node's own). It may write
-    over one of `bases`, the best first. `factor` is the number in front of what a sum adds; `parts` are the nodes that
-    are computed in it."""
+    over one of `bases`, the best first. `factor` is the number in front of what a sum adds."""
 
     node: Expr
     reads: tuple[Expr, ...]
     form: Form | None = None
     factor: float = 1.0
     bases: tuple[Expr, ...] = ()
-    parts: tuple[Expr, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ def scheduled(region: Region) -> list[Instruction]:
     """The instructions of a region in their order."""
     instructions = {node: _instruction(region, node) for node in region.nodes()
             if node not in region.given and not operation(node).is_inline}
-    fused = {part for instruction in instructions.values() for part in instruction.parts}
-    operands = {node: instruction.reads for node, instruction in instructions.items() if node not in fused}
+    operands = {node: instruction.reads for node, instruction in instructions.items()}
+    # what is computed in another instruction is read by that one alone, and so is not met
     first = list(_ordered(region.outputs, lambda node: operands.get(node, ())))
     late = {**_late(region, [instructions[node] for node in first if node in operands], operands), **_in_pairs(first)}
     order = _ordered(region.outputs, lambda node: (*operands.get(node, ()), *late.get(node, ())))
@@ -130,7 +128,7 @@ def _instruction(region: Region, node: Expr) -> Instruction:
     if node.op == "add_bias":
         y, b = node.args
         if y.op == "scale" and region.is_once(y):  # y diag(d) + b in one pass
-            return Instruction(node, (b, *y.args), ADDCMUL, parts=(y,))
+            return Instruction(node, (b, *y.args), ADDCMUL)
         return Instruction(node, node.args, ADD, bases=(y,))
     if own and (over := operation(node).in_place) is not None:
         return Instruction(node, node.args, over.form, bases=over.bases(node))
@@ -151,8 +149,7 @@ def _term_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction 
     if not region.is_once(*{term, z}, *inside):
         return None
     reads = [each for a in z.args for each in (a.args if a in inside else (a,))]
-    parts = (z, *inside) if term is z else (term, z, *inside)
-    return Instruction(node, (y, *reads), way.form, factor, (y,) if way.form.writes else (), parts)
+    return Instruction(node, (y, *reads), way.form, factor, (y,) if way.form.writes else ())
 
 
 def _summed_onto(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
@@ -162,8 +159,7 @@ def _summed_onto(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction
         *{base, y}, term)
     if form is None or factor is None or term.data is not None or region.memory.recorded or not is_fresh:
         return None
-    parts = (term,) if base is y else (base, term)
-    return Instruction(node, (y, *term.args), form, factor, (y,), parts)
+    return Instruction(node, (y, *term.args), form, factor, (y,))
 
 
 def _multiple_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruction | None:
@@ -172,7 +168,7 @@ def _multiple_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruct
     own, seen = not region.memory.recorded, z.args[0] if z.op == "detach" else z
     if factor in (None, 1.0) or not region.is_once(term) or not own and operation(seen).is_matmul:
         return None
-    return Instruction(node, (y, z), ADD, factor, (y,) if own else (), (term,))
+    return Instruction(node, (y, z), ADD, factor, (y,) if own else ())
 
 
 def _multiple(term: Expr) -> tuple[float | None, Expr]:
