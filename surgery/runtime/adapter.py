@@ -29,7 +29,7 @@ from surgery.layers.layouts import Layout
 from surgery.planning.initial_values import part_of
 from surgery.planning.machines import machine
 from surgery.runtime.batched_setups import SetupBatches
-from surgery.runtime.frozen_layers import Frozen
+from surgery.runtime.frozen_layers import Frozen, laid
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.noise import drawn
 from surgery.runtime.ready_calls import ready_call
@@ -308,10 +308,13 @@ class Adapter(nn.Module):
     def weights(self, module: nn.Module, noise: Mapping[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, ...]:
         """(W',) or (W', b'), W' as [out, in] or a stack [E, out, in], in float32 or wider; with the noise given, or
         with its mean."""
-        layer, draws = self.frozen(module).whole(), bool(noise)
+        layer = self.frozen(module).whole()
+        leaves = self.shaped({key: whole(t) for key, t in self.called(layer.device).items()})
+        return self._all_weights(layer, {**leaves, **(noise or {})}, bool(noise))
+
+    def _all_weights(self, layer: Frozen, leaves: dict[str, torch.Tensor], draws: bool) -> tuple[torch.Tensor, ...]:
         # what was prepared: torch.compile cannot look the code up in the compiler's own cache
         program = self._weights.get(draws) or (self.compiled.drawn_weights if draws else self.compiled.weights)
-        leaves = {**self.shaped({key: whole(t) for key, t in self.called(layer.device).items()}), **(noise or {})}
         if self.stack is None:
             return self.set_up(program, layer, leaves, None, [], {})
 
@@ -327,12 +330,12 @@ class Adapter(nn.Module):
     def weights_by_rows(self, module: nn.Module) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
         """The same with the mean of the noise, some rows at a time where a row of W' rests on no other row of W: in
         float32 all of W' and its parts are several times the weight."""
-        layer = self.frozen(module).whole()
+        layer = self.frozen(module).whole().laid()
+        leaves = self.shaped({key: laid(whole(t)) for key, t in self.called(layer.device).items()})
         blocks = None if self.stack is not None or layer.weight is None else self.compiled.weight_rows
         if blocks is None or layer.weight.numel() < 2 * BLOCK:
-            yield slice(None), self.weights(module)
+            yield slice(None), self._all_weights(layer, leaves, False)
             return
-        leaves = self.shaped({key: whole(t) for key, t in self.called(layer.device).items()})
         dtype = self.setup_dtype(layer, leaves.values())
         leaves = {key: in_dtype(t, dtype) for key, t in leaves.items()}
         if blocks.common is not None:

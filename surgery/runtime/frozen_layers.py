@@ -6,6 +6,7 @@ layer's own input and output. Nothing here changes the module.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from typing import Any, Self
 
@@ -20,6 +21,15 @@ from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout
 from surgery.layers.opaque_linear import stored, stored_weight
 from surgery.runtime.sharding import is_part, whole
+
+_BEGIN = 64  # bytes: torch's own tensors of a CPU begin at multiples of them
+
+
+def laid(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, where torch itself would have put it: a copy, where it begins elsewhere, as in a file that is mapped.
+    A CPU's library may add a product up in another order by where its numbers begin, and a merge of the model in memory
+    would give other last bits than one of its files."""
+    return tensor.clone() if tensor.device.type == "cpu" and tensor.data_ptr() % _BEGIN else tensor
 
 
 class Frozen:
@@ -43,10 +53,16 @@ class Frozen:
 
     def whole(self) -> Frozen:
         """Itself, with all of each tensor where this process holds a part."""
-        if not any(map(is_part, self.held)):
-            return self
+        return self._with(whole) if any(map(is_part, self.held)) else self
+
+    def laid(self) -> Frozen:
+        """Itself, with each tensor `laid`, where it is a plain weight's."""
+        return self if self.weight is None else self._with(laid)
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Frozen:
+        """Itself, with another tensor in the place of each."""
         other = copy(self)
-        other.stored, other.bias = whole(self.stored), None if self.bias is None else whole(self.bias)
+        other.stored, other.bias = change(self.stored), None if self.bias is None else change(self.bias)
         other.weight = self.layout.matrix(other.stored)
         return other
 
