@@ -23,7 +23,7 @@ PIPELINE = {
     "text": "text",
     "files": "files",
     "html": "html",
-    "diagnostics": "diagnostics",
+    "diagnostics": "diagnostics given",
     "settings": "settings",
     "extras": "extras",
     "ir": "ir",

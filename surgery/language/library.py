@@ -18,6 +18,7 @@ from typing import Any
 
 from surgery.diagnostics import Collector, Source, Span, did_you_mean, fail, nearest, working_folder
 from surgery.files import SPEC_BYTES, as_written, read_bytes
+from surgery.given import takes
 from surgery.language import resources
 from surgery.language.formatter import step_text
 from surgery.language.other_languages import instead_of_argument
@@ -39,6 +40,7 @@ class Library:
     selects: Mapping[str, Select]
 
 
+@takes(text="text")
 def parse(text: str, name: str = "<text>") -> Spec:
     """The spec that a text says; `name` stands for it in diagnostics. Raises: SurgeryError.
 
@@ -76,6 +78,7 @@ def instead_of_step(name: str) -> tuple[str, ...]:
     return instead, *([where] if own else [])
 
 
+@takes(spec="file")
 def load(spec: str | PathLike, /, **parameters: Any) -> Spec:
     """The spec of a path or of a shipped name, its parameters set. Raises: SurgeryError.
 
@@ -254,6 +257,9 @@ def retarget(spec: Spec, *patterns: str, at: int | None = None) -> Spec:
             related.append((replace(span, end=span.start + len(first_line)), f"this is {i}"))
         raise fail("bad-value", f"{who} {which if at is None else f'has no target {at}'}", related=tuple(related),
                    helps=("--target '1=PATTERN', or retarget(PATTERN, at=1); the others keep their modules",))
+    if wrong := [p for p in patterns if not isinstance(p, str)]:
+        raise fail("bad-value", f"a pattern is a text, not {wrong[0]!r}",
+                   helps=("several stand side by side: retarget(\"**.q_proj\", \"**.v_proj\")",))
     # `encoder` may be a module at the top of the model, too: only a name that a `select` has is a selector.
     chosen = tuple(Reference(p) if p.isidentifier() and p in library(spec).selects else Pattern(p) for p in patterns)
     targets = [*spec.targets]

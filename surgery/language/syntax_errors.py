@@ -217,6 +217,9 @@ def _around(stop: Stop) -> str:
 def _header(stop: Stop) -> str:
     """What belongs to the header of a spec, of a transform, or of a parameter."""
     bad, accepted = stop.bad.type, stop.accepted
+    if bad == "LBRACE" and not stop.tokens:
+        return ("this looks like JSON: surgery.Spec.model_validate_json(text) reads a spec of that form, and "
+                "`surgery import` an adapter of PEFT's")
     if bad == "LBRACE" and "_TARGET" in accepted:
         return "a spec has no braces of its own: its targets stand below its header"
     if bad == "LBRACE" and "_ON" in accepted:

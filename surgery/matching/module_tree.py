@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from surgery.diagnostics import fail
+from surgery.given import takes
 from surgery.layers.survey import Site, Survey
 from surgery.matching.patterns import compile_pattern, marked
 from surgery.matching.suggestions import Population
@@ -21,6 +22,7 @@ from surgery.matching.suggestions import Population
 Mark = Callable[[str], object]
 
 
+@takes(model="model")
 def modules(model: nn.Module, pattern: str | None = None) -> list[dict[str, Any]]:
     """The modules of a model (on the meta device too) as plain data in order: `name` and `class`; and of what a spec
     can take `kind`, `shape` [out, in] and `stack`, how many such matrices one weight holds (None for a single one).

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import nn
 
 from surgery.diagnostics import Collector, Diagnostic, Span, did_you_mean, fail
+from surgery.given import takes
 from surgery.language.library import library, load
 from surgery.language.tree import Select, Spec, Target
 from surgery.layers.survey import Site, Survey
@@ -99,6 +100,7 @@ class Selection:
                    helps=(meant,) if meant else ())
 
 
+@takes(model="model", spec="spec")
 def explain(model: nn.Module, spec: Spec | str | Path, name: str) -> str:
     """Which line of a spec (or of a file, or of a shipped one by its name) takes the module `name` of a model, or why
     none does. The model may be on the meta device.

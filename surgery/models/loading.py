@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.diagnostics import SurgeryError, fail
 from surgery.extras import need
+from surgery.given import takes
 from surgery.models.draws import same_draws
 from surgery.models.names import DEMO, HUB_ID, parted, place
 from surgery.models.packages import GGUF, PACKAGE
@@ -106,6 +107,7 @@ def _bare(name: str, kind: type[PreTrainedModel], config: PreTrainedConfig) -> P
     return model.eval()
 
 
+@takes(name="name")
 def load(name: str, dtype: str | None = None, trust: bool = False) -> PreTrainedModel:
     """The model with its weights, in its own dtype or another. Raises: SurgeryError (unknown-model)."""
     wanted = _torch_dtype(dtype)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from surgery.diagnostics import Diagnostic, fail, tell
+from surgery.given import takes
 from surgery.language.tree import every_step
 from surgery.peft import nearest_lora
 from surgery.peft.export_trained_values import TrainedValues, changed_biases
@@ -74,6 +75,7 @@ class _Form:
     lists: tuple[str, ...] = ()
 
 
+@takes(surgeon="surgeon", folder="folder")
 def export_peft(surgeon: Surgeon, folder: str | PathLike, *, rank: int | None = None, base_model: str | None = None,
                 like: Config | None = None, force: bool = True) -> Exported:
     """Write what a surgeon does as a PEFT adapter, in the place of one that we wrote there unless `force` is off.

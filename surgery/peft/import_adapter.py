@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, did_you_mean, tell
+from surgery.given import takes
 from surgery.language.tree import Spec
 from surgery.layers.survey import Survey
 from surgery.layers.wrappers import HELD, named_parameters, unwrapped
@@ -42,6 +43,7 @@ _IMPOSSIBLE = (ArithmeticError, TypeError, ValueError, RuntimeError)
 _AGAIN = (".modules_to_save.", ".original_module.")
 
 
+@takes(model="model", folder="folder")
 def import_peft(model: nn.Module, folder: str | PathLike) -> Surgeon:
     """Put a PEFT adapter on a model, in place, as a surgery: a spec of this language with the adapter's tensors. What
     is odd about it is a warning (SurgeryWarning).

@@ -17,6 +17,7 @@ from surgery.codegen.compiled import Compiled
 from surgery.codegen.program_text import program_text, step_text
 from surgery.codegen.validate import program_faults, step_faults
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, internal, unknown_allowed
+from surgery.given import takes
 from surgery.language.library import load
 from surgery.language.tree import Spec, Target, every_step
 from surgery.matching.selectors import selector_faults
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@takes(spec="spec")
 def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bool = True,
           prove: bool = False) -> list[Diagnostic]:
     """All that is wrong with a spec (or a file, or a shipped spec by its name), warnings too: whatever the model; and,

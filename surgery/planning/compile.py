@@ -19,6 +19,7 @@ import torch.nn as nn
 
 from surgery.codegen.compiled import Compiled
 from surgery.diagnostics import Collector, Diagnostic, fail
+from surgery.given import takes
 from surgery.ir.expression import Formula, Leaf
 from surgery.ir.sizes import known
 from surgery.language.library import Library, load
@@ -109,6 +110,7 @@ class Plan:
         return own + sum(map(prod, shared.values()))
 
 
+@takes(model="model", spec="spec")
 def compile(model: nn.Module, spec: Spec | str | PathLike, strict: bool = False) -> Plan:
     """The plan of `spec` (a spec, a file's path or a shipped name) on `model`.
 

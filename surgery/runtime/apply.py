@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from surgery.diagnostics import Collector, fail
+from surgery.given import takes
 from surgery.language.tree import Spec
 from surgery.layers.wrappers import bare
 from surgery.planning.compile import Placed, compile
@@ -29,6 +30,7 @@ from surgery.runtime.step_tensors import SharedTensors
 from surgery.runtime.surgeon import Surgeon
 
 
+@takes(model="model", spec="spec")
 def apply(model: nn.Module, spec: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
           strict: bool = False, check: bool = True, example: Any = None, data: Iterable[Any] | None = None,
           loss: Loss | None = None) -> Surgeon:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from surgery.diagnostics import Collector, Diagnostic, SurgeryError, tell
+from surgery.given import takes
 from surgery.models.loading import load_with_saved_head
 from surgery.models.names import base_name
 from surgery.planning.initial_values import follows
@@ -27,6 +28,7 @@ from surgery.semantics.index_bounds import bounds
 from surgery.text import listed
 
 
+@takes(model="model", folder="folder")
 def attach(model: nn.Module, folder: str | PathLike, *, revision: str | None = None, strict: bool = False) -> Surgeon:
     """Put a saved adapter on a model, in place: a folder, or `OWNER/NAME` of the hub, there at a `revision`.
     Raises: SurgeryError with all that does not fit; the model is then as it was.
@@ -45,6 +47,7 @@ def attach(model: nn.Module, folder: str | PathLike, *, revision: str | None = N
     return attached(model, Saved(adapter_folder(folder, revision)), strict)
 
 
+@takes(adapter="folder")
 def from_pretrained(adapter: str | PathLike, *, revision: str | None = None, base: str | None = None,
                     dtype: str | None = None, trust: bool = False, strict: bool = False) -> Surgeon:
     """Load the base model that a saved adapter names (or another, `base`), at the commit that it was trained on, and

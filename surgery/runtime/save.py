@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save as to_bytes
 
 from surgery.diagnostics import fail, tell
+from surgery.given import takes
 from surgery.models.names import parted
 from surgery.runtime.atomic_folders import Kind, refuse_taken, replacing
 from surgery.runtime.checkpoints import on_cpu
@@ -83,6 +84,7 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
+@takes(surgeon="surgeon", folder="folder")
 def save_merged(surgeon: Surgeon, folder: str | PathLike, extras: Iterable[Any] = (), force: bool = False) -> None:
     """Save the merged model as a plain one, which transformers loads without us; `extras` (a tokenizer) are saved
     beside it. `force`: in the place of one that we wrote there and that nobody has changed.

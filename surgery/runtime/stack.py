@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from surgery.diagnostics import did_you_mean, fail, tell
+from surgery.given import takes
 from surgery.ir.compose import mixed, named, stacked
 from surgery.ir.expression import Formula
 from surgery.language.grammar import is_name
@@ -51,6 +52,7 @@ class Surgeries:
     """The named surgeries of a model. `active` are the names in use, in order; `surgeon` operates them,
     None for the base model."""
 
+    @takes(model="model")
     def __init__(self, model: nn.Module):
         self.model, self._given = bare(model), model
         self.active: tuple[str, ...] = ()

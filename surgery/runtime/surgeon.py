@@ -18,6 +18,7 @@ import torch.nn as nn
 from torch.utils.hooks import RemovableHandle
 
 from surgery.diagnostics import Collector, Diagnostic, fail, tell
+from surgery.given import takes
 from surgery.language.tree import Spec
 from surgery.layers.wrappers import bare, own_parameter
 from surgery.planning.compile import Placed, Plan
@@ -267,6 +268,7 @@ class Surgeon:
         self._assert_standing(reads=False)
         return Report(self.plan, self.dtype)
 
+    @takes(folder="folder")
     def save(self, folder: str | PathLike, **about: Any) -> None:
         """Write the adapter, whole or not at all: its tensors, its spec, and `about` (base_model, revision, ...).
 
