@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from case import update
+from formulas import formula
 from layers import LAYOUTS, Operated, Tower, assert_close, gradients, operated, perturb
 from torch import Tensor, nn
 from zoo import CASES
@@ -16,9 +17,11 @@ from surgery.codegen import apply_to_activations, autograd_node, dropout_number,
 from surgery.codegen.aliases import MemoryUse
 from surgery.codegen.autograd_node import runs_as_on, step, steps_of
 from surgery.codegen.candidates import Candidate
+from surgery.codegen.compiled import Compiled
 from surgery.codegen.cost_model import Cost
 from surgery.codegen.emit import emitted
 from surgery.codegen.program import Program
+from surgery.codegen.program_text import step_text
 from surgery.codegen.schedule import Region
 from surgery.experiments.timing import peak_bytes
 from surgery.ir.builders import times
@@ -331,6 +334,34 @@ def test_what_else_reads_a_value_is_computed_before_it_is_written_over():
                 if node not in means:
                     means[node] = PRIMITIVES[node.op].dense(*(means[arg] for arg in node.args))
             assert_close(found, means[output], 1e-5)
+
+
+def test_a_value_that_is_given_is_not_written_over():
+    """Neither where it is no leaf, as what another function keeps."""
+    a, b = Expr("param", (), "a", (3, 3)), Expr("param", (), "b", (3, 3))
+    given = make("matmul", a, b)
+    names = {given: "kept", b: "b"}
+    for output in (make("add", given, b), make("add", make("matmul", b, b), given), make("add", make("T", given), b)):
+        text = emitted(Region((output,), names.keys(), MemoryUse(recorded=False, writes=True)), names, "y")
+        scope = {"torch": torch, "kept": torch.ones(3, 3), "b": torch.ones(3, 3)}
+        exec("\n".join(line for _, line in text.lines), scope)
+        assert torch.equal(scope["kept"], torch.ones(3, 3)), text.lines
+
+
+@pytest.mark.parametrize("frozen_last", [True, False])
+def test_the_frozen_product_is_summed_into_a_thin_one_where_it_comes_last(frozen_last):
+    plan = Compiled.supposed(formula(load("lora"))).candidates()[0]
+    source = step_text(plan.written, plan.needs, frozen_last).source
+    counts = [source.count(call) for call in ("layer.frozen_onto(", "layer.frozen_back_onto(", "addmm_(")]
+    assert counts == ([1, 1, 0] if frozen_last else [0, 0, 2])
+
+
+def test_two_values_of_one_kernel_are_told_apart_at_once():
+    """As long as the pair is there, it holds both."""
+    plan = Compiled.supposed(formula(load("dora"))).candidates()[0]
+    lines = step_text(plan.written, plan.needs, frozen_last=True, one_pass=True).source.splitlines()
+    first, second = (i for i, line in enumerate(lines) if "[0]  #" in line or "[1]  #" in line)
+    assert second == first + 1 and lines[second + 1].startswith("    del ")
 
 
 # ------------------------------------------------------------------------------------------------ beside other code
