@@ -58,6 +58,7 @@ _ON_LAYER = names(lambda row: row.of_layer or row.source is Source.LAYER)
 _ON_WEIGHT = names(lambda row: row.of_layer)
 _OF_WEIGHT = names(lambda row: row.of_layer and row.source is Source.LAYER)
 _OTHERS = names(lambda row: row.source is not None and not row.of_layer)
+_NORMS = ("norm", "row_norm", "col_norm", "root", "over_root")
 _SAVES = 1.1  # by how much, at least, a program is cheaper by estimate that makes another matrix as large as W
 
 
@@ -131,6 +132,21 @@ class Candidate:
         return tuple(_is_reached(value, trained) for value in self.values)
 
     @cached_property
+    def cancels(self) -> bool:
+        """Whether a number that trains reaches several values of the set-up, and one of them by a norm. As W' = V / ‖V‖
+        hardly rests on what V's terms are multiplied by, the parts of such a number's gradient take each other away,
+        and leave their roundings where the values are narrow; of W' as one value they are one part."""
+        ways: dict[str, list[bool]] = {}
+        for value in self.values:
+            gradless = without_gradient(value)
+            taken = [node for node in walk(value) if node not in gradless]
+            normed = {*walk(*(node for node in taken if node.op in _NORMS))}
+            for node in taken:
+                if node.op == "param" and not node.shape and node.data in self.trained:
+                    ways.setdefault(node.data, []).append(node in normed)
+        return any(len(each) > 1 and any(each) for each in ways.values())
+
+    @cached_property
     def recompute_cost(self) -> Cost | None:
         """The cost of recomputing the set-up in the backward pass; None if holding it is cheaper."""
         fits = self.has_body and has_gradients(self.written, self.needs)
@@ -170,6 +186,8 @@ def candidates(formula: Formula, kind: LayerKind, training: bool, has_bias: bool
     distinct = _distinct(formula, kind, training and differs, has_bias)
     if not training or machine.rounds:  # W' made at once is for steps, and what is small beside W would be rounded away
         distinct = tuple(each for each in distinct if each.at_once is None)
+    if training and machine.rounds:
+        distinct = tuple(each for each in distinct if not each.cancels) or distinct
     if len(distinct) == 1:
         return distinct
     return tuple(sorted(distinct, key=lambda each: (kind.is_called and each.reads_weight,

@@ -222,14 +222,14 @@ class Adapter(nn.Module):
     def program(self, layer: Frozen, tokens: int | None, dtype: torch.dtype | None = None) -> Program:
         """The program of the layer's mode and machine for so many tokens, whose activations are of a dtype (if none is
         said, the layer's)."""
-        on = (runs_as_on(layer.device.type), layer.dtype)
+        on = (runs_as_on(layer.device.type), dtype or layer.dtype)
         if on not in self._programs and is_traced():  # a compiler cannot trace the choice for where it was moved since
             on = self._machine
         program = self.programs(on)[layer.module.training].at(tokens)
         if program.plain is None:
             return program
         # what is made for many layers at once holds no matrix as large as the weight for each
-        is_alone = dtype in (None, layer.dtype) and (self.batches is None or self.batches.frugal)
+        is_alone = self.batches is None or self.batches.frugal
         return program if is_alone and not (is_traced() or layer.is_trained) else program.plain
 
     def set_ups(self, program: Program, layer: Frozen, stacks: Mapping[str, torch.Tensor], cast: torch.dtype,

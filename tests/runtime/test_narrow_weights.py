@@ -58,3 +58,17 @@ def test_exact_products_with_a_weight_are_made_of_parts_of_it(dtype, monkeypatch
         torch.testing.assert_close(product(rows), rows @ other)
         for order in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
             assert order(product, rows)
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, None])
+@pytest.mark.parametrize("text", [
+    "param A[r, in] ~ normal(std = 0.3) param B[out, r] ~ normal(std = 0.3) param a = 30 param g = 1 "
+    "let V = g * W + a * (B @ A) return V @ diag(1 / col_norm(V))",
+    "param A[r, in] ~ normal(std = 0.3) param B[out, r] ~ normal(std = 0.3) param a = 30 "
+    "let V = W + a * (B @ A) return diag(1 / row_norm(V)) @ V"])
+def test_a_number_that_a_norm_takes_away_again_has_one_gradient(text, dtype, monkeypatch):
+    """The parts that come by the norm and beside it are near each other's negative: rounded each by itself, they left
+    their roundings. In autocast too (None)."""
+    op = on_linear(monkeypatch, text, 96, 80, dtype or torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+        assert_as_exact(op, dtype or torch.float32)
