@@ -9,6 +9,7 @@ from pages import BLOCK, DOCS, KINDS, ROOT, run
 from pygments.lexers import get_lexer_by_name
 from pygments.token import Error, Keyword, Number
 
+import surgery
 from surgery.language.grammar import KEYWORDS
 from surgery.language.library import PRELUDE, locate, shipped
 
@@ -49,6 +50,11 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path, monkeypatch: pytest
     build(config)
     assert {"start.html", "python.html", "errors/not-identity.html"} <= {
         path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+
+
+def test_the_python_reference_has_every_public_name() -> None:
+    named = re.findall(r"^::: surgery\.(\w+)$", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(set(surgery.__all__) - {"__version__"})
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.stem)
