@@ -171,6 +171,12 @@ class Candidate:
 
 
 @cache
+def is_of_weight(value: Expr) -> bool:
+    """Whether a value of a set-up follows from the frozen weight and from nothing else."""
+    return value.has(*_OF_WEIGHT) and not value.has(*_OTHERS)
+
+
+@cache
 def rests_on_layer(value: Expr) -> bool:
     """Whether a value of a set-up depends on the frozen layer's tensors."""
     return value.has(*_ON_LAYER)
@@ -430,10 +436,9 @@ def _fixed(values: Sequence[Expr]) -> tuple[Expr, ...]:
             continue
         seen.add(node)
         is_known = not node.has(*_OTHERS)
-        is_of_weight = node.has(*_OF_WEIGHT) and is_known
         is_smaller = len(node.shape) < 2 or node.op == "gram"
         is_constant = is_known and not node.has(*_ON_WEIGHT) and not operation(node).is_inline
-        if is_of_weight and is_smaller or is_constant and size(node, 0) <= _SMALL:
+        if is_of_weight(node) and is_smaller or is_constant and size(node, 0) <= _SMALL:
             fixed[node] = None
         else:
             stack += reversed(node.args)

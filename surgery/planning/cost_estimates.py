@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from surgery.codegen.apply_to_activations import turned
-from surgery.codegen.candidates import Candidate, frozen_alone
+from surgery.codegen.candidates import Candidate, frozen_alone, is_of_weight
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.cost_model import CPU, TOKENS_SUPPOSED, Cost, Machine, body_cost
 from surgery.codegen.operation_counts import flops
@@ -83,6 +83,14 @@ class Estimate:
         costliest first; none if the formula has a cheap program."""
         return min((large_matrices(c, self.kind, *self.sides) for c in self.candidates), key=len)
 
+    @cached_property
+    def again(self) -> tuple[Expr, ...]:
+        """What the program that runs makes anew at every step though it follows from the frozen weight alone, where it
+        is half the work of the frozen layer's step; the costliest first."""
+        work = {node: flops(node, 0) for node in walk(*self.candidates[0].values) if is_of_weight(node)}
+        costly = (node for node, each in work.items() if 2 * each > self.frozen.flops)
+        return tuple(sorted(costly, key=lambda node: -work[node]))
+
     @property
     def cost_text(self) -> str:
         """`at [1024, 4096] and 1,024 tokens a step costs 2.1 x the frozen layer's: 43 GFLOP, 210 MB moved`."""
@@ -101,17 +109,27 @@ def large_matrices(candidate: Candidate, kind: LayerKind, out: int, in_: int) ->
 
 
 def fallback(target: Target, estimates: Iterable[Estimate]) -> Diagnostic | None:
-    """The warning that a target runs dense, with the cost where that is largest; None if nothing of it does."""
-    dense = [e for e in estimates if e.built]
-    if not dense:
+    """The warning that a target runs dense, or makes anew at every step what stays the same, with its largest cost;
+    None if nothing of it does."""
+    estimates = list(estimates)
+    if again := [e for e in estimates if e.again]:
+        worst = max(again, key=Estimate.ratio)
+        return _told(target, worst, worst.again[0], "every step makes anew what follows from the frozen weight alone",
+                     "made once, it is a parameter: `frozen param U[out, 8] = left_singular(W, 8)`")
+    if not (dense := [e for e in estimates if e.built]):
         return None
     worst = max(dense, key=Estimate.ratio)
     # A program may make the transpose of what the spec wrote, which can be much longer: the shorter one is shown.
     matrix = next((each for each in worst.built if each.has("param")), worst.built[0])
-    text, shape = min(((brief(m), m.shape) for m in (matrix, turned(matrix))), key=lambda pair: len(pair[0]))
+    return _told(target, worst, min((matrix, turned(matrix)), key=lambda each: len(brief(each))),
+                 "this target has no cheap program and runs dense")
+
+
+def _told(target: Target, estimate: Estimate, made: Expr, message: str, *helps: str) -> Diagnostic:
+    text = brief(made)
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST - 3]}..."
-    return Diagnostic("fallback", "this target has no cheap program and runs dense", target.span, severity="warning",
-                      notes=(f"every step makes {text}, {shape_text(shape)}", worst.cost_text))
+    return Diagnostic("fallback", message, target.span, severity="warning", helps=helps,
+                      notes=(f"every step makes {text}, {shape_text(made.shape)}", estimate.cost_text))
 
 
 def amount(number: float, unit: str) -> str:

@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
+from functools import reduce
 from typing import Any
 
 from surgery.diagnostics import Span, fail
@@ -290,6 +291,8 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
     else:
         arity, sizes = PRIMITIVES[node.function].arity, PRIMITIVES[node.function].sizes
         assert arity is not None  # what a spec can call takes so many tensors
+    if _OF_ANY.get(node.function, 0) >= len(node.arguments) > 2 and not any(a.name for a in node.arguments):
+        return _from_left(node, names)
     _assert_count(node, arity, sizes)
     values = [evaluate(a.value, names) for a in node.arguments]
     for value, argument in zip(values, node.arguments):
@@ -308,6 +311,18 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
                if row.counts and i in row.places and not isinstance(value, Expr) else value
                for i, (value, argument) in enumerate(zip(values[:arity], node.arguments))]
     return _apply(node, tensors, given)
+
+
+#: What takes two tensors and, from the left, any number of them up to this one.
+_OF_ANY = dict.fromkeys(("min", "max", "kron", "side_by_side", "stacked"), 32)
+
+
+def _from_left(node: tree.Call, names: Mapping[str, Any]) -> Any:
+    """f(a, b, c) is f(f(a, b), c)."""
+    values = [evaluate(argument.value, names) for argument in node.arguments]
+    for value, argument in zip(values, node.arguments):
+        _numeric(value, argument.value)
+    return reduce(lambda made, value: _apply(node, [made, value], ()), values)
 
 
 def _places_below(n: Size) -> Expr:

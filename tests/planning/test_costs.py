@@ -239,6 +239,22 @@ def test_check_tells_it(tmp_path):
     assert run("check", str(path), "--strict").exit_code == 1
 
 
+TAKEN_APART = """update u(rank: int = 4) {
+  {frozen} U[out, rank] = left_singular(W, rank)
+  param M[rank, in] = 0
+  return U @ M
+}
+target linear { add u() }"""
+
+
+def test_what_follows_from_the_weight_alone_and_is_made_at_every_step_is_told():
+    """A step of a singular value decomposition costs as many as the frozen layer's as one likes, and runs by thin factors."""
+    let = TAKEN_APART.replace("{frozen} U[out, rank]", "let U")
+    (told,) = check(parse(let))
+    assert told.code == "fallback" and "left_singular(W, 4)" in told.notes[0] and "frozen param" in told.helps[0]
+    assert check(parse(TAKEN_APART.replace("{frozen}", "frozen param"))) == []
+
+
 def test_the_program_is_shown_with_what_it_was_chosen_over():
     result = run("show", "dora", "--program", "--tokens", "64", "--shape", "96,128")
     lines = [line.strip() for line in result.stdout.splitlines()]
