@@ -22,7 +22,7 @@ from surgery.diagnostics import fail
 from surgery.experiments.comparison_table import Mean
 from surgery.experiments.likelihood import Likelihood, Told, likelihoods, written
 from surgery.experiments.metrics import of_outputs
-from surgery.experiments.prompts import PROMPT, choices, learned, rendered
+from surgery.experiments.prompts import PROMPT, choices, learned, padding_token, rendered
 from surgery.experiments.tasks import ASSISTANT, AnyTask, Generative, last_number, read_task
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.training import longer, outputs
@@ -183,7 +183,7 @@ def _headed(model: Any, words: Words, task: Task, scoring: Scoring, told: Told) 
 def _choice(model: Any, words: Words, task: Generative, scoring: Scoring, told: Told) -> tuple[dict[str, Mean], int]:
     """By the log-likelihood of each choice, and by that over its length in characters."""
     encoded = choices(words, task, scoring.length, scoring.prompt)
-    found = likelihoods(model, encoded.items, _pad(words), scoring.batch, told)
+    found = likelihoods(model, encoded.items, padding_token(words), scoring.batch, told)
     totals = iter(each.total for each in found)
     plain, shared = [], []
     for item in task.items:
@@ -199,7 +199,7 @@ def _perplexity(model: Any, words: Words, task: Generative, scoring: Scoring,
                 told: Told) -> tuple[dict[str, Mean], int]:
     """Of the tokens that are learned, all together; the error is that of a ratio of two sums over the items."""
     encoded = learned(words, task, scoring.length, scoring.prompt)
-    found = likelihoods(model, encoded.items, _pad(words), scoring.batch, told)
+    found = likelihoods(model, encoded.items, padding_token(words), scoring.batch, told)
     return perplexity(found), encoded.cut
 
 
@@ -225,11 +225,6 @@ def _answer(model: Any, words: Words, task: Generative, scoring: Scoring, told: 
     right = [last_number(text) == last_number(each[turn].content)
              for text, each, turn in zip(found, task.items, turns)]
     return {"exact_match": Mean.of(list(map(float, right)))}, 0
-
-
-def _pad(words: Words) -> int:
-    """What stands where nothing is seen."""
-    return words.pad_token_id if isinstance(words.pad_token_id, int) else 0
 
 
 def _refuse_infinite(given: np.ndarray) -> None:

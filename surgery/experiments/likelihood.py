@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery.experiments.prompts import Item, collated
+from surgery.experiments.prompts import Item, collated, padding_token
 from surgery.runtime.calibration import READ
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def written(model: Any, words: Words, prompts: Sequence[str], special: bool, tok
     own generation configuration names."""
     ids = [words(prompt, add_special_tokens=special)["input_ids"] for prompt in prompts]
     found = [""] * len(prompts)
-    pad, ends = words.pad_token_id if words.pad_token_id is not None else 0, _ends(model, words)
+    pad, ends = padding_token(words), _ends(model, words)
     for chosen in by_length(list(map(len, ids)), batch, told):
         longest = max(len(ids[i]) for i in chosen)  # a prompt ends where the answer begins: what is not there is before
         rows = [[pad] * (longest - len(ids[i])) + ids[i] for i in chosen]

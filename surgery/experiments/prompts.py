@@ -147,6 +147,11 @@ def rendered(words: Words, messages: Conversation, prompt: bool = False) -> str:
                    f"{str(error) or type(error).__name__}") from error
 
 
+def padding_token(words: Words) -> int:
+    """The token behind, or in front of, a shorter text of a batch, which nothing sees; any where there is none."""
+    return words.pad_token_id if isinstance(words.pad_token_id, int) else 0
+
+
 def collated(items: Sequence[Item], pad: int) -> dict[str, torch.Tensor]:
     """Items as one batch, [items, tokens], with nothing to be seen or learned after the end of each. The first token is
     no label: nothing predicts it."""

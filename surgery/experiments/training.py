@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from surgery.diagnostics import fail
-from surgery.experiments.prompts import PROMPT, collated, learned
+from surgery.experiments.prompts import PROMPT, collated, learned, padding_token
 from surgery.experiments.tasks import AnyTask
 from surgery.experiments.text_tasks import Task
 from surgery.experiments.timing import training_device
@@ -153,8 +153,7 @@ def lesson_of(model: PreTrainedModel, words: PreTrainedTokenizerBase, task: AnyT
     if not found.items:
         raise fail("bad-data", f"nothing of {task.name} is left to be learned in {setting.length} tokens",
                    helps=("keep more of each text: --length",))
-    filler = words.pad_token_id if isinstance(words.pad_token_id, int) else 0
-    return Lesson(found.items, partial(collated, pad=filler), found.cut, _loss_of(model, task))
+    return Lesson(found.items, partial(collated, pad=padding_token(words)), found.cut, _loss_of(model, task))
 
 
 def _loss_of(model: PreTrainedModel, task: AnyTask) -> Callable[..., torch.Tensor] | None:

@@ -1,4 +1,4 @@
-"""Text (or JSON) to the tree of a spec.
+"""Text to the tree of a spec.
 
 Takes the text of a file or of an expression. Gives `tree.Spec` or `tree.Expression` with spans and comments. Promises:
 whatever the text, the only error is `SurgeryError`; after a syntax error it goes on at the next statement of the file.
@@ -16,9 +16,8 @@ from lark.exceptions import UnexpectedCharacters, UnexpectedToken
 from surgery.diagnostics import Collector, Diagnostic, Source, Span, SurgeryError
 from surgery.language.comments import trivia_of
 from surgery.language.grammar import WORDS, extent, item_words, items, machine
-from surgery.language.json_errors import told_of
 from surgery.language.syntax_errors import explain
-from surgery.language.tree import Expression, Node, Spec
+from surgery.language.tree import Expression, Spec
 from surgery.language.tree_builder import Builder, read_number
 from surgery.language.well_formed import check_expression, check_language
 
@@ -134,11 +133,3 @@ def _run(source: Source, text: str, start: str) -> tuple[Tree, list[Token]] | _S
 def _begins() -> re.Pattern[str]:
     """What a line begins with that begins or ends a statement of a body or of a file, as `word`."""
     return re.compile(rf"^[ \t]*(?P<word>(?:{'|'.join((*BODY_WORDS, *item_words()))})\b|\}})", re.MULTILINE)
-
-
-def from_json(text: str, name: str = "<json>") -> Spec:
-    """The spec that `Spec.model_dump_json` wrote. Raises: SurgeryError for whatever does not fit."""
-    with told_of(name):  # pydantic's own, since a node's tells of itself by the name of its class
-        spec = super(Node, Spec).model_validate_json(text)
-        assert isinstance(spec, Spec)  # which a checker does not see through `super` of a class
-        return spec

@@ -60,11 +60,6 @@ LARGER = {"llama-bench": "llama:hidden_size=1024,intermediate_size=2816,num_hidd
                          "num_key_value_heads=16,max_position_embeddings=4096"}
 
 
-def demo_names() -> tuple[str, ...]:
-    """The names of the demo models."""
-    return tuple(DEMOS)
-
-
 def demo_config(name: str) -> PreTrainedConfig:
     """The config of a demo model. Raises: SurgeryError (`unknown-model`)."""
     import transformers

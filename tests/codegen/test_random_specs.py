@@ -24,8 +24,8 @@ from reference import Reading, compare_gradients
 
 from surgery.codegen import kernels, memory_order
 from surgery.language.library import parse
-from surgery.language.parser import from_json
 from surgery.language.to_python import python_text
+from surgery.language.tree import Spec
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,7 +146,7 @@ def test_merged_and_unmerged_agree(operation):
 @given(specs())
 def test_three_forms_are_one_spec(text):
     spec = parse(text)
-    assert parse(spec.to_surg()) == spec == from_json(spec.model_dump_json())
+    assert parse(spec.to_surg()) == spec == Spec.model_validate_json(spec.model_dump_json())
     scope: dict = {}
     exec(python_text(spec), scope)
     assert scope["spec"] == spec

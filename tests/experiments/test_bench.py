@@ -13,7 +13,7 @@ from surgery.cli.main import main
 from surgery.diagnostics import SurgeryError
 from surgery.experiments.bench import Bench, batches_of, spread
 from surgery.language.library import load, parse
-from surgery.models.demo import demo_config, demo_inputs, demo_names, load_demo
+from surgery.models.demo import DEMOS, demo_config, demo_inputs, load_demo
 from surgery.models.loading import load as load_model
 
 TOKENS = (2, 8)
@@ -98,7 +98,7 @@ def test_peft_trains_as_many_parameters_of_the_same_modules(bench):
         assert sum(p.numel() for p in each.peft.model.parameters() if p.requires_grad) == each.trained
 
 
-@pytest.mark.parametrize("name", demo_names())
+@pytest.mark.parametrize("name", [*DEMOS])
 def test_every_demo_has_a_batch_whose_backward_pass_reaches_the_input(name):
     Bench(load_demo(name), {}, TOKENS).frozen.step()
 

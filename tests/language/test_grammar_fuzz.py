@@ -10,7 +10,8 @@ from spec_strategies import names
 
 from surgery.diagnostics import SurgeryError
 from surgery.language.grammar import WORDS, _lark
-from surgery.language.parser import from_json, parse_expression, parse_text
+from surgery.language.parser import parse_expression, parse_text
+from surgery.language.tree import Spec
 
 PARSER_WORDS = {terminal.name for terminal in _lark().terminals}
 fuzz = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -70,7 +71,7 @@ def test_broken_specs_parse_or_are_diagnosed(text):
 @fuzz
 @given(st.one_of(st.text(max_size=40), st.text("spec{}()[]\"#=~.,:-+@*/<>!% \n\raT01e_", max_size=40)))
 def test_any_text_parses_or_is_diagnosed(text):
-    for parse in (parse_text, parse_expression, from_json):
+    for parse in (parse_text, parse_expression, Spec.model_validate_json):
         accepted(parse, text)
 
 
@@ -90,4 +91,4 @@ def test_json_with_a_wrong_value_is_diagnosed(path, data):
         holder = holder[key]
         key = data.draw(st.sampled_from(sorted(holder) if isinstance(holder, dict) else range(len(holder))))
     holder[key] = data.draw(json_values)
-    accepted(from_json, json.dumps(tree))
+    accepted(Spec.model_validate_json, json.dumps(tree))

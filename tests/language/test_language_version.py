@@ -8,7 +8,6 @@ import torch
 from surgery.diagnostics import SurgeryError
 from surgery.language.formatter import format_text
 from surgery.language.library import parse
-from surgery.language.parser import from_json
 from surgery.language.to_python import python_text
 from surgery.language.tree import Spec
 from surgery.runtime.apply import apply
@@ -29,7 +28,7 @@ def test_it_is_kept_in_text_json_and_python():
     spec = parse(TEXT)
     assert spec.language == 1 and spec.doc == "LoRA."
     assert format_text(TEXT) == TEXT == spec.to_surg()
-    assert from_json(spec.model_dump_json()) == spec != parse(TEXT.replace("language 1", ""))
+    assert Spec.model_validate_json(spec.model_dump_json()) == spec != parse(TEXT.replace("language 1", ""))
     made: dict = {}
     exec(python_text(spec), made)
     assert made["spec"] == spec and made["spec"].to_surg().startswith("language 1\n\nspec s()")
@@ -54,7 +53,7 @@ def test_a_newer_one_is_refused_alone(text):
 
 
 def test_python_and_json_are_refused_as_the_text_is():
-    for make in (lambda: Spec("s", language=2), lambda: from_json('{"name": "s", "language": 2}')):
+    for make in (lambda: Spec("s", language=2), lambda: Spec.model_validate_json('{"name": "s", "language": 2}')):
         with pytest.raises(SurgeryError) as told:
             make()
         assert [d.code for d in told.value.diagnostics] == ["newer-language"]

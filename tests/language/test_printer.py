@@ -8,7 +8,7 @@ from spec_strategies import expressions, specs
 
 from surgery.language.formatter import expression_text, format_text, spec_text
 from surgery.language.grammar import machine
-from surgery.language.parser import from_json, parse_expression, parse_text
+from surgery.language.parser import parse_expression, parse_text
 from surgery.language.tree import Binary, Name, Number, Parameter, Spec, Target, Unary, add, post, pre
 
 random_specs = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
@@ -18,7 +18,7 @@ random_specs = settings(max_examples=20, deadline=None, suppress_health_check=li
 def test_shipped_specs_are_in_canonical_layout(path):
     text = path.read_text(encoding="utf-8")
     assert format_text(text, path.name) == text
-    assert from_json(parse_text(text).model_dump_json()) == parse_text(text)
+    assert Spec.model_validate_json(parse_text(text).model_dump_json()) == parse_text(text)
 
 
 @random_specs
@@ -26,7 +26,7 @@ def test_shipped_specs_are_in_canonical_layout(path):
 def test_a_spec_survives_text_and_json(spec):
     text = spec_text(spec)
     assert parse_text(text) == spec
-    assert from_json(spec.model_dump_json()) == spec
+    assert Spec.model_validate_json(spec.model_dump_json()) == spec
     assert_same_after_formatting(text)
 
 

@@ -11,7 +11,7 @@ from surgery.ir.operations import FUNCTIONS
 from surgery.language import other_languages
 from surgery.language.grammar import KEYWORDS
 from surgery.language.library import load
-from surgery.language.parser import MAX_ERRORS, from_json, parse_expression, parse_text
+from surgery.language.parser import MAX_ERRORS, parse_expression, parse_text
 from surgery.language.tree import Argument, Binary, Boolean, Name, Number, Parameter, Spec, Target, Unary, add, pre
 from surgery.planning.check import check
 from surgery.semantics.distributions import DISTRIBUTIONS
@@ -402,27 +402,27 @@ def test_a_mistake_in_python_is_a_diagnostic(build, message):
 @pytest.mark.parametrize(("text", "messages"), [
     ("{", ["this is not JSON: EOF while parsing an object at line 1 column 1"]),
     ("[" * 100_000, ["this is not JSON: recursion limit exceeded at line 1 column 202"]),
-    ("[]", ["s must be an object, not '[]'"]),
-    ('{"nme": "a"}', ["s has no field `nme`"]),
+    ("[]", ["Spec must be an object, not '[]'"]),
+    ('{"nme": "a"}', ["Spec has no field `nme`"]),
     ('{"name": "a", "params": [{"name": 1, "type": "it"}, {}]}', [
-        "s.params[0].name must be a valid string, not '1'",
-        "s.params[0].type must be 'int', 'float', 'bool' or 'str', not 'it'",
-        "s.params[1] needs a field `name`", "s.params[1] needs a field `type`"]),
+        "Spec.params[0].name must be a valid string, not '1'",
+        "Spec.params[0].type must be 'int', 'float', 'bool' or 'str', not 'it'",
+        "Spec.params[1] needs a field `name`", "Spec.params[1] needs a field `type`"]),
     ('{"checks": [{"condition": "1 +"}, {"condition": {}}]}', [
         "expected an expression after `+`, found the end of the text", "'{}' is not an expression"]),
     ('{"targets": [{"steps": [{"placement": "post", "call": "1"}]}]}',
-     ["s.targets[0].steps[0].call must be a call, not '1'"]),
+     ["Spec.targets[0].steps[0].call must be a call, not '1'"]),
     ('{"targets": [{"steps": [{"placement": "post", "call": "f()", "dropout": 1}]}]}',
      ["`dropout` cannot follow `post`"]),
-    ('{"targets": [{"steps": [], "span": {"start": 1}}]}', ["s.targets[0].span must be a span, not \"{'start': 1}\""]),
+    ('{"targets": [{"steps": [], "span": {"start": 1}}]}', ["Spec.targets[0].span must be a span, not \"{'start': 1}\""]),
     ('{"definitions": [{"kind": "update", "name": "u", "result": 1, "body": [{"name": "a"}]}]}',
-     ["s.definitions[0].body[0].what must be 'param', 'noise', 'let' or 'for'"]),
+     ["Spec.definitions[0].body[0].what must be 'param', 'noise', 'let' or 'for'"]),
     ('{"definitions": [{"kind": "transform", "name": "u", "result": 1, "body": [{"what": "param", "name": "a"}]}]}', [
         "transform `u`: a transform names its dimension with `on`, an update does not",
         "param `a` starts at a value (`=`) or at a draw (`~`), one of the two"]),
 ])
 def test_a_mistake_in_json_is_a_diagnostic(text, messages):
-    assert [e.message for e in errors_of(text, lambda t: from_json(t, "s"))] == messages
+    assert [e.message for e in errors_of(text, Spec.model_validate_json)] == messages
 
 
 MISPLACED = [

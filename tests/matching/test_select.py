@@ -38,7 +38,7 @@ from surgery.language.tree import Pattern, Select, Spec, Target, pre
 from surgery.layers.survey import Survey, sites
 from surgery.matching.conflicts import tied
 from surgery.matching.selection import select
-from surgery.models.demo import demo_names, load_demo
+from surgery.models.demo import DEMOS, load_demo
 from surgery.planning.compile import compile as plan
 
 demo = cache(load_demo)
@@ -103,7 +103,7 @@ def test_taken(model, header, names):
     assert taken(model, header) == names
 
 
-@pytest.mark.parametrize("model", [n for n in demo_names() if n != "resnet"])
+@pytest.mark.parametrize("model", [n for n in DEMOS if n != "resnet"])
 def test_a_kind_alone_is_every_layer_of_it_but_the_head(model):
     expected = [s.name for s in sites(demo(model)) if s.kind == "linear" and not s.is_head]
     assert expected and taken(model, "target linear {}") == expected

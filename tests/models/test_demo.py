@@ -6,7 +6,7 @@ import torch
 
 from surgery.diagnostics import SurgeryError
 from surgery.layers.survey import sites
-from surgery.models.demo import demo_config, demo_inputs, demo_names, load_demo
+from surgery.models.demo import DEMOS, demo_config, demo_inputs, load_demo
 from surgery.models.loading import skeleton
 
 TIED = {"gpt2", "t5"}
@@ -18,7 +18,7 @@ CLASSES = {
 
 
 def test_the_names_are_those_of_the_table():
-    assert set(demo_names()) == set(CLASSES)
+    assert set(DEMOS) == set(CLASSES)
 
 
 @pytest.mark.parametrize("name", CLASSES)
