@@ -95,6 +95,22 @@ def test_values_and_gradients_are_those_of_the_whole_weight(name, steps, trainin
             torch.testing.assert_close(value, wanted[key], rtol=1e-9, atol=1e-9, msg=lambda m: f"{way} {key}: {m}")
 
 
+@pytest.mark.parametrize("steps", ["low rank", "magnitude", "shared"])
+def test_each_choice_of_what_takes_a_gradient(steps):
+    model, _ = operated(BUILDS["out x in"], STEPS[steps])
+    model.experts.config._experts_implementation = "grouped_mm"
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    x, *rest = tokens()
+    direction = torch.randn(7, 8, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+    leaves = {"x": x, **trained}
+    wanted = gradients(model(x, *rest), direction, leaves)
+    for chosen, leaf in leaves.items():
+        for each in leaves.values():
+            each.requires_grad_(each is leaf)
+        found = gradients(model(x, *rest), direction, {chosen: leaf})
+        torch.testing.assert_close(found, {key: wanted[key] for key in found}, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_no_other_expert_than_those_with_tokens_is_set_up(way, monkeypatch):
     model, _ = operated(BUILDS["out x in"], STEPS["three steps"])
