@@ -16,6 +16,7 @@ from surgery.ir.notation_forms import product as product_notation
 from surgery.ir.shape_rules import (
     ShapeError,
     elementwise,
+    entrywise_quotient,
     exactly,
     matrix,
     product,
@@ -309,7 +310,7 @@ ROWS = [
               # autograd makes a matrix more for the gradient of `addcmul`
               added=Added(ADDCMUL, fits=_are_alike, when=When.WITHOUT_GRADIENT),
               derivative=derivatives.mul, notation=entrywise_product, rows=row_rules.entrywise),
-    Operation("div", 2, elementwise, divided, "a / b, entry by entry; 0 where b is 0", sign="/",
+    Operation("div", 2, entrywise_quotient, divided, "a / b, entry by entry; 0 where b is 0", sign="/",
               transpose=Transpose.INSIDE, number=lambda a, b: a / b,
               notation=infix("/", ENTRYWISE, ENTRYWISE, ATOM), rows=row_rules.entrywise),
     Operation("min", 2, elementwise, _extreme("minimum"), "the smaller of each pair of entries",

@@ -44,6 +44,16 @@ def entrywise_product(a: Shape, b: Shape) -> Shape:
         raise ShapeError(f"{error}; a gain for each row is `diag(d) @ x`, for each column `x @ diag(d)`") from None
 
 
+def entrywise_quotient(a: Shape, b: Shape) -> Shape:
+    try:
+        return elementwise(a, b)
+    except ShapeError as error:
+        if (len(a), len(b)) != (2, 1):
+            raise
+        raise ShapeError(f"{error}; each row is divided by `diag(1 / d) @ x`, "
+                         "each column by `x @ diag(1 / d)`") from None
+
+
 def product(a: Shape, b: Shape) -> Shape:
     if not a or not b:
         raise ShapeError(f"`@` needs matrices, not {shape_text(a)} and {shape_text(b)}; use `*` to scale")

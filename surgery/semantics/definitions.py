@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
-from math import prod
 from typing import Any, TypeVar
 
 from surgery.diagnostics import Collector, Span, SurgeryError, did_you_mean, fail
@@ -345,7 +344,8 @@ class Instance:
         if start.shape not in ((), shape):  # a number is the value of every entry
             raise fail("shape-mismatch",
                        f"`{param.name}` is {shape_text(shape)} but starts at {shape_text(start.shape)}",
-                       init.span or param.span, notes=self._sizes(), helps=_as_stack(init, start.shape, param))
+                       init.span or param.span, notes=self._sizes(),
+                       helps=_in_shape(init, start.shape, shape, param))
         return start
 
     def _draw(self, param: Param | Noise, call: Call, shape: tuple[Size, ...]) -> Draw:
@@ -382,8 +382,12 @@ class Instance:
         return name, value if allowed or isinstance(value, Dim) else float(value)
 
 
-def _as_stack(init: Expression, start: tuple[Size, ...], param: Param) -> tuple[str, ...]:
-    """What is meant by one matrix as the start of a stack."""
+def _in_shape(init: Expression, start: tuple[Size, ...], shape: tuple[Size, ...], param: Param) -> tuple[str, ...]:
+    """What is meant by as many entries in another shape, and by one matrix as the start of a stack."""
+    is_turned = sorted(map(str, start)) == sorted(map(str, shape))
+    if math.prod(start) == math.prod(shape) and not is_turned:
+        return (f"its entries in that shape are `reshape({expression_text(init)}, "
+                f"{', '.join(map(expression_text, param.dims))})`",)
     if len(start) != 2 or len(param.dims) != 3:
         return ()
     count, *sides = map(expression_text, param.dims)
@@ -398,7 +402,7 @@ def _assert_fits(call: Call, shape: tuple[Size, ...], given: Mapping[str, Any]) 
     check, values = _parsed(law.check), {**law.arguments, **given}
     if evaluate(check, values) is False:
         raise fail("bad-value", f"{call.function} needs {law.check}", call.span, notes=here(check, values))
-    of, count = given.get("of"), prod(shape)
+    of, count = given.get("of"), math.prod(shape)
     if of is not None and not isinstance(of, Dim) and not isinstance(count, Dim) and count > of:
         raise fail("bad-value", f"{count} different places are asked for, and there are {of:g}", call.span)
 

@@ -314,7 +314,7 @@ def _call(node: tree.Call, names: Mapping[str, Any]) -> Any:
 
 
 #: What takes two tensors and, from the left, any number of them up to this one.
-_OF_ANY = dict.fromkeys(("min", "max", "kron", "side_by_side", "stacked"), 32)
+_OF_ANY: dict[str, int] = dict.fromkeys(("min", "max", "kron", "side_by_side", "stacked"), 32)
 
 
 def _from_left(node: tree.Call, names: Mapping[str, Any]) -> Any:

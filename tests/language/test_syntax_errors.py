@@ -126,6 +126,7 @@ def test_hints_for_functions_of_other_languages(expression, hint):
     ("update u { param A[4, in] = 0 param B[out, 4] = 1 return (B @ A).T }", "return `.T` of this"),
     ("update u { param A[in, 4] = 0 param B[out, 4] = 1 return B @ A }", "`.T` of the second fits"),
     ("update u { param A[4, in] = 0 param B[4, out] = 1 return B @ A }", "`.T` of the first fits"),
+    ("update u { param d[in] = reshape(ones(in), 1, in) return W @ diag(d) }", "`reshape(reshape(ones(in), 1, in), in)`"),
     ("update u { param c[out] = 0 return c }", "`update u(...) on bias`"),
     ("transform t on n { param d[n] = 1 return d }", "`diag(d)`"),
     ("update u { return 0 * mystery * W }", "`(mystery: float = 1)`"),
@@ -141,6 +142,11 @@ def test_hints_for_functions_of_other_languages(expression, hint):
 ])
 def test_what_a_first_spec_gets_wrong_is_met_with_what_to_write(text, hint):
     assert hint in " ".join(told_of(text)[0].helps)
+
+
+def test_a_quotient_by_a_vector_is_told_how_rows_and_columns_are_divided():
+    (error,) = told_of("update u { param A[out, in] = 0 return A / col_norm(W) }")
+    assert "each column by `x @ diag(1 / d)`" in error.message
 
 
 def test_a_function_is_named_once():
