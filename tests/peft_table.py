@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from methods_table import lines_of
 from peft_cases import SINGLE, WRONG_IN_PEFT, cases
 from peft_differences import DIFFERENCES
 from peft_pair import compare, pair
@@ -34,11 +35,7 @@ _LAYERS = {"transposed linear": "Conv1D", "convolution": "conv", "trained": "a w
 
 def spec_lines(method: Method) -> int:
     """The lines of the row's spec that say something."""
-    return _lines_of(method.spec if "\n" in method.spec else shipped()[method.spec].read_text(encoding="utf-8"))
-
-
-def _lines_of(text: str) -> int:
-    return sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in text.splitlines())
+    return lines_of(method.spec if "\n" in method.spec else shipped()[method.spec].read_text(encoding="utf-8"))
 
 
 def peft_lines(family: Family) -> int:

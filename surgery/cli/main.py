@@ -37,7 +37,7 @@ from surgery.cli.lsp import lsp
 from surgery.cli.merge import merge
 from surgery.cli.modules import modules
 from surgery.cli.options import HELP, asked_format, common
-from surgery.cli.output import Output, abandon_stdout, echo, settle_streams, told_apart
+from surgery.cli.output import Output, abandon_stdout, echo, reserved_stdout, settle_streams
 from surgery.cli.plan import plan
 from surgery.cli.report import report
 from surgery.cli.show import show
@@ -86,7 +86,7 @@ class Surgery(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         output = ctx.ensure_object(Output)
         try:
-            with told_apart(output), _wrong_use(output), _told(output):
+            with reserved_stdout(output), _wrong_use(output), _showing_warnings(output):
                 result = super().invoke(ctx)
             sys.stdout.flush()  # while an error of it is still ours to tell
             return result
@@ -118,7 +118,7 @@ class Surgery(click.Group):
 
 
 @contextmanager
-def _told(output: Output) -> Iterator[None]:
+def _showing_warnings(output: Output) -> Iterator[None]:
     """Inside, what functions warn of is a diagnostic of the command, which ends with status 1 where the project takes
     one for an error: a warning may come when all is written, and undoes nothing."""
     report = Collector()

@@ -58,15 +58,15 @@ def settle_streams() -> None:
 
 
 @contextmanager
-def told_apart(output: Output) -> Iterator[None]:
-    """Where stdout holds one JSON object, what anything else prints goes to stderr."""
+def reserved_stdout(output: Output) -> Iterator[None]:
+    """Inside, if stdout is to hold one JSON object, whatever else prints goes to stderr."""
     output.answers = sys.stdout
     with redirect_stdout(sys.stderr) if output.is_one_object else nullcontext():
         yield
 
 
 def echo(text: str) -> None:
-    """A line for people on stderr where no `Output` has its say."""
+    """A line for people on stderr where there is no `Output`."""
     click.echo(plain(text, keep="\n"), err=True)
 
 
@@ -114,8 +114,8 @@ class Output:
         bare = self.color == "never" or (self.color == "auto" and "NO_COLOR" in os.environ)
         width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDE
         return Plain(file=stream, width=width, highlight=False, markup=False, emoji=False,
-                       no_color=bare, color_system=None if bare else "auto",
-                       force_terminal=self.color == "always" or None)
+                     no_color=bare, color_system=None if bare else "auto",
+                     force_terminal=self.color == "always" or None)
 
     @cached_property
     def stdout(self) -> Console:

@@ -41,7 +41,7 @@ _GIVEN = {**MEANINGS, **OF_DATA_MEANINGS}
 def hover(document: Document, offset: int, model: Model | None = None) -> tuple[str, tuple[int, int]] | None:
     """(Markdown, its place) for what stands at an offset; None where there is nothing to say."""
     if pattern := _pattern_at(document, offset):
-        text = model.told(pattern.text) if model else ""
+        text = model.matches(pattern.text) if model else ""
         return (text, (pattern.span.start, pattern.span.end)) if text and pattern.span else None
     name = at(document, offset) or _guessed(document, offset)
     parts = list(_about(document, name, model)) if name else []

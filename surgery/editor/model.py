@@ -56,8 +56,8 @@ class Model:
         for site in self.sites:
             by_end.setdefault(site.name.rpartition(".")[2], []).append(site)
         # `**.0` of an unnamed list says little, and matches whatever stands first in any of them
-        ends = [Candidate(f"**.{end}", _told(sites)) for end, sites in by_end.items() if not end.isdecimal()]
-        return (*ends, *(Candidate(site.name, _told([site])) for site in self.sites))
+        ends = [Candidate(f"**.{end}", _summary(sites)) for end, sites in by_end.items() if not end.isdecimal()]
+        return (*ends, *(Candidate(site.name, _summary([site])) for site in self.sites))
 
     @cached_property
     def parameters(self) -> tuple[Candidate, ...]:
@@ -79,8 +79,8 @@ class Model:
         linear = ((s.out, s.in_) for s in self.sites if s.kind == LINEAR.word)
         return max(linear, key=lambda sides: sides[0] * sides[1], default=None)
 
-    def told(self, pattern: str) -> str:
-        """What a pattern matches, in words; of one that is not well formed nothing."""
+    def matches(self, pattern: str) -> str:
+        """Say which weights a pattern matches, in Markdown; empty for a pattern that is not well formed."""
         from surgery.matching.patterns import compile_pattern
 
         try:
@@ -93,7 +93,7 @@ class Model:
                           *(f"- {line}" for line in named)])
 
 
-def _told(sites: list[Site]) -> str:
+def _summary(sites: list[Site]) -> str:
     kinds = dict.fromkeys(f"{site.kind} {site.sides}" for site in sites)
     first = next(iter(kinds))
     return f"{counted(len(sites), 'weight')}, {first}{' and others' * (len(kinds) > 1)}"

@@ -92,11 +92,11 @@ class Server(LanguageServer):
 
     def publish(self, uri: str, document: Document, found: list[Diagnostic]) -> None:
         self.found[uri] = found = project_of(document).applied(found)
-        told = [self.told(document, each) for each in found]
+        sent = [self.to_lsp(document, each) for each in found]
         version = self.workspace.get_text_document(uri).version
-        self.text_document_publish_diagnostics(types.PublishDiagnosticsParams(uri, told, version))
+        self.text_document_publish_diagnostics(types.PublishDiagnosticsParams(uri, sent, version))
 
-    def told(self, document: Document, each: Diagnostic) -> types.Diagnostic:
+    def to_lsp(self, document: Document, each: Diagnostic) -> types.Diagnostic:
         span, related = each.span, list(each.related)
         if span is not None and span.source.text != document.text:  # it stands in a file that this one uses
             related = [(span, each.label or each.message), *related]
@@ -179,7 +179,7 @@ async def saved(params: types.DidSaveTextDocumentParams) -> None:
     uri = params.text_document.uri
     document = server.take(uri)
     found = await asyncio.get_running_loop().run_in_executor(server.thread_pool, server.check_in_full, document)
-    if server.documents.get(uri) is document:  # else it was changed meanwhile, and this is told of another text
+    if server.documents.get(uri) is document:  # else it was changed meanwhile, and this is about another text
         server.publish(uri, document, found)
 
 
@@ -196,10 +196,10 @@ def closed(params: types.DidCloseTextDocumentParams) -> None:
 @server.feature(types.TEXT_DOCUMENT_HOVER)
 def hovered(params: types.HoverParams) -> types.Hover | None:
     document, offset = server.place(params)
-    told = hover(document, offset, server.model(document))
-    if told is None:
+    found = hover(document, offset, server.model(document))
+    if found is None:
         return None
-    text, place = told
+    text, place = found
     return types.Hover(types.MarkupContent(types.MarkupKind.Markdown, text),
                        server.positions(document).range(*place))
 
@@ -241,12 +241,12 @@ def outlined(params: types.DocumentSymbolParams) -> list[types.DocumentSymbol]:
     positions = Positions(document.known.span.source.text if document.known.span else document.text,
                           server.workspace.position_encoding)
 
-    def told(symbol: Symbol) -> types.DocumentSymbol:
+    def to_lsp(symbol: Symbol) -> types.DocumentSymbol:
         whole, name = (positions.range(s.start, s.end) for s in (symbol.span, symbol.name_span))
         return types.DocumentSymbol(symbol.name, _SYMBOL_KINDS[symbol.kind], whole, name, symbol.detail,
-                                    children=[told(child) for child in symbol.children])
+                                    children=[to_lsp(child) for child in symbol.children])
 
-    return [told(symbol) for symbol in outline(document)]
+    return [to_lsp(symbol) for symbol in outline(document)]
 
 
 @server.feature(types.TEXT_DOCUMENT_PREPARE_RENAME)
@@ -299,12 +299,12 @@ def acted(params: types.CodeActionParams) -> list[types.CodeAction]:
             edit = types.TextEdit(positions.range(change.start, change.end), change.new)
             actions.append(types.CodeAction(
                 f"Change to {change.new}", types.CodeActionKind.QuickFix, is_preferred=True,
-                diagnostics=[server.told(document, each)], edit=types.WorkspaceEdit(changes={uri: [edit]})))
+                diagnostics=[server.to_lsp(document, each)], edit=types.WorkspaceEdit(changes={uri: [edit]})))
     return actions
 
 
 def _checked(document: Document, model: Model | None, each: Diagnostic) -> Callable[[str], list[Diagnostic]]:
-    """What finds a diagnostic again in a changed text: the text alone, or the model too where that was what told it."""
+    """A function that looks for a diagnostic again in a changed text, with the model too if it came from the model."""
     of_text = {(d.code, d.message) for d in document.findings()}
 
     def checked(text: str) -> list[Diagnostic]:

@@ -47,8 +47,8 @@ class Run:
     """One training. `asked` is all that its outcome depends on; `tests` holds the scores on each test, and `errors` the
     standard error that the first of them has for the items that were scored, where it was taken; `update` the figures
     of ΔW, as means over the weights, and `layers` those of each layer; `weights` stands for those of the base model,
-    whose name may come to mean others (None in files of before). Where the training diverged, the scores are None
-    and there are no figures."""
+    whose name may come to mean others (None in files of older versions). Where the training diverged, the scores are
+    None and there are no figures."""
 
     asked: Mapping[str, Any]
     validation: Mapping[str, float] | None

@@ -42,7 +42,7 @@ def misfits(error: ValidationError, root: str) -> SurgeryError:
 
 
 @contextmanager
-def told_of(root: str) -> Iterator[None]:
+def as_misfits_of(root: str) -> Iterator[None]:
     """Inside, a pydantic error becomes the diagnostics of `misfits`."""
     try:
         yield

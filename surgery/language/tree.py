@@ -38,7 +38,7 @@ from surgery.language.expressions import (
     Unary,
     as_expression,
 )
-from surgery.language.json_errors import told_of
+from surgery.language.json_errors import as_misfits_of
 from surgery.language.json_fields import Comments, Many, Pattern, Place, Reference, Selectors, Trivia
 from surgery.language.registry import Registered
 
@@ -108,19 +108,19 @@ class Node(BaseModel):
     # A user who builds a spec in Python is told what is wrong as one who writes text is: never by pydantic's own error.
     @_by_fields
     def __init__(self, **fields: Any):
-        with told_of(type(self).__name__):
+        with as_misfits_of(type(self).__name__):
             super().__init__(**fields)
 
     @classmethod
     def model_validate(cls, *arguments: Any, **how: Any) -> Self:
         """As pydantic's. Raises: SurgeryError for whatever does not fit."""
-        with told_of(cls.__name__):
+        with as_misfits_of(cls.__name__):
             return super().model_validate(*arguments, **how)
 
     @classmethod
     def model_validate_json(cls, *arguments: Any, **how: Any) -> Self:
         """As pydantic's. Raises: SurgeryError for whatever does not fit."""
-        with told_of(cls.__name__):
+        with as_misfits_of(cls.__name__):
             return super().model_validate_json(*arguments, **how)
 
     @model_validator(mode="before")

@@ -33,9 +33,9 @@ from surgery.runtime.frozen_layers import Frozen, laid
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.noise import drawn
 from surgery.runtime.ready_calls import ready_call
-from surgery.runtime.retraction import watch
+from surgery.runtime.retraction import retract_after_steps
 from surgery.runtime.serving import Serving, checksums
-from surgery.runtime.sharded_steps import watch_sharding
+from surgery.runtime.sharded_steps import refuse_unshared_steps
 from surgery.runtime.sharding import refuse_divided, whole
 from surgery.runtime.step_tensors import SharedTensors, StepTensors, held_at
 from surgery.text import dtype_text
@@ -96,8 +96,8 @@ class Adapter(nn.Module):
             step, name = held_at(key)
             paths.append((key, None, self.shared[key]) if key in self.shared else (key, step, name))
         self._paths = tuple(paths)
-        watch(self)
-        watch_sharding(self)
+        retract_after_steps(self)
+        refuse_unshared_steps(self)
 
     def switch(self, on: bool) -> None:
         """Have the adapter run, or not: then its tensors are no part of the model's state either."""
@@ -151,14 +151,14 @@ class Adapter(nn.Module):
         """Raises: SurgeryError (unsupported-module), if the module is to compute with a part of its weight or input."""
         if not torch.compiler.is_compiling():
             refuse_divided(module, self.parameter, self.words, *inputs, shape=self.stored_shape)
-            if self.owner is None:  # as in a copy, which is told here whose it is
+            if self.owner is None:  # as in a copy, which learns here whose it is
                 self.owner = ref(module)
 
     def prepare(self, is_direct: bool = True, on: tuple[str, torch.dtype] | None = None) -> None:
         """Compile the programs of W' (`None`) and, for a module whose map is known and for the experts of a stack, of
-        its output in training and in evaluation, for the kind of device and the dtype `on` (those of before if none
-        are given), else of W' in training where that draws noise: before any forward pass, since torch.compile cannot
-        trace that."""
+        its output in training and in evaluation, for the kind of device and the dtype `on` (the last ones if
+        none are given), else of W' in training where that draws noise: before any forward pass, since torch.compile
+        cannot trace that."""
         self.prepared = is_direct
         if is_direct or self.stack:
             self._machine = on or self._machine
@@ -385,14 +385,14 @@ class Adapter(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        watch(self)
-        watch_sharding(self)
+        retract_after_steps(self)
+        refuse_unshared_steps(self)
         if self.prepared is not None:
             self.prepare(self.prepared)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
-        """A checkpoint of the base model has nothing for us: not an error, the adapter is then given what it has. In
-        one of before, each adapter had the shared tensors under names of its own."""
+        """Keep the adapter's tensors if a checkpoint has none of them, as that of the base model: this is no error. An
+        older version saved shared tensors under each adapter's own names."""
         for key, name in self.shared.items() if self.active else ():
             if (saved := state_dict.pop(prefix + key, None)) is not None:
                 self.common._load_from_state_dict({name: saved}, "", *rest, **more)

@@ -3,7 +3,7 @@
 Takes the adapters of a model; for each forward pass of it, makes the set-ups of all layers of one formula when the
 first of them runs, as one batch: an operation of the set-up is then one for all of them, and so is its gradient.
 Promises: values and gradients are those of set-ups made one by one; nothing is kept from one forward pass to the next;
-what cannot be batched, or was replaced since, is made by its own layer as ever.
+what cannot be batched, or was replaced since, is made by its own layer, as without.
 """
 
 from __future__ import annotations

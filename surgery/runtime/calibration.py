@@ -35,7 +35,7 @@ def of_data(model: nn.Module, placed: Sequence[Placed], data: Iterable[Any] | No
             loss: Loss | None = None) -> Iterator[tuple[Placed, dict[str, Tensor]]]:
     """Each weight with what its starts name. Raises: SurgeryError (needs-data, bad-data, unsupported-module)."""
     needy = [p for p in placed if p.formula.of_data]
-    if not needy or any(p.site.is_meta for p in placed):  # which is told where the adapters would be put in
+    if not needy or any(p.site.is_meta for p in placed):  # which is refused where the adapters are put in
         yield from ((p, {}) for p in placed)
         return
     if data is None:

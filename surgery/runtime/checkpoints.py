@@ -127,7 +127,7 @@ class SavesAdapter(Operated):
         state = self.state_dict() if state_dict is None else state_dict
         if self._surgery.mode != "operated":
             refuse_unused(of_adapters(self, state))  # which was given, and taken in another mode
-            with told_untied(self.config, self._surgery.untied):
+            with recorded_as_untied(self.config, self._surgery.untied):
                 cast(Any, super()).save_pretrained(  # that of the model of transformers that this is mixed into
                     save_directory, is_main_process=is_main_process, state_dict=state, **options)
         elif is_main_process or any(map(is_part, state.values())):
@@ -240,8 +240,8 @@ def _write(model: SavesAdapter, folder: Path, state: Mapping[str, torch.Tensor],
 
 
 @contextmanager
-def told_untied(config: Any, untied: tuple[str, ...]) -> Iterator[None]:
-    """Inside, the configuration says that what `untie` parted is not tied, so that a reload keeps both weights."""
+def recorded_as_untied(config: Any, untied: tuple[str, ...]) -> Iterator[None]:
+    """Inside, the configuration says that embeddings which `untie` parted are not tied, so that a reload keeps both."""
     before = getattr(config, "tie_word_embeddings", False)
     config.tie_word_embeddings = before and not untied
     try:

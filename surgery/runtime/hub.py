@@ -1,7 +1,7 @@
 """Saved adapters on the hub: fetched to be attached, and pushed with a page that says what they are.
 
 Takes the id of a repository, `OWNER/NAME`; huggingface_hub does what is sent and received. Promises: a folder on this
-machine is never looked for elsewhere; whatever the hub answers is told in words.
+machine is never looked for elsewhere; whatever the hub answers becomes a diagnostic.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def adapter_folder(name: str | PathLike, revision: str | None) -> Path:
     Raises: SurgeryError (missing-file)."""
     folder = Path(name)
     if isinstance(name, PathLike) or folder.exists() or not _REPOSITORY.fullmatch(name):
-        return folder  # and if there is none, that is told where it is read
+        return folder  # if there is none, its reader reports that
     from huggingface_hub import snapshot_download
 
     return Path(_asked("missing-file", f"there is no folder {name}, and it cannot be had from the hub",

@@ -1,15 +1,13 @@
-"""Parameters that are kept on a manifold: moved back to it after each step of an optimiser.
+"""Move parameters that are kept on a manifold back to it after each step of an optimiser.
 
-Takes adapters whose formulas say so; needs no call of the user's: every optimiser of torch's (the Trainer's too) tells
-of its steps. Promises: only what the optimiser that stepped holds is moved, and what is moved keeps its identity and
-its dtype; of a sharded tensor, all processes take part, as in the step.
+Takes adapters whose formulas say so; the user calls nothing. Promises: only what the optimiser that stepped holds is
+moved, and what is moved keeps its identity and its dtype; of a sharded tensor, all processes take part, as in the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,28 +15,26 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from surgery.diagnostics import fail
 from surgery.ir.manifolds import MANIFOLDS
+from surgery.runtime.optimizer_steps import OptimizerSteps, stepped_by
 from surgery.runtime.sharding import held, part, whole
 
 if TYPE_CHECKING:
     from surgery.runtime.adapter import Adapter
 
-_WATCHED: WeakSet[Adapter] = WeakSet()
-_HOOKS: list[Any] = []  # the one that torch calls after every optimiser's step, once anything is watched
 
-
-def watch(adapter: Adapter) -> None:
-    """From now on, move an adapter's parameters back after each step of whichever optimiser holds them. (A copy of a
-    model has adapters of its own, which are watched from when they are made.)"""
+def retract_after_steps(adapter: Adapter) -> None:
+    """From now on, move the adapter's parameters back after each step of whichever optimiser holds them."""
     if any(leaf.manifold for leaf in adapter.formula.leaves):
-        _WATCHED.add(adapter)
-        if not _HOOKS:
-            _HOOKS.append(register_optimizer_step_post_hook(_after_step))
+        _STEPS.watch(adapter)
 
 
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    _refuse_copied(list(_WATCHED), stepped)
-    retract(list(_WATCHED), stepped)
+def _after_step(adapters: Sequence[Adapter], optimizer: torch.optim.Optimizer) -> None:
+    stepped = stepped_by(optimizer)
+    _refuse_copied(adapters, stepped)
+    retract(adapters, stepped)
+
+
+_STEPS = OptimizerSteps(register_optimizer_step_post_hook, _after_step)
 
 
 def _refuse_copied(adapters: Iterable[Adapter], stepped: set[int]) -> None:

@@ -27,7 +27,7 @@ class StepTensors(nn.Module):
     What shards and flattens a model's tensors takes parameters alone that are real numbers and have an axis: so whole
     numbers (places) are a buffer, and a number [] is held as [1].
 
-    `in_use`: whether the adapters run. While they are merged or switched off the weights beside them are those of a
+    `in_use`: whether the adapters run. While they are merged or switched off the modules' weights are those of a
     plain model, and so is a state: W' with the tensors that made it would be W' twice wherever both are loaded."""
 
     in_use = True
@@ -61,7 +61,7 @@ class StepTensors(nn.Module):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
         if not self.in_use:
             return refuse_unused(key for key in state_dict if key.startswith(prefix))
-        for name in self.names:  # a checkpoint of before held a number as []
+        for name in self.names:  # older versions saved a number as []
             if (saved := state_dict.get(prefix + name)) is not None:
                 state_dict[prefix + name] = as_held(saved)
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
@@ -72,8 +72,8 @@ class SharedTensors(StepTensors):
     safetensors and a second, diverging copy for what shards a model by layers."""
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any, **more: Any) -> None:
-        """A checkpoint of the base model, or one of before, has none under these names: they stay, or the adapters
-        that they belonged to then hand them over."""
+        """Keep the tensors that a checkpoint lacks: one of the base model has none of them, and in one of an older
+        version each adapter has them under its own names and hands them over."""
         for name in self.names if self.in_use else ():
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)

@@ -326,7 +326,7 @@ class Surgeon:
         that compute much (rotations, norms) is then no longer bound by the launches of small operations; what autograd
         holds of a set-up is held for all layers. Around a training loop, or `trainer.train()`; nests.
 
-        Calls of a part of the model, and what torch.compile runs, are as ever. Raises: SurgeryError
+        Calls of a part of the model, and what torch.compile runs, are not changed. Raises: SurgeryError
         (unsupported-module), for a sharded or offloaded model and for one with gradient checkpointing, which runs
         layers again.
         """
@@ -366,8 +366,8 @@ class Surgeon:
     def _tell_of_edits(self, without: Iterable[str] = ()) -> None:
         """A warning, where what stood in a merged weight's place is about to be lost, and is no W' any more."""
         edited = differing(self._as_merged, self._of_merged(without)) if self._mode == "merged" else []
-        tell([Diagnostic("changed-tensor", f"{listed(edited)} changed after merge(), and what was kept of before takes "
-                         f"{'their' if len(edited) > 1 else 'its'} place: the change is lost", severity="warning",
+        tell([Diagnostic("changed-tensor", f"{listed(edited)} changed after merge(), and the value from before the "
+                         "merge is put back: the change is lost", severity="warning",
                          helps=("merge_and_remove() leaves the model as it stands",))] if edited else [], stacklevel=5)
 
     @all_or_nothing
