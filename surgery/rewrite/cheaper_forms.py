@@ -34,7 +34,7 @@ def _by_core(core: str) -> Callable[[Expr], Expr | None]:
 
 def _balanced(u: Expr, v: Expr) -> Factors:
     """U T and T⁻¹ V, whose product is U V: V U may be small where U or V is large, and then its powers, of which an
-    exponential is made, cancel."""
+    exponential is made, cancel; of an endless column beside one that is nearly nothing it has entries without end."""
     rows = make("T", v)
     return make("scale", u, make("balance", u, rows)), make("T", make("scale", rows, make("balance", rows, u)))
 
@@ -87,7 +87,7 @@ def _turn_of_thin_skew(node: Expr) -> Expr | None:
 def _inverse(node: Expr) -> Expr | None:
     if (turn := low_rank_turn(node.args[0])) is None:
         return None
-    u, v = turn
+    u, v = _balanced(*turn)
     small = make("resolvent", times(-2, make("matmul", v, u)))  # the resolvent of m is (I - m / 2)⁻¹
     return make("add", eye(node.shape), times(-1, make("matmul", u, make("matmul", small, v))))
 

@@ -34,6 +34,8 @@ LYING: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     # whose squares float32 has no numbers for
     "one nearly nothing": lambda x, y: (1e-30 * x, y),
     "one endless, one nearly nothing": lambda x, y: (1e25 * x, 1e-25 * y),
+    "endless and nearly nothing in turn": lambda x, y: (x * torch.tensor([1e25, 1, 1e-25]),
+                                                        y * torch.tensor([1e-25, 1, 1e25])),
     "a column of zeros beside an endless one": lambda x, y: (x * torch.tensor([1.0, 0, 1]),
                                                              y * torch.tensor([1, 1e25, 1])),
 }
