@@ -186,15 +186,16 @@ def _resolvent(m: Any) -> Any:
     return resolvent(m)
 
 
-def _phi(m: Any) -> Any:
-    """(e^m - I) m⁻¹ without the inverse: the corner of the exponential of [[m, I], [0, 0]]. In float64, as its gradient
-    is multiplied by the lengths of columns that may be far apart; it is small."""
+def _phi(v: Any, u: Any) -> Any:
+    """(e^m - I) m⁻¹ of m = V U without the inverse: the corner of the exponential of [[m, I], [0, 0]]. In float64, from
+    the product on: m may be large where the angles of e^(U V) are not, and its gradient is multiplied by the lengths
+    of columns that may be far apart."""
     import torch
 
-    size, wide = m.shape[-1], m.double()
-    eye = torch.eye(size, dtype=wide.dtype, device=m.device)
-    top = torch.cat([wide, eye.expand_as(m)], dim=-1)
-    return _expm(torch.cat([top, torch.zeros_like(top)], dim=-2))[..., :size, size:].to(m.dtype)
+    m = v.double() @ u.double()
+    size, eye = m.shape[-1], torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+    top = torch.cat([m, eye.expand_as(m)], dim=-1)
+    return _expm(torch.cat([top, torch.zeros_like(top)], dim=-2))[..., :size, size:].to(v.dtype)
 
 
 def _mirrored(u: Any) -> Any:
@@ -379,7 +380,8 @@ ROWS = [
     Operation("skew_core", 1, lambda sizes, a: 2 * exactly(2, "a matrix", a)[1:], _skew_core,
               "-([0, I; -I, 0] / c + aᵀa / 2)⁻¹", stage=CORE, sizes=("c",), flops=flop_rules.cubic(10)),
     Operation("resolvent", 1, square, _resolvent, "(I - a/2)⁻¹", stage=CORE, is_solve=True, flops=flop_rules.cubic(10)),
-    Operation("phi", 1, square, _phi, "(e^a - I) a⁻¹", stage=CORE, is_solve=True, flops=flop_rules.cubic(320)),
+    Operation("phi", 2, lambda a, b: square(product(a, b)), _phi, "(e^m - I) m⁻¹ of m = a b", stage=CORE, is_solve=True,
+              flops=flop_rules.cubic(320)),
     Operation("mirrored", 1, lambda a: exactly(2, "a matrix whose columns are the mirrors", a)[::-1], _mirrored,
               "V with reflect(U) = I - 2 U V", stage=CORE, flops=flop_rules.mirrored),
     Operation("reversed", 1, matrix, lambda a: a.flip(-1), "the columns in reverse order", stage=CORE,

@@ -20,14 +20,13 @@ from surgery.rewrite.normal_form import RULES, opposed, simplify
 from surgery.rewrite.norms import NORMS
 
 
-def _by_core(core: str) -> Callable[[Expr], Expr | None]:
-    """f(U V) = I + U core(V U) V. It is as exact as U V itself, however its columns lie and whatever their lengths."""
+def _by_core(core: Callable[[Expr, Expr], Expr]) -> Callable[[Expr], Expr | None]:
+    """f(U V) = I + U core(V, U) V. It is as exact as U V itself, however its columns lie and whatever their lengths."""
     def change(node: Expr) -> Expr | None:
         if (pair := _skew_pair(node.args[0]) or factors(node.args[0])) is None:
             return None
         u, v = _balanced(*pair)
-        small = make(core, make("matmul", v, u))
-        return make("add", eye(node.shape), make("matmul", u, make("matmul", small, v)))
+        return make("add", eye(node.shape), make("matmul", u, make("matmul", core(v, u), v)))
 
     return change
 
@@ -381,9 +380,11 @@ JOINED = (
 CHEAP = (
     Rule("cayley(c (x yᵀ - y xᵀ)) = I - U (J / c + Uᵀ U / 2)⁻¹ Uᵀ, J small and skew", "cayley", _turn_of_thin_skew,
          "cayley(3 * P @ Q.T - 3 * Q @ P.T)"),
-    Rule("cayley(U V) = I + U (I - V U / 2)⁻¹ V", "cayley", _by_core("resolvent"), "cayley(P @ Q.T)"),
+    Rule("cayley(U V) = I + U (I - V U / 2)⁻¹ V", "cayley",
+         _by_core(lambda v, u: make("resolvent", make("matmul", v, u))), "cayley(P @ Q.T)"),
     Rule("cayley(x - xᵀ) by one solve", "cayley", _rotation, "cayley(skew(A))"),
-    Rule("e^(U V) = I + U φ(V U) V, φ(x) = (e^x - I) x⁻¹", "expm", _by_core("phi"), "expm(P @ Q.T - Q @ P.T)"),
+    Rule("e^(U V) = I + U φ(V U) V, φ(x) = (e^x - I) x⁻¹", "expm", _by_core(partial(make, "phi")),
+         "expm(P @ Q.T - Q @ P.T)"),
     Rule("(I + U V)⁻¹ = I - U (I + V U)⁻¹ V", "inverse", _inverse, "inverse(I(n) + P @ Q.T)"),
     Rule("reflect(U) = I - 2 U V, V the triangle of UᵀU solved for Uᵀ", "reflect", _reflect, "reflect(P)"),
     Rule("(x y) z = x (y z), whichever is cheaper", "matmul", _associate, "(P @ Q.T) @ P"),
