@@ -273,7 +273,7 @@ class SurgeryError(Exception):
 
 
 class SurgeryWarning(UserWarning):
-    """What a function of Python's says that may be wrong; `diagnostic` is the same as data."""
+    """A warning of a Python function, for what is probably not meant; `diagnostic` holds it as data."""
 
     def __init__(self, diagnostic: Diagnostic):
         self.diagnostic = diagnostic

@@ -56,13 +56,8 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
-def part(module: str) -> str:
-    """The module or package that a module of ours belongs to."""
-    return f"{module}.".split(".")[1]
-
-
 def stage(module: str) -> int:
-    return RANK[part(module)]
+    return RANK[house.folder(module)]
 
 
 def imported(node: ast.AST) -> list[str]:
@@ -89,7 +84,7 @@ def graph() -> dict[str, set[tuple[str, bool]]]:
 
 
 def test_the_stages_name_what_exists() -> None:
-    assert set(RANK) <= set(map(part, MODULES))
+    assert set(RANK) <= set(map(house.folder, MODULES))
 
 
 def test_no_import_steps_back() -> None:
@@ -214,7 +209,7 @@ def test_what_is_imported_at_once(names: list[str]) -> None:
     at_once = {word for name in reached for node in trees()[name].body for word in re.findall(
         r"^(?:import|from) (\w+)", ast.unparse(node), re.MULTILINE)}
     assert "torch" in at_once and at_once.isdisjoint(HEAVY)
-    assert {part(name) for name in reached}.isdisjoint({"runtime", "analysis", "peft", "experiments", "editor"})
+    assert {house.folder(name) for name in reached}.isdisjoint({"runtime", "analysis", "peft", "experiments", "editor"})
 
 
 def test_the_package_alone_imports_no_torch() -> None:
@@ -257,6 +252,6 @@ def test_the_files_that_a_document_names_are_there(name: str) -> None:
     text = (ROOT.parent / name).read_text(encoding="utf-8")
     named = re.findall(r"[`(]((?:surgery|tests|docs|specs|examples|grammar)/[\w./*-]*)[`)]", text)
     # the architecture names modules from the package on: `runtime/apply.apply`
-    modules = re.findall(r"`((?:%s)/\w+)[.`]" % "|".join(map(part, MODULES)), text)
+    modules = re.findall(r"`((?:%s)/\w+)[.`]" % "|".join(map(house.folder, MODULES)), text)
     named += [f"surgery/{module}.py" for module in modules]
     assert named and [path for path in named if not list(ROOT.parent.glob(path.rstrip("/")))] == []

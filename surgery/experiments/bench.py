@@ -300,8 +300,8 @@ def bench(model: PreTrainedModel, specs: Iterable[Spec | str | PathLike] | Mappi
           tokens: tuple[int, int] = (4, 128), *, repeat: int = 10, against_peft: bool = False,
           compiled: bool = False, count: bool = False, merged: bool = False,
           batches: Sequence[Mapping[str, Tensor]] = (), batched_setups: bool = False) -> list[dict[str, Any]]:
-    """What specs cost on a model: the rows of `Bench.rows()` after `repeat` rounds of each measurement; or with
-    `count`, without a clock, those of `Bench.count_rows()`: launches, bytes, and passes over activations.
+    """Measure what specs cost on a model: the rows of `Bench.rows()` (times, memory) after `repeat` rounds of each
+    measurement; or with `count` those of `Bench.count_rows()`: launches, bytes, and passes over activations.
 
     `merged`, `batches`, `batched_setups`: as `Bench` has them.
     `specs` by names of their own, or files and shipped names; `tokens`: rows, and tokens a row (of images: how many).

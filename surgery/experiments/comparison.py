@@ -82,8 +82,8 @@ def compare(specs: Mapping[str, Spec | None], model: str, data: Data | str | Pat
 
     `model` is a name that `load_model` takes, and gets a new head where the task asks for one; `data` is what
     `surgery.train` takes. The learning rate is chosen among `rates` on `data.dev`, or a fifth of what there is to learn
-    from, by the first `sweep` seeds; the scores are taken on `data.tests`, or another fifth. What `folder` holds
-    already is not done again. `trust`: run Python code that lies in the model's folder. `devices`, such as
+    from, by the first `sweep` seeds; the scores are taken on `data.tests`, or another fifth. Runs that `folder`
+    holds are not repeated. `trust`: run Python code that lies in the model's folder. `devices`, such as
     `["cuda:0", "cuda:1"]`: a worker process on each of them trains.
 
     Raises: SurgeryError, before any training, for what is wrong with any of the specs for this model; lost-run, after

@@ -94,7 +94,7 @@ class Opened:
 def evaluate(model: Any, data: str | PathLike | AnyTask, *, words: Words | None = None, task: str | None = None,
              label: str | None = None, threshold: float | None = None, limit: int | None = None,
              dtype: str | None = None, trust: bool = False, scoring: Scoring = Scoring()) -> Evaluation:
-    """The scores of a model on a data file, or on a task that was read of one.
+    """Score a model on a data file, or on a task that `read_task` read from one.
 
     `model`: what `load_model` takes, the folder of a saved adapter, or a model with its tokenizer as `words`, in any
     mode. `task` is one of `tasks.KINDS` where the columns do not tell.

@@ -139,11 +139,11 @@ def train(spec: Spec | str | PathLike, model: str, data: Data | str | PathLike, 
           setting: Training = Training(), dtype: str | None = None, force: bool = False, resume: bool = False,
           trust: bool = False, self_contained: bool = False, watch: Watch = Watch(),
           about: Mapping[str, Any] = MappingProxyType({})) -> Trained:
-    """Fine-tune `model`, what `load_model` takes and a tokenizer lies beside, as `spec` says; save the adapter into
-    `folder`, with `training.toml`: what it was made with, and `about` it.
+    """Fine-tune `model` (a name that `load_model` takes, with a tokenizer) as `spec` says; save the adapter into
+    `folder`, with `training.toml`: the options that it was trained with, and `about`.
 
     Checkpoints lie in `FOLDER-checkpoints`. `resume`: go on from the last of them. `force`: replace what an earlier run
-    wrote. `self_contained`: as `save` has it. Classification and regression put a new head on the model, which is saved
+    wrote. `self_contained`: as in `save`. Classification and regression put a new head on the model, which is saved
     with the adapter.
 
     Raises: SurgeryError (missing-extra, missing-file, bad-data, bad-output, unknown-model; and what `apply` raises)."""

@@ -42,7 +42,7 @@ class Library:
 
 @takes(text="text")
 def parse(text: str, name: str = "<text>") -> Spec:
-    """The spec that a text says; `name` stands for it in diagnostics. Raises: SurgeryError.
+    """Read a spec from its text; diagnostics call it `name`. Raises: SurgeryError.
 
     >>> import surgery
     >>> surgery.parse('spec small(rank: int = 4) target "**.q_proj" { add low_rank(rank) }')
@@ -80,7 +80,7 @@ def instead_of_step(name: str) -> tuple[str, ...]:
 
 @takes(spec="file")
 def load(spec: str | PathLike, /, **parameters: Any) -> Spec:
-    """The spec of a path or of a shipped name, its parameters set. Raises: SurgeryError.
+    """Read the spec at a path or of a shipped name, and set its parameters. Raises: SurgeryError.
 
     >>> import surgery
     >>> surgery.load("lora", rank=4).params[0].default

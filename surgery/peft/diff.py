@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def diff(a: Spec | str | PathLike, b: Spec | str | PathLike, model: nn.Module | None = None) -> Difference:
-    """In what two specs (files, shipped names) or two adapters (folders that `save` or PEFT wrote) differ; modules and
-    costs on a model (on the meta device too). What PEFT's means is read with the layers of `model`, or of the model
-    that it names. Raises: SurgeryError.
+    """Compare two specs (files, shipped names) or two adapters (folders that `save` or PEFT wrote); with a `model` (on
+    the meta device too) also their modules and costs. A PEFT adapter is read with the layers of `model`, or of the
+    base model that it names. Raises: SurgeryError.
 
     >>> import surgery
     >>> print(surgery.diff("lora", "lora"))

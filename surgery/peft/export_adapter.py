@@ -46,8 +46,8 @@ _ROUNDED = 1e-4
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `errors`: for each module of a LoRA, ‖ΔW - s B A‖ / ‖ΔW‖; `inexact`: those whose update has a
-    larger rank than the LoRA. Both are empty where PEFT has the form itself."""
+    """The result of `export_peft`. `errors`: for each module of a LoRA, ‖ΔW - s B A‖ / ‖ΔW‖; `inexact`: the modules
+    whose update has a larger rank than the LoRA. Both are empty where PEFT has the method itself."""
 
     peft_type: str
     rank: int | None = None

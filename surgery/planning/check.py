@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 @takes(spec="spec")
 def check(spec: Spec | str | PathLike, model: nn.Module | None = None, tried: bool = True,
           prove: bool = False) -> list[Diagnostic]:
-    """All that is wrong with a spec (or a file, or a shipped spec by its name), warnings too: whatever the model; and,
-    where it has no error and a model is given (on the meta device too), on that model. What is wrong is not raised.
-    Without `tried`, what the text alone says: names, types, shapes and patterns, but no start and no claim. That every
-    program gives the values and gradients of its formula is tried where numbers are computed anyway, as for a claim;
-    with `prove` always (which loads torch).
+    """List all errors and warnings of a spec (or a file, or a shipped spec by its name) that hold for any model; if
+    there is no error and a `model` is given (on the meta device too), also those on that model. Nothing is raised.
+
+    `tried=False`: check names, types, shapes and patterns alone, but no start and no claim. `prove`: always compute
+    that every program gives the values and gradients of its formula (this loads torch); without it this is computed
+    only if something else, such as a claim, needs numbers.
 
     >>> import surgery
     >>> surgery.check("lora")

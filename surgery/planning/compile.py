@@ -64,7 +64,7 @@ class Placed:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What a spec does to a model: the operated weights in module order, what is unfrozen, what was left out.
+    """What a spec does to a model: the operated weights in module order, the unfrozen parameters, the modules left out.
 
     `total` is the number of the model's own parameters, tied ones counted once.
     """

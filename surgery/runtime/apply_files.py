@@ -47,8 +47,8 @@ _CODES = {**CODES, torch.int64: "I64", torch.int32: "I32"}
 
 @dataclass(frozen=True)
 class AppliedFiles:
-    """What `apply_files` did. `computed`: of how many weights W' was computed at the start and compared with W;
-    `proven`: of how many it follows from the formula that it is W, which was found finite."""
+    """The result of `apply_files`. `computed`: for how many weights the first W' was computed and compared with W;
+    `proven`: for how many the formula alone proves that W' = W (W was found finite)."""
 
     out: Path
     base: str

@@ -33,8 +33,8 @@ def attach(model: nn.Module, folder: str | PathLike, *, revision: str | None = N
     """Put a saved adapter on a model, in place: a folder, or `OWNER/NAME` of the hub, there at a `revision`.
     Raises: SurgeryError with all that does not fit; the model is then as it was.
 
-    Weights that are not those that it was trained on are a warning (SurgeryWarning, and in `surgeon.plan.warnings`);
-    `strict`: an error.
+    A base model with other weights than those that the adapter was trained on is a warning (SurgeryWarning, and in
+    `surgeon.plan.warnings`); `strict`: an error.
 
     The adapter's tensors keep the dtype that they were saved in; a `train` tensor takes that of the model's.
 

@@ -49,12 +49,12 @@ Step = Callable[[str], AbstractContextManager]
 
 @dataclass(frozen=True)
 class MergedFiles:
-    """What `merge_files` did. `errors`: the relative rounding error of each module; `in_memory`: why the model was
-    loaded as a whole (empty where it was not); `left_out`: files of the base model's folder that were not copied, since
-    they hold its weights in another format; `kept`: how many weights an earlier run had merged already.
+    """The result of `merge_files`. `errors`: the relative rounding error of each module; `in_memory`: why the whole
+    model was loaded (empty if it was not); `left_out`: files of the base model's folder that were not copied, since
+    they hold its weights in another format; `kept`: how many weights an earlier, interrupted run had merged already.
 
-    `logits`, for an adapter that was trained on a quantised model: the relative difference between what that gives and
-    what is written, on a batch that is made up; `not_compared`: why it was not measured."""
+    `logits`, for an adapter that was trained on a quantised model: the relative difference between the outputs of that
+    model and those of the written one, on a batch that is made up; `not_compared`: why it was not measured."""
 
     out: Path
     base: str

@@ -62,17 +62,16 @@ class Surgeries:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all surgeries that are at hand, in use or not."""
+        """The names of all added surgeries, in use or not."""
         return tuple(self._known)
 
     @all_or_nothing
     def add(self, name: str, what: Spec | str | PathLike, *, seed: int = 0, dtype: torch.dtype = torch.float32,
             data: Iterable[Any] | None = None, loss: Loss | None = None) -> None:
-        """Have a surgery at hand: of a saved adapter's folder, or a fresh one of a spec,
-        a file's name or a shipped one.
+        """Add a surgery under a name: a saved adapter's folder, or a fresh one of a spec (a `Spec`, a file's path or a
+        shipped name). `use` or `mix` then operates with it.
 
-        `data`, `loss`: as `apply` has them, on the base model. It is not in use yet. Raises: SurgeryError, and then
-        nothing is added.
+        `data`, `loss`: as in `apply`, on the base model. Raises: SurgeryError, and then nothing is added.
         """
         if not is_name(name) or name in self._known:
             raise fail("bad-value", f"`{name}` is taken" if name in self._known else f"`{name}` is not a name",
@@ -117,7 +116,7 @@ class Surgeries:
 
     def save(self, name: str, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
              force: bool = True, **about: Any) -> None:
-        """Write one surgery's adapter as it is now, which `attach` puts on a model by itself. Raises: SurgeryError."""
+        """Write one surgery's adapter with its current values, for `attach`. Raises: SurgeryError."""
         known = self._of(name)
         self._keep_trained()
         surgeon = known.surgeon

@@ -57,8 +57,8 @@ class Surgeon:
     The model is in one of these modes: `operated` (adapters run), `merged` (W' stands in W's place), `base` (as it
     was), `removed` (no more ours). `model` is the one inside of wrappers.
 
-    Every verb raises SurgeryError (changed-model) where what it is about was replaced, resized, tied or taken out of
-    the model, and the model is then as it was, as it is after any error or interrupt.
+    Every method raises SurgeryError (changed-model) if a module or tensor that it needs was replaced, resized, tied or
+    taken out of the model. After an error or an interrupt the model is as it was before the call.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, adapters: dict[str, Adapter], seed: int):
@@ -105,8 +105,9 @@ class Surgeon:
         return self._mode == "merged"
 
     def check_start(self, strict: bool = False) -> None:
-        """Raises: SurgeryError (not-identity) with each target's modules that start elsewhere, and how far off. What
-        never trains is one more warning of the plan's."""
+        """Check that every W' starts as W; add a warning to the plan for parameters that never train.
+
+        Raises: SurgeryError (not-identity), with the modules of each target that start elsewhere, and how far off."""
         assert_identity(self.spec.targets, self.plan.placed, self.adapters)
         self._warn(idle(self.spec.targets, self.plan.placed, self.adapters), strict)
 
@@ -119,8 +120,8 @@ class Surgeon:
 
     @all_or_nothing
     def operate(self, values: Mapping[str, torch.Tensor] | None = None) -> Surgeon:
-        """Put the adapters in, with other `values` for some of their tensors; everything but them and what `train`
-        names is frozen. Raises: SurgeryError (unsupported-module) for weights that have no numbers yet."""
+        """Put the adapters in, with other `values` for some of their tensors; freeze everything but them and what
+        `train` names. Raises: SurgeryError (unsupported-module) for weights on the meta device."""
         self.assert_operable()
         for placed in self.plan.placed:
             module, name = placed.site.module, placed.site.parameter
@@ -160,10 +161,10 @@ class Surgeon:
         return self
 
     def prove(self, example: Any = None) -> Proof:
-        """What a forward pass says of the operated model, with its adapters' values moved a little: whether each acts,
-        and whether the merged model gives the same. Afterwards everything is as before, bit for bit.
+        """Run the operated model with its adapters' values moved a little: does each adapter act, and does the merged
+        model give the same outputs? Afterwards everything is as before, bit for bit.
 
-        Cost: five forward passes and one backward pass, and a second copy of the operated weights meanwhile.
+        Cost: five forward passes, one backward pass, and for their time a second copy of the operated weights.
         Raises: SurgeryError (dead-adapter; bad-value where no batch is given and none can be made up)."""
         self._must_be("operated", "prove")
         refuse_parts(self.part, "prove")
@@ -222,7 +223,7 @@ class Surgeon:
         return self._standing.tensors()
 
     def name_of(self, placed: Placed, key: str) -> str:
-        """What the tensor of an adapter's key is called in the model."""
+        """The name in the model of the tensor with an adapter's key."""
         return self._names.of(placed, key)
 
     def as_named(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -240,8 +241,8 @@ class Surgeon:
 
     @all_or_nothing
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Give the tensors of an operated model copies of other values, of the same shapes: an adapter's keep the dtype
-        that they come in, those of `train` the model's. Raises: SurgeryError (bad-value, wrong-mode)."""
+        """Copy other values of the same shapes into the tensors of an operated model: an adapter's tensor takes the
+        dtype of its value, a `train` tensor keeps the model's. Raises: SurgeryError (bad-value, wrong-mode)."""
         self._must_be("operated", "load")
         self._assert_standing()
         state = self.as_named(state)
@@ -264,7 +265,7 @@ class Surgeon:
             refuse_gradients_of_before(tensor)
 
     def report(self) -> Report:
-        """What was operated on; prints as a table."""
+        """The figures of the plan; prints as a table."""
         self._assert_standing(reads=False)
         return Report(self.plan, self.dtype)
 
@@ -272,8 +273,8 @@ class Surgeon:
     def save(self, folder: str | PathLike, **about: Any) -> None:
         """Write the adapter, whole or not at all: its tensors, its spec, and `about` (base_model, revision, ...).
 
-        `frozen` tensors that the spec, the seed and W make are made again by whoever attaches it, and compared;
-        `self_contained=True` writes them too. Raises: SurgeryError."""
+        `frozen` tensors that follow from the spec, the seed and W are not written: `attach` computes them and compares
+        their digests. `self_contained=True` writes them too. Raises: SurgeryError."""
         save(self, folder, **about)
 
     def push_to_hub(self, repository: str, **about: Any) -> str:
@@ -307,8 +308,8 @@ class Surgeon:
         that a token costs little more than the base model's. For a model in evaluation, merged or not; nests, in any
         number of threads.
 
-        Raises: SurgeryError (wrong-mode), in training mode or at `train()`; (changed-tensor), if a tensor that was
-        computed from is another one bit for bit: at the next forward pass where torch tells, and at the end always.
+        Raises: SurgeryError (wrong-mode), in training mode or at `train()`; (changed-tensor), if a tensor in use
+        changed by a bit: at the next forward pass if torch counts the write, and otherwise at the end of the block.
         """
         refuse_parts(self.part, "serving")
         refuse_offloaded(self.model, self._standing.written)
@@ -383,8 +384,8 @@ class Surgeon:
     def remove(self, partly: bool = False) -> nn.Module:
         """Take everything out: the model is as before `apply`, bit for bit.
 
-        `partly`: where the model was changed since, give back what still stands, and leave the rest as it is now. A
-        layer that was taken out of the model is given its own class back too.
+        `partly`: if the model was changed since, restore the modules that are still in place and leave the others as
+        they are now. A layer that was taken out of the model gets its own class back too.
 
         Raises: SurgeryError (changed-model; unsupported-module, for a model that is sharded or, where numbers are to be
         put back, offloaded).
