@@ -72,3 +72,17 @@ def test_a_number_that_a_norm_takes_away_again_has_one_gradient(text, dtype, mon
     op = on_linear(monkeypatch, text, 96, 80, dtype or torch.float32)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
         assert_as_exact(op, dtype or torch.float32)
+
+
+@pytest.mark.parametrize("sizes", [(320, 300), (300, 320)])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_large_gain_between_thin_factors_goes_to_the_one_that_acts_last(sizes, training, monkeypatch):
+    """What the first factor gives would be without end in float16, and nothing times that is no number."""
+    op = on_linear(monkeypatch, "param A[r, in] ~ normal(std = 0.05) param B[out, r] = 0 "
+                                "return B @ diag(4 / max(col_norm(B), 1e-4)) @ A", *sizes, torch.float16)
+    (adapter,) = op.surgeon.adapters.values()
+    with torch.no_grad():
+        adapter.tensors()["add_own.B"].zero_()
+    layer = op.surgeon.model.train(training)
+    for x in (3 * op.x, 3 * op.x[:1]):
+        assert torch.equal(layer(x), op.base(x))
