@@ -269,6 +269,19 @@ def _poet(w, p):
     return y[:, at.argsort()].T
 
 
+def _hadamard_blocks(w, A, B):
+    """Each block of the weight times its own low-rank matrix, set side by side and below one another."""
+    rows = [[block * (1 + B[i, j] @ A[i, j]) for j, block in enumerate(row.chunk(len(A), 1))]
+            for i, row in enumerate(w.chunk(len(A), 0))]
+    return torch.cat([torch.cat(row, 1) for row in rows], 0)
+
+
+def _tucker(w, p):
+    """As the code runs it on one-hot inputs: down, the core of the layer's own place, up."""
+    core = p["shared", "C"] @ p["add_tucker_of_layers", "p"]
+    return w + 2 * (p["shared", "U"].T @ core @ p["shared", "V"].T).T
+
+
 def _rank_sharing(w, A, B, C, D, e, f):
     return w + torch.cat([B, D], 1) @ (torch.cat([e, f])[:, None] * torch.cat([A, C], 0))
 
@@ -281,6 +294,8 @@ _SORA = {"rank": 3, "alpha": 5, "skew_rank": 2, "dropout": 0.0}
 PAPERS = (
     _paper("abba", _of("add_hadamard_of_pairs", _abba), lambda m, n: 6 * (m + n), "code: CERT-Lab/abba",
            shipped={"rank": 3, "alpha": 5}),
+    _paper("bhra", _of("add_hadamard_blocks", _hadamard_blocks), lambda m, n: 6 * (m + n), "the paper's abstract",
+           shipped={"rank": 6, "grid": 3}),
     _paper("curlora", _of("add_cur", _cur), lambda m, n: 9, "code: MNoorFawi/curlora",
            shipped={"rank": 3, "scale": 2}),
     _paper("diablo", _of("add_diagonal_blocks", lambda w, D: _blocks_of(w, D)), lambda m, n: m * n // 3,
@@ -290,6 +305,10 @@ PAPERS = (
     _paper("ether_plus", _ether_plus, lambda m, n: 2 * (m + n), "code: mwbini/ether", claims=2, shipped={"blocks": 3}),
     _paper("fact", lambda w, p: w + 2 * p["shared", "V"] @ p["add_tensor_of_layers", "T"] @ p["shared", "U"],
            lambda m, n: 2 * (m + n) + 4, "code: JieShibo/PETL-ViT", shipped={"rank": 2, "scale": 2}),
+    _paper("fact_tk", _tucker, lambda m, n: 2 * (m + n) + 8 + 2, "code: JieShibo/PETL-ViT, from memory",
+           shipped={"rank": 2, "scale": 2}),
+    _paper("gift", lambda w, p: w + w @ p["pre_generated", "phi"] @ p["pre_generated", "psi"], lambda m, n: 6 * n,
+           "the paper's abstract", shipped={"rank": 3}),
     _paper("gsoft", _gsoft, lambda m, n: 6 * n + m, "code: Skonor/group_and_shuffle", claims=2, shipped={"block": 3}),
     _paper("hydra", _hydra, lambda m, n: 4 * m + 2 * (m + n), "code: extremebird/Hydra", bias=_hydra_bias,
            shipped={"scale": 2}),
@@ -388,6 +407,10 @@ PAPERS = (
            lambda m, n: min(m, n), "code: SakanaAI/self-adaptive-llms, but for its sigmoid and its sum",),
     _paper("svft", _of("add_singular_values", lambda w, U, V, m, gate: w + U @ torch.diag(m * gate.sigmoid()) @ V),
            lambda m, n: min(m, n) + 1, "code: VijayLingam95/SVFT, espnet/espnet"),
+    _paper("svfit", _of("add_largest_values", lambda w, U, V, size, s: (w - (U * size) @ V) + U @ s.diag() @ V),
+           lambda m, n: 3, "a summary of the paper", shipped={"rank": 3}),
+    _paper("tlora", _of("add_three_matrices", lambda w, A, C, B, alpha: w + alpha * (A @ (B @ C))), lambda m, n: 10,
+           "a summary of the paper", shipped={"rank": 3}),
     _paper("tt_lora", _of("add_tensor_train", _tensor_train), lambda m, n: 16 + 2 * m + 2 * n // 3,
            "code in use of the method (tensorly)", shipped={"rank": 2, "p": 2, "q": 3, "scale": 2}),
     _paper("vectorfit", _of("add_singular_values", lambda w, U, V, s, s0: w - (U * s0) @ V + (U * s) @ V),
