@@ -110,9 +110,10 @@ def rows_of_numbers(maths: Any, expr: Expr) -> Text:
 
 
 def undecided(maths: Any, expr: Expr) -> Text:
-    """An `if` as its text, an operation on one as that operation."""
+    """An `if` as its text, and in full with what the names in it stand for; an operation on one as that operation."""
     if isinstance(expr.data, str):
-        return f"({expr.data})", ATOM
+        parts = f": {'; '.join(maths.written(arg)[0] for arg in expr.args)}" * (_is_in_full.get() and bool(expr.args))
+        return f"({expr.data}{parts})", ATOM
     op, data = expr.data
     return maths.written(Expr(op, expr.args, data, ()))
 

@@ -291,6 +291,18 @@ def test_numbers_that_differ_in_their_last_digits_differ() -> None:
         assert str(surgery.diff(one, one)) == "no difference" and len(surgery.diff(one, other).formulas) >= 2, text
 
 
+@pytest.mark.parametrize("one, other", [
+    ("let x = rows(A, in)  return x", "let x = rows(A, out)  return x"),  # what stands in a name that an `if` says
+    ("return if out > in then A else 2 * A", "return if out > in then A else 3 * A"),
+])
+def test_parts_of_a_condition_on_sizes_are_compared(one: str, other: str) -> None:
+    """The condition is shown as it is written, where `diff` has to see what its names stand for."""
+    text = "update u() {{ param A[max(out, in), in] = 0  {} }}\ntarget linear {{ add u() }}"
+    first, second = (parse(text.format(each.replace("return x", "return if out > in then x else A")))
+                     for each in (one, other))
+    assert str(surgery.diff(first, first)) == "no difference" != str(surgery.diff(first, second))
+
+
 def test_where_they_act(here: Path) -> None:
     spec = surgery.load("lora")
     found = surgery.diff(spec.retarget("**.q_proj"), spec.retarget("**.q_proj", "**.v_proj"), load_demo("llama"))
