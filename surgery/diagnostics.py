@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,9 @@ from functools import cached_property
 from types import MappingProxyType
 
 from surgery.text import plain
+
+# Files whose frames are no caller's: the package, and contextlib, which runs the blocks of `with` and decorators.
+_INNER = (os.path.join(os.path.dirname(__file__), ""), contextmanager.__code__.co_filename)
 
 CODES: dict[str, str] = {
     "syntax": "the text is not a spec: the parser met something that cannot stand there",
@@ -284,11 +288,14 @@ class SurgeryWarning(UserWarning):
         return self.diagnostic.render()
 
 
-def tell(diagnostics: Iterable[Diagnostic], stacklevel: int = 4) -> None:
-    """Give each as a warning of Python's, where a function has no other way to say it; `stacklevel` as `warnings.warn`
-    has it, 2 for the caller of this."""
+def tell(diagnostics: Iterable[Diagnostic]) -> None:
+    """Give each as a warning of Python's, at the line of the caller's code that called into this package."""
+    level, frame = 1, sys._getframe()
+    # Looked for and not counted: a decorator of a public function is one frame more.
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INNER):
+        level, frame = level + 1, frame.f_back
     for each in diagnostics:
-        warnings.warn(SurgeryWarning(each), stacklevel=stacklevel)
+        warnings.warn(SurgeryWarning(each), stacklevel=level)
 
 
 def fail(code: str, message: str, span: Span | None = None, **more) -> SurgeryError:

@@ -1,7 +1,10 @@
-"""A model's name for a model, a spec before it, a folder for a surgeon: a diagnostic says what is needed, and how to get it."""
+"""A model's name for a model, a spec before it, a folder for a surgeon: a diagnostic says what is needed, and how to get it.
+
+A warning is at the user's line, and not in the decorator that checks the arguments."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -56,3 +59,35 @@ def test_a_surgeon_is_no_model_and_no_folder() -> None:
         surgery.attach(surgeon.model, surgeon)
     with pytest.raises(SurgeryError, match="a folder's path"):
         surgeon.save(None)
+
+
+# -------------------------------------------------------------------------------------------- where warnings come from
+
+
+def saved(folder: Path) -> torch.nn.Module:
+    """Another base model than the adapter's that is saved in `folder`."""
+    surgery.apply(torch.nn.Sequential(torch.nn.Linear(5, 4)), SPEC, check=False).save(folder)
+    return torch.nn.Sequential(torch.nn.Linear(5, 4))
+
+
+def edited() -> surgery.Surgeon:
+    """A surgeon whose merged weight was written into, which is lost when it is unmerged."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 4))
+    surgeon = surgery.apply(model, SPEC, check=False)
+    surgeon.merge()
+    model[0].weight.data.mul_(2)
+    return surgeon
+
+
+@pytest.mark.parametrize("call", [
+    lambda folder: surgery.apply(torch.nn.Sequential(torch.nn.Linear(5, 4)), surgery.parse(
+        "update u { param A[out, in] = 0 return 0 * A } target linear { add u() }"), check=False),
+    lambda folder: surgery.attach(saved(folder), folder),
+    lambda folder: edited().unmerge(),
+    lambda folder: edited().remove(),
+], ids=["apply", "attach", "unmerge", "remove"])
+def test_a_warning_is_at_the_line_that_called_us(call, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        call(tmp_path / "adapter")
+    assert told and {each.filename for each in told} == {__file__}

@@ -52,7 +52,7 @@ def import_peft(model: nn.Module, folder: str | PathLike) -> Surgeon:
     it was.
     """
     imported = read(model, Folder(Path(folder)))
-    tell(imported.warnings, stacklevel=3)
+    tell(imported.warnings)
     return imported.operate()
 
 

@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.codegen.cost_model import CPU, Machine
-from surgery.diagnostics import Diagnostic, SurgeryWarning
+from surgery.diagnostics import Diagnostic, tell
 from surgery.files import read_json
 
 FORMAT = "1.0"
@@ -70,10 +69,9 @@ def measured() -> Measured:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
-        warnings.warn(SurgeryWarning(Diagnostic(
+        tell([Diagnostic(
             "bad-value", f"the calibration in {path} is not used: {error}", severity="warning",
-            helps=("`surgery bench --calibrate` measures again; without it programs are chosen as for any machine",))),
-            stacklevel=2)
+            helps=("`surgery bench --calibrate` measures again; without it programs are chosen as for any machine",))])
         return {}
 
 

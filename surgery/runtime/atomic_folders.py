@@ -16,7 +16,6 @@ import stat
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from surgery.diagnostics import Diagnostic, SurgeryError, SurgeryWarning, fail
+from surgery.diagnostics import Diagnostic, SurgeryError, fail, tell
 from surgery.files import read_json, refuse_irregular
 from surgery.text import some
 
@@ -338,7 +337,7 @@ def _tell_others(parent: Path, own: Path) -> None:
             if staging != own and about["surgery"] == "goes on":
                 left = Diagnostic("bad-output", f"{staging} is what an unfinished run has left of `{about['target']}`",
                                   severity="warning", helps=("run that again to go on with it, or remove the folder",))
-                warnings.warn(SurgeryWarning(left), stacklevel=3)
+                tell([left])
 
 
 def _is_of_place(error: Exception) -> bool:

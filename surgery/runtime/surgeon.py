@@ -157,7 +157,7 @@ class Surgeon:
             self.proof = self._subject().prove(example, starts)
             self._warn(self.proof.warnings, strict)
         if tells:
-            tell(self.plan.warnings, stacklevel=5)  # this, the decorator, apply
+            tell(self.plan.warnings)
         return self
 
     def prove(self, example: Any = None) -> Proof:
@@ -369,7 +369,7 @@ class Surgeon:
         edited = differing(self._as_merged, self._of_merged(without)) if self._mode == "merged" else []
         tell([Diagnostic("changed-tensor", f"{listed(edited)} changed after merge(), and the value from before the "
                          "merge is put back: the change is lost", severity="warning",
-                         helps=("merge_and_remove() leaves the model as it stands",))] if edited else [], stacklevel=5)
+                         helps=("merge_and_remove() leaves the model as it stands",))] if edited else [])
 
     @all_or_nothing
     def unmerge(self) -> None:
