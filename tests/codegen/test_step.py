@@ -553,10 +553,11 @@ def assert_share(found: Tensor, p: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_circulants_by_fourier_transforms(dtype):
+@pytest.mark.parametrize("rows", [0, 30])
+def test_circulants_by_fourier_transforms(dtype, rows):
     torch.manual_seed(0)
     for p, q in ((3, 4), (1, 4), (3, 1), (1, 1)):
-        a, b, c = torch.randn(30, 3 * q).to(dtype), torch.randn(30, 3 * p).to(dtype), torch.randn(p, q, 3).to(dtype)
+        a, b, c = torch.randn(rows, 3 * q).to(dtype), torch.randn(rows, 3 * p).to(dtype), torch.randn(p, q, 3).to(dtype)
         exact, tolerance = c.double().requires_grad_(), 30 * torch.finfo(dtype).eps
         whole = PRIMITIVES["circulant"].dense(exact)
         assert_close(kernels.circulate_back(b, c), b.double() @ whole, tolerance)
