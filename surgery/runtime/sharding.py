@@ -41,8 +41,12 @@ def is_written_in_place(parameter: Tensor) -> bool:
     """Whether other code may know the memory of a parameter, and not the parameter: it holds a part, or, in a run of
     several processes, may be a view of a flat tensor (FullyShardedDataParallel's). What is put in its place is then
     lost without a word."""
-    distributed = torch.distributed
-    return is_part(parameter) or distributed.is_available() and distributed.is_initialized()
+    return is_part(parameter) or _has_company()
+
+
+def _has_company() -> bool:
+    """Whether this may be one of several processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @torch.no_grad()
@@ -114,10 +118,17 @@ def refuse_divided(module: nn.Module, name: str, words: Callable[[nn.Module], st
                    shape: tuple[int, ...] | None = None) -> None:
     """Raises: SurgeryError (unsupported-module) where an operated module (`words` of it) is to compute with a part of
     the weight `name`, which has `shape` as a whole, or of an input: an adapter is one of the whole, and a norm of a
-    part, say, is another number. (FSDP2 gathers the weights of a unit before it runs.)"""
+    part, say, is another number. (FSDP2 gathers the weights of a unit before it runs.) Of another size where there is
+    no other process, it was resized: changed-model."""
     weight = module._parameters.get(name)
     is_cut = shape is not None and weight is not None and tuple(weight.shape) != shape
-    if is_cut or any(map(is_part, (weight, *tensors))):
+    is_shared_out = any(map(is_part, (weight, *tensors)))
+    if is_cut and not (is_shared_out or _has_company()):  # nobody is there who could have the rest
+        raise fail("changed-model", f"the {name} of the operated {words(module)} is {list(weight.shape)} now, and was "
+                   f"{list(shape)} when it was operated on: its adapter has no numbers for it",
+                   helps=("resize_token_embeddings(...) first, and apply the spec to the model as it is then",
+                          "remove(partly=True) gives back what still stands"))
+    if is_cut or is_shared_out:
         raise fail("unsupported-module", f"the operated {words(module)} was to compute with a part of its "
                    f"{name}{f' ({list(shape)})' if shape else ''} or of its input, and an adapter is one of the whole "
                    "weight (tensor parallelism, or a layer of a sharded model that is called by itself)",

@@ -92,6 +92,16 @@ def test_every_verb_says_what_does_not_stand_any_more(name, merged, tmp_path):
     surgery.apply(model, "lora") if family == "llama" and not isinstance(spec, surgery.Spec) else None
 
 
+@pytest.mark.parametrize("size", [300, 200])
+def test_a_forward_pass_of_a_resized_weight_says_that_it_was_resized(size):
+    """It was said that a part of the weight were here, as under tensor parallelism."""
+    model = load_demo("llama")
+    perturbed(model, EMBEDDING)
+    model.resize_token_embeddings(size)
+    with pytest.raises(SurgeryError, match=rf"changed-model.*is \[{size}, 64\] now, and was \[256, 64\]"):
+        logits(model)
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("how", ["a step", "evaluation", "serving", "merge"])
 def test_a_bias_that_comes_or_goes_is_told(how, has_bias):
