@@ -7,9 +7,7 @@ nothing reads it any more, and passed over as seldom as the table of `gradients`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
@@ -20,30 +18,12 @@ from surgery.codegen.cost_model import frozen_last, one_pass
 from surgery.codegen.kernel_names import names_called
 from surgery.codegen.kernels_one_pass import has_triton
 from surgery.codegen.program_text import step_text
+from surgery.codegen.supposed_device import runs_as_on, supposed
 from surgery.ir.dense import without_autocast
 from surgery.ir.expression import Expr
 from surgery.ir.operations import operation
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.ir.table import Source
-
-_device: ContextVar[str | None] = ContextVar("the type of device whose steps run", default=None)
-
-
-@contextmanager
-def steps_of(device: str) -> Iterator[None]:
-    """Inside, programs are chosen and steps run as on this type of device, wherever their tensors are: to count what
-    they ask of it, and to compare what a GPU would run."""
-    token = _device.set(device)
-    try:
-        yield
-    finally:
-        _device.reset(token)
-
-
-def runs_as_on(device: str) -> str:
-    """The type of device whose programs and steps run for tensors that are on `device`."""
-    # a compiler traces no ContextVar, and traces for where the tensors are
-    return device if is_traced() else _device.get() or device
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +41,7 @@ class Step:
 def step(body: Expr, needs: tuple[bool, ...], device: str = "cpu") -> Step | None:
     """The compiled step of a body where x and its values take gradients as `needs` says, on a type of device; None if
     an operation has no gradient in the table."""
-    known, is_counted = runs_as_on(device), _device.get() is not None
+    known, is_counted = runs_as_on(device), supposed() is not None
     return _compiled(body, needs, frozen_last(known), one_pass(known) and (is_counted or has_triton()))
 
 
@@ -98,8 +78,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: Step, layer: Any, x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        y, kept = step.forward(layer, x, *values)
-        ctx.step, ctx.layer = step, layer
+        y, kept = step.forward(layer, layer.rows(x), *values)  # as rows here: outside it would be a node of its own
+        ctx.step, ctx.layer, ctx.shape = step, layer, x.shape
         ctx.save_for_backward(layer.weight, *kept)  # the weight too, so that a change of it in between is an error
         return _no_view(y, (x, *values, *kept))
 
@@ -108,7 +88,8 @@ class _Node(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides the name of `ctx`
             ctx: Any, *grad_outputs: torch.Tensor) -> tuple:
         _, *kept = ctx.saved_tensors
-        return None, None, *ctx.step.backward(ctx.layer, *grad_outputs, *kept)
+        of_x, *of_values = ctx.step.backward(ctx.layer, *grad_outputs, *kept)
+        return None, None, None if of_x is None else of_x.reshape(ctx.shape), *of_values
 
 
 class _GroupedNode(torch.autograd.Function):
@@ -183,4 +164,4 @@ def run(body: Expr, layer: Any, x: torch.Tensor, values: tuple) -> torch.Tensor 
     if known is None:
         return None
     with without_autocast(x.device.type):
-        return _Node.apply(known, layer, x, *values) if any(needs) else known.forward(layer, x, *values)[0]
+        return _Node.apply(known, layer, x, *values) if any(needs) else known.forward(layer, layer.rows(x), *values)[0]

@@ -122,6 +122,12 @@ class Candidate:
         return not all(operation(value).is_leaf for value in self.values)
 
     @cached_property
+    def given(self) -> tuple[str, ...] | None:
+        """The keys of the adapter's tensors that are the values, where the set-up makes nothing of them."""
+        is_given = not self.fixed and all(operation(value).source is Source.ADAPTER for value in self.values)
+        return tuple(value.data for value in self.values) if is_given else None
+
+    @cached_property
     def needs(self) -> tuple[bool, ...]:
         """Which of the input and the values take a gradient in training: those that a trained parameter reaches."""
         has_ids = any(map(is_ids, walk(self.outputs[0])))

@@ -54,8 +54,11 @@ class Program:
 
     def at(self, tokens: int | None) -> Program:
         """The cheapest program for so many tokens (itself where they are not known)."""
-        fitting = (program for limit, program in self.up_to if tokens is not None and tokens <= limit)
-        return next(fitting, self)
+        if tokens is not None:
+            for limit, program in self.up_to:
+                if tokens <= limit:
+                    return program
+        return self
 
     @cached_property
     def unwritten(self) -> Callable[..., torch.Tensor]:
@@ -98,7 +101,7 @@ class Program:
         with nullcontext() if layer.follows_autocast else without_autocast(layer.device.type):
             assert self.body is not None  # a program of W' alone has none, and is not run
             body = self.body if torch.compiler.is_compiling() or not is_transformed() else self.unwritten
-            return body(layer, x, *values)
+            return body(layer, layer.rows(x), *values)
 
     def run_grouped(self, values: Sequence[torch.Tensor], apart: Sequence[bool], layers: Sequence[Any],
                     counts: list[int], x: torch.Tensor) -> torch.Tensor:

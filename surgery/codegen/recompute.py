@@ -27,8 +27,8 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, step: Step, layer: Any, make: Make, x: Tensor, *tensors: Tensor) -> Tensor:
         with torch.enable_grad():  # as in training, of tensors that take no gradient
             values = make([tensor.detach() for tensor in tensors])
-        y, kept = step.forward(layer, x, *values)
-        ctx.step, ctx.layer, ctx.make = step, layer, make
+        y, kept = step.forward(layer, layer.rows(x), *values)
+        ctx.step, ctx.layer, ctx.make, ctx.shape = step, layer, make, x.shape
         # What the set-up reads is saved too, so that a change of it in between is an error: as the module holds it,
         # since `layer` may be a cast of that.
         others = (k for k, i in zip(kept, step.values) if i is None)
@@ -49,6 +49,7 @@ class _Node(torch.autograd.Function):
             ctx.layer, grad, *(next(kept) if i is None else values[i].detach() for i in ctx.step.values))
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         of_tensors = iter(setup_backward(values, of_values, wanted))
+        of_x = None if of_x is None else of_x.reshape(ctx.shape)
         return None, None, None, of_x, *(next(of_tensors) if t.requires_grad else None for t in tensors)
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from surgery.codegen.autograd_node import steps_of
+from surgery.codegen.supposed_device import steps_of
 from surgery.diagnostics import SurgeryError, fail, tell
 from surgery.experiments.step_counts import Layers, StepCount, count_step
 from surgery.experiments.tasks import read_task

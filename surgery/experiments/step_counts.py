@@ -54,7 +54,7 @@ from surgery.runtime.operated import Direct, Substituted
 
 PARTS = ("setup", "setup_backward", "forward", "backward")
 THIN = 128  # the least size of a product up to which moving its operands takes longer than its arithmetic
-_SETUP = (Adapter.set_up.__code__, SetupBatches.values.__code__, setup_backward.__code__)
+_SETUP = (Adapter.computed.__code__, SetupBatches.values.__code__, setup_backward.__code__)
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _OVERWRITE = {"copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_", "random_", "exponential_", "geometric_"}
 _LIKE = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}  # which ask for a dtype alone

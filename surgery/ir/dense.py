@@ -20,8 +20,9 @@ Leaves = Mapping[str, torch.Tensor]
 
 
 def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor in a dtype; places stay whole numbers."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    """The tensor in a dtype; places stay whole numbers. (To ask torch for the dtype that it has takes as long as a
+    small product.)"""
+    return tensor if tensor.dtype is dtype or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def without_autocast(device: str) -> AbstractContextManager:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 from weakref import ref
 
 import torch
 import torch.nn as nn
 
-from surgery.codegen.autograd_node import of_each, runs_as_on
+from surgery.codegen.autograd_node import of_each
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.program import Program, compiled
+from surgery.codegen.supposed_device import runs_as_on
 from surgery.diagnostics import fail
 from surgery.ir.dense import in_dtype, without_autocast
 from surgery.ir.expression import Formula
@@ -32,7 +33,7 @@ from surgery.runtime.batched_setups import SetupBatches
 from surgery.runtime.frozen_layers import Frozen, laid
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.noise import drawn
-from surgery.runtime.ready_calls import ready_call
+from surgery.runtime.ready_calls import ReadyStep, ready_call, ready_step
 from surgery.runtime.retraction import retract_after_steps
 from surgery.runtime.serving import Serving, checksums
 from surgery.runtime.sharded_steps import refuse_unshared_steps
@@ -47,6 +48,12 @@ BLOCK = 1 << 23
 # Of fewer, as the last ones would be by themselves, several threads may make it in another order.
 TILE = 64
 _LONGEST = 120  # characters of a formula in `repr`
+
+
+@cache
+def _widest(dtypes: frozenset[torch.dtype]) -> torch.dtype:
+    """The dtype of floats that holds what all of them do, float32 at least."""
+    return reduce(torch.promote_types, dtypes, torch.float32)
 
 
 class Adapter(nn.Module):
@@ -68,6 +75,8 @@ class Adapter(nn.Module):
         formula = compiled.formula
         self.serving: Serving | None = None
         self.batches: SetupBatches | None = None  # while a user promises that a forward pass changes no tensor
+        # of calls outside of serving, by whether the module trains and whether a gradient is taken
+        self.ready: dict[tuple[bool, bool], ReadyStep | None] = {}
         self.owner: ref[nn.Module] | None = None  # the operated module, from when it is put in or was called
         self.stored_shape: tuple[int, ...] | None = None  # of the module's parameter
         self.shared = dict(shared)
@@ -188,8 +197,19 @@ class Adapter(nn.Module):
                        helps=("remove(partly=True), and then operate on the model as it is",))
         dtype, held = layer.dtype_of(x), self.called(layer.device)
         y = self.run(layer, x, dtype, {**self.shaped(held), **self.noise(layer.module, layer.device)}, held)
-        self.make_ready(layer, dtype, held)
+        if self.serving is not None:
+            self.make_ready(layer, dtype, held)
+        elif not torch.compiler.is_compiling():
+            self.ready[layer.module.training, torch.is_grad_enabled()] = ready_step(self, layer, x, dtype)
         return y
+
+    def run_ready(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """What the operated module gives, if that was made ready by a call like this one; None if not."""
+        if self.serving is not None:
+            known = self.serving.ready.get(self)
+            return None if known is None else known.run(x)
+        step = self.ready.get((module.training, torch.is_grad_enabled()))
+        return None if step is None else step.run(self, module, x)
 
     def make_ready(self, layer: Frozen, dtype: torch.dtype, held: Mapping[str, torch.Tensor]) -> None:
         """Have further calls of a layer that has run while serving answered at once."""
@@ -241,7 +261,7 @@ class Adapter(nn.Module):
                   for key, t in stacks.items()}
 
         def make(leaves: Mapping[str, torch.Tensor]) -> tuple:
-            return self._computed(program, layer, leaves, cast, [])
+            return self.computed(program, layer, leaves, cast, [])
 
         axes = {key: None if key in self.shared else 0 for key in chosen}
         made = torch.vmap(make, in_dims=(axes,))(chosen) if program.plan.computes else make(chosen)
@@ -259,23 +279,24 @@ class Adapter(nn.Module):
     def set_up(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
                 fixed: list[tuple], held: Mapping[str, torch.Tensor], expert: int | None = None) -> tuple:
         """The set-up of a program, kept while serving. `held`: the tensors that the leaves are views of."""
-        if cast is None:
-            return self._computed(program, layer, leaves, cast, fixed)
+        if cast is None or self.serving is None:
+            return self.computed(program, layer, leaves, cast, fixed)
         on = (*held.values(), *(layer.held if program.rests_on_layer else ()))
         # one entry for all experts: to see that nothing changed, the stack that they rest on is read once
         values = self._kept((program, cast, layer.device), on, dict)
         if expert not in values:
-            values[expert] = self._computed(program, layer, leaves, cast, fixed)
+            values[expert] = self.computed(program, layer, leaves, cast, fixed)
         return values[expert]
 
     def setup_dtype(self, layer: Frozen, leaves: Iterable[torch.Tensor]) -> torch.dtype:
         """What a set-up computes in: the widest of the layer's and the leaves', float32 at least."""
-        known = (t.dtype for t in leaves if t.is_floating_point())
-        return torch.promote_types(reduce(torch.promote_types, known, layer.dtype), torch.float32)
+        return _widest(frozenset([layer.dtype, *(t.dtype for t in leaves if t.is_floating_point())]))
 
-    def _computed(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
+    def computed(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
                 fixed: list[tuple]) -> tuple:
         """What a program computes that does not depend on the input. Small solves stay in float32 under autocast."""
+        if cast is not None and program.plan.given is not None:
+            return tuple([in_dtype(leaves[key], cast) for key in program.plan.given])
         dtype = self.setup_dtype(layer, leaves.values())
         # of a stored weight it is cheap to make; a merge never takes what is kept
         once = self._proven if self.layout.is_called and cast is not None else lambda layer, key, compute: compute()
@@ -339,7 +360,7 @@ class Adapter(nn.Module):
         dtype = self.setup_dtype(layer, leaves.values())
         leaves = {key: in_dtype(t, dtype) for key, t in leaves.items()}
         if blocks.common is not None:
-            leaves |= zip(blocks.names, self._computed(compiled(blocks.common), layer, leaves, None, []))
+            leaves |= zip(blocks.names, self.computed(compiled(blocks.common), layer, leaves, None, []))
         out, in_ = layer.weight.shape
         step, program = max(TILE, BLOCK // in_ // TILE * TILE), compiled(blocks.block)
         starts = range(0, max(out - TILE, 0) + 1, step)
@@ -348,7 +369,7 @@ class Adapter(nn.Module):
                    for name, (key, axis) in blocks.sliced.items()}
             some = layer.of(layer.weight[rows])
             some.bias = None if layer.bias is None else layer.bias[rows]
-            yield rows, self._computed(program, some, leaves | own, None, [])
+            yield rows, self.computed(program, some, leaves | own, None, [])
 
     def substitutes(self, module: nn.Module,
                     noise: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -381,7 +402,7 @@ class Adapter(nn.Module):
     def __getstate__(self) -> dict:
         """Programs are not copied or pickled, but compiled again; what `serving` keeps is not copied."""
         return {**self.__dict__, "_programs": {}, "_weights": {}, "_of_calls": {}, "serving": None,
-                "batches": None, "owner": None}
+                "batches": None, "owner": None, "ready": {}}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

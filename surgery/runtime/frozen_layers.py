@@ -1,7 +1,7 @@
 """The frozen layer as a program sees it: a linear map that is called, whatever the module's kind.
 
-One class per kind of layer. Activations inside a program are matrices [tokens, features]; `enter` and `leave` convert a
-layer's own input and output. Nothing here changes the module.
+One class per kind of layer. Activations inside a program are matrices [tokens, features]; `enter`, `rows` and `leave`
+convert a layer's own input and output. Nothing here changes the module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from surgery.codegen.kernels import column_squares, on_cpu
 from surgery.codegen.masks import mask, masked
-from surgery.ir.dense import autocasts
+from surgery.ir.dense import autocasts, in_dtype
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.layers.layouts import Layout
 from surgery.layers.opaque_linear import stored, stored_weight
@@ -121,7 +121,7 @@ class Frozen:
 
     def frozen_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """A few rows [r, in] through the map: [r, out]. The weight is read in order, as the larger one."""
-        return (self.weight @ rows.to(self.weight.dtype).mT).mT.to(rows.dtype)
+        return in_dtype((self.weight @ in_dtype(rows, self.weight.dtype).mT).mT, rows.dtype)
 
     def frozen_exact(self, rows: torch.Tensor) -> torch.Tensor:
         """`frozen_rows`, in the dtype of the rows, whatever the weight's is."""
@@ -137,7 +137,7 @@ class Frozen:
 
     def frozen_back(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [r, out] through the transposed map: [r, in]."""
-        return (rows.to(self.weight.dtype) @ self.weight).to(rows.dtype)
+        return in_dtype(in_dtype(rows, self.weight.dtype) @ self.weight, rows.dtype)
 
     def frozen_onto(self, y: torch.Tensor, x: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
         """beta y + x Wᵀ, written into y: [tokens, out], [tokens, in]."""
@@ -151,8 +151,12 @@ class Frozen:
         return F.dropout(x, p) if is_traced() or not on_cpu(x) else masked(x, mask(x, p)) / (1 - p)
 
     def tokens(self, x: Any) -> int | None:
-        """The number of input rows, where it is known before the map runs."""
+        """The number of rows of an input that has entered, where it is known before the map runs."""
         return None
+
+    def rows(self, x: Any) -> Any:
+        """An input that has entered as what the program reads."""
+        return x
 
     def read(self, dtype: torch.dtype) -> torch.Tensor:
         """W as [out, in]; of a layer that stores none, recovered by calls."""
@@ -163,7 +167,7 @@ class Frozen:
         raise NotImplementedError
 
     def enter(self, x: torch.Tensor, dtype: torch.dtype) -> Any:
-        """The layer's own input as what the program reads."""
+        """The layer's own input, checked, in the dtype in which the program reads its rows."""
         raise NotImplementedError
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
@@ -223,13 +227,17 @@ class FrozenLinear(Frozen):
             raise RuntimeError(f"an operated {type(self.module).__name__} takes rows of {self.width} features, and is "
                                f"given {list(x.shape)}")
         self.shape = x.shape[:-1]
-        return x.reshape(-1, x.shape[-1]).to(dtype)
+        return in_dtype(x, dtype)
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
     def leave(self, y: torch.Tensor) -> torch.Tensor:
-        return y.reshape(*self.shape, y.shape[-1])
+        return y if len(self.shape) == 1 else y.reshape(*self.shape, y.shape[-1])
 
     def tokens(self, x: torch.Tensor) -> int | None:
-        return None if torch.compiler.is_compiling() else x.shape[0]  # one program is compiled, for any number
+        # one program is compiled, for any number
+        return None if torch.compiler.is_compiling() else x.shape[:-1].numel()
 
     def frozen(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight)

@@ -127,10 +127,8 @@ class Direct(Operated):
         if not adapter.active:
             return forward_of(self)(*args, **named)
         (x,) = args if len(args) == 1 and not named else _one(self, (*args, *named.values()))
-        if adapter.serving is not None and not torch.compiler.is_compiling():
-            ready = adapter.serving.ready.get(adapter)
-            if ready is not None and (y := ready.run(x)) is not None:
-                return y
+        if not torch.compiler.is_compiling() and (y := adapter.run_ready(self, x)) is not None:
+            return y
         adapter.refuse_divided(self, (x,))
         return adapter(adapter.frozen(self), x)
 

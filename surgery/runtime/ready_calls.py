@@ -1,9 +1,12 @@
-"""A call of an operated linear layer, or of experts of a stack, while serving, with everything decided that stays the
-same from token to token.
+"""Calls of an operated linear layer, or of experts of a stack, with everything decided that stays the same from call
+to call.
 
-Takes an adapter whose set-up is kept; gives what runs its program on an input. Promises: it answers only while every
-tensor is the one that it was made with, as far as torch tells, and nobody listens to the calls that it leaves out; for
-anything else it gives None, and the call goes the long way, which sees what is different.
+    ReadyCall   while serving: the set-up is kept, and every tensor must be the one that it was made with
+    ReadyStep   at any other time, in training too: nothing is kept but which program runs, for calls of one kind
+
+Takes an adapter that has run the long way; gives what runs its program on an input. Promises: it answers only where the
+long way would run the same program on the same tensors, as far as torch tells, and nobody listens to the calls that it
+leaves out; for anything else it gives None, and the call goes the long way, which sees what is different.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from surgery.codegen import autograd_node
 from surgery.codegen.program import Program
+from surgery.codegen.supposed_device import runs_as_on
 from surgery.ir.orthogonal_maps import is_traced
 from surgery.runtime.frozen_layers import Frozen, FrozenLinear
 from surgery.runtime.serving import Kept, hints
@@ -65,10 +69,7 @@ class ReadyCall:
         for held, name, tensor in self.stands:
             if held.get(name) is not tensor:
                 return False
-        for module in self.calls:
-            if module._forward_pre_hooks or module._forward_hooks:
-                return False
-        return hints(self.kept.on) == self.kept.hints
+        return not any(map(_is_heard, self.calls)) and hints(self.kept.on) == self.kept.hints
 
 
 def ready_call(adapter: Adapter, program: Program, layer: Frozen, kept: Kept) -> ReadyCall | None:
@@ -86,4 +87,79 @@ def ready_call(adapter: Adapter, program: Program, layer: Frozen, kept: Kept) ->
               for held in (module._parameters, module._buffers) if held.get(name) is tensor]
     if len(stands) < len(places):
         return None
-    return ReadyCall(step.forward, layer, kept, tuple(stands), (adapter, *adapter._modules.values()))
+    return ReadyCall(step.forward, layer, kept, tuple(stands), _called(adapter))
+
+
+@dataclass(frozen=True)
+class ReadyStep:
+    """`program` is the one of `main`'s for the number of tokens; `facts` is all else that it was chosen by. No tensor
+    and no module is held: each call looks at what stands there then."""
+
+    main: Program
+    program: Program
+    facts: tuple
+
+    def run(self, adapter: Adapter, module: nn.Module, x: Tensor) -> Tensor | None:
+        """What the operated layer gives for its input [..., in]; None for a call of another kind."""
+        if is_traced():
+            return None
+        layer, tensors = adapter.frozen(module), _unheard(adapter)
+        dtype = layer.dtype_of(x)
+        if tensors is None or _facts(adapter, layer, x, dtype, tensors) != self.facts:
+            return None
+        entered = layer.enter(x, dtype)
+        if self.main.at(layer.tokens(entered)) is not self.program:
+            return None
+        values = adapter.computed(self.program, layer, adapter.shaped(tensors), dtype, [])
+        return layer.leave(self.program.run_on(values, layer, entered))
+
+
+def ready_step(adapter: Adapter, layer: Frozen, x: Tensor, dtype: torch.dtype) -> ReadyStep | None:
+    """The step for calls like the one that the layer has just answered; None where such a call does more than run a
+    program on its set-up: it draws noise, or makes the set-up again in the backward pass."""
+    if is_traced() or type(layer) is not FrozenLinear or layer.module.training and adapter.compiled.noises:
+        return None
+    program, tensors = adapter.program(layer, layer.tokens(x), dtype), _unheard(adapter)
+    if tensors is None or torch.is_grad_enabled() and program.plan.recompute_cost is not None:
+        return None
+    facts = _facts(adapter, layer, x, dtype, tensors)
+    main = adapter.programs((runs_as_on(layer.device.type), layer.dtype))[layer.module.training]
+    return None if facts is None else ReadyStep(main, program, facts)
+
+
+def _unheard(adapter: Adapter) -> dict[str, Tensor] | None:
+    """The adapter's tensors by key, as modules hold them; None where something runs with the calls of these modules, or
+    something else stands in a tensor's place."""
+    if any(map(_is_heard, _called(adapter))):
+        return None
+    found = {}
+    for key, part, name in adapter._paths:
+        held = adapter._modules[part] if part else adapter.common
+        tensor = held._parameters.get(name)
+        tensor = held._buffers.get(name) if tensor is None else tensor
+        if tensor is None:
+            return None
+        found[key] = tensor
+    return found
+
+
+def _called(adapter: Adapter) -> tuple[nn.Module, ...]:
+    """The modules that a layer's call calls for the adapter and its tensors."""
+    return (adapter, adapter.common, *adapter._modules.values())
+
+
+def _is_heard(module: nn.Module) -> bool:
+    """Whether something runs with a module's calls: a hook, or a forward that was put on the module itself."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks
+                or module._backward_hooks or "forward" in module.__dict__)
+
+
+def _facts(adapter: Adapter, layer: Frozen, x: Tensor, dtype: torch.dtype,
+           tensors: Mapping[str, Tensor]) -> tuple | None:
+    """What decides how a layer is called, beside the adapter and the number of rows: which programs there are for the
+    machine and the mode, and whether the call is refused. None where a call does more than run a program."""
+    is_elsewhere = any(tensors[key].device != layer.device for key in adapter.shared)  # they are copied in each call
+    if is_elsewhere or adapter.batches is not None or layer.is_trained:
+        return None
+    return (layer.module.training, torch.is_grad_enabled(), runs_as_on(layer.device.type), layer.dtype,
+            dtype, type(x), type(layer.stored), layer.stored.shape, layer.bias is None)

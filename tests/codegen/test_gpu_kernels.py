@@ -16,8 +16,8 @@ from torch import Tensor
 
 import surgery
 from surgery.codegen import kernels_one_pass as one_pass
-from surgery.codegen.autograd_node import steps_of
 from surgery.codegen.dropout_number import drawn_number
+from surgery.codegen.supposed_device import steps_of
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ from zoo import CASES
 
 from surgery.codegen import apply_to_activations, autograd_node, dropout_number, kernels, masks, program
 from surgery.codegen.aliases import MemoryUse
-from surgery.codegen.autograd_node import runs_as_on, step, steps_of
+from surgery.codegen.autograd_node import step
 from surgery.codegen.candidates import Candidate
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.cost_model import Cost
@@ -23,6 +23,7 @@ from surgery.codegen.emit import emitted
 from surgery.codegen.program import Program
 from surgery.codegen.program_text import step_text
 from surgery.codegen.schedule import Region
+from surgery.codegen.supposed_device import runs_as_on, steps_of
 from surgery.experiments.timing import peak_bytes
 from surgery.ir.builders import times
 from surgery.ir.expression import Expr, walk

@@ -13,8 +13,8 @@ from each import of_some
 from layers import Tower, assert_close
 from torch import nn
 
-from surgery.codegen.autograd_node import runs_as_on, steps_of
 from surgery.codegen.program_text import step_text
+from surgery.codegen.supposed_device import runs_as_on, steps_of
 from surgery.ir.dense import dense
 from surgery.language.library import parse
 from surgery.runtime.apply import apply

@@ -185,9 +185,8 @@ def test_serving_gives_the_same_and_makes_nothing_twice(name):
     with torch.no_grad():
         y = model(x)
     adapter = surgeon.adapters["layers.0"]
-    program = adapter.program(adapter.frozen(model.layers[0]), None)
-    setup = program.setup
-    object.__setattr__(program, "setup", lambda *given: (made.append(1), setup(*given))[1])
+    computed = adapter.computed
+    adapter.computed = lambda *given: (made.append(1), computed(*given))[1]
     with torch.no_grad(), surgeon.serving():
         assert all(torch.equal(model(x), y) for _ in range(3)) and len(made) == 1
         with surgeon.serving():
@@ -201,7 +200,6 @@ def test_serving_gives_the_same_and_makes_nothing_twice(name):
         assert len(made) == 5
         surgeon.load(doubled)
         assert torch.equal(model(x), other) and adapter.serving is None
-    object.__setattr__(program, "setup", setup)
 
 
 WRITES = {

@@ -10,7 +10,7 @@ from layers import LAYOUTS, Tower, assert_close, gradients, operated, perturb
 from torch.nn import functional as F
 
 from surgery.codegen import masks
-from surgery.codegen.autograd_node import steps_of
+from surgery.codegen.supposed_device import steps_of
 from surgery.language.library import parse
 from surgery.runtime.apply import apply
 
