@@ -22,9 +22,9 @@ def names_called(in_step: bool) -> dict[str, Any]:
         kernel = in_step and row.step_kernel or row.kernel
         if kernel or row.dense is not None:
             names[name] = _kernel(kernel) if kernel else row.dense
-        for way in (row.added, row.in_place):
-            if way is not None and way.form.kernel:
-                names[way.form.name] = _kernel(way.form.kernel)
+        for form in (row.times, *(way.form for way in (row.added, row.in_place) if way is not None)):
+            if form is not None and form.kernel:
+                names[form.name] = _kernel(form.kernel)
     return names
 
 

@@ -12,12 +12,15 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from surgery.codegen.memory_order import WIDER
+from surgery.codegen.supposed_device import runs_as_on
 from surgery.ir.primitives_indexing import mixed_blocks
 
 ROWS = 128  # of an activation that a CPU keeps close while it reads them with a stride
 SMALL_PARTS = 32  # of a weight, at least, of which one at a time is copied
 TILE = 32  # columns of blocks that a device multiplies well
 NARROW = 16  # columns of blocks below which a CPU does not
+THIN = range(2, 65)  # columns of an activation beside a much wider one
 FEWEST = 64  # tokens of which a thin product is made in parts:
 BAND = 16  # of so many rows, which is what a CPU's registers hold,
 RUN, RUNS = 64, 16  # or of so many columns at least, and so many parts at most
@@ -25,7 +28,7 @@ RUN, RUNS = 64, 16  # or of so many columns at least, and so many parts at most
 
 def on_cpu(a: Tensor) -> bool:
     """True on a CPU, where kernels work on a cacheful at a time, and `masks` draws the indices of what is dropped."""
-    return a.device.type == "cpu"
+    return runs_as_on(a.device.type) == "cpu"
 
 
 def wide(a: Tensor) -> torch.dtype:
@@ -124,16 +127,28 @@ def thin(a: Tensor, m: Tensor) -> Tensor:
     return torch.cat([first, rest @ m]) if len(rest) else first
 
 
-def thin_dot(a: Tensor, g: Tensor) -> Tensor:
-    """aᵀ g for a few columns of a: [t, r], [t, n] -> [r, n]."""
-    width = g.shape[1]
-    count = min(RUNS, width // RUN)
-    if not count or not _is_shared_out(g):
-        return a.mT @ g
-    columns, rest = g.split([width // count * count, width % count], dim=1)
-    parts = torch.bmm(a.mT.expand(count, -1, -1), _slices(columns, count))
-    first = parts.transpose(0, 1).flatten(1)
-    return torch.cat([first, a.mT @ rest], dim=1) if rest.shape[1] else first
+def outer(a: Tensor, g: Tensor, alpha: float = 1.0) -> Tensor:
+    """alpha aᵀ g, on a CPU for a few columns of a or of g in parts of the other: [t, m], [t, n] -> [m, n]."""
+    few, many = (a, g) if a.shape[1] <= g.shape[1] else (g, a)
+    (tokens, rank), width = few.shape, many.shape[1]
+    count = min(RUNS, width // RUN) if rank in THIN and width >= WIDER * rank and _is_shared_out(many) else 0
+    if not count:
+        # with the few columns in front both are read in order; the gradient of so few tokens rather is in order itself
+        is_turned = few is g and width > WIDER * rank and tokens >= FEWEST
+        return _product(g.mT, a, alpha).mT if is_turned else _product(a.mT, g, alpha)
+    columns, rest = many.split([width // count * count, width % count], dim=1)
+    parts = a.new_empty(count, rank, width // count)
+    parts.baddbmm_(few.mT.expand(count, -1, -1), _slices(columns, count), beta=0, alpha=alpha)
+    first = parts.transpose(0, 1).flatten(1) if few is a else parts.mT.flatten(0, 1)
+    if not rest.shape[1]:
+        return first
+    last = _product(few.mT, rest, alpha)
+    return torch.cat([first, last], dim=1) if few is a else torch.cat([first, last.mT])
+
+
+def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """alpha a b, of matrices, in one pass."""
+    return a @ b if alpha == 1.0 else a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
 
 
 def _is_shared_out(a: Tensor) -> bool:

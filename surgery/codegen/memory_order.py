@@ -2,7 +2,6 @@
 
     x block_diag(s), then W     =  in columns       column_blocks: each block's product fills memory in order
     x m for a few columns m     =  thin(x, m)       (mᵀ xᵀ)ᵀ, a batch of products with parts of the rows of x
-    hᵀ x for few columns h      =  thin_dot(h, x)   a batch of products with parts of the columns of x
 
 Takes expressions of a body or of its gradients; gives equal ones. What is kept, given on or added up stays in rows.
 """
@@ -15,7 +14,6 @@ from surgery.ir.operations import make
 from surgery.ir.sizes import TOKENS, known
 
 _FEW = range(2, 25)  # columns of m; with more, and with one, a product is as fast either way
-_THIN = range(2, 65)  # columns of h
 WIDER = 8  # times as many has the other side, or there is little to share out
 
 
@@ -23,12 +21,6 @@ def _is_thin(a: Expr, m: Expr) -> bool:
     """Whether a m is a product of activations with a few columns."""
     is_one = TOKENS in a.shape and len(a.shape) == len(m.shape) == 2
     return is_one and m.shape[1] in _FEW and known(m.shape[0]) >= WIDER * known(m.shape[1])
-
-
-def _is_thin_dot(a: Expr, g: Expr) -> bool:
-    """Whether in aᵀ g one side has few columns, and the other many."""
-    few, many = sorted(known(each.shape[1]) for each in (a, g))
-    return len(g.shape) == 2 and few in _THIN and many >= WIDER * few
 
 
 def in_order(*outputs: Expr) -> tuple[Expr, ...]:
@@ -41,8 +33,6 @@ def in_order(*outputs: Expr) -> tuple[Expr, ...]:
             return make("column_blocks", *args)
         if node.op == "matmul" and _is_thin(*args):
             return make("thin", *args)
-        if node.op == "outer" and _is_thin_dot(*args):
-            return make("thin_dot", *args)
         return node.with_args(args)
 
     return tuple(rebuild(output, change) for output in outputs)

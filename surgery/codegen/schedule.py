@@ -130,6 +130,8 @@ def _instruction(region: Region, node: Expr) -> Instruction:
         if y.op == "scale" and region.is_once(y):  # y diag(d) + b in one pass
             return Instruction(node, (b, *y.args), ADDCMUL)
         return Instruction(node, node.args, ADD, bases=(y,))
+    if node.op == "mul" and (times := _product_times(region, node)) is not None:
+        return times
     if own and (over := operation(node).in_place) is not None:
         return Instruction(node, node.args, over.form, bases=over.bases(node))
     return Instruction(node, node.args)
@@ -169,6 +171,15 @@ def _multiple_added(region: Region, node: Expr, y: Expr, term: Expr) -> Instruct
     if factor in (None, 1.0) or not region.is_once(term) or not own and operation(seen).is_matmul:
         return None
     return Instruction(node, (y, z), ADD, factor, (y,) if own else ())
+
+
+def _product_times(region: Region, node: Expr) -> Instruction | None:
+    """c z for a product z that is computed with the number in front."""
+    factor, z = _multiple(node)
+    form = operation(z).times
+    if factor in (None, 1.0) or form is None or not region.is_once(z):
+        return None
+    return Instruction(node, z.args, form, factor)
 
 
 def _multiple(term: Expr) -> tuple[float | None, Expr]:

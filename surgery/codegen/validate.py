@@ -152,8 +152,6 @@ class Run:
                     if "mT" in (getattr(a, "attr", ""), getattr(b, "attr", "")):  # (aᵀ bᵀ)ᵀ = b a, (aᵀ b)ᵀ = bᵀ a, ...
                 right = self._transposed(b)
                 return self._computed("@", right, self._transposed(a))
-            case ast.Attribute(value=ast.Call(func=ast.Name(id="thin_dot"), args=[a, b]), attr="mT"):  # (aᵀ b)ᵀ = bᵀ a
-                return self._outer(self._value(b), self._value(a))
             case ast.Attribute(value=a, attr="mT"):
                 held = self._value(a)
                 return replace(self._view("T", held), owned=held.owned)
@@ -172,11 +170,6 @@ class Run:
             case ast.Attribute(value=a, attr="mT"):
                 return self._value(a)
         return self._view("T", self._value(node))
-
-    def _outer(self, a: Held, g: Held) -> Held:
-        """aᵀ g."""
-        meaning = self.symbols.of("@", self.symbols.of("T", a.meaning), g.meaning)
-        return self._computed("@", a, g, meaning=meaning)
 
     # -------------------------------------------------------------------------------------------------- memory
 
@@ -249,8 +242,12 @@ class Run:
             return self._placed(parts[0].meaning)
         if name in _ONE_PASS:
             return self._in_one_pass(name, parts)
-        if name == "thin_dot":
-            return self._outer(*parts)
+        if name == "outer":
+            a, g = parts
+            product = self.symbols.of("@", self.symbols.of("T", a.meaning), g.meaning)
+            return self._computed("@", a, g, meaning=self.symbols.times(factor, product))
+        if factor != 1.0:
+            raise Fault(f"`{name}` has no number in front")
         return self._computed(_ELSEWHERE.get(name, name), *parts)
 
     def _in_one_pass(self, name: str, parts: list[Any]) -> Any:

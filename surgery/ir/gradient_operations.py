@@ -7,32 +7,15 @@ from math import prod
 from typing import Any
 
 from surgery.ir import derivatives, flop_rules
-from surgery.ir.expression import Expr, Shape
+from surgery.ir.expression import Shape
 from surgery.ir.shape_rules import ShapeError, dropped, elementwise, exactly, matrix, same, shape_text
-from surgery.ir.sizes import known_shape
 from surgery.ir.table import IN_STEP, OPERATIONS, Added, Form, InPlace, Linear, Memory, Operation, When
-
-_NARROW = 8  # how much wider the other side is than one with few columns
 
 
 def _mask(mask: tuple, a: Any) -> Any:
     import torch
 
     return torch.zeros_like(a, dtype=torch.bool)
-
-
-def _outer_text(node: Expr, args: list[str]) -> str:
-    """aᵀ g, a side with few columns in front: it is read in order, and so is the other."""
-    a, g = args
-    rows, columns = known_shape(node.shape)
-    return f"({g}.mT @ {a}).mT" if rows > _NARROW * columns else f"{a}.mT @ {g}"
-
-
-def _thin_text(node: Expr, args: list[str]) -> str:
-    """aᵀ g by the kernel, which has the side with few columns in front."""
-    a, g = args
-    rows, columns = known_shape(node.shape)
-    return f"thin_dot({g}, {a}).mT" if rows > columns else f"thin_dot({a}, {g})"
 
 
 def _columns_shape(a: Shape, g: Shape) -> Shape:
@@ -113,8 +96,8 @@ ROWS = [
             in_place=InPlace(Form("masked_", kernel="masks.masked_", is_fused=False), lambda node: node.args[:1]),
             added=Added(Form("add_masked", kernel="masks.add_masked"), fits=lambda z: z.args[0].op == "matmul",
                         takes=lambda z: z.args[:1], when=When.IN_STEP)),
-    Operation("outer", 2, _outer_shape, lambda a, g: a.mT @ g, "aᵀ g", stage=IN_STEP, linear=Linear.EACH,
-              text=_outer_text, memory=Memory.NEW, flops=flop_rules.each_read(2, -1)),
+    in_step("outer", 2, _outer_shape, lambda a, g: a.mT @ g, "aᵀ g", linear=Linear.EACH,
+            times=Form("outer", kernel="kernels.outer", writes=False), flops=flop_rules.each_read(2, -1)),
     Operation("flat", 1, lambda a: (prod(matrix(a)[:-1]), a[-1]), lambda a: a.flatten(0, -2),
               "activations of any rank as a matrix", stage=IN_STEP, linear=Linear.TOGETHER, text="{}.flatten(0, -2)",
               memory=Memory.VIEW),
@@ -132,8 +115,6 @@ ROWS = [
             linear=Linear.EACH, flops=flop_rules.blocks),
     in_step("thin", 2, lambda a, m: OPERATIONS["matmul"].shape_of(None, (a, m)), lambda a, m: a @ m,
             "a m for a few columns of m", linear=Linear.EACH, flops=flop_rules.each_read(2, -1)),
-    in_step("thin_dot", 2, _outer_shape, lambda a, g: a.mT @ g, "aᵀ g where a side has few columns", linear=Linear.EACH,
-            text=_thin_text, flops=flop_rules.each_read(2, -1)),
     in_step("circulate_back", 2, _circulate_back_shape, _circulate_back, "g circulant(c)", linear=Linear.EACH,
             flops=flop_rules.circulate),
     in_step("circulate_dot", 3, lambda a, g, c: exactly(3, "a stack of first rows", c), _circulate_dot,

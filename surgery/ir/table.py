@@ -180,8 +180,8 @@ class Operation:
     arguments' texts. Without one it is called by its name: by the function `kernel` ("module.name" of codegen) or, in
     code that no gradient is taken of, `step_kernel`; without those by `dense`. Where its result lies (`memory`), and
     whether autograd is known to keep it for no gradient, neither when it is made nor when a sum reads it
-    (`is_unkept`); how it is computed over an operand (`in_place`), by the sum that reads it (`added`), or as the last
-    thing that is summed into another value, which has the number in front (`onto`).
+    (`is_unkept`); how it is computed over an operand (`in_place`), by the sum that reads it (`added`), with a number in
+    front (`times`), or as the last thing that is summed into another value, which has the number in front (`onto`).
     `is_inline`: it is written where it is read. `is_matmul`: torch computes it as one product of matrices.
     `of_layer`: it rests on the frozen weight. `rows`: what some rows of it are made of (`row_rules`); without, of all
     its arguments.
@@ -226,6 +226,7 @@ class Operation:
     is_unkept: bool = False
     in_place: InPlace | None = None
     added: Added | None = None
+    times: Form | None = None
     onto: Form | None = None
     is_inline: bool = False
     is_matmul: bool = False

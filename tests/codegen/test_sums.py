@@ -93,4 +93,4 @@ def test_thin_products_are_joined(formula):
     plan = next(each for each in compiled.candidates() if each.strategy == "activations")
     step = step_text(plan.written, plan.needs)
     assert step is not None
-    assert [step.source.count(product) for product in ("thin(x, ", "thin(grad, ", ", grad).mT")] == [1, 1, 1]
+    assert [step.source.count(product) for product in ("thin(x, ", "thin(grad, ", "outer(grad, ")] == [1, 1, 1]

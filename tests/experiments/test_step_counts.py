@@ -138,17 +138,17 @@ def test_each_part_has_its_launches(rows):
     frozen, lora, dora = rows["frozen"], rows["lora"], rows["dora"]
     assert frozen["setup_launches"] == frozen["setup_backward_launches"] == 0 and "passes" not in frozen
     assert lora["layers"] == 7 and lora["setup_launches"] == 0
-    # x @ A and its rows in order, and its product with B into y; back, two products for gx, two for the factors, and at
-    # most their multiples, a copy of B, and what is in parts in order
+    # x @ A and its rows in order, and its product with B into y; back, two products for gx, two for the factors with
+    # their multiples, and what is in parts in order
     assert lora["forward_launches"] - frozen["forward_launches"] == 7 * 3
-    assert 7 * 4 <= lora["backward_launches"] - frozen["backward_launches"] <= 7 * 10
+    assert 7 * 4 <= lora["backward_launches"] - frozen["backward_launches"] <= 7 * 8
     # k0 of `once` (two), a product with W and two with A, one over the rows (two), a sum, a root (two) and m / it
     assert dora["setup_launches"] == 7 * 11 and 7 <= dora["setup_backward_launches"] < dora["setup_launches"]
 
 
 def test_a_turn_of_thin_factors_is_few_launches(rows):
     """A turn 15, its gradient 12; the rest is the products that a body of few passes reads."""
-    assert (rows["sora"]["setup_launches"], rows["sora"]["setup_backward_launches"]) == (7 * 18, 7 * 21)
+    assert (rows["sora"]["setup_launches"], rows["sora"]["setup_backward_launches"]) == (7 * 18, 7 * 20)
 
 
 def test_a_block_rotation_is_made_by_one_solve_and_its_gradient_by_two_products():

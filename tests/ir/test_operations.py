@@ -63,7 +63,7 @@ CALLS: dict[str, tuple[Any, tuple[tuple, ...]]] = {
     "kernel": (None, ((2, 3, 3), (4, 3))), "row_dot": (None, (X, X)), "gram": ((2,), ((4, 6), (4, 6))),
     "flat": (None, ((TOKENS, 2, 3),)), "between": ((1, 4), (X,)), "outer": (None, (X, (TOKENS, 4))),
     "column_blocks": (None, (X, (2, 3, 4))),
-    "thin": (None, (X, (6, 2))), "thin_dot": (None, ((TOKENS, 2), X)), "apart": (None, (X,)), "centred": (None, (X, X, (6,))), "skew_core": ((0.5,), ((9, 4),)),
+    "thin": (None, (X, (6, 2))), "apart": (None, (X,)), "centred": (None, (X, X, (6,))), "skew_core": ((0.5,), ((9, 4),)),
     "run": (None, (X, (4, 6))), "run_alone": (None, (X, (6, 6))), "balance": (None, ((9, 2), (9, 2))), "zeros": (None, (X,)),
     "columns": (None, (X, (4,))), "placed": ((9,), (X, (6,))), "drop": ((0.5, "step"), (X,)), "mask": ((0.5, "step"), (X,)),
     "gained": ((0.5, True), (X, (6,), (TOKENS, 2), (2, 6))), "gained outside": ((2.0, False), (X, (6,), (TOKENS, 2), (2, 6))),

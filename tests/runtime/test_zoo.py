@@ -27,8 +27,7 @@ from layers import (
 from torch import nn
 from zoo import CASES
 
-from surgery.codegen import kernels
-from surgery.codegen.autograd_node import steps_of
+from surgery.codegen.supposed_device import steps_of
 from surgery.ir.dense import dense
 from surgery.language.library import load
 from surgery.runtime import adapter
@@ -93,8 +92,7 @@ def test_rows_of_the_weight_are_those_of_all_of_it(case, layout):
 @on_every_case
 def test_what_a_gpu_would_run_is_the_dense_formula(case):
     """The programs and the kernels that are chosen for CUDA, which a GPU's numbers make others than a CPU's."""
-    with steps_of("cuda"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "on_cpu", lambda a: False)
+    with steps_of("cuda"):
         compare_with_dense(standing(case, MANY))
 
 
