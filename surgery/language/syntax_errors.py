@@ -157,7 +157,6 @@ def _hint(stop: Stop) -> str:
     bad, text = stop.bad, stop.source.text
     if stop.at_end:
         return ""
-    last = stop.tokens[-1].type if stop.tokens else ""
     begin, end = extent(bad)
     rest = text[end:]
     # The most particular first: what a statement of another kind would be, then lists, then single signs.
@@ -178,16 +177,8 @@ def _hint(stop: Stop) -> str:
         return f"`{bad}` begins a statement of the file, which stands in no `{{`"
     if [token.type for token in stop.tokens[-3::2]] in (["_UPDATE", "LPAR"], ["_TRANSFORM", "LPAR"]):
         return f"a definition declares its parameters, `{stop.tokens[-2]}(rank: int = 8)`; a target gives them values"
-    if form := _header(stop) or _product(stop) or _result(stop) or _around(stop):
+    if form := _header(stop) or _product(stop) or _result(stop) or _around(stop) or _list(stop):
         return form
-    if last == "_TARGET" and bad.type == "LSQB":
-        return "patterns stand without brackets: `target \"**.q_proj\", \"**.v_proj\" { ... }`"
-    if stop.accepted == {"LSQB"} and last == "LSQB":
-        listed = bad.type == "STRING"
-        if bad.type == "NAME":
-            return "tensors are arguments, in no brackets of their own: `side_by_side(A, B)`, `stacked(A, B)`"
-        return ("there are no lists of texts; patterns stand in the head of a target: `target \"**.q_proj\" { ... }`"
-                if listed else "a matrix stands in two brackets, one for each row: `[[1, 2]]`")
     value_due = "NUMBER" in stop.accepted
     # Where a value is due, a sign is mostly a word too many, and its own meaning says nothing.
     means_nothing = not stop.tokens or (value_due and bad.type != "_IF") or (bad.type == "EQUAL" and stop.unclosed)
@@ -214,6 +205,20 @@ def _around(stop: Stop) -> str:
     return ""
 
 
+def _list(stop: Stop) -> str:
+    """What to write for a list in brackets, of which the language has matrices of numbers alone."""
+    last = stop.tokens[-1].type if stop.tokens else ""
+    if last == "_TARGET" and stop.bad.type == "LSQB":
+        return "patterns stand without brackets: `target \"**.q_proj\", \"**.v_proj\" { ... }`"
+    if stop.accepted != {"LSQB"} or last != "LSQB":
+        return ""
+    if stop.bad.type == "NAME":
+        return "tensors are arguments, in no brackets of their own: `side_by_side(A, B)`, `stacked(A, B)`"
+    if stop.bad.type == "STRING":
+        return "there are no lists of texts; patterns stand in the head of a target: `target \"**.q_proj\" { ... }`"
+    return "a matrix stands in two brackets, one for each row: `[[1, 2]]`"
+
+
 def _header(stop: Stop) -> str:
     """What belongs to the header of a spec, of a transform, or of a parameter."""
     bad, accepted = stop.bad.type, stop.accepted
@@ -229,7 +234,7 @@ def _header(stop: Stop) -> str:
     if bad == "TIMES" and "STRING" in accepted and "NUMBER" not in accepted:
         pattern = re.compile(r"([\w.*]|\{[^\s{}]*\})+").match(stop.source.text, extent(stop.bad)[0])
         return f"a pattern stands in quotes: `\"{pattern[0]}\"`" if pattern else ""
-    if bad == "_NOISE" and {"_PARAM"} <= accepted and not {"_LET"} <= accepted:
+    if bad == "_NOISE" and "_PARAM" in accepted and "_LET" not in accepted:
         return ("each module draws noise for itself, and it never trains: it is neither shared nor frozen, "
                 "`noise m[rank] ~ bernoulli(0.5)`")
     if bad == "EQUAL" and accepted == {"TILDE"}:

@@ -19,7 +19,7 @@ from surgery.language.formatter import expression_text, for_text
 from surgery.language.tree import For, Repeat, Step
 from surgery.semantics.arguments import guard
 from surgery.semantics.evaluate import evaluate, here
-from surgery.semantics.scope import assert_is_free, describe
+from surgery.semantics.scope import TAKEN_IN_TARGETS, assert_is_free, describe
 
 MOST_STEPS = 1000  # of a target, written out
 
@@ -60,7 +60,7 @@ def _steps(steps: Iterable[Step | Repeat], values: Mapping[str, Any], around: Wr
 
 def _repeated(repeat: Repeat, values: Mapping[str, Any], around: WrittenOut) -> Iterator[WrittenOut]:
     name = repeat.name
-    assert_is_new(repeat, ("out", "in", "layer", "depth"), values)
+    assert_is_new(repeat, TAKEN_IN_TARGETS, values)
     first, end = bounds(repeat, values)
     if isinstance(first, Dim) or isinstance(end, Dim):  # which of them there are is not known: once, for any of them
         unknown = {**around.unknown, name: symbol(name)}

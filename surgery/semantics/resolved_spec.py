@@ -19,17 +19,17 @@ from surgery.semantics.arguments import assert_checks, defaults, says_square
 from surgery.semantics.definitions import with_called
 from surgery.semantics.elaborate import Context, elaborate
 from surgery.semantics.evaluate import names_in
-from surgery.semantics.scope import assert_is_free
+from surgery.semantics.scope import OF_A_MODULE, TAKEN_IN_TARGETS, assert_is_free
 
 OUT, IN = sizes.symbol("out"), sizes.symbol("in")
 # What a module of a model says of where it stands; whatever else a spec calls so means that.
-PLACES = {name: sizes.symbol(name) for name in ("layer", "depth", "layers", "heads", "head_size", "kernel")}
+PLACES = {name: sizes.symbol(name) for name in OF_A_MODULE}
 
 
 def spec_values(spec: Spec, report: Collector) -> dict[str, Any]:
     """The values of a spec's parameters. Reports a missing value, a wrong type, a `check` that is not met."""
     for parameter in spec.params:
-        assert_is_free(parameter.name, ("out", "in", "layer", "depth"), parameter.name_span, report)
+        assert_is_free(parameter.name, TAKEN_IN_TARGETS, parameter.name_span, report)
     values = defaults(spec.params, {}, report, lambda p: fail(
         "missing-argument", f"the spec's parameter `{p.name}` has no value", p.name_span,
         helps=(f"give it a default, or --set {p.name}=...",)))

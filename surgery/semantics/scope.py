@@ -86,10 +86,14 @@ MEANINGS = {"out": "the number of rows of W", "in": "the number of columns of W"
              "layer": "the module's index in its list of layers", "depth": "how deep the module's layer lies, 0 to 1"}
 #: What a name means in what a parameter starts at, where the definition has none like it.
 OF_DATA_MEANINGS = {"G": "the gradient of the loss in W, of data", "C": "Σ x xᵀ over the layer's inputs, of data"}
-_OF_A_MODULE = {"layer": "the module stands in a list of layers", "depth": "the module stands in a list of layers",
-                "layers": "the module stands in a list of layers", "kernel": "there is a module",
-                "heads": "an attention around the module, or its configuration, says it",
-                "head_size": "an attention around the module, or its configuration, says it"}
+_IN_A_LIST = "the module stands in a list of layers"
+_BY_HEADS = "an attention around the module, or its configuration, says it"
+#: The names that the steps of a target have for facts about the module, each with the condition that it is known.
+OF_A_MODULE = {"layer": _IN_A_LIST, "depth": _IN_A_LIST, "layers": _IN_A_LIST, "heads": _BY_HEADS,
+               "head_size": _BY_HEADS, "kernel": "there is a module"}
+#: The names that neither a parameter of a spec nor a `for` of a target can have. (Those that came later are not among
+#: them: an older spec may have a parameter `heads`.)
+TAKEN_IN_TARGETS = ("out", "in", "layer", "depth")
 
 
 def known_elsewhere(name: str) -> tuple[str, ...]:
@@ -97,9 +101,9 @@ def known_elsewhere(name: str) -> tuple[str, ...]:
     target, and there not of every module."""
     if name == "b":
         return ("`b` is the bias, which an update `on bias` reads",)
-    if name not in _OF_A_MODULE:
+    if name not in OF_A_MODULE:
         return ()
-    return (f"the steps of a target know `{name}`, where {_OF_A_MODULE[name]}; a definition gets it as an argument: "
+    return (f"the steps of a target know `{name}`, where {OF_A_MODULE[name]}; a definition gets it as an argument: "
             f"`definition({name} = {name})`",)
 
 
