@@ -119,10 +119,20 @@ def _associate(node: Expr) -> Expr | None:
     a, b = node.args
     if any(len(m.shape) != 2 for m in (a, b, *a.args, *b.args)):
         return None
+    # A gain between two thin factors goes to the one that acts last: it may be large where that is small, and what the
+    # first gives would be without end in float16.
+    if a.op == "matmul" and _is_gain_within(a.args[1], node):
+        return None
+    if b.op == "matmul" and _is_gain_within(b.args[0], node):
+        return make("matmul", make("matmul", a, b.args[0]), b.args[1])
     ways = [make("matmul", a.args[0], make("matmul", a.args[1], b))] if a.op == "matmul" else []
     ways += [make("matmul", make("matmul", a, b.args[0]), b.args[1])] if b.op == "matmul" else []
     better = min(ways, key=_work, default=node)
     return better if _work(better) < _work(node) else None
+
+
+def _is_gain_within(factor: Expr, product: Expr) -> bool:
+    return factor.op == "diag" and is_thin(factor.shape[0], *product.shape)
 
 
 @lru_cache(maxsize=4096)
@@ -134,9 +144,6 @@ def _work(node: Expr) -> float:
     left, right = node.args
     is_light = "diag" in (left.op, right.op) or selection(left) or right.op == "T" and selection(right.args[0])
     inner = 1 if is_light else known(left.shape[1])
-    # a gain between two thin factors goes to the one that acts last: it may be large where that is small, and what the
-    # first gives would be without end in float16
-    inner = 0 if right.op == "diag" and is_thin(right.shape[0], left.shape[0]) else inner
     return _work(left) + _work(right) + known(left.shape[0]) * inner * known(right.shape[1])
 
 
