@@ -309,6 +309,32 @@ def _one_by_one(term: Expr) -> Expr:
                                       make("T", last)))
 
 
+def _over_places(node: Expr) -> Expr | None:
+    """Distribute a matrix over a sum whose terms all begin (or end) with a selection: each takes columns of it, and no
+    product with a matrix of zeros and ones is made."""
+    left, right = node.args
+    if len(left.shape) != 2 or len(right.shape) != 2:
+        return None
+    first, last = (list(summands(each)) for each in (right, left))
+    if len(first) > 1 and left.op != "weight" and all(map(_begins_with_places, first)):
+        return total([make("matmul", left, term) for term in first], node.shape)
+    if len(last) > 1 and right.op != "weight" and all(map(_ends_with_places, last)):
+        return total([make("matmul", term, right) for term in last], node.shape)
+    return None
+
+
+def _begins_with_places(term: Expr) -> bool:
+    while term.op == "matmul":
+        term = term.args[0]
+    return selection(term) is not None
+
+
+def _ends_with_places(term: Expr) -> bool:
+    while term.op == "matmul":
+        term = term.args[1]
+    return term.op == "T" and selection(term.args[0]) is not None
+
+
 def _columns_of_kron(node: Expr) -> Expr | None:
     """Each is a column of the one factor times a column of the other."""
     inner = node.args[0]
@@ -414,6 +440,8 @@ CHEAP = (
     *(Rule("scatter(v, places) = [e_i, ...] diag(v) [e_j, ...]ᵀ for few places, the rows i and the columns j", op,
            _few_places, f"2 * scatter(take(d, range(3, 5)), range(40, 42), n, n) {sign} A")
       for op, sign in (("matmul", "@"), ("add", "+"))),
+    Rule("x ([e_i, ...] y + [e_j, ...] z) = [x_i, ...] y + [x_j, ...] z, the columns of x", "matmul", _over_places,
+         "A @ (columns(I(n), range(0, 3)) @ rows(A, 3) + columns(I(n), range(4, 6)) @ rows(B, 2))"),
     Rule("the columns of x ⊗ y are columns of x times columns of y", "columns", _columns_of_kron,
          "columns(kron(K, L), at)"),
     Rule("the columns of x ⊗ y, side by side", "between", _columns_of_kron, "columns(kron(K, L), 2)"),
