@@ -61,7 +61,7 @@ def column_squares(w: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _wide_products(a: Tensor, b: Tensor) -> Tensor:
     """a b in the dtype of sums, on a CPU with rows added up, a cacheful of them at a time: [t, n], [t, n] -> [u, n]."""
-    if on_cpu(a):
+    if on_cpu(a) and len(a) > ROWS:
         return _added_up(zip(a.split(ROWS), b.split(ROWS)), wide(a))
     return a * b if a.dtype == wide(a) else a.to(wide(a)).mul_(b)  # no more memory than that of the sum's terms
 
