@@ -38,7 +38,8 @@ class Program:
     for), and `up_to` says which of them all is the cheapest up to how many tokens.
 
     `reads_weight`: the code reads the frozen weight itself at every step; `rests_on_layer`: the set-up depends on the
-    frozen layer's tensors. (Both are found here, since no compiler of torch's can trace what finds them.) `plain`: the
+    frozen layer's tensors; `given`: the keys of the adapter's tensors that are the values, where the set-up makes
+    nothing of them. (All three are found here, since no compiler of torch's can trace what finds them.) `plain`: the
     program in the place of one that pays only as one node of autograd, and in the dtype of its set-up."""
 
     source: str
@@ -48,6 +49,7 @@ class Program:
     plan: Candidate
     reads_weight: bool
     rests_on_layer: bool
+    given: tuple[str, ...] | None
     others: tuple[Candidate, ...] = ()
     up_to: tuple[tuple[float, Program], ...] = ()
     plain: Program | None = None
@@ -152,4 +154,4 @@ def _compile(plan: Candidate) -> Program:
     scope = _scope(text)
     plain = None if plan.plain is None else _compile(plan.plain)
     return Program(text, scope["once"], scope["setup"], scope.get("body"), plan, plan.reads_weight,
-                   plan.rests_on_layer, plain=plain)
+                   plan.rests_on_layer, plan.given, plain=plain)

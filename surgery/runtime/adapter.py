@@ -295,8 +295,8 @@ class Adapter(nn.Module):
     def computed(self, program: Program, layer: Frozen, leaves: Mapping[str, torch.Tensor], cast: torch.dtype | None,
                 fixed: list[tuple]) -> tuple:
         """What a program computes that does not depend on the input. Small solves stay in float32 under autocast."""
-        if cast is not None and program.plan.given is not None:
-            return tuple([in_dtype(leaves[key], cast) for key in program.plan.given])
+        if cast is not None and program.given is not None:
+            return tuple([in_dtype(leaves[key], cast) for key in program.given])
         dtype = self.setup_dtype(layer, leaves.values())
         # of a stored weight it is cheap to make; a merge never takes what is kept
         once = self._proven if self.layout.is_called and cast is not None else lambda layer, key, compute: compute()
