@@ -61,9 +61,14 @@ def wanted(target: Target) -> str:
     return NOUNS[target.kind] + (f" in a {target.ancestor}" if target.ancestor else "")
 
 
+_EVERY_LINEAR = ("all-linear", "all_linear", "Linear")  # as PEFT says, and as torch calls one
+
+
 def suggestion(population: Population, glob: Glob, noun: str) -> tuple[str, ...]:
     """The help that offers the nearest pattern, if there is one."""
     suggested = population.suggest(glob)
+    if suggested is None and glob.text in _EVERY_LINEAR:
+        return ("every linear layer but the output head is taken by `target linear { ... }`, without a pattern",)
     return (f'did you mean "{suggested[0]}" ({counted(suggested[1], noun)})?',) if suggested else ()
 
 

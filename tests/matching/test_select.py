@@ -39,6 +39,7 @@ from surgery.layers.survey import Survey, sites
 from surgery.matching.conflicts import tied
 from surgery.matching.selection import select
 from surgery.models.demo import DEMOS, load_demo
+from surgery.planning.check import check
 from surgery.planning.compile import compile as plan
 
 demo = cache(load_demo)
@@ -599,3 +600,10 @@ def test_a_select_given_by_hand():
     spec = spec_of("target linear mine {}")
     chosen = select(demo("llama"), spec, {"mine": Select(name="mine", patterns=("**.q_proj", "**.nothing"))})
     assert len(chosen.targets) == 4
+
+
+@pytest.mark.parametrize("pattern", ["all-linear", "all_linear", "Linear"])
+def test_every_linear_layer_is_asked_for_without_a_pattern(pattern):
+    spec = parse_text(f'target "{pattern}" {{ add low_rank() }}')
+    found = check(spec, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    assert "`target linear { ... }`" in found[0].helps[0]
