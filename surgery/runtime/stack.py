@@ -95,7 +95,9 @@ class Surgeries:
         """Operate with these: the first acts on the frozen weights, each further one on what the ones before made of
         them.
 
-        With no name, the model is the base model. Raises: SurgeryError (bad-value).
+        With no name, the model is the base model. Of a model that checkpoints gradients, first take the backward passes
+        of what ran with others: it runs layers again in them, with what is in use then, and torch sees that only where
+        the adapters differ in form. Raises: SurgeryError (bad-value).
         """
         return self._operate(names, lambda formulas: reduce(stacked, formulas.values()))
 
