@@ -85,6 +85,16 @@ def test_a_model_that_reads_weights_trains_merges_and_is_switched_off():
     assert torch.equal(model(x), base) and not torch.equal(base, y)
 
 
+@pytest.mark.parametrize("name", ["layers.0.weight", "layers.1.bias", "an adapter's"])
+def test_a_change_of_what_a_weight_that_is_read_is_made_of_is_told_while_serving(name):
+    model, surgeon, x = read()
+    model.eval()
+    tensor = next(iter(surgeon.parameters())) if name == "an adapter's" else model.get_parameter(name)
+    with torch.no_grad(), pytest.raises(SurgeryError, match="changed inside serving"), surgeon.serving():
+        model(x)
+        tensor.data.mul_(1.01)
+
+
 def test_what_is_asked_of_a_weight_makes_none(monkeypatch):
     model, surgeon, _ = read()
     monkeypatch.setattr(type(surgeon.adapters["layers.0"]), "weights", lambda *given: pytest.fail("W' was made"))

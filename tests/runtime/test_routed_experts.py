@@ -219,6 +219,7 @@ def test_experts_are_one_node_which_sees_changes_and_leaves_rows_of_none_at_zero
     maps = expert_maps.ExpertMaps(adapter, adapter.frozen(model.experts), {})
     x = torch.randn(6, maps.layer.width, dtype=torch.float64, requires_grad=True)
     y = maps.grouped([0, 1, 3], [2, 0, 3], x)
+    assert y.grad_fn.next_functions[0][0].name() == "_GroupedNodeBackward"  # beside the rows of no expert
     assert torch.equal(y, torch.cat([maps.one(0, x[:2]), maps.one(3, x[2:5]), torch.zeros_like(y[:1])]))
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
