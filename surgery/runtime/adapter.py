@@ -30,6 +30,7 @@ from surgery.layers.layouts import Layout
 from surgery.planning.initial_values import part_of
 from surgery.planning.machines import machine
 from surgery.runtime.batched_setups import SetupBatches
+from surgery.runtime.checkpoint_marks import marked
 from surgery.runtime.frozen_layers import Frozen, laid
 from surgery.runtime.frozen_opaque import frozen
 from surgery.runtime.noise import drawn
@@ -77,6 +78,7 @@ class Adapter(nn.Module):
         self.batches: SetupBatches | None = None  # while a user promises that a forward pass changes no tensor
         # of calls outside of serving, by whether the module trains and whether a gradient is taken
         self.ready: dict[tuple[bool, bool], ReadyStep | None] = {}
+        self.mark: int | None = None  # of the surgeries in use, where a model has several
         self.owner: ref[nn.Module] | None = None  # the operated module, from when it is put in or was called
         self.stored_shape: tuple[int, ...] | None = None  # of the module's parameter
         self.shared = dict(shared)
@@ -149,7 +151,7 @@ class Adapter(nn.Module):
 
     def shaped(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors by key as they are held, in the shapes that the formula has for them."""
-        found = {key: t.reshape(()) if key in self._numbers else t for key, t in held.items()}
+        found = {key: t.reshape(()) if key in self._numbers else t for key, t in marked(held, self.mark).items()}
         return found | {key: part_of(found[key], leaf) for key, leaf in self._parts.items()} if self._parts else found
 
     def words(self, module: nn.Module) -> str:
@@ -195,6 +197,7 @@ class Adapter(nn.Module):
             raise fail("changed-model", f"the operated {self.words(layer.module)} has "
                        f"{'lost its bias' if layer.bias is None else 'got a bias'}",
                        helps=("remove(partly=True), and then operate on the model as it is",))
+        x = marked({"x": x}, self.mark)["x"]  # for an adapter that does not train
         dtype, held = layer.dtype_of(x), self.called(layer.device)
         y = self.run(layer, x, dtype, {**self.shaped(held), **self.noise(layer.module, layer.device)}, held)
         if self.serving is not None:

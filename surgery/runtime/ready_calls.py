@@ -116,8 +116,10 @@ class ReadyStep:
 
 def ready_step(adapter: Adapter, layer: Frozen, x: Tensor, dtype: torch.dtype) -> ReadyStep | None:
     """The step for calls like the one that the layer has just answered; None where such a call does more than run a
-    program on its set-up: it draws noise, or makes the set-up again in the backward pass."""
-    if is_traced() or type(layer) is not FrozenLinear or layer.module.training and adapter.compiled.noises:
+    program on its set-up: it draws noise, makes the set-up again in the backward pass, or is marked."""
+    if is_traced() or type(layer) is not FrozenLinear or adapter.mark is not None:
+        return None
+    if layer.module.training and adapter.compiled.noises:
         return None
     program, tensors = adapter.program(layer, layer.tokens(x), dtype), _unheard(adapter)
     if tensors is None or torch.is_grad_enabled() and program.plan.recompute_cost is not None:

@@ -30,6 +30,7 @@ from surgery.planning.compile import Placed, Plan
 from surgery.runtime.apply import adapter_of, prepare
 from surgery.runtime.attach import attach
 from surgery.runtime.calibration import Loss
+from surgery.runtime.checkpoint_marks import mark_of
 from surgery.runtime.save import save
 from surgery.runtime.step_tensors import SharedTensors
 from surgery.runtime.surgeon import Surgeon
@@ -96,8 +97,8 @@ class Surgeries:
         them.
 
         With no name, the model is the base model. Of a model that checkpoints gradients, first take the backward passes
-        of what ran with others: it runs layers again in them, with what is in use then, and torch sees that only where
-        the adapters differ in form. Raises: SurgeryError (bad-value).
+        of what ran with others: it runs layers again in them, with what is in use then, which torch refuses with its
+        CheckpointError, and by reentrant checkpoints does not see. Raises: SurgeryError (bad-value).
         """
         return self._operate(names, lambda formulas: reduce(stacked, formulas.values()))
 
@@ -114,7 +115,8 @@ class Surgeries:
             if self._of(name).trained or any(step.placement != "add" for step in steps):
                 raise fail("bad-value", f"`{name}` does more than add to weights, so there is no share of it to take",
                            helps=("use() runs surgeries of any kind one after the other",))
-        return self._operate(tuple(shares), lambda formulas: mixed({f: shares[name] for name, f in formulas.items()}))
+        return self._operate(tuple(shares), lambda formulas: mixed({f: shares[name] for name, f in formulas.items()}),
+                             tuple(map(float, shares.values())))
 
     def save(self, name: str, folder: str | PathLike, base_model: str | None = None, revision: str | None = None,
              force: bool = True, **about: Any) -> None:
@@ -151,7 +153,8 @@ class Surgeries:
         return self._known[name]
 
     @all_or_nothing
-    def _operate(self, names: tuple[str, ...], compose: Callable[[dict[str, Formula]], Formula]) -> Surgeon | None:
+    def _operate(self, names: tuple[str, ...], compose: Callable[[dict[str, Formula]], Formula],
+                 shares: tuple[float, ...] = ()) -> Surgeon | None:
         known = {name: self._of(name) for name in names}
         if len(known) < len(names):
             raise fail("bad-value", "a surgery runs once, and one is named twice")
@@ -159,7 +162,9 @@ class Surgeries:
         if known:
             trained = {key: value for each in known.values() for key, value in each.trained.items()}
             self.surgeon = together(self._given, known, compose).operate(trained)
-        self.active, self._again = names, lambda: self._operate(names, compose)
+            for adapter in self.surgeon.adapters.values():
+                adapter.mark = mark_of(names, shares)
+        self.active, self._again = names, lambda: self._operate(names, compose, shares)
         return self.surgeon
 
     def _leave(self, partly: bool = False) -> None:

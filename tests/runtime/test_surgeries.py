@@ -9,6 +9,7 @@ import pytest
 import torch
 from layers import assert_close, perturb
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import surgery
 from surgery.diagnostics import SurgeryError
@@ -227,3 +228,52 @@ def test_the_command_line_merges_a_stack(tmp_path: Path):
     assert told.exit_code == 0, told.output
     merged = type(surgeries.model).from_pretrained(tmp_path / "out")
     assert_close(merged(**demo_inputs("llama")).logits, y, 1e-5)
+
+
+LAYERS = {"linear": (lambda: nn.Linear(IN, OUT), lambda: torch.randn(5, IN, dtype=torch.float64)),
+          "conv": (lambda: nn.Conv2d(4, 6, 3), lambda: torch.randn(2, 4, 5, 5, dtype=torch.float64)),
+          "embedding": (lambda: nn.Embedding(IN, OUT), lambda: torch.randint(IN, (2, 5)))}
+SWITCHES = {"another": (lambda s: s.use("a"), lambda s: s.use("b")),
+            "the other order": (lambda s: s.use("a", "b"), lambda s: s.use("b", "a")),
+            "another share": (lambda s: s.mix({"a": 0.5}), lambda s: s.mix({"a": 0.7})),
+            "mixed": (lambda s: s.use("a"), lambda s: s.mix({"a": 0.5}))}
+
+
+class Checkpointed(nn.Module):
+    """A layer that runs again in the backward pass, between others that do not."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.scale = layer, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale if x.is_floating_point() else x
+        return checkpoint(self.layer, x, use_reentrant=False) * self.scale
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize("kind, trains", [  # ids take no gradient: an embedding has one by what trains alone
+    ("linear", True), ("linear", False), ("conv", True), ("conv", False), ("embedding", True)])
+def test_a_checkpoint_refuses_gradients_of_surgeries_that_were_switched(kind, switch, trains):
+    """What runs again in the backward pass is what is in use then; back in use, it has the gradients of one pass."""
+    torch.manual_seed(0)
+    build, inputs = LAYERS[kind]
+    model, x = Checkpointed(build().double()).train(), inputs()
+    lora = f'spec lora()\ntarget {kind} "layer" {{ add low_rank(rank = 2) }}'
+    surgeries, (first, second) = with_all(model, a=lora, b=lora), SWITCHES[switch]
+    for name in "ab":
+        surgeries.use(name)
+        for parameter in surgeries.surgeon.parameters():
+            parameter.requires_grad_(trains)
+    first(surgeries)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(model(x).square().sum(), trained)
+    y = model(x)
+    second(surgeries)
+    with pytest.raises(CheckpointError):
+        y.square().sum().backward()
+    first(surgeries)
+    y = model(x)
+    second(surgeries), first(surgeries)
+    for found, gradient in zip(torch.autograd.grad(y.square().sum(), trained), wanted):
+        assert_close(found, gradient, EXACT)
