@@ -305,7 +305,7 @@ PAPERS = (
     _paper("ether_plus", _ether_plus, lambda m, n: 2 * (m + n), "code: mwbini/ether", claims=2, shipped={"blocks": 3}),
     _paper("fact", lambda w, p: w + 2 * p["shared", "V"] @ p["add_tensor_of_layers", "T"] @ p["shared", "U"],
            lambda m, n: 2 * (m + n) + 4, "code: JieShibo/PETL-ViT", shipped={"rank": 2, "scale": 2}),
-    _paper("fact_tk", _tucker, lambda m, n: 2 * (m + n) + 8 + 2, "code: JieShibo/PETL-ViT, from memory",
+    _paper("fact_tk", _tucker, lambda m, n: 2 * (m + n) + 8 + 2, "code: JieShibo/PETL-ViT",
            shipped={"rank": 2, "scale": 2}),
     _paper("gift", lambda w, p: w + w @ p["pre_generated", "phi"] @ p["pre_generated", "psi"], lambda m, n: 6 * n,
            "the paper's abstract", shipped={"rank": 3}),
