@@ -24,11 +24,19 @@ THIN = range(2, 65)  # columns of an activation beside a much wider one
 FEWEST = 64  # tokens of which a thin product is made in parts:
 BAND = 16  # of so many rows, which is what a CPU's registers hold,
 RUN, RUNS = 64, 16  # or of so many columns at least, and so many parts at most
+_batched = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # torch's stubs leave it out
 
 
 def on_cpu(a: Tensor) -> bool:
     """True on a CPU, where kernels work on a cacheful at a time, and `masks` draws the indices of what is dropped."""
     return runs_as_on(a.device.type) == "cpu"
+
+
+def is_several(*tensors: Tensor) -> bool:
+    """True where a gradient is of several outputs at once and looks like that of one (`is_grads_batched`, and a `vmap`
+    of `autograd.grad`): torch cannot write one of those into memory for one, and has not all views of it."""
+    # the first by which torch's vmap knows its own, the second by which `is_grads_batched` does
+    return any(map(_batched.is_batchedtensor, tensors)) or any(map(_batched.is_legacy_batchedtensor, tensors))
 
 
 def wide(a: Tensor) -> torch.dtype:
@@ -118,7 +126,7 @@ def column_blocks(a: Tensor, s: Tensor) -> Tensor:
 
 def thin(a: Tensor, m: Tensor) -> Tensor:
     """a m for a few columns: [t, k], [k, r] -> [t, r]."""
-    if not _is_shared_out(a):
+    if not _is_shared_out(a, m):
         return a @ m
     columns, count = m.mT.contiguous(), len(a) // BAND
     rows, rest = a.split([count * BAND, len(a) % BAND])
@@ -131,7 +139,7 @@ def outer(a: Tensor, g: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha aᵀ g, on a CPU for a few columns of a or of g in parts of the other: [t, m], [t, n] -> [m, n]."""
     few, many = (a, g) if a.shape[1] <= g.shape[1] else (g, a)
     (tokens, rank), width = few.shape, many.shape[1]
-    count = min(RUNS, width // RUN) if rank in THIN and width >= WIDER * rank and _is_shared_out(many) else 0
+    count = min(RUNS, width // RUN) if _is_shared_out(many, few) and rank in THIN and width >= WIDER * rank else 0
     if not count:
         # with the few columns in front both are read in order; the gradient of so few tokens rather is in order itself
         is_turned = few is g and width > WIDER * rank and tokens >= FEWEST
@@ -147,15 +155,19 @@ def outer(a: Tensor, g: Tensor, alpha: float = 1.0) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """alpha a b, of matrices, in one pass."""
-    return a @ b if alpha == 1.0 else a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
+    """alpha a b, of matrices, in one pass; a compiler makes it one of two, and of several gradients it is two."""
+    if alpha == 1.0 or torch.compiler.is_compiling() or is_several(a, b):
+        return a @ b if alpha == 1.0 else a @ b * alpha
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
 
 
-def _is_shared_out(a: Tensor) -> bool:
+def _is_shared_out(a: Tensor, factor: Tensor) -> bool:
     """Whether a thin product of a is a batch of products of its parts: what multiplies matrices for torch on a CPU
     shares one with a side of 2 to 64 out badly, with threads and without. Few tokens and narrow floats are no better
-    in parts."""
-    return len(a) >= FEWEST and on_cpu(a) and a.dtype == wide(a)
+    in parts, nor are several gradients at once. (A compiler may not know the sizes that parts are chosen by.)"""
+    if torch.compiler.is_compiling() or not on_cpu(a):
+        return False
+    return len(a) >= FEWEST and a.dtype == wide(a) and not is_several(a, factor)
 
 
 def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:

@@ -11,12 +11,13 @@ leaves out; for anything else it gives None, and the call goes the long way, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from surgery.codegen import autograd_node
 from surgery.codegen.program import Program
@@ -69,7 +70,7 @@ class ReadyCall:
         for held, name, tensor in self.stands:
             if held.get(name) is not tensor:
                 return False
-        return not any(map(_is_heard, self.calls)) and hints(self.kept.on) == self.kept.hints
+        return not _are_heard(self.calls) and hints(self.kept.on) == self.kept.hints
 
 
 def ready_call(adapter: Adapter, program: Program, layer: Frozen, kept: Kept) -> ReadyCall | None:
@@ -132,7 +133,7 @@ def ready_step(adapter: Adapter, layer: Frozen, x: Tensor, dtype: torch.dtype) -
 def _unheard(adapter: Adapter) -> dict[str, Tensor] | None:
     """The adapter's tensors by key, as modules hold them; None where something runs with the calls of these modules, or
     something else stands in a tensor's place."""
-    if any(map(_is_heard, _called(adapter))):
+    if _are_heard(_called(adapter)):
         return None
     found = {}
     for key, part, name in adapter._paths:
@@ -148,6 +149,11 @@ def _unheard(adapter: Adapter) -> dict[str, Tensor] | None:
 def _called(adapter: Adapter) -> tuple[nn.Module, ...]:
     """The modules that a layer's call calls for the adapter and its tensors."""
     return (adapter, adapter.common, *adapter._modules.values())
+
+
+def _are_heard(modules: Iterable[nn.Module]) -> bool:
+    """Whether something runs with the calls of some of these modules, or of all modules that there are."""
+    return bool(_has_any_global_hook()) or any(map(_is_heard, modules))
 
 
 def _is_heard(module: nn.Module) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from formulas import formula
+from torch import nn
 
 from surgery.codegen.compiled import Compiled
 from surgery.codegen.kernels import outer, thin
 from surgery.codegen.program_text import step_text
+from surgery.codegen.supposed_device import steps_of
 from surgery.language.library import load
+from surgery.runtime.apply import apply
 
 
 @pytest.mark.parametrize("rank, products", [(1, 0), (2, 2), (8, 2), (24, 2), (25, 0), (64, 0)])
@@ -48,6 +51,35 @@ def test_a_number_before_a_products_gradient_is_no_pass_of_its_own():
         step = step_text(plan.written, plan.needs, frozen_last=device, one_pass=device)
         assert step is not None and step.source.count("outer(") == step.source.count(", alpha=2.0)  # [8, 1024]") + 1
         assert "mul_" not in step.source
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("tokens", [8, 64])
+@pytest.mark.parametrize("rank", [1, 8])
+def test_gradients_of_several_outputs_at_once_are_those_one_by_one(rank, tokens, device):
+    """Of `is_grads_batched`, as `jacobian(vectorize=True)` has it, and of a vmap: what writes into new memory takes no batch."""
+    model, x = nn.Sequential(nn.Linear(520, 528)), torch.randn(tokens, 520, requires_grad=True)
+    apply(model, load("lora", rank=rank))
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    with steps_of(device):
+        y = model(x)
+        several = torch.randn(2, *y.shape)
+        found = torch.autograd.grad(y, wanted, several, is_grads_batched=True, retain_graph=True)
+        mapped = torch.vmap(lambda one: torch.autograd.grad(y, wanted, one, retain_graph=True))(several)
+        each = [torch.autograd.grad(y, wanted, one, retain_graph=True) for one in several]
+    for got, also, parts in zip(found, mapped, zip(*each)):
+        assert_near(got, torch.stack(parts))
+        assert_near(also, torch.stack(parts))
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_a_compiler_sees_products_whose_sizes_it_does_not_know(rank):
+    """As where torch compiles the backward pass too (`torch._dynamo.compiled_autograd`), and calls differ in size."""
+    h, m, x = torch.randn(64, rank), torch.randn(640, rank), torch.randn(64, 640)
+    compiled = torch.compile(lambda: (outer(h, x, 2.0), outer(x, h), thin(x, m)), backend="eager", fullgraph=True,
+                             dynamic=True)
+    for found, wanted in zip(compiled(), (2 * h.mT @ x, x.mT @ h, x @ m)):
+        assert_near(found, wanted)
 
 
 def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:

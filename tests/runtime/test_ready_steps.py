@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 from torch.nn.utils import prune
 
 import surgery
 from surgery import SurgeryError
 from surgery.runtime import adapter as adapters
+from surgery.runtime.step_tensors import StepTensors
 
 NOISY = """update noisy() {
   param A[2, in] ~ normal(1)
@@ -159,6 +161,28 @@ def test_whatever_changes_after_a_call_is_seen_in_the_next(spec, change):
     x = x.to(model.layer.get_parameter("weight").dtype)
     found, wanted = numbers(model, x), numbers(fresh, x)
     assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("serving", [False, True])
+@pytest.mark.parametrize("register", [
+    module.register_module_forward_pre_hook, module.register_module_forward_hook,
+    module.register_module_full_backward_pre_hook, module.register_module_full_backward_hook])
+def test_who_listens_to_the_calls_of_all_modules_hears_those_of_a_ready_layer(register, serving):
+    """Profilers and counters of operations do."""
+    model, x, heard = Model().eval(), torch.randn(3, 24), set()
+    surgeon = surgery.apply(model, SPECS["low rank"])
+    with surgeon.serving() if serving else nullcontext(), torch.set_grad_enabled(not serving):
+        model(x), model(x)
+        handle = register(lambda module, *args: heard.add(type(module)))
+        try:
+            with long_ways(model) as calls:
+                y = model(x)
+            if not serving:
+                y.sum().backward()
+        finally:
+            handle.remove()
+    assert len(calls) == 1 and (serving or adapters.Adapter in heard)
+    assert "forward" not in register.__name__ or {adapters.Adapter, StepTensors} <= heard
 
 
 def test_another_number_of_rows_runs_the_program_for_that_number():
