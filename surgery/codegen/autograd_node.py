@@ -73,12 +73,18 @@ def once(backward: Callable[..., tuple]) -> Callable[..., tuple]:
     return checked
 
 
+def rows_of(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The rows of a node's input, inside of the node, where a reshape is none of its own. Of an input that is written
+    over later the backward pass says so, and not that a view of it was made where no gradient is taken."""
+    return layer.rows(x if x.ndim == 2 else x.detach())
+
+
 class _Node(torch.autograd.Function):
     """The autograd.Function that runs a step."""
 
     @staticmethod
     def forward(ctx: Any, step: Step, layer: Any, x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-        y, kept = step.forward(layer, layer.rows(x), *values)  # as rows here: outside it would be a node of its own
+        y, kept = step.forward(layer, rows_of(layer, x), *values)
         ctx.step, ctx.layer, ctx.shape = step, layer, x.shape
         ctx.save_for_backward(layer.weight, *kept)  # the weight too, so that a change of it in between is an error
         return _no_view(y, (x, *values, *kept))

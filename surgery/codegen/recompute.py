@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.codegen.autograd_node import Step, once, step
+from surgery.codegen.autograd_node import Step, once, rows_of, step
 from surgery.codegen.candidates import Candidate
 from surgery.ir.dense import without_autocast
 
@@ -27,7 +27,7 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, step: Step, layer: Any, make: Make, x: Tensor, *tensors: Tensor) -> Tensor:
         with torch.enable_grad():  # as in training, of tensors that take no gradient
             values = make([tensor.detach() for tensor in tensors])
-        y, kept = step.forward(layer, layer.rows(x), *values)
+        y, kept = step.forward(layer, rows_of(layer, x), *values)
         ctx.step, ctx.layer, ctx.make, ctx.shape = step, layer, make, x.shape
         # What the set-up reads is saved too, so that a change of it in between is an error: as the module holds it,
         # since `layer` may be a cast of that.

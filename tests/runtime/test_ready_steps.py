@@ -185,6 +185,17 @@ def test_who_listens_to_the_calls_of_all_modules_hears_those_of_a_ready_layer(re
     assert "forward" not in register.__name__ or {adapters.Adapter, StepTensors} <= heard
 
 
+@pytest.mark.parametrize("shape", [(24,), (3, 24), (3, 5, 24)])
+@pytest.mark.parametrize("spec", ["low rank", "gain"])
+def test_an_input_that_is_written_over_is_told_as_with_a_plain_layer(spec, shape):
+    model, x = operated(spec), torch.randn(shape, requires_grad=True)
+    for _ in range(2):
+        y = model(given := x * 1)
+        given.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
 def test_another_number_of_rows_runs_the_program_for_that_number():
     model = operated("low rank")
     main = model.layer.weight_surgery.programs()[True]
