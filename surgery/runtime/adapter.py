@@ -93,19 +93,18 @@ class Adapter(nn.Module):
         self._of_calls: dict[tuple, tuple[list, Any]] = {}
         self._noises = compiled.noises
         object.__setattr__(self, "common", common)  # held by the model's root: here it is only read
-        for leaf in formula.leaves:
-            step, name = held_at(leaf.key)
-            if leaf.group:
-                common.add(self.shared[leaf.key], tensors[leaf.key])
-                continue
-            if step not in self._modules:
-                self.add_module(step, StepTensors())
-            self._modules[step].add(name, tensors[leaf.key])
         # of each key the step's module and the name in it; None for the module of the shared tensors
         paths: list[tuple[str, str | None, str]] = []
         for key in (leaf.key for leaf in formula.leaves):
             step, name = held_at(key)
-            paths.append((key, None, self.shared[key]) if key in self.shared else (key, step, name))
+            if key in self.shared:
+                common.add(self.shared[key], tensors[key])
+                paths.append((key, None, self.shared[key]))
+                continue
+            if step not in self._modules:
+                self.add_module(step, StepTensors())
+            self._modules[step].add(name, tensors[key])
+            paths.append((key, step, name))
         self._paths = tuple(paths)
         retract_after_steps(self)
         refuse_unshared_steps(self)

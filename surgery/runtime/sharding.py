@@ -121,11 +121,11 @@ def refuse_divided(module: nn.Module, name: str, words: Callable[[nn.Module], st
     part, say, is another number. (FSDP2 gathers the weights of a unit before it runs.) Of another size where there is
     no other process, it was resized: changed-model."""
     weight = module._parameters.get(name)
-    is_cut = shape is not None and weight is not None and tuple(weight.shape) != shape
-    is_shared_out = any(map(is_part, (weight, *tensors)))
+    now = shape if weight is None else tuple(weight.shape)
+    is_cut, is_shared_out = shape not in (None, now), any(map(is_part, (weight, *tensors)))
     if is_cut and not (is_shared_out or _has_company()):  # nobody is there who could have the rest
-        raise fail("changed-model", f"the {name} of the operated {words(module)} is {list(weight.shape)} now, and was "
-                   f"{list(shape)} when it was operated on: its adapter has no numbers for it",
+        raise fail("changed-model", f"the {name} of the operated {words(module)} is {list(now or ())} now, and was "
+                   f"{list(shape or ())} when it was operated on: its adapter has no numbers for it",
                    helps=("resize_token_embeddings(...) first, and apply the spec to the model as it is then",
                           "remove(partly=True) gives back what still stands"))
     if is_cut or is_shared_out:

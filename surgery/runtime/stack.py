@@ -161,9 +161,10 @@ class Surgeries:
         self._leave()
         if known:
             trained = {key: value for each in known.values() for key, value in each.trained.items()}
-            self.surgeon = together(self._given, known, compose).operate(trained)
-            for adapter in self.surgeon.adapters.values():
+            surgeon = together(self._given, known, compose)
+            for adapter in surgeon.adapters.values():
                 adapter.mark = mark_of(names, shares)
+            self.surgeon = surgeon.operate(trained)
         self.active, self._again = names, lambda: self._operate(names, compose, shares)
         return self.surgeon
 
