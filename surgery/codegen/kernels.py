@@ -24,19 +24,14 @@ THIN = range(2, 65)  # columns of an activation beside a much wider one
 FEWEST = 64  # tokens of which a thin product is made in parts:
 BAND = 16  # of so many rows, which is what a CPU's registers hold,
 RUN, RUNS = 64, 16  # or of so many columns at least, and so many parts at most
-_batched = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]  # torch's stubs leave it out
+# What torch raises where a gradient is of several outputs at once and looks like that of one (`is_grads_batched`, a
+# `vmap` of `autograd.grad`): it writes none of those into memory for one, and takes not all views of it.
+SEVERAL = RuntimeError
 
 
 def on_cpu(a: Tensor) -> bool:
     """True on a CPU, where kernels work on a cacheful at a time, and `masks` draws the indices of what is dropped."""
     return runs_as_on(a.device.type) == "cpu"
-
-
-def is_several(*tensors: Tensor) -> bool:
-    """True where a gradient is of several outputs at once and looks like that of one (`is_grads_batched`, and a `vmap`
-    of `autograd.grad`): torch cannot write one of those into memory for one, and has not all views of it."""
-    # the first by which torch's vmap knows its own, the second by which `is_grads_batched` does
-    return any(map(_batched.is_batchedtensor, tensors)) or any(map(_batched.is_legacy_batchedtensor, tensors))
 
 
 def wide(a: Tensor) -> torch.dtype:
@@ -125,9 +120,16 @@ def column_blocks(a: Tensor, s: Tensor) -> Tensor:
 
 
 def thin(a: Tensor, m: Tensor) -> Tensor:
-    """a m for a few columns: [t, k], [k, r] -> [t, r]."""
-    if not _is_shared_out(a, m):
-        return a @ m
+    """a m for a few columns, on a CPU in parts of a: [t, k], [k, r] -> [t, r]."""
+    if _is_shared_out(a):
+        try:
+            return _thin_in_parts(a, m)
+        except SEVERAL:
+            pass
+    return a @ m
+
+
+def _thin_in_parts(a: Tensor, m: Tensor) -> Tensor:
     columns, count = m.mT.contiguous(), len(a) // BAND
     rows, rest = a.split([count * BAND, len(a) % BAND])
     turned = torch.bmm(columns.expand(count, -1, -1), rows.unflatten(0, (count, BAND)).mT)
@@ -139,35 +141,48 @@ def outer(a: Tensor, g: Tensor, alpha: float = 1.0) -> Tensor:
     """alpha aᵀ g, on a CPU for a few columns of a or of g in parts of the other: [t, m], [t, n] -> [m, n]."""
     few, many = (a, g) if a.shape[1] <= g.shape[1] else (g, a)
     (tokens, rank), width = few.shape, many.shape[1]
-    count = min(RUNS, width // RUN) if _is_shared_out(many, few) and rank in THIN and width >= WIDER * rank else 0
-    if not count:
-        # with the few columns in front both are read in order; the gradient of so few tokens rather is in order itself
-        is_turned = few is g and width > WIDER * rank and tokens >= FEWEST
-        return _product(g.mT, a, alpha).mT if is_turned else _product(a.mT, g, alpha)
+    if _is_shared_out(many) and rank in THIN and width >= max(WIDER * rank, RUN):
+        try:
+            return _outer_in_parts(few, many, alpha, few is not a)
+        except SEVERAL:
+            pass
+    # with the few columns in front both are read in order; the gradient of so few tokens rather is in order itself
+    is_turned = few is g and width > WIDER * rank and tokens >= FEWEST
+    return _product(g.mT, a, alpha).mT if is_turned else _product(a.mT, g, alpha)
+
+
+def _outer_in_parts(few: Tensor, many: Tensor, alpha: float, is_turned: bool) -> Tensor:
+    """alpha fewᵀ many: [t, r], [t, n] -> [r, n], or [n, r] if it is turned, in any case in rows."""
+    rank, width = few.shape[1], many.shape[1]
+    count = min(RUNS, width // RUN)
     columns, rest = many.split([width // count * count, width % count], dim=1)
-    parts = a.new_empty(count, rank, width // count)
+    parts = few.new_empty(count, rank, width // count)
     parts.baddbmm_(few.mT.expand(count, -1, -1), _slices(columns, count), beta=0, alpha=alpha)
-    first = parts.transpose(0, 1).flatten(1) if few is a else parts.mT.flatten(0, 1)
+    first = parts.mT.flatten(0, 1) if is_turned else parts.transpose(0, 1).flatten(1)
     if not rest.shape[1]:
         return first
     last = _product(few.mT, rest, alpha)
-    return torch.cat([first, last], dim=1) if few is a else torch.cat([first, last.mT])
+    return torch.cat([first, last.mT]) if is_turned else torch.cat([first, last], dim=1)
 
 
 def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """alpha a b, of matrices, in one pass; a compiler makes it one of two, and of several gradients it is two."""
-    if alpha == 1.0 or torch.compiler.is_compiling() or is_several(a, b):
-        return a @ b if alpha == 1.0 else a @ b * alpha
-    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
+    """alpha a b, of matrices, in one pass; in two of several gradients at once, and where a compiler makes one of
+    them."""
+    if alpha == 1.0:
+        return a @ b
+    if not torch.compiler.is_compiling():
+        try:
+            return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=alpha)
+        except SEVERAL:
+            pass
+    return a @ b * alpha
 
 
-def _is_shared_out(a: Tensor, factor: Tensor) -> bool:
+def _is_shared_out(a: Tensor) -> bool:
     """Whether a thin product of a is a batch of products of its parts: what multiplies matrices for torch on a CPU
     shares one with a side of 2 to 64 out badly, with threads and without. Few tokens and narrow floats are no better
-    in parts, nor are several gradients at once. (A compiler may not know the sizes that parts are chosen by.)"""
-    if torch.compiler.is_compiling() or not on_cpu(a):
-        return False
-    return len(a) >= FEWEST and a.dtype == wide(a) and not is_several(a, factor)
+    in parts. (A compiler may not know the sizes that parts are chosen by.)"""
+    return not torch.compiler.is_compiling() and len(a) >= FEWEST and on_cpu(a) and a.dtype == wide(a)
 
 
 def add_blocks(y: Tensor, a: Tensor, s: Tensor, alpha: float = 1.0) -> Tensor:

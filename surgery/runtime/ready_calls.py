@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as modules
 
 from surgery.codegen import autograd_node
 from surgery.codegen.program import Program
@@ -151,9 +151,14 @@ def _called(adapter: Adapter) -> tuple[nn.Module, ...]:
     return (adapter, adapter.common, *adapter._modules.values())
 
 
-def _are_heard(modules: Iterable[nn.Module]) -> bool:
+# Hooks that are registered for all modules (`torch.nn.modules.module.register_module_forward_hook` and its like).
+_OF_ALL = (modules._global_forward_pre_hooks, modules._global_forward_hooks,
+           modules._global_backward_pre_hooks, modules._global_backward_hooks)
+
+
+def _are_heard(called: Iterable[nn.Module]) -> bool:
     """Whether something runs with the calls of some of these modules, or of all modules that there are."""
-    return bool(_has_any_global_hook()) or any(map(_is_heard, modules))
+    return any(_OF_ALL) or any(map(_is_heard, called))
 
 
 def _is_heard(module: nn.Module) -> bool:
