@@ -126,7 +126,7 @@ def ready_step(adapter: Adapter, layer: Frozen, x: Tensor, dtype: torch.dtype) -
     if tensors is None or torch.is_grad_enabled() and program.plan.recompute_cost is not None:
         return None
     facts = _facts(adapter, layer, x, dtype, tensors)
-    main = adapter.programs((runs_as_on(layer.device.type), layer.dtype))[layer.module.training]
+    main = adapter.programs((runs_as_on(layer.device.type), dtype))[layer.module.training]
     return None if facts is None else ReadyStep(main, program, facts)
 
 

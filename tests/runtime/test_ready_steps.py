@@ -24,11 +24,20 @@ NOISY = """update noisy() {
   noise m[2] ~ bernoulli(0.5)
   return B @ diag(m) @ A
 }
+update weighted() {
+  param A[2, in] ~ normal(1)
+  param B[out, 2] = 0
+  param a = 1
+  param m[in] = col_norm(W)
+  let V = W + a * (B @ A)
+  return V @ diag(m / col_norm(V)) - W
+}
 """
 SPECS = {name: surgery.parse(f'{NOISY}spec s()\ntarget linear "layer" {{ {body} }}') for name, body in {
     "low rank": "add low_rank(rank = 2)", "gain": "pre diagonal()\nadd low_rank(rank = 2)\npost magnitude()",
     "dropout": "add low_rank(rank = 2) dropout(0.5)", "rotation": "post orthogonal(rank = 2)",
-    "noise": "add noisy()"}.items()}
+    "noise": "add noisy()",
+    "by dtype": "add weighted()"}.items()}  # which has another program where activations are narrow
 
 
 class Model(nn.Module):
@@ -94,6 +103,16 @@ def test_the_second_call_of_a_kind_is_ready_with_the_same_numbers(spec, mode):
             second = numbers(model, x)
         assert len(calls) == (spec == "noise" and mode == "training")
     assert all(map(torch.equal, first, second))
+
+
+def test_under_autocast_a_call_is_ready_with_the_programs_of_its_dtype():
+    """Others may be better in bfloat16 than those of the weight's dtype, for one number of rows and not for another."""
+    model, x = operated("by dtype"), torch.randn(3, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    adapter = model.layer.weight_surgery
+    narrow, wide = (adapter.programs(("cpu", dtype))[True] for dtype in (torch.bfloat16, torch.float32))
+    assert narrow is not wide and [step.main for step in adapter.ready.values()] == [narrow]
 
 
 def halve(model: nn.Module) -> None:
