@@ -150,34 +150,31 @@ def test_no_second_weight_is_made_for_the_check_of_the_start() -> None:
     assert rows == slice(None)
 
 
+def assert_made_at_once(spec: str) -> None:
+    _, placed, held = operated(nn.Linear(IN, OUT), spec)
+    assert moved_by(placed, held) == 0
+    moved(held)
+    with torch.no_grad():
+        ((rows, values),) = held.weights_by_rows(placed.site.module)
+        wanted = held.weights(placed.site.module)
+    assert rows == slice(None)
+    assert all(map(torch.equal, values, wanted))
+
+
 @pytest.mark.parametrize("given", ["post mixed() with bias", "post mixed()", "add of_bias()"])
 def test_what_rests_on_all_of_w_or_b_is_made_at_once(given: str) -> None:
     """Rows of A W are those of A times all of W, which no part of the layer has."""
     spec = """transform mixed() on n { param A[n, n] = 0  return I(n) + A }
         update of_bias() on bias { param A[out, out] = 0  return A @ b }
         target any { %s }""".replace("%s", given)
-    _, placed, held = operated(nn.Linear(IN, OUT), spec)
-    assert moved_by(placed, held) == 0
-    moved(held)
-    with torch.no_grad():
-        ((rows, values),) = held.weights_by_rows(placed.site.module)
-        wanted = held.weights(placed.site.module)
-    assert rows == slice(None)
-    assert all(map(torch.equal, values, wanted))
+    assert_made_at_once(spec)
 
 
 @pytest.mark.parametrize("turned", ["C + C.T", "C * C.T"])
 def test_what_is_read_by_rows_and_by_columns_is_made_at_once(turned: str) -> None:
     spec = f"""update own() {{ param C[out, out] = 0  param B[out, in] ~ normal()  return ({turned}) @ B }}
         target any {{ add own() }}"""
-    _, placed, held = operated(nn.Linear(IN, OUT), spec)
-    assert moved_by(placed, held) == 0
-    moved(held)
-    with torch.no_grad():
-        ((rows, values),) = held.weights_by_rows(placed.site.module)
-        wanted = held.weights(placed.site.module)
-    assert rows == slice(None)
-    assert all(map(torch.equal, values, wanted))
+    assert_made_at_once(spec)
 
 
 def test_no_part_is_so_small_that_its_products_are_made_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
